@@ -1,0 +1,63 @@
+"""PackedBatch: one micro-batch of one data-parallel rank, as the model sees it.
+
+The `micro_batch_size` packed sequences of a micro-batch lie one after another in ONE row of
+`T = micro_batch_size * sequence_length` tokens; `cu_seqlens` says where documents begin. A document never attends to
+another, so nothing else needs to know where one sequence ends and the next begins.
+
+    token_ids   <s>  IMG IMG IMG IMG a red ball </s> | <s> the sky </s> | PAD PAD
+    labels      IMG  IMG IMG IMG  a red ball </s>  _ | the sky </s>  _  |  _   _
+    loss_mask    0    0   0   0   1  1   1   1    0  |  1   1   1    0  |  0   0
+    cu_seqlens  0                                    9                 13     15
+
+A label is the next token of the same document; the loss mask is 0 where that is an image token, a padding token, or
+another document's first token. Padding, if any, is one last document of its sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch. Every pipeline stage gets the integers; only the first stage gets pixels."""
+
+    token_ids: torch.Tensor
+    """[T] int64."""
+    labels: torch.Tensor
+    """[T] int64; the padding id where loss_mask is 0."""
+    loss_mask: torch.Tensor
+    """[T] float32, 1 where the label counts."""
+    position_ids: torch.Tensor
+    """[T] int64, counted from 0 in every document."""
+    source_ids: torch.Tensor
+    """[T] int64: the row of the mixture's sources that a token's sequence comes from."""
+    cu_seqlens: torch.Tensor
+    """[num_documents + 1] int32: document boundaries, from 0 to T."""
+    max_seqlen: int
+    """Tokens of the longest document."""
+    image_starts: torch.Tensor
+    """[num_images] int64: the position in [0, T) of the first token of each image, in rising order. An image takes the
+    connector's `num_tokens` consecutive positions."""
+    image_owners: torch.Tensor
+    """[num_images] int64: the tensor-parallel rank that decodes and encodes each image."""
+    pixels: torch.Tensor | None
+    """[num_owned, 3, H, W] float32, normalised: this rank's images, in the order of `image_starts`; num_owned may be 0.
+    None on a rank that does not hold the encoder."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.numel()
+
+    @property
+    def num_images(self) -> int:
+        return self.image_starts.numel()
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on a device; copies do not block where the memory is pinned."""
+        moved = {
+            f.name: value.to(device, non_blocking=True) for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved)

@@ -1,0 +1,133 @@
+"""The index of a source: where the bytes of every sample are, and what the plan must know of it.
+
+A source is a folder of shards of one kind. `prepare index` reads every sample once and writes, beside the shards,
+
+    <source>/index/meta.json     kind, tokenizer fingerprint, shard files with their sizes, counts of rejected samples by reason
+    <source>/index/samples.npy   one SAMPLE row for each valid sample, in shard order
+    <source>/index/items.npy     one ITEM row for each text or image of each sample, in reading order
+
+The arrays are memory-mapped, so an index of a hundred million samples costs a rank no memory to open. Together they hold
+all that planning needs: the plan never opens a shard.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+Kind = Literal["pairs", "interleaved", "text"]
+FORMAT_VERSION = 1
+
+SAMPLE = np.dtype(
+    [
+        ("shard", "<i4"),  # row of meta.json's `shards`
+        ("offset", "<i8"),  # where the bytes of the document (.txt, .json or a .jsonl line) begin in the shard
+        ("size", "<i4"),  # how many bytes it has
+        ("first_item", "<i8"),  # row of items.npy
+        ("num_items", "<i4"),
+        ("text_tokens", "<i4"),  # tokens of all text items together
+        ("num_images", "<i4"),
+    ]
+)
+"""One sample. Its text is read from [offset, offset + size) of its shard."""
+
+ITEM = np.dtype(
+    [
+        ("is_image", "u1"),
+        ("tokens", "<i4"),  # text: its tokens; image: 0 (the model says how many tokens an image is)
+        ("offset", "<i8"),  # image: where its bytes begin in the shard; text: its position among the document's texts
+        ("size", "<i4"),  # image: how many bytes it has; text: 0
+        ("width", "<i4"),  # image: pixels
+        ("height", "<i4"),
+    ]
+)
+"""One text or image of a sample, in reading order."""
+
+
+@dataclass(frozen=True)
+class SourceIndex:
+    """A source, opened: memory-mapped rows and the shard files they point into."""
+
+    name: str
+    """Folder name of the source."""
+    kind: Kind
+    root: Path
+    """The source's folder; shard names are relative to it."""
+    shards: tuple[str, ...]
+    tokenizer: str
+    """Fingerprint of the tokenizer that counted the tokens."""
+    rejected: dict[str, int]
+    """Samples that `prepare index` found unusable, by reason."""
+    samples: np.ndarray
+    """[num_samples] of SAMPLE."""
+    items: np.ndarray
+    """[num_items] of ITEM."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def shard_path(self, shard: int) -> Path:
+        return self.root / self.shards[shard]
+
+
+def write_index(source: Path, *, meta: dict, samples: np.ndarray, items: np.ndarray) -> None:
+    """Write the three files into `<source>/index`, meta.json last and by rename, so that an index is whole or absent."""
+    folder = source / "index"
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "samples.npy", samples)
+    np.save(folder / "items.npy", items)
+    partial = folder / "meta.json.partial"
+    partial.write_text(json.dumps({"version": FORMAT_VERSION, **meta}, indent=2) + "\n")
+    partial.replace(folder / "meta.json")
+
+
+def open_index(source: Path) -> SourceIndex:
+    """Open the index of a source folder.
+
+    Raises ValueError that names the folder and the command to run where there is no index, where it is of another
+    version, or where a shard has changed its size since it was indexed.
+    """
+    meta_path = source / "index" / "meta.json"
+    if not meta_path.is_file():
+        raise ValueError(f"{source} has no index: run `megatron-mm prepare index {source.parent.parent}` first")
+    meta = json.loads(meta_path.read_text())
+    if meta.get("version") != FORMAT_VERSION:
+        raise ValueError(f"{meta_path} has version {meta.get('version')}, this program reads {FORMAT_VERSION}: index {source} again")
+    for shard, size in meta["shards"].items():
+        path = source / shard
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != size:
+            found = "is missing" if actual is None else f"has {actual} bytes"
+            raise ValueError(f"shard {path} {found}, but had {size} when it was indexed: restore it or index {source} again")
+    return SourceIndex(
+        name=source.name,
+        kind=meta["kind"],
+        root=source,
+        shards=tuple(meta["shards"]),
+        tokenizer=meta["tokenizer"],
+        rejected=meta["rejected"],
+        samples=np.load(source / "index" / "samples.npy", mmap_mode="r"),
+        items=np.load(source / "index" / "items.npy", mmap_mode="r"),
+    )
+
+
+def open_split(root: Path, split: str, *, sources: list[str]) -> list[SourceIndex]:
+    """Open the named sources of `root/split`. Raises ValueError where the split or a source is missing or empty."""
+    folder = root / split
+    if not root.is_dir():
+        raise ValueError(f"data path {root} does not exist: give --data.path the folder that `megatron-mm prepare` wrote")
+    if not folder.is_dir():
+        raise ValueError(f"data path {root} has no folder {split!r}; it has {sorted(p.name for p in root.iterdir())}")
+    present = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    missing = [name for name in sources if name not in present]
+    if missing:
+        raise ValueError(f"{folder} lacks the sources {missing} of data.mixture; it has {present}")
+    indexes = [open_index(folder / name) for name in sources]
+    for index in indexes:
+        if len(index) == 0:
+            raise ValueError(f"source {index.root} has no usable sample (rejected: {index.rejected}): add data or drop it from data.mixture")
+    return indexes
