@@ -204,11 +204,11 @@ class ParallelConfig:
     or virtual > 1, and is ignored elsewhere."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, the attention core, or whole layers."""
-    context_timeout_minutes: float = 10.0
+    collective_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run instead of hanging it."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "tensor", "pipeline", "virtual", "expert", "context_timeout_minutes")
+        _require_positive(self, "tensor", "pipeline", "virtual", "expert", "collective_timeout_minutes")
         _require(
             self.virtual == 1 or self.pipeline > 1,
             f"parallel.virtual is {self.virtual}, but interleaving needs parallel.pipeline > 1: set one of them",
@@ -270,8 +270,9 @@ class DataConfig:
     """Global batches planned and read ahead."""
     packing_window: int = 4096
     """Samples of one source that are packed together (best fit); a larger window fills better and plans in larger bites."""
-    use_images: bool = True
-    """False blanks every image: the text-only baseline of the same data in the same order."""
+    images: Literal["true", "shuffled", "blank"] = "true"
+    """Pixels that the model sees: each sample's own, those of other samples in the same global batch, or none (the mean
+    colour everywhere). The last two are baselines of the same data in the same order."""
     max_bad_fraction: float = 0.01
     """Samples of a source that may fail at run time before the run stops, as a fraction of those read."""
 

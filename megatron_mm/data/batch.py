@@ -44,8 +44,8 @@ class PackedBatch:
     image_owners: torch.Tensor
     """[num_images] int64: the tensor-parallel rank that decodes and encodes each image."""
     pixels: torch.Tensor | None
-    """[num_owned, 3, H, W] float32, normalised: this rank's images, in the order of `image_starts`; num_owned may be 0.
-    None on a rank that does not hold the encoder."""
+    """[num_owned, 3, H, W] uint8, RGB: this rank's images, in the order of `image_starts`; num_owned may be 0. The tower
+    normalises them on its device. None on a rank that does not hold the encoder."""
 
     @property
     def num_tokens(self) -> int:
