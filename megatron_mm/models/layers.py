@@ -1,0 +1,165 @@
+"""Layer specs: what megatron-core's TransformerLayer is made of, on each of the two layer backends.
+
+`te` is Transformer Engine (GPU, bf16 and FP8, norm and linear fused). `torch` is plain PyTorch and runs everywhere: norms
+that carry the `sequence_parallel` mark (torch's own do not, and megatron-core refuses them under sequence parallelism) and
+scaled-dot-product attention that keeps packed documents apart. Both give a checkpoint the same names: the norms' own.
+
+Shape legend: s tokens, b sequences (1 when packed), h width, t packed tokens, n heads, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.extensions import transformer_engine as te_layers
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+Backend = Literal["te", "torch"]
+
+
+class TorchNorm(torch.nn.Module):
+    """LayerNorm or RMSNorm, by `config.normalization`, in float32 inside; [..., h] -> [..., h].
+
+    Its parameters are marked `sequence_parallel`, so that megatron-core sums their gradients over the tensor-parallel
+    group when each process normalises its own part of the sequence.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        self.bias: torch.nn.Parameter | None = None
+        if config.normalization == "LayerNorm":
+            self.bias = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.bias is not None:
+            return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class TorchDotProductAttention(torch.nn.Module):
+    """Core attention by torch's scaled-dot-product attention; packed documents are attended to one by one.
+
+    Going document by document costs a kernel launch each, and in return computes the sum of squared document lengths
+    instead of the square of their sum, without a mask of that size.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: object,
+    ) -> None:
+        super().__init__()
+        assert config.context_parallel_size == 1, "the torch backend has no context parallelism"
+        self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend; key and value may have fewer heads than the query (grouped queries).
+
+        Args:
+            query, key, value: packed [t, n, d], or [s, b, n, d].
+            packed_seq_params: document boundaries of packed input.
+
+        Returns:
+            Packed [t, n * d], or [s, b, n * d].
+        """
+        assert attention_bias is None, "the torch backend takes no attention bias"
+        causal = attn_mask_type is AttnMaskType.causal
+        if packed_seq_params is None:
+            attended_bnsd = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), causal=causal)
+            return attended_bnsd.permute(2, 0, 1, 3).flatten(2)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        documents = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        attended = [self._attend(*(x.transpose(0, 1).unsqueeze(0) for x in document), causal=causal) for document in documents]
+        return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1).flatten(1)
+
+    def _attend(self, q_bnsd: torch.Tensor, k_bnsd: torch.Tensor, v_bnsd: torch.Tensor, *, causal: bool) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            q_bnsd, k_bnsd, v_bnsd, is_causal=causal, scale=self.scale, enable_gqa=q_bnsd.shape[1] != k_bnsd.shape[1]
+        )
+
+
+_FUSED_NORM_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Transformer Engine keeps a norm inside the linear that follows it; checkpoints name it as the norm it is."""
+
+
+def _torch_layer_spec(mask: AttnMaskType) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=TorchNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=TorchDotProductAttention, linear_proj=RowParallelLinear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=TorchNorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _te_layer_spec(mask: AttnMaskType) -> ModuleSpec:
+    spec = get_gpt_layer_with_transformer_engine_spec()
+    spec.submodules.self_attention.params = {"attn_mask_type": mask}
+    spec.submodules.sharded_state_dict_keys_map = dict(_FUSED_NORM_NAMES)
+    return spec
+
+
+_LAYER_SPECS = {"te": _te_layer_spec, "torch": _torch_layer_spec}
+_NORMS = {"te": te_layers.TENorm, "torch": TorchNorm}
+
+
+def decoder_layer_spec(backend: Backend) -> ModuleSpec:
+    """A dense decoder layer: causal attention within each packed document, then the MLP that the config describes."""
+    # Packed sequences are causal inside each document; Transformer Engine calls that mask padding_causal and derives it
+    # from cu_seqlens when it is given a causal mask and packed input.
+    return _LAYER_SPECS[backend](AttnMaskType.causal)
+
+
+def vision_layer_spec(backend: Backend) -> ModuleSpec:
+    """A layer of an image tower: every patch attends to every patch of the same image."""
+    return _LAYER_SPECS[backend](AttnMaskType.no_mask)
+
+
+def norm_module(backend: Backend) -> type:
+    """The norm class for what stands outside a layer, such as the final norm."""
+    return _NORMS[backend]

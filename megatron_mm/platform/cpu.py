@@ -1,0 +1,198 @@
+"""Run megatron-core without CUDA.
+
+megatron-core writes `device="cuda"` and `torch.cuda.current_device()` into its schedules, optimizers and
+communication. `install()` gives megatron-core's modules a view of torch in which those mean the CPU: in each loaded
+`megatron.core` module the name `torch` is rebound to a `_TorchOnCpu`, which forwards everything to torch except `cuda`
+and the few factory functions that megatron-core calls with a device. torch itself and every other package are left
+alone, so nothing outside megatron-core can be surprised, and there is no cost per operation: an attribute is looked up
+once and then found in the view's own dict. (A TorchFunctionMode that rewrites devices costs a Python call for every
+torch call of the process; patching torch.cuda itself changes what all other libraries see.)
+
+What upstream lacks is said beside each patch; `tests/platform/test_cpu.py` fails when a patch is no longer needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_INSTALLED = False
+
+
+class _Nothing:
+    """A stream, an event or a graph: accepts every call and does nothing, because CPU work is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+class _CpuRandom:
+    """`torch.cuda.random`: the CPU generator stands for the device's."""
+
+    @staticmethod
+    def get_rng_state(device: object = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+
+class _CudaOnCpu:
+    """`torch.cuda` as megatron-core uses it, on the CPU. What is not listed comes from torch.cuda."""
+
+    Stream = Event = _Nothing
+    random = _CpuRandom
+
+    @staticmethod
+    def is_available() -> bool:
+        return False
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return _CPU
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def set_device(device: object) -> None:
+        pass
+
+    @staticmethod
+    def synchronize(device: object = None) -> None:
+        pass
+
+    @staticmethod
+    def empty_cache() -> None:
+        pass
+
+    @staticmethod
+    def current_stream(device: object = None) -> _Nothing:
+        return _Nothing()
+
+    default_stream = current_stream
+
+    @staticmethod
+    def stream(stream: object) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    @staticmethod
+    def get_rng_state(device: object = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: torch.Tensor, device: object = None) -> None:
+        torch.set_rng_state(state)
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+def _on_cpu(factory: Any) -> Any:
+    """A factory function that makes its tensor on the CPU where a CUDA device is asked for."""
+
+    @functools.wraps(factory)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        if torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return made
+
+
+class _TorchOnCpu(types.ModuleType):
+    """The name `torch` inside megatron-core."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CudaOnCpu()
+        for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like"):
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        setattr(self, name, value)
+        return value
+
+
+def _parameter_type(self: torch.nn.Parameter, *args: Any, **kwargs: Any) -> Any:
+    """`Parameter.type()`: the optimizers sort parameters by the name of their CUDA tensor type and know no CPU names."""
+    name = torch.Tensor.type(self, *args, **kwargs)
+    return name.replace("torch.", "torch.cuda.") if isinstance(name, str) and not name.startswith("torch.cuda.") else name
+
+
+def _set_rng_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
+    """`tensor_parallel.random._set_cuda_rng_state`: reaches for CUDA's generators through torch._C."""
+    torch.set_rng_state(new_state)
+
+
+def _get_rng_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    """`tensor_parallel.random._get_cuda_rng_state`: the same for reading."""
+    return torch.get_rng_state()
+
+
+def _run_eagerly(module: types.ModuleType) -> None:
+    """Undo torch.compile on a module's functions: megatron-core compiles its activations when it is imported, and the
+    first call of each would start a C++ compiler."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, types.FunctionType) and hasattr(value, "_torchdynamo_orig_callable"):
+            setattr(module, name, value._torchdynamo_orig_callable)
+
+
+# Modules that are imported inside megatron-core's functions, listed so that they are rebound before they are used.
+_MODULES = (
+    "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.fully_parallel",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "dist_checkpointing.strategies.torch",
+    "distributed",
+    "models.gpt.gpt_model",
+    "optimizer",
+    "optimizer.distrib_optimizer",
+    "pipeline_parallel.schedules",
+    "tensor_parallel.random",
+    "transformer.moe.moe_layer",
+    "transformer.transformer_layer",
+)
+
+
+def install() -> None:
+    """Rebind `torch` in every megatron-core module; does nothing where CUDA is available or when called again."""
+    global _INSTALLED
+    if _INSTALLED or torch.cuda.is_available():
+        return
+    importlib.import_module("megatron.core.jit").disable_jit_fuser()
+    for name in _MODULES:
+        importlib.import_module(f"megatron.core.{name}")
+    view = _TorchOnCpu()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron"):
+            _run_eagerly(module)
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = view  # type: ignore[attr-defined]
+    random = sys.modules["megatron.core.tensor_parallel.random"]
+    random._set_cuda_rng_state = _set_rng_state
+    random._get_cuda_rng_state = _get_rng_state
+    torch.nn.Parameter.type = _parameter_type  # type: ignore[method-assign]
+    _INSTALLED = True
