@@ -56,8 +56,10 @@ class PackedBatch:
         return self.image_starts.numel()
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on a device; copies do not block where the memory is pinned."""
+        """The same batch on a device; `image_starts` and `image_owners` stay on the CPU, where indices are computed from them."""
         moved = {
-            f.name: value.to(device, non_blocking=True) for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor) and not f.name.startswith("image_")
         }
         return replace(self, **moved)

@@ -1,0 +1,95 @@
+"""What a model family gives to the rest of the stack, so that nothing else knows a family by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_mm.config import ModelConfig, ParallelConfig, Precision
+from megatron_mm.models.layers import Backend
+
+
+class ImageSharing(Protocol):
+    """How the processes of a tensor-parallel group share the images of a micro-batch (parallel.images)."""
+
+    def gather(self, owned: torch.Tensor, *, owners: torch.Tensor) -> torch.Tensor:
+        """Features of the images that this process encoded -> features of all images, with gradients back to each owner.
+
+        Args:
+            owned: [max(1, num_owned), k, h], in the order of the images; one row that no image uses where num_owned is 0.
+            owners: [num_images] on the CPU: the rank that encoded each image.
+
+        Returns:
+            [num_images, k, h].
+        """
+        ...
+
+    def local_tokens(self, num_tokens: int) -> range:
+        """The tokens, of num_tokens, whose embeddings this process holds: a part of them under sequence parallelism."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChunkContext:
+    """Everything that the construction of one pipeline chunk depends on, besides the model's own config."""
+
+    parallel: ParallelConfig
+    precision: Precision
+    backend: Backend
+    on_gpu: bool
+    """Use what needs CUDA: fused activations, overlapped point-to-point messages."""
+    sequence_length: int
+    """Tokens of a packed sequence."""
+    stage: int
+    """Stage in pipeline order, from 0 to pipeline * virtual - 1."""
+    encoder_groups: ProcessGroupCollection
+    """Process groups of this process alone, for modules that it shares with nobody."""
+    sharing: ImageSharing
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
+    @property
+    def pre_process(self) -> bool:
+        """This chunk holds the encoder and the embeddings."""
+        return self.stage == 0
+
+    @property
+    def post_process(self) -> bool:
+        """This chunk holds the final norm and the output layer."""
+        return self.stage == self.parallel.pipeline * self.parallel.virtual - 1
+
+    @property
+    def virtual_stage(self) -> int | None:
+        """Index of the chunk on its pipeline rank, as megatron-core wants it: None without interleaving."""
+        return self.stage // self.parallel.pipeline if self.parallel.virtual > 1 else None
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """How images enter a model."""
+
+    size: int
+    """Side of the square that images are resized to, pixels."""
+    tokens: int
+    """Tokens of the decoder's sequence that one image takes."""
+    fill: tuple[int, int, int]
+    """Colour that stands for a missing image; the tower's mean, which normalises to zero."""
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A family's entry in `megatron_mm.models.FAMILIES`."""
+
+    build: Callable[[ModelConfig, ChunkContext], MegatronModule]
+    """Make one pipeline chunk. Its weights are allocated, not initialised; it has `config`, `set_input_tensor`,
+    `pre_process`, `post_process`, `share_embeddings_and_output_weights`, `shared_embedding_or_output_weight`."""
+    check_layout: Callable[[ModelConfig, ParallelConfig, int], None]
+    """Raise ValueError where a layout on a number of processes cannot hold the model."""
+    image_input: Callable[[ModelConfig], ImageInput]

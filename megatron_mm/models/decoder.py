@@ -1,0 +1,121 @@
+"""The decoder: megatron-core's GPTModel, configured as a Llama-style model (RMSNorm, SwiGLU, RoPE, GQA, no biases)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mm.config import DecoderConfig, ParallelConfig
+from megatron_mm.models.base import ChunkContext
+from megatron_mm.models.layers import decoder_layer_spec, norm_module
+from megatron_mm.parallel.stages import layers_per_stage, pipeline_layout
+
+RECOMPUTE: dict[str, dict] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""`parallel.recompute` in megatron-core's words."""
+
+
+def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> TransformerConfig:
+    """The decoder in megatron-core's words."""
+    parallel = context.parallel
+    on_te = context.backend == "te"
+    interleaved = parallel.virtual > 1
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # -- precision and kernels
+        params_dtype=context.dtype,
+        pipeline_dtype=context.dtype,
+        bf16=context.dtype is torch.bfloat16,
+        fp8="hybrid" if context.precision == "fp8" else None,
+        attention_softmax_in_fp32=True,
+        apply_rope_fusion=on_te,
+        bias_activation_fusion=on_te,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        # Weights are set by parallel.initial_weights, by global name; modules only allocate.
+        perform_initialization=False,
+        use_cpu_initialization=not context.on_gpu,
+        # -- parallelism
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if interleaved else None,
+        pipeline_model_parallel_layout=pipeline_layout(parallel, num_layers=config.num_layers) if parallel.pipeline > 1 else None,
+        expert_model_parallel_size=parallel.expert,
+        overlap_p2p_comm=interleaved and context.on_gpu,
+        # Batched messages between the same two processes are matched in the wrong order by gloo when stages interleave.
+        batch_p2p_comm=context.on_gpu and not interleaved,
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=True,
+        **RECOMPUTE[parallel.recompute],
+    )
+
+
+def build_decoder(config: DecoderConfig, context: ChunkContext, *, transformer_config: TransformerConfig) -> GPTModel:
+    """One pipeline chunk of the decoder, its weights allocated and marked with their initial scale."""
+    num_layers = layers_per_stage(context.parallel, num_layers=config.num_layers)[context.stage]
+    layers = TransformerBlockSubmodules(
+        layer_specs=[decoder_layer_spec(context.backend)] * num_layers, layer_norm=norm_module(context.backend)
+    )
+    decoder = GPTModel(
+        transformer_config,
+        transformer_layer_spec=layers,  # type: ignore[arg-type]
+        vocab_size=config.vocab_size,
+        max_sequence_length=context.sequence_length,
+        pre_process=context.pre_process,
+        post_process=context.post_process,
+        share_embeddings_and_output_weights=config.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,  # type: ignore[arg-type]
+        vp_stage=context.virtual_stage,
+    )
+    output_std = config.init_std / math.sqrt(2 * config.num_layers)
+    for name, parameter in decoder.named_parameters():
+        if parameter.ndim > 1:
+            parameter.init_std = output_std if name.endswith(_RESIDUAL_OUTPUTS) else config.init_std  # type: ignore[attr-defined]
+    return decoder
+
+
+_RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+"""What adds to the residual stream starts smaller, so that its variance does not grow with depth (GPT-2)."""
+
+
+def check_decoder_layout(config: DecoderConfig, parallel: ParallelConfig, world_size: int) -> None:
+    """Reject a layout that the decoder or the number of processes does not allow, before anything is started.
+
+    Raises ValueError with both numbers and the fix.
+    """
+    parallel.data_parallel_size(world_size)
+    layers_per_stage(parallel, num_layers=config.num_layers)
+    counts = {
+        "attention heads": config.num_attention_heads,
+        "key/value heads": config.num_query_groups,
+        "vocabulary rows": config.vocab_size,
+        "feed-forward width": config.ffn_hidden_size,
+    }
+    for name, count in counts.items():
+        if count % parallel.tensor:
+            allowed = [d for d in (1, 2, 4, 8, 16, 32) if all(c % d == 0 for c in counts.values())]
+            raise ValueError(
+                f"parallel.tensor {parallel.tensor} does not divide the decoder's {count} {name}: use one of {allowed}"
+            )

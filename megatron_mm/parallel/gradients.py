@@ -1,0 +1,40 @@
+"""The last part of the backward pass: reductions between processes, and one division by the tokens of the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads as megatron_finalize
+
+_BUCKET_ELEMENTS = 1 << 25
+"""Gradients that are added up in one message: 128 MiB of float32."""
+
+
+def finalize_model_grads(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
+    """megatron-core's reductions and per-token division, then the sum of the encoder's gradients over the tensor group.
+
+    The order does not matter to the result (a sum of quotients is the quotient of the sum), and this one leaves
+    megatron-core's own work in one piece.
+    """
+    megatron_finalize(model, num_tokens, **kwargs)
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() > 1:
+        for bucket in _buckets(p.main_grad for chunk in model for p in chunk.parameters() if getattr(p, "encodes_shares", False) and p.requires_grad):
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            dist.all_reduce(flat, group=group)
+            for grad, summed in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+                grad.copy_(summed.view_as(grad))
+
+
+def _buckets(grads: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    for grad in grads:
+        bucket.append(grad)
+        if sum(g.numel() for g in bucket) >= _BUCKET_ELEMENTS:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

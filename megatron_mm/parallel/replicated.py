@@ -1,0 +1,28 @@
+"""Modules that every process of a tensor-parallel group holds whole and runs on its own share of the input (image encoders)."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+
+def mark_replicated(module: torch.nn.Module) -> None:
+    """Mark the module's parameters, so that their gradients are summed over the group and counted once in the gradient norm."""
+    for parameter in module.parameters():
+        parameter.encodes_shares = True  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+        parameter.sequence_parallel = False  # type: ignore[attr-defined]
+
+
+def replicated_state(module: torch.nn.Module, *, prefix: str) -> ShardedStateDict:
+    """The module's parameters for a checkpoint: copies, of which the first process of the group writes one."""
+    state = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.nn.Parameter)}
+    return make_sharded_tensors_for_checkpoint(
+        state,
+        prefix,
+        tensor_parallel_layers_axis_map={},
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )

@@ -1,0 +1,49 @@
+"""Models that learn on two CPU cores in minutes, through the same code as the large ones."""
+
+from __future__ import annotations
+
+from megatron_mm.config import (
+    CheckpointConfig,
+    ConnectorConfig,
+    DataConfig,
+    DecoderConfig,
+    EvalConfig,
+    Experiment,
+    MM1Config,
+    MonitorConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from megatron_mm.models.vision import VIT_TINY
+
+
+def debug_mm1() -> Experiment:
+    """A tiny MM1 for `megatron-mm prepare demo` data: every part of the real one, all values ours.
+
+    `python -m megatron_mm train debug_mm1 --run-dir runs/debug --data.path data/demo` on a laptop.
+    """
+    return Experiment(
+        recipe="debug_mm1",
+        model=MM1Config(
+            decoder=DecoderConfig(
+                num_layers=4,
+                hidden_size=128,
+                ffn_hidden_size=320,
+                num_attention_heads=4,
+                num_query_groups=4,
+                head_dim=32,
+                vocab_size=512,
+            ),
+            vision=VIT_TINY,
+            connector=ConnectorConfig(kind="c_abstractor", num_tokens=16, hidden_size=64, depth=1),
+        ),
+        data=DataConfig(sequence_length=256, decode_threads=2, read_threads=2, packing_window=1024),
+        optimizer=OptimizerConfig(peak_lr=2e-3, min_lr=2e-4, warmup_steps=20),
+        train=TrainConfig(steps=400, schedule_steps=400, global_batch_size=16, micro_batch_size=4, precision="fp32"),
+        checkpoint=CheckpointConfig(interval=200, keep=2),
+        eval=EvalConfig(interval=100, batches=4, samples=4, max_new_tokens=16),
+        monitor=MonitorConfig(console_interval=10),
+    )
+
+
+RECIPES = (debug_mm1,)
