@@ -23,6 +23,11 @@ RECOMPUTE: dict[str, dict] = {
 """`parallel.recompute` in megatron-core's words."""
 
 
+NO_INITIALIZATION: dict = {"init_method": lambda _: None, "output_layer_init_method": lambda _: None, "embedding_init_method": lambda _: None}
+"""Modules only allocate; `parallel.initial_weights` sets all weights by global name. (`perform_initialization=False` would not do:
+megatron-core then leaves out the marks that tell cut weights from copies, and gradient norms miss all but one process's.)"""
+
+
 def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> TransformerConfig:
     """The decoder in megatron-core's words."""
     parallel = context.parallel
@@ -52,9 +57,8 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
         bias_activation_fusion=on_te,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        # Weights are set by parallel.initial_weights, by global name; modules only allocate.
-        perform_initialization=False,
         use_cpu_initialization=not context.on_gpu,
+        **NO_INITIALIZATION,
         # -- parallelism
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel,

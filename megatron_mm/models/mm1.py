@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_mm.config import MM1Config, ParallelConfig, VisionConfig
@@ -26,6 +27,7 @@ class MM1Model(MegatronModule):
     def __init__(self, config: MM1Config, context: ChunkContext) -> None:
         transformer_config = decoder_transformer_config(config.decoder, context)
         super().__init__(config=transformer_config)
+        self.model_type = ModelType.encoder_or_decoder  # read by megatron-core's schedules
         self.tokens_per_image = config.connector.num_tokens
         self.blank_image = _fill_colour(config.vision)
         self.image_size = config.vision.image_size

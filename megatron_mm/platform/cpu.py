@@ -195,4 +195,6 @@ def install() -> None:
     random._set_cuda_rng_state = _set_rng_state
     random._get_cuda_rng_state = _get_rng_state
     torch.nn.Parameter.type = _parameter_type  # type: ignore[method-assign]
+    # megatron-core moves a few tensors with .cuda(); without CUDA that can only raise, so it may as well stay where it is.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     _INSTALLED = True

@@ -1,0 +1,76 @@
+"""AdamW for machines without Transformer Engine and apex: torch's fused kernel behind apex's interface.
+
+megatron-core takes FusedAdam from Transformer Engine, else from apex, else torch's AdamW. The first two count steps once for
+each parameter group, torch's once for each parameter, in a tensor. megatron-core's distributed optimizer restores that
+tensor as ONE object shared by all parameters, so after a resume each step counts as many as there are parameters and the
+run silently diverges; and a checkpoint written with one kind of optimizer cannot be read with the other. This class counts
+like the first two, so both problems are gone: the same checkpoints everywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+
+import torch
+
+
+class FusedAdamW(torch.optim.Optimizer):
+    """Adam with bias correction and decoupled weight decay (arXiv 1711.05101); steps are counted in the parameter groups."""
+
+    def __init__(
+        self,
+        params: Iterable,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        assert adam_w_mode, "weight decay is decoupled here"
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            step = torch.tensor(float(group["step"]), device=params[0].device)  # read by the kernel, never written
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [step] * len(params),
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+def install() -> None:
+    """Give megatron-core `FusedAdamW` where it found no FusedAdam of its own; does nothing elsewhere or when called again.
+
+    What upstream lacks: see above. `tests/platform/test_adam.py` fails when upstream no longer needs it.
+    """
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    optimizer.Adam = distributed.Adam = FusedAdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed.HAVE_APEX_OR_TE = True
+    distributed.USING_APEX_OPTIMIZER = True

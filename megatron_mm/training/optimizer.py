@@ -1,0 +1,95 @@
+"""AdamW over the chunks of this process, the learning-rate schedule, and one guarded update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+
+from megatron_mm.config import Experiment, OptimizerConfig
+from megatron_mm.platform import adam
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Norm of the whole gradient before clipping; not finite where the step was skipped."""
+    skipped: bool
+    """The gradient was not finite: no weight changed, on any process."""
+
+
+def learning_rate(step: int, config: OptimizerConfig, *, schedule_steps: int) -> float:
+    """The learning rate of step 1, 2, ...: linear warm-up to the peak, then a cosine to min_lr at schedule_steps, or constant.
+
+    >>> config = OptimizerConfig(peak_lr=1.0, min_lr=0.1, warmup_steps=10)
+    >>> [round(learning_rate(s, config, schedule_steps=110), 3) for s in (1, 10, 60, 110, 500)]
+    [0.1, 1.0, 0.55, 0.1, 0.1]
+    """
+    if step <= config.warmup_steps:
+        return config.peak_lr * step / config.warmup_steps
+    if config.decay == "constant":
+        return config.peak_lr
+    done = min(1.0, (step - config.warmup_steps) / max(1, schedule_steps - config.warmup_steps))
+    return config.min_lr + 0.5 * (config.peak_lr - config.min_lr) * (1.0 + math.cos(math.pi * done))
+
+
+def build_optimizer(experiment: Experiment, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """megatron-core's optimizer: fp32 master weights, sharded over data parallelism where the experiment says so."""
+    adam.install()
+    config = experiment.optimizer
+    low_precision = experiment.train.precision != "fp32"
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.peak_lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.epsilon,
+            clip_grad=config.clip_grad_norm,
+            bf16=low_precision,
+            params_dtype=torch.bfloat16 if low_precision else torch.float32,
+            use_distributed_optimizer=experiment.parallel.distributed_optimizer,
+            overlap_param_gather=model[0].ddp_config.overlap_param_gather,
+        ),
+        model,
+    )
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float, clip_grad_norm: float) -> Update:
+    """Clip and step, or skip the step on all processes alike where the gradient is not finite on any.
+
+    The norm is computed once, over all model- and data-parallel shards; a single NaN or infinity anywhere makes it not finite.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay * group["wd_mult"]
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    grad_norm = float(norm) if norm is not None else 0.0
+    if not _agree(math.isfinite(grad_norm)):
+        return Update(grad_norm=grad_norm, skipped=True)
+    if clip_grad_norm > 0:
+        for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+            parameters = part.get_parameters()
+            if parameters:
+                torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, torch.tensor(grad_norm))
+    optimizer.step_with_ready_grads()
+    return Update(grad_norm=grad_norm, skipped=False)
+
+
+def _agree(finite: bool) -> bool:
+    """Whether every process of the run says so. The norm is the same on all of them unless a machine miscomputes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flag = torch.tensor(float(finite), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())

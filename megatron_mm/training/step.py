@@ -1,0 +1,92 @@
+"""The training step: forward and backward of all micro-batches through megatron-core's pipeline schedule, then the update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_mm.config import Experiment
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.loss import LossFunction, LossTotals, combine_losses, loss_function, micro_batch_iterator
+from megatron_mm.training.optimizer import Update, learning_rate, update
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step computed; the same on every process."""
+
+    losses: LossTotals
+    update: Update
+    lr: float
+
+
+class TrainingStep:
+    """Runs steps on this process's part of the model."""
+
+    def __init__(
+        self, experiment: Experiment, topology: Topology, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, num_sources: int
+    ) -> None:
+        self.experiment = experiment
+        self.topology = topology
+        self.model = model
+        self.optimizer = optimizer
+        self.num_sources = num_sources
+
+    def run(self, micro_batches: list[PackedBatch], *, step: int) -> StepResult:
+        """Train on one global batch, of which this process has `micro_batches`; `step` counts from 1."""
+        config = self.experiment.optimizer
+        lr = learning_rate(step, config, schedule_steps=self.experiment.train.schedule_steps)
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self._pass(micro_batches, forward_only=False)
+        done = update(self.optimizer, lr=lr, weight_decay=config.weight_decay, clip_grad_norm=config.clip_grad_norm)
+        return StepResult(losses=losses, update=done, lr=lr)
+
+    def evaluate(self, micro_batches: list[PackedBatch]) -> LossTotals:
+        """Losses of one global batch without training on it."""
+        with self._evaluation_mode(), torch.no_grad():
+            return self._pass(micro_batches, forward_only=True)
+
+    def _pass(self, micro_batches: list[PackedBatch], *, forward_only: bool) -> LossTotals:
+        device = self.topology.device
+        iterators = [micro_batch_iterator(micro_batches, device) for _ in self.model]
+        reported = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=len(micro_batches),
+            # Packed micro-batches are one row of tokens each: the pipeline carries [tokens, 1, width].
+            seq_length=self.experiment.train.micro_batch_size * self.experiment.data.sequence_length,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return combine_losses(reported, contributes=self.topology.reports_loss, num_sources=self.num_sources, device=device)
+
+    def _forward_step(self, batches: Iterator[PackedBatch], chunk: DistributedDataParallel) -> tuple[torch.Tensor, LossFunction]:
+        batch = next(batches)
+        return chunk(batch), loss_function(batch, num_sources=self.num_sources)
+
+    def _evaluation_mode(self) -> _EvaluationMode:
+        return _EvaluationMode(self.model)
+
+
+class _EvaluationMode:
+    """Chunks in eval mode for a while; recompute and the like are off inside."""
+
+    def __init__(self, model: list[DistributedDataParallel]) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        for chunk in self.model:
+            chunk.eval()
+
+    def __exit__(self, *exc: object) -> None:
+        for chunk in self.model:
+            chunk.train()
