@@ -13,7 +13,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import quick_gelu
+from megatron.core import activations
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -23,25 +23,17 @@ from megatron_mm.config import VisionConfig
 from megatron_mm.models.decoder import NO_INITIALIZATION, RECOMPUTE
 from megatron_mm.models.layers import TorchNorm
 
-VIT_L_14_336 = VisionConfig(
-    image_size=336, patch_size=14, hidden_size=1024, num_layers=24, num_attention_heads=16, ffn_hidden_size=4096
-)
+VIT_L_14_336 = VisionConfig(image_size=336, patch_size=14, hidden_size=1024, num_layers=24, num_attention_heads=16, ffn_hidden_size=4096)
 """OpenAI CLIP ViT-L/14 at 336 px: 24 x 24 patches."""
 
-VIT_H_14_224 = VisionConfig(
-    image_size=224, patch_size=14, hidden_size=1280, num_layers=32, num_attention_heads=16, ffn_hidden_size=5120
-)
+VIT_H_14_224 = VisionConfig(image_size=224, patch_size=14, hidden_size=1280, num_layers=32, num_attention_heads=16, ffn_hidden_size=5120)
 """DFN5B CLIP ViT-H/14 at 224 px: 16 x 16 patches. Quick-GELU, as in OpenAI's models."""
 
-VIT_H_14_378 = VisionConfig(
-    image_size=378, patch_size=14, hidden_size=1280, num_layers=32, num_attention_heads=16, ffn_hidden_size=5120
-)
+VIT_H_14_378 = VisionConfig(image_size=378, patch_size=14, hidden_size=1280, num_layers=32, num_attention_heads=16, ffn_hidden_size=5120)
 """DFN5B CLIP ViT-H/14 at 378 px, MM1's image encoder: 27 x 27 patches, 631,371,520 parameters."""
 
 VIT_TINY = VisionConfig(image_size=32, patch_size=4, hidden_size=64, num_layers=2, num_attention_heads=4, ffn_hidden_size=256)
 """A tower that learns on a CPU: 8 x 8 patches, 107,520 parameters."""
-
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 def vision_transformer_config(config: VisionConfig, *, params_dtype: torch.dtype, recompute: str, on_gpu: bool) -> TransformerConfig:
@@ -54,6 +46,8 @@ def vision_transformer_config(config: VisionConfig, *, params_dtype: torch.dtype
         recompute: as `ParallelConfig.recompute`.
         on_gpu: allocate on the current CUDA device rather than on torch's default device.
     """
+    # Looked up here, not when this module is imported: on a CPU platform.cpu replaces megatron-core's compiled activations.
+    activation_funcs = {"quick_gelu": activations.quick_gelu, "gelu": F.gelu}
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -61,7 +55,7 @@ def vision_transformer_config(config: VisionConfig, *, params_dtype: torch.dtype
         num_attention_heads=config.num_attention_heads,
         normalization="LayerNorm",
         layernorm_epsilon=config.norm_epsilon,
-        activation_func=_ACTIVATIONS[config.activation],
+        activation_func=activation_funcs[config.activation],
         add_bias_linear=True,
         add_qkv_bias=True,
         hidden_dropout=0.0,
