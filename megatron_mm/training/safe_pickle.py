@@ -1,0 +1,104 @@
+"""The two pickles of a distributed checkpoint, checked before megatron-core loads them.
+
+torch's distributed checkpoint describes its tensors in a pickle (`.metadata`), and megatron-core writes what is not a tensor
+as another (`common.pt`). A pickle can call anything it names; these may name nothing but the types that such a description is
+made of. The check unpickles into stand-ins that do nothing, so that not even an allowed type is made.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+_DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2"}
+_STORAGES = {"FloatStorage", "BFloat16Storage", "HalfStorage", "DoubleStorage", "LongStorage", "IntStorage", "ByteStorage", "BoolStorage"}
+
+_ALLOWED: dict[str, set[str]] = {
+    "builtins": {"list", "dict", "set", "tuple", "int", "float", "bool", "str", "slice", "bytearray"},
+    "collections": {"OrderedDict", "defaultdict"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "torch": {"Size", "device", "strided", *_DTYPES, *_STORAGES},
+    "torch.serialization": {"_get_layout"},
+    "torch._utils": {"_rebuild_tensor_v2"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "MEM_FORMAT_ENCODING",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata"},
+    "megatron.core.enums": {"ModelType"},
+    "_codecs": {"encode"},
+}
+"""What a checkpoint's pickles may name."""
+
+
+def check_pickles(folder: Path) -> None:
+    """Raise ValueError that names file and object where a pickle under `folder` names something it has no business to name."""
+    _check(folder / ".metadata", (folder / ".metadata").read_bytes())
+    common = folder / "common.pt"
+    if common.is_file():
+        with zipfile.ZipFile(common) as archive:
+            for name in archive.namelist():
+                if name.endswith(".pkl"):
+                    _check(common, archive.read(name))
+
+
+def _check(path: Path, data: bytes) -> None:
+    try:
+        _NamesOnly(io.BytesIO(data)).load()
+    except _Forbidden as error:
+        raise ValueError(f"checkpoint file {path} names {error}, which loading it would run; this program did not write it: remove it") from None
+    except Exception as error:
+        raise ValueError(f"checkpoint file {path} is damaged ({type(error).__name__}: {error}): restore it or remove the checkpoint") from error
+
+
+class _Forbidden(Exception):
+    pass
+
+
+class _Inert:
+    """Stands for any object: takes every argument, state and item, and does nothing with them."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    def add(self, item: Any) -> None:
+        pass
+
+
+class _NamesOnly(pickle.Unpickler):
+    """An unpickler that only looks at what is named."""
+
+    def find_class(self, module: str, name: str) -> type:
+        if name not in _ALLOWED.get(module, set()):
+            raise _Forbidden(f"{module}.{name}")
+        return _Inert
+
+    def persistent_load(self, pid: Any) -> _Inert:
+        return _Inert()
