@@ -58,6 +58,11 @@ class Topology:
         return self.is_last_stage and self.tensor_rank == 0
 
 
+def world_size() -> int:
+    """Processes of this run, as torchrun says; 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def initialize(parallel: ParallelConfig, *, seed: int) -> Topology:
     """Join the process group that torchrun set up (or make one of a single process) and cut it into megatron-core's groups."""
     cpu.install()

@@ -1,0 +1,72 @@
+"""From an experiment to batches: opens the sources, makes the plan, and starts this process's loader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_mm.config import Experiment
+from megatron_mm.data.index import open_split
+from megatron_mm.data.loader import Loader, RankView, StepBatch
+from megatron_mm.data.plan import Plan, PlanState
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.models import family_of
+from megatron_mm.parallel.topology import Topology
+
+
+def make_plan(experiment: Experiment, *, split: str) -> Plan:
+    """The plan of a split: a pure function of the experiment and the indexes on disk.
+
+    Raises ValueError where the data path, a source or its index is missing or empty.
+    """
+    data = experiment.data
+    names = [name for name, weight in data.mixture.items() if weight > 0]
+    return Plan(
+        open_split(data.path, split, sources=names),
+        weights=[data.mixture[name] for name in names],
+        sequence_length=data.sequence_length,
+        max_images=data.max_images_per_sequence,
+        packing_window=data.packing_window,
+        tokens_per_image=family_of(experiment.model).image_input(experiment.model).tokens,
+        seed=experiment.train.seed,
+        global_batch_size=experiment.train.global_batch_size,
+        micro_batch_size=experiment.train.micro_batch_size,
+    )
+
+
+class TrainingData:
+    """An endless iterator of this process's batches, with a cursor to resume from."""
+
+    def __init__(
+        self, experiment: Experiment, topology: Topology, tokenizer: Tokenizer, *, split: str = "train", cursor: dict[str, Any] | None = None
+    ) -> None:
+        plan = make_plan(experiment, split=split)
+        image = family_of(experiment.model).image_input(experiment.model)
+        self._loader = Loader(
+            plan,
+            tokenizer=tokenizer,
+            data=experiment.data,
+            image_size=image.size,
+            fill=image.fill,
+            view=RankView(
+                data_rank=topology.data_rank,
+                data_size=topology.data_size,
+                tensor_rank=topology.tensor_rank,
+                tensor_size=topology.tensor_size,
+                needs_text=topology.is_first_stage or topology.is_last_stage,
+                needs_pixels=topology.is_first_stage,
+            ),
+            start=PlanState.from_dict(cursor) if cursor is not None else plan.initial_state(),
+            device=topology.device,
+        )
+
+    def __next__(self) -> StepBatch:
+        return next(self._loader)
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        """Where the plan stands after the last batch, as JSON values."""
+        return self._loader.state.to_dict()
+
+    def close(self) -> None:
+        """Stop the loader's threads."""
+        self._loader.close()

@@ -1,0 +1,206 @@
+"""What happens around the steps: metrics, checkpoints, evaluation, stopping on a signal, garbage collection.
+
+Hooks run in the order of `standard_hooks` after every step, on every process; those that talk to other processes do so on all
+of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.data.loader import StepBatch
+from megatron_mm.evaluation.heldout import HeldOut
+from megatron_mm.planning.flops import mfu, peak_tflops, step_flops
+from megatron_mm.training.metrics import StepMetrics
+from megatron_mm.training.monitor import Monitor
+from megatron_mm.training.step import StepResult
+
+if TYPE_CHECKING:
+    from megatron_mm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A finished step, as hooks see it."""
+
+    step: int
+    result: StepResult
+    batch: StepBatch
+    seconds: float
+    """Wall time of the whole step, the wait for data included."""
+    data_seconds: float
+    """Wall time of the wait for data."""
+
+
+class Hook:
+    """Called by the trainer; does nothing by itself."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def after_step(self, record: StepRecord) -> None:
+        """After every optimizer step."""
+
+    def after_training(self) -> None:
+        """Once, when the last step is done or a stop was agreed; not after a failure."""
+
+    def close(self, *, failed: bool) -> None:
+        """Once, whatever happened."""
+
+
+class Metrics(Hook):
+    """metrics.jsonl, console and W&B."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        experiment, topology = trainer.experiment, trainer.topology
+        self.sources = [name for name, weight in experiment.data.mixture.items() if weight > 0]
+        device_name = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
+        self.peak = experiment.monitor.peak_tflops or peak_tflops(device_name, experiment.train.precision)
+        self.monitor = Monitor(
+            experiment, trainer.run_dir, resume_step=trainer.state.step, world_size=topology.world_size, is_main=topology.is_main
+        )
+        self.bad_samples = torch.zeros(len(self.sources), dtype=torch.int64, device=topology.device)
+
+    def after_step(self, record: StepRecord) -> None:
+        trainer, plan, result = self.trainer, record.batch.plan, record.result
+        flops = step_flops(
+            trainer.experiment.model,  # type: ignore[arg-type]
+            num_tokens=plan.num_tokens,
+            sum_squared_lengths=plan.sum_squared_lengths,
+            num_images=plan.num_images,
+        )
+        tflops = flops / record.seconds / trainer.topology.world_size / 1e12
+        self.monitor.log_step(
+            StepMetrics(
+                step=record.step,
+                loss=result.losses.mean,
+                losses=result.losses.by_source(self.sources),
+                grad_norm=result.update.grad_norm,
+                lr=result.lr,
+                tokens=plan.num_tokens,
+                images=plan.num_images,
+                seconds=record.seconds,
+                tokens_per_s=plan.num_tokens / record.seconds,
+                tflops=tflops,
+                mfu=mfu(tflops, self.peak),
+                skipped=result.update.skipped,
+                skipped_steps=trainer.state.skipped_steps,
+                bad_samples=self._bad_samples(record),
+                fill=plan.fill,
+                data_seconds=record.data_seconds,
+            )
+        )
+
+    def _bad_samples(self, record: StepRecord) -> dict[str, int]:
+        """Samples that failed so far by source, over all processes."""
+        bad = torch.tensor([record.batch.bad.get(name, 0) for name in self.sources], device=self.trainer.topology.device)
+        dist.all_reduce(bad)
+        total = self.trainer.state.bad_samples
+        for name, count in zip(self.sources, bad.tolist(), strict=True):
+            total[name] = total.get(name, 0) + count
+        return {name: count for name, count in total.items() if count}
+
+    def close(self, *, failed: bool) -> None:
+        self.monitor.close(exit_code=int(failed))
+
+
+class Evaluation(Hook):
+    """Held-out losses and generated captions every `eval.interval` steps and at the end."""
+
+    def __init__(self, trainer: Trainer, monitor: Monitor) -> None:
+        super().__init__(trainer)
+        self.monitor = monitor
+        self.config = trainer.experiment.eval
+        self.heldout = HeldOut(trainer.experiment, trainer.topology, trainer.tokenizer)
+        self.last_step = trainer.state.step
+
+    def after_step(self, record: StepRecord) -> None:
+        if self.config.interval and record.step % self.config.interval == 0:
+            self._evaluate()
+
+    def after_training(self) -> None:
+        if self.config.interval and self.trainer.state.step > self.last_step:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        step = self.last_step = self.trainer.state.step
+        if self.config.batches:
+            self.monitor.log_eval(step, self.heldout.losses(self.trainer.step))
+        if self.config.samples:
+            self.monitor.log_captions(step, self.heldout.captions(self.trainer.model))
+
+
+class Stopping(Hook):
+    """SIGTERM or SIGUSR1 ends the run after the step in hand, on all processes after the same one, with a checkpoint.
+
+    Slurm sends USR1 some time before the limit. Signals reach processes at different steps, so whether to stop is agreed upon.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.received: str | None = None
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number).name
+
+    def after_step(self, record: StepRecord) -> None:
+        stop = torch.tensor(float(self.received is not None), device=self.trainer.topology.device)
+        dist.all_reduce(stop, op=dist.ReduceOp.MAX)
+        if stop.item():
+            self.trainer.should_stop = True
+            if self.trainer.topology.is_main:
+                logger.warning("stopping after step %d on %s; start the same command again to go on", record.step, self.received or "a signal")
+
+    def close(self, *, failed: bool) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+class Checkpoints(Hook):
+    """A checkpoint every `checkpoint.interval` steps and at the end."""
+
+    def after_step(self, record: StepRecord) -> None:
+        self.trainer.checkpointer.poll()
+        if record.step % self.trainer.experiment.checkpoint.interval == 0:
+            self.trainer.checkpointer.save(self.trainer.state)
+
+    def after_training(self) -> None:
+        self.trainer.checkpointer.save(self.trainer.state)
+        self.trainer.checkpointer.finish()
+
+
+class GarbageCollection(Hook):
+    """Collects on all processes at the same steps: a process that pauses alone makes all others wait for it."""
+
+    INTERVAL = 100
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        gc.collect()
+        gc.disable()
+
+    def after_step(self, record: StepRecord) -> None:
+        if record.step % self.INTERVAL == 0:
+            gc.collect()
+
+    def close(self, *, failed: bool) -> None:
+        gc.enable()
+
+
+def standard_hooks(trainer: Trainer) -> list[Hook]:
+    """The hooks of every run, in the order in which they see a step: a stop is known before a checkpoint is due."""
+    metrics = Metrics(trainer)
+    return [metrics, Stopping(trainer), Evaluation(trainer, metrics.monitor), Checkpoints(trainer), GarbageCollection(trainer)]
