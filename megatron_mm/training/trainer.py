@@ -11,7 +11,6 @@ import torch
 from megatron_mm.config import Experiment
 from megatron_mm.data.pipeline import TrainingData
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.models import family_of
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.build import build_model
 from megatron_mm.training.checkpoint import Checkpointer, TrainState
@@ -79,13 +78,3 @@ class Trainer:
             step=state.step, result=result, batch=batch, seconds=time.perf_counter() - began, data_seconds=waited
         )
 
-
-def train(experiment: Experiment, run_dir: Path) -> TrainState:
-    """Start a run, or go on with it where run_dir has a checkpoint, and leave the process groups at the end."""
-    world_size = topologies.world_size()
-    family_of(experiment.model).check_layout(experiment.model, experiment.parallel, world_size)
-    experiment.num_micro_batches(experiment.parallel.data_parallel_size(world_size))
-    try:
-        return Trainer(experiment, run_dir).fit()
-    finally:
-        topologies.shutdown()

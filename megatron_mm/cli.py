@@ -1,0 +1,163 @@
+"""The command line: `megatron-mm COMMAND` (or `python -m megatron_mm COMMAND`).
+
+    train RECIPE      train a recipe; every field is an option (--train.steps 100); --dry-run shows what would run
+    prepare demo      make a small data set of drawn scenes
+    prepare index     read every sample of a data set once and index it
+    prepare tokenizer train a SentencePiece tokenizer on a data set's texts
+    convert to-hf     write a checkpoint as a Hugging Face model
+    doctor            what this machine has, and what falls back to what
+
+A user's mistake is one line on standard error and exit code 2. Heavy imports wait for the command that needs them, so that
+`--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_mm import __version__
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; returns on success, exits with 2 on a user's mistake."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    known, rest = parser.parse_known_args(arguments)
+    if rest and known.run is not _train:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    _configure_logging()
+    try:
+        known.run(known, rest)
+    except (ValueError, FileNotFoundError) as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Print a user's mistake once and leave.
+
+    All processes of a run usually find the same mistake: the others wait, so that the first one speaks for them and torchrun
+    ends them; a mistake that only another process finds is still printed.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(3)
+    print(f"megatron-mm: error: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    logger.debug("where the error came from", exc_info=error)
+    sys.stdout.flush()
+    os._exit(2)  # not sys.exit: clean-up could wait for processes that never answer
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-mm", description="Pre-train multimodal language models with tensor, pipeline, expert and data parallelism."
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-mm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a recipe", add_help=False)
+    train.add_argument("recipe", nargs="?", help="name of a recipe")
+    train.add_argument("-h", "--help", action="store_true")
+    train.set_defaults(run=_train)
+
+    prepare = commands.add_parser("prepare", help="make, index or tokenize data").add_subparsers(required=True, metavar="WHAT")
+    demo = prepare.add_parser("demo", help="make a small data set of drawn scenes, its tokenizer and its index")
+    demo.add_argument("--out", type=Path, required=True, help="directory to write")
+    demo.add_argument("--samples", type=int, default=2000, help="training samples (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: %(default)s)")
+    demo.set_defaults(run=_prepare_demo)
+    index = prepare.add_parser("index", help="read every sample once: validity, token counts, image sizes")
+    index.add_argument("path", type=Path, help="data set (with split folders), one split, or one source folder")
+    index.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: PATH/tokenizer.model)")
+    index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    index.set_defaults(run=_prepare_index)
+    tokenizer = prepare.add_parser("tokenizer", help="train a SentencePiece tokenizer on the texts of a data set")
+    tokenizer.add_argument("path", type=Path, help="data set")
+    tokenizer.add_argument("--out", type=Path, help="model to write (default: PATH/tokenizer.model)")
+    tokenizer.add_argument("--vocab-size", type=int, default=49152, help="tokens, special ones included (default: %(default)s)")
+    tokenizer.set_defaults(run=_prepare_tokenizer)
+
+    convert = commands.add_parser("convert", help="convert checkpoints").add_subparsers(required=True, metavar="DIRECTION")
+    to_hf = convert.add_parser("to-hf", help="write a checkpoint as a Hugging Face model")
+    to_hf.add_argument("checkpoint", type=Path, help="RUN_DIR/checkpoints/step_..., or RUN_DIR for its newest")
+    to_hf.add_argument("out", type=Path, help="directory to write")
+    to_hf.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="(default: %(default)s)")
+    to_hf.add_argument("--shard-size", default="5GB", help="largest safetensors file (default: %(default)s)")
+    to_hf.set_defaults(run=_convert_to_hf)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, and what falls back to what")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _configure_logging() -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    prefix = f"[rank {rank}] " if rank else ""
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {prefix}%(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megatron_mm").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed|apex")
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")
+
+
+def _train(known: argparse.Namespace, rest: list[str]) -> None:
+    from megatron_mm.recipes import RECIPES, get_recipe
+
+    if known.recipe is None:
+        print(f"usage: megatron-mm train RECIPE --run-dir DIR --data.path DIR [--group.field VALUE ...] [--dry-run]\n\nrecipes: {', '.join(RECIPES)}")
+        print("\n`megatron-mm train RECIPE --help` lists every field with the recipe's value.")
+        if not known.help:
+            raise ValueError("no recipe given")
+        return
+    from megatron_mm.commands import parse_train_arguments
+
+    options = parse_train_arguments(get_recipe(known.recipe), [*rest, *(["--help"] if known.help else [])])
+    if options.dry_run:
+        from megatron_mm.dry_run import describe
+
+        for line in describe(options.experiment):
+            print(line)
+        return
+    if options.run_dir is None:
+        raise ValueError("no run directory given: add --run-dir DIR")
+    from megatron_mm.training.run import start
+
+    start(options.experiment, options.run_dir)
+
+
+def _prepare_demo(known: argparse.Namespace, rest: list[str]) -> None:
+    from megatron_mm.data.demo import prepare_demo
+
+    print(prepare_demo(known.out, samples=known.samples, seed=known.seed))
+
+
+def _prepare_index(known: argparse.Namespace, rest: list[str]) -> None:
+    from megatron_mm.data.prepare import prepare_index
+
+    print(prepare_index(known.path, tokenizer=known.tokenizer, workers=known.workers))
+
+
+def _prepare_tokenizer(known: argparse.Namespace, rest: list[str]) -> None:
+    from megatron_mm.data.prepare import prepare_tokenizer
+
+    print(prepare_tokenizer(known.path, out=known.out or known.path / "tokenizer.model", vocab_size=known.vocab_size))
+
+
+def _convert_to_hf(known: argparse.Namespace, rest: list[str]) -> None:
+    from megatron_mm.conversion.to_hf import convert_to_hf
+
+    convert_to_hf(known.checkpoint, known.out, dtype=known.dtype, shard_size=known.shard_size)
+
+
+def _doctor(known: argparse.Namespace, rest: list[str]) -> None:
+    from megatron_mm.doctor import report
+
+    print(report())

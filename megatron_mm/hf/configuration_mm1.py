@@ -1,0 +1,50 @@
+"""Configuration of an MM1 checkpoint for Hugging Face transformers. Part of the checkpoint: imports transformers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CLIPVisionConfig, LlamaConfig, PretrainedConfig
+
+
+class MM1Config(PretrainedConfig):
+    """A CLIP vision tower, a connector and a Llama-like decoder.
+
+    Args:
+        vision_config: of the tower, as a `CLIPVisionConfig` or its fields.
+        text_config: of the decoder, as a `LlamaConfig` or its fields.
+        connector_config: `kind` (average, attention or c_abstractor), `num_tokens` (of one image), `hidden_size`, `depth`,
+            `num_attention_heads`.
+        image_token_id: the token whose embeddings image features replace; `num_tokens` of them in a row for each image.
+        tie_word_embeddings: use the embedding table as the output layer.
+    """
+
+    model_type = "mm1"
+    sub_configs = {"vision_config": CLIPVisionConfig, "text_config": LlamaConfig}  # noqa: RUF012 - transformers asks for a dict
+
+    def __init__(
+        self,
+        vision_config: CLIPVisionConfig | dict[str, Any] | None = None,
+        text_config: LlamaConfig | dict[str, Any] | None = None,
+        connector_config: dict[str, Any] | None = None,
+        image_token_id: int = 4,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vision_config = _made(CLIPVisionConfig, vision_config)
+        self.text_config = _made(LlamaConfig, text_config)
+        self.connector_config = {**_CONNECTOR_DEFAULTS, **(connector_config or {})}
+        self.image_token_id = image_token_id
+        # Generation and loss read it from the decoder's config, loading from this one.
+        self.text_config.tie_word_embeddings = tie_word_embeddings
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+
+
+_CONNECTOR_DEFAULTS = {"kind": "c_abstractor", "num_tokens": 144, "hidden_size": 1024, "depth": 3, "num_attention_heads": 16}
+
+
+def _made(kind: type, config: Any) -> Any:
+    if isinstance(config, kind):
+        return config
+    return kind(**{key: value for key, value in (config or {}).items() if key != "model_type"})

@@ -1,0 +1,260 @@
+"""MM1 (arXiv 2403.09611) for Hugging Face transformers. Part of the checkpoint: imports torch and transformers alone.
+
+Image -> CLIP tower (final LayerNorm on all patches, class token dropped) -> connector -> image tokens in the decoder's
+sequence. A prompt is `<s>`, then for each image its image tokens, and text, as in the training documents; `MM1Processor`
+writes it.
+
+Shape legend: b sequences, s tokens, n images, g patches along one side, p = g * g patches, v tower width, k tokens of an
+image, c inner width of the connector, h decoder width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, LlamaModel, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_mm1 import MM1Config
+
+try:  # before transformers 5 the tower is a class of its own, with the same parameter names
+    from transformers.models.clip.modeling_clip import CLIPVisionTransformer as VisionTower
+except ImportError:
+    from transformers import CLIPVisionModel as VisionTower
+
+
+class MM1PreTrainedModel(PreTrainedModel):
+    config_class = MM1Config
+    base_model_prefix = ""
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer", "MM1RegBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = "past_key_values"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MM1CAbstractor):
+            nn.init.normal_(module.position_embedding, std=0.02)
+        elif isinstance(module, MM1AttentionConnector):
+            nn.init.normal_(module.queries, std=0.02)
+
+
+class MM1AverageConnector(nn.Module):
+    """Average pooling to a square grid, then a linear layer."""
+
+    def __init__(self, config: MM1Config) -> None:
+        super().__init__()
+        self.side = math.isqrt(config.connector_config["num_tokens"])
+        self.output = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[n, p, v] -> [n, k, h]."""
+        return self.output(_pool(_to_grid(features), self.side).flatten(1, 2))
+
+
+class MM1AttentionConnector(nn.Module):
+    """Learned queries that attend to the patches, then a linear layer."""
+
+    def __init__(self, config: MM1Config) -> None:
+        super().__init__()
+        connector, vision_size = config.connector_config, config.vision_config.hidden_size
+        width = connector["hidden_size"]
+        self.num_heads = connector["num_attention_heads"]
+        self.queries = nn.Parameter(torch.zeros(connector["num_tokens"], width))
+        self.query_norm = nn.LayerNorm(width)
+        self.feature_norm = nn.LayerNorm(vision_size)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(vision_size, width, bias=False)
+        self.value = nn.Linear(vision_size, width, bias=False)
+        self.projection = nn.Linear(width, width)
+        self.output = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[n, p, v] -> [n, k, h]."""
+        features = self.feature_norm(features)
+        query = self.query(self.query_norm(self.queries)).expand(features.shape[0], -1, -1)
+        query, key, value = (
+            x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, self.key(features), self.value(features))
+        )
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return self.output(self.queries + self.projection(attended))
+
+
+class MM1RegBlock(nn.Module):
+    """RegNet's bottleneck block with squeeze-and-excitation, channels last: [n, g, g, input] -> [n, g, g, output]."""
+
+    def __init__(self, input_size: int, output_size: int) -> None:
+        super().__init__()
+        squeezed_size = round(input_size / 4)
+        self.enter = nn.Linear(input_size, output_size, bias=False)
+        self.enter_norm = nn.LayerNorm(output_size)
+        self.depthwise = nn.Conv2d(output_size, output_size, 3, padding=1, groups=output_size, bias=False)
+        self.depthwise_norm = nn.LayerNorm(output_size)
+        self.squeeze = nn.Linear(output_size, squeezed_size)
+        self.excite = nn.Linear(squeezed_size, output_size)
+        self.leave = nn.Linear(output_size, output_size, bias=False)
+        self.leave_norm = nn.LayerNorm(output_size)
+        widens = input_size != output_size
+        self.shortcut = nn.Linear(input_size, output_size, bias=False) if widens else nn.Identity()
+        self.shortcut_norm = nn.LayerNorm(output_size) if widens else nn.Identity()
+
+    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        x = F.silu(self.enter_norm(self.enter(grid)))
+        x = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = F.silu(self.depthwise_norm(x))
+        gate = self.excite(F.silu(self.squeeze(x.mean(dim=(1, 2), keepdim=True))))
+        x = self.leave_norm(self.leave(x * gate.sigmoid()))
+        return F.silu(x + self.shortcut_norm(self.shortcut(grid)))
+
+
+class MM1CAbstractor(nn.Module):
+    """Honeybee's C-Abstractor (arXiv 2312.06742): convolutions before and after pooling to a square grid."""
+
+    def __init__(self, config: MM1Config) -> None:
+        super().__init__()
+        connector, vision = config.connector_config, config.vision_config
+        width, depth, output_size = connector["hidden_size"], connector["depth"], config.text_config.hidden_size
+        num_patches = (vision.image_size // vision.patch_size) ** 2
+        self.side = math.isqrt(connector["num_tokens"])
+        self.position_embedding = nn.Parameter(torch.zeros(num_patches, vision.hidden_size))
+        sizes = [vision.hidden_size] + [width] * (depth - 1)
+        self.before = nn.Sequential(*(MM1RegBlock(size, width) for size in sizes))
+        self.after = nn.Sequential(*(MM1RegBlock(width, width) for _ in range(depth)))
+        self.hidden = nn.Linear(width, output_size)
+        self.output = nn.Linear(output_size, output_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[n, p, v] -> [n, k, h]."""
+        grid = self.before(_to_grid(features + self.position_embedding))
+        tokens = self.after(_pool(grid, self.side)).flatten(1, 2)
+        return self.output(F.silu(self.hidden(tokens)))
+
+
+def _to_grid(features: torch.Tensor) -> torch.Tensor:
+    side = math.isqrt(features.shape[1])
+    return features.unflatten(1, (side, side))
+
+
+def _pool(grid: torch.Tensor, side: int) -> torch.Tensor:
+    """[n, g, g, c] -> [n, side, side, c]."""
+    return F.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
+
+
+CONNECTORS = {"average": MM1AverageConnector, "attention": MM1AttentionConnector, "c_abstractor": MM1CAbstractor}
+
+
+class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
+    """MM1 with its language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MM1Config) -> None:
+        super().__init__(config)
+        self.vision = VisionTower(config.vision_config)
+        self.connector = CONNECTORS[config.connector_config["kind"]](config)
+        self.language_model = LlamaModel(config.text_config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Image tokens: normalised pixels [n, 3, H, W] -> [n, k, h]."""
+        hidden = self.vision(pixel_values).last_hidden_state  # before the final norm, class token first
+        return self.connector(self.vision.post_layernorm(hidden)[:, 1:])
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where labels are given.
+
+        Args:
+            input_ids: [b, s], `num_tokens` image tokens in a row for each image.
+            pixel_values: normalised, as `MM1Processor` gives them: [b, max images of a sequence, 3, H, W], each sequence's
+                own images first; or [n, 3, H, W], the images of all sequences in order.
+            labels: [b, s], -100 where nothing is to be predicted; not shifted.
+        """
+        kwargs.pop("return_dict", None)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if pixel_values is not None:
+                inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values)
+        elif pixel_values is not None:
+            raise ValueError("pixel_values need input_ids to say where the images stand: give input_ids, not inputs_embeds")
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _with_images(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Token embeddings [b, s, h] with image features in the places of image tokens."""
+        is_image = input_ids == self.config.image_token_id
+        tokens_per_image = self.config.connector_config["num_tokens"]
+        if pixel_values.ndim == 5:  # rows of images, the shorter ones padded
+            num_images = is_image.sum(dim=1) // tokens_per_image
+            present = torch.arange(pixel_values.shape[1], device=num_images.device) < num_images[:, None]
+            pixel_values = pixel_values[present.to(pixel_values.device)]
+        if is_image.sum() != pixel_values.shape[0] * tokens_per_image:
+            raise ValueError(
+                f"input_ids hold {int(is_image.sum())} image tokens, but {pixel_values.shape[0]} images of {tokens_per_image} tokens "
+                "are given: write <image> once for each image and let MM1Processor expand it"
+            )
+        features = self.get_image_features(pixel_values.to(device=self.vision.device, dtype=self.vision.dtype))
+        return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.device, inputs_embeds.dtype))
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Pixels go with the step whose tokens hold image tokens: the first one, or every one without a cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        step_ids = inputs.get("input_ids")
+        if inputs.get("pixel_values") is not None and (step_ids is None or not (step_ids == self.config.image_token_id).any()):
+            inputs["pixel_values"] = None
+        return inputs

@@ -1,0 +1,79 @@
+"""Start a run in a run directory, or go on with the one that is there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from megatron_mm.config import Experiment, load_experiment, save_experiment
+from megatron_mm.data.pipeline import make_plan
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.models import family_of
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.training.checkpoint import TrainState, check_same_model, completed_checkpoints
+from megatron_mm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+
+
+def start(experiment: Experiment, run_dir: Path) -> TrainState:
+    """Train an experiment; returns where the run stands at the end.
+
+    Raises ValueError, before processes meet, where layout, batch, data or an earlier run in run_dir does not fit.
+    """
+    check(experiment, run_dir)
+    if int(os.environ.get("RANK", "0")) == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _warn_of_changes(experiment, run_dir / CONFIG_FILE)
+        save_experiment(experiment, run_dir / CONFIG_FILE)
+    try:
+        return Trainer(experiment, run_dir).fit()
+    finally:
+        topologies.shutdown()
+
+
+def check(experiment: Experiment, run_dir: Path) -> None:
+    """Everything that can be found wrong without other processes. Raises ValueError that names the thing and the fix."""
+    world_size = topologies.world_size()
+    family_of(experiment.model).check_layout(experiment.model, experiment.parallel, world_size)
+    micro_batches = experiment.num_micro_batches(experiment.parallel.data_parallel_size(world_size))
+    parallel = experiment.parallel
+    if parallel.virtual > 1 and micro_batches % parallel.pipeline:
+        raise ValueError(
+            f"the interleaved schedule needs micro-batches in multiples of parallel.pipeline {parallel.pipeline}, but a step has "
+            f"{micro_batches} on each process: change train.global_batch_size or train.micro_batch_size"
+        )
+    tokens = experiment.train.micro_batch_size * experiment.data.sequence_length
+    if parallel.sequence_parallel and tokens % parallel.tensor:
+        raise ValueError(f"sequence parallelism cuts the {tokens} tokens of a micro-batch into {parallel.tensor} equal parts: change data.sequence_length")
+    tokenizer = Tokenizer.open(experiment.data.tokenizer_path)
+    rows = experiment.model.decoder.vocab_size  # type: ignore[attr-defined]
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
+            "raise it, or use a smaller tokenizer"
+        )
+    make_plan(experiment, split="train")
+    for checkpoint in completed_checkpoints(run_dir)[-1:]:
+        check_same_model(experiment, checkpoint)
+
+
+def _warn_of_changes(experiment: Experiment, path: Path) -> None:
+    """Say what a resume changes about the order of the samples, which it may, but rarely means to."""
+    if not path.is_file():
+        return
+    before = load_experiment(path)
+    watched = {
+        "train.seed": (before.train.seed, experiment.train.seed),
+        "train.global_batch_size": (before.train.global_batch_size, experiment.train.global_batch_size),
+        "data.mixture": (before.data.mixture, experiment.data.mixture),
+        "data.sequence_length": (before.data.sequence_length, experiment.data.sequence_length),
+        "data.packing_window": (before.data.packing_window, experiment.data.packing_window),
+        "train.schedule_steps": (before.train.schedule_steps, experiment.train.schedule_steps),
+    }
+    for name, (old, new) in watched.items():
+        if old != new:
+            logger.warning("this run had %s %s and goes on with %s: samples or learning rates differ from here on", name, old, new)
