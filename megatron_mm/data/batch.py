@@ -62,4 +62,4 @@ class PackedBatch:
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor) and not f.name.startswith("image_")
         }
-        return replace(self, **moved)
+        return replace(self, **moved)  # type: ignore[arg-type]

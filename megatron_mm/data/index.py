@@ -129,5 +129,7 @@ def open_split(root: Path, split: str, *, sources: list[str]) -> list[SourceInde
     indexes = [open_index(folder / name) for name in sources]
     for index in indexes:
         if len(index) == 0:
-            raise ValueError(f"source {index.root} has no usable sample (rejected: {index.rejected}): add data or drop it from data.mixture")
+            raise ValueError(
+                f"source {index.root} has no usable sample (rejected: {index.rejected}): add data or drop it from data.mixture"
+            )
     return indexes

@@ -37,7 +37,13 @@ class TrainingData:
     """An endless iterator of this process's batches, with a cursor to resume from."""
 
     def __init__(
-        self, experiment: Experiment, topology: Topology, tokenizer: Tokenizer, *, split: str = "train", cursor: dict[str, Any] | None = None
+        self,
+        experiment: Experiment,
+        topology: Topology,
+        tokenizer: Tokenizer,
+        *,
+        split: str = "train",
+        cursor: dict[str, Any] | None = None,
     ) -> None:
         plan = make_plan(experiment, split=split)
         image = family_of(experiment.model).image_input(experiment.model)

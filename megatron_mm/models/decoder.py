@@ -23,7 +23,11 @@ RECOMPUTE: dict[str, dict] = {
 """`parallel.recompute` in megatron-core's words."""
 
 
-NO_INITIALIZATION: dict = {"init_method": lambda _: None, "output_layer_init_method": lambda _: None, "embedding_init_method": lambda _: None}
+NO_INITIALIZATION: dict = {
+    "init_method": lambda _: None,
+    "output_layer_init_method": lambda _: None,
+    "embedding_init_method": lambda _: None,
+}
 """Modules only allocate; `parallel.initial_weights` sets all weights by global name. (`perform_initialization=False` would not do:
 megatron-core then leaves out the marks that tell cut weights from copies, and gradient norms miss all but one process's.)"""
 
@@ -120,6 +124,4 @@ def check_decoder_layout(config: DecoderConfig, parallel: ParallelConfig, world_
     for name, count in counts.items():
         if count % parallel.tensor:
             allowed = [d for d in (1, 2, 4, 8, 16, 32) if all(c % d == 0 for c in counts.values())]
-            raise ValueError(
-                f"parallel.tensor {parallel.tensor} does not divide the decoder's {count} {name}: use one of {allowed}"
-            )
+            raise ValueError(f"parallel.tensor {parallel.tensor} does not divide the decoder's {count} {name}: use one of {allowed}")

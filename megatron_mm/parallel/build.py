@@ -51,9 +51,7 @@ def build_chunks(experiment: Experiment, topology: Topology) -> list[MegatronMod
             sequence_length=experiment.data.sequence_length,
             stage=virtual_stage * parallel.pipeline + topology.pipeline_rank,
             encoder_groups=single_process_groups(),
-            sharing=TensorParallelImages(
-                parallel_state.get_tensor_model_parallel_group(), sequence_parallel=parallel.sequence_parallel
-            ),
+            sharing=TensorParallelImages(parallel_state.get_tensor_model_parallel_group(), sequence_parallel=parallel.sequence_parallel),
         )
         with torch.device(topology.device):
             chunks.append(family.build(experiment.model, context))
@@ -66,7 +64,9 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
     chunks = build_chunks(experiment, topology)
     initialize_weights(chunks, seed=experiment.train.seed)
     on_gpu = topology.device.type == "cuda"
-    gather_early = parallel.overlap_param_gather and parallel.distributed_optimizer and on_gpu and (parallel.pipeline == 1 or parallel.virtual > 1)
+    gather_early = (
+        parallel.overlap_param_gather and parallel.distributed_optimizer and on_gpu and (parallel.pipeline == 1 or parallel.virtual > 1)
+    )
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,

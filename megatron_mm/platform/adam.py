@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -66,8 +67,8 @@ def install() -> None:
 
     What upstream lacks: see above. `tests/platform/test_adam.py` fails when upstream no longer needs it.
     """
-    optimizer = importlib.import_module("megatron.core.optimizer")
-    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer: Any = importlib.import_module("megatron.core.optimizer")
+    distributed: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return
     optimizer.Adam = distributed.Adam = FusedAdamW

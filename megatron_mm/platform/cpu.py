@@ -191,10 +191,10 @@ def install() -> None:
             _run_eagerly(module)
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = view  # type: ignore[attr-defined]
-    random = sys.modules["megatron.core.tensor_parallel.random"]
+    random: Any = sys.modules["megatron.core.tensor_parallel.random"]
     random._set_cuda_rng_state = _set_rng_state
     random._get_cuda_rng_state = _get_rng_state
-    torch.nn.Parameter.type = _parameter_type  # type: ignore[method-assign]
+    torch.nn.Parameter.type = _parameter_type  # type: ignore[method-assign, assignment]
     # megatron-core moves a few tensors with .cuda(); without CUDA that can only raise, so it may as well stay where it is.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     _INSTALLED = True

@@ -51,7 +51,13 @@ def non_embedding_parameters(decoder: DecoderConfig) -> int:
 
 
 def _pretraining(
-    recipe: str, *, decoder: DecoderConfig, vision: VisionConfig, connector: ConnectorConfig, parallel: ParallelConfig, micro_batch_size: int
+    recipe: str,
+    *,
+    decoder: DecoderConfig,
+    vision: VisionConfig,
+    connector: ConnectorConfig,
+    parallel: ParallelConfig,
+    micro_batch_size: int,
 ) -> Experiment:
     """What all MM1 runs have in common."""
     peak_lr = peak_learning_rate(non_embedding_parameters(decoder))

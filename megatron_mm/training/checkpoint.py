@@ -132,7 +132,9 @@ class Checkpointer:
         late = torch.tensor(float(time.monotonic() - self.started_at > 60 * self.config.timeout_minutes), device=self.topology.device)
         dist.all_reduce(late, op=dist.ReduceOp.MAX)
         if late.item() and self.queue.get_num_unfinalized_calls():
-            logger.error("the checkpoint of step %s was not written within %s minutes and is given up", self.saved_step, self.config.timeout_minutes)
+            logger.error(
+                "the checkpoint of step %s was not written within %s minutes and is given up", self.saved_step, self.config.timeout_minutes
+            )
             for call in self.queue.async_calls:
                 call.async_caller.close(abort=True)
             self.queue = AsyncCallsQueue(persistent=False)

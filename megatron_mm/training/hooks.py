@@ -162,7 +162,9 @@ class Stopping(Hook):
         if stop.item():
             self.trainer.should_stop = True
             if self.trainer.topology.is_main:
-                logger.warning("stopping after step %d on %s; start the same command again to go on", record.step, self.received or "a signal")
+                logger.warning(
+                    "stopping after step %d on %s; start the same command again to go on", record.step, self.received or "a signal"
+                )
 
     def close(self, *, failed: bool) -> None:
         for number, handler in self.previous.items():

@@ -58,9 +58,13 @@ def _check(path: Path, data: bytes) -> None:
     try:
         _NamesOnly(io.BytesIO(data)).load()
     except _Forbidden as error:
-        raise ValueError(f"checkpoint file {path} names {error}, which loading it would run; this program did not write it: remove it") from None
+        raise ValueError(
+            f"checkpoint file {path} names {error}, which loading it would run; this program did not write it: remove it"
+        ) from None
     except Exception as error:
-        raise ValueError(f"checkpoint file {path} is damaged ({type(error).__name__}: {error}): restore it or remove the checkpoint") from error
+        raise ValueError(
+            f"checkpoint file {path} is damaged ({type(error).__name__}: {error}): restore it or remove the checkpoint"
+        ) from error
 
 
 class _Forbidden(Exception):

@@ -30,7 +30,13 @@ class TrainingStep:
     """Runs steps on this process's part of the model."""
 
     def __init__(
-        self, experiment: Experiment, topology: Topology, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, num_sources: int
+        self,
+        experiment: Experiment,
+        topology: Topology,
+        model: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        *,
+        num_sources: int,
     ) -> None:
         self.experiment = experiment
         self.topology = topology

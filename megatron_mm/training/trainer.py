@@ -74,7 +74,4 @@ class Trainer:
         state.tokens += batch.plan.num_tokens
         state.images += batch.plan.num_images
         state.skipped_steps += result.update.skipped
-        return StepRecord(
-            step=state.step, result=result, batch=batch, seconds=time.perf_counter() - began, data_seconds=waited
-        )
-
+        return StepRecord(step=state.step, result=result, batch=batch, seconds=time.perf_counter() - began, data_seconds=waited)
