@@ -55,7 +55,7 @@ def _take_mixture(recipe: Experiment, arguments: list[str]) -> tuple[Experiment,
     end = next((i for i in range(begin + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
     mixture = {}
     for entry in arguments[begin + 1 : end]:
-        name, equals, weight = entry.partition("=")
+        name, _, weight = entry.partition("=")
         try:
             mixture[name] = float(weight)
         except ValueError:

@@ -22,9 +22,8 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: torch.Tensor 
     megatron_finalize(model, num_tokens, **kwargs)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() > 1:
-        for bucket in _buckets(
-            p.main_grad for chunk in model for p in chunk.parameters() if getattr(p, "encodes_shares", False) and p.requires_grad
-        ):
+        encoder = (p for chunk in model for p in chunk.parameters() if getattr(p, "encodes_shares", False) and p.requires_grad)
+        for bucket in _buckets(p.main_grad for p in encoder):  # type: ignore[attr-defined]
             flat = torch.cat([grad.flatten() for grad in bucket])
             dist.all_reduce(flat, group=group)
             for grad, summed in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):

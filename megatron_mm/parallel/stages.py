@@ -25,7 +25,8 @@ def layers_per_stage(parallel: ParallelConfig, *, num_layers: int) -> tuple[int,
     if parallel.stage_layers is not None:
         if sum(parallel.stage_layers) != num_layers:
             raise ValueError(
-                f"parallel.stage_layers {parallel.stage_layers} add up to {sum(parallel.stage_layers)} layers, but the decoder has {num_layers}"
+                f"parallel.stage_layers {parallel.stage_layers} add up to {sum(parallel.stage_layers)} layers, "
+                f"but the decoder has {num_layers}"
             )
         return parallel.stage_layers
     base, left = divmod(num_layers, stages)

@@ -259,7 +259,7 @@ def check_same_model(experiment: Experiment, checkpoint: Path) -> None:
         )
     if experiment.parallel.distributed_optimizer != saved.parallel.distributed_optimizer:
         raise ValueError(
-            f"checkpoint {checkpoint} was written with parallel.distributed_optimizer {saved.parallel.distributed_optimizer}: use the same here"
+            f"checkpoint {checkpoint} has parallel.distributed_optimizer {saved.parallel.distributed_optimizer}: use the same here"
         )
 
 

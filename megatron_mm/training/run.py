@@ -49,7 +49,7 @@ def check(experiment: Experiment, run_dir: Path) -> None:
     tokens = experiment.train.micro_batch_size * experiment.data.sequence_length
     if parallel.sequence_parallel and tokens % parallel.tensor:
         raise ValueError(
-            f"sequence parallelism cuts the {tokens} tokens of a micro-batch into {parallel.tensor} equal parts: change data.sequence_length"
+            f"sequence parallelism cuts the {tokens} tokens of a micro-batch into {parallel.tensor} parts: change data.sequence_length"
         )
     tokenizer = Tokenizer.open(experiment.data.tokenizer_path)
     rows = experiment.model.decoder.vocab_size  # type: ignore[attr-defined]
