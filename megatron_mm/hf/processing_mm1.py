@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_processing_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import to_pil_image
 from transformers.processing_utils import ProcessorMixin
 

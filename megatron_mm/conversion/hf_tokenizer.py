@@ -1,0 +1,118 @@
+"""A SentencePiece model -> tokenizer.json, the same ids under plain transformers.
+
+transformers has converters of its own, but which of them runs, and whether it keeps the model's treatment of spaces,
+depends on its version and on the files beside the model. A tokenizer.json says everything itself.
+
+Worked example: SentencePiece with a dummy prefix turns "a red ball" into "▁a▁red▁ball" and merges the pair of neighbouring
+pieces whose union has the best score until none is in the vocabulary. Here a normalizer does the first, and a list of merges
+in the order of the scores the second. Text between special tokens is normalised by itself, as the training documents' texts
+are: `<image>a red ball` is the image token and then the ids of "a red ball".
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+
+_SPACE = "▁"
+_SPM: Any = sentencepiece_model_pb2  # generated at import time, so without types
+
+
+def convert_tokenizer(model: Path, *, pad_id: int, bos_id: int, eos_id: int, image_id: int) -> Tokenizer:
+    """The SentencePiece BPE model at `model` with the stack's special tokens.
+
+    Args:
+        pad_id, bos_id, eos_id, image_id: ids of `<pad>`, `<s>`, `</s>`, `<image>`; what the model lacks comes after its pieces.
+
+    Raises ValueError where the model is not BPE with byte fallback or its treatment of spaces has no counterpart.
+    """
+    proto = _SPM.ModelProto()
+    proto.ParseFromString(model.read_bytes())
+    _check_model(model, proto)
+    kinds = _SPM.ModelProto.SentencePiece
+    pieces = [piece.piece for piece in proto.pieces]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab, merges=_merges(vocab, scores), unk_token=pieces[proto.trainer_spec.unk_id], fuse_unk=True, byte_fallback=True
+        )
+    )
+    tokenizer.normalizer = _normalizer(proto.normalizer_spec)
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    prefix = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence(steps + prefix)
+    special = {"<pad>": pad_id, "<image>": image_id}
+    own = [piece.piece for piece in proto.pieces if piece.type in (kinds.UNKNOWN, kinds.CONTROL)]
+    named = sorted({*own, *special}, key=lambda piece: vocab.get(piece, special.get(piece, 0)))
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in named])
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED and piece.piece not in special]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in user_defined])
+    bos = pieces[bos_id]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)])
+    for piece, wanted in {**special, pieces[eos_id]: eos_id}.items():
+        if tokenizer.token_to_id(piece) != wanted:
+            raise ValueError(
+                f"{model}: {piece} has the id {tokenizer.token_to_id(piece)} here, but {wanted} in training: use the run's own model"
+            )
+    return tokenizer
+
+
+def tokenizer_config(tokenizer: Tokenizer, *, pad_id: int, bos_id: int, eos_id: int, sequence_length: int) -> dict[str, Any]:
+    """tokenizer_config.json: which token means what, and that batches of prompts are padded on the left."""
+    roles = {"pad_token": pad_id, "bos_token": bos_id, "eos_token": eos_id}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{role: tokenizer.id_to_token(index) for role, index in roles.items()},
+        "unk_token": tokenizer.model.unk_token,
+        "additional_special_tokens": ["<image>"],
+        "model_max_length": sequence_length,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "processor_class": "MM1Processor",
+        "auto_map": {"AutoProcessor": "processing_mm1.MM1Processor"},
+    }
+
+
+def write_tokenizer(tokenizer: Tokenizer, config: dict[str, Any], out: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json into the directory."""
+    tokenizer.save(str(out / "tokenizer.json"))
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _check_model(path: Path, proto: Any) -> None:
+    trainer = proto.trainer_spec
+    if trainer.model_type != trainer.BPE or not trainer.byte_fallback:
+        kind = _SPM.TrainerSpec.ModelType.Name(trainer.model_type)
+        raise ValueError(
+            f"{path} is a {kind} model with byte_fallback={trainer.byte_fallback}, but only BPE with byte fallback can be exported"
+        )
+    if trainer.treat_whitespace_as_suffix:
+        raise ValueError(f"{path} puts spaces after words (treat_whitespace_as_suffix), which cannot be exported")
+
+
+def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Pairs of pieces whose union is a piece, best score first: the order in which SentencePiece joins them."""
+    merges = []
+    for piece, score in scores.items():
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [pair for pair in pairs if pair[0] in scores and pair[1] in scores]
+        merges += [(-score, vocab[left], vocab[right], (left, right)) for left, right in known]
+    return [pair for *_, pair in sorted(merges)]
+
+
+def _normalizer(spec: Any) -> normalizers.Normalizer:
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+    if spec.escape_whitespaces:
+        steps.append(normalizers.Replace(" ", _SPACE))
+    return normalizers.Sequence(steps)

@@ -1,0 +1,177 @@
+"""Name mappings between our checkpoints and Hugging Face's, as tables.
+
+A table is a list of entries; an entry says which of our tensors holds which of theirs, and how. A name may hold
+placeholders such as `{layer}`, for which `expand` puts in 0, 1, 2, ... Every entry works in both directions and neither
+rounds nor loses anything.
+
+    Direct("language.decoder.final_layernorm.weight", "language_model.norm.weight")
+    GatedMLP("language.decoder.layers.{layer}.mlp.linear_fc1.weight", gate="...gate_proj.weight", up="...up_proj.weight")
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+
+class Entry(Protocol):
+    """One tensor of ours and the tensors of theirs that it holds."""
+
+    @property
+    def ours(self) -> str: ...
+
+    @property
+    def hf(self) -> tuple[str, ...]: ...
+
+    def renamed(self, rename: Mapping[str, int]) -> Entry:
+        """The same entry with values in the places of placeholders."""
+        ...
+
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Our tensor -> theirs, in the order of `hf`. Raises ValueError where its shape does not fit."""
+        ...
+
+    def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Theirs, in the order of `hf` -> our tensor. Raises ValueError where shapes do not fit."""
+        ...
+
+
+@dataclass(frozen=True)
+class Direct:
+    """The same tensor under another name."""
+
+    ours: str
+    theirs: str
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def renamed(self, rename: Mapping[str, int]) -> Direct:
+        return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
+
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (tensor,)
+
+    def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return tensors[0]
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Queries, keys and values in one matrix (or bias), its rows grouped by key/value head.
+
+    Worked example: 4 query heads, 2 key/value heads. Our rows, in blocks of head_dim, are q0 q1 k0 v0 q2 q3 k1 v1: a
+    tensor-parallel process that holds the first half has all that the first key/value head needs.
+    """
+
+    ours: str
+    q: str
+    k: str
+    v: str
+    num_heads: int
+    num_groups: int
+    head_dim: int
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.q, self.k, self.v)
+
+    def renamed(self, rename: Mapping[str, int]) -> QKV:
+        names = {field: _put(getattr(self, field), rename) for field in ("ours", "q", "k", "v")}
+        return replace(self, **names)  # type: ignore[arg-type]
+
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = (self.num_heads + 2 * self.num_groups) * self.head_dim
+        _check_rows(self.ours, tensor, rows, f"{self.num_heads} query and {self.num_groups} key/value heads of {self.head_dim}")
+        grouped = tensor.unflatten(0, (self.num_groups, self.num_heads // self.num_groups + 2, self.head_dim))
+        return tuple(part.flatten(0, 2) for part in (grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:]))
+
+    def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        rows = (self.num_heads * self.head_dim, self.num_groups * self.head_dim, self.num_groups * self.head_dim)
+        for name, tensor, count in zip(self.hf, tensors, rows, strict=True):
+            _check_rows(name, tensor, count, f"heads of {self.head_dim}")
+        return torch.cat([t.unflatten(0, (self.num_groups, -1, self.head_dim)) for t in tensors], dim=1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """The two branches of a gated MLP in one matrix: the gate's rows, then the other branch's."""
+
+    ours: str
+    gate: str
+    up: str
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.gate, self.up)
+
+    def renamed(self, rename: Mapping[str, int]) -> GatedMLP:
+        return GatedMLP(_put(self.ours, rename), _put(self.gate, rename), _put(self.up, rename))
+
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if tensor.shape[0] % 2:
+            raise ValueError(f"{self.ours} has {tensor.shape[0]} rows, an odd number, but should hold a gate and as many rows beside it")
+        return tuple(tensor.chunk(2))
+
+    def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        gate, up = tensors
+        if gate.shape != up.shape:
+            raise ValueError(f"{self.gate} has shape {tuple(gate.shape)}, but {self.up} has {tuple(up.shape)}: they should be equal")
+        return torch.cat([gate, up])
+
+
+def expand(table: Iterable[Entry], *, placeholder: str, count: int) -> list[Entry]:
+    """The table with `{placeholder}` replaced by 0 .. count - 1.
+
+    Neighbouring entries that hold the placeholder are repeated together, so that the tensors of a layer stay side by side.
+    """
+    entries: list[Entry] = []
+    for repeated, group in itertools.groupby(table, key=lambda entry: f"{{{placeholder}}}" in entry.ours):
+        members = list(group)
+        entries += [entry.renamed({placeholder: i}) for i in range(count) for entry in members] if repeated else members
+    return entries
+
+
+def check_names(expected: Iterable[str], present: Iterable[str], *, where: str) -> None:
+    """Raise ValueError that lists the names that are missing and those that nothing maps."""
+    missing, unexpected = sorted(set(expected) - set(present)), sorted(set(present) - set(expected))
+    if missing or unexpected:
+        raise ValueError(
+            f"{where} does not hold this model: {len(missing)} tensors are missing {_some(missing)}, "
+            f"{len(unexpected)} are not known {_some(unexpected)}"
+        )
+
+
+def from_hf(entries: Iterable[Entry], tensors: Mapping[str, torch.Tensor], *, where: str = "checkpoint") -> dict[str, torch.Tensor]:
+    """Their tensors -> ours. Raises ValueError for missing or unknown names and for shapes that do not fit."""
+    entries = list(entries)
+    check_names((name for entry in entries for name in entry.hf), tensors, where=where)
+    return {entry.ours: entry.from_hf(tuple(tensors[name] for name in entry.hf)) for entry in entries}
+
+
+def to_hf(entries: Iterable[Entry], tensors: Mapping[str, torch.Tensor], *, where: str = "checkpoint") -> dict[str, torch.Tensor]:
+    """Our tensors -> theirs. Raises ValueError for missing or unknown names and for shapes that do not fit."""
+    entries = list(entries)
+    check_names((entry.ours for entry in entries), tensors, where=where)
+    return {name: tensor for entry in entries for name, tensor in zip(entry.hf, entry.to_hf(tensors[entry.ours]), strict=True)}
+
+
+def _put(name: str, rename: Mapping[str, int]) -> str:
+    for placeholder, value in rename.items():
+        name = name.replace(f"{{{placeholder}}}", str(value))
+    return name
+
+
+def _check_rows(name: str, tensor: torch.Tensor, rows: int, meaning: str) -> None:
+    if tensor.shape[0] != rows:
+        raise ValueError(f"{name} has {tensor.shape[0]} rows, but {meaning} make {rows}: the configuration is of another model")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:8])
+    return f"({shown}{', ...' if len(names) > 8 else ''})" if names else "()"
