@@ -112,10 +112,8 @@ def _train(known: argparse.Namespace, rest: list[str]) -> None:
     from megatron_mm.recipes import RECIPES, get_recipe
 
     if known.recipe is None:
-        print(
-            f"usage: megatron-mm train RECIPE --run-dir DIR --data.path DIR [--group.field VALUE ...] [--dry-run]\n\nrecipes: {', '.join(RECIPES)}"
-        )
-        print("\n`megatron-mm train RECIPE --help` lists every field with the recipe's value.")
+        print("usage: megatron-mm train RECIPE --run-dir DIR --data.path DIR [--group.field VALUE ...] [--dry-run]\n")
+        print(f"recipes: {', '.join(RECIPES)}\n\n`megatron-mm train RECIPE --help` lists every field with the recipe's value.")
         if not known.help:
             raise ValueError("no recipe given")
         return
