@@ -81,6 +81,9 @@ class VisionTower(torch.nn.Module):
     OpenAI's CLIP, widths standing for fan-in.
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(
         self,
         config: VisionConfig,
