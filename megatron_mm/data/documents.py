@@ -1,0 +1,120 @@
+"""What a sample's bytes mean: texts and images in reading order.
+
+    pairs        KEY.jpg|jpeg|png|webp + KEY.txt, or KEY.json with `caption` or `text`. The image comes first.
+    interleaved  KEY.json with an ordered list, and images beside it whose names the list gives. Three forms:
+                 {"items": [{"text": "..."}, {"image": "0.jpg"}, ...]}
+                 {"texts": ["...", null, ...], "images": [null, "1.jpg", ...]}                          (OBELICS)
+                 {"text_list": ["..."], "image_info": [{"image_name": "0.png", "matched_text_index": 0}]}    (MMC4;
+                 an image stands before the sentence that it matches)
+    text         a line of a .jsonl with `text`, KEY.txt, or KEY.json with `text`
+
+The image "NAME" of a document KEY.json is the member KEY.NAME.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mm.data.index import Kind
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text of a document."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImageReference:
+    """An image of a document, by the extension of the tar member that holds it."""
+
+    extension: str
+
+
+class BadDocument(ValueError):
+    """A document that cannot be used; the message is the reason under which it is counted."""
+
+
+def parse_document(kind: Kind, data: bytes) -> list[Text | ImageReference]:
+    """The items of a document in reading order; of a pair, its caption alone.
+
+    Raises BadDocument with a short reason.
+    """
+    try:
+        decoded = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadDocument("text is not UTF-8") from None
+    if kind == "interleaved":
+        items = _interleaved(_json(decoded))
+    else:
+        items = [Text(_plain_text(decoded))]
+    items = [item for item in items if isinstance(item, ImageReference) or item.text.strip()]
+    if not any(isinstance(item, Text) for item in items):
+        raise BadDocument("no text")
+    return items
+
+
+def read_texts(kind: Kind, data: bytes) -> list[str]:
+    """The texts of a document in reading order, as `parse_document` found them when it was indexed."""
+    return [item.text for item in parse_document(kind, data) if isinstance(item, Text)]
+
+
+def _plain_text(decoded: str) -> str:
+    if not decoded.lstrip().startswith("{"):
+        return decoded.strip()
+    fields = _json(decoded)
+    text = fields.get("text", fields.get("caption"))
+    if not isinstance(text, str):
+        raise BadDocument("JSON has no text or caption")
+    return text.strip()
+
+
+def _json(decoded: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(decoded)
+    except (json.JSONDecodeError, RecursionError):
+        raise BadDocument("malformed JSON") from None
+    if not isinstance(fields, dict):
+        raise BadDocument("JSON is not an object")
+    return fields
+
+
+def _interleaved(fields: dict[str, Any]) -> list[Text | ImageReference]:
+    for name, parse in _FORMS.items():
+        if isinstance(fields.get(name), list):
+            try:
+                return parse(fields)
+            except (KeyError, TypeError, AttributeError):
+                raise BadDocument(f"malformed {name} list") from None
+    raise BadDocument("JSON has no items, texts or text_list")
+
+
+def _item(text: object, image: object) -> Text | ImageReference:
+    if isinstance(text, str) and image is None:
+        return Text(text)
+    if isinstance(image, str) and text is None:
+        return ImageReference(image.lower())
+    raise TypeError("an item is a text or an image")
+
+
+def _own(fields: dict[str, Any]) -> list[Text | ImageReference]:
+    return [_item(item.get("text"), item.get("image")) for item in fields["items"]]
+
+
+def _obelics(fields: dict[str, Any]) -> list[Text | ImageReference]:
+    if len(fields["texts"]) != len(fields["images"]):
+        raise TypeError("texts and images differ in length")
+    return [_item(text, image) for text, image in zip(fields["texts"], fields["images"], strict=True)]
+
+
+def _mmc4(fields: dict[str, Any]) -> list[Text | ImageReference]:
+    before: dict[int, list[Text | ImageReference]] = {}
+    for info in fields["image_info"]:
+        before.setdefault(info["matched_text_index"], []).append(ImageReference(info["image_name"].lower()))
+    return [item for index, text in enumerate(fields["text_list"]) for item in (*before.get(index, []), Text(text))]
+
+
+_FORMS = {"items": _own, "texts": _obelics, "text_list": _mmc4}
