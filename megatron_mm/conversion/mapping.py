@@ -139,7 +139,8 @@ def expand(table: Iterable[Entry], *, placeholder: str, count: int) -> list[Entr
 
 def check_names(expected: Iterable[str], present: Iterable[str], *, where: str) -> None:
     """Raise ValueError that lists the names that are missing and those that nothing maps."""
-    missing, unexpected = sorted(set(expected) - set(present)), sorted(set(present) - set(expected))
+    wanted, found = set(expected), set(present)
+    missing, unexpected = sorted(wanted - found), sorted(found - wanted)
     if missing or unexpected:
         raise ValueError(
             f"{where} does not hold this model: {len(missing)} tensors are missing {_some(missing)}, "

@@ -248,7 +248,7 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
                 f"input_ids hold {int(is_image.sum())} image tokens, but {pixel_values.shape[0]} images of {tokens_per_image} tokens "
                 "are given: write <image> once for each image and let MM1Processor expand it"
             )
-        features = self.get_image_features(pixel_values.to(device=self.vision.device, dtype=self.vision.dtype))
+        features = self.get_image_features(pixel_values.to(self.vision.post_layernorm.weight))
         return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.device, inputs_embeds.dtype))
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:

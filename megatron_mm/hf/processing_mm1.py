@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import transformers
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import to_pil_image
@@ -70,9 +71,11 @@ class MM1Processor(ProcessorMixin):
         tokens_per_image: image tokens that one image takes.
     """
 
-    attributes = ["image_processor", "tokenizer"]  # noqa: RUF012
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
+    if int(transformers.__version__.split(".")[0]) < 5:  # later versions find the parts by the names in __init__
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+        valid_kwargs = ["tokens_per_image"]
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, tokens_per_image: int = 144, **kwargs: Any) -> None:
         self.tokens_per_image = tokens_per_image
