@@ -1,0 +1,65 @@
+"""Which source a sequence comes from, and which sample of a source comes next: pure functions of a few integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_ROUNDS = 4
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+def choose_sources(weights: Sequence[float], drawn: Sequence[int], count: int) -> list[int]:
+    """The sources of the next `count` sequences: each time the one that lags most behind its share.
+
+    So after any number of sequences every source's count is within one of its share.
+
+    >>> choose_sources([0.5, 0.25, 0.25], [0, 0, 0], 8)
+    [0, 1, 2, 0, 0, 1, 2, 0]
+    """
+    total = sum(weights)
+    shares = [weight / total for weight in weights]
+    counts = list(drawn)
+    number = sum(counts)
+    chosen = []
+    for _ in range(count):
+        number += 1
+        source = max(range(len(shares)), key=lambda s: shares[s] * number - counts[s])
+        counts[source] += 1
+        chosen.append(source)
+    return chosen
+
+
+def stream_samples(first: int, count: int, *, num_samples: int, seed: int) -> np.ndarray:
+    """Samples at positions [first, first + count) of a source's endless stream: every epoch is another permutation.
+
+    Nothing is kept: a position's sample is computed by a Feistel network over the next power of four, walked until it lands
+    inside the source (Black and Rogaway, 2002). Returns [count] int64.
+    """
+    positions = np.arange(first, first + count, dtype=np.int64)
+    epochs, places = np.divmod(positions, num_samples)
+    half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+    keys = _mix(epochs.astype(np.uint64) + np.uint64(seed % 2**63) * _MIX)
+    values = _feistel(places.astype(np.uint64), keys, half_bits)
+    outside = values >= num_samples
+    while outside.any():
+        values[outside] = _feistel(values[outside], keys[outside], half_bits)
+        outside = values >= num_samples
+    return values.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray:
+    mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
+    left, right = values >> shift, values & mask
+    for number in range(_ROUNDS):
+        left, right = right, left ^ (_mix(right + keys + np.uint64(number)) & mask)
+    return (left << shift) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """A bijective scrambling of 64 bits (SplitMix64's finaliser)."""
+    with np.errstate(over="ignore"):
+        values = (values + _MIX) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))

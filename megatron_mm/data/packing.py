@@ -1,0 +1,146 @@
+"""Best-fit packing of documents into sequences of a fixed number of tokens and at most so many images.
+
+A document is the token stream BOS, items, EOS, where an image is `tokens_per_image` places. A piece is a range [begin, end) of
+that stream: the whole of it, or, where a document is longer than a sequence or has too many images, a part; an image is never
+cut, and nothing is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_mm.data.index import SourceIndex
+
+BEGIN_AND_END = 2
+"""BOS and EOS."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a sequence holds."""
+
+    sequence_length: int
+    max_images: int
+    tokens_per_image: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """The packed pieces of one window of a source, sequence by sequence."""
+
+    sample: np.ndarray
+    """[pieces] row of the source's samples."""
+    begin: np.ndarray
+    """[pieces] first place of the piece in its document's stream."""
+    end: np.ndarray
+    """[pieces] place after the last one."""
+    images: np.ndarray
+    """[pieces] images of the piece."""
+    starts: np.ndarray
+    """[sequences + 1] first piece of each sequence."""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.starts) - 1
+
+
+def document_lengths(index: SourceIndex, samples: np.ndarray, tokens_per_image: int) -> np.ndarray:
+    """Places of the documents' streams: [samples] int64."""
+    rows = index.samples[samples]
+    return BEGIN_AND_END + rows["text_tokens"].astype(np.int64) + tokens_per_image * rows["num_images"].astype(np.int64)
+
+
+def pack_window(index: SourceIndex, samples: np.ndarray, limits: Limits, *, seed: int) -> Window:
+    """Pack samples into as few sequences as best fit, longest first, finds; the sequences come out in a random order.
+
+    Args:
+        samples: [n] rows of the source, possibly repeated.
+    """
+    if limits.tokens_per_image > limits.sequence_length:
+        raise ValueError(f"an image takes {limits.tokens_per_image} tokens, more than data.sequence_length {limits.sequence_length}")
+    lengths = document_lengths(index, samples, limits.tokens_per_image)
+    images = index.samples[samples]["num_images"].astype(np.int64)
+    fits = (lengths <= limits.sequence_length) & (images <= limits.max_images)
+    whole = samples[fits]
+    sample, begin, end, count = [whole], [np.zeros_like(whole)], [lengths[fits]], [images[fits]]
+    for row in samples[~fits]:
+        cuts, held = _split(index, int(row), limits)
+        sample.append(np.full(len(held), row))
+        begin.append(cuts[:-1])
+        end.append(cuts[1:])
+        count.append(held)
+    sample_p, begin_p, end_p, images_p = (np.concatenate(parts) for parts in (sample, begin, end, count))
+    bins = _best_fit(end_p - begin_p, images_p, limits)
+    num_bins = int(bins.max()) + 1 if len(bins) else 0
+    bins = np.random.default_rng(seed).permutation(num_bins)[bins]
+    order = np.argsort(bins, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=num_bins))])
+    return Window(sample=sample_p[order], begin=begin_p[order], end=end_p[order], images=images_p[order], starts=starts)
+
+
+def _best_fit(sizes: np.ndarray, images: np.ndarray, limits: Limits) -> np.ndarray:
+    """The sequence of each piece, [pieces]: longest pieces first, each into the open sequence that it leaves least room in.
+
+    Open sequences lie in stacks by the room left; bit r of an integer says that stack r is not empty, so that the smallest
+    room that is enough is found by a shift.
+    """
+    room_after = limits.sequence_length
+    stacks: list[list[int]] = [[] for _ in range(room_after + 1)]
+    images_left: list[int] = []
+    bins = np.empty(len(sizes), dtype=np.int64)
+    occupied = 0
+    needs_images = bool((images > 0).all())
+    for piece in np.argsort(-sizes, kind="stable").tolist():
+        size, wanted = int(sizes[piece]), int(images[piece])
+        above = occupied >> size
+        room, chosen = size, -1
+        while above:
+            step = (above & -above).bit_length() - 1
+            room += step
+            stack = stacks[room]
+            if images_left[stack[-1]] >= wanted:
+                chosen = stack.pop()
+                if not stack:
+                    occupied ^= 1 << room
+                break
+            above >>= step + 1
+            room += 1
+        if chosen < 0:
+            chosen, room = len(images_left), limits.sequence_length
+            images_left.append(limits.max_images)
+        images_left[chosen] -= wanted
+        bins[piece] = chosen
+        left = room - size
+        if left and not (needs_images and images_left[chosen] == 0):
+            stacks[left].append(chosen)
+            occupied |= 1 << left
+    return bins
+
+
+def _split(index: SourceIndex, row: int, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
+    """Where a long document is cut ([pieces + 1] places) and how many images each piece has."""
+    starts, length = image_places(index, row, limits.tokens_per_image)
+    cuts = [0]
+    held = []
+    while cuts[-1] < length:
+        begin = cuts[-1]
+        end = min(begin + limits.sequence_length, length)
+        inside = starts[(starts >= begin) & (starts < end)]
+        if len(inside) > limits.max_images:
+            end = int(inside[limits.max_images])
+        elif len(inside) and inside[-1] + limits.tokens_per_image > end:
+            end = int(inside[-1])
+        held.append(int(((starts >= begin) & (starts < end)).sum()))
+        cuts.append(end)
+    return np.array(cuts, dtype=np.int64), np.array(held, dtype=np.int64)
+
+
+def image_places(index: SourceIndex, row: int, tokens_per_image: int) -> tuple[np.ndarray, int]:
+    """First place of each image in a document's stream ([images] int64), and the length of the stream."""
+    sample = index.samples[row]
+    items = index.items[sample["first_item"] : sample["first_item"] + sample["num_items"]]
+    sizes = np.where(items["is_image"], tokens_per_image, items["tokens"]).astype(np.int64)
+    ends = 1 + np.cumsum(sizes)
+    return (ends - sizes)[items["is_image"] == 1], int(ends[-1]) + 1

@@ -1,0 +1,268 @@
+"""`prepare index` and `prepare tokenizer`: read every sample of a data set once, and write down what the plan must know."""
+
+from __future__ import annotations
+
+import io
+import logging
+import multiprocessing
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from megatron_mm.data.documents import BadDocument, ImageReference, Text, parse_document
+from megatron_mm.data.index import ITEM, SAMPLE, Kind, write_index
+from megatron_mm.data.shards import BrokenShard, Member, WebSample, iterate_jsonl, iterate_tar
+from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 64_000_000
+"""Larger images are refused by their header, before a decoder allocates anything for them."""
+_NAMED_REJECTS = 3
+
+
+@dataclass
+class SourceSummary:
+    """What `prepare index` found in a source."""
+
+    samples: int = 0
+    images: int = 0
+    text_tokens: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Summary:
+    """What `prepare` did, by source."""
+
+    sources: dict[str, SourceSummary]
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [f"{'source':24} {'samples':>9} {'images':>9} {'text tokens':>12}  rejected"]
+        for name, source in self.sources.items():
+            rejected = ", ".join(f"{reason}: {count}" for reason, count in sorted(source.rejected.items())) or "none"
+            lines.append(f"{name:24} {source.samples:9,} {source.images:9,} {source.text_tokens:12,}  {rejected}")
+        return "\n".join([*lines, f"in {self.seconds:.1f} s"])
+
+
+@dataclass
+class _ShardRows:
+    samples: list[tuple]
+    items: list[tuple]
+    rejected: Counter
+    named: list[str]
+
+
+def find_sources(path: Path) -> list[Path]:
+    """The source folders of a data set, of one split, or the path itself. Raises ValueError where there is none."""
+    if not path.is_dir():
+        raise ValueError(f"data path {path} does not exist")
+    for pattern in (".", "*", "*/*"):
+        found = sorted({p.resolve() for p in path.glob(pattern) if p.is_dir() and _shards(p)}) if pattern != "." else [path] * bool(_shards(path))
+        if found:
+            return found
+    raise ValueError(f"data path {path} has no .tar or .jsonl shards, nor folders (split/source) that have")
+
+
+def _shards(source: Path) -> list[Path]:
+    return sorted([*source.glob("*.tar"), *source.glob("*.jsonl")])
+
+
+def prepare_index(path: Path, *, tokenizer: Path | None = None, workers: int = 1) -> Summary:
+    """Index every source under a path. The result does not depend on the number of workers.
+
+    Raises ValueError where there is no shard, no tokenizer, or a source without one usable sample.
+    """
+    began = time.monotonic()
+    sources = find_sources(path)
+    model = tokenizer or next((p / "tokenizer.model" for p in (path, path.parent, path.parent.parent) if (p / "tokenizer.model").is_file()), None)
+    if model is None:
+        raise ValueError(f"no tokenizer.model in {path}: run `megatron-mm prepare tokenizer {path}` first, or give --tokenizer")
+    fingerprint = Tokenizer.open(model).fingerprint
+    summaries = {}
+    for source in sources:
+        summaries[f"{source.parent.name}/{source.name}"] = _index_source(source, model, fingerprint=fingerprint, workers=workers)
+    return Summary(summaries, seconds=time.monotonic() - began)
+
+
+def _index_source(source: Path, model: Path, *, fingerprint: str, workers: int) -> SourceSummary:
+    shards = _shards(source)
+    kind = detect_kind(shards)
+    tasks = [(kind, number, shard, model) for number, shard in enumerate(shards)]
+    samples: list[tuple] = []
+    items: list[tuple] = []
+    rejected: Counter = Counter()
+    began = time.monotonic()
+    for done, rows in enumerate(_run(tasks, workers), start=1):
+        for row in rows.samples:
+            samples.append((*row[:3], row[3] + len(items), *row[4:]))
+        items.extend(rows.items)
+        rejected.update(rows.rejected)
+        for line in rows.named:
+            logger.warning(line)
+        left = (time.monotonic() - began) / done * (len(shards) - done)
+        if done % max(1, len(shards) // 10) == 0:
+            logger.info("%s: %d of %d shards, %d samples, %.0f s left", source, done, len(shards), len(samples), left)
+    if not samples:
+        raise ValueError(f"source {source} has no usable sample (rejected: {dict(rejected) or 'it is empty'}): repair or remove it")
+    sample_rows, item_rows = np.array(samples, dtype=SAMPLE), np.array(items, dtype=ITEM)
+    meta = {
+        "kind": kind,
+        "tokenizer": fingerprint,
+        "shards": {shard.name: shard.stat().st_size for shard in shards},
+        "rejected": dict(sorted(rejected.items())),
+    }
+    write_index(source, meta=meta, samples=sample_rows, items=item_rows)
+    return SourceSummary(
+        samples=len(samples),
+        images=int(sample_rows["num_images"].sum()),
+        text_tokens=int(sample_rows["text_tokens"].sum()),
+        rejected=dict(rejected),
+    )
+
+
+def _run(tasks: list[tuple], workers: int) -> Iterator[_ShardRows]:
+    if workers <= 1 or len(tasks) == 1:
+        yield from map(_index_shard, tasks)
+        return
+    with multiprocessing.get_context("forkserver").Pool(min(workers, len(tasks))) as pool:
+        yield from pool.imap(_index_shard, tasks)
+
+
+def detect_kind(shards: list[Path]) -> Kind:
+    """What a source holds, by its first readable sample."""
+    for shard in shards:
+        if shard.suffix == ".jsonl":
+            return "text"
+        try:
+            sample = next(iterate_tar(shard), None)
+        except BrokenShard:
+            continue
+        if sample is not None:
+            extensions = sample.members
+            if any(extension in IMAGE_EXTENSIONS for extension in extensions):
+                return "pairs"
+            return "interleaved" if any(e.rpartition(".")[2] in IMAGE_EXTENSIONS for e in extensions) or _has_list(sample) else "text"
+    return "text"
+
+
+def _has_list(sample: WebSample) -> bool:
+    document = sample.members.get("json")
+    try:
+        return document is not None and bool(parse_document("interleaved", document.data))
+    except BadDocument:
+        return False
+
+
+def _index_shard(task: tuple[Kind, int, Path, Path]) -> _ShardRows:
+    kind, number, shard, model = task
+    tokenizer = Tokenizer.open(model)
+    rows = _ShardRows([], [], Counter(), [])
+    try:
+        for sample in _samples(shard):
+            try:
+                _add(rows, kind, number, sample, tokenizer)
+            except BadDocument as reason:
+                rows.rejected[str(reason)] += 1
+                if rows.rejected[str(reason)] <= _NAMED_REJECTS:
+                    rows.named.append(f"rejected {shard}: {sample.key.lstrip('/')}: {reason}")
+    except BrokenShard as error:
+        rows.rejected["broken shard"] += 1
+        rows.named.append(f"{error}; the {len(rows.samples)} samples before are used")
+    return rows
+
+
+def _samples(shard: Path) -> Iterator[WebSample]:
+    if shard.suffix == ".jsonl":
+        return (WebSample(key=line.name, members={"json": line}) for line in iterate_jsonl(shard))
+    return iterate_tar(shard)
+
+
+def _add(rows: _ShardRows, kind: Kind, number: int, sample: WebSample, tokenizer: Tokenizer) -> None:
+    """Check a sample and append its rows. Raises BadDocument with the reason to reject it."""
+    document = _document(kind, sample)
+    contents: list[Text | Member] = []
+    if kind == "pairs":
+        contents.append(_pair_image(sample))
+    for item in parse_document(kind, document.data):
+        contents.append(_referenced(sample, item) if isinstance(item, ImageReference) else item)
+    texts = [item.text for item in contents if isinstance(item, Text)]
+    tokens = iter([len(ids) for ids in tokenizer.encode_batch(texts)])
+    items = []
+    for item in contents:
+        if isinstance(item, Text):
+            items.append((0, next(tokens), sum(not i[0] for i in items), 0, 0, 0))
+        else:
+            width, height = check_image(item.data)
+            items.append((1, 0, item.offset, len(item.data), width, height))
+    total = sum(item[1] for item in items)
+    num_images = sum(item[0] for item in items)
+    rows.samples.append((number, document.offset, len(document.data), len(rows.items), len(items), total, num_images))
+    rows.items.extend(items)
+
+
+def _document(kind: Kind, sample: WebSample) -> Member:
+    for extension in ("json",) if kind == "interleaved" else ("txt", "json"):
+        if extension in sample.members:
+            return sample.members[extension]
+    raise BadDocument("no text file")
+
+
+def _pair_image(sample: WebSample) -> Member:
+    for extension in IMAGE_EXTENSIONS:
+        if extension in sample.members:
+            return sample.members[extension]
+    raise BadDocument("no image file")
+
+
+def _referenced(sample: WebSample, reference: ImageReference) -> Member:
+    if reference.extension not in sample.members:
+        raise BadDocument("image is not in the shard")
+    return sample.members[reference.extension]
+
+
+def check_image(data: bytes) -> tuple[int, int]:
+    """Width and height of an image that decodes to its last row. Raises BadDocument where it does not, or is too large."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise BadDocument(f"image of more than {MAX_PIXELS // 10**6} megapixels")
+                image.load()
+    except BadDocument:
+        raise
+    except Exception:
+        raise BadDocument("image does not decode") from None
+    return width, height
+
+
+def prepare_tokenizer(path: Path, *, out: Path, vocab_size: int) -> str:
+    """Train a tokenizer on the training texts under a path. Returns a line to print."""
+    sources = [source for source in find_sources(path) if source.parent.name != "heldout"]
+    tokenizer = train_tokenizer(_all_texts(sources), out, vocab_size=vocab_size)
+    return f"{out}: {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}"
+
+
+def _all_texts(sources: list[Path]) -> Iterator[str]:
+    for source in sources:
+        shards = _shards(source)
+        kind = detect_kind(shards)
+        for shard in shards:
+            try:
+                for sample in _samples(shard):
+                    try:
+                        yield from (item.text for item in parse_document(kind, _document(kind, sample).data) if isinstance(item, Text))
+                    except BadDocument:
+                        continue  # counted when the source is indexed
+            except BrokenShard as error:
+                logger.warning("%s", error)
