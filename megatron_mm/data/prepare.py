@@ -66,7 +66,11 @@ def find_sources(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"data path {path} does not exist")
     for pattern in (".", "*", "*/*"):
-        found = sorted({p.resolve() for p in path.glob(pattern) if p.is_dir() and _shards(p)}) if pattern != "." else [path] * bool(_shards(path))
+        found = (
+            sorted({p.resolve() for p in path.glob(pattern) if p.is_dir() and _shards(p)})
+            if pattern != "."
+            else [path] * bool(_shards(path))
+        )
         if found:
             return found
     raise ValueError(f"data path {path} has no .tar or .jsonl shards, nor folders (split/source) that have")
@@ -83,7 +87,9 @@ def prepare_index(path: Path, *, tokenizer: Path | None = None, workers: int = 1
     """
     began = time.monotonic()
     sources = find_sources(path)
-    model = tokenizer or next((p / "tokenizer.model" for p in (path, path.parent, path.parent.parent) if (p / "tokenizer.model").is_file()), None)
+    model = tokenizer or next(
+        (p / "tokenizer.model" for p in (path, path.parent, path.parent.parent) if (p / "tokenizer.model").is_file()), None
+    )
     if model is None:
         raise ValueError(f"no tokenizer.model in {path}: run `megatron-mm prepare tokenizer {path}` first, or give --tokenizer")
     fingerprint = Tokenizer.open(model).fingerprint

@@ -1,0 +1,335 @@
+"""The loader: one process's share of every global batch, planned, read and decoded ahead of the training step.
+
+    plan (integers) -> read byte ranges in threads -> decode -> PackedBatch
+
+A thread stays up to `prefetch_steps` global batches ahead. A process that holds neither the encoder nor the loss reads nothing
+at all: its integers come from the plan alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megatron_mm.config import DataConfig
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.decode import make_decoder
+from megatron_mm.data.documents import BadDocument, read_texts
+from megatron_mm.data.index import SourceIndex
+from megatron_mm.data.packing import image_places
+from megatron_mm.data.plan import GlobalBatch, PackedSequence, Plan, PlanState, image_owners
+from megatron_mm.data.shards import read_range
+from megatron_mm.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_FEW_SAMPLES = 100
+"""Below this many samples of a source a share of bad ones says nothing."""
+
+
+@dataclass(frozen=True)
+class RankView:
+    """What of a batch this process needs."""
+
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+    tensor_size: int
+    needs_text: bool
+    """It embeds tokens or computes the loss."""
+    needs_pixels: bool
+    """It encodes images."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One global batch, as this process has it."""
+
+    micro_batches: list[PackedBatch]
+    plan: GlobalBatch
+    bad: dict[str, int]
+    """Samples of each source that failed on this process."""
+
+
+@dataclass
+class _Image:
+    """An image of a micro-batch, by where its bytes are."""
+
+    source: int
+    sample: int
+    offset: int
+    size: int
+
+
+@dataclass
+class _Draft:
+    """A micro-batch whose integers are known and whose bytes are being read."""
+
+    sequences: list[PackedSequence]
+    texts: list[Future] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    images: list[_Image] = field(default_factory=list)
+    blobs: list[Future] = field(default_factory=list)
+
+
+class Loader:
+    """An endless iterator of StepBatch."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        image_size: int,
+        fill: tuple[int, int, int],
+        view: RankView,
+        start: PlanState,
+        device: torch.device,
+    ) -> None:
+        """Begin to read at the cursor `start`.
+
+        Raises ValueError where the index was made with another tokenizer.
+        """
+        for index in plan.indexes:
+            if index.tokenizer != tokenizer.fingerprint:
+                raise ValueError(
+                    f"source {index.root} was indexed with tokenizer {index.tokenizer}, but {data.tokenizer_path} is {tokenizer.fingerprint}: "
+                    "index it again with `megatron-mm prepare index`, or use the tokenizer that it was indexed with"
+                )
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self.config = data
+        self.view = view
+        self.state = start
+        self.fill, self.image_size = fill, image_size
+        self.tokens_per_image = plan.limits.tokens_per_image
+        self._read = Counter[str]()
+        self._bad = Counter[str]()
+        self._readers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
+        self._decoder = make_decoder(data.decoder, image_size=image_size, threads=data.decode_threads, fill=fill, device=device)
+        self._ready: queue.Queue[tuple[StepBatch, PlanState] | BaseException] = queue.Queue(maxsize=data.prefetch_steps)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(start,), name="loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> StepBatch:
+        """The next global batch. Raises ValueError where too many samples of a source fail."""
+        ready = self._ready.get()
+        if isinstance(ready, BaseException):
+            self._ready.put(ready)
+            raise ready
+        batch, self.state = ready
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads; waits for them."""
+        self._stopped.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(timeout=0.05)
+        self._readers.shutdown(cancel_futures=True)
+        self._decoder.close()
+
+    # ------------------------------------------------------------------------------------------------ background thread
+
+    def _work(self, state: PlanState) -> None:
+        try:
+            ahead = self._begin(state)
+            while not self._stopped.is_set():
+                batch, drafts = ahead
+                ahead = self._begin(batch.next_state)  # the next batch is read while this one is decoded
+                bad = Counter[str]()
+                micro_batches = [self._finish(draft, bad) for draft in drafts]
+                self._count(bad)
+                self._put((StepBatch(micro_batches, batch, dict(bad)), batch.next_state))
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: tuple[StepBatch, PlanState] | BaseException) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _begin(self, state: PlanState) -> tuple[GlobalBatch, list[_Draft]]:
+        """Plan a global batch and start to read this process's part of it."""
+        batch = self.plan.batch(state)
+        drafts = [self._draft(sequences) for sequences in batch.micro_batches_of(self.view.data_rank, self.view.data_size)]
+        if self.view.needs_pixels and self.config.images != "blank":
+            substitute = self._shuffled(batch) if self.config.images == "shuffled" else {}
+            for draft in drafts:
+                owners = image_owners(len(draft.images), self.view.tensor_size)
+                for image, owner in zip(draft.images, owners, strict=True):
+                    if owner == self.view.tensor_rank:
+                        draft.blobs.append(
+                            self._readers.submit(self._blob, substitute.get((image.source, image.sample, image.offset), image))
+                        )
+        return batch, drafts
+
+    def _draft(self, sequences: list[PackedSequence]) -> _Draft:
+        draft = _Draft(sequences)
+        for number, sequence in enumerate(sequences):
+            place = number * self.plan.limits.sequence_length
+            for piece in range(sequence.first, sequence.last):
+                window = sequence.window
+                sample, begin, end = int(window.sample[piece]), int(window.begin[piece]), int(window.end[piece])
+                if self.view.needs_text:
+                    draft.texts.append(self._readers.submit(self._tokens, sequence.source, sample))
+                if window.images[piece]:
+                    for start, image in zip(*self._images(sequence.source, sample), strict=True):
+                        if begin <= start < end:
+                            draft.starts.append(place + int(start) - begin)
+                            draft.images.append(image)
+                place += end - begin
+        return draft
+
+    def _images(self, source: int, sample: int) -> tuple[np.ndarray, list[_Image]]:
+        """First places of a document's images in its stream, and the images."""
+        index = self.plan.indexes[source]
+        starts, _ = image_places(index, sample, self.tokens_per_image)
+        row = index.samples[sample]
+        items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
+        return starts, [_Image(source, sample, int(i["offset"]), int(i["size"])) for i in items[items["is_image"] == 1]]
+
+    def _shuffled(self, batch: GlobalBatch) -> dict[tuple[int, int, int], _Image]:
+        """For each image of a global batch another sample's: all images in order, turned by half their number.
+
+        The order groups the images of a sample, so half a turn leaves a sample unless it has half of all images.
+        """
+        distinct: dict[tuple[int, int, int], _Image] = {}
+        for sequence in batch.sequences:
+            for sample in sequence.window.sample[sequence.first : sequence.last].tolist():
+                for image in self._images(sequence.source, sample)[1]:
+                    distinct[image.source, image.sample, image.offset] = image
+        images = list(distinct.values())
+        half = len(images) // 2
+        return {key: images[(number + half) % len(images)] for number, key in enumerate(distinct)}
+
+    def _blob(self, image: _Image) -> bytes:
+        index = self.plan.indexes[image.source]
+        try:
+            return read_range(index.shard_path(int(index.samples[image.sample]["shard"])), image.offset, image.size)
+        except (OSError, ValueError) as error:
+            logger.warning("unreadable image in sample %d of %s: %s", image.sample, index.name, error)
+            return b""
+
+    def _tokens(self, source: int, sample: int) -> list[int] | None:
+        """A document's stream of token ids; None where its bytes cannot be used any more."""
+        index = self.plan.indexes[source]
+        row = index.samples[sample]
+        path = index.shard_path(int(row["shard"]))
+        try:
+            texts = read_texts(index.kind, read_range(path, int(row["offset"]), int(row["size"])))
+        except (OSError, ValueError, BadDocument) as error:
+            logger.warning("unreadable sample %d of %s: %s", sample, index.name, error)
+            return None
+        return document_stream(index, sample, self.tokenizer, texts, tokens_per_image=self.tokens_per_image)
+
+    def _count(self, bad: Counter[str]) -> None:
+        self._bad.update(bad)
+        for name, count in self._bad.items():
+            if self._read[name] >= _FEW_SAMPLES and count > self.config.max_bad_fraction * self._read[name]:
+                raise ValueError(
+                    f"{count} of {self._read[name]} samples of source {name} failed, more than data.max_bad_fraction "
+                    f"{self.config.max_bad_fraction}: repair the source, or raise the limit"
+                )
+
+    # ------------------------------------------------------------------------------------------------------- assembling
+
+    def _finish(self, draft: _Draft, bad: Counter[str]) -> PackedBatch:
+        """Wait for a draft's bytes and lay them out."""
+        length = self.plan.limits.sequence_length
+        total = len(draft.sequences) * length
+        ids = np.full(total, self.tokenizer.pad_id, dtype=np.int64)
+        positions = np.zeros(total, dtype=np.int64)
+        sources = np.zeros(total, dtype=np.int64)
+        mask = np.zeros(total, dtype=np.float32)
+        bounds = [0]
+        texts = iter(draft.texts)
+        for number, sequence in enumerate(draft.sequences):
+            place = number * length
+            sources[place : place + length] = sequence.source
+            name = self.plan.indexes[sequence.source].name
+            for piece in range(sequence.first, sequence.last):
+                begin, end = int(sequence.window.begin[piece]), int(sequence.window.end[piece])
+                stop = place + end - begin
+                positions[place:stop] = np.arange(end - begin)
+                self._read[name] += 1
+                if self.view.needs_text:
+                    stream = next(texts).result()
+                    if stream is None:
+                        bad[name] += 1
+                    else:
+                        ids[place:stop] = stream[begin:end]
+                        mask[place : stop - 1] = 1
+                bounds.append(stop)
+                place = stop
+            if place < (number + 1) * length:
+                stop = (number + 1) * length
+                positions[place:stop] = np.arange(stop - place)
+                bounds.append(stop)
+        labels = np.roll(ids, -1)
+        mask[labels == self.tokenizer.image_id] = 0
+        labels[mask == 0] = self.tokenizer.pad_id
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        return PackedBatch(
+            token_ids=torch.from_numpy(ids),
+            labels=torch.from_numpy(labels),
+            loss_mask=torch.from_numpy(mask),
+            position_ids=torch.from_numpy(positions),
+            source_ids=torch.from_numpy(sources),
+            cu_seqlens=cu_seqlens,
+            max_seqlen=int(cu_seqlens.diff().max()),
+            image_starts=torch.tensor(draft.starts, dtype=torch.int64),
+            image_owners=torch.from_numpy(image_owners(len(draft.starts), self.view.tensor_size)),
+            pixels=self._pixels(draft, bad) if self.view.needs_pixels else None,
+        )
+
+    def _pixels(self, draft: _Draft, bad: Counter[str]) -> torch.Tensor:
+        owners = image_owners(len(draft.images), self.view.tensor_size)
+        mine = [image for image, owner in zip(draft.images, owners, strict=True) if owner == self.view.tensor_rank]
+        if self.config.images == "blank":
+            colour = torch.tensor(self.fill, dtype=torch.uint8)[None, :, None, None]
+            return colour.expand(len(mine), 3, self.image_size, self.image_size)
+        decoded = self._decoder.decode([blob.result() for blob in draft.blobs])
+        for image, ok in zip(mine, decoded.ok, strict=True):
+            if not ok:
+                name = self.plan.indexes[image.source].name
+                logger.warning("undecodable image in sample %d of %s: a blank one stands for it", image.sample, name)
+                bad[name] += 1
+        return decoded.pixels
+
+
+def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, texts: list[str], *, tokens_per_image: int) -> list[int]:
+    """BOS, the items' tokens in reading order, EOS.
+
+    Raises ValueError where a text does not have the number of tokens that was indexed.
+    """
+    row = index.samples[sample]
+    items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
+    stream = [tokenizer.bos_id]
+    for item in items:
+        if item["is_image"]:
+            stream += [tokenizer.image_id] * tokens_per_image
+            continue
+        ids = tokenizer.encode(texts[int(item["offset"])])
+        if len(ids) != item["tokens"]:
+            raise ValueError(
+                f"a text of sample {sample} of {index.root} has {len(ids)} tokens, but {item['tokens']} were indexed: index the source again"
+            )
+        stream += ids
+    return [*stream, tokenizer.eos_id]
