@@ -28,7 +28,7 @@ def convert_tokenizer(model: Path, *, pad_id: int, bos_id: int, eos_id: int, ima
     Args:
         pad_id, bos_id, eos_id, image_id: ids of `<pad>`, `<s>`, `</s>`, `<image>`; what the model lacks comes after its pieces.
 
-    Raises ValueError where the model is not BPE with byte fallback or its treatment of spaces has no counterpart.
+    Raises ValueError where the model is not BPE with byte fallback, or has something without a counterpart.
     """
     proto = _SPM.ModelProto()
     proto.ParseFromString(model.read_bytes())
@@ -50,8 +50,6 @@ def convert_tokenizer(model: Path, *, pad_id: int, bos_id: int, eos_id: int, ima
     own = [piece.piece for piece in proto.pieces if piece.type in (kinds.UNKNOWN, kinds.CONTROL)]
     named = sorted({*own, *special}, key=lambda piece: vocab.get(piece, special.get(piece, 0)))
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in named])
-    user_defined = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED and piece.piece not in special]
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in user_defined])
     bos = pieces[bos_id]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)])
     for piece, wanted in {**special, pieces[eos_id]: eos_id}.items():
@@ -91,6 +89,10 @@ def _check_model(path: Path, proto: Any) -> None:
         raise ValueError(
             f"{path} is a {kind} model with byte_fallback={trainer.byte_fallback}, but only BPE with byte fallback can be exported"
         )
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == _SPM.ModelProto.SentencePiece.USER_DEFINED]
+    if user_defined:
+        # transformers would cut the text there and put a dummy prefix after each.
+        raise ValueError(f"{path} has user-defined symbols {user_defined[:4]}, which cannot be exported with the same ids around them")
     if trainer.treat_whitespace_as_suffix:
         raise ValueError(f"{path} puts spaces after words (treat_whitespace_as_suffix), which cannot be exported")
 

@@ -7,7 +7,7 @@ name, in pieces of any layout. The pieces are put together here whatever layout 
 from __future__ import annotations
 
 import json
-import logging
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_mm.training.safe_pickle import check_pickles
-
-logger = logging.getLogger(__name__)
 
 _NOT_WEIGHTS = ("optimizer.", "generators.", "rng")
 _READ_BYTES = 1 << 24
@@ -66,7 +64,9 @@ class CheckpointReader:
         """One whole tensor, on the CPU. Raises KeyError for a name that is not in `names()`."""
         info = self._tensors[name]
         state = {name: torch.empty(info.shape, dtype=info.dtype)}
-        dcp.load(state, storage_reader=self._reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is the intent
+            dcp.load(state, storage_reader=self._reader, no_dist=True)
         return state[name]
 
     @staticmethod

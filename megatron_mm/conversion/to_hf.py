@@ -26,6 +26,7 @@ from megatron_mm.conversion.mapping import Entry, check_names
 from megatron_mm.conversion.mm1 import mm1_table
 from megatron_mm.conversion.mm1_files import write_mm1_files
 from megatron_mm.conversion.reader import CheckpointReader, TensorInfo
+from megatron_mm.training.checkpoint import completed_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def convert_to_hf(checkpoint: Path, out: Path, *, dtype: str = "bfloat16", shard
     """Export the weights of a training checkpoint for Hugging Face transformers.
 
     Args:
-        checkpoint: `RUN_DIR/checkpoints/step_...`.
+        checkpoint: `RUN_DIR/checkpoints/step_...`, or RUN_DIR for its newest.
         out: a directory that does not exist or is empty; it appears when it is complete.
         dtype: of the written weights: float32, bfloat16 or float16.
         shard_size: of one weights file at most, such as "5GB" or "500MB"; a larger tensor gets a file of its own.
@@ -82,6 +83,7 @@ def convert_to_hf(checkpoint: Path, out: Path, *, dtype: str = "bfloat16", shard
     limit = parse_size(shard_size)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory: give another one or remove it")
+    checkpoint = _newest(checkpoint)
     experiment, tokenizer = _describe(checkpoint)
     family = FAMILIES[experiment.model.family]
     reader = CheckpointReader(checkpoint, verify=verify)
@@ -128,6 +130,16 @@ def plan_shards(entries: list[Entry], infos: dict[str, TensorInfo], *, limit: in
             members, used = [], 0
         members, used = [*members, entry], used + size
     return [*shards, _Shard(members, used)]
+
+
+def _newest(path: Path) -> Path:
+    """The newest complete checkpoint of a run directory; any other path as it is."""
+    if not (path / "checkpoints").is_dir():
+        return path
+    complete = completed_checkpoints(path)
+    if not complete:
+        raise ValueError(f"{path} has no complete checkpoint")
+    return complete[-1]
 
 
 def _describe(checkpoint: Path) -> tuple[Experiment, Path]:

@@ -1,0 +1,159 @@
+"""The export of a checkpoint: complete, exact, in shards, or an error that says what is wrong."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from megatron_mm.config import MM1Config, load_experiment, save_experiment
+from megatron_mm.conversion.mapping import to_hf
+from megatron_mm.conversion.mm1 import mm1_table
+from megatron_mm.conversion.reader import CheckpointReader
+from megatron_mm.conversion.to_hf import Export, convert_to_hf, parse_size, plan_shards
+from tests.conversion.conftest import Trained
+
+
+def read_all(out: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(out.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture
+def copy(trained: Trained, tmp_path: Path) -> Path:
+    """A checkpoint to damage."""
+    return Path(shutil.copytree(trained.checkpoint, tmp_path / "run" / "checkpoints" / "step_00000001"))
+
+
+def edit_model(checkpoint: Path, **decoder: int) -> None:
+    experiment = load_experiment(checkpoint / "experiment.json")
+    assert isinstance(experiment.model, MM1Config)
+    model = replace(experiment.model, decoder=replace(experiment.model.decoder, **decoder))
+    save_experiment(replace(experiment, model=model), checkpoint / "experiment.json")
+
+
+def test_reader_sees_the_model_and_nothing_else(trained: Trained) -> None:
+    reader, weights = CheckpointReader(trained.checkpoint), trained.weights
+    assert reader.names().keys() == weights.keys()
+    for name, info in reader.names().items():
+        assert info.shape == tuple(weights[name].shape)
+        assert torch.equal(reader.read(name), weights[name]), name
+
+
+def test_exported_weights_are_the_models(trained: Trained, exported: Export) -> None:
+    expected = to_hf(mm1_table(trained.config), trained.weights)
+    written = read_all(exported.path)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    assert exported.num_parameters == sum(t.numel() for t in written.values())
+    assert exported.num_tensors == len(written)
+
+
+def test_shards_and_their_index(exported: Export) -> None:
+    files = sorted(exported.path.glob("*.safetensors"))
+    index = json.loads((exported.path / "model.safetensors.index.json").read_text())
+    assert [file.name for file in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert len(files) == exported.num_shards > 2
+    content = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            content.update(dict.fromkeys(opened.keys(), file.name))
+        assert file.stat().st_size <= 500_000 + 20_000  # the header comes on top
+    assert index["weight_map"] == content
+    assert index["metadata"]["total_size"] == exported.num_bytes
+
+
+def test_one_shard_has_no_index(trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    export = convert_to_hf(trained.checkpoint, out, dtype="bfloat16", verify=False)
+    assert export.num_shards == 1
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+    expected = to_hf(mm1_table(trained.config), trained.weights)
+    assert all(torch.equal(t, expected[name].bfloat16()) for name, t in read_all(out).items())
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_run_directory_means_its_newest_checkpoint(copy: Path, tmp_path: Path) -> None:
+    export = convert_to_hf(copy.parent.parent, tmp_path / "out", verify=False)
+    assert export.num_tensors > 0
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        (copy / "manifest.json").unlink()
+        convert_to_hf(copy.parent.parent, tmp_path / "again")
+
+
+def test_a_tensor_larger_than_a_shard_is_alone(trained: Trained) -> None:
+    infos = CheckpointReader(trained.checkpoint, verify=False).names()
+    entries = mm1_table(trained.config)
+    shards = plan_shards(entries, infos, limit=1, item_size=2)
+    assert [shard.entries for shard in shards] == [[entry] for entry in entries]
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2**31), ("700", 700)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 apples"])
+def test_bad_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="shard_size"):
+        parse_size(text)
+
+
+def test_bad_arguments_are_refused(trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        convert_to_hf(trained.checkpoint, tmp_path / "out", dtype="int8")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        convert_to_hf(tmp_path, tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="not an empty directory"):
+        convert_to_hf(trained.checkpoint, tmp_path / "full")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("manifest.json", "not a complete checkpoint"), ("tokenizer.model", "no tokenizer.model"), ("tensors/.metadata", "missing")],
+)
+def test_missing_files_are_named(copy: Path, tmp_path: Path, name: str, message: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(ValueError, match=message):
+        convert_to_hf(copy, tmp_path / "out")
+
+
+def test_a_flipped_byte_is_found(copy: Path, tmp_path: Path) -> None:
+    path = next((copy / "tensors").glob("*.distcp"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{path.name} is damaged"):
+        convert_to_hf(copy, tmp_path / "out")
+
+
+def test_tensors_of_another_model_are_listed(copy: Path, tmp_path: Path) -> None:
+    edit_model(copy, num_layers=4)
+    with pytest.raises(ValueError, match=r"6 tensors are missing \(language.decoder.layers.3.input_layernorm.weight, "):
+        convert_to_hf(copy, tmp_path / "out", verify=False)
+    edit_model(copy, num_layers=2)
+    with pytest.raises(ValueError, match=r"6 are not known \(language.decoder.layers.2.input_layernorm.weight, "):
+        convert_to_hf(copy, tmp_path / "out", verify=False)
+    edit_model(copy, num_layers=3, num_query_groups=4)
+    with pytest.raises(ValueError, match=r"linear_qkv\.weight has 256 rows"):
+        convert_to_hf(copy, tmp_path / "out", verify=False)
+
+
+def test_a_failed_export_leaves_nothing(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CheckpointReader, "read", lambda self, name: torch.empty(0).view(-1, 3)[5])
+    with pytest.raises(IndexError):
+        convert_to_hf(trained.checkpoint, tmp_path / "out", verify=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_small_an_embedding_table_is_refused(copy: Path, tmp_path: Path) -> None:
+    """The tokenizer of another run beside the checkpoint."""
+    edit_model(copy, vocab_size=300)
+    with pytest.raises(ValueError, match="ids, but the model has 300 embeddings"):
+        convert_to_hf(copy, tmp_path / "out", verify=False)
