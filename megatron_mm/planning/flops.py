@@ -1,0 +1,81 @@
+"""Tokens, FLOPs and MFU: the one definition, for the trainer and for planning.
+
+A multiplication and an addition are two FLOPs; the backward pass costs twice the forward. Attention is counted over the
+documents' own lengths, and causal attention half. The image encoder counts. Recomputation, norms, activations, the embedding
+look-up and padding tokens do not.
+"""
+
+from __future__ import annotations
+
+from megatron_mm.config import ConnectorConfig, DecoderConfig, MM1Config, Precision, VisionConfig
+
+FORWARD_AND_BACKWARD = 3
+
+PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    "H100": {"bf16": 989, "fp8": 1979, "fp32": 67},
+    "H200": {"bf16": 989, "fp8": 1979, "fp32": 67},
+    "A100": {"bf16": 312, "fp32": 19.5},
+}
+"""Dense peaks of one device (NVIDIA's data sheets, SXM), by a part of the device's name."""
+
+
+def peak_tflops(device_name: str, precision: Precision) -> float | None:
+    """Peak of a device in TFLOP/s; None for one that the table does not know (a CPU, say)."""
+    for name, peaks in PEAK_TFLOPS.items():
+        if name in device_name:
+            return peaks.get(precision)
+    return None
+
+
+def mfu(tflops: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation of one device, between 0 and 1; None where the peak is unknown."""
+    return tflops / peak if peak else None
+
+
+def decoder_matmul_parameters(decoder: DecoderConfig) -> int:
+    """Weights that every token is multiplied with, the output layer included, tied or not."""
+    width = decoder.hidden_size
+    query, key_value = decoder.num_attention_heads * decoder.head_dim, decoder.num_query_groups * decoder.head_dim
+    layer = width * (query + 2 * key_value) + query * width + 3 * width * decoder.ffn_hidden_size
+    return decoder.num_layers * layer + width * decoder.vocab_size
+
+
+def decoder_flops(decoder: DecoderConfig, *, num_tokens: int, sum_squared_lengths: int) -> float:
+    """FLOPs of training the decoder on a batch.
+
+    Args:
+        num_tokens: tokens that are not padding.
+        sum_squared_lengths: sum over documents of their squared length in tokens.
+    """
+    matmuls = 2 * decoder_matmul_parameters(decoder) * num_tokens
+    # Scores and values: two products of 2 * length^2 * heads * head_dim, half of which causality leaves.
+    attention = 2 * decoder.num_layers * decoder.num_attention_heads * decoder.head_dim * sum_squared_lengths
+    return FORWARD_AND_BACKWARD * float(matmuls + attention)
+
+
+def vision_flops(vision: VisionConfig) -> float:
+    """FLOPs of training the image tower on one image."""
+    tokens, width = vision.num_patches + 1, vision.hidden_size
+    patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * width
+    layer = 2 * tokens * (4 * width**2 + 2 * width * vision.ffn_hidden_size) + 4 * tokens**2 * width
+    return FORWARD_AND_BACKWARD * float(patches + vision.num_layers * layer)
+
+
+def connector_flops(connector: ConnectorConfig, vision: VisionConfig, *, output_size: int) -> float:
+    """FLOPs of training the connector on one image; depthwise convolutions and squeeze-excitation are left out (under 1%)."""
+    width, inner, patches, tokens = vision.hidden_size, connector.hidden_size, vision.num_patches, connector.num_tokens
+    if connector.kind == "average":
+        forward = tokens * width * output_size
+    elif connector.kind == "attention":
+        forward = patches * width * 2 * inner + 2 * tokens * patches * inner + 2 * tokens * inner * inner + tokens * inner * output_size
+    else:
+        before = patches * (2 * width * inner + inner * inner) + (connector.depth - 1) * patches * 2 * inner * inner
+        after = connector.depth * tokens * 2 * inner * inner + tokens * (inner * output_size + output_size * output_size)
+        forward = before + after
+    return FORWARD_AND_BACKWARD * 2.0 * forward
+
+
+def step_flops(model: MM1Config, *, num_tokens: int, sum_squared_lengths: int, num_images: int) -> float:
+    """FLOPs of one training step on a global batch: decoder, image tower and connector, forward and backward."""
+    image = vision_flops(model.vision) + connector_flops(model.connector, model.vision, output_size=model.decoder.hidden_size)
+    return decoder_flops(model.decoder, num_tokens=num_tokens, sum_squared_lengths=sum_squared_lengths) + num_images * image
