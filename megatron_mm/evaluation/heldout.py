@@ -1,0 +1,73 @@
+"""Losses and captions on the `heldout` split, in the training layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from megatron_mm.config import Experiment
+from megatron_mm.data.index import open_split
+from megatron_mm.data.pipeline import TrainingData
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.evaluation.captions import CaptionSample, caption_tasks
+from megatron_mm.evaluation.generation import generate
+from megatron_mm.models import family_of
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.loss import LossTotals
+from megatron_mm.training.step import TrainingStep
+
+SPLIT = "heldout"
+
+
+class HeldOut:
+    """Evaluates the same held-out batches every time; every method is called by all processes together."""
+
+    def __init__(self, experiment: Experiment, topology: Topology, tokenizer: Tokenizer) -> None:
+        self.experiment = experiment
+        self.topology = topology
+        self.tokenizer = tokenizer
+        self.present = (experiment.data.path / SPLIT).is_dir()
+        self.sources = [name for name, weight in experiment.data.mixture.items() if weight > 0]
+
+    def losses(self, step: TrainingStep, *, images: Literal["true", "shuffled", "blank"] | None = None) -> dict[str, float]:
+        """Loss per token over `eval.batches` global batches, in all and by source; nothing where there is no such split.
+
+        Args:
+            images: what the model sees, if not what it sees in training: the difference between "true" and "shuffled" is what
+                looking at the images is worth.
+        """
+        if not self.present:
+            return {}
+        data = self.experiment.data if images is None else replace(self.experiment.data, images=images)
+        loader = TrainingData(replace(self.experiment, data=data), self.topology, self.tokenizer, split=SPLIT)
+        total = LossTotals(losses=[0.0] * len(self.sources), tokens=[0.0] * len(self.sources))
+        try:
+            for _ in range(self.experiment.eval.batches):
+                found = step.evaluate(next(loader).micro_batches)
+                total.losses = [a + b for a, b in zip(total.losses, found.losses, strict=True)]
+                total.tokens = [a + b for a, b in zip(total.tokens, found.tokens, strict=True)]
+        finally:
+            loader.close()
+        by_source = {f"{SPLIT}/loss/{name}": loss for name, loss in total.by_source(self.sources).items()}
+        return {f"{SPLIT}/loss": total.mean, **by_source}
+
+    def captions(self, model: list[torch.nn.Module]) -> list[CaptionSample]:
+        """Generated captions of the first `eval.samples` held-out pairs; none where there are no pairs."""
+        indexes = open_split(self.experiment.data.path, SPLIT, sources=self.sources) if self.present else []
+        pairs = next((index for index in indexes if index.kind == "pairs"), None)
+        if pairs is None:
+            return []
+        config = self.experiment.eval
+        image = family_of(self.experiment.model).image_input(self.experiment.model)
+        tasks = caption_tasks(pairs, self.tokenizer, image, count=config.samples)
+        answers = generate(
+            model,
+            self.topology,
+            [task.prompt for task in tasks],
+            max_new_tokens=config.max_new_tokens,
+            eos_id=self.tokenizer.eos_id,
+            pad_id=self.tokenizer.pad_id,
+        )
+        return [task.answered(self.tokenizer.decode(ids)) for task, ids in zip(tasks, answers, strict=True)]
