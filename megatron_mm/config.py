@@ -286,6 +286,11 @@ class DataConfig:
         _require(sum(self.mixture.values()) > 0, f"data.mixture {self.mixture} has no weight above 0")
 
     @property
+    def sources(self) -> list[str]:
+        """Names of the sources that get sequences, in the order in which plans and logs number them."""
+        return [name for name, weight in self.mixture.items() if weight > 0]
+
+    @property
     def tokenizer_path(self) -> Path:
         return self.tokenizer if self.tokenizer is not None else self.path / "tokenizer.model"
 

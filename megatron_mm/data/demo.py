@@ -180,7 +180,7 @@ def _write_interleaved(folder: Path, rng: random.Random, count: int) -> None:
                 extension, data = _encode(rng, scene.image)
                 tar.add(f"{index:09d}.{number}.{extension}", data)
                 question, answer = rng.choice(scene.questions)
-                items += [{"image": f"{number}.{extension}"}, {"text": f"{question} {answer}"}]
+                items += [{"text": question}, {"image": f"{number}.{extension}"}, {"text": answer}]
             tar.add(f"{index:09d}.json", json.dumps({"items": items}).encode())
         tar.close()
 

@@ -40,7 +40,7 @@ def stream_samples(first: int, count: int, *, num_samples: int, seed: int) -> np
     positions = np.arange(first, first + count, dtype=np.int64)
     epochs, places = np.divmod(positions, num_samples)
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
-    keys = _mix(epochs.astype(np.uint64) + np.uint64(seed % 2**63) * _MIX)
+    keys = _mix(epochs.astype(np.uint64) + np.uint64(seed * int(_MIX) % 2**64))
     values = _feistel(places.astype(np.uint64), keys, half_bits)
     outside = values >= num_samples
     while outside.any():

@@ -19,7 +19,7 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
     Raises ValueError where the data path, a source or its index is missing or empty.
     """
     data = experiment.data
-    names = [name for name, weight in data.mixture.items() if weight > 0]
+    names = data.sources
     return Plan(
         open_split(data.path, split, sources=names),
         weights=[data.mixture[name] for name in names],

@@ -29,7 +29,7 @@ class HeldOut:
         self.topology = topology
         self.tokenizer = tokenizer
         self.present = (experiment.data.path / SPLIT).is_dir()
-        self.sources = [name for name, weight in experiment.data.mixture.items() if weight > 0]
+        self.sources = experiment.data.sources
 
     def losses(self, step: TrainingStep, *, images: Literal["true", "shuffled", "blank"] | None = None) -> dict[str, float]:
         """Loss per token over `eval.batches` global batches, in all and by source; nothing where there is no such split.

@@ -63,7 +63,7 @@ class Metrics(Hook):
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
         experiment, topology = trainer.experiment, trainer.topology
-        self.sources = [name for name, weight in experiment.data.mixture.items() if weight > 0]
+        self.sources = experiment.data.sources
         device_name = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
         self.peak = experiment.monitor.peak_tflops or peak_tflops(device_name, experiment.train.precision)
         self.monitor = Monitor(

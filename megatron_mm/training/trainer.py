@@ -37,7 +37,7 @@ class Trainer:
         self.tokenizer = Tokenizer.open(experiment.data.tokenizer_path)
         self.model = build_model(experiment, self.topology)
         self.optimizer = build_optimizer(experiment, self.model)
-        self.step = TrainingStep(experiment, self.topology, self.model, self.optimizer, num_sources=len(experiment.data.mixture))
+        self.step = TrainingStep(experiment, self.topology, self.model, self.optimizer, num_sources=len(experiment.data.sources))
         self.checkpointer = Checkpointer(experiment, self.topology, run_dir, self.model, self.optimizer)
         self.state = self.checkpointer.load_latest() or TrainState()
         self.data = TrainingData(experiment, self.topology, self.tokenizer, cursor=self.state.plan)

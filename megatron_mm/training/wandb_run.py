@@ -108,5 +108,5 @@ class WandbRun:
     def finish(self, exit_code: int) -> None:
         """End the run."""
         if self._run is not None:
-            self._guard("finish", lambda: self._run.finish(exit_code=exit_code, quiet=True))
+            self._guard("finish", lambda: self._run.finish(exit_code=exit_code))
             self._run = None
