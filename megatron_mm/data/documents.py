@@ -47,10 +47,7 @@ def parse_document(kind: Kind, data: bytes) -> list[Text | ImageReference]:
         decoded = data.decode("utf-8")
     except UnicodeDecodeError:
         raise BadDocument("text is not UTF-8") from None
-    if kind == "interleaved":
-        items = _interleaved(_json(decoded))
-    else:
-        items = [Text(_plain_text(decoded))]
+    items = _interleaved(_json(decoded)) if kind == "interleaved" else [Text(_plain_text(decoded))]
     items = [item for item in items if isinstance(item, ImageReference) or item.text.strip()]
     if not any(isinstance(item, Text) for item in items):
         raise BadDocument("no text")

@@ -101,7 +101,7 @@ class Loader:
         for index in plan.indexes:
             if index.tokenizer != tokenizer.fingerprint:
                 raise ValueError(
-                    f"source {index.root} was indexed with tokenizer {index.tokenizer}, but {data.tokenizer_path} is {tokenizer.fingerprint}: "
+                    f"source {index.root} was indexed with tokenizer {index.tokenizer}, and {data.tokenizer_path} is {tokenizer.fingerprint}: "
                     "index it again with `megatron-mm prepare index`, or use the tokenizer that it was indexed with"
                 )
         self.plan = plan
@@ -329,7 +329,7 @@ def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, texts
         ids = tokenizer.encode(texts[int(item["offset"])])
         if len(ids) != item["tokens"]:
             raise ValueError(
-                f"a text of sample {sample} of {index.root} has {len(ids)} tokens, but {item['tokens']} were indexed: index the source again"
+                f"a text of sample {sample} of {index.root} has {len(ids)} tokens, but {item['tokens']} in the index: index it again"
             )
         stream += ids
     return [*stream, tokenizer.eos_id]
