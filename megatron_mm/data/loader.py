@@ -101,7 +101,8 @@ class Loader:
         for index in plan.indexes:
             if index.tokenizer != tokenizer.fingerprint:
                 raise ValueError(
-                    f"source {index.root} was indexed with tokenizer {index.tokenizer}, and {data.tokenizer_path} is {tokenizer.fingerprint}: "
+                    f"source {index.root} was indexed with tokenizer {index.tokenizer}, "
+                    f"and {data.tokenizer_path} is {tokenizer.fingerprint}: "
                     "index it again with `megatron-mm prepare index`, or use the tokenizer that it was indexed with"
                 )
         self.plan = plan

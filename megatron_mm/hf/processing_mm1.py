@@ -52,8 +52,10 @@ class MM1ImageProcessor(BaseImageProcessor):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB, upright (EXIF), transparent parts on white."""
+    """Any Pillow image as RGB: upright (EXIF), transparent parts on white, the high byte of 16 bits."""
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow itself would cut values off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (255, 255, 255, 255))

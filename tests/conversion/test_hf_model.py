@@ -1,6 +1,7 @@
 """The exported model under plain transformers: the same logits as in training, and everything that one does with it."""
 
 import ast
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_mm.conversion.mm1 import mm1_table
 from megatron_mm.conversion.mm1_files import hf_config
 from megatron_mm.conversion.to_hf import Export
 from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.decode import PillowDecoder
 from megatron_mm.hf.configuration_mm1 import MM1Config as HfConfig
 from megatron_mm.hf.modeling_mm1 import MM1ForConditionalGeneration
 from megatron_mm.models.mm1 import MM1Model
@@ -170,6 +172,26 @@ def test_images_of_all_kinds(processor: ProcessorMixin) -> None:
     assert pixels.shape == (1, len(kinds), 3, 32, 32) and pixels.isfinite().all()
     torch.testing.assert_close(pixels[0, 4], pixels[0, 0])
     torch.testing.assert_close(pixels[0, 5], pixels[0, 0])
+
+
+def test_pixels_are_the_training_decoders(processor: ProcessorMixin) -> None:
+    """Formats that need a decision (transparency, 16 bits, CMYK, palette) are decided as in training, to the last bit."""
+    rng = np.random.default_rng(0)
+    rgba = Image.fromarray(rng.integers(0, 256, (20, 30, 4), dtype=np.uint8))
+    gray16 = Image.fromarray(rng.integers(0, 1 << 16, (20, 30), dtype=np.uint16))
+    files = {rgba: "PNG", rgba.convert("CMYK"): "JPEG", rgba.convert("P"): "GIF", gray16: "PNG", rgba.convert("LA"): "PNG"}
+    saved = []
+    for image, kind in files.items():
+        image.save(file := io.BytesIO(), kind)
+        saved.append(file.getvalue())
+    decoder = PillowDecoder(image_size=32, threads=1, fill=(0, 0, 0))
+    expected = decoder.decode(saved)
+    decoder.close()
+    assert expected.ok.all()
+    images = [Image.open(io.BytesIO(data)) for data in saved]
+    pixels = processor(images=images, text="<image>" * len(images), return_tensors="pt")["pixel_values"][0]
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (processor.image_processor.image_mean, processor.image_processor.image_std))
+    assert torch.equal((pixels * std + mean).mul(255).round().to(torch.uint8), expected.pixels)
 
 
 def test_save_and_load_again(model: PreTrainedModel, processor: ProcessorMixin, tmp_path: Path) -> None:
