@@ -202,13 +202,13 @@ def _add(rows: _ShardRows, kind: Kind, number: int, sample: WebSample, tokenizer
         contents.append(_referenced(sample, item) if isinstance(item, ImageReference) else item)
     texts = [item.text for item in contents if isinstance(item, Text)]
     tokens = iter([len(ids) for ids in tokenizer.encode_batch(texts)])
-    items = []
-    for item in contents:
-        if isinstance(item, Text):
+    items: list[tuple[int, ...]] = []
+    for content in contents:
+        if isinstance(content, Text):
             items.append((0, next(tokens), sum(not i[0] for i in items), 0, 0, 0))
         else:
-            width, height = check_image(item.data)
-            items.append((1, 0, item.offset, len(item.data), width, height))
+            width, height = check_image(content.data)
+            items.append((1, 0, content.offset, len(content.data), width, height))
     total = sum(item[1] for item in items)
     num_images = sum(item[0] for item in items)
     rows.samples.append((number, document.offset, len(document.data), len(rows.items), len(items), total, num_images))

@@ -179,9 +179,9 @@ def test_pixels_are_the_training_decoders(processor: ProcessorMixin) -> None:
     rng = np.random.default_rng(0)
     rgba = Image.fromarray(rng.integers(0, 256, (20, 30, 4), dtype=np.uint8))
     gray16 = Image.fromarray(rng.integers(0, 1 << 16, (20, 30), dtype=np.uint16))
-    files = {rgba: "PNG", rgba.convert("CMYK"): "JPEG", rgba.convert("P"): "GIF", gray16: "PNG", rgba.convert("LA"): "PNG"}
+    converted = [rgba.convert(mode) for mode in ("CMYK", "P", "LA")]
     saved = []
-    for image, kind in files.items():
+    for image, kind in zip([rgba, gray16, *converted], ["PNG", "PNG", "JPEG", "GIF", "PNG"], strict=True):
         image.save(file := io.BytesIO(), kind)
         saved.append(file.getvalue())
     decoder = PillowDecoder(image_size=32, threads=1, fill=(0, 0, 0))
