@@ -5,6 +5,7 @@
     prepare index     read every sample of a data set once and index it
     prepare tokenizer train a SentencePiece tokenizer on a data set's texts
     convert to-hf     write a checkpoint as a Hugging Face model
+    eval CHECKPOINT   held-out losses with true, shuffled and blank images, and captions
     doctor            what this machine has, and what falls back to what
 
 A user's mistake is one line on standard error and exit code 2. Heavy imports wait for the command that needs them, so that
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.run is not _train:
+    if rest and known.run not in (_train, _eval):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     _configure_logging()
     try:
@@ -94,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("--shard-size", default="5GB", help="largest safetensors file (default: %(default)s)")
     to_hf.set_defaults(run=_convert_to_hf)
 
+    evaluate = commands.add_parser("eval", help="held-out losses with true, shuffled and blank images, and captions", add_help=False)
+    evaluate.add_argument("checkpoint", nargs="?", type=Path, help="RUN_DIR/checkpoints/step_..., or RUN_DIR for its newest")
+    evaluate.add_argument("-h", "--help", action="store_true")
+    evaluate.set_defaults(run=_eval)
+
     doctor = commands.add_parser("doctor", help="what this machine has, and what falls back to what")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -105,6 +111,7 @@ def _configure_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {prefix}%(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron_mm").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed|apex")
+    warnings.filterwarnings("ignore", module=r"urllib3")
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")
 
 
@@ -131,6 +138,26 @@ def _train(known: argparse.Namespace, rest: list[str]) -> None:
     from megatron_mm.training.run import start
 
     start(options.experiment, options.run_dir)
+
+
+def _eval(known: argparse.Namespace, rest: list[str]) -> None:
+    if known.checkpoint is None:
+        print("usage: megatron-mm eval CHECKPOINT [--data.path DIR] [--group.field VALUE ...]\n")
+        print("CHECKPOINT is RUN_DIR/checkpoints/step_..., or RUN_DIR for its newest; with one, --help lists every field.")
+        if not known.help:
+            raise ValueError("no checkpoint given")
+        return
+    from megatron_mm.commands import parse_eval_arguments
+    from megatron_mm.evaluation.run import evaluate, experiment_of
+    from megatron_mm.training.checkpoint import find_checkpoint
+
+    checkpoint = find_checkpoint(known.checkpoint)
+    options = parse_eval_arguments(experiment_of(checkpoint), [*rest, *(["--help"] if known.help else [])])
+    found = evaluate(options.experiment, checkpoint)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{checkpoint}")
+        for line in found.report():
+            print(line)
 
 
 def _prepare_demo(known: argparse.Namespace, rest: list[str]) -> None:

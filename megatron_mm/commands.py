@@ -1,4 +1,4 @@
-"""The typed options of `megatron-mm train`: every field of the recipe's Experiment, by tyro."""
+"""The typed options of `megatron-mm train` and `eval`: every field of an Experiment, by tyro."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
@@ -30,15 +30,35 @@ def parse_train_arguments(recipe: Experiment, arguments: Sequence[str]) -> Train
 
     Raises ValueError with one line for an unknown field or a value of the wrong kind; prints and exits for --help.
     """
-    recipe, arguments = _take_mixture(recipe, list(arguments))
+    return _parse(TrainOptions(experiment=recipe), arguments, program=f"megatron-mm train {recipe.recipe}")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Held-out losses with true, shuffled and blank images, and captions. Every option shows the checkpoint's value; the layout
+    is a single process unless given."""
+
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+
+
+def parse_eval_arguments(experiment: Experiment, arguments: Sequence[str]) -> EvalOptions:
+    """A checkpoint's experiment with the command line's overrides; raises and exits as `parse_train_arguments` does."""
+    return _parse(EvalOptions(experiment=experiment), arguments, program="megatron-mm eval CHECKPOINT")
+
+
+Options = TypeVar("Options", TrainOptions, EvalOptions)
+
+
+def _parse(default: Options, arguments: Sequence[str], *, program: str) -> Options:
+    experiment, arguments = _take_mixture(default.experiment, list(arguments))
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(
-                TrainOptions,
-                prog=f"megatron-mm train {recipe.recipe}",
+                type(default),
+                prog=program,
                 args=arguments,
-                default=TrainOptions(experiment=recipe),
+                default=replace(default, experiment=experiment),
                 config=(tyro.conf.AvoidSubcommands,),
             )
     except SystemExit as stop:

@@ -44,6 +44,7 @@ def main() -> None:
     run("Train on 4 processes (tensor 2 x pipeline 2), and stop half way", *train, "--train.steps", str(half))
     run("Resume to the end", *train, "--train.steps", str(arguments.steps))
     checkpoint = run_dir / "checkpoints" / f"step_{arguments.steps:08d}"
+    run("What it has learned from looking", *program, "eval", checkpoint, "--eval.samples", "0")
     run("Export to Hugging Face format", *program, "convert", "to-hf", checkpoint, model, "--dtype", "float32")
     captions = out / "captions.md"
     run("Caption held-out images with transformers alone", sys.executable, CAPTION_PROGRAM, model, data / "heldout" / "pairs", captions)

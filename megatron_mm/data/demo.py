@@ -103,10 +103,14 @@ def _place(draw: ImageDraw.ImageDraw, shape: str, colour: str, centre: tuple[flo
     SHAPES[shape](draw, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), COLOURS[colour])
 
 
+def _a(colour: str) -> str:
+    return f"an {colour}" if colour == "orange" else f"a {colour}"
+
+
 def _one(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int) -> tuple[str, tuple]:
     shape, colour, size = rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), rng.uniform(0.5, 0.8)
     _place(draw, shape, colour, (width / 2, height / 2), (width * size, height * size))
-    return f"a {colour} {shape}", (("what shape?", shape), ("what colour?", colour), ("how many?", "one"))
+    return f"{_a(colour)} {shape}", (("what shape?", shape), ("what colour?", colour), ("how many?", "one"))
 
 
 def _two(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int) -> tuple[str, tuple]:
@@ -118,7 +122,7 @@ def _two(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int)
     for shape, colour, centre in ((first, near, centres[0]), (second, far, centres[1])):
         _place(draw, shape, colour, centre, (width * 0.42, height * 0.42))
     questions = ((f"what colour is the {first}?", near), (f"what colour is the {second}?", far), ("how many?", "two"))
-    return f"a {near} {first} {relation} a {far} {second}", questions
+    return f"{_a(near)} {first} {relation} {_a(far)} {second}", questions
 
 
 def _count(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int) -> tuple[str, tuple]:

@@ -72,6 +72,21 @@ class TrainState:
     """Samples that failed at run time, by source."""
 
 
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path names: itself, or the newest of a run directory.
+
+    Raises ValueError where there is none.
+    """
+    if (path / "manifest.json").is_file():
+        return path
+    found = completed_checkpoints(path.parent if path.name == "checkpoints" else path)
+    if not found:
+        raise ValueError(
+            f"{path} is neither a complete checkpoint nor a run directory with one: give RUN_DIR or RUN_DIR/checkpoints/step_..."
+        )
+    return found[-1]
+
+
 def completed_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted(path.parent for path in (run_dir / "checkpoints").glob("step_*/manifest.json"))
@@ -194,15 +209,12 @@ class Checkpointer:
         """Load weights, optimizer and generators from any layout; generators only from a run of the same size."""
         check_same_model(self.experiment, checkpoint)
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        self._verify(checkpoint, manifest["files"])
+        verify(checkpoint, self.topology)
         same_layout = _same_layout(self.experiment, checkpoint) and manifest["world_size"] == self.topology.world_size
-        strategy = FullyParallelLoadStrategyWrapper(
-            get_default_load_sharded_strategy(str(checkpoint / TENSORS)), parallel_state.get_data_parallel_group(with_context_parallel=True)
-        )
         loaded = dist_checkpointing.load(
             self._sharded_state(loading=True, generators=same_layout),
             str(checkpoint / TENSORS),
-            sharded_strategy=strategy,
+            sharded_strategy=_load_strategy(checkpoint),
             strict=StrictHandling.RAISE_UNEXPECTED,
         )
         for index, chunk in enumerate(self.model):
@@ -215,25 +227,6 @@ class Checkpointer:
         if self.topology.is_main:
             logger.info("resumed from %s%s", checkpoint, "" if same_layout else " (written under another layout)")
         return state
-
-    def _verify(self, checkpoint: Path, files: dict[str, list[int]]) -> None:
-        """Each process checks its share of the files, so that reading them twice costs little."""
-        problem = ""
-        try:
-            for index, (name, (size, checksum)) in enumerate(sorted(files.items())):
-                path = checkpoint / TENSORS / name
-                if not path.is_file() or path.stat().st_size != size:
-                    raise ValueError(f"checkpoint file {path} is missing or has not its {size} bytes: restore it or remove {checkpoint}")
-                if index % self.topology.world_size == self.topology.rank and _crc32(path) != checksum:
-                    raise ValueError(f"checkpoint file {path} is damaged (its checksum differs): restore it or remove {checkpoint}")
-            check_pickles(checkpoint / TENSORS)
-        except ValueError as error:
-            problem = str(error)
-        problems: list[str] = [""] * self.topology.world_size
-        dist.all_gather_object(problems, problem)
-        for found in problems:
-            if found:
-                raise ValueError(found)
 
     # ------------------------------------------------------------------------------------------------------------ state
 
@@ -249,15 +242,63 @@ class Checkpointer:
         return state
 
 
-def check_same_model(experiment: Experiment, checkpoint: Path) -> None:
-    """Raise ValueError that names the first difference where a checkpoint holds another model than the experiment's."""
+def verify(checkpoint: Path, topology: Topology) -> None:
+    """Check sizes, checksums and pickles, on all processes together: each reads its share, so that reading twice costs little.
+
+    Raises ValueError, on all of them, that names the damaged file.
+    """
+    problem = ""
+    try:
+        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        for index, (name, (size, checksum)) in enumerate(sorted(files.items())):
+            path = checkpoint / TENSORS / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise ValueError(f"checkpoint file {path} is missing or has not its {size} bytes: restore it or remove {checkpoint}")
+            if index % topology.world_size == topology.rank and _crc32(path) != checksum:
+                raise ValueError(f"checkpoint file {path} is damaged (its checksum differs): restore it or remove {checkpoint}")
+        check_pickles(checkpoint / TENSORS)
+    except ValueError as error:
+        problem = str(error)
+    problems: list[str] = [""] * topology.world_size
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found:
+            raise ValueError(found)
+
+
+def load_weights(experiment: Experiment, topology: Topology, model: list[DistributedDataParallel], checkpoint: Path) -> None:
+    """Load the weights alone, from any layout into any layout.
+
+    Raises ValueError where the checkpoint is of another model, or damaged.
+    """
+    check_same_model(experiment, checkpoint, with_optimizer=False)
+    verify(checkpoint, topology)
+    loaded = dist_checkpointing.load(
+        {f"model{i}": chunk.module.sharded_state_dict(metadata=dict(STATE_METADATA)) for i, chunk in enumerate(model)},
+        str(checkpoint / TENSORS),
+        sharded_strategy=_load_strategy(checkpoint),
+        strict=StrictHandling.RAISE_UNEXPECTED,
+    )
+    for index, chunk in enumerate(model):
+        chunk.module.load_state_dict(loaded[f"model{index}"], strict=True)
+
+
+def _load_strategy(checkpoint: Path) -> FullyParallelLoadStrategyWrapper:
+    return FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(checkpoint / TENSORS)), parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+
+
+def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer: bool = True) -> None:
+    """Raise ValueError that names the first difference where a checkpoint holds another model than the experiment's, or
+    (with_optimizer) another kind of optimizer state."""
     saved = load_experiment(checkpoint / "experiment.json")
     for name, ours, theirs in _differences(to_dict(experiment.model), to_dict(saved.model)):
         raise ValueError(
             f"checkpoint {checkpoint} holds another model ({saved.recipe}): model.{name} is {theirs!r} there and {ours!r} here. "
             "Use another --run-dir, or the recipe and model settings of the checkpoint"
         )
-    if experiment.parallel.distributed_optimizer != saved.parallel.distributed_optimizer:
+    if with_optimizer and experiment.parallel.distributed_optimizer != saved.parallel.distributed_optimizer:
         raise ValueError(
             f"checkpoint {checkpoint} has parallel.distributed_optimizer {saved.parallel.distributed_optimizer}: use the same here"
         )

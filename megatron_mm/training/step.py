@@ -27,14 +27,14 @@ class StepResult:
 
 
 class TrainingStep:
-    """Runs steps on this process's part of the model."""
+    """Runs steps on this process's part of the model; without an optimizer it only evaluates."""
 
     def __init__(
         self,
         experiment: Experiment,
         topology: Topology,
         model: list[DistributedDataParallel],
-        optimizer: MegatronOptimizer,
+        optimizer: MegatronOptimizer | None,
         *,
         num_sources: int,
     ) -> None:
@@ -46,6 +46,7 @@ class TrainingStep:
 
     def run(self, micro_batches: list[PackedBatch], *, step: int) -> StepResult:
         """Train on one global batch, of which this process has `micro_batches`; `step` counts from 1."""
+        assert self.optimizer is not None, "training needs an optimizer"
         config = self.experiment.optimizer
         lr = learning_rate(step, config, schedule_steps=self.experiment.train.schedule_steps)
         for chunk in self.model:
