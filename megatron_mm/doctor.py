@@ -197,7 +197,7 @@ def _check_limits(path: Path) -> Iterator[Finding]:
     shared = Path("/dev/shm")
     if shared.is_dir():
         yield _size("/dev/shm", shared, MIN_SHARED_MEMORY, "in a container give it --ipc=host or --shm-size")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = soft == resource.RLIM_INFINITY or soft >= MIN_OPEN_FILES
     detail = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
     yield Finding("open files", "ok" if enough else "warning", detail if enough else f"{detail}: raise it with ulimit -n {MIN_OPEN_FILES}")
