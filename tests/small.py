@@ -1,0 +1,91 @@
+"""A model that is small and has every part of a large one, and batches for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron_mm.config import ConnectorConfig, DecoderConfig, Experiment, MM1Config, ParallelConfig
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.models.vision import VIT_TINY
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.recipes import get_recipe
+
+IMAGE_ID = 4
+IMAGE_TOKENS = 9
+IMAGES_OF_MICRO_BATCHES = (0, 1, 4)
+"""In turn: no image, one (so that of two tensor-parallel processes one has none), many."""
+
+
+def small_experiment(*, decoder: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
+    """debug_mm1 with less of everything: 4 layers of width 64 with 8 heads on 4 key/value heads, 8 micro-batches of 96 tokens.
+
+    Args:
+        decoder, parallel, train: fields to change.
+    """
+    fields: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "head_dim": 8,
+        "vocab_size": 128,
+        **(decoder or {}),
+    }
+    recipe = get_recipe("debug_mm1")
+    model = MM1Config(
+        decoder=DecoderConfig(**fields),
+        vision=replace(VIT_TINY, hidden_size=32, ffn_hidden_size=64, image_size=16),
+        connector=ConnectorConfig(kind="c_abstractor", num_tokens=IMAGE_TOKENS, hidden_size=32, depth=1),
+    )
+    return replace(
+        recipe,
+        model=model,
+        data=replace(recipe.data, sequence_length=96),
+        parallel=ParallelConfig(**(parallel or {})),
+        train=replace(recipe.train, **{"global_batch_size": 8, "micro_batch_size": 1, **train}),
+    )
+
+
+def random_batch(experiment: Experiment, topology: Topology, *, number: int) -> PackedBatch:
+    """Micro-batch `number` of a run, the same in every layout: random words and pictures."""
+    generator = torch.Generator().manual_seed(number)
+    total = experiment.train.micro_batch_size * experiment.data.sequence_length
+    ids = torch.randint(5, experiment.model.decoder.vocab_size, (total,), generator=generator)
+    bounds = [0]
+    while bounds[-1] < total:
+        bounds.append(min(total, bounds[-1] + int(torch.randint(IMAGE_TOKENS + 3, 30, (1,), generator=generator))))
+    wanted, starts = IMAGES_OF_MICRO_BATCHES[number % len(IMAGES_OF_MICRO_BATCHES)], []
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        if len(starts) < wanted and end - begin > IMAGE_TOKENS + 2:
+            starts.append(begin + 1)
+            ids[begin + 1 : begin + 1 + IMAGE_TOKENS] = IMAGE_ID
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    labels, mask = ids.roll(-1), torch.ones(total)
+    mask[cu_seqlens[1:].long() - 1] = 0
+    mask[labels == IMAGE_ID] = 0
+    owners = torch.arange(len(starts)) % topology.tensor_size
+    size = experiment.model.vision.image_size
+    pixels = torch.randint(0, 256, (len(starts), 3, size, size), generator=generator, dtype=torch.uint8)
+    return PackedBatch(
+        token_ids=ids,
+        labels=labels,
+        loss_mask=mask,
+        position_ids=torch.cat([torch.arange(length) for length in cu_seqlens.diff().tolist()]),
+        source_ids=torch.full((total,), number % 2),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(cu_seqlens.diff().max()),
+        image_starts=torch.tensor(starts, dtype=torch.int64),
+        image_owners=owners,
+        pixels=pixels[owners == topology.tensor_rank] if topology.is_first_stage else None,
+    )
+
+
+def random_step(experiment: Experiment, topology: Topology, *, step: int) -> list[PackedBatch]:
+    """This process's micro-batches of a step."""
+    count = experiment.num_micro_batches(topology.data_size)
+    first = 1000 * step + topology.data_rank
+    return [random_batch(experiment, topology, number=first + index * topology.data_size) for index in range(count)]
