@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,3 +90,15 @@ def random_step(experiment: Experiment, topology: Topology, *, step: int) -> lis
     count = experiment.num_micro_batches(topology.data_size)
     first = 1000 * step + topology.data_rank
     return [random_batch(experiment, topology, number=first + index * topology.data_size) for index in range(count)]
+
+
+def small_run(data: Path, *, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
+    """`small_experiment` on demo data, with nothing but steps and checkpoints."""
+    experiment = small_experiment(decoder={"vocab_size": 512}, parallel=parallel, **train)
+    return replace(
+        experiment,
+        data=replace(experiment.data, path=data, packing_window=64),
+        eval=replace(experiment.eval, interval=0),
+        monitor=replace(experiment.monitor, wandb="disabled"),
+        checkpoint=replace(experiment.checkpoint, interval=1000),
+    )

@@ -1,0 +1,119 @@
+"""A resume is exact: the same losses on the same layout, the same samples and curve on any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import run_processes
+from small import small_run
+
+from megatron_mm.training.run import start
+
+Layout = dict[str, Any]
+TENSOR_PIPELINE: Layout = {"tensor": 2, "pipeline": 2}
+
+
+def run(data: Path, run_dir: Path, layout: Layout, steps: int, options: dict[str, Any] | None = None) -> None:
+    """Train up to `steps`; called by all processes of a layout."""
+    experiment = small_run(data, parallel=layout, steps=steps, schedule_steps=20)
+    start(replace(experiment, checkpoint=replace(experiment.checkpoint, **(options or {}))), run_dir)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def straight(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs of 20 steps without a stop, on one process and on four, by world size."""
+    runs = {}
+    for world_size, layout in ((1, {}), (4, TENSOR_PIPELINE)):
+        runs[world_size] = tmp_path_factory.mktemp("straight")
+        run_processes(run, world_size, demo_data, runs[world_size], layout, 20)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def half(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same runs, stopped after 10 steps."""
+    runs = {}
+    for world_size, layout in ((1, {}), (4, TENSOR_PIPELINE)):
+        runs[world_size] = tmp_path_factory.mktemp("half")
+        run_processes(run, world_size, demo_data, runs[world_size], layout, 10)
+    return runs
+
+
+def copy(run_dir: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run_dir, to / "run"))
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(1, {}), (4, TENSOR_PIPELINE)], ids=["one process", "tensor 2 pipeline 2"])
+def test_resume_on_the_same_layout_is_bit_identical(
+    demo_data: Path, straight: dict[int, Path], half: dict[int, Path], tmp_path: Path, world_size: int, layout: Layout
+) -> None:
+    run_dir = copy(half[world_size], tmp_path)
+    run_processes(run, world_size, demo_data, run_dir, layout, 20)
+    assert losses(run_dir) == losses(straight[world_size])
+    assert [line["grad_norm"] for line in metrics(run_dir)] == [line["grad_norm"] for line in metrics(straight[world_size])]
+
+
+def test_metrics_have_every_step_once_with_the_promised_fields(straight: dict[int, Path]) -> None:
+    lines = metrics(straight[4])
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert {"loss", "losses", "grad_norm", "lr", "tokens", "images", "seconds", "tokens_per_s", "tflops", "mfu"} <= set(lines[0])
+    assert losses(straight[4]) == pytest.approx(losses(straight[1]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(1, {}), (4, {"tensor": 4}), (2, {}), (2, {"pipeline": 2, "virtual": 2})],
+    ids=["one process", "tensor 4", "data 2", "pipeline 2 virtual 2"],
+)
+def test_resume_on_another_layout_continues_the_curve(
+    demo_data: Path, straight: dict[int, Path], half: dict[int, Path], tmp_path: Path, world_size: int, layout: Layout
+) -> None:
+    run_dir = copy(half[4], tmp_path)
+    run_processes(run, world_size, demo_data, run_dir, layout, 20)
+    assert [line["step"] for line in metrics(run_dir)] == list(range(1, 21))
+    assert losses(run_dir) == pytest.approx(losses(straight[4]), rel=1e-5)
+    for ours, theirs in zip(metrics(run_dir), metrics(straight[4]), strict=True):  # the same samples in every global batch
+        assert (ours["tokens"], ours["images"], set(ours["losses"])) == (theirs["tokens"], theirs["images"], set(theirs["losses"]))
+
+
+def test_a_run_that_is_done_says_so_and_does_nothing(demo_data: Path, half: dict[int, Path], tmp_path: Path) -> None:
+    run_dir = copy(half[1], tmp_path)
+    run_processes(run, 1, demo_data, run_dir, {}, 10)
+    assert losses(run_dir) == losses(half[1])
+
+
+def _run_until_signal(data: Path, run_dir: Path, layout: Layout) -> int:
+    """Train; one process gets SIGTERM from itself after a while. Returns the steps that were done."""
+    if os.environ["RANK"] == "1":
+        waiting = threading.Thread(target=_terminate_after, args=(run_dir / "metrics.jsonl", 3), daemon=True)
+        waiting.start()
+    return start(small_run(data, parallel=layout, steps=2000, schedule_steps=2000), run_dir).step
+
+
+def _terminate_after(path: Path, lines: int) -> None:
+    while not path.is_file() or len(path.read_text().splitlines()) < lines:
+        threading.Event().wait(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step_with_a_checkpoint(demo_data: Path, tmp_path: Path) -> None:
+    steps = run_processes(_run_until_signal, 2, demo_data, tmp_path, {})
+    assert len(set(steps)) == 1 and 3 <= steps[0] < 2000
+    assert (tmp_path / "checkpoints" / f"step_{steps[0]:08d}" / "manifest.json").is_file()
+    assert len(losses(tmp_path)) == steps[0]
