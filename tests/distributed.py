@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
+import signal
 import socket
 import time
 import traceback
@@ -33,9 +35,9 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
     finally:
         for process in processes:
             process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
+            process.join()
 
 
 def _collect(processes: list, results: Any, *, deadline: float) -> list[Any]:
@@ -59,6 +61,7 @@ def _collect(processes: list, results: Any, *, deadline: float) -> list[Any]:
 def _child(function: Callable[..., Any], arguments: tuple, rank: int, world_size: int, port: int, results: Any) -> None:
     import torch
 
+    os.setpgrp()
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1"
@@ -68,9 +71,6 @@ def _child(function: Callable[..., Any], arguments: tuple, rank: int, world_size
     except BaseException:
         value, failure = None, traceback.format_exc()
     results.put((rank, value, failure))
-    results.close()
-    results.join_thread()
-    os._exit(0)  # not a normal exit: communication threads may wait for processes that are gone
 
 
 def _free_port() -> int:

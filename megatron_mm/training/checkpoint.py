@@ -121,7 +121,7 @@ class Checkpointer:
         self.finish()
         if self.saved_step == state.step:
             return
-        partial = self._fresh_directory(state)
+        step, partial = state.step, self._fresh_directory(state)  # the state moves on while the files are written
         async_request = dist_checkpointing.save(
             self._sharded_state(loading=False),
             str(partial / TENSORS),
@@ -132,8 +132,8 @@ class Checkpointer:
             validate_access_integrity=True,
         )
         request = _with_checksums(async_request, partial, rank=self.topology.rank)
-        request.add_finalize_fn(lambda: self._complete(partial, step=state.step))
-        self.started_at, self.saved_step = time.monotonic(), state.step
+        request.add_finalize_fn(lambda: self._complete(partial, step=step))
+        self.started_at, self.saved_step = time.monotonic(), step
         if self.config.asynchronous:
             self.queue.schedule_async_request(request)
         else:

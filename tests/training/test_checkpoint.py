@@ -1,0 +1,189 @@
+"""A checkpoint is complete or absent, and loading one never runs what it holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_processes
+from small import small_run
+
+from megatron_mm.config import DecoderConfig, Experiment
+from megatron_mm.training import checkpoint as checkpoints
+from megatron_mm.training.checkpoint import completed_checkpoints, find_checkpoint
+from megatron_mm.training.run import start
+
+
+def experiment(data: Path, steps: int, **checkpoint: Any) -> Experiment:
+    base = small_run(data, steps=steps, schedule_steps=20)
+    return replace(base, checkpoint=replace(base.checkpoint, **checkpoint))
+
+
+def train(data: Path, run_dir: Path, steps: int, options: dict[str, Any]) -> int:
+    return start(experiment(data, steps, **options), run_dir).step
+
+
+def train_and_report(data: Path, run_dir: Path, steps: int) -> str:
+    """The error of a start that should fail."""
+    try:
+        start(experiment(data, steps), run_dir)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def finished(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes with checkpoints of steps 2 and 4."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    run_processes(train, 2, demo_data, run_dir, 4, {"interval": 2})
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_the_newest_checkpoints_are_kept(demo_data: Path, run_dir: Path) -> None:
+    run_processes(train, 2, demo_data, run_dir, 7, {"interval": 1, "keep": 2})
+    assert [path.name for path in completed_checkpoints(run_dir)] == ["step_00000006", "step_00000007"]
+    assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+def test_an_asynchronous_checkpoint_is_of_the_step_it_was_begun_at(finished: Path) -> None:
+    states = {path.name: json.loads((path / "state.json").read_text()) for path in completed_checkpoints(finished)}
+    assert {name: state["step"] for name, state in states.items()} == {"step_00000002": 2, "step_00000004": 4}
+
+
+def test_a_path_names_a_checkpoint_or_the_newest_of_a_run(run_dir: Path, tmp_path: Path) -> None:
+    newest = run_dir / "checkpoints" / "step_00000004"
+    assert find_checkpoint(run_dir) == find_checkpoint(run_dir / "checkpoints") == find_checkpoint(newest) == newest
+    with pytest.raises(ValueError, match="neither a complete checkpoint nor a run directory"):
+        find_checkpoint(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------------- killed
+
+
+def _killed_while_saving(data: Path, run_dir: Path, after_files: int) -> None:
+    """Train on; all processes are killed as soon as the save of step 6 has written some of its files."""
+    write = checkpoints._write_checksums
+
+    def slowly(partial: Path, *, rank: int) -> None:
+        time.sleep(30)  # tensors are written, nothing is summed or named yet
+        write(partial, rank=rank)
+
+    checkpoints._write_checksums = slowly
+    threading.Thread(target=_kill_when_saving, args=(run_dir / "checkpoints", after_files), daemon=True).start()
+    start(experiment(data, 6), run_dir)
+
+
+def _kill_when_saving(folder: Path, after_files: int) -> None:
+    while not list(folder.glob(".partial-*/state.json")) or len(list(folder.glob(".partial-*/tensors/*.distcp"))) < after_files:
+        time.sleep(0.005)
+    os.killpg(0, signal.SIGKILL)  # this process and the one that writes for it
+
+
+@pytest.mark.parametrize("after_files", [0, 1, 4])
+def test_sigkill_in_a_save_leaves_the_previous_checkpoint(demo_data: Path, run_dir: Path, after_files: int) -> None:
+    with pytest.raises(AssertionError, match="ended without a result"):
+        run_processes(_killed_while_saving, 2, demo_data, run_dir, after_files)
+    assert [path.name for path in completed_checkpoints(run_dir)] == ["step_00000002", "step_00000004"]
+    assert run_processes(train, 2, demo_data, run_dir, 6, {}) == [6, 6]
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert not list((run_dir / "checkpoints").glob(".*")), "the unfinished save is cleaned up"
+
+
+# ------------------------------------------------------------------------------------------------------------------ damaged
+
+
+def _flip_a_byte(tensors: Path) -> Path:
+    path = max(tensors.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def _truncate(tensors: Path) -> Path:
+    path = min(tensors.glob("*.distcp"))
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
+def _remove(tensors: Path) -> Path:
+    path = min(tensors.glob("*.distcp"))
+    path.unlink()
+    return path
+
+
+class _Dangerous:
+    """Unpickling it would make a file."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("executed",)
+
+
+def _poison(name: str) -> Any:
+    def poison(tensors: Path) -> Path:
+        path = tensors / name
+        if name == "common.pt":
+            torch.save({"content": _Dangerous()}, path)
+        else:
+            path.write_bytes(pickle.dumps(_Dangerous()))
+        manifest = tensors.parent / "manifest.json"  # whoever changes the pickle can change the checksum too
+        content = json.loads(manifest.read_text())
+        content["files"][name] = [path.stat().st_size, checkpoints._crc32(path)]
+        manifest.write_text(json.dumps(content))
+        return path
+
+    return poison
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_flip_a_byte, "is damaged"),
+        (_truncate, "is missing or has not its"),
+        (_remove, "is missing or has not its"),
+        (_poison(".metadata"), "mkdir"),
+        (_poison("common.pt"), "mkdir"),
+    ],
+    ids=["flipped byte", "truncated", "removed", "malicious metadata", "malicious common"],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(
+    demo_data: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, reason: str
+) -> None:
+    path = damage(run_dir / "checkpoints" / "step_00000004" / "tensors")
+    monkeypatch.chdir(run_dir)
+    errors = run_processes(train_and_report, 2, demo_data, run_dir, 6)
+    assert all(str(path) in error and reason in error for error in errors), errors
+    assert not (run_dir / "executed").exists()
+
+
+def _other_model(data: Path, run_dir: Path) -> str:
+    base = small_run(data, steps=6, schedule_steps=20)
+    decoder: DecoderConfig = replace(base.model.decoder, ffn_hidden_size=128)
+    try:
+        start(replace(base, model=replace(base.model, decoder=decoder)), run_dir)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_both_values(demo_data: Path, run_dir: Path) -> None:
+    (error,) = run_processes(_other_model, 1, demo_data, run_dir)
+    assert "model.decoder.ffn_hidden_size is 96 there and 128 here" in error
+    assert "step_00000004" in error
