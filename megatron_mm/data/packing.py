@@ -1,4 +1,4 @@
-"""Best-fit packing of documents into sequences of a fixed number of tokens and at most so many images.
+"""Packing of documents into sequences of a fixed number of tokens and at most so many images (`data.filling` chooses which).
 
 A document is the token stream BOS, items, EOS, where an image is `tokens_per_image` places. A piece is a range [begin, end) of
 that stream: the whole of it, or, where a document is longer than a sequence or has too many images, a part; an image is never
@@ -11,19 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_mm.data.filling import Limits, fill_sequences
 from megatron_mm.data.index import SourceIndex
 
 BEGIN_AND_END = 2
 """BOS and EOS."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a sequence holds."""
-
-    sequence_length: int
-    max_images: int
-    tokens_per_image: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ def document_lengths(index: SourceIndex, samples: np.ndarray, tokens_per_image: 
 
 
 def pack_window(index: SourceIndex, samples: np.ndarray, limits: Limits, *, seed: int) -> Window:
-    """Pack samples into as few sequences as best fit, longest first, finds; the sequences come out in a random order.
+    """Pack samples into few, full sequences, which come out in a random order.
 
     Args:
         samples: [n] rows of the source, possibly repeated.
@@ -72,51 +64,13 @@ def pack_window(index: SourceIndex, samples: np.ndarray, limits: Limits, *, seed
         end.append(cuts[1:])
         count.append(held)
     sample_p, begin_p, end_p, images_p = (np.concatenate(parts) for parts in (sample, begin, end, count))
-    bins = _best_fit(end_p - begin_p, images_p, limits)
+    rng = np.random.default_rng(seed)
+    bins = fill_sequences(end_p - begin_p, images_p, limits, rng=rng)
     num_bins = int(bins.max()) + 1 if len(bins) else 0
-    bins = np.random.default_rng(seed).permutation(num_bins)[bins]
+    bins = rng.permutation(num_bins)[bins]
     order = np.argsort(bins, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=num_bins))])
     return Window(sample=sample_p[order], begin=begin_p[order], end=end_p[order], images=images_p[order], starts=starts)
-
-
-def _best_fit(sizes: np.ndarray, images: np.ndarray, limits: Limits) -> np.ndarray:
-    """The sequence of each piece, [pieces]: longest pieces first, each into the open sequence that it leaves least room in.
-
-    Open sequences lie in stacks by the room left; bit r of an integer says that stack r is not empty, so that the smallest
-    room that is enough is found by a shift.
-    """
-    room_after = limits.sequence_length
-    stacks: list[list[int]] = [[] for _ in range(room_after + 1)]
-    images_left: list[int] = []
-    bins = np.empty(len(sizes), dtype=np.int64)
-    occupied = 0
-    needs_images = bool((images > 0).all())
-    for piece in np.argsort(-sizes, kind="stable").tolist():
-        size, wanted = int(sizes[piece]), int(images[piece])
-        above = occupied >> size
-        room, chosen = size, -1
-        while above:
-            step = (above & -above).bit_length() - 1
-            room += step
-            stack = stacks[room]
-            if images_left[stack[-1]] >= wanted:
-                chosen = stack.pop()
-                if not stack:
-                    occupied ^= 1 << room
-                break
-            above >>= step + 1
-            room += 1
-        if chosen < 0:
-            chosen, room = len(images_left), limits.sequence_length
-            images_left.append(limits.max_images)
-        images_left[chosen] -= wanted
-        bins[piece] = chosen
-        left = room - size
-        if left and not (needs_images and images_left[chosen] == 0):
-            stacks[left].append(chosen)
-            occupied |= 1 << left
-    return bins
 
 
 def _split(index: SourceIndex, row: int, limits: Limits) -> tuple[np.ndarray, np.ndarray]:

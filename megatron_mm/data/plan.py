@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mm.data.filling import Limits
 from megatron_mm.data.index import SourceIndex
 from megatron_mm.data.mixture import choose_sources, stream_samples
-from megatron_mm.data.packing import Limits, Window, pack_window
+from megatron_mm.data.packing import Window, pack_window
 
 
 @dataclass(frozen=True)

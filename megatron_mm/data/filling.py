@@ -1,0 +1,139 @@
+"""Which pieces of documents share a sequence: random ones, as long as the sequence can still be filled to the brim.
+
+Best fit, longest first, puts like with like: captions of four lengths in sequences of 256 tokens leave 3% empty. Here a
+sequence begins with the longest piece that is left, and goes on with pieces in random order; a piece is taken if what room it
+leaves is a sum of common lengths. Which rooms are such sums is one integer, bit r standing for room r.
+
+Worked example: lengths 24 and 25 are common, 99 tokens of room are left. The sums up to 99 are 24 25 48 49 50 72 .. 75 96 .. 99.
+A piece of 26 would leave 73 = 24 + 24 + 25 and is taken; one of 30 would leave 69, which is no sum, and waits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+_COMMON = 24
+"""So many different lengths, the most frequent ones, make the sums."""
+_TRIES = 8
+"""Random pieces that are looked at before a fitting length is searched for."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a sequence holds."""
+
+    sequence_length: int
+    max_images: int
+    tokens_per_image: int
+
+
+def fill_sequences(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng: np.random.Generator) -> np.ndarray:
+    """The sequence of each piece, [pieces], numbered from 0.
+
+    Args:
+        sizes, images: [pieces] tokens and images of each piece; none exceeds the limits.
+    """
+    return _Deck(sizes, images, limits, rng).deal()
+
+
+class _Deck:
+    """The pieces that are left: in random order, and by length."""
+
+    def __init__(self, sizes: np.ndarray, images: np.ndarray, limits: Limits, rng: np.random.Generator) -> None:
+        self.sizes: list[int] = sizes.tolist()
+        self.images: list[int] = images.tolist()
+        self.limits = limits
+        self.order: list[int] = rng.permutation(len(sizes)).tolist()
+        self.longest: list[int] = np.argsort(sizes, kind="stable").tolist()
+        self.left = Counter(self.sizes)
+        self.by_size: dict[int, list[int]] = {}
+        for piece in self.order:
+            self.by_size.setdefault(self.sizes[piece], []).append(piece)
+        self.lengths = sum(1 << size for size in self.by_size)
+        """Bit s: a piece of s tokens is left."""
+        self.bins = [-1] * len(self.sizes)
+        self.common: list[int] = []
+        self.sums = 1
+        self.always_images = bool((images > 0).all())
+
+    def deal(self) -> np.ndarray:
+        """Fill one sequence after another."""
+        number = 0
+        while (first := self._longest()) is not None:
+            if 2 * sum(self.left[size] > 0 for size in self.common) <= len(self.common):
+                self._find_sums()
+            self._take(first, number)
+            self._fill(number, room=self.limits.sequence_length - self.sizes[first], images=self.limits.max_images - self.images[first])
+            number += 1
+        return np.array(self.bins, dtype=np.int64)
+
+    def _fill(self, number: int, *, room: int, images: int) -> None:
+        while room and not (images == 0 and self.always_images):
+            piece = self._next(room, images)
+            if piece is None:
+                return
+            self._take(piece, number)
+            room -= self.sizes[piece]
+            images -= self.images[piece]
+
+    def _next(self, room: int, images: int) -> int | None:
+        """A piece for a sequence with so much room and so many images to go; None where nothing fits."""
+        best = (self.sums & ((1 << room + 1) - 1)).bit_length() - 1  # the largest sum that there is room for
+        looked_at = 0
+        for place in range(len(self.order) - 1, -1, -1):
+            piece = self.order[place]
+            if self.bins[piece] >= 0:
+                if place == len(self.order) - 1:
+                    self.order.pop()
+                continue
+            rest = best - self.sizes[piece]
+            if rest >= 0 and self.sums >> rest & 1 and self.images[piece] <= images:
+                return piece
+            looked_at += 1
+            if looked_at == _TRIES:
+                break
+        for size in self.common:
+            if size <= best and self.left[size] and self.sums >> (best - size) & 1 and (found := self._of_size(size, images)) is not None:
+                return found
+        return self._longest_that_fits(room, images)
+
+    def _longest_that_fits(self, room: int, images: int) -> int | None:
+        lengths = self.lengths & ((1 << room + 1) - 1)
+        while lengths:
+            size = lengths.bit_length() - 1
+            if (found := self._of_size(size, images)) is not None:
+                return found
+            lengths ^= 1 << size
+        return None
+
+    def _of_size(self, size: int, images: int) -> int | None:
+        stack = self.by_size[size]
+        while stack and self.bins[stack[-1]] >= 0:
+            stack.pop()
+        return stack[-1] if stack and self.images[stack[-1]] <= images else None
+
+    def _longest(self) -> int | None:
+        while self.longest and self.bins[self.longest[-1]] >= 0:
+            self.longest.pop()
+        return self.longest[-1] if self.longest else None
+
+    def _take(self, piece: int, number: int) -> None:
+        size = self.sizes[piece]
+        self.bins[piece] = number
+        self.left[size] -= 1
+        if not self.left[size]:
+            self.lengths ^= 1 << size
+
+    def _find_sums(self) -> None:
+        """Every sum, up to a sequence's length, of any number of the most common lengths."""
+        self.common = [size for size, count in self.left.most_common(_COMMON) if count]
+        self.sums = 1
+        mask = (1 << self.limits.sequence_length + 1) - 1
+        for size in self.common:
+            step = size
+            while step <= self.limits.sequence_length:  # 0 or 1, 0 to 3, 0 to 7 ... pieces of this length
+                self.sums |= self.sums << step & mask
+                step *= 2
