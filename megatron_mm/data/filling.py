@@ -1,8 +1,8 @@
 """Which pieces of documents share a sequence: random ones, as long as the sequence can still be filled to the brim.
 
 Best fit, longest first, puts like with like: captions of four lengths in sequences of 256 tokens leave 3% empty. Here a
-sequence begins with the longest piece that is left, and goes on with pieces in random order; a piece is taken if what room it
-leaves is a sum of common lengths. Which rooms are such sums is one integer, bit r standing for room r.
+sequence begins with the longest piece that is left, if that is a long one, and goes on with pieces in random order; a piece is
+taken if what room it leaves is a sum of common lengths. Which rooms are such sums is one integer, bit r standing for room r.
 
 Worked example: lengths 24 and 25 are common, 99 tokens of room are left. The sums up to 99 are 24 25 48 49 50 72 .. 75 96 .. 99.
 A piece of 26 would leave 73 = 24 + 24 + 25 and is taken; one of 30 would leave 69, which is no sum, and waits.
@@ -63,10 +63,12 @@ class _Deck:
         """Fill one sequence after another."""
         number = 0
         while (first := self._longest()) is not None:
-            if 2 * sum(self.left[size] > 0 for size in self.common) <= len(self.common):
-                self._find_sums()
-            self._take(first, number)
-            self._fill(number, room=self.limits.sequence_length - self.sizes[first], images=self.limits.max_images - self.images[first])
+            self._renew_sums()
+            room, images = self.limits.sequence_length, self.limits.max_images
+            if self.sizes[first] > room // 4:  # long pieces first, while there is enough to go with them
+                self._take(first, number)
+                room, images = room - self.sizes[first], images - self.images[first]
+            self._fill(number, room=room, images=images)
             number += 1
         return np.array(self.bins, dtype=np.int64)
 
@@ -127,8 +129,12 @@ class _Deck:
         if not self.left[size]:
             self.lengths ^= 1 << size
 
-    def _find_sums(self) -> None:
-        """Every sum, up to a sequence's length, of any number of the most common lengths."""
+    def _renew_sums(self) -> None:
+        """Every sum, up to a sequence's length, of any number of the most common lengths; found again when these run out."""
+        used_up = sum(not self.left[size] for size in self.common)
+        few = len(self.common) < _COMMON  # all lengths are common, and one that is gone will be missed
+        if self.common and not (used_up and few) and 2 * used_up < len(self.common):
+            return
         self.common = [size for size, count in self.left.most_common(_COMMON) if count]
         self.sums = 1
         mask = (1 << self.limits.sequence_length + 1) - 1

@@ -7,6 +7,7 @@ samples make up every global batch on any data-parallel size.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -164,14 +165,16 @@ class Plan:
         return kept[1]
 
     def _group(self, sequences: list[PackedSequence]) -> list[list[int]]:
-        """Micro-batches of like cost: sequences, most images and tokens first, are dealt out to and fro."""
+        """Micro-batches of like cost: each sequence, most images and tokens first, goes to the one that has least so far."""
         order = sorted(range(len(sequences)), key=lambda i: (-sequences[i].num_images, -sequences[i].num_tokens))
-        count = len(sequences) // self.micro_batch_size
-        groups: list[list[int]] = [[] for _ in range(count)]
-        for place, sequence in enumerate(order):
-            turn, position = divmod(place, count)
-            groups[position if turn % 2 == 0 else count - 1 - position].append(sequence)
-        return groups
+        groups: list[list[int]] = [[] for _ in range(len(sequences) // self.micro_batch_size)]
+        open_groups = [(0, 0, number) for number in range(len(groups))]
+        for i in order:
+            images, tokens, number = heapq.heappop(open_groups)
+            groups[number].append(i)
+            if len(groups[number]) < self.micro_batch_size:
+                heapq.heappush(open_groups, (images + sequences[i].num_images, tokens + sequences[i].num_tokens, number))
+        return sorted(groups, key=lambda group: -sum(sequences[i].num_images for i in group))
 
     def describe(self, batch: GlobalBatch) -> Iterator[str]:
         """Lines about a global batch, for a person."""

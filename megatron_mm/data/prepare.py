@@ -247,6 +247,8 @@ def check_image(data: bytes) -> tuple[int, int]:
                 image.load()
     except BadDocument:
         raise
+    except Image.DecompressionBombError:
+        raise BadDocument(f"image of more than {MAX_PIXELS // 10**6} megapixels") from None
     except Exception:
         raise BadDocument("image does not decode") from None
     return width, height

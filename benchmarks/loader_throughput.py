@@ -1,0 +1,123 @@
+"""Images per second of the whole loader against bare decoding and resizing of the same bytes on the same number of threads.
+
+    .venv/bin/python benchmarks/loader_throughput.py [--threads 2] [--decoder pillow]
+
+The loader plans, reads byte ranges, decodes and lays out batches; the baseline decodes bytes that lie in memory and does nothing
+else. Pictures are JPEGs of photographic size; both resize to --image-size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_mm.config import DataConfig
+from megatron_mm.data.decode import has_dali, make_decoder
+from megatron_mm.data.index import open_split
+from megatron_mm.data.loader import Loader, RankView
+from megatron_mm.data.plan import Plan
+from megatron_mm.data.prepare import prepare_index
+from megatron_mm.data.shards import TarWriter, read_range
+from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
+
+FILL = (122, 116, 104)
+CPU = torch.device("cpu")
+
+
+def make_data(path: Path, *, images: int, size: tuple[int, int]) -> None:
+    """A data set of noise over gradients, which compresses about as badly as photographs do."""
+    import io
+
+    rng = np.random.default_rng(0)
+    (path / "train" / "pairs").mkdir(parents=True)
+    tar = TarWriter(path / "train" / "pairs" / "0.tar")
+    ramp = np.linspace(0, 200, size[0])[None, :, None] + np.linspace(0, 40, size[1])[:, None, None]
+    for number in range(images):
+        coarse = rng.integers(0, 60, (size[1] // 8, size[0] // 8, 3)).repeat(8, axis=0).repeat(8, axis=1)
+        pixels = (ramp[: coarse.shape[0], : coarse.shape[1]] + coarse).clip(0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=88)
+        tar.add(f"{number:05d}.jpg", buffer.getvalue())
+        tar.add(f"{number:05d}.txt", f"picture number {number} of {images}".encode())
+    tar.close()
+    train_tokenizer([f"picture number {n} of {images}" for n in range(images)], path / "tokenizer.model", vocab_size=320)
+    prepare_index(path)
+
+
+def loader_rate(path: Path, data: DataConfig, *, image_size: int, steps: int) -> float:
+    """Images per second over `steps` batches, the first one not counted."""
+    tokenizer = Tokenizer.open(data.tokenizer_path)
+    plan = Plan(
+        open_split(path, "train", sources=["pairs"]),
+        weights=[1.0],
+        sequence_length=1024,
+        max_images=16,
+        packing_window=256,
+        tokens_per_image=64,
+        seed=0,
+        global_batch_size=4,
+        micro_batch_size=1,
+    )
+    view = RankView(data_rank=0, data_size=1, tensor_rank=0, tensor_size=1, needs_text=True, needs_pixels=True)
+    loader = Loader(
+        plan, tokenizer=tokenizer, data=data, image_size=image_size, fill=FILL, view=view, start=plan.initial_state(), device=CPU
+    )
+    for _ in range(data.prefetch_steps + 1):  # what was decoded ahead of the clock
+        next(loader)
+    began, images = time.perf_counter(), 0
+    for _ in range(steps):
+        images += sum(batch.num_images for batch in next(loader).micro_batches)
+    seconds = time.perf_counter() - began
+    loader.close()
+    return images / seconds
+
+
+def bare_rate(blobs: list[bytes], data: DataConfig, *, image_size: int, batch: int, images: int) -> float:
+    """Images per second of the decoder alone, in batches of the same size."""
+    decoder = make_decoder(data.decoder, image_size=image_size, threads=data.decode_threads, fill=FILL, device=CPU)
+    decoder.decode(blobs[:batch])
+    began, done = time.perf_counter(), 0
+    while done < images:
+        first = done % (len(blobs) - batch + 1)
+        done += len(decoder.decode(blobs[first : first + batch]).ok)
+    seconds = time.perf_counter() - began
+    decoder.close()
+    return done / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2, help="decoding threads (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=256, help="pictures of the data set (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=336, help="pixels (default: %(default)s)")
+    parser.add_argument("--decoder", choices=["pillow", "dali"], action="append", help="(default: all that are installed)")
+    parser.add_argument("--rounds", type=int, default=3, help="loader and baseline in turn, so many times (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "data"
+        make_data(path, images=arguments.images, size=(640, 480))
+        (index,) = open_split(path, "train", sources=["pairs"])
+        rows = index.items[index.items["is_image"] == 1]
+        blobs = [read_range(index.shard_path(0), int(row["offset"]), int(row["size"])) for row in rows]
+        print(f"{len(blobs)} JPEGs of 640 x 480 pixels, {sum(map(len, blobs)) / len(blobs) / 1e3:.0f} kB each; {arguments.threads} threads")
+        for backend in arguments.decoder or ["pillow", *(["dali"] if has_dali() else [])]:
+            data = DataConfig(path=path, decoder=backend, decode_threads=arguments.threads, read_threads=2)
+            loader, bare = [], []
+            for _ in range(arguments.rounds):
+                loader.append(loader_rate(path, replace(data), image_size=arguments.image_size, steps=10))
+                bare.append(bare_rate(blobs, data, image_size=arguments.image_size, batch=14, images=10 * 4 * 14))
+            ours, baseline = statistics.median(loader), statistics.median(bare)
+            print(f"{backend:8} loader {ours:7.0f} images/s   bare decode + resize {baseline:7.0f} images/s   ratio {ours / baseline:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The loader: PackedBatch as documented, each process its own part, and what happens when bytes go bad while a run goes on."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_mm.config import Experiment
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.index import open_split
+from megatron_mm.data.loader import StepBatch
+from megatron_mm.data.pipeline import TrainingData
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.recipes import get_recipe
+
+ALONE = Topology(
+    device=torch.device("cpu"),
+    rank=0,
+    world_size=1,
+    tensor_rank=0,
+    tensor_size=1,
+    pipeline_rank=0,
+    pipeline_size=1,
+    virtual_size=1,
+    data_rank=0,
+    data_size=1,
+)
+
+
+def experiment(path: Path, **data: Any) -> Experiment:
+    base = get_recipe("debug_mm1")
+    return replace(base, data=replace(base.data, path=path, decoder="pillow", packing_window=64, **data))
+
+
+def load(path: Path, topology: Topology = ALONE, *, steps: int = 1, **data: Any) -> list[StepBatch]:
+    settings = experiment(path, **data)
+    loader = TrainingData(settings, topology, Tokenizer.open(settings.data.tokenizer_path))
+    try:
+        return [next(loader) for _ in range(steps)]
+    finally:
+        loader.close()
+
+
+def same(one: PackedBatch, other: PackedBatch, *, leave_out: tuple[str, ...] = ()) -> bool:
+    for name in PackedBatch.__dataclass_fields__:
+        a, b = getattr(one, name), getattr(other, name)
+        if name not in leave_out and not (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b):
+            return False
+    return True
+
+
+def test_a_batch_is_as_documented(demo_data: Path) -> None:
+    tokenizer = Tokenizer.open(demo_data / "tokenizer.model")
+    (step,) = load(demo_data)
+    assert len(step.micro_batches) == 4
+    for batch in step.micro_batches:
+        ids, bounds = batch.token_ids, batch.cu_seqlens.tolist()
+        assert batch.num_tokens == 4 * 256 and bounds[0] == 0 and bounds[-1] == 1024
+        assert {256, 512, 768} <= set(bounds), "no document crosses into the next sequence"
+        assert batch.max_seqlen == int(batch.cu_seqlens.diff().max())
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            assert batch.position_ids[begin:end].tolist() == list(range(end - begin))
+            assert batch.loss_mask[end - 1] == 0, "the last token of a document has nothing to predict"
+            if ids[begin] == tokenizer.pad_id:
+                assert not batch.loss_mask[begin:end].any()
+        counted = batch.loss_mask.bool()
+        assert torch.equal(batch.labels[counted], ids.roll(-1)[counted])
+        assert not (batch.labels[counted] == tokenizer.image_id).any()
+        assert (batch.labels[~counted] == tokenizer.pad_id).all()
+        places = (batch.image_starts[:, None] + torch.arange(16)).flatten()
+        assert torch.equal(places, (ids == tokenizer.image_id).nonzero().flatten())
+        assert batch.pixels is not None and batch.pixels.shape == (batch.num_images, 3, 32, 32) and batch.pixels.dtype == torch.uint8
+        next_tokens = (ids != tokenizer.pad_id) & (ids != tokenizer.eos_id) & (ids.roll(-1) != tokenizer.image_id)
+        assert torch.equal(counted, next_tokens), "every word counts once"
+
+
+def test_captions_belong_to_their_pictures(demo_data: Path) -> None:
+    """The red pictures of single shapes are red."""
+    tokenizer = Tokenizer.open(demo_data / "tokenizer.model")
+    (step,) = load(demo_data, mixture={"pairs": 1.0})
+    found = 0
+    for batch in step.micro_batches:
+        assert batch.pixels is not None
+        bounds = batch.cu_seqlens.tolist()
+        begins = {begin: end for begin, end in zip(bounds, bounds[1:], strict=False)}
+        for number, start in enumerate(batch.image_starts.tolist()):
+            text = tokenizer.decode(batch.token_ids[start + 16 : begins[start - 1] - 1].tolist())
+            if text.startswith(("a red square", "a blue square")) and len(text.split()) == 3:
+                red, _, blue = batch.pixels[number, :, 16, 16].tolist()
+                assert (red > blue) == ("red" in text), text
+                found += 1
+    assert found > 3
+
+
+def test_every_process_gets_its_part(demo_data: Path) -> None:
+    (whole,) = load(demo_data)
+    parts = {}
+    for data_rank in range(2):
+        for tensor_rank in range(2):
+            topology = replace(ALONE, tensor_size=2, data_size=2, tensor_rank=tensor_rank, data_rank=data_rank, world_size=4)
+            (parts[data_rank, tensor_rank],) = load(demo_data, topology)
+    for data_rank in range(2):
+        first, second = parts[data_rank, 0].micro_batches, parts[data_rank, 1].micro_batches
+        assert len(first) == 2
+        for a, b in zip(first, second, strict=True):
+            assert same(a, b, leave_out=("pixels",))
+            (match,) = [batch for batch in whole.micro_batches if torch.equal(batch.token_ids, a.token_ids)]
+            assert a.pixels is not None and b.pixels is not None and match.pixels is not None
+            assert torch.equal(a.pixels, match.pixels[a.image_owners == 0]) and torch.equal(b.pixels, match.pixels[a.image_owners == 1])
+
+
+def test_a_middle_stage_reads_nothing_and_knows_the_integers(demo_data: Path, tmp_path: Path) -> None:
+    (whole,) = load(demo_data)
+    data = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    for tar in data.glob("train/*/*.tar"):
+        tar.write_bytes(b"\0" * tar.stat().st_size)
+    middle = replace(ALONE, pipeline_size=3, pipeline_rank=1)
+    (step,) = load(data, middle)
+    assert not step.bad
+    for batch, full in zip(step.micro_batches, whole.micro_batches, strict=True):
+        assert batch.pixels is None
+        assert same(batch, full, leave_out=("pixels", "token_ids", "labels", "loss_mask"))
+
+
+def test_a_resume_continues_with_the_next_batch(demo_data: Path) -> None:
+    straight = load(demo_data, steps=5)
+    settings = experiment(demo_data)
+    tokenizer = Tokenizer.open(settings.data.tokenizer_path)
+    first = TrainingData(settings, ALONE, tokenizer)
+    for _ in range(2):
+        next(first)
+    cursor = first.cursor  # although later batches are read ahead already
+    first.close()
+    second = TrainingData(settings, ALONE, tokenizer, cursor=cursor)
+    for expected in straight[2:]:
+        assert all(same(a, b) for a, b in zip(next(second).micro_batches, expected.micro_batches, strict=True))
+    second.close()
+
+
+def test_shuffled_images_are_those_of_other_samples_and_blank_ones_are_blank(demo_data: Path) -> None:
+    (true,), (shuffled,), (blank,) = (load(demo_data, images=images) for images in ("true", "shuffled", "blank"))
+    pixels = {name: torch.cat([b.pixels for b in step.micro_batches]) for name, step in (("t", true), ("s", shuffled), ("b", blank))}
+    assert pixels["t"].shape == pixels["s"].shape == pixels["b"].shape
+    moved = (pixels["t"] != pixels["s"]).flatten(1).any(dim=1)
+    assert moved.float().mean() > 0.95
+    as_bytes = {name: {image.numpy().tobytes() for image in pixels[name]} for name in "ts"}
+    assert as_bytes["t"] == as_bytes["s"], "the same pictures, elsewhere"
+    assert (pixels["b"] == pixels["b"][0, :, :1, :1]).all()
+    for a, b in zip(true.micro_batches, shuffled.micro_batches, strict=True):
+        assert same(a, b, leave_out=("pixels",))
+
+
+def _damage_images(data: Path, count: int) -> None:
+    (index,) = open_split(data, "train", sources=["pairs"])
+    images = index.items[index.items["is_image"] == 1]
+    with index.shard_path(0).open("r+b") as shard:
+        for row in images[:count]:
+            shard.seek(int(row["offset"]))
+            shard.write(b"\0" * int(row["size"]))
+
+
+def test_an_image_that_went_bad_is_replaced_and_counted(demo_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    _damage_images(data, 2)
+    steps = load(data, steps=2, mixture={"pairs": 1.0}, max_bad_fraction=0.5)
+    bad = sum(step.bad.get("pairs", 0) for step in steps)
+    assert bad >= 2 and f"in sample 0 of {'pairs'}" in caplog.text
+    fill = torch.tensor([122, 117, 104], dtype=torch.uint8)
+    pixels = torch.cat([batch.pixels for step in steps for batch in step.micro_batches])
+    assert int((pixels.float() - fill.view(3, 1, 1).float()).abs().amax(dim=(1, 2, 3)).le(2).sum()) == bad
+
+
+def test_too_many_bad_samples_stop_the_run_by_name(demo_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    _damage_images(data, 60)
+    with pytest.raises(ValueError, match=r"of \d+ samples of source pairs failed, more than data.max_bad_fraction 0.01"):
+        load(data, steps=6, mixture={"pairs": 1.0})
+
+
+def test_a_text_that_went_bad_does_not_count(demo_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    path = data / "train" / "text" / "00000.jsonl"
+    content = bytearray(path.read_bytes())
+    content[: content.index(b"\n")] = b"\xff" * content.index(b"\n")
+    path.write_bytes(content)
+    steps = load(data, steps=3, mixture={"text": 1.0}, max_bad_fraction=0.5)
+    assert sum(step.bad.get("text", 0) for step in steps) >= 1
+
+
+def test_another_tokenizer_than_the_index_is_an_error(demo_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    from megatron_mm.data.tokenizer import train_tokenizer
+
+    train_tokenizer([f"other words {n}" for n in range(50)], data / "tokenizer.model", vocab_size=290)
+    with pytest.raises(ValueError, match="was indexed with tokenizer .* index it again"):
+        load(data)
+
+
+def test_closing_leaves_no_threads(demo_data: Path) -> None:
+    before = set(threading.enumerate())
+    load(demo_data, steps=1)
+    left = [thread.name for thread in set(threading.enumerate()) - before]
+    assert not left
+
+
+def test_batches_do_not_share_memory(demo_data: Path) -> None:
+    one, two = load(demo_data, steps=2)
+    before = two.micro_batches[0].token_ids.clone()
+    one.micro_batches[0].token_ids.zero_()
+    assert torch.equal(two.micro_batches[0].token_ids, before)

@@ -1,0 +1,58 @@
+"""The tokenizer's special tokens cannot be spelled, and training is repeatable."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from megatron_mm.data.tokenizer import IMAGE, PAD, Tokenizer, train_tokenizer
+
+TEXTS = [f"a {colour} {shape} and {n} more" for colour in ("red", "green", "blue") for shape in ("circle", "square") for n in range(40)]
+
+
+def test_training_is_repeatable(tmp_path: Path) -> None:
+    first = train_tokenizer(TEXTS, tmp_path / "a.model", vocab_size=320)
+    second = train_tokenizer(TEXTS, tmp_path / "b.model", vocab_size=320)
+    assert first.fingerprint == second.fingerprint == Tokenizer.open(tmp_path / "a.model").fingerprint
+
+
+def test_any_text_comes_back(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, tmp_path / "a.model", vocab_size=320)
+    for text in ("a red circle", "  two  spaces", "tabs\tand\nlines", "Ünïcödé 漢字 🙂", "12345"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_text_cannot_spell_a_special_token(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer([*TEXTS, "<image> <pad> </s>"], tmp_path / "a.model", vocab_size=330)
+    ids = tokenizer.encode("<image> <pad> <s> </s>")
+    assert not {tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+    assert tokenizer.decode(ids) == "<image> <pad> <s> </s>"
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.image_id, tokenizer.eos_id]) == "<image> <pad> <s> </s>"
+
+
+def test_a_model_without_our_symbols_gets_them_after_its_vocabulary(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=60, model_type="bpe", hard_vocab_limit=False, minloglevel=2
+    )
+    tokenizer = Tokenizer(model.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
+    assert (tokenizer.pad_id, tokenizer.image_id, tokenizer.vocab_size) == (pieces, pieces + 1, pieces + 2)
+    assert tokenizer.decode([*tokenizer.encode("a red circle"), tokenizer.image_id]) == "a red circle"
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere.model does not exist: train one"):
+        Tokenizer.open(tmp_path / "nowhere.model")
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="bad.model is not a SentencePiece model"):
+        Tokenizer.open(tmp_path / "bad.model")
+    with pytest.raises(ValueError, match="no tokenizer of 100 tokens can be trained"):
+        train_tokenizer(["a"], tmp_path / "c.model", vocab_size=100)
+
+
+def test_the_names_of_the_special_tokens() -> None:
+    assert (PAD, IMAGE) == ("<pad>", "<image>")
