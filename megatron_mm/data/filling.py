@@ -10,6 +10,8 @@ A piece of 26 would leave 73 = 24 + 24 + 25 and is taken; one of 30 would leave 
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import Counter
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ import numpy as np
 
 _COMMON = 24
 """So many different lengths, the most frequent ones, make the sums."""
-_TRIES = 8
+_TRIES = 6
 """Random pieces that are looked at before a fitting length is searched for."""
 
 
@@ -49,11 +51,14 @@ class _Deck:
         self.order: list[int] = rng.permutation(len(sizes)).tolist()
         self.longest: list[int] = np.argsort(sizes, kind="stable").tolist()
         self.left = Counter(self.sizes)
-        self.by_size: dict[int, list[int]] = {}
+        self.alike: dict[tuple[int, int], list[int]] = {}
+        """Pieces by (tokens, images); those that are taken are dropped when they come up."""
         for piece in self.order:
-            self.by_size.setdefault(self.sizes[piece], []).append(piece)
-        self.lengths = sum(1 << size for size in self.by_size)
-        """Bit s: a piece of s tokens is left."""
+            self.alike.setdefault((self.sizes[piece], self.images[piece]), []).append(piece)
+        self.lengths = [0] * (limits.max_images + 1)
+        """Of each number of images: bit s says that a piece of s tokens may be left."""
+        for size, held in self.alike:
+            self.lengths[held] |= 1 << size
         self.bins = [-1] * len(self.sizes)
         self.common: list[int] = []
         self.sums = 1
@@ -103,19 +108,22 @@ class _Deck:
         return self._longest_that_fits(room, images)
 
     def _longest_that_fits(self, room: int, images: int) -> int | None:
-        lengths = self.lengths & ((1 << room + 1) - 1)
-        while lengths:
-            size = lengths.bit_length() - 1
-            if (found := self._of_size(size, images)) is not None:
+        mask = (1 << room + 1) - 1
+        while lengths := functools.reduce(operator.or_, self.lengths[: images + 1]) & mask:
+            if (found := self._of_size(lengths.bit_length() - 1, images)) is not None:
                 return found
-            lengths ^= 1 << size
         return None
 
     def _of_size(self, size: int, images: int) -> int | None:
-        stack = self.by_size[size]
-        while stack and self.bins[stack[-1]] >= 0:
-            stack.pop()
-        return stack[-1] if stack and self.images[stack[-1]] <= images else None
+        for held in range(images + 1):
+            if self.lengths[held] >> size & 1:
+                stack = self.alike[size, held]
+                while stack and self.bins[stack[-1]] >= 0:
+                    stack.pop()
+                if stack:
+                    return stack[-1]
+                self.lengths[held] ^= 1 << size
+        return None
 
     def _longest(self) -> int | None:
         while self.longest and self.bins[self.longest[-1]] >= 0:
@@ -123,11 +131,8 @@ class _Deck:
         return self.longest[-1] if self.longest else None
 
     def _take(self, piece: int, number: int) -> None:
-        size = self.sizes[piece]
         self.bins[piece] = number
-        self.left[size] -= 1
-        if not self.left[size]:
-            self.lengths ^= 1 << size
+        self.left[self.sizes[piece]] -= 1
 
     def _renew_sums(self) -> None:
         """Every sum, up to a sequence's length, of any number of the most common lengths; found again when these run out."""

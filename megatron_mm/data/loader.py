@@ -77,6 +77,15 @@ class _Draft:
     starts: list[int] = field(default_factory=list)
     images: list[_Image] = field(default_factory=list)
     blobs: list[Future] = field(default_factory=list)
+    pixels: Future | None = None
+    """Of `_Decoded`; None where this process needs none."""
+
+
+@dataclass
+class _Decoded:
+    pixels: torch.Tensor
+    bad: Counter[str]
+    """Images that could not be decoded, by source."""
 
 
 class Loader:
@@ -116,6 +125,7 @@ class Loader:
         self._bad = Counter[str]()
         self._readers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
         self._decoder = make_decoder(data.decoder, image_size=image_size, threads=data.decode_threads, fill=fill, device=device)
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decoding")  # micro-batch after micro-batch, without a pause
         self._ready: queue.Queue[tuple[StepBatch, PlanState] | BaseException] = queue.Queue(maxsize=data.prefetch_steps)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(start,), name="loader", daemon=True)
@@ -141,6 +151,7 @@ class Loader:
                 self._ready.get_nowait()
             except queue.Empty:
                 self._thread.join(timeout=0.05)
+        self._decoding.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
         self._decoder.close()
 
@@ -167,7 +178,7 @@ class Loader:
                 continue
 
     def _begin(self, state: PlanState) -> tuple[GlobalBatch, list[_Draft]]:
-        """Plan a global batch and start to read this process's part of it."""
+        """Plan a global batch and start to read and decode this process's part of it."""
         batch = self.plan.batch(state)
         drafts = [self._draft(sequences) for sequences in batch.micro_batches_of(self.view.data_rank, self.view.data_size)]
         if self.view.needs_pixels and self.config.images != "blank":
@@ -179,6 +190,9 @@ class Loader:
                         draft.blobs.append(
                             self._readers.submit(self._blob, substitute.get((image.source, image.sample, image.offset), image))
                         )
+        if self.view.needs_pixels:
+            for draft in drafts:
+                draft.pixels = self._decoding.submit(self._pixels, draft)
         return batch, drafts
 
     def _draft(self, sequences: list[PackedSequence]) -> _Draft:
@@ -286,6 +300,9 @@ class Loader:
         labels = np.roll(ids, -1)
         mask[labels == self.tokenizer.image_id] = 0
         labels[mask == 0] = self.tokenizer.pad_id
+        decoded: _Decoded | None = draft.pixels.result() if draft.pixels is not None else None
+        if decoded is not None:
+            bad.update(decoded.bad)
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
         return PackedBatch(
             token_ids=torch.from_numpy(ids),
@@ -297,22 +314,24 @@ class Loader:
             max_seqlen=int(cu_seqlens.diff().max()),
             image_starts=torch.tensor(draft.starts, dtype=torch.int64),
             image_owners=torch.from_numpy(image_owners(len(draft.starts), self.view.tensor_size)),
-            pixels=self._pixels(draft, bad) if self.view.needs_pixels else None,
+            pixels=decoded.pixels if decoded is not None else None,
         )
 
-    def _pixels(self, draft: _Draft, bad: Counter[str]) -> torch.Tensor:
+    def _pixels(self, draft: _Draft) -> _Decoded:
+        """This process's images of a micro-batch, in its own thread."""
         owners = image_owners(len(draft.images), self.view.tensor_size)
         mine = [image for image, owner in zip(draft.images, owners, strict=True) if owner == self.view.tensor_rank]
+        bad = Counter[str]()
         if self.config.images == "blank":
             colour = torch.tensor(self.fill, dtype=torch.uint8)[None, :, None, None]
-            return colour.expand(len(mine), 3, self.image_size, self.image_size)
+            return _Decoded(colour.expand(len(mine), 3, self.image_size, self.image_size), bad)
         decoded = self._decoder.decode([blob.result() for blob in draft.blobs])
         for image, ok in zip(mine, decoded.ok, strict=True):
             if not ok:
                 name = self.plan.indexes[image.source].name
                 logger.warning("undecodable image in sample %d of %s: a blank one stands for it", image.sample, name)
                 bad[name] += 1
-        return decoded.pixels
+        return _Decoded(decoded.pixels, bad)
 
 
 def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, texts: list[str], *, tokens_per_image: int) -> list[int]:
