@@ -36,9 +36,7 @@ def made_up_index(name: str, kind: Kind, *, samples: int, rng: np.random.Generat
     items["is_image"] = 1
     items["is_image"][rows["first_item"]] = 0
     items["tokens"][rows["first_item"]] = tokens
-    return SourceIndex(
-        name=name, kind=kind, root=Path(name), shards=("0.tar",), tokenizer="", rejected={}, samples=rows, items=items
-    )
+    return SourceIndex(name=name, kind=kind, root=Path(name), shards=("0.tar",), tokenizer="", rejected={}, samples=rows, items=items)
 
 
 def first_fit(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng: np.random.Generator) -> np.ndarray:

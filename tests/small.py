@@ -21,7 +21,7 @@ IMAGES_OF_MICRO_BATCHES = (0, 1, 4)
 
 
 def small_experiment(*, decoder: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
-    """debug_mm1 with less of everything: 4 layers of width 64 with 8 heads on 4 key/value heads, 8 micro-batches of 96 tokens.
+    """debug_mm1 with less of everything: 4 layers of width 64 with 8 heads on 4 key/value heads, 4 micro-batches of 96 tokens.
 
     Args:
         decoder, parallel, train: fields to change.
@@ -47,7 +47,7 @@ def small_experiment(*, decoder: dict[str, Any] | None = None, parallel: dict[st
         model=model,
         data=replace(recipe.data, sequence_length=96),
         parallel=ParallelConfig(**(parallel or {})),
-        train=replace(recipe.train, **{"global_batch_size": 8, "micro_batch_size": 1, **train}),
+        train=replace(recipe.train, **{"global_batch_size": 4, "micro_batch_size": 1, **train}),
     )
 
 

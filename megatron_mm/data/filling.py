@@ -19,7 +19,7 @@ import numpy as np
 
 _COMMON = 24
 """So many different lengths, the most frequent ones, make the sums."""
-_TRIES = 6
+_TRIES = 4
 """Random pieces that are looked at before a fitting length is searched for."""
 
 
@@ -88,16 +88,16 @@ class _Deck:
 
     def _next(self, room: int, images: int) -> int | None:
         """A piece for a sequence with so much room and so many images to go; None where nothing fits."""
-        best = (self.sums & ((1 << room + 1) - 1)).bit_length() - 1  # the largest sum that there is room for
+        sums, order, bins = self.sums, self.order, self.bins
+        best = room if sums >> room & 1 else (sums & ((1 << room + 1) - 1)).bit_length() - 1  # the largest sum that fits
+        while order and bins[order[-1]] >= 0:
+            order.pop()
         looked_at = 0
-        for place in range(len(self.order) - 1, -1, -1):
-            piece = self.order[place]
-            if self.bins[piece] >= 0:
-                if place == len(self.order) - 1:
-                    self.order.pop()
+        for piece in reversed(order):
+            if bins[piece] >= 0:
                 continue
             rest = best - self.sizes[piece]
-            if rest >= 0 and self.sums >> rest & 1 and self.images[piece] <= images:
+            if rest >= 0 and self.images[piece] <= images and sums >> rest & 1:
                 return piece
             looked_at += 1
             if looked_at == _TRIES:

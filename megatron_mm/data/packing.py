@@ -8,6 +8,7 @@ cut, and nothing is dropped.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -36,6 +37,21 @@ class Window:
     @property
     def num_sequences(self) -> int:
         return len(self.starts) - 1
+
+    @cached_property
+    def first_pieces(self) -> list[int]:
+        """`starts` as plain integers."""
+        return self.starts.tolist()
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """Tokens of each sequence."""
+        return np.add.reduceat(self.end - self.begin, self.starts[:-1]).tolist()
+
+    @cached_property
+    def images_of(self) -> list[int]:
+        """Images of each sequence."""
+        return np.add.reduceat(self.images, self.starts[:-1]).tolist()
 
 
 def document_lengths(index: SourceIndex, samples: np.ndarray, tokens_per_image: int) -> np.ndarray:

@@ -48,19 +48,13 @@ class PackedSequence:
     window: Window
     first: int
     last: int
+    num_tokens: int
+    num_images: int
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each piece."""
         return self.window.end[self.first : self.last] - self.window.begin[self.first : self.last]
-
-    @cached_property
-    def num_tokens(self) -> int:
-        return int(self.lengths.sum())
-
-    @cached_property
-    def num_images(self) -> int:
-        return int(self.window.images[self.first : self.last].sum())
 
 
 @dataclass(frozen=True)
@@ -143,7 +137,16 @@ class Plan:
                 used[source] = 0
                 packed = self._window(source, window[source])
             number = used[source]
-            sequences.append(PackedSequence(source, packed, int(packed.starts[number]), int(packed.starts[number + 1])))
+            sequences.append(
+                PackedSequence(
+                    source=source,
+                    window=packed,
+                    first=packed.first_pieces[number],
+                    last=packed.first_pieces[number + 1],
+                    num_tokens=packed.tokens[number],
+                    num_images=packed.images_of[number],
+                )
+            )
             used[source] += 1
             drawn[source] += 1
         return GlobalBatch(

@@ -42,7 +42,9 @@ def _decayed() -> dict[str, float]:
     (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
     names = {id(parameter): name for name, parameter in model[0].module.named_parameters()}
     found = {}
-    for group in part.model_float16_groups if hasattr(part, "model_float16_groups") and any(part.model_float16_groups) else part.model_fp32_groups:
+    for group in (
+        part.model_float16_groups if hasattr(part, "model_float16_groups") and any(part.model_float16_groups) else part.model_fp32_groups
+    ):
         for parameter in group:
             group_index, _ = part.model_param_group_index_map[parameter]
             found[names[id(parameter)]] = part.param_groups[group_index]["wd_mult"]
@@ -87,7 +89,9 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(rank: int) -
 def _clipped(limit: float) -> float:
     """How far the weights move in a first step."""
     experiment = small_experiment()
-    experiment = replace(experiment, optimizer=replace(experiment.optimizer, clip_grad_norm=limit, epsilon=1.0, weight_decay=0.0, warmup_steps=0))
+    experiment = replace(
+        experiment, optimizer=replace(experiment.optimizer, clip_grad_norm=limit, epsilon=1.0, weight_decay=0.0, warmup_steps=0)
+    )
     topology = topologies.initialize(experiment.parallel, seed=1)
     model = build_model(experiment, topology)
     before = [parameter.detach().clone() for parameter in model[0].parameters()]
