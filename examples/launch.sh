@@ -3,7 +3,8 @@
 #
 # It starts one torchrun on each node (srun), tells them where to meet, asks the run to stop with a checkpoint when Slurm says
 # that time is nearly up, and puts the job back into the queue while steps remain. README.md lists the variables.
-set -euo pipefail
+set -Eeuo pipefail
+trap 'echo "launch.sh: error: line $LINENO failed: $BASH_COMMAND" >&2' ERR
 
 say() { echo "launch.sh: $(date '+%F %T') $*"; }
 fail() { echo "launch.sh: error: $*" >&2; exit 2; }
@@ -93,7 +94,7 @@ torchrun=(
 train=(-m megatron_mm train "$recipe" --run-dir "$RUN_DIR" --data.path "$DATA" "$@")
 
 newest_checkpoint() { # its folder's name; only complete checkpoints are named step_*
-    find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1
+    find "$RUN_DIR" -maxdepth 2 -path '*/checkpoints/step_*' | sort | tail -n 1
 }
 
 requeue() {
@@ -107,7 +108,7 @@ stopping=
 ask_to_stop() {
     [ -z "$stopping" ] || return 0
     say "asking the run to stop with a checkpoint"
-    while scancel --signal=USR1 "$SLURM_JOB_ID.0" 2>/dev/null; do sleep 20; done &
+    while scancel --signal=USR1 "$SLURM_JOB_ID.0" 2>/dev/null; do sleep ${RESEND:-20}; done &
     stopping=$!
 }
 trap ask_to_stop USR1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def random_batch(experiment: Experiment, topology: Topology, *, number: int) -> 
     while bounds[-1] < total:
         bounds.append(min(total, bounds[-1] + int(torch.randint(IMAGE_TOKENS + 3, 30, (1,), generator=generator))))
     wanted, starts = IMAGES_OF_MICRO_BATCHES[number % len(IMAGES_OF_MICRO_BATCHES)], []
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         if len(starts) < wanted and end - begin > IMAGE_TOKENS + 2:
             starts.append(begin + 1)
             ids[begin + 1 : begin + 1 + IMAGE_TOKENS] = IMAGE_ID

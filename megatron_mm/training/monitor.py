@@ -22,7 +22,7 @@ class Monitor:
         self.is_main = is_main
         self.run_dir = run_dir
         self.experiment = experiment
-        self._began, self._first_step = time.monotonic(), resume_step
+        self._began, self._first_step, self._last_step = time.monotonic(), resume_step, resume_step
         if is_main:
             self._metrics = MetricsFile(run_dir / "metrics.jsonl", resume_step=resume_step)
             self._evaluations = MetricsFile(run_dir / "eval.jsonl", resume_step=resume_step)
@@ -33,6 +33,7 @@ class Monitor:
         if not self.is_main:
             return
         self._metrics.write(metrics)
+        self._last_step = metrics.step
         values = asdict(metrics)
         losses, bad = values.pop("losses"), values.pop("bad_samples")
         flat = {f"train/{name}": value for name, value in values.items() if value is not None}
@@ -81,5 +82,5 @@ class Monitor:
         self._metrics.close()
         self._evaluations.close()
         if (self.run_dir / "metrics.jsonl").stat().st_size:
-            self._wandb.log_picture(self.experiment.train.steps, "loss_curve", draw_loss_curve(self.run_dir))
+            self._wandb.log_picture(self._last_step, "loss_curve", draw_loss_curve(self.run_dir))
         self._wandb.finish(exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
 from dataclasses import replace
@@ -65,7 +66,7 @@ def test_a_batch_is_as_documented(demo_data: Path) -> None:
         assert batch.num_tokens == 4 * 256 and bounds[0] == 0 and bounds[-1] == 1024
         assert {256, 512, 768} <= set(bounds), "no document crosses into the next sequence"
         assert batch.max_seqlen == int(batch.cu_seqlens.diff().max())
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             assert batch.position_ids[begin:end].tolist() == list(range(end - begin))
             assert batch.loss_mask[end - 1] == 0, "the last token of a document has nothing to predict"
             if ids[begin] == tokenizer.pad_id:
@@ -89,7 +90,7 @@ def test_captions_belong_to_their_pictures(demo_data: Path) -> None:
     for batch in step.micro_batches:
         assert batch.pixels is not None
         bounds = batch.cu_seqlens.tolist()
-        begins = {begin: end for begin, end in zip(bounds, bounds[1:], strict=False)}
+        begins = {begin: end for begin, end in itertools.pairwise(bounds)}
         for number, start in enumerate(batch.image_starts.tolist()):
             text = tokenizer.decode(batch.token_ids[start + 16 : begins[start - 1] - 1].tolist())
             if text.startswith(("a red square", "a blue square")) and len(text.split()) == 3:
@@ -199,7 +200,7 @@ def test_another_tokenizer_than_the_index_is_an_error(demo_data: Path, tmp_path:
     from megatron_mm.data.tokenizer import train_tokenizer
 
     train_tokenizer([f"other words {n}" for n in range(50)], data / "tokenizer.model", vocab_size=290)
-    with pytest.raises(ValueError, match="was indexed with tokenizer .* index it again"):
+    with pytest.raises(ValueError, match=r"was indexed with tokenizer .* index it again"):
         load(data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -179,11 +180,11 @@ def test_long_documents_are_cut_between_images_and_nothing_is_lost(demo_data: Pa
         row = index.samples[sample]
         length = 2 + int(row["text_tokens"]) + 16 * int(row["num_images"])
         pieces.sort()
-        assert pieces[0][0] == 0 and all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+        assert pieces[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
         assert pieces[-1][1] == length
 
 
 def test_an_image_that_fits_no_sequence_is_an_error(demo_data: Path) -> None:
     plan = make_plan(experiment(demo_data, sequence_length=12), split="train")
-    with pytest.raises(ValueError, match="an image takes 16 tokens, more than data.sequence_length 12"):
+    with pytest.raises(ValueError, match=r"an image takes 16 tokens, more than data.sequence_length 12"):
         plan.batch(plan.initial_state())

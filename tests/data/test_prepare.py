@@ -160,29 +160,29 @@ def test_the_number_of_workers_does_not_change_the_index(demo_data: Path, tmp_pa
 
 
 def test_paths_without_data_are_named(tmp_path: Path, tokenizer: Path) -> None:
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match=r"does not exist"):
         prepare_index(tmp_path / "nowhere", tokenizer=tokenizer)
     with pytest.raises(ValueError, match=f"{tmp_path} has no .tar or .jsonl shards"):
         prepare_index(tmp_path, tokenizer=tokenizer)
     write_tar(tmp_path / "pairs" / "0.tar", {"0.jpg": picture(), "0.txt": b"x"})
-    with pytest.raises(ValueError, match="no tokenizer"):
+    with pytest.raises(ValueError, match=r"no tokenizer"):
         prepare_index(tmp_path)
 
 
 def test_opening_a_split_names_what_is_missing(demo_data: Path, tmp_path: Path, tokenizer: Path) -> None:
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match=r"does not exist"):
         open_split(tmp_path / "nowhere", "train", sources=["pairs"])
-    with pytest.raises(ValueError, match="has no folder 'validation'; it has"):
+    with pytest.raises(ValueError, match=r"has no folder 'validation'; it has"):
         open_split(demo_data, "validation", sources=["pairs"])
     with pytest.raises(ValueError, match=r"lacks the sources \['video'\].*it has \['interleaved', 'pairs', 'text'\]"):
         open_split(demo_data, "train", sources=["pairs", "video"])
     source = tmp_path / "train" / "pairs"
     write_tar(source / "0.tar", {"0.jpg": picture(), "0.txt": b"x"})
-    with pytest.raises(ValueError, match="has no index: run `megatron-mm prepare index"):
+    with pytest.raises(ValueError, match=r"has no index: run `megatron-mm prepare index"):
         open_split(tmp_path, "train", sources=["pairs"])
     prepare_index(tmp_path, tokenizer=tokenizer)
     write_tar(source / "0.tar", {"0.jpg": picture(), "0.txt": b"x", "1.txt": b"more" * 5000})
-    with pytest.raises(ValueError, match="when it was indexed"):
+    with pytest.raises(ValueError, match=r"when it was indexed"):
         open_split(tmp_path, "train", sources=["pairs"])
 
 
@@ -199,5 +199,5 @@ def test_demo_data_is_the_same_for_the_same_seed_and_has_every_format(tmp_path: 
         indexes = open_split(tmp_path / "a", split, sources=["pairs", "interleaved", "text"])
         assert all(not index.rejected for index in indexes)
         assert [bool(index.samples["num_images"].sum()) for index in indexes] == [True, True, False]
-    with pytest.raises(ValueError, match="has a data set already"):
+    with pytest.raises(ValueError, match=r"has a data set already"):
         prepare_demo(tmp_path / "a")

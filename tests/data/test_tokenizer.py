@@ -45,12 +45,12 @@ def test_a_model_without_our_symbols_gets_them_after_its_vocabulary(tmp_path: Pa
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere.model does not exist: train one"):
+    with pytest.raises(ValueError, match=r"nowhere.model does not exist: train one"):
         Tokenizer.open(tmp_path / "nowhere.model")
     (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="bad.model is not a SentencePiece model"):
+    with pytest.raises(ValueError, match=r"bad.model is not a SentencePiece model"):
         Tokenizer.open(tmp_path / "bad.model")
-    with pytest.raises(ValueError, match="no tokenizer of 100 tokens can be trained"):
+    with pytest.raises(ValueError, match=r"no tokenizer of 100 tokens can be trained"):
         train_tokenizer(["a"], tmp_path / "c.model", vocab_size=100)
 
 

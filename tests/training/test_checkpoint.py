@@ -69,7 +69,7 @@ def test_an_asynchronous_checkpoint_is_of_the_step_it_was_begun_at(finished: Pat
 def test_a_path_names_a_checkpoint_or_the_newest_of_a_run(run_dir: Path, tmp_path: Path) -> None:
     newest = run_dir / "checkpoints" / "step_00000004"
     assert find_checkpoint(run_dir) == find_checkpoint(run_dir / "checkpoints") == find_checkpoint(newest) == newest
-    with pytest.raises(ValueError, match="neither a complete checkpoint nor a run directory"):
+    with pytest.raises(ValueError, match=r"neither a complete checkpoint nor a run directory"):
         find_checkpoint(tmp_path)
 
 
@@ -97,7 +97,7 @@ def _kill_when_saving(folder: Path, after_files: int) -> None:
 
 @pytest.mark.parametrize("after_files", [0, 1, 4])
 def test_sigkill_in_a_save_leaves_the_previous_checkpoint(demo_data: Path, run_dir: Path, after_files: int) -> None:
-    with pytest.raises(AssertionError, match="ended without a result"):
+    with pytest.raises(AssertionError, match=r"ended without a result"):
         run_processes(_killed_while_saving, 2, demo_data, run_dir, after_files)
     assert [path.name for path in completed_checkpoints(run_dir)] == ["step_00000002", "step_00000004"]
     assert run_processes(train, 2, demo_data, run_dir, 6, {}) == [6, 6]

@@ -1,0 +1,85 @@
+"""FLOPs are counted as the module says, by hand and by torch's own counter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_mm.config import ConnectorConfig, DecoderConfig, MM1Config
+from megatron_mm.models.connectors import build_connector
+from megatron_mm.models.vision import VIT_H_14_378
+from megatron_mm.planning.flops import (
+    connector_flops,
+    decoder_flops,
+    decoder_matmul_parameters,
+    mfu,
+    peak_tflops,
+    step_flops,
+    vision_flops,
+)
+from megatron_mm.recipes import get_recipe
+
+MM1_30B = get_recipe("mm1_30b").model
+assert isinstance(MM1_30B, MM1Config)
+
+
+def test_the_decoder_by_hand() -> None:
+    tiny = DecoderConfig(
+        num_layers=2, hidden_size=8, ffn_hidden_size=24, num_attention_heads=4, num_query_groups=2, head_dim=2, vocab_size=100
+    )
+    weights = 2 * (8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 24) + 8 * 100
+    assert decoder_matmul_parameters(tiny) == weights
+    # Two documents of 3 and 5 tokens: scores and values, 2 FLOPs each, 8 wide, causal half, 2 layers.
+    attention = 2 * (2 * 2 * (9 + 25) * 8) / 2
+    assert decoder_flops(tiny, num_tokens=8, sum_squared_lengths=9 + 25) == 3 * (2 * weights * 8 + attention)
+
+
+def test_a_sequence_of_mm1_30b() -> None:
+    """4096 tokens in one document: 6 x 30.29B x 4096 for the weights and 3 x 2 x 56 x 6656 x 4096^2 for causal attention."""
+    found = decoder_flops(MM1_30B.decoder, num_tokens=4096, sum_squared_lengths=4096**2)
+    weights = 6 * 30.29e9 * 4096
+    attention = 3 * 2 * 56 * 6656 * 4096**2
+    assert found == pytest.approx(weights + attention, rel=2e-3)
+    assert 16 * vision_flops(MM1_30B.vision) == pytest.approx(48.3e12, rel=1e-3)  # a full sequence's images
+
+
+def test_the_image_tower_by_hand() -> None:
+    """ViT-H at 378 pixels: 729 patches and a class token; attention over 730 tokens both ways."""
+    tokens, width = 730, 1280
+    layers = 32 * (2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width)
+    assert vision_flops(VIT_H_14_378) == pytest.approx(3 * (layers + 2 * 729 * 588 * width), rel=1e-12)
+
+
+def test_average_pooling_counts_its_linear_layer() -> None:
+    config = ConnectorConfig(kind="average", num_tokens=144)
+    assert connector_flops(config, VIT_H_14_378, output_size=512) == 3 * 2 * 144 * 1280 * 512
+
+
+@pytest.mark.parametrize("kind", ["attention", "c_abstractor"])
+def test_connectors_against_torchs_counter(kind: str) -> None:
+    """Forward pass; what is left out (depthwise convolutions, pooling, squeeze-excitation) is small."""
+    vision = replace(VIT_H_14_378, image_size=14 * 24, hidden_size=256, ffn_hidden_size=512)
+    config = ConnectorConfig(kind=kind, num_tokens=144, hidden_size=256)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        connector = build_connector(config, vision=vision, output_size=512, dtype=torch.float32)
+        features = torch.empty(2, vision.num_patches, 256)
+        with FlopCounterMode(display=False) as counter:
+            connector(features)
+    expected = connector_flops(config, vision, output_size=512) / 3
+    assert counter.get_total_flops() / 2 == pytest.approx(expected, rel=0.06)
+
+
+def test_a_step_adds_up() -> None:
+    decoder = decoder_flops(MM1_30B.decoder, num_tokens=1000, sum_squared_lengths=10**6)
+    image = vision_flops(MM1_30B.vision) + connector_flops(MM1_30B.connector, MM1_30B.vision, output_size=6656)
+    assert step_flops(MM1_30B, num_tokens=1000, sum_squared_lengths=10**6, num_images=5) == pytest.approx(decoder + 5 * image)
+
+
+def test_peaks_and_utilisation() -> None:
+    assert peak_tflops("NVIDIA H100 80GB HBM3", "bf16") == 989
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "fp8") is None
+    assert peak_tflops("cpu", "fp32") is None
+    assert mfu(400.0, 989) == pytest.approx(0.4044, abs=1e-4) and mfu(1.0, None) is None

@@ -1,0 +1,103 @@
+"""Recipes: their resolved values do not change unseen, and their sizes are the published ones.
+
+`python tests/recipes/test_recipes.py` writes the golden files anew.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.config import MM1Config, ParallelConfig, load_experiment, save_experiment, to_dict
+from megatron_mm.dry_run import stage_parameters
+from megatron_mm.recipes import RECIPES, get_recipe
+from megatron_mm.recipes.mm1 import non_embedding_parameters, peak_learning_rate
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def golden(name: str) -> str:
+    return json.dumps(to_dict(get_recipe(name)), indent=2) + "\n"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_resolved_values_are_those_of_the_golden_file(name: str) -> None:
+    assert (GOLDEN / f"{name}.json").read_text() == golden(name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_experiment_comes_back_from_disk(name: str, tmp_path: Path) -> None:
+    save_experiment(get_recipe(name), tmp_path / "experiment.json")
+    assert load_experiment(tmp_path / "experiment.json") == get_recipe(name)
+
+
+def totals(name: str, **parallel: object) -> dict[str, int]:
+    """Parameters by part over all stages; a tensor-parallel process's share of the decoder."""
+    experiment = get_recipe(name)
+    if parallel:
+        experiment = replace(experiment, parallel=ParallelConfig(**parallel))  # type: ignore[arg-type]
+    found: dict[str, int] = {}
+    for stage in stage_parameters(experiment):
+        for part, count in stage.items():
+            found[part] = found.get(part, 0) + count
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "without_embeddings"),
+    [("mm1_1b", 1.296, 1.195), ("mm1_3b", 3.065, 2.914), ("mm1_7b", 7.047, 6.845), ("mm1_30b", 30.290, 29.963)],
+)
+def test_decoders_have_their_sizes(name: str, billions: float, without_embeddings: float) -> None:
+    found = totals(name, tensor=1)
+    assert found["language"] / 1e9 == pytest.approx(billions, rel=2e-3)
+    model = get_recipe(name).model
+    assert isinstance(model, MM1Config)
+    assert non_embedding_parameters(model.decoder) / 1e9 == pytest.approx(without_embeddings, rel=1e-3)
+    assert found["vision"] == 631_371_520
+
+
+def test_mm1_30b_on_its_own_layout() -> None:
+    """Eight stages; a process holds a quarter of each, norms and the image parts whole; the tied table stands at both ends."""
+    stages = stage_parameters(get_recipe("mm1_30b"))
+    assert len(stages) == 8
+    assert stages[0]["vision"] == 631_371_520 and stages[0]["connector"] == 69_599_040
+    assert all(set(stage) == {"language"} for stage in stages[1:])
+    layer = (4 * 6656 * 6656 + 3 * 6656 * 17920) // 4 + 2 * 6656
+    table = 49152 * 6656 // 4
+    expected = [layers * layer for layers in (5, 7, 7, 8, 8, 8, 7, 6)]
+    expected[0] += table
+    expected[-1] += table + 6656
+    assert [stage["language"] for stage in stages] == expected
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "ablation" in name and "mix" not in name] + ["debug_mm1"])
+def test_every_variant_builds(name: str) -> None:
+    found = totals(name)
+    assert set(found) == {"vision", "connector", "language"}
+
+
+@pytest.mark.parametrize("connector", ["average", "attention", "c_abstractor"])
+def test_variants_differ_in_what_they_name(connector: str) -> None:
+    base, variant = to_dict(get_recipe("mm1_ablation")), to_dict(get_recipe(f"mm1_ablation_{connector}_64"))
+    assert variant["model"]["connector"]["kind"] == connector and variant["model"]["connector"]["num_tokens"] == 64
+    for part in ("data", "optimizer", "train", "parallel"):
+        assert base[part] == variant[part]
+
+
+def test_peak_learning_rates_follow_equation_1() -> None:
+    assert peak_learning_rate(30e9) == pytest.approx(2.2e-5, rel=0.02)
+    assert get_recipe("mm1_30b").optimizer.peak_lr == pytest.approx(2.2e-5, rel=0.02)
+    assert get_recipe("mm1_1b").optimizer.peak_lr == pytest.approx(8.6e-5, rel=0.02)
+
+
+def test_an_unknown_recipe_lists_all() -> None:
+    with pytest.raises(ValueError, match=r"unknown recipe 'mm1_99b': choose one of debug_mm1, .*mm1_30b"):
+        get_recipe("mm1_99b")
+
+
+if __name__ == "__main__":
+    for name in RECIPES:
+        (GOLDEN / f"{name}.json").write_text(golden(name))

@@ -1,0 +1,171 @@
+"""metrics.jsonl tells every step once; W&B tells the same, goes on after a resume, and may fail."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from training.wandb_file import config, history, run_ids
+
+from megatron_mm.config import Experiment
+from megatron_mm.evaluation.captions import CaptionSample
+from megatron_mm.recipes import get_recipe
+from megatron_mm.training.metrics import MetricsFile, StepMetrics, to_json
+from megatron_mm.training.monitor import Monitor
+from megatron_mm.training.wandb_run import redact
+
+
+def metrics(step: int, **changes: Any) -> StepMetrics:
+    values = {
+        **{"step": step, "loss": 2.0 / step, "losses": {"pairs": 1.5, "text": 2.5}, "grad_norm": 1.0, "lr": 1e-3, "tokens": 100},
+        **{"images": 7, "seconds": 0.5, "tokens_per_s": 200.0, "tflops": 0.1, "mfu": None},
+    }
+    return StepMetrics(**{**values, **changes})
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics.jsonl
+
+
+def test_a_resume_appends_and_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, resume_step=0)
+    for step in range(1, 6):
+        file.write(metrics(step))
+    file.close()
+    with path.open("a") as torn:
+        torn.write('{"step": 6, "los')  # the process died while it wrote
+    file = MetricsFile(path, resume_step=3)
+    file.write(metrics(4, loss=9.0))
+    file.close()
+    assert [(line["step"], line["loss"]) for line in lines(path)] == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 9.0)]
+
+
+def test_a_number_that_json_cannot_write_is_null() -> None:
+    assert json.loads(to_json({"a": math.nan, "b": {"c": math.inf, "d": 1.5}})) == {"a": None, "b": {"c": None, "d": 1.5}}
+
+
+def test_a_line_is_on_disk_at_once(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl", resume_step=0)
+    file.write(metrics(1))
+    assert len(lines(tmp_path / "m.jsonl")) == 1
+    file.close()
+
+
+# ------------------------------------------------------------------------------------------------------------------------ W&B
+
+
+def experiment() -> Experiment:
+    base = get_recipe("debug_mm1")
+    return replace(base, monitor=replace(base.monitor, wandb="offline", console_interval=1))
+
+
+def monitor(run_dir: Path, resume_step: int = 0) -> Monitor:
+    run_dir.mkdir(exist_ok=True)
+    return Monitor(experiment(), run_dir, resume_step=resume_step, world_size=4, is_main=True)
+
+
+def test_wandb_has_everything_of_metrics_jsonl_and_a_resume_goes_on_with_the_same_run(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    picture = np.zeros((8, 8, 3), dtype=np.uint8)
+    for first in (1, 3):
+        watched = monitor(run_dir, resume_step=first - 1)
+        for step in (first, first + 1):
+            watched.log_step(metrics(step))
+        watched.log_eval(first + 1, {"heldout/loss": 0.5})
+        watched.log_captions(first + 1, [CaptionSample(image=picture, true="a red circle", generated="a red square")])
+        watched.close(exit_code=0)
+    files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert run_ids(files[0]) == run_ids(files[1]) == {(run_dir / "wandb_run_id").read_text().strip()}
+    logged = [entry for file in files for entry in history(file)]
+    steps = {entry["train/step"]: entry for entry in logged if "train/loss" in entry}
+    for line in lines(run_dir / "metrics.jsonl"):
+        entry = steps[line["step"]]
+        for name, value in line.items():
+            if name == "losses":
+                assert {source: entry[f"train/loss/{source}"] for source in value} == value
+            elif name == "bad_samples" or value is None:
+                continue
+            else:
+                assert entry[f"train/{name}"] == value
+    assert [entry["heldout/loss"] for entry in logged if "heldout/loss" in entry] == [0.5, 0.5]
+    tables = [(entry["captions/ncols"], entry["captions/nrows"]) for entry in logged if "captions/nrows" in entry]
+    assert tables == [(3, 1), (3, 1)]
+    assert [entry["train/step"] for entry in logged if "loss_curve/path" in entry] == [2, 4]
+    pictures = list((files[0].parent / "files" / "media").rglob("*.png"))
+    assert pictures, "the captions' images and the loss curve are kept with the run"
+    stored = config(files[0])
+    assert stored["recipe"] == "debug_mm1" and stored["world_size"] == 4
+    assert (run_dir / "loss_curve.png").stat().st_size > 1000
+
+
+def test_training_goes_on_when_wandb_cannot_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("no service")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse, Settings=lambda **_: None))
+    watched = monitor(tmp_path / "run")
+    watched.log_step(metrics(1))
+    watched.log_captions(1, [CaptionSample(image=np.zeros((4, 4, 3), dtype=np.uint8), true="a", generated="b")])
+    watched.close(exit_code=0)
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
+    assert [r.message for r in caplog.records if "W&B" in r.message] == [
+        "W&B failed to start (RuntimeError: no service) and is switched off; metrics.jsonl goes on"
+    ]
+
+
+def test_training_goes_on_when_wandb_fails_in_the_middle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    watched = monitor(tmp_path / "run")
+    watched.log_step(metrics(1))
+    run = watched._wandb._run
+
+    def fail(*_: Any) -> None:
+        raise BrokenPipeError("service is gone")
+
+    watched._wandb._run = SimpleNamespace(log=fail)
+    for step in (2, 3):
+        watched.log_step(metrics(step))
+    watched.close(exit_code=0)
+    run.finish()
+    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    assert sum("is switched off" in record.message for record in caplog.records) == 1
+
+
+def test_the_console_tells_of_skipped_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = experiment()
+    (tmp_path / "run").mkdir()
+    quiet = replace(base, monitor=replace(base.monitor, wandb="disabled"))
+    watched = Monitor(quiet, tmp_path / "run", resume_step=0, world_size=1, is_main=True)
+    with caplog.at_level("INFO"):
+        watched.log_step(metrics(1, skipped=True, skipped_steps=4, grad_norm=math.nan, mfu=0.4))
+    watched.close(exit_code=0)
+    assert "step 1 skipped: the gradient was not finite (4 so far)" in caplog.text
+    assert "MFU 40.0%" in caplog.text
+    assert lines(tmp_path / "run" / "metrics.jsonl")[0]["grad_norm"] is None
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("s3://bucket/data", True),
+        ("https://user:pass@host/data", False),
+        ("https://host/data?token=abc", False),
+        ("hf_abcdefghijklmnopqrstuvwx", False),
+        ("runs/first", True),
+    ],
+)
+def test_credentials_do_not_reach_wandb(value: str, kept: bool) -> None:
+    assert redact({"a": [value]}) == {"a": [value if kept else "[redacted]"]}
