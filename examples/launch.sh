@@ -60,7 +60,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # A failed or overdue collective ends the process instead of leaving all others waiting for it.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 # What the last collectives were, written out when one times out: tells a slow rank from a dead one.
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 # After a SIGTERM torchrun kills its processes when this many seconds have passed: time to finish the step and the checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}

@@ -76,8 +76,10 @@ def _members(path: Path) -> Iterator[Member]:
                     raise BrokenShard(f"shard {path} ends inside {info.name!r} at byte {position}: it is truncated")
                 yield Member(name=info.name, offset=info.offset_data, data=data)
             position = archive.offset
-        if path.stat().st_size % 512:
-            raise BrokenShard(f"shard {path} ends inside a block after byte {position}: it is truncated")
+        with path.open("rb") as file:
+            file.seek(position)
+            if file.read(512) != bytes(512):  # a whole tar ends with blocks of zeros
+                raise BrokenShard(f"shard {path} ends without an end marker after byte {position}: it is truncated")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise BrokenShard(f"shard {path} cannot be read after byte {position}: {error}") from None
 

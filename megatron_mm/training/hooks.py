@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STOPPED_FILE = "stopped_early.txt"
+"""In the run directory of a run that a signal ended with steps left: one line that says after which; gone when it goes on."""
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -129,7 +132,8 @@ class Evaluation(Hook):
             self._evaluate()
 
     def after_training(self) -> None:
-        if self.config.interval and self.trainer.state.step > self.last_step:
+        # After a signal there may be little time, and the checkpoint comes first: the resumed run evaluates.
+        if self.config.interval and self.trainer.state.step > self.last_step and not self.trainer.should_stop:
             self._evaluate()
 
     def _evaluate(self) -> None:
@@ -144,6 +148,11 @@ class Stopping(Hook):
     """SIGTERM or SIGUSR1 ends the run after the step in hand, on all processes after the same one, with a checkpoint.
 
     Slurm sends USR1 some time before the limit. Signals reach processes at different steps, so whether to stop is agreed upon.
+    A run that ends this way with steps left says so in `STOPPED_FILE`, which is what `examples/launch.sh` requeues on.
+
+    Slurm signals every process of a job, and the helpers that a checkpoint's writers need would die of it in the middle of a
+    save. So this thread blocks both signals: what it starts inherits that across exec, which a handler would not survive. A
+    signal then either waits until `after_step` looks, or is taken by a thread that was there before and runs the handler.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -151,12 +160,19 @@ class Stopping(Hook):
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
         self.received: str | None = None
+        self.file = trainer.run_dir / STOPPED_FILE
+        if trainer.topology.is_main:
+            self.file.unlink(missing_ok=True)
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self.unblocked = set(self.SIGNALS) - signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number).name
 
     def after_step(self, record: StepRecord) -> None:
+        waiting = signal.sigtimedwait(self.SIGNALS, 0)
+        if waiting is not None:
+            self._note(waiting.si_signo, None)
         stop = torch.tensor(float(self.received is not None), device=self.trainer.topology.device)
         dist.all_reduce(stop, op=dist.ReduceOp.MAX)
         if stop.item():
@@ -167,7 +183,13 @@ class Stopping(Hook):
                 )
 
     def close(self, *, failed: bool) -> None:
+        """Last of all that can fail: the checkpoint is complete by now."""
+        step, steps = self.trainer.state.step, self.trainer.experiment.train.steps
+        if self.trainer.should_stop and not failed and step < steps and self.trainer.topology.is_main:
+            self.file.write_text(f"stopped after step {step} of {steps} on {self.received or 'a signal'}\n")
         for number, handler in self.previous.items():
+            signal.signal(number, signal.SIG_IGN)  # drops a signal that still waits
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number} & self.unblocked)
             signal.signal(number, handler)
 
 

@@ -1,0 +1,164 @@
+"""The command line: a user's mistake is one line that names the thing, the value and the fix, and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mm import cli
+from megatron_mm.training.checkpoint import find_checkpoint
+
+PROGRAM = [sys.executable, "-m", "megatron_mm"]
+
+
+class _Left(BaseException):
+    """The program ended by os._exit."""
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a command in this process; it must leave with 2 and say one line, which is returned."""
+
+    def leave(code: int) -> None:
+        assert code == 2
+        raise _Left
+
+    monkeypatch.setattr(os, "_exit", leave)
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(_Left):
+            cli.main([str(argument) for argument in arguments])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-mm: error:")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["mm1_99b"], "unknown recipe 'mm1_99b': choose one of debug_mm1, mm1_1b"),
+        (["debug_mm1", "--train.stepz", "3"], "--train.stepz"),
+        (["debug_mm1", "--train.steps", "many"], "many"),
+        (["debug_mm1", "--train.precision", "fp7"], "fp7"),
+        (["debug_mm1", "--train.steps", "0"], "steps is 0, but must be positive"),
+        (["debug_mm1"], "no run directory given: add --run-dir DIR"),
+        ([], "no recipe given"),
+        (["debug_mm1", "--data.mixture", "pairs"], "--data.mixture takes NAME=WEIGHT, for example pairs=0.5, not 'pairs'"),
+    ],
+)
+def test_mistakes_on_the_command_line(fails, options: list[str], message: str) -> None:
+    assert message in fails("train", *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--parallel.tensor", "2"], "1 processes cannot be cut into tensor 2 x pipeline 1 = 2: start a multiple of 2 processes"),
+        (["--parallel.virtual", "2"], "parallel.virtual is 2, but interleaving needs parallel.pipeline > 1"),
+        (["--train.global-batch-size", "10"], "train.global_batch_size 10 is not a multiple of train.micro_batch_size 4"),
+        (["--data.path", "/nowhere"], "/nowhere"),
+        (["--data.tokenizer", "/nowhere.model"], "tokenizer /nowhere.model does not exist: train one"),
+        (["--data.mixture", "video=1"], "lacks the sources ['video'] of data.mixture; it has ['interleaved', 'pairs', 'text']"),
+        (["--model.decoder.vocab-size", "64"], "but model.decoder.vocab_size is 64: raise it, or use a smaller tokenizer"),
+        (["--train.precision", "fp8"], "train.precision is fp8, which needs a GPU with Transformer Engine: use --train.precision bf16"),
+        (["--train.layers", "te"], "install it or use --train.layers torch"),
+    ],
+)
+def test_mistakes_that_the_data_or_the_machine_shows(fails, demo_data: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    assert message in fails("train", "debug_mm1", "--run-dir", tmp_path / "run", "--data.path", demo_data, *options)
+
+
+def test_heads_that_tensor_parallelism_does_not_divide(fails, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    command = ("train", "debug_mm1", "--run-dir", tmp_path, "--data.path", demo_data, "--parallel.tensor", "8")
+    assert "parallel.tensor 8 does not divide the decoder's 4 attention heads: use one of [1, 2, 4]" in fails(*command)
+
+
+def test_empty_and_broken_data(fails, demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "has no .tar or .jsonl shards" in fails("prepare", "index", tmp_path / "empty")
+    data = tmp_path / "data"
+    (data / "train" / "pairs").mkdir(parents=True)
+    shutil.copyfile(demo_data / "tokenizer.model", data / "tokenizer.model")
+    tar = (demo_data / "train" / "pairs" / "00000.tar").read_bytes()
+    (data / "train" / "pairs" / "00000.tar").write_bytes(tar[: len(tar) // 2])
+    cli.main(["prepare", "index", str(data)])
+    out = capsys.readouterr().out
+    assert "broken shard: 1" in out and "train/pairs" in out
+
+
+def test_a_checkpoint_of_another_model_and_export_errors(fails, demo_data: Path, tmp_path: Path) -> None:
+    run = ["train", "debug_mm1", "--run-dir", tmp_path / "run", "--data.path", demo_data]
+    quick = ["--train.steps", 1, "--train.global-batch-size", 4, "--eval.interval", 0, "--monitor.wandb", "disabled"]
+    done = subprocess.run([*PROGRAM, *map(str, [*run, *quick])], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    error = fails(*run, *quick[:2], "--model.decoder.ffn-hidden-size", 256)
+    assert "holds another model (debug_mm1): model.decoder.ffn_hidden_size is 320 there and 256 here" in error
+    assert "is neither a complete checkpoint nor a run directory" in fails("eval", tmp_path / "nothing")
+    checkpoint = find_checkpoint(tmp_path / "run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "exists and is not an empty directory" in fails("convert", "to-hf", checkpoint, tmp_path / "full")
+    assert "shard_size is '5 parrots'" in fails("convert", "to-hf", checkpoint, tmp_path / "new", "--shard-size", "5 parrots")
+    assert "data path /nowhere has no heldout folder" in fails("eval", checkpoint, "--data.path", "/nowhere")
+
+
+def test_torchrun_says_a_mistake_once_and_does_not_hang(demo_data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "megatron_mm", "train"]
+    command += ["debug_mm1", "--run-dir", str(tmp_path / "run"), "--data.path", str(demo_data), "--parallel.tensor", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0
+    assert done.stderr.count("megatron-mm: error:") == 1
+    assert "3 processes cannot be cut into tensor 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["prepare"], ["prepare", "demo"], ["prepare", "index"], ["prepare", "tokenizer"], ["convert", "to-hf"]])
+def test_help_is_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([*command, "--help"])
+    assert left.value.code == 0
+    assert "usage: megatron-mm" in capsys.readouterr().out
+
+
+def test_train_help_lists_every_field_with_the_recipes_value(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "mm1_30b", "--help"])
+    out = capsys.readouterr().out
+    for option in ("--run-dir", "--dry-run", "--parallel.tensor", "--train.schedule-steps", "--optimizer.peak-lr", "--data.path"):
+        assert option in out
+    assert "default: 17920" in " ".join(out.split())
+
+
+def test_dry_run_shows_configuration_stages_and_plan(demo_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["train", "debug_mm1", "--data.path", str(demo_data), "--parallel.pipeline", "2", "--parallel.tensor", "2", "--dry-run"])
+    out = capsys.readouterr().out
+    config = json.loads(out[: out.index("\n}") + 2])
+    assert config["parallel"]["tensor"] == 2 and config["model"]["family"] == "mm1"
+    assert "4 processes = tensor 2 x pipeline 2 x data 1; 4 micro-batches of 4 sequences each a step" in out
+    stages = [line.split() for line in out.splitlines() if line.strip()[:2] in ("0 ", "1 ")]
+    assert [stage[3] for stage in stages] == ["2", "2"]
+    assert "step 1:" in out and "step 2:" in out and "% full" in out and "interleaved: " in out
+
+
+def test_dry_run_of_the_30b_needs_neither_data_nor_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["train", "mm1_30b", "--dry-run", "--data.path", "/nowhere"])
+    out = capsys.readouterr().out
+    assert "16 processes = tensor 4 x pipeline 4 x data 1" in out
+    assert "vision 631,371,520, connector 69,599,040" in out
+    assert "no plan: data path /nowhere does not exist" in out
+
+
+def test_doctor_says_what_is_here_and_what_stands_in(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    for name in ("torch", "NCCL", "Transformer Engine", "apex", "DALI", "wandb", "megatron-core"):
+        assert name in out

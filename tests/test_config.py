@@ -1,0 +1,82 @@
+"""A wrong value is refused when the configuration is made, with both numbers and the fix."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_mm.config import (
+    ConnectorConfig,
+    DataConfig,
+    DecoderConfig,
+    Experiment,
+    MM1Config,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    VisionConfig,
+    from_dict,
+    to_dict,
+)
+from megatron_mm.parallel.stages import layers_per_stage
+from megatron_mm.recipes import get_recipe
+
+DEBUG = get_recipe("debug_mm1")
+assert isinstance(DEBUG.model, MM1Config)
+DECODER, VISION, CONNECTOR = DEBUG.model.decoder, DEBUG.model.vision, DEBUG.model.connector
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        (DECODER, {"num_layers": 0}, "num_layers is 0, but must be positive"),
+        (DECODER, {"num_query_groups": 3}, "num_attention_heads 4 is not a multiple of num_query_groups 3"),
+        (DECODER, {"head_dim": 7}, "head_dim 7 is odd"),
+        (VISION, {"image_size": 2}, "image_size 2 is smaller than one patch of 4 pixels"),
+        (VISION, {"num_attention_heads": 5}, "vision hidden_size 64 is not a multiple of its num_attention_heads 5"),
+        (CONNECTOR, {"num_tokens": 50}, "pools to a square grid, but num_tokens is 50"),
+        (DEBUG.model, {"connector": replace(CONNECTOR, num_tokens=144)}, "needs a 12x12 grid, but the tower gives only 8x8"),
+        (DEBUG.parallel, {"virtual": 2}, "parallel.virtual is 2, but interleaving needs"),
+        (DEBUG.parallel, {"pipeline": 2, "stage_layers": (4,)}, "parallel.stage_layers has 1 numbers, but pipeline 2 x virtual 1 makes 2"),
+        (DEBUG.data, {"mixture": {}}, "data.mixture is empty"),
+        (DEBUG.data, {"mixture": {"pairs": -1.0}}, "gives source 'pairs' the weight -1.0"),
+        (DEBUG.optimizer, {"min_lr": 1.0}, "min_lr 1.0 must lie between 0 and peak_lr"),
+        (DEBUG.train, {"micro_batch_size": 3}, "train.global_batch_size 16 is not a multiple of train.micro_batch_size 3"),
+        (DEBUG.checkpoint, {"keep": 0}, "keep is 0, but must be positive"),
+    ],
+)
+def test_wrong_values_are_named(part: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=".*") as error:
+        replace(part, **changes)
+    assert message in str(error.value)
+
+
+def test_layers_and_stages_must_add_up() -> None:
+    with pytest.raises(ValueError, match="stage_layers"):
+        layers_per_stage(ParallelConfig(pipeline=2, stage_layers=(1, 2)), num_layers=4)
+
+
+def test_micro_batches_of_a_process() -> None:
+    assert DEBUG.num_micro_batches(2) == 2
+    with pytest.raises(ValueError, match="is not a multiple of micro_batch_size 4 x data-parallel size 3 = 12"):
+        DEBUG.num_micro_batches(3)
+
+
+def test_fields_that_are_unknown_or_missing_are_named() -> None:
+    values = to_dict(DEBUG)
+    with pytest.raises(ValueError, match=r"config.train has unknown fields \['stepz'\]; TrainConfig knows"):
+        from_dict(Experiment, {**values, "train": {**values["train"], "stepz": 1}})
+    without = {name: value for name, value in values["optimizer"].items() if name != "peak_lr"}
+    with pytest.raises(ValueError, match=r"config.optimizer lacks the fields \['peak_lr'\]"):
+        from_dict(Experiment, {**values, "optimizer": without})
+    with pytest.raises(ValueError, match="has the model family 'gpt5', but this version knows"):
+        from_dict(Experiment, {**values, "model": {**values["model"], "family": "gpt5"}})
+
+
+@pytest.mark.parametrize(
+    "kind", [DecoderConfig, VisionConfig, ConnectorConfig, DataConfig, OptimizerConfig, TrainConfig, ParallelConfig, Experiment]
+)
+def test_every_part_is_frozen(kind: type) -> None:
+    assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
