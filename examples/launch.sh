@@ -108,7 +108,7 @@ stopping=
 ask_to_stop() {
     [ -z "$stopping" ] || return 0
     say "asking the run to stop with a checkpoint"
-    while scancel --signal=USR1 "$SLURM_JOB_ID.0" 2>/dev/null; do sleep ${RESEND:-20}; done &
+    while scancel --signal=USR1 "$SLURM_JOB_ID.0" 2>/dev/null; do sleep "${RESEND_SECONDS:-20}"; done &
     stopping=$!
 }
 trap ask_to_stop USR1
