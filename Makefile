@@ -1,6 +1,10 @@
 # make demo        train a small MM1 on this machine and look at what it says of images it has not seen
 # make test        install what the tests need and run them
+# make test-all    the slow tests too
 # make check       format, lint, types
+# make bench       benchmarks that need no GPU
+# make gpu-check   on a machine with a GPU: Transformer Engine, FP8, DALI and the fused optimizer against plain PyTorch
+# make gpu-bench   on a machine with a GPU: step time, TFLOP/s, MFU and memory
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,6 +37,21 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy megatron_mm
+
+# Benchmarks that need no GPU; each prints its ratios.
+bench: $(STAMP)
+	test -d build/bench_data || $(BIN)/python -m megatron_mm prepare demo --out build/bench_data
+	$(BIN)/python benchmarks/plan_time.py
+	$(BIN)/python benchmarks/loader_throughput.py
+	$(BIN)/python benchmarks/trainer_overhead.py --data build/bench_data
+
+# On a machine with a GPU, in an environment that has torch's CUDA build, Transformer Engine and DALI (a container, say).
+GPU_PYTHON ?= python3
+gpu-check:
+	PYTHONPATH=. $(GPU_PYTHON) tools/gpu_check.py
+
+gpu-bench:
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_bench.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output

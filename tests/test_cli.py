@@ -121,7 +121,9 @@ def test_torchrun_says_a_mistake_once_and_does_not_hang(demo_data: Path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["prepare"], ["prepare", "demo"], ["prepare", "index"], ["prepare", "tokenizer"], ["convert", "to-hf"]])
+@pytest.mark.parametrize(
+    "command", [[], ["prepare"], ["prepare", "demo"], ["prepare", "index"], ["prepare", "tokenizer"], ["convert", "to-hf"]]
+)
 def test_help_is_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main([*command, "--help"])

@@ -1,0 +1,218 @@
+"""`make gpu-bench`: step time, throughput and memory of training on one GPU, by layer backend, precision and recompute.
+
+    python benchmarks/gpu_bench.py [--model mm1_1b] [--device cpu]
+
+Every row is a process of its own that trains on the same full sequences (for the MM1 models 4096 tokens with 16 images) that lie in
+memory, so that nothing but the model is measured. The ratio is to the row of plain PyTorch in bf16 without recompute of the same run. Writes
+a table with device, versions and date under benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from megatron_mm.config import Experiment, MM1Config
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.build import build_model
+from megatron_mm.planning.flops import mfu, peak_tflops, step_flops
+from megatron_mm.recipes import get_recipe
+from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.step import TrainingStep
+
+RESULTS = Path(__file__).with_name("results")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table."""
+
+    layers: str
+    precision: str
+    recompute: str
+
+    def __str__(self) -> str:
+        return f"{self.layers} {self.precision} recompute {self.recompute}"
+
+
+CASES = [
+    Case("torch", "bf16", "none"),
+    Case("te", "bf16", "none"),
+    Case("te", "bf16", "selective"),
+    Case("te", "bf16", "full"),
+    Case("te", "fp8", "none"),
+    Case("te", "fp8", "full"),
+]
+CPU_CASES = [Case("torch", "fp32", "none"), Case("torch", "fp32", "selective"), Case("torch", "fp32", "full")]
+LAYERS_OF_ONE_GPU = {"mm1_7b": 8, "mm1_3b": 16}
+"""Decoder layers of the models whose optimizer state does not fit one 80 GB GPU."""
+
+
+def experiment(model: str, case: Case) -> Experiment:
+    """The recipe on one process, as deep as one GPU holds."""
+    base = get_recipe(model)
+    assert isinstance(base.model, MM1Config)
+    depth = LAYERS_OF_ONE_GPU.get(model, base.model.decoder.num_layers)
+    return replace(
+        base,
+        model=replace(base.model, decoder=replace(base.model.decoder, num_layers=depth)),
+        parallel=replace(base.parallel, tensor=1, pipeline=1, virtual=1, stage_layers=None, recompute=case.recompute),  # type: ignore[arg-type]
+        train=replace(base.train, global_batch_size=4, micro_batch_size=1, precision=case.precision, layers=case.layers),  # type: ignore[arg-type]
+    )
+
+
+def full_sequence(settings: Experiment) -> PackedBatch:
+    """One sequence that is one document, with as many images as are allowed and fit, between equal stretches of text."""
+    model = settings.model
+    assert isinstance(model, MM1Config)
+    total, tokens = settings.data.sequence_length, model.connector.num_tokens
+    images = min(settings.data.max_images_per_sequence, total // (2 * tokens))
+    starts = torch.arange(images) * (total // images) + 1
+    ids = torch.randint(5, model.decoder.vocab_size, (total,), generator=torch.Generator().manual_seed(0))
+    is_image = torch.zeros(total, dtype=torch.bool)
+    is_image[(starts[:, None] + torch.arange(tokens)).flatten()] = True
+    mask = (~is_image.roll(-1)).float()
+    mask[-1] = 0
+    size = model.vision.image_size
+    return PackedBatch(
+        token_ids=ids,
+        labels=ids.roll(-1),
+        loss_mask=mask,
+        position_ids=torch.arange(total),
+        source_ids=torch.zeros(total, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, total], dtype=torch.int32),
+        max_seqlen=total,
+        image_starts=starts,
+        image_owners=torch.zeros(images, dtype=torch.int64),
+        pixels=torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8),
+    )
+
+
+def measure(model: str, case: Case, *, steps: int) -> dict[str, float]:
+    """Median seconds of a step and the peak of allocated memory; called in a process of its own."""
+    settings = experiment(model, case)
+    topology = topologies.initialize(settings.parallel, seed=1)
+    on_gpu = topology.device.type == "cuda"
+    chunks = build_model(settings, topology)
+    step = TrainingStep(settings, topology, chunks, build_optimizer(settings, chunks), num_sources=1)
+    batch = full_sequence(settings).to(topology.device)
+    seconds, losses = [], []
+    for number in range(1, steps + 4):
+        began = time.perf_counter()
+        losses.append(step.run([batch] * settings.train.global_batch_size, step=number).losses.mean)  # ends with a read-back
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    median = statistics.median(seconds[3:])
+    count = settings.train.global_batch_size
+    assert isinstance(settings.model, MM1Config)
+    flops = step_flops(
+        settings.model,
+        num_tokens=count * batch.num_tokens,
+        sum_squared_lengths=count * batch.num_tokens**2,
+        num_images=count * batch.num_images,
+    )
+    topologies.shutdown()
+    return {
+        "seconds": median,
+        "tokens_per_s": count * batch.num_tokens / median,
+        "tflops": flops / median / 1e12,
+        "gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
+        "loss": losses[-1],
+    }
+
+
+def row(case: Case, found: dict | str, baseline: float | None, peak: float | None) -> str:
+    """A line of the table."""
+    if isinstance(found, str):
+        return f"| {case} | {found} | | | | | | |"
+    ratio = "" if baseline is None else f"{baseline / found['seconds']:.2f}"
+    used = mfu(found["tflops"], peak)
+    return (
+        f"| {case} | {1e3 * found['seconds']:.0f} | {ratio} | {found['tokens_per_s']:,.0f} | {found['tflops']:.3g} | "
+        f"{'' if used is None else f'{100 * used:.1f}%'} | {found['gib']:.1f} | {found['loss']:.3f} |"
+    )
+
+
+def table(model: str, cases: list[Case], *, device: str, steps: int) -> list[str]:
+    """Run every case in a process of its own."""
+    lines = [
+        f"## {model}",
+        "",
+        f"{LAYERS_OF_ONE_GPU[model]} of its decoder layers, which one GPU holds.\n" if model in LAYERS_OF_ONE_GPU else "",
+    ]
+    lines += [
+        "| layers, precision | ms a step | speed, ratio | tokens/s | TFLOP/s | MFU | peak GiB | last loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    baseline = None
+    for case in cases:
+        command = [sys.executable, __file__, "--one", model, case.layers, case.precision, case.recompute, "--steps", str(steps)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            found = (
+                json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else (done.stderr.strip().splitlines() or ["failed"])[-1]
+            )
+        except subprocess.TimeoutExpired:
+            found = "took longer than 300 s"
+        if isinstance(found, str):
+            found = found[:100].replace("|", "/")
+        elif baseline is None:
+            baseline = found["seconds"]
+        lines.append(row(case, found, baseline, peak_tflops(device, case.precision)))  # type: ignore[arg-type]
+        print(lines[-1], flush=True)
+    return [*lines, ""]
+
+
+def versions() -> str:
+    """Of what the figures depend on."""
+    found = [f"torch {torch.__version__}"]
+    for package in ("megatron-core", "transformer-engine", "transformer-engine-torch", "nvidia-dali-cuda130"):
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", help="recipe (default: mm1_1b and mm1_7b; debug_mm1 on a CPU)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the table (default: %(default)s)")
+    parser.add_argument("--one", nargs=4, metavar=("MODEL", "LAYERS", "PRECISION", "RECOMPUTE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        model, *case = arguments.one
+        print(json.dumps(measure(model, Case(*case), steps=arguments.steps)))
+        return
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_bench: error: torch finds no GPU here: run it on a machine with one, or with --device cpu", file=sys.stderr)
+        sys.exit(2)
+    on_gpu = arguments.device == "cuda"
+    device = torch.cuda.get_device_name(0) if on_gpu else "CPU"
+    now = datetime.now(UTC)
+    lines = ["# Training on one device", "", f"{device}; {versions()}; {now:%Y-%m-%d}. `python benchmarks/gpu_bench.py`", ""]
+    print(lines[2])
+    for model in arguments.model or (["mm1_1b", "mm1_7b"] if on_gpu else ["debug_mm1"]):
+        lines += table(model, CASES if on_gpu else CPU_CASES, device=device, steps=arguments.steps)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"gpu_bench_{device.replace(' ', '_')}_{now:%Y%m%d}.md"
+    path.write_text("\n".join(lines))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The Slurm scripts: what they start, what they say when something is missing, and a run through them on two stand-in nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.recipes import get_recipe
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "examples").glob("*.slurm"))
+JOB = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_SUBMIT_DIR": str(ROOT)}
+
+
+def start(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "DATA", "RUN_DIR"))}
+    command = ["bash", str(script), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=200, cwd=ROOT, env={**clean, "PYTHON": sys.executable, **environment}
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_are_sound_and_their_nodes_fit_the_recipe(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    text = script.read_text()
+    assert f"RECIPE={script.stem}\n" in text and f"--job-name={script.stem}\n" in text
+    nodes = int(re.search(r"--nodes=(\d+)", text)[1])  # type: ignore[index]
+    per_node = re.search(r"--gpus-per-node=(\d+)", text)
+    recipe = get_recipe(script.stem)
+    if per_node:
+        world_size = nodes * int(per_node[1])
+        assert recipe.num_micro_batches(recipe.parallel.data_parallel_size(world_size)) % recipe.parallel.pipeline == 0
+        assert recipe.parallel.tensor <= int(per_node[1]), "tensor parallelism stays inside a node"
+    for option in ("--requeue", "--signal=B:USR1@", "--open-mode=append"):
+        assert f"#SBATCH {option}" in text
+
+
+def test_mm1_30b_asks_for_512_gpus() -> None:
+    text = (ROOT / "examples" / "mm1_30b.slurm").read_text()
+    assert "#SBATCH --nodes=64\n" in text and "#SBATCH --gpus-per-node=8\n" in text
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "this is not inside a Slurm job: submit a script with sbatch"),
+        (JOB, "DATA is not set: DATA=/path/to/data sbatch"),
+        ({**JOB, "DATA": "/nowhere"}, "DATA is /nowhere, which is no directory on this node"),
+        ({**JOB, "DATA": "/tmp"}, "this job has no GPUs: set PROCESSES_PER_NODE to run on CPUs"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(environment: dict[str, str], message: str) -> None:
+    done = start(ROOT / "examples" / "mm1_1b.slurm", **environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"launch.sh: error: {message}") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path) -> str:
+    """A PATH on which srun starts its command once for each of two nodes, on this machine."""
+    programs = {
+        "scontrol": 'if [ "$2" = hostnames ]; then echo n1; echo n2; else echo "NodeName=$3 NodeAddr=127.0.0.1 CPUs=2"; fi',
+        "srun": 'while [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=0 "$@" & a=$!\nSLURM_NODEID=1 "$@" & b=$!\nwait $a && wait $b',
+        "scancel": "exit 0",
+    }
+    for name, body in programs.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    return f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+
+
+@pytest.mark.slow
+def test_a_run_on_two_nodes(two_nodes: str, demo_data: Path, tmp_path: Path) -> None:
+    settings = {**JOB, "PATH": two_nodes, "DATA": str(demo_data), "RUN_DIR": str(tmp_path / "run"), "PROCESSES_PER_NODE": "2"}
+    arguments = ("--train.steps", "2", "--eval.interval", "0", "--monitor.wandb", "disabled")
+    done = start(ROOT / "examples" / "debug_mm1.slurm", *arguments, **settings)
+    assert done.returncode == 0, done.stderr
+    assert "launch.sh: debug_mm1 on 2 nodes x 2 processes, start 0" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["parallel"]["tensor"] == 2
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_the_job_with_an_error(two_nodes: str, demo_data: Path, tmp_path: Path) -> None:
+    settings = {**JOB, "PATH": two_nodes, "DATA": str(demo_data), "RUN_DIR": str(tmp_path / "run"), "PROCESSES_PER_NODE": "1"}
+    done = start(ROOT / "examples" / "debug_mm1.slurm", "--parallel.pipeline", "3", **settings)
+    assert done.returncode != 0
+    assert done.stderr.count("megatron-mm: error:") == 1 and "cannot be cut into" in done.stderr
