@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_bench.py [--model mm1_1b] [--device cpu]
 
-Every row is a process of its own that trains on the same full sequences (for the MM1 models 4096 tokens with 16 images) that lie in
-memory, so that nothing but the model is measured. The ratio is to the row of plain PyTorch in bf16 without recompute of the same run. Writes
-a table with device, versions and date under benchmarks/results/.
+Every row is a process of its own that trains on the same full sequences (for the MM1 models 4096 tokens with 16 images), which lie
+in memory, so that nothing but the model is measured. The ratio is to the first row of the same run, plain PyTorch in bf16 without
+recompute. Writes a table with device, versions and date under benchmarks/results/.
 """
 
 from __future__ import annotations
