@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import dropwhile
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -51,6 +55,7 @@ Options = TypeVar("Options", TrainOptions, EvalOptions)
 
 def _parse(default: Options, arguments: Sequence[str], *, program: str) -> Options:
     experiment, arguments = _take_mixture(default.experiment, list(arguments))
+    _check_names(replace(default, experiment=experiment), arguments)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -83,8 +88,42 @@ def _take_mixture(recipe: Experiment, arguments: list[str]) -> tuple[Experiment,
     return replace(recipe, data=replace(recipe.data, mixture=mixture)), arguments[:begin] + arguments[end:]
 
 
+def _check_names(options: Any, arguments: Sequence[str]) -> None:
+    """Raise ValueError for the first option that is no field's, naming the nearest one."""
+    known = set(_option_names(options))
+    for argument in arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        if not name.startswith("--") or name in known or name == "--help":
+            continue
+        near = difflib.get_close_matches(name, known, n=1) or sorted(n for n in known if n.endswith(f".{name.removeprefix('--')}"))
+        advice = f"did you mean {' or '.join(near)}?" if near else "--help lists every option"
+        raise ValueError(f"unknown option {argument.partition('=')[0]}: {advice}")
+
+
+def _option_names(part: Any, prefix: str = "--") -> Iterator[str]:
+    """Every option of a dataclass, as tyro names them: groups joined by dots, and a no- beside each switch."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        inner = "" if field.name == "experiment" else f"{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            yield from _option_names(value, f"{prefix}{inner}." if inner else prefix)
+        elif isinstance(value, dict):
+            yield from (f"{prefix}{inner}.{key.replace('_', '-')}" for key in value)
+        else:
+            yield f"{prefix}{inner}"
+            if isinstance(value, bool):
+                yield f"{prefix}no-{inner}"
+
+
 def _one_line(message: str) -> str:
-    """tyro's boxed, many-line message as one line."""
-    text = " ".join("".join(character for character in line if character not in "╭╮╰╯│─").strip() for line in message.splitlines())
-    text = " ".join(text.split()).split(" For full helptext")[0]
-    return text[:400] or "the command line could not be understood"
+    """The first paragraph of tyro's message as one line: no title, frame (left out where output is ASCII) or help text."""
+    lines = [line.strip("│╭╮╰╯ ") for line in message.splitlines()]
+    body = list(dropwhile(_is_rule, [line for line in lines if line][1:]))
+    end = next((i for i, line in enumerate(body) if _is_rule(line) or line == "Got errors:"), len(body))
+    text = " ".join(" ".join(body[:end]).split()).removeprefix("Error parsing ").replace("experiment.", "", 1)
+    text = re.sub(r"^(\w+): (?=\1\.)", "", text)  # "parallel: parallel.virtual is ..."
+    return text or "the command line could not be understood: --help lists every option"
+
+
+def _is_rule(line: str) -> bool:
+    return set(line) <= set("─-")

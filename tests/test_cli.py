@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_mm import cli
+from megatron_mm.commands import TrainOptions, _option_names
+from megatron_mm.recipes import get_recipe
 from megatron_mm.training.checkpoint import find_checkpoint
 
 PROGRAM = [sys.executable, "-m", "megatron_mm"]
@@ -45,10 +48,16 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     ("options", "message"),
     [
         (["mm1_99b"], "unknown recipe 'mm1_99b': choose one of debug_mm1, mm1_1b"),
-        (["debug_mm1", "--train.stepz", "3"], "--train.stepz"),
-        (["debug_mm1", "--train.steps", "many"], "many"),
-        (["debug_mm1", "--train.precision", "fp7"], "fp7"),
-        (["debug_mm1", "--train.steps", "0"], "steps is 0, but must be positive"),
+        (["debug_mm1", "--train.stepz", "3"], "error: unknown option --train.stepz: did you mean --train.steps?"),
+        (["debug_mm1", "--steps=3"], "error: unknown option --steps: did you mean --train.steps?"),
+        (["debug_mm1", "--zzz"], "error: unknown option --zzz: --help lists every option"),
+        (["debug_mm1", "--train.steps", "many"], "error: --train.steps: invalid literal for int() with base 10: 'many'"),
+        (
+            ["debug_mm1", "--train.precision", "fp7"],
+            "error: invalid choice 'fp7' for argument '--train.precision'. Expected one of ('fp32',",
+        ),
+        (["debug_mm1", "--train.steps", "0"], "error: train: steps is 0, but must be positive"),
+        (["debug_mm1", "--parallel.virtual", "2"], "error: parallel.virtual is 2, but interleaving needs parallel.pipeline > 1"),
         (["debug_mm1"], "no run directory given: add --run-dir DIR"),
         ([], "no recipe given"),
         (["debug_mm1", "--data.mixture", "pairs"], "--data.mixture takes NAME=WEIGHT, for example pairs=0.5, not 'pairs'"),
@@ -138,6 +147,10 @@ def test_train_help_lists_every_field_with_the_recipes_value(capsys: pytest.Capt
     for option in ("--run-dir", "--dry-run", "--parallel.tensor", "--train.schedule-steps", "--optimizer.peak-lr", "--data.path"):
         assert option in out
     assert "default: 17920" in " ".join(out.split())
+    # Names are checked before tyro sees them, so that check must know exactly tyro's.
+    listed = {name for line in out.splitlines() if re.match("(│| ) -", line) for name in re.findall(r"--[a-z][a-z0-9.-]+", line)}
+    recipe = get_recipe("mm1_30b")
+    assert set(_option_names(TrainOptions(experiment=recipe))) == listed - {"--help"}
 
 
 def test_dry_run_shows_configuration_stages_and_plan(demo_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

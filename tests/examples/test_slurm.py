@@ -36,7 +36,7 @@ def start(script: Path, *arguments: str, **environment: str) -> subprocess.Compl
 def test_scripts_are_sound_and_their_nodes_fit_the_recipe(script: Path) -> None:
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     text = script.read_text()
-    assert f'launch.sh" {script.stem} ' in text and f"--job-name={script.stem}\n" in text
+    assert f'exec "$launch" {script.stem} "$@"\n' in text and f"--job-name={script.stem}\n" in text
     nodes = int(re.search(r"--nodes=(\d+)", text)[1])  # type: ignore[index]
     per_node = re.search(r"--gpus-per-node=(\d+)", text)
     recipe = get_recipe(script.stem)
