@@ -51,7 +51,11 @@ def bare_step(trainer: Trainer, micro_batches: list[PackedBatch]) -> None:
         micro_batch_size=1,
         forward_only=False,
     )
-    trainer.optimizer.step()
+    # What the optimizer's own step() does, which insists on CUDA tensors when it clips.
+    trainer.optimizer.prepare_grads()
+    norm = torch.tensor(float(trainer.optimizer.get_grad_norm()))
+    torch.nn.utils.clip_grads_with_norm_(trainer.optimizer.get_parameters(), trainer.experiment.optimizer.clip_grad_norm, norm)
+    trainer.optimizer.step_with_ready_grads()
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import logging
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,12 +73,10 @@ class PillowDecoder:
     def _one(self, blob: bytes, out: np.ndarray) -> bool:
         """Decode into [3, size, size]; False, and the fill colour, where that fails."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(io.BytesIO(blob)) as image:
-                    if image.width * image.height <= MAX_PIXELS:
-                        self._square(_to_rgb(image), out)
-                        return True
+            with Image.open(io.BytesIO(blob)) as image:
+                if image.width * image.height <= MAX_PIXELS:
+                    self._square(_to_rgb(image), out)
+                    return True
         except Exception:  # a decoder may raise anything on damaged input; the caller counts it
             pass
         out[:] = self.fill
@@ -176,11 +173,9 @@ class DaliDecoder:
 def is_plain(blob: bytes) -> bool:
     """Whether DALI decodes an image as Pillow does: 8-bit grey or RGB JPEG or PNG, or WebP without transparency."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(blob)) as image:
-                small = image.width * image.height <= MAX_PIXELS
-                return small and image.format in ("JPEG", "PNG", "WEBP") and image.mode in ("RGB", "L") and "transparency" not in image.info
+        with Image.open(io.BytesIO(blob)) as image:
+            small = image.width * image.height <= MAX_PIXELS
+            return small and image.format in ("JPEG", "PNG", "WEBP") and image.mode in ("RGB", "L") and "transparency" not in image.info
     except Exception:  # not an image that Pillow knows: the Pillow path counts it
         return False
 

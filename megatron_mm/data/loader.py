@@ -30,6 +30,8 @@ from megatron_mm.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+_READ_TOGETHER = 4
+"""Images that a thread reads one after another: more would leave threads idle, fewer would be more hand-overs than reads."""
 _FEW_SAMPLES = 100
 """Below this many samples of a source a share of bad ones says nothing."""
 
@@ -74,9 +76,11 @@ class _Draft:
 
     sequences: list[PackedSequence]
     texts: list[Future] = field(default_factory=list)
+    """Of the documents' token ids, for each sequence."""
     starts: list[int] = field(default_factory=list)
     images: list[_Image] = field(default_factory=list)
     blobs: list[Future] = field(default_factory=list)
+    """Of the bytes of a few of this process's images each, in order."""
     pixels: Future | None = None
     """Of `_Decoded`; None where this process needs none."""
 
@@ -184,12 +188,9 @@ class Loader:
         if self.view.needs_pixels and self.config.images != "blank":
             substitute = self._shuffled(batch) if self.config.images == "shuffled" else {}
             for draft in drafts:
-                owners = image_owners(len(draft.images), self.view.tensor_size)
-                for image, owner in zip(draft.images, owners, strict=True):
-                    if owner == self.view.tensor_rank:
-                        draft.blobs.append(
-                            self._readers.submit(self._blob, substitute.get((image.source, image.sample, image.offset), image))
-                        )
+                wanted = [substitute.get((image.source, image.sample, image.offset), image) for image in self._mine(draft)]
+                for first in range(0, len(wanted), _READ_TOGETHER):
+                    draft.blobs.append(self._readers.submit(self._blobs, wanted[first : first + _READ_TOGETHER]))
         if self.view.needs_pixels:
             for draft in drafts:
                 draft.pixels = self._decoding.submit(self._pixels, draft)
@@ -199,11 +200,11 @@ class Loader:
         draft = _Draft(sequences)
         for number, sequence in enumerate(sequences):
             place = number * self.plan.limits.sequence_length
+            if self.view.needs_text:
+                draft.texts.append(self._readers.submit(self._streams, sequence))
             for piece in range(sequence.first, sequence.last):
                 window = sequence.window
                 sample, begin, end = int(window.sample[piece]), int(window.begin[piece]), int(window.end[piece])
-                if self.view.needs_text:
-                    draft.texts.append(self._readers.submit(self._tokens, sequence.source, sample))
                 if window.images[piece]:
                     for start, image in zip(*self._images(sequence.source, sample), strict=True):
                         if begin <= start < end:
@@ -233,6 +234,18 @@ class Loader:
         images = list(distinct.values())
         half = len(images) // 2
         return {key: images[(number + half) % len(images)] for number, key in enumerate(distinct)}
+
+    def _mine(self, draft: _Draft) -> list[_Image]:
+        """The images of a micro-batch that this process encodes."""
+        owners = image_owners(len(draft.images), self.view.tensor_size)
+        return [image for image, owner in zip(draft.images, owners, strict=True) if owner == self.view.tensor_rank]
+
+    def _blobs(self, images: list[_Image]) -> list[bytes]:
+        return [self._blob(image) for image in images]
+
+    def _streams(self, sequence: PackedSequence) -> list[list[int] | None]:
+        """The token ids of a sequence's documents."""
+        return [self._tokens(sequence.source, sample) for sample in sequence.window.sample[sequence.first : sequence.last].tolist()]
 
     def _blob(self, image: _Image) -> bytes:
         index = self.plan.indexes[image.source]
@@ -274,7 +287,7 @@ class Loader:
         sources = np.zeros(total, dtype=np.int64)
         mask = np.zeros(total, dtype=np.float32)
         bounds = [0]
-        texts = iter(draft.texts)
+        texts = iter([stream for future in draft.texts for stream in future.result()])
         for number, sequence in enumerate(draft.sequences):
             place = number * length
             sources[place : place + length] = sequence.source
@@ -285,7 +298,7 @@ class Loader:
                 positions[place:stop] = np.arange(end - begin)
                 self._read[name] += 1
                 if self.view.needs_text:
-                    stream = next(texts).result()
+                    stream = next(texts)
                     if stream is None:
                         bad[name] += 1
                     else:
@@ -319,13 +332,11 @@ class Loader:
 
     def _pixels(self, draft: _Draft) -> _Decoded:
         """This process's images of a micro-batch, in its own thread."""
-        owners = image_owners(len(draft.images), self.view.tensor_size)
-        mine = [image for image, owner in zip(draft.images, owners, strict=True) if owner == self.view.tensor_rank]
-        bad = Counter[str]()
+        mine, bad = self._mine(draft), Counter[str]()
         if self.config.images == "blank":
             colour = torch.tensor(self.fill, dtype=torch.uint8)[None, :, None, None]
             return _Decoded(colour.expand(len(mine), 3, self.image_size, self.image_size), bad)
-        decoded = self._decoder.decode([blob.result() for blob in draft.blobs])
+        decoded = self._decoder.decode([blob for future in draft.blobs for blob in future.result()])
         for image, ok in zip(mine, decoded.ok, strict=True):
             if not ok:
                 name = self.plan.indexes[image.source].name

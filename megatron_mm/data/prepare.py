@@ -27,6 +27,9 @@ MAX_PIXELS = 64_000_000
 """Larger images are refused by their header, before a decoder allocates anything for them."""
 _NAMED_REJECTS = 3
 
+# Pillow warns of what is rejected or treated here anyway. Not catch_warnings around each image: that is not safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 @dataclass
 class SourceSummary:
@@ -238,13 +241,11 @@ def _referenced(sample: WebSample, reference: ImageReference) -> Member:
 def check_image(data: bytes) -> tuple[int, int]:
     """Width and height of an image that decodes to its last row. Raises BadDocument where it does not, or is too large."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise BadDocument(f"image of more than {MAX_PIXELS // 10**6} megapixels")
-                image.load()
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BadDocument(f"image of more than {MAX_PIXELS // 10**6} megapixels")
+            image.load()
     except BadDocument:
         raise
     except Image.DecompressionBombError:

@@ -1,0 +1,75 @@
+"""A signal ends a run after the same step everywhere, with a whole checkpoint, and the next start goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from distributed import run_processes
+from small import small_run
+
+from megatron_mm.training.checkpoint import completed_checkpoints
+from megatron_mm.training.hooks import STOPPED_FILE
+from megatron_mm.training.run import start
+
+MANY = 500
+
+
+def _train(data: Path, run_dir: Path, steps: int, send: Callable[[], None] | None) -> tuple[int, list[bool]]:
+    """Where the run ends, and whether the signals are as they were; `send` is called again and again once a save is under way."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # as examples/launch.sh does, for those that come before or after
+    ended = threading.Event()
+
+    def keep_sending() -> None:
+        while not ended.is_set() and not list(run_dir.glob("checkpoints/.partial-*")):
+            ended.wait(0.001)
+        while send is not None and not ended.is_set():
+            send()
+            ended.wait(0.02)
+
+    sender = threading.Thread(target=keep_sending)
+    sender.start()
+    experiment = small_run(data, steps=steps, schedule_steps=MANY)
+    experiment = replace(
+        experiment,
+        checkpoint=replace(experiment.checkpoint, interval=1),
+        eval=replace(experiment.eval, interval=MANY, batches=1, samples=0),
+    )
+    step = start(experiment, run_dir).step
+    ended.set()
+    sender.join()
+    restored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGUSR1, signal.SIGTERM)]
+    return step, [*restored, not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGUSR1, signal.SIGTERM}]
+
+
+def _usr1_to_everything() -> None:
+    """To this process and all that it has started, the checkpoint's writers among them, as Slurm does it."""
+    os.killpg(0, signal.SIGUSR1)
+
+
+def _term_to_the_second() -> None:
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("send", [_usr1_to_everything, _term_to_the_second])
+def test_a_signal_in_the_middle_of_a_save_stops_all_after_one_step(demo_data: Path, tmp_path: Path, send: Callable[[], None]) -> None:
+    stopped = run_processes(_train, 2, demo_data, tmp_path, MANY, send)
+    step = stopped[0][0]
+    assert stopped == [(step, [True] * 3)] * 2 and step < MANY
+    assert completed_checkpoints(tmp_path)[-1].name == f"step_{step:08d}"
+    assert (tmp_path / STOPPED_FILE).read_text().startswith(f"stopped after step {step} of {MANY} on ")
+    assert (tmp_path / "eval.jsonl").read_text() == "", "there is no time to evaluate"
+
+    assert run_processes(_train, 2, demo_data, tmp_path, step + 2, None)[0][0] == step + 2
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, step + 3))
+    assert not (tmp_path / STOPPED_FILE).exists()
+    assert (tmp_path / "eval.jsonl").read_text() != ""
