@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from distributed import run_processes
 from small import small_run
 
@@ -59,13 +58,12 @@ def _term_to_the_second() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("send", [_usr1_to_everything, _term_to_the_second])
-def test_a_signal_in_the_middle_of_a_save_stops_all_after_one_step(demo_data: Path, tmp_path: Path, send: Callable[[], None]) -> None:
-    stopped = run_processes(_train, 2, demo_data, tmp_path, MANY, send)
+def test_signals_to_everything_break_no_save_and_the_next_start_goes_on(demo_data: Path, tmp_path: Path) -> None:
+    stopped = run_processes(_train, 2, demo_data, tmp_path, MANY, _usr1_to_everything)
     step = stopped[0][0]
     assert stopped == [(step, [True] * 3)] * 2 and step < MANY
     assert completed_checkpoints(tmp_path)[-1].name == f"step_{step:08d}"
-    assert (tmp_path / STOPPED_FILE).read_text().startswith(f"stopped after step {step} of {MANY} on ")
+    assert (tmp_path / STOPPED_FILE).read_text() == f"stopped after step {step} of {MANY} on SIGUSR1\n"
     assert (tmp_path / "eval.jsonl").read_text() == "", "there is no time to evaluate"
 
     assert run_processes(_train, 2, demo_data, tmp_path, step + 2, None)[0][0] == step + 2
@@ -73,3 +71,9 @@ def test_a_signal_in_the_middle_of_a_save_stops_all_after_one_step(demo_data: Pa
     assert [line["step"] for line in lines] == list(range(1, step + 3))
     assert not (tmp_path / STOPPED_FILE).exists()
     assert (tmp_path / "eval.jsonl").read_text() != ""
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(demo_data: Path, tmp_path: Path) -> None:
+    stopped = run_processes(_train, 2, demo_data, tmp_path, MANY, _term_to_the_second)
+    assert stopped == [(stopped[0][0], [True] * 3)] * 2 and stopped[0][0] < MANY
+    assert (tmp_path / STOPPED_FILE).exists()
