@@ -1,0 +1,177 @@
+"""launch.sh without Slurm and without training: what it starts, how it passes a signal on, and when it requeues."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SRUN = """
+for word in "$@"; do echo "$word"; done > "$CALLS/srun"
+while [[ $1 == --* ]]; do shift; done
+SLURM_NODEID=1 PATH="$BIN:$PATH" "$@"
+"""
+"""Writes down its arguments and runs the command as the second node would."""
+TRAINING = 'for word in "$@"; do echo "$word"; done > "$CALLS/training"; env > "$CALLS/environment"\n'
+SCONTROL = """
+case $1 in
+  show) if [ "$2" = hostnames ]; then echo n1; echo n2; else echo "NodeName=$3 NodeAddr=10.0.0.7 NodeHostName=$3"; fi ;;
+  requeue) echo "$2" >> "$CALLS/requeue"; [ ! -f "$CALLS/refuse" ] ;;
+esac
+"""
+SCANCEL = 'echo "$@" >> "$CALLS/scancel"\n'
+
+
+@dataclass
+class Cluster:
+    """Stand-ins for Slurm's programs that write down how they were called."""
+
+    folder: Path
+
+    def training(self, body: str) -> None:
+        """What the stand-in for training does, in bash; RUN_DIR and CALLS are set."""
+        path = self.folder / "bin" / "train-here"
+        path.write_text(f"#!/bin/bash\n{TRAINING}{body}\n")
+        path.chmod(0o755)
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        job = {
+            "SLURM_JOB_ID": "77",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_CPUS_ON_NODE": "96",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_GPUS_ON_NODE": "8",
+        }
+        own = {
+            "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin",
+            "CALLS": str(self.folder),
+            "BIN": str(self.folder / "bin"),
+            "PYTHON": "train-here",
+            "DATA": str(self.folder),
+            "RUN_DIR": str(self.folder / "run"),
+        }
+        command = ["bash", str(ROOT / "examples" / "mm1_1b.slurm"), *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**own, **job, **environment})
+
+    def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
+        """Exit code, output and errors of a whole job."""
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    def called(self, program: str) -> list[str]:
+        """A line for each argument of srun, training and environment; for each call of the others."""
+        path = self.folder / program
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    (tmp_path / "bin").mkdir()
+    for name, body in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL}.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/bash\n{body}")
+        path.chmod(0o755)
+    made = Cluster(tmp_path)
+    made.training("")
+    yield made
+
+
+def after(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_every_node_starts_one_torchrun_that_knows_its_rank_and_where_to_meet(cluster: Cluster) -> None:
+    code, out, err = cluster.run("--train.steps", "5", "--monitor.run-name", "two words")
+    assert (code, err) == (0, "")
+    assert "mm1_1b on 2 nodes x 8 processes, meeting at 10.0.0.7:15077" in out and "the run is done" in out
+    words = cluster.called("training")
+    for option in ("--nnodes=2", "--nproc-per-node=8", "--master-addr=10.0.0.7", "--master-port=15077", "--node-rank=1"):
+        assert option in words
+    module = words.index("megatron_mm")
+    assert words[module - 1 : module + 3] == ["-m", "megatron_mm", "train", "mm1_1b"]
+    assert after(words, "--run-dir") == str(cluster.folder / "run") and after(words, "--data.path") == str(cluster.folder)
+    assert words[-4:] == ["--train.steps", "5", "--monitor.run-name", "two words"]
+    options = cluster.called("srun")
+    for option in ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=96", "--kill-on-bad-exit=1", "--open-mode=append"):
+        assert option in options
+    assert not any("container" in option for option in options)
+
+
+def test_what_is_set_already_is_kept(cluster: Cluster) -> None:
+    given = {"NCCL_DEBUG": "INFO", "MASTER_PORT": "2222", "PROCESSES_PER_NODE": "3", "SLURM_CPUS_PER_TASK": "4"}
+    assert cluster.run(**given)[0] == 0
+    environment = cluster.called("environment")
+    assert "NCCL_DEBUG=INFO" in environment and "CUDA_DEVICE_MAX_CONNECTIONS=1" in environment
+    words = cluster.called("training")
+    assert "--master-port=2222" in words and "--nproc-per-node=3" in words
+    assert "--cpus-per-task=4" in cluster.called("srun")
+
+
+def test_a_container_gets_code_data_and_run_directory(cluster: Cluster) -> None:
+    assert cluster.run(CONTAINER_IMAGE="image.sqsh", CONTAINER_MOUNTS="/scratch:/scratch")[0] == 0
+    options = cluster.called("srun")
+    run_dir = cluster.folder / "run"
+    mounts = f"{ROOT}:{ROOT},{cluster.folder}:{cluster.folder},{run_dir}:{run_dir},/scratch:/scratch"
+    assert "--container-image=image.sqsh" in options and f"--container-mounts={mounts}" in options
+
+
+@pytest.mark.parametrize(
+    ("training", "code", "requeued"),
+    [
+        ("", 0, []),
+        ('echo "stopped after step 3 of 9 on SIGUSR1" > "$RUN_DIR/stopped_early.txt"', 0, ["77"]),
+        ("exit 1", 1, []),
+        ('mkdir -p "$RUN_DIR/checkpoints/.partial-step_00000002-1234"; exit 1', 1, []),
+        ('mkdir -p "$RUN_DIR/checkpoints/step_00000002"; exit 1', 0, ["77"]),
+    ],
+    ids=["done", "stopped early", "failed at once", "failed in its first save", "failed after progress"],
+)
+def test_a_job_is_requeued_while_steps_remain_and_it_makes_progress(
+    cluster: Cluster, training: str, code: int, requeued: list[str]
+) -> None:
+    cluster.training(training)
+    (cluster.folder / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    assert cluster.run()[0] == code
+    assert cluster.called("requeue") == requeued
+
+
+def test_a_cluster_that_does_not_requeue_is_reported(cluster: Cluster) -> None:
+    (cluster.folder / "refuse").touch()
+    cluster.training('touch "$RUN_DIR/stopped_early.txt"')
+    code, _, err = cluster.run()
+    assert code == 2 and "this cluster does not requeue job 77: submit the same command again to go on" in err
+
+
+def test_a_signal_to_the_job_is_passed_on_to_its_step_until_that_has_stopped(cluster: Cluster) -> None:
+    """Training, here, listens only from the second signal on, as it does while it still loads."""
+    cluster.training(
+        'while [ "$(wc -l < "$CALLS/scancel" 2>/dev/null || echo 0)" -lt 2 ]; do sleep 0.02; done\n'
+        'echo "stopped after step 3 of 9 on SIGUSR1" > "$RUN_DIR/stopped_early.txt"'
+    )
+    process = cluster.start(RESEND_SECONDS="0.1")
+    deadline = time.monotonic() + 20
+    while not cluster.called("environment") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGUSR1)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "asking the run to stop with a checkpoint" in out
+    assert "stopped after step 3 of 9 on SIGUSR1: back into the queue" in out
+    assert set(cluster.called("scancel")) == {"--signal=USR1 77.0"}
+    assert cluster.called("requeue") == ["77"]
+
+
+def test_scripts_say_where_to_submit_from(cluster: Cluster) -> None:
+    code, _, err = cluster.run(SLURM_SUBMIT_DIR="/nowhere")
+    assert code == 2
+    assert err == ("error: there is no /nowhere/examples/launch.sh: submit from the repository's root, or set MEGATRON_MM_HOME to it\n")
