@@ -89,6 +89,7 @@ def full_sequence(settings: Experiment) -> PackedBatch:
         token_ids=ids,
         labels=ids.roll(-1),
         loss_mask=mask,
+        is_token=torch.ones(total, dtype=torch.bool),
         position_ids=torch.arange(total),
         source_ids=torch.zeros(total, dtype=torch.int64),
         cu_seqlens=torch.tensor([0, total], dtype=torch.int32),

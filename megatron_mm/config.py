@@ -35,6 +35,37 @@ def _require_positive(part: object, *names: str) -> None:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """Sparse feed-forward layers: every token goes to top_k of num_experts experts, each as large as the dense layer's MLP."""
+
+    num_experts: int
+    """Experts of a sparse layer."""
+    every_n_layers: int
+    """Layers n, 2n, 3n ... (counted from 1) are sparse, the others dense."""
+    top_k: int = 2
+    """Experts that a token goes to; their weights are a softmax over the chosen ones."""
+    load_balance_loss: float = 0.01
+    """Coefficient of the load-balance loss (GShard)."""
+    z_loss: float = 0.001
+    """Coefficient of the router's z-loss (ST-MoE)."""
+    capacity_factor: float | None = None
+    """An expert takes at most capacity_factor * tokens * top_k / num_experts tokens of a process and drops the rest, least likely first;
+    None drops nothing."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_experts", "every_n_layers", "top_k")
+        _require(self.top_k <= self.num_experts, f"moe.top_k {self.top_k} is more than moe.num_experts {self.num_experts}")
+        _require(min(self.load_balance_loss, self.z_loss) >= 0, "moe loss coefficients must be at least 0")
+        _require(
+            self.capacity_factor is None or self.capacity_factor > 0, f"moe.capacity_factor is {self.capacity_factor}, must be positive"
+        )
+
+    def sparse_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Indices of the sparse layers, from 0: (1, 3) for every second of 4."""
+        return tuple(layer for layer in range(num_layers) if (layer + 1) % self.every_n_layers == 0)
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """A Llama-style decoder: RMSNorm before attention and MLP, SwiGLU, rotary positions, no biases."""
 
@@ -60,6 +91,13 @@ class DecoderConfig:
     """Added to the mean square inside every RMSNorm."""
     init_std: float = 0.02
     """Standard deviation of initial weights; output projections use init_std / sqrt(2 * num_layers)."""
+    moe: MoEConfig | None = None
+    """Sparse layers; None for a dense model."""
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with experts, from 0."""
+        return self.moe.sparse_layers(self.num_layers) if self.moe is not None else ()
 
     def __post_init__(self) -> None:
         _require_positive(

@@ -76,6 +76,7 @@ def random_batch(experiment: Experiment, topology: Topology, *, number: int) -> 
         token_ids=ids,
         labels=labels,
         loss_mask=mask,
+        is_token=torch.ones(total, dtype=torch.bool),
         position_ids=torch.cat([torch.arange(length) for length in cu_seqlens.diff().tolist()]),
         source_ids=torch.full((total,), number % 2),
         cu_seqlens=cu_seqlens,

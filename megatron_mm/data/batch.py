@@ -29,7 +29,9 @@ class PackedBatch:
     labels: torch.Tensor
     """[T] int64; the padding id where loss_mask is 0."""
     loss_mask: torch.Tensor
-    """[T] float32, 1 where the label counts."""
+    """[T] float32, 1 where the label counts. Every pipeline stage knows it, as it follows from the plan."""
+    is_token: torch.Tensor
+    """[T] bool, False for padding."""
     position_ids: torch.Tensor
     """[T] int64, counted from 0 in every document."""
     source_ids: torch.Tensor

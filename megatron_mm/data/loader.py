@@ -286,6 +286,7 @@ class Loader:
         positions = np.zeros(total, dtype=np.int64)
         sources = np.zeros(total, dtype=np.int64)
         mask = np.zeros(total, dtype=np.float32)
+        is_token = np.zeros(total, dtype=bool)
         bounds = [0]
         texts = iter([stream for future in draft.texts for stream in future.result()])
         for number, sequence in enumerate(draft.sequences):
@@ -296,14 +297,16 @@ class Loader:
                 begin, end = int(sequence.window.begin[piece]), int(sequence.window.end[piece])
                 stop = place + end - begin
                 positions[place:stop] = np.arange(end - begin)
+                is_token[place:stop] = True
+                mask[place : stop - 1] = 1
                 self._read[name] += 1
                 if self.view.needs_text:
                     stream = next(texts)
                     if stream is None:
                         bad[name] += 1
+                        mask[place:stop] = 0
                     else:
                         ids[place:stop] = stream[begin:end]
-                        mask[place : stop - 1] = 1
                 bounds.append(stop)
                 place = stop
             if place < (number + 1) * length:
@@ -311,7 +314,8 @@ class Loader:
                 positions[place:stop] = np.arange(stop - place)
                 bounds.append(stop)
         labels = np.roll(ids, -1)
-        mask[labels == self.tokenizer.image_id] = 0
+        starts = np.array(draft.starts, dtype=np.int64)
+        mask[(starts[:, None] + np.arange(-1, self.tokens_per_image - 1)).flatten()] = 0  # what comes next is an image's token
         labels[mask == 0] = self.tokenizer.pad_id
         decoded: _Decoded | None = draft.pixels.result() if draft.pixels is not None else None
         if decoded is not None:
@@ -321,6 +325,7 @@ class Loader:
             token_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
             loss_mask=torch.from_numpy(mask),
+            is_token=torch.from_numpy(is_token),
             position_ids=torch.from_numpy(positions),
             source_ids=torch.from_numpy(sources),
             cu_seqlens=cu_seqlens,

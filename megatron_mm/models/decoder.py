@@ -76,15 +76,38 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
         **RECOMPUTE[parallel.recompute],
+        **(_expert_options(config, context) if config.moe is not None else {}),
     )
+
+
+def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict:
+    """Sparse layers in megatron-core's words; the router's losses are our own (`models.moe`)."""
+    moe = config.moe
+    assert moe is not None
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_layer_freq": [int(layer in config.sparse_layers) for layer in range(config.num_layers)],
+        "moe_ffn_hidden_size": config.ffn_hidden_size,
+        "moe_router_topk": moe.top_k,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": moe.load_balance_loss,
+        "moe_z_loss_coeff": moe.z_loss,
+        "moe_expert_capacity_factor": moe.capacity_factor,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": context.backend == "te",
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def build_decoder(config: DecoderConfig, context: ChunkContext, *, transformer_config: TransformerConfig) -> GPTModel:
     """One pipeline chunk of the decoder, its weights allocated and marked with their initial scale."""
-    num_layers = layers_per_stage(context.parallel, num_layers=config.num_layers)[context.stage]
-    layers = TransformerBlockSubmodules(
-        layer_specs=[decoder_layer_spec(context.backend)] * num_layers, layer_norm=norm_module(context.backend)
-    )
+    stages = layers_per_stage(context.parallel, num_layers=config.num_layers)
+    first = sum(stages[: context.stage])
+    specs = [
+        decoder_layer_spec(context.backend, experts=layer in config.sparse_layers) for layer in range(first, first + stages[context.stage])
+    ]
+    layers = TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm_module(context.backend))
     decoder = GPTModel(
         transformer_config,
         transformer_layer_spec=layers,  # type: ignore[arg-type]
@@ -101,10 +124,14 @@ def build_decoder(config: DecoderConfig, context: ChunkContext, *, transformer_c
     for name, parameter in decoder.named_parameters():
         if parameter.ndim > 1:
             parameter.init_std = output_std if name.endswith(_RESIDUAL_OUTPUTS) else config.init_std  # type: ignore[attr-defined]
+        if ".experts." in name:
+            # megatron-core says so only where expert > 1. But under tensor parallelism each process's experts see its own tokens, and
+            # their gradients must be summed over the experts' data-parallel group; and checkpoints then have one form in all layouts.
+            parameter.allreduce = False  # type: ignore[attr-defined]
     return decoder
 
 
-_RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+_RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "linear_fc2.weight")
 """What adds to the residual stream starts smaller, so that its variance does not grow with depth (GPT-2)."""
 
 

@@ -17,15 +17,20 @@ import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine as te_layers
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_mm.models.moe import ExpertLayer, Router
 
 Backend = Literal["te", "torch"]
 
@@ -148,8 +153,21 @@ _LAYER_SPECS = {"te": _te_layer_spec, "torch": _torch_layer_spec}
 _NORMS = {"te": te_layers.TENorm, "torch": TorchNorm}
 
 
-def decoder_layer_spec(backend: Backend) -> ModuleSpec:
-    """A dense decoder layer: causal attention within each packed document, then the MLP that the config describes."""
+def decoder_layer_spec(backend: Backend, *, experts: bool = False) -> ModuleSpec:
+    """A decoder layer: causal attention within each packed document, then the MLP that the config describes, or experts of it."""
+    spec = _decoder_layer_spec(backend)
+    if experts:
+        mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        submodule = {"torch": ModuleSpec(module=SequentialMLP, submodules=mlp), "te": None}[backend]
+        if submodule is None:
+            submodule = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
+            spec.submodules.pre_mlp_layernorm = te_layers.TENorm  # a router reads what a dense layer's first matrix would have normalised
+            spec.submodules.sharded_state_dict_keys_map = {k: v for k, v in _FUSED_NORM_NAMES.items() if not k.startswith("mlp.")}
+        spec.submodules.mlp = ModuleSpec(module=ExpertLayer, submodules=MoESubmodules(experts=submodule, router=Router))
+    return spec
+
+
+def _decoder_layer_spec(backend: Backend) -> ModuleSpec:
     # Packed sequences are causal inside each document; Transformer Engine calls that mask padding_causal and derives it
     # from cu_seqlens when it is given a causal mask and packed input.
     return _LAYER_SPECS[backend](AttnMaskType.causal)

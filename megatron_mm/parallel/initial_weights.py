@@ -46,10 +46,13 @@ def _initialize(entry: ShardedTensor | ShardedTensorFactory, *, seed: int) -> No
     apply_factories(pieces)  # a SwiGLU's two branches are one global matrix, of which a process holds two pieces
     for piece in nested_values(pieces):
         # Generators of different devices draw different numbers; every process of a run has the same kind of device.
-        generator = torch.Generator(device=piece.data.device).manual_seed(_seed_of(piece.key, seed))
-        whole = torch.empty(piece.global_shape, dtype=torch.float32, device=piece.data.device)
+        # Experts are one global tensor with an axis of experts in front; each is drawn by itself, under its own number.
+        stacked = piece.prepend_axis_num
+        name = "/".join([piece.key, *map(str, piece.global_offset[:stacked])])
+        generator = torch.Generator(device=piece.data.device).manual_seed(_seed_of(name, seed))
+        whole = torch.empty(piece.global_shape[stacked:], dtype=torch.float32, device=piece.data.device)
         whole.normal_(0.0, std, generator=generator)
-        piece.data.copy_(whole[piece.global_slice()])
+        piece.data.copy_(whole[piece.global_slice()[stacked:]])
 
 
 def _rule(name: str, parameter: torch.nn.Parameter) -> tuple[float | None, float]:

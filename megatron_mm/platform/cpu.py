@@ -37,6 +37,9 @@ class _Nothing:
             raise AttributeError(name)
         return lambda *args, **kwargs: None
 
+    def record_event(self, event: object = None) -> _Nothing:
+        return _Nothing()
+
     def __enter__(self) -> _Nothing:
         return self
 
@@ -152,6 +155,12 @@ def _get_rng_state(device: object = "cuda", clone: bool = False, graph_safe: boo
     return torch.get_rng_state()
 
 
+def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """`moe_utils.maybe_move_tensor_to_cpu`: makes plain numbers of split sizes only where they come from a GPU, but gloo's
+    all-to-all wants them as well."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _run_eagerly(module: types.ModuleType) -> None:
     """Undo torch.compile on a module's functions: megatron-core compiles its activations when it is imported, and the
     first call of each would start a C++ compiler."""
@@ -173,6 +182,7 @@ _MODULES = (
     "pipeline_parallel.schedules",
     "tensor_parallel.random",
     "transformer.moe.moe_layer",
+    "transformer.moe.token_dispatcher",
     "transformer.transformer_layer",
 )
 
@@ -194,6 +204,7 @@ def install() -> None:
     random: Any = sys.modules["megatron.core.tensor_parallel.random"]
     random._set_cuda_rng_state = _set_rng_state
     random._get_cuda_rng_state = _get_rng_state
+    sys.modules["megatron.core.transformer.moe.token_dispatcher"].maybe_move_tensor_to_cpu = _split_sizes  # type: ignore[attr-defined]
     torch.nn.Parameter.type = _parameter_type  # type: ignore[method-assign, assignment]
     # megatron-core moves a few tensors with .cuda(); without CUDA that can only raise, so it may as well stay where it is.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

@@ -118,6 +118,7 @@ def make_batch(config: MM1Config, tokenizer: Tokenizer) -> PackedBatch:
         token_ids=tokens,
         labels=tokens.roll(-1),
         loss_mask=torch.ones(len(ids)),
+        is_token=torch.ones(len(ids), dtype=torch.bool),
         position_ids=torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(boundaries)]),
         source_ids=torch.zeros_like(tokens),
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),

@@ -53,6 +53,7 @@ def _plain_loop(model: torch.nn.Module, prompt: Prompt) -> list[int]:
             token_ids=row,
             labels=row,
             loss_mask=torch.zeros(len(ids)),
+            is_token=torch.ones(len(ids), dtype=torch.bool),
             position_ids=torch.arange(len(ids)),
             source_ids=torch.zeros_like(row),
             cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
