@@ -105,6 +105,7 @@ requeue() {
 
 # A signal to a job step reaches all its processes. It is sent again until they have ended, because those that still load ignore it.
 stopping=
+# shellcheck disable=SC2317 # the trap calls it
 ask_to_stop() {
     [ -z "$stopping" ] || return 0
     say "asking the run to stop with a checkpoint"
@@ -136,8 +137,11 @@ if [ "$status" = 0 ]; then
     say "the run is done"
     exit 0
 fi
-tail -n 5 "$RUN_DIR/logs/job-$SLURM_JOB_ID-node-0.log" >&2 || true
+# What explains the failure stands in some node's log, above torchrun's own account of it.
+logs=("$RUN_DIR/logs/job-$SLURM_JOB_ID"-node-*.log)
+cause=$(tail -q -n 200 "${logs[@]}" 2>/dev/null | grep -E '(megatron-mm: error|Error): .' | sed -n 1p) || true
+say "exit code $status: ${cause:-no reason in the logs}" >&2
 # A failure after progress is a node's or the network's, and worth another try; one without would only be repeated.
-[ "$(newest_checkpoint)" = "$before" ] || requeue "the run failed (exit code $status), but has made checkpoints since it started"
-say "the run failed (exit code $status) before its first new checkpoint: see $RUN_DIR/logs/job-$SLURM_JOB_ID-node-*.log" >&2
+[ "$(newest_checkpoint)" = "$before" ] || requeue "the run failed, but has made checkpoints since it started"
+say "the run failed before its first new checkpoint: see $RUN_DIR/logs/job-$SLURM_JOB_ID-node-*.log" >&2
 exit "$status"

@@ -140,9 +140,18 @@ def test_a_job_is_requeued_while_steps_remain_and_it_makes_progress(
     cluster: Cluster, training: str, code: int, requeued: list[str]
 ) -> None:
     cluster.training(training)
-    (cluster.folder / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
     assert cluster.run()[0] == code
     assert cluster.called("requeue") == requeued
+
+
+def test_the_reason_of_a_failure_is_found_in_the_logs(cluster: Cluster) -> None:
+    cluster.training(
+        'log=$RUN_DIR/logs/job-77-node; echo "06:00:00 INFO step 1" > $log-0.log\n'
+        'printf "%s\\n" "Traceback" "megatron-mm: error: [rank 9] no such thing" "a.b.ChildFailedError: " "a table" > $log-1.log; exit 3'
+    )
+    code, _, err = cluster.run()
+    assert code == 3
+    assert "exit code 3: megatron-mm: error: [rank 9] no such thing\n" in err and "see " in err.splitlines()[1]
 
 
 def test_a_cluster_that_does_not_requeue_is_reported(cluster: Cluster) -> None:
