@@ -1,0 +1,86 @@
+"""The doctor reports what is there, never fails on what is not, and says what is used instead."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_mm import doctor
+from megatron_mm.doctor import Finding, diagnose, report
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose packages are found before all others, and forgotten at the end."""
+    monkeypatch.syspath_prepend(tmp_path)
+    known = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - known:
+        if name.partition(".")[0] in ("transformer_engine", "apex"):
+            del sys.modules[name]
+
+
+def finding(name: str, path: Path = Path(".")) -> Finding:
+    (found,) = [finding for finding in diagnose(path) if finding.name == name]
+    return found
+
+
+def package(folder: Path, name: str, text: str = "") -> None:
+    path = folder.joinpath(*name.split("."))
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "__init__.py").write_text(text)
+
+
+def test_what_is_missing_names_its_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = doctor._find
+    monkeypatch.setattr(doctor, "_find", lambda module: None if module in ("nvidia.dali", "transformer_engine", "apex") else find(module))
+    found = {f.name: f for f in diagnose()}
+    assert (found["DALI"].state, found["DALI"].falls_back_to) == ("missing", "Pillow")
+    assert found["Transformer Engine"].falls_back_to == "torch layers (--train.layers torch); no FP8"
+    assert found["apex (NVIDIA)"].falls_back_to == "torch's fused AdamW"
+    assert found["megatron-core"].state == "ok"
+
+
+def test_a_package_that_does_not_load_is_told_from_a_missing_one(packages: Path) -> None:
+    package(packages, "transformer_engine")
+    package(packages, "transformer_engine.pytorch", "raise RuntimeError('built for another torch')")
+    found = finding("Transformer Engine")
+    assert found.state == "warning" and "does not load (RuntimeError: built for another torch)" in found.detail
+    assert found.falls_back_to.startswith("torch layers")
+
+
+def test_the_unrelated_package_apex_is_recognised(packages: Path) -> None:
+    package(packages, "apex")
+    found = finding("apex (NVIDIA)")
+    assert found.state == "warning" and "unrelated package of the same name" in found.detail
+
+
+def test_limits_that_are_too_low_come_with_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = type("Usage", (), {"free": 2**30})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 4096))
+    disk, files = finding("free disk here", tmp_path), finding("open files")
+    assert disk.state == "warning" and disk.detail == "1.0 GiB: keep checkpoints elsewhere with --run-dir"
+    assert files.state == "warning" and files.detail == "256: raise it with ulimit -n 4096"
+
+
+def test_a_check_that_fails_is_a_line_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _check_moon() -> Iterator[Finding]:
+        raise OSError("no moon\nand a long story")
+        yield
+
+    monkeypatch.setattr(doctor, "CHECKS", (_check_moon,))
+    found = finding("moon")
+    assert (found.state, found.detail) == ("warning", "the check failed: OSError: no moon")
+
+
+def test_the_report_is_a_table_with_a_mark_for_each_line() -> None:
+    findings = [Finding("torch", "ok", "2.13"), Finding("GPU", "missing", "none", "CPU"), Finding("disk", "warning", "1 GiB: buy one")]
+    lines = report(findings).splitlines()
+    assert [line[:2] for line in lines[2:]] == ["ok", "no", "!!"]
+    assert lines[3].split() == ["no", "GPU", "none", "CPU"]
+    assert lines[0].index("used instead") == lines[3].index("CPU")
