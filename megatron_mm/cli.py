@@ -111,6 +111,7 @@ def _configure_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {prefix}%(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron_mm").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed|apex")
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)  # it warns of layers that are not its own
     warnings.filterwarnings("ignore", module=r"urllib3")
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")
 

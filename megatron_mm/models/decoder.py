@@ -141,6 +141,7 @@ def check_decoder_layout(config: DecoderConfig, parallel: ParallelConfig, world_
     Raises ValueError with both numbers and the fix.
     """
     parallel.data_parallel_size(world_size)
+    _check_experts(config, parallel)
     layers_per_stage(parallel, num_layers=config.num_layers)
     counts = {
         "attention heads": config.num_attention_heads,
@@ -152,3 +153,15 @@ def check_decoder_layout(config: DecoderConfig, parallel: ParallelConfig, world_
         if count % parallel.tensor:
             allowed = [d for d in (1, 2, 4, 8, 16, 32) if all(c % d == 0 for c in counts.values())]
             raise ValueError(f"parallel.tensor {parallel.tensor} does not divide the decoder's {count} {name}: use one of {allowed}")
+
+
+def _check_experts(config: DecoderConfig, parallel: ParallelConfig) -> None:
+    if config.moe is None:
+        if parallel.expert > 1:
+            raise ValueError(f"parallel.expert is {parallel.expert}, but the model has no experts: use a recipe with experts, or expert 1")
+        return
+    if config.moe.num_experts % parallel.expert:
+        allowed = [degree for degree in range(1, config.moe.num_experts + 1) if config.moe.num_experts % degree == 0]
+        raise ValueError(f"parallel.expert {parallel.expert} does not divide the {config.moe.num_experts} experts: use one of {allowed}")
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise ValueError("experts need sequence parallelism where parallel.tensor > 1: leave out --parallel.sequence False")

@@ -36,7 +36,8 @@ class RoutingRecord:
     """Sums over what a router saw since `take`: on this process, in float64."""
 
     FIELDS = ("tokens", "counted", "load_balance", "z", "entropy", "dropped")
-    """Real tokens; counted tokens; the two losses, weighted with counted tokens; entropies of tokens' probabilities, nats; choices dropped."""
+    """Real tokens; counted tokens; the two losses, weighted with counted tokens; entropies of tokens' probabilities, nats; choices
+    that an expert had no room for."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts

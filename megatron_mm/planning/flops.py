@@ -33,11 +33,14 @@ def mfu(tflops: float, peak: float | None) -> float | None:
 
 
 def decoder_matmul_parameters(decoder: DecoderConfig) -> int:
-    """Weights that every token is multiplied with, the output layer included, tied or not."""
+    """Weights that a token is multiplied with, the output layer included, tied or not; in a sparse layer the router and top-k experts."""
     width = decoder.hidden_size
     query, key_value = decoder.num_attention_heads * decoder.head_dim, decoder.num_query_groups * decoder.head_dim
-    layer = width * (query + 2 * key_value) + query * width + 3 * width * decoder.ffn_hidden_size
-    return decoder.num_layers * layer + width * decoder.vocab_size
+    attention, mlp = width * (query + 2 * key_value) + query * width, 3 * width * decoder.ffn_hidden_size
+    total = decoder.num_layers * (attention + mlp) + width * decoder.vocab_size
+    if decoder.moe is not None:
+        total += len(decoder.sparse_layers) * ((decoder.moe.top_k - 1) * mlp + width * decoder.moe.num_experts)
+    return total
 
 
 def decoder_flops(decoder: DecoderConfig, *, num_tokens: int, sum_squared_lengths: int) -> float:

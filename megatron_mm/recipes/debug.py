@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_mm.config import (
     CheckpointConfig,
     ConnectorConfig,
@@ -10,6 +12,7 @@ from megatron_mm.config import (
     EvalConfig,
     Experiment,
     MM1Config,
+    MoEConfig,
     MonitorConfig,
     OptimizerConfig,
     TrainConfig,
@@ -46,4 +49,15 @@ def debug_mm1() -> Experiment:
     )
 
 
-RECIPES = (debug_mm1,)
+def debug_mm1_moe() -> Experiment:
+    """`debug_mm1` with 4 experts in every second layer, all values ours.
+
+    `torchrun --nproc-per-node 2 -m megatron_mm train debug_mm1_moe --run-dir runs/moe --data.path data/demo --parallel.expert 2`
+    """
+    base = debug_mm1()
+    assert isinstance(base.model, MM1Config)
+    decoder = replace(base.model.decoder, moe=MoEConfig(num_experts=4, every_n_layers=2))
+    return replace(base, recipe="debug_mm1_moe", model=replace(base.model, decoder=decoder))
+
+
+RECIPES = (debug_mm1, debug_mm1_moe)

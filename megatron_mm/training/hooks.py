@@ -12,6 +12,7 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -20,6 +21,7 @@ from megatron_mm.evaluation.heldout import HeldOut
 from megatron_mm.planning.flops import mfu, peak_tflops, step_flops
 from megatron_mm.training.metrics import StepMetrics
 from megatron_mm.training.monitor import Monitor
+from megatron_mm.training.routing import RoutingStats, draw_expert_load
 from megatron_mm.training.step import StepResult
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ class Metrics(Hook):
                 bad_samples=self._bad_samples(record),
                 fill=plan.fill,
                 data_seconds=record.data_seconds,
+                experts=result.routing.summary() if result.routing is not None else {},
             )
         )
 
@@ -142,6 +145,34 @@ class Evaluation(Hook):
             self.monitor.log_eval(step, self.heldout.losses(self.trainer.step))
         if self.config.samples:
             self.monitor.log_captions(step, self.heldout.captions(self.trainer.model))
+
+
+class ExpertLoad(Hook):
+    """A heat map of the experts' tokens, `expert_load.png` and in W&B, every `eval.interval` steps and at the end."""
+
+    def __init__(self, trainer: Trainer, monitor: Monitor) -> None:
+        super().__init__(trainer)
+        self.monitor = monitor
+        self.seen: list[RoutingStats] = []
+
+    def after_step(self, record: StepRecord) -> None:
+        if record.result.routing is not None:
+            self.seen.append(record.result.routing)
+        interval = self.trainer.experiment.eval.interval
+        if interval and record.step % interval == 0:
+            self._draw()
+
+    def after_training(self) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        if self.seen and self.trainer.topology.is_main:
+            step = self.trainer.state.step
+            tokens = np.sum([stats.tokens_per_expert for stats in self.seen], axis=0)
+            title = f"expert load, steps {step - len(self.seen) + 1} to {step}"
+            out = self.trainer.run_dir / "expert_load.png"
+            self.monitor.log_picture(step, "expert_load", draw_expert_load(tokens, self.seen[0].layers, out, title=title))
+        self.seen = []
 
 
 class Stopping(Hook):
@@ -227,4 +258,11 @@ class GarbageCollection(Hook):
 def standard_hooks(trainer: Trainer) -> list[Hook]:
     """The hooks of every run, in the order in which they see a step: a stop is known before a checkpoint is due."""
     metrics = Metrics(trainer)
-    return [metrics, Stopping(trainer), Evaluation(trainer, metrics.monitor), Checkpoints(trainer), GarbageCollection(trainer)]
+    return [
+        metrics,
+        Stopping(trainer),
+        Evaluation(trainer, metrics.monitor),
+        ExpertLoad(trainer, metrics.monitor),
+        Checkpoints(trainer),
+        GarbageCollection(trainer),
+    ]

@@ -40,6 +40,8 @@ class StepMetrics:
     """Part of the batch that is not padding."""
     data_seconds: float = 0.0
     """Part of `seconds` spent waiting for data."""
+    experts: dict[str, float] = field(default_factory=dict)
+    """Sparse layers (`training.routing.RoutingStats.summary`); empty for a dense model."""
 
 
 def to_json(values: dict[str, Any]) -> str:

@@ -35,9 +35,10 @@ class Monitor:
         self._metrics.write(metrics)
         self._last_step = metrics.step
         values = asdict(metrics)
-        losses, bad = values.pop("losses"), values.pop("bad_samples")
+        losses, bad, experts = values.pop("losses"), values.pop("bad_samples"), values.pop("experts")
         flat = {f"train/{name}": value for name, value in values.items() if value is not None}
         flat |= {f"train/loss/{name}": value for name, value in losses.items()} | {f"train/bad_samples/{n}": v for n, v in bad.items()}
+        flat |= {f"train/experts/{name}": value for name, value in experts.items()}
         self._wandb.log(flat)
         if metrics.skipped:
             logger.warning("step %d skipped: the gradient was not finite (%d so far)", metrics.step, metrics.skipped_steps)

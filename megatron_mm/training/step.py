@@ -15,6 +15,7 @@ from megatron_mm.data.batch import PackedBatch
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.loss import LossFunction, LossTotals, combine_losses, loss_function, micro_batch_iterator
 from megatron_mm.training.optimizer import Update, learning_rate, update
+from megatron_mm.training.routing import RoutingStats, collect
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class StepResult:
     losses: LossTotals
     update: Update
     lr: float
+    routing: RoutingStats | None = None
+    """Of sparse layers; None for a dense model."""
 
 
 class TrainingStep:
@@ -53,8 +56,9 @@ class TrainingStep:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._pass(micro_batches, forward_only=False)
+        routing = collect(self.experiment.model.decoder, self.model, device=self.topology.device)  # type: ignore[attr-defined]
         done = update(self.optimizer, lr=lr, weight_decay=config.weight_decay, clip_grad_norm=config.clip_grad_norm)
-        return StepResult(losses=losses, update=done, lr=lr)
+        return StepResult(losses=losses, update=done, lr=lr, routing=routing)
 
     def evaluate(self, micro_batches: list[PackedBatch]) -> LossTotals:
         """Losses of one global batch without training on it."""
