@@ -10,6 +10,7 @@ import gc
 import logging
 import signal
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -195,7 +196,9 @@ class Stopping(Hook):
         if trainer.topology.is_main:
             self.file.unlink(missing_ok=True)
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        self.unblocked = set(self.SIGNALS) - signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+        self.unblocked = set(self.SIGNALS) - signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        resource_tracker.ensure_running()  # it unblocks SIGTERM here when it starts, so not in the first save
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number).name

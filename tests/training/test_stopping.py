@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from distributed import run_processes
@@ -24,6 +25,7 @@ def _train(data: Path, run_dir: Path, steps: int, send: Callable[[], None] | Non
     """Where the run ends, and whether the signals are as they were; `send` is called again and again once a save is under way."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # as examples/launch.sh does, for those that come before or after
+    resource_tracker._resource_tracker._fd = None  # none runs yet, as in a process that torchrun starts
     ended = threading.Event()
 
     def keep_sending() -> None:
@@ -48,9 +50,10 @@ def _train(data: Path, run_dir: Path, steps: int, send: Callable[[], None] | Non
     return step, [*restored, not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGUSR1, signal.SIGTERM}]
 
 
-def _usr1_to_everything() -> None:
+def _both_to_everything() -> None:
     """To this process and all that it has started, the checkpoint's writers among them, as Slurm does it."""
     os.killpg(0, signal.SIGUSR1)
+    os.killpg(0, signal.SIGTERM)
 
 
 def _term_to_the_second() -> None:
@@ -59,11 +62,11 @@ def _term_to_the_second() -> None:
 
 
 def test_signals_to_everything_break_no_save_and_the_next_start_goes_on(demo_data: Path, tmp_path: Path) -> None:
-    stopped = run_processes(_train, 2, demo_data, tmp_path, MANY, _usr1_to_everything)
+    stopped = run_processes(_train, 2, demo_data, tmp_path, MANY, _both_to_everything)
     step = stopped[0][0]
     assert stopped == [(step, [True] * 3)] * 2 and step < MANY
     assert completed_checkpoints(tmp_path)[-1].name == f"step_{step:08d}"
-    assert (tmp_path / STOPPED_FILE).read_text() == f"stopped after step {step} of {MANY} on SIGUSR1\n"
+    assert (tmp_path / STOPPED_FILE).read_text() in [f"stopped after step {step} of {MANY} on SIG{name}\n" for name in ("USR1", "TERM")]
     assert (tmp_path / "eval.jsonl").read_text() == "", "there is no time to evaluate"
 
     assert run_processes(_train, 2, demo_data, tmp_path, step + 2, None)[0][0] == step + 2
