@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import io
 import re
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import dropwhile
@@ -109,6 +110,8 @@ def _option_names(part: Any, prefix: str = "--") -> Iterator[str]:
             yield from _option_names(value, f"{prefix}{inner}." if inner else prefix)
         elif isinstance(value, dict):
             yield from (f"{prefix}{inner}.{key.replace('_', '-')}" for key in value)
+        elif value is None and any(map(dataclasses.is_dataclass, typing.get_args(typing.get_type_hints(type(part))[field.name]))):
+            continue  # a part that the recipe does not have
         else:
             yield f"{prefix}{inner}"
             if isinstance(value, bool):

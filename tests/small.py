@@ -22,13 +22,13 @@ IMAGES_OF_MICRO_BATCHES = (0, 1, 4)
 
 
 def small_experiment(*, decoder: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
-    """debug_mm1 with less of everything: 4 layers of width 64 with 8 heads on 4 key/value heads, 4 micro-batches of 96 tokens.
+    """debug_mm1 with less of everything: 2 layers of width 64 with 8 heads on 4 key/value heads, 4 micro-batches of 96 tokens.
 
     Args:
         decoder, parallel, train: fields to change.
     """
     fields: dict[str, Any] = {
-        "num_layers": 4,
+        "num_layers": 2,
         "hidden_size": 64,
         "ffn_hidden_size": 96,
         "num_attention_heads": 8,
@@ -96,7 +96,7 @@ def random_step(experiment: Experiment, topology: Topology, *, step: int) -> lis
 
 def small_run(data: Path, *, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
     """`small_experiment` on demo data, with nothing but steps and checkpoints."""
-    experiment = small_experiment(decoder={"vocab_size": 512}, parallel=parallel, **train)
+    experiment = small_experiment(decoder={"vocab_size": 512, "num_layers": 4}, parallel=parallel, **{"global_batch_size": 2, **train})
     return replace(
         experiment,
         data=replace(experiment.data, path=data, packing_window=64),

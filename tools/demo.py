@@ -25,7 +25,7 @@ def run(title: str, *command: str | Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="directory to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=2000, help="training samples to draw (default: %(default)s)")
     arguments = parser.parse_args()
     out, began = arguments.out, time.monotonic()
@@ -38,6 +38,7 @@ def main() -> None:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
         *("-m", "megatron_mm", "train", "debug_mm1", "--run-dir", run_dir, "--data.path", data),
         *("--parallel.tensor", "2", "--parallel.pipeline", "2", "--train.schedule-steps", str(arguments.steps)),
+        *("--train.global-batch-size", "8"),
         *("--eval.interval", str(arguments.steps), "--checkpoint.interval", str(arguments.steps)),
     )
     half = arguments.steps // 2

@@ -31,7 +31,7 @@ def _prompts(size: int) -> list[Prompt]:
 
 
 def _generated(parallel: dict[str, Any], *, naive: bool = False) -> list[list[int]]:
-    experiment = small_experiment(parallel=parallel)
+    experiment = small_experiment(parallel=parallel, decoder={"num_layers": 4})
     topology = topologies.initialize(experiment.parallel, seed=1)
     model = build_model(experiment, topology)
     step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=2)

@@ -52,7 +52,7 @@ def train(
     if bias:
         gating = moe.Router.gating
         moe.Router.gating = lambda self, input: gating(self, input) + torch.tensor(bias)
-    experiment = small_experiment(parallel=parallel, decoder={"moe": experts})
+    experiment = small_experiment(parallel=parallel, decoder={"moe": experts, "num_layers": _depth(parallel)})
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     model = build_model(experiment, topology)
     step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=2)
@@ -73,6 +73,11 @@ def train(
     )
 
 
+def _depth(parallel: dict[str, Any]) -> int:
+    """Layers: as few as the stages need."""
+    return 2 * parallel.get("virtual", 1)
+
+
 def _pad(batch: PackedBatch, count: int) -> PackedBatch:
     if not count:
         return batch
@@ -82,8 +87,15 @@ def _pad(batch: PackedBatch, count: int) -> PackedBatch:
 
 
 @functools.cache
-def _one_process(padding: int = 0) -> Run:
-    return run_processes(train, 1, {}, EXPERTS, padding)[0]
+def _one_process(padding: int = 0, depth: int = 2) -> Run:
+    return run_processes(train_deep if depth == 4 else train, 1, {}, EXPERTS, padding)[0]
+
+
+def train_deep(parallel: dict[str, Any], experts: MoEConfig, padding: int) -> Run:
+    """`train` with four layers."""
+    global _depth
+    _depth = lambda _: 4  # noqa: E731
+    return train(parallel, experts, padding)
 
 
 LAYOUTS = [
@@ -101,7 +113,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("world_size", "parallel"), LAYOUTS, ids=str)
 def test_losses_and_auxiliary_losses_equal_those_of_one_process(world_size: int, parallel: dict[str, Any]) -> None:
-    expected, runs = _one_process(), run_processes(train, world_size, parallel)
+    expected, runs = _one_process(depth=_depth(parallel)), run_processes(train, world_size, parallel)
     assert all(run.losses == runs[0].losses and run.routing == runs[0].routing for run in runs)
     assert runs[0].losses == pytest.approx(expected.losses, rel=TOLERANCE)
     assert runs[0].grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
@@ -113,7 +125,7 @@ def test_losses_and_auxiliary_losses_equal_those_of_one_process(world_size: int,
 def test_padding_is_routed_nowhere_and_counted_nowhere() -> None:
     """20 of 96 tokens of each of 4 micro-batches are padding, under sequence parallelism all of them on the second process."""
     padded, cut = _one_process(20), run_processes(train, 2, {"tensor": 2}, EXPERTS, 20)[0]
-    assert padded.tokens_per_expert.sum() == STEPS * 4 * (96 - 20) * 2 * 2  # top-2 of two layers
+    assert padded.tokens_per_expert.sum() == STEPS * 4 * (96 - 20) * 2  # top-2 of one layer
     assert cut.losses == pytest.approx(padded.losses, rel=TOLERANCE)
     for ours, theirs in zip(cut.routing, padded.routing, strict=True):
         assert ours == pytest.approx(theirs, rel=TOLERANCE)
@@ -154,7 +166,7 @@ def test_a_micro_batch_of_image_tokens_alone() -> None:
 def test_a_capacity_drops_tokens_and_counts_them() -> None:
     (run,) = run_processes(train, 1, {}, replace(EXPERTS, capacity_factor=0.5))
     assert run.routing[0]["dropped_tokens"] > 0
-    assert run.tokens_per_expert.sum() < STEPS * 4 * 96 * 2 * 2
+    assert run.tokens_per_expert.sum() < STEPS * 4 * 96 * 2
     assert all(math.isfinite(loss) for loss in run.losses)
 
 
@@ -170,7 +182,9 @@ def _run(data: Path, run_dir: Path, parallel: dict[str, Any], steps: int) -> lis
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("world_size", "parallel"), [(1, {}), (4, {"tensor": 2, "expert": 2})], ids=str)
+@pytest.mark.parametrize(
+    ("world_size", "parallel"), [(1, {}), pytest.param(4, {"tensor": 2, "expert": 2}, marks=pytest.mark.slow)], ids=str
+)
 def test_a_checkpoint_of_expert_parallel_2_goes_on_in_other_layouts(
     demo_data: Path, tmp_path: Path, world_size: int, parallel: dict[str, Any]
 ) -> None:
