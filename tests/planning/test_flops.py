@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mm.config import ConnectorConfig, DecoderConfig, MM1Config
+from megatron_mm.config import ConnectorConfig, DecoderConfig, MM1Config, MoEConfig
 from megatron_mm.models.connectors import build_connector
 from megatron_mm.models.vision import VIT_H_14_378
 from megatron_mm.planning.flops import (
@@ -35,6 +35,15 @@ def test_the_decoder_by_hand() -> None:
     # Two documents of 3 and 5 tokens: scores and values, 2 FLOPs each, 8 wide, causal half, 2 layers.
     attention = 2 * (2 * 2 * (9 + 25) * 8) / 2
     assert decoder_flops(tiny, num_tokens=8, sum_squared_lengths=9 + 25) == 3 * (2 * weights * 8 + attention)
+
+
+def test_a_sparse_layer_counts_the_router_and_top_k_experts() -> None:
+    dense = DecoderConfig(
+        num_layers=4, hidden_size=8, ffn_hidden_size=24, num_attention_heads=4, num_query_groups=4, head_dim=2, vocab_size=100
+    )
+    sparse = replace(dense, moe=MoEConfig(num_experts=16, every_n_layers=2, top_k=2))
+    more = 2 * (3 * 8 * 24 + 8 * 16)  # in two layers one expert more than the dense layer's MLP, and the router
+    assert decoder_matmul_parameters(sparse) - decoder_matmul_parameters(dense) == more
 
 
 def test_a_sequence_of_mm1_30b() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_mm.config import MM1Config, ParallelConfig, load_experiment, save_experiment, to_dict
 from megatron_mm.dry_run import stage_parameters
+from megatron_mm.planning.flops import decoder_matmul_parameters
 from megatron_mm.recipes import RECIPES, get_recipe
 from megatron_mm.recipes.mm1 import non_embedding_parameters, peak_learning_rate
 
@@ -85,6 +86,30 @@ def test_variants_differ_in_what_they_name(connector: str) -> None:
     assert variant["model"]["connector"]["kind"] == connector and variant["model"]["connector"]["num_tokens"] == 64
     for part in ("data", "optimizer", "train", "parallel"):
         assert base[part] == variant[part]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active_billions"), [("mm1_3b_moe", 63.93, 4.033), ("mm1_7b_moe", 47.62, 8.356)]
+)
+def test_sparse_decoders_have_their_sizes(name: str, billions: float, active_billions: float) -> None:
+    """All parameters within 1% of the published size; the active ones are those that a token is multiplied with."""
+    experiment = get_recipe(name)
+    assert isinstance(experiment.model, MM1Config)
+    assert totals(name, tensor=1)["language"] / 1e9 == pytest.approx(billions, rel=1e-3)
+    assert decoder_matmul_parameters(experiment.model.decoder) / 1e9 == pytest.approx(active_billions, rel=1e-3)
+
+
+def test_a_process_holds_its_share_of_the_experts() -> None:
+    """mm1_3b_moe on tensor 2 x expert 32: half of the dense weights, two whole experts of each of 13 sparse layers."""
+    (stage,) = stage_parameters(get_recipe("mm1_3b_moe"))
+    width, mlp = 3072, 3 * 3072 * 8064
+    dense = 13 * mlp + 26 * 4 * width * width + 49152 * width
+    assert stage["language"] == dense // 2 + 13 * 2 * mlp + 13 * 64 * width + 53 * width
+
+
+def test_sparse_models_learn_as_fast_as_their_backbones() -> None:
+    for name in ("mm1_3b", "mm1_7b"):
+        assert get_recipe(f"{name}_moe").optimizer == get_recipe(name).optimizer
 
 
 def test_peak_learning_rates_follow_equation_1() -> None:
