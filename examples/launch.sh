@@ -71,14 +71,15 @@ export PYTHONUNBUFFERED=1
 
 # ----------------------------------------------------------------------------------------------------------------------- start
 
-attempt=${SLURM_RESTART_COUNT:-0}
+attempt=$((${SLURM_RESTART_COUNT:-0} + 1)) # Slurm sets the count from the first restart on
+logs=$RUN_DIR/logs/job-$SLURM_JOB_ID-attempt-$attempt-node
 step_options=(
     --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1
     # srun takes neither from the job by itself (Slurm 22.05): without them a node's processes would share one core.
     --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --cpu-bind=none
     # One node's failure ends the step on all; the others would wait for its messages.
     --kill-on-bad-exit=1 --wait=60
-    --output="$RUN_DIR/logs/job-%j-node-%t.log" --open-mode=append --unbuffered
+    --output="$logs-%t.log" --unbuffered
 )
 if [ -n "${CONTAINER_IMAGE:-}" ]; then # needs Slurm's pyxis plugin (enroot)
     step_options+=(
@@ -114,8 +115,8 @@ ask_to_stop() {
 }
 trap ask_to_stop USR1
 
-say "job $SLURM_JOB_ID, attempt $((attempt + 1)): $recipe on $nodes nodes x $processes processes, meeting at $MASTER_ADDR:$MASTER_PORT"
-say "run directory $RUN_DIR, logs in $RUN_DIR/logs/job-$SLURM_JOB_ID-node-*.log"
+say "job $SLURM_JOB_ID, attempt $attempt: $recipe on $nodes nodes x $processes processes, meeting at $MASTER_ADDR:$MASTER_PORT"
+say "run directory $RUN_DIR, logs in $logs-*.log"
 cd "$root"
 before=$(newest_checkpoint)
 # torchrun would die of the USR1 that is meant for the trainers; an ignored signal stays ignored across exec.
@@ -138,10 +139,9 @@ if [ "$status" = 0 ]; then
     exit 0
 fi
 # What explains the failure stands in some node's log, above torchrun's own account of it.
-logs=("$RUN_DIR/logs/job-$SLURM_JOB_ID"-node-*.log)
-cause=$(tail -q -n 200 "${logs[@]}" 2>/dev/null | grep -E '(megatron-mm: error|Error): .' | sed -n 1p) || true
+cause=$(cat "$logs"-*.log 2>/dev/null | grep -E '(megatron-mm: error|Error): .' | sed -n 1p) || true
 say "exit code $status: ${cause:-no reason in the logs}" >&2
 # A failure after progress is a node's or the network's, and worth another try; one without would only be repeated.
 [ "$(newest_checkpoint)" = "$before" ] || requeue "the run failed, but has made checkpoints since it started"
-say "the run failed before its first new checkpoint: see $RUN_DIR/logs/job-$SLURM_JOB_ID-node-*.log" >&2
+say "the run failed before its first new checkpoint: see $logs-*.log" >&2
 exit "$status"

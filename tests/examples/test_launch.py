@@ -102,7 +102,7 @@ def test_every_node_starts_one_torchrun_that_knows_its_rank_and_where_to_meet(cl
     assert after(words, "--run-dir") == str(cluster.folder / "run") and after(words, "--data.path") == str(cluster.folder)
     assert words[-4:] == ["--train.steps", "5", "--monitor.run-name", "two words"]
     options = cluster.called("srun")
-    for option in ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=96", "--kill-on-bad-exit=1", "--open-mode=append"):
+    for option in ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=96", "--kill-on-bad-exit=1"):
         assert option in options
     assert not any("container" in option for option in options)
 
@@ -146,10 +146,10 @@ def test_a_job_is_requeued_while_steps_remain_and_it_makes_progress(
 
 def test_the_reason_of_a_failure_is_found_in_the_logs(cluster: Cluster) -> None:
     cluster.training(
-        'log=$RUN_DIR/logs/job-77-node; echo "06:00:00 INFO step 1" > $log-0.log\n'
+        'log=$RUN_DIR/logs/job-77-attempt-3-node; echo "06:00:00 INFO step 1" > $log-0.log\n'
         'printf "%s\\n" "Traceback" "megatron-mm: error: [rank 9] no such thing" "a.b.ChildFailedError: " "a table" > $log-1.log; exit 3'
     )
-    code, _, err = cluster.run()
+    code, _, err = cluster.run(SLURM_RESTART_COUNT="2")
     assert code == 3
     assert "exit code 3: megatron-mm: error: [rank 9] no such thing\n" in err and "see " in err.splitlines()[1]
 

@@ -66,7 +66,8 @@ def test_a_job_stops_on_a_signal_is_requeued_and_goes_on(cluster: SlurmCluster, 
     assert steps(run_dir) == list(range(1, last + 1))
     assert f"stopped after step {stopped_after} of {last} on SIGUSR1: back into the queue" in output(run_dir)
     assert "attempt 2: debug_mm1 on 2 nodes x 1 processes" in output(run_dir)
-    assert sorted(path.name for path in (run_dir / "logs").iterdir()) == [f"job-{job}-node-{node}.log" for node in (0, 1)]
+    logs = [f"job-{job}-attempt-{attempt}-node-{node}.log" for attempt in (1, 2) for node in (0, 1)]
+    assert sorted(path.name for path in (run_dir / "logs").iterdir()) == logs
 
 
 def test_a_mistake_fails_the_job_with_its_message(cluster: SlurmCluster, demo_data: Path, tmp_path: Path) -> None:
