@@ -3,44 +3,65 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import queue
 import signal
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _PRELOADED = ["torch", "torch.distributed.checkpoint", "megatron_mm.training.trainer", "megatron_mm.recipes"]
 """Imported once by the server that the processes are forked from."""
 
 
+_STACK_SECONDS = 1.0
+"""This long before the time is up every process writes down where it stands."""
+
+
 def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
     """Call `function(*arguments)` on world_size processes with torchrun's environment; their results by rank.
 
     Raises AssertionError with the traceback of the first process that fails, or where one of them takes longer than `timeout`
-    seconds. No process outlives the call.
+    seconds, with the stacks of those that hang. No process outlives the call, nor does one that they started.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     results = context.Queue()
-    port = _free_port()
-    processes = [context.Process(target=_child, args=(function, arguments, rank, world_size, port, results)) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    try:
-        return _collect(processes, results, deadline=time.monotonic() + timeout)
-    finally:
-        for process in processes:
-            process.join(timeout=5)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
-            process.join()
+    port, deadline = _free_port(), time.monotonic() + timeout
+    with tempfile.TemporaryDirectory() as folder:
+        stacks = Path(folder)
+        processes = [
+            context.Process(target=_child, args=(function, arguments, rank, world_size, port, results, deadline, stacks))
+            for rank in range(world_size)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            found = _collect(processes, results, deadline=deadline, stacks=stacks)
+            for process in processes:
+                process.join(timeout=5)
+            return found
+        finally:
+            for process in processes:
+                _kill(process)
 
 
-def _collect(processes: list, results: Any, *, deadline: float) -> list[Any]:
+def _kill(process: Any) -> None:
+    """The process and all that it has started, before or after it became the leader of its group."""
+    if process.pid is not None:
+        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+
+
+def _collect(processes: list, results: Any, *, deadline: float, stacks: Path) -> list[Any]:
     found: dict[int, Any] = {}
     while len(found) < len(processes):
         try:
@@ -48,17 +69,27 @@ def _collect(processes: list, results: Any, *, deadline: float) -> list[Any]:
         except queue.Empty:
             dead = {rank: p.exitcode for rank, p in enumerate(processes) if p.exitcode is not None and rank not in found}
             assert not dead or not results.empty(), f"processes ended without a result, exit codes by rank: {dead}"
-            assert time.monotonic() < deadline, f"timed out; ranks without a result: {sorted(set(range(len(processes))) - set(found))}"
+            if time.monotonic() >= deadline:
+                missing = sorted(set(range(len(processes))) - set(found))
+                told = "\n".join(f"rank {rank}:\n{path.read_text()}" for rank in missing if (path := stacks / str(rank)).exists())
+                raise AssertionError(f"timed out; ranks without a result: {missing}\n{told}") from None
             continue
         if failure is not None:
-            for process in processes:
-                process.kill()
             raise AssertionError(f"rank {rank} of {len(processes)} failed:\n{failure}")
         found[rank] = value
     return [found[rank] for rank in range(len(processes))]
 
 
-def _child(function: Callable[..., Any], arguments: tuple, rank: int, world_size: int, port: int, results: Any) -> None:
+def _child(
+    function: Callable[..., Any],
+    arguments: tuple,
+    rank: int,
+    world_size: int,
+    port: int,
+    results: Any,
+    deadline: float,
+    stacks: Path,
+) -> None:
     import torch
 
     os.setpgrp()
@@ -71,10 +102,13 @@ def _child(function: Callable[..., Any], arguments: tuple, rank: int, world_size
         WORLD_SIZE=str(world_size),
         OMP_NUM_THREADS="1",
     )
-    try:
-        value, failure = function(*arguments), None
-    except BaseException:
-        value, failure = None, traceback.format_exc()
+    with (stacks / str(rank)).open("w") as stack:
+        faulthandler.dump_traceback_later(max(0.1, deadline - time.monotonic() - _STACK_SECONDS), file=stack)
+        try:
+            value, failure = function(*arguments), None
+        except BaseException:
+            value, failure = None, traceback.format_exc()
+        faulthandler.cancel_dump_traceback_later()
     results.put((rank, value, failure))
 
 
