@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -26,6 +26,11 @@ class Entry(Protocol):
 
     @property
     def hf(self) -> tuple[str, ...]: ...
+
+    @property
+    def row(self) -> int | None:
+        """Which tensor of a stack the entry is about, such as one expert's; None for a tensor of its own."""
+        ...
 
     def renamed(self, rename: Mapping[str, int]) -> Entry:
         """The same entry with values in the places of placeholders."""
@@ -44,6 +49,7 @@ class Entry(Protocol):
 class Direct:
     """The same tensor under another name."""
 
+    row: ClassVar[None] = None
     ours: str
     theirs: str
 
@@ -69,6 +75,7 @@ class QKV:
     tensor-parallel process that holds the first half has all that the first key/value head needs.
     """
 
+    row: ClassVar[None] = None
     ours: str
     q: str
     k: str
@@ -102,6 +109,7 @@ class QKV:
 class GatedMLP:
     """The two branches of a gated MLP in one matrix: the gate's rows, then the other branch's."""
 
+    row: ClassVar[None] = None
     ours: str
     gate: str
     up: str
@@ -123,6 +131,36 @@ class GatedMLP:
         if gate.shape != up.shape:
             raise ValueError(f"{self.gate} has shape {tuple(gate.shape)}, but {self.up} has {tuple(up.shape)}: they should be equal")
         return torch.cat([gate, up])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of a stack: what `entry` says, of tensor[row] alone, so that one expert is converted at a time."""
+
+    entry: Entry
+    row: int
+
+    @property
+    def ours(self) -> str:
+        return self.entry.ours
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return self.entry.hf
+
+    def renamed(self, rename: Mapping[str, int]) -> Row:
+        return replace(self, entry=self.entry.renamed(rename))
+
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.entry.to_hf(tensor)
+
+    def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return self.entry.from_hf(tensors)
+
+
+def stack(entries: Iterable[Entry], *, placeholder: str, count: int) -> list[Entry]:
+    """Entries of a stack's tensors: each once for every row 0 .. count - 1, which stands for `{placeholder}` in their names."""
+    return [Row(entry.renamed({placeholder: row}), row) for row in range(count) for entry in entries]
 
 
 def expand(table: Iterable[Entry], *, placeholder: str, count: int) -> list[Entry]:
@@ -152,14 +190,24 @@ def from_hf(entries: Iterable[Entry], tensors: Mapping[str, torch.Tensor], *, wh
     """Their tensors -> ours. Raises ValueError for missing or unknown names and for shapes that do not fit."""
     entries = list(entries)
     check_names((name for entry in entries for name in entry.hf), tensors, where=where)
-    return {entry.ours: entry.from_hf(tuple(tensors[name] for name in entry.hf)) for entry in entries}
+    found: dict[str, list[torch.Tensor]] = {}
+    stacked = {entry.ours for entry in entries if entry.row is not None}
+    for entry in sorted(entries, key=lambda entry: entry.row or 0):
+        found.setdefault(entry.ours, []).append(entry.from_hf(tuple(tensors[name] for name in entry.hf)))
+    return {name: torch.stack(parts) if name in stacked else parts[0] for name, parts in found.items()}
 
 
 def to_hf(entries: Iterable[Entry], tensors: Mapping[str, torch.Tensor], *, where: str = "checkpoint") -> dict[str, torch.Tensor]:
     """Our tensors -> theirs. Raises ValueError for missing or unknown names and for shapes that do not fit."""
     entries = list(entries)
     check_names((entry.ours for entry in entries), tensors, where=where)
-    return {name: tensor for entry in entries for name, tensor in zip(entry.hf, entry.to_hf(tensors[entry.ours]), strict=True)}
+    return {
+        name: tensor
+        for entry in entries
+        for name, tensor in zip(
+            entry.hf, entry.to_hf(tensors[entry.ours] if entry.row is None else tensors[entry.ours][entry.row]), strict=True
+        )
+    }
 
 
 def _put(name: str, rename: Mapping[str, int]) -> str:

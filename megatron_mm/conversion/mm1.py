@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_mm.config import DecoderConfig, MM1Config, VisionConfig
-from megatron_mm.conversion.mapping import QKV, Direct, Entry, GatedMLP, expand
+from megatron_mm.conversion.mapping import QKV, Direct, Entry, GatedMLP, expand, stack
 from megatron_mm.models.connectors import build_connector
 
 
@@ -59,26 +59,45 @@ def _connector_table(config: MM1Config) -> list[Entry]:
 
 
 def _decoder_table(config: DecoderConfig) -> list[Entry]:
-    layer, hf_layer = "language.decoder.layers.{layer}", "language_model.layers.{layer}"
+    layers = [entry for layer in range(config.num_layers) for entry in _layer_table(config, layer)]
+    return [
+        Direct("language.embedding.word_embeddings.weight", "language_model.embed_tokens.weight"),
+        *layers,
+        Direct("language.decoder.final_layernorm.weight", "language_model.norm.weight"),
+        *([] if config.tied_embeddings else [Direct("language.output_layer.weight", "lm_head.weight")]),
+    ]
+
+
+def _layer_table(config: DecoderConfig, number: int) -> list[Entry]:
+    layer, hf_layer = f"language.decoder.layers.{number}", f"language_model.layers.{number}"
     attention = {x: f"{hf_layer}.self_attn.{x}_proj.weight" for x in "qkv"}
-    return expand(
-        [
-            Direct("language.embedding.word_embeddings.weight", "language_model.embed_tokens.weight"),
-            Direct(f"{layer}.input_layernorm.weight", f"{hf_layer}.input_layernorm.weight"),
-            QKV(
-                f"{layer}.self_attention.linear_qkv.weight",
-                **attention,
-                num_heads=config.num_attention_heads,
-                num_groups=config.num_query_groups,
-                head_dim=config.head_dim,
-            ),
-            Direct(f"{layer}.self_attention.linear_proj.weight", f"{hf_layer}.self_attn.o_proj.weight"),
-            Direct(f"{layer}.pre_mlp_layernorm.weight", f"{hf_layer}.post_attention_layernorm.weight"),
-            GatedMLP(f"{layer}.mlp.linear_fc1.weight", gate=f"{hf_layer}.mlp.gate_proj.weight", up=f"{hf_layer}.mlp.up_proj.weight"),
-            Direct(f"{layer}.mlp.linear_fc2.weight", f"{hf_layer}.mlp.down_proj.weight"),
-            Direct("language.decoder.final_layernorm.weight", "language_model.norm.weight"),
-            *([] if config.tied_embeddings else [Direct("language.output_layer.weight", "lm_head.weight")]),
-        ],
-        placeholder="layer",
-        count=config.num_layers,
-    )
+    return [
+        Direct(f"{layer}.input_layernorm.weight", f"{hf_layer}.input_layernorm.weight"),
+        QKV(
+            f"{layer}.self_attention.linear_qkv.weight",
+            **attention,
+            num_heads=config.num_attention_heads,
+            num_groups=config.num_query_groups,
+            head_dim=config.head_dim,
+        ),
+        Direct(f"{layer}.self_attention.linear_proj.weight", f"{hf_layer}.self_attn.o_proj.weight"),
+        Direct(f"{layer}.pre_mlp_layernorm.weight", f"{hf_layer}.post_attention_layernorm.weight"),
+        *(_experts_table(config, layer, hf_layer) if number in config.sparse_layers else _mlp_table(f"{layer}.mlp", f"{hf_layer}.mlp")),
+    ]
+
+
+def _mlp_table(ours: str, theirs: str) -> list[Entry]:
+    return [
+        GatedMLP(f"{ours}.linear_fc1.weight", gate=f"{theirs}.gate_proj.weight", up=f"{theirs}.up_proj.weight"),
+        Direct(f"{ours}.linear_fc2.weight", f"{theirs}.down_proj.weight"),
+    ]
+
+
+def _experts_table(config: DecoderConfig, layer: str, hf_layer: str) -> list[Entry]:
+    """Ours are stacks of all experts, theirs a module for each."""
+    assert config.moe is not None
+    expert = _mlp_table(f"{layer}.mlp.experts.experts", f"{hf_layer}.mlp.experts.{{expert}}")
+    return [
+        Direct(f"{layer}.mlp.router.weight", f"{hf_layer}.mlp.gate.weight"),
+        *stack(expert, placeholder="expert", count=config.moe.num_experts),
+    ]

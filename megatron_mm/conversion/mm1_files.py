@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_mm.hf
-from megatron_mm.config import Experiment, MM1Config
+from megatron_mm.config import DecoderConfig, Experiment, MM1Config
 from megatron_mm.conversion.hf_tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
 from megatron_mm.data.tokenizer import Tokenizer
 
@@ -120,10 +120,22 @@ def hf_config(config: MM1Config, *, dtype: str, ids: Tokenizer, sequence_length:
             "rope_theta": decoder.rotary_base,  # before transformers 5
             "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rotary_base},
             "max_position_embeddings": sequence_length,
+            **_experts_config(decoder),
             "tie_word_embeddings": decoder.tied_embeddings,
             "bos_token_id": ids.bos_id,
             "eos_token_id": ids.eos_id,
             # No pad_token_id: transformers would treat that row of the embedding table as a constant zero when it trains.
             "pad_token_id": None,
         },
+    }
+
+
+def _experts_config(decoder: DecoderConfig) -> dict[str, Any]:
+    """What a sparse decoder's `text_config` has besides a Llama's."""
+    if decoder.moe is None:
+        return {}
+    return {
+        "num_local_experts": decoder.moe.num_experts,
+        "num_experts_per_tok": decoder.moe.top_k,
+        "sparse_layers": list(decoder.sparse_layers),
     }

@@ -6,6 +6,7 @@ name, in pieces of any layout. The pieces are put together here whatever layout 
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 import zlib
@@ -15,11 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_mm.training.safe_pickle import check_pickles
 
-_NOT_WEIGHTS = ("optimizer.", "generators.", "rng")
+_NOT_WEIGHTS = ("optimizer.", "chained_", "generators.", "rng")
+_NOT_WEIGHTS_EITHER = (".router.shares",)
+"""Ends of names: what training remembers of the last step."""
 _READ_BYTES = 1 << 24
 
 
@@ -53,21 +56,48 @@ class CheckpointReader:
         self._tensors = {
             name: TensorInfo(tuple(entry.size), entry.properties.dtype)
             for name, entry in self._reader.metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith(_NOT_WEIGHTS)
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith(_NOT_WEIGHTS) and not name.endswith(_NOT_WEIGHTS_EITHER)
         }
 
     def names(self) -> dict[str, TensorInfo]:
         """The model's parameters by global name; optimizer state and random-number generators are left out."""
         return dict(self._tensors)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One whole tensor, on the CPU. Raises KeyError for a name that is not in `names()`."""
+    def read(self, name: str, *, row: int | None = None) -> torch.Tensor:
+        """One tensor, on the CPU. Raises KeyError for a name that is not in `names()`.
+
+        Args:
+            row: read tensor[row] alone: one expert of a stack of experts, without the others' memory.
+        """
         info = self._tensors[name]
+        if row is not None:
+            return self._read_row(name, row, info)
         state = {name: torch.empty(info.shape, dtype=info.dtype)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is the intent
             dcp.load(state, storage_reader=self._reader, no_dist=True)
         return state[name]
+
+    def _read_row(self, name: str, row: int, info: TensorInfo) -> torch.Tensor:
+        """Put tensor[row] together from the pieces that hold parts of it."""
+        found = torch.empty(info.shape[1:], dtype=info.dtype)
+        filled = 0
+        entry = self._reader.metadata.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        for piece in entry.chunks:
+            offset = row - piece.offsets[0]
+            if not 0 <= offset < piece.sizes[0]:
+                continue
+            place = self._reader.metadata.storage_data[MetadataIndex(name, piece.offsets)]
+            with (self.path / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                content = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+            region = tuple(slice(begin, begin + size) for begin, size in zip(piece.offsets[1:], piece.sizes[1:], strict=True))
+            found[region] = content.reshape(tuple(piece.sizes))[offset]
+            filled += found[region].numel()
+        if filled != found.numel():
+            raise ValueError(f"checkpoint tensor {name} lacks parts of row {row}: the checkpoint is incomplete")
+        return found
 
     @staticmethod
     def _check_file(path: Path, size: int, checksum: int | None) -> None:

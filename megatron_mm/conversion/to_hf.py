@@ -102,7 +102,7 @@ def convert_to_hf(checkpoint: Path, out: Path, *, dtype: str = "bfloat16", shard
         shutil.rmtree(partial, ignore_errors=True)
     return Export(
         path=out,
-        num_parameters=sum(_numel(infos[entry.ours]) for entry in entries),
+        num_parameters=sum(_numel(infos[entry.ours], entry) for entry in entries),
         num_tensors=sum(len(entry.hf) for entry in entries),
         num_shards=len(shards),
         num_bytes=sum(shard.num_bytes for shard in shards),
@@ -124,7 +124,7 @@ def plan_shards(entries: list[Entry], infos: dict[str, TensorInfo], *, limit: in
     members: list[Entry] = []
     used = 0
     for entry in entries:
-        size = _numel(infos[entry.ours]) * item_size
+        size = _numel(infos[entry.ours], entry) * item_size
         if members and used + size > limit:
             shards.append(_Shard(members, used))
             members, used = [], 0
@@ -158,7 +158,7 @@ def _describe(checkpoint: Path) -> tuple[Experiment, Path]:
 def _check_shapes(entries: list[Entry], infos: dict[str, TensorInfo]) -> None:
     """Convert tensors without content, so that a shape that does not fit is found before hours of reading."""
     for entry in entries:
-        entry.to_hf(torch.empty(infos[entry.ours].shape, device="meta"))
+        entry.to_hf(torch.empty(_shape(infos[entry.ours], entry), device="meta"))
 
 
 def _write_weights(shards: list[_Shard], reader: CheckpointReader, out: Path, *, dtype: torch.dtype) -> None:
@@ -168,7 +168,7 @@ def _write_weights(shards: list[_Shard], reader: CheckpointReader, out: Path, *,
         name = f"model-{index:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors: dict[str, torch.Tensor] = {}
         for entry in shard.entries:
-            parts = entry.to_hf(reader.read(entry.ours))
+            parts = entry.to_hf(reader.read(entry.ours, row=entry.row))
             tensors.update({hf: part.to(dtype).contiguous() for hf, part in zip(entry.hf, parts, strict=True)})
         save_file(_without_shared_memory(tensors), out / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
@@ -185,5 +185,10 @@ def _without_shared_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.
     return {name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for name, t in tensors.items()}
 
 
-def _numel(info: TensorInfo) -> int:
-    return torch.Size(info.shape).numel()
+def _numel(info: TensorInfo, entry: Entry) -> int:
+    return torch.Size(_shape(info, entry)).numel()
+
+
+def _shape(info: TensorInfo, entry: Entry) -> tuple[int, ...]:
+    """Of what an entry is about: the tensor, or one of a stack."""
+    return info.shape if entry.row is None else info.shape[1:]

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, LlamaModel, PreTrainedModel
+from transformers import GenerationMixin, LlamaConfig, LlamaModel, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .configuration_mm1 import MM1Config
 
@@ -149,6 +150,30 @@ def _pool(grid: torch.Tensor, side: int) -> torch.Tensor:
     return F.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
 
 
+class MM1SparseMLP(nn.Module):
+    """A mixture of experts in the place of a Llama layer's MLP: each token goes to its likeliest experts, weighted with a softmax
+    over these; none is dropped."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(config.num_local_experts))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[b, s, h] -> [b, s, h]."""
+        tokens = hidden_states.flatten(0, -2)
+        logits = F.linear(tokens.float(), self.gate.weight.float())
+        best, chosen = logits.topk(self.top_k, dim=-1)
+        weights = best.softmax(dim=-1).to(tokens.dtype)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            if rows.numel():
+                out.index_add_(0, rows, expert(tokens[rows]) * weights[rows, places, None])
+        return out.view_as(hidden_states)
+
+
 CONNECTORS = {"average": MM1AverageConnector, "attention": MM1AttentionConnector, "c_abstractor": MM1CAbstractor}
 
 
@@ -162,6 +187,8 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
         self.vision = VisionTower(config.vision_config)
         self.connector = CONNECTORS[config.connector_config["kind"]](config)
         self.language_model = LlamaModel(config.text_config)
+        for number in getattr(config.text_config, "sparse_layers", None) or []:
+            self.language_model.layers[number].mlp = MM1SparseMLP(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import dynamic_module_utils
 
-from megatron_mm.config import CheckpointConfig, Experiment, MM1Config, ParallelConfig
+from megatron_mm.config import CheckpointConfig, Experiment, MM1Config, MoEConfig, ParallelConfig
 from megatron_mm.conversion.to_hf import Export, convert_to_hf
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
@@ -61,17 +61,28 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A dense model and its checkpoint."""
+    return train_one_step(tokenizer_path, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def sparse(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The same with 4 experts in the second of its 3 layers."""
+    return train_one_step(tokenizer_path, tmp_path_factory.mktemp("run"), moe=MoEConfig(num_experts=4, every_n_layers=2))
+
+
+def train_one_step(tokenizer_path: Path, run_dir: Path, *, moe: MoEConfig | None = None) -> Trained:
     """Random weights, norms and biases too, so that nothing that is mixed up agrees by chance; then one training step.
 
     The process groups are gone when it returns, so that other tests can make theirs.
     """
     recipe = get_recipe("debug_mm1")
     assert isinstance(recipe.model, MM1Config)
-    config = replace(recipe.model, decoder=replace(recipe.model.decoder, num_layers=3, num_query_groups=2))
+    config = replace(recipe.model, decoder=replace(recipe.model.decoder, num_layers=3, num_query_groups=2, moe=moe))
     experiment = replace(
         recipe, model=config, data=replace(recipe.data, tokenizer=tokenizer_path), checkpoint=CheckpointConfig(asynchronous=False)
     )
-    tokenizer, run_dir = Tokenizer.open(tokenizer_path), tmp_path_factory.mktemp("run")
+    tokenizer = Tokenizer.open(tokenizer_path)
     batch = make_batch(config, tokenizer)
     process = topology.initialize(ParallelConfig(), seed=1)
     try:

@@ -146,7 +146,7 @@ def test_tensors_of_another_model_are_listed(copy: Path, tmp_path: Path) -> None
 
 
 def test_a_failed_export_leaves_nothing(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CheckpointReader, "read", lambda self, name: torch.empty(0).view(-1, 3)[5])
+    monkeypatch.setattr(CheckpointReader, "read", lambda self, name, row: torch.empty(0).view(-1, 3)[5])
     with pytest.raises(IndexError):
         convert_to_hf(trained.checkpoint, tmp_path / "out", verify=False)
     assert list(tmp_path.iterdir()) == []
