@@ -1,8 +1,10 @@
 """Which pieces of documents share a sequence: random ones, as long as the sequence can still be filled to the brim.
 
 Best fit, longest first, puts like with like: captions of four lengths in sequences of 256 tokens leave 3% empty. Here a
-sequence begins with the longest piece that is left, if that is a long one, and goes on with pieces in random order; a piece is
+sequence begins with the costliest piece that is left, if that is a long one, and goes on with pieces in random order; a piece is
 taken if what room it leaves is a sum of common lengths. Which rooms are such sums is one integer, bit r standing for room r.
+Where no such piece is found, the one that wastes least comes next: tokens and images that stay unused both count, each as far as
+it is scarce, because sequences full of tokens that leave images over end in sequences full of images with half their tokens.
 
 Worked example: lengths 24 and 25 are common, 99 tokens of room are left. The sums up to 99 are 24 25 48 49 50 72 .. 75 96 .. 99.
 A piece of 26 would leave 73 = 24 + 24 + 25 and is taken; one of 30 would leave 69, which is no sum, and waits.
@@ -10,8 +12,7 @@ A piece of 26 would leave 73 = 24 + 24 + 25 and is taken; one of 30 would leave 
 
 from __future__ import annotations
 
-import functools
-import operator
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -21,6 +22,10 @@ _COMMON = 24
 """So many different lengths, the most frequent ones, make the sums."""
 _TRIES = 4
 """Random pieces that are looked at before a fitting length is searched for."""
+_SHARPNESS = 4
+"""How fast the price of tokens, or of images, falls where there is plenty: a quarter more room than needed costs a third of it."""
+_PLENTY = 0.9
+"""Images alone limit the sequences where the tokens would fill at most this part of them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,28 @@ def fill_sequences(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng
     Args:
         sizes, images: [pieces] tokens and images of each piece; none exceeds the limits.
     """
-    return _Deck(sizes, images, limits, rng).deal()
+    if not len(sizes):
+        return np.zeros(0, dtype=np.int64)
+    bins = _deal_hands(sizes, images, limits, rng=rng)
+    rest = np.flatnonzero(bins < 0)
+    if len(rest):
+        bins[rest] = bins.max(initial=-1) + 1 + _Deck(sizes[rest], images[rest], limits, rng).deal()
+    return bins
+
+
+def _deal_hands(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng: np.random.Generator) -> np.ndarray:
+    """Sequences of captions, mostly: where every piece has as many images as another and images run out before tokens do, any pieces
+    that use them up are as good as others. Returns the sequence of each piece, -1 where its hand has too many tokens."""
+    bins = np.full(len(sizes), -1, dtype=np.int64)
+    if images[0] == 0 or (images != images[0]).any():
+        return bins
+    hand = limits.max_images // int(images[0])
+    if sizes.sum() / limits.sequence_length > _PLENTY * len(sizes) / hand:
+        return bins
+    hands = rng.permutation(len(sizes))[: len(sizes) // hand * hand].reshape(-1, hand)
+    good = hands[sizes[hands].sum(axis=1) <= limits.sequence_length]
+    bins[good] = np.arange(len(good))[:, None]
+    return bins
 
 
 class _Deck:
@@ -49,13 +75,20 @@ class _Deck:
         self.images: list[int] = images.tolist()
         self.limits = limits
         self.order: list[int] = rng.permutation(len(sizes)).tolist()
-        self.longest: list[int] = np.argsort(sizes, kind="stable").tolist()
+        self.hand: list[int] = []
+        """The next few pieces of the order."""
+        tokens_needed, images_needed = sizes.sum() / limits.sequence_length, images.sum() / limits.max_images
+        needed = max(tokens_needed, images_needed)
+        self.token_price = (tokens_needed / needed) ** _SHARPNESS / limits.sequence_length
+        self.image_price = (images_needed / needed) ** _SHARPNESS / limits.max_images
+        """What one unused token or image costs, in sequences."""
+        self.by_cost: list[int] = np.argsort(self.token_price * sizes + self.image_price * images, kind="stable").tolist()
         self.left = Counter(self.sizes)
         self.alike: dict[tuple[int, int], list[int]] = {}
         """Pieces by (tokens, images); those that are taken are dropped when they come up."""
         for piece in self.order:
             self.alike.setdefault((self.sizes[piece], self.images[piece]), []).append(piece)
-        self.lengths = [0] * (limits.max_images + 1)
+        self.lengths = [0] * (int(images.max()) + 1)
         """Of each number of images: bit s says that a piece of s tokens may be left."""
         for size, held in self.alike:
             self.lengths[held] |= 1 << size
@@ -67,7 +100,7 @@ class _Deck:
     def deal(self) -> np.ndarray:
         """Fill one sequence after another."""
         number = 0
-        while (first := self._longest()) is not None:
+        while (first := self._costliest()) is not None:
             self._renew_sums()
             room, images = self.limits.sequence_length, self.limits.max_images
             if self.sizes[first] > room // 4:  # long pieces first, while there is enough to go with them
@@ -88,47 +121,56 @@ class _Deck:
 
     def _next(self, room: int, images: int) -> int | None:
         """A piece for a sequence with so much room and so many images to go; None where nothing fits."""
-        sums, order, bins = self.sums, self.order, self.bins
+        sums, order, hand, bins = self.sums, self.order, self.hand, self.bins
         best = room if sums >> room & 1 else (sums & ((1 << room + 1) - 1)).bit_length() - 1  # the largest sum that fits
-        while order and bins[order[-1]] >= 0:
-            order.pop()
-        looked_at = 0
-        for piece in reversed(order):
-            if bins[piece] >= 0:
-                continue
+        hand[:] = [piece for piece in hand if bins[piece] < 0]
+        while order and len(hand) < _TRIES:
+            piece = order.pop()
+            if bins[piece] < 0:
+                hand.append(piece)
+        for piece in hand:
             rest = best - self.sizes[piece]
             if rest >= 0 and self.images[piece] <= images and sums >> rest & 1:
                 return piece
-            looked_at += 1
-            if looked_at == _TRIES:
-                break
         for size in self.common:
             if size <= best and self.left[size] and self.sums >> (best - size) & 1 and (found := self._of_size(size, images)) is not None:
                 return found
-        return self._longest_that_fits(room, images)
+        return self._least_wasteful(room, images)
 
-    def _longest_that_fits(self, room: int, images: int) -> int | None:
-        mask = (1 << room + 1) - 1
-        while lengths := functools.reduce(operator.or_, self.lengths[: images + 1]) & mask:
-            if (found := self._of_size(lengths.bit_length() - 1, images)) is not None:
+    def _least_wasteful(self, room: int, images: int) -> int | None:
+        """Of each number of images the longest piece that fits; of these the one that leaves least unused."""
+        mask = (2 << room) - 1
+        least, best = math.inf, None
+        for held in range(min(images + 1, len(self.lengths))):
+            while fitting := self.lengths[held] & mask:
+                size = fitting.bit_length() - 1
+                if (found := self._of_kind(size, held)) is not None:
+                    waste = self.token_price * (room - size) + self.image_price * (images - held)
+                    if waste < least:
+                        least, best = waste, found
+                    break
+        return best
+
+    def _of_size(self, size: int, images: int) -> int | None:
+        for held in range(min(images + 1, len(self.lengths))):
+            if self.lengths[held] >> size & 1 and (found := self._of_kind(size, held)) is not None:
                 return found
         return None
 
-    def _of_size(self, size: int, images: int) -> int | None:
-        for held in range(images + 1):
-            if self.lengths[held] >> size & 1:
-                stack = self.alike[size, held]
-                while stack and self.bins[stack[-1]] >= 0:
-                    stack.pop()
-                if stack:
-                    return stack[-1]
-                self.lengths[held] ^= 1 << size
+    def _of_kind(self, size: int, held: int) -> int | None:
+        """A piece of so many tokens and images; forgets that there are any where all are taken."""
+        stack = self.alike[size, held]
+        while stack and self.bins[stack[-1]] >= 0:
+            stack.pop()
+        if stack:
+            return stack[-1]
+        self.lengths[held] ^= 1 << size
         return None
 
-    def _longest(self) -> int | None:
-        while self.longest and self.bins[self.longest[-1]] >= 0:
-            self.longest.pop()
-        return self.longest[-1] if self.longest else None
+    def _costliest(self) -> int | None:
+        while self.by_cost and self.bins[self.by_cost[-1]] >= 0:
+            self.by_cost.pop()
+        return self.by_cost[-1] if self.by_cost else None
 
     def _take(self, piece: int, number: int) -> None:
         self.bins[piece] = number
