@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import socket
@@ -76,7 +77,7 @@ def _collect(processes: list, results: Any, *, deadline: float, stacks: Path) ->
             continue
         if failure is not None:
             raise AssertionError(f"rank {rank} of {len(processes)} failed:\n{failure}")
-        found[rank] = value
+        found[rank] = pickle.loads(value)
     return [found[rank] for rank in range(len(processes))]
 
 
@@ -105,9 +106,10 @@ def _child(
     with (stacks / str(rank)).open("w") as stack:
         faulthandler.dump_traceback_later(max(0.1, deadline - time.monotonic() - _STACK_SECONDS), file=stack)
         try:
-            value, failure = function(*arguments), None
+            # Pickled here: the queue would send a tensor as a handle of memory that ends with this process.
+            value, failure = pickle.dumps(function(*arguments)), None
         except BaseException:
-            value, failure = None, traceback.format_exc()
+            value, failure = b"", traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
     results.put((rank, value, failure))
 

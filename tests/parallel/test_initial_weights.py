@@ -1,0 +1,120 @@
+"""Initial weights depend on the seed and the parameter's global name alone: every layout's pieces make up the same model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_processes
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from small import small_experiment
+
+from megatron_mm.config import MoEConfig
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.build import build_chunks
+from megatron_mm.parallel.initial_weights import STATE_METADATA, initialize_weights
+
+DECODERS: dict[str, dict[str, Any]] = {
+    "dense": {"num_layers": 4},
+    "untied": {"num_layers": 4, "tied_embeddings": False},
+    "sparse": {"num_layers": 4, "moe": MoEConfig(num_experts=4, every_n_layers=2)},
+}
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("dense", {"tensor": 4}),
+    ("dense", {"tensor": 2, "pipeline": 2}),
+    ("dense", {"pipeline": 2, "virtual": 2}),
+    ("dense", {"pipeline": 2, "stage_layers": (0, 4)}),
+    ("untied", {"tensor": 2, "pipeline": 2}),
+    ("sparse", {"tensor": 2, "expert": 2}),
+]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a parameter that one process holds."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    place: tuple[int | slice, ...]
+    """Where in the whole; a number for an axis that the piece itself has not (its expert)."""
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one process has."""
+
+    cut: list[list[Piece]]
+    """In each of the layouts."""
+    whole: dict[str, list[Piece]]
+    """Of each decoder where nothing is cut."""
+
+
+def _pieces(decoder: str, parallel: dict[str, Any], *, seed: int) -> list[Piece]:
+    experiment = small_experiment(parallel=parallel, decoder=DECODERS[decoder])
+    topology = topologies.initialize(experiment.parallel, seed=seed)
+    chunks = build_chunks(experiment, topology)
+    initialize_weights(chunks, seed=seed)
+    found = []
+    for chunk in chunks:
+        state = chunk.sharded_state_dict(metadata=dict(STATE_METADATA))
+        apply_factories(state)
+        for entry in nested_values(state):
+            if isinstance(entry, ShardedTensor):
+                found.append(Piece(entry.key, tuple(entry.global_shape), entry.global_slice(), entry.data.detach().clone()))
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def _held(seed: int) -> Held:
+    cut = [_pieces(decoder, parallel, seed=seed) for decoder, parallel in LAYOUTS]
+    return Held(cut=cut, whole={decoder: _pieces(decoder, {}, seed=seed) for decoder in DECODERS})
+
+
+def _assemble(pieces: list[Piece]) -> dict[str, torch.Tensor]:
+    """Whole parameters by name; NaN where no piece is."""
+    whole: dict[str, torch.Tensor] = {}
+    for piece in pieces:
+        target = whole.setdefault(piece.name, torch.full(piece.global_shape, float("nan")))
+        there = target[piece.place]
+        assert there.isnan().all() or torch.equal(there, piece.value), f"copies of {piece.name} differ"
+        target[piece.place] = piece.value
+    return whole
+
+
+@pytest.fixture(scope="module")
+def by_rank() -> list[Held]:
+    return run_processes(_held, 4, 1234)
+
+
+@pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=[f"{decoder} {parallel}" for decoder, parallel in LAYOUTS])
+def test_the_pieces_of_every_layout_make_up_the_same_model(by_rank: list[Held], number: int) -> None:
+    whole = _assemble(by_rank[0].whole[LAYOUTS[number][0]])
+    cut = _assemble([piece for held in by_rank for piece in held.cut[number]])
+    assert set(cut) == set(whole) and len(whole) > 50
+    for name, value in whole.items():
+        assert torch.equal(cut[name], value), name  # to the last bit, and a NaN equals nothing
+    most = max(sum(piece.value.numel() for piece in held.cut[number]) for held in by_rank)
+    assert most < sum(value.numel() for value in whole.values()), "nothing was cut, so nothing was compared"
+
+
+def test_names_experts_and_seeds_give_different_weights(by_rank: list[Held]) -> None:
+    whole = _assemble(by_rank[0].whole["sparse"])
+    (others,) = run_processes(_pieces_of_another_seed, 1)
+    other = _assemble(others)
+    drawn = {name: value for name, value in whole.items() if value.numel() > 1 and value.std() > 0}
+    assert len(drawn) > 20
+    assert all(not torch.equal(value, other[name]) for name, value in drawn.items())
+    beginnings = [value.flatten()[:4] for value in drawn.values()]
+    experts = [expert.flatten()[:4] for name, value in drawn.items() if ".experts." in name for expert in value[1:]]
+    assert experts, "no experts, so none were compared"
+    numbers = {tuple(beginning.tolist()) for beginning in [*beginnings, *experts]}
+    assert len(numbers) == len(beginnings) + len(experts), "two parameters or experts drew the same numbers"
+
+
+def _pieces_of_another_seed() -> list[Piece]:
+    return _pieces("sparse", {}, seed=1235)
