@@ -171,11 +171,12 @@ class DaliDecoder:
 
 
 def is_plain(blob: bytes) -> bool:
-    """Whether DALI decodes an image as Pillow does: 8-bit grey or RGB JPEG or PNG, or WebP without transparency."""
+    """Whether DALI decodes an image as Pillow does: 8-bit grey or RGB JPEG, PNG or WebP,
+    neither transparent nor animated."""
     try:
         with Image.open(io.BytesIO(blob)) as image:
-            small = image.width * image.height <= MAX_PIXELS
-            return small and image.format in ("JPEG", "PNG", "WEBP") and image.mode in ("RGB", "L") and "transparency" not in image.info
+            usual = image.width * image.height <= MAX_PIXELS and getattr(image, "n_frames", 1) == 1
+            return usual and image.format in ("JPEG", "PNG", "WEBP") and image.mode in ("RGB", "L") and "transparency" not in image.info
     except Exception:  # not an image that Pillow knows: the Pillow path counts it
         return False
 

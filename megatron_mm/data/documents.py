@@ -8,6 +8,7 @@
                  an image stands before the sentence that it matches)
     text         a line of a .jsonl with `text`, KEY.txt, or KEY.json with `text`
 
+A .txt that is itself an object with `text` or `caption`, as some tools write it, gives that text; any other is taken as it is.
 The image "NAME" of a document KEY.json is the member KEY.NAME.
 """
 
@@ -38,41 +39,53 @@ class BadDocument(ValueError):
     """A document that cannot be used; the message is the reason under which it is counted."""
 
 
-def parse_document(kind: Kind, data: bytes) -> list[Text | ImageReference]:
+def parse_document(kind: Kind, data: bytes, *, is_json: bool) -> list[Text | ImageReference]:
     """The items of a document in reading order; of a pair, its caption alone.
 
     Raises BadDocument with a short reason.
+
+    Args:
+        is_json: the document must be JSON, as its name says; an interleaved one always must.
     """
     try:
-        decoded = data.decode("utf-8")
+        decoded = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadDocument("text is not UTF-8") from None
-    items = _interleaved(_json(decoded)) if kind == "interleaved" else [Text(_plain_text(decoded))]
+    items = _interleaved(_json(decoded)) if kind == "interleaved" else [Text(_plain_text(decoded, is_json=is_json))]
     items = [item for item in items if isinstance(item, ImageReference) or item.text.strip()]
-    if not any(isinstance(item, Text) for item in items):
+    texts = [item.text for item in items if isinstance(item, Text)]
+    if not texts:
         raise BadDocument("no text")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        raise BadDocument("text is not UTF-8") from None
     return items
 
 
 def read_texts(kind: Kind, data: bytes) -> list[str]:
     """The texts of a document in reading order, as `parse_document` found them when it was indexed."""
-    return [item.text for item in parse_document(kind, data) if isinstance(item, Text)]
+    return [item.text for item in parse_document(kind, data, is_json=False) if isinstance(item, Text)]
 
 
-def _plain_text(decoded: str) -> str:
-    if not decoded.lstrip().startswith("{"):
-        return decoded.strip()
-    fields = _json(decoded)
-    text = fields.get("text", fields.get("caption"))
-    if not isinstance(text, str):
-        raise BadDocument("JSON has no text or caption")
-    return text.strip()
+def _plain_text(decoded: str, *, is_json: bool) -> str:
+    if is_json or decoded.lstrip().startswith("{"):
+        try:
+            fields = _json(decoded)
+            text = fields.get("text", fields.get("caption"))
+            if not isinstance(text, str):
+                raise BadDocument("JSON has no text or caption")
+            return text.strip()
+        except BadDocument:
+            if is_json:
+                raise
+    return decoded.strip()
 
 
 def _json(decoded: str) -> dict[str, Any]:
     try:
         fields = json.loads(decoded)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError itself for a number of thousands of digits
         raise BadDocument("malformed JSON") from None
     if not isinstance(fields, dict):
         raise BadDocument("JSON is not an object")
@@ -108,10 +121,13 @@ def _obelics(fields: dict[str, Any]) -> list[Text | ImageReference]:
 
 
 def _mmc4(fields: dict[str, Any]) -> list[Text | ImageReference]:
-    before: dict[int, list[Text | ImageReference]] = {}
+    texts = [_item(text, None) for text in fields["text_list"]]
+    before: list[list[Text | ImageReference]] = [[] for _ in texts]
     for info in fields["image_info"]:
-        before.setdefault(info["matched_text_index"], []).append(ImageReference(info["image_name"].lower()))
-    return [item for index, text in enumerate(fields["text_list"]) for item in (*before.get(index, []), Text(text))]
+        if info["matched_text_index"] not in range(len(texts)):
+            raise TypeError("an image belongs to a text that is not there")
+        before[info["matched_text_index"]].append(_item(None, info["image_name"]))
+    return [item for images, text in zip(before, texts, strict=True) for item in (*images, text)]
 
 
 _FORMS = {"items": _own, "texts": _obelics, "text_list": _mmc4}

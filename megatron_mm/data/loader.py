@@ -20,8 +20,8 @@ import torch
 
 from megatron_mm.config import DataConfig
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.data.decode import make_decoder
-from megatron_mm.data.documents import BadDocument, read_texts
+from megatron_mm.data.decode import DecodedImages, make_decoder
+from megatron_mm.data.documents import read_texts
 from megatron_mm.data.index import SourceIndex
 from megatron_mm.data.packing import image_places
 from megatron_mm.data.plan import GlobalBatch, PackedSequence, Plan, PlanState, image_owners
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 _READ_TOGETHER = 4
 """Images that a thread reads one after another: more would leave threads idle, fewer would be more hand-overs than reads."""
-_FEW_SAMPLES = 100
-"""Below this many samples of a source a share of bad ones says nothing."""
+_FEW = 100
+"""Below this many texts or images of a source a share of bad ones says nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class RankView:
     needs_pixels: bool
     """It encodes images."""
 
+    @property
+    def reports_texts(self) -> bool:
+        """Of all processes that read a text, the one that counts it if it is bad. Each image is read by one process anyway."""
+        return self.needs_pixels and self.tensor_rank == 0
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -57,7 +62,7 @@ class StepBatch:
     micro_batches: list[PackedBatch]
     plan: GlobalBatch
     bad: dict[str, int]
-    """Samples of each source that failed on this process."""
+    """Texts and images of each source that failed; over all processes each counts once."""
 
 
 @dataclass
@@ -79,17 +84,29 @@ class _Draft:
     """Of the documents' token ids, for each sequence."""
     starts: list[int] = field(default_factory=list)
     images: list[_Image] = field(default_factory=list)
+    shown: list[_Image] = field(default_factory=list)
+    """What this process decodes for its share of `images`: the same ones, unless images are shuffled."""
     blobs: list[Future] = field(default_factory=list)
-    """Of the bytes of a few of this process's images each, in order."""
+    """Of the bytes of a few of the shown images each, in order."""
     pixels: Future | None = None
-    """Of `_Decoded`; None where this process needs none."""
+    """Of `DecodedImages`; None where this process needs none."""
 
 
 @dataclass
-class _Decoded:
-    pixels: torch.Tensor
-    bad: Counter[str]
-    """Images that could not be decoded, by source."""
+class _Tally:
+    """Texts or images that this process read, and how many of them were bad, by source."""
+
+    read: Counter[str] = field(default_factory=Counter)
+    bad: Counter[str] = field(default_factory=Counter)
+
+    def check(self, what: str, *, limit: float) -> None:
+        """Raises ValueError where too large a share of a source is bad."""
+        for name, count in self.bad.items():
+            if self.read[name] >= _FEW and count > limit * self.read[name]:
+                raise ValueError(
+                    f"{count} of {self.read[name]} {what} of source {name} failed, more than data.max_bad_fraction {limit}: "
+                    "repair the source, or raise the limit"
+                )
 
 
 class Loader:
@@ -125,8 +142,7 @@ class Loader:
         self.state = start
         self.fill, self.image_size = fill, image_size
         self.tokens_per_image = plan.limits.tokens_per_image
-        self._read = Counter[str]()
-        self._bad = Counter[str]()
+        self._texts, self._seen = _Tally(), _Tally()
         self._readers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
         self._decoder = make_decoder(data.decoder, image_size=image_size, threads=data.decode_threads, fill=fill, device=device)
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decoding")  # micro-batch after micro-batch, without a pause
@@ -169,7 +185,8 @@ class Loader:
                 ahead = self._begin(batch.next_state)  # the next batch is read while this one is decoded
                 bad = Counter[str]()
                 micro_batches = [self._finish(draft, bad) for draft in drafts]
-                self._count(bad)
+                self._texts.check("texts", limit=self.config.max_bad_fraction)
+                self._seen.check("images", limit=self.config.max_bad_fraction)
                 self._put((StepBatch(micro_batches, batch, dict(bad)), batch.next_state))
         except BaseException as error:
             self._put(error)
@@ -185,13 +202,13 @@ class Loader:
         """Plan a global batch and start to read and decode this process's part of it."""
         batch = self.plan.batch(state)
         drafts = [self._draft(sequences) for sequences in batch.micro_batches_of(self.view.data_rank, self.view.data_size)]
-        if self.view.needs_pixels and self.config.images != "blank":
+        if self.view.needs_pixels:
             substitute = self._shuffled(batch) if self.config.images == "shuffled" else {}
             for draft in drafts:
-                wanted = [substitute.get((image.source, image.sample, image.offset), image) for image in self._mine(draft)]
-                for first in range(0, len(wanted), _READ_TOGETHER):
-                    draft.blobs.append(self._readers.submit(self._blobs, wanted[first : first + _READ_TOGETHER]))
-        if self.view.needs_pixels:
+                draft.shown = [substitute.get((image.source, image.sample, image.offset), image) for image in self._mine(draft)]
+                if self.config.images != "blank":
+                    for first in range(0, len(draft.shown), _READ_TOGETHER):
+                        draft.blobs.append(self._readers.submit(self._blobs, draft.shown[first : first + _READ_TOGETHER]))
             for draft in drafts:
                 draft.pixels = self._decoding.submit(self._pixels, draft)
         return batch, drafts
@@ -262,19 +279,10 @@ class Loader:
         path = index.shard_path(int(row["shard"]))
         try:
             texts = read_texts(index.kind, read_range(path, int(row["offset"]), int(row["size"])))
-        except (OSError, ValueError, BadDocument) as error:
-            logger.warning("unreadable sample %d of %s: %s", sample, index.name, error)
+            return document_stream(index, sample, self.tokenizer, texts, tokens_per_image=self.tokens_per_image)
+        except (OSError, ValueError) as error:
+            logger.warning("unusable text in sample %d of %s: %s; it is left out", sample, index.name, error)
             return None
-        return document_stream(index, sample, self.tokenizer, texts, tokens_per_image=self.tokens_per_image)
-
-    def _count(self, bad: Counter[str]) -> None:
-        self._bad.update(bad)
-        for name, count in self._bad.items():
-            if self._read[name] >= _FEW_SAMPLES and count > self.config.max_bad_fraction * self._read[name]:
-                raise ValueError(
-                    f"{count} of {self._read[name]} samples of source {name} failed, more than data.max_bad_fraction "
-                    f"{self.config.max_bad_fraction}: repair the source, or raise the limit"
-                )
 
     # ------------------------------------------------------------------------------------------------------- assembling
 
@@ -299,11 +307,12 @@ class Loader:
                 positions[place:stop] = np.arange(end - begin)
                 is_token[place:stop] = True
                 mask[place : stop - 1] = 1
-                self._read[name] += 1
                 if self.view.needs_text:
                     stream = next(texts)
+                    self._texts.read[name] += 1
                     if stream is None:
-                        bad[name] += 1
+                        self._texts.bad[name] += 1
+                        bad[name] += self.view.reports_texts
                         mask[place:stop] = 0
                     else:
                         ids[place:stop] = stream[begin:end]
@@ -317,9 +326,9 @@ class Loader:
         starts = np.array(draft.starts, dtype=np.int64)
         mask[(starts[:, None] + np.arange(-1, self.tokens_per_image - 1)).flatten()] = 0  # what comes next is an image's token
         labels[mask == 0] = self.tokenizer.pad_id
-        decoded: _Decoded | None = draft.pixels.result() if draft.pixels is not None else None
+        decoded: DecodedImages | None = draft.pixels.result() if draft.pixels is not None else None
         if decoded is not None:
-            bad.update(decoded.bad)
+            self._tally_images(draft.shown, decoded.ok, bad)
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
         return PackedBatch(
             token_ids=torch.from_numpy(ids),
@@ -335,28 +344,33 @@ class Loader:
             pixels=decoded.pixels if decoded is not None else None,
         )
 
-    def _pixels(self, draft: _Draft) -> _Decoded:
+    def _pixels(self, draft: _Draft) -> DecodedImages:
         """This process's images of a micro-batch, in its own thread."""
-        mine, bad = self._mine(draft), Counter[str]()
         if self.config.images == "blank":
             colour = torch.tensor(self.fill, dtype=torch.uint8)[None, :, None, None]
-            return _Decoded(colour.expand(len(mine), 3, self.image_size, self.image_size), bad)
-        decoded = self._decoder.decode([blob for future in draft.blobs for blob in future.result()])
-        for image, ok in zip(mine, decoded.ok, strict=True):
-            if not ok:
-                name = self.plan.indexes[image.source].name
-                logger.warning("undecodable image in sample %d of %s: a blank one stands for it", image.sample, name)
+            count = len(draft.shown)
+            return DecodedImages(colour.expand(count, 3, self.image_size, self.image_size), np.ones(count, dtype=bool))
+        return self._decoder.decode([blob for future in draft.blobs for blob in future.result()])
+
+    def _tally_images(self, images: list[_Image], ok: np.ndarray, bad: Counter[str]) -> None:
+        for image, good in zip(images, ok.tolist(), strict=True):
+            name = self.plan.indexes[image.source].name
+            self._seen.read[name] += 1
+            if not good:
+                self._seen.bad[name] += 1
                 bad[name] += 1
-        return _Decoded(decoded.pixels, bad)
+                logger.warning("undecodable image in sample %d of %s: a blank one stands for it", image.sample, name)
 
 
 def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, texts: list[str], *, tokens_per_image: int) -> list[int]:
     """BOS, the items' tokens in reading order, EOS.
 
-    Raises ValueError where a text does not have the number of tokens that was indexed.
+    Raises ValueError where the texts are not those that were indexed.
     """
     row = index.samples[sample]
     items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
+    if len(texts) != len(items) - int(row["num_images"]):
+        raise ValueError(f"{len(texts)} texts, but {len(items) - int(row['num_images'])} in the index")
     stream = [tokenizer.bos_id]
     for item in items:
         if item["is_image"]:
@@ -364,8 +378,6 @@ def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, texts
             continue
         ids = tokenizer.encode(texts[int(item["offset"])])
         if len(ids) != item["tokens"]:
-            raise ValueError(
-                f"a text of sample {sample} of {index.root} has {len(ids)} tokens, but {item['tokens']} in the index: index it again"
-            )
+            raise ValueError(f"{len(ids)} tokens, but {item['tokens']} in the index")
         stream += ids
     return [*stream, tokenizer.eos_id]

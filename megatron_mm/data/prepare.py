@@ -9,6 +9,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,10 +60,15 @@ class Summary:
 
 @dataclass
 class _ShardRows:
-    samples: list[tuple]
-    items: list[tuple]
-    rejected: Counter
+    """What a shard holds."""
+
+    samples: np.ndarray
+    """[samples] of SAMPLE; `first_item` counts from the shard's first item."""
+    items: np.ndarray
+    """[items] of ITEM."""
+    rejected: Counter[str]
     named: list[str]
+    """Lines about rejected samples, the first few of each reason."""
 
 
 def find_sources(path: Path) -> list[Path]:
@@ -106,23 +113,25 @@ def _index_source(source: Path, model: Path, *, fingerprint: str, workers: int) 
     shards = _shards(source)
     kind = detect_kind(shards)
     tasks = [(kind, number, shard, model) for number, shard in enumerate(shards)]
-    samples: list[tuple] = []
-    items: list[tuple] = []
-    rejected: Counter = Counter()
+    samples, items = [np.zeros(0, SAMPLE)], [np.zeros(0, ITEM)]
+    num_samples = num_items = 0
+    rejected = Counter[str]()
     began = time.monotonic()
     for done, rows in enumerate(_run(tasks, workers), start=1):
-        for row in rows.samples:
-            samples.append((*row[:3], row[3] + len(items), *row[4:]))
-        items.extend(rows.items)
+        rows.samples["first_item"] += num_items
+        samples.append(rows.samples)
+        items.append(rows.items)
+        num_samples += len(rows.samples)
+        num_items += len(rows.items)
         rejected.update(rows.rejected)
         for line in rows.named:
             logger.warning(line)
         left = (time.monotonic() - began) / done * (len(shards) - done)
         if done % max(1, len(shards) // 10) == 0:
-            logger.info("%s: %d of %d shards, %d samples, %.0f s left", source, done, len(shards), len(samples), left)
-    if not samples:
+            logger.info("%s: %d of %d shards, %d samples, %.0f s left", source, done, len(shards), num_samples, left)
+    if not num_samples:
         raise ValueError(f"source {source} has no usable sample (rejected: {dict(rejected) or 'it is empty'}): repair or remove it")
-    sample_rows, item_rows = np.array(samples, dtype=SAMPLE), np.array(items, dtype=ITEM)
+    sample_rows, item_rows = np.concatenate(samples), np.concatenate(items)
     meta = {
         "kind": kind,
         "tokenizer": fingerprint,
@@ -131,19 +140,23 @@ def _index_source(source: Path, model: Path, *, fingerprint: str, workers: int) 
     }
     write_index(source, meta=meta, samples=sample_rows, items=item_rows)
     return SourceSummary(
-        samples=len(samples),
+        samples=num_samples,
         images=int(sample_rows["num_images"].sum()),
         text_tokens=int(sample_rows["text_tokens"].sum()),
         rejected=dict(rejected),
     )
 
 
-def _run(tasks: list[tuple], workers: int) -> Iterator[_ShardRows]:
+def _run(tasks: list[tuple[Kind, int, Path, Path]], workers: int) -> Iterator[_ShardRows]:
+    """The rows of each shard, in order. Raises ValueError where a worker dies, of too little memory for example."""
     if workers <= 1 or len(tasks) == 1:
         yield from map(_index_shard, tasks)
         return
-    with multiprocessing.get_context("forkserver").Pool(min(workers, len(tasks))) as pool:
-        yield from pool.imap(_index_shard, tasks)
+    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=multiprocessing.get_context("forkserver")) as pool:
+        try:
+            yield from pool.map(_index_shard, tasks)
+        except BrokenProcessPool:
+            raise ValueError(f"a process that indexed {tasks[0][2].parent} was killed: use fewer than {workers} --workers") from None
 
 
 def detect_kind(shards: list[Path]) -> Kind:
@@ -166,7 +179,7 @@ def detect_kind(shards: list[Path]) -> Kind:
 def _has_list(sample: WebSample) -> bool:
     document = sample.members.get("json")
     try:
-        return document is not None and bool(parse_document("interleaved", document.data))
+        return document is not None and bool(parse_document("interleaved", document.data, is_json=True))
     except BadDocument:
         return False
 
@@ -174,19 +187,25 @@ def _has_list(sample: WebSample) -> bool:
 def _index_shard(task: tuple[Kind, int, Path, Path]) -> _ShardRows:
     kind, number, shard, model = task
     tokenizer = Tokenizer.open(model)
-    rows = _ShardRows([], [], Counter(), [])
+    samples: list[tuple[int, ...]] = []
+    items: list[tuple[int, ...]] = []
+    rejected, named = Counter[str](), []
     try:
         for sample in _samples(shard):
             try:
-                _add(rows, kind, number, sample, tokenizer)
+                document, found = _check(kind, sample, tokenizer)
             except BadDocument as reason:
-                rows.rejected[str(reason)] += 1
-                if rows.rejected[str(reason)] <= _NAMED_REJECTS:
-                    rows.named.append(f"rejected {shard}: {sample.key.lstrip('/')}: {reason}")
+                rejected[str(reason)] += 1
+                if rejected[str(reason)] <= _NAMED_REJECTS:
+                    named.append(f"rejected {shard}: {sample.key.lstrip('/')}: {reason}")
+                continue
+            tokens, num_images = sum(item[1] for item in found), sum(item[0] for item in found)
+            samples.append((number, document.offset, len(document.data), len(items), len(found), tokens, num_images))
+            items += found
     except BrokenShard as error:
-        rows.rejected["broken shard"] += 1
-        rows.named.append(f"{error}; the {len(rows.samples)} samples before are used")
-    return rows
+        rejected["broken shard"] += 1
+        named.append(f"{error}; the {len(samples)} samples before are used")
+    return _ShardRows(np.array(samples, SAMPLE), np.array(items, ITEM), rejected, named)
 
 
 def _samples(shard: Path) -> Iterator[WebSample]:
@@ -195,27 +214,26 @@ def _samples(shard: Path) -> Iterator[WebSample]:
     return iterate_tar(shard)
 
 
-def _add(rows: _ShardRows, kind: Kind, number: int, sample: WebSample, tokenizer: Tokenizer) -> None:
-    """Check a sample and append its rows. Raises BadDocument with the reason to reject it."""
+def _check(kind: Kind, sample: WebSample, tokenizer: Tokenizer) -> tuple[Member, list[tuple[int, ...]]]:
+    """The document of a sample and its items' rows. Raises BadDocument with the reason to reject it."""
     document = _document(kind, sample)
     contents: list[Text | Member] = []
     if kind == "pairs":
         contents.append(_pair_image(sample))
-    for item in parse_document(kind, document.data):
+    for item in _parse(kind, document):
         contents.append(_referenced(sample, item) if isinstance(item, ImageReference) else item)
     texts = [item.text for item in contents if isinstance(item, Text)]
     tokens = iter([len(ids) for ids in tokenizer.encode_batch(texts)])
     items: list[tuple[int, ...]] = []
+    num_texts = 0
     for content in contents:
         if isinstance(content, Text):
-            items.append((0, next(tokens), sum(not i[0] for i in items), 0, 0, 0))
+            items.append((0, next(tokens), num_texts, 0, 0, 0))
+            num_texts += 1
         else:
             width, height = check_image(content.data)
             items.append((1, 0, content.offset, len(content.data), width, height))
-    total = sum(item[1] for item in items)
-    num_images = sum(item[0] for item in items)
-    rows.samples.append((number, document.offset, len(document.data), len(rows.items), len(items), total, num_images))
-    rows.items.extend(items)
+    return document, items
 
 
 def _document(kind: Kind, sample: WebSample) -> Member:
@@ -223,6 +241,10 @@ def _document(kind: Kind, sample: WebSample) -> Member:
         if extension in sample.members:
             return sample.members[extension]
     raise BadDocument("no text file")
+
+
+def _parse(kind: Kind, document: Member) -> list[Text | ImageReference]:
+    return parse_document(kind, document.data, is_json=not document.name.lower().endswith(".txt"))
 
 
 def _pair_image(sample: WebSample) -> Member:
@@ -270,7 +292,7 @@ def _all_texts(sources: list[Path]) -> Iterator[str]:
             try:
                 for sample in _samples(shard):
                     try:
-                        yield from (item.text for item in parse_document(kind, _document(kind, sample).data) if isinstance(item, Text))
+                        yield from (item.text for item in _parse(kind, _document(kind, sample)) if isinstance(item, Text))
                     except BadDocument:
                         continue  # counted when the source is indexed
             except BrokenShard as error:

@@ -182,7 +182,7 @@ def test_an_image_that_went_bad_is_replaced_and_counted(demo_data: Path, tmp_pat
 def test_too_many_bad_samples_stop_the_run_by_name(demo_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(demo_data, tmp_path / "data"))
     _damage_images(data, 60)
-    with pytest.raises(ValueError, match=r"of \d+ samples of source pairs failed, more than data.max_bad_fraction 0.01"):
+    with pytest.raises(ValueError, match=r"of \d+ images of source pairs failed, more than data.max_bad_fraction 0.01"):
         load(data, steps=6, mixture={"pairs": 1.0})
 
 
