@@ -5,6 +5,7 @@
     prepare index     read every sample of a data set once and index it
     prepare tokenizer train a SentencePiece tokenizer on a data set's texts
     convert to-hf     write a checkpoint as a Hugging Face model
+    convert upcycle   make a sparse model of a dense checkpoint
     eval CHECKPOINT   held-out losses with true, shuffled and blank images, and captions
     doctor            what this machine has, and what falls back to what
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.run not in (_train, _eval):
+    if rest and known.run not in (_train, _eval, _convert_upcycle):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     _configure_logging()
     try:
@@ -94,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="(default: %(default)s)")
     to_hf.add_argument("--shard-size", default="5GB", help="largest safetensors file (default: %(default)s)")
     to_hf.set_defaults(run=_convert_to_hf)
+
+    upcycle = convert.add_parser("upcycle", help="make a sparse model whose experts begin as a dense checkpoint's MLPs", add_help=False)
+    upcycle.add_argument("checkpoint", nargs="?", type=Path, help="dense checkpoint, or RUN_DIR for its newest")
+    upcycle.add_argument("run_dir", nargs="?", type=Path, help="run directory to make; `train RECIPE --run-dir` goes on from it")
+    upcycle.add_argument("--recipe", help="sparse recipe, such as mm1_3b_moe")
+    upcycle.add_argument("-h", "--help", action="store_true")
+    upcycle.set_defaults(run=_convert_upcycle)
 
     evaluate = commands.add_parser("eval", help="held-out losses with true, shuffled and blank images, and captions", add_help=False)
     evaluate.add_argument("checkpoint", nargs="?", type=Path, help="RUN_DIR/checkpoints/step_..., or RUN_DIR for its newest")
@@ -183,6 +191,24 @@ def _convert_to_hf(known: argparse.Namespace, rest: list[str]) -> None:
     from megatron_mm.conversion.to_hf import convert_to_hf
 
     convert_to_hf(known.checkpoint, known.out, dtype=known.dtype, shard_size=known.shard_size)
+
+
+def _convert_upcycle(known: argparse.Namespace, rest: list[str]) -> None:
+    if known.checkpoint is None or known.run_dir is None or known.recipe is None:
+        print("usage: megatron-mm convert upcycle DENSE_CHECKPOINT RUN_DIR --recipe RECIPE [--group.field VALUE ...]\n")
+        print("Under torchrun the options --parallel.* say how the sparse model is cut. `train RECIPE --run-dir RUN_DIR` goes on from it.")
+        if not known.help:
+            raise ValueError("upcycling needs a dense checkpoint, a run directory and --recipe")
+        return
+    from megatron_mm.commands import parse_eval_arguments
+    from megatron_mm.recipes import get_recipe
+    from megatron_mm.training.checkpoint import find_checkpoint
+    from megatron_mm.training.upcycle import upcycle
+
+    experiment = parse_eval_arguments(get_recipe(known.recipe), [*rest, *(["--help"] if known.help else [])]).experiment
+    made = upcycle(find_checkpoint(known.checkpoint), known.run_dir, experiment)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{made}: go on with megatron-mm train {known.recipe} --run-dir {known.run_dir}")
 
 
 def _doctor(known: argparse.Namespace, rest: list[str]) -> None:

@@ -43,7 +43,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_mm.config import CheckpointConfig, Experiment, load_experiment, save_experiment, to_dict
+from megatron_mm.config import CheckpointConfig, Experiment, ModelConfig, load_experiment, save_experiment, to_dict
 from megatron_mm.parallel.initial_weights import STATE_METADATA
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.safe_pickle import check_pickles
@@ -214,7 +214,7 @@ class Checkpointer:
         loaded = dist_checkpointing.load(
             self._sharded_state(loading=True, generators=same_layout),
             str(checkpoint / TENSORS),
-            sharded_strategy=_load_strategy(checkpoint),
+            sharded_strategy=load_strategy(checkpoint),
             strict=StrictHandling.RAISE_UNEXPECTED,
         )
         for index, chunk in enumerate(self.model):
@@ -276,14 +276,15 @@ def load_weights(experiment: Experiment, topology: Topology, model: list[Distrib
     loaded = dist_checkpointing.load(
         {f"model{i}": chunk.module.sharded_state_dict(metadata=dict(STATE_METADATA)) for i, chunk in enumerate(model)},
         str(checkpoint / TENSORS),
-        sharded_strategy=_load_strategy(checkpoint),
+        sharded_strategy=load_strategy(checkpoint),
         strict=StrictHandling.RAISE_UNEXPECTED,
     )
     for index, chunk in enumerate(model):
         chunk.module.load_state_dict(loaded[f"model{index}"], strict=True)
 
 
-def _load_strategy(checkpoint: Path) -> FullyParallelLoadStrategyWrapper:
+def load_strategy(checkpoint: Path) -> FullyParallelLoadStrategyWrapper:
+    """Reads each stored tensor once for all data-parallel processes that want it."""
     return FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(checkpoint / TENSORS)), parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
@@ -293,7 +294,7 @@ def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer
     """Raise ValueError that names the first difference where a checkpoint holds another model than the experiment's, or
     (with_optimizer) another kind of optimizer state."""
     saved = load_experiment(checkpoint / "experiment.json")
-    for name, ours, theirs in _differences(to_dict(experiment.model), to_dict(saved.model)):
+    for name, ours, theirs in model_differences(experiment.model, saved.model):
         raise ValueError(
             f"checkpoint {checkpoint} holds another model ({saved.recipe}): model.{name} is {theirs!r} there and {ours!r} here. "
             "Use another --run-dir, or the recipe and model settings of the checkpoint"
@@ -302,6 +303,11 @@ def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer
         raise ValueError(
             f"checkpoint {checkpoint} has parallel.distributed_optimizer {saved.parallel.distributed_optimizer}: use the same here"
         )
+
+
+def model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """The fields in which two models differ, with both values."""
+    return _differences(to_dict(ours), to_dict(theirs))
 
 
 def _same_layout(experiment: Experiment, checkpoint: Path) -> bool:

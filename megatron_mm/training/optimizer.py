@@ -65,6 +65,26 @@ def build_optimizer(experiment: Experiment, model: list[DistributedDataParallel]
 
 
 @torch.no_grad()
+def initialize_state(optimizer: MegatronOptimizer) -> None:
+    """Make the state of an optimizer that has not stepped yet (zeros), so that it can be written to a checkpoint of step 0.
+
+    The state comes into being with the first step: this makes one with a learning rate of 0, which changes nothing.
+    """
+    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        groups = part.optimizer.param_groups
+        before = [(group["lr"], group["weight_decay"]) for group in groups]
+        for group in groups:
+            group["lr"] = group["weight_decay"] = 0.0
+            for parameter in group["params"]:
+                if parameter.numel():
+                    parameter.grad = torch.zeros_like(parameter)
+        part.optimizer.step()
+        part.optimizer.zero_grad()
+        for group, (lr, weight_decay) in zip(groups, before, strict=True):
+            group["lr"], group["weight_decay"], group["step"] = lr, weight_decay, 0
+
+
+@torch.no_grad()
 def update(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float, clip_grad_norm: float) -> Update:
     """Clip and step, or skip the step on all processes alike where the gradient is not finite on any.
 
