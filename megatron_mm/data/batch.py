@@ -5,12 +5,12 @@ The `micro_batch_size` packed sequences of a micro-batch lie one after another i
 another, so nothing else needs to know where one sequence ends and the next begins.
 
     token_ids   <s>  IMG IMG IMG IMG a red ball </s> | <s> the sky </s> | PAD PAD
-    labels      IMG  IMG IMG IMG  a red ball </s>  _ | the sky </s>  _  |  _   _
+    labels       _    _   _   _   a red ball </s>  _ | the sky </s>  _  |  _   _
     loss_mask    0    0   0   0   1  1   1   1    0  |  1   1   1    0  |  0   0
     cu_seqlens  0                                    9                 13     15
 
-A label is the next token of the same document; the loss mask is 0 where that is an image token, a padding token, or
-another document's first token. Padding, if any, is one last document of its sequence.
+A label is the next token of the same document; where that is an image token, a padding token, or another document's first
+token, the loss mask is 0 and the label the padding token (`_`). Padding, if any, is one last document of its sequence.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +11,6 @@ import numpy as np
 import pytest
 
 from megatron_mm.config import Experiment
-from megatron_mm.data.demo import prepare_demo
-from megatron_mm.data.filling import Limits, fill_sequences
-from megatron_mm.data.mixture import choose_sources, stream_samples
 from megatron_mm.data.pipeline import make_plan
 from megatron_mm.data.plan import GlobalBatch, PlanState, image_owners
 from megatron_mm.recipes import get_recipe
@@ -33,81 +29,6 @@ def contents(batch: GlobalBatch) -> list[tuple[int, int, int, int]]:
         for sample, begin, end in zip(window.sample[pieces], window.begin[pieces], window.end[pieces], strict=True):
             found.append((sequence.source, int(sample), int(begin), int(end)))
     return found
-
-
-# ------------------------------------------------------------------------------------------------------------------ filling
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_filling_keeps_the_limits_and_places_every_piece(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    limits = Limits(sequence_length=512, max_images=4, tokens_per_image=16)
-    images = rng.integers(0, 5, 700)
-    sizes = np.minimum(2 + 16 * images + rng.integers(1, 200, 700), 512)
-    bins = fill_sequences(sizes, images, limits, rng=np.random.default_rng(seed))
-    assert bins.min() == 0 and len(np.unique(bins)) == bins.max() + 1
-    assert np.bincount(bins, sizes).max() <= 512 and np.bincount(bins, images).max() <= 4
-    assert (fill_sequences(sizes, images, limits, rng=np.random.default_rng(seed)) == bins).all()
-
-
-def test_filling_reaches_the_brim_where_lengths_allow_it() -> None:
-    sizes = np.random.default_rng(0).choice([21, 24, 25, 26], 1024)
-    bins = fill_sequences(sizes, np.ones(1024, dtype=np.int64), Limits(256, 16, 16), rng=np.random.default_rng(0))
-    full = (np.bincount(bins, sizes) == 256).mean()
-    assert full > 0.85  # 3% were left empty by best fit, longest first, and no sequence was full
-
-
-def test_pieces_of_one_length_that_do_not_divide_the_sequence() -> None:
-    bins = fill_sequences(np.full(10, 100), np.zeros(10, dtype=np.int64), Limits(256, 16, 16), rng=np.random.default_rng(0))
-    assert sorted(np.bincount(bins)) == [2] * 5
-
-
-def test_full_size_pieces_and_none_at_all() -> None:
-    limits, rng = Limits(256, 16, 16), np.random.default_rng(0)
-    assert sorted(fill_sequences(np.array([256, 256, 1]), np.zeros(3, dtype=np.int64), limits, rng=rng)) == [0, 1, 2]
-    assert len(fill_sequences(np.array([], dtype=np.int64), np.array([], dtype=np.int64), limits, rng=rng)) == 0
-
-
-def test_demo_data_is_packed_more_than_98_percent_full(tmp_path: Path) -> None:
-    prepare_demo(tmp_path / "demo", samples=2000)
-    plan = make_plan(experiment(tmp_path / "demo"), split="train")
-    state, used, room = plan.initial_state(), Counter[int](), Counter[int]()
-    for _ in range(100):
-        batch = plan.batch(state)
-        state = batch.next_state
-        for sequence in batch.sequences:
-            used[sequence.source] += sequence.num_tokens
-            room[sequence.source] += 256
-    assert all(used[source] / room[source] > 0.98 for source in room), {s: used[s] / room[s] for s in room}
-
-
-# ------------------------------------------------------------------------------------------------------------------ mixture
-
-
-def test_the_mixture_holds_at_every_moment() -> None:
-    weights = [0.45, 0.45, 0.1]
-    counts = Counter(choose_sources(weights, [0, 0, 0], 997))
-    assert all(abs(counts[s] - 997 * w) <= 1 for s, w in enumerate(weights))
-    again = [0, 0, 0]
-    chosen = []
-    for _ in range(997):  # one at a time is the same as all at once
-        (source,) = choose_sources(weights, again, 1)
-        again[source] += 1
-        chosen.append(source)
-    assert chosen == choose_sources(weights, [0, 0, 0], 997)
-
-
-@pytest.mark.parametrize("num_samples", [1, 2, 7, 100, 1025])
-def test_every_epoch_has_every_sample_once_in_another_order(num_samples: int) -> None:
-    stream = stream_samples(0, 3 * num_samples, num_samples=num_samples, seed=5).reshape(3, num_samples)
-    assert (np.sort(stream, axis=1) == np.arange(num_samples)).all()
-    if num_samples >= 100:
-        assert (stream[0] != stream[1]).mean() > 0.9 and (stream[0] != np.arange(num_samples)).mean() > 0.9
-    pieces = [stream_samples(first, 1, num_samples=num_samples, seed=5)[0] for first in range(3 * num_samples)]
-    assert pieces == stream.flatten().tolist()
-
-
-# --------------------------------------------------------------------------------------------------------------------- plan
 
 
 def test_every_sample_of_an_epoch_is_used_once_and_whole(demo_data: Path) -> None:

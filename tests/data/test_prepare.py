@@ -1,48 +1,20 @@
-"""`prepare index`: what is good is found, what is bad is rejected by reason, and nothing stops."""
+"""`prepare index` and `prepare tokenizer`: what is good is found, what is bad is rejected by reason, and nothing stops."""
 
 from __future__ import annotations
 
-import io
 import json
-import zlib
+import multiprocessing
+import os
+import threading
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from data_files import bomb, picture, write_tar
 
-from megatron_mm.data.demo import prepare_demo
-from megatron_mm.data.index import open_index, open_split
-from megatron_mm.data.prepare import prepare_index
-from megatron_mm.data.shards import TarWriter
-
-
-def picture(mode: str = "RGB", size: tuple[int, int] = (20, 30), form: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    if mode == "I;16":
-        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
-    elif mode != "RGB":
-        image = image.convert(mode)
-    image.save(buffer, form)
-    return buffer.getvalue()
-
-
-def bomb(side: int) -> bytes:
-    """A small PNG whose header claims side x side pixels."""
-    data = bytearray(picture(form="PNG"))
-    data[16:24] = side.to_bytes(4, "big") * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    return bytes(data)
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tar = TarWriter(path)
-    for name, data in members.items():
-        tar.add(name, data)
-    tar.close()
+from megatron_mm.data.index import open_index
+from megatron_mm.data.prepare import check_image, detect_kind, find_sources, prepare_index, prepare_tokenizer
+from megatron_mm.data.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -169,35 +141,98 @@ def test_paths_without_data_are_named(tmp_path: Path, tokenizer: Path) -> None:
         prepare_index(tmp_path)
 
 
-def test_opening_a_split_names_what_is_missing(demo_data: Path, tmp_path: Path, tokenizer: Path) -> None:
-    with pytest.raises(ValueError, match=r"does not exist"):
-        open_split(tmp_path / "nowhere", "train", sources=["pairs"])
-    with pytest.raises(ValueError, match=r"has no folder 'validation'; it has"):
-        open_split(demo_data, "validation", sources=["pairs"])
-    with pytest.raises(ValueError, match=r"lacks the sources \['video'\].*it has \['interleaved', 'pairs', 'text'\]"):
-        open_split(demo_data, "train", sources=["pairs", "video"])
-    source = tmp_path / "train" / "pairs"
-    write_tar(source / "0.tar", {"0.jpg": picture(), "0.txt": b"x"})
-    with pytest.raises(ValueError, match=r"has no index: run `megatron-mm prepare index"):
-        open_split(tmp_path, "train", sources=["pairs"])
+def test_a_worker_that_dies_is_an_error_and_no_hang(tmp_path: Path, tokenizer: Path) -> None:
+    write_tar(tmp_path / "pairs" / "0.tar", {"0.jpg": picture(), "0.txt": b"x"})
+    os.mkfifo(tmp_path / "pairs" / "1.tar")  # whoever opens it waits
+
+    before = set(multiprocessing.active_children())
+
+    def kill_a_worker() -> None:
+        while not (workers := set(multiprocessing.active_children()) - before):
+            time.sleep(0.02)
+        time.sleep(0.2)
+        workers.pop().kill()
+
+    killer = threading.Thread(target=kill_a_worker, daemon=True)
+    killer.start()
+    with pytest.raises(ValueError, match=r"a process that indexed .*pairs was killed: use fewer than 2 --workers"):
+        prepare_index(tmp_path, tokenizer=tokenizer, workers=2)
+    killer.join()
+    assert not (tmp_path / "pairs" / "index").exists()
+
+
+def test_a_source_without_a_usable_sample_is_named(tmp_path: Path, tokenizer: Path) -> None:
+    write_tar(tmp_path / "pairs" / "0.tar", {"0.jpg": b"no image", "0.txt": b"x"})
+    with pytest.raises(ValueError, match=r"source .*pairs has no usable sample \(rejected: \{'image does not decode': 1\}\)"):
+        prepare_index(tmp_path, tokenizer=tokenizer)
+    write_tar(tmp_path / "pairs" / "0.tar", {})
+    with pytest.raises(ValueError, match=r"source .*pairs has no usable sample \(rejected: it is empty\)"):
+        prepare_index(tmp_path, tokenizer=tokenizer)
+
+
+def test_texts_of_every_form_are_indexed_with_their_tokens(tmp_path: Path, tokenizer: Path) -> None:
+    texts = ["a red circle", "{braces} at the beginning", "two blue squares above"]
+    lines = [json.dumps({"text": text}) for text in texts] + ["no JSON", '["a list"]', '{"text": "\\ud800"}']
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "0.jsonl").write_text("\n".join(lines))
+    write_tar(tmp_path / "files" / "0.tar", {f"{n}.txt": text.encode() for n, text in enumerate(texts)})
     prepare_index(tmp_path, tokenizer=tokenizer)
-    write_tar(source / "0.tar", {"0.jpg": picture(), "0.txt": b"x", "1.txt": b"more" * 5000})
-    with pytest.raises(ValueError, match=r"when it was indexed"):
-        open_split(tmp_path, "train", sources=["pairs"])
+    expected = [len(Tokenizer.open(tokenizer).encode(text)) for text in texts]
+    for name in ("lines", "files"):
+        index = open_index(tmp_path / name)
+        assert index.kind == "text" and index.samples["text_tokens"].tolist() == expected
+    assert open_index(tmp_path / "files").rejected == {}
+    assert open_index(tmp_path / "lines").rejected == {"JSON is not an object": 1, "malformed JSON": 1, "text is not UTF-8": 1}
 
 
-def test_demo_data_is_the_same_for_the_same_seed_and_has_every_format(tmp_path: Path) -> None:
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        prepare_demo(tmp_path / name, samples=60, seed=seed)
-    shard = Path("train/pairs/00000.tar")
-    contents = {name: (tmp_path / name / shard).read_bytes() for name in "abc"}
-    assert contents["a"] == contents["b"] != contents["c"]
-    assert all(extension.encode() in contents["a"] for extension in (".jpg", ".png", ".webp", ".txt", ".json"))
-    held_out = (tmp_path / "a" / "heldout/pairs/00000.tar").read_bytes()
-    assert held_out != contents["a"]
-    for split in ("train", "heldout"):
-        indexes = open_split(tmp_path / "a", split, sources=["pairs", "interleaved", "text"])
-        assert all(not index.rejected for index in indexes)
-        assert [bool(index.samples["num_images"].sum()) for index in indexes] == [True, True, False]
-    with pytest.raises(ValueError, match=r"has a data set already"):
-        prepare_demo(tmp_path / "a")
+def test_the_summary_counts_and_names(tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = {f"{n}.{extension}": data for n in range(6) for extension, data in (("jpg", picture()), ("txt", b"" if n else b"a circle"))}
+    write_tar(tmp_path / "train" / "pairs" / "0.tar", members)
+    summary = prepare_index(tmp_path, tokenizer=tokenizer)
+    found = summary.sources["train/pairs"]
+    assert (found.samples, found.images, found.rejected) == (1, 1, {"no text": 5})
+    assert "no text: 5" in str(summary)
+    assert [record.message.rpartition("0.tar: ")[2] for record in caplog.records] == ["1: no text", "2: no text", "3: no text"]
+
+
+@pytest.mark.parametrize(
+    ("members", "kind"),
+    [
+        (["a.jpg", "a.txt"], "pairs"),
+        (["a.json", "a.png"], "pairs"),
+        (["a.0.jpg", "a.json"], "interleaved"),
+        (["a.txt"], "text"),
+        (["a.json"], "interleaved"),  # a list without an image
+        (["a.cls", "a.json"], "interleaved"),
+    ],
+)
+def test_the_kind_is_that_of_the_first_sample(tmp_path: Path, members: list[str], kind: str) -> None:
+    broken = tmp_path / "0.tar"
+    broken.write_bytes(b"x" * 100)
+    shard = write_tar(tmp_path / "1.tar", dict.fromkeys(members, b'{"items": [{"text": "x"}]}'))
+    assert detect_kind([broken, shard]) == kind
+
+
+def test_sources_are_found_below_a_data_set_a_split_or_as_the_path(tmp_path: Path) -> None:
+    for name in ("train/a", "train/b", "heldout/a"):
+        write_tar(tmp_path / name / "0.tar", {"0.txt": b"x"})
+    assert {path.relative_to(tmp_path.resolve()).as_posix() for path in find_sources(tmp_path)} == {"train/a", "train/b", "heldout/a"}
+    assert [path.name for path in find_sources(tmp_path / "train")] == ["a", "b"]
+    assert find_sources(tmp_path / "train" / "a") == [tmp_path / "train" / "a"]
+
+
+def test_a_tokenizer_is_trained_on_training_texts_alone(tmp_path: Path) -> None:
+    for split, word in (("train", "apple"), ("heldout", "zebra")):
+        members = {f"{n}.txt": f"the {word} number {n}".encode() for n in range(60)}
+        write_tar(tmp_path / split / "text" / "0.tar", {**members, "bad.txt": b"\xff"})
+    line = prepare_tokenizer(tmp_path, out=tmp_path / "tokenizer.model", vocab_size=300)
+    tokenizer = Tokenizer.open(tmp_path / "tokenizer.model")
+    assert f"{tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}" in line
+    assert len(tokenizer.encode("apple")) < len(tokenizer.encode("zebra"))
+
+
+def test_an_image_is_decoded_to_its_end() -> None:
+    assert check_image(picture(size=(33, 44))) == (33, 44)
+    for data in (picture()[:-30], picture(form="PNG")[:-30], picture(form="WEBP")[:-30], b""):
+        with pytest.raises(ValueError, match="image does not decode"):
+            check_image(data)

@@ -1,0 +1,92 @@
+"""The demo data: repeatable, of every format, packed full, and with held-out scenes of their own."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_mm.data.demo import COLOURS, SHAPES, draw_scene, prepare_demo
+from megatron_mm.data.index import open_split
+from megatron_mm.data.pipeline import make_plan
+from megatron_mm.data.shards import iterate_jsonl, iterate_tar
+from megatron_mm.recipes import get_recipe
+
+
+def test_demo_data_is_the_same_for_the_same_seed_and_has_every_format(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prepare_demo(tmp_path / name, samples=60, seed=seed)
+    shard = Path("train/pairs/00000.tar")
+    contents = {name: (tmp_path / name / shard).read_bytes() for name in "abc"}
+    assert contents["a"] == contents["b"] != contents["c"]
+    assert all(extension.encode() in contents["a"] for extension in (".jpg", ".png", ".webp", ".txt", ".json"))
+    held_out = (tmp_path / "a" / "heldout/pairs/00000.tar").read_bytes()
+    assert held_out != contents["a"]
+    for split in ("train", "heldout"):
+        indexes = open_split(tmp_path / "a", split, sources=["pairs", "interleaved", "text"])
+        assert all(not index.rejected for index in indexes)
+        assert [bool(index.samples["num_images"].sum()) for index in indexes] == [True, True, False]
+    with pytest.raises(ValueError, match=r"has a data set already"):
+        prepare_demo(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"--samples is 39, but the tokenizer needs at least 40"):
+        prepare_demo(tmp_path / "d", samples=39)
+
+
+def test_held_out_samples_are_not_training_samples(demo_data: Path) -> None:
+    for name in ("pairs", "interleaved"):
+        pictures = {
+            split: {
+                member.data
+                for sample in iterate_tar(demo_data / split / name / "00000.tar")
+                for extension, member in sample.members.items()
+                if extension.endswith(("jpg", "png", "webp"))
+            }
+            for split in ("train", "heldout")
+        }
+        assert pictures["heldout"] and not pictures["train"] & pictures["heldout"]
+    lines = {s: [line.data for line in iterate_jsonl(demo_data / s / "text" / "00000.jsonl")] for s in ("train", "heldout")}
+    assert lines["train"] != lines["heldout"] and all("text" in json.loads(line) for line in lines["train"])
+
+
+def test_captions_say_what_is_in_the_picture() -> None:
+    """The colour that a caption of one shape names is in the middle of its picture; crosses and triangles cover it too."""
+    rng = random.Random(0)
+    found = 0
+    for _ in range(200):
+        scene = draw_scene(rng)
+        words = scene.caption.split()
+        if len(words) == 3 and words[2] in SHAPES:
+            assert scene.image.getpixel((scene.image.width // 2, scene.image.height // 2)) == COLOURS[words[1]], scene.caption
+            assert ("what colour?", words[1]) in scene.questions and ("what shape?", words[2]) in scene.questions
+            found += 1
+    assert found > 40
+
+
+def test_pictures_differ_in_format_and_size(demo_data: Path) -> None:
+    sizes, formats = set(), Counter[str]()
+    for sample in iterate_tar(demo_data / "train" / "pairs" / "00000.tar"):
+        (data,) = [member.data for extension, member in sample.members.items() if extension in ("jpg", "png", "webp")]
+        with Image.open(io.BytesIO(data)) as image:
+            sizes.add(image.size)
+            formats[str(image.format)] += 1
+    assert len(sizes) > 50 and set(formats) == {"JPEG", "PNG", "WEBP"} and min(formats.values()) > 10
+
+
+def test_demo_data_is_packed_more_than_98_percent_full(tmp_path: Path) -> None:
+    prepare_demo(tmp_path / "demo", samples=2000)
+    base = get_recipe("debug_mm1")
+    plan = make_plan(replace(base, data=replace(base.data, path=tmp_path / "demo")), split="train")
+    state, used, room = plan.initial_state(), Counter[int](), Counter[int]()
+    for _ in range(100):
+        batch = plan.batch(state)
+        state = batch.next_state
+        for sequence in batch.sequences:
+            used[sequence.source] += sequence.num_tokens
+            room[sequence.source] += 256
+    assert all(used[source] / room[source] > 0.98 for source in room), {s: used[s] / room[s] for s in room}

@@ -1,0 +1,96 @@
+"""What the bytes of a document mean, and by which reason one is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from megatron_mm.data.documents import BadDocument, ImageReference, Text, parse_document, read_texts
+from megatron_mm.data.index import Kind
+
+
+def interleaved(fields: Any) -> list[Text | ImageReference]:
+    return parse_document("interleaved", json.dumps(fields).encode(), is_json=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "is_json"),
+    [
+        (b"  a red circle\n", False),
+        (b'{"caption": "a red circle", "width": 3}', True),
+        (b'{"text": " a red circle"}', True),
+        (b'{"text": "a red circle", "caption": "another"}', True),
+        (b'\xef\xbb\xbf{"text": "a red circle"}', True),  # a byte order mark
+        (b'{"caption": "a red circle"}', False),
+    ],
+)
+def test_captions_in_every_form(data: bytes, is_json: bool) -> None:
+    assert parse_document("pairs", data, is_json=is_json) == [Text("a red circle")]
+    assert read_texts("pairs", data) == ["a red circle"], "a run reads what was indexed, without the name"
+
+
+@pytest.mark.parametrize("data", [b"{red} ball", b"[1, 2] are numbers", b'{"a": 1}', b'"quoted"'])
+def test_a_text_file_may_begin_as_json_does(data: bytes) -> None:
+    assert parse_document("text", data, is_json=False) == [Text(data.decode())]
+    assert read_texts("text", data) == [data.decode()]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"items": [{"text": "one"}, {"image": "0.JPG"}, {"text": "two", "image": None}, {"text": " "}]},
+        {"texts": ["one", None, "two"], "images": [None, "0.jpg", None]},
+        {"text_list": ["one", "two"], "image_info": [{"image_name": "0.jpg", "matched_text_index": 1, "matched_sim": 0.3}]},
+    ],
+    ids=["items", "obelics", "mmc4"],
+)
+def test_interleaved_documents_in_every_form(fields: dict) -> None:
+    assert interleaved(fields) == [Text("one"), ImageReference("0.jpg"), Text("two")]
+    assert read_texts("interleaved", json.dumps(fields).encode()) == ["one", "two"]
+
+
+def test_several_images_before_one_sentence_keep_their_order() -> None:
+    info = [{"image_name": f"{name}.png", "matched_text_index": place} for name, place in ((2, 0), (0, 1), (1, 0))]
+    found = interleaved({"text_list": ["a", "b"], "image_info": info})
+    assert found == [ImageReference("2.png"), ImageReference("1.png"), Text("a"), ImageReference("0.png"), Text("b")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "reason"),
+    [
+        ("pairs", b"\xff\xfe", "text is not UTF-8"),
+        ("pairs", b' {"caption": "  "}', "no text"),
+        ("pairs", b'{"caption": 3}', "JSON has no text or caption"),
+        ("pairs", b'{"caption": "cut', "malformed JSON"),
+        ("text", b'{"text": "half a surrogate pair: \\ud800"}', "text is not UTF-8"),
+        ("text", b'{"text": "fine", "n": ' + b"1" * 5000 + b"}", "malformed JSON"),
+        ("text", b'{"a": ' * 100_000, "malformed JSON"),
+        ("text", b'["a line"]', "JSON is not an object"),
+        ("text", b"a line", "malformed JSON"),
+        ("interleaved", b'{"url": "x"}', "JSON has no items, texts or text_list"),
+        ("interleaved", b'{"items": [{"image": "0.jpg"}]}', "no text"),
+        ("interleaved", b'{"items": [{"text": "a", "image": "0.jpg"}]}', "malformed items list"),
+        ("interleaved", b'{"items": [{"image": 3}]}', "malformed items list"),
+        ("interleaved", b'{"items": ["a"]}', "malformed items list"),
+        ("interleaved", b'{"texts": ["a"], "images": []}', "malformed texts list"),
+        ("interleaved", b'{"texts": ["a", null], "images": [null, null]}', "malformed texts list"),
+        ("interleaved", b'{"text_list": [3], "image_info": []}', "malformed text_list list"),
+        ("interleaved", b'{"text_list": ["a"]}', "malformed text_list list"),
+        (
+            "interleaved",
+            b'{"text_list": ["a"], "image_info": [{"image_name": "0.jpg", "matched_text_index": 1}]}',
+            "malformed text_list list",
+        ),
+        (
+            "interleaved",
+            b'{"text_list": ["a"], "image_info": [{"image_name": "0.jpg", "matched_text_index": -1}]}',
+            "malformed text_list list",
+        ),
+    ],
+)
+def test_a_bad_document_has_its_reason(kind: Kind, data: bytes, reason: str) -> None:
+    with pytest.raises(BadDocument) as caught:
+        parse_document(kind, data, is_json=True)
+    assert str(caught.value) == reason

@@ -1,0 +1,106 @@
+"""Windows: whole documents where they fit, cut ones where they do not, nothing lost, and no order by length."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_mm.data.filling import Limits
+from megatron_mm.data.index import ITEM, SAMPLE, SourceIndex
+from megatron_mm.data.packing import Window, document_lengths, image_places, pack_window
+
+
+def source(documents: list[list[int | None]]) -> SourceIndex:
+    """An index of documents, each a list of items: the tokens of a text, or None for an image."""
+    samples = np.zeros(len(documents), SAMPLE)
+    items = np.zeros(sum(map(len, documents)), ITEM)
+    first = 0
+    for row, document in zip(samples, documents, strict=True):
+        row["first_item"], row["num_items"] = first, len(document)
+        row["text_tokens"] = sum(tokens or 0 for tokens in document)
+        row["num_images"] = document.count(None)
+        for item, tokens in zip(items[first : first + len(document)], document, strict=True):
+            item["is_image"], item["tokens"] = tokens is None, tokens or 0
+        first += len(document)
+    return SourceIndex("made", "interleaved", Path("made"), ("0.tar",), "", {}, samples, items)
+
+
+def pieces(window: Window) -> list[tuple[int, int, int]]:
+    """(sample, begin, end), sorted."""
+    return sorted(zip(window.sample.tolist(), window.begin.tolist(), window.end.tolist(), strict=True))
+
+
+def test_places_of_images_in_a_document() -> None:
+    """BOS, 3 tokens, an image of 4, 2 tokens, an image, EOS: images at 4 and 10, 15 places in all."""
+    index = source([[3, None, 2, None]])
+    starts, length = image_places(index, 0, 4)
+    assert starts.tolist() == [4, 10] and length == 15
+    assert document_lengths(index, np.array([0]), 4).tolist() == [15]
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        ([8], [(0, 10)]),  # just fits
+        ([9], [(0, 10), (10, 11)]),
+        ([30], [(0, 10), (10, 20), (20, 30), (30, 32)]),
+        ([7, None], [(0, 8), (8, 13)]),  # the image, at 8 to 12, would be cut
+        ([2, None, None, 1], [(0, 7), (7, 13)]),  # so would the second one, at 7 to 11
+        ([None] * 3 + [1], [(0, 9), (9, 15)]),  # two images to a sequence
+        ([20, None], [(0, 10), (10, 20), (20, 26)]),  # an image just after a cut
+    ],
+)
+def test_long_documents_are_cut_beside_images(document: list, expected: list) -> None:
+    window = pack_window(source([document]), np.array([0]), Limits(10, 2, 4), seed=0)
+    assert [(begin, end) for _, begin, end in pieces(window)] == expected
+    assert max(window.tokens) <= 10 and max(window.images_of) <= 2
+    assert sum(window.images_of) == document.count(None)
+
+
+def test_too_many_images_are_cut_even_where_tokens_fit() -> None:
+    window = pack_window(source([[1, None, None, None]]), np.array([0]), Limits(100, 2, 4), seed=0)
+    assert pieces(window) == [(0, 0, 10), (0, 10, 15)]
+    assert sorted(window.images_of) == [1, 2]
+
+
+def test_nothing_is_lost_and_the_limits_hold() -> None:
+    rng = np.random.default_rng(0)
+    documents = [[None if rng.random() < 0.4 else int(rng.integers(1, 60)) for _ in range(rng.integers(1, 9))] for _ in range(300)]
+    index = source(documents)
+    samples = rng.permutation(300)
+    window = pack_window(index, samples, Limits(128, 3, 16), seed=1)
+    assert max(window.tokens) <= 128 and max(window.images_of) <= 3
+    assert window.starts[0] == 0 and window.starts[-1] == len(window.sample) and (np.diff(window.starts) > 0).all()
+    assert sum(window.images_of) == int(index.samples["num_images"].sum())
+    for sample, group in itertools.groupby(pieces(window), key=lambda piece: piece[0]):
+        bounds = [(begin, end) for _, begin, end in group]
+        starts, length = image_places(index, sample, 16)
+        assert bounds[0][0] == 0 and bounds[-1][1] == length
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
+        assert not any(start < begin < start + 16 for start in starts for begin, _ in bounds)
+    again = pack_window(index, samples, Limits(128, 3, 16), seed=1)
+    assert pieces(again) == pieces(window) and (again.sample == window.sample).all() and (again.starts == window.starts).all()
+    assert (pack_window(index, samples, Limits(128, 3, 16), seed=2).sample != window.sample).any()
+
+
+def test_a_sample_that_comes_twice_is_packed_twice() -> None:
+    window = pack_window(source([[5], [6]]), np.array([0, 1, 0]), Limits(10, 1, 4), seed=0)
+    assert pieces(window) == [(0, 0, 7), (0, 0, 7), (1, 0, 8)]
+
+
+def test_long_and_short_documents_come_at_all_times() -> None:
+    """Filling begins with the long ones; what comes out of a window does not."""
+    rng = np.random.default_rng(0)
+    index = source([[int(tokens)] for tokens in rng.integers(1, 200, 2000)])
+    window = pack_window(index, np.arange(2000), Limits(256, 1, 16), seed=0)
+    longest = np.maximum.reduceat(window.end - window.begin, window.starts[:-1])
+    quarters = [part.mean() for part in np.array_split(longest, 4)]
+    assert max(quarters) - min(quarters) < 0.1 * longest.mean()
+
+
+def test_an_image_longer_than_a_sequence_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"an image takes 16 tokens, more than data.sequence_length 12"):
+        pack_window(source([[1, None]]), np.array([0]), Limits(12, 1, 16), seed=0)
