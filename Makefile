@@ -44,6 +44,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/plan_time.py
 	$(BIN)/python benchmarks/loader_throughput.py
 	$(BIN)/python benchmarks/trainer_overhead.py --data build/bench_data
+	$(BIN)/python benchmarks/moe_step.py --data build/bench_data
+	$(BIN)/python benchmarks/export_memory.py
 
 # On a machine with a GPU, in an environment that has torch's CUDA build, Transformer Engine and DALI (a container, say).
 GPU_PYTHON ?= python3
