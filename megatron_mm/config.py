@@ -18,6 +18,9 @@ from typing import Any, ClassVar, Literal
 
 Precision = Literal["fp32", "bf16", "fp8"]
 
+FP8_MULTIPLE = 16
+"""FP8 matrix products take numbers of tokens and widths that are multiples of this."""
+
 
 def _require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless the condition holds: the one way a config part rejects a value."""
@@ -379,7 +382,7 @@ class TrainConfig:
     seed: int = 1234
     """Seed of the initial weights, the sample order and everything else that is random."""
     layers: Literal["auto", "te", "torch"] = "auto"
-    """Layer backend: Transformer Engine or plain PyTorch; auto takes te on a GPU where its package imports."""
+    """Layer backend: Transformer Engine or plain PyTorch; auto takes te on a GPU where its package is, except in fp32."""
     deterministic: bool = False
     """Use deterministic algorithms where PyTorch has them; bit-identical reruns on a GPU, slower."""
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_mm.config import FP8_MULTIPLE
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.plan import image_owners
 from megatron_mm.parallel.topology import Topology
@@ -62,9 +63,9 @@ def generate(
 
 
 def _pack(documents: list[list[int]], prompts: list[Prompt], topology: Topology, *, pad_id: int) -> PackedBatch:
-    """All documents in one row, padded to a multiple of the tensor-parallel size."""
+    """All documents in one row, padded to a multiple of the tensor-parallel size, and of what FP8 products take."""
     total = sum(len(document) for document in documents)
-    padding = -total % topology.tensor_size
+    padding = -total % (FP8_MULTIPLE * topology.tensor_size)
     ids = torch.tensor([token for document in documents for token in document] + [pad_id] * padding)
     lengths = [len(document) for document in documents] + [padding] * bool(padding)
     starts, offset = [], 0

@@ -56,6 +56,8 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
         pipeline_dtype=context.dtype,
         bf16=context.dtype is torch.bfloat16,
         fp8="hybrid" if context.precision == "fp8" else None,
+        # Scales from the tensor at hand, not from those of earlier steps: nothing to keep in a checkpoint, so a resume stays exact.
+        fp8_recipe="tensorwise",
         attention_softmax_in_fp32=True,
         apply_rope_fusion=on_te,
         bias_activation_fusion=on_te,
@@ -123,7 +125,9 @@ def build_decoder(config: DecoderConfig, context: ChunkContext, *, transformer_c
     output_std = config.init_std / math.sqrt(2 * config.num_layers)
     for name, parameter in decoder.named_parameters():
         if parameter.ndim > 1:
-            parameter.init_std = output_std if name.endswith(_RESIDUAL_OUTPUTS) else config.init_std  # type: ignore[attr-defined]
+            # Transformer Engine numbers the weights of grouped experts: linear_fc2.weight0, linear_fc2.weight1, ...
+            residual = name.rstrip("0123456789").endswith(_RESIDUAL_OUTPUTS)
+            parameter.init_std = output_std if residual else config.init_std  # type: ignore[attr-defined]
         if ".experts." in name:
             # megatron-core says so only where expert > 1. But under tensor parallelism each process's experts see its own tokens, and
             # their gradients must be summed over the experts' data-parallel group; and checkpoints then have one form in all layouts.

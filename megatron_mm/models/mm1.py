@@ -63,12 +63,16 @@ class MM1Model(MegatronModule):
         return self.language.shared_embedding_or_output_weight()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
-        """Every parameter under its global name: `vision.`, `connector.` (copies) and `language.` (cut)."""
+        """Every parameter under its global name: `vision.`, `connector.` (copies) and `language.` (cut).
+
+        Transformer Engine's modules would add a pickle each, in which FP8 keeps the scales of earlier steps. Ours has none to keep
+        (`decoder_transformer_config`), so these are left out: checkpoints are the same with and without Transformer Engine.
+        """
         state = self.language.sharded_state_dict(f"{prefix}language.", sharded_offsets, metadata)
         if self.vision is not None and self.connector is not None:
             state.update(replicated_state(self.vision, prefix=f"{prefix}vision."))
             state.update(replicated_state(self.connector, prefix=f"{prefix}connector."))
-        return state
+        return {name: entry for name, entry in state.items() if "._extra_state" not in name}
 
     def forward(self, batch: PackedBatch, *, with_loss: bool = True) -> torch.Tensor:
         """Hidden states for the next stage, or on the last stage the result.

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 def choose_backend(experiment: Experiment, *, on_gpu: bool) -> Backend:
     """The layer backend that `train.layers` asks for.
 
-    Raises ValueError where Transformer Engine is asked for, or FP8 needs it, and it is not here.
+    Raises ValueError where Transformer Engine is asked for, or FP8 needs it, and it is not here; or is asked for in fp32, for which its
+    attention over packed documents has no kernel.
     """
     train = experiment.train
     has_te = on_gpu and importlib.util.find_spec("transformer_engine") is not None
@@ -33,7 +34,11 @@ def choose_backend(experiment: Experiment, *, on_gpu: bool) -> Backend:
         raise ValueError("train.layers is te, but Transformer Engine needs a GPU and its package: install it or use --train.layers torch")
     if train.precision == "fp8" and (not has_te or train.layers == "torch"):
         raise ValueError("train.precision is fp8, which needs a GPU with Transformer Engine: use --train.precision bf16 here")
-    return "te" if has_te and train.layers != "torch" else "torch"
+    if train.layers == "te" and train.precision == "fp32":
+        raise ValueError(
+            "train.layers is te, but Transformer Engine has no fp32 attention: use --train.precision bf16 or --train.layers torch"
+        )
+    return "te" if has_te and train.layers != "torch" and train.precision != "fp32" else "torch"
 
 
 def build_chunks(experiment: Experiment, topology: Topology) -> list[MegatronModule]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
@@ -19,10 +21,15 @@ def mark_replicated(module: torch.nn.Module) -> None:
 def replicated_state(module: torch.nn.Module, *, prefix: str) -> ShardedStateDict:
     """The module's parameters for a checkpoint: copies, of which the first process of the group writes one."""
     state = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.nn.Parameter)}
-    return make_sharded_tensors_for_checkpoint(
+    sharded = make_sharded_tensors_for_checkpoint(
         state,
         prefix,
         tensor_parallel_layers_axis_map={},
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
+    for name, layer in module.named_modules():
+        if isinstance(layer, TransformerLayer):  # a layer's spec says which of its names differ from the checkpoint's
+            names = layer.submodules_config.sharded_state_dict_keys_map
+            apply_prefix_mapping(sharded, {f"{prefix}{name}.{ours}": f"{prefix}{name}.{theirs}" for ours, theirs in names.items()})
+    return sharded

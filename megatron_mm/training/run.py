@@ -6,7 +6,7 @@ import logging
 import os
 from pathlib import Path
 
-from megatron_mm.config import Experiment, load_experiment, save_experiment
+from megatron_mm.config import FP8_MULTIPLE, Experiment, load_experiment, save_experiment
 from megatron_mm.data.pipeline import make_plan
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.models import family_of
@@ -51,6 +51,8 @@ def check(experiment: Experiment, run_dir: Path) -> None:
         raise ValueError(
             f"sequence parallelism cuts the {tokens} tokens of a micro-batch into {parallel.tensor} parts: change data.sequence_length"
         )
+    if experiment.train.precision == "fp8":
+        _check_fp8(experiment, tokens=tokens)
     tokenizer = Tokenizer.open(experiment.data.tokenizer_path)
     rows = experiment.model.decoder.vocab_size  # type: ignore[attr-defined]
     if tokenizer.vocab_size > rows:
@@ -61,6 +63,23 @@ def check(experiment: Experiment, run_dir: Path) -> None:
     make_plan(experiment, split="train")
     for checkpoint in completed_checkpoints(run_dir)[-1:]:
         check_same_model(experiment, checkpoint)
+
+
+def _check_fp8(experiment: Experiment, *, tokens: int) -> None:
+    """FP8 matrix products pad nothing: tokens and widths of every process must fit them."""
+    decoder, parallel = experiment.model.decoder, experiment.parallel  # type: ignore[attr-defined]
+    parts = {
+        "data.sequence_length x train.micro_batch_size": (tokens, parallel.tensor if parallel.sequence_parallel else 1),
+        "model.decoder.hidden_size": (decoder.hidden_size, 1),
+        "model.decoder.ffn_hidden_size": (decoder.ffn_hidden_size, parallel.tensor),
+        "model.decoder.num_query_groups x head_dim": (decoder.num_query_groups * decoder.head_dim, parallel.tensor),
+    }
+    for name, (size, degree) in parts.items():
+        if size % (FP8_MULTIPLE * degree):
+            raise ValueError(
+                f"train.precision fp8 needs multiples of {FP8_MULTIPLE} on each process, but {name} is {size} and is cut into {degree}: "
+                "change it or use --train.precision bf16"
+            )
 
 
 def _warn_of_changes(experiment: Experiment, path: Path) -> None:
