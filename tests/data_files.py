@@ -1,15 +1,41 @@
-"""Pictures and shards for tests."""
+"""Pictures, shards, and an experiment on them, for tests."""
 
 from __future__ import annotations
 
 import io
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from megatron_mm.config import Experiment
 from megatron_mm.data.shards import TarWriter
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.recipes import get_recipe
+
+ALONE = Topology(
+    device=torch.device("cpu"),
+    rank=0,
+    world_size=1,
+    tensor_rank=0,
+    tensor_size=1,
+    pipeline_rank=0,
+    pipeline_size=1,
+    virtual_size=1,
+    data_rank=0,
+    data_size=1,
+)
+"""The topology of a single process."""
+
+
+def experiment(path: Path, **data: Any) -> Experiment:
+    """`debug_mm1` on a data set, decoded by Pillow, with these fields of its data."""
+    base = get_recipe("debug_mm1")
+    return replace(base, data=replace(base.data, path=path, decoder="pillow", packing_window=64, **data))
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (20, 30), form: str = "JPEG") -> bytes:

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from data_files import ALONE, experiment
 
-from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.index import open_split
 from megatron_mm.data.loader import StepBatch
 from megatron_mm.data.pipeline import TrainingData
+from megatron_mm.data.plan import GlobalBatch, Plan, PlanState
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.recipes import get_recipe
-
-ALONE = Topology(
-    device=torch.device("cpu"),
-    rank=0,
-    world_size=1,
-    tensor_rank=0,
-    tensor_size=1,
-    pipeline_rank=0,
-    pipeline_size=1,
-    virtual_size=1,
-    data_rank=0,
-    data_size=1,
-)
-
-
-def experiment(path: Path, **data: Any) -> Experiment:
-    base = get_recipe("debug_mm1")
-    return replace(base, data=replace(base.data, path=path, decoder="pillow", packing_window=64, **data))
 
 
 def load(path: Path, topology: Topology = ALONE, *, steps: int = 1, **data: Any) -> list[StepBatch]:
@@ -186,14 +170,72 @@ def test_too_many_bad_samples_stop_the_run_by_name(demo_data: Path, tmp_path: Pa
         load(data, steps=6, mixture={"pairs": 1.0})
 
 
-def test_a_text_that_went_bad_does_not_count(demo_data: Path, tmp_path: Path) -> None:
+def _replace_line(data: Path, line: bytes) -> int:
+    """Write `line`, padded, over the first text; its length in tokens when it was indexed."""
+    path = data / "train" / "text" / "00000.jsonl"
+    content = path.read_bytes()
+    length = content.index(b"\n")
+    path.write_bytes(line.ljust(length)[:length] + content[length:])
+    return int(open_split(data, "train", sources=["text"])[0].samples["text_tokens"][0])
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff" * 9999, b'{"text": "a', b'{"text": "red"}', b"[]"], ids=["bytes", "cut", "another text", "no object"]
+)
+def test_a_text_that_went_bad_costs_itself_alone(demo_data: Path, tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    data = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    indexed = _replace_line(data, line)
+    (good,) = load(demo_data, mixture={"text": 1.0})
+    (step,) = load(data, mixture={"text": 1.0}, max_bad_fraction=0.5)
+    times = step.bad["text"]  # so many epochs of the few texts are in one global batch
+    assert "unusable text in sample 0 of text" in caplog.text
+    lost = sum(int((a.loss_mask - b.loss_mask).sum()) for a, b in zip(good.micro_batches, step.micro_batches, strict=True))
+    assert times > 0 and lost == times * (indexed + 1)  # its tokens and EOS
+    for batch in step.micro_batches:
+        assert (batch.labels[batch.loss_mask == 0] == Tokenizer.open(data / "tokenizer.model").pad_id).all()
+
+
+def test_too_many_bad_texts_stop_the_run_by_name(demo_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(demo_data, tmp_path / "data"))
     path = data / "train" / "text" / "00000.jsonl"
-    content = bytearray(path.read_bytes())
-    content[: content.index(b"\n")] = b"\xff" * content.index(b"\n")
-    path.write_bytes(content)
-    steps = load(data, steps=3, mixture={"text": 1.0}, max_bad_fraction=0.5)
-    assert sum(step.bad.get("text", 0) for step in steps) >= 1
+    path.write_bytes(path.read_bytes().replace(b"text", b"tixt"))
+    with pytest.raises(ValueError, match=r"(\d+) of \1 texts of source text failed, more than data.max_bad_fraction 0.01"):
+        load(data, steps=8, mixture={"text": 1.0})
+
+
+def test_a_shard_that_is_gone_is_counted_until_the_run_stops(demo_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    settings = experiment(data, mixture={"pairs": 1.0}, prefetch_steps=1)
+    loader = TrainingData(settings, ALONE, Tokenizer.open(settings.data.tokenizer_path))
+    try:
+        (data / "train" / "pairs" / "00000.tar").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"of source pairs failed, more than data.max_bad_fraction"):
+            for _ in range(20):
+                next(loader)
+        with pytest.raises(ValueError, match=r"of source pairs failed"):
+            next(loader)  # and says so again
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("line", [None, b"{}"])
+def test_every_bad_sample_counts_once_over_all_processes(demo_data: Path, tmp_path: Path, line: bytes | None) -> None:
+    """Texts are read by both tensor ranks of both end stages, images by one process each."""
+    data = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    mixture = {"pairs": 1.0}
+    if line is None:
+        _damage_images(data, 1)
+    else:
+        _replace_line(data, line)
+        mixture = {"text": 1.0}
+    (alone,) = load(data, mixture=mixture, max_bad_fraction=1.0)
+    total = 0
+    for tensor_rank in range(2):
+        for stage in range(3):
+            topology = replace(ALONE, tensor_size=2, tensor_rank=tensor_rank, pipeline_size=3, pipeline_rank=stage)
+            (step,) = load(data, topology, mixture=mixture, max_bad_fraction=1.0)
+            total += sum(step.bad.values())
+    assert total == sum(alone.bad.values()) > 0
 
 
 def test_another_tokenizer_than_the_index_is_an_error(demo_data: Path, tmp_path: Path) -> None:
@@ -217,3 +259,51 @@ def test_batches_do_not_share_memory(demo_data: Path) -> None:
     before = two.micro_batches[0].token_ids.clone()
     one.micro_batches[0].token_ids.zero_()
     assert torch.equal(two.micro_batches[0].token_ids, before)
+
+
+def test_batches_are_made_ahead_but_not_without_end(demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prefetch_steps` wait in the queue, one waits to get in, and the next one is being read."""
+    planned = []
+    plan_batch = Plan.batch
+
+    def counted(self: Plan, state: PlanState) -> GlobalBatch:
+        planned.append(state)
+        return plan_batch(self, state)
+
+    monkeypatch.setattr(Plan, "batch", counted)
+    settings = experiment(demo_data, prefetch_steps=2)
+    loader = TrainingData(settings, ALONE, Tokenizer.open(settings.data.tokenizer_path))
+    try:
+        for taken in range(3):
+            deadline = time.monotonic() + 20
+            while len(planned) < taken + 4 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert len(planned) == taken + 4
+            time.sleep(0.1)
+            assert len(planned) == taken + 4
+            next(loader)
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("images", ["true", "blank"])
+def test_closing_at_once_or_after_an_error_leaves_no_threads(demo_data: Path, tmp_path: Path, images: str) -> None:
+    before = set(threading.enumerate())
+    settings = experiment(demo_data, images=images)
+    TrainingData(settings, ALONE, Tokenizer.open(settings.data.tokenizer_path)).close()
+    data = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    _damage_images(data, 100)
+    with contextlib.suppress(ValueError):
+        load(data, steps=4, images=images, mixture={"pairs": 1.0})
+    assert set(threading.enumerate()) == before
+
+
+def test_shuffled_images_that_are_bad_are_named_by_their_own_sample(
+    demo_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    _damage_images(data, 1)
+    steps = load(data, steps=2, images="shuffled", max_bad_fraction=1.0)
+    named = {record.message for record in caplog.records if "undecodable" in record.message}
+    assert sum(step.bad.get("pairs", 0) for step in steps) >= 1
+    assert named == {"undecodable image in sample 0 of pairs: a blank one stands for it"}

@@ -52,11 +52,41 @@ def test_a_resume_from_any_cursor_gives_the_same_batches(demo_data: Path) -> Non
         batch = plan.batch(state)
         straight.append(contents(batch))
         state = batch.next_state
-    for number in (1, 5, 11):
+    assert max(state.window) > 3, "cursors lie in several windows"
+    for number, cursor in enumerate(cursors):
         fresh = make_plan(experiment(demo_data, packing_window=32), split="train")
-        batch = fresh.batch(PlanState.from_dict(json.loads(cursors[number])))
-        assert contents(batch) == straight[number]
+        state = PlanState.from_dict(json.loads(cursor))
+        for expected in straight[number : number + 3]:
+            batch = fresh.batch(state)
+            assert contents(batch) == expected
+            state = batch.next_state
     assert all(len(cursor) < 200 for cursor in cursors)
+
+
+def test_the_mixture_holds_over_a_long_run(demo_data: Path) -> None:
+    """Sequences of each source are within one of its share after every global batch, across windows and epochs."""
+    weights = {"interleaved": 0.45, "pairs": 0.45, "text": 0.1}
+    plan = make_plan(experiment(demo_data, mixture=weights, packing_window=64), split="train")
+    state, counts = plan.initial_state(), [0, 0, 0]
+    for step in range(1, 101):
+        batch = plan.batch(state)
+        for sequence in batch.sequences:
+            counts[sequence.source] += 1
+        state = batch.next_state
+        total = step * plan.global_batch_size
+        assert list(state.drawn) == counts
+        assert all(abs(count - total * weight) <= 1 for count, weight in zip(counts, weights.values(), strict=True))
+    assert min(state.window) > 2
+
+
+def test_another_seed_makes_other_batches_and_epochs_differ(demo_data: Path) -> None:
+    base = experiment(demo_data, mixture={"pairs": 1.0}, packing_window=120)  # a window is an epoch
+    other = replace(base, train=replace(base.train, seed=base.train.seed + 1))
+    first, second = (make_plan(settings, split="train") for settings in (base, other))
+    assert contents(first.batch(first.initial_state())) != contents(second.batch(second.initial_state()))
+    epochs = [first.batch(PlanState(drawn=(0,), window=(number,), next_sequence=(0,))).sequences[0].window for number in range(2)]
+    assert sorted(epochs[0].sample) == sorted(epochs[1].sample) == list(range(120))
+    assert (epochs[0].sample != epochs[1].sample).mean() > 0.9
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
