@@ -98,7 +98,7 @@ def export(checkpoint: Path, out: Path, shard_size: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2, help="decoder layers, every second one with 64 experts (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers, every second one sparse (default: %(default)s)")
     parser.add_argument("--shard-size", default="1GB", help="(default: %(default)s)")
     parser.add_argument("--step", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
