@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import os
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_mm.data import shards
-from megatron_mm.data.shards import TarWriter, iterate_jsonl, iterate_tar, read_range
+from megatron_mm.data.shards import BrokenShard, TarWriter, iterate_jsonl, iterate_tar, read_range
 
 
 def write(path: Path, members: dict[str, bytes]) -> Path:
@@ -24,6 +29,75 @@ def test_the_key_ends_at_the_first_dot_of_the_last_part(tmp_path: Path) -> None:
     samples = list(iterate_tar(path))
     assert [sorted(sample.members) for sample in samples] == [["0.png", "jpg", "json"], ["txt"], ["txt"]]
     assert [sample.key for sample in samples] == ["d.1/x", "d.2/x", "/y"]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_every_format_with_folders_and_links(tmp_path: Path, form: int) -> None:
+    path = tmp_path / "a.tar"
+    long = "x" * (90 if form == tarfile.USTAR_FORMAT else 200)
+    with tarfile.open(path, "w", format=form) as archive:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        link = tarfile.TarInfo("folder/link.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        for info in (folder, link):
+            archive.addfile(info)
+        for name, data in ((f"folder/{long}.jpg", b"1" * 600), (f"folder/{long}.txt", b"two")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    (sample,) = iterate_tar(path)
+    assert sample.key == f"folder/{long}" and sorted(sample.members) == ["jpg", "txt"]
+    for member in sample.members.values():
+        assert read_range(path, member.offset, len(member.data)) == member.data
+
+
+def test_a_key_that_comes_again_later_is_another_sample(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", {"a.jpg": b"1", "b.jpg": b"2", "a.txt": b"3"})
+    assert [(sample.key, list(sample.members)) for sample in iterate_tar(path)] == [("/a", ["jpg"]), ("/b", ["jpg"]), ("/a", ["txt"])]
+
+
+@pytest.mark.parametrize(
+    ("keep", "found", "message"),
+    [
+        (512 + 1024 + 512 + 300, 0, "cannot be read after byte 2048: unexpected end of data"),
+        (512 + 1024 + 512 + 1024, 1, "ends without an end marker after byte 3072: it is truncated"),
+        (512 + 1024 + 200, 0, "ends without an end marker after byte 1536: it is truncated"),
+    ],
+    ids=["in contents", "between files", "in a header"],
+)
+def test_a_truncated_tar_names_itself_and_the_byte(tmp_path: Path, keep: int, found: int, message: str) -> None:
+    path = write(tmp_path / "a.tar", {"a.txt": b"a" * 1000, "b.txt": b"b" * 1000})
+    path.write_bytes(path.read_bytes()[:keep])
+    samples = []
+    with pytest.raises(BrokenShard) as caught:
+        for sample in iterate_tar(path):
+            samples.append(sample)
+    assert str(caught.value) == f"shard {path} {message}"
+    assert len(samples) == found, "the last sample before the break may lack members, and is left out"
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 2000, gzip.compress(b"tar")], ids=["empty", "no tar", "gzip"])
+def test_what_is_no_tar_is_broken(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    with pytest.raises(BrokenShard, match=f"{path} cannot be read after byte 0"):
+        list(iterate_tar(path))
+
+
+def test_a_shard_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"0123456789")
+    opened = []
+    really_open = os.open
+
+    def counted(*arguments: Any) -> int:
+        opened.append(arguments[0])
+        return really_open(*arguments)
+
+    monkeypatch.setattr(os, "open", counted)
+    assert [read_range(path, n, 2) for n in range(5)] == [b"01", b"12", b"23", b"34", b"45"]
+    assert opened == [path]
 
 
 def test_offsets_lead_to_the_contents(tmp_path: Path) -> None:
