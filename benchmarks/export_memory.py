@@ -32,9 +32,7 @@ def experiment(layers: int, tokenizer: Path) -> Experiment:
     """MM1 3B-MoE with few layers and a small image tower, in bf16 on one process."""
     base = get_recipe("mm1_3b_moe")
     assert isinstance(base.model, MM1Config)
-    model = replace(
-        base.model, decoder=replace(base.model.decoder, num_layers=layers), vision=replace(base.model.vision, num_layers=1)
-    )
+    model = replace(base.model, decoder=replace(base.model.decoder, num_layers=layers), vision=replace(base.model.vision, num_layers=1))
     return replace(
         base,
         model=model,
@@ -118,7 +116,9 @@ def main() -> None:
         )
         found = json.loads(done.stdout.splitlines()[-1])
     limit = found["largest"] + 2 * GIB
-    print(f"exported        {found['bytes'] / GIB:6.2f} GiB in {found['seconds']:.0f} s, {found['bytes'] / 1e9 / found['seconds']:.2f} GB/s")
+    print(
+        f"exported        {found['bytes'] / GIB:6.2f} GiB in {found['seconds']:.0f} s, {found['bytes'] / 1e9 / found['seconds']:.2f} GB/s"
+    )
     print(f"largest file    {found['largest'] / GIB:6.2f} GiB")
     print(f"peak memory     {found['peak'] / GIB:6.2f} GiB; aim: under the largest file + 2 GiB = {limit / GIB:.2f} GiB")
     print(f"ratio           {found['peak'] / limit:6.2f} (peak memory / aim)")

@@ -231,6 +231,8 @@ class ParallelConfig:
     """Model chunks on each pipeline stage (interleaved schedule); 1 is plain 1F1B."""
     expert: int = 1
     """Expert-parallel degree, taken out of the data-parallel size; 1 for a dense model."""
+    expert_tensor: int = 1
+    """Tensor-parallel degree inside each expert, a divisor of tensor; 1 keeps experts whole. More than 1 needs GPUs."""
     sequence: bool | None = None
     """Split activations between the tensor-parallel processes along the sequence; None means: where tensor > 1."""
     stage_layers: tuple[int, ...] | None = None
@@ -249,10 +251,14 @@ class ParallelConfig:
     """A collective that waits longer than this ends the run instead of hanging it."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "tensor", "pipeline", "virtual", "expert", "collective_timeout_minutes")
+        _require_positive(self, "tensor", "pipeline", "virtual", "expert", "expert_tensor", "collective_timeout_minutes")
         _require(
             self.virtual == 1 or self.pipeline > 1,
             f"parallel.virtual is {self.virtual}, but interleaving needs parallel.pipeline > 1: set one of them",
+        )
+        _require(
+            self.tensor % self.expert_tensor == 0,
+            f"parallel.expert_tensor {self.expert_tensor} does not divide parallel.tensor {self.tensor}: use a divisor of it, or 1",
         )
         if self.stage_layers is not None:
             stages = self.pipeline * self.virtual
@@ -281,7 +287,8 @@ class ParallelConfig:
         data = world_size // self.model_parallel_size
         _require(
             data % self.expert == 0,
-            f"parallel.expert {self.expert} does not divide the data-parallel size {data}",
+            f"parallel.expert {self.expert} does not divide the data-parallel size {data} ({world_size} processes / tensor {self.tensor} / "
+            f"pipeline {self.pipeline}): use one of {[degree for degree in range(1, data + 1) if data % degree == 0]}",
         )
         return data
 

@@ -84,7 +84,7 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
 
 def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict:
     """Sparse layers in megatron-core's words; the router's losses are our own (`models.moe`)."""
-    moe = config.moe
+    moe, parallel = config.moe, context.parallel
     assert moe is not None
     return {
         "num_moe_experts": moe.num_experts,
@@ -98,7 +98,7 @@ def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict:
         "moe_expert_capacity_factor": moe.capacity_factor,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": context.backend == "te",
-        "expert_tensor_parallel_size": 1,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
     }
 
 
@@ -161,9 +161,12 @@ def check_decoder_layout(config: DecoderConfig, parallel: ParallelConfig, world_
 
 def _check_experts(config: DecoderConfig, parallel: ParallelConfig) -> None:
     if config.moe is None:
-        if parallel.expert > 1:
-            raise ValueError(f"parallel.expert is {parallel.expert}, but the model has no experts: use a recipe with experts, or expert 1")
+        for name, degree in (("expert", parallel.expert), ("expert_tensor", parallel.expert_tensor)):
+            if degree > 1:
+                raise ValueError(f"parallel.{name} is {degree}, but the model has no experts: use a recipe with experts, or {name} 1")
         return
+    if not config.sparse_layers:
+        raise ValueError(f"moe.every_n_layers {config.moe.every_n_layers} makes none of the {config.num_layers} layers sparse: use less")
     if config.moe.num_experts % parallel.expert:
         allowed = [degree for degree in range(1, config.moe.num_experts + 1) if config.moe.num_experts % degree == 0]
         raise ValueError(f"parallel.expert {parallel.expert} does not divide the {config.moe.num_experts} experts: use one of {allowed}")

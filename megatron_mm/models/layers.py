@@ -25,12 +25,12 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_mm.models.moe import ExpertLayer, Router
+from megatron_mm.models.moe import Router
 
 Backend = Literal["te", "torch"]
 
@@ -163,7 +163,7 @@ def decoder_layer_spec(backend: Backend, *, experts: bool = False) -> ModuleSpec
             submodule = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
             spec.submodules.pre_mlp_layernorm = te_layers.TENorm  # a router reads what a dense layer's first matrix would have normalised
             spec.submodules.sharded_state_dict_keys_map = {k: v for k, v in _FUSED_NORM_NAMES.items() if not k.startswith("mlp.")}
-        spec.submodules.mlp = ModuleSpec(module=ExpertLayer, submodules=MoESubmodules(experts=submodule, router=Router))
+        spec.submodules.mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=submodule, router=Router))
     return spec
 
 

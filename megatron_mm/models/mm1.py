@@ -100,15 +100,15 @@ class MM1Model(MegatronModule):
             decoder_input=decoder_input,
             labels=batch.labels[None] if with_loss else None,
             packed_seq_params=packed,
-            padding_mask=self._token_kinds(batch),
+            padding_mask=self._padding(batch),
         )
 
-    def _token_kinds(self, batch: PackedBatch) -> torch.Tensor | None:
-        """Kinds [1, t] of this process's tokens for the routers of sparse layers (`models.moe`)."""
+    def _padding(self, batch: PackedBatch) -> torch.Tensor | None:
+        """[1, t] bool, True for padding among this process's tokens, for the routers of sparse layers (`models.moe`)."""
         if self.config.num_moe_experts is None:
             return None
         local = self.sharing.local_tokens(batch.num_tokens)
-        return (batch.is_token.long() + batch.loss_mask.long())[None, local.start : local.stop]
+        return ~batch.is_token[None, local.start : local.stop]
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         """Token embeddings with the image tokens in their places; this process's part of [t, 1, h]."""

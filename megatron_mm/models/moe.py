@@ -1,19 +1,27 @@
 """Mixture-of-experts feed-forward layers: megatron-core's dispatch and experts, with a router of our own.
 
-The router routes tokens that are not padding, and its losses are sums over real tokens: they do not depend on how tokens are laid
-out over processes, nor on padding. For a layer and a micro-batch of n real tokens, of which c count in the language-model loss, with E
-experts and k choices a token,
+The router routes tokens that are not padding, and its losses are of the whole global batch: they depend on its real tokens, and not on
+which of them share a micro-batch or a process, in which order they come, or how much padding lies between them. For a layer and a
+global batch of N real tokens, with E experts, k choices a token, p_te the softmax over all experts and s_e the share of all choices that
+fell on expert e (before any was dropped; shares add up to 1),
 
-    load balance = E / (k n^2) * sum over experts of (tokens that chose it) * (sum of its probabilities)     GShard, Switch; 1 at best
-    z            = 1 / n * sum over tokens of logsumexp(logits)^2                                            ST-MoE, equation (5)
+    load balance = E / N * sum over tokens and experts of s_e * p_te     GShard, Switch; 1 where all experts get the same
+    z            = 1 / N * sum over tokens of logsumexp(logits)^2        ST-MoE, equation (5)
 
-The objective is the mean over the global batch's counted tokens: each micro-batch's losses weigh c. So, as everything else, they are summed
-over micro-batches and processes and divided once.
+The objective is the language model's loss per counted token + coefficient * loss for both and for every sparse layer. As all gradients are
+divided by the number C of counted tokens once, at the end of the step, a token's part here weighs C / N (`Router.token_weight`).
+
+Shares have no gradient, but they weigh the one of p, and those of this batch are known only when its last micro-batch has gone forward.
+So the gradient takes the shares of the step before (`Router.shares`, a part of the checkpoint; equal ones at first, which have no effect).
+Taking each micro-batch's own, as others do, would need no memory; but the result would depend on how documents are packed into
+micro-batches, every one of them would be pulled to balance by itself, and tensor parallelism would need a reduction for each of them.
 
 Shape legend: t tokens of this process, e experts, h width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -28,38 +36,44 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-PADDING, TOKEN, COUNTED_TOKEN = 0, 1, 2
-"""Kinds of tokens, as the router is told: padding; real; real, and its label counts in the loss."""
-
 
 class RoutingRecord:
     """Sums over what a router saw since `take`: on this process, in float64."""
 
-    FIELDS = ("tokens", "counted", "load_balance", "z", "entropy", "dropped")
-    """Real tokens; counted tokens; the two losses, weighted with counted tokens; entropies of tokens' probabilities, nats; choices
-    that an expert had no room for."""
+    FIELDS = ("tokens", "z", "entropy")
+    """Real tokens; the z-loss of each; the entropy of each one's probabilities, nats."""
+    TABLES = ("chosen", "kept", "mass")
+    """For each expert: tokens that chose it; those of them that it had room for; the probabilities that tokens gave it."""
 
     def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
+        self.size = len(self.FIELDS) + len(self.TABLES) * num_experts
         self.sums: torch.Tensor | None = None
 
-    def add(self, values: torch.Tensor, routed: torch.Tensor) -> None:
-        """Add the fields and the tokens that each expert got."""
-        row = torch.cat([values.detach().double(), routed.detach().double()])
+    def add(self, *values: torch.Tensor) -> None:
+        """Add the fields, then the tables."""
+        row = torch.cat([value.detach().double().reshape(-1) for value in values])
         self.sums = row if self.sums is None else self.sums + row
 
     def take(self, device: torch.device) -> torch.Tensor:
-        """[fields + experts] float64, and begin anew."""
+        """[fields + tables * experts] float64, and begin anew."""
         sums, self.sums = self.sums, None
-        return torch.zeros(len(self.FIELDS) + self.num_experts, dtype=torch.float64, device=device) if sums is None else sums
+        return torch.zeros(self.size, dtype=torch.float64, device=device) if sums is None else sums
 
 
 class Router(TopKRouter):
     """Top-k softmax routing in float32; padding goes nowhere."""
 
+    shares: torch.Tensor
+    """[e] float32: the share of all choices that fell on each expert in the step before."""
+
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__(config, pg_collection)
-        self.record = RoutingRecord(config.num_moe_experts)
+        num_experts = config.num_moe_experts
+        assert num_experts is not None
+        self.record = RoutingRecord(num_experts)
+        self.register_buffer("shares", torch.full((num_experts,), 1.0 / num_experts, dtype=torch.float32))
+        self.token_weight: torch.Tensor | float = 1.0
+        """Counted tokens over real tokens of the global batch; the same for all of its micro-batches."""
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [..., e] in float32."""
@@ -70,72 +84,56 @@ class Router(TopKRouter):
 
         Args:
             input: [t, 1, h].
-            padding_mask: kinds of this process's tokens [t, 1]; None where all are real and counted.
+            padding_mask: [t, 1] bool, True for padding; None where there is none.
 
         Returns:
-            (probabilities of the chosen experts, which experts are chosen), both [t, e].
+            (weights of the chosen experts, which experts are chosen), both [t, e].
         """
         logits_te = self.gating(input).flatten(0, 1)
-        kinds = torch.full(logits_te.shape[:1], COUNTED_TOKEN, device=logits_te.device) if padding_mask is None else padding_mask.flatten()
-        real = kinds > PADDING
-        probs_te, chosen_te = topk_routing_with_score_function(logits_te, self.topk, use_pre_softmax=False, score_function="softmax")
-        probs_te, chosen_te = probs_te * real[:, None], chosen_te & real[:, None]
+        real = torch.ones_like(logits_te[:, 0], dtype=torch.bool) if padding_mask is None else ~padding_mask.flatten()
+        weights_te, chosen_te = topk_routing_with_score_function(logits_te, self.topk, use_pre_softmax=False, score_function="softmax")
+        weights_te, chosen_te = weights_te * real[:, None], chosen_te & real[:, None]
         kept_te = chosen_te
         if self.config.moe_expert_capacity_factor is not None:
-            probs_te, kept_te = apply_router_token_dropping(
-                probs_te, chosen_te, router_topk=self.topk, capacity_factor=self.config.moe_expert_capacity_factor, drop_policy="probs"
+            weights_te, kept_te = apply_router_token_dropping(
+                weights_te, chosen_te, router_topk=self.topk, capacity_factor=self.config.moe_expert_capacity_factor, drop_policy="probs"
             )
         # Under recompute the first pass has no gradients: losses and records belong to the second alone.
         if self.training and torch.is_grad_enabled():
-            probs_te = self._with_losses(probs_te, logits_te, chosen_te, kept_te, kinds)
-        return probs_te, kept_te
+            weights_te = self._with_losses(weights_te, logits_te, chosen_te, kept_te, real)
+        return weights_te, kept_te
 
     def _with_losses(
-        self, probs_te: torch.Tensor, logits_te: torch.Tensor, chosen_te: torch.Tensor, kept_te: torch.Tensor, kinds: torch.Tensor
+        self, weights_te: torch.Tensor, logits_te: torch.Tensor, chosen_te: torch.Tensor, kept_te: torch.Tensor, real: torch.Tensor
     ) -> torch.Tensor:
-        """The same probabilities; in the backward pass the losses' gradients join theirs."""
-        real = (kinds > PADDING).float()
+        """The same weights; in the backward pass the losses' gradients join theirs."""
         log_probs_te = F.log_softmax(logits_te, dim=-1)
-        everywhere = torch.cat([chosen_te.sum(dim=0).float(), real.sum()[None], (kinds == COUNTED_TOKEN).sum()[None].float()])
-        if self.tp_cp_group.size() > 1:  # the micro-batch's tokens are spread over this group
-            dist.all_reduce(everywhere, group=self.tp_cp_group)
-        chosen_e, (n, counted) = everywhere[:-2], everywhere[-2:].clamp(min=1).unbind()
-        mass_e = (log_probs_te.exp() * real[:, None]).sum(dim=0)
-        load_balance = counted * self.num_experts / (self.topk * n * n) * (chosen_e * mass_e).sum()
-        z = counted / n * (logits_te.logsumexp(dim=-1).square() * real).sum()
-        loss = self.config.moe_aux_loss_coeff * load_balance + self.config.moe_z_loss_coeff * z
-        entropy = -(log_probs_te.exp() * log_probs_te).sum(dim=-1) @ real
-        dropped = (chosen_te.sum() - kept_te.sum()).float()
-        values = torch.stack([real.sum(), (kinds == COUNTED_TOKEN).sum().float(), load_balance, z, entropy, dropped])
-        self.record.add(values, kept_te.sum(dim=0))
-        return MoEAuxLossAutoScaler.apply(probs_te, loss)
+        mass_e = real.float() @ log_probs_te.exp()
+        z = real.float() @ logits_te.logsumexp(dim=-1).square()
+        entropy = -(real.float() @ (log_probs_te.exp() * log_probs_te).sum(dim=-1))
+        self.record.add(real.sum(), z, entropy, chosen_te.sum(dim=0), kept_te.sum(dim=0), mass_e)
+        balance = self.shares.numel() * (self.shares @ mass_e)
+        loss = self.token_weight * (self.config.moe_aux_loss_coeff * balance + self.config.moe_z_loss_coeff * z)
+        return MoEAuxLossAutoScaler.apply(weights_te, loss)
 
 
-class ExpertLayer(MoELayer):
-    """megatron-core's layer with our router, to which it hands the kinds of tokens as they are."""
-
-    def forward(
-        self, hidden_states: torch.Tensor, intermediate_tensors: None = None, padding_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, None]:
-        """[t, 1, h] -> [t, 1, h]; `padding_mask` has the kinds [1, t] of this process's tokens. Padding comes out as zeros."""
-        kinds = None if padding_mask is None else padding_mask.transpose(0, 1)
-        probs, routing_map = self.router(hidden_states, kinds)
-        hidden_states, probs = self.preprocess(hidden_states, probs, routing_map)
-        dispatched, probs = self.dispatch(hidden_states, probs)
-        output, _ = self.routed_experts_compute(dispatched, probs)
-        return self.postprocess(self.combine(output), None), None
+def routers(chunks: list[torch.nn.Module]) -> Iterator[tuple[int, Router]]:
+    """The routers of this process's chunks, each with its layer's index in the whole model, from 0."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, MoELayer):
+                assert isinstance(module.router, Router) and module.layer_number is not None
+                yield module.layer_number - 1, module.router
 
 
 def take_records(chunks: list[torch.nn.Module], *, layers: tuple[int, ...], num_experts: int, device: torch.device) -> torch.Tensor:
-    """What the routers of all processes recorded since the last call: [sparse layers, fields + experts], the same everywhere.
+    """What the routers of all processes recorded since the last call: [sparse layers, fields + tables * experts], the same everywhere.
 
     Args:
         layers: indices of the sparse layers in the whole model, from 0.
     """
-    total = torch.zeros(len(layers), len(RoutingRecord.FIELDS) + num_experts, dtype=torch.float64, device=device)
-    for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, ExpertLayer):
-                total[layers.index(module.layer_number - 1)] += module.router.record.take(device)
+    total = torch.zeros(len(layers), RoutingRecord(num_experts).size, dtype=torch.float64, device=device)
+    for layer, router in routers(chunks):
+        total[layers.index(layer)] += router.record.take(device)
     dist.all_reduce(total)
     return total

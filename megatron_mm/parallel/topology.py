@@ -67,6 +67,11 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Topology:
     """Join the process group that torchrun set up (or make one of a single process) and cut it into megatron-core's groups."""
     cpu.install()
     device = local_device()
+    if parallel.expert_tensor > 1 and device.type != "cuda":
+        raise ValueError(
+            f"parallel.expert_tensor is {parallel.expert_tensor}, but gloo cannot gather the uneven numbers of tokens that this needs: "
+            "use 1 on a CPU, or GPUs"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=parallel.collective_timeout_minutes)
@@ -81,7 +86,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Topology:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         distributed_timeout_minutes=max(1, round(parallel.collective_timeout_minutes)),
     )
     topology = _current(parallel, device=device)
@@ -150,7 +155,7 @@ def pretend(parallel: ParallelConfig, *, pipeline_rank: int, seed: int = 0) -> I
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
             expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=1,
+            expert_tensor_parallel_size=parallel.expert_tensor,
             create_gloo_process_groups=False,
         )
         seed_everything(seed)

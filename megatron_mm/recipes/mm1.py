@@ -123,7 +123,9 @@ def _sparse(dense: Experiment, recipe: str, *, moe: MoEConfig, parallel: Paralle
 
 
 def mm1_3b_moe() -> Experiment:
-    """MM1 3B-MoE, 64B in all: 64 experts in every second layer; 128 GPUs as tensor 2 x data 64, two experts of a layer on each GPU.
+    """MM1 3B-MoE, 64B in all and 4.0B at work on a token: 64 experts in every second layer.
+
+    128 GPUs as tensor 2 x data 64, two experts of a layer on each GPU.
 
     `sbatch examples/mm1_3b_moe.slurm`.
     """
@@ -132,7 +134,9 @@ def mm1_3b_moe() -> Experiment:
 
 
 def mm1_7b_moe() -> Experiment:
-    """MM1 7B-MoE, 47B in all: 32 experts in every fourth layer; 128 GPUs as tensor 4 x data 32, two experts of a layer on each GPU.
+    """MM1 7B-MoE, 47B in all and 8.4B at work on a token: 32 experts in every fourth layer.
+
+    128 GPUs as tensor 4 x data 32, two experts of a layer on each GPU.
 
     `sbatch examples/mm1_7b_moe.slurm`.
     """

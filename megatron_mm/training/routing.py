@@ -1,4 +1,4 @@
-"""What the routers of sparse layers did in a step, over the whole global batch."""
+"""What the routers of sparse layers did in a step, over the whole global batch, and what they need to know of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_mm.config import DecoderConfig
-from megatron_mm.models.moe import RoutingRecord, take_records
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.models.moe import RoutingRecord, routers, take_records
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,15 @@ class RoutingStats:
     """[layers] z-loss before its coefficient."""
     entropy: np.ndarray
     """[layers] mean entropy of a token's probabilities, nats; log(experts) where the router does not care."""
-    dropped: np.ndarray
-    """[layers] choices that an expert had no room for."""
+    chosen_per_expert: np.ndarray
+    """[layers, experts] tokens that chose each expert."""
     tokens_per_expert: np.ndarray
-    """[layers, experts] tokens that each expert worked on."""
+    """[layers, experts] tokens that each expert worked on: all that chose it, unless it had no room."""
+
+    @property
+    def dropped(self) -> np.ndarray:
+        """[layers] choices that an expert had no room for."""
+        return (self.chosen_per_expert - self.tokens_per_expert).sum(axis=1)
 
     @property
     def imbalance(self) -> np.ndarray:
@@ -37,7 +44,7 @@ class RoutingStats:
         return np.divide(self.tokens_per_expert.max(axis=1), mean, out=np.ones_like(mean), where=mean > 0)
 
     def summary(self) -> dict[str, float]:
-        """What is logged of a step: means over layers, and the busiest expert of all."""
+        """What is logged of a step: means over layers, the busiest expert of all, and all that was dropped."""
         return {
             "load_balance_loss": float(self.load_balance.mean()),
             "z_loss": float(self.z.mean()),
@@ -48,21 +55,44 @@ class RoutingStats:
         }
 
 
+def weigh_tokens(
+    decoder: DecoderConfig, model: list[DistributedDataParallel], micro_batches: list[PackedBatch], *, device: torch.device
+) -> None:
+    """Before a step: tell the routers what a real token weighs. Called by all processes together; nothing to do for a dense model."""
+    if decoder.moe is None:
+        return
+    counted = sum(float(batch.loss_mask.sum()) for batch in micro_batches)
+    real = sum(float(batch.is_token.sum()) for batch in micro_batches)
+    totals = torch.tensor([counted, real], dtype=torch.float64, device=device)
+    dist.all_reduce(totals)  # the processes of one data-parallel copy count the same tokens, which leaves the ratio as it is
+    weight = (totals[0] / totals[1].clamp(min=1)).float()
+    for _, router in routers(model):  # type: ignore[arg-type]
+        router.token_weight = weight
+
+
 def collect(decoder: DecoderConfig, model: list[DistributedDataParallel], *, device: torch.device) -> RoutingStats | None:
-    """Add up what all routers recorded since the last call; None for a dense model. Called by all processes together."""
+    """After a step's passes: add up what all routers recorded, and tell them the experts' shares for the next step.
+
+    None for a dense model. Called by all processes together.
+    """
     if decoder.moe is None:
         return None
-    layers = decoder.sparse_layers
-    sums = take_records(model, layers=layers, num_experts=decoder.moe.num_experts, device=device).cpu().numpy()  # type: ignore[arg-type]
-    field = {name: sums[:, column] for column, name in enumerate(RoutingRecord.FIELDS)}
-    tokens, counted = np.maximum(field["tokens"], 1), np.maximum(field["counted"], 1)
+    layers, experts = decoder.sparse_layers, decoder.moe.num_experts
+    sums = take_records(model, layers=layers, num_experts=experts, device=device).cpu().numpy()  # type: ignore[arg-type]
+    fields = dict(zip(RoutingRecord.FIELDS, sums.T, strict=False))
+    tables = dict(zip(RoutingRecord.TABLES, sums[:, len(fields) :].reshape(len(layers), -1, experts).swapaxes(0, 1), strict=True))
+    tokens = np.maximum(fields["tokens"], 1)
+    choices = np.maximum(tables["chosen"].sum(axis=1, keepdims=True), 1)
+    shares = tables["chosen"] / choices
+    for layer, router in routers(model):  # type: ignore[arg-type]
+        router.shares.copy_(torch.from_numpy(shares[layers.index(layer)]))
     return RoutingStats(
         layers=layers,
-        load_balance=field["load_balance"] / counted,
-        z=field["z"] / counted,
-        entropy=field["entropy"] / tokens,
-        dropped=field["dropped"],
-        tokens_per_expert=sums[:, len(RoutingRecord.FIELDS) :],
+        load_balance=experts * (shares * tables["mass"]).sum(axis=1) / tokens,
+        z=fields["z"] / tokens,
+        entropy=fields["entropy"] / tokens,
+        chosen_per_expert=tables["chosen"],
+        tokens_per_expert=tables["kept"],
     )
 
 

@@ -15,7 +15,7 @@ from megatron_mm.data.batch import PackedBatch
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.loss import LossFunction, LossTotals, combine_losses, loss_function, micro_batch_iterator
 from megatron_mm.training.optimizer import Update, learning_rate, update
-from megatron_mm.training.routing import RoutingStats, collect
+from megatron_mm.training.routing import RoutingStats, collect, weigh_tokens
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,10 @@ class TrainingStep:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        decoder = self.experiment.model.decoder  # type: ignore[attr-defined]
+        weigh_tokens(decoder, self.model, micro_batches, device=self.topology.device)
         losses = self._pass(micro_batches, forward_only=False)
-        routing = collect(self.experiment.model.decoder, self.model, device=self.topology.device)  # type: ignore[attr-defined]
+        routing = collect(decoder, self.model, device=self.topology.device)
         done = update(self.optimizer, lr=lr, weight_decay=config.weight_decay, clip_grad_norm=config.clip_grad_norm)
         return StepResult(losses=losses, update=done, lr=lr, routing=routing)
 

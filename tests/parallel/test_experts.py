@@ -203,17 +203,35 @@ def test_a_checkpoint_of_expert_parallel_2_goes_on_in_other_layouts(
     [
         (EXPERTS, {"expert": 3}, "parallel.expert 3 does not divide the 4 experts: use one of [1, 2, 4]"),
         (None, {"expert": 2}, "the model has no experts"),
+        (None, {"tensor": 2, "expert_tensor": 2}, "parallel.expert_tensor is 2, but the model has no experts"),
+        (
+            replace(EXPERTS, num_experts=8),
+            {"expert": 8},
+            "does not divide the data-parallel size 12 (12 processes / tensor 1 / pipeline 1)",
+        ),
+        (MoEConfig(num_experts=4, every_n_layers=9), {}, "moe.every_n_layers 9 makes none of the 2 layers sparse"),
         (EXPERTS, {"tensor": 2, "sequence": False}, "experts need sequence parallelism where parallel.tensor > 1"),
     ],
 )
 def test_layouts_that_experts_do_not_allow(experts: MoEConfig | None, parallel: dict[str, Any], message: str) -> None:
     experiment = small_experiment(decoder={"moe": experts}, parallel=parallel)
-    with pytest.raises(ValueError, match="expert") as error:
+    with pytest.raises(ValueError, match="expert|sparse") as error:
         check_decoder_layout(experiment.model.decoder, experiment.parallel, 12)
     assert message in str(error.value)
 
 
+def test_experts_are_cut_by_a_divisor_of_the_tensor_parallel_degree() -> None:
+    with pytest.raises(ValueError, match=r"parallel\.expert_tensor 4 does not divide parallel\.tensor 2"):
+        small_experiment(parallel={"tensor": 2, "expert_tensor": 4})
+
+
+def test_cut_experts_need_gpus() -> None:
+    experiment = small_experiment(decoder={"moe": EXPERTS}, parallel={"tensor": 2, "expert_tensor": 2})
+    with pytest.raises(ValueError, match=r"parallel\.expert_tensor is 2, but gloo cannot gather the uneven numbers of tokens"):
+        topologies.initialize(experiment.parallel, seed=1)
+
+
 def test_the_heat_map_is_drawn(tmp_path: Path) -> None:
-    stats = RoutingStats((1, 3), *(np.ones(2) for _ in range(4)), tokens_per_expert=np.array([[0.0, 4.0], [2.0, 2.0]]))
-    assert stats.imbalance.tolist() == [2.0, 1.0]
+    stats = RoutingStats((1, 3), np.ones(2), np.ones(2), np.ones(2), np.array([[1.0, 6.0], [2.0, 2.0]]), np.array([[0.0, 4.0], [2.0, 2.0]]))
+    assert stats.imbalance.tolist() == [2.0, 1.0] and stats.dropped.tolist() == [3.0, 0.0]
     assert draw_expert_load(stats.tokens_per_expert, stats.layers, tmp_path / "x.png", title="t").stat().st_size > 1000

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from distributed import run_processes
 
 from megatron_mm.platform import cpu
 
@@ -39,6 +41,34 @@ def test_megatron_core_still_needs_cuda_without_the_platform(program: str, reaso
 def test_optimizers_still_sort_parameters_by_cuda_type_names() -> None:
     source = importlib.import_module("inspect").getsource(importlib.import_module("megatron.core.optimizer.optimizer"))
     assert "'torch.cuda.FloatTensor'" in source, "upstream sorts otherwise now: remove the patch of Parameter.type"
+
+
+def _all_to_all(split_sizes_as: str) -> list[float]:
+    """What the second process gets when it is sent 1 of 3 rows, with split sizes in the form that the token dispatcher has them."""
+    rank = dist.get_rank() if dist.is_initialized() else -1
+    if rank < 0:
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+    sizes = {"tensor": torch.tensor([2, 1]), "numbers": cpu._split_sizes(torch.tensor([2, 1]), as_numpy=True)}[split_sizes_as]
+    received = torch.zeros(4 if rank == 0 else 2)
+    expected = {"tensor": torch.tensor([2, 2] if rank == 0 else [1, 1])}.get(split_sizes_as, [2, 2] if rank == 0 else [1, 1])
+    dist.all_to_all_single(received, torch.arange(3.0) + 10 * rank, expected, sizes)
+    dist.destroy_process_group()
+    return received.tolist()
+
+
+def test_gloos_all_to_all_wants_split_sizes_as_numbers() -> None:
+    assert run_processes(_all_to_all, 2, "numbers") == [[0.0, 1.0, 10.0, 11.0], [2.0, 12.0]]
+    with pytest.raises(AssertionError, match="TypeError"):
+        run_processes(_all_to_all, 2, "tensor")
+
+
+def test_the_token_dispatcher_still_leaves_split_sizes_on_a_cpu_as_tensors() -> None:
+    upstream = importlib.import_module("megatron.core.transformer.moe.moe_utils").maybe_move_tensor_to_cpu
+    assert torch.is_tensor(upstream(torch.tensor([2, 1]), as_numpy=True)), "upstream makes numbers of them now: remove the patch"
+    cpu.install()
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    assert not torch.is_tensor(dispatcher.maybe_move_tensor_to_cpu(torch.tensor([2, 1]), as_numpy=True))
 
 
 def test_inside_megatron_core_cuda_means_the_cpu() -> None:

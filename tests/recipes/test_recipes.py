@@ -88,9 +88,7 @@ def test_variants_differ_in_what_they_name(connector: str) -> None:
         assert base[part] == variant[part]
 
 
-@pytest.mark.parametrize(
-    ("name", "billions", "active_billions"), [("mm1_3b_moe", 63.93, 4.033), ("mm1_7b_moe", 47.62, 8.356)]
-)
+@pytest.mark.parametrize(("name", "billions", "active_billions"), [("mm1_3b_moe", 63.93, 4.033), ("mm1_7b_moe", 47.62, 8.356)])
 def test_sparse_decoders_have_their_sizes(name: str, billions: float, active_billions: float) -> None:
     """All parameters within 1% of the published size; the active ones are those that a token is multiplied with."""
     experiment = get_recipe(name)

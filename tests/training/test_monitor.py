@@ -19,6 +19,7 @@ from megatron_mm.evaluation.captions import CaptionSample
 from megatron_mm.recipes import get_recipe
 from megatron_mm.training.metrics import MetricsFile, StepMetrics, to_json
 from megatron_mm.training.monitor import Monitor
+from megatron_mm.training.routing import draw_expert_load
 from megatron_mm.training.wandb_run import redact
 
 
@@ -81,8 +82,9 @@ def test_wandb_has_everything_of_metrics_jsonl_and_a_resume_goes_on_with_the_sam
     for first in (1, 3):
         watched = monitor(run_dir, resume_step=first - 1)
         for step in (first, first + 1):
-            watched.log_step(metrics(step))
+            watched.log_step(metrics(step, experts={"z_loss": 1.0 + step, "load_imbalance": 1.5}))
         watched.log_eval(first + 1, {"heldout/loss": 0.5})
+        watched.log_picture(first + 1, "expert_load", draw_expert_load(np.ones((2, 4)), (1, 3), run_dir / "expert_load.png", title="t"))
         watched.log_captions(first + 1, [CaptionSample(image=picture, true="a red circle", generated="a red square")])
         watched.close(exit_code=0)
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
@@ -95,13 +97,16 @@ def test_wandb_has_everything_of_metrics_jsonl_and_a_resume_goes_on_with_the_sam
         for name, value in line.items():
             if name == "losses":
                 assert {source: entry[f"train/loss/{source}"] for source in value} == value
-            elif name in ("bad_samples", "experts") or value is None:
+            elif name == "experts":
+                assert {part: entry[f"train/experts/{part}"] for part in value} == value != {}
+            elif name == "bad_samples" or value is None:
                 continue
             else:
                 assert entry[f"train/{name}"] == value
     assert [entry["heldout/loss"] for entry in logged if "heldout/loss" in entry] == [0.5, 0.5]
     tables = [(entry["captions/ncols"], entry["captions/nrows"]) for entry in logged if "captions/nrows" in entry]
     assert tables == [(3, 1), (3, 1)]
+    assert [entry["train/step"] for entry in logged if "expert_load/path" in entry] == [2, 4]
     assert [entry["train/step"] for entry in logged if "loss_curve/path" in entry] == [2, 4]
     pictures = list((files[0].parent / "files" / "media").rglob("*.png"))
     assert pictures, "the captions' images and the loss curve are kept with the run"
