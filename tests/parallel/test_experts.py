@@ -215,7 +215,7 @@ def test_a_checkpoint_of_expert_parallel_2_goes_on_in_other_layouts(
 )
 def test_layouts_that_experts_do_not_allow(experts: MoEConfig | None, parallel: dict[str, Any], message: str) -> None:
     experiment = small_experiment(decoder={"moe": experts}, parallel=parallel)
-    with pytest.raises(ValueError, match="expert|sparse") as error:
+    with pytest.raises(ValueError, match=r"expert|sparse") as error:
         check_decoder_layout(experiment.model.decoder, experiment.parallel, 12)
     assert message in str(error.value)
 
