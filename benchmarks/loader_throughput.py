@@ -111,12 +111,16 @@ def main() -> None:
         print(f"{len(blobs)} JPEGs of 640 x 480 pixels, {sum(map(len, blobs)) / len(blobs) / 1e3:.0f} kB each; {arguments.threads} threads")
         for backend in arguments.decoder or ["pillow", *(["dali"] if has_dali() else [])]:
             data = DataConfig(path=path, decoder=backend, decode_threads=arguments.threads, read_threads=2)
-            loader, bare = [], []
+            rounds = []
             for _ in range(arguments.rounds):
-                loader.append(loader_rate(path, replace(data), image_size=arguments.image_size, steps=10))
-                bare.append(bare_rate(blobs, data, image_size=arguments.image_size, batch=14, images=10 * 4 * 14))
-            ours, baseline = statistics.median(loader), statistics.median(bare)
-            print(f"{backend:8} loader {ours:7.0f} images/s   bare decode + resize {baseline:7.0f} images/s   ratio {ours / baseline:.2f}")
+                ours = loader_rate(path, replace(data), image_size=arguments.image_size, steps=10)
+                rounds.append((ours, bare_rate(blobs, data, image_size=arguments.image_size, batch=14, images=10 * 4 * 14)))
+            ratios = sorted(ours / bare for ours, bare in rounds)  # of neighbours in time, as other programs come and go
+            loader, bare = (statistics.median(rates) for rates in zip(*rounds, strict=True))
+            print(
+                f"{backend:8} loader {loader:7.0f} images/s   bare decode + resize {bare:7.0f} images/s   "
+                f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            )
 
 
 if __name__ == "__main__":
