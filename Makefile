@@ -50,10 +50,10 @@ bench: $(STAMP)
 # On a machine with a GPU, in an environment that has torch's CUDA build, Transformer Engine and DALI (a container, say).
 GPU_PYTHON ?= python3
 gpu-check:
-	PYTHONPATH=. $(GPU_PYTHON) tools/gpu_check.py
+	PYTHONPATH=. PYTHONWARNINGS=ignore $(GPU_PYTHON) tools/gpu_check.py
 
 gpu-bench:
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_bench.py
+	PYTHONPATH=. PYTHONWARNINGS=ignore $(GPU_PYTHON) benchmarks/gpu_bench.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output
