@@ -79,6 +79,7 @@ def _children(pid: int) -> list[int]:
         return []
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_stops_with_a_checkpoint_and_the_next_start_goes_on(demo_data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = _train_command(demo_data, run_dir, steps=1000, pipeline=2)
