@@ -32,16 +32,18 @@ def contents(batch: GlobalBatch) -> list[tuple[int, int, int, int]]:
 
 
 def test_every_sample_of_an_epoch_is_used_once_and_whole(demo_data: Path) -> None:
-    plan = make_plan(experiment(demo_data, mixture={"pairs": 1.0}, packing_window=60), split="train")
-    samples, state = len(plan.indexes[0]), plan.initial_state()
-    assert samples == 120  # two windows
-    seen: list[tuple[int, int, int, int]] = []
-    while state.window[0] < 2:
-        batch = plan.batch(state)
-        seen += contents(batch)
-        state = batch.next_state
-    first_epoch = seen[:samples]
-    assert sorted(sample for _, sample, _, _ in first_epoch) == list(range(samples))
+    """Whether a global batch ends within a window or spans several."""
+    for global_batch_size in (1, 2, 16):
+        base = experiment(demo_data, mixture={"pairs": 1.0}, packing_window=30)
+        sizes = replace(base.train, global_batch_size=global_batch_size, micro_batch_size=1)
+        plan = make_plan(replace(base, train=sizes), split="train")
+        assert len(plan.indexes[0]) == 120  # four windows
+        state, seen = plan.initial_state(), []
+        while len(seen) < 120:
+            batch = plan.batch(state)
+            seen += contents(batch)
+            state = batch.next_state
+        assert sorted(sample for _, sample, _, _ in seen[:120]) == list(range(120))
 
 
 def test_a_resume_from_any_cursor_gives_the_same_batches(demo_data: Path) -> None:
@@ -113,6 +115,16 @@ def test_images_are_balanced_over_micro_batches_and_ranks(demo_data: Path) -> No
     of_rank = [sum(s.num_images for micro in batch.micro_batches_of(rank, 4) for s in micro) for rank in range(4)]
     assert max(of_rank) - min(of_rank) <= one
     assert np.bincount(image_owners(7, 4), minlength=4).tolist() == [2, 2, 2, 1]
+
+
+def test_costly_micro_batches_are_dealt_back_and_forth(demo_data: Path) -> None:
+    """8 7 6 5 4 3 2 1 images to two ranks: 8 + 5 + 4 + 1 and 7 + 6 + 3 + 2."""
+    plan = make_plan(experiment(demo_data), split="train")
+    batch = plan.batch(plan.initial_state())
+    sequences = [replace(batch.sequences[0], num_images=8 - number) for number in range(8)]
+    made = GlobalBatch(sequences, [[number] for number in range(8)], 256, batch.next_state)
+    dealt = [[micro[0].num_images for micro in made.micro_batches_of(rank, 2)] for rank in range(2)]
+    assert dealt == [[8, 5, 4, 1], [7, 6, 3, 2]]
 
 
 def test_long_documents_are_cut_between_images_and_nothing_is_lost(demo_data: Path) -> None:

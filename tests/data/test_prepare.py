@@ -129,6 +129,9 @@ def test_the_number_of_workers_does_not_change_the_index(demo_data: Path, tmp_pa
     one = [file.read_bytes() for file in files]
     prepare_index(tmp_path, tokenizer=tokenizer, workers=2)
     assert [file.read_bytes() for file in files] == one
+    samples = open_index(tmp_path / "pairs").samples
+    assert samples["shard"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert samples["first_item"].tolist() == list(range(0, 30, 2)), "rows of all shards follow one another"
 
 
 def test_paths_without_data_are_named(tmp_path: Path, tokenizer: Path) -> None:

@@ -28,6 +28,7 @@ def test_any_text_comes_back(tmp_path: Path) -> None:
 def test_a_text_cannot_spell_a_special_token(tmp_path: Path) -> None:
     tokenizer = train_tokenizer([*TEXTS, "<image> <pad> </s>"], tmp_path / "a.model", vocab_size=330)
     ids = tokenizer.encode("<image> <pad> <s> </s>")
+    assert max(tokenizer.image_id, tokenizer.pad_id) < sentencepiece.SentencePieceProcessor(str(tmp_path / "a.model")).get_piece_size()
     assert not {tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id} & set(ids)
     assert tokenizer.decode(ids) == "<image> <pad> <s> </s>"
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.image_id, tokenizer.eos_id]) == "<image> <pad> <s> </s>"
