@@ -317,7 +317,7 @@ class DataConfig:
     prefetch_steps: int = 2
     """Global batches planned and read ahead."""
     packing_window: int = 4096
-    """Samples of one source that are packed together (best fit); a larger window fills better and plans in larger bites."""
+    """Samples of one source that are packed together; a larger window fills better and plans in larger bites."""
     images: Literal["true", "shuffled", "blank"] = "true"
     """Pixels that the model sees: each sample's own, those of other samples in the same global batch, or none (the mean
     colour everywhere). The last two are baselines of the same data in the same order."""
