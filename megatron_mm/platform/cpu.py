@@ -1,12 +1,13 @@
 """Run megatron-core without CUDA.
 
-megatron-core writes `device="cuda"` and `torch.cuda.current_device()` into its schedules, optimizers and
-communication. `install()` gives megatron-core's modules a view of torch in which those mean the CPU: in each loaded
-`megatron.core` module the name `torch` is rebound to a `_TorchOnCpu`, which forwards everything to torch except `cuda`
-and the few factory functions that megatron-core calls with a device. torch itself and every other package are left
-alone, so nothing outside megatron-core can be surprised, and there is no cost per operation: an attribute is looked up
-once and then found in the view's own dict. (A TorchFunctionMode that rewrites devices costs a Python call for every
-torch call of the process; patching torch.cuda itself changes what all other libraries see.)
+megatron-core writes `device="cuda"` and `torch.cuda.current_device()` into its schedules, optimizers and communication.
+`install()` gives megatron-core's modules a view of torch in which those mean the CPU: in each loaded `megatron.core`
+module the name `torch` is rebound to a `_TorchOnCpu`, which forwards everything to torch except `cuda` and the few
+factory functions that megatron-core calls with a device. torch itself and every other package are left alone, so nothing
+outside megatron-core can be surprised (two methods of tensors are replaced, and ask who calls), and there is no cost per
+operation: an attribute is looked up once and then found in the view's own dict. (A TorchFunctionMode that rewrites
+devices costs a Python call for every torch call of the process; patching torch.cuda itself changes what all other
+libraries see.)
 
 What upstream lacks is said beside each patch; `tests/platform/test_cpu.py` fails when a patch is no longer needed.
 """
@@ -124,13 +125,17 @@ def _on_cpu(factory: Any) -> Any:
     return made
 
 
+FACTORIES = ("tensor", "zeros", "ones", "empty", "arange", "empty_like")
+"""What megatron-core calls with a CUDA device."""
+
+
 class _TorchOnCpu(types.ModuleType):
     """The name `torch` inside megatron-core."""
 
     def __init__(self) -> None:
         super().__init__("torch")
         self.cuda = _CudaOnCpu()
-        for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like"):
+        for name in FACTORIES:
             setattr(self, name, _on_cpu(getattr(torch, name)))
 
     def __getattr__(self, name: str) -> Any:
@@ -139,20 +144,31 @@ class _TorchOnCpu(types.ModuleType):
         return value
 
 
+def _for_megatron(replacement: Any, original: Any) -> Any:
+    """A method that is another one when megatron-core calls it."""
+
+    @functools.wraps(original)
+    def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return (replacement if caller.startswith("megatron.core") else original)(self, *args, **kwargs)
+
+    return method
+
+
 def _parameter_type(self: torch.nn.Parameter, *args: Any, **kwargs: Any) -> Any:
     """`Parameter.type()`: the optimizers sort parameters by the name of their CUDA tensor type and know no CPU names."""
     name = torch.Tensor.type(self, *args, **kwargs)
     return name.replace("torch.", "torch.cuda.") if isinstance(name, str) and not name.startswith("torch.cuda.") else name
 
 
+def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`Tensor.cuda()`: megatron-core moves a few tensors so."""
+    return self
+
+
 def _set_rng_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
     """`tensor_parallel.random._set_cuda_rng_state`: reaches for CUDA's generators through torch._C."""
     torch.set_rng_state(new_state)
-
-
-def _get_rng_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
-    """`tensor_parallel.random._get_cuda_rng_state`: the same for reading."""
-    return torch.get_rng_state()
 
 
 def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -203,9 +219,7 @@ def install() -> None:
             module.torch = view  # type: ignore[attr-defined]
     random: Any = sys.modules["megatron.core.tensor_parallel.random"]
     random._set_cuda_rng_state = _set_rng_state
-    random._get_cuda_rng_state = _get_rng_state
     sys.modules["megatron.core.transformer.moe.token_dispatcher"].maybe_move_tensor_to_cpu = _split_sizes  # type: ignore[attr-defined]
-    torch.nn.Parameter.type = _parameter_type  # type: ignore[method-assign, assignment]
-    # megatron-core moves a few tensors with .cuda(); without CUDA that can only raise, so it may as well stay where it is.
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Parameter.type = _for_megatron(_parameter_type, torch.Tensor.type)  # type: ignore[method-assign]
+    torch.Tensor.cuda = _for_megatron(_stay, torch.Tensor.cuda)  # type: ignore[method-assign]
     _INSTALLED = True

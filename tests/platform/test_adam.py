@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
-import inspect
+from typing import Any
 
+import pytest
 import torch
+from distributed import run_processes
+from small import random_step, small_experiment
 
-from megatron_mm.platform.adam import FusedAdamW, install
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.build import build_model
+from megatron_mm.platform import adam
+from megatron_mm.platform.adam import FusedAdamW
+from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.step import TrainingStep
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -26,10 +35,11 @@ def _parameters() -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (7,))]
 
 
-def test_it_is_torchs_adamw() -> None:
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_it_is_torchs_adamw(weight_decay: float) -> None:
     ours, theirs = _parameters(), _parameters()
-    _train(FusedAdamW(ours, **OPTIONS), ours, steps=10, seed=1)
-    _train(torch.optim.AdamW(theirs, **OPTIONS), theirs, steps=10, seed=1)
+    _train(FusedAdamW(ours, **{**OPTIONS, "weight_decay": weight_decay}), ours, steps=10, seed=1)
+    _train(torch.optim.AdamW(theirs, **{**OPTIONS, "weight_decay": weight_decay}), theirs, steps=10, seed=1)
     for mine, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-7)
 
@@ -67,9 +77,42 @@ def test_going_on_from_a_state_is_exact() -> None:
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
 
 
-def test_upstream_still_falls_back_to_torchs_adamw() -> None:
-    source = inspect.getsource(importlib.import_module("megatron.core.optimizer"))
-    assert "USING_PYTORCH_OPTIMIZER" in source, "megatron-core chooses its Adam otherwise now: see platform/adam.py"
-    install()
+def _steps_after_loading(*, installed: bool) -> dict[str, Any]:
+    """Which Adam megatron-core builds, and what it counts before and after its own state is loaded."""
+    if not installed:
+        adam.install = lambda: None  # type: ignore[assignment]
+    experiment = small_experiment(precision="fp32")
+    topology = topologies.initialize(experiment.parallel, seed=1)
+    model = build_model(experiment, topology)
+    optimizer = build_optimizer(experiment, model)
+    TrainingStep(experiment, topology, model, optimizer, num_sources=2).run(random_step(experiment, topology, step=1), step=1)
+    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    optimizer.load_state_dict(optimizer.state_dict())
+    inner = part.optimizer
+    counters = {id(state["step"]) for state in inner.state.values() if "step" in state}
+    return {
+        "kind": type(inner).__name__,
+        "parameters": len(inner.state),
+        "counters": len(counters),
+        "of group": "step" in inner.param_groups[0],
+    }
+
+
+def test_upstream_still_gives_all_parameters_one_counter_of_steps() -> None:
+    """Each of a step's updates then counts it on: after loading, N parameters make N steps of one."""
+    (found,) = run_processes(functools.partial(_steps_after_loading, installed=False), 1)
+    assert found["kind"] == "AdamW", "megatron-core falls back to another Adam now: see platform/adam.py"
+    assert found["parameters"] > 1 and found["counters"] == 1, "megatron-core keeps counters apart now: platform/adam.py may go"
+
+
+def test_ours_counts_in_the_group() -> None:
+    (found,) = run_processes(functools.partial(_steps_after_loading, installed=True), 1)
+    assert found["kind"] == "FusedAdamW" and found["counters"] == 0 and found["of group"]
+
+
+def test_megatron_core_counts_as_apex_does() -> None:
+    adam.install()
     optimizer = importlib.import_module("megatron.core.optimizer")
-    assert not optimizer.USING_PYTORCH_OPTIMIZER
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    assert optimizer.Adam is distributed.Adam is FusedAdamW and not optimizer.USING_PYTORCH_OPTIMIZER
+    assert distributed.HAVE_APEX_OR_TE and distributed.USING_APEX_OPTIMIZER
