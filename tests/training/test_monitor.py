@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from training.wandb_file import config, history, run_ids
 from megatron_mm.config import Experiment
 from megatron_mm.evaluation.captions import CaptionSample
 from megatron_mm.recipes import get_recipe
-from megatron_mm.training.metrics import MetricsFile, StepMetrics, to_json
+from megatron_mm.training.metrics import MetricsFile, StepMetrics, draw_loss_curve, to_json
 from megatron_mm.training.monitor import Monitor
 from megatron_mm.training.routing import draw_expert_load
 from megatron_mm.training.wandb_run import redact
@@ -147,6 +149,55 @@ def test_training_goes_on_when_wandb_fails_in_the_middle(tmp_path: Path, caplog:
     run.finish()
     assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert sum("is switched off" in record.message for record in caplog.records) == 1
+
+
+_KILLED = """
+import logging, sys
+from pathlib import Path
+import psutil
+from training.test_monitor import metrics, monitor
+logging.basicConfig(level="WARNING", format="%(message)s", stream=sys.stdout)
+watched = monitor(Path(sys.argv[1]))
+watched.log_step(metrics(1))
+service = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("wandb")]
+assert service, "W&B runs without a service process"
+for process in service:
+    process.kill()
+psutil.wait_procs(service)
+for step in range(2, 30):
+    watched.log_step(metrics(step))
+watched.close(exit_code=0)
+"""
+
+
+def test_training_goes_on_when_wandb_is_killed(tmp_path: Path) -> None:
+    """In a process of its own, as the library has one service for all that a process does."""
+    tests = Path(__file__).parents[1]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}  # not this process's service
+    environment = {**own, "PYTHONPATH": f"{tests.parent}:{tests}"}
+    command = [sys.executable, "-W", "ignore", "-c", _KILLED, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 30))
+    assert [line for line in done.stdout.splitlines() if "W&B" in line and "switched off" in line] == done.stdout.splitlines()[:1]
+
+
+def test_training_goes_on_when_wandb_cannot_write_its_directory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb").write_text("in the way")
+    watched = monitor(tmp_path / "run")
+    watched.log_step(metrics(1))
+    watched.close(exit_code=0)
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
+    assert sum("W&B" in record.message for record in caplog.records) <= 1
+
+
+def test_the_curve_has_a_gap_where_the_loss_is_not_a_number(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
+    for step, loss in enumerate((2.0, math.nan, 1.0), start=1):
+        file.write(metrics(step, loss=loss, losses={"pairs": loss}))
+    file.close()
+    assert draw_loss_curve(tmp_path).stat().st_size > 1000
 
 
 def test_the_console_tells_of_skipped_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
