@@ -27,7 +27,7 @@ from megatron_mm.config import Experiment, MM1Config
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.build import build_model
-from megatron_mm.planning.flops import mfu, peak_tflops, step_flops
+from megatron_mm.planning.flops import StepWork, mfu, mm1_step_flops, peak_tflops
 from megatron_mm.recipes import get_recipe
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
@@ -117,12 +117,12 @@ def measure(model: str, case: Case, *, steps: int) -> dict[str, float]:
     median = statistics.median(seconds[3:])
     count = settings.train.global_batch_size
     assert isinstance(settings.model, MM1Config)
-    flops = step_flops(
-        settings.model,
+    work = StepWork(
         num_tokens=count * batch.num_tokens,
         sum_squared_lengths=count * batch.num_tokens**2,
         num_images=count * batch.num_images,
     )
+    flops = mm1_step_flops(settings.model, settings.train.policy, work)
     topologies.shutdown()
     return {
         "seconds": median,

@@ -46,7 +46,7 @@ def stage_parameters(experiment: Experiment) -> list[dict[str, int]]:
 def stage_table(experiment: Experiment) -> Iterator[str]:
     """A line for each pipeline stage: its layers and the parameters that one process of it holds."""
     parallel = experiment.parallel
-    layers = layers_per_stage(parallel, num_layers=experiment.model.decoder.num_layers)  # type: ignore[attr-defined]
+    layers = layers_per_stage(parallel, num_layers=experiment.model.decoder.num_layers)
     yield "stage  pipeline rank  chunk  decoder layers  parameters on a process"
     for stage, parts in enumerate(stage_parameters(experiment)):
         total = sum(parts.values())

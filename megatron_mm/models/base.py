@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_mm.config import ModelConfig, ParallelConfig, Precision
 from megatron_mm.models.layers import Backend
+from megatron_mm.planning.flops import StepWork
 
 
 class ImageSharing(Protocol):
@@ -73,14 +74,35 @@ class ChunkContext:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """How images enter a model."""
+    """How images enter a model: which pixels, and which tokens stand for them.
+
+    An image is written as `before`, then `tokens` times `token` (the places of its features), then `after`.
+    """
 
     size: int
     """Side of the square that images are resized to, pixels."""
-    tokens: int
-    """Tokens of the decoder's sequence that one image takes."""
     fill: tuple[int, int, int]
     """Colour that stands for a missing image; the tower's mean, which normalises to zero."""
+    tokens: int
+    """Places of features of an image."""
+    token: str = "<image>"
+    """The control token of these places."""
+    before: tuple[str, ...] = ()
+    """Control tokens in front of them."""
+    after: tuple[str, ...] = ()
+    """Control tokens behind them."""
+    learn_before: bool = False
+    """The tokens `before` count in the loss; no other token of an image does."""
+
+    @property
+    def places(self) -> int:
+        """Tokens of the decoder's sequence that one image takes."""
+        return len(self.before) + self.tokens + len(self.after)
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """What the tokenizer must know, each once."""
+        return tuple(dict.fromkeys((*self.before, self.token, *self.after)))
 
 
 @dataclass(frozen=True)
@@ -93,3 +115,11 @@ class ModelFamily:
     check_layout: Callable[[ModelConfig, ParallelConfig, int], None]
     """Raise ValueError where a layout on a number of processes cannot hold the model."""
     image_input: Callable[[ModelConfig], ImageInput]
+    step_flops: Callable[[ModelConfig, str, StepWork], float]
+    """FLOPs of training on a step's work under a policy, as `planning.flops` counts them."""
+    policies: dict[str, tuple[str, ...]]
+    """What `train.policy` may be, and what learns then: regular expressions, one of which begins a learning parameter's name."""
+    special_tokens: tuple[str, ...] = ("<pad>", "<image>")
+    """Control tokens that the model needs, in the order in which they get ids after those of a tokenizer that lacks them."""
+    pipeline_rows: Callable[[ModelConfig, ParallelConfig, int, int], int] = lambda model, parallel, num_tokens, num_images: num_tokens
+    """Rows [rows, 1, hidden_size] that go from stage to stage for a micro-batch of so many tokens and at most so many images."""

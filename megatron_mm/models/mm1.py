@@ -19,6 +19,7 @@ from megatron_mm.models.decoder import build_decoder, check_decoder_layout, deco
 from megatron_mm.models.layers import vision_layer_spec
 from megatron_mm.models.vision import VisionTower, vision_transformer_config
 from megatron_mm.parallel.replicated import mark_replicated, replicated_state
+from megatron_mm.planning.flops import mm1_step_flops
 
 
 class MM1Model(MegatronModule):
@@ -167,4 +168,10 @@ def _check_layout(config: MM1Config, parallel: ParallelConfig, world_size: int) 
     check_decoder_layout(config.decoder, parallel, world_size)
 
 
-FAMILY = ModelFamily(build=MM1Model, check_layout=_check_layout, image_input=_image_input)  # type: ignore[arg-type]
+FAMILY = ModelFamily(
+    build=MM1Model,  # type: ignore[arg-type]
+    check_layout=_check_layout,  # type: ignore[arg-type]
+    image_input=_image_input,  # type: ignore[arg-type]
+    step_flops=mm1_step_flops,  # type: ignore[arg-type]
+    policies={"all": ("",)},
+)

@@ -7,9 +7,23 @@ look-up and padding tokens do not.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_mm.config import ConnectorConfig, DecoderConfig, MM1Config, Precision, VisionConfig
 
 FORWARD_AND_BACKWARD = 3
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a training step works on, over all processes; padding not counted."""
+
+    num_tokens: int
+    """Tokens of the decoder's sequence."""
+    sum_squared_lengths: int
+    """Sum over documents of their squared length in tokens."""
+    num_images: int
+
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "H100": {"bf16": 989, "fp8": 1979, "fp32": 67},
@@ -78,7 +92,7 @@ def connector_flops(connector: ConnectorConfig, vision: VisionConfig, *, output_
     return FORWARD_AND_BACKWARD * 2.0 * forward
 
 
-def step_flops(model: MM1Config, *, num_tokens: int, sum_squared_lengths: int, num_images: int) -> float:
-    """FLOPs of one training step on a global batch: decoder, image tower and connector, forward and backward."""
+def mm1_step_flops(model: MM1Config, policy: str, work: StepWork) -> float:
+    """FLOPs of one training step of MM1: decoder, image tower and connector, forward and backward."""
     image = vision_flops(model.vision) + connector_flops(model.connector, model.vision, output_size=model.decoder.hidden_size)
-    return decoder_flops(model.decoder, num_tokens=num_tokens, sum_squared_lengths=sum_squared_lengths) + num_images * image
+    return decoder_flops(model.decoder, num_tokens=work.num_tokens, sum_squared_lengths=work.sum_squared_lengths) + work.num_images * image

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from megatron_mm.data.loader import StepBatch
 from megatron_mm.evaluation.heldout import HeldOut
-from megatron_mm.planning.flops import mfu, peak_tflops, step_flops
+from megatron_mm.models import family_of
+from megatron_mm.planning.flops import StepWork, mfu, peak_tflops
 from megatron_mm.training.metrics import StepMetrics
 from megatron_mm.training.monitor import Monitor
 from megatron_mm.training.routing import RoutingStats, draw_expert_load
@@ -79,12 +80,9 @@ class Metrics(Hook):
 
     def after_step(self, record: StepRecord) -> None:
         trainer, plan, result = self.trainer, record.batch.plan, record.result
-        flops = step_flops(
-            trainer.experiment.model,  # type: ignore[arg-type]
-            num_tokens=plan.num_tokens,
-            sum_squared_lengths=plan.sum_squared_lengths,
-            num_images=plan.num_images,
-        )
+        work = StepWork(num_tokens=plan.num_tokens, sum_squared_lengths=plan.sum_squared_lengths, num_images=plan.num_images)
+        model, policy = trainer.experiment.model, trainer.experiment.train.policy
+        flops = family_of(model).step_flops(model, policy, work)
         tflops = flops / record.seconds / trainer.topology.world_size / 1e12
         self.monitor.log_step(
             StepMetrics(

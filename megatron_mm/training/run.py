@@ -54,7 +54,7 @@ def check(experiment: Experiment, run_dir: Path) -> None:
     if experiment.train.precision == "fp8":
         _check_fp8(experiment, tokens=tokens)
     tokenizer = Tokenizer.open(experiment.data.tokenizer_path)
-    rows = experiment.model.decoder.vocab_size  # type: ignore[attr-defined]
+    rows = experiment.model.decoder.vocab_size
     if tokenizer.vocab_size > rows:
         raise ValueError(
             f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
@@ -67,7 +67,7 @@ def check(experiment: Experiment, run_dir: Path) -> None:
 
 def _check_fp8(experiment: Experiment, *, tokens: int) -> None:
     """FP8 matrix products pad nothing: tokens and widths of every process must fit them."""
-    decoder, parallel = experiment.model.decoder, experiment.parallel  # type: ignore[attr-defined]
+    decoder, parallel = experiment.model.decoder, experiment.parallel
     parts = {
         "data.sequence_length x train.micro_batch_size": (tokens, parallel.tensor if parallel.sequence_parallel else 1),
         "model.decoder.hidden_size": (decoder.hidden_size, 1),

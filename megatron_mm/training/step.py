@@ -55,7 +55,7 @@ class TrainingStep:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        decoder = self.experiment.model.decoder  # type: ignore[attr-defined]
+        decoder = self.experiment.model.decoder
         weigh_tokens(decoder, self.model, micro_batches, device=self.topology.device)
         losses = self._pass(micro_batches, forward_only=False)
         routing = collect(decoder, self.model, device=self.topology.device)

@@ -74,12 +74,12 @@ def upcycle(dense: Path, run_dir: Path, experiment: Experiment) -> Path:
 def check_upcycling(experiment: Experiment, dense: Path) -> None:
     """Raise ValueError where a dense checkpoint is not the sparse experiment's backbone; the message names the first difference."""
     saved = load_experiment(dense / "experiment.json")
-    decoder = experiment.model.decoder  # type: ignore[attr-defined]
+    decoder = experiment.model.decoder
     if decoder.moe is None:
         raise ValueError(f"recipe {experiment.recipe} has no experts: choose a sparse one, such as mm1_3b_moe")
-    if saved.model.decoder.moe is not None:  # type: ignore[attr-defined]
+    if saved.model.decoder.moe is not None:
         raise ValueError(f"checkpoint {dense} is sparse already ({saved.recipe}): give a dense one")
-    backbone = replace(experiment.model, decoder=replace(decoder, moe=None))  # type: ignore[call-arg]
+    backbone = replace(experiment.model, decoder=replace(decoder, moe=None))
     for name, ours, theirs in model_differences(backbone, saved.model):
         raise ValueError(
             f"checkpoint {dense} is not the backbone of {experiment.recipe}: model.{name} is {theirs!r} there and {ours!r} here"

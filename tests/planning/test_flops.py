@@ -12,12 +12,13 @@ from megatron_mm.config import ConnectorConfig, DecoderConfig, MM1Config, MoECon
 from megatron_mm.models.connectors import build_connector
 from megatron_mm.models.vision import VIT_H_14_378
 from megatron_mm.planning.flops import (
+    StepWork,
     connector_flops,
     decoder_flops,
     decoder_matmul_parameters,
     mfu,
+    mm1_step_flops,
     peak_tflops,
-    step_flops,
     vision_flops,
 )
 from megatron_mm.recipes import get_recipe
@@ -87,7 +88,8 @@ def test_connectors_against_torchs_counter(kind: str) -> None:
 def test_a_step_adds_up() -> None:
     decoder = decoder_flops(MM1_30B.decoder, num_tokens=1000, sum_squared_lengths=10**6)
     image = vision_flops(MM1_30B.vision) + connector_flops(MM1_30B.connector, MM1_30B.vision, output_size=6656)
-    assert step_flops(MM1_30B, num_tokens=1000, sum_squared_lengths=10**6, num_images=5) == pytest.approx(decoder + 5 * image)
+    work = StepWork(num_tokens=1000, sum_squared_lengths=10**6, num_images=5)
+    assert mm1_step_flops(MM1_30B, "all", work) == pytest.approx(decoder + 5 * image)
 
 
 def test_peaks_and_utilisation() -> None:

@@ -1,0 +1,293 @@
+"""How a model is cut, fed, trained, saved, evaluated and watched; and `Experiment`, which is all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_mm.config.checks import require, require_positive
+from megatron_mm.config.models import ModelConfig
+
+Precision = Literal["fp32", "bf16", "fp8"]
+
+FP8_MULTIPLE = 16
+"""FP8 matrix products take numbers of tokens and widths that are multiples of this."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is cut over the processes; the data-parallel size is what is left of the world size."""
+
+    tensor: int = 1
+    """Tensor-parallel degree: processes that share every layer."""
+    pipeline: int = 1
+    """Pipeline-parallel degree: stages of consecutive layers."""
+    virtual: int = 1
+    """Model chunks on each pipeline stage (interleaved schedule); 1 is plain 1F1B."""
+    expert: int = 1
+    """Expert-parallel degree, taken out of the data-parallel size; 1 for a dense model."""
+    expert_tensor: int = 1
+    """Tensor-parallel degree inside each expert, a divisor of tensor; 1 keeps experts whole. More than 1 needs GPUs."""
+    sequence: bool | None = None
+    """Split activations between the tensor-parallel processes along the sequence; None means: where tensor > 1."""
+    stage_layers: tuple[int, ...] | None = None
+    """Decoder layers of each stage in pipeline order (pipeline * virtual numbers); None splits as evenly as possible,
+    the first and last stages getting the smaller shares."""
+    distributed_optimizer: bool = True
+    """Shard the optimizer state over the data-parallel processes (ZeRO-1)."""
+    overlap_grad_reduce: bool = True
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = True
+    """Gather updated parameters while the next forward pass already runs; needs distributed_optimizer, CUDA and pipeline 1
+    or virtual > 1, and is ignored elsewhere."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none, the attention core, or whole layers."""
+    collective_timeout_minutes: float = 10.0
+    """A collective that waits longer than this ends the run instead of hanging it."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "tensor", "pipeline", "virtual", "expert", "expert_tensor", "collective_timeout_minutes")
+        require(
+            self.virtual == 1 or self.pipeline > 1,
+            f"parallel.virtual is {self.virtual}, but interleaving needs parallel.pipeline > 1: set one of them",
+        )
+        require(
+            self.tensor % self.expert_tensor == 0,
+            f"parallel.expert_tensor {self.expert_tensor} does not divide parallel.tensor {self.tensor}: use a divisor of it, or 1",
+        )
+        if self.stage_layers is not None:
+            stages = self.pipeline * self.virtual
+            require(
+                len(self.stage_layers) == stages,
+                f"parallel.stage_layers has {len(self.stage_layers)} numbers, but pipeline {self.pipeline} x virtual {self.virtual} "
+                f"makes {stages} stages: give one number for each",
+            )
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.tensor > 1 if self.sequence is None else self.sequence and self.tensor > 1
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the model."""
+        return self.tensor * self.pipeline
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model in world_size processes. Raises ValueError where the degrees do not divide it."""
+        require(
+            world_size % self.model_parallel_size == 0,
+            f"{world_size} processes cannot be cut into tensor {self.tensor} x pipeline {self.pipeline} = {self.model_parallel_size}: "
+            f"start a multiple of {self.model_parallel_size} processes or change --parallel.tensor / --parallel.pipeline",
+        )
+        data = world_size // self.model_parallel_size
+        require(
+            data % self.expert == 0,
+            f"parallel.expert {self.expert} does not divide the data-parallel size {data} ({world_size} processes / tensor {self.tensor} / "
+            f"pipeline {self.pipeline}): use one of {[degree for degree in range(1, data + 1) if data % degree == 0]}",
+        )
+        return data
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the samples are and how they are packed."""
+
+    path: Path = Path("data")
+    """A directory with one folder for each split (`train`, `heldout`), each with one folder for each source
+    (`pairs`, `interleaved`, `text`, ...) that holds shards and, after `prepare index`, their index."""
+    tokenizer: Path | None = None
+    """A SentencePiece model; None means `tokenizer.model` inside path."""
+    mixture: dict[str, float] = field(default_factory=lambda: {"interleaved": 0.45, "pairs": 0.45, "text": 0.10})
+    """Share of the sequences that each source (folder name) gets; normalised to 1."""
+    sequence_length: int = 4096
+    """Tokens of a packed sequence, image tokens included."""
+    max_images_per_sequence: int = 16
+    """Images of a packed sequence at most."""
+    max_images_per_document: int | None = None
+    """Images of a document at most: one that has more is cut into several; None has no limit of its own."""
+    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    """Image decoder; auto takes DALI where its package imports and Pillow elsewhere."""
+    decode_threads: int = 4
+    """Threads that decode images, per process."""
+    read_threads: int = 4
+    """Threads that read byte ranges of shards, per process."""
+    prefetch_steps: int = 2
+    """Global batches planned and read ahead."""
+    packing_window: int = 4096
+    """Samples of one source that are packed together; a larger window fills better and plans in larger bites."""
+    images: Literal["true", "shuffled", "blank"] = "true"
+    """Pixels that the model sees: each sample's own, those of other samples in the same global batch, or none (the mean
+    colour everywhere). The last two are baselines of the same data in the same order."""
+    max_bad_fraction: float = 0.01
+    """Samples of a source that may fail at run time before the run stops, as a fraction of those read."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "sequence_length", "max_images_per_sequence", "decode_threads", "read_threads", "prefetch_steps", "packing_window"
+        )
+        require(
+            self.max_images_per_document is None or self.max_images_per_document > 0,
+            f"data.max_images_per_document is {self.max_images_per_document}, but must be positive, or None for no limit",
+        )
+        require(len(self.mixture) > 0, "data.mixture is empty: name at least one source, for example {'pairs': 1.0}")
+        for name, weight in self.mixture.items():
+            require(weight >= 0, f"data.mixture gives source {name!r} the weight {weight}, but a weight is at least 0")
+        require(sum(self.mixture.values()) > 0, f"data.mixture {self.mixture} has no weight above 0")
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sources that get sequences, in the order in which plans and logs number them."""
+        return [name for name, weight in self.mixture.items() if weight > 0]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.tokenizer if self.tokenizer is not None else self.path / "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay, and the learning-rate schedule."""
+
+    peak_lr: float
+    """Learning rate at the end of the warm-up."""
+    min_lr: float
+    """Learning rate at the end of the schedule (cosine) and after it."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up from 0."""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled: lr * weight_decay of each weight is taken off at each step; not from norms, biases and other vectors."""
+    clip_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "peak_lr", "epsilon")
+        require(0 <= self.min_lr <= self.peak_lr, f"min_lr {self.min_lr} must lie between 0 and peak_lr {self.peak_lr}")
+        require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}, but must be at least 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in which batches and in which precision."""
+
+    steps: int
+    """Optimizer steps after which the run ends, counted from the beginning of training (not from a resume)."""
+    schedule_steps: int
+    """Length of the learning-rate schedule, steps; a length of its own, so that stopping early does not bend it."""
+    global_batch_size: int
+    """Sequences of one optimizer step, over all processes."""
+    micro_batch_size: int = 1
+    """Sequences that one process handles at once."""
+    precision: Precision = "bf16"
+    """fp32; bf16 with fp32 master weights and gradients; fp8 is bf16 with FP8 matrix products (Transformer Engine)."""
+    seed: int = 1234
+    """Seed of the initial weights, the sample order and everything else that is random."""
+    policy: str = "all"
+    """What learns: a named policy of the model family (`megatron_mm.models`). What does not has no gradient and no optimizer state."""
+    layers: Literal["auto", "te", "torch"] = "auto"
+    """Layer backend: Transformer Engine or plain PyTorch; auto takes te on a GPU where its package is, except in fp32."""
+    deterministic: bool = False
+    """Use deterministic algorithms where PyTorch has them; bit-identical reruns on a GPU, slower."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "schedule_steps", "global_batch_size", "micro_batch_size")
+        require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"train.global_batch_size {self.global_batch_size} is not a multiple of train.micro_batch_size {self.micro_batch_size}",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    interval: int = 1000
+    """Steps between checkpoints; one is always written at the end of the run."""
+    keep: int = 3
+    """Newest complete checkpoints that stay."""
+    asynchronous: bool = True
+    """Write in a process of its own while training goes on."""
+    timeout_minutes: float = 30.0
+    """An asynchronous save that takes longer is given up with an error in the log; training goes on."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "interval", "keep", "timeout_minutes")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on the `heldout` split during training."""
+
+    interval: int = 1000
+    """Steps between evaluations; one is always made at the end of the run; 0 never evaluates."""
+    batches: int = 4
+    """Global batches of held-out data for each evaluation."""
+    samples: int = 4
+    """Held-out images captioned for the monitor's table; 0 for none."""
+    max_new_tokens: int = 32
+    """Length limit of a generated caption, tokens."""
+
+    def __post_init__(self) -> None:
+        require(
+            min(self.interval, self.batches, self.samples, self.max_new_tokens) >= 0,
+            f"evaluation settings must be at least 0, but are {self}",
+        )
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Console and Weights & Biases. `metrics.jsonl` in the run directory is always written."""
+
+    console_interval: int = 10
+    """Steps between console lines."""
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """Mode of Weights & Biases."""
+    project: str = "megatron_mm"
+    """Weights & Biases project."""
+    entity: str | None = None
+    """Weights & Biases team or user; None takes the account's default."""
+    run_name: str | None = None
+    """Display name; None takes the run directory's name."""
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s for MFU; None takes the table in `megatron_mm.planning.flops` (no MFU on a CPU)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "console_interval")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that determines a run."""
+
+    recipe: str
+    """Name of the recipe that this experiment comes from."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    init_from: Path | None = None
+    """A checkpoint, or the run directory of an earlier stage, whose weights this run begins with; its optimizer begins anew. A run that
+    has a checkpoint of its own goes on from that."""
+
+    def num_micro_batches(self, data_parallel_size: int) -> int:
+        """Micro-batches of one process in one step. Raises ValueError where the batch cannot be cut evenly."""
+        train = self.train
+        per_slot = train.micro_batch_size * data_parallel_size
+        require(
+            train.global_batch_size % per_slot == 0,
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of micro_batch_size {train.micro_batch_size} x "
+            f"data-parallel size {data_parallel_size} = {per_slot}: change one of them",
+        )
+        return train.global_batch_size // per_slot
