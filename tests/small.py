@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_mm.config import ConnectorConfig, DecoderConfig, Experiment, MM1Config, ParallelConfig
-from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.batch import PackedBatch, documents_of_images
 from megatron_mm.models.vision import VIT_TINY
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.recipes import get_recipe
@@ -83,6 +83,7 @@ def random_batch(experiment: Experiment, topology: Topology, *, number: int) -> 
         max_seqlen=int(cu_seqlens.diff().max()),
         image_starts=torch.tensor(starts, dtype=torch.int64),
         image_owners=owners,
+        image_documents=documents_of_images(torch.tensor(starts, dtype=torch.int64), cu_seqlens),
         pixels=pixels[owners == topology.tensor_rank] if topology.is_first_stage else None,
     )
 

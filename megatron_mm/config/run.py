@@ -116,6 +116,8 @@ class DataConfig:
     """Global batches planned and read ahead."""
     packing_window: int = 4096
     """Samples of one source that are packed together; a larger window fills better and plans in larger bites."""
+    chat_template: str | None = None
+    """The chat template that the sources' index must have been made with (`prepare index --chat-template`); None takes any."""
     images: Literal["true", "shuffled", "blank"] = "true"
     """Pixels that the model sees: each sample's own, those of other samples in the same global batch, or none (the mean
     colour everywhere). The last two are baselines of the same data in the same order."""

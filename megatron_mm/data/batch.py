@@ -45,6 +45,8 @@ class PackedBatch:
     connector's `num_tokens` consecutive positions."""
     image_owners: torch.Tensor
     """[num_images] int64: the tensor-parallel rank that decodes and encodes each image."""
+    image_documents: torch.Tensor
+    """[num_images, 2] int64: where in [0, T] the document of each image begins and ends."""
     pixels: torch.Tensor | None
     """[num_owned, 3, H, W] uint8, RGB: this rank's images, in the order of `image_starts`; num_owned may be 0. The tower
     normalises them on its device. None on a rank that does not hold the encoder."""
@@ -65,3 +67,9 @@ class PackedBatch:
             if isinstance(value := getattr(self, f.name), torch.Tensor) and not f.name.startswith("image_")
         }
         return replace(self, **moved)  # type: ignore[arg-type]
+
+
+def documents_of_images(image_starts: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """`PackedBatch.image_documents`. Images at 3 and 7 in documents [0, 5) and [5, 9) give [[0, 5], [5, 9]]."""
+    after = torch.searchsorted(cu_seqlens.long(), image_starts, right=True)
+    return torch.stack([cu_seqlens[after - 1], cu_seqlens[after]], dim=1).long()

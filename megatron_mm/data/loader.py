@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megatron_mm.config import DataConfig
-from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.batch import PackedBatch, documents_of_images
 from megatron_mm.data.decode import DecodedImages, make_decoder
 from megatron_mm.data.documents import read_texts
 from megatron_mm.data.index import SourceIndex
@@ -341,6 +341,7 @@ class Loader:
             max_seqlen=int(cu_seqlens.diff().max()),
             image_starts=torch.tensor(draft.starts, dtype=torch.int64),
             image_owners=torch.from_numpy(image_owners(len(draft.starts), self.view.tensor_size)),
+            image_documents=documents_of_images(torch.tensor(draft.starts, dtype=torch.int64), cu_seqlens),
             pixels=decoded.pixels if decoded is not None else None,
         )
 

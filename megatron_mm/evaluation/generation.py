@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.config import FP8_MULTIPLE
-from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.batch import PackedBatch, documents_of_images
 from megatron_mm.data.plan import image_owners
 from megatron_mm.parallel.topology import Topology
 
@@ -86,6 +86,7 @@ def _pack(documents: list[list[int]], prompts: list[Prompt], topology: Topology,
         max_seqlen=max(lengths),
         image_starts=torch.tensor(starts, dtype=torch.int64),
         image_owners=owners,
+        image_documents=documents_of_images(torch.tensor(starts, dtype=torch.int64), cu_seqlens),
         pixels=pixels[owners == topology.tensor_rank] if topology.is_first_stage else None,
     ).to(topology.device)
 

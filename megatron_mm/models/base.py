@@ -105,6 +105,12 @@ class ImageInput:
         return tuple(dict.fromkeys((*self.before, self.token, *self.after)))
 
 
+def fill_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """A tower's mean as a colour."""
+    red, green, blue = (round(255 * channel) for channel in mean)
+    return red, green, blue
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """A family's entry in `megatron_mm.models.FAMILIES`."""

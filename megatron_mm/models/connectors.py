@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_mm.config import ConnectorConfig, VisionConfig
+from megatron_mm.models.plain import linear, norm
 
 
 def build_connector(config: ConnectorConfig, *, vision: VisionConfig, output_size: int, dtype: torch.dtype) -> nn.Module:
@@ -41,7 +42,7 @@ class AverageConnector(nn.Module):
     def __init__(self, config: ConnectorConfig, vision: VisionConfig, output_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.pool = GridPool(vision.grid_size, math.isqrt(config.num_tokens))
-        self.output = _linear(vision.hidden_size, output_size, dtype=dtype)
+        self.output = linear(vision.hidden_size, output_size, dtype=dtype)
 
     def forward(self, features_npv: torch.Tensor) -> torch.Tensor:
         """[n, p, v] -> [n, k, h]."""
@@ -61,13 +62,13 @@ class AttentionConnector(nn.Module):
         self.num_heads = config.num_attention_heads
         self.queries = nn.Parameter(torch.empty(config.num_tokens, width, dtype=dtype))
         self.queries.init_std = 0.02  # type: ignore[attr-defined]
-        self.query_norm = _norm(width, dtype=dtype)
-        self.feature_norm = _norm(vision.hidden_size, dtype=dtype)
-        self.query = _linear(width, width, bias=False, dtype=dtype)
-        self.key = _linear(vision.hidden_size, width, bias=False, dtype=dtype)
-        self.value = _linear(vision.hidden_size, width, bias=False, dtype=dtype)
-        self.projection = _linear(width, width, dtype=dtype)
-        self.output = _linear(width, output_size, dtype=dtype)
+        self.query_norm = norm(width, dtype=dtype)
+        self.feature_norm = norm(vision.hidden_size, dtype=dtype)
+        self.query = linear(width, width, bias=False, dtype=dtype)
+        self.key = linear(vision.hidden_size, width, bias=False, dtype=dtype)
+        self.value = linear(vision.hidden_size, width, bias=False, dtype=dtype)
+        self.projection = linear(width, width, dtype=dtype)
+        self.output = linear(width, output_size, dtype=dtype)
 
     def forward(self, features_npv: torch.Tensor) -> torch.Tensor:
         """[n, p, v] -> [n, k, h]."""
@@ -96,8 +97,8 @@ class CAbstractor(nn.Module):
         self.before = _reg_stage(vision.hidden_size, width, depth=config.depth, dtype=dtype)
         self.pool = GridPool(vision.grid_size, math.isqrt(config.num_tokens))
         self.after = _reg_stage(width, width, depth=config.depth, dtype=dtype)
-        self.hidden = _linear(width, output_size, dtype=dtype)
-        self.output = _linear(output_size, output_size, dtype=dtype)
+        self.hidden = linear(width, output_size, dtype=dtype)
+        self.output = linear(output_size, output_size, dtype=dtype)
 
     def forward(self, features_npv: torch.Tensor) -> torch.Tensor:
         """[n, p, v] -> [n, k, h]."""
@@ -117,20 +118,20 @@ class RegBlock(nn.Module):
 
     def __init__(self, input_size: int, output_size: int, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.enter = _linear(input_size, output_size, bias=False, dtype=dtype)
-        self.enter_norm = _norm(output_size, dtype=dtype)
+        self.enter = linear(input_size, output_size, bias=False, dtype=dtype)
+        self.enter_norm = norm(output_size, dtype=dtype)
         self.depthwise = _depthwise(output_size, dtype=dtype)
-        self.depthwise_norm = _norm(output_size, dtype=dtype)
+        self.depthwise_norm = norm(output_size, dtype=dtype)
         squeezed_size = round(input_size / 4)
-        self.squeeze = _linear(output_size, squeezed_size, dtype=dtype)
-        self.excite = _linear(squeezed_size, output_size, dtype=dtype)
-        self.leave = _linear(output_size, output_size, bias=False, dtype=dtype)
-        self.leave_norm = _norm(output_size, dtype=dtype)
+        self.squeeze = linear(output_size, squeezed_size, dtype=dtype)
+        self.excite = linear(squeezed_size, output_size, dtype=dtype)
+        self.leave = linear(output_size, output_size, bias=False, dtype=dtype)
+        self.leave_norm = norm(output_size, dtype=dtype)
         self.shortcut: nn.Module = nn.Identity()
         self.shortcut_norm: nn.Module = nn.Identity()
         if input_size != output_size:
-            self.shortcut = _linear(input_size, output_size, bias=False, dtype=dtype)
-            self.shortcut_norm = _norm(output_size, dtype=dtype)
+            self.shortcut = linear(input_size, output_size, bias=False, dtype=dtype)
+            self.shortcut_norm = norm(output_size, dtype=dtype)
 
     def forward(self, grid_nggc: torch.Tensor) -> torch.Tensor:
         """[n, g, g, input_size] -> [n, g, g, output_size]."""
@@ -180,22 +181,11 @@ def _reg_stage(input_size: int, output_size: int, *, depth: int, dtype: torch.dt
     return nn.Sequential(*(RegBlock(size, output_size, dtype=dtype) for size in sizes))
 
 
-def _linear(input_size: int, output_size: int, *, bias: bool = True, dtype: torch.dtype) -> nn.Linear:
-    device = torch.get_default_device()  # skip_init knows nothing of `with torch.device(...)`
-    layer = nn.utils.skip_init(nn.Linear, input_size, output_size, bias=bias, dtype=dtype, device=device)
-    layer.weight.init_std = input_size**-0.5
-    return layer
-
-
 def _depthwise(size: int, *, dtype: torch.dtype) -> nn.Conv2d:
     device = torch.get_default_device()
     layer = nn.utils.skip_init(nn.Conv2d, size, size, 3, padding=1, groups=size, bias=False, dtype=dtype, device=device)
     layer.weight.init_std = 1 / 3  # each channel sees its 3 x 3 neighbours and nothing else
     return layer
-
-
-def _norm(size: int, *, dtype: torch.dtype) -> nn.LayerNorm:
-    return nn.LayerNorm(size, eps=1e-5, dtype=dtype)
 
 
 _CONNECTORS: dict[str, Callable[[ConnectorConfig, VisionConfig, int, torch.dtype], nn.Module]] = {

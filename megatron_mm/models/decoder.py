@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -102,14 +103,25 @@ def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict:
     }
 
 
-def build_decoder(config: DecoderConfig, context: ChunkContext, *, transformer_config: TransformerConfig) -> GPTModel:
-    """One pipeline chunk of the decoder, its weights allocated and marked with their initial scale."""
+def layers_of_chunk(config: DecoderConfig, context: ChunkContext) -> range:
+    """Indices of the decoder layers of a pipeline chunk, from 0."""
     stages = layers_per_stage(context.parallel, num_layers=config.num_layers)
     first = sum(stages[: context.stage])
-    specs = [
-        decoder_layer_spec(context.backend, experts=layer in config.sparse_layers) for layer in range(first, first + stages[context.stage])
-    ]
-    layers = TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm_module(context.backend))
+    return range(first, first + stages[context.stage])
+
+
+def build_decoder(
+    config: DecoderConfig, context: ChunkContext, *, transformer_config: TransformerConfig, layer_specs: list[ModuleSpec] | None = None
+) -> GPTModel:
+    """One pipeline chunk of the decoder, its weights allocated and marked with their initial scale.
+
+    Args:
+        layer_specs: of this chunk's layers, where a family adds something to them.
+    """
+    if layer_specs is None:
+        own = layers_of_chunk(config, context)
+        layer_specs = [decoder_layer_spec(context.backend, experts=layer in config.sparse_layers) for layer in own]
+    layers = TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=norm_module(context.backend))
     decoder = GPTModel(
         transformer_config,
         transformer_layer_spec=layers,  # type: ignore[arg-type]
@@ -124,7 +136,7 @@ def build_decoder(config: DecoderConfig, context: ChunkContext, *, transformer_c
     )
     output_std = config.init_std / math.sqrt(2 * config.num_layers)
     for name, parameter in decoder.named_parameters():
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 and not hasattr(parameter, "init_value"):
             # Transformer Engine numbers the weights of grouped experts: linear_fc2.weight0, linear_fc2.weight1, ...
             residual = name.rstrip("0123456789").endswith(_RESIDUAL_OUTPUTS)
             parameter.init_std = output_std if residual else config.init_std  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ Shape legend: s tokens, b sequences (1 when packed), h width, t packed tokens, n
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -94,7 +95,7 @@ class TorchDotProductAttention(torch.nn.Module):
 
         Args:
             query, key, value: packed [t, n, d], or [s, b, n, d].
-            packed_seq_params: document boundaries of packed input.
+            packed_seq_params: document boundaries of packed input; those of keys may differ from those of queries.
 
         Returns:
             Packed [t, n * d], or [s, b, n * d].
@@ -104,8 +105,8 @@ class TorchDotProductAttention(torch.nn.Module):
         if packed_seq_params is None:
             attended_bnsd = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), causal=causal)
             return attended_bnsd.permute(2, 0, 1, 3).flatten(2)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        documents = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        of_queries, of_keys = (bounds.diff().tolist() for bounds in (packed_seq_params.cu_seqlens_q, packed_seq_params.cu_seqlens_kv))
+        documents = zip(query.split(of_queries), key.split(of_keys), value.split(of_keys), strict=True)
         attended = [self._attend(*(x.transpose(0, 1).unsqueeze(0) for x in document), causal=causal) for document in documents]
         return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1).flatten(1)
 
@@ -176,6 +177,31 @@ def _decoder_layer_spec(backend: Backend) -> ModuleSpec:
 def vision_layer_spec(backend: Backend) -> ModuleSpec:
     """A layer of an image tower: every patch attends to every patch of the same image."""
     return _LAYER_SPECS[backend](AttnMaskType.no_mask)
+
+
+@dataclass(frozen=True)
+class PlainSubmodules:
+    """Single layers of a backend, for blocks that megatron-core has no spec of."""
+
+    norm: type
+    column: type
+    """Linear layer whose output is cut over tensor parallelism."""
+    row: type
+    """Linear layer whose input is cut."""
+    core_attention: type
+
+
+_PLAIN_SUBMODULES = {
+    "te": PlainSubmodules(
+        te_layers.TENorm, te_layers.TEColumnParallelLinear, te_layers.TERowParallelLinear, te_layers.TEDotProductAttention
+    ),
+    "torch": PlainSubmodules(TorchNorm, ColumnParallelLinear, RowParallelLinear, TorchDotProductAttention),
+}
+
+
+def plain_submodules(backend: Backend) -> PlainSubmodules:
+    """The backend's single layers."""
+    return _PLAIN_SUBMODULES[backend]
 
 
 def norm_module(backend: Backend) -> type:

@@ -14,6 +14,7 @@ from megatron_mm.config import Experiment
 from megatron_mm.models import family_of
 from megatron_mm.models.base import ChunkContext
 from megatron_mm.models.layers import Backend
+from megatron_mm.parallel.freezing import freeze, learning_patterns
 from megatron_mm.parallel.gradients import finalize_model_grads
 from megatron_mm.parallel.images import TensorParallelImages
 from megatron_mm.parallel.initial_weights import initialize_weights
@@ -68,6 +69,8 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
     parallel = experiment.parallel
     chunks = build_chunks(experiment, topology)
     initialize_weights(chunks, seed=experiment.train.seed)
+    for chunk in chunks:
+        freeze(chunk, learning_patterns(experiment))
     on_gpu = topology.device.type == "cuda"
     gather_early = (
         parallel.overlap_param_gather and parallel.distributed_optimizer and on_gpu and (parallel.pipeline == 1 or parallel.virtual > 1)

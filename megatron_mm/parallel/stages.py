@@ -2,12 +2,21 @@
 
 A pipeline has `pipeline * virtual` stages in the order in which a micro-batch passes them; stage k is chunk k // pipeline
 of pipeline rank k % pipeline. The first stage holds the image encoder, the connector and the embedding table; the last one
-the final norm and the output layer. What passes from stage to stage is the hidden states alone ([t, 1, h], or a
-tensor-parallel rank's part of them): token ids, positions, document boundaries and labels are known to every stage from the
-plan, and image features have become hidden states before the first stage ends.
+the final norm and the output layer. What passes from stage to stage is one tensor [rows, 1, h], or a tensor-parallel rank's part of
+it. Its first rows are the hidden states [t, 1, h]: token ids, positions, document boundaries and labels are known to every stage from the
+plan. In MM1 that is all, as image features have become hidden states before the first stage ends.
+
+Where later stages look at the images themselves (InfiMM), the latents [m, 1, v] travel behind the hidden states, in as many rows of width h
+as hold them. So they take the same messages, in both directions: each stage's gradient of the latents joins those of the stages behind it
+and arrives, summed, at the resampler. Sending pixels or letting every stage encode the images again would need no such gradient, but every
+stage would hold the tower; a channel of its own would be a second schedule of messages to keep in step with the first. How many rows a
+step's messages have follows from the plan: enough for the micro-batch with most images.
 """
 
 from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
 
 from megatron_mm.config import ParallelConfig
 
@@ -45,3 +54,32 @@ def pipeline_layout(parallel: ParallelConfig, *, num_layers: int) -> list[list[s
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout
+
+
+def rows_for(num_vectors: int, *, width: int, hidden_size: int) -> int:
+    """Rows of width hidden_size that hold so many vectors of another width: 3 vectors of 10 in rows of 16 take 2."""
+    return -(-num_vectors * width // hidden_size)
+
+
+def attach(hidden: torch.Tensor, passengers: torch.Tensor, *, rows: int) -> torch.Tensor:
+    """Put passengers behind hidden states, padded with zeros.
+
+    Args:
+        hidden: [t, 1, h].
+        passengers: [m, 1, v].
+        rows: of the result.
+
+    Returns:
+        [rows, 1, h].
+    """
+    flat = passengers.flatten().to(hidden.dtype)
+    width = hidden.shape[-1]
+    padding = (rows - hidden.shape[0]) * width - flat.numel()
+    assert padding >= 0, f"{flat.numel()} numbers do not fit into {rows - hidden.shape[0]} rows of {width}"
+    return torch.cat([hidden, F.pad(flat, (0, padding)).view(-1, 1, width)])
+
+
+def detach_passengers(sent: torch.Tensor, *, num_hidden: int, num_passengers: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `attach`: (hidden [num_hidden, 1, h], passengers [num_passengers, 1, width])."""
+    hidden, rest = sent[:num_hidden], sent[num_hidden:]
+    return hidden, rest.flatten()[: num_passengers * width].view(num_passengers, 1, width)

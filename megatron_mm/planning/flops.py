@@ -1,17 +1,19 @@
 """Tokens, FLOPs and MFU: the one definition, for the trainer and for planning.
 
-A multiplication and an addition are two FLOPs; the backward pass costs twice the forward. Attention is counted over the
-documents' own lengths, and causal attention half. The image encoder counts. Recomputation, norms, activations, the embedding
-look-up and padding tokens do not.
+A multiplication and an addition are two FLOPs; the backward pass costs twice the forward: one product for the gradient of the input, one
+for that of the weights. Frozen weights have no gradient, and what lies before everything that learns has none at all. Attention is
+counted over the documents' own lengths, and causal attention half. The image encoder counts. Recomputation, norms, activations, the
+embedding look-up and padding tokens do not.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mm.config import ConnectorConfig, DecoderConfig, MM1Config, Precision, VisionConfig
+from megatron_mm.config import ConnectorConfig, DecoderConfig, EvaConfig, InfiMMConfig, MM1Config, Precision, VisionConfig
 
 FORWARD_AND_BACKWARD = 3
+FORWARD_AND_INPUT_GRADIENT = 2
 
 
 @dataclass(frozen=True)
@@ -96,3 +98,51 @@ def mm1_step_flops(model: MM1Config, policy: str, work: StepWork) -> float:
     """FLOPs of one training step of MM1: decoder, image tower and connector, forward and backward."""
     image = vision_flops(model.vision) + connector_flops(model.connector, model.vision, output_size=model.decoder.hidden_size)
     return decoder_flops(model.decoder, num_tokens=work.num_tokens, sum_squared_lengths=work.sum_squared_lengths) + work.num_images * image
+
+
+def infimm_step_flops(model: InfiMMConfig, policy: str, work: StepWork) -> float:
+    """FLOPs of one training step of InfiMM: tower forward; resampler and gated blocks forward and backward; the decoder as the policy says.
+
+    A frozen decoder passes gradients on, down to the first gated block. Every token is counted as looking at an image, which overstates
+    the blocks' attention (under a thousandth of their work) where some do not.
+    """
+    decoder, gated = model.decoder, model.gated
+    gated_layers = gated.layers(decoder.num_layers)
+    if policy == "ift":
+        language = decoder_flops(decoder, num_tokens=work.num_tokens, sum_squared_lengths=work.sum_squared_lengths)
+    else:
+        language = _frozen_decoder_flops(decoder, work, first_learning=gated_layers[0])
+    inner, width, latents = gated.num_attention_heads * gated.head_dim, decoder.hidden_size, model.resampler.num_latents
+    of_token = 2 * width * inner + 2 * gated.ffn_multiplier * width**2 + 2 * latents * inner
+    of_image = latents * model.vision.hidden_size * 2 * inner
+    blocks = len(gated_layers) * FORWARD_AND_BACKWARD * 2.0 * (of_token * work.num_tokens + of_image * work.num_images)
+    return language + blocks + work.num_images * (eva_forward_flops(model.vision) + resampler_flops(model))
+
+
+def _frozen_decoder_flops(decoder: DecoderConfig, work: StepWork, *, first_learning: int) -> float:
+    """Forward everywhere; gradients of inputs from the output layer down to the layer `first_learning`."""
+    output = decoder.hidden_size * decoder.vocab_size
+    layer = (decoder_matmul_parameters(decoder) - output) / decoder.num_layers
+    passed = decoder.num_layers - first_learning
+    matmuls = 2 * work.num_tokens * (layer * (decoder.num_layers + passed) + FORWARD_AND_INPUT_GRADIENT * output)
+    attention = 2 * decoder.num_attention_heads * decoder.head_dim * work.sum_squared_lengths
+    return float(matmuls + attention * (decoder.num_layers + (FORWARD_AND_BACKWARD - 1) * passed))
+
+
+def eva_forward_flops(vision: EvaConfig) -> float:
+    """FLOPs of the EVA tower's forward pass on one image."""
+    tokens, width = vision.num_tokens, vision.hidden_size
+    patches = 2 * (tokens - 1) * 3 * vision.patch_size**2 * width
+    mlp = (3 if vision.swiglu else 2) * width * vision.ffn_hidden_size
+    layer = 2 * tokens * (4 * width**2 + mlp) + 4 * tokens**2 * width
+    return float(patches + vision.num_layers * layer)
+
+
+def resampler_flops(model: InfiMMConfig) -> float:
+    """FLOPs of training the Perceiver resampler on one image."""
+    config, width = model.resampler, model.vision.hidden_size
+    inner, latents, seen = config.num_attention_heads * config.head_dim, config.num_latents, model.vision.num_tokens + config.num_latents
+    layer = (
+        latents * 2 * width * inner + seen * 2 * width * inner + 2 * latents * seen * inner + latents * 2 * config.ffn_multiplier * width**2
+    )
+    return FORWARD_AND_BACKWARD * 2.0 * config.num_layers * layer

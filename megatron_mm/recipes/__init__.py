@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_mm.config import Experiment
-from megatron_mm.recipes import debug, mm1
+from megatron_mm.recipes import debug, infimm, mm1
 
-RECIPES: dict[str, Callable[[], Experiment]] = {recipe.__name__: recipe for recipe in (*debug.RECIPES, *mm1.RECIPES)}
+RECIPES: dict[str, Callable[[], Experiment]] = {recipe.__name__: recipe for recipe in (*debug.RECIPES, *mm1.RECIPES, *infimm.RECIPES)}
 
 
 def get_recipe(name: str) -> Experiment:

@@ -11,12 +11,16 @@ from megatron_mm.config import (
     DecoderConfig,
     EvalConfig,
     Experiment,
+    GatedConfig,
+    InfiMMConfig,
     MM1Config,
     MoEConfig,
     MonitorConfig,
     OptimizerConfig,
+    ResamplerConfig,
     TrainConfig,
 )
+from megatron_mm.models.eva import EVA_TINY
 from megatron_mm.models.vision import VIT_TINY
 
 
@@ -60,4 +64,25 @@ def debug_mm1_moe() -> Experiment:
     return replace(base, recipe="debug_mm1_moe", model=replace(base.model, decoder=decoder))
 
 
-RECIPES = (debug_mm1, debug_mm1_moe)
+def debug_infimm() -> Experiment:
+    """A tiny InfiMM for the same data: every part of the real one, all values ours. All but the tower
+    learns, as there is no language model to begin with.
+
+    `python -m megatron_mm train debug_infimm --run-dir runs/infimm --data.path data/demo`
+    """
+    base = debug_mm1()
+    return replace(
+        base,
+        recipe="debug_infimm",
+        model=InfiMMConfig(
+            decoder=replace(base.model.decoder, vocab_size=520, tied_embeddings=False),
+            vision=EVA_TINY,
+            resampler=ResamplerConfig(num_latents=16, num_layers=2, num_attention_heads=4, head_dim=16),
+            gated=GatedConfig(every_n_layers=2, num_attention_heads=4, head_dim=32),
+        ),
+        data=replace(base.data, max_images_per_document=6),
+        train=replace(base.train, policy="ift"),
+    )
+
+
+RECIPES = (debug_mm1, debug_mm1_moe, debug_infimm)

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 TENSORS = "tensors"
 _READ_BYTES = 1 << 24
+_NOT_WEIGHTS = ("optimizer.", "generators.")
+"""How the names of a checkpoint's other tensors begin."""
 
 
 @dataclass
@@ -90,6 +93,14 @@ def find_checkpoint(path: Path) -> Path:
 def completed_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted(path.parent for path in (run_dir / "checkpoints").glob("step_*/manifest.json"))
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, as the first process sees it; called by all processes together."""
+    complete = completed_checkpoints(run_dir)
+    found = [str(complete[-1]) if complete else None]
+    dist.broadcast_object_list(found, src=0)
+    return None if found[0] is None else Path(found[0])
 
 
 class Checkpointer:
@@ -201,9 +212,8 @@ class Checkpointer:
 
         Raises ValueError where the checkpoint is of another model, or damaged.
         """
-        newest = [str(path) for path in completed_checkpoints(self.folder.parent)[-1:]]
-        dist.broadcast_object_list(found := [newest[0] if newest else None], src=0)
-        return None if found[0] is None else self.load(Path(found[0]))
+        newest = newest_checkpoint(self.folder.parent)
+        return None if newest is None else self.load(newest)
 
     def load(self, checkpoint: Path) -> TrainState:
         """Load weights, optimizer and generators from any layout; generators only from a run of the same size."""
@@ -269,18 +279,34 @@ def verify(checkpoint: Path, topology: Topology) -> None:
 def load_weights(experiment: Experiment, topology: Topology, model: list[DistributedDataParallel], checkpoint: Path) -> None:
     """Load the weights alone, from any layout into any layout.
 
-    Raises ValueError where the checkpoint is of another model, or damaged.
+    Raises ValueError where the checkpoint is of another model, lacks a tensor or has one too many, or is damaged.
     """
     check_same_model(experiment, checkpoint, with_optimizer=False)
     verify(checkpoint, topology)
+    state = {f"model{i}": chunk.module.sharded_state_dict(metadata=dict(STATE_METADATA)) for i, chunk in enumerate(model)}
+    _check_names(state, checkpoint, world_size=topology.world_size)
     loaded = dist_checkpointing.load(
-        {f"model{i}": chunk.module.sharded_state_dict(metadata=dict(STATE_METADATA)) for i, chunk in enumerate(model)},
+        state,
         str(checkpoint / TENSORS),
         sharded_strategy=load_strategy(checkpoint),
         strict=StrictHandling.RAISE_UNEXPECTED,
     )
     for index, chunk in enumerate(model):
         load_chunk(chunk.module, loaded[f"model{index}"])
+
+
+def _check_names(state: dict[str, Any], checkpoint: Path, *, world_size: int) -> None:
+    """Raise ValueError that lists the weights which the checkpoint lacks, and those that the model does not have."""
+    pieces = {"state": dict(state)}
+    apply_factories(pieces)
+    mine = {entry.key for entry in nested_values(pieces) if isinstance(entry, ShardedTensor)}
+    names: list[set[str]] = [set()] * world_size
+    dist.all_gather_object(names, mine)
+    wanted = set().union(*names)
+    stored = {name for name in dist_checkpointing.load_tensors_metadata(str(checkpoint / TENSORS)) if not name.startswith(_NOT_WEIGHTS)}
+    for what, missed in (("lacks", wanted - stored), ("holds, beyond the model's,", stored - wanted)):
+        if missed:
+            raise ValueError(f"checkpoint {checkpoint} {what} {len(missed)} tensors: {', '.join(sorted(missed))}")
 
 
 def load_chunk(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
@@ -305,6 +331,11 @@ def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer
         raise ValueError(
             f"checkpoint {checkpoint} holds another model ({saved.recipe}): model.{name} is {theirs!r} there and {ours!r} here. "
             "Use another --run-dir, or the recipe and model settings of the checkpoint"
+        )
+    if with_optimizer and experiment.train.policy != saved.train.policy:
+        raise ValueError(
+            f"checkpoint {checkpoint} was trained with train.policy {saved.train.policy!r}, not {experiment.train.policy!r}: "
+            f"for another stage start a new run with --run-dir NEW --init-from {checkpoint}"
         )
     if with_optimizer and experiment.parallel.distributed_optimizer != saved.parallel.distributed_optimizer:
         raise ValueError(

@@ -11,7 +11,8 @@ from megatron_mm.data.pipeline import make_plan
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.models import family_of
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.training.checkpoint import TrainState, check_same_model, completed_checkpoints
+from megatron_mm.parallel.freezing import learning_patterns
+from megatron_mm.training.checkpoint import TrainState, check_same_model, completed_checkpoints, find_checkpoint
 from megatron_mm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def check(experiment: Experiment, run_dir: Path) -> None:
     """Everything that can be found wrong without other processes. Raises ValueError that names the thing and the fix."""
     world_size = topologies.world_size()
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, world_size)
+    learning_patterns(experiment)
     micro_batches = experiment.num_micro_batches(experiment.parallel.data_parallel_size(world_size))
     parallel = experiment.parallel
     if parallel.virtual > 1 and micro_batches % parallel.pipeline:
@@ -61,8 +63,21 @@ def check(experiment: Experiment, run_dir: Path) -> None:
             "raise it, or use a smaller tokenizer"
         )
     make_plan(experiment, split="train")
-    for checkpoint in completed_checkpoints(run_dir)[-1:]:
+    checkpoints = completed_checkpoints(run_dir)[-1:]
+    for checkpoint in checkpoints:
         check_same_model(experiment, checkpoint)
+    if experiment.init_from is not None and not checkpoints:
+        _check_beginning(experiment, find_checkpoint(experiment.init_from))
+
+
+def _check_beginning(experiment: Experiment, checkpoint: Path) -> None:
+    """The checkpoint that a run begins with holds the same model, and its token ids mean the same."""
+    check_same_model(experiment, checkpoint, with_optimizer=False)
+    ours, theirs = experiment.data.tokenizer_path, checkpoint / "tokenizer.model"
+    if theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
+        raise ValueError(
+            f"{checkpoint} was trained with another tokenizer than {ours}: use --data.tokenizer {theirs} and index the data with it"
+        )
 
 
 def _check_fp8(experiment: Experiment, *, tokens: int) -> None:

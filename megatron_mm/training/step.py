@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -12,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
+from megatron_mm.models import family_of
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.loss import LossFunction, LossTotals, combine_losses, loss_function, micro_batch_iterator
 from megatron_mm.training.optimizer import Update, learning_rate, update
@@ -68,23 +70,31 @@ class TrainingStep:
             return self._pass(micro_batches, forward_only=True)
 
     def _pass(self, micro_batches: list[PackedBatch], *, forward_only: bool) -> LossTotals:
-        device = self.topology.device
+        device, experiment = self.topology.device, self.experiment
+        # Packed micro-batches are one row of tokens each: the pipeline carries [rows, 1, width].
+        rows = family_of(experiment.model).pipeline_rows(
+            experiment.model,
+            experiment.parallel,
+            experiment.train.micro_batch_size * experiment.data.sequence_length,
+            max(batch.num_images for batch in micro_batches),
+        )
         iterators = [micro_batch_iterator(micro_batches, device) for _ in self.model]
         reported = get_forward_backward_func()(
-            forward_step_func=self._forward_step,
+            forward_step_func=partial(self._forward_step, rows=rows),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=len(micro_batches),
-            # Packed micro-batches are one row of tokens each: the pipeline carries [tokens, 1, width].
-            seq_length=self.experiment.train.micro_batch_size * self.experiment.data.sequence_length,
+            seq_length=rows,
             micro_batch_size=1,
             forward_only=forward_only,
         )
         return combine_losses(reported, contributes=self.topology.reports_loss, num_sources=self.num_sources, device=device)
 
-    def _forward_step(self, batches: Iterator[PackedBatch], chunk: DistributedDataParallel) -> tuple[torch.Tensor, LossFunction]:
+    def _forward_step(
+        self, batches: Iterator[PackedBatch], chunk: DistributedDataParallel, *, rows: int
+    ) -> tuple[torch.Tensor, LossFunction]:
         batch = next(batches)
-        return chunk(batch), loss_function(batch, num_sources=self.num_sources)
+        return chunk(batch, pipeline_rows=rows), loss_function(batch, num_sources=self.num_sources)
 
     def _evaluation_mode(self) -> _EvaluationMode:
         return _EvaluationMode(self.model)

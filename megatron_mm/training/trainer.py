@@ -13,7 +13,7 @@ from megatron_mm.data.pipeline import TrainingData
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.build import build_model
-from megatron_mm.training.checkpoint import Checkpointer, TrainState
+from megatron_mm.training.checkpoint import Checkpointer, TrainState, find_checkpoint, load_weights, newest_checkpoint
 from megatron_mm.training.hooks import Hook, StepRecord, standard_hooks
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
@@ -36,13 +36,21 @@ class Trainer:
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.tokenizer = Tokenizer.open(experiment.data.tokenizer_path)
         self.model = build_model(experiment, self.topology)
-        self.optimizer = build_optimizer(experiment, self.model)
+        if experiment.init_from is not None and newest_checkpoint(run_dir) is None:
+            self._begin_with(find_checkpoint(experiment.init_from))
+        self.optimizer = build_optimizer(experiment, self.model)  # after the weights: it copies them
         self.step = TrainingStep(experiment, self.topology, self.model, self.optimizer, num_sources=len(experiment.data.sources))
         self.checkpointer = Checkpointer(experiment, self.topology, run_dir, self.model, self.optimizer)
         self.state = self.checkpointer.load_latest() or TrainState()
         self.data = TrainingData(experiment, self.topology, self.tokenizer, cursor=self.state.plan)
         self.hooks: list[Hook] = standard_hooks(self)
         self.should_stop = False
+
+    def _begin_with(self, checkpoint: Path) -> None:
+        """Take the weights of an earlier stage of training, and nothing else."""
+        load_weights(self.experiment, self.topology, self.model, checkpoint)
+        if self.topology.is_main:
+            logger.info("begins with the weights of %s", checkpoint)
 
     def fit(self) -> TrainState:
         """Train up to `train.steps`, or until a hook asks to stop; returns where the run stands."""

@@ -1,0 +1,93 @@
+"""What the pipeline chunks of all families have in common: the decoder, the modules that encode images, and one state dict."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_mm.config import DecoderConfig
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.models.base import ChunkContext, ImageInput
+from megatron_mm.models.decoder import build_decoder, decoder_transformer_config
+from megatron_mm.parallel.replicated import mark_replicated, replicated_state
+
+
+def document_bounds(batch: PackedBatch) -> PackedSeqParams:
+    """The documents of a micro-batch, as attention wants to know them."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+
+
+class Chunk(MegatronModule):
+    """One pipeline chunk. `language` is its part of the decoder; the first stage also has what lies between pixels and decoder."""
+
+    def __init__(
+        self,
+        decoder: DecoderConfig,
+        context: ChunkContext,
+        *,
+        image: ImageInput,
+        encoders: dict[str, torch.nn.Module],
+        layer_specs: list[ModuleSpec] | None = None,
+    ) -> None:
+        """
+        Args:
+            image: how images enter the model.
+            encoders: modules that every process of a tensor-parallel group has whole and runs on its own share of the images; none but on
+                the first stage.
+            layer_specs: of this chunk's decoder layers; None takes the decoder's own.
+        """
+        transformer_config = decoder_transformer_config(decoder, context)
+        super().__init__(config=transformer_config)
+        self.model_type = ModelType.encoder_or_decoder  # read by megatron-core's schedules
+        self.image = image
+        self.sharing = context.sharing
+        self.pre_process = context.pre_process
+        self.post_process = context.post_process
+        self.vp_stage = context.virtual_stage
+        self.share_embeddings_and_output_weights = decoder.tied_embeddings
+        self.encoders = tuple(encoders)
+        for name, module in encoders.items():
+            mark_replicated(module)
+            self.add_module(name, module)
+        self.language = build_decoder(decoder, context, transformer_config=transformer_config, layer_specs=layer_specs)
+
+    def set_input_tensor(self, input_tensor: list[torch.Tensor] | torch.Tensor | None) -> None:
+        """Take what the previous stage sent; called by the pipeline schedule before forward."""
+        self.language.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """The embedding table where this chunk has it, for the sum of its two gradients when it is tied."""
+        return self.language.shared_embedding_or_output_weight()
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
+        """Every parameter under its global name: the encoders' (copies), and `language.` (cut).
+
+        Transformer Engine's modules would add a pickle each, in which FP8 keeps the scales of earlier steps. Ours has none to keep
+        (`decoder_transformer_config`), so these are left out: checkpoints are the same with and without Transformer Engine.
+        """
+        state = self.language.sharded_state_dict(f"{prefix}language.", sharded_offsets, metadata)
+        for name in self.encoders:
+            state.update(replicated_state(self.get_submodule(name), prefix=f"{prefix}{name}."))
+        return {name: entry for name, entry in state.items() if "._extra_state" not in name}
+
+    def own_pixels(self, batch: PackedBatch) -> torch.Tensor:
+        """The images that this process encodes, [max(1, num_owned), 3, H, W].
+
+        A process without an image encodes a blank one that nobody uses: so every encoder parameter takes part in every
+        micro-batch's graph (with gradient zero), and gradient reductions that wait for all of them never hang.
+        """
+        assert batch.pixels is not None, "only the first stage encodes"
+        if batch.pixels.shape[0]:
+            return batch.pixels
+        blank = torch.tensor(self.image.fill, dtype=torch.uint8, device=batch.pixels.device)
+        return blank[None, :, None, None].expand(1, 3, self.image.size, self.image.size)

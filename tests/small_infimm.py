@@ -1,0 +1,101 @@
+"""A small InfiMM that has every part of a large one, and batches for it: documents with several images, with one, and with none."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from small import small_experiment
+
+from megatron_mm.config import DecoderConfig, Experiment, GatedConfig, InfiMMConfig, ParallelConfig, ResamplerConfig
+from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.models.eva import EVA_TINY
+from megatron_mm.parallel.topology import Topology
+
+END_OF_CHUNK_ID, IMAGE_ID = 3, 4
+IMAGES_OF_MICRO_BATCHES = (0, 1, 6)
+"""In turn: no image, one (so that of two tensor-parallel processes one has none), six."""
+
+
+def small_infimm(
+    *,
+    decoder: dict[str, Any] | None = None,
+    parallel: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    **train: Any,
+) -> Experiment:
+    """4 layers of width 64, a gated block before every second; 2 latent layers, 8 latents an image; 4 micro-batches of 96 tokens.
+
+    Args:
+        decoder, parallel, model, train: fields to change.
+    """
+    fields: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "head_dim": 8,
+        "vocab_size": 128,
+        "tied_embeddings": False,
+        **(decoder or {}),
+    }
+    base = small_experiment(parallel=parallel, **{"policy": "ift", **train})
+    parts = {
+        "decoder": DecoderConfig(**fields),
+        "vision": replace(EVA_TINY, hidden_size=32, num_attention_heads=4, ffn_hidden_size=40, image_size=16),
+        "resampler": ResamplerConfig(num_latents=8, num_layers=2, num_attention_heads=4, head_dim=8),
+        "gated": GatedConfig(every_n_layers=2, num_attention_heads=4, head_dim=8),
+        **(model or {}),
+    }
+    return replace(base, model=InfiMMConfig(**parts), parallel=ParallelConfig(**(parallel or {})))
+
+
+def infimm_batch(experiment: Experiment, topology: Topology, *, number: int, num_images: int | None = None) -> PackedBatch:
+    """Micro-batch `number` of a run, the same in every layout: random words and pictures, up to three images a document."""
+    generator = torch.Generator().manual_seed(number)
+    total = experiment.train.micro_batch_size * experiment.data.sequence_length
+    ids = torch.randint(5, experiment.model.decoder.vocab_size, (total,), generator=generator)
+    bounds = [0]
+    while bounds[-1] < total:
+        bounds.append(min(total, bounds[-1] + int(torch.randint(12, 30, (1,), generator=generator))))
+    wanted = IMAGES_OF_MICRO_BATCHES[number % len(IMAGES_OF_MICRO_BATCHES)] if num_images is None else num_images
+    starts: list[int] = []
+    for begin, end in itertools.pairwise(bounds):
+        places = range(begin + 4, end - 3, 6)[:3]
+        if begin == 0 and wanted < 6:
+            continue  # a document without any image stands before those with some
+        starts += list(places)[: wanted - len(starts)]
+    for start in starts:
+        ids[start - 1], ids[start] = END_OF_CHUNK_ID, IMAGE_ID
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    labels, mask = ids.roll(-1), torch.ones(total)
+    mask[cu_seqlens[1:].long() - 1] = 0
+    mask[labels == IMAGE_ID] = 0
+    owners = torch.arange(len(starts)) % topology.tensor_size
+    size = experiment.model.vision.image_size  # type: ignore[attr-defined]
+    pixels = torch.randint(0, 256, (len(starts), 3, size, size), generator=generator, dtype=torch.uint8)
+    image_starts = torch.tensor(starts, dtype=torch.int64)
+    return PackedBatch(
+        token_ids=ids,
+        labels=labels,
+        loss_mask=mask,
+        is_token=torch.ones(total, dtype=torch.bool),
+        position_ids=torch.cat([torch.arange(length) for length in cu_seqlens.diff().tolist()]),
+        source_ids=torch.full((total,), number % 2),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(cu_seqlens.diff().max()),
+        image_starts=image_starts,
+        image_owners=owners,
+        image_documents=documents_of_images(image_starts, cu_seqlens),
+        pixels=pixels[owners == topology.tensor_rank] if topology.is_first_stage else None,
+    )
+
+
+def infimm_step(experiment: Experiment, topology: Topology, *, step: int) -> list[PackedBatch]:
+    """This process's micro-batches of a step."""
+    count = experiment.num_micro_batches(topology.data_size)
+    first = 1000 * step + topology.data_rank
+    return [infimm_batch(experiment, topology, number=first + index * topology.data_size) for index in range(count)]
