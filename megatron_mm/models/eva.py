@@ -1,0 +1,265 @@
+"""EVA-CLIP image towers (arXiv 2303.15389), as InfiMM uses them: all tokens of the last layer, before the final norm.
+
+The tower is plain PyTorch and not made of megatron-core's layers, as `models/vision.py` is. It is frozen in every stage of
+InfiMM and only ever runs forward, in its parameters' type, whole on every process: nothing of it is parallel, in FP8, recomputed
+or differentiated, so Transformer Engine's layers would save nothing, and scaled-dot-product attention calls the same kernels. What
+sets EVA's layers apart (biases on queries and values and none on keys, LayerNorms inside attention and MLP, rotary positions of
+patches but not of the class token, norms behind a branch instead of before it) would each take a class of its own there.
+
+Checkpoints hold the final norm and the head to CLIP's shared space. They are carried, so that nothing of a checkpoint is lost on
+the way in and out again, and take no part in `EvaTower.forward`.
+
+Shape legend: n images, g patches along one side, p = g * g patches, s = 1 + p tokens (class token first), v tower width, a heads, d head
+width, f width of the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_mm.config import EvaConfig
+
+EVA02_L_14_336 = EvaConfig(
+    image_size=336,
+    patch_size=14,
+    hidden_size=1024,
+    num_layers=24,
+    num_attention_heads=16,
+    ffn_hidden_size=2730,
+    output_size=768,
+    swiglu=True,
+    rotary_grid=16,
+)
+"""EVA02-CLIP-L/14 at 336 px: 24 x 24 patches, 304,432,832 parameters."""
+
+EVA01_G_14_224 = EvaConfig(
+    image_size=224,
+    patch_size=14,
+    hidden_size=1408,
+    num_layers=40,
+    num_attention_heads=16,
+    ffn_hidden_size=6144,
+    output_size=1024,
+)
+"""EVA01-CLIP-g/14 at 224 px: 16 x 16 patches, 1,012,588,928 parameters."""
+
+EVA02_BIGE_14_224 = EvaConfig(
+    image_size=224,
+    patch_size=14,
+    hidden_size=1792,
+    num_layers=64,
+    num_attention_heads=16,
+    ffn_hidden_size=15360,
+    output_size=1024,
+    block="post_norm",
+)
+"""EVA02-CLIP-bigE/14 at 224 px: 16 x 16 patches, 4,350,556,928 parameters."""
+
+EVA_TINY = EvaConfig(
+    image_size=32,
+    patch_size=4,
+    hidden_size=64,
+    num_layers=2,
+    num_attention_heads=4,
+    ffn_hidden_size=170,
+    output_size=32,
+    swiglu=True,
+    rotary_grid=4,
+)
+"""EVA02-L's kind of tower for a CPU: 8 x 8 patches, 110,256 parameters."""
+
+
+class EvaTower(nn.Module):
+    """EVA-CLIP's vision transformer: pixels [n, 3, H, W] -> tokens [n, s, v]; n may be 0.
+
+    Weights are allocated, and marked with their initial scale: that of `models.vision.VisionTower`.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+
+    def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
+        """
+        Args:
+            dtype: of the parameters, and of everything that is computed but rotations.
+        """
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.patch_embedding = _patch_convolution(config, dtype=dtype)
+        self.class_embedding = _vector(width, std=width**-0.5, dtype=dtype)
+        self.position_embedding = _vector(config.num_tokens, width, std=width**-0.5, dtype=dtype)
+        self.layers = nn.ModuleList(EvaLayer(config, dtype=dtype) for _ in range(config.num_layers))
+        self.norm = _norm(width, config, dtype=dtype)
+        self.head = _linear(width, config.output_size, std=width**-0.5, dtype=dtype)
+        # x -> (x / 255 - mean) / std as one multiplication and one addition.
+        self.register_buffer("scale", torch.tensor([1 / (255 * std) for std in config.std]).view(3, 1, 1), persistent=False)
+        shift = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
+        self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
+        angles = rotary_angles(config)
+        self.register_buffer("cos", None if angles is None else angles.cos(), persistent=False)
+        self.register_buffer("sin", None if angles is None else angles.sin(), persistent=False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode images.
+
+        Args:
+            pixels: [n, 3, H, W] uint8, RGB, H = W = `config.image_size`.
+
+        Returns:
+            [n, s, v] in the parameters' type: the last layer's tokens before the final norm, class token first, then the
+            patches row by row.
+        """
+        size = self.config.image_size
+        assert pixels.shape[1:] == (3, size, size), f"pixels of shape {tuple(pixels.shape)}, but the tower takes [n, 3, {size}, {size}]"
+        normalised = torch.addcmul(self.shift, pixels.float(), self.scale).to(self.class_embedding.dtype)
+        patches_npv = self.patch_embedding(normalised).flatten(2).transpose(1, 2)
+        class_n1v = self.class_embedding.expand(pixels.shape[0], 1, -1)
+        tokens_nsv = torch.cat([class_n1v, patches_npv], dim=1) + self.position_embedding
+        for layer in self.layers:
+            tokens_nsv = layer(tokens_nsv, self.cos, self.sin)
+        return tokens_nsv
+
+
+class EvaLayer(nn.Module):
+    """Attention and MLP, each with its norm before it or behind it: [n, s, v] -> [n, s, v]."""
+
+    def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.post_norm = config.block == "post_norm"
+        self.attention_norm = _norm(config.hidden_size, config, dtype=dtype)
+        self.attention = EvaAttention(config, dtype=dtype)
+        self.mlp_norm = _norm(config.hidden_size, config, dtype=dtype)
+        self.mlp = (EvaSwiGLU if config.swiglu else EvaMLP)(config, dtype=dtype)
+
+    def forward(self, x_nsv: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+        """
+        Args:
+            cos, sin: of `rotary_angles`, [s, d / 2]; None without rotary positions.
+        """
+        if self.post_norm:
+            x_nsv = x_nsv + self.attention_norm(self.attention(x_nsv, cos, sin))
+            return x_nsv + self.mlp_norm(self.mlp(x_nsv))
+        x_nsv = x_nsv + self.attention(self.attention_norm(x_nsv), cos, sin)
+        return x_nsv + self.mlp(self.mlp_norm(x_nsv))
+
+
+class EvaAttention(nn.Module):
+    """Every token attends to every token of its image.
+
+    The three projections are one matrix, queries' rows first, as in EVA01-g's and EVA02-bigE's checkpoints; EVA02-L's hold three,
+    which are those rows.
+    """
+
+    def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.qkv = _linear(width, 3 * width, bias=False, std=width**-0.5, dtype=dtype)
+        self.q_bias = _vector(width, std=0.0, dtype=dtype)
+        self.v_bias = _vector(width, std=0.0, dtype=dtype)
+        self.inner_norm = _norm(width, config, dtype=dtype) if config.swiglu else nn.Identity()
+        self.output = _linear(width, width, std=width**-0.5 / math.sqrt(2 * config.num_layers), dtype=dtype)
+
+    def forward(self, x_nsv: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+        """[n, s, v] -> [n, s, v]; cos and sin as in `EvaLayer.forward`."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q_nsad, k_nsad, v_nsad = F.linear(x_nsv, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        q_nasd, k_nasd, v_nasd = (x.transpose(1, 2) for x in (q_nsad, k_nsad, v_nsad))
+        if cos is not None and sin is not None:
+            q_nasd, k_nasd = turn(q_nasd, cos, sin), turn(k_nasd, cos, sin)
+        attended_nsv = F.scaled_dot_product_attention(q_nasd, k_nasd, v_nasd).transpose(1, 2).flatten(2)
+        return self.output(self.inner_norm(attended_nsv))
+
+
+class EvaMLP(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.ffn_hidden_size
+        self.up = _linear(width, inner, std=(2 * width) ** -0.5, dtype=dtype)
+        self.down = _linear(inner, width, std=width**-0.5 / math.sqrt(2 * config.num_layers), dtype=dtype)
+
+    def forward(self, x_nsv: torch.Tensor) -> torch.Tensor:
+        """[n, s, v] -> [n, s, v]."""
+        return self.down(F.gelu(self.up(x_nsv)))
+
+
+class EvaSwiGLU(nn.Module):
+    """SiLU of one branch times the other, a LayerNorm of that, and a linear layer."""
+
+    def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.ffn_hidden_size
+        self.gate = _linear(width, inner, std=(2 * width) ** -0.5, dtype=dtype)
+        self.up = _linear(width, inner, std=(2 * width) ** -0.5, dtype=dtype)
+        self.inner_norm = _norm(inner, config, dtype=dtype)
+        self.down = _linear(inner, width, std=width**-0.5 / math.sqrt(2 * config.num_layers), dtype=dtype)
+
+    def forward(self, x_nsv: torch.Tensor) -> torch.Tensor:
+        """[n, s, v] -> [n, s, v]."""
+        return self.down(self.inner_norm(F.silu(self.gate(x_nsv)) * self.up(x_nsv)))
+
+
+def rotary_angles(config: EvaConfig) -> torch.Tensor | None:
+    """By what every pair of a head's channels is turned: [s, d / 2], or None without rotary positions.
+
+    The first half of the pairs turns with the row of the patch, the second with its column. Positions are spread over the
+    grid of pre-training, whatever the image size is now. The class token's angles are 0, which leaves it as it is.
+
+    Worked example: heads of width 8 (4 pairs), 2 x 2 patches, a grid of 4. Rows and columns are at positions 0 and 2, and the
+    frequencies of two pairs are 10000^0 = 1 and 10000^(-1/2) = 0.01. The patch in row 1 and column 0 is turned by 2, 0.02 (row), 0, 0
+    (column).
+    """
+    if config.rotary_grid is None:
+        return None
+    pairs = config.head_dim // 4  # of one axis
+    frequencies = 10000.0 ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
+    positions = torch.arange(config.grid_size, dtype=torch.float32) / config.grid_size * config.rotary_grid
+    angles_gf = torch.outer(positions, frequencies)
+    rows = angles_gf.repeat_interleave(config.grid_size, dim=0)
+    columns = angles_gf.repeat(config.grid_size, 1)
+    return torch.cat([torch.zeros(1, 2 * pairs), torch.cat([rows, columns], dim=1)])
+
+
+def turn(x_nasd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs of neighbouring channels 0-1, 2-3, ... of [n, a, s, d] by angles, in float32.
+
+    Args:
+        cos, sin: [s, d / 2].
+    """
+    even, odd = x_nasd[..., 0::2].float(), x_nasd[..., 1::2].float()
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(3).to(x_nasd.dtype)
+
+
+def _vector(*shape: int, std: float, dtype: torch.dtype) -> nn.Parameter:
+    parameter = nn.Parameter(torch.empty(*shape, dtype=dtype))
+    parameter.init_std = std  # type: ignore[attr-defined]
+    return parameter
+
+
+def _linear(input_size: int, output_size: int, *, bias: bool = True, std: float, dtype: torch.dtype) -> nn.Linear:
+    device = torch.get_default_device()  # skip_init knows nothing of `with torch.device(...)`
+    layer = nn.utils.skip_init(nn.Linear, input_size, output_size, bias=bias, dtype=dtype, device=device)
+    layer.weight.init_std = std
+    return layer
+
+
+def _patch_convolution(config: EvaConfig, *, dtype: torch.dtype) -> nn.Conv2d:
+    patch, device = config.patch_size, torch.get_default_device()
+    layer = nn.utils.skip_init(nn.Conv2d, 3, config.hidden_size, patch, stride=patch, dtype=dtype, device=device)
+    layer.weight.init_std = (3 * patch**2) ** -0.5
+    return layer
+
+
+def _norm(size: int, config: EvaConfig, *, dtype: torch.dtype) -> nn.LayerNorm:
+    norm = nn.LayerNorm(size, eps=config.norm_epsilon, dtype=dtype)
+    norm.weight.init_value = 1.0  # type: ignore[attr-defined]
+    return norm
