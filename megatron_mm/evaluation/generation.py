@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.config import FP8_MULTIPLE
-from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.batch import PackedBatch, documents_of_images
 from megatron_mm.data.plan import image_owners
 from megatron_mm.parallel.topology import Topology
 
@@ -28,7 +28,7 @@ class Prompt:
     ids: list[int]
     """Token ids, image places included."""
     image_starts: list[int]
-    """Place of the first token of each image in ids."""
+    """Place of the first token of each image's features in ids."""
     pixels: torch.Tensor
     """[images, 3, H, W] uint8."""
 
@@ -72,6 +72,7 @@ def _pack(documents: list[list[int]], prompts: list[Prompt], topology: Topology,
     for document, prompt in zip(documents, prompts, strict=True):
         starts += [offset + start for start in prompt.image_starts]
         offset += len(document)
+    image_starts = torch.tensor(starts, dtype=torch.int64)
     owners = torch.from_numpy(image_owners(len(starts), topology.tensor_size))
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     pixels = torch.cat([prompt.pixels for prompt in prompts])
@@ -84,8 +85,9 @@ def _pack(documents: list[list[int]], prompts: list[Prompt], topology: Topology,
         source_ids=torch.zeros_like(ids),
         cu_seqlens=cu_seqlens,
         max_seqlen=max(lengths),
-        image_starts=torch.tensor(starts, dtype=torch.int64),
+        image_starts=image_starts,
         image_owners=owners,
+        image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
         pixels=pixels[owners == topology.tensor_rank] if topology.is_first_stage else None,
     ).to(topology.device)
 

@@ -60,6 +60,7 @@ def _plain_loop(model: torch.nn.Module, prompt: Prompt) -> list[int]:
             max_seqlen=len(ids),
             image_starts=torch.tensor(prompt.image_starts, dtype=torch.int64),
             image_owners=torch.zeros(len(prompt.image_starts), dtype=torch.int64),
+            image_documents=torch.tensor([[0, len(ids)]] * len(prompt.image_starts), dtype=torch.int64).reshape(-1, 2),
             pixels=prompt.pixels,
         )
         ids.append(int(model(batch, with_loss=False)[0, -1].argmax()))
