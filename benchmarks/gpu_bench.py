@@ -95,6 +95,7 @@ def full_sequence(settings: Experiment) -> PackedBatch:
         max_seqlen=total,
         image_starts=starts,
         image_owners=torch.zeros(images, dtype=torch.int64),
+        image_documents=torch.tensor([[0, total]]).expand(images, 2),
         pixels=torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8),
     )
 

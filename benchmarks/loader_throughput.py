@@ -21,6 +21,8 @@ from PIL import Image
 
 from megatron_mm.config import DataConfig
 from megatron_mm.data.decode import has_dali, make_decoder
+from megatron_mm.data.filling import Limits
+from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import open_split
 from megatron_mm.data.loader import Loader, RankView
 from megatron_mm.data.plan import Plan
@@ -58,18 +60,15 @@ def loader_rate(path: Path, data: DataConfig, *, image_size: int, steps: int) ->
     plan = Plan(
         open_split(path, "train", sources=["pairs"]),
         weights=[1.0],
-        sequence_length=1024,
-        max_images=16,
+        limits=Limits(1024, 16),
+        image=ImageInput(size=image_size, fill=FILL, tokens=64),
         packing_window=256,
-        tokens_per_image=64,
         seed=0,
         global_batch_size=4,
         micro_batch_size=1,
     )
     view = RankView(data_rank=0, data_size=1, tensor_rank=0, tensor_size=1, needs_text=True, needs_pixels=True)
-    loader = Loader(
-        plan, tokenizer=tokenizer, data=data, image_size=image_size, fill=FILL, view=view, start=plan.initial_state(), device=CPU
-    )
+    loader = Loader(plan, tokenizer=tokenizer, data=data, view=view, start=plan.initial_state(), device=CPU)
     for _ in range(data.prefetch_steps + 1):  # what was decoded ahead of the clock
         next(loader)
     began, images = time.perf_counter(), 0

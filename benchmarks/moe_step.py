@@ -21,8 +21,7 @@ from typing import Any
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_mm.config import Experiment
-from megatron_mm.data.pipeline import TrainingData
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.pipeline import TrainingData, open_tokenizer
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.build import build_model
 from megatron_mm.recipes import get_recipe
@@ -80,7 +79,7 @@ def main() -> None:
     sparse, dense = (replace(e, data=replace(e.data, path=arguments.data)) for e in (sparse, dense))
     topology = topologies.initialize(sparse.parallel, seed=1)
     models = {"sparse": Model(sparse, topology), "dense": Model(dense, topology)}
-    data = TrainingData(sparse, topology, Tokenizer.open(sparse.data.tokenizer_path))
+    data = TrainingData(sparse, topology, open_tokenizer(sparse))
     phases: dict[str, float] = defaultdict(float)
     for number in range(1, arguments.steps + 3):
         batches = next(data).micro_batches

@@ -20,11 +20,13 @@ import numpy as np
 
 from megatron_mm.data import packing
 from megatron_mm.data.filling import Limits
+from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import ITEM, SAMPLE, Kind, SourceIndex
 from megatron_mm.data.plan import Plan
 
 STEP_SECONDS = 1.66
-SEQUENCES, LENGTH, IMAGES, IMAGE_TOKENS = 512, 4096, 16, 144
+SEQUENCES, LENGTH, IMAGES = 512, 4096, 16
+IMAGE = ImageInput(size=378, fill=(0, 0, 0), tokens=144)
 
 
 def made_up_index(name: str, kind: Kind, *, samples: int, rng: np.random.Generator) -> SourceIndex:
@@ -77,10 +79,9 @@ def measure(batches: int) -> Measured:
     plan = Plan(
         [made_up_index(kind, kind, samples=200_000, rng=rng) for kind in kinds],
         weights=[0.45, 0.45, 0.10],
-        sequence_length=LENGTH,
-        max_images=IMAGES,
+        limits=Limits(LENGTH, IMAGES),
+        image=IMAGE,
         packing_window=4096,
-        tokens_per_image=IMAGE_TOKENS,
         seed=0,
         global_batch_size=SEQUENCES,
         micro_batch_size=1,

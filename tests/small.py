@@ -69,6 +69,7 @@ def random_batch(experiment: Experiment, topology: Topology, *, number: int) -> 
     labels, mask = ids.roll(-1), torch.ones(total)
     mask[cu_seqlens[1:].long() - 1] = 0
     mask[labels == IMAGE_ID] = 0
+    image_starts = torch.tensor(starts, dtype=torch.int64)
     owners = torch.arange(len(starts)) % topology.tensor_size
     size = experiment.model.vision.image_size
     pixels = torch.randint(0, 256, (len(starts), 3, size, size), generator=generator, dtype=torch.uint8)
@@ -81,9 +82,9 @@ def random_batch(experiment: Experiment, topology: Topology, *, number: int) -> 
         source_ids=torch.full((total,), number % 2),
         cu_seqlens=cu_seqlens,
         max_seqlen=int(cu_seqlens.diff().max()),
-        image_starts=torch.tensor(starts, dtype=torch.int64),
+        image_starts=image_starts,
         image_owners=owners,
-        image_documents=documents_of_images(torch.tensor(starts, dtype=torch.int64), cu_seqlens),
+        image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
         pixels=pixels[owners == topology.tensor_rank] if topology.is_first_stage else None,
     )
 

@@ -89,7 +89,7 @@ def infimm_batch(experiment: Experiment, topology: Topology, *, number: int, num
         max_seqlen=int(cu_seqlens.diff().max()),
         image_starts=image_starts,
         image_owners=owners,
-        image_documents=documents_of_images(image_starts, cu_seqlens),
+        image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
         pixels=pixels[owners == topology.tensor_rank] if topology.is_first_stage else None,
     )
 

@@ -28,9 +28,8 @@ from megatron_mm.config import Experiment, MM1Config
 from megatron_mm.data.decode import has_dali, make_decoder
 from megatron_mm.data.demo import prepare_demo
 from megatron_mm.data.index import open_split
-from megatron_mm.data.pipeline import TrainingData
+from megatron_mm.data.pipeline import TrainingData, open_tokenizer
 from megatron_mm.data.shards import read_range
-from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.doctor import diagnose, report
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.build import build_model
@@ -101,7 +100,7 @@ def train(settings: Experiment) -> Seen:
     try:
         model = build_model(settings, topology)
         step = TrainingStep(settings, topology, model, build_optimizer(settings, model), num_sources=len(settings.data.sources))
-        data = TrainingData(settings, topology, Tokenizer.open(settings.data.tokenizer_path))
+        data = TrainingData(settings, topology, open_tokenizer(settings))
         layers: dict[str, torch.Tensor] = {}
         hooks = [module.register_forward_hook(_keep(layers, name)) for name, module in _layers(model[0].module)]
         losses, gradients = [], {}
@@ -246,7 +245,7 @@ def run_on(data: Path, kinds: list[type]) -> list[float]:
                 checkpointer = Checkpointer(settings, topology, Path(folder), model, optimizer)
                 assert (checkpointer.load_latest() is None) == (part == 0)
                 step = TrainingStep(settings, topology, model, optimizer, num_sources=len(settings.data.sources))
-                batches = TrainingData(settings, topology, Tokenizer.open(settings.data.tokenizer_path))
+                batches = TrainingData(settings, topology, open_tokenizer(settings))
                 for number in range(1, 3 * part + 4):
                     micro_batches = next(batches).micro_batches
                     if number > 3 * part:

@@ -41,12 +41,12 @@ class PackedBatch:
     max_seqlen: int
     """Tokens of the longest document."""
     image_starts: torch.Tensor
-    """[num_images] int64: the position in [0, T) of the first token of each image, in rising order. An image takes the
-    connector's `num_tokens` consecutive positions."""
+    """[num_images] int64: the position in [0, T) of the first token of each image's features, in rising order. The features take
+    `ImageInput.tokens` consecutive positions; what stands before and after them are tokens like any other."""
     image_owners: torch.Tensor
     """[num_images] int64: the tensor-parallel rank that decodes and encodes each image."""
     image_documents: torch.Tensor
-    """[num_images, 2] int64: where in [0, T] the document of each image begins and ends."""
+    """[num_images, 2] int64: begin and end, in [0, T), of the document that holds each image (`documents_of_images`)."""
     pixels: torch.Tensor | None
     """[num_owned, 3, H, W] uint8, RGB: this rank's images, in the order of `image_starts`; num_owned may be 0. The tower
     normalises them on its device. None on a rank that does not hold the encoder."""
@@ -60,7 +60,7 @@ class PackedBatch:
         return self.image_starts.numel()
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on a device; `image_starts` and `image_owners` stay on the CPU, where indices are computed from them."""
+        """The same batch on a device; what begins with `image_` stays on the CPU, where indices are computed from it."""
         moved = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
@@ -69,7 +69,11 @@ class PackedBatch:
         return replace(self, **moved)  # type: ignore[arg-type]
 
 
-def documents_of_images(image_starts: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """`PackedBatch.image_documents`. Images at 3 and 7 in documents [0, 5) and [5, 9) give [[0, 5], [5, 9]]."""
-    after = torch.searchsorted(cu_seqlens.long(), image_starts, right=True)
-    return torch.stack([cu_seqlens[after - 1], cu_seqlens[after]], dim=1).long()
+def documents_of_images(image_starts: torch.Tensor, *, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """`PackedBatch.image_documents` from two other fields of it, all on the CPU.
+
+    Worked example: documents at 0..8, 9..12 and 13..14, images at 1 and 9: [[0, 9], [9, 13]].
+    """
+    bounds = cu_seqlens.long()
+    number = torch.searchsorted(bounds, image_starts, right=True)
+    return torch.stack([bounds[number - 1], bounds[number]], dim=1)

@@ -34,7 +34,13 @@ class Limits:
 
     sequence_length: int
     max_images: int
-    tokens_per_image: int
+    max_images_per_document: int | None = None
+    """Images of a document, which is cut where it has more; None for no limit of its own."""
+
+    @property
+    def images_of_a_piece(self) -> int:
+        """Images that a document may have without being cut."""
+        return self.max_images if self.max_images_per_document is None else min(self.max_images, self.max_images_per_document)
 
 
 def fill_sequences(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng: np.random.Generator) -> np.ndarray:

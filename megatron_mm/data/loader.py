@@ -83,6 +83,7 @@ class _Draft:
     texts: list[Future] = field(default_factory=list)
     """Of the documents' token ids, for each sequence."""
     starts: list[int] = field(default_factory=list)
+    """First place of each image in the micro-batch, with what stands before its features."""
     images: list[_Image] = field(default_factory=list)
     shown: list[_Image] = field(default_factory=list)
     """What this process decodes for its share of `images`: the same ones, unless images are shuffled."""
@@ -118,15 +119,13 @@ class Loader:
         *,
         tokenizer: Tokenizer,
         data: DataConfig,
-        image_size: int,
-        fill: tuple[int, int, int],
         view: RankView,
         start: PlanState,
         device: torch.device,
     ) -> None:
         """Begin to read at the cursor `start`.
 
-        Raises ValueError where the index was made with another tokenizer.
+        Raises ValueError where the index was made with another tokenizer, or the tokenizer lacks a token that images are written with.
         """
         for index in plan.indexes:
             if index.tokenizer != tokenizer.fingerprint:
@@ -140,11 +139,13 @@ class Loader:
         self.config = data
         self.view = view
         self.state = start
-        self.fill, self.image_size = fill, image_size
-        self.tokens_per_image = plan.limits.tokens_per_image
+        self.image = plan.image
+        self._image_ids = plan.image.ids(tokenizer.special_id)
         self._texts, self._seen = _Tally(), _Tally()
         self._readers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
-        self._decoder = make_decoder(data.decoder, image_size=image_size, threads=data.decode_threads, fill=fill, device=device)
+        self._decoder = make_decoder(
+            data.decoder, image_size=plan.image.size, threads=data.decode_threads, fill=plan.image.fill, device=device
+        )
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decoding")  # micro-batch after micro-batch, without a pause
         self._ready: queue.Queue[tuple[StepBatch, PlanState] | BaseException] = queue.Queue(maxsize=data.prefetch_steps)
         self._stopped = threading.Event()
@@ -233,7 +234,7 @@ class Loader:
     def _images(self, source: int, sample: int) -> tuple[np.ndarray, list[_Image]]:
         """First places of a document's images in its stream, and the images."""
         index = self.plan.indexes[source]
-        starts, _ = image_places(index, sample, self.tokens_per_image)
+        starts, _ = image_places(index, sample, self.image)
         row = index.samples[sample]
         items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
         return starts, [_Image(source, sample, int(i["offset"]), int(i["size"])) for i in items[items["is_image"] == 1]]
@@ -279,7 +280,7 @@ class Loader:
         path = index.shard_path(int(row["shard"]))
         try:
             texts = read_texts(index.kind, read_range(path, int(row["offset"]), int(row["size"])))
-            return document_stream(index, sample, self.tokenizer, texts, tokens_per_image=self.tokens_per_image)
+            return document_stream(index, sample, self.tokenizer, texts, image_ids=self._image_ids)
         except (OSError, ValueError) as error:
             logger.warning("unusable text in sample %d of %s: %s; it is left out", sample, index.name, error)
             return None
@@ -324,12 +325,13 @@ class Loader:
                 bounds.append(stop)
         labels = np.roll(ids, -1)
         starts = np.array(draft.starts, dtype=np.int64)
-        mask[(starts[:, None] + np.arange(-1, self.tokens_per_image - 1)).flatten()] = 0  # what comes next is an image's token
+        mask[(starts[:, None] + np.array(self.image.silent) - 1).flatten()] = 0  # what comes next is an image's token
         labels[mask == 0] = self.tokenizer.pad_id
         decoded: DecodedImages | None = draft.pixels.result() if draft.pixels is not None else None
         if decoded is not None:
             self._tally_images(draft.shown, decoded.ok, bad)
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        features = torch.from_numpy(starts + len(self.image.before))
         return PackedBatch(
             token_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
@@ -339,18 +341,18 @@ class Loader:
             source_ids=torch.from_numpy(sources),
             cu_seqlens=cu_seqlens,
             max_seqlen=int(cu_seqlens.diff().max()),
-            image_starts=torch.tensor(draft.starts, dtype=torch.int64),
+            image_starts=features,
             image_owners=torch.from_numpy(image_owners(len(draft.starts), self.view.tensor_size)),
-            image_documents=documents_of_images(torch.tensor(draft.starts, dtype=torch.int64), cu_seqlens),
+            image_documents=documents_of_images(features, cu_seqlens=cu_seqlens),
             pixels=decoded.pixels if decoded is not None else None,
         )
 
     def _pixels(self, draft: _Draft) -> DecodedImages:
         """This process's images of a micro-batch, in its own thread."""
         if self.config.images == "blank":
-            colour = torch.tensor(self.fill, dtype=torch.uint8)[None, :, None, None]
+            colour = torch.tensor(self.image.fill, dtype=torch.uint8)[None, :, None, None]
             count = len(draft.shown)
-            return DecodedImages(colour.expand(count, 3, self.image_size, self.image_size), np.ones(count, dtype=bool))
+            return DecodedImages(colour.expand(count, 3, self.image.size, self.image.size), np.ones(count, dtype=bool))
         return self._decoder.decode([blob for future in draft.blobs for blob in future.result()])
 
     def _tally_images(self, images: list[_Image], ok: np.ndarray, bad: Counter[str]) -> None:
@@ -363,10 +365,13 @@ class Loader:
                 logger.warning("undecodable image in sample %d of %s: a blank one stands for it", image.sample, name)
 
 
-def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, texts: list[str], *, tokens_per_image: int) -> list[int]:
+def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, texts: list[str], *, image_ids: list[int]) -> list[int]:
     """BOS, the items' tokens in reading order, EOS.
 
     Raises ValueError where the texts are not those that were indexed.
+
+    Args:
+        image_ids: what stands for an image.
     """
     row = index.samples[sample]
     items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
@@ -375,7 +380,7 @@ def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, texts
     stream = [tokenizer.bos_id]
     for item in items:
         if item["is_image"]:
-            stream += [tokenizer.image_id] * tokens_per_image
+            stream += image_ids
             continue
         ids = tokenizer.encode(texts[int(item["offset"])])
         if len(ids) != item["tokens"]:

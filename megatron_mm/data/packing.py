@@ -1,6 +1,6 @@
 """Packing of documents into sequences of a fixed number of tokens and at most so many images (`data.filling` chooses which).
 
-A document is the token stream BOS, items, EOS, where an image is `tokens_per_image` places. A piece is a range [begin, end) of
+A document is the token stream BOS, items, EOS, where an image is as many places as `ImageInput` says. A piece is a range [begin, end) of
 that stream: the whole of it, or, where a document is longer than a sequence or has too many images, a part; an image is never
 cut, and nothing is dropped.
 """
@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from megatron_mm.data.filling import Limits, fill_sequences
+from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import SourceIndex
 
 BEGIN_AND_END = 2
@@ -54,27 +55,27 @@ class Window:
         return np.add.reduceat(self.images, self.starts[:-1]).tolist()
 
 
-def document_lengths(index: SourceIndex, samples: np.ndarray, tokens_per_image: int) -> np.ndarray:
+def document_lengths(index: SourceIndex, samples: np.ndarray, image: ImageInput) -> np.ndarray:
     """Places of the documents' streams: [samples] int64."""
     rows = index.samples[samples]
-    return BEGIN_AND_END + rows["text_tokens"].astype(np.int64) + tokens_per_image * rows["num_images"].astype(np.int64)
+    return BEGIN_AND_END + rows["text_tokens"].astype(np.int64) + image.places * rows["num_images"].astype(np.int64)
 
 
-def pack_window(index: SourceIndex, samples: np.ndarray, limits: Limits, *, seed: int) -> Window:
+def pack_window(index: SourceIndex, samples: np.ndarray, limits: Limits, image: ImageInput, *, seed: int) -> Window:
     """Pack samples into few, full sequences, which come out in a random order.
 
     Args:
         samples: [n] rows of the source, possibly repeated.
     """
-    if limits.tokens_per_image > limits.sequence_length:
-        raise ValueError(f"an image takes {limits.tokens_per_image} tokens, more than data.sequence_length {limits.sequence_length}")
-    lengths = document_lengths(index, samples, limits.tokens_per_image)
+    if image.places > limits.sequence_length:
+        raise ValueError(f"an image takes {image.places} tokens, more than data.sequence_length {limits.sequence_length}")
+    lengths = document_lengths(index, samples, image)
     images = index.samples[samples]["num_images"].astype(np.int64)
-    fits = (lengths <= limits.sequence_length) & (images <= limits.max_images)
+    fits = (lengths <= limits.sequence_length) & (images <= limits.images_of_a_piece)
     whole = samples[fits]
     sample, begin, end, count = [whole], [np.zeros_like(whole)], [lengths[fits]], [images[fits]]
     for row in samples[~fits]:
-        cuts, held = _split(index, int(row), limits)
+        cuts, held = _split(index, int(row), limits, image)
         sample.append(np.full(len(held), row))
         begin.append(cuts[:-1])
         end.append(cuts[1:])
@@ -89,28 +90,29 @@ def pack_window(index: SourceIndex, samples: np.ndarray, limits: Limits, *, seed
     return Window(sample=sample_p[order], begin=begin_p[order], end=end_p[order], images=images_p[order], starts=starts)
 
 
-def _split(index: SourceIndex, row: int, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
+def _split(index: SourceIndex, row: int, limits: Limits, image: ImageInput) -> tuple[np.ndarray, np.ndarray]:
     """Where a long document is cut ([pieces + 1] places) and how many images each piece has."""
-    starts, length = image_places(index, row, limits.tokens_per_image)
+    starts, length = image_places(index, row, image)
     cuts = [0]
     held = []
     while cuts[-1] < length:
         begin = cuts[-1]
         end = min(begin + limits.sequence_length, length)
         inside = starts[(starts >= begin) & (starts < end)]
-        if len(inside) > limits.max_images:
-            end = int(inside[limits.max_images])
-        elif len(inside) and inside[-1] + limits.tokens_per_image > end:
+        if len(inside) > limits.images_of_a_piece:
+            end = int(inside[limits.images_of_a_piece])
+        elif len(inside) and inside[-1] + image.places > end:
             end = int(inside[-1])
         held.append(int(((starts >= begin) & (starts < end)).sum()))
         cuts.append(end)
     return np.array(cuts, dtype=np.int64), np.array(held, dtype=np.int64)
 
 
-def image_places(index: SourceIndex, row: int, tokens_per_image: int) -> tuple[np.ndarray, int]:
-    """First place of each image in a document's stream ([images] int64), and the length of the stream."""
+def image_places(index: SourceIndex, row: int, image: ImageInput) -> tuple[np.ndarray, int]:
+    """First place of each image (of what stands before its features) in a document's stream ([images] int64), and the length of the
+    stream."""
     sample = index.samples[row]
     items = index.items[sample["first_item"] : sample["first_item"] + sample["num_items"]]
-    sizes = np.where(items["is_image"], tokens_per_image, items["tokens"]).astype(np.int64)
+    sizes = np.where(items["is_image"], image.places, items["tokens"]).astype(np.int64)
     ends = 1 + np.cumsum(sizes)
     return (ends - sizes)[items["is_image"] == 1], int(ends[-1]) + 1

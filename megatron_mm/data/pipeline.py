@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mm.config import Experiment
+from megatron_mm.data.filling import Limits
 from megatron_mm.data.index import open_split
 from megatron_mm.data.loader import Loader, RankView, StepBatch
 from megatron_mm.data.plan import Plan, PlanState
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.models import family_of
 from megatron_mm.parallel.topology import Topology
+
+
+def open_tokenizer(experiment: Experiment) -> Tokenizer:
+    """The experiment's SentencePiece model with the special tokens of its model family.
+
+    Raises ValueError that names the file where it is missing or is none.
+    """
+    return Tokenizer.open(experiment.data.tokenizer_path, special=family_of(experiment.model).special_tokens)
 
 
 def make_plan(experiment: Experiment, *, split: str) -> Plan:
@@ -23,10 +32,13 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
     return Plan(
         open_split(data.path, split, sources=names),
         weights=[data.mixture[name] for name in names],
-        sequence_length=data.sequence_length,
-        max_images=data.max_images_per_sequence,
+        limits=Limits(
+            sequence_length=data.sequence_length,
+            max_images=data.max_images_per_sequence,
+            max_images_per_document=data.max_images_per_document,
+        ),
+        image=family_of(experiment.model).image_input(experiment.model),
         packing_window=data.packing_window,
-        tokens_per_image=family_of(experiment.model).image_input(experiment.model).tokens,
         seed=experiment.train.seed,
         global_batch_size=experiment.train.global_batch_size,
         micro_batch_size=experiment.train.micro_batch_size,
@@ -46,13 +58,10 @@ class TrainingData:
         cursor: dict[str, Any] | None = None,
     ) -> None:
         plan = make_plan(experiment, split=split)
-        image = family_of(experiment.model).image_input(experiment.model)
         self._loader = Loader(
             plan,
             tokenizer=tokenizer,
             data=experiment.data,
-            image_size=image.size,
-            fill=image.fill,
             view=RankView(
                 data_rank=topology.data_rank,
                 data_size=topology.data_size,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mm.data.filling import Limits
+from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import SourceIndex
 from megatron_mm.data.mixture import choose_sources, stream_samples
 from megatron_mm.data.packing import Window, pack_window
@@ -104,17 +105,17 @@ class Plan:
         indexes: Sequence[SourceIndex],
         *,
         weights: Sequence[float],
-        sequence_length: int,
-        max_images: int,
+        limits: Limits,
+        image: ImageInput,
         packing_window: int,
-        tokens_per_image: int,
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
     ) -> None:
         self.indexes = list(indexes)
         self.weights = list(weights)
-        self.limits = Limits(sequence_length=sequence_length, max_images=max_images, tokens_per_image=tokens_per_image)
+        self.limits = limits
+        self.image = image
         self.packing_window = packing_window
         self.seed = seed
         self.global_batch_size = global_batch_size
@@ -163,7 +164,7 @@ class Plan:
             index = self.indexes[source]
             seed = self.seed * 1_000_003 + source
             samples = stream_samples(number * self.packing_window, self.packing_window, num_samples=len(index), seed=seed)
-            kept = (number, pack_window(index, samples, self.limits, seed=seed + 7919 * number))
+            kept = (number, pack_window(index, samples, self.limits, self.image, seed=seed + 7919 * number))
             self._windows[source] = kept
         return kept[1]
 

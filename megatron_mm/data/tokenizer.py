@@ -1,14 +1,17 @@
 """The tokenizer: a SentencePiece model and the special tokens of multimodal documents.
 
-A model that `train_tokenizer` makes holds `<pad>` and `<image>` as control symbols, which no text can spell. A given model
-(Llama's, say) without them gets them appended after its own vocabulary.
+Which special tokens there are is the model family's matter (`ModelFamily.special_tokens`). One that the SentencePiece model holds
+as a control symbol, which no text can spell, keeps its id; the others are appended after the vocabulary, in the family's order.
+
+Worked example: Llama's model of 32000 pieces and the special tokens `<|endofchunk|>`, `<image>` make 32002 ids: `<|endofchunk|>`
+is 32000, `<image>` 32001. A model that `train_tokenizer` makes holds `<pad>` and `<image>` already.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -19,32 +22,56 @@ PAD, IMAGE = "<pad>", "<image>"
 class Tokenizer:
     """Text to token ids and back."""
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, *, special: Sequence[str] = (PAD, IMAGE)) -> None:
+        """
+        Args:
+            model: a serialized SentencePiece model.
+            special: tokens that must have ids; those that the model lacks get the next ones, in this order.
+        """
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
+        """Of the SentencePiece model alone: special tokens do not change what a text is."""
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
         self.vocab_size: int = self._pieces.get_piece_size()
-        self.pad_id = self._special(PAD)
-        self.image_id = self._special(IMAGE)
+        self._appended: dict[str, int] = {}
+        for name in special:
+            if self._control(name) is None and name not in self._appended:
+                self._appended[name] = self.vocab_size
+                self.vocab_size += 1
+        pad = self._find(PAD)
+        self.pad_id: int = self._pieces.unk_id() if pad is None else pad
+        """What padding is; the unknown token where nothing is called `<pad>`, as padding never counts."""
 
     @classmethod
-    def open(cls, path: Path) -> Tokenizer:
+    def open(cls, path: Path, *, special: Sequence[str] = (PAD, IMAGE)) -> Tokenizer:
         """Read a SentencePiece model. Raises ValueError that names the file where it is missing or is none."""
         if not path.is_file():
             raise ValueError(f"tokenizer {path} does not exist: train one with `megatron-mm prepare tokenizer`, or give --data.tokenizer")
         try:
-            return cls(path.read_bytes())
+            return cls(path.read_bytes(), special=special)
         except RuntimeError as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
 
-    def _special(self, piece: str) -> int:
-        """The id of a control symbol; a new one after the vocabulary where the model has none of that name."""
-        found = self._pieces.piece_to_id(piece)
-        if found != self._pieces.unk_id() and self._pieces.is_control(found):
-            return found
-        self.vocab_size += 1
-        return self.vocab_size - 1
+    @property
+    def image_id(self) -> int:
+        return self.special_id(IMAGE)
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token. Raises ValueError where neither the model nor the family has one of that name."""
+        found = self._find(name)
+        if found is None:
+            raise ValueError(f"the tokenizer has no control token {name}: use a SentencePiece model that has it, or a family that adds it")
+        return found
+
+    def _find(self, name: str) -> int | None:
+        control = self._control(name)
+        return self._appended.get(name) if control is None else control
+
+    def _control(self, name: str) -> int | None:
+        """The id of a control symbol of the SentencePiece model."""
+        found = self._pieces.piece_to_id(name)
+        return found if found != self._pieces.unk_id() and self._pieces.is_control(found) else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without begin and end. A text that spells a special token gets no special id."""

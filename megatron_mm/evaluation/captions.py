@@ -47,7 +47,8 @@ def caption_tasks(index: SourceIndex, tokenizer: Tokenizer, image: ImageInput, *
         picture = items[items["is_image"] == 1][0]
         pixels = decoder.decode([read_range(path, int(picture["offset"]), int(picture["size"]))]).pixels
         texts = read_texts(index.kind, read_range(path, int(sample["offset"]), int(sample["size"])))
-        ids = [tokenizer.bos_id, *[tokenizer.image_id] * image.tokens]
-        tasks.append(CaptionTask(Prompt(ids=ids, image_starts=[1], pixels=torch.as_tensor(pixels)), true=" ".join(texts)))
+        ids = [tokenizer.bos_id, *image.ids(tokenizer.special_id)]
+        starts = [1 + len(image.before)]
+        tasks.append(CaptionTask(Prompt(ids=ids, image_starts=starts, pixels=torch.as_tensor(pixels)), true=" ".join(texts)))
     decoder.close()
     return tasks

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_mm.config import FP8_MULTIPLE
+from megatron_mm.config import FP8_MULTIPLE, Experiment
 from megatron_mm.data.batch import PackedBatch, documents_of_images
 from megatron_mm.data.plan import image_owners
+from megatron_mm.models import pipeline_rows
 from megatron_mm.parallel.topology import Topology
 
 
@@ -28,14 +29,21 @@ class Prompt:
     ids: list[int]
     """Token ids, image places included."""
     image_starts: list[int]
-    """Place of the first token of each image in ids."""
+    """Place of the first token of each image's features in ids."""
     pixels: torch.Tensor
     """[images, 3, H, W] uint8."""
 
 
 @torch.no_grad()
 def generate(
-    chunks: list[torch.nn.Module], topology: Topology, prompts: list[Prompt], *, max_new_tokens: int, eos_id: int, pad_id: int
+    experiment: Experiment,
+    chunks: list[torch.nn.Module],
+    topology: Topology,
+    prompts: list[Prompt],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
 ) -> list[list[int]]:
     """Continue prompts by the likeliest token until eos_id or max_new_tokens; every process calls it with the same prompts.
 
@@ -49,7 +57,7 @@ def generate(
         for _ in range(max_new_tokens):
             batch = _pack([[*p.ids, *new] for p, new in zip(prompts, generated, strict=True)], prompts, topology, pad_id=pad_id)
             last_places = batch.cu_seqlens[1 : len(prompts) + 1].long() - 1
-            tokens = _next_tokens(chunks, topology, batch, last_places)
+            tokens = _next_tokens(experiment, chunks, topology, batch, last_places)
             for index, token in enumerate(tokens):
                 finished[index] = finished[index] or token == eos_id
                 if not finished[index]:
@@ -72,6 +80,7 @@ def _pack(documents: list[list[int]], prompts: list[Prompt], topology: Topology,
     for document, prompt in zip(documents, prompts, strict=True):
         starts += [offset + start for start in prompt.image_starts]
         offset += len(document)
+    image_starts = torch.tensor(starts, dtype=torch.int64)
     owners = torch.from_numpy(image_owners(len(starts), topology.tensor_size))
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     pixels = torch.cat([prompt.pixels for prompt in prompts])
@@ -84,18 +93,21 @@ def _pack(documents: list[list[int]], prompts: list[Prompt], topology: Topology,
         source_ids=torch.zeros_like(ids),
         cu_seqlens=cu_seqlens,
         max_seqlen=max(lengths),
-        image_starts=torch.tensor(starts, dtype=torch.int64),
+        image_starts=image_starts,
         image_owners=owners,
-        image_documents=documents_of_images(torch.tensor(starts, dtype=torch.int64), cu_seqlens),
+        image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
         pixels=pixels[owners == topology.tensor_rank] if topology.is_first_stage else None,
     ).to(topology.device)
 
 
-def _next_tokens(chunks: list[torch.nn.Module], topology: Topology, batch: PackedBatch, places: torch.Tensor) -> list[int]:
+def _next_tokens(
+    experiment: Experiment, chunks: list[torch.nn.Module], topology: Topology, batch: PackedBatch, places: torch.Tensor
+) -> list[int]:
     """The likeliest token after each place, known to every process."""
+    rows = pipeline_rows(experiment, [batch])
 
     def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple:
-        return chunk(next(batches), with_loss=False), lambda logits, non_loss_data=True: _likeliest(logits, places)
+        return chunk(next(batches), pipeline_rows=rows, with_loss=False), lambda logits, non_loss_data=True: _likeliest(logits, places)
 
     # The interleaved schedule wants as many micro-batches as stages; all but the first repeat it.
     copies = topology.pipeline_size if topology.virtual_size > 1 else 1
@@ -105,7 +117,7 @@ def _next_tokens(chunks: list[torch.nn.Module], topology: Topology, batch: Packe
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=copies,
-        seq_length=batch.num_tokens,
+        seq_length=rows,
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,

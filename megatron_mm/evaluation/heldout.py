@@ -63,6 +63,7 @@ class HeldOut:
         image = family_of(self.experiment.model).image_input(self.experiment.model)
         tasks = caption_tasks(pairs, self.tokenizer, image, count=config.samples)
         answers = generate(
+            self.experiment,
             model,
             self.topology,
             [task.prompt for task in tasks],

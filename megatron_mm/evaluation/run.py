@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_mm.config import Experiment, ParallelConfig, load_experiment
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.pipeline import open_tokenizer
 from megatron_mm.evaluation.captions import CaptionSample
 from megatron_mm.evaluation.heldout import SPLIT, HeldOut
 from megatron_mm.models import family_of
@@ -64,7 +64,7 @@ def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
     if not (experiment.data.path / SPLIT).is_dir():
         raise ValueError(f"data path {experiment.data.path} has no {SPLIT} folder: give --data.path")
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
-    tokenizer = Tokenizer.open(experiment.data.tokenizer_path)
+    tokenizer = open_tokenizer(experiment)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     try:
         model = build_model(experiment, topology)

@@ -1,6 +1,9 @@
 """Model families. What a family must supply is in `base.ModelFamily`."""
 
-from megatron_mm.config import ModelConfig
+from collections.abc import Iterable
+
+from megatron_mm.config import Experiment, ModelConfig
+from megatron_mm.data.batch import PackedBatch
 from megatron_mm.models import infimm, mm1
 from megatron_mm.models.base import ModelFamily
 
@@ -10,3 +13,10 @@ FAMILIES: dict[str, ModelFamily] = {"mm1": mm1.FAMILY, "infimm": infimm.FAMILY}
 def family_of(model: ModelConfig) -> ModelFamily:
     """The family that builds a model config."""
     return FAMILIES[model.family]
+
+
+def pipeline_rows(experiment: Experiment, micro_batches: Iterable[PackedBatch]) -> int:
+    """Rows [rows, 1, hidden_size] that go from stage to stage for each of these micro-batches; enough for the fullest."""
+    batches = list(micro_batches)
+    tokens, images = max(batch.num_tokens for batch in batches), max(batch.num_images for batch in batches)
+    return family_of(experiment.model).pipeline_rows(experiment.model, experiment.parallel, tokens, images)

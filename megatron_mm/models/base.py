@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_mm.config import ModelConfig, ParallelConfig, Precision
+from megatron_mm.data.image_input import ImageInput as ImageInput  # part of what a family gives
 from megatron_mm.models.layers import Backend
 from megatron_mm.planning.flops import StepWork
 
@@ -70,39 +71,6 @@ class ChunkContext:
     def virtual_stage(self) -> int | None:
         """Index of the chunk on its pipeline rank, as megatron-core wants it: None without interleaving."""
         return self.stage // self.parallel.pipeline if self.parallel.virtual > 1 else None
-
-
-@dataclass(frozen=True)
-class ImageInput:
-    """How images enter a model: which pixels, and which tokens stand for them.
-
-    An image is written as `before`, then `tokens` times `token` (the places of its features), then `after`.
-    """
-
-    size: int
-    """Side of the square that images are resized to, pixels."""
-    fill: tuple[int, int, int]
-    """Colour that stands for a missing image; the tower's mean, which normalises to zero."""
-    tokens: int
-    """Places of features of an image."""
-    token: str = "<image>"
-    """The control token of these places."""
-    before: tuple[str, ...] = ()
-    """Control tokens in front of them."""
-    after: tuple[str, ...] = ()
-    """Control tokens behind them."""
-    learn_before: bool = False
-    """The tokens `before` count in the loss; no other token of an image does."""
-
-    @property
-    def places(self) -> int:
-        """Tokens of the decoder's sequence that one image takes."""
-        return len(self.before) + self.tokens + len(self.after)
-
-    @property
-    def control_tokens(self) -> tuple[str, ...]:
-        """What the tokenizer must know, each once."""
-        return tuple(dict.fromkeys((*self.before, self.token, *self.after)))
 
 
 def fill_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 
 from megatron_mm.config import FP8_MULTIPLE, Experiment, load_experiment, save_experiment
-from megatron_mm.data.pipeline import make_plan
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.pipeline import make_plan, open_tokenizer
 from megatron_mm.models import family_of
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.freezing import learning_patterns
@@ -55,7 +54,7 @@ def check(experiment: Experiment, run_dir: Path) -> None:
         )
     if experiment.train.precision == "fp8":
         _check_fp8(experiment, tokens=tokens)
-    tokenizer = Tokenizer.open(experiment.data.tokenizer_path)
+    tokenizer = open_tokenizer(experiment)
     rows = experiment.model.decoder.vocab_size
     if tokenizer.vocab_size > rows:
         raise ValueError(

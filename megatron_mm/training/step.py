@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.models import family_of
+from megatron_mm.models import pipeline_rows
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.loss import LossFunction, LossTotals, combine_losses, loss_function, micro_batch_iterator
 from megatron_mm.training.optimizer import Update, learning_rate, update
@@ -70,14 +70,7 @@ class TrainingStep:
             return self._pass(micro_batches, forward_only=True)
 
     def _pass(self, micro_batches: list[PackedBatch], *, forward_only: bool) -> LossTotals:
-        device, experiment = self.topology.device, self.experiment
-        # Packed micro-batches are one row of tokens each: the pipeline carries [rows, 1, width].
-        rows = family_of(experiment.model).pipeline_rows(
-            experiment.model,
-            experiment.parallel,
-            experiment.train.micro_batch_size * experiment.data.sequence_length,
-            max(batch.num_images for batch in micro_batches),
-        )
+        device, rows = self.topology.device, pipeline_rows(self.experiment, micro_batches)
         iterators = [micro_batch_iterator(micro_batches, device) for _ in self.model]
         reported = get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, rows=rows),
@@ -85,7 +78,7 @@ class TrainingStep:
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=len(micro_batches),
             seq_length=rows,
-            micro_batch_size=1,
+            micro_batch_size=1,  # the packed sequences of a micro-batch are one row of tokens
             forward_only=forward_only,
         )
         return combine_losses(reported, contributes=self.topology.reports_loss, num_sources=self.num_sources, device=device)

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_mm.config import Experiment
-from megatron_mm.data.pipeline import TrainingData
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.pipeline import TrainingData, open_tokenizer
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.build import build_model
 from megatron_mm.training.checkpoint import Checkpointer, TrainState, find_checkpoint, load_weights, newest_checkpoint
@@ -34,7 +33,7 @@ class Trainer:
         self.topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
         if experiment.train.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
-        self.tokenizer = Tokenizer.open(experiment.data.tokenizer_path)
+        self.tokenizer = open_tokenizer(experiment)
         self.model = build_model(experiment, self.topology)
         if experiment.init_from is not None and newest_checkpoint(run_dir) is None:
             self._begin_with(find_checkpoint(experiment.init_from))

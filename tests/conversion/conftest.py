@@ -11,7 +11,7 @@ from transformers import dynamic_module_utils
 
 from megatron_mm.config import CheckpointConfig, Experiment, MM1Config, MoEConfig, ParallelConfig
 from megatron_mm.conversion.to_hf import Export, convert_to_hf
-from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.batch import PackedBatch, documents_of_images
 from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_mm.models.mm1 import MM1Model
 from megatron_mm.parallel import topology
@@ -136,6 +136,7 @@ def make_batch(config: MM1Config, tokenizer: Tokenizer) -> PackedBatch:
         max_seqlen=max(b - a for a, b in itertools.pairwise(boundaries)),
         image_starts=torch.tensor(starts),
         image_owners=torch.zeros(len(starts), dtype=torch.int64),
+        image_documents=documents_of_images(torch.tensor(starts), cu_seqlens=torch.tensor(boundaries)),
         pixels=make_images(num_images=len(starts), size=config.vision.image_size),
     )
 

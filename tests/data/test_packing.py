@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_mm.data.filling import Limits
+from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import ITEM, SAMPLE, SourceIndex
 from megatron_mm.data.packing import Window, document_lengths, image_places, pack_window
 
@@ -28,6 +30,11 @@ def source(documents: list[list[int | None]]) -> SourceIndex:
     return SourceIndex("made", "interleaved", Path("made"), ("0.tar",), "", {}, samples, items)
 
 
+def image_of(tokens: int, **fields: Any) -> ImageInput:
+    """An image of so many tokens of features."""
+    return ImageInput(size=8, fill=(0, 0, 0), tokens=tokens, **fields)
+
+
 def pieces(window: Window) -> list[tuple[int, int, int]]:
     """(sample, begin, end), sorted."""
     return sorted(zip(window.sample.tolist(), window.begin.tolist(), window.end.tolist(), strict=True))
@@ -36,9 +43,9 @@ def pieces(window: Window) -> list[tuple[int, int, int]]:
 def test_places_of_images_in_a_document() -> None:
     """BOS, 3 tokens, an image of 4, 2 tokens, an image, EOS: images at 4 and 10, 15 places in all."""
     index = source([[3, None, 2, None]])
-    starts, length = image_places(index, 0, 4)
+    starts, length = image_places(index, 0, image_of(4))
     assert starts.tolist() == [4, 10] and length == 15
-    assert document_lengths(index, np.array([0]), 4).tolist() == [15]
+    assert document_lengths(index, np.array([0]), image_of(4)).tolist() == [15]
 
 
 @pytest.mark.parametrize(
@@ -54,14 +61,14 @@ def test_places_of_images_in_a_document() -> None:
     ],
 )
 def test_long_documents_are_cut_beside_images(document: list, expected: list) -> None:
-    window = pack_window(source([document]), np.array([0]), Limits(10, 2, 4), seed=0)
+    window = pack_window(source([document]), np.array([0]), Limits(10, 2), image_of(4), seed=0)
     assert [(begin, end) for _, begin, end in pieces(window)] == expected
     assert max(window.tokens) <= 10 and max(window.images_of) <= 2
     assert sum(window.images_of) == document.count(None)
 
 
 def test_too_many_images_are_cut_even_where_tokens_fit() -> None:
-    window = pack_window(source([[1, None, None, None]]), np.array([0]), Limits(100, 2, 4), seed=0)
+    window = pack_window(source([[1, None, None, None]]), np.array([0]), Limits(100, 2), image_of(4), seed=0)
     assert pieces(window) == [(0, 0, 10), (0, 10, 15)]
     assert sorted(window.images_of) == [1, 2]
 
@@ -71,23 +78,23 @@ def test_nothing_is_lost_and_the_limits_hold() -> None:
     documents = [[None if rng.random() < 0.4 else int(rng.integers(1, 60)) for _ in range(rng.integers(1, 9))] for _ in range(300)]
     index = source(documents)
     samples = rng.permutation(300)
-    window = pack_window(index, samples, Limits(128, 3, 16), seed=1)
+    window = pack_window(index, samples, Limits(128, 3), image_of(16), seed=1)
     assert max(window.tokens) <= 128 and max(window.images_of) <= 3
     assert window.starts[0] == 0 and window.starts[-1] == len(window.sample) and (np.diff(window.starts) > 0).all()
     assert sum(window.images_of) == int(index.samples["num_images"].sum())
     for sample, group in itertools.groupby(pieces(window), key=lambda piece: piece[0]):
         bounds = [(begin, end) for _, begin, end in group]
-        starts, length = image_places(index, sample, 16)
+        starts, length = image_places(index, sample, image_of(16))
         assert bounds[0][0] == 0 and bounds[-1][1] == length
         assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
         assert not any(start < begin < start + 16 for start in starts for begin, _ in bounds)
-    again = pack_window(index, samples, Limits(128, 3, 16), seed=1)
+    again = pack_window(index, samples, Limits(128, 3), image_of(16), seed=1)
     assert pieces(again) == pieces(window) and (again.sample == window.sample).all() and (again.starts == window.starts).all()
-    assert (pack_window(index, samples, Limits(128, 3, 16), seed=2).sample != window.sample).any()
+    assert (pack_window(index, samples, Limits(128, 3), image_of(16), seed=2).sample != window.sample).any()
 
 
 def test_a_sample_that_comes_twice_is_packed_twice() -> None:
-    window = pack_window(source([[5], [6]]), np.array([0, 1, 0]), Limits(10, 1, 4), seed=0)
+    window = pack_window(source([[5], [6]]), np.array([0, 1, 0]), Limits(10, 1), image_of(4), seed=0)
     assert pieces(window) == [(0, 0, 7), (0, 0, 7), (1, 0, 8)]
 
 
@@ -95,7 +102,7 @@ def test_long_and_short_documents_come_at_all_times() -> None:
     """Filling begins with the long ones; what comes out of a window does not."""
     rng = np.random.default_rng(0)
     index = source([[int(tokens)] for tokens in rng.integers(1, 200, 2000)])
-    window = pack_window(index, np.arange(2000), Limits(256, 1, 16), seed=0)
+    window = pack_window(index, np.arange(2000), Limits(256, 1), image_of(16), seed=0)
     longest = np.maximum.reduceat(window.end - window.begin, window.starts[:-1])
     quarters = [part.mean() for part in np.array_split(longest, 4)]
     assert max(quarters) - min(quarters) < 0.1 * longest.mean()
@@ -103,4 +110,22 @@ def test_long_and_short_documents_come_at_all_times() -> None:
 
 def test_an_image_longer_than_a_sequence_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"an image takes 16 tokens, more than data.sequence_length 12"):
-        pack_window(source([[1, None]]), np.array([0]), Limits(12, 1, 16), seed=0)
+        pack_window(source([[1, None]]), np.array([0]), Limits(12, 1), image_of(16), seed=0)
+
+
+def test_what_stands_around_an_image_is_never_cut_off() -> None:
+    """8 tokens and an image of 1 + 2 + 1 places at 9 to 12 in sequences of 10."""
+    image = image_of(2, before=("<img>",), after=("</img>",))
+    window = pack_window(source([[8, None, 1]]), np.array([0]), Limits(10, 2), image, seed=0)
+    assert pieces(window) == [(0, 0, 9), (0, 9, 15)]
+    with pytest.raises(ValueError, match=r"an image takes 4 tokens, more than data.sequence_length 3"):
+        pack_window(source([[None]]), np.array([0]), Limits(3, 2), image, seed=0)
+
+
+def test_a_document_with_more_images_than_one_may_have_is_cut() -> None:
+    """Its pieces may still share a sequence, and documents with fewer are left whole."""
+    index = source([[None, 1, None, 1, None, 1], [None, 1, None]])
+    window = pack_window(index, np.array([0, 1]), Limits(100, 8, max_images_per_document=2), image_of(4), seed=0)
+    assert pieces(window) == [(0, 0, 11), (0, 11, 17), (1, 0, 11)]
+    assert window.num_sequences == 1 and window.images_of == [5]
+    assert len(pieces(pack_window(index, np.array([0, 1]), Limits(100, 8), image_of(4), seed=0))) == 2

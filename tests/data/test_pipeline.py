@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_files import ALONE, experiment
 
-from megatron_mm.data.pipeline import TrainingData, make_plan
+from megatron_mm.data import pipeline
+from megatron_mm.data.pipeline import TrainingData, make_plan, open_tokenizer
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.models import family_of
 
 
 @pytest.mark.parametrize(
@@ -73,3 +76,19 @@ def test_the_cursor_is_of_the_batches_handed_out(demo_data: Path) -> None:
             assert sum(data.cursor["drawn"]) == step * settings.train.global_batch_size
     finally:
         data.close()
+
+
+def test_the_tokenizer_has_the_family_s_special_tokens(demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = experiment(demo_data)
+    assert open_tokenizer(settings).vocab_size == Tokenizer.open(settings.data.tokenizer_path).vocab_size
+    special = ("<|endofchunk|>", "<image>")
+    monkeypatch.setattr(pipeline, "family_of", lambda model: replace(family_of(model), special_tokens=special))
+    tokenizer = open_tokenizer(settings)
+    assert tokenizer.special_id("<|endofchunk|>") == tokenizer.vocab_size - 1
+    assert tokenizer.image_id < tokenizer.vocab_size - 1, "the demo's model has <image> already"
+
+
+def test_a_limit_on_a_document_s_images_reaches_the_plan(demo_data: Path) -> None:
+    plan = make_plan(experiment(demo_data, max_images_per_document=1, mixture={"interleaved": 1.0}), split="train")
+    window = plan.batch(plan.initial_state()).sequences[0].window
+    assert window.images.max() == 1 and len(window.sample) > len(set(window.sample.tolist()))

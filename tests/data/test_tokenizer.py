@@ -43,6 +43,13 @@ def test_a_model_without_our_symbols_gets_them_after_its_vocabulary(tmp_path: Pa
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
     assert (tokenizer.pad_id, tokenizer.image_id, tokenizer.vocab_size) == (pieces, pieces + 1, pieces + 2)
     assert tokenizer.decode([*tokenizer.encode("a red circle"), tokenizer.image_id]) == "a red circle"
+    other = Tokenizer(model.getvalue(), special=("<|endofchunk|>", "<image>", "</s>", "<|endofchunk|>"))
+    assert (other.special_id("<|endofchunk|>"), other.image_id, other.vocab_size) == (pieces, pieces + 1, pieces + 2)
+    assert other.special_id("</s>") == other.eos_id < pieces, "a control symbol of the model keeps its id"
+    assert other.pad_id == other.encode("漢")[-1], "without a padding token the unknown one pads"
+    assert other.fingerprint == tokenizer.fingerprint
+    with pytest.raises(ValueError, match=r"the tokenizer has no control token <img>"):
+        other.special_id("<img>")
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def _generated(parallel: dict[str, Any], *, naive: bool = False) -> list[list[in
     prompts = _prompts(experiment.model.vision.image_size)
     if naive:
         return [_plain_loop(model[0], prompt) for prompt in prompts]
-    return generate(model, topology, prompts, max_new_tokens=NEW_TOKENS, eos_id=-1, pad_id=0)
+    return generate(experiment, model, topology, prompts, max_new_tokens=NEW_TOKENS, eos_id=-1, pad_id=0)
 
 
 @torch.no_grad()
@@ -60,6 +60,7 @@ def _plain_loop(model: torch.nn.Module, prompt: Prompt) -> list[int]:
             max_seqlen=len(ids),
             image_starts=torch.tensor(prompt.image_starts, dtype=torch.int64),
             image_owners=torch.zeros(len(prompt.image_starts), dtype=torch.int64),
+            image_documents=torch.tensor([[0, len(ids)]] * len(prompt.image_starts), dtype=torch.int64).reshape(-1, 2),
             pixels=prompt.pixels,
         )
         ids.append(int(model(batch, with_loss=False)[0, -1].argmax()))

@@ -49,6 +49,7 @@ def joined(first: PackedBatch, second: PackedBatch) -> PackedBatch:
         cu_seqlens=torch.cat([first.cu_seqlens, second.cu_seqlens[1:] + first.cu_seqlens[-1]]),
         max_seqlen=max(first.max_seqlen, second.max_seqlen),
         image_starts=torch.cat([first.image_starts, second.image_starts + first.num_tokens]),
+        image_documents=torch.cat([first.image_documents, second.image_documents + first.num_tokens]),
     )
 
 
