@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models.infimm_reference import EvaReference, TowerSizes
+from models.random_weights import randomize
 
 from megatron_mm.config import EvaConfig, ParallelConfig
 from megatron_mm.conversion.mapping import QKV, Direct, Entry, expand, from_hf
@@ -44,12 +45,7 @@ def make_reference(config: EvaConfig) -> EvaReference:
             rotary_grid=config.rotary_grid or 0,
         )
     )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            spread = 0.2 if parameter.ndim == 1 or "embed" in name else parameter[0].numel() ** -0.5
-            centre = 1.0 if "norm" in name or "_ln" in name else 0.0
-            parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
+    randomize(reference)
     return reference
 
 
