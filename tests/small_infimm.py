@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,3 +100,15 @@ def infimm_step(experiment: Experiment, topology: Topology, *, step: int) -> lis
     count = experiment.num_micro_batches(topology.data_size)
     first = 1000 * step + topology.data_rank
     return [infimm_batch(experiment, topology, number=first + index * topology.data_size) for index in range(count)]
+
+
+def infimm_run(data: Path, *, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
+    """`small_infimm` on demo data, with nothing but steps and checkpoints."""
+    experiment = small_infimm(decoder={"vocab_size": 520}, parallel=parallel, **{"global_batch_size": 2, **train})
+    return replace(
+        experiment,
+        data=replace(experiment.data, path=data, packing_window=64, max_images_per_document=6),
+        eval=replace(experiment.eval, interval=0),
+        monitor=replace(experiment.monitor, wandb="disabled"),
+        checkpoint=replace(experiment.checkpoint, interval=1000),
+    )

@@ -297,8 +297,8 @@ def load_weights(experiment: Experiment, topology: Topology, model: list[Distrib
 
 def _check_names(state: dict[str, Any], checkpoint: Path, *, world_size: int) -> None:
     """Raise ValueError that lists the weights which the checkpoint lacks, and those that the model does not have."""
-    pieces = {"state": dict(state)}
-    apply_factories(pieces)
+    pieces = {chunk: dict(entries) for chunk, entries in state.items()}
+    apply_factories(pieces)  # in place
     mine = {entry.key for entry in nested_values(pieces) if isinstance(entry, ShardedTensor)}
     names: list[set[str]] = [set()] * world_size
     dist.all_gather_object(names, mine)
