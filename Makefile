@@ -45,6 +45,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/loader_throughput.py
 	$(BIN)/python benchmarks/trainer_overhead.py --data build/bench_data
 	$(BIN)/python benchmarks/moe_step.py --data build/bench_data
+	$(BIN)/python benchmarks/frozen_stages.py --data build/bench_data
 	$(BIN)/python benchmarks/export_memory.py
 
 # On a machine with a GPU, in an environment that has torch's CUDA build, Transformer Engine and DALI (a container, say).
