@@ -64,6 +64,8 @@ def test_grids_and_counts_are_those_of_the_rule(tiling: Tiling) -> None:
         ((1280, 640), Tiling(1, 12), (4, 2)),
         ((300, 400), Tiling(1, 2), (1, 1)),  # midway between 1 x 2 and 1 x 1: 120,000 pixels of the 200,704 for two tiles
         ((450, 600), Tiling(1, 2), (1, 2)),  # 270,000
+        ((896, 448), Tiling(3, 4), (3, 1)),  # midway between 2 x 2 and 3 x 1: exactly half of 2 x 2 tiles is not enough
+        ((898, 449), Tiling(3, 4), (2, 2)),
         ((500, 400), Tiling(2, 2), (1, 2)),  # midway between 1 x 2 and 2 x 1, and too small for either
         ((1000, 800), Tiling(2, 2), (2, 1)),  # and large enough for both: the wider one
     ],
