@@ -66,7 +66,7 @@ def make_bare(model: InfiMMReference, sizes: InfiMMSizes = SMALL) -> LlamaForCau
             num_attention_heads=sizes.heads,
             num_key_value_heads=sizes.kv_heads,
             rms_norm_eps=sizes.rms_eps,
-            rope_theta=sizes.rope_theta,
+            rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
             tie_word_embeddings=False,
         )
     )

@@ -1,0 +1,110 @@
+"""Dynamic tiling: an image becomes a grid of square tiles that suits its shape, as in Mono-InternVL (arXiv 2410.08202).
+
+A plan needs the number of tiles of millions of images before it reads one of them, so grids are chosen from widths and heights alone,
+for whole arrays at once; the process that decodes an image chooses the same grid again, by the same code.
+
+Which grid: the one whose columns / rows is closest to width / height. Of grids that are equally close, one with more tiles is taken
+where the image has more than half of that grid's pixels. Worked example, up to 4 tiles of 448: a square image may become 1 x 1 or
+2 x 2 tiles, which are equally close, and 2 x 2 takes more than 0.5 * 4 * 448 * 448 = 401,408 pixels. So 633 x 633 (400,689) becomes one
+tile and 634 x 634 (401,956) four.
+
+Shape legend: n images, k tiles of an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from PIL import Image
+
+from megatron_mm.config.checks import require, require_positive
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How many tiles an image may become."""
+
+    min_tiles: int
+    """Least tiles of a grid."""
+    max_tiles: int
+    """Most tiles of a grid. The thumbnail is not counted: with one, 4 allows 5 squares of pixels an image (1280 patches of 28 pixels at
+    448 pixels a tile, the limit of Mono-InternVL's first stage)."""
+    thumbnail: bool = True
+    """Add the whole image as one more tile where its grid has more than one."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "min_tiles", "max_tiles")
+        require(self.min_tiles <= self.max_tiles, f"min_tiles {self.min_tiles} is more than max_tiles {self.max_tiles}")
+
+    @cached_property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Every (columns, rows) of min_tiles to max_tiles tiles, small grids first, narrow before wide ones.
+
+        Among grids of one number of tiles the order matters only where two of them are equally close to an image and no
+        other grid is closer. With min_tiles 1 there is no such image: between two of them lies a smaller grid's shape.
+        """
+        sides = range(1, self.max_tiles + 1)
+        allowed = [(columns, rows) for columns in sides for rows in sides if self.min_tiles <= columns * rows <= self.max_tiles]
+        return tuple(sorted(allowed, key=lambda grid: (grid[0] * grid[1], grid[0])))
+
+    def count(self, grid: tuple[int, int]) -> int:
+        """Tiles of an image with this grid, the thumbnail included."""
+        tiles = grid[0] * grid[1]
+        return tiles + (self.thumbnail and tiles > 1)
+
+    @property
+    def max_count(self) -> int:
+        """Most tiles of an image, the thumbnail included."""
+        return self.count((self.max_tiles, 1))
+
+
+def choose_grid(width: int, height: int, tiling: Tiling, size: int) -> tuple[int, int]:
+    """(columns, rows) of an image.
+
+    Args:
+        width, height: of the image, pixels.
+        size: side of a tile, pixels.
+    """
+    return tiling.grids[int(_choose(np.array([width]), np.array([height]), tiling, size)[0])]
+
+
+def tile_counts(widths: np.ndarray, heights: np.ndarray, tiling: Tiling, size: int) -> np.ndarray:
+    """Tiles that images become, the thumbnail included: [n] int64.
+
+    Args:
+        widths, heights: [n] integers, pixels.
+        size: side of a tile, pixels.
+    """
+    return np.array([tiling.count(grid) for grid in tiling.grids])[_choose(widths, heights, tiling, size)]
+
+
+def cut_tiles(image: Image.Image, tiling: Tiling, size: int) -> np.ndarray:
+    """The tiles of an RGB image, row by row, and its thumbnail last: [k, 3, size, size] uint8."""
+    assert image.mode == "RGB", f"an image of mode {image.mode}, but tiles are cut of RGB"
+    grid = choose_grid(image.width, image.height, tiling, size)
+    columns, rows = grid
+    tiles = np.empty((tiling.count(grid), 3, size, size), dtype=np.uint8)
+    stretched = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
+    by_row = np.asarray(stretched).reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
+    tiles[: columns * rows].reshape(by_row.shape)[:] = by_row
+    if len(tiles) > columns * rows:
+        tiles[-1] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    return tiles
+
+
+def _choose(widths: np.ndarray, heights: np.ndarray, tiling: Tiling, size: int) -> np.ndarray:
+    """[n] places in `tiling.grids`."""
+    widths, heights = widths.astype(np.int64), heights.astype(np.int64)
+    assert (widths > 0).all() and (heights > 0).all(), "an image without pixels has no grid: its index is wrong"
+    shapes = widths / heights
+    pixels = widths * heights
+    chosen = np.zeros(len(widths), dtype=np.int64)
+    least = np.full(len(widths), np.inf)
+    for place, (columns, rows) in enumerate(tiling.grids):
+        distance = np.abs(shapes - columns / rows)
+        large = 2 * pixels > size * size * columns * rows
+        chosen[(distance < least) | ((distance == least) & large)] = place
+        least = np.minimum(least, distance)
+    return chosen
