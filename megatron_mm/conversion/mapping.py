@@ -11,11 +11,13 @@ rounds nor loses anything.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 
 
 class Entry(Protocol):
@@ -131,6 +133,112 @@ class GatedMLP:
         if gate.shape != up.shape:
             raise ValueError(f"{self.gate} has shape {tuple(gate.shape)}, but {self.up} has {tuple(up.shape)}: they should be equal")
         return torch.cat([gate, up])
+
+
+@dataclass(frozen=True)
+class StackedQKV:
+    """Queries, keys and values in one matrix (or bias) on both sides; theirs has all queries, then all keys, then all values."""
+
+    row: ClassVar[None] = None
+    ours: str
+    theirs: str
+    num_heads: int
+    head_dim: int
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def renamed(self, rename: Mapping[str, int]) -> StackedQKV:
+        return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
+
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.cat(self._heads(self.ours).to_hf(tensor)),)
+
+    def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        (stacked,) = tensors
+        _check_rows(self.theirs, stacked, 3 * self.num_heads * self.head_dim, f"3 x {self.num_heads} heads of {self.head_dim}")
+        return self._heads(self.theirs).from_hf(stacked.chunk(3))
+
+    def _heads(self, name: str) -> QKV:
+        return QKV(name, name, name, name, num_heads=self.num_heads, num_groups=self.num_heads, head_dim=self.head_dim)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Learned positions of an image tower, a row for each patch, row by row of the image, after the class token's where there is one.
+
+    Those of another resolution are interpolated: each channel is a picture of grid x grid values, resized with bicubic weights (widened
+    where it shrinks, so that no position is skipped). The class token's row stays as it is. The same number of rows is copied untouched.
+    """
+
+    row: ClassVar[None] = None
+    ours: str
+    theirs: str
+    num_patches: int
+    class_token: bool = True
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def renamed(self, rename: Mapping[str, int]) -> Positions:
+        return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
+
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (tensor,)
+
+    def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        (positions,) = tensors
+        first = int(self.class_token)
+        there, here = math.isqrt(positions.shape[0] - first), math.isqrt(self.num_patches)
+        if positions.shape[0] == self.num_patches + first:
+            return positions
+        if there**2 + first != positions.shape[0] or here**2 != self.num_patches:
+            raise ValueError(f"{self.theirs} has {positions.shape[0]} rows, which are no square grid{' and a class token' if first else ''}")
+        grid = positions[first:].float().unflatten(0, (there, there)).permute(2, 0, 1)[None]
+        resized = F.interpolate(grid, size=(here, here), mode="bicubic", align_corners=False, antialias=True)
+        return torch.cat([positions[:first], resized[0].permute(1, 2, 0).flatten(0, 1).to(positions.dtype)])
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A row for each token: an embedding table or an output layer.
+
+    Reading fewer rows than ours, the new ones become the mean of the old ones (in float32): a token that the model has never seen then
+    starts where the known ones are, and takes no probability from them. Writing may cut rows off the end that stand for no token.
+    """
+
+    row: ClassVar[None] = None
+    ours: str
+    theirs: str
+    rows: int
+    """Of ours."""
+    written_rows: int
+    """Of theirs, when it is written; at most as many."""
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def renamed(self, rename: Mapping[str, int]) -> Vocabulary:
+        return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
+
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        _check_rows(self.ours, tensor, self.rows, "the tokens of the vocabulary")
+        return (tensor[: self.written_rows],)
+
+    def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        (table,) = tensors
+        missing = self.rows - table.shape[0]
+        if missing < 0:
+            raise ValueError(
+                f"{self.theirs} has {table.shape[0]} rows, but the model only {self.rows}: use --model.decoder.vocab-size {table.shape[0]} or more"
+            )
+        if missing == 0:
+            return table
+        mean = table.mean(dim=0, dtype=torch.float32, keepdim=True).to(table.dtype)
+        return torch.cat([table, mean.expand(missing, -1)])
 
 
 @dataclass(frozen=True)

@@ -6,42 +6,33 @@ name, in pieces of any layout. The pieces are put together here whatever layout 
 
 from __future__ import annotations
 
-import io
 import json
-import warnings
-import zlib
-from dataclasses import dataclass
+import pickle
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_mm.conversion.files import TensorInfo, checksum_of
+from megatron_mm.conversion.pieces import Piece, find_piece
 from megatron_mm.training.safe_pickle import check_pickles
 
 _NOT_WEIGHTS = ("optimizer.", "chained_", "generators.", "rng")
 _NOT_WEIGHTS_EITHER = (".router.shares",)
 """Ends of names: what training remembers of the last step."""
-_READ_BYTES = 1 << 24
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a stored tensor without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class CheckpointReader:
-    """The model's tensors in a checkpoint directory (`RUN_DIR/checkpoints/step_...`)."""
+    """The model's tensors in a checkpoint directory (`RUN_DIR/checkpoints/step_...`). May be used by several threads."""
 
-    def __init__(self, checkpoint: Path, *, verify: bool = True) -> None:
+    def __init__(self, checkpoint: Path, *, verify: bool = True, threads: int = 1) -> None:
         """
         Args:
             verify: compare every file with its recorded checksum, which reads the whole checkpoint once; sizes are always
                 compared.
+            threads: that read files for their checksums.
 
         Raises ValueError where the directory is no complete checkpoint, or a file is missing or damaged.
         """
@@ -49,76 +40,84 @@ class CheckpointReader:
         manifest = checkpoint / "manifest.json"
         if not manifest.is_file():
             raise ValueError(f"{checkpoint} is not a complete checkpoint (no manifest.json): give a directory RUN_DIR/checkpoints/step_...")
-        for name, (size, checksum) in json.loads(manifest.read_text())["files"].items():
-            self._check_file(self.path / name, size, checksum if verify else None)
+        self.files: dict[str, list[int]] = json.loads(manifest.read_text())["files"]
+        for name, (size, _) in self.files.items():
+            _check_size(self.path / name, size)
+        if verify:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda item: _check_sum(self.path / item[0], item[1][1]), self.files.items()))
         check_pickles(self.path)
-        self._reader = _Reader(self.path)
-        self._tensors = {
-            name: TensorInfo(tuple(entry.size), entry.properties.dtype)
-            for name, entry in self._reader.metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith(_NOT_WEIGHTS) and not name.endswith(_NOT_WEIGHTS_EITHER)
-        }
+        metadata: Metadata = pickle.loads((self.path / ".metadata").read_bytes())  # names nothing but such metadata: just checked
+        self._stored = metadata.storage_data
+        self._rows: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
+        self._entries = {name: e for name, e in metadata.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)}
 
     def names(self) -> dict[str, TensorInfo]:
         """The model's parameters by global name; optimizer state and random-number generators are left out."""
-        return dict(self._tensors)
+        return {name: info for name, info in self.all_names().items() if is_weight(name)}
+
+    def all_names(self) -> dict[str, TensorInfo]:
+        """All tensors by global name."""
+        return {name: TensorInfo(tuple(entry.size), entry.properties.dtype) for name, entry in self._entries.items()}
 
     def read(self, name: str, *, row: int | None = None) -> torch.Tensor:
-        """One tensor, on the CPU. Raises KeyError for a name that is not in `names()`.
+        """One tensor, on the CPU. Raises KeyError for a name that is not there, ValueError where parts of it are not.
 
         Args:
             row: read tensor[row] alone: one expert of a stack of experts, without the others' memory.
         """
-        info = self._tensors[name]
-        if row is not None:
-            return self._read_row(name, row, info)
-        state = {name: torch.empty(info.shape, dtype=info.dtype)}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is the intent
-            dcp.load(state, storage_reader=self._reader, no_dist=True)
-        return state[name]
-
-    def _read_row(self, name: str, row: int, info: TensorInfo) -> torch.Tensor:
-        """Put tensor[row] together from the pieces that hold parts of it."""
-        found = torch.empty(info.shape[1:], dtype=info.dtype)
-        filled = 0
-        entry = self._reader.metadata.state_dict_metadata[name]
-        assert isinstance(entry, TensorStorageMetadata)
-        for piece in entry.chunks:
-            offset = row - piece.offsets[0]
-            if not 0 <= offset < piece.sizes[0]:
-                continue
-            place = self._reader.metadata.storage_data[MetadataIndex(name, piece.offsets)]
-            with (self.path / place.relative_path).open("rb") as file:
-                file.seek(place.offset)
-                content = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
-            region = tuple(slice(begin, begin + size) for begin, size in zip(piece.offsets[1:], piece.sizes[1:], strict=True))
-            found[region] = content.reshape(tuple(piece.sizes))[offset]
-            filled += found[region].numel()
+        entry = self._entries[name]
+        if row is None:
+            found = torch.empty(entry.size, dtype=entry.properties.dtype)
+            filled = sum(self._copy(name, chunk, found, offsets=chunk.offsets) for chunk in entry.chunks)
+        else:
+            found = torch.empty(entry.size[1:], dtype=entry.properties.dtype)
+            chunks = self._rows.get(name) or self._rows.setdefault(name, _chunks_by_row(entry))
+            filled = sum(self._copy_row(name, chunk, found, row=row) for chunk in chunks.get(row, []))
         if filled != found.numel():
-            raise ValueError(f"checkpoint tensor {name} lacks parts of row {row}: the checkpoint is incomplete")
+            part = "" if row is None else f" of row {row}"
+            raise ValueError(f"checkpoint tensor {name} lacks parts{part}: the checkpoint is incomplete")
         return found
 
-    @staticmethod
-    def _check_file(path: Path, size: int, checksum: int | None) -> None:
-        if not path.is_file() or path.stat().st_size != size:
-            raise ValueError(f"checkpoint file {path} is missing or has not its {size} bytes: restore it")
-        if checksum is None:
-            return
-        actual = 0
-        with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                actual = zlib.crc32(block, actual)
-        if actual != checksum:
-            raise ValueError(f"checkpoint file {path} is damaged (its checksum differs): restore it")
+    def _copy(self, name: str, chunk: ChunkStorageMetadata, target: torch.Tensor, *, offsets: torch.Size) -> int:
+        place = tuple(slice(begin, begin + size) for begin, size in zip(offsets, chunk.sizes, strict=True))
+        self._piece(name, chunk).read_into(target[place])
+        return chunk.sizes.numel()
+
+    def _copy_row(self, name: str, chunk: ChunkStorageMetadata, target: torch.Tensor, *, row: int) -> int:
+        place = tuple(slice(begin, begin + size) for begin, size in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
+        self._piece(name, chunk).read_row_into(target[place], row=row - chunk.offsets[0])
+        return chunk.sizes[1:].numel()
+
+    def _piece(self, name: str, chunk: ChunkStorageMetadata) -> Piece:
+        stored = self._stored[MetadataIndex(name, chunk.offsets)]
+        piece = find_piece(self.path / stored.relative_path, offset=stored.offset, length=stored.length, name=name)
+        if piece.info != TensorInfo(tuple(chunk.sizes), self._entries[name].properties.dtype):
+            raise ValueError(
+                f"{piece.place.path}: a piece of {name} should be {list(chunk.sizes)} of {self._entries[name].properties.dtype}, but is "
+                f"{list(piece.info.shape)} of {piece.info.dtype}: the checkpoint is damaged"
+            )
+        return piece
 
 
-class _Reader(dcp.FileSystemReader):
-    """Torch's reader with the description read once, not for every tensor."""
+def is_weight(name: str) -> bool:
+    """Whether a stored tensor is one of the model's parameters."""
+    return not name.startswith(_NOT_WEIGHTS) and not name.endswith(_NOT_WEIGHTS_EITHER)
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.metadata = super().read_metadata()
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.metadata
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file() or path.stat().st_size != size:
+        raise ValueError(f"checkpoint file {path} is missing or has not its {size} bytes: restore it")
+
+
+def _check_sum(path: Path, checksum: int) -> None:
+    if checksum_of(path) != checksum:
+        raise ValueError(f"checkpoint file {path} is damaged (its checksum differs): restore it")
+
+
+def _chunks_by_row(entry: TensorStorageMetadata) -> dict[int, list[ChunkStorageMetadata]]:
+    found: dict[int, list[ChunkStorageMetadata]] = defaultdict(list)
+    for chunk in entry.chunks:
+        for row in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+            found[row].append(chunk)
+    return dict(found)

@@ -72,6 +72,7 @@ class Router(TopKRouter):
         assert num_experts is not None
         self.record = RoutingRecord(num_experts)
         self.register_buffer("shares", torch.full((num_experts,), 1.0 / num_experts, dtype=torch.float32))
+        self.shares.init_value = 1.0 / num_experts  # type: ignore[attr-defined]  # for who writes a checkpoint without the model's memory
         self.token_weight: torch.Tensor | float = 1.0
         """Counted tokens over real tokens of the global batch; the same for all of its micro-batches."""
 

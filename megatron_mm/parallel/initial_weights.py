@@ -8,6 +8,8 @@ more numbers than a process needs (its share of the tensor-parallel group's), wh
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -38,31 +40,55 @@ def initialize_weights(chunks: list[MegatronModule], *, seed: int) -> None:
 
 
 def _initialize(entry: ShardedTensor | ShardedTensorFactory, *, seed: int) -> None:
-    value, std = _rule(entry.key, entry.data)
-    if value is not None:
-        entry.data.fill_(value)
+    rule = initial_value(entry.key, entry.data)
+    if rule.constant is not None:
+        entry.data.fill_(rule.constant)
         return
     pieces = {"piece": entry}
     apply_factories(pieces)  # a SwiGLU's two branches are one global matrix, of which a process holds two pieces
     for piece in nested_values(pieces):
-        # Generators of different devices draw different numbers; every process of a run has the same kind of device.
-        # Experts are one global tensor with an axis of experts in front; each is drawn by itself, under its own number.
         stacked = piece.prepend_axis_num
-        name = "/".join([piece.key, *map(str, piece.global_offset[:stacked])])
-        generator = torch.Generator(device=piece.data.device).manual_seed(_seed_of(name, seed))
-        whole = torch.empty(piece.global_shape[stacked:], dtype=torch.float32, device=piece.data.device)
-        whole.normal_(0.0, std, generator=generator)
+        whole = draw(
+            piece.key,
+            piece.global_shape[stacked:],
+            std=rule.std,
+            seed=seed,
+            row=piece.global_offset[:stacked],
+            device=piece.data.device,
+        )
         piece.data.copy_(whole[piece.global_slice()[stacked:]])
 
 
-def _rule(name: str, parameter: torch.nn.Parameter) -> tuple[float | None, float]:
-    """(constant, std): the constant where there is one, else the std of a normal distribution."""
+@dataclass(frozen=True)
+class InitialValue:
+    """How a parameter begins: at a constant, or drawn from a normal distribution around 0."""
+
+    constant: float | None
+    std: float = 0.0
+
+
+def initial_value(name: str, parameter: torch.Tensor) -> InitialValue:
+    """The rule of `initialize_weights` for a parameter of this global name."""
     if hasattr(parameter, "init_value"):
-        return float(parameter.init_value), 0.0
+        return InitialValue(float(parameter.init_value))
     if hasattr(parameter, "init_std"):
-        return (0.0, 0.0) if parameter.init_std == 0 else (None, float(parameter.init_std))
+        return InitialValue(0.0) if parameter.init_std == 0 else InitialValue(None, float(parameter.init_std))
     assert parameter.ndim <= 1, f"{name} of shape {tuple(parameter.shape)} has no init_std"
-    return (1.0, 0.0) if name.endswith("norm.weight") else (0.0, 0.0)
+    return InitialValue(1.0 if name.endswith("norm.weight") else 0.0)
+
+
+def draw(
+    name: str, shape: Sequence[int], *, std: float, seed: int, row: Sequence[int] = (), device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """A whole parameter in float32.
+
+    Generators of different devices draw different numbers; every process of a run has the same kind of device.
+
+    Args:
+        row: which of a stack, such as one expert of a layer's: each is drawn by itself, under its own number.
+    """
+    generator = torch.Generator(device=device).manual_seed(_seed_of("/".join([name, *map(str, row)]), seed))
+    return torch.empty(tuple(shape), dtype=torch.float32, device=device).normal_(0.0, std, generator=generator)
 
 
 def _seed_of(name: str, seed: int) -> int:

@@ -1,0 +1,79 @@
+"""Tables of language models: our decoder <-> Llama's and Mistral's names, and InternLM2's."""
+
+from __future__ import annotations
+
+from megatron_mm.config import DecoderConfig
+from megatron_mm.conversion.mapping import QKV, Direct, Entry, GatedMLP, Vocabulary, stack
+
+
+def llama_table(config: DecoderConfig, *, body: str = "model.", head: str = "lm_head.weight", vocab_rows: int | None = None) -> list[Entry]:
+    """A decoder as `LlamaForCausalLM` and `MistralForCausalLM` name it.
+
+    Args:
+        body: prefix of their names.
+        head: name of their output layer; a tied one is not stored.
+        vocab_rows: rows of the vocabulary that are written; None writes all.
+    """
+    rows = {"rows": config.vocab_size, "written_rows": vocab_rows or config.vocab_size}
+    return [
+        Vocabulary("language.embedding.word_embeddings.weight", f"{body}embed_tokens.weight", **rows),
+        *[entry for layer in range(config.num_layers) for entry in _llama_layer(config, layer, body)],
+        Direct("language.decoder.final_layernorm.weight", f"{body}norm.weight"),
+        *([] if config.tied_embeddings else [Vocabulary("language.output_layer.weight", head, **rows)]),
+    ]
+
+
+def _llama_layer(config: DecoderConfig, number: int, body: str) -> list[Entry]:
+    layer, theirs = f"language.decoder.layers.{number}", f"{body}layers.{number}"
+    attention = {x: f"{theirs}.self_attn.{x}_proj.weight" for x in "qkv"}
+    heads = {"num_heads": config.num_attention_heads, "num_groups": config.num_query_groups, "head_dim": config.head_dim}
+    sparse = number in config.sparse_layers
+    return [
+        Direct(f"{layer}.input_layernorm.weight", f"{theirs}.input_layernorm.weight"),
+        QKV(f"{layer}.self_attention.linear_qkv.weight", **attention, **heads),
+        Direct(f"{layer}.self_attention.linear_proj.weight", f"{theirs}.self_attn.o_proj.weight"),
+        Direct(f"{layer}.pre_mlp_layernorm.weight", f"{theirs}.post_attention_layernorm.weight"),
+        *(_llama_experts(config, f"{layer}.mlp", f"{theirs}.mlp") if sparse else _llama_mlp(f"{layer}.mlp", f"{theirs}.mlp")),
+    ]
+
+
+def _llama_mlp(ours: str, theirs: str) -> list[Entry]:
+    return [
+        GatedMLP(f"{ours}.linear_fc1.weight", gate=f"{theirs}.gate_proj.weight", up=f"{theirs}.up_proj.weight"),
+        Direct(f"{ours}.linear_fc2.weight", f"{theirs}.down_proj.weight"),
+    ]
+
+
+def _llama_experts(config: DecoderConfig, ours: str, theirs: str) -> list[Entry]:
+    """Ours are stacks of all experts, theirs a module for each."""
+    assert config.moe is not None
+    expert = _llama_mlp(f"{ours}.experts.experts", f"{theirs}.experts.{{expert}}")
+    return [
+        Direct(f"{ours}.router.weight", f"{theirs}.gate.weight"),
+        *stack(expert, placeholder="expert", count=config.moe.num_experts),
+    ]
+
+
+def internlm2_table(config: DecoderConfig, *, body: str = "model.", head: str = "output.weight", vocab_rows: int | None = None) -> list[Entry]:
+    """A decoder as `InternLM2ForCausalLM` names it.
+
+    Its `wqkv` groups rows by key/value head as ours does: the group's queries, its key, its value.
+    """
+    rows = {"rows": config.vocab_size, "written_rows": vocab_rows or config.vocab_size}
+    layers = []
+    for number in range(config.num_layers):
+        layer, theirs = f"language.decoder.layers.{number}", f"{body}layers.{number}"
+        layers += [
+            Direct(f"{layer}.input_layernorm.weight", f"{theirs}.attention_norm.weight"),
+            Direct(f"{layer}.self_attention.linear_qkv.weight", f"{theirs}.attention.wqkv.weight"),
+            Direct(f"{layer}.self_attention.linear_proj.weight", f"{theirs}.attention.wo.weight"),
+            Direct(f"{layer}.pre_mlp_layernorm.weight", f"{theirs}.ffn_norm.weight"),
+            GatedMLP(f"{layer}.mlp.linear_fc1.weight", gate=f"{theirs}.feed_forward.w1.weight", up=f"{theirs}.feed_forward.w3.weight"),
+            Direct(f"{layer}.mlp.linear_fc2.weight", f"{theirs}.feed_forward.w2.weight"),
+        ]
+    return [
+        Vocabulary("language.embedding.word_embeddings.weight", f"{body}tok_embeddings.weight", **rows),
+        *layers,
+        Direct("language.decoder.final_layernorm.weight", f"{body}norm.weight"),
+        *([] if config.tied_embeddings else [Vocabulary("language.output_layer.weight", head, **rows)]),
+    ]

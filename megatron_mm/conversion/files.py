@@ -1,0 +1,189 @@
+"""Bytes of tensors in files: safetensors headers, places of tensors, and reads and writes at a place that hold no lock.
+
+Files are read and written with plain system calls rather than through a memory map: what is mapped counts as this process's memory until
+the system takes it back, and a converter should never hold more than it is working on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Names of types in a safetensors header."""
+
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_BLOCK_BYTES = 1 << 24
+_LARGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a stored tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the values of a tensor lie, in order and without gaps."""
+
+    path: Path
+    offset: int
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    assert tensor.is_contiguous(), "only a contiguous tensor is a run of bytes"
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def read_tensor(place: Place, info: TensorInfo) -> torch.Tensor:
+    """A stored tensor. Raises ValueError where the file ends before it does."""
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    read_into(place, tensor)
+    return tensor
+
+
+def read_into(place: Place, tensor: torch.Tensor) -> None:
+    """Fill a contiguous tensor from a file. Raises ValueError where the file ends too early."""
+    target = tensor_bytes(tensor) if tensor.numel() else memoryview(b"")
+    with place.path.open("rb", buffering=0) as file:
+        done = 0
+        while done < len(target):
+            count = os.preadv(file.fileno(), [target[done : done + _BLOCK_BYTES]], place.offset + done)
+            if count == 0:
+                raise ValueError(f"{place.path} ends after {place.offset + done} bytes, in the middle of a tensor: it is cut off; get it again")
+            done += count
+
+
+def write_at(descriptor: int, offset: int, data: memoryview | bytes, checksum: int = 0) -> int:
+    """Write bytes at a place; returns the CRC-32 of what came before and these."""
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        block = view[done : done + _BLOCK_BYTES]
+        checksum = zlib.crc32(block, checksum)  # while the block is in the processor's cache
+        written = 0
+        while written < len(block):
+            written += os.pwrite(descriptor, block[written:], offset + done + written)
+        done += len(block)
+    return checksum
+
+
+def checksum_of(path: Path, *, offset: int = 0, length: int | None = None) -> int:
+    """CRC-32 of a file or of a part of it; of less where it ends earlier."""
+    checksum, left = 0, path.stat().st_size - offset if length is None else length
+    buffer = bytearray(min(_BLOCK_BYTES, max(left, 1)))
+    with path.open("rb", buffering=0) as file:
+        while left > 0:
+            count = os.preadv(file.fileno(), [memoryview(buffer)[: min(left, len(buffer))]], offset)
+            if count == 0:
+                break
+            checksum = zlib.crc32(memoryview(buffer)[:count], checksum)
+            offset, left = offset + count, left - count
+    return checksum
+
+
+def sync_to_disk(path: Path) -> None:
+    """Have the system write a file, or a directory's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------------- safetensors
+
+
+def safetensors_header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a safetensors file, and where in the file each tensor's bytes go, in the order of `tensors`."""
+    document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins, offset = {}, 0
+    for name, info in tensors.items():
+        end = offset + info.num_bytes
+        document[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, end]}
+        begins[name], offset = offset, end
+    text = json.dumps(document, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    header = struct.pack("<Q", len(text)) + text
+    return header, {name: begin + len(header) for name, begin in begins.items()}
+
+
+def read_safetensors_header(path: Path) -> dict[str, tuple[TensorInfo, Place]]:
+    """The tensors of a safetensors file.
+
+    Raises ValueError where the file is none, is cut off, or its tensors are doubled, overlap, or leave gaps.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        beginning = file.read(8)
+        length = struct.unpack("<Q", beginning)[0] if len(beginning) == 8 else 0
+        if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+            raise ValueError(f"{path} is not a safetensors file, or is cut off: its header of {length} bytes does not fit into its {size} bytes")
+        text = file.read(length)
+    try:
+        document = json.loads(text, object_pairs_hook=lambda pairs: _no_doubles(pairs, path))
+        entries = dict(_entries(document, path, data=8 + length))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has a safetensors header that cannot be read ({type(error).__name__}: {error})") from None
+    end = 8 + length
+    for name, (info, place) in sorted(entries.items(), key=lambda item: (item[1][1].offset, item[1][0].num_bytes)):
+        if place.offset != end:
+            raise ValueError(f"{path}: tensor {name} begins at byte {place.offset}, but the one before it ends at {end}")
+        end += info.num_bytes
+    if end != size:
+        raise ValueError(f"{path} has {size} bytes, but its tensors end at byte {end}: it is {'cut off' if end > size else 'too long'}; get it again")
+    return entries
+
+
+def _entries(document: dict[str, Any], path: Path, *, data: int) -> Iterator[tuple[str, tuple[TensorInfo, Place]]]:
+    for name, entry in document.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: tensor {name} has the type {entry['dtype']}, which is none of {sorted(SAFETENSORS_DTYPES)}")
+        info = TensorInfo(tuple(int(size) for size in entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
+        begin, end = entry["data_offsets"]
+        if min((0, *info.shape)) < 0 or end - begin != info.num_bytes:
+            raise ValueError(f"{path}: tensor {name} of shape {list(info.shape)} takes {info.num_bytes} bytes, but has {end - begin}")
+        yield name, (info, Place(path, data + begin))
+
+
+def _no_doubles(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    doubled = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if doubled:
+        raise ValueError(f"{path} names {', '.join(doubled[:8])} more than once")
+    return dict(pairs)

@@ -1,0 +1,151 @@
+"""Reading single tensors of a Hugging Face checkpoint: safetensors, or pickles that hold nothing but tensors.
+
+Everything that can be wrong with the files is found before the first tensor is read: an index that names files elsewhere or tensors that
+are not there, a tensor that is in two files, a file that is cut off. Code that comes with a checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mm.conversion.files import Place, TensorInfo, read_safetensors_header, read_tensor
+
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
+"""What weights are looked for in a directory, the first one that is there counts."""
+
+
+class HfReader:
+    """The tensors of a Hugging Face directory, or of one file of weights. May be used by several threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError where there are no weights, a file is damaged, or index and files do not agree."""
+        self.path = path
+        self.folder = path if path.is_dir() else path.parent
+        self.files = _weight_files(path)
+        self._places: dict[str, Place] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        self._pickled: dict[str, torch.Tensor] = {}
+        names: Counter[str] = Counter()
+        for file in self.files:
+            names.update(self._open(file))
+        doubled = sorted(name for name, count in names.items() if count > 1)
+        if doubled:
+            raise ValueError(f"{path} holds {len(doubled)} tensors in more than one file: {_some(doubled)}")
+        _check_index(path, names)
+
+    @property
+    def fingerprint(self) -> list[list[Any]]:
+        """What tells these files from others: names, sizes, times of change."""
+        return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
+
+    def names(self) -> dict[str, TensorInfo]:
+        """All tensors."""
+        return dict(self._infos)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor. Raises KeyError for a name that is not in `names()`."""
+        if name in self._pickled:
+            return self._pickled[name].clone(memory_format=torch.contiguous_format)
+        return read_tensor(self._places[name], self._infos[name])
+
+    def config(self, name: str = "config.json") -> dict[str, Any] | None:
+        """A JSON document beside the weights; None where it is not there. Raises ValueError where it cannot be read."""
+        file = self.folder / name
+        if not file.is_file():
+            return None
+        try:
+            document = json.loads(file.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not JSON: {error}") from None
+        if not isinstance(document, dict):
+            raise ValueError(f"{file} holds a {type(document).__name__}, but a configuration is an object")
+        return document
+
+    def _open(self, file: Path) -> list[str]:
+        """Take in what a file holds, and return the names."""
+        if file.suffix == ".safetensors":
+            entries = read_safetensors_header(file)
+            self._infos.update({name: info for name, (info, _) in entries.items()})
+            self._places.update({name: place for name, (_, place) in entries.items()})
+            return list(entries)
+        tensors = _open_pickle(file)
+        self._infos.update({name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+        self._pickled.update(tensors)
+        return list(tensors)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give a Hugging Face directory or a file of weights in it")
+    if path.is_file():
+        found = path
+    else:
+        there = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        if not there:
+            raise ValueError(f"{path} holds no weights: looked for {', '.join(WEIGHT_FILES)}")
+        found = there[0]
+    if not found.name.endswith(".index.json"):
+        return [found]
+    names = sorted(set(_weight_map(found).values()))
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{found} names the file {name!r}, which is not one beside it: it is not read")
+        if not (found.parent / name).is_file():
+            raise ValueError(f"{found} names the file {name}, which is not there: get it again")
+    return [found.parent / name for name in names]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of weights ({type(error).__name__}: {error})") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"{index} is not an index of weights: its weight_map should give each tensor's file")
+    return found
+
+
+def _check_index(path: Path, names: Counter[str]) -> None:
+    """Raise ValueError where an index names tensors that its files do not hold, or not those that they do."""
+    index = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path) if path.is_dir() else path
+    if not index.name.endswith(".index.json"):
+        return
+    listed = set(_weight_map(index))
+    missing, unexpected = sorted(listed - set(names)), sorted(set(names) - listed)
+    if missing or unexpected:
+        raise ValueError(
+            f"{index} and its files do not agree: {len(missing)} tensors are in no file {_some(missing)}, "
+            f"{len(unexpected)} are not in the index {_some(unexpected)}"
+        )
+
+
+def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pickled file, their values left on the disk. Raises ValueError where it holds anything else."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file} cannot be read as a file of nothing but tensors, and nothing else is loaded ({reason})") from None
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    others = sorted(str(name) for name, value in found.items() if not isinstance(value, torch.Tensor)) if isinstance(found, dict) else [""]
+    if others:
+        raise ValueError(f"{file} should hold tensors by name, but holds something else {_some(others)}")
+    return dict(found)
+
+
+def _some(names: list[str]) -> str:
+    return f"({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"

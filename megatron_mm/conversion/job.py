@@ -1,0 +1,310 @@
+"""A conversion as a list of small tasks: parallel, within a bound of memory, resumable, and complete or absent.
+
+The output is written into a directory beside its place, `.NAME.partial`, and renamed when it is whole. It is cut into lanes: runs of
+bytes of one file, which one thread at a time fills task by task. After each task a line goes into `progress.jsonl`: where it wrote, how
+much, and the CRC-32. A conversion that is started again finds these lines, reads what they name once more, goes on after the last task of
+each lane whose bytes are right, and does everything else again. Lines of another conversion (other sources, options or sizes) are not
+used: what is there is removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mm.conversion.files import checksum_of, sync_to_disk, tensor_bytes, write_at
+
+logger = logging.getLogger(__name__)
+
+PROGRESS = "progress.jsonl"
+_LOG_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some tensors of the output."""
+
+    name: str
+    num_bytes: int
+    """Of what it writes, headers not counted."""
+    memory: int
+    """Bytes of tensors that it holds at most."""
+    make: Callable[[], Sequence[torch.Tensor]]
+    """The tensors, in the order in which they lie in the file."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Bytes of a file from `start` on, filled by its tasks one after another."""
+
+    file: str
+    tasks: tuple[Task, ...]
+    write: Callable[[Task, Cursor], None]
+    start: int = 0
+    header: bytes = b""
+    """Written at the file's beginning."""
+    file_size: int | None = None
+    """Of the whole file, where it is known before."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a task's bytes are."""
+
+    lane: int
+    offset: int
+    length: int
+    checksum: int
+
+
+@dataclass
+class Cursor:
+    """Writes on from a place in a file, and sums up what it writes. Takes the place of a file for torch.save."""
+
+    descriptor: int
+    offset: int
+    checksum: int = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        self.checksum = write_at(self.descriptor, self.offset, view, self.checksum)
+        self.offset += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def write_values(task: Task, cursor: Cursor) -> None:
+    """The tensors' bytes alone, as safetensors has them."""
+    for tensor in task.make():
+        if tensor.numel():
+            cursor.write(tensor_bytes(tensor.contiguous()))
+
+
+def write_archives(task: Task, cursor: Cursor) -> None:
+    """Each tensor as torch.save writes it, as a distributed checkpoint has them."""
+    for tensor in task.make():
+        torch.save(tensor.contiguous(), cursor)  # type: ignore[arg-type]
+
+
+@contextmanager
+def partial_directory(path: Path, *, fingerprint: dict[str, Any]) -> Iterator[Path]:
+    """The directory that a conversion is written into, locked; what an interrupted one of the same fingerprint left in it stays.
+
+    Raises ValueError where another conversion is writing there.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another conversion is writing to {path}: wait for it or stop it") from None
+        digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+        if _first_line(path / PROGRESS) != {"conversion": digest}:
+            leftover = [entry for entry in path.iterdir() if entry.name != ".lock"]
+            if leftover:
+                logger.info("%s is left from a conversion of other files or options and is removed", path)
+            for entry in leftover:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            (path / PROGRESS).write_text(json.dumps({"conversion": digest}) + "\n")
+        yield path
+
+
+def finish(partial: Path, final: Path) -> None:
+    """Give a conversion that is whole its name."""
+    for name in (PROGRESS, ".lock"):
+        (partial / name).unlink()
+    for folder, _, files in os.walk(partial):
+        for name in files:
+            sync_to_disk(Path(folder) / name)
+        sync_to_disk(Path(folder))
+    partial.rename(final)
+    sync_to_disk(final.parent)
+
+
+def run_lanes(lanes: Sequence[Lane], partial: Path, *, threads: int, memory: int) -> list[Written]:
+    """Do all tasks that are not done yet; returns where everything is, in the order of the lanes and their tasks.
+
+    Args:
+        threads: that work at once.
+        memory: bytes of tensors that they hold together, unless a single task needs more.
+    """
+    journal = _Journal(partial / PROGRESS)
+    known = journal.read()
+    for lane in lanes:
+        _prepare_file(partial / lane.file, lane)
+    progress = _Progress(total=sum(task.num_bytes for lane in lanes for task in lane.tasks))
+    work = _Work(partial, journal, progress, _Budget(memory))
+    with ThreadPoolExecutor(threads, thread_name_prefix="convert") as pool:
+        futures = [pool.submit(work.fill, index, lane, known[index]) for index, lane in enumerate(lanes)]
+        try:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException:  # an interruption too: tasks that have begun are finished, no other begins
+            work.stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    progress.finish()
+    return [written for future in futures for written in future.result()]
+
+
+@dataclass
+class _Work:
+    partial: Path
+    journal: _Journal
+    progress: _Progress
+    budget: _Budget
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def fill(self, index: int, lane: Lane, known: list[Written]) -> list[Written]:
+        """Fill a lane, after what is known to be written of it and still is."""
+        path = self.partial / lane.file
+        done = list(_still_right(path, lane, known))
+        for task in lane.tasks[: len(done)]:
+            self.progress.skip(task.num_bytes)
+        offset = done[-1].offset + done[-1].length if done else lane.start
+        with path.open("r+b", buffering=0) as file:
+            for task in lane.tasks[len(done) :]:
+                if self.stop.is_set():
+                    break
+                cursor = Cursor(file.fileno(), offset)
+                with self.budget.hold(task.memory):
+                    lane.write(task, cursor)
+                written = Written(index, offset, cursor.offset - offset, cursor.checksum)
+                self.journal.add(written)
+                done.append(written)
+                offset = cursor.offset
+                self.progress.add(task.num_bytes)
+            if lane.file_size is None:
+                file.truncate(offset)  # an interrupted write may have left more
+        return done
+
+
+def _still_right(path: Path, lane: Lane, known: list[Written]) -> Iterator[Written]:
+    """What was written of a lane, up to the first part whose bytes are not those that were written."""
+    offset = lane.start
+    for written in known[: len(lane.tasks)]:
+        if written.offset != offset or checksum_of(path, offset=offset, length=written.length) != written.checksum:
+            logger.warning("what was written of %s from byte %d on is not there any more and is written again", path, offset)
+            return
+        if path.stat().st_size < offset + written.length:
+            return
+        yield written
+        offset += written.length
+
+
+def _prepare_file(path: Path, lane: Lane) -> None:
+    """Make a lane's file; one that is there keeps its bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
+        if lane.header:
+            write_at(file.fileno(), 0, lane.header)
+        if lane.file_size is not None and os.fstat(file.fileno()).st_size != lane.file_size:
+            file.truncate(lane.file_size)
+
+
+class _Journal:
+    """`progress.jsonl`: what is written, a line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = threading.Lock()
+
+    def read(self) -> dict[int, list[Written]]:
+        """By lane, in the order in which they were written; a line that was cut off by an interruption ends the reading."""
+        found: dict[int, list[Written]] = defaultdict(list)
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            kept.append(line)
+            if "lane" in entry:
+                written = Written(**entry)
+                rest = [earlier for earlier in found[written.lane] if earlier.offset < written.offset]
+                found[written.lane] = [*rest, written]  # what is written again replaces what was there
+        self.path.write_text("\n".join(kept) + "\n")
+        return found
+
+    def add(self, written: Written) -> None:
+        with self.lock, self.path.open("a") as file:
+            file.write(json.dumps(asdict(written)) + "\n")
+
+
+class _Budget:
+    """Lets tasks work as long as their memory together stays under a bound; one that needs more than that works alone."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.used = size, 0
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, amount: int) -> Iterator[None]:
+        amount = min(amount, self.size)
+        with self.changed:
+            self.changed.wait_for(lambda: self.used + amount <= self.size)
+            self.used += amount
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.used -= amount
+                self.changed.notify_all()
+
+
+class _Progress:
+    """Says how far a conversion is and how long it will take."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.skipped = total, 0, 0
+        self.started = self.told = time.monotonic()
+        self.lock = threading.Lock()
+
+    def skip(self, num_bytes: int) -> None:
+        """Count what an earlier conversion has written."""
+        with self.lock:
+            self.skipped += num_bytes
+            self.done += num_bytes
+
+    def add(self, num_bytes: int) -> None:
+        with self.lock:
+            self.done += num_bytes
+            now = time.monotonic()
+            if now - self.told >= _LOG_SECONDS:
+                self.told = now
+                rate = (self.done - self.skipped) / (now - self.started)
+                left = (self.total - self.done) / rate
+                logger.info("%.2f of %.2f GB, %.2f GB/s, about %.0f s left", self.done / 1e9, self.total / 1e9, rate / 1e9, left)
+
+    def finish(self) -> None:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        kept = f"; {self.skipped / 1e9:.2f} GB were there already" if self.skipped else ""
+        written = self.done - self.skipped
+        logger.info("wrote %.2f GB in %.1f s (%.2f GB/s)%s", written / 1e9, seconds, written / seconds / 1e9, kept)
+
+
+def _first_line(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    with path.open() as file:
+        try:
+            return json.loads(file.readline())
+        except json.JSONDecodeError:
+            return None
