@@ -6,25 +6,28 @@ from megatron_mm.config import DecoderConfig
 from megatron_mm.conversion.mapping import QKV, Direct, Entry, GatedMLP, Vocabulary, stack
 
 
-def llama_table(config: DecoderConfig, *, body: str = "model.", head: str = "lm_head.weight", vocab_rows: int | None = None) -> list[Entry]:
+def llama_table(
+    config: DecoderConfig, *, body: str = "model.", head: str = "lm_head.weight", inner: str = "", vocab_rows: int | None = None
+) -> list[Entry]:
     """A decoder as `LlamaForCausalLM` and `MistralForCausalLM` name it.
 
     Args:
         body: prefix of their names.
         head: name of their output layer; a tied one is not stored.
+        inner: what stands between the name of a layer and those of its parts.
         vocab_rows: rows of the vocabulary that are written; None writes all.
     """
     rows = {"rows": config.vocab_size, "written_rows": vocab_rows or config.vocab_size}
     return [
         Vocabulary("language.embedding.word_embeddings.weight", f"{body}embed_tokens.weight", **rows),
-        *[entry for layer in range(config.num_layers) for entry in _llama_layer(config, layer, body)],
+        *[entry for layer in range(config.num_layers) for entry in _llama_layer(config, layer, f"{body}layers.{layer}{inner}")],
         Direct("language.decoder.final_layernorm.weight", f"{body}norm.weight"),
         *([] if config.tied_embeddings else [Vocabulary("language.output_layer.weight", head, **rows)]),
     ]
 
 
-def _llama_layer(config: DecoderConfig, number: int, body: str) -> list[Entry]:
-    layer, theirs = f"language.decoder.layers.{number}", f"{body}layers.{number}"
+def _llama_layer(config: DecoderConfig, number: int, theirs: str) -> list[Entry]:
+    layer = f"language.decoder.layers.{number}"
     attention = {x: f"{theirs}.self_attn.{x}_proj.weight" for x in "qkv"}
     heads = {"num_heads": config.num_attention_heads, "num_groups": config.num_query_groups, "head_dim": config.head_dim}
     sparse = number in config.sparse_layers
@@ -54,7 +57,9 @@ def _llama_experts(config: DecoderConfig, ours: str, theirs: str) -> list[Entry]
     ]
 
 
-def internlm2_table(config: DecoderConfig, *, body: str = "model.", head: str = "output.weight", vocab_rows: int | None = None) -> list[Entry]:
+def internlm2_table(
+    config: DecoderConfig, *, body: str = "model.", head: str = "output.weight", vocab_rows: int | None = None
+) -> list[Entry]:
     """A decoder as `InternLM2ForCausalLM` names it.
 
     Its `wqkv` groups rows by key/value head as ours does: the group's queries, its key, its value.

@@ -165,6 +165,62 @@ class StackedQKV:
 
 
 @dataclass(frozen=True)
+class StackedKV:
+    """Keys and values in one matrix on both sides; theirs has all keys, then all values; ours each head's key, then its value.
+
+    Worked example, 2 heads: theirs, in blocks of head_dim, k0 k1 v0 v1; ours k0 v0 k1 v1.
+    """
+
+    row: ClassVar[None] = None
+    ours: str
+    theirs: str
+    num_heads: int
+    head_dim: int
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def renamed(self, rename: Mapping[str, int]) -> StackedKV:
+        return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
+
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        _check_rows(self.ours, tensor, 2 * self.num_heads * self.head_dim, f"2 x {self.num_heads} heads of {self.head_dim}")
+        return (tensor.unflatten(0, (self.num_heads, 2, self.head_dim)).transpose(0, 1).flatten(0, 2),)
+
+    def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        (stacked,) = tensors
+        _check_rows(self.theirs, stacked, 2 * self.num_heads * self.head_dim, f"2 x {self.num_heads} heads of {self.head_dim}")
+        return stacked.unflatten(0, (2, self.num_heads, self.head_dim)).transpose(0, 1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """The same tensor with axes of length 1 in front on their side."""
+
+    row: ClassVar[None] = None
+    ours: str
+    theirs: str
+    axes: int = 1
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def renamed(self, rename: Mapping[str, int]) -> Wrapped:
+        return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
+
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (tensor[(None,) * self.axes],)
+
+    def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        (wrapped,) = tensors
+        if any(size != 1 for size in wrapped.shape[: self.axes]):
+            raise ValueError(f"{self.theirs} has shape {tuple(wrapped.shape)}, but should begin with {self.axes} axes of length 1")
+        return wrapped.flatten(0, self.axes)
+
+
+@dataclass(frozen=True)
 class Positions:
     """Learned positions of an image tower, a row for each patch, row by row of the image, after the class token's where there is one.
 

@@ -93,5 +93,3 @@ def save(model: Any, folder: Path, *, dtype: torch.dtype = torch.float32, **opti
     model.to(dtype).save_pretrained(folder, **options)
     model.to(torch.float32)
     return folder
-
-

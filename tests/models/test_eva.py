@@ -11,7 +11,8 @@ from models.infimm_reference import EvaReference, TowerSizes
 from models.random_weights import randomize
 
 from megatron_mm.config import EvaConfig, ParallelConfig
-from megatron_mm.conversion.mapping import QKV, Direct, Entry, expand, from_hf
+from megatron_mm.conversion.infimm import eva_table
+from megatron_mm.conversion.mapping import from_hf
 from megatron_mm.models.eva import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336, EVA_TINY, EvaTower, rotary_angles, turn
 from megatron_mm.parallel import topology
 from megatron_mm.parallel.replicated import replicated_state
@@ -49,46 +50,11 @@ def make_reference(config: EvaConfig) -> EvaReference:
     return reference
 
 
-def table(config: EvaConfig) -> list[Entry]:
-    """Our names and those of released checkpoints; concatenated projections are a `QKV` of one head as wide as the tower."""
-
-    def both(ours: str, theirs: str) -> list[Entry]:
-        return [Direct(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")]
-
-    ours, theirs = "layers.{layer}", "blocks.{layer}"
-    names = {x: f"{theirs}.attn.{x}_proj.weight" for x in "qkv"}
-    split = QKV(f"{ours}.attention.qkv.weight", **names, num_heads=1, num_groups=1, head_dim=config.hidden_size)
-    eva02 = [
-        split,
-        *both(f"{ours}.attention.inner_norm", f"{theirs}.attn.inner_attn_ln"),
-        *both(f"{ours}.mlp.gate", f"{theirs}.mlp.w1"),
-        *both(f"{ours}.mlp.up", f"{theirs}.mlp.w2"),
-        *both(f"{ours}.mlp.inner_norm", f"{theirs}.mlp.ffn_ln"),
-        *both(f"{ours}.mlp.down", f"{theirs}.mlp.w3"),
-    ]
-    eva01 = [
-        Direct(f"{ours}.attention.qkv.weight", f"{theirs}.attn.qkv.weight"),
-        *both(f"{ours}.mlp.up", f"{theirs}.mlp.fc1"),
-        *both(f"{ours}.mlp.down", f"{theirs}.mlp.fc2"),
-    ]
-    layer = [
-        *both(f"{ours}.attention_norm", f"{theirs}.norm1"),
-        *[Direct(f"{ours}.attention.{x}_bias", f"{theirs}.attn.{x}_bias") for x in "qv"],
-        *both(f"{ours}.attention.output", f"{theirs}.attn.proj"),
-        *both(f"{ours}.mlp_norm", f"{theirs}.norm2"),
-        *(eva02 if config.swiglu else eva01),
-    ]
-    outside = [*both("patch_embedding", "patch_embed.proj"), *both("norm", "norm"), *both("head", "head")]
-    return [*outside, *expand(layer, placeholder="layer", count=config.num_layers)]
-
-
 def make_tower(config: EvaConfig, *, dtype: torch.dtype = torch.float32) -> EvaTower:
     """A tower with the weights of `make_reference`."""
     tower = EvaTower(config, dtype=dtype)
-    theirs = dict(make_reference(config).named_parameters())
-    embeddings = {"class_embedding": theirs.pop("cls_token").flatten(), "position_embedding": theirs.pop("pos_embed")[0]}
-    ours = dict(from_hf(table(config), theirs)) | embeddings
-    tower.load_state_dict(ours, strict=True)
+    ours = from_hf(eva_table(config), dict(make_reference(config).named_parameters()))
+    tower.load_state_dict({name.removeprefix("vision."): tensor for name, tensor in ours.items()}, strict=True)
     return tower
 
 

@@ -62,7 +62,7 @@ def make_clip(config: VisionConfig) -> CLIPVisionModel:
 
 
 def load(tower: VisionTower, clip: CLIPVisionModel) -> None:
-    ours = from_hf(clip_table(tower.config, theirs=""), clip.state_dict())
+    ours = from_hf(clip_table(tower.config, prefix=""), clip.state_dict())
     tower.load_state_dict({name.removeprefix("vision."): tensor for name, tensor in ours.items()}, strict=True)
 
 

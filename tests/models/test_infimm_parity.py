@@ -1,0 +1,189 @@
+"""Our InfiMM against the plain one: the same logits and the same training, document by document and packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models.infimm_reference import InfiMMReference, InfiMMSizes, TowerSizes
+from models.random_weights import randomize
+from small_infimm import END_OF_CHUNK_ID, IMAGE_ID, small_infimm
+
+from megatron_mm.config import Experiment, InfiMMConfig
+from megatron_mm.conversion.infimm import infimm_table
+from megatron_mm.conversion.mapping import from_hf, to_hf
+from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.build import build_chunks, build_model
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.step import TrainingStep
+
+
+@pytest.fixture
+def topology() -> Iterator[Topology]:
+    experiment = small_infimm()
+    yield topologies.initialize(experiment.parallel, seed=experiment.train.seed)
+    topologies.shutdown()
+
+
+def make_reference(config: InfiMMConfig) -> InfiMMReference:
+    """The plain model of a configuration: every weight random, gates at about 0.6."""
+    vision, decoder = config.vision, config.decoder
+    tower = TowerSizes(
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        width=vision.hidden_size,
+        layers=vision.num_layers,
+        heads=vision.num_attention_heads,
+        ffn=vision.ffn_hidden_size,
+        output=vision.output_size,
+        eva02=vision.swiglu,
+        post_norm=vision.block == "post_norm",
+        rotary_grid=vision.rotary_grid or 0,
+    )
+    reference = InfiMMReference(
+        InfiMMSizes(
+            tower=tower,
+            vocab=decoder.vocab_size,
+            width=decoder.hidden_size,
+            ffn=decoder.ffn_hidden_size,
+            layers=decoder.num_layers,
+            heads=decoder.num_attention_heads,
+            kv_heads=decoder.num_query_groups,
+            every=config.gated.every_n_layers,
+            rope_theta=decoder.rotary_base,
+            image_token=IMAGE_ID,
+            latents=config.resampler.num_latents,
+            resampler_layers=config.resampler.num_layers,
+            cross_heads=config.gated.num_attention_heads,
+            cross_head_dim=config.gated.head_dim,
+        )
+    )
+    randomize(reference)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if name.endswith("_gate"):
+                parameter.add_(0.6)
+    return reference
+
+
+def copy_weights(reference: InfiMMReference, chunk: torch.nn.Module, config: InfiMMConfig) -> None:
+    chunk.load_state_dict(from_hf(infimm_table(config), dict(reference.named_parameters())), strict=True)
+
+
+def documents() -> list[tuple[list[int], torch.Tensor]]:
+    """Token ids and pixels: several images and words before the first, one at the beginning, none, two side by side."""
+    generator = torch.Generator().manual_seed(3)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(5, 128, (count,), generator=generator).tolist()
+
+    image = [END_OF_CHUNK_ID, IMAGE_ID]
+    found = [
+        words(3) + image + words(5) + image + words(4) + image + words(2),
+        image + words(9),
+        words(11),
+        words(2) + image + image + words(6),
+    ]
+    return [(ids, torch.randint(0, 256, (ids.count(IMAGE_ID), 3, 16, 16), generator=generator, dtype=torch.uint8)) for ids in found]
+
+
+def packed(chosen: list[tuple[list[int], torch.Tensor]], *, total: int = 0) -> PackedBatch:
+    """Documents in one row, padded to `total` tokens with a document that does not count."""
+    length = sum(len(ids) for ids, _ in chosen)
+    padding = max(0, total - length)
+    rows = [ids for ids, _ in chosen] + [[0] * padding] * bool(padding)
+    ids = torch.tensor([token for row in rows for token in row])
+    bounds = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).int()
+    mask = (torch.arange(len(ids)) < length).float()
+    mask[bounds[1:].long() - 1] = 0
+    starts = (ids == IMAGE_ID).nonzero().squeeze(1)
+    return PackedBatch(
+        token_ids=ids,
+        labels=ids.roll(-1),
+        loss_mask=mask,
+        is_token=torch.arange(len(ids)) < length,
+        position_ids=torch.cat([torch.arange(len(row)) for row in rows]),
+        source_ids=torch.zeros_like(ids),
+        cu_seqlens=bounds,
+        max_seqlen=int(bounds.diff().max()),
+        image_starts=starts,
+        image_owners=torch.zeros_like(starts),
+        image_documents=documents_of_images(starts, cu_seqlens=bounds),
+        pixels=torch.cat([pixels for _, pixels in chosen]),
+    )
+
+
+def reference_logits(reference: InfiMMReference, config: InfiMMConfig, ids: list[int], pixels: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (config.vision.mean, config.vision.std))
+    return reference(torch.tensor(ids), (pixels / 255 - mean) / std)
+
+
+def test_the_same_logits(topology: Topology) -> None:
+    """fp32; logits of about unit scale."""
+    experiment = small_infimm()
+    assert isinstance(experiment.model, InfiMMConfig)
+    reference = make_reference(experiment.model)
+    (chunk,) = build_chunks(experiment, topology)
+    copy_weights(reference, chunk, experiment.model)
+    chosen = documents()
+    with torch.no_grad():
+        expected = [reference_logits(reference, experiment.model, ids, pixels) for ids, pixels in chosen]
+        together = chunk.eval()(packed(chosen), with_loss=False)[0].split([len(ids) for ids, _ in chosen])
+    assert 0.3 < torch.cat(expected).std() < 10
+    for found, wanted in zip(together, expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["pt", "ift"])
+def test_the_same_training(topology: Topology, policy: str) -> None:
+    """Five steps of AdamW on both, the reference's with torch's own optimizer: the same losses, and the same weights in the end."""
+    experiment: Experiment = small_infimm(policy=policy, global_batch_size=4)
+    assert isinstance(experiment.model, InfiMMConfig)
+    reference, optimizer = make_reference(experiment.model), experiment.optimizer
+    model = build_model(experiment, topology)
+    copy_weights(reference, model[0].module, experiment.model)
+    step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=1)
+    chosen = documents()
+    micro_batches = [
+        packed(chosen[:2], total=96),
+        packed(chosen[2:3], total=96),
+        packed(chosen[3:], total=96),
+        packed(chosen[1:3], total=96),
+    ]
+    learning = [
+        parameter
+        for name, parameter in reference.named_parameters()
+        if not name.startswith("model.vision_encoder.") and (policy == "ift" or "perceiver" in name or "gated_cross_attn_layer" in name)
+    ]
+    groups = [
+        {"params": [p for p in learning if p.ndim > 1], "weight_decay": optimizer.weight_decay},
+        {"params": [p for p in learning if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
+    for number in range(1, 6):
+        result = step.run(micro_batches, step=number)
+        adam.zero_grad()
+        total, count = torch.zeros(()), 0
+        for batch in micro_batches:
+            for begin, end in batch.cu_seqlens.unfold(0, 2, 1).tolist():
+                if not batch.is_token[begin]:
+                    continue
+                ids = batch.token_ids[begin:end]
+                inside = (batch.image_starts >= begin) & (batch.image_starts < end)
+                logits = reference_logits(reference, experiment.model, ids.tolist(), batch.pixels[inside])
+                total = total + F.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+                count += len(ids) - 1
+        loss = total / count
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learning, optimizer.clip_grad_norm)
+        for group in adam.param_groups:
+            group["lr"] = result.lr
+        adam.step()
+        assert result.losses.mean == pytest.approx(loss.item(), rel=1e-5)
+    ours = {name: p.detach() for name, p in model[0].module.named_parameters()}
+    for name, tensor in to_hf(infimm_table(experiment.model), ours).items():
+        torch.testing.assert_close(tensor, reference.get_parameter(name).detach(), atol=1e-5, rtol=1e-4)
