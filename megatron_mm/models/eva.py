@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_mm.config import EvaConfig
+from megatron_mm.models.plain import linear, norm
 
 EVA02_L_14_336 = EvaConfig(
     image_size=336,
@@ -76,7 +77,8 @@ EVA_TINY = EvaConfig(
 class EvaTower(nn.Module):
     """EVA-CLIP's vision transformer: pixels [n, 3, H, W] -> tokens [n, s, v]; n may be 0.
 
-    Weights are allocated, and marked with their initial scale: that of `models.vision.VisionTower`.
+    Weights are allocated, and marked with their initial scale: matrices 1 / sqrt(fan-in), those that write to the residual stream less
+    with depth.
     """
 
     scale: torch.Tensor
@@ -96,8 +98,11 @@ class EvaTower(nn.Module):
         self.class_embedding = _vector(width, std=width**-0.5, dtype=dtype)
         self.position_embedding = _vector(config.num_tokens, width, std=width**-0.5, dtype=dtype)
         self.layers = nn.ModuleList(EvaLayer(config, dtype=dtype) for _ in range(config.num_layers))
-        self.norm = _norm(width, config, dtype=dtype)
-        self.head = _linear(width, config.output_size, std=width**-0.5, dtype=dtype)
+        self.norm = norm(width, epsilon=config.norm_epsilon, dtype=dtype)
+        self.head = linear(width, config.output_size, dtype=dtype)
+        for layer in self.layers:
+            for last in (layer.attention.output, layer.mlp.down):
+                last.weight.init_std /= math.sqrt(2 * config.num_layers)
         # x -> (x / 255 - mean) / std as one multiplication and one addition.
         self.register_buffer("scale", torch.tensor([1 / (255 * std) for std in config.std]).view(3, 1, 1), persistent=False)
         shift = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
@@ -133,9 +138,9 @@ class EvaLayer(nn.Module):
     def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.post_norm = config.block == "post_norm"
-        self.attention_norm = _norm(config.hidden_size, config, dtype=dtype)
+        self.attention_norm = norm(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype)
         self.attention = EvaAttention(config, dtype=dtype)
-        self.mlp_norm = _norm(config.hidden_size, config, dtype=dtype)
+        self.mlp_norm = norm(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype)
         self.mlp = (EvaSwiGLU if config.swiglu else EvaMLP)(config, dtype=dtype)
 
     def forward(self, x_nsv: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
@@ -161,11 +166,11 @@ class EvaAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.qkv = _linear(width, 3 * width, bias=False, std=width**-0.5, dtype=dtype)
+        self.qkv = linear(width, 3 * width, bias=False, dtype=dtype)
         self.q_bias = _vector(width, std=0.0, dtype=dtype)
         self.v_bias = _vector(width, std=0.0, dtype=dtype)
-        self.inner_norm = _norm(width, config, dtype=dtype) if config.swiglu else nn.Identity()
-        self.output = _linear(width, width, std=width**-0.5 / math.sqrt(2 * config.num_layers), dtype=dtype)
+        self.inner_norm = norm(width, epsilon=config.norm_epsilon, dtype=dtype) if config.swiglu else nn.Identity()
+        self.output = linear(width, width, dtype=dtype)
 
     def forward(self, x_nsv: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
         """[n, s, v] -> [n, s, v]; cos and sin as in `EvaLayer.forward`."""
@@ -184,8 +189,8 @@ class EvaMLP(nn.Module):
     def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.ffn_hidden_size
-        self.up = _linear(width, inner, std=(2 * width) ** -0.5, dtype=dtype)
-        self.down = _linear(inner, width, std=width**-0.5 / math.sqrt(2 * config.num_layers), dtype=dtype)
+        self.up = linear(width, inner, dtype=dtype)
+        self.down = linear(inner, width, dtype=dtype)
 
     def forward(self, x_nsv: torch.Tensor) -> torch.Tensor:
         """[n, s, v] -> [n, s, v]."""
@@ -198,10 +203,10 @@ class EvaSwiGLU(nn.Module):
     def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.ffn_hidden_size
-        self.gate = _linear(width, inner, std=(2 * width) ** -0.5, dtype=dtype)
-        self.up = _linear(width, inner, std=(2 * width) ** -0.5, dtype=dtype)
-        self.inner_norm = _norm(inner, config, dtype=dtype)
-        self.down = _linear(inner, width, std=width**-0.5 / math.sqrt(2 * config.num_layers), dtype=dtype)
+        self.gate = linear(width, inner, dtype=dtype)
+        self.up = linear(width, inner, dtype=dtype)
+        self.inner_norm = norm(inner, epsilon=config.norm_epsilon, dtype=dtype)
+        self.down = linear(inner, width, dtype=dtype)
 
     def forward(self, x_nsv: torch.Tensor) -> torch.Tensor:
         """[n, s, v] -> [n, s, v]."""
@@ -245,21 +250,8 @@ def _vector(*shape: int, std: float, dtype: torch.dtype) -> nn.Parameter:
     return parameter
 
 
-def _linear(input_size: int, output_size: int, *, bias: bool = True, std: float, dtype: torch.dtype) -> nn.Linear:
-    device = torch.get_default_device()  # skip_init knows nothing of `with torch.device(...)`
-    layer = nn.utils.skip_init(nn.Linear, input_size, output_size, bias=bias, dtype=dtype, device=device)
-    layer.weight.init_std = std
-    return layer
-
-
 def _patch_convolution(config: EvaConfig, *, dtype: torch.dtype) -> nn.Conv2d:
     patch, device = config.patch_size, torch.get_default_device()
     layer = nn.utils.skip_init(nn.Conv2d, 3, config.hidden_size, patch, stride=patch, dtype=dtype, device=device)
     layer.weight.init_std = (3 * patch**2) ** -0.5
     return layer
-
-
-def _norm(size: int, config: EvaConfig, *, dtype: torch.dtype) -> nn.LayerNorm:
-    norm = nn.LayerNorm(size, eps=config.norm_epsilon, dtype=dtype)
-    norm.weight.init_value = 1.0  # type: ignore[attr-defined]
-    return norm
