@@ -100,9 +100,9 @@ class EvaTower(nn.Module):
         self.layers = nn.ModuleList(EvaLayer(config, dtype=dtype) for _ in range(config.num_layers))
         self.norm = norm(width, epsilon=config.norm_epsilon, dtype=dtype)
         self.head = linear(width, config.output_size, dtype=dtype)
-        for layer in self.layers:
-            for last in (layer.attention.output, layer.mlp.down):
-                last.weight.init_std /= math.sqrt(2 * config.num_layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention.output.weight", "mlp.down.weight")):
+                parameter.init_std /= math.sqrt(2 * config.num_layers)  # type: ignore[attr-defined]
         # x -> (x / 255 - mean) / std as one multiplication and one addition.
         self.register_buffer("scale", torch.tensor([1 / (255 * std) for std in config.std]).view(3, 1, 1), persistent=False)
         shift = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
