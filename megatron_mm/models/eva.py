@@ -2,7 +2,7 @@
 
 The tower is plain PyTorch and not made of megatron-core's layers, as `models/vision.py` is. It is frozen in every stage of
 InfiMM and only ever runs forward, in its parameters' type, whole on every process: nothing of it is parallel, in FP8, recomputed
-or differentiated, so Transformer Engine's layers would save nothing, and scaled-dot-product attention calls the same kernels. What
+or differentiated, so Transformer Engine's layers have nothing to give but fused attention, and scaled-dot-product attention is that. What
 sets EVA's layers apart (biases on queries and values and none on keys, LayerNorms inside attention and MLP, rotary positions of
 patches but not of the class token, norms behind a branch instead of before it) would each take a class of its own there.
 
