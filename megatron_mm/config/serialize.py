@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.config.checks import require
-from megatron_mm.config.models import InfiMMConfig, MM1Config, ModelConfig
+from megatron_mm.config.models import InfiMMConfig, MM1Config, ModelConfig, MonoInternVLConfig
 from megatron_mm.config.run import Experiment
 
-_MODELS: dict[str, type[ModelConfig]] = {config.family: config for config in (MM1Config, InfiMMConfig)}
+_MODELS: dict[str, type[ModelConfig]] = {config.family: config for config in (MM1Config, InfiMMConfig, MonoInternVLConfig)}
 
 
 def to_dict(value: Any) -> Any:

@@ -35,7 +35,7 @@ class Target:
         if self.initial.constant is not None:
             return torch.full(shape, self.initial.constant, dtype=self.info.dtype)
         rows = () if row is None else (row,)
-        return draw(self.name, shape, std=self.initial.std, seed=seed, row=rows).to(self.info.dtype)
+        return draw(self.initial.drawn_as(self.name), shape, std=self.initial.std, seed=seed, row=rows).to(self.info.dtype)
 
 
 def model_targets(experiment: Experiment) -> dict[str, Target]:

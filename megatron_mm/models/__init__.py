@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from megatron_mm.config import Experiment, ModelConfig
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.models import infimm, mm1
+from megatron_mm.models import infimm, mm1, mono_internvl
 from megatron_mm.models.base import ModelFamily
 
-FAMILIES: dict[str, ModelFamily] = {"mm1": mm1.FAMILY, "infimm": infimm.FAMILY}
+FAMILIES: dict[str, ModelFamily] = {"mm1": mm1.FAMILY, "infimm": infimm.FAMILY, "mono_internvl": mono_internvl.FAMILY}
 
 
 def family_of(model: ModelConfig) -> ModelFamily:

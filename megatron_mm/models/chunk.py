@@ -91,3 +91,71 @@ class Chunk(MegatronModule):
             return batch.pixels
         blank = torch.tensor(self.image.fill, dtype=torch.uint8, device=batch.pixels.device)
         return blank[None, :, None, None].expand(1, 3, self.image.size, self.image.size)
+
+    def embed(self, batch: PackedBatch, features_nkh: torch.Tensor) -> torch.Tensor:
+        """Token embeddings with image features in their places; this process's part of [t, 1, h].
+
+        Args:
+            features_nkh: of all images of the micro-batch, `image.tokens` each.
+        """
+        embedded_t1h = self.language.embedding(input_ids=batch.token_ids[None], position_ids=batch.position_ids[None])
+        rows, positions = image_token_rows(
+            batch.image_starts, tokens_per_image=self.image.tokens, local=self.sharing.local_tokens(batch.num_tokens)
+        )
+        device = embedded_t1h.device
+        features_1h = features_nkh.flatten(0, 1).index_select(0, rows.to(device))[:, None].to(embedded_t1h.dtype)
+        return embedded_t1h.index_put((positions.to(device),), features_1h)
+
+    def decode(
+        self,
+        batch: PackedBatch,
+        decoder_input: torch.Tensor | None,
+        layout: PackedSeqParams,
+        *,
+        context: torch.Tensor | None = None,
+        with_loss: bool,
+    ) -> torch.Tensor:
+        """Run this chunk's decoder layers, and on the last stage the output layer.
+
+        Args:
+            decoder_input: embeddings, on the first stage.
+            layout: document bounds, and what else the family's layers know of the micro-batch.
+            context: what layers look at besides the hidden states.
+            with_loss: the last stage returns losses, or else logits.
+        """
+        return self.language(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            decoder_input=decoder_input,
+            labels=batch.labels[None] if with_loss else None,
+            packed_seq_params=layout,
+            padding_mask=self._padding(batch),
+            extra_block_kwargs=None if context is None else {"context": context},
+        )
+
+    def _padding(self, batch: PackedBatch) -> torch.Tensor | None:
+        """[1, t] bool, True for padding among this process's tokens, for the routers of sparse layers (`models.moe`)."""
+        if self.config.num_moe_experts is None:
+            return None
+        local = self.sharing.local_tokens(batch.num_tokens)
+        return ~batch.is_token[None, local.start : local.stop]
+
+
+def image_token_rows(starts: torch.Tensor, *, tokens_per_image: int, local: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows of the flattened image features go to which of this process's positions.
+
+    Worked example: two images of 3 tokens at positions 2 and 7, and this process holds tokens 4..7 (of 0..9). Tokens 2 3 4
+    belong to the first image and 7 8 9 to the second; 4 and 7 are here. Their rows among the 2 x 3 features are 2 and 3, and
+    their local positions 4 - 4 = 0 and 7 - 4 = 3.
+
+    Args:
+        starts: [n] positions of the first token of each image.
+        local: the tokens that this process holds.
+
+    Returns:
+        (rows, positions), both [tokens that are here].
+    """
+    positions = (starts[:, None] + torch.arange(tokens_per_image)).flatten()
+    rows = ((positions >= local.start) & (positions < local.stop)).nonzero().squeeze(1)
+    return rows, positions[rows] - local.start

@@ -20,7 +20,7 @@ from megatron_mm.models.base import ChunkContext, ImageInput, ModelFamily, fill_
 from megatron_mm.models.chunk import Chunk
 from megatron_mm.models.decoder import check_decoder_layout, layers_of_chunk
 from megatron_mm.models.eva import EvaTower
-from megatron_mm.models.gated_cross_attention import MediaLayout, gated_layer_spec, media_layout
+from megatron_mm.models.gated_cross_attention import gated_layer_spec, media_layout
 from megatron_mm.models.layers import decoder_layer_spec, plain_submodules
 from megatron_mm.models.resampler import PerceiverResampler
 from megatron_mm.parallel.stages import attach, detach_passengers, rows_for
@@ -75,23 +75,8 @@ class InfiMMModel(Chunk):
             )
             self.language.set_input_tensor(hidden)
         media = media_layout(batch, num_latents=self.num_latents, local=local, dtype=latents_m1v.dtype)
-        out = self._decode(batch, decoder_input, latents_m1v, media, with_loss=with_loss)
-        if self.post_process:
-            return out
-        return attach(out, latents_m1v, rows=len(self.sharing.local_tokens(pipeline_rows)))
-
-    def _decode(
-        self, batch: PackedBatch, decoder_input: torch.Tensor | None, latents_m1v: torch.Tensor, media: MediaLayout, *, with_loss: bool
-    ) -> torch.Tensor:
-        return self.language(
-            input_ids=batch.token_ids[None],
-            position_ids=batch.position_ids[None],
-            attention_mask=None,
-            decoder_input=decoder_input,
-            labels=batch.labels[None] if with_loss else None,
-            packed_seq_params=media,
-            extra_block_kwargs={"context": latents_m1v},
-        )
+        out = self.decode(batch, decoder_input, media, context=latents_m1v, with_loss=with_loss)
+        return out if self.post_process else attach(out, latents_m1v, rows=len(self.sharing.local_tokens(pipeline_rows)))
 
     def _encode(self, batch: PackedBatch) -> torch.Tensor:
         """This process's part of the latents [m, 1, v] of all images of the micro-batch; zeros where there is none."""

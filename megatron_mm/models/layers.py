@@ -154,16 +154,22 @@ _LAYER_SPECS = {"te": _te_layer_spec, "torch": _torch_layer_spec}
 _NORMS = {"te": te_layers.TENorm, "torch": TorchNorm}
 
 
-def decoder_layer_spec(backend: Backend, *, experts: bool = False) -> ModuleSpec:
-    """A decoder layer: causal attention within each packed document, then the MLP that the config describes, or experts of it."""
+def decoder_layer_spec(backend: Backend, *, experts: bool = False, separate_norm: bool = False) -> ModuleSpec:
+    """A decoder layer: causal attention within each packed document, then the MLP that the config describes, or experts of it.
+
+    Args:
+        separate_norm: the norm before the MLP is a module of its own, as it is with experts: Transformer Engine else fuses it with the
+            MLP's first matrix, and a router reads what that would have normalised.
+    """
     spec = _decoder_layer_spec(backend)
+    if backend == "te" and (experts or separate_norm):
+        spec.submodules.pre_mlp_layernorm = te_layers.TENorm
+        spec.submodules.sharded_state_dict_keys_map = {k: v for k, v in _FUSED_NORM_NAMES.items() if not k.startswith("mlp.")}
     if experts:
         mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         submodule = {"torch": ModuleSpec(module=SequentialMLP, submodules=mlp), "te": None}[backend]
         if submodule is None:
             submodule = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
-            spec.submodules.pre_mlp_layernorm = te_layers.TENorm  # a router reads what a dense layer's first matrix would have normalised
-            spec.submodules.sharded_state_dict_keys_map = {k: v for k, v in _FUSED_NORM_NAMES.items() if not k.startswith("mlp.")}
         spec.submodules.mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=submodule, router=Router))
     return spec
 

@@ -24,8 +24,9 @@ STATE_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type":
 def initialize_weights(chunks: list[MegatronModule], *, seed: int) -> None:
     """Set every parameter of the pipeline chunks of this process in place.
 
-    A parameter may carry `init_value` (a constant) or `init_std` (a normal distribution around 0). Without either a norm's
-    weight is 1 and any other vector is 0. Raises AssertionError for a matrix that carries neither, or for a parameter
+    A parameter may carry `init_value` (a constant) or `init_std` (a normal distribution around 0), and with that `init_like`
+    (`InitialValue.like`). Without any a norm's weight is 1 and any other vector is 0. Raises AssertionError for a matrix that carries
+    neither, or for a parameter
     that no rule reached.
     """
     for chunk in chunks:
@@ -49,7 +50,7 @@ def _initialize(entry: ShardedTensor | ShardedTensorFactory, *, seed: int) -> No
     for piece in nested_values(pieces):
         stacked = piece.prepend_axis_num
         whole = draw(
-            piece.key,
+            rule.drawn_as(piece.key),
             piece.global_shape[stacked:],
             std=rule.std,
             seed=seed,
@@ -65,6 +66,12 @@ class InitialValue:
 
     constant: float | None
     std: float = 0.0
+    like: tuple[str, str] | None = None
+    """It begins as a copy of another parameter: (a part of its name, what stands there in the other's)."""
+
+    def drawn_as(self, name: str) -> str:
+        """The name under which the parameter `name` is drawn."""
+        return name if self.like is None else name.replace(*self.like)
 
 
 def initial_value(name: str, parameter: torch.Tensor) -> InitialValue:
@@ -72,7 +79,8 @@ def initial_value(name: str, parameter: torch.Tensor) -> InitialValue:
     if hasattr(parameter, "init_value"):
         return InitialValue(float(parameter.init_value))
     if hasattr(parameter, "init_std"):
-        return InitialValue(0.0) if parameter.init_std == 0 else InitialValue(None, float(parameter.init_std))
+        like = getattr(parameter, "init_like", None)
+        return InitialValue(0.0) if parameter.init_std == 0 else InitialValue(None, float(parameter.init_std), like)
     assert parameter.ndim <= 1, f"{name} of shape {tuple(parameter.shape)} has no init_std"
     return InitialValue(1.0 if name.endswith("norm.weight") else 0.0)
 

@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mm.config import ConnectorConfig, DecoderConfig, EvaConfig, InfiMMConfig, MM1Config, Precision, VisionConfig
+from megatron_mm.config import (
+    ConnectorConfig,
+    DecoderConfig,
+    EvaConfig,
+    InfiMMConfig,
+    MM1Config,
+    MonoInternVLConfig,
+    Precision,
+    VisionConfig,
+)
 
 FORWARD_AND_BACKWARD = 3
 FORWARD_AND_INPUT_GRADIENT = 2
@@ -146,3 +155,22 @@ def resampler_flops(model: InfiMMConfig) -> float:
         latents * 2 * width * inner + seen * 2 * width * inner + 2 * latents * seen * inner + latents * 2 * config.ffn_multiplier * width**2
     )
     return FORWARD_AND_BACKWARD * 2.0 * config.num_layers * layer
+
+
+def mono_internvl_step_flops(model: MonoInternVLConfig, policy: str, work: StepWork) -> float:
+    """FLOPs of one training step of Mono-InternVL; a token goes through one feed-forward network, so the decoder counts as a dense one.
+
+    Until the last stage (s2) the text's networks, embeddings and output layer are frozen, in the first two attention is too. Visual experts
+    learn in every layer, so gradients pass all of them; tokens that a network has are not told apart here, and learning networks count for
+    all tokens: what a text token's gradient of weights would cost is counted although it is not computed.
+    """
+    decoder, patches = model.decoder, model.patches
+    language = decoder_flops(decoder, num_tokens=work.num_tokens, sum_squared_lengths=work.sum_squared_lengths)
+    width = decoder.hidden_size
+    spared = 0 if policy == "s2" else width * decoder.vocab_size
+    if policy in ("s1_1", "s1_2"):
+        inner = decoder.num_attention_heads * decoder.head_dim
+        spared += decoder.num_layers * (width * (inner + 2 * decoder.num_query_groups * decoder.head_dim) + inner * width)
+    squares = patches.unshuffle**2 * patches.hidden_size
+    of_image = patches.grid_size**2 * 3 * patches.patch_size**2 * patches.hidden_size + patches.num_tokens * (squares * width + width**2)
+    return language - 2.0 * spared * work.num_tokens + FORWARD_AND_BACKWARD * 2.0 * of_image * work.num_images

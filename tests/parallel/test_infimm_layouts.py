@@ -8,26 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from curves import Curve, assert_same, train_curve
 from distributed import run_processes
 from small_infimm import infimm_step, small_infimm
-
-from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
-from megatron_mm.training.optimizer import build_optimizer
-from megatron_mm.training.step import TrainingStep
-
-STEPS = 20
-TOLERANCE = 1e-5
-"""Relative, fp32. Sums in another order differ by about 1e-7 a step."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    losses: list[float]
-    grad_norms: list[float]
-    frozen_changed: list[str]
-    """Parameters that must not have changed and did."""
-    learned: list[str]
 
 
 @dataclass(frozen=True)
@@ -64,22 +47,7 @@ MORE_LAYOUTS = [
 
 def train(layout: Layout) -> Curve:
     """The loss curve in a layout; called by all its processes. Gates are opened, so that images matter from the first step."""
-    experiment = small_infimm(parallel=layout.parallel, policy=layout.policy)
-    topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
-    model = build_model(experiment, topology)
-    open_gates(model)
-    step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=2)
-    before = {name: parameter.detach().clone() for chunk in model for name, parameter in chunk.named_parameters()}
-    results = [step.run(infimm_step(experiment, topology, step=number), step=number) for number in range(1, STEPS + 1)]
-    same = {name: torch.equal(parameter, before[name]) for chunk in model for name, parameter in chunk.named_parameters()}
-    learns = {name: parameter.requires_grad for chunk in model for name, parameter in chunk.named_parameters()}
-    topologies.shutdown()
-    return Curve(
-        losses=[result.losses.mean for result in results],
-        grad_norms=[result.update.grad_norm for result in results],
-        frozen_changed=[name for name in same if not learns[name] and not same[name]],
-        learned=[name for name in same if not same[name]],
-    )
+    return train_curve(small_infimm(parallel=layout.parallel, policy=layout.policy), infimm_step, prepare=open_gates)
 
 
 @torch.no_grad()
@@ -97,13 +65,7 @@ def _one_process(policy: str) -> Curve:
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(more, marks=pytest.mark.slow) for more in MORE_LAYOUTS)], ids=str)
 def test_loss_curve_equals_that_of_one_process(layout: Layout) -> None:
-    expected = _one_process(layout.policy)
-    curves = run_processes(train, layout.world_size, layout)
-    assert all(curve.losses == curves[0].losses for curve in curves), "processes disagree about the losses"
-    assert curves[0].losses == pytest.approx(expected.losses, rel=TOLERANCE)
-    assert curves[0].grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
-    assert not any(curve.frozen_changed for curve in curves), "frozen weights changed"
-    assert expected.losses[-1] < expected.losses[0], "nothing was learned, so nothing was compared"
+    assert_same(run_processes(train, layout.world_size, layout), _one_process(layout.policy))
 
 
 def test_what_learns_is_what_the_policy_says() -> None:

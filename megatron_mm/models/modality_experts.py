@@ -1,0 +1,154 @@
+"""Feed-forward layers chosen by modality (Mono-InternVL, arXiv 2410.08202, section 3.1): text's, and a visual expert's beside it.
+
+A token goes through ONE of the two: tokens are gathered by modality, each network runs on its own, and the results go back to their
+places. (Computing both for every token and masking one, as the released code does, costs twice the work.)
+
+    tokens       <s> <img>  I   I   I  </img>  a   dog  </s>          I is <IMG_CONTEXT>; <img> and </img> are text
+    text rows     0    1                 5     6    7    8
+    visual rows             2   3   4
+
+Which token is which follows from the plan on every pipeline stage (`ModalityLayout`), and comes with the document bounds, so that every
+layer of a micro-batch gets it, recomputed ones included.
+
+Both networks are cut over tensor parallelism like a dense layer's, with the communication of one: tokens are gathered once, which rows go
+where is known for the whole micro-batch, and the two partial results are summed over the group together.
+
+Shape legend: t packed tokens of a micro-batch (all of them), l this process's part of them under sequence parallelism, h width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_mm.config import FP8_MULTIPLE
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.models.layers import Backend, decoder_layer_spec, plain_submodules
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens of one modality."""
+
+    gather: torch.Tensor
+    """Rows to compute, [count] int64: the tokens in order, then, where kernels want a multiple of some number, copies of row 0."""
+    count: int
+    """Tokens; what follows them is thrown away."""
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        return self.gather[: self.count]
+
+
+@dataclass
+class ModalityLayout(PackedSeqParams):
+    """Which tokens are whose."""
+
+    text: Rows | None = None
+    visual: Rows | None = None
+
+
+def modality_layout(batch: PackedBatch, *, tokens_per_image: int, backend: Backend) -> ModalityLayout:
+    """The layout of a micro-batch; see the module's worked example. Padding counts as text."""
+    visual = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    visual[(batch.image_starts[:, None] + torch.arange(tokens_per_image)).flatten()] = True
+    # Transformer Engine's FP8 products want multiples of this, and none of its layers wants nothing.
+    multiple = FP8_MULTIPLE if backend == "te" else 1
+    text_rows, visual_rows = (_rows(mask, multiple=multiple, device=batch.token_ids.device) for mask in (~visual, visual))
+    return ModalityLayout(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+        text=text_rows,
+        visual=visual_rows,
+    )
+
+
+def _rows(mask: torch.Tensor, *, multiple: int, device: torch.device) -> Rows:
+    rows = mask.nonzero().squeeze(1)
+    wanted = -(-max(len(rows), multiple if multiple > 1 else 0) // multiple) * multiple
+    padded = torch.cat([rows, torch.zeros(wanted - len(rows), dtype=torch.int64)])
+    return Rows(gather=padded.to(device, non_blocking=True), count=len(rows))
+
+
+class ModalityExperts(MegatronModule):
+    """The two networks of a layer: [l, 1, h] -> [l, 1, h]."""
+
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, tp_group: torch.distributed.ProcessGroup) -> None:
+        super().__init__(config=config)
+        self.tp_group = tp_group
+        # megatron-core's experts are linear layers that leave all communication to whoever holds them, as is wanted here.
+        options = {"is_expert": True, "ffn_hidden_size": config.ffn_hidden_size, "tp_group": tp_group}
+        self.text = MLP(config, submodules, **options)
+        self.visual = MLP(config, submodules, **options)
+        for parameter in self.visual.parameters():
+            parameter.init_like = (".visual.", ".text.")  # type: ignore[attr-defined]
+
+    def forward(self, hidden_l1h: torch.Tensor, layout: ModalityLayout) -> torch.Tensor:
+        """[l, 1, h] -> [l, 1, h]."""
+        hidden_t1h = self._gather(hidden_l1h)
+        out_t1h = torch.zeros_like(hidden_t1h)
+        for expert, rows in ((self.text, layout.text), (self.visual, layout.visual)):
+            assert rows is not None
+            out_r1h, _ = expert(hidden_t1h.index_select(0, rows.gather))
+            out_t1h = out_t1h.index_copy(0, rows.tokens, out_r1h[: rows.count])
+        return self._reduce(out_t1h)
+
+    def _gather(self, hidden: torch.Tensor) -> torch.Tensor:
+        """All tokens, with gradients summed over the group, which holds a part of the networks each."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+
+    def _reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
+        """Both networks under their names, cut like dense ones."""
+        return {
+            name: entry
+            for part in ("text", "visual")
+            for name, entry in getattr(self, part).sharded_state_dict(f"{prefix}{part}.", sharded_offsets, metadata).items()
+        }
+
+
+class ModalityTransformerLayer(TransformerLayer):
+    """A decoder layer whose feed-forward network depends on a token's modality."""
+
+    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *, experts: MLPSubmodules, **layer: object) -> None:
+        super().__init__(config, submodules, **layer)  # type: ignore[arg-type]
+        self.mlp = ModalityExperts(config, experts, tp_group=self.pg_collection.tp)
+
+    def forward(
+        self, hidden_states: torch.Tensor, *, packed_seq_params: ModalityLayout, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[l, 1, h] -> the same, and megatron-core's context untouched."""
+        hidden_states, context = self._forward_attention(hidden_states, packed_seq_params=packed_seq_params, **kwargs)
+        return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states), packed_seq_params), context
+
+
+def modality_layer_spec(backend: Backend) -> ModuleSpec:
+    """A decoder layer with text and visual experts, which the layer makes itself in the place of its MLP."""
+    layer, plain = decoder_layer_spec(backend, separate_norm=True), plain_submodules(backend)
+    layer.submodules.mlp = IdentityOp
+    params = {**layer.params, "experts": MLPSubmodules(linear_fc1=plain.column, linear_fc2=plain.row)}
+    return ModuleSpec(module=ModalityTransformerLayer, params=params, submodules=layer.submodules)

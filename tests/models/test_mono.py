@@ -1,0 +1,244 @@
+"""Our Mono-InternVL against a plain one that computes both networks for every token, and what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models.mono_reference import MonoReference, MonoSizes
+from models.random_weights import randomize
+from small_mono import CONTEXT_ID, END_IMG_ID, IMG_ID, TILE_TOKENS, mono_batch, small_mono
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_mm.config import Experiment, MonoInternVLConfig
+from megatron_mm.conversion.decoders import llama_table
+from megatron_mm.conversion.mapping import from_hf, to_hf
+from megatron_mm.conversion.mono_internvl import mono_internvl_table
+from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.models.modality_experts import ModalityExperts, modality_layout
+from megatron_mm.models.patch_embedding import unshuffle
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.build import build_chunks, build_model
+from megatron_mm.parallel.initial_weights import initialize_weights
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.step import TrainingStep
+
+
+@pytest.fixture
+def topology() -> Iterator[Topology]:
+    experiment = small_mono()
+    yield topologies.initialize(experiment.parallel, seed=experiment.train.seed)
+    topologies.shutdown()
+
+
+def make_reference(config: MonoInternVLConfig) -> MonoReference:
+    decoder, patches = config.decoder, config.patches
+    sizes = MonoSizes(
+        image_size=patches.image_size,
+        patch_size=patches.patch_size,
+        patch_width=patches.hidden_size,
+        vocab=decoder.vocab_size,
+        width=decoder.hidden_size,
+        ffn=decoder.ffn_hidden_size,
+        layers=decoder.num_layers,
+        heads=decoder.num_attention_heads,
+        kv_heads=decoder.num_query_groups,
+        rope_theta=decoder.rotary_base,
+        image_token=CONTEXT_ID,
+    )
+    reference = MonoReference(sizes)
+    randomize(reference)
+    return reference
+
+
+def documents() -> list[tuple[list[int], torch.Tensor]]:
+    """Token ids and tiles: an image of two tiles between words, none, an image of one at the beginning, two images."""
+    generator = torch.Generator().manual_seed(3)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(5, 128, (count,), generator=generator).tolist()
+
+    def image(tiles: int) -> list[int]:
+        return [IMG_ID, *[CONTEXT_ID] * (TILE_TOKENS * tiles), END_IMG_ID]
+
+    found = [words(3) + image(2) + words(5), words(11), image(1) + words(6), words(2) + image(1) + words(2) + image(1) + words(3)]
+    return [
+        (ids, torch.randint(0, 256, (ids.count(CONTEXT_ID) // TILE_TOKENS, 3, 32, 32), generator=generator, dtype=torch.uint8))
+        for ids in found
+    ]
+
+
+def packed(chosen: list[tuple[list[int], torch.Tensor]]) -> PackedBatch:
+    ids = torch.tensor([token for row, _ in chosen for token in row])
+    bounds = torch.tensor([0, *(len(row) for row, _ in chosen)]).cumsum(0).int()
+    mask = torch.ones(len(ids))
+    mask[bounds[1:].long() - 1] = 0
+    mask[ids.roll(-1) == CONTEXT_ID] = 0
+    starts = (ids == CONTEXT_ID).nonzero().squeeze(1)[::TILE_TOKENS]
+    return PackedBatch(
+        token_ids=ids,
+        labels=ids.roll(-1),
+        loss_mask=mask,
+        is_token=torch.ones(len(ids), dtype=torch.bool),
+        position_ids=torch.cat([torch.arange(len(row)) for row, _ in chosen]),
+        source_ids=torch.zeros_like(ids),
+        cu_seqlens=bounds,
+        max_seqlen=int(bounds.diff().max()),
+        image_starts=starts,
+        image_owners=torch.zeros_like(starts),
+        image_documents=documents_of_images(starts, cu_seqlens=bounds),
+        pixels=torch.cat([pixels for _, pixels in chosen]),
+    )
+
+
+def reference_logits(reference: MonoReference, config: MonoInternVLConfig, ids: list[int], pixels: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (config.patches.mean, config.patches.std))
+    return reference(torch.tensor(ids), (pixels / 255 - mean) / std)
+
+
+def test_the_same_logits_as_computing_both_networks_and_masking(topology: Topology) -> None:
+    """fp32; logits of about unit scale."""
+    experiment = small_mono()
+    assert isinstance(experiment.model, MonoInternVLConfig)
+    reference = make_reference(experiment.model)
+    (chunk,) = build_chunks(experiment, topology)
+    chunk.load_state_dict(from_hf(mono_internvl_table(experiment.model), dict(reference.named_parameters())), strict=True)
+    chosen = documents()
+    with torch.no_grad():
+        expected = [reference_logits(reference, experiment.model, ids, pixels) for ids, pixels in chosen]
+        together = chunk.eval()(packed(chosen), with_loss=False)[0].split([len(ids) for ids, _ in chosen])
+    assert 0.3 < torch.cat(expected).std() < 10
+    for found, wanted in zip(together, expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["s1_1", "s1_3", "s2"])
+def test_the_same_training(topology: Topology, policy: str) -> None:
+    """Five steps of AdamW on both, the reference's with torch's own optimizer: the same losses, and the same weights in the end."""
+    experiment: Experiment = small_mono(policy=policy, global_batch_size=2)
+    assert isinstance(experiment.model, MonoInternVLConfig)
+    reference, optimizer = make_reference(experiment.model), experiment.optimizer
+    model = build_model(experiment, topology)
+    table = mono_internvl_table(experiment.model)
+    model[0].module.load_state_dict(from_hf(table, dict(reference.named_parameters())), strict=True)
+    step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=1)
+    chosen = documents()
+    micro_batches = [packed(chosen[:2] + chosen[:1]), packed(chosen[1:4])]
+    patterns = {
+        "s1_1": ("vision_model.", "mlp1.", "feed_forward_ve."),
+        "s1_3": ("vision_model.", "mlp1.", "feed_forward_ve.", "attention."),
+        "s2": ("",),
+    }[policy]
+    learning = [
+        p for name, p in reference.named_parameters() if any(part in name for part in patterns) and not name.endswith("class_embedding")
+    ]
+    groups = [
+        {"params": [p for p in learning if p.ndim > 1], "weight_decay": optimizer.weight_decay},
+        {"params": [p for p in learning if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
+    for number in range(1, 6):
+        result = step.run(micro_batches, step=number)
+        adam.zero_grad()
+        total, count = torch.zeros(()), 0
+        for ids, pixels in chosen[:2] + chosen[:1] + chosen[1:4]:
+            logits, labels = reference_logits(reference, experiment.model, ids, pixels)[:-1], torch.tensor(ids[1:])
+            counted = labels != CONTEXT_ID
+            total = total + F.cross_entropy(logits[counted], labels[counted], reduction="sum")
+            count += int(counted.sum())
+        loss = total / count
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learning, optimizer.clip_grad_norm)
+        for group in adam.param_groups:
+            group["lr"] = result.lr
+        adam.step()
+        assert result.losses.mean == pytest.approx(loss.item(), rel=1e-5)
+    ours = {name: p.detach() for name, p in model[0].module.named_parameters()}
+    for name, tensor in to_hf(table, ours).items():
+        torch.testing.assert_close(tensor, reference.get_parameter(name).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_equal_experts_are_a_plain_decoder(topology: Topology) -> None:
+    """Fresh visual experts are copies of the text's networks: the model is then InternLM2, which is Llama under other names."""
+    experiment = small_mono()
+    assert isinstance(experiment.model, MonoInternVLConfig)
+    (chunk,) = build_chunks(experiment, topology)
+    initialize_weights([chunk], seed=7)
+    state = dict(chunk.named_parameters())
+    visual = {name for name in state if ".mlp.visual." in name}
+    assert visual and all(torch.equal(state[name], state[name.replace(".visual.", ".text.")]) for name in visual)
+    decoder = experiment.model.decoder
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=decoder.vocab_size,
+            hidden_size=decoder.hidden_size,
+            intermediate_size=decoder.ffn_hidden_size,
+            num_hidden_layers=decoder.num_layers,
+            num_attention_heads=decoder.num_attention_heads,
+            num_key_value_heads=decoder.num_query_groups,
+            rms_norm_eps=decoder.norm_epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": decoder.rotary_base},
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    plain = {name.replace(".mlp.text.", ".mlp."): tensor for name, tensor in state.items() if name not in visual}
+    language = {name: tensor for name, tensor in plain.items() if name.startswith("language.")}
+    llama.load_state_dict(to_hf(llama_table(decoder), language))
+    batch = packed(documents()[:1])
+    with torch.no_grad():
+        tokens = chunk.projector(chunk.patches(batch.pixels)).flatten(0, 1)
+        embedded = llama.model.embed_tokens(batch.token_ids)
+        embedded[batch.token_ids == CONTEXT_ID] = tokens
+        expected = llama(inputs_embeds=embedded[None]).logits[0]
+        found = chunk.eval()(batch, with_loss=False)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_each_token_goes_through_one_network(topology: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = small_mono()
+    (chunk,) = build_chunks(experiment, topology)
+    initialize_weights([chunk], seed=7)
+    seen: dict[str, int] = {"text": 0, "visual": 0}
+    layer = next(module for module in chunk.modules() if isinstance(module, ModalityExperts))
+    for name in seen:
+        getattr(layer, name).register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0].shape[0]}))
+    batch = packed(documents())
+    with torch.no_grad():
+        chunk(batch, with_loss=False)
+    visual = int((batch.token_ids == CONTEXT_ID).sum())
+    assert seen == {"text": batch.num_tokens - visual, "visual": visual}
+
+
+def test_img_and_its_end_are_text(topology: Topology) -> None:
+    batch = packed(documents())
+    layout = modality_layout(batch, tokens_per_image=TILE_TOKENS, backend="torch")
+    assert torch.equal(layout.visual.tokens, (batch.token_ids == CONTEXT_ID).nonzero().squeeze(1))
+    assert torch.equal(layout.text.tokens, (batch.token_ids != CONTEXT_ID).nonzero().squeeze(1))
+
+
+def test_rows_are_filled_up_for_kernels_that_want_multiples(topology: Topology) -> None:
+    text_only = packed(documents()[1:2])
+    layout = modality_layout(text_only, tokens_per_image=TILE_TOKENS, backend="te")
+    assert (len(layout.text.gather), layout.text.count) == (16, 11)
+    assert (len(layout.visual.gather), layout.visual.count) == (16, 0)
+
+
+@pytest.mark.parametrize("number", [0, 3], ids=["no tile", "tiles alone"])
+def test_a_micro_batch_of_one_modality_gives_every_learning_weight_a_gradient(topology: Topology, number: int) -> None:
+    experiment = small_mono()
+    (chunk,) = build_chunks(experiment, topology)
+    initialize_weights([chunk], seed=7)
+    batch = mono_batch(experiment, topology, number=number)
+    chunk(batch).sum().backward()
+    without = {name for name, p in chunk.named_parameters() if p.grad is None}
+    assert without == {"patches.class_embedding"}
+    silent = ".mlp.visual." if number == 0 else ".mlp.text."
+    assert all(float(p.grad.abs().max()) == 0 for name, p in chunk.named_parameters() if silent in name)
+
+
+def test_squares_of_patches_are_joined_row_by_row() -> None:
+    patches = torch.arange(16).view(1, 4, 4, 1)
+    assert unshuffle(patches, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]

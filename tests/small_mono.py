@@ -1,0 +1,111 @@
+"""A small Mono-InternVL that has every part of a large one, and batches for it: with no tile, with some, with tiles alone."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from small import small_experiment
+
+from megatron_mm.config import DecoderConfig, Experiment, MonoInternVLConfig, ParallelConfig, PatchEmbeddingConfig
+from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.parallel.topology import Topology
+
+IMG_ID, END_IMG_ID, CONTEXT_ID = 2, 3, 4
+TILE_TOKENS = 16
+TILES_OF_MICRO_BATCHES = (0, 1, 4, None)
+"""In turn: no tile, one, several; None fills the micro-batch with nothing else."""
+
+
+def small_mono(*, decoder: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
+    """4 layers of width 64; tiles of 32 px are 8 x 8 patches and 16 tokens; 4 micro-batches of 96 tokens.
+
+    Args:
+        decoder, parallel, train: fields to change.
+    """
+    fields: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "head_dim": 8,
+        "vocab_size": 128,
+        "tied_embeddings": False,
+        "rotary_base": 1e6,
+        **(decoder or {}),
+    }
+    base = small_experiment(parallel=parallel, **{"policy": "s2", **train})
+    model = MonoInternVLConfig(
+        decoder=DecoderConfig(**fields), patches=PatchEmbeddingConfig(image_size=32, patch_size=4, hidden_size=24, position_grid=8)
+    )
+    return replace(base, model=model, parallel=ParallelConfig(**(parallel or {})))
+
+
+def mono_run(data: Path, *, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
+    """`small_mono` on demo data, with nothing but steps and checkpoints."""
+    experiment = small_mono(decoder={"vocab_size": 528}, parallel=parallel, **{"global_batch_size": 2, **train})
+    return replace(
+        experiment,
+        data=replace(experiment.data, path=data, packing_window=64),
+        eval=replace(experiment.eval, interval=0),
+        monitor=replace(experiment.monitor, wandb="disabled"),
+        checkpoint=replace(experiment.checkpoint, interval=1000),
+    )
+
+
+def mono_batch(experiment: Experiment, topology: Topology, *, number: int) -> PackedBatch:
+    """Micro-batch `number` of a run, the same in every layout: random words and tiles."""
+    generator = torch.Generator().manual_seed(number)
+    total = experiment.train.micro_batch_size * experiment.data.sequence_length
+    ids = torch.randint(5, experiment.model.decoder.vocab_size, (total,), generator=generator)
+    wanted = TILES_OF_MICRO_BATCHES[number % len(TILES_OF_MICRO_BATCHES)]
+    if wanted is None:
+        bounds, starts = [0, total], list(range(0, total, TILE_TOKENS))
+    else:
+        bounds, starts = _documents(total, wanted, generator)
+    for start in starts:
+        ids[start : start + TILE_TOKENS] = CONTEXT_ID
+        if wanted is not None:
+            ids[start - 1], ids[start + TILE_TOKENS] = IMG_ID, END_IMG_ID
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    labels, mask = ids.roll(-1), torch.ones(total)
+    mask[cu_seqlens[1:].long() - 1] = 0
+    mask[labels == CONTEXT_ID] = 0
+    owners = torch.arange(len(starts)) % topology.tensor_size
+    size = experiment.model.patches.image_size  # type: ignore[attr-defined]
+    pixels = torch.randint(0, 256, (len(starts), 3, size, size), generator=generator, dtype=torch.uint8)
+    image_starts = torch.tensor(starts, dtype=torch.int64)
+    return PackedBatch(
+        token_ids=ids,
+        labels=labels,
+        loss_mask=mask,
+        is_token=torch.ones(total, dtype=torch.bool),
+        position_ids=torch.cat([torch.arange(length) for length in cu_seqlens.diff().tolist()]),
+        source_ids=torch.full((total,), number % 2),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(cu_seqlens.diff().max()),
+        image_starts=image_starts,
+        image_owners=owners,
+        image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
+        pixels=pixels[owners == topology.tensor_rank] if topology.is_first_stage else None,
+    )
+
+
+def _documents(total: int, wanted: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """Boundaries of documents, and where in them tiles begin: at most one in each."""
+    bounds = [0]
+    while bounds[-1] < total:
+        bounds.append(min(total, bounds[-1] + int(torch.randint(TILE_TOKENS + 4, 30, (1,), generator=generator))))
+    fitting = [begin + 2 for begin, end in itertools.pairwise(bounds) if end - begin > TILE_TOKENS + 3]
+    return bounds, fitting[:wanted]
+
+
+def mono_step(experiment: Experiment, topology: Topology, *, step: int) -> list[PackedBatch]:
+    """This process's micro-batches of a step."""
+    count = experiment.num_micro_batches(topology.data_size)
+    first = 1000 * step + topology.data_rank
+    return [mono_batch(experiment, topology, number=first + index * topology.data_size) for index in range(count)]
