@@ -20,10 +20,12 @@ import torch
 
 from megatron_mm.config import DataConfig
 from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.data.chat import chat_template
 from megatron_mm.data.decode import DecodedImages, make_decoder
-from megatron_mm.data.documents import read_texts
+from megatron_mm.data.documents import parse_document
 from megatron_mm.data.index import SourceIndex
-from megatron_mm.data.packing import image_places
+from megatron_mm.data.items import Item, encode_items
+from megatron_mm.data.packing import counted_places, image_places
 from megatron_mm.data.plan import GlobalBatch, PackedSequence, Plan, PlanState, image_owners
 from megatron_mm.data.shards import read_range
 from megatron_mm.data.tokenizer import Tokenizer
@@ -140,6 +142,7 @@ class Loader:
         self.view = view
         self.state = start
         self.image = plan.image
+        self._templates = [chat_template(index.chat_template) if index.chat_template else None for index in plan.indexes]
         self._image_ids = plan.image.ids(tokenizer.special_id)
         self._texts, self._seen = _Tally(), _Tally()
         self._readers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
@@ -279,8 +282,9 @@ class Loader:
         row = index.samples[sample]
         path = index.shard_path(int(row["shard"]))
         try:
-            texts = read_texts(index.kind, read_range(path, int(row["offset"]), int(row["size"])))
-            return document_stream(index, sample, self.tokenizer, texts, image_ids=self._image_ids)
+            data = read_range(path, int(row["offset"]), int(row["size"]))
+            items = parse_document(index.kind, data, is_json=False, template=self._templates[source])
+            return document_stream(index, sample, self.tokenizer, items, image_ids=self._image_ids)
         except (OSError, ValueError) as error:
             logger.warning("unusable text in sample %d of %s: %s; it is left out", sample, index.name, error)
             return None
@@ -307,7 +311,7 @@ class Loader:
                 stop = place + end - begin
                 positions[place:stop] = np.arange(end - begin)
                 is_token[place:stop] = True
-                mask[place : stop - 1] = 1
+                mask[place : stop - 1] = self._counted(sequence, piece)
                 if self.view.needs_text:
                     stream = next(texts)
                     self._texts.read[name] += 1
@@ -347,6 +351,14 @@ class Loader:
             pixels=decoded.pixels if decoded is not None else None,
         )
 
+    def _counted(self, sequence: PackedSequence, piece: int) -> np.ndarray | bool:
+        """Which labels of a piece count, its last place left out: all, or [places - 1] bool."""
+        index, window = self.plan.indexes[sequence.source], sequence.window
+        if not index.answers_only:
+            return True
+        counted = counted_places(index, int(window.sample[piece]), self.image)
+        return counted[int(window.begin[piece]) + 1 : int(window.end[piece])]
+
     def _pixels(self, draft: _Draft) -> DecodedImages:
         """This process's images of a micro-batch, in its own thread."""
         if self.config.images == "blank":
@@ -365,24 +377,27 @@ class Loader:
                 logger.warning("undecodable image in sample %d of %s: a blank one stands for it", image.sample, name)
 
 
-def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, texts: list[str], *, image_ids: list[int]) -> list[int]:
+def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, items: list[Item], *, image_ids: list[int]) -> list[int]:
     """BOS, the items' tokens in reading order, EOS.
 
     Raises ValueError where the texts are not those that were indexed.
 
     Args:
+        items: what the document's bytes say; where its images stand, the index says.
         image_ids: what stands for an image.
     """
     row = index.samples[sample]
-    items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
-    if len(texts) != len(items) - int(row["num_images"]):
-        raise ValueError(f"{len(texts)} texts, but {len(items) - int(row['num_images'])} in the index")
+    rows = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
+    written = encode_items(items, tokenizer)
+    if len(written) != len(rows) - int(row["num_images"]):
+        raise ValueError(f"{len(written)} texts, but {len(rows) - int(row['num_images'])} in the index")
+    left = iter(written)
     stream = [tokenizer.bos_id]
-    for item in items:
+    for item in rows:
         if item["is_image"]:
             stream += image_ids
             continue
-        ids = tokenizer.encode(texts[int(item["offset"])])
+        ids = next(left)
         if len(ids) != item["tokens"]:
             raise ValueError(f"{len(ids)} tokens, but {item['tokens']} in the index")
         stream += ids

@@ -108,11 +108,28 @@ def _split(index: SourceIndex, row: int, limits: Limits, image: ImageInput) -> t
     return np.array(cuts, dtype=np.int64), np.array(held, dtype=np.int64)
 
 
+def counted_places(index: SourceIndex, row: int, image: ImageInput) -> np.ndarray:
+    """Which places of a document's stream count as labels, as far as its items say: [places] bool. BOS never does, EOS does where the
+    last item does; that images themselves do not is `ImageInput.silent`'s matter."""
+    items = _items(index, row)
+    counted = items["counted"].astype(bool)
+    return np.concatenate([[False], np.repeat(counted, _sizes(items, image)), counted[-1:]])
+
+
+def _items(index: SourceIndex, row: int) -> np.ndarray:
+    sample = index.samples[row]
+    return index.items[sample["first_item"] : sample["first_item"] + sample["num_items"]]
+
+
+def _sizes(items: np.ndarray, image: ImageInput) -> np.ndarray:
+    """Places of each item: [items] int64."""
+    return np.where(items["is_image"], image.places, items["tokens"]).astype(np.int64)
+
+
 def image_places(index: SourceIndex, row: int, image: ImageInput) -> tuple[np.ndarray, int]:
     """First place of each image (of what stands before its features) in a document's stream ([images] int64), and the length of the
     stream."""
-    sample = index.samples[row]
-    items = index.items[sample["first_item"] : sample["first_item"] + sample["num_items"]]
-    sizes = np.where(items["is_image"], image.places, items["tokens"]).astype(np.int64)
+    items = _items(index, row)
+    sizes = _sizes(items, image)
     ends = 1 + np.cumsum(sizes)
     return (ends - sizes)[items["is_image"] == 1], int(ends[-1]) + 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mm.config import Experiment
+from megatron_mm.config import DataConfig, Experiment
+from megatron_mm.data.chat import chat_template
 from megatron_mm.data.filling import Limits
-from megatron_mm.data.index import open_split
+from megatron_mm.data.index import SourceIndex, open_split
 from megatron_mm.data.loader import Loader, RankView, StepBatch
 from megatron_mm.data.plan import Plan, PlanState
 from megatron_mm.data.tokenizer import Tokenizer
@@ -25,12 +26,14 @@ def open_tokenizer(experiment: Experiment) -> Tokenizer:
 def make_plan(experiment: Experiment, *, split: str) -> Plan:
     """The plan of a split: a pure function of the experiment and the indexes on disk.
 
-    Raises ValueError where the data path, a source or its index is missing or empty.
+    Raises ValueError where the data path, a source or its index is missing or empty, or was made with another chat template.
     """
     data = experiment.data
     names = data.sources
+    indexes = open_split(data.path, split, sources=names)
+    _check_chat_templates(data, indexes)
     return Plan(
-        open_split(data.path, split, sources=names),
+        indexes,
         weights=[data.mixture[name] for name in names],
         limits=Limits(
             sequence_length=data.sequence_length,
@@ -43,6 +46,20 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
         global_batch_size=experiment.train.global_batch_size,
         micro_batch_size=experiment.train.micro_batch_size,
     )
+
+
+def _check_chat_templates(data: DataConfig, indexes: list[SourceIndex]) -> None:
+    """Raise ValueError where a source was not indexed with the chat template that the experiment asks for."""
+    if data.chat_template is None:
+        return
+    chat_template(data.chat_template)
+    for index in indexes:
+        if index.chat_template not in (None, data.chat_template):
+            raise ValueError(
+                f"source {index.root} was indexed with the chat template {index.chat_template}, but data.chat_template is "
+                f"{data.chat_template}: run `megatron-mm prepare index {data.path} --chat-template {data.chat_template}`, "
+                "or leave data.chat_template out"
+            )
 
 
 class TrainingData:
