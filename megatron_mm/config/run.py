@@ -106,8 +106,6 @@ class DataConfig:
     """Images of a packed sequence at most."""
     max_images_per_document: int | None = None
     """Images of a document at most: one that has more is cut into several; None has no limit of its own."""
-    chat_template: str | None = None
-    """Chat template (`megatron_mm.data.chat`) that conversations and tasks must have been indexed with; None takes what they have."""
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     """Image decoder; auto takes DALI where its package imports and Pillow elsewhere."""
     decode_threads: int = 4
