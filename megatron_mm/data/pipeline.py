@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_mm.config import DataConfig, Experiment
@@ -13,6 +14,9 @@ from megatron_mm.data.plan import Plan, PlanState
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.models import family_of
 from megatron_mm.parallel.topology import Topology
+
+TRAINING = "train"
+"""The split that is trained on."""
 
 
 def open_tokenizer(experiment: Experiment) -> Tokenizer:
@@ -63,7 +67,7 @@ def _check_chat_templates(data: DataConfig, indexes: list[SourceIndex]) -> None:
 
 
 class TrainingData:
-    """An endless iterator of this process's batches, with a cursor to resume from."""
+    """An endless iterator of this process's batches, with a cursor to resume from. Images are augmented in the training split alone."""
 
     def __init__(
         self,
@@ -71,14 +75,15 @@ class TrainingData:
         topology: Topology,
         tokenizer: Tokenizer,
         *,
-        split: str = "train",
+        split: str = TRAINING,
         cursor: dict[str, Any] | None = None,
     ) -> None:
         plan = make_plan(experiment, split=split)
+        data = experiment.data if split == TRAINING else replace(experiment.data, jpeg_quality=None)
         self._loader = Loader(
             plan,
             tokenizer=tokenizer,
-            data=experiment.data,
+            data=data,
             view=RankView(
                 data_rank=topology.data_rank,
                 data_size=topology.data_size,
