@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     index = prepare.add_parser("index", help="read every sample once: validity, token counts, image sizes")
     index.add_argument("path", type=Path, help="data set (with split folders), one split, or one source folder")
     index.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: PATH/tokenizer.model)")
+    index.add_argument(
+        "--chat-template",
+        default="plain",
+        help="how conversations and tasks are written: plain, zephyr, llama2, vicuna or internlm2 (default: %(default)s)",
+    )
     index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     index.set_defaults(run=_prepare_index)
     tokenizer = prepare.add_parser("tokenizer", help="train a SentencePiece tokenizer on the texts of a data set")
@@ -178,7 +183,7 @@ def _prepare_demo(known: argparse.Namespace, rest: list[str]) -> None:
 def _prepare_index(known: argparse.Namespace, rest: list[str]) -> None:
     from megatron_mm.data.prepare import prepare_index
 
-    print(prepare_index(known.path, tokenizer=known.tokenizer, workers=known.workers))
+    print(prepare_index(known.path, tokenizer=known.tokenizer, template=known.chat_template, workers=known.workers))
 
 
 def _prepare_tokenizer(known: argparse.Namespace, rest: list[str]) -> None:

@@ -75,7 +75,10 @@ def test_mistakes_on_the_command_line(fails, options: list[str], message: str) -
         (["--train.global-batch-size", "10"], "train.global_batch_size 10 is not a multiple of train.micro_batch_size 4"),
         (["--data.path", "/nowhere"], "/nowhere"),
         (["--data.tokenizer", "/nowhere.model"], "tokenizer /nowhere.model does not exist: train one"),
-        (["--data.mixture", "video=1"], "lacks the sources ['video'] of data.mixture; it has ['interleaved', 'pairs', 'text']"),
+        (
+            ["--data.mixture", "video=1"],
+            "lacks the sources ['video'] of data.mixture; it has ['conversations', 'interleaved', 'pairs', 'tasks', 'text']",
+        ),
         (["--model.decoder.vocab-size", "64"], "but model.decoder.vocab_size is 64: raise it, or use a smaller tokenizer"),
         (["--train.precision", "fp8"], "train.precision is fp8, which needs a GPU with Transformer Engine: use --train.precision bf16"),
         (["--train.layers", "te"], "install it or use --train.layers torch"),

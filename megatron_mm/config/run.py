@@ -108,6 +108,9 @@ class DataConfig:
     """Images of a document at most: one that has more is cut into several; None has no limit of its own."""
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     """Image decoder; auto takes DALI where its package imports and Pillow elsewhere."""
+    jpeg_quality: tuple[int, int] | None = None
+    """Augmentation of training images: each is encoded as JPEG of a random quality from the first to the second of these (0 to 100), and
+    decoded again by Pillow, before it is resized. None leaves images as they are."""
     decode_threads: int = 4
     """Threads that decode images, per process."""
     read_threads: int = 4
@@ -132,6 +135,9 @@ class DataConfig:
             self.max_images_per_document is None or self.max_images_per_document > 0,
             f"data.max_images_per_document is {self.max_images_per_document}, but must be positive, or None for no limit",
         )
+        if self.jpeg_quality is not None:
+            least, most = self.jpeg_quality
+            require(0 <= least <= most <= 100, f"data.jpeg_quality is {least} {most}, but must rise from 0 to 100 at most")
         require(len(self.mixture) > 0, "data.mixture is empty: name at least one source, for example {'pairs': 1.0}")
         for name, weight in self.mixture.items():
             require(weight >= 0, f"data.mixture gives source {name!r} the weight {weight}, but a weight is at least 0")

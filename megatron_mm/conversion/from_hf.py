@@ -188,7 +188,10 @@ def _warn_of_rounding(tensors: list[_Tensor]) -> None:
     """Weights of a wider type, or of float16, lose digits in a narrower one."""
     for source in {id(t.source): t.source for t in tensors if t.source is not None}.values():
         pairs = {
-            (source.reader.names()[name].dtype, t.target.info.dtype) for t in tensors if t.source is source and t.entry for name in t.entry.hf
+            (source.reader.names()[name].dtype, t.target.info.dtype)
+            for t in tensors
+            if t.source is source and t.entry
+            for name in t.entry.hf
         }
         for theirs, ours in sorted(pairs, key=str):
             if torch.promote_types(theirs, ours) != ours:

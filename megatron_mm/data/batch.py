@@ -42,7 +42,8 @@ class PackedBatch:
     """Tokens of the longest document."""
     image_starts: torch.Tensor
     """[num_images] int64: the position in [0, T) of the first token of each image's features, in rising order. The features take
-    `ImageInput.tokens` consecutive positions; what stands before and after them are tokens like any other."""
+    `ImageInput.tokens` consecutive positions; what stands before and after them are tokens like any other. Where images are cut into
+    tiles, every tile is an image here and in all other fields; those of one image follow each other."""
     image_owners: torch.Tensor
     """[num_images] int64: the tensor-parallel rank that decodes and encodes each image."""
     image_documents: torch.Tensor

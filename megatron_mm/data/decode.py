@@ -32,7 +32,7 @@ class DecodedImages:
     pixels: torch.Tensor
     """[n, 3, size, size] uint8; the fill colour where decoding failed."""
     ok: np.ndarray
-    """[n] bool."""
+    """[images] bool: whether each could be decoded."""
 
 
 class ImageDecoder(Protocol):
@@ -75,7 +75,7 @@ class PillowDecoder:
         try:
             with Image.open(io.BytesIO(blob)) as image:
                 if image.width * image.height <= MAX_PIXELS:
-                    self._square(_to_rgb(image), out)
+                    self._square(to_rgb(image), out)
                     return True
         except Exception:  # a decoder may raise anything on damaged input; the caller counts it
             pass
@@ -87,7 +87,8 @@ class PillowDecoder:
         self._threads.shutdown()
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image of any mode as 8-bit RGB, on white where it is transparent."""
     if image.mode.startswith("I"):  # 16 and 32 bits: Pillow would saturate, so keep the high byte
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:

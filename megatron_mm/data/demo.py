@@ -2,7 +2,8 @@
 
 A caption says what is in its picture and nothing else, so that a model must look to predict the words: one or two coloured
 shapes and where they are, a number of equal shapes, or a digit. Interleaved documents ask about several pictures in a row;
-text documents talk about the same world. Held-out scenes are drawn from another seed.
+text documents talk about the same world. Conversations and tasks put the questions as instruction tuning does. Held-out scenes are
+drawn from another seed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from megatron_mm.data.conversations import IMAGE_MARK, TASKS
 from megatron_mm.data.prepare import Summary, prepare_index, prepare_tokenizer
 from megatron_mm.data.shards import TarWriter
 
@@ -210,9 +212,56 @@ def _write_text(folder: Path, rng: random.Random, count: int) -> None:
             file.write(json.dumps({"text": " ".join(sentences)}) + "\n")
 
 
+def _write_conversations(folder: Path, rng: random.Random, count: int) -> None:
+    """One picture, and one or several of its questions."""
+    folder.mkdir(parents=True)
+    for shard, first in enumerate(range(0, count, SAMPLES_PER_SHARD)):
+        tar = TarWriter(folder / f"{shard:05d}.tar")
+        for index in range(first, min(first + SAMPLES_PER_SHARD, count)):
+            scene = draw_scene(rng)
+            extension, data = _encode(rng, scene.image)
+            turns: list[dict[str, str]] = []
+            for question, answer in rng.sample(scene.questions, rng.randint(1, len(scene.questions))):
+                mark = "" if turns else f"{IMAGE_MARK}\n"
+                turns += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
+            tar.add(f"{index:09d}.0.{extension}", data)
+            tar.add(f"{index:09d}.json", json.dumps({"image": f"0.{extension}", "conversations": turns}).encode())
+        tar.close()
+
+
+def _write_tasks(folder: Path, rng: random.Random, count: int) -> None:
+    folder.mkdir(parents=True)
+    for shard, first in enumerate(range(0, count, SAMPLES_PER_SHARD)):
+        tar = TarWriter(folder / f"{shard:05d}.tar")
+        for index in range(first, min(first + SAMPLES_PER_SHARD, count)):
+            scene = draw_scene(rng)
+            extension, data = _encode(rng, scene.image)
+            tar.add(f"{index:09d}.0.{extension}", data)
+            tar.add(f"{index:09d}.json", json.dumps({**_task(rng, scene), "images": [f"0.{extension}"]}).encode())
+        tar.close()
+
+
+def _task(rng: random.Random, scene: Scene) -> dict[str, object]:
+    """A task of a random kind about a scene."""
+    task = rng.choice(list(TASKS))
+    question, answer = rng.choice(scene.questions)
+    if task == "caption":
+        return {"task": task, "answer": scene.caption}
+    if task == "vizwiz" and rng.random() < 0.5:
+        return {"task": task, "question": "who drew it?", "answer": "unanswerable"}
+    if task == "scienceqa":
+        colours = rng.sample(list(COLOURS), 3)
+        inside = [colour for colour in COLOURS if colour in scene.caption]
+        choices = list(dict.fromkeys([inside[0], *(colour for colour in colours if colour not in inside)]))
+        rng.shuffle(choices)
+        return {"task": task, "question": "which colour is in it?", "choices": choices, "answer": choices.index(inside[0])}
+    return {"task": task, "question": question, "answer": answer}
+
+
 def prepare_demo(out: Path, *, samples: int = 2000, seed: int = 0) -> Summary:
-    """Make the data set under `out`: `samples` training samples (a half pairs, two fifths interleaved, a tenth text), an eighth as
-    many held-out ones, tokenizer and index. The same seed makes the same bytes.
+    """Make the data set under `out`: `samples` training samples (a half pairs, two fifths interleaved, a tenth text) and, beside them, a
+    quarter as many conversations and a quarter as many tasks; of each an eighth as many held-out ones; tokenizer and index. The same
+    seed makes the same bytes. The tokenizer is of the first three sources' texts.
 
     Raises ValueError where `out` has data already.
     """
@@ -221,12 +270,16 @@ def prepare_demo(out: Path, *, samples: int = 2000, seed: int = 0) -> Summary:
         raise ValueError(f"--samples is {samples}, but the tokenizer needs at least 40 samples to be trained on")
     if (out / "train").exists():
         raise ValueError(f"{out} has a data set already: remove it or choose another --out")
-    for split, count in (("train", samples), ("heldout", max(40, samples // 8))):
+    splits = {"train": samples, "heldout": max(40, samples // 8)}
+    for split, count in splits.items():
         rng = random.Random(f"{seed}/{split}")
         _write_pairs(out / split / "pairs", rng, count // 2)
         _write_interleaved(out / split / "interleaved", rng, count * 2 // 5)
         _write_text(out / split / "text", rng, max(4, count // 10))
     prepare_tokenizer(out, out=out / "tokenizer.model", vocab_size=VOCAB_SIZE)
+    for split, count in splits.items():
+        _write_conversations(out / split / "conversations", random.Random(f"{seed}/{split}/conversations"), count // 4)
+        _write_tasks(out / split / "tasks", random.Random(f"{seed}/{split}/tasks"), count // 4)
     summary = prepare_index(out)
     summary.seconds = time.monotonic() - began
     return summary

@@ -1,4 +1,4 @@
-"""What a sample's bytes mean: texts and images in reading order.
+"""What a sample's bytes mean: its items in reading order.
 
     pairs        KEY.jpg|jpeg|png|webp + KEY.txt, or KEY.json with `caption` or `text`. The image comes first.
     interleaved  KEY.json with an ordered list, and images beside it whose names the list gives. Three forms:
@@ -7,6 +7,7 @@
                  {"text_list": ["..."], "image_info": [{"image_name": "0.png", "matched_text_index": 0}]}    (MMC4;
                  an image stands before the sentence that it matches)
     text         a line of a .jsonl with `text`, KEY.txt, or KEY.json with `text`
+    conversations, tasks   KEY.json and the images that it names, or a line of a .jsonl (`data.conversations`)
 
 A .txt that is itself an object with `text` or `caption`, as some tools write it, gives that text; any other is taken as it is.
 The image "NAME" of a document KEY.json is the member KEY.NAME.
@@ -15,44 +16,28 @@ The image "NAME" of a document KEY.json is the member KEY.NAME.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
+from megatron_mm.data.chat import ChatTemplate, render
+from megatron_mm.data.conversations import TASKS, conversation_turns, task_turns
 from megatron_mm.data.index import Kind
+from megatron_mm.data.items import BadDocument, ImageReference, Item, Text
 
 
-@dataclass(frozen=True)
-class Text:
-    """A text of a document."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ImageReference:
-    """An image of a document, by the extension of the tar member that holds it."""
-
-    extension: str
-
-
-class BadDocument(ValueError):
-    """A document that cannot be used; the message is the reason under which it is counted."""
-
-
-def parse_document(kind: Kind, data: bytes, *, is_json: bool) -> list[Text | ImageReference]:
+def parse_document(kind: Kind, data: bytes, *, is_json: bool, template: ChatTemplate | None = None) -> list[Item]:
     """The items of a document in reading order; of a pair, its caption alone.
 
     Raises BadDocument with a short reason.
 
     Args:
-        is_json: the document must be JSON, as its name says; an interleaved one always must.
+        is_json: the document must be JSON, as its name says; of all kinds but pairs and text it always must.
+        template: what renders conversations and tasks.
     """
     try:
         decoded = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadDocument("text is not UTF-8") from None
-    items = _interleaved(_json(decoded)) if kind == "interleaved" else [Text(_plain_text(decoded, is_json=is_json))]
-    items = [item for item in items if isinstance(item, ImageReference) or item.text.strip()]
+    items = _items(kind, decoded, is_json=is_json, template=template)
     texts = [item.text for item in items if isinstance(item, Text)]
     if not texts:
         raise BadDocument("no text")
@@ -63,9 +48,29 @@ def parse_document(kind: Kind, data: bytes, *, is_json: bool) -> list[Text | Ima
     return items
 
 
+def _items(kind: Kind, decoded: str, *, is_json: bool, template: ChatTemplate | None) -> list[Item]:
+    if kind in ("conversations", "tasks"):
+        assert template is not None, "conversations are rendered by a template"
+        fields = _json(decoded)
+        return render(conversation_turns(fields) if kind == "conversations" else task_turns(fields), template)
+    items = _interleaved(_json(decoded)) if kind == "interleaved" else [Text(_plain_text(decoded, is_json=is_json))]
+    return [item for item in items if not isinstance(item, Text) or item.text.strip()]
+
+
 def read_texts(kind: Kind, data: bytes) -> list[str]:
-    """The texts of a document in reading order, as `parse_document` found them when it was indexed."""
+    """The texts of a document that needs no template, in reading order."""
     return [item.text for item in parse_document(kind, data, is_json=False) if isinstance(item, Text)]
+
+
+def chat_kind(data: bytes) -> Kind | None:
+    """Whether a JSON document is a conversation or a task, by its fields; None where it is neither."""
+    try:
+        fields = _json(data.decode("utf-8-sig"))
+    except (UnicodeDecodeError, BadDocument):
+        return None
+    if isinstance(fields.get("conversations"), list):
+        return "conversations"
+    return "tasks" if isinstance(task := fields.get("task"), str) and task in TASKS else None
 
 
 def _plain_text(decoded: str, *, is_json: bool) -> str:
@@ -92,7 +97,7 @@ def _json(decoded: str) -> dict[str, Any]:
     return fields
 
 
-def _interleaved(fields: dict[str, Any]) -> list[Text | ImageReference]:
+def _interleaved(fields: dict[str, Any]) -> list[Item]:
     for name, parse in _FORMS.items():
         if isinstance(fields.get(name), list):
             try:
@@ -102,7 +107,7 @@ def _interleaved(fields: dict[str, Any]) -> list[Text | ImageReference]:
     raise BadDocument("JSON has no items, texts or text_list")
 
 
-def _item(text: object, image: object) -> Text | ImageReference:
+def _item(text: object, image: object) -> Item:
     if isinstance(text, str) and image is None:
         return Text(text)
     if isinstance(image, str) and text is None:
@@ -110,19 +115,19 @@ def _item(text: object, image: object) -> Text | ImageReference:
     raise TypeError("an item is a text or an image")
 
 
-def _own(fields: dict[str, Any]) -> list[Text | ImageReference]:
+def _own(fields: dict[str, Any]) -> list[Item]:
     return [_item(item.get("text"), item.get("image")) for item in fields["items"]]
 
 
-def _obelics(fields: dict[str, Any]) -> list[Text | ImageReference]:
+def _obelics(fields: dict[str, Any]) -> list[Item]:
     if len(fields["texts"]) != len(fields["images"]):
         raise TypeError("texts and images differ in length")
     return [_item(text, image) for text, image in zip(fields["texts"], fields["images"], strict=True)]
 
 
-def _mmc4(fields: dict[str, Any]) -> list[Text | ImageReference]:
+def _mmc4(fields: dict[str, Any]) -> list[Item]:
     texts = [_item(text, None) for text in fields["text_list"]]
-    before: list[list[Text | ImageReference]] = [[] for _ in texts]
+    before: list[list[Item]] = [[] for _ in texts]
     for info in fields["image_info"]:
         if info["matched_text_index"] not in range(len(texts)):
             raise TypeError("an image belongs to a text that is not there")

@@ -13,6 +13,7 @@ A piece of 26 would leave 73 = 24 + 24 + 25 and is taken; one of 30 would leave 
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -34,13 +35,14 @@ class Limits:
 
     sequence_length: int
     max_images: int
+    """Images; of images that are cut into tiles, tiles."""
     max_images_per_document: int | None = None
-    """Images of a document, which is cut where it has more; None for no limit of its own."""
+    """Images, whole ones, of a document, which is cut where it has more; None for no limit of its own."""
 
     @property
-    def images_of_a_piece(self) -> int:
+    def images_of_a_document(self) -> int:
         """Images that a document may have without being cut."""
-        return self.max_images if self.max_images_per_document is None else min(self.max_images, self.max_images_per_document)
+        return sys.maxsize if self.max_images_per_document is None else self.max_images_per_document
 
 
 def fill_sequences(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng: np.random.Generator) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 A source is a folder of shards of one kind. `prepare index` reads every sample once and writes, beside the shards,
 
-    <source>/index/meta.json     kind, tokenizer fingerprint, shard files with their sizes, counts of rejected samples by reason
+    <source>/index/meta.json     kind, tokenizer fingerprint, chat template, shard files with their sizes, rejected samples by reason
     <source>/index/samples.npy   one SAMPLE row for each valid sample, in shard order
-    <source>/index/items.npy     one ITEM row for each text or image of each sample, in reading order
+    <source>/index/items.npy     one ITEM row for each text, control token or image of each sample, in reading order
 
 The arrays are memory-mapped, so an index of a hundred million samples costs a rank no memory to open. Together they hold
 all that planning needs: the plan never opens a shard.
@@ -19,8 +19,10 @@ from typing import Literal
 
 import numpy as np
 
-Kind = Literal["pairs", "interleaved", "text"]
-FORMAT_VERSION = 1
+Kind = Literal["pairs", "interleaved", "text", "conversations", "tasks"]
+CHAT_KINDS: tuple[Kind, ...] = ("conversations", "tasks")
+"""Kinds that are rendered by a chat template, and of which only the answers count."""
+FORMAT_VERSION = 2
 
 SAMPLE = np.dtype(
     [
@@ -29,7 +31,7 @@ SAMPLE = np.dtype(
         ("size", "<i4"),  # how many bytes it has
         ("first_item", "<i8"),  # row of items.npy
         ("num_items", "<i4"),
-        ("text_tokens", "<i4"),  # tokens of all text items together
+        ("text_tokens", "<i4"),  # tokens of all items that are not images
         ("num_images", "<i4"),
     ]
 )
@@ -38,14 +40,15 @@ SAMPLE = np.dtype(
 ITEM = np.dtype(
     [
         ("is_image", "u1"),
-        ("tokens", "<i4"),  # text: its tokens; image: 0 (the model says how many tokens an image is)
-        ("offset", "<i8"),  # image: where its bytes begin in the shard; text: its position among the document's texts
-        ("size", "<i4"),  # image: how many bytes it has; text: 0
+        ("counted", "u1"),  # its tokens count in the loss; image: what stands before it may (the model says whether)
+        ("tokens", "<i4"),  # text: its tokens; control token: 1; image: 0 (the model says how many tokens an image is)
+        ("offset", "<i8"),  # image: where its bytes begin in the shard
+        ("size", "<i4"),  # image: how many bytes it has
         ("width", "<i4"),  # image: pixels
         ("height", "<i4"),
     ]
 )
-"""One text or image of a sample, in reading order."""
+"""One text, control token or image of a sample, in reading order."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ class SourceIndex:
     """[num_samples] of SAMPLE."""
     items: np.ndarray
     """[num_items] of ITEM."""
+    chat_template: str | None = None
+    """Name of the template that renders the samples; None for kinds that need none."""
+
+    @property
+    def answers_only(self) -> bool:
+        """Some items do not count in the loss."""
+        return self.kind in CHAT_KINDS
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -96,7 +106,10 @@ def open_index(source: Path) -> SourceIndex:
         raise ValueError(f"{source} has no index: run `megatron-mm prepare index {source.parent.parent}` first")
     meta = json.loads(meta_path.read_text())
     if meta.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{meta_path} has version {meta.get('version')}, this program reads {FORMAT_VERSION}: index {source} again")
+        raise ValueError(
+            f"{meta_path} has version {meta.get('version')}, this program reads {FORMAT_VERSION}: "
+            f"run `megatron-mm prepare index {source.parent.parent}` again"
+        )
     for shard, size in meta["shards"].items():
         path = source / shard
         actual = path.stat().st_size if path.is_file() else None
@@ -113,6 +126,7 @@ def open_index(source: Path) -> SourceIndex:
         # As plain arrays over the mapped files: numpy's memmap class makes every row several times slower to read.
         samples=np.asarray(np.load(source / "index" / "samples.npy", mmap_mode="r")),
         items=np.asarray(np.load(source / "index" / "items.npy", mmap_mode="r")),
+        chat_template=meta["chat_template"],
     )
 
 

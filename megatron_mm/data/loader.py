@@ -20,12 +20,16 @@ import torch
 
 from megatron_mm.config import DataConfig
 from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.data.chat import chat_template
 from megatron_mm.data.decode import DecodedImages, make_decoder
-from megatron_mm.data.documents import read_texts
+from megatron_mm.data.documents import parse_document
+from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import SourceIndex
-from megatron_mm.data.packing import image_places
-from megatron_mm.data.plan import GlobalBatch, PackedSequence, Plan, PlanState, image_owners
+from megatron_mm.data.items import Item, encode_items
+from megatron_mm.data.packing import counted_places, document_images, ranges
+from megatron_mm.data.plan import GlobalBatch, PackedSequence, Plan, PlanState, image_owners, tile_owners
 from megatron_mm.data.shards import read_range
+from megatron_mm.data.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -73,6 +77,21 @@ class _Image:
     sample: int
     offset: int
     size: int
+    width: int
+    height: int
+    tiles: int
+
+
+@dataclass
+class _Shown:
+    """What stands in the place of an image, or of those of its tiles that this process encodes."""
+
+    place: _Image
+    image: _Image
+    """Whose pixels they are: the same one, unless images are shuffled."""
+    tiles: range
+    seed: tuple[int, ...]
+    """Of what is random about its pixels."""
 
 
 @dataclass
@@ -85,8 +104,10 @@ class _Draft:
     starts: list[int] = field(default_factory=list)
     """First place of each image in the micro-batch, with what stands before its features."""
     images: list[_Image] = field(default_factory=list)
-    shown: list[_Image] = field(default_factory=list)
-    """What this process decodes for its share of `images`: the same ones, unless images are shuffled."""
+    seeds: list[tuple[int, ...]] = field(default_factory=list)
+    """Of each image in this place of the stream."""
+    shown: list[_Shown] = field(default_factory=list)
+    """What this process decodes for its share of `images`."""
     blobs: list[Future] = field(default_factory=list)
     """Of the bytes of a few of the shown images each, in order."""
     pixels: Future | None = None
@@ -140,12 +161,14 @@ class Loader:
         self.view = view
         self.state = start
         self.image = plan.image
-        self._image_ids = plan.image.ids(tokenizer.special_id)
+        self._templates = [chat_template(index.chat_template) if index.chat_template else None for index in plan.indexes]
+        plan.image.ids(tokenizer.special_id, tiles=1)  # raises here and not in a thread
         self._texts, self._seen = _Tally(), _Tally()
         self._readers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
         self._decoder = make_decoder(
             data.decoder, image_size=plan.image.size, threads=data.decode_threads, fill=plan.image.fill, device=device
         )
+        self._tile_decoder = TileDecoder(plan.image, threads=data.decode_threads)
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decoding")  # micro-batch after micro-batch, without a pause
         self._ready: queue.Queue[tuple[StepBatch, PlanState] | BaseException] = queue.Queue(maxsize=data.prefetch_steps)
         self._stopped = threading.Event()
@@ -175,6 +198,7 @@ class Loader:
         self._decoding.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
         self._decoder.close()
+        self._tile_decoder.close()
 
     # ------------------------------------------------------------------------------------------------ background thread
 
@@ -206,10 +230,11 @@ class Loader:
         if self.view.needs_pixels:
             substitute = self._shuffled(batch) if self.config.images == "shuffled" else {}
             for draft in drafts:
-                draft.shown = [substitute.get((image.source, image.sample, image.offset), image) for image in self._mine(draft)]
+                draft.shown = self._mine(draft, substitute)
                 if self.config.images != "blank":
                     for first in range(0, len(draft.shown), _READ_TOGETHER):
-                        draft.blobs.append(self._readers.submit(self._blobs, draft.shown[first : first + _READ_TOGETHER]))
+                        together = [shown.image for shown in draft.shown[first : first + _READ_TOGETHER]]
+                        draft.blobs.append(self._readers.submit(self._blobs, together))
             for draft in drafts:
                 draft.pixels = self._decoding.submit(self._pixels, draft)
         return batch, drafts
@@ -224,20 +249,25 @@ class Loader:
                 window = sequence.window
                 sample, begin, end = int(window.sample[piece]), int(window.begin[piece]), int(window.end[piece])
                 if window.images[piece]:
-                    for start, image in zip(*self._images(sequence.source, sample), strict=True):
+                    for ordinal, (start, image) in enumerate(zip(*self._images(sequence.source, sample), strict=True)):
                         if begin <= start < end:
                             draft.starts.append(place + int(start) - begin)
                             draft.images.append(image)
+                            draft.seeds.append((self.plan.seed, sequence.source, int(window.position[piece]), ordinal))
                 place += end - begin
         return draft
 
     def _images(self, source: int, sample: int) -> tuple[np.ndarray, list[_Image]]:
         """First places of a document's images in its stream, and the images."""
         index = self.plan.indexes[source]
-        starts, _ = image_places(index, sample, self.image)
+        found = document_images(index, sample, self.image)
         row = index.samples[sample]
         items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
-        return starts, [_Image(source, sample, int(i["offset"]), int(i["size"])) for i in items[items["is_image"] == 1]]
+        images = []
+        for item, tiles in zip(items[items["is_image"] == 1], found.tiles.tolist(), strict=True):
+            offset, size, width, height = (int(item[name]) for name in ("offset", "size", "width", "height"))
+            images.append(_Image(source, sample, offset, size, width, height, tiles))
+        return found.starts, images
 
     def _shuffled(self, batch: GlobalBatch) -> dict[tuple[int, int, int], _Image]:
         """For each image of a global batch another sample's: all images in order, turned by half their number.
@@ -253,10 +283,25 @@ class Loader:
         half = len(images) // 2
         return {key: images[(number + half) % len(images)] for number, key in enumerate(distinct)}
 
-    def _mine(self, draft: _Draft) -> list[_Image]:
-        """The images of a micro-batch that this process encodes."""
-        owners = image_owners(len(draft.images), self.view.tensor_size)
-        return [image for image, owner in zip(draft.images, owners, strict=True) if owner == self.view.tensor_rank]
+    def _owners(self, draft: _Draft) -> np.ndarray:
+        """[tiles] int64."""
+        deal = image_owners if self.image.tiling is None else tile_owners
+        return deal(sum(image.tiles for image in draft.images), self.view.tensor_size)
+
+    def _mine(self, draft: _Draft, substitute: dict[tuple[int, int, int], _Image]) -> list[_Shown]:
+        """The images of a micro-batch that this process encodes, as far as it does.
+
+        Args:
+            substitute: what is shown in place of others.
+        """
+        mine, first, shown = self._owners(draft) == self.view.tensor_rank, 0, []
+        for image, seed in zip(draft.images, draft.seeds, strict=True):
+            tiles = np.flatnonzero(mine[first : first + image.tiles])  # neighbours
+            if len(tiles):
+                other = substitute.get((image.source, image.sample, image.offset), image)
+                shown.append(_Shown(image, other, range(int(tiles[0]), int(tiles[-1]) + 1), seed))
+            first += image.tiles
+        return shown
 
     def _blobs(self, images: list[_Image]) -> list[bytes]:
         return [self._blob(image) for image in images]
@@ -279,8 +324,9 @@ class Loader:
         row = index.samples[sample]
         path = index.shard_path(int(row["shard"]))
         try:
-            texts = read_texts(index.kind, read_range(path, int(row["offset"]), int(row["size"])))
-            return document_stream(index, sample, self.tokenizer, texts, image_ids=self._image_ids)
+            data = read_range(path, int(row["offset"]), int(row["size"]))
+            items = parse_document(index.kind, data, is_json=False, template=self._templates[source])
+            return document_stream(index, sample, self.tokenizer, items, image=self.image)
         except (OSError, ValueError) as error:
             logger.warning("unusable text in sample %d of %s: %s; it is left out", sample, index.name, error)
             return None
@@ -307,7 +353,7 @@ class Loader:
                 stop = place + end - begin
                 positions[place:stop] = np.arange(end - begin)
                 is_token[place:stop] = True
-                mask[place : stop - 1] = 1
+                mask[place : stop - 1] = self._counted(sequence, piece)
                 if self.view.needs_text:
                     stream = next(texts)
                     self._texts.read[name] += 1
@@ -324,14 +370,16 @@ class Loader:
                 positions[place:stop] = np.arange(stop - place)
                 bounds.append(stop)
         labels = np.roll(ids, -1)
-        starts = np.array(draft.starts, dtype=np.int64)
-        mask[(starts[:, None] + np.array(self.image.silent) - 1).flatten()] = 0  # what comes next is an image's token
+        starts, tiles = np.array(draft.starts, dtype=np.int64), np.array([image.tiles for image in draft.images], dtype=np.int64)
+        silent = ranges(starts + self.image.silent_from, self.image.num_places(tiles) - self.image.silent_from)
+        mask[silent - 1] = 0  # what comes next is an image's token
         labels[mask == 0] = self.tokenizer.pad_id
         decoded: DecodedImages | None = draft.pixels.result() if draft.pixels is not None else None
         if decoded is not None:
             self._tally_images(draft.shown, decoded.ok, bad)
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-        features = torch.from_numpy(starts + len(self.image.before))
+        number_of_tile = ranges(np.zeros_like(tiles), tiles)
+        features = torch.from_numpy(np.repeat(starts + len(self.image.before), tiles) + self.image.tokens * number_of_tile)
         return PackedBatch(
             token_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
@@ -342,21 +390,43 @@ class Loader:
             cu_seqlens=cu_seqlens,
             max_seqlen=int(cu_seqlens.diff().max()),
             image_starts=features,
-            image_owners=torch.from_numpy(image_owners(len(draft.starts), self.view.tensor_size)),
+            image_owners=torch.from_numpy(self._owners(draft)),
             image_documents=documents_of_images(features, cu_seqlens=cu_seqlens),
             pixels=decoded.pixels if decoded is not None else None,
         )
+
+    def _counted(self, sequence: PackedSequence, piece: int) -> np.ndarray | bool:
+        """Which labels of a piece count, its last place left out: all, or [places - 1] bool."""
+        index, window = self.plan.indexes[sequence.source], sequence.window
+        if not index.answers_only:
+            return True
+        counted = counted_places(index, int(window.sample[piece]), self.image)
+        return counted[int(window.begin[piece]) + 1 : int(window.end[piece])]
 
     def _pixels(self, draft: _Draft) -> DecodedImages:
         """This process's images of a micro-batch, in its own thread."""
         if self.config.images == "blank":
             colour = torch.tensor(self.image.fill, dtype=torch.uint8)[None, :, None, None]
-            count = len(draft.shown)
-            return DecodedImages(colour.expand(count, 3, self.image.size, self.image.size), np.ones(count, dtype=bool))
-        return self._decoder.decode([blob for future in draft.blobs for blob in future.result()])
+            count = sum(len(shown.tiles) for shown in draft.shown)
+            return DecodedImages(colour.expand(count, 3, self.image.size, self.image.size), np.ones(len(draft.shown), dtype=bool))
+        blobs = [blob for future in draft.blobs for blob in future.result()]
+        if self.image.tiling is None and self.config.jpeg_quality is None:
+            return self._decoder.decode(blobs)
+        return self._tile_decoder.decode([self._encoded(shown, blob) for shown, blob in zip(draft.shown, blobs, strict=True)])
 
-    def _tally_images(self, images: list[_Image], ok: np.ndarray, bad: Counter[str]) -> None:
-        for image, good in zip(images, ok.tolist(), strict=True):
+    def _encoded(self, shown: _Shown, blob: bytes) -> EncodedTiles:
+        """An image with the size of the place that it stands in, and the quality that chance gives it there."""
+        quality = None
+        if self.config.jpeg_quality is not None:
+            least, most = self.config.jpeg_quality
+            quality = int(np.random.default_rng(shown.seed).integers(least, most, endpoint=True))
+        return EncodedTiles(blob, width=shown.place.width, height=shown.place.height, tiles=shown.tiles, quality=quality)
+
+    def _tally_images(self, decoded: list[_Shown], ok: np.ndarray, bad: Counter[str]) -> None:
+        for shown, good in zip(decoded, ok.tolist(), strict=True):
+            if shown.tiles.start:
+                continue  # the process that encodes the first tile counts it
+            image = shown.image
             name = self.plan.indexes[image.source].name
             self._seen.read[name] += 1
             if not good:
@@ -365,24 +435,27 @@ class Loader:
                 logger.warning("undecodable image in sample %d of %s: a blank one stands for it", image.sample, name)
 
 
-def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, texts: list[str], *, image_ids: list[int]) -> list[int]:
+def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, items: list[Item], *, image: ImageInput) -> list[int]:
     """BOS, the items' tokens in reading order, EOS.
 
     Raises ValueError where the texts are not those that were indexed.
 
     Args:
-        image_ids: what stands for an image.
+        items: what the document's bytes say; where its images stand, the index says.
+        image: how images are written.
     """
     row = index.samples[sample]
-    items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
-    if len(texts) != len(items) - int(row["num_images"]):
-        raise ValueError(f"{len(texts)} texts, but {len(items) - int(row['num_images'])} in the index")
+    rows = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
+    written = encode_items(items, tokenizer)
+    if len(written) != len(rows) - int(row["num_images"]):
+        raise ValueError(f"{len(written)} texts, but {len(rows) - int(row['num_images'])} in the index")
+    left, tiles = iter(written), iter(document_images(index, sample, image).tiles.tolist())
     stream = [tokenizer.bos_id]
-    for item in items:
+    for item in rows:
         if item["is_image"]:
-            stream += image_ids
+            stream += image.ids(tokenizer.special_id, tiles=next(tiles))
             continue
-        ids = tokenizer.encode(texts[int(item["offset"])])
+        ids = next(left)
         if len(ids) != item["tokens"]:
             raise ValueError(f"{len(ids)} tokens, but {item['tokens']} in the index")
         stream += ids

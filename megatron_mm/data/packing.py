@@ -31,7 +31,9 @@ class Window:
     end: np.ndarray
     """[pieces] place after the last one."""
     images: np.ndarray
-    """[pieces] images of the piece."""
+    """[pieces] images of the piece; of images that are cut into tiles, tiles."""
+    position: np.ndarray
+    """[pieces] where in the source's endless stream the piece's document stands; in every epoch elsewhere."""
     starts: np.ndarray
     """[sequences + 1] first piece of each sequence."""
 
@@ -55,64 +57,156 @@ class Window:
         return np.add.reduceat(self.images, self.starts[:-1]).tolist()
 
 
-def document_lengths(index: SourceIndex, samples: np.ndarray, image: ImageInput) -> np.ndarray:
-    """Places of the documents' streams: [samples] int64."""
-    rows = index.samples[samples]
-    return BEGIN_AND_END + rows["text_tokens"].astype(np.int64) + image.places * rows["num_images"].astype(np.int64)
+@dataclass(frozen=True)
+class DocumentImages:
+    """Where the images of a document's stream are."""
+
+    starts: np.ndarray
+    """[images] int64: first place of each, with what stands before its features."""
+    tiles: np.ndarray
+    """[images] int64."""
+    ends: np.ndarray
+    """[images] int64: place after the last one of each."""
+    length: int
+    """Places of the whole stream."""
 
 
-def pack_window(index: SourceIndex, samples: np.ndarray, limits: Limits, image: ImageInput, *, seed: int) -> Window:
+def pack_window(
+    index: SourceIndex, samples: np.ndarray, limits: Limits, image: ImageInput, *, seed: int, first_position: int = 0
+) -> Window:
     """Pack samples into few, full sequences, which come out in a random order.
 
     Args:
         samples: [n] rows of the source, possibly repeated.
+        first_position: where in the source's stream the first of them stands.
+
+    Raises ValueError where an image may be too large for a sequence.
     """
-    if image.places > limits.sequence_length:
-        raise ValueError(f"an image takes {image.places} tokens, more than data.sequence_length {limits.sequence_length}")
-    lengths = document_lengths(index, samples, image)
-    images = index.samples[samples]["num_images"].astype(np.int64)
-    fits = (lengths <= limits.sequence_length) & (images <= limits.images_of_a_piece)
+    _check_largest_image(limits, image)
+    tiles = document_tiles(index, samples, image)
+    lengths = document_lengths(index, samples, image, tiles=tiles)
+    images = index.samples[samples]["num_images"]
+    fits = (lengths <= limits.sequence_length) & (tiles <= limits.max_images) & (images <= limits.images_of_a_document)
+    position = np.arange(first_position, first_position + len(samples))
     whole = samples[fits]
-    sample, begin, end, count = [whole], [np.zeros_like(whole)], [lengths[fits]], [images[fits]]
-    for row in samples[~fits]:
-        cuts, held = _split(index, int(row), limits, image)
+    sample, begin, end, count, where = [whole], [np.zeros_like(whole)], [lengths[fits]], [tiles[fits]], [position[fits]]
+    for row, place in zip(samples[~fits], position[~fits], strict=True):
+        cuts, held = _split(document_images(index, int(row), image), limits)
         sample.append(np.full(len(held), row))
         begin.append(cuts[:-1])
         end.append(cuts[1:])
         count.append(held)
-    sample_p, begin_p, end_p, images_p = (np.concatenate(parts) for parts in (sample, begin, end, count))
+        where.append(np.full(len(held), place))
+    sample_p, begin_p, end_p, tiles_p, position_p = (np.concatenate(parts) for parts in (sample, begin, end, count, where))
     rng = np.random.default_rng(seed)
-    bins = fill_sequences(end_p - begin_p, images_p, limits, rng=rng)
+    bins = fill_sequences(end_p - begin_p, tiles_p, limits, rng=rng)
     num_bins = int(bins.max()) + 1 if len(bins) else 0
     bins = rng.permutation(num_bins)[bins]
     order = np.argsort(bins, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=num_bins))])
-    return Window(sample=sample_p[order], begin=begin_p[order], end=end_p[order], images=images_p[order], starts=starts)
+    return Window(
+        sample=sample_p[order],
+        begin=begin_p[order],
+        end=end_p[order],
+        images=tiles_p[order],
+        position=position_p[order],
+        starts=np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=num_bins))]),
+    )
 
 
-def _split(index: SourceIndex, row: int, limits: Limits, image: ImageInput) -> tuple[np.ndarray, np.ndarray]:
-    """Where a long document is cut ([pieces + 1] places) and how many images each piece has."""
-    starts, length = image_places(index, row, image)
+def _check_largest_image(limits: Limits, image: ImageInput) -> None:
+    """Raise ValueError where an image may be too large for any sequence."""
+    largest = image.places_around + image.tokens * image.max_tiles
+    if largest > limits.sequence_length:
+        raise ValueError(f"an image takes {largest} tokens, more than data.sequence_length {limits.sequence_length}")
+    if image.max_tiles > limits.max_images:
+        raise ValueError(
+            f"an image becomes up to {image.max_tiles} tiles, more than data.max_images_per_sequence {limits.max_images}: "
+            "raise it, or allow fewer tiles"
+        )
+
+
+def _split(images: DocumentImages, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
+    """Where a long document is cut ([pieces + 1] places) and how many tiles each piece has."""
     cuts = [0]
     held = []
-    while cuts[-1] < length:
+    while cuts[-1] < images.length:
         begin = cuts[-1]
-        end = min(begin + limits.sequence_length, length)
-        inside = starts[(starts >= begin) & (starts < end)]
-        if len(inside) > limits.images_of_a_piece:
-            end = int(inside[limits.images_of_a_piece])
-        elif len(inside) and inside[-1] + image.places > end:
-            end = int(inside[-1])
-        held.append(int(((starts >= begin) & (starts < end)).sum()))
+        end = min(begin + limits.sequence_length, images.length)
+        first, after = np.searchsorted(images.starts, [begin, end]).tolist()
+        fits = (images.ends[first:after] <= end) & (np.cumsum(images.tiles[first:after]) <= limits.max_images)
+        fitting = min(int(fits.sum()), limits.images_of_a_document)  # what does not fit follows what does
+        if fitting < after - first:
+            end = int(images.starts[first + fitting])
+        held.append(int(images.tiles[first : first + fitting].sum()))
         cuts.append(end)
     return np.array(cuts, dtype=np.int64), np.array(held, dtype=np.int64)
 
 
-def image_places(index: SourceIndex, row: int, image: ImageInput) -> tuple[np.ndarray, int]:
-    """First place of each image (of what stands before its features) in a document's stream ([images] int64), and the length of the
-    stream."""
-    sample = index.samples[row]
-    items = index.items[sample["first_item"] : sample["first_item"] + sample["num_items"]]
-    sizes = np.where(items["is_image"], image.places, items["tokens"]).astype(np.int64)
+def document_lengths(index: SourceIndex, samples: np.ndarray, image: ImageInput, *, tiles: np.ndarray) -> np.ndarray:
+    """Places of the documents' streams: [samples] int64.
+
+    Args:
+        tiles: [samples] tiles of their images (`document_tiles`).
+    """
+    rows = index.samples[samples]
+    around = image.places_around * rows["num_images"].astype(np.int64)
+    return BEGIN_AND_END + rows["text_tokens"].astype(np.int64) + around + image.tokens * tiles
+
+
+def document_tiles(index: SourceIndex, samples: np.ndarray, image: ImageInput) -> np.ndarray:
+    """Tiles of all images of each document: [samples] int64."""
+    rows = index.samples[samples]
+    if image.tiling is None:
+        return rows["num_images"].astype(np.int64)
+    items = index.items[ranges(rows["first_item"], rows["num_items"])]
+    document = np.repeat(np.arange(len(rows)), rows["num_items"])
+    is_image = items["is_image"] == 1
+    tiles = image.num_tiles(items["width"][is_image], items["height"][is_image])
+    totals = np.zeros(len(rows), dtype=np.int64)
+    np.add.at(totals, document[is_image], tiles)
+    return totals
+
+
+def document_images(index: SourceIndex, row: int, image: ImageInput) -> DocumentImages:
+    """The images of one document."""
+    items = _items(index, row)
+    is_image = items["is_image"] == 1
+    sizes = _sizes(items, image)
     ends = 1 + np.cumsum(sizes)
-    return (ends - sizes)[items["is_image"] == 1], int(ends[-1]) + 1
+    return DocumentImages(
+        starts=(ends - sizes)[is_image],
+        tiles=image.num_tiles(items["width"][is_image], items["height"][is_image]),
+        ends=ends[is_image],
+        length=int(ends[-1]) + 1,
+    )
+
+
+def counted_places(index: SourceIndex, row: int, image: ImageInput) -> np.ndarray:
+    """Which places of a document's stream count as labels, as far as its items say: [places] bool. BOS never does, EOS does where the
+    last item does; that images themselves do not is `ImageInput.silent_from`'s matter."""
+    items = _items(index, row)
+    counted = items["counted"].astype(bool)
+    return np.concatenate([[False], np.repeat(counted, _sizes(items, image)), counted[-1:]])
+
+
+def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The numbers of several ranges, one range after another: [sum of counts] int64.
+
+    Worked example: of 5 and 20 on, 3 and 2 numbers: 5 6 7 20 21.
+    """
+    counts = counts.astype(np.int64)
+    before = np.cumsum(counts) - counts
+    return np.repeat(first.astype(np.int64) - before, counts) + np.arange(counts.sum())
+
+
+def _items(index: SourceIndex, row: int) -> np.ndarray:
+    sample = index.samples[row]
+    return index.items[sample["first_item"] : sample["first_item"] + sample["num_items"]]
+
+
+def _sizes(items: np.ndarray, image: ImageInput) -> np.ndarray:
+    """Places of each item: [items] int64."""
+    sizes = items["tokens"].astype(np.int64)
+    is_image = items["is_image"] == 1
+    sizes[is_image] = image.num_places(image.num_tiles(items["width"][is_image], items["height"][is_image]))
+    return sizes

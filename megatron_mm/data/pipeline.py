@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from megatron_mm.config import Experiment
+from megatron_mm.config import DataConfig, Experiment
+from megatron_mm.data.chat import chat_template
 from megatron_mm.data.filling import Limits
-from megatron_mm.data.index import open_split
+from megatron_mm.data.index import SourceIndex, open_split
 from megatron_mm.data.loader import Loader, RankView, StepBatch
 from megatron_mm.data.plan import Plan, PlanState
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.models import family_of
 from megatron_mm.parallel.topology import Topology
+
+TRAINING = "train"
+"""The split that is trained on."""
 
 
 def open_tokenizer(experiment: Experiment) -> Tokenizer:
@@ -25,12 +30,14 @@ def open_tokenizer(experiment: Experiment) -> Tokenizer:
 def make_plan(experiment: Experiment, *, split: str) -> Plan:
     """The plan of a split: a pure function of the experiment and the indexes on disk.
 
-    Raises ValueError where the data path, a source or its index is missing or empty.
+    Raises ValueError where the data path, a source or its index is missing or empty, or was made with another chat template.
     """
     data = experiment.data
     names = data.sources
+    indexes = open_split(data.path, split, sources=names)
+    _check_chat_templates(data, indexes)
     return Plan(
-        open_split(data.path, split, sources=names),
+        indexes,
         weights=[data.mixture[name] for name in names],
         limits=Limits(
             sequence_length=data.sequence_length,
@@ -45,8 +52,22 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
     )
 
 
+def _check_chat_templates(data: DataConfig, indexes: list[SourceIndex]) -> None:
+    """Raise ValueError where a source was not indexed with the chat template that the experiment asks for."""
+    if data.chat_template is None:
+        return
+    chat_template(data.chat_template)
+    for index in indexes:
+        if index.chat_template not in (None, data.chat_template):
+            raise ValueError(
+                f"source {index.root} was indexed with the chat template {index.chat_template}, but data.chat_template is "
+                f"{data.chat_template}: run `megatron-mm prepare index {data.path} --chat-template {data.chat_template}`, "
+                "or leave data.chat_template out"
+            )
+
+
 class TrainingData:
-    """An endless iterator of this process's batches, with a cursor to resume from."""
+    """An endless iterator of this process's batches, with a cursor to resume from. Images are augmented in the training split alone."""
 
     def __init__(
         self,
@@ -54,14 +75,15 @@ class TrainingData:
         topology: Topology,
         tokenizer: Tokenizer,
         *,
-        split: str = "train",
+        split: str = TRAINING,
         cursor: dict[str, Any] | None = None,
     ) -> None:
         plan = make_plan(experiment, split=split)
+        data = experiment.data if split == TRAINING else replace(experiment.data, jpeg_quality=None)
         self._loader = Loader(
             plan,
             tokenizer=tokenizer,
-            data=experiment.data,
+            data=data,
             view=RankView(
                 data_rank=topology.data_rank,
                 data_size=topology.data_size,

@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_mm.data.documents import BadDocument, ImageReference, Text, parse_document
-from megatron_mm.data.index import ITEM, SAMPLE, Kind, write_index
+from megatron_mm.data.chat import ChatTemplate, chat_template
+from megatron_mm.data.documents import chat_kind, parse_document
+from megatron_mm.data.index import CHAT_KINDS, ITEM, SAMPLE, Kind, write_index
+from megatron_mm.data.items import BadDocument, ImageReference, Item, Text, encode_items
 from megatron_mm.data.shards import BrokenShard, Member, WebSample, iterate_jsonl, iterate_tar
 from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -58,6 +60,10 @@ class Summary:
         return "\n".join([*lines, f"in {self.seconds:.1f} s"])
 
 
+_ShardTask = tuple[Kind, int, Path, Path, str]
+"""Kind, number and file of a shard, tokenizer, chat template."""
+
+
 @dataclass
 class _ShardRows:
     """What a shard holds."""
@@ -90,10 +96,14 @@ def _shards(source: Path) -> list[Path]:
     return sorted([*source.glob("*.tar"), *source.glob("*.jsonl")])
 
 
-def prepare_index(path: Path, *, tokenizer: Path | None = None, workers: int = 1) -> Summary:
+def prepare_index(path: Path, *, tokenizer: Path | None = None, template: str = "plain", workers: int = 1) -> Summary:
     """Index every source under a path. The result does not depend on the number of workers.
 
-    Raises ValueError where there is no shard, no tokenizer, or a source without one usable sample.
+    Raises ValueError where there is no shard, no tokenizer, a source without one usable sample, or a tokenizer that lacks control
+    tokens of the chat template.
+
+    Args:
+        template: the chat template of conversations and tasks, by name.
     """
     began = time.monotonic()
     sources = find_sources(path)
@@ -105,14 +115,18 @@ def prepare_index(path: Path, *, tokenizer: Path | None = None, workers: int = 1
     fingerprint = Tokenizer.open(model).fingerprint
     summaries = {}
     for source in sources:
-        summaries[f"{source.parent.name}/{source.name}"] = _index_source(source, model, fingerprint=fingerprint, workers=workers)
+        summaries[f"{source.parent.name}/{source.name}"] = _index_source(
+            source, model, fingerprint=fingerprint, template=template, workers=workers
+        )
     return Summary(summaries, seconds=time.monotonic() - began)
 
 
-def _index_source(source: Path, model: Path, *, fingerprint: str, workers: int) -> SourceSummary:
+def _index_source(source: Path, model: Path, *, fingerprint: str, template: str, workers: int) -> SourceSummary:
     shards = _shards(source)
     kind = detect_kind(shards)
-    tasks = [(kind, number, shard, model) for number, shard in enumerate(shards)]
+    if kind in CHAT_KINDS:
+        _check_template(template, model)
+    tasks = [(kind, number, shard, model, template) for number, shard in enumerate(shards)]
     samples, items = [np.zeros(0, SAMPLE)], [np.zeros(0, ITEM)]
     num_samples = num_items = 0
     rejected = Counter[str]()
@@ -135,6 +149,7 @@ def _index_source(source: Path, model: Path, *, fingerprint: str, workers: int) 
     meta = {
         "kind": kind,
         "tokenizer": fingerprint,
+        "chat_template": template if kind in CHAT_KINDS else None,
         "shards": {shard.name: shard.stat().st_size for shard in shards},
         "rejected": dict(sorted(rejected.items())),
     }
@@ -147,7 +162,22 @@ def _index_source(source: Path, model: Path, *, fingerprint: str, workers: int) 
     )
 
 
-def _run(tasks: list[tuple[Kind, int, Path, Path]], workers: int) -> Iterator[_ShardRows]:
+def _check_template(name: str, model: Path) -> None:
+    """Raise ValueError where the tokenizer lacks a control token of a chat template."""
+    tokenizer, lacking = Tokenizer.open(model), []
+    for token in chat_template(name).control_tokens:
+        try:
+            tokenizer.special_id(token)
+        except ValueError:
+            lacking.append(token)
+    if lacking:
+        raise ValueError(
+            f"chat template {name} needs the control tokens {', '.join(lacking)}, which {model} lacks: "
+            "choose another --chat-template, or give the --tokenizer of the model that it belongs to"
+        )
+
+
+def _run(tasks: list[_ShardTask], workers: int) -> Iterator[_ShardRows]:
     """The rows of each shard, in order. Raises ValueError where a worker dies, of too little memory for example."""
     if workers <= 1 or len(tasks) == 1:
         yield from map(_index_shard, tasks)
@@ -163,13 +193,17 @@ def detect_kind(shards: list[Path]) -> Kind:
     """What a source holds, by its first readable sample."""
     for shard in shards:
         if shard.suffix == ".jsonl":
-            return "text"
+            line = next(iterate_jsonl(shard), None)
+            return (chat_kind(line.data) if line is not None else None) or "text"
         try:
             sample = next(iterate_tar(shard), None)
         except BrokenShard:
             continue
         if sample is not None:
             extensions = sample.members
+            chat = chat_kind(extensions["json"].data) if "json" in extensions else None
+            if chat is not None:
+                return chat
             if any(extension in IMAGE_EXTENSIONS for extension in extensions):
                 return "pairs"
             return "interleaved" if any(e.rpartition(".")[2] in IMAGE_EXTENSIONS for e in extensions) or _has_list(sample) else "text"
@@ -184,22 +218,22 @@ def _has_list(sample: WebSample) -> bool:
         return False
 
 
-def _index_shard(task: tuple[Kind, int, Path, Path]) -> _ShardRows:
-    kind, number, shard, model = task
-    tokenizer = Tokenizer.open(model)
+def _index_shard(task: _ShardTask) -> _ShardRows:
+    kind, number, shard, model, template_name = task
+    tokenizer, template = Tokenizer.open(model), chat_template(template_name)
     samples: list[tuple[int, ...]] = []
     items: list[tuple[int, ...]] = []
     rejected, named = Counter[str](), []
     try:
         for sample in _samples(shard):
             try:
-                document, found = _check(kind, sample, tokenizer)
+                document, found = _check(kind, sample, tokenizer, template)
             except BadDocument as reason:
                 rejected[str(reason)] += 1
                 if rejected[str(reason)] <= _NAMED_REJECTS:
                     named.append(f"rejected {shard}: {sample.key.lstrip('/')}: {reason}")
                 continue
-            tokens, num_images = sum(item[1] for item in found), sum(item[0] for item in found)
+            num_images, tokens = sum(item[0] for item in found), sum(item[2] for item in found)
             samples.append((number, document.offset, len(document.data), len(items), len(found), tokens, num_images))
             items += found
     except BrokenShard as error:
@@ -214,37 +248,36 @@ def _samples(shard: Path) -> Iterator[WebSample]:
     return iterate_tar(shard)
 
 
-def _check(kind: Kind, sample: WebSample, tokenizer: Tokenizer) -> tuple[Member, list[tuple[int, ...]]]:
+def _check(kind: Kind, sample: WebSample, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Member, list[tuple[int, ...]]]:
     """The document of a sample and its items' rows. Raises BadDocument with the reason to reject it."""
     document = _document(kind, sample)
-    contents: list[Text | Member] = []
-    if kind == "pairs":
-        contents.append(_pair_image(sample))
-    for item in _parse(kind, document):
-        contents.append(_referenced(sample, item) if isinstance(item, ImageReference) else item)
-    texts = [item.text for item in contents if isinstance(item, Text)]
-    tokens = iter([len(ids) for ids in tokenizer.encode_batch(texts)])
-    items: list[tuple[int, ...]] = []
-    num_texts = 0
-    for content in contents:
-        if isinstance(content, Text):
-            items.append((0, next(tokens), num_texts, 0, 0, 0))
-            num_texts += 1
+    first = [_pair_image(sample)] if kind == "pairs" else []
+    items = _parse(kind, document, template)
+    images = iter([_referenced(sample, item) for item in items if isinstance(item, ImageReference)])
+    written = iter(encode_items(items, tokenizer))
+    rows = [_image_row(image, counted=True) for image in first]
+    for item in items:
+        if isinstance(item, ImageReference):
+            rows.append(_image_row(next(images), counted=item.counted))
         else:
-            width, height = check_image(content.data)
-            items.append((1, 0, content.offset, len(content.data), width, height))
-    return document, items
+            rows.append((0, int(item.counted), len(next(written)), 0, 0, 0, 0))
+    return document, rows
+
+
+def _image_row(image: Member, *, counted: bool) -> tuple[int, ...]:
+    width, height = check_image(image.data)
+    return 1, int(counted), 0, image.offset, len(image.data), width, height
 
 
 def _document(kind: Kind, sample: WebSample) -> Member:
-    for extension in ("json",) if kind == "interleaved" else ("txt", "json"):
+    for extension in ("txt", "json") if kind in ("pairs", "text") else ("json",):
         if extension in sample.members:
             return sample.members[extension]
     raise BadDocument("no text file")
 
 
-def _parse(kind: Kind, document: Member) -> list[Text | ImageReference]:
-    return parse_document(kind, document.data, is_json=not document.name.lower().endswith(".txt"))
+def _parse(kind: Kind, document: Member, template: ChatTemplate) -> list[Item]:
+    return parse_document(kind, document.data, is_json=not document.name.lower().endswith(".txt"), template=template)
 
 
 def _pair_image(sample: WebSample) -> Member:
@@ -285,6 +318,7 @@ def prepare_tokenizer(path: Path, *, out: Path, vocab_size: int) -> str:
 
 
 def _all_texts(sources: list[Path]) -> Iterator[str]:
+    plain = chat_template("plain")
     for source in sources:
         shards = _shards(source)
         kind = detect_kind(shards)
@@ -292,7 +326,7 @@ def _all_texts(sources: list[Path]) -> Iterator[str]:
             try:
                 for sample in _samples(shard):
                     try:
-                        yield from (item.text for item in _parse(kind, _document(kind, sample)) if isinstance(item, Text))
+                        yield from (item.text for item in _parse(kind, _document(kind, sample), plain) if isinstance(item, Text))
                     except BadDocument:
                         continue  # counted when the source is indexed
             except BrokenShard as error:

@@ -9,14 +9,21 @@ is 32000, `<image>` 32001. A model that `train_tokenizer` makes holds `<pad>` an
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
+from sentencepiece import sentencepiece_pb2
 
 PAD, IMAGE = "<pad>", "<image>"
+_SPM: Any = sentencepiece_pb2  # generated at import time, so without types
+_RENAMED = {"<|im_start|>": "[UNUSED_TOKEN_146]", "<|im_end|>": "[UNUSED_TOKEN_145]"}
+"""What InternLM2's chat models call two pieces that its SentencePiece model keeps free."""
 
 
 class Tokenizer:
@@ -69,9 +76,12 @@ class Tokenizer:
         return self._appended.get(name) if control is None else control
 
     def _control(self, name: str) -> int | None:
-        """The id of a control symbol of the SentencePiece model."""
+        """The id of a control symbol of the SentencePiece model, or of a piece that stands for one."""
         found = self._pieces.piece_to_id(name)
-        return found if found != self._pieces.unk_id() and self._pieces.is_control(found) else None
+        if found != self._pieces.unk_id() and self._pieces.is_control(found):
+            return found
+        renamed = self._pieces.piece_to_id(_RENAMED[name]) if name in _RENAMED else self._pieces.unk_id()
+        return renamed if renamed != self._pieces.unk_id() else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without begin and end. A text that spells a special token gets no special id."""
@@ -81,10 +91,23 @@ class Tokenizer:
         """Token ids of many texts."""
         return self._pieces.encode(texts)
 
+    def encode_together(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that are tokenized as one string: to each text those that end in it."""
+        joined = _SPM.SentencePieceText()
+        joined.ParseFromString(self._pieces.encode("".join(texts), out_type="serialized_proto"))
+        ends = list(itertools.accumulate(len(text.encode()) for text in texts))
+        ids: list[list[int]] = [[] for _ in texts]
+        for piece in joined.pieces:
+            # A piece is bytes [begin, end) of the string; of a character in several pieces all but the last are empty at its beginning.
+            last_byte = min(max(piece.begin, piece.end - 1), ends[-1] - 1)
+            ids[bisect.bisect_right(ends, last_byte)].append(piece.id)
+        return ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are left out."""
         known = self._pieces.get_piece_size()
-        return self._pieces.decode([i for i in ids if i < known and not self._pieces.is_control(i)])
+        renamed = {self._find(name) for name in _RENAMED}
+        return self._pieces.decode([i for i in ids if i < known and i not in renamed and not self._pieces.is_control(i)])
 
 
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int) -> Tokenizer:

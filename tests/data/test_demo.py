@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -36,6 +38,39 @@ def test_demo_data_is_the_same_for_the_same_seed_and_has_every_format(tmp_path: 
         prepare_demo(tmp_path / "a")
     with pytest.raises(ValueError, match=r"--samples is 39, but the tokenizer needs at least 40"):
         prepare_demo(tmp_path / "d", samples=39)
+
+
+def test_the_first_sources_and_the_tokenizer_are_those_of_earlier_versions(demo_data: Path) -> None:
+    """Their texts, to the byte, and the pictures' formats: what other sources are drawn beside them changes neither."""
+    digest = hashlib.sha256((demo_data / "tokenizer.model").read_bytes())
+    for split in ("train", "heldout"):
+        for name in ("pairs", "interleaved"):
+            for sample in iterate_tar(demo_data / split / name / "00000.tar"):
+                for extension in sorted(sample.members):
+                    digest.update(extension.encode())
+                    if extension in ("txt", "json"):
+                        digest.update(sample.members[extension].data)
+        digest.update((demo_data / split / "text" / "00000.jsonl").read_bytes())
+    assert digest.hexdigest()[:16] == "eddb29b1b32472f2"
+
+
+def test_conversations_and_tasks_are_about_their_pictures(demo_data: Path) -> None:
+    indexes = open_split(demo_data, "train", sources=["conversations", "tasks"])
+    assert [index.kind for index in indexes] == ["conversations", "tasks"] and not any(index.rejected for index in indexes)
+    assert all((index.samples["num_images"] == 1).all() and len(index) == 60 for index in indexes)
+    turns, tasks, choices = Counter[int](), Counter[str](), Counter[bool]()
+    for sample in iterate_tar(demo_data / "train" / "conversations" / "00000.tar"):
+        turns[len(json.loads(sample.members["json"].data)["conversations"]) // 2] += 1
+    for sample in iterate_tar(demo_data / "train" / "tasks" / "00000.tar"):
+        fields = json.loads(sample.members["json"].data)
+        tasks[fields["task"]] += 1
+        if fields["task"] == "scienceqa":
+            with Image.open(io.BytesIO(sample.members[fields["images"][0]].data)) as image:
+                colours = image.convert("RGB").getcolors(1 << 16)
+            shown = {min(COLOURS, key=lambda name: math.dist(COLOURS[name], colour)) for _, colour in sorted(colours)[-2:]}
+            choices[fields["choices"][fields["answer"]] in shown] += 1
+    assert set(turns) == {1, 2, 3} and set(tasks) == {"caption", "vqa", "vizwiz", "scienceqa"}
+    assert choices[True] > 4 * choices[False], "the right choice is a colour of the picture"
 
 
 def test_held_out_samples_are_not_training_samples(demo_data: Path) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from megatron_mm.data.documents import BadDocument, ImageReference, Text, parse_document, read_texts
+from megatron_mm.data.documents import parse_document, read_texts
 from megatron_mm.data.index import Kind
+from megatron_mm.data.items import BadDocument, ImageReference, Item, Text
 
 
-def interleaved(fields: Any) -> list[Text | ImageReference]:
+def interleaved(fields: Any) -> list[Item]:
     return parse_document("interleaved", json.dumps(fields).encode(), is_json=True)
 
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_mm.data.filling import Limits
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import ITEM, SAMPLE, SourceIndex
-from megatron_mm.data.packing import Window, document_lengths, image_places, pack_window
+from megatron_mm.data.packing import Window, document_images, document_lengths, pack_window
 
 
 def source(documents: list[list[int | None]]) -> SourceIndex:
@@ -43,9 +43,9 @@ def pieces(window: Window) -> list[tuple[int, int, int]]:
 def test_places_of_images_in_a_document() -> None:
     """BOS, 3 tokens, an image of 4, 2 tokens, an image, EOS: images at 4 and 10, 15 places in all."""
     index = source([[3, None, 2, None]])
-    starts, length = image_places(index, 0, image_of(4))
-    assert starts.tolist() == [4, 10] and length == 15
-    assert document_lengths(index, np.array([0]), image_of(4)).tolist() == [15]
+    images = document_images(index, 0, image_of(4))
+    assert images.starts.tolist() == [4, 10] and images.ends.tolist() == [8, 14] and images.length == 15
+    assert document_lengths(index, np.array([0]), image_of(4), tiles=np.array([2])).tolist() == [15]
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_nothing_is_lost_and_the_limits_hold() -> None:
     assert sum(window.images_of) == int(index.samples["num_images"].sum())
     for sample, group in itertools.groupby(pieces(window), key=lambda piece: piece[0]):
         bounds = [(begin, end) for _, begin, end in group]
-        starts, length = image_places(index, sample, image_of(16))
-        assert bounds[0][0] == 0 and bounds[-1][1] == length
+        images = document_images(index, sample, image_of(16))
+        assert bounds[0][0] == 0 and bounds[-1][1] == images.length
         assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
-        assert not any(start < begin < start + 16 for start in starts for begin, _ in bounds)
+        assert not any(start < begin < start + 16 for start in images.starts for begin, _ in bounds)
     again = pack_window(index, samples, Limits(128, 3), image_of(16), seed=1)
     assert pieces(again) == pieces(window) and (again.sample == window.sample).all() and (again.starts == window.starts).all()
     assert (pack_window(index, samples, Limits(128, 3), image_of(16), seed=2).sample != window.sample).any()

@@ -216,6 +216,23 @@ def test_the_kind_is_that_of_the_first_sample(tmp_path: Path, members: list[str]
     assert detect_kind([broken, shard]) == kind
 
 
+@pytest.mark.parametrize(
+    ("document", "kind"),
+    [
+        ({"conversations": [], "image": "jpg"}, "conversations"),
+        ({"task": "caption", "answer": "x", "image": "jpg"}, "tasks"),
+        ({"task": "another", "caption": "x"}, "pairs"),
+        ({"conversations": "a word", "caption": "x"}, "pairs"),
+    ],
+)
+def test_conversations_and_tasks_are_known_by_their_fields(tmp_path: Path, document: dict, kind: str) -> None:
+    """Also where the picture lies beside the document as a pair's does."""
+    shard = write_tar(tmp_path / "0.tar", {"0.jpg": picture(), "0.json": json.dumps(document).encode()})
+    assert detect_kind([shard]) == kind
+    (tmp_path / "0.jsonl").write_text("\n" + json.dumps(document))
+    assert detect_kind([tmp_path / "0.jsonl"]) == (kind if kind != "pairs" else "text")
+
+
 def test_sources_are_found_below_a_data_set_a_split_or_as_the_path(tmp_path: Path) -> None:
     for name in ("train/a", "train/b", "heldout/a"):
         write_tar(tmp_path / name / "0.tar", {"0.txt": b"x"})

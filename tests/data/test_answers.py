@@ -1,0 +1,196 @@
+"""Samples of which only the answers count, from shards to PackedBatch."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from data_files import ALONE, experiment, picture, write_tar
+
+from megatron_mm.config import Experiment
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.chat import CHAT_TEMPLATES
+from megatron_mm.data.index import open_index
+from megatron_mm.data.packing import counted_places
+from megatron_mm.data.pipeline import TrainingData, make_plan
+from megatron_mm.data.prepare import prepare_index
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.parallel.topology import Topology
+
+CONVERSATIONS = [
+    ("<image>\nwhat shape?", "a cross", "what colour?", "red"),
+    ("what is <image> and <image>", "a red circle and a blue square"),
+    ("one plus one?", "two", "and one more?", "three", "and again?", "four"),
+]
+
+
+def write_conversations(path: Path) -> Path:
+    """Three conversations with one, two and no images, and a tokenizer that has the control tokens of all templates."""
+    members: dict[str, bytes] = {}
+    for number, values in enumerate(CONVERSATIONS):
+        turns = [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]
+        names = [f"{n}.jpg" for n in range("".join(values).count("<image>"))]
+        members |= {f"{number}.{name}": picture() for name in names}
+        members[f"{number}.json"] = json.dumps({"conversations": turns, "image": names}).encode()
+    write_tar(path / "train" / "chat" / "0.tar", members)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text for values in CONVERSATIONS for text in values] * 10),
+        model_writer=model,
+        vocab_size=420,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        control_symbols=["<pad>", "<image>", "<|im_start|>", "<|im_end|>"],
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (path / "tokenizer.model").write_bytes(model.getvalue())
+    return path
+
+
+def chat_experiment(path: Path, *, sequences: int = 4, **data: Any) -> Experiment:
+    """An epoch of the three conversations to a window, `sequences` of them to a batch of one micro-batch."""
+    settings = experiment(path, mixture={"chat": 1.0}, **data)
+    train = replace(settings.train, global_batch_size=sequences, micro_batch_size=sequences)
+    return replace(settings, train=train, data=replace(settings.data, packing_window=3))
+
+
+def load(path: Path, topology: Topology = ALONE, *, sequences: int = 4, **data: Any) -> PackedBatch:
+    loader = TrainingData(chat_experiment(path, sequences=sequences, **data), topology, Tokenizer.open(path / "tokenizer.model"))
+    try:
+        return next(loader).micro_batches[0]
+    finally:
+        loader.close()
+
+
+def answers_of(batch: PackedBatch, tokenizer: Tokenizer) -> set[tuple[str, ...]]:
+    """Of each document the texts whose tokens count as labels, run by run; <E> for the end of the stream."""
+    found = set()
+    for begin, end in itertools.pairwise(batch.cu_seqlens.tolist()):
+        runs: list[list[int]] = []
+        for place in range(begin, end):
+            if batch.loss_mask[place]:
+                if place == begin or not batch.loss_mask[place - 1]:
+                    runs.append([])
+                runs[-1].append(int(batch.labels[place]))
+        texts = [tokenizer.decode(run) + "<E>" * (run[-1] == tokenizer.eos_id and place == end - 1) for run in runs]
+        if batch.is_token[begin]:
+            found.add(tuple(texts))
+    return found
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_the_answers_count_and_nothing_else(tmp_path: Path, name: str) -> None:
+    path = write_conversations(tmp_path)
+    prepare_index(path, template=name)
+    index = open_index(path / "train" / "chat")
+    assert index.kind == "conversations" and index.chat_template == name and len(index) == 3 and not index.rejected
+    tokenizer = Tokenizer.open(path / "tokenizer.model")
+    batch = load(path, sequence_length=1024)
+    expected = {tuple(values[1::2]) for values in CONVERSATIONS}
+    assert {tuple(text.removesuffix("<E>").strip() for text in texts) for texts in answers_of(batch, tokenizer)} == expected
+    counted = batch.loss_mask.bool()
+    assert torch.equal(batch.labels[counted], batch.token_ids.roll(-1)[counted])
+    for _, end in itertools.pairwise(batch.cu_seqlens.tolist()):
+        if batch.is_token[end - 1]:
+            assert batch.token_ids[end - 1] == tokenizer.eos_id and counted[end - 2], "the end of the last answer counts"
+    if name in ("zephyr", "vicuna", "llama2"):
+        assert (batch.labels[counted] == tokenizer.eos_id).sum() == 6 * 4  # answers, epochs
+    images = (batch.token_ids == tokenizer.image_id).sum()
+    assert images == 16 * batch.num_images > 0
+
+
+def test_a_middle_stage_knows_the_mask_from_the_plan(tmp_path: Path) -> None:
+    path = write_conversations(tmp_path)
+    prepare_index(path, template="vicuna")
+    for length in (256, 60):  # whole, and cut
+        whole = load(path, sequence_length=length)
+        middle = load(path, replace(ALONE, pipeline_size=3, pipeline_rank=1), sequence_length=length)
+        assert middle.pixels is None and torch.equal(middle.loss_mask, whole.loss_mask) and 0 < whole.loss_mask.mean() < 0.5
+
+
+def test_a_cut_conversation_counts_what_it_counts_whole(tmp_path: Path) -> None:
+    """But for the tokens that a piece begins with: nothing before them is left to predict them from."""
+    path = write_conversations(tmp_path)
+    prepare_index(path)
+    plan = make_plan(chat_experiment(path, sequence_length=24), split="train")
+    window = plan.batch(plan.initial_state()).sequences[0].window
+    whole, cut = load(path, sequences=1), load(path, sequences=window.num_sequences, sequence_length=24)
+    labels = [Counter(batch.labels[batch.loss_mask.bool()].tolist()) for batch in (whole, cut)]
+    lost = 0
+    for sample, begin in zip(window.sample.tolist(), window.begin.tolist(), strict=True):
+        counted = counted_places(plan.indexes[0], sample, plan.image)
+        lost += bool(counted[begin])
+    assert len(window.sample) > 4 and lost > 0
+    assert labels[0].total() - labels[1].total() == lost and not labels[1] - labels[0]
+
+
+def test_a_template_whose_control_tokens_the_tokenizer_lacks_is_refused(demo_data: Path, tmp_path: Path) -> None:
+    path = write_conversations(tmp_path)
+    (path / "tokenizer.model").write_bytes((demo_data / "tokenizer.model").read_bytes())
+    with pytest.raises(ValueError, match=r"internlm2 needs the control tokens <\|im_start\|>, <\|im_end\|>, which .*tokenizer.model lacks"):
+        prepare_index(path, template="internlm2")
+    with pytest.raises(ValueError, match=r"chat template 'chatml' is unknown"):
+        prepare_index(path, template="chatml")
+    prepare_index(path, template="llama2")
+
+
+def test_another_template_than_the_index_has_is_an_error(tmp_path: Path) -> None:
+    path = write_conversations(tmp_path)
+    prepare_index(path, template="vicuna")
+    for name in (None, "vicuna"):
+        make_plan(experiment(path, mixture={"chat": 1.0}, chat_template=name), split="train")
+    with pytest.raises(ValueError, match=r"chat template vicuna, but data.chat_template is zephyr: run .* --chat-template zephyr`"):
+        make_plan(experiment(path, mixture={"chat": 1.0}, chat_template="zephyr"), split="train")
+    with pytest.raises(ValueError, match=r"chat template 'chatml' is unknown"):
+        make_plan(experiment(path, mixture={"chat": 1.0}, chat_template="chatml"), split="train")
+
+
+def test_a_conversation_that_changed_costs_itself_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_conversations(tmp_path)
+    prepare_index(path)
+    shard = path / "train" / "chat" / "0.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"a cross", b"ab3xyz!"))
+    batch = load(path, max_bad_fraction=1.0)
+    tokenizer = Tokenizer.open(path / "tokenizer.model")
+    assert "unusable text in sample 0 of chat" in caplog.text
+    texts = {text.removesuffix("<E>").strip() for found in answers_of(batch, tokenizer) for text in found}
+    assert texts == {answer for values in CONVERSATIONS[1:] for answer in values[1::2]}
+
+
+def test_tasks_and_lines_of_text_are_indexed_too(demo_data: Path, tmp_path: Path) -> None:
+    lines = [{"conversations": [{"from": "human", "value": "one plus one?"}, {"from": "gpt", "value": "two"}]}, {"conversations": 3}]
+    (tmp_path / "train" / "lines").mkdir(parents=True)
+    (tmp_path / "train" / "lines" / "0.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = {"task": "vqa", "question": "what shape?", "answer": "cross", "image": "jpg"}
+    write_tar(tmp_path / "train" / "tasks" / "0.tar", {"0.jpg": picture(), "0.json": json.dumps(task).encode()})
+    prepare_index(tmp_path, tokenizer=demo_data / "tokenizer.model")
+    found = {name: open_index(tmp_path / "train" / name) for name in ("lines", "tasks")}
+    assert [index.kind for index in found.values()] == ["conversations", "tasks"]
+    assert found["lines"].rejected == {"JSON has no conversations": 1}
+    assert found["lines"].items["counted"].tolist() == [0, 1] and found["tasks"].items["counted"].tolist() == [0, 0, 1]
+    tokenizer = Tokenizer.open(demo_data / "tokenizer.model")
+    assert found["lines"].items["tokens"].sum() == len(tokenizer.encode("one plus one?\ntwo"))
+
+
+def test_the_demo_s_conversations_and_tasks_train(demo_data: Path) -> None:
+    settings = experiment(demo_data, mixture={"conversations": 0.5, "tasks": 0.5}, chat_template="plain")
+    tokenizer = Tokenizer.open(settings.data.tokenizer_path)
+    data = TrainingData(settings, ALONE, tokenizer)
+    try:
+        step = next(data)
+    finally:
+        data.close()
+    assert not step.bad
+    for batch in step.micro_batches:
+        assert 0.02 < batch.loss_mask.mean() < 0.4 and batch.num_images > 4

@@ -1,0 +1,114 @@
+"""Conversations and tasks: what they mean, and by which reason one is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_mm.data.chat import Turn
+from megatron_mm.data.conversations import conversation_turns, task_turns
+from megatron_mm.data.items import BadDocument, ImageReference
+
+
+def said(*values: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
+
+
+def image(name: str) -> ImageReference:
+    return ImageReference(name, counted=False)
+
+
+def test_conversations_with_one_several_and_no_images() -> None:
+    one = {"conversations": said("<image>\nWhat is it? ", " A ball."), "image": "0.JPG", "id": 7}
+    assert conversation_turns(one) == [Turn((image("0.jpg"), "\nWhat is it?"), "A ball.")]
+    several = {"conversations": said("A: <image>, B: <image>. Same?", "No.", "And <image>", "Yes."), "image": ["0.jpg", "1.jpg", "2.jpg"]}
+    assert conversation_turns(several) == [
+        Turn(("A: ", image("0.jpg"), ", B: ", image("1.jpg"), ". Same?"), "No."),
+        Turn(("And ", image("2.jpg")), "Yes."),
+    ]
+    none = {"conversations": [{"from": "user", "value": "One plus one?"}, {"from": "assistant", "value": "Two, not <image>."}]}
+    assert conversation_turns(none) == [Turn(("One plus one?",), "Two, not <image>.")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"text": "x"}, "JSON has no conversations"),
+        ({"conversations": []}, "conversation is not of questions with answers"),
+        ({"conversations": said("a")}, "conversation is not of questions with answers"),
+        ({"conversations": said("a", "b", "c")}, "conversation is not of questions with answers"),
+        ({"conversations": said("a", "b")[::-1]}, "conversation is not of questions with answers"),
+        ({"conversations": [{"from": "system", "value": "a"}, *said("a", "b")]}, "conversation is not of questions with answers"),
+        ({"conversations": said("a", " ")}, "empty answer"),
+        ({"conversations": ["a", "b"]}, "malformed conversations list"),
+        ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]}, "malformed conversations list"),
+        ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "b"}]}, "malformed conversations list"),
+        ({"conversations": said("<image>", "b")}, "images and <image> marks differ in number"),
+        ({"conversations": said("a", "b"), "image": "0.jpg"}, "images and <image> marks differ in number"),
+        ({"conversations": said("<image>", "b"), "image": ["0.jpg", "1.jpg"]}, "images and <image> marks differ in number"),
+        ({"conversations": said("<image>", "b"), "image": [3]}, "malformed image list"),
+    ],
+)
+def test_a_bad_conversation_has_its_reason(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadDocument) as caught:
+        conversation_turns(fields)
+    assert str(caught.value) == reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "question", "answer"),
+    [
+        ({"task": "caption", "answer": "A red ball. "}, "Please describe the image.", "A red ball."),
+        ({"task": "vqa", "question": "What?", "answer": "ball"}, "What?\nAnswer the question using a single word or phrase.", "ball"),
+        (
+            {"task": "vizwiz", "question": "What?", "answer": "unanswerable"},
+            "What?\nWhen the provided information is insufficient, respond with 'Unanswerable'. "
+            "Answer the question using a single word or phrase.",
+            "unanswerable",
+        ),
+        (
+            {"task": "scienceqa", "question": "Which?", "choices": ["iron", "gold"], "answer": 1, "context": "Metals."},
+            "Metals.\nWhich?\nA. iron\nB. gold\nAnswer with the option's letter from the given choices directly.",
+            "B",
+        ),
+    ],
+)
+def test_tasks_have_the_published_prompts(fields: dict[str, Any], question: str, answer: str) -> None:
+    assert task_turns({**fields, "images": ["0.jpg", "1.jpg"]}) == [Turn((image("0.jpg"), image("1.jpg"), question), answer)]
+    assert task_turns({**fields, "image": "0.jpg"}) == [Turn((image("0.jpg"), question), answer)]
+
+
+def test_a_choice_is_named_by_its_letter_or_its_index_and_needs_no_image() -> None:
+    fields = {"task": "scienceqa", "question": "Which?", "choices": ["iron", "gold", "tin"]}
+    for answer, letter in ((0, "A"), ("b", "B"), ("C", "C"), (2, "C")):
+        ((turn),) = task_turns({**fields, "answer": answer})
+        assert turn.answer == letter and len(turn.question) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"task": "detection", "answer": "x"}, "unknown task"),
+        ({"task": ["vqa"], "answer": "x"}, "unknown task"),
+        ({"answer": "x"}, "unknown task"),
+        ({"task": "caption", "answer": "x", "images": []}, "task without image"),
+        ({"task": "vqa", "question": "q", "images": ["0.jpg"]}, "task without answer"),
+        ({"task": "vqa", "question": " ", "answer": "x"}, "task without question"),
+        ({"task": "vqa", "question": "q", "context": 3, "answer": "x"}, "task without context"),
+        ({"task": "scienceqa", "question": "q", "answer": "A"}, "malformed choices list"),
+        ({"task": "scienceqa", "question": "q", "choices": [], "answer": "A"}, "malformed choices list"),
+        ({"task": "scienceqa", "question": "q", "choices": ["a", 3], "answer": "A"}, "malformed choices list"),
+        ({"task": "scienceqa", "question": "q", "choices": ["a"] * 27, "answer": "A"}, "malformed choices list"),
+        ({"task": "scienceqa", "question": "q", "choices": ["a", "b"], "answer": "C"}, "answer is not one of the choices"),
+        ({"task": "scienceqa", "question": "q", "choices": ["a", "b"], "answer": "AB"}, "answer is not one of the choices"),
+        ({"task": "scienceqa", "question": "q", "choices": ["a", "b"], "answer": ""}, "answer is not one of the choices"),
+        ({"task": "scienceqa", "question": "q", "choices": ["a", "b"], "answer": 2}, "answer is not one of the choices"),
+        ({"task": "scienceqa", "question": "q", "choices": ["a", "b"], "answer": -1}, "answer is not one of the choices"),
+        ({"task": "scienceqa", "question": "q", "choices": ["a", "b"], "answer": True}, "answer is not one of the choices"),
+    ],
+)
+def test_a_bad_task_has_its_reason(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadDocument) as caught:
+        task_turns({"image": "0.jpg", **fields} if "images" not in fields else fields)
+    assert str(caught.value) == reason
