@@ -65,7 +65,7 @@ class Place:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     assert tensor.is_contiguous(), "only a contiguous tensor is a run of bytes"
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def read_tensor(place: Place, info: TensorInfo) -> torch.Tensor:
@@ -83,7 +83,9 @@ def read_into(place: Place, tensor: torch.Tensor) -> None:
         while done < len(target):
             count = os.preadv(file.fileno(), [target[done : done + _BLOCK_BYTES]], place.offset + done)
             if count == 0:
-                raise ValueError(f"{place.path} ends after {place.offset + done} bytes, in the middle of a tensor: it is cut off; get it again")
+                raise ValueError(
+                    f"{place.path} ends after {place.offset + done} bytes, in the middle of a tensor: it is cut off; get it again"
+                )
             done += count
 
 
@@ -151,7 +153,9 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[TensorInfo, Place]]:
         beginning = file.read(8)
         length = struct.unpack("<Q", beginning)[0] if len(beginning) == 8 else 0
         if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
-            raise ValueError(f"{path} is not a safetensors file, or is cut off: its header of {length} bytes does not fit into its {size} bytes")
+            raise ValueError(
+                f"{path} is not a safetensors file, or is cut off: its header of {length} bytes does not fit into its {size} bytes"
+            )
         text = file.read(length)
     try:
         document = json.loads(text, object_pairs_hook=lambda pairs: _no_doubles(pairs, path))
@@ -164,7 +168,9 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[TensorInfo, Place]]:
             raise ValueError(f"{path}: tensor {name} begins at byte {place.offset}, but the one before it ends at {end}")
         end += info.num_bytes
     if end != size:
-        raise ValueError(f"{path} has {size} bytes, but its tensors end at byte {end}: it is {'cut off' if end > size else 'too long'}; get it again")
+        raise ValueError(
+            f"{path} has {size} bytes, but its tensors end at byte {end}: it is {'cut off' if end > size else 'too long'}; get it again"
+        )
     return entries
 
 

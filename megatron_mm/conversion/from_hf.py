@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_mm.config import Experiment, save_experiment, to_dict
 from megatron_mm.conversion.checksums import combine
 from megatron_mm.conversion.files import TensorInfo, checksum_of
-from megatron_mm.conversion.job import Lane, Task, Written, finish, partial_directory, run_lanes, write_archives
+from megatron_mm.conversion.job import Lane, Task, Written, cut, finish, partial_directory, run_lanes, write_archives
 from megatron_mm.conversion.mapping import Direct, Entry
 from megatron_mm.conversion.sources import Part, Source, open_source
 from megatron_mm.conversion.target import Target, model_targets
@@ -129,20 +129,20 @@ def convert_from_hf(
 
 def _plan(targets: dict[str, Target], sources: list[Source]) -> list[_Tensor]:
     """Where each tensor comes from. Raises one ValueError for all that does not fit."""
-    found: dict[tuple[str, int | None], tuple[Entry, Source]] = {}
+    found: dict[tuple[str, int | None], tuple[Entry | None, Source | None]] = {}
     problems: list[str] = []
-    for source in sources:
-        problems += _problems(source, targets)
-        for entry in source.entries:
-            assert (entry.ours, entry.row) not in found, f"two entries write {entry.ours} {entry.row}"
-            found[entry.ours, entry.row] = (entry, source)
+    for given in sources:
+        problems += _problems(given, targets)
+        for read in given.entries:
+            assert (read.ours, read.row) not in found, f"two entries write {read.ours} {read.row}"
+            found[read.ours, read.row] = (read, given)
     if problems:
         raise ValueError("\n  ".join(["the sources do not fit the recipe's model:", *problems]))
     tensors = []
     for target in targets.values():
         for row in range(target.info.shape[0]) if target.stacked else [None]:
-            entry, origin = found.get((target.name, row), (None, None))
-            tensors.append(_Tensor(target, row, entry, origin))
+            entry, source = found.get((target.name, row), (None, None))
+            tensors.append(_Tensor(target, row, entry, source))
     _warn_of_rounding(tensors)
     return tensors
 
@@ -188,7 +188,10 @@ def _warn_of_rounding(tensors: list[_Tensor]) -> None:
     """Weights of a wider type, or of float16, lose digits in a narrower one."""
     for source in {id(t.source): t.source for t in tensors if t.source is not None}.values():
         pairs = {
-            (source.reader.names()[name].dtype, t.target.info.dtype) for t in tensors if t.source is source and t.entry for name in t.entry.hf
+            (source.reader.names()[name].dtype, t.target.info.dtype)
+            for t in tensors
+            if t.source is source and t.entry
+            for name in t.entry.hf
         }
         for theirs, ours in sorted(pairs, key=str):
             if torch.promote_types(theirs, ours) != ours:
@@ -229,14 +232,7 @@ def _lanes(tensors: list[_Tensor], *, seed: int) -> list[Lane]:
     """The tensors in files of about equal size."""
     tasks = [_task(tensor, seed=seed) for tensor in tensors]
     limit = min(max(sum(task.num_bytes for task in tasks) // _FILES, _SMALLEST_FILE), _LARGEST_FILE)
-    groups: list[list[Task]] = [[]]
-    used = 0
-    for task in tasks:
-        if groups[-1] and used + task.num_bytes > limit:
-            groups.append([])
-            used = 0
-        groups[-1].append(task)
-        used += task.num_bytes
+    groups = cut(tasks, limit=limit)
     return [Lane(f"{TENSORS}/__0_{number}.distcp", tuple(group), write_archives) for number, group in enumerate(groups)]
 
 

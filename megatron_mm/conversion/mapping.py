@@ -251,7 +251,9 @@ class Positions:
         if positions.shape[0] == self.num_patches + first:
             return positions
         if there**2 + first != positions.shape[0] or here**2 != self.num_patches:
-            raise ValueError(f"{self.theirs} has {positions.shape[0]} rows, which are no square grid{' and a class token' if first else ''}")
+            raise ValueError(
+                f"{self.theirs} has {positions.shape[0]} rows, which are no square grid{' and a class token' if first else ''}"
+            )
         grid = positions[first:].float().unflatten(0, (there, there)).permute(2, 0, 1)[None]
         resized = F.interpolate(grid, size=(here, here), mode="bicubic", align_corners=False, antialias=True)
         return torch.cat([positions[:first], resized[0].permute(1, 2, 0).flatten(0, 1).to(positions.dtype)])
@@ -289,7 +291,8 @@ class Vocabulary:
         missing = self.rows - table.shape[0]
         if missing < 0:
             raise ValueError(
-                f"{self.theirs} has {table.shape[0]} rows, but the model only {self.rows}: use --model.decoder.vocab-size {table.shape[0]} or more"
+                f"{self.theirs} has {table.shape[0]} rows, but the model only {self.rows}: "
+                f"use --model.decoder.vocab-size {table.shape[0]} or more"
             )
         if missing == 0:
             return table

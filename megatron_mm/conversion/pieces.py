@@ -84,7 +84,9 @@ def find_piece(path: Path, *, offset: int, length: int, name: str) -> Piece:
             header = os.pread(file.fileno(), _LOCAL_HEADER.size, offset + data.header_offset)
             signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, AttributeError, TypeError, EOFError, struct.error) as error:
-            raise ValueError(f"{path}: what should be a piece of {name} cannot be read ({type(error).__name__}: {error}): restore it") from None
+            raise ValueError(
+                f"{path}: what should be a piece of {name} cannot be read ({type(error).__name__}: {error}): restore it"
+            ) from None
     begin = offset + data.header_offset + _LOCAL_HEADER.size + name_length + extra_length
     stored = data.compress_type == zipfile.ZIP_STORED
     info = TensorInfo(described.shape, described.dtype)

@@ -68,7 +68,9 @@ def open_source(path: Path, part: Part, model: ModelConfig) -> Source:
     known = FORMATS[name]
     ours = model if part == "whole" else getattr(model, {"language": "decoder", "vision": "vision"}[part])
     if not isinstance(ours, known.config):
-        raise ValueError(f"{path} is a checkpoint of format {name}, but the recipe's part is a {type(ours).__name__}: choose another recipe")
+        raise ValueError(
+            f"{path} is a checkpoint of format {name}, but the recipe's part is a {type(ours).__name__}: choose another recipe"
+        )
     document = _checked_document(reader, name)
     tied = part == "language" and not _has_head(reader, prefix)
     if document is None:
@@ -76,7 +78,9 @@ def open_source(path: Path, part: Part, model: ModelConfig) -> Source:
     else:
         settings = known.settings(document)
         tied = bool(settings.pop("tied_embeddings", tied))
-        _check_settings(settings, ours, where=f"{path}/{known.config_file}", group={"language": "decoder.", "vision": "vision."}.get(part, ""))
+        _check_settings(
+            settings, ours, where=f"{path}/{known.config_file}", group={"language": "decoder.", "vision": "vision."}.get(part, "")
+        )
     if isinstance(ours, DecoderConfig) and ours.tied_embeddings and not tied:
         raise ValueError(f"{path} has an output layer of its own, but the recipe ties it: use --model.decoder.tied-embeddings False")
     return Source(part, reader, name, known.table(ours, prefix, tied), (*known.prefixes[prefix], *_unused_head(prefix, tied)))
