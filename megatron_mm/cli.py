@@ -96,19 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     to_hf = convert.add_parser("to-hf", help="write a checkpoint as a Hugging Face model")
     to_hf.add_argument("checkpoint", type=Path, help="RUN_DIR/checkpoints/step_..., or RUN_DIR for its newest")
     to_hf.add_argument("out", type=Path, help="directory to write")
-    to_hf.add_argument(
-        "--part",
-        choices=["whole", "language", "vision"],
-        default="whole",
-        help="the model, its decoder or its tower (default: %(default)s)",
-    )
+    to_hf.add_argument("--part", choices=["whole", "language", "vision"], default="whole", help="decoder or tower alone")
     to_hf.add_argument("--architecture", choices=["llama", "mistral"], default="llama", help="of a decoder alone (default: %(default)s)")
-    to_hf.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="auto keeps the checkpoint's (default: %(default)s)",
-    )
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    to_hf.add_argument("--dtype", choices=dtypes, default="auto", help="auto keeps the checkpoint's (default: %(default)s)")
     to_hf.add_argument("--vocab-size", type=int, help="rows of the vocabulary to write, without those at the end that only fill it up")
     to_hf.add_argument("--shard-size", default="5GB", help="largest safetensors file (default: %(default)s)")
     to_hf.add_argument("--threads", type=int, default=_THREADS, help="that read and write at once (default: %(default)s)")
@@ -234,7 +225,7 @@ def _convert_to_hf(known: argparse.Namespace, rest: list[str]) -> None:
 def _convert_from_hf(known: argparse.Namespace, rest: list[str]) -> None:
     if known.out is None or known.recipe is None:
         print(
-            "usage: megatron-mm convert from-hf OUT --recipe RECIPE [--whole DIR] [--language DIR] [--vision DIR] [--group.field VALUE ...]\n"
+            "usage: megatron-mm convert from-hf OUT --recipe RECIPE [--whole DIR] [--language DIR] [--vision DIR] [--group.field VALUE]\n"
         )
         print("DIR is a Hugging Face directory or a file of weights. What no source gives gets its initial weights.")
         print("--language reads Llama, Vicuna, Mistral, Zephyr and InternLM2; --vision CLIP towers of transformers and open_clip;")
