@@ -36,6 +36,7 @@ from megatron_mm.conversion.mapping import Direct, Entry
 from megatron_mm.conversion.sources import Part, Source, open_source
 from megatron_mm.conversion.target import Target, model_targets
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.models import family_of
 from megatron_mm.training.checkpoint import TENSORS, completed_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -216,10 +217,11 @@ def _find_tokenizer(experiment: Experiment, sources: list[Source]) -> Path | Non
             raise ValueError(f"tokenizer {named} does not exist: give another --data.tokenizer")
         logger.warning("no tokenizer.model is beside the weights, so the checkpoint has none: --data.tokenizer FILE adds one")
         return None
-    size, rows = Tokenizer.open(found[0]).vocab_size, experiment.model.decoder.vocab_size
+    special = family_of(experiment.model).special_tokens
+    size, rows = Tokenizer.open(found[0], special=special).vocab_size, experiment.model.decoder.vocab_size
     if size > rows:
         raise ValueError(
-            f"{found[0]} has {size} tokens with those for padding and images, but the model only {rows}: "
+            f"{found[0]} has {size} tokens with those that stand for images, but the model only {rows}: "
             f"use --model.decoder.vocab-size {size} or more"
         )
     return found[0]

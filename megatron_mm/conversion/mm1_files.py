@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,18 @@ def write_mm1_files(experiment: Experiment, tokenizer_path: Path, out: Path, *, 
     rows = vocab_rows or model.decoder.vocab_size
     if ids.vocab_size > rows:
         raise ValueError(f"{tokenizer_path} has {ids.vocab_size} ids, but {rows} embeddings are written: it is not this run's")
-    tokenizer = convert_tokenizer(tokenizer_path, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id, image_id=ids.image_id)
+    special = {name: ids.special_id(name) for name in ("<pad>", "<image>")}
+    tokenizer = convert_tokenizer(tokenizer_path, special=special, bos_id=ids.bos_id, eos_id=ids.eos_id)
     length = experiment.data.sequence_length
-    special = tokenizer_config(tokenizer, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id, sequence_length=length)
-    write_tokenizer(tokenizer, special, out)
+    roles = {"pad_id": ids.pad_id, "bos_id": ids.bos_id, "eos_id": ids.eos_id}
+    processor = {"processor_class": "MM1Processor", "auto_map": {"AutoProcessor": "processing_mm1.MM1Processor"}}
+    write_tokenizer(tokenizer, {**tokenizer_config(tokenizer, special=special, sequence_length=length, **roles), **processor}, out)
     config = hf_config(model, dtype=dtype, ids=ids, sequence_length=length, vocab_rows=vocab_rows)
     documents = {
         "config.json": config,
-        "generation_config.json": generation_config(ids, rows=rows),
+        "generation_config.json": generation_config(
+            ids, never=(ids.bos_id, ids.pad_id, ids.image_id), rows=rows
+        ),  # an image token alone means nothing
         "preprocessor_config.json": _image_processor_config(model),
         "processor_config.json": {
             "processor_class": "MM1Processor",
@@ -56,10 +61,13 @@ def write_mm1_files(experiment: Experiment, tokenizer_path: Path, out: Path, *, 
         shutil.copyfile(Path(megatron_mm.hf.__path__[0]) / name, out / name)
 
 
-def generation_config(ids: Tokenizer, *, rows: int) -> dict[str, Any]:
-    """generation_config.json of a model with so many embeddings."""
-    # An image token without an image means nothing, and rows beyond the tokenizer only fill the table up.
-    never = [ids.bos_id, ids.pad_id, ids.image_id, *range(ids.vocab_size, rows)]
+def generation_config(ids: Tokenizer, *, never: Iterable[int], rows: int) -> dict[str, Any]:
+    """generation_config.json of a model with so many embeddings.
+
+    Args:
+        never: tokens that are not generated.
+    """
+    never = [*never, *range(ids.vocab_size, rows)]  # rows beyond the tokenizer only fill the table up
     return {"bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id, "pad_token_id": ids.pad_id, "suppress_tokens": never}
 
 

@@ -15,6 +15,7 @@ from megatron_mm.conversion.mapping import Entry
 from megatron_mm.conversion.mm1_files import generation_config
 from megatron_mm.conversion.towers import clip_table
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.models import family_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +41,18 @@ def write_language_files(
     length, rows = experiment.data.sequence_length, vocab_rows or decoder.vocab_size
     config = language_model_config(decoder, architecture=architecture, dtype=dtype, sequence_length=length, vocab_rows=vocab_rows)
     if tokenizer is not None:
-        ids = Tokenizer.open(tokenizer)
+        names = family_of(experiment.model).special_tokens
+        ids = Tokenizer.open(tokenizer, special=names)
+        special = {name: ids.special_id(name) for name in names}
         shutil.copyfile(tokenizer, out / "tokenizer.model")
         config |= {"bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id}
         if ids.vocab_size <= rows:
-            converted = convert_tokenizer(tokenizer, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id, image_id=ids.image_id)
-            special = tokenizer_config(converted, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id, sequence_length=length)
-            plain = {name: value for name, value in special.items() if name not in ("processor_class", "auto_map")}
-            write_tokenizer(converted, plain, out)
-            _write(out / "generation_config.json", generation_config(ids, rows=rows))
+            converted = convert_tokenizer(tokenizer, special=special, bos_id=ids.bos_id, eos_id=ids.eos_id)
+            roles = {"pad_id": ids.pad_id, "bos_id": ids.bos_id, "eos_id": ids.eos_id}
+            write_tokenizer(converted, tokenizer_config(converted, special=special, sequence_length=length, **roles), out)
+            _write(out / "generation_config.json", generation_config(ids, never=special.values(), rows=rows))
         else:
-            logger.info("the written %d rows lack those for padding and images, so tokenizer.model is written as it is, alone", rows)
+            logger.info("the %d written rows lack those of special tokens, so tokenizer.model is written as it is, alone", rows)
     _write(out / "config.json", config)
 
 

@@ -72,12 +72,13 @@ def compute(settings: Experiment, run_dir: Path) -> Computed:
         max_seqlen=64,
         image_starts=torch.zeros(0, dtype=torch.int64),
         image_owners=torch.zeros(0, dtype=torch.int64),
+        image_documents=torch.zeros(0, dtype=torch.int64),
         pixels=PIXELS[:0] if topology.is_first_stage else None,
     )
     chunk = model[0].module
     with torch.no_grad():
         logits = _logits(model, batch)
-        features = chunk.vision(PIXELS) if chunk.vision is not None else None
+        features = chunk.vision(PIXELS) if topology.is_first_stage else None
     weights = {name: parameter.detach().clone() for name, parameter in chunk.named_parameters()}
     topologies.shutdown()
     return Computed(logits, features, weights)
