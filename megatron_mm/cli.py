@@ -5,6 +5,7 @@
     prepare index     read every sample of a data set once and index it
     prepare tokenizer train a SentencePiece tokenizer on a data set's texts
     convert to-hf     write a checkpoint as a Hugging Face model
+    convert from-hf   make a checkpoint that training begins with, of Hugging Face weights
     convert upcycle   make a sparse model of a dense checkpoint
     eval CHECKPOINT   held-out losses with true, shuffled and blank images, and captions
     doctor            what this machine has, and what falls back to what
@@ -29,13 +30,16 @@ from megatron_mm import __version__
 
 logger = logging.getLogger(__name__)
 
+_THREADS = min(8, os.cpu_count() or 1)
+"""That convert, unless told."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; returns on success, exits with 2 on a user's mistake."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.run not in (_train, _eval, _convert_upcycle):
+    if rest and known.run not in (_train, _eval, _convert_upcycle, _convert_from_hf):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     _configure_logging()
     try:
@@ -97,9 +101,24 @@ def _parser() -> argparse.ArgumentParser:
     to_hf = convert.add_parser("to-hf", help="write a checkpoint as a Hugging Face model")
     to_hf.add_argument("checkpoint", type=Path, help="RUN_DIR/checkpoints/step_..., or RUN_DIR for its newest")
     to_hf.add_argument("out", type=Path, help="directory to write")
-    to_hf.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="(default: %(default)s)")
+    to_hf.add_argument("--part", choices=["whole", "language", "vision"], default="whole", help="decoder or tower alone")
+    to_hf.add_argument("--architecture", choices=["llama", "mistral"], default="llama", help="of a decoder alone (default: %(default)s)")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    to_hf.add_argument("--dtype", choices=dtypes, default="auto", help="auto keeps the checkpoint's (default: %(default)s)")
+    to_hf.add_argument("--vocab-size", type=int, help="rows of the vocabulary to write, without those at the end that only fill it up")
     to_hf.add_argument("--shard-size", default="5GB", help="largest safetensors file (default: %(default)s)")
+    to_hf.add_argument("--threads", type=int, default=_THREADS, help="that read and write at once (default: %(default)s)")
     to_hf.set_defaults(run=_convert_to_hf)
+
+    from_hf = convert.add_parser("from-hf", help="make a checkpoint that training begins with, of Hugging Face weights", add_help=False)
+    from_hf.add_argument("out", nargs="?", type=Path, help="run directory to make; `train RECIPE --init-from OUT` begins with it")
+    from_hf.add_argument("--recipe", help="whose model it becomes")
+    from_hf.add_argument("--whole", type=Path, help="an exported model of the recipe's family")
+    from_hf.add_argument("--language", type=Path, help="a decoder: Llama, Mistral, InternLM2")
+    from_hf.add_argument("--vision", type=Path, help="an image tower: CLIP, of transformers or open_clip")
+    from_hf.add_argument("--threads", type=int, default=_THREADS)
+    from_hf.add_argument("-h", "--help", action="store_true")
+    from_hf.set_defaults(run=_convert_from_hf)
 
     upcycle = convert.add_parser("upcycle", help="make a sparse model whose experts begin as a dense checkpoint's MLPs", add_help=False)
     upcycle.add_argument("checkpoint", nargs="?", type=Path, help="dense checkpoint, or RUN_DIR for its newest")
@@ -195,7 +214,42 @@ def _prepare_tokenizer(known: argparse.Namespace, rest: list[str]) -> None:
 def _convert_to_hf(known: argparse.Namespace, rest: list[str]) -> None:
     from megatron_mm.conversion.to_hf import convert_to_hf
 
-    convert_to_hf(known.checkpoint, known.out, dtype=known.dtype, shard_size=known.shard_size)
+    made = convert_to_hf(
+        known.checkpoint,
+        known.out,
+        part=known.part,
+        architecture=known.architecture,
+        dtype=known.dtype,
+        vocab_rows=known.vocab_size,
+        shard_size=known.shard_size,
+        threads=known.threads,
+    )
+    print(f"{made.path}: {made.num_parameters:,} parameters in {made.num_tensors} tensors, {made.num_shards} files")
+
+
+def _convert_from_hf(known: argparse.Namespace, rest: list[str]) -> None:
+    if known.out is None or known.recipe is None:
+        print(
+            "usage: megatron-mm convert from-hf OUT --recipe RECIPE [--whole DIR] [--language DIR] [--vision DIR] [--group.field VALUE]\n"
+        )
+        print("DIR is a Hugging Face directory or a file of weights. What no source gives gets its initial weights.")
+        print("--language reads Llama, Vicuna, Mistral, Zephyr and InternLM2; --vision CLIP towers of transformers and open_clip;")
+        print("--whole what `convert to-hf` has written. With a recipe, --help lists every field.")
+        if not known.help:
+            raise ValueError("no directory to write or no recipe given")
+        return
+    from megatron_mm.commands import parse_eval_arguments
+    from megatron_mm.conversion.from_hf import convert_from_hf
+    from megatron_mm.recipes import get_recipe
+
+    experiment = parse_eval_arguments(get_recipe(known.recipe), [*rest, *(["--help"] if known.help else [])]).experiment
+    made = convert_from_hf(experiment, known.out, whole=known.whole, language=known.language, vision=known.vision, threads=known.threads)
+    print(made.checkpoint)
+    for what, count in made.sources.items():
+        print(f"  {count:16,} parameters read: {what}")
+    for what, count in made.drawn.items():
+        print(f"  {count:16,} parameters drawn: {what}")
+    print(f"begin with it: megatron-mm train {known.recipe} --init-from {known.out}")
 
 
 def _convert_upcycle(known: argparse.Namespace, rest: list[str]) -> None:

@@ -28,12 +28,12 @@ def llama_table(
 
 def _llama_layer(config: DecoderConfig, number: int, theirs: str) -> list[Entry]:
     layer = f"language.decoder.layers.{number}"
-    attention = {x: f"{theirs}.self_attn.{x}_proj.weight" for x in "qkv"}
+    q, k, v = (f"{theirs}.self_attn.{x}_proj.weight" for x in "qkv")
     heads = {"num_heads": config.num_attention_heads, "num_groups": config.num_query_groups, "head_dim": config.head_dim}
     sparse = number in config.sparse_layers
     return [
         Direct(f"{layer}.input_layernorm.weight", f"{theirs}.input_layernorm.weight"),
-        QKV(f"{layer}.self_attention.linear_qkv.weight", **attention, **heads),
+        QKV(f"{layer}.self_attention.linear_qkv.weight", q=q, k=k, v=v, **heads),
         Direct(f"{layer}.self_attention.linear_proj.weight", f"{theirs}.self_attn.o_proj.weight"),
         Direct(f"{layer}.pre_mlp_layernorm.weight", f"{theirs}.post_attention_layernorm.weight"),
         *(_llama_experts(config, f"{layer}.mlp", f"{theirs}.mlp") if sparse else _llama_mlp(f"{layer}.mlp", f"{theirs}.mlp")),
@@ -65,7 +65,7 @@ def internlm2_table(
     Its `wqkv` groups rows by key/value head as ours does: the group's queries, its key, its value.
     """
     rows = {"rows": config.vocab_size, "written_rows": vocab_rows or config.vocab_size}
-    layers = []
+    layers: list[Entry] = []
     for number in range(config.num_layers):
         layer, theirs = f"language.decoder.layers.{number}", f"{body}layers.{number}"
         layers += [

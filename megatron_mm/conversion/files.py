@@ -65,7 +65,7 @@ class Place:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     assert tensor.is_contiguous(), "only a contiguous tensor is a run of bytes"
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def read_tensor(place: Place, info: TensorInfo) -> torch.Tensor:

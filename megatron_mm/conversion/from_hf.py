@@ -31,11 +31,12 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_mm.config import Experiment, save_experiment, to_dict
 from megatron_mm.conversion.checksums import combine
 from megatron_mm.conversion.files import TensorInfo, checksum_of
-from megatron_mm.conversion.job import Lane, Task, Written, finish, partial_directory, run_lanes, write_archives
+from megatron_mm.conversion.job import Lane, Task, Written, cut, finish, partial_directory, run_lanes, write_archives
 from megatron_mm.conversion.mapping import Direct, Entry
 from megatron_mm.conversion.sources import Part, Source, open_source
 from megatron_mm.conversion.target import Target, model_targets
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.models import family_of
 from megatron_mm.training.checkpoint import TENSORS, completed_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -129,20 +130,20 @@ def convert_from_hf(
 
 def _plan(targets: dict[str, Target], sources: list[Source]) -> list[_Tensor]:
     """Where each tensor comes from. Raises one ValueError for all that does not fit."""
-    found: dict[tuple[str, int | None], tuple[Entry, Source]] = {}
+    found: dict[tuple[str, int | None], tuple[Entry | None, Source | None]] = {}
     problems: list[str] = []
-    for source in sources:
-        problems += _problems(source, targets)
-        for entry in source.entries:
-            assert (entry.ours, entry.row) not in found, f"two entries write {entry.ours} {entry.row}"
-            found[entry.ours, entry.row] = (entry, source)
+    for given in sources:
+        problems += _problems(given, targets)
+        for read in given.entries:
+            assert (read.ours, read.row) not in found, f"two entries write {read.ours} {read.row}"
+            found[read.ours, read.row] = (read, given)
     if problems:
         raise ValueError("\n  ".join(["the sources do not fit the recipe's model:", *problems]))
     tensors = []
     for target in targets.values():
         for row in range(target.info.shape[0]) if target.stacked else [None]:
-            entry, origin = found.get((target.name, row), (None, None))
-            tensors.append(_Tensor(target, row, entry, origin))
+            entry, source = found.get((target.name, row), (None, None))
+            tensors.append(_Tensor(target, row, entry, source))
     _warn_of_rounding(tensors)
     return tensors
 
@@ -216,10 +217,11 @@ def _find_tokenizer(experiment: Experiment, sources: list[Source]) -> Path | Non
             raise ValueError(f"tokenizer {named} does not exist: give another --data.tokenizer")
         logger.warning("no tokenizer.model is beside the weights, so the checkpoint has none: --data.tokenizer FILE adds one")
         return None
-    size, rows = Tokenizer.open(found[0]).vocab_size, experiment.model.decoder.vocab_size
+    special = family_of(experiment.model).special_tokens
+    size, rows = Tokenizer.open(found[0], special=special).vocab_size, experiment.model.decoder.vocab_size
     if size > rows:
         raise ValueError(
-            f"{found[0]} has {size} tokens with those for padding and images, but the model only {rows}: "
+            f"{found[0]} has {size} tokens with those that stand for images, but the model only {rows}: "
             f"use --model.decoder.vocab-size {size} or more"
         )
     return found[0]
@@ -232,14 +234,7 @@ def _lanes(tensors: list[_Tensor], *, seed: int) -> list[Lane]:
     """The tensors in files of about equal size."""
     tasks = [_task(tensor, seed=seed) for tensor in tensors]
     limit = min(max(sum(task.num_bytes for task in tasks) // _FILES, _SMALLEST_FILE), _LARGEST_FILE)
-    groups: list[list[Task]] = [[]]
-    used = 0
-    for task in tasks:
-        if groups[-1] and used + task.num_bytes > limit:
-            groups.append([])
-            used = 0
-        groups[-1].append(task)
-        used += task.num_bytes
+    groups = cut(tasks, limit=limit)
     return [Lane(f"{TENSORS}/__0_{number}.distcp", tuple(group), write_archives) for number, group in enumerate(groups)]
 
 

@@ -12,6 +12,7 @@ are: `<image>a red ball` is the image token and then the ids of "a red ball".
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ _SPACE = "▁"
 _SPM: Any = sentencepiece_model_pb2  # generated at import time, so without types
 
 
-def convert_tokenizer(model: Path, *, pad_id: int, bos_id: int, eos_id: int, image_id: int) -> Tokenizer:
+def convert_tokenizer(model: Path, *, special: Mapping[str, int], bos_id: int, eos_id: int) -> Tokenizer:
     """The SentencePiece BPE model at `model` with the stack's special tokens.
 
     Args:
-        pad_id, bos_id, eos_id, image_id: ids of `<pad>`, `<s>`, `</s>`, `<image>`; what the model lacks comes after its pieces.
+        special: ids of the family's special tokens; what the model lacks comes after its pieces.
+        bos_id, eos_id: ids of `<s>` and `</s>`.
 
     Raises ValueError where the model is not BPE with byte fallback, or has something without a counterpart.
     """
@@ -46,7 +48,6 @@ def convert_tokenizer(model: Path, *, pad_id: int, bos_id: int, eos_id: int, ima
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     prefix = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(steps + prefix)
-    special = {"<pad>": pad_id, "<image>": image_id}
     own = [piece.piece for piece in proto.pieces if piece.type in (kinds.UNKNOWN, kinds.CONTROL)]
     named = sorted({*own, *special}, key=lambda piece: vocab.get(piece, special.get(piece, 0)))
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in named])
@@ -60,19 +61,20 @@ def convert_tokenizer(model: Path, *, pad_id: int, bos_id: int, eos_id: int, ima
     return tokenizer
 
 
-def tokenizer_config(tokenizer: Tokenizer, *, pad_id: int, bos_id: int, eos_id: int, sequence_length: int) -> dict[str, Any]:
+def tokenizer_config(
+    tokenizer: Tokenizer, *, special: Iterable[str], pad_id: int, bos_id: int, eos_id: int, sequence_length: int
+) -> dict[str, Any]:
     """tokenizer_config.json: which token means what, and that batches of prompts are padded on the left."""
     roles = {"pad_token": pad_id, "bos_token": bos_id, "eos_token": eos_id}
+    names = {role: tokenizer.id_to_token(index) for role, index in roles.items()}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{role: tokenizer.id_to_token(index) for role, index in roles.items()},
+        **names,
         "unk_token": tokenizer.model.unk_token,
-        "additional_special_tokens": ["<image>"],
+        "additional_special_tokens": [name for name in special if name not in names.values()],
         "model_max_length": sequence_length,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
-        "processor_class": "MM1Processor",
-        "auto_map": {"AutoProcessor": "processing_mm1.MM1Processor"},
     }
 
 

@@ -18,12 +18,12 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -103,6 +103,27 @@ def write_archives(task: Task, cursor: Cursor) -> None:
         torch.save(tensor.contiguous(), cursor)  # type: ignore[arg-type]
 
 
+class _Sized(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
+
+
+Sized = TypeVar("Sized", bound=_Sized)
+
+
+def cut(items: Iterable[Sized], *, limit: int) -> list[list[Sized]]:
+    """Neighbouring items in groups of at most `limit` bytes; one that is larger is a group of its own."""
+    groups: list[list[Sized]] = [[]]
+    used = 0
+    for item in items:
+        if groups[-1] and used + item.num_bytes > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(item)
+        used += item.num_bytes
+    return groups
+
+
 @contextmanager
 def partial_directory(path: Path, *, fingerprint: dict[str, Any]) -> Iterator[Path]:
     """The directory that a conversion is written into, locked; what an interrupted one of the same fingerprint left in it stays.
@@ -123,7 +144,14 @@ def partial_directory(path: Path, *, fingerprint: dict[str, Any]) -> Iterator[Pa
             for entry in leftover:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             (path / PROGRESS).write_text(json.dumps({"conversion": digest}) + "\n")
-        yield path
+        try:
+            yield path
+        except BaseException:
+            if (path / PROGRESS).read_text().count("\n") == 1:  # nothing to go on from
+                shutil.rmtree(path)
+            else:
+                logger.info("what is written so far stays in %s: the same command goes on from there", path)
+            raise
 
 
 def finish(partial: Path, final: Path) -> None:

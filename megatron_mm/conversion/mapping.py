@@ -224,8 +224,9 @@ class Wrapped:
 class Positions:
     """Learned positions of an image tower, a row for each patch, row by row of the image, after the class token's where there is one.
 
-    Those of another resolution are interpolated: each channel is a picture of grid x grid values, resized with bicubic weights (widened
-    where it shrinks, so that no position is skipped). The class token's row stays as it is. The same number of rows is copied untouched.
+    Those of another resolution are interpolated: each channel is a picture of grid x grid values, resized with bicubic weights, as
+    transformers does it; where it shrinks these are widened, so that no position is skipped. The class token's row stays as it is. The
+    same number of rows is copied untouched.
     """
 
     row: ClassVar[None] = None
@@ -255,7 +256,7 @@ class Positions:
                 f"{self.theirs} has {positions.shape[0]} rows, which are no square grid{' and a class token' if first else ''}"
             )
         grid = positions[first:].float().unflatten(0, (there, there)).permute(2, 0, 1)[None]
-        resized = F.interpolate(grid, size=(here, here), mode="bicubic", align_corners=False, antialias=True)
+        resized = F.interpolate(grid, size=(here, here), mode="bicubic", align_corners=False, antialias=here < there)
         return torch.cat([positions[:first], resized[0].permute(1, 2, 0).flatten(0, 1).to(positions.dtype)])
 
 
@@ -291,7 +292,8 @@ class Vocabulary:
         missing = self.rows - table.shape[0]
         if missing < 0:
             raise ValueError(
-                f"{self.theirs} has {table.shape[0]} rows, but the model only {self.rows}: use --model.decoder.vocab-size {table.shape[0]} or more"
+                f"{self.theirs} has {table.shape[0]} rows, but the model only {self.rows}: "
+                f"use --model.decoder.vocab-size {table.shape[0]} or more"
             )
         if missing == 0:
             return table

@@ -4,43 +4,49 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import megatron_mm.hf
 from megatron_mm.config import DecoderConfig, Experiment, MM1Config
+from megatron_mm.conversion.configs import decoder_config, tower_config
 from megatron_mm.conversion.hf_tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
 from megatron_mm.data.tokenizer import Tokenizer
 
 _CODE = ("configuration_mm1.py", "modeling_mm1.py", "processing_mm1.py")
 
 
-def write_mm1_files(experiment: Experiment, tokenizer_path: Path, out: Path, *, dtype: str) -> None:
+def write_mm1_files(experiment: Experiment, tokenizer_path: Path, out: Path, *, dtype: str, vocab_rows: int | None = None) -> None:
     """Write everything but the weights into `out`.
 
     Args:
         experiment: of the checkpoint; its model is an MM1.
         tokenizer_path: the checkpoint's SentencePiece model.
         dtype: of the weights, by torch's name.
+        vocab_rows: rows of the vocabulary that are written; None writes all.
 
     Raises ValueError where the tokenizer cannot be exported or has more ids than the model has embeddings.
     """
     model = experiment.model
     assert isinstance(model, MM1Config), "the family's own files"
     ids = Tokenizer.open(tokenizer_path)
-    if ids.vocab_size > model.decoder.vocab_size:
-        raise ValueError(
-            f"{tokenizer_path} has {ids.vocab_size} ids, but the model has {model.decoder.vocab_size} embeddings: it is not this run's"
-        )
-    tokenizer = convert_tokenizer(tokenizer_path, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id, image_id=ids.image_id)
+    rows = vocab_rows or model.decoder.vocab_size
+    if ids.vocab_size > rows:
+        raise ValueError(f"{tokenizer_path} has {ids.vocab_size} ids, but {rows} embeddings are written: it is not this run's")
+    special = {name: ids.special_id(name) for name in ("<pad>", "<image>")}
+    tokenizer = convert_tokenizer(tokenizer_path, special=special, bos_id=ids.bos_id, eos_id=ids.eos_id)
     length = experiment.data.sequence_length
-    special = tokenizer_config(tokenizer, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id, sequence_length=length)
-    write_tokenizer(tokenizer, special, out)
-    config = hf_config(model, dtype=dtype, ids=ids, sequence_length=length)
+    roles = {"pad_id": ids.pad_id, "bos_id": ids.bos_id, "eos_id": ids.eos_id}
+    processor = {"processor_class": "MM1Processor", "auto_map": {"AutoProcessor": "processing_mm1.MM1Processor"}}
+    write_tokenizer(tokenizer, {**tokenizer_config(tokenizer, special=special, sequence_length=length, **roles), **processor}, out)
+    config = hf_config(model, dtype=dtype, ids=ids, sequence_length=length, vocab_rows=vocab_rows)
     documents = {
         "config.json": config,
-        "generation_config.json": _generation_config(model, ids),
+        "generation_config.json": generation_config(
+            ids, never=(ids.bos_id, ids.pad_id, ids.image_id), rows=rows
+        ),  # an image token alone means nothing
         "preprocessor_config.json": _image_processor_config(model),
         "processor_config.json": {
             "processor_class": "MM1Processor",
@@ -50,13 +56,18 @@ def write_mm1_files(experiment: Experiment, tokenizer_path: Path, out: Path, *, 
     }
     for name, document in documents.items():
         (out / name).write_text(json.dumps(document, indent=2) + "\n")
+    shutil.copyfile(tokenizer_path, out / "tokenizer.model")  # for those who read that, this project among them
     for name in _CODE:
         shutil.copyfile(Path(megatron_mm.hf.__path__[0]) / name, out / name)
 
 
-def _generation_config(model: MM1Config, ids: Tokenizer) -> dict[str, Any]:
-    # An image token without an image means nothing, and rows beyond the tokenizer only fill the table up.
-    never = [ids.bos_id, ids.pad_id, ids.image_id, *range(ids.vocab_size, model.decoder.vocab_size)]
+def generation_config(ids: Tokenizer, *, never: Iterable[int], rows: int) -> dict[str, Any]:
+    """generation_config.json of a model with so many embeddings.
+
+    Args:
+        never: tokens that are not generated.
+    """
+    never = [*never, *range(ids.vocab_size, rows)]  # rows beyond the tokenizer only fill the table up
     return {"bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id, "pad_token_id": ids.pad_id, "suppress_tokens": never}
 
 
@@ -70,13 +81,14 @@ def _image_processor_config(model: MM1Config) -> dict[str, Any]:
     }
 
 
-def hf_config(config: MM1Config, *, dtype: str, ids: Tokenizer, sequence_length: int) -> dict[str, Any]:
+def hf_config(config: MM1Config, *, dtype: str, ids: Tokenizer, sequence_length: int, vocab_rows: int | None = None) -> dict[str, Any]:
     """config.json of an exported MM1.
 
     Args:
         dtype: of the weights, by torch's name.
         ids: the tokenizer, for the ids of special tokens.
         sequence_length: tokens of a training sequence.
+        vocab_rows: rows of the vocabulary that are written; None writes all.
     """
     decoder, vision = config.decoder, config.vision
     return {
@@ -95,37 +107,13 @@ def hf_config(config: MM1Config, *, dtype: str, ids: Tokenizer, sequence_length:
         "pad_token_id": ids.pad_id,
         "tie_word_embeddings": decoder.tied_embeddings,
         "connector_config": asdict(config.connector),
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.ffn_hidden_size,
-            "num_hidden_layers": vision.num_layers,
-            "num_attention_heads": vision.num_attention_heads,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_act": vision.activation,
-            "layer_norm_eps": vision.norm_epsilon,
-        },
+        "vision_config": tower_config(vision),
         "text_config": {
             "model_type": "llama",
-            "vocab_size": decoder.vocab_size,
-            "hidden_size": decoder.hidden_size,
-            "intermediate_size": decoder.ffn_hidden_size,
-            "num_hidden_layers": decoder.num_layers,
-            "num_attention_heads": decoder.num_attention_heads,
-            "num_key_value_heads": decoder.num_query_groups,
-            "head_dim": decoder.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": decoder.norm_epsilon,
-            "rope_theta": decoder.rotary_base,  # before transformers 5
-            "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rotary_base},
-            "max_position_embeddings": sequence_length,
+            **decoder_config(decoder, sequence_length=sequence_length, vocab_rows=vocab_rows),
             **_experts_config(decoder),
-            "tie_word_embeddings": decoder.tied_embeddings,
             "bos_token_id": ids.bos_id,
             "eos_token_id": ids.eos_id,
-            # No pad_token_id: transformers would treat that row of the embedding table as a constant zero when it trains.
-            "pad_token_id": None,
         },
     }
 

@@ -1,8 +1,8 @@
 """A training checkpoint -> a Hugging Face directory, tensor by tensor.
 
-The directory loads under plain transformers with `trust_remote_code=True`. Memory stays at about one shard: tensors are read,
-renamed, cast and written in the order of the table, and the optimizer's are never read. Names and shapes are checked before
-the first tensor is read.
+A whole model loads under plain transformers with `trust_remote_code=True`, a decoder or an image tower alone without it. Tensors are
+read, renamed, cast and written in the order of the table, and the optimizer's are never read. Names and shapes are checked before the
+first tensor is read.
 """
 
 from __future__ import annotations
@@ -10,41 +10,36 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
-import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
-from megatron_mm.config import Experiment, load_experiment
-from megatron_mm.conversion.mapping import Entry, check_names
-from megatron_mm.conversion.mm1 import mm1_table
-from megatron_mm.conversion.mm1_files import write_mm1_files
-from megatron_mm.conversion.reader import CheckpointReader, TensorInfo
-from megatron_mm.training.checkpoint import completed_checkpoints
+from megatron_mm.config import Experiment, load_experiment, to_dict
+from megatron_mm.conversion import parts
+from megatron_mm.conversion.configs import Architecture
+from megatron_mm.conversion.families import FAMILIES
+from megatron_mm.conversion.files import TensorInfo, safetensors_header
+from megatron_mm.conversion.job import Lane, Task, cut, finish, partial_directory, run_lanes, write_values
+from megatron_mm.conversion.mapping import Direct, Entry, check_names
+from megatron_mm.conversion.reader import CheckpointReader
+from megatron_mm.conversion.target import model_targets
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.training.checkpoint import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types of written weights; auto writes them as the checkpoint has them."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_LANE_BYTES = 1 << 27
+"""What one thread writes of a file before another may take over."""
+_SPARE_MEMORY = 1 << 28
 
-
-@dataclass(frozen=True)
-class HfFamily:
-    """What a model family needs to be exported."""
-
-    table: Callable[[Any], list[Entry]]
-    """The table of a model config."""
-    write_files: Callable[..., None]
-    """Writes all but the weights: (experiment, tokenizer path, directory, dtype=...)."""
-
-
-FAMILIES: dict[str, HfFamily] = {"mm1": HfFamily(table=mm1_table, write_files=write_mm1_files)}
+ExportedPart = Literal["whole", "language", "vision"]
 
 
 @dataclass(frozen=True)
@@ -60,20 +55,42 @@ class Export:
 
 
 @dataclass(frozen=True)
-class _Shard:
-    entries: list[Entry]
-    num_bytes: int
+class Written:
+    """An entry of the table and the tensors that it becomes."""
+
+    entry: Entry
+    read: TensorInfo
+    infos: dict[str, TensorInfo]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.infos.values())
 
 
-def convert_to_hf(checkpoint: Path, out: Path, *, dtype: str = "bfloat16", shard_size: str = "5GB", verify: bool = True) -> Export:
+def convert_to_hf(
+    checkpoint: Path,
+    out: Path,
+    *,
+    part: ExportedPart = "whole",
+    architecture: Architecture = "llama",
+    dtype: str = "auto",
+    vocab_rows: int | None = None,
+    shard_size: str = "5GB",
+    verify: bool = True,
+    threads: int = 4,
+) -> Export:
     """Export the weights of a training checkpoint for Hugging Face transformers.
 
     Args:
         checkpoint: `RUN_DIR/checkpoints/step_...`, or RUN_DIR for its newest.
         out: a directory that does not exist or is empty; it appears when it is complete.
-        dtype: of the written weights: float32, bfloat16 or float16.
+        part: the whole model, its decoder or its image tower.
+        architecture: what a decoder alone is written as; both compute the same.
+        dtype: of the written weights: auto, float32, bfloat16 or float16.
+        vocab_rows: rows of the vocabulary that are written, without those at the end that only fill it up; None writes all.
         shard_size: of one weights file at most, such as "5GB" or "500MB"; a larger tensor gets a file of its own.
         verify: check the checkpoint's checksums first.
+        threads: that read and write at once.
 
     Raises ValueError where an argument is wrong, `out` holds something, the checkpoint is incomplete or damaged, or its
     tensors are not those of its model.
@@ -83,29 +100,32 @@ def convert_to_hf(checkpoint: Path, out: Path, *, dtype: str = "bfloat16", shard
     limit = parse_size(shard_size)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory: give another one or remove it")
-    checkpoint = _newest(checkpoint)
+    checkpoint = find_checkpoint(checkpoint)
     experiment, tokenizer = _describe(checkpoint)
-    family = FAMILIES[experiment.model.family]
-    reader = CheckpointReader(checkpoint, verify=verify)
-    entries = family.table(experiment.model)
-    infos = reader.names()
-    check_names((entry.ours for entry in entries), infos, where=f"checkpoint {checkpoint}")
-    _check_shapes(entries, infos)
-    shards = plan_shards(entries, infos, limit=limit, item_size=DTYPES[dtype].itemsize)
-    partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
-    partial.mkdir(parents=True)
-    try:
-        family.write_files(experiment, tokenizer, partial, dtype=dtype)
-        _write_weights(shards, reader, partial, dtype=DTYPES[dtype])
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    _check_rows(vocab_rows, experiment, tokenizer)
+    table, write_files = _exporter(part, experiment, tokenizer, checkpoint, architecture=architecture, vocab_rows=vocab_rows)
+    reader = CheckpointReader(checkpoint, verify=verify, threads=threads)
+    plan = plan_tensors(table, _checked_infos(reader, experiment, table, checkpoint, whole=part == "whole"), dtype=DTYPES[dtype])
+    shards = plan_shards(plan, limit=limit)
+    lanes = _lanes(shards, reader)
+    fingerprint = {
+        "experiment": to_dict(experiment),
+        "files": reader.files,
+        "lanes": [[lane.file, lane.start, [task.name for task in lane.tasks]] for lane in lanes],
+        "headers": [{name: [list(i.shape), str(i.dtype)] for w in shard for name, i in w.infos.items()} for shard in shards],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with partial_directory(out.parent / f".{out.name}.partial", fingerprint=fingerprint) as directory:
+        write_files(directory, dtype=_dtype_name(plan))
+        run_lanes(lanes, directory, threads=threads, memory=max(map(_shard_bytes, shards)) + _SPARE_MEMORY)
+        _write_index(shards, directory)
+        finish(directory, out)
     return Export(
         path=out,
-        num_parameters=sum(_numel(infos[entry.ours], entry) for entry in entries),
-        num_tensors=sum(len(entry.hf) for entry in entries),
+        num_parameters=sum(info.numel for written in plan for info in written.infos.values()),
+        num_tensors=sum(len(written.infos) for written in plan),
         num_shards=len(shards),
-        num_bytes=sum(shard.num_bytes for shard in shards),
+        num_bytes=sum(map(_shard_bytes, shards)),
     )
 
 
@@ -118,77 +138,138 @@ def parse_size(text: str) -> int:
     return size
 
 
-def plan_shards(entries: list[Entry], infos: dict[str, TensorInfo], *, limit: int, item_size: int) -> list[_Shard]:
+def plan_tensors(table: list[Entry], infos: dict[str, TensorInfo], *, dtype: torch.dtype | None) -> list[Written]:
+    """What each entry becomes, found by converting tensors without content. Raises ValueError for a shape that does not fit."""
+    plan = []
+    for entry in table:
+        stored = infos[entry.ours]
+        read = stored if entry.row is None else TensorInfo(stored.shape[1:], stored.dtype)
+        found = entry.to_hf(torch.empty(read.shape, dtype=read.dtype, device="meta"))
+        written = {name: TensorInfo(tuple(tensor.shape), dtype or read.dtype) for name, tensor in zip(entry.hf, found, strict=True)}
+        plan.append(Written(entry, read, written))
+    return plan
+
+
+def plan_shards(plan: list[Written], *, limit: int) -> list[list[Written]]:
     """Cut the table, in its order, into files of at most `limit` bytes; an entry that is larger is a file of its own."""
-    shards: list[_Shard] = []
-    members: list[Entry] = []
-    used = 0
-    for entry in entries:
-        size = _numel(infos[entry.ours], entry) * item_size
-        if members and used + size > limit:
-            shards.append(_Shard(members, used))
-            members, used = [], 0
-        members, used = [*members, entry], used + size
-    return [*shards, _Shard(members, used)]
+    return cut(plan, limit=limit)
 
 
-def _newest(path: Path) -> Path:
-    """The newest complete checkpoint of a run directory; any other path as it is."""
-    if not (path / "checkpoints").is_dir():
-        return path
-    complete = completed_checkpoints(path)
-    if not complete:
-        raise ValueError(f"{path} has no complete checkpoint")
-    return complete[-1]
+def _shard_bytes(shard: list[Written]) -> int:
+    return sum(written.num_bytes for written in shard)
 
 
-def _describe(checkpoint: Path) -> tuple[Experiment, Path]:
-    """The experiment and the tokenizer of a checkpoint."""
-    experiment_path, tokenizer = checkpoint / "experiment.json", checkpoint / "tokenizer.model"
-    if not experiment_path.is_file():
-        raise ValueError(f"{checkpoint} is no checkpoint (it has no experiment.json): give a directory RUN_DIR/checkpoints/step_...")
-    if not tokenizer.is_file():
-        raise ValueError(f"{checkpoint} has no tokenizer.model: put the run's SentencePiece model there")
-    experiment = load_experiment(experiment_path)
+def _dtype_name(plan: list[Written]) -> str:
+    """The type of most of the written values."""
+    counts: dict[torch.dtype, int] = {}
+    for written in plan:
+        for info in written.infos.values():
+            counts[info.dtype] = counts.get(info.dtype, 0) + info.numel
+    return str(max(counts, key=counts.__getitem__)).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------------------------- reading
+
+
+def _describe(checkpoint: Path) -> tuple[Experiment, Path | None]:
+    """The experiment and the tokenizer of a checkpoint; None where it has none."""
+    tokenizer = checkpoint / "tokenizer.model"
+    return load_experiment(checkpoint / "experiment.json"), tokenizer if tokenizer.is_file() else None
+
+
+def _check_rows(vocab_rows: int | None, experiment: Experiment, tokenizer: Path | None) -> None:
+    rows = experiment.model.decoder.vocab_size
+    if vocab_rows is None:
+        return
+    if not 0 < vocab_rows <= rows:
+        raise ValueError(f"--vocab-size is {vocab_rows}, but the model has {rows} rows: it can only cut some off")
+    pieces = 0 if tokenizer is None else Tokenizer.open(tokenizer).num_pieces
+    if vocab_rows < pieces:
+        raise ValueError(f"--vocab-size is {vocab_rows}, but the checkpoint's tokenizer has {pieces} tokens: use {pieces} or more")
+
+
+def _exporter(
+    part: ExportedPart,
+    experiment: Experiment,
+    tokenizer: Path | None,
+    checkpoint: Path,
+    *,
+    architecture: Architecture,
+    vocab_rows: int | None,
+) -> tuple[list[Entry], Callable[..., None]]:
+    """The table of what is exported, and what writes the other files: (directory, dtype=...)."""
+    if part == "vision":
+        return parts.vision_table(experiment), partial(parts.write_vision_files, experiment)
+    if part == "language":
+        files = partial(parts.write_language_files, experiment, tokenizer, architecture=architecture, vocab_rows=vocab_rows)
+        return parts.language_table(experiment, vocab_rows=vocab_rows), files
     if experiment.model.family not in FAMILIES:
-        raise ValueError(f"{checkpoint} holds a model of family {experiment.model.family!r}, but only {sorted(FAMILIES)} can be exported")
-    return experiment, tokenizer
+        raise ValueError(
+            f"{checkpoint} holds a model of family {experiment.model.family!r}, but only {sorted(FAMILIES)} can be exported whole: "
+            "use --part language or --part vision"
+        )
+    if tokenizer is None:
+        raise ValueError(f"{checkpoint} has no tokenizer.model: put the run's SentencePiece model there")
+    family = FAMILIES[experiment.model.family]
+    table = family.table(experiment.model, vocab_rows=vocab_rows)
+    return table, partial(family.write_files, experiment, tokenizer, vocab_rows=vocab_rows)
 
 
-def _check_shapes(entries: list[Entry], infos: dict[str, TensorInfo]) -> None:
-    """Convert tensors without content, so that a shape that does not fit is found before hours of reading."""
-    for entry in entries:
-        entry.to_hf(torch.empty(_shape(infos[entry.ours], entry), device="meta"))
+def _checked_infos(
+    reader: CheckpointReader, experiment: Experiment, table: list[Entry], checkpoint: Path, *, whole: bool
+) -> dict[str, TensorInfo]:
+    """The stored tensors. Raises ValueError where they are not those of the checkpoint's own model, with the shapes."""
+    infos, where = reader.names(), f"checkpoint {checkpoint}"
+    wanted = {entry.ours for entry in table}
+    check_names(wanted, infos if whole else wanted & infos.keys(), where=where)
+    targets = model_targets(experiment)
+    wrong = [
+        f"{name} should be {list(targets[name].info.shape)}, but is {list(infos[name].shape)}"
+        for name in infos
+        if name in wanted and infos[name].shape != targets[name].info.shape
+    ]
+    if wrong:
+        raise ValueError("\n  ".join([f"{where} does not hold the model of its experiment.json:", *wrong]))
+    return infos
 
 
-def _write_weights(shards: list[_Shard], reader: CheckpointReader, out: Path, *, dtype: torch.dtype) -> None:
-    started, total, done = time.monotonic(), sum(shard.num_bytes for shard in shards), 0
-    weight_map: dict[str, str] = {}
-    for index, shard in enumerate(shards, start=1):
-        name = f"model-{index:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
-        for entry in shard.entries:
-            parts = entry.to_hf(reader.read(entry.ours, row=entry.row))
-            tensors.update({hf: part.to(dtype).contiguous() for hf, part in zip(entry.hf, parts, strict=True)})
-        save_file(_without_shared_memory(tensors), out / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-        done += shard.num_bytes
-        seconds = time.monotonic() - started
-        logger.info("wrote %s (%.2f of %.2f GB), about %.0f s left", name, done / 1e9, total / 1e9, seconds * (total - done) / done)
-    if len(shards) > 1:
-        document = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(document, indent=2) + "\n")
+# ------------------------------------------------------------------------------------------------------------------- writing
 
 
-def _without_shared_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parts of one tensor that are views of it, such as a gate's rows, as tensors of their own: safetensors asks for that."""
-    return {name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for name, t in tensors.items()}
+def _lanes(shards: list[list[Written]], reader: CheckpointReader) -> list[Lane]:
+    """The files, each cut into runs of bytes that are written beside one another."""
+    lanes: list[Lane] = []
+    for number, shard in enumerate(shards, start=1):
+        file = _file_name(number, len(shards))
+        header, begins = safetensors_header({name: info for written in shard for name, info in written.infos.items()})
+        size = len(header) + _shard_bytes(shard)
+        for group in cut(shard, limit=_LANE_BYTES):
+            start = begins[next(iter(group[0].infos))]
+            lanes.append(Lane(file, tuple(_task(written, reader) for written in group), write_values, start, header, size))
+    return lanes
 
 
-def _numel(info: TensorInfo, entry: Entry) -> int:
-    return torch.Size(_shape(info, entry)).numel()
+def _task(written: Written, reader: CheckpointReader) -> Task:
+    as_it_is = isinstance(written.entry, Direct) and all(info == written.read for info in written.infos.values())
+    memory = written.read.num_bytes * (1 if as_it_is else 2) + (0 if as_it_is else written.num_bytes)
+    return Task(", ".join(written.infos), written.num_bytes, memory, partial(_read, written, reader))
 
 
-def _shape(info: TensorInfo, entry: Entry) -> tuple[int, ...]:
-    """Of what an entry is about: the tensor, or one of a stack."""
-    return info.shape if entry.row is None else info.shape[1:]
+def _read(written: Written, reader: CheckpointReader) -> list[torch.Tensor]:
+    found = written.entry.to_hf(reader.read(written.entry.ours, row=written.entry.row))
+    return [tensor.to(info.dtype) for tensor, info in zip(found, written.infos.values(), strict=True)]
+
+
+def _file_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+
+
+def _write_index(shards: list[list[Written]], directory: Path) -> None:
+    """Which file holds which tensor, where there is more than one."""
+    if len(shards) == 1:
+        return
+    weight_map = {
+        name: _file_name(number, len(shards)) for number, shard in enumerate(shards, start=1) for written in shard for name in written.infos
+    }
+    document: dict[str, Any] = {"metadata": {"total_size": sum(map(_shard_bytes, shards))}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(document, indent=2) + "\n")

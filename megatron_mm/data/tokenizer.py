@@ -40,7 +40,9 @@ class Tokenizer:
         """Of the SentencePiece model alone: special tokens do not change what a text is."""
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
-        self.vocab_size: int = self._pieces.get_piece_size()
+        self.num_pieces: int = self._pieces.get_piece_size()
+        """Ids of the model itself, without special tokens that it lacks."""
+        self.vocab_size: int = self.num_pieces
         self._appended: dict[str, int] = {}
         for name in special:
             if self._control(name) is None and name not in self._appended:

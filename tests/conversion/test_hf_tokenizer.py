@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -38,10 +39,9 @@ STRANGE = [
 def export(path: Path, out: Path) -> PreTrainedTokenizerBase:
     ids = Tokenizer.open(path)
     out.mkdir()
-    tokenizer = convert_tokenizer(path, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id, image_id=ids.image_id)
-    write_tokenizer(
-        tokenizer, tokenizer_config(tokenizer, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id, sequence_length=64), out
-    )
+    special, roles = {"<pad>": ids.pad_id, "<image>": ids.image_id}, {"bos_id": ids.bos_id, "eos_id": ids.eos_id}
+    tokenizer = convert_tokenizer(path, special=special, **roles)
+    write_tokenizer(tokenizer, tokenizer_config(tokenizer, special=special, pad_id=ids.pad_id, sequence_length=64, **roles), out)
     return AutoTokenizer.from_pretrained(out)
 
 
@@ -95,17 +95,20 @@ def test_a_model_without_image_token_gets_it_after_its_pieces(tmp_path: Path) ->
     assert len(theirs) == ours.vocab_size
 
 
+IDS: dict[str, Any] = {"special": {"<pad>": 3, "<image>": 4}, "bos_id": 1, "eos_id": 2}
+
+
 def test_other_kinds_are_refused(tmp_path: Path) -> None:
     path = train(tmp_path / "unigram.model", model_type="unigram", vocab_size=300)
     with pytest.raises(ValueError, match="UNIGRAM model"):
-        convert_tokenizer(path, pad_id=3, bos_id=1, eos_id=2, image_id=4)
+        convert_tokenizer(path, **IDS)
     with pytest.raises(ValueError, match="byte_fallback=False"):
-        convert_tokenizer(train(tmp_path / "plain.model", byte_fallback=False), pad_id=3, bos_id=1, eos_id=2, image_id=4)
+        convert_tokenizer(train(tmp_path / "plain.model", byte_fallback=False), **IDS)
     with pytest.raises(ValueError, match="user-defined symbols"):
-        convert_tokenizer(train(tmp_path / "symbols.model", user_defined_symbols=["star"]), pad_id=3, bos_id=1, eos_id=2, image_id=4)
+        convert_tokenizer(train(tmp_path / "symbols.model", user_defined_symbols=["star"]), **IDS)
 
 
 def test_ids_of_another_run_are_refused(tokenizer_path: Path) -> None:
     ids = Tokenizer.open(tokenizer_path)
     with pytest.raises(ValueError, match=f"<image> has the id {ids.image_id} here, but 77 in training"):
-        convert_tokenizer(tokenizer_path, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id, image_id=77)
+        convert_tokenizer(tokenizer_path, special={"<pad>": ids.pad_id, "<image>": 77}, bos_id=ids.bos_id, eos_id=ids.eos_id)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_mm.config import ConnectorConfig, DecoderConfig, MM1Config
-from megatron_mm.conversion.mapping import QKV, Direct, GatedMLP, expand, from_hf, to_hf
+from megatron_mm.conversion.mapping import QKV, Direct, GatedMLP, Positions, StackedQKV, Vocabulary, expand, from_hf, to_hf
 from megatron_mm.conversion.mm1 import mm1_table
 from megatron_mm.models.vision import VIT_TINY
 
@@ -56,7 +56,10 @@ def test_mm1_table_round_trip_is_bit_exact(tied: bool) -> None:
     """bf16 from one side to the other and back, through every entry of the table."""
     entries = mm1_table(replace(MODEL, decoder=replace(MODEL.decoder, tied_embeddings=tied)))
     heads = {"vision": VIT_TINY.hidden_size * 3, "language": (4 + 2 * 2) * 4}
-    ours = {e.ours: torch.randn(heads[e.ours.split(".")[0]] if isinstance(e, QKV) else 6, 3).bfloat16() for e in entries}
+    rows = {e.ours: heads[e.ours.split(".")[0]] if isinstance(e, QKV) else 6 for e in entries}
+    rows |= {e.ours: MODEL.decoder.vocab_size for e in entries if isinstance(e, Vocabulary)}
+    rows |= {e.ours: VIT_TINY.num_patches + 1 for e in entries if isinstance(e, Positions)}
+    ours = {name: torch.randn(count, 3).bfloat16() for name, count in rows.items()}
     theirs = to_hf(entries, ours)
     assert ("lm_head.weight" in theirs) is not tied
     back = from_hf(entries, theirs)
@@ -83,3 +86,56 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         GatedMLP("ours", "gate", "up").to_hf(torch.ones(7, 2))
     with pytest.raises(ValueError, match="should be equal"):
         GatedMLP("ours", "gate", "up").from_hf((torch.ones(2, 2), torch.ones(3, 2)))
+
+
+def test_stacked_qkv_is_all_queries_then_all_keys_then_all_values() -> None:
+    """Two heads of one row each."""
+    entry = StackedQKV("ours", "theirs", num_heads=2, head_dim=1)
+    ours = torch.tensor([[0], [10], [20], [1], [11], [21]])  # q0 k0 v0 q1 k1 v1
+    (theirs,) = entry.to_hf(ours)
+    assert theirs.flatten().tolist() == [0, 1, 10, 11, 20, 21]
+    assert torch.equal(entry.from_hf((theirs,)), ours)
+    with pytest.raises(ValueError, match="theirs has 7 rows, but 3 x 2 heads of 1 make 6"):
+        entry.from_hf((torch.ones(7, 1),))
+
+
+def test_new_tokens_begin_as_the_mean_of_the_old_ones_and_filling_rows_are_cut() -> None:
+    entry = Vocabulary("ours", "theirs", rows=6, written_rows=4)
+    table = torch.randn(4, 3).bfloat16()
+    grown = entry.from_hf((table,))
+    assert torch.equal(grown[:4], table)
+    assert torch.equal(grown[4:], table.float().mean(dim=0).bfloat16().expand(2, 3))
+    assert torch.equal(entry.to_hf(grown)[0], table)
+    with pytest.raises(ValueError, match=r"theirs has 7 rows, but the model only 6: use --model\.decoder\.vocab-size 7 or more"):
+        entry.from_hf((torch.ones(7, 3),))
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_positions_of_the_same_resolution_are_untouched(class_token: bool) -> None:
+    positions = torch.randn(9 + class_token, 4)
+    assert Positions("ours", "theirs", num_patches=9, class_token=class_token).from_hf((positions,)) is positions
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("side", [8, 3])
+def test_positions_of_another_resolution_keep_their_meaning(side: int, class_token: bool) -> None:
+    """A field that rises linearly from left to right and from top to bottom still does, away from the edges; rows are not columns."""
+    there = 5
+    row, column = torch.meshgrid(torch.arange(there) + 0.5, torch.arange(there) + 0.5, indexing="ij")
+    field = torch.stack([row / there, column / there], dim=-1).flatten(0, 1)
+    given = torch.cat([torch.tensor([[7.0, 9.0]]), field]) if class_token else field
+    found = Positions("ours", "theirs", num_patches=side**2, class_token=class_token).from_hf((given,))
+    assert found.shape == (side**2 + class_token, 2)
+    if class_token:
+        assert torch.equal(found[0], given[0])
+    grid = found[class_token:].unflatten(0, (side, side))
+    expected = (torch.arange(side) + 0.5) / side
+    middle = slice(side // 4 + 1, side - side // 4 - 1)
+    torch.testing.assert_close(grid[middle, middle, 0], expected[middle, None].expand_as(grid[middle, middle, 0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(grid[middle, middle, 1], expected[None, middle].expand_as(grid[middle, middle, 1]), atol=0.02, rtol=0)
+    assert bool((grid[..., 0].diff(dim=0) > 0).all()) and bool((grid[..., 1].diff(dim=1) > 0).all())
+
+
+def test_positions_that_are_no_square_are_refused() -> None:
+    with pytest.raises(ValueError, match="theirs has 12 rows, which are no square grid and a class token"):
+        Positions("ours", "theirs", num_patches=9).from_hf((torch.ones(12, 2),))

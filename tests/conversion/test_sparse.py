@@ -58,7 +58,7 @@ def test_names_are_those_of_mixtures_of_experts(sparse: Trained) -> None:
 
 def test_a_missing_piece_is_named(sparse: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = CheckpointReader(sparse.checkpoint)
-    entry = reader._reader.metadata.state_dict_metadata[STACK]
+    entry = reader._entries[STACK]
     monkeypatch.setattr(entry, "chunks", entry.chunks[1:])
     with pytest.raises(ValueError, match=f"{STACK} lacks parts of row 0"):
         reader.read(STACK, row=0)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from megatron_mm.config import MM1Config, load_experiment, save_experiment
 from megatron_mm.conversion.mapping import to_hf
 from megatron_mm.conversion.mm1 import mm1_table
+from megatron_mm.conversion.mm1_files import write_mm1_files
 from megatron_mm.conversion.reader import CheckpointReader
-from megatron_mm.conversion.to_hf import Export, convert_to_hf, parse_size, plan_shards
+from megatron_mm.conversion.to_hf import Export, convert_to_hf, parse_size, plan_shards, plan_tensors
 from tests.conversion.conftest import Trained
 
 
@@ -80,16 +81,15 @@ def test_one_shard_has_no_index(trained: Trained, tmp_path: Path) -> None:
 def test_run_directory_means_its_newest_checkpoint(copy: Path, tmp_path: Path) -> None:
     export = convert_to_hf(copy.parent.parent, tmp_path / "out", verify=False)
     assert export.num_tensors > 0
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="neither a complete checkpoint nor a run directory"):
         (copy / "manifest.json").unlink()
         convert_to_hf(copy.parent.parent, tmp_path / "again")
 
 
 def test_a_tensor_larger_than_a_shard_is_alone(trained: Trained) -> None:
-    infos = CheckpointReader(trained.checkpoint, verify=False).names()
-    entries = mm1_table(trained.config)
-    shards = plan_shards(entries, infos, limit=1, item_size=2)
-    assert [shard.entries for shard in shards] == [[entry] for entry in entries]
+    plan = plan_tensors(mm1_table(trained.config), CheckpointReader(trained.checkpoint, verify=False).names(), dtype=torch.float16)
+    shards = plan_shards(plan, limit=1)
+    assert shards == [[written] for written in plan]
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2**31), ("700", 700)])
@@ -106,7 +106,7 @@ def test_bad_sizes_are_refused(text: str) -> None:
 def test_bad_arguments_are_refused(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         convert_to_hf(trained.checkpoint, tmp_path / "out", dtype="int8")
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match="neither a complete checkpoint nor a run directory"):
         convert_to_hf(tmp_path, tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -116,7 +116,11 @@ def test_bad_arguments_are_refused(trained: Trained, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("manifest.json", "not a complete checkpoint"), ("tokenizer.model", "no tokenizer.model"), ("tensors/.metadata", "missing")],
+    [
+        ("manifest.json", "neither a complete checkpoint nor a run directory"),
+        ("tokenizer.model", "no tokenizer.model"),
+        ("tensors/.metadata", "missing"),
+    ],
 )
 def test_missing_files_are_named(copy: Path, tmp_path: Path, name: str, message: str) -> None:
     (copy / name).unlink()
@@ -141,7 +145,7 @@ def test_tensors_of_another_model_are_listed(copy: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"6 are not known \(language.decoder.layers.2.input_layernorm.weight, "):
         convert_to_hf(copy, tmp_path / "out", verify=False)
     edit_model(copy, num_layers=3, num_query_groups=4)
-    with pytest.raises(ValueError, match=r"linear_qkv\.weight has 256 rows"):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attention\.linear_qkv\.weight should be \[384, 128\], but is \[256, 128\]"):
         convert_to_hf(copy, tmp_path / "out", verify=False)
 
 
@@ -152,8 +156,11 @@ def test_a_failed_export_leaves_nothing(trained: Trained, tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_small_an_embedding_table_is_refused(copy: Path, tmp_path: Path) -> None:
-    """The tokenizer of another run beside the checkpoint."""
-    edit_model(copy, vocab_size=300)
-    with pytest.raises(ValueError, match="ids, but the model has 300 embeddings"):
-        convert_to_hf(copy, tmp_path / "out", verify=False)
+def test_too_small_an_embedding_table_is_refused(trained: Trained, tmp_path: Path) -> None:
+    """The tokenizer of another run beside the checkpoint, or too many rows cut off."""
+    with pytest.raises(ValueError, match="ids, but 300 embeddings are written"):
+        write_mm1_files(trained.experiment, trained.checkpoint / "tokenizer.model", tmp_path, dtype="float32", vocab_rows=300)
+    with pytest.raises(ValueError, match="--vocab-size is 300, but the checkpoint's tokenizer has 400 tokens"):
+        convert_to_hf(trained.checkpoint, tmp_path / "out", vocab_rows=300, verify=False)
+    with pytest.raises(ValueError, match="--vocab-size is 513, but the model has 512 rows"):
+        convert_to_hf(trained.checkpoint, tmp_path / "out", vocab_rows=513, verify=False)

@@ -1,0 +1,88 @@
+"""config.json of decoders and image towers, as transformers wants it. `conversion.sources` reads the same back."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from megatron_mm.config import DecoderConfig, VisionConfig
+
+Architecture = Literal["llama", "mistral"]
+
+
+def decoder_config(decoder: DecoderConfig, *, sequence_length: int, vocab_rows: int | None = None) -> dict[str, Any]:
+    """What a `LlamaConfig` and a `MistralConfig` say of a dense decoder.
+
+    Args:
+        sequence_length: tokens of a training sequence.
+        vocab_rows: rows of the vocabulary that are written; None writes all.
+    """
+    return {
+        "vocab_size": vocab_rows or decoder.vocab_size,
+        "hidden_size": decoder.hidden_size,
+        "intermediate_size": decoder.ffn_hidden_size,
+        "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.num_attention_heads,
+        "num_key_value_heads": decoder.num_query_groups,
+        "head_dim": decoder.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": decoder.norm_epsilon,
+        "rope_theta": decoder.rotary_base,  # before transformers 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rotary_base},
+        "max_position_embeddings": sequence_length,
+        "tie_word_embeddings": decoder.tied_embeddings,
+        # No pad_token_id: transformers would treat that row of the embedding table as a constant zero when it trains.
+        "pad_token_id": None,
+    }
+
+
+def tower_config(vision: VisionConfig) -> dict[str, Any]:
+    """What a `CLIPVisionConfig` says of a tower."""
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.ffn_hidden_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_act": vision.activation,
+        "layer_norm_eps": vision.norm_epsilon,
+    }
+
+
+def language_model_config(
+    decoder: DecoderConfig, *, architecture: Architecture, dtype: str, sequence_length: int, vocab_rows: int | None
+) -> dict[str, Any]:
+    """config.json of a decoder alone."""
+    return {
+        "architectures": [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[architecture]],
+        "model_type": architecture,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # the name before transformers 5
+        **decoder_config(decoder, sequence_length=sequence_length, vocab_rows=vocab_rows),
+        **({"sliding_window": None} if architecture == "mistral" else {}),  # every token of a document is attended to
+    }
+
+
+def vision_model_config(vision: VisionConfig, *, dtype: str) -> dict[str, Any]:
+    """config.json of an image tower alone."""
+    return {"architectures": ["CLIPVisionModel"], "dtype": dtype, "torch_dtype": dtype, **tower_config(vision)}
+
+
+def image_processor_config(vision: VisionConfig) -> dict[str, Any]:
+    """preprocessor_config.json of an image tower alone: squashed to a square, as in training, not cut."""
+    side = {"height": vision.image_size, "width": vision.image_size}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": side,
+        "resample": 3,  # bicubic
+        "do_center_crop": False,
+        "crop_size": side,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(vision.mean),
+        "image_std": list(vision.std),
+    }

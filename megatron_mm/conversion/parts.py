@@ -1,0 +1,76 @@
+"""A model's decoder or image tower alone, as a model of transformers' own classes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from megatron_mm.config import DecoderConfig, Experiment, VisionConfig
+from megatron_mm.conversion.configs import Architecture, image_processor_config, language_model_config, vision_model_config
+from megatron_mm.conversion.decoders import llama_table
+from megatron_mm.conversion.hf_tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
+from megatron_mm.conversion.mapping import Entry
+from megatron_mm.conversion.mm1_files import generation_config
+from megatron_mm.conversion.towers import clip_table
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.models import family_of
+
+logger = logging.getLogger(__name__)
+
+
+def language_table(experiment: Experiment, *, vocab_rows: int | None) -> list[Entry]:
+    """The decoder as LlamaForCausalLM. Raises ValueError where it is not one."""
+    decoder = experiment.model.decoder
+    if decoder.moe is not None:
+        raise ValueError(f"the decoder of {experiment.recipe} has experts, which Llama has not: leave out --part, or export a dense model")
+    return llama_table(decoder, vocab_rows=vocab_rows)
+
+
+def vision_table(experiment: Experiment) -> list[Entry]:
+    """The image tower as CLIPVisionModel. Raises ValueError where it is not one."""
+    return clip_table(_tower(experiment))
+
+
+def write_language_files(
+    experiment: Experiment, tokenizer: Path | None, out: Path, *, dtype: str, architecture: Architecture, vocab_rows: int | None
+) -> None:
+    """Configuration and, where the checkpoint has one, tokenizer."""
+    decoder: DecoderConfig = experiment.model.decoder
+    length, rows = experiment.data.sequence_length, vocab_rows or decoder.vocab_size
+    config = language_model_config(decoder, architecture=architecture, dtype=dtype, sequence_length=length, vocab_rows=vocab_rows)
+    if tokenizer is not None:
+        names = family_of(experiment.model).special_tokens
+        ids = Tokenizer.open(tokenizer, special=names)
+        special = {name: ids.special_id(name) for name in names}
+        shutil.copyfile(tokenizer, out / "tokenizer.model")
+        config |= {"bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id}
+        if ids.vocab_size <= rows:
+            converted = convert_tokenizer(tokenizer, special=special, bos_id=ids.bos_id, eos_id=ids.eos_id)
+            roles = {"pad_id": ids.pad_id, "bos_id": ids.bos_id, "eos_id": ids.eos_id}
+            write_tokenizer(converted, tokenizer_config(converted, special=special, sequence_length=length, **roles), out)
+            _write(out / "generation_config.json", generation_config(ids, never=special.values(), rows=rows))
+        else:
+            logger.info("the %d written rows lack those of special tokens, so tokenizer.model is written as it is, alone", rows)
+    _write(out / "config.json", config)
+
+
+def write_vision_files(experiment: Experiment, out: Path, *, dtype: str) -> None:
+    """Configuration and image processor."""
+    tower = _tower(experiment)
+    _write(out / "config.json", vision_model_config(tower, dtype=dtype))
+    _write(out / "preprocessor_config.json", image_processor_config(tower))
+
+
+def _tower(experiment: Experiment) -> VisionConfig:
+    tower = getattr(experiment.model, "vision", None)
+    if not isinstance(tower, VisionConfig):
+        raise ValueError(
+            f"the image encoder of {experiment.recipe} is a {type(tower).__name__}, which CLIPVisionModel is not: leave out --part"
+        )
+    return tower
+
+
+def _write(path: Path, document: dict) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n")

@@ -1,0 +1,153 @@
+"""There and back again: every tensor bit-identical, in bf16 and fp32, through every layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_processes
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
+
+from megatron_mm.config import CheckpointConfig, Experiment, MoEConfig, ParallelConfig
+from megatron_mm.conversion.from_hf import convert_from_hf
+from megatron_mm.conversion.reader import CheckpointReader
+from megatron_mm.conversion.to_hf import convert_to_hf
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.build import build_model
+from megatron_mm.training.checkpoint import Checkpointer, TrainState, find_checkpoint
+from megatron_mm.training.optimizer import build_optimizer, initialize_state
+from tests.conversion.conftest import make_images, scramble
+from tests.conversion.hf_models import VOCABULARY, experiment, make_language, make_vision, save
+from tests.conversion.test_from_hf import IDS, PIXELS, compute, hf_features, hf_logits
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_decoders_and_towers_come_back_as_they_were(kind: str, precision: str, tmp_path: Path) -> None:
+    language = save(make_language(kind), tmp_path / "language", dtype=DTYPES[precision], max_shard_size="100KB")
+    vision = save(make_vision(), tmp_path / "vision", dtype=DTYPES[precision])
+    run_dir = tmp_path / "run"
+    made = convert_from_hf(experiment(precision=precision), run_dir, language=language, vision=vision)
+    assert set(made.sources) == {"language (llama)", "vision (clip)"} and set(made.drawn) == {"connector"}
+    options: dict[str, Any] = {"part": "language", "architecture": kind, "vocab_rows": VOCABULARY, "shard_size": "50KB"}
+    convert_to_hf(run_dir, tmp_path / "language_again", **options)
+    convert_to_hf(run_dir, tmp_path / "vision_again", part="vision")
+    assert same(weights(tmp_path / "language_again"), weights(language))
+    prefixed = {f"vision_model.{name}": tensor for name, tensor in weights(vision).items()}
+    assert same(weights(tmp_path / "vision_again"), prefixed)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "language_again")
+    assert type(again).__name__ == f"{kind.capitalize()}ForCausalLM"
+    with torch.no_grad():
+        assert torch.equal(again(IDS[None]).logits, AutoModelForCausalLM.from_pretrained(language)(IDS[None]).logits)
+
+
+def _save_random(settings: Experiment, run_dir: Path) -> None:
+    """A checkpoint of random weights that no initialisation gives, with an optimizer, as training writes it."""
+    topology = topologies.initialize(settings.parallel, seed=5)
+    model = build_model(settings, topology)
+    if topology.world_size == 1:
+        scramble(model[0])
+    optimizer = build_optimizer(settings, model)
+    initialize_state(optimizer)
+    checkpointer = Checkpointer(settings, topology, run_dir, model, optimizer)
+    checkpointer.save(TrainState())
+    checkpointer.finish()
+    topologies.shutdown()
+
+
+def written(settings: Experiment, run_dir: Path, parallel: dict[str, Any] | None = None, *, world_size: int = 1) -> dict[str, torch.Tensor]:
+    """A checkpoint from this layout; its tensors."""
+    settings = replace(settings, parallel=ParallelConfig(**(parallel or {})), checkpoint=CheckpointConfig(asynchronous=False))
+    run_processes(_save_random, world_size, settings, run_dir)
+    return stored(run_dir)
+
+
+def stored(run_dir: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(find_checkpoint(run_dir))
+    return {name: reader.read(name) for name in reader.names()}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "decoder"),
+    [
+        (1, {}, {}),
+        (1, {}, {"tied_embeddings": True}),
+        (1, {}, {"moe": MoEConfig(num_experts=4, every_n_layers=2)}),
+        (4, {"tensor": 2, "pipeline": 2}, {}),
+        (2, {"expert": 2}, {"moe": MoEConfig(num_experts=4, every_n_layers=2)}),
+    ],
+    ids=["one process", "tied", "experts", "tensor 2 pipeline 2", "expert 2"],
+)
+def test_our_checkpoints_come_back_as_they_were(
+    world_size: int, parallel: dict[str, Any], decoder: dict[str, Any], precision: str, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    settings = experiment(precision=precision, **decoder)
+    settings = replace(settings, data=replace(settings.data, tokenizer=tokenizer_path))
+    before = written(settings, tmp_path / "run", parallel, world_size=world_size)
+    convert_to_hf(tmp_path / "run", tmp_path / "hf", shard_size="60KB")
+    made = convert_from_hf(replace(settings, data=replace(settings.data, tokenizer=None)), tmp_path / "again", whole=tmp_path / "hf")
+    assert made.drawn.keys() <= {"language"} and sum(made.drawn.values()) <= 8, "nothing but what routers remember of a step"
+    assert same(stored(tmp_path / "again"), before)
+    assert (made.checkpoint / "tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def trained_in_parts(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path]:
+    """A run directory that tensor parallel 2 and pipeline 2 wrote."""
+    settings = experiment()
+    settings = replace(settings, data=replace(settings.data, tokenizer=tokenizer_path))
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    written(settings, run_dir, {"tensor": 2, "pipeline": 2}, world_size=4)
+    return settings, run_dir
+
+
+def test_the_parts_compute_what_the_model_does(trained_in_parts: tuple[Experiment, Path], tmp_path: Path) -> None:
+    """fp32 rounding on logits of about 1."""
+    settings, run_dir = trained_in_parts
+    (ours,) = run_processes(compute, 1, settings, run_dir)
+    for kind in ("llama", "mistral"):
+        convert_to_hf(run_dir, tmp_path / kind, part="language", architecture=kind)  # type: ignore[arg-type]
+        torch.testing.assert_close(hf_logits(tmp_path / kind), ours.logits, atol=1e-4, rtol=1e-4)
+    convert_to_hf(run_dir, tmp_path / "vision", part="vision")
+    torch.testing.assert_close(hf_features(tmp_path / "vision", settings), ours.features, atol=1e-4, rtol=1e-4)
+    _, info = CLIPVisionModel.from_pretrained(tmp_path / "vision", output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def test_the_parts_bring_tokenizer_and_image_processor(trained_in_parts: tuple[Experiment, Path], tmp_path: Path) -> None:
+    settings, run_dir = trained_in_parts
+    convert_to_hf(run_dir, tmp_path / "language", part="language")
+    tokenizer, ours = AutoTokenizer.from_pretrained(tmp_path / "language"), Tokenizer.open(settings.data.tokenizer_path)
+    text = "a red circle left of the blue star."
+    assert tokenizer(text).input_ids == [ours.bos_id, *ours.encode(text)]
+    convert_to_hf(run_dir, tmp_path / "vision", part="vision")
+    images = make_images(num_images=2, size=32)
+    pixels = CLIPImageProcessor.from_pretrained(tmp_path / "vision")(list(images), return_tensors="pt").pixel_values
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.model.vision.mean, settings.model.vision.std))
+    torch.testing.assert_close(pixels, (images / 255 - mean) / std)
+    assert pixels.shape == (2, *PIXELS.shape[1:])
+
+
+def test_a_sparse_decoder_is_no_llama(tokenizer_path: Path, tmp_path: Path) -> None:
+    settings = experiment(moe=MoEConfig(num_experts=2, every_n_layers=2))
+    written(replace(settings, data=replace(settings.data, tokenizer=tokenizer_path)), tmp_path / "run")
+    with pytest.raises(ValueError, match="has experts, which Llama has not: leave out --part"):
+        convert_to_hf(tmp_path / "run", tmp_path / "out", part="language")
