@@ -108,6 +108,10 @@ class DataConfig:
     """Images of a document at most: one that has more is cut into several; None has no limit of its own."""
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     """Image decoder; auto takes DALI where its package imports and Pillow elsewhere."""
+    max_tiles: int | None = None
+    """Tiles that an image is cut into at most, the thumbnail not counted, for models that look at tiles (Mono-InternVL); None cuts none."""
+    min_tiles: int = 1
+    """Tiles that an image is cut into at least, where max_tiles is given."""
     jpeg_quality: tuple[int, int] | None = None
     """Augmentation of training images: each is encoded as JPEG of a random quality from the first to the second of these (0 to 100), and
     decoded again by Pillow, before it is resized. None leaves images as they are."""

@@ -8,9 +8,11 @@ from typing import Any
 from megatron_mm.config import DataConfig, Experiment
 from megatron_mm.data.chat import chat_template
 from megatron_mm.data.filling import Limits
+from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import SourceIndex, open_split
 from megatron_mm.data.loader import Loader, RankView, StepBatch
 from megatron_mm.data.plan import Plan, PlanState
+from megatron_mm.data.tiling import Tiling
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.models import family_of
 from megatron_mm.parallel.topology import Topology
@@ -25,6 +27,17 @@ def open_tokenizer(experiment: Experiment) -> Tokenizer:
     Raises ValueError that names the file where it is missing or is none.
     """
     return Tokenizer.open(experiment.data.tokenizer_path, special=family_of(experiment.model).special_tokens)
+
+
+def image_input(experiment: Experiment) -> ImageInput:
+    """How images enter the experiment's model. Raises ValueError where it wants tiles and the model does not look at them."""
+    family, data = family_of(experiment.model), experiment.data
+    image = family.image_input(experiment.model)
+    if data.max_tiles is None:
+        return image
+    if not family.takes_tiles:
+        raise ValueError(f"data.max_tiles is {data.max_tiles}, but {experiment.model.family} models take whole images: leave it out")
+    return replace(image, tiling=Tiling(min_tiles=data.min_tiles, max_tiles=data.max_tiles))
 
 
 def make_plan(experiment: Experiment, *, split: str) -> Plan:
@@ -44,7 +57,7 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
             max_images=data.max_images_per_sequence,
             max_images_per_document=data.max_images_per_document,
         ),
-        image=family_of(experiment.model).image_input(experiment.model),
+        image=image_input(experiment),
         packing_window=data.packing_window,
         seed=experiment.train.seed,
         global_batch_size=experiment.train.global_batch_size,

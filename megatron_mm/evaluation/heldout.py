@@ -9,11 +9,10 @@ import torch
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.index import open_split
-from megatron_mm.data.pipeline import TrainingData
+from megatron_mm.data.pipeline import TrainingData, image_input
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.evaluation.captions import CaptionSample, caption_tasks
 from megatron_mm.evaluation.generation import generate
-from megatron_mm.models import family_of
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.loss import LossTotals
 from megatron_mm.training.step import TrainingStep
@@ -60,7 +59,7 @@ class HeldOut:
         if pairs is None:
             return []
         config = self.experiment.eval
-        image = family_of(self.experiment.model).image_input(self.experiment.model)
+        image = image_input(self.experiment)
         tasks = caption_tasks(pairs, self.tokenizer, image, count=config.samples)
         answers = generate(
             self.experiment,

@@ -95,5 +95,7 @@ class ModelFamily:
     """What `train.policy` may be, and what learns then: regular expressions, one of which begins a learning parameter's name."""
     special_tokens: tuple[str, ...] = ("<pad>", "<image>")
     """Control tokens that the model needs, in the order in which they get ids after those of a tokenizer that lacks them."""
+    takes_tiles: bool = False
+    """Images may be cut into tiles (`data.max_tiles`)."""
     pipeline_rows: Callable[[ModelConfig, ParallelConfig, int, int], int] = lambda model, parallel, num_tokens, num_images: num_tokens
     """Rows [rows, 1, hidden_size] that go from stage to stage for a micro-batch of so many tokens and at most so many images."""

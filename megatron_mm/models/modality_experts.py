@@ -134,7 +134,9 @@ class ModalityExperts(MegatronModule):
 class ModalityTransformerLayer(TransformerLayer):
     """A decoder layer whose feed-forward network depends on a token's modality."""
 
-    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *, experts: MLPSubmodules, **layer: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *, experts: MLPSubmodules, **layer: object
+    ) -> None:
         super().__init__(config, submodules, **layer)  # type: ignore[arg-type]
         self.mlp = ModalityExperts(config, experts, tp_group=self.pg_collection.tp)
 

@@ -77,5 +77,6 @@ FAMILY = ModelFamily(
         "s2": (r"patches\.(?!class_embedding)", r"projector\.", r"language\."),
     },
     special_tokens=SPECIAL_TOKENS,
+    takes_tiles=True,
 )
 """The stages of endogenous visual pre-training (table 1) and instruction tuning. The class embedding takes no part in anything."""

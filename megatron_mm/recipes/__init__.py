@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_mm.config import Experiment
-from megatron_mm.recipes import debug, infimm, mm1
+from megatron_mm.recipes import debug, infimm, mm1, mono_internvl
 
-RECIPES: dict[str, Callable[[], Experiment]] = {recipe.__name__: recipe for recipe in (*debug.RECIPES, *mm1.RECIPES, *infimm.RECIPES)}
+RECIPES: dict[str, Callable[[], Experiment]] = {
+    recipe.__name__: recipe for recipe in (*debug.RECIPES, *mm1.RECIPES, *infimm.RECIPES, *mono_internvl.RECIPES)
+}
 
 
 def get_recipe(name: str) -> Experiment:

@@ -16,7 +16,9 @@ from megatron_mm.config import (
     MM1Config,
     MoEConfig,
     MonitorConfig,
+    MonoInternVLConfig,
     OptimizerConfig,
+    PatchEmbeddingConfig,
     ResamplerConfig,
     TrainConfig,
 )
@@ -85,4 +87,23 @@ def debug_infimm() -> Experiment:
     )
 
 
-RECIPES = (debug_mm1, debug_mm1_moe, debug_infimm)
+def debug_mono_internvl() -> Experiment:
+    """A tiny Mono-InternVL for the same data: every part of the real one, all values ours. Everything learns; an image
+    becomes 2 tiles of 16 tokens and a thumbnail at most.
+
+    `python -m megatron_mm train debug_mono_internvl --run-dir runs/mono --data.path data/demo`
+    """
+    base = debug_mm1()
+    return replace(
+        base,
+        recipe="debug_mono_internvl",
+        model=MonoInternVLConfig(
+            decoder=replace(base.model.decoder, vocab_size=528, tied_embeddings=False, rotary_base=1e6),
+            patches=PatchEmbeddingConfig(image_size=32, patch_size=4, hidden_size=64, position_grid=8),
+        ),
+        data=replace(base.data, max_tiles=2, jpeg_quality=(75, 100)),
+        train=replace(base.train, policy="s2"),
+    )
+
+
+RECIPES = (debug_mm1, debug_mm1_moe, debug_infimm, debug_mono_internvl)
