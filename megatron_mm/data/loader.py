@@ -26,8 +26,9 @@ from megatron_mm.data.documents import parse_document
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import SourceIndex
 from megatron_mm.data.items import Item, encode_items
-from megatron_mm.data.packing import counted_places, document_images, ranges
-from megatron_mm.data.plan import GlobalBatch, PackedSequence, Plan, PlanState, image_owners, tile_owners
+from megatron_mm.data.layout import Layout, PlacedImage, SourceImage, lay_out, shuffled_images
+from megatron_mm.data.packing import document_images
+from megatron_mm.data.plan import GlobalBatch, PackedSequence, Plan, PlanState
 from megatron_mm.data.shards import read_range
 from megatron_mm.data.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.tokenizer import Tokenizer
@@ -69,45 +70,25 @@ class StepBatch:
     """Texts and images of each source that failed; over all processes each counts once."""
 
 
-@dataclass
-class _Image:
-    """An image of a micro-batch, by where its bytes are."""
-
-    source: int
-    sample: int
-    offset: int
-    size: int
-    width: int
-    height: int
-    tiles: int
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Shown:
     """What stands in the place of an image, or of those of its tiles that this process encodes."""
 
-    place: _Image
-    image: _Image
-    """Whose pixels they are: the same one, unless images are shuffled."""
+    placed: PlacedImage
+    image: SourceImage
+    """Whose pixels they are: the place's own, unless images are shuffled."""
     tiles: range
-    seed: tuple[int, ...]
-    """Of what is random about its pixels."""
 
 
 @dataclass
 class _Draft:
     """A micro-batch whose integers are known and whose bytes are being read."""
 
-    sequences: list[PackedSequence]
+    layout: Layout
     texts: list[Future] = field(default_factory=list)
     """Of the documents' token ids, for each sequence."""
-    starts: list[int] = field(default_factory=list)
-    """First place of each image in the micro-batch, with what stands before its features."""
-    images: list[_Image] = field(default_factory=list)
-    seeds: list[tuple[int, ...]] = field(default_factory=list)
-    """Of each image in this place of the stream."""
     shown: list[_Shown] = field(default_factory=list)
-    """What this process decodes for its share of `images`."""
+    """What this process decodes."""
     blobs: list[Future] = field(default_factory=list)
     """Of the bytes of a few of the shown images each, in order."""
     pixels: Future | None = None
@@ -228,9 +209,9 @@ class Loader:
         batch = self.plan.batch(state)
         drafts = [self._draft(sequences) for sequences in batch.micro_batches_of(self.view.data_rank, self.view.data_size)]
         if self.view.needs_pixels:
-            substitute = self._shuffled(batch) if self.config.images == "shuffled" else {}
+            substitute = shuffled_images(self.plan, batch) if self.config.images == "shuffled" else {}
             for draft in drafts:
-                draft.shown = self._mine(draft, substitute)
+                draft.shown = self._mine(draft.layout, substitute)
                 if self.config.images != "blank":
                     for first in range(0, len(draft.shown), _READ_TOGETHER):
                         together = [shown.image for shown in draft.shown[first : first + _READ_TOGETHER]]
@@ -240,77 +221,34 @@ class Loader:
         return batch, drafts
 
     def _draft(self, sequences: list[PackedSequence]) -> _Draft:
-        draft = _Draft(sequences)
-        for number, sequence in enumerate(sequences):
-            place = number * self.plan.limits.sequence_length
-            if self.view.needs_text:
-                draft.texts.append(self._readers.submit(self._streams, sequence))
-            for piece in range(sequence.first, sequence.last):
-                window = sequence.window
-                sample, begin, end = int(window.sample[piece]), int(window.begin[piece]), int(window.end[piece])
-                if window.images[piece]:
-                    for ordinal, (start, image) in enumerate(zip(*self._images(sequence.source, sample), strict=True)):
-                        if begin <= start < end:
-                            draft.starts.append(place + int(start) - begin)
-                            draft.images.append(image)
-                            draft.seeds.append((self.plan.seed, sequence.source, int(window.position[piece]), ordinal))
-                place += end - begin
+        draft = _Draft(lay_out(self.plan, sequences, tensor_size=self.view.tensor_size))
+        if self.view.needs_text:
+            draft.texts = [self._readers.submit(self._streams, sequence) for sequence in sequences]
         return draft
 
-    def _images(self, source: int, sample: int) -> tuple[np.ndarray, list[_Image]]:
-        """First places of a document's images in its stream, and the images."""
-        index = self.plan.indexes[source]
-        found = document_images(index, sample, self.image)
-        row = index.samples[sample]
-        items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
-        images = []
-        for item, tiles in zip(items[items["is_image"] == 1], found.tiles.tolist(), strict=True):
-            offset, size, width, height = (int(item[name]) for name in ("offset", "size", "width", "height"))
-            images.append(_Image(source, sample, offset, size, width, height, tiles))
-        return found.starts, images
-
-    def _shuffled(self, batch: GlobalBatch) -> dict[tuple[int, int, int], _Image]:
-        """For each image of a global batch another sample's: all images in order, turned by half their number.
-
-        The order groups the images of a sample, so half a turn leaves a sample unless it has half of all images.
-        """
-        distinct: dict[tuple[int, int, int], _Image] = {}
-        for sequence in batch.sequences:
-            for sample in sequence.window.sample[sequence.first : sequence.last].tolist():
-                for image in self._images(sequence.source, sample)[1]:
-                    distinct[image.source, image.sample, image.offset] = image
-        images = list(distinct.values())
-        half = len(images) // 2
-        return {key: images[(number + half) % len(images)] for number, key in enumerate(distinct)}
-
-    def _owners(self, draft: _Draft) -> np.ndarray:
-        """[tiles] int64."""
-        deal = image_owners if self.image.tiling is None else tile_owners
-        return deal(sum(image.tiles for image in draft.images), self.view.tensor_size)
-
-    def _mine(self, draft: _Draft, substitute: dict[tuple[int, int, int], _Image]) -> list[_Shown]:
+    def _mine(self, layout: Layout, substitute: dict[tuple[int, int, int], SourceImage]) -> list[_Shown]:
         """The images of a micro-batch that this process encodes, as far as it does.
 
         Args:
             substitute: what is shown in place of others.
         """
-        mine, first, shown = self._owners(draft) == self.view.tensor_rank, 0, []
-        for image, seed in zip(draft.images, draft.seeds, strict=True):
+        mine, first, shown = layout.image_owners == self.view.tensor_rank, 0, []
+        for placed in layout.images:
+            image = placed.image
             tiles = np.flatnonzero(mine[first : first + image.tiles])  # neighbours
             if len(tiles):
-                other = substitute.get((image.source, image.sample, image.offset), image)
-                shown.append(_Shown(image, other, range(int(tiles[0]), int(tiles[-1]) + 1), seed))
+                shown.append(_Shown(placed, substitute.get(image.key, image), range(int(tiles[0]), int(tiles[-1]) + 1)))
             first += image.tiles
         return shown
 
-    def _blobs(self, images: list[_Image]) -> list[bytes]:
+    def _blobs(self, images: list[SourceImage]) -> list[bytes]:
         return [self._blob(image) for image in images]
 
     def _streams(self, sequence: PackedSequence) -> list[list[int] | None]:
         """The token ids of a sequence's documents."""
         return [self._tokens(sequence.source, sample) for sample in sequence.window.sample[sequence.first : sequence.last].tolist()]
 
-    def _blob(self, image: _Image) -> bytes:
+    def _blob(self, image: SourceImage) -> bytes:
         index = self.plan.indexes[image.source]
         try:
             return read_range(index.shard_path(int(index.samples[image.sample]["shard"])), image.offset, image.size)
@@ -334,74 +272,40 @@ class Loader:
     # ------------------------------------------------------------------------------------------------------- assembling
 
     def _finish(self, draft: _Draft, bad: Counter[str]) -> PackedBatch:
-        """Wait for a draft's bytes and lay them out."""
-        length = self.plan.limits.sequence_length
-        total = len(draft.sequences) * length
-        ids = np.full(total, self.tokenizer.pad_id, dtype=np.int64)
-        positions = np.zeros(total, dtype=np.int64)
-        sources = np.zeros(total, dtype=np.int64)
-        mask = np.zeros(total, dtype=np.float32)
-        is_token = np.zeros(total, dtype=bool)
-        bounds = [0]
-        texts = iter([stream for future in draft.texts for stream in future.result()])
-        for number, sequence in enumerate(draft.sequences):
-            place = number * length
-            sources[place : place + length] = sequence.source
-            name = self.plan.indexes[sequence.source].name
-            for piece in range(sequence.first, sequence.last):
-                begin, end = int(sequence.window.begin[piece]), int(sequence.window.end[piece])
-                stop = place + end - begin
-                positions[place:stop] = np.arange(end - begin)
-                is_token[place:stop] = True
-                mask[place : stop - 1] = self._counted(sequence, piece)
-                if self.view.needs_text:
-                    stream = next(texts)
-                    self._texts.read[name] += 1
-                    if stream is None:
-                        self._texts.bad[name] += 1
-                        bad[name] += self.view.reports_texts
-                        mask[place:stop] = 0
-                    else:
-                        ids[place:stop] = stream[begin:end]
-                bounds.append(stop)
-                place = stop
-            if place < (number + 1) * length:
-                stop = (number + 1) * length
-                positions[place:stop] = np.arange(stop - place)
-                bounds.append(stop)
+        """Wait for a draft's bytes and put them where its layout says."""
+        layout, mask = draft.layout, draft.layout.loss_mask
+        ids = np.full(len(mask), self.tokenizer.pad_id, dtype=np.int64)
+        if self.view.needs_text:
+            streams = [stream for future in draft.texts for stream in future.result()]
+            for piece, stream in zip(layout.pieces, streams, strict=True):
+                name = self.plan.indexes[piece.source].name
+                self._texts.read[name] += 1
+                if stream is None:
+                    self._texts.bad[name] += 1
+                    bad[name] += self.view.reports_texts
+                    mask[piece.place : piece.stop] = 0
+                else:
+                    ids[piece.place : piece.stop] = stream[piece.begin : piece.end]
         labels = np.roll(ids, -1)
-        starts, tiles = np.array(draft.starts, dtype=np.int64), np.array([image.tiles for image in draft.images], dtype=np.int64)
-        silent = ranges(starts + self.image.silent_from, self.image.num_places(tiles) - self.image.silent_from)
-        mask[silent - 1] = 0  # what comes next is an image's token
         labels[mask == 0] = self.tokenizer.pad_id
         decoded: DecodedImages | None = draft.pixels.result() if draft.pixels is not None else None
         if decoded is not None:
             self._tally_images(draft.shown, decoded.ok, bad)
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-        number_of_tile = ranges(np.zeros_like(tiles), tiles)
-        features = torch.from_numpy(np.repeat(starts + len(self.image.before), tiles) + self.image.tokens * number_of_tile)
+        cu_seqlens, image_starts = torch.from_numpy(layout.cu_seqlens), torch.from_numpy(layout.image_starts)
         return PackedBatch(
             token_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
             loss_mask=torch.from_numpy(mask),
-            is_token=torch.from_numpy(is_token),
-            position_ids=torch.from_numpy(positions),
-            source_ids=torch.from_numpy(sources),
+            is_token=torch.from_numpy(layout.is_token),
+            position_ids=torch.from_numpy(layout.position_ids),
+            source_ids=torch.from_numpy(layout.source_ids),
             cu_seqlens=cu_seqlens,
             max_seqlen=int(cu_seqlens.diff().max()),
-            image_starts=features,
-            image_owners=torch.from_numpy(self._owners(draft)),
-            image_documents=documents_of_images(features, cu_seqlens=cu_seqlens),
+            image_starts=image_starts,
+            image_owners=torch.from_numpy(layout.image_owners),
+            image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
             pixels=decoded.pixels if decoded is not None else None,
         )
-
-    def _counted(self, sequence: PackedSequence, piece: int) -> np.ndarray | bool:
-        """Which labels of a piece count, its last place left out: all, or [places - 1] bool."""
-        index, window = self.plan.indexes[sequence.source], sequence.window
-        if not index.answers_only:
-            return True
-        counted = counted_places(index, int(window.sample[piece]), self.image)
-        return counted[int(window.begin[piece]) + 1 : int(window.end[piece])]
 
     def _pixels(self, draft: _Draft) -> DecodedImages:
         """This process's images of a micro-batch, in its own thread."""
@@ -419,8 +323,9 @@ class Loader:
         quality = None
         if self.config.jpeg_quality is not None:
             least, most = self.config.jpeg_quality
-            quality = int(np.random.default_rng(shown.seed).integers(least, most, endpoint=True))
-        return EncodedTiles(blob, width=shown.place.width, height=shown.place.height, tiles=shown.tiles, quality=quality)
+            quality = int(np.random.default_rng(shown.placed.seed).integers(least, most, endpoint=True))
+        place = shown.placed.image
+        return EncodedTiles(blob, width=place.width, height=place.height, tiles=shown.tiles, quality=quality)
 
     def _tally_images(self, decoded: list[_Shown], ok: np.ndarray, bad: Counter[str]) -> None:
         for shown, good in zip(decoded, ok.tolist(), strict=True):
