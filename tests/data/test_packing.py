@@ -12,7 +12,7 @@ import pytest
 from megatron_mm.data.filling import Limits
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import ITEM, SAMPLE, SourceIndex
-from megatron_mm.data.packing import Window, document_images, document_lengths, pack_window
+from megatron_mm.data.packing import Window, counted_places, document_images, document_lengths, pack_window
 
 
 def source(documents: list[list[int | None]]) -> SourceIndex:
@@ -129,3 +129,19 @@ def test_a_document_with_more_images_than_one_may_have_is_cut() -> None:
     assert pieces(window) == [(0, 0, 11), (0, 11, 17), (1, 0, 11)]
     assert window.num_sequences == 1 and window.images_of == [5]
     assert len(pieces(pack_window(index, np.array([0, 1]), Limits(100, 8), image_of(4), seed=0))) == 2
+
+
+def test_places_that_count_are_those_of_counted_items() -> None:
+    """BOS, 2 tokens, an image of 4, 3 tokens, EOS: EOS counts where the last item does, BOS never."""
+    index = source([[2, None, 3]])
+    for counted in itertools.product((0, 1), repeat=3):
+        index.items["counted"] = counted
+        text, image, last = map(bool, counted)
+        assert counted_places(index, 0, image_of(4)).tolist() == [False, *[text] * 2, *[image] * 4, *[last] * 3, last]
+
+
+def test_pieces_know_their_place_in_the_stream() -> None:
+    """Those of a document that is cut have the same one, and a document that comes again another."""
+    window = pack_window(source([[5], [30]]), np.array([1, 0, 0]), Limits(20, 1), image_of(4), seed=0, first_position=70)
+    found = sorted(zip(window.sample.tolist(), window.begin.tolist(), window.position.tolist(), strict=True))
+    assert found == [(0, 0, 71), (0, 0, 72), (1, 0, 70), (1, 20, 70)]
