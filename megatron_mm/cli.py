@@ -6,6 +6,7 @@
     prepare tokenizer train a SentencePiece tokenizer on a data set's texts
     convert to-hf     write a checkpoint as a Hugging Face model
     convert from-hf   make a checkpoint that training begins with, of Hugging Face weights
+    convert inspect   show a checkpoint as a tree
     convert upcycle   make a sparse model of a dense checkpoint
     eval CHECKPOINT   held-out losses with true, shuffled and blank images, and captions
     doctor            what this machine has, and what falls back to what
@@ -119,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     from_hf.add_argument("--threads", type=int, default=_THREADS)
     from_hf.add_argument("-h", "--help", action="store_true")
     from_hf.set_defaults(run=_convert_from_hf)
+
+    inspect = convert.add_parser("inspect", help="show a checkpoint as a tree: shapes, types, norms, parameters")
+    inspect.add_argument("path", type=Path, help="checkpoint or run directory of ours, Hugging Face directory, or file of weights")
+    inspect.add_argument("--no-norms", action="store_true", help="read no tensor: quick")
+    inspect.add_argument("--unfold", action="store_true", help="every layer by itself, even where they look alike")
+    inspect.add_argument("--threads", type=int, default=_THREADS, help="that read at once (default: %(default)s)")
+    inspect.set_defaults(run=_convert_inspect)
 
     upcycle = convert.add_parser("upcycle", help="make a sparse model whose experts begin as a dense checkpoint's MLPs", add_help=False)
     upcycle.add_argument("checkpoint", nargs="?", type=Path, help="dense checkpoint, or RUN_DIR for its newest")
@@ -250,6 +258,13 @@ def _convert_from_hf(known: argparse.Namespace, rest: list[str]) -> None:
     for what, count in made.drawn.items():
         print(f"  {count:16,} parameters drawn: {what}")
     print(f"begin with it: megatron-mm train {known.recipe} --init-from {known.out}")
+
+
+def _convert_inspect(known: argparse.Namespace, rest: list[str]) -> None:
+    from megatron_mm.conversion.inspect import inspect
+
+    for line in inspect(known.path, norms=not known.no_norms, unfold=known.unfold, threads=known.threads):
+        print(line)
 
 
 def _convert_upcycle(known: argparse.Namespace, rest: list[str]) -> None:

@@ -201,7 +201,14 @@ class _Work:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def fill(self, index: int, lane: Lane, known: list[Written]) -> list[Written]:
-        """Fill a lane, after what is known to be written of it and still is."""
+        """Fill a lane, after what is known to be written of it and still is. Where it fails, no other lane goes on."""
+        try:
+            return self._fill(index, lane, known)
+        except BaseException:
+            self.stop.set()
+            raise
+
+    def _fill(self, index: int, lane: Lane, known: list[Written]) -> list[Written]:
         path = self.partial / lane.file
         done = list(_still_right(path, lane, known))
         for task in lane.tasks[: len(done)]:

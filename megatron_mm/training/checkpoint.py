@@ -337,6 +337,10 @@ def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer
             f"checkpoint {checkpoint} was trained with train.policy {saved.train.policy!r}, not {experiment.train.policy!r}: "
             f"for another stage start a new run with --run-dir NEW --init-from {checkpoint}"
         )
+    if with_optimizer and json.loads((checkpoint / "manifest.json").read_text()).get("weights_only", False):
+        raise ValueError(
+            f"checkpoint {checkpoint} holds weights alone, no run to go on with: use another --run-dir and --init-from {checkpoint}"
+        )
     if with_optimizer and experiment.parallel.distributed_optimizer != saved.parallel.distributed_optimizer:
         raise ValueError(
             f"checkpoint {checkpoint} has parallel.distributed_optimizer {saved.parallel.distributed_optimizer}: use the same here"
