@@ -158,19 +158,21 @@ def resampler_flops(model: InfiMMConfig) -> float:
 
 
 def mono_internvl_step_flops(model: MonoInternVLConfig, policy: str, work: StepWork) -> float:
-    """FLOPs of one training step of Mono-InternVL; a token goes through one feed-forward network, so the decoder counts as a dense one.
+    """FLOPs of one training step of Mono-InternVL; a token goes through one feed-forward network, so forward the decoder is a dense one.
 
-    Until the last stage (s2) the text's networks, embeddings and output layer are frozen, in the first two attention is too. Visual experts
-    learn in every layer, so gradients pass all of them; tokens that a network has are not told apart here, and learning networks count for
-    all tokens: what a text token's gradient of weights would cost is counted although it is not computed.
+    Until the last stage (s2) text's networks and the output layer are frozen, in the first two attention is too. Gradients pass all layers
+    all the same, as the patches in front of them learn.
     """
     decoder, patches = model.decoder, model.patches
-    language = decoder_flops(decoder, num_tokens=work.num_tokens, sum_squared_lengths=work.sum_squared_lengths)
-    width = decoder.hidden_size
-    spared = 0 if policy == "s2" else width * decoder.vocab_size
+    width, visual = decoder.hidden_size, work.num_images * patches.num_tokens
+    frozen = 0  # products of a token with a weight that has no gradient
+    if policy != "s2":
+        mlp = 3 * width * decoder.ffn_hidden_size
+        frozen += decoder.num_layers * mlp * (work.num_tokens - visual) + width * decoder.vocab_size * work.num_tokens
     if policy in ("s1_1", "s1_2"):
-        inner = decoder.num_attention_heads * decoder.head_dim
-        spared += decoder.num_layers * (width * (inner + 2 * decoder.num_query_groups * decoder.head_dim) + inner * width)
+        inner, groups = decoder.num_attention_heads * decoder.head_dim, 2 * decoder.num_query_groups * decoder.head_dim
+        frozen += decoder.num_layers * (width * (inner + groups) + inner * width) * work.num_tokens
+    language = decoder_flops(decoder, num_tokens=work.num_tokens, sum_squared_lengths=work.sum_squared_lengths) - 2.0 * frozen
     squares = patches.unshuffle**2 * patches.hidden_size
     of_image = patches.grid_size**2 * 3 * patches.patch_size**2 * patches.hidden_size + patches.num_tokens * (squares * width + width**2)
-    return language - 2.0 * spared * work.num_tokens + FORWARD_AND_BACKWARD * 2.0 * of_image * work.num_images
+    return language + FORWARD_AND_BACKWARD * 2.0 * of_image * work.num_images
