@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.config import MM1Config, ParallelConfig, load_experiment, save_experiment, to_dict
+from megatron_mm.config import InfiMMConfig, MM1Config, ParallelConfig, load_experiment, save_experiment, to_dict
+from megatron_mm.data.pipeline import image_input
 from megatron_mm.dry_run import stage_parameters
 from megatron_mm.planning.flops import decoder_matmul_parameters
 from megatron_mm.recipes import RECIPES, get_recipe
@@ -108,6 +109,52 @@ def test_a_process_holds_its_share_of_the_experts() -> None:
 def test_sparse_models_learn_as_fast_as_their_backbones() -> None:
     for name in ("mm1_3b", "mm1_7b"):
         assert get_recipe(f"{name}_moe").optimizer == get_recipe(name).optimizer
+
+
+@pytest.mark.parametrize(
+    ("model", "tower", "language", "gated_layers"),
+    [
+        ("zephyr_7b", 304_432_832, 7_241_748_480, 16),
+        ("llama_13b", 1_012_588_928, 13_015_884_800, 10),
+        ("vicuna_13b", 4_350_556_928, 13_015_884_800, 10),
+    ],
+)
+def test_infimm_models_have_their_sizes(model: str, tower: int, language: int, gated_layers: int) -> None:
+    """The towers' published sizes; the language models', with two more tokens; gated blocks of 8 heads of 64, feed-forward of 4 widths."""
+    name = f"infimm_{model}_pt"
+    experiment = get_recipe(name)
+    assert isinstance(experiment.model, InfiMMConfig)
+    found = totals(name, tensor=1)
+    assert found["vision"] == tower
+    width, seen = experiment.model.decoder.hidden_size, experiment.model.vision.hidden_size
+    block = 2 * 512 * width + 1024 * seen + 8 * width**2 + 4 * width + 2
+    assert found["language"] == language + gated_layers * block
+
+
+def test_infimm_stages_differ_in_what_table_7_says() -> None:
+    for model in ("zephyr_7b", "llama_13b", "vicuna_13b"):
+        pt, mtt, ift = (get_recipe(f"infimm_{model}_{stage}") for stage in ("pt", "mtt", "ift"))
+        assert pt.model == mtt.model == ift.model, "one stage begins with the weights of another"
+        assert [e.optimizer.peak_lr for e in (pt, mtt, ift)] == [1e-4, 1e-5, 5e-6]
+        assert [e.optimizer.beta2 for e in (pt, mtt, ift)] == [0.95, 0.999, 0.999]
+        assert [e.train.steps for e in (pt, mtt, ift)] == [285_000, 10_000, 6_000]
+        assert [e.parallel.recompute for e in (pt, mtt, ift)] == ["none", "full", "none"]
+        assert ift.train.policy == ("ift" if model == "llama_13b" else "ift_frozen_language")
+
+
+def test_mono_internvl_has_its_size() -> None:
+    """3,111,355,392 parameters with the 92553 rows of the released vocabulary; ours are filled up to 92672, at both ends."""
+    found = sum(totals("mono_internvl_2b_s1_1", tensor=1).values())
+    assert found - 2 * (92672 - 92553) * 2048 == 3_111_355_392
+
+
+def test_mono_internvl_stages_see_as_many_patches_as_the_paper_says() -> None:
+    stages = [get_recipe(f"mono_internvl_2b_{stage}") for stage in ("s1_1", "s1_2", "s1_3", "s2")]
+    assert len({stage.model for stage in stages}) == 1, "one stage begins with the weights of another"
+    tokens = [256 * image_input(stage).max_tiles for stage in stages]
+    assert tokens == [1280, 1792, 3328, 6400]
+    assert all(count + 2 <= stage.data.sequence_length for count, stage in zip(tokens, stages, strict=True))
+    assert sum(stage.train.steps for stage in stages[:3]) == 646_000
 
 
 def test_peak_learning_rates_follow_equation_1() -> None:
