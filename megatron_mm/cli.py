@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         default="plain",
         help="how conversations and tasks are written: plain, zephyr, llama2, vicuna or internlm2 (default: %(default)s)",
     )
+    index.add_argument("--caption-prompt", help="make chats of pairs, too: what asks for the caption (default: an image and its caption)")
     index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     index.set_defaults(run=_prepare_index)
     tokenizer = prepare.add_parser("tokenizer", help="train a SentencePiece tokenizer on the texts of a data set")
@@ -210,7 +211,14 @@ def _prepare_demo(known: argparse.Namespace, rest: list[str]) -> None:
 def _prepare_index(known: argparse.Namespace, rest: list[str]) -> None:
     from megatron_mm.data.prepare import prepare_index
 
-    print(prepare_index(known.path, tokenizer=known.tokenizer, template=known.chat_template, workers=known.workers))
+    summary = prepare_index(
+        known.path,
+        tokenizer=known.tokenizer,
+        template=known.chat_template,
+        caption_prompt=known.caption_prompt,
+        workers=known.workers,
+    )
+    print(summary)
 
 
 def _prepare_tokenizer(known: argparse.Namespace, rest: list[str]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_mm.data.index import SourceIndex
 from megatron_mm.data.items import Control, ImageReference, Item, Text
 
 Parts = tuple[str | Control, ...]
@@ -105,11 +106,27 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
 }
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How the samples of a source become chats."""
+
+    template: ChatTemplate
+    caption_prompt: str | None = None
+    """What asks for the captions of pairs, after the image; None leaves them an image and its caption."""
+
+
 def chat_template(name: str) -> ChatTemplate:
     """A template by its name. Raises ValueError that lists the names where there is none of that name."""
     if name not in CHAT_TEMPLATES:
         raise ValueError(f"chat template {name!r} is unknown: use one of {list(CHAT_TEMPLATES)}")
     return CHAT_TEMPLATES[name]
+
+
+def rendering_of(index: SourceIndex) -> Rendering | None:
+    """How the samples of a source were written when it was indexed; None where they are no chats."""
+    if index.chat_template is None:
+        return None
+    return Rendering(chat_template(index.chat_template), caption_prompt=index.caption_prompt)
 
 
 def render(turns: Sequence[Turn], template: ChatTemplate) -> list[Item]:

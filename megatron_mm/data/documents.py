@@ -18,26 +18,29 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_mm.data.chat import ChatTemplate, render
+from megatron_mm.data.chat import Rendering, Turn, render
 from megatron_mm.data.conversations import TASKS, conversation_turns, task_turns
-from megatron_mm.data.index import Kind
+from megatron_mm.data.index import CHAT_KINDS, Kind
 from megatron_mm.data.items import BadDocument, ImageReference, Item, Text
 
+OWN_IMAGE = ""
+"""Stands for the image of a pair, whatever its extension."""
 
-def parse_document(kind: Kind, data: bytes, *, is_json: bool, template: ChatTemplate | None = None) -> list[Item]:
-    """The items of a document in reading order; of a pair, its caption alone.
+
+def parse_document(kind: Kind, data: bytes, *, is_json: bool, rendering: Rendering | None = None) -> list[Item]:
+    """The items of a document in reading order; of a pair, its caption alone, unless a prompt asks for it.
 
     Raises BadDocument with a short reason.
 
     Args:
         is_json: the document must be JSON, as its name says; of all kinds but pairs and text it always must.
-        template: what renders conversations and tasks.
+        rendering: how conversations and tasks are written, and pairs, if they are chats.
     """
     try:
         decoded = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadDocument("text is not UTF-8") from None
-    items = _items(kind, decoded, is_json=is_json, template=template)
+    items = _items(kind, decoded, is_json=is_json, rendering=rendering)
     texts = [item.text for item in items if isinstance(item, Text)]
     if not texts:
         raise BadDocument("no text")
@@ -48,18 +51,17 @@ def parse_document(kind: Kind, data: bytes, *, is_json: bool, template: ChatTemp
     return items
 
 
-def _items(kind: Kind, decoded: str, *, is_json: bool, template: ChatTemplate | None) -> list[Item]:
-    if kind in ("conversations", "tasks"):
-        assert template is not None, "conversations are rendered by a template"
+def _items(kind: Kind, decoded: str, *, is_json: bool, rendering: Rendering | None) -> list[Item]:
+    if kind in CHAT_KINDS:
+        assert rendering is not None, "conversations are rendered by a template"
         fields = _json(decoded)
-        return render(conversation_turns(fields) if kind == "conversations" else task_turns(fields), template)
+        return render(conversation_turns(fields) if kind == "conversations" else task_turns(fields), rendering.template)
+    if kind == "pairs" and rendering is not None and rendering.caption_prompt is not None:
+        caption = _plain_text(decoded, is_json=is_json)
+        turn = Turn((ImageReference(OWN_IMAGE, counted=False), rendering.caption_prompt), caption)
+        return render([turn], rendering.template) if caption else []
     items = _interleaved(_json(decoded)) if kind == "interleaved" else [Text(_plain_text(decoded, is_json=is_json))]
     return [item for item in items if not isinstance(item, Text) or item.text.strip()]
-
-
-def read_texts(kind: Kind, data: bytes) -> list[str]:
-    """The texts of a document that needs no template, in reading order."""
-    return [item.text for item in parse_document(kind, data, is_json=False) if isinstance(item, Text)]
 
 
 def chat_kind(data: bytes) -> Kind | None:

@@ -2,7 +2,8 @@
 
 A source is a folder of shards of one kind. `prepare index` reads every sample once and writes, beside the shards,
 
-    <source>/index/meta.json     kind, tokenizer fingerprint, chat template, shard files with their sizes, rejected samples by reason
+    <source>/index/meta.json     kind, tokenizer fingerprint, chat template and caption prompt, shard files with their sizes, counts of
+                                 rejected samples by reason
     <source>/index/samples.npy   one SAMPLE row for each valid sample, in shard order
     <source>/index/items.npy     one ITEM row for each text, control token or image of each sample, in reading order
 
@@ -21,7 +22,7 @@ import numpy as np
 
 Kind = Literal["pairs", "interleaved", "text", "conversations", "tasks"]
 CHAT_KINDS: tuple[Kind, ...] = ("conversations", "tasks")
-"""Kinds that are rendered by a chat template, and of which only the answers count."""
+"""Kinds that are always rendered by a chat template; of what is, only the answers count."""
 FORMAT_VERSION = 2
 
 SAMPLE = np.dtype(
@@ -70,12 +71,14 @@ class SourceIndex:
     items: np.ndarray
     """[num_items] of ITEM."""
     chat_template: str | None = None
-    """Name of the template that renders the samples; None for kinds that need none."""
+    """Name of the template that renders the samples; None where they are no chats."""
+    caption_prompt: str | None = None
+    """What asks for the captions of pairs; None where they are no chats."""
 
     @property
     def answers_only(self) -> bool:
         """Some items do not count in the loss."""
-        return self.kind in CHAT_KINDS
+        return self.chat_template is not None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -127,6 +130,7 @@ def open_index(source: Path) -> SourceIndex:
         samples=np.asarray(np.load(source / "index" / "samples.npy", mmap_mode="r")),
         items=np.asarray(np.load(source / "index" / "items.npy", mmap_mode="r")),
         chat_template=meta["chat_template"],
+        caption_prompt=meta.get("caption_prompt"),
     )
 
 

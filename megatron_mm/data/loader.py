@@ -20,7 +20,7 @@ import torch
 
 from megatron_mm.config import DataConfig
 from megatron_mm.data.batch import PackedBatch, documents_of_images
-from megatron_mm.data.chat import chat_template
+from megatron_mm.data.chat import rendering_of
 from megatron_mm.data.decode import DecodedImages, make_decoder
 from megatron_mm.data.documents import parse_document
 from megatron_mm.data.image_input import ImageInput
@@ -142,7 +142,7 @@ class Loader:
         self.view = view
         self.state = start
         self.image = plan.image
-        self._templates = [chat_template(index.chat_template) if index.chat_template else None for index in plan.indexes]
+        self._renderings = [rendering_of(index) for index in plan.indexes]
         plan.image.ids(tokenizer.special_id, tiles=1)  # raises here and not in a thread
         self._texts, self._seen = _Tally(), _Tally()
         self._readers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
@@ -263,7 +263,7 @@ class Loader:
         path = index.shard_path(int(row["shard"]))
         try:
             data = read_range(path, int(row["offset"]), int(row["size"]))
-            items = parse_document(index.kind, data, is_json=False, template=self._templates[source])
+            items = parse_document(index.kind, data, is_json=False, rendering=self._renderings[source])
             return document_stream(index, sample, self.tokenizer, items, image=self.image)
         except (OSError, ValueError) as error:
             logger.warning("unusable text in sample %d of %s: %s; it is left out", sample, index.name, error)

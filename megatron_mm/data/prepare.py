@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_mm.data.chat import ChatTemplate, chat_template
-from megatron_mm.data.documents import chat_kind, parse_document
+from megatron_mm.data.chat import Rendering, chat_template
+from megatron_mm.data.documents import OWN_IMAGE, chat_kind, parse_document
 from megatron_mm.data.index import CHAT_KINDS, ITEM, SAMPLE, Kind, write_index
 from megatron_mm.data.items import BadDocument, ImageReference, Item, Text, encode_items
 from megatron_mm.data.shards import BrokenShard, Member, WebSample, iterate_jsonl, iterate_tar
@@ -60,8 +60,15 @@ class Summary:
         return "\n".join([*lines, f"in {self.seconds:.1f} s"])
 
 
-_ShardTask = tuple[Kind, int, Path, Path, str]
-"""Kind, number and file of a shard, tokenizer, chat template."""
+@dataclass(frozen=True)
+class _ShardTask:
+    """A shard to index."""
+
+    kind: Kind
+    number: int
+    shard: Path
+    tokenizer: Path
+    rendering: Rendering
 
 
 @dataclass
@@ -96,7 +103,9 @@ def _shards(source: Path) -> list[Path]:
     return sorted([*source.glob("*.tar"), *source.glob("*.jsonl")])
 
 
-def prepare_index(path: Path, *, tokenizer: Path | None = None, template: str = "plain", workers: int = 1) -> Summary:
+def prepare_index(
+    path: Path, *, tokenizer: Path | None = None, template: str = "plain", caption_prompt: str | None = None, workers: int = 1
+) -> Summary:
     """Index every source under a path. The result does not depend on the number of workers.
 
     Raises ValueError where there is no shard, no tokenizer, a source without one usable sample, or a tokenizer that lacks control
@@ -104,6 +113,7 @@ def prepare_index(path: Path, *, tokenizer: Path | None = None, template: str = 
 
     Args:
         template: the chat template of conversations and tasks, by name.
+        caption_prompt: makes chats of pairs, too: what asks for the caption. None leaves them an image and its caption.
     """
     began = time.monotonic()
     sources = find_sources(path)
@@ -116,17 +126,20 @@ def prepare_index(path: Path, *, tokenizer: Path | None = None, template: str = 
     summaries = {}
     for source in sources:
         summaries[f"{source.parent.name}/{source.name}"] = _index_source(
-            source, model, fingerprint=fingerprint, template=template, workers=workers
+            source, model, fingerprint=fingerprint, template=template, caption_prompt=caption_prompt, workers=workers
         )
     return Summary(summaries, seconds=time.monotonic() - began)
 
 
-def _index_source(source: Path, model: Path, *, fingerprint: str, template: str, workers: int) -> SourceSummary:
+def _index_source(source: Path, model: Path, *, fingerprint: str, template: str, caption_prompt: str | None, workers: int) -> SourceSummary:
     shards = _shards(source)
     kind = detect_kind(shards)
-    if kind in CHAT_KINDS:
+    prompt = caption_prompt if kind == "pairs" else None
+    are_chats = kind in CHAT_KINDS or prompt is not None
+    if are_chats:
         _check_template(template, model)
-    tasks = [(kind, number, shard, model, template) for number, shard in enumerate(shards)]
+    rendering = Rendering(chat_template(template), caption_prompt=prompt)
+    tasks = [_ShardTask(kind, number, shard, model, rendering) for number, shard in enumerate(shards)]
     samples, items = [np.zeros(0, SAMPLE)], [np.zeros(0, ITEM)]
     num_samples = num_items = 0
     rejected = Counter[str]()
@@ -149,7 +162,8 @@ def _index_source(source: Path, model: Path, *, fingerprint: str, template: str,
     meta = {
         "kind": kind,
         "tokenizer": fingerprint,
-        "chat_template": template if kind in CHAT_KINDS else None,
+        "chat_template": template if are_chats else None,
+        "caption_prompt": prompt,
         "shards": {shard.name: shard.stat().st_size for shard in shards},
         "rejected": dict(sorted(rejected.items())),
     }
@@ -186,7 +200,7 @@ def _run(tasks: list[_ShardTask], workers: int) -> Iterator[_ShardRows]:
         try:
             yield from pool.map(_index_shard, tasks)
         except BrokenProcessPool:
-            raise ValueError(f"a process that indexed {tasks[0][2].parent} was killed: use fewer than {workers} --workers") from None
+            raise ValueError(f"a process that indexed {tasks[0].shard.parent} was killed: use fewer than {workers} --workers") from None
 
 
 def detect_kind(shards: list[Path]) -> Kind:
@@ -219,22 +233,21 @@ def _has_list(sample: WebSample) -> bool:
 
 
 def _index_shard(task: _ShardTask) -> _ShardRows:
-    kind, number, shard, model, template_name = task
-    tokenizer, template = Tokenizer.open(model), chat_template(template_name)
+    tokenizer, shard = Tokenizer.open(task.tokenizer), task.shard
     samples: list[tuple[int, ...]] = []
     items: list[tuple[int, ...]] = []
     rejected, named = Counter[str](), []
     try:
         for sample in _samples(shard):
             try:
-                document, found = _check(kind, sample, tokenizer, template)
+                document, found = _check(task.kind, sample, tokenizer, task.rendering)
             except BadDocument as reason:
                 rejected[str(reason)] += 1
                 if rejected[str(reason)] <= _NAMED_REJECTS:
                     named.append(f"rejected {shard}: {sample.key.lstrip('/')}: {reason}")
                 continue
             num_images, tokens = sum(item[0] for item in found), sum(item[2] for item in found)
-            samples.append((number, document.offset, len(document.data), len(items), len(found), tokens, num_images))
+            samples.append((task.number, document.offset, len(document.data), len(items), len(found), tokens, num_images))
             items += found
     except BrokenShard as error:
         rejected["broken shard"] += 1
@@ -248,11 +261,11 @@ def _samples(shard: Path) -> Iterator[WebSample]:
     return iterate_tar(shard)
 
 
-def _check(kind: Kind, sample: WebSample, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Member, list[tuple[int, ...]]]:
+def _check(kind: Kind, sample: WebSample, tokenizer: Tokenizer, rendering: Rendering) -> tuple[Member, list[tuple[int, ...]]]:
     """The document of a sample and its items' rows. Raises BadDocument with the reason to reject it."""
     document = _document(kind, sample)
-    first = [_pair_image(sample)] if kind == "pairs" else []
-    items = _parse(kind, document, template)
+    first = [_pair_image(sample)] if kind == "pairs" and rendering.caption_prompt is None else []
+    items = _parse(kind, document, rendering)
     images = iter([_referenced(sample, item) for item in items if isinstance(item, ImageReference)])
     written = iter(encode_items(items, tokenizer))
     rows = [_image_row(image, counted=True) for image in first]
@@ -276,8 +289,8 @@ def _document(kind: Kind, sample: WebSample) -> Member:
     raise BadDocument("no text file")
 
 
-def _parse(kind: Kind, document: Member, template: ChatTemplate) -> list[Item]:
-    return parse_document(kind, document.data, is_json=not document.name.lower().endswith(".txt"), template=template)
+def _parse(kind: Kind, document: Member, rendering: Rendering) -> list[Item]:
+    return parse_document(kind, document.data, is_json=not document.name.lower().endswith(".txt"), rendering=rendering)
 
 
 def _pair_image(sample: WebSample) -> Member:
@@ -288,6 +301,8 @@ def _pair_image(sample: WebSample) -> Member:
 
 
 def _referenced(sample: WebSample, reference: ImageReference) -> Member:
+    if reference.extension == OWN_IMAGE:
+        return _pair_image(sample)
     if reference.extension not in sample.members:
         raise BadDocument("image is not in the shard")
     return sample.members[reference.extension]
@@ -318,7 +333,7 @@ def prepare_tokenizer(path: Path, *, out: Path, vocab_size: int) -> str:
 
 
 def _all_texts(sources: list[Path]) -> Iterator[str]:
-    plain = chat_template("plain")
+    plain = Rendering(chat_template("plain"))
     for source in sources:
         shards = _shards(source)
         kind = detect_kind(shards)

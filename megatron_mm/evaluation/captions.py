@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from megatron_mm.data.documents import read_texts
+from megatron_mm.data.chat import rendering_of
+from megatron_mm.data.documents import parse_document
 from megatron_mm.data.index import SourceIndex
+from megatron_mm.data.items import Text
+from megatron_mm.data.loader import document_stream
+from megatron_mm.data.packing import counted_places, document_images
 from megatron_mm.data.shards import read_range
 from megatron_mm.data.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.tokenizer import Tokenizer
@@ -39,20 +42,31 @@ class CaptionTask:
 
 
 def caption_tasks(index: SourceIndex, tokenizer: Tokenizer, image: ImageInput, *, count: int) -> list[CaptionTask]:
-    """The first `count` pairs of a source as prompts: BOS and the image."""
+    """The first `count` pairs of a source as prompts: what stands before their captions, which is BOS, the image, and the prompt that
+    they were indexed with, if any."""
     decoder = TileDecoder(image, threads=1)
-    tasks = []
-    for sample in index.samples[:count]:
-        path = index.shard_path(int(sample["shard"]))
-        items = index.items[sample["first_item"] : sample["first_item"] + sample["num_items"]]
-        picture = items[items["is_image"] == 1][:1]
-        tiles = int(image.num_tiles(picture["width"], picture["height"])[0])
-        offset, size, width, height = (int(picture[name][0]) for name in ("offset", "size", "width", "height"))
-        wanted = EncodedTiles(read_range(path, offset, size), width=width, height=height, tiles=range(tiles))
-        pixels = decoder.decode([wanted]).pixels
-        texts = read_texts(index.kind, read_range(path, int(sample["offset"]), int(sample["size"])))
-        ids = [tokenizer.bos_id, *image.ids(tokenizer.special_id, tiles=tiles)]
-        starts = [1 + len(image.before) + image.tokens * tile for tile in range(tiles)]
-        tasks.append(CaptionTask(Prompt(ids=ids, image_starts=starts, pixels=torch.as_tensor(pixels)), true=" ".join(texts)))
+    tasks = [_caption_task(index, row, tokenizer, image, decoder) for row in range(min(count, len(index)))]
     decoder.close()
     return tasks
+
+
+def _caption_task(index: SourceIndex, row: int, tokenizer: Tokenizer, image: ImageInput, decoder: TileDecoder) -> CaptionTask:
+    sample = index.samples[row]
+    path = index.shard_path(int(sample["shard"]))
+    items = parse_document(
+        index.kind, read_range(path, int(sample["offset"]), int(sample["size"])), is_json=False, rendering=rendering_of(index)
+    )
+    stream = document_stream(index, row, tokenizer, items, image=image)
+    found = document_images(index, row, image)
+    begin, end, tiles = int(found.starts[0]), int(found.ends[0]), int(found.tiles[0])
+    first_counted = int(counted_places(index, row, image)[end:].argmax())
+    rows = index.items[sample["first_item"] : sample["first_item"] + sample["num_items"]]
+    picture = rows[rows["is_image"] == 1][0]
+    offset, size, width, height = (int(picture[name]) for name in ("offset", "size", "width", "height"))
+    wanted = EncodedTiles(read_range(path, offset, size), width=width, height=height, tiles=range(tiles))
+    prompt = Prompt(
+        ids=stream[: end + first_counted],
+        image_starts=[begin + len(image.before) + image.tokens * tile for tile in range(tiles)],
+        pixels=decoder.decode([wanted]).pixels,
+    )
+    return CaptionTask(prompt, true="".join(item.text for item in items if isinstance(item, Text) and item.counted).strip())

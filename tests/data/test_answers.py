@@ -18,11 +18,13 @@ from data_files import ALONE, experiment, picture, write_tar
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.chat import CHAT_TEMPLATES
+from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import open_index
 from megatron_mm.data.packing import counted_places
 from megatron_mm.data.pipeline import TrainingData, make_plan
 from megatron_mm.data.prepare import prepare_index
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.evaluation.captions import caption_tasks
 from megatron_mm.parallel.topology import Topology
 
 CONVERSATIONS = [
@@ -60,7 +62,7 @@ def write_conversations(path: Path) -> Path:
 
 def chat_experiment(path: Path, *, sequences: int = 4, **data: Any) -> Experiment:
     """An epoch of the three conversations to a window, `sequences` of them to a batch of one micro-batch."""
-    settings = experiment(path, mixture={"chat": 1.0}, **data)
+    settings = experiment(path, **{"mixture": {"chat": 1.0}, **data})
     train = replace(settings.train, global_batch_size=sequences, micro_batch_size=sequences)
     return replace(settings, train=train, data=replace(settings.data, packing_window=3))
 
@@ -194,3 +196,32 @@ def test_the_demo_s_conversations_and_tasks_train(demo_data: Path) -> None:
     assert not step.bad
     for batch in step.micro_batches:
         assert 0.02 < batch.loss_mask.mean() < 0.4 and batch.num_images > 4
+
+
+@pytest.mark.parametrize("template", ["plain", "vicuna", "internlm2"])
+def test_pairs_may_be_asked_for_their_captions(tmp_path: Path, template: str) -> None:
+    """The prompt does not count, the caption does, and generation begins after the prompt."""
+    path, prompt = write_conversations(tmp_path), "what is it?"
+    members = {f"{n}.{e}": d for n, text in enumerate(("a red circle", "two")) for e, d in (("jpg", picture()), ("txt", text.encode()))}
+    write_tar(path / "train" / "pairs" / "0.tar", {**members, "2.jpg": picture(), "2.txt": b" "})
+    tokenizer, image = Tokenizer.open(path / "tokenizer.model"), ImageInput(size=32, fill=(0, 0, 0), tokens=4)
+    prepare_index(path, template=template)
+    plain = open_index(path / "train" / "pairs")
+    assert (plain.chat_template, plain.caption_prompt, plain.answers_only) == (None, None, False)
+    task = caption_tasks(plain, tokenizer, image, count=5)[0]
+    assert task.prompt.ids == [tokenizer.bos_id, *[tokenizer.image_id] * 4] and task.true == "a red circle"
+    prepare_index(path, template=template, caption_prompt=prompt)
+    index = open_index(path / "train" / "pairs")
+    assert index.kind == "pairs" and (index.chat_template, index.caption_prompt, index.answers_only) == (template, prompt, True)
+    assert index.rejected == plain.rejected == {"no text": 1}
+    assert open_index(path / "train" / "chat").caption_prompt is None
+    batch = load(path, sequence_length=1024, mixture={"pairs": 1.0})
+    found = {tuple(text.removesuffix("<E>").strip() for text in texts) for texts in answers_of(batch, tokenizer)}
+    assert found == {("a red circle",), ("two",)}
+    task = caption_tasks(index, tokenizer, image, count=1)[0]
+    assert task.true == "a red circle" and tokenizer.image_id in task.prompt.ids
+    assert tokenizer.decode(task.prompt.ids).count(prompt) == 1 and "red circle" not in tokenizer.decode(task.prompt.ids)
+    bounds = itertools.pairwise(batch.cu_seqlens.tolist())
+    documents = [batch.token_ids[begin:end].tolist() for begin, end in bounds]
+    short = [token for token in task.prompt.ids if token != tokenizer.image_id]
+    assert any([token for token in ids if token != tokenizer.image_id][: len(short)] == short for ids in documents)
