@@ -47,7 +47,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["mm1_99b"], "unknown recipe 'mm1_99b': choose one of debug_mm1, debug_mm1_moe, mm1_1b"),
+        (["mm1_99b"], "unknown recipe 'mm1_99b': choose one of debug_mm1, debug_mm1_moe, debug_infimm, debug_mono_internvl, mm1_1b"),
         (["debug_mm1", "--train.stepz", "3"], "error: unknown option --train.stepz: did you mean --train.steps?"),
         (["debug_mm1", "--steps=3"], "error: unknown option --steps: did you mean --train.steps?"),
         (["debug_mm1", "--zzz"], "error: unknown option --zzz: --help lists every option"),
