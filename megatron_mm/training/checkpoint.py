@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
@@ -53,8 +54,9 @@ logger = logging.getLogger(__name__)
 
 TENSORS = "tensors"
 _READ_BYTES = 1 << 24
-_NOT_WEIGHTS = ("optimizer.", "generators.")
-"""How the names of a checkpoint's other tensors begin."""
+_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|generators\.")
+"""How the names of a checkpoint's other tensors begin. A model with experts has an optimizer for them beside the other."""
+_NAMED = 40
 
 
 @dataclass
@@ -303,10 +305,11 @@ def _check_names(state: dict[str, Any], checkpoint: Path, *, world_size: int) ->
     names: list[set[str]] = [set()] * world_size
     dist.all_gather_object(names, mine)
     wanted = set().union(*names)
-    stored = {name for name in dist_checkpointing.load_tensors_metadata(str(checkpoint / TENSORS)) if not name.startswith(_NOT_WEIGHTS)}
+    stored = {name for name in dist_checkpointing.load_tensors_metadata(str(checkpoint / TENSORS)) if not _NOT_WEIGHTS.match(name)}
     for what, missed in (("lacks", wanted - stored), ("holds, beyond the model's,", stored - wanted)):
         if missed:
-            raise ValueError(f"checkpoint {checkpoint} {what} {len(missed)} tensors: {', '.join(sorted(missed))}")
+            named = ", ".join(sorted(missed)[:_NAMED]) + (", ..." if len(missed) > _NAMED else "")
+            raise ValueError(f"checkpoint {checkpoint} {what} {len(missed)} tensors: {named}")
 
 
 def load_chunk(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
