@@ -75,6 +75,7 @@ def others(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Ev
     return _train(["infimm", "mono_internvl"], tmp_path_factory.mktemp("runs"), data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["infimm", "mono_internvl"])
 def test_other_families_answer_the_questions_from_the_images(others: dict[str, Evaluated], family: str) -> None:
     """Interleaved documents ask before each picture and answer behind it."""
