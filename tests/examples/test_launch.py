@@ -4,86 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-SRUN = """
-for word in "$@"; do echo "$word"; done > "$CALLS/srun"
-while [[ $1 == --* ]]; do shift; done
-SLURM_NODEID=1 PATH="$BIN:$PATH" "$@"
-"""
-"""Writes down its arguments and runs the command as the second node would."""
-TRAINING = 'for word in "$@"; do echo "$word"; done > "$CALLS/training"; env > "$CALLS/environment"\n'
-SCONTROL = """
-case $1 in
-  show) if [ "$2" = hostnames ]; then echo n1; echo n2; else echo "NodeName=$3 NodeAddr=10.0.0.7 NodeHostName=$3"; fi ;;
-  requeue) echo "$2" >> "$CALLS/requeue"; [ ! -f "$CALLS/refuse" ] ;;
-esac
-"""
-SCANCEL = 'echo "$@" >> "$CALLS/scancel"\n'
-
-
-@dataclass
-class Cluster:
-    """Stand-ins for Slurm's programs that write down how they were called."""
-
-    folder: Path
-
-    def training(self, body: str) -> None:
-        """What the stand-in for training does, in bash; RUN_DIR and CALLS are set."""
-        path = self.folder / "bin" / "train-here"
-        path.write_text(f"#!/bin/bash\n{TRAINING}{body}\n")
-        path.chmod(0o755)
-
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        job = {
-            "SLURM_JOB_ID": "77",
-            "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_CPUS_ON_NODE": "96",
-            "SLURM_JOB_NODELIST": "n[1-2]",
-            "SLURM_SUBMIT_DIR": str(ROOT),
-            "SLURM_GPUS_ON_NODE": "8",
-        }
-        own = {
-            "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin",
-            "CALLS": str(self.folder),
-            "BIN": str(self.folder / "bin"),
-            "PYTHON": "train-here",
-            "DATA": str(self.folder),
-            "RUN_DIR": str(self.folder / "run"),
-        }
-        command = ["bash", str(ROOT / "examples" / "mm1_1b.slurm"), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**own, **job, **environment})
-
-    def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
-        """Exit code, output and errors of a whole job."""
-        process = self.start(*arguments, **environment)
-        out, err = process.communicate(timeout=30)
-        return process.returncode, out, err
-
-    def called(self, program: str) -> list[str]:
-        """A line for each argument of srun, training and environment; for each call of the others."""
-        path = self.folder / program
-        return path.read_text().splitlines() if path.exists() else []
+from stand_in_slurm import ROOT, Cluster, stand_in_cluster
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    (tmp_path / "bin").mkdir()
-    for name, body in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL}.items():
-        path = tmp_path / "bin" / name
-        path.write_text(f"#!/bin/bash\n{body}")
-        path.chmod(0o755)
-    made = Cluster(tmp_path)
-    made.training("")
-    yield made
+def cluster(tmp_path: Path) -> Cluster:
+    return stand_in_cluster(tmp_path, script="mm1_1b")
 
 
 def after(words: list[str], name: str) -> str:

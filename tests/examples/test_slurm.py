@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.recipes import get_recipe
+from megatron_mm.config import Experiment
+from megatron_mm.recipes import RECIPES, get_recipe
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.slurm"))
@@ -32,20 +33,34 @@ def start(script: Path, *arguments: str, **environment: str) -> subprocess.Compl
     )
 
 
+def recipes_of(script: Path) -> list[Experiment]:
+    """What a script trains, by its last line: a recipe, or the recipes of a chain of stages."""
+    last = script.read_text().splitlines()[-1]
+    if last == f'exec "$launch" {script.stem} "$@"':
+        return [get_recipe(script.stem)]
+    stages = re.fullmatch(rf'exec "\$chain" {script.stem} "([\w ]+)" "\$@"', last)
+    assert stages, f"{script.name} ends with {last}"
+    return [get_recipe(f"{script.stem}_{stage}") for stage in stages[1].split()]
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_are_sound_and_their_nodes_fit_the_recipe(script: Path) -> None:
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     text = script.read_text()
-    assert f'exec "$launch" {script.stem} "$@"\n' in text and f"--job-name={script.stem}\n" in text
+    assert f"--job-name={script.stem}\n" in text
     nodes = int(re.search(r"--nodes=(\d+)", text)[1])  # type: ignore[index]
     per_node = re.search(r"--gpus-per-node=(\d+)", text)
-    recipe = get_recipe(script.stem)
-    if per_node:
-        world_size = nodes * int(per_node[1])
+    for recipe in recipes_of(script) if per_node else []:
+        world_size = nodes * int(per_node[1])  # type: ignore[index]
         assert recipe.num_micro_batches(recipe.parallel.data_parallel_size(world_size)) % recipe.parallel.pipeline == 0
-        assert recipe.parallel.tensor <= int(per_node[1]), "tensor parallelism stays inside a node"
+        assert recipe.parallel.tensor <= int(per_node[1]), "tensor parallelism stays inside a node"  # type: ignore[index]
     for option in ("--requeue", "--signal=B:USR1@", "--open-mode=append"):
         assert f"#SBATCH {option}" in text
+
+
+def test_a_chain_has_all_stages_of_its_model() -> None:
+    trained = {recipe.recipe for recipe in recipes_of(ROOT / "examples" / "mono_internvl_2b.slurm")}
+    assert trained == {name for name in RECIPES if name.startswith("mono_internvl_2b_")}
 
 
 def test_mm1_30b_asks_for_512_gpus() -> None:
