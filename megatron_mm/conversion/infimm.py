@@ -7,20 +7,40 @@ model.lang_encoder      Llama or Mistral, each layer beside the gated block that
 
 from __future__ import annotations
 
+import torch
+
 from megatron_mm.config import EvaConfig, InfiMMConfig
 from megatron_mm.conversion.decoders import llama_table
-from megatron_mm.conversion.mapping import QKV, Direct, Entry, StackedKV, Wrapped, expand
+from megatron_mm.conversion.mapping import QKV, Direct, Entry, Positions, StackedKV, Wrapped, expand
+from megatron_mm.models.eva import rotary_angles
 
 
-def infimm_table(config: InfiMMConfig) -> list[Entry]:
-    """Every parameter of an InfiMM."""
+def infimm_table(config: InfiMMConfig, *, vocab_rows: int | None = None) -> list[Entry]:
+    """Every parameter of an InfiMM.
+
+    Args:
+        vocab_rows: rows of the vocabulary that are written; None writes all.
+    """
     language = "model.lang_encoder."
+    names = {"body": f"{language}model.", "head": f"{language}lm_head.weight", "inner": ".decoder_layer"}
     return [
         *eva_table(config.vision, prefix="model.vision_encoder."),
         *_resampler_table(config),
-        *llama_table(config.decoder, body=f"{language}model.", head=f"{language}lm_head.weight", inner=".decoder_layer"),
+        *llama_table(config.decoder, **names, vocab_rows=vocab_rows),  # type: ignore[arg-type]
         *[entry for layer in config.gated.layers(config.decoder.num_layers) for entry in _gated_table(config, layer)],
     ]
+
+
+def infimm_constants(config: InfiMMConfig) -> dict[str, torch.Tensor]:
+    """Tensors of released checkpoints that are no weights: the tower's rotary cosines and sines [patches, head_dim], once for the tower and
+    once more for each block. Their authors' code expects to find them."""
+    angles = rotary_angles(config.vision)
+    if angles is None:
+        return {}
+    by_channel = angles[1:].float().repeat_interleave(2, dim=1)  # without the class token; both channels of a pair
+    values = {"freqs_cos": by_channel.cos(), "freqs_sin": by_channel.sin()}
+    places = ["", *(f"blocks.{layer}.attn." for layer in range(config.vision.num_layers))]
+    return {f"model.vision_encoder.{place}rope.{name}": value for place in places for name, value in values.items()}
 
 
 def eva_table(config: EvaConfig, *, prefix: str = "") -> list[Entry]:
@@ -63,7 +83,7 @@ def eva_table(config: EvaConfig, *, prefix: str = "") -> list[Entry]:
     ]
     return [
         Wrapped("vision.class_embedding", f"{prefix}cls_token", axes=2),
-        Wrapped("vision.position_embedding", f"{prefix}pos_embed"),
+        Positions("vision.position_embedding", f"{prefix}pos_embed", num_patches=config.grid_size**2, axes=1),
         *_both("vision.patch_embedding", f"{prefix}patch_embed.proj"),
         *expand(layer, placeholder="layer", count=config.num_layers),
         *_both("vision.norm", f"{prefix}norm"),

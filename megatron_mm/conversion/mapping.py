@@ -214,10 +214,7 @@ class Wrapped:
         return (tensor[(None,) * self.axes],)
 
     def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        (wrapped,) = tensors
-        if any(size != 1 for size in wrapped.shape[: self.axes]):
-            raise ValueError(f"{self.theirs} has shape {tuple(wrapped.shape)}, but should begin with {self.axes} axes of length 1")
-        return wrapped.flatten(0, self.axes)
+        return _unwrapped(self.theirs, tensors[0], axes=self.axes)
 
 
 @dataclass(frozen=True)
@@ -234,6 +231,8 @@ class Positions:
     theirs: str
     num_patches: int
     class_token: bool = True
+    axes: int = 0
+    """Axes of length 1 in front on their side."""
 
     @property
     def hf(self) -> tuple[str, ...]:
@@ -243,10 +242,10 @@ class Positions:
         return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (tensor,)
+        return (tensor[(None,) * self.axes],)
 
     def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        (positions,) = tensors
+        positions = _unwrapped(self.theirs, tensors[0], axes=self.axes)
         first = int(self.class_token)
         there, here = math.isqrt(positions.shape[0] - first), math.isqrt(self.num_patches)
         if positions.shape[0] == self.num_patches + first:
@@ -387,6 +386,12 @@ def _put(name: str, rename: Mapping[str, int]) -> str:
 def _check_rows(name: str, tensor: torch.Tensor, rows: int, meaning: str) -> None:
     if tensor.shape[0] != rows:
         raise ValueError(f"{name} has {tensor.shape[0]} rows, but {meaning} make {rows}: the configuration is of another model")
+
+
+def _unwrapped(name: str, wrapped: torch.Tensor, *, axes: int) -> torch.Tensor:
+    if wrapped.ndim <= axes or any(size != 1 for size in wrapped.shape[:axes]):
+        raise ValueError(f"{name} has shape {tuple(wrapped.shape)}, but should begin with {axes} axes of length 1")
+    return wrapped.flatten(0, axes) if axes else wrapped
 
 
 def _some(names: list[str]) -> str:

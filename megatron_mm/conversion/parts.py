@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_mm.config import DecoderConfig, Experiment, VisionConfig
 from megatron_mm.conversion.configs import Architecture, image_processor_config, language_model_config, vision_model_config
 from megatron_mm.conversion.decoders import llama_table
+from megatron_mm.conversion.families import FAMILIES
 from megatron_mm.conversion.hf_tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
 from megatron_mm.conversion.mapping import Entry
 from megatron_mm.conversion.mm1_files import generation_config
@@ -25,6 +26,8 @@ def language_table(experiment: Experiment, *, vocab_rows: int | None) -> list[En
     decoder = experiment.model.decoder
     if decoder.moe is not None:
         raise ValueError(f"the decoder of {experiment.recipe} has experts, which Llama has not: leave out --part, or export a dense model")
+    if FAMILIES[experiment.model.family].language_mlps != ("mlp",):
+        raise ValueError(f"the decoder of {experiment.recipe} has visual experts, which Llama has not: leave out --part")
     return llama_table(decoder, vocab_rows=vocab_rows)
 
 

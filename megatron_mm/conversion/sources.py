@@ -13,16 +13,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_mm.config import DecoderConfig, MM1Config, ModelConfig, VisionConfig
+from megatron_mm.config import DecoderConfig, EvaConfig, InfiMMConfig, MM1Config, ModelConfig, MonoInternVLConfig, VisionConfig
 from megatron_mm.conversion.decoders import internlm2_table, llama_table
+from megatron_mm.conversion.families import FAMILIES
 from megatron_mm.conversion.hf_reader import HfReader
+from megatron_mm.conversion.infimm import eva_table, infimm_table
 from megatron_mm.conversion.mapping import Entry
 from megatron_mm.conversion.mm1 import mm1_table
+from megatron_mm.conversion.mono_internvl import mono_internvl_table
+from megatron_mm.conversion.settings import (
+    clip_settings,
+    decoder_settings,
+    infimm_settings,
+    mm1_settings,
+    mono_internvl_settings,
+    open_clip_settings,
+)
 from megatron_mm.conversion.towers import clip_table, open_clip_table
 
 logger = logging.getLogger(__name__)
 
 Part = Literal["whole", "language", "vision"]
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What a table depends on besides the recipe's part."""
+
+    prefix: str
+    """Of their names."""
+    tied: bool = False
+    """Their output layer is the embedding table."""
+    mlps: tuple[str, ...] = ("mlp",)
+    """Our names of what their layers' feed-forward becomes: more than one where experts begin as copies of it."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +61,12 @@ class Format:
     names."""
     config: type
     """Of the recipe's part that it fits."""
-    table: Callable[[Any, str, bool], list[Entry]]
-    """(the recipe's part, prefix, output layer is tied) -> the table."""
+    table: Callable[[Any, Naming], list[Entry]]
+    """Of the recipe's part."""
     settings: Callable[[Mapping[str, Any]], dict[str, Any]]
     """config.json -> the fields of the recipe's part that must be equal."""
     model_types: tuple[str, ...] = ()
-    """What config.json may call itself; empty where a format has no config.json."""
+    """What config.json may call itself; empty where it says nothing of that."""
     config_file: str = "config.json"
 
 
@@ -83,7 +106,8 @@ def open_source(path: Path, part: Part, model: ModelConfig) -> Source:
         )
     if isinstance(ours, DecoderConfig) and ours.tied_embeddings and not tied:
         raise ValueError(f"{path} has an output layer of its own, but the recipe ties it: use --model.decoder.tied-embeddings False")
-    return Source(part, reader, name, known.table(ours, prefix, tied), (*known.prefixes[prefix], *_unused_head(prefix, tied)))
+    naming = Naming(prefix, tied, FAMILIES[model.family].language_mlps)
+    return Source(part, reader, name, known.table(ours, naming), (*known.prefixes[prefix], *_unused_head(prefix, tied)))
 
 
 def _detect(reader: HfReader, part: Part) -> tuple[str, str]:
@@ -126,9 +150,6 @@ def _check_settings(theirs: dict[str, Any], ours: Any, *, where: str, group: str
         raise ValueError(f"{where} describes another model: {'; '.join(differences)}")
 
 
-# ------------------------------------------------------------------------------------------------------------------- decoders
-
-
 def _has_head(reader: HfReader, prefix: str) -> bool:
     return any(f"{prefix.removesuffix('model.')}{head}" in reader.names() for head in ("lm_head.weight", "output.weight"))
 
@@ -138,93 +159,21 @@ def _unused_head(prefix: str, tied: bool) -> tuple[str, ...]:
     return (re.escape(prefix.removesuffix("model.")) + r"(lm_head|output)\.weight",) if tied else ()
 
 
-def _llama(config: DecoderConfig, prefix: str, tied: bool) -> list[Entry]:
-    head = f"{prefix}embed_tokens.weight" if tied else f"{prefix.removesuffix('model.')}lm_head.weight"
-    return llama_table(config, body=prefix, head=head)
+def _llama(config: DecoderConfig, naming: Naming) -> list[Entry]:
+    body = naming.prefix
+    head = f"{body}embed_tokens.weight" if naming.tied else f"{body.removesuffix('model.')}lm_head.weight"
+    return llama_table(config, body=body, head=head, mlps=naming.mlps)
 
 
-def _internlm2(config: DecoderConfig, prefix: str, tied: bool) -> list[Entry]:
-    head = f"{prefix}tok_embeddings.weight" if tied else f"{prefix.removesuffix('model.')}output.weight"
-    return internlm2_table(config, body=prefix, head=head)
+def _internlm2(config: DecoderConfig, naming: Naming) -> list[Entry]:
+    body = naming.prefix
+    head = f"{body}tok_embeddings.weight" if naming.tied else f"{body.removesuffix('model.')}output.weight"
+    return internlm2_table(config, body=body, head=head, mlps=naming.mlps)
 
 
-def decoder_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of Llama's kind -> fields of a DecoderConfig. What is not given has Llama's defaults.
-
-    Raises ValueError for a decoder that ours is not: biases, another activation, scaled rotary positions.
-    """
-    heads, width = document.get("num_attention_heads", 32), document.get("hidden_size", 4096)
-    rotary = {**document, **(document.get("rope_parameters") or {})}
-    scaling = document.get("rope_scaling") or document.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    wrong = {
-        "hidden_act": document.get("hidden_act", "silu") not in ("silu", "swish"),
-        "attention_bias": bool(document.get("attention_bias", False)),
-        "mlp_bias": bool(document.get("mlp_bias", False)),
-        "bias": bool(document.get("bias", False)) and document.get("model_type") == "internlm2",
-        "rope_scaling": kind not in ("default", "dynamic"),  # dynamic changes nothing up to max_position_embeddings
-    }
-    found = {name: document.get(name) for name, is_wrong in wrong.items() if is_wrong}
-    if found:
-        raise ValueError(f"the language model's config.json has {found}, but our decoder has SiLU, no biases and plain rotary positions")
-    return {
-        "num_layers": document.get("num_hidden_layers", 32),
-        "hidden_size": width,
-        "ffn_hidden_size": document.get("intermediate_size", 11008),
-        "num_attention_heads": heads,
-        "num_query_groups": document.get("num_key_value_heads") or heads,
-        "head_dim": document.get("head_dim") or width // heads,
-        "rotary_base": float(rotary.get("rope_theta", 10000.0)),
-        "norm_epsilon": document.get("rms_norm_eps", 1e-6),
-        "tied_embeddings": document.get("tie_word_embeddings", False),
-    }
-
-
-# --------------------------------------------------------------------------------------------------------------------- towers
-
-
-def clip_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a CLIP model or its tower -> fields of a VisionConfig. What is not given has CLIP's defaults."""
-    vision = document.get("vision_config") or document.get("vision_config_dict") or document
-    return {
-        "num_layers": vision.get("num_hidden_layers", 12),
-        "hidden_size": vision.get("hidden_size", 768),
-        "ffn_hidden_size": vision.get("intermediate_size", 3072),
-        "num_attention_heads": vision.get("num_attention_heads", 12),
-        "patch_size": vision.get("patch_size", 32),
-        "activation": vision.get("hidden_act", "quick_gelu"),
-        "norm_epsilon": vision.get("layer_norm_eps", 1e-5),
-    }
-
-
-def open_clip_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip_config.json -> fields of a VisionConfig. What is not given has open_clip's defaults."""
-    model = document.get("model_cfg", document)
-    vision = model.get("vision_cfg", {})
-    width = vision.get("width", 768)
-    return {
-        "num_layers": vision.get("layers", 12),
-        "hidden_size": width,
-        "ffn_hidden_size": int(width * vision.get("mlp_ratio", 4.0)),
-        "num_attention_heads": width // vision.get("head_width", 64),
-        "patch_size": vision.get("patch_size", 16),
-        "activation": "quick_gelu" if model.get("quick_gelu", False) else "gelu",
-        "norm_epsilon": vision.get("norm_kwargs", {}).get("eps", 1e-5),
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------------ our exports
-
-
-def mm1_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of an exported MM1 -> fields of an MM1Config, with dots."""
-    connector = {f"connector.{name}": value for name, value in document["connector_config"].items()}
-    vision = {f"vision.{name}": value for name, value in clip_settings(document["vision_config"]).items()}
-    decoder = decoder_settings(document["text_config"])
-    decoder["sparse_layers"] = tuple(document["text_config"].get("sparse_layers") or ())
-    return {**vision, **connector, **{f"decoder.{name}": value for name, value in decoder.items()}}
-
-
+_EVA_ROTARY = r".*\.?rope\.freqs_(cos|sin)"
+_INFIMM_COPIES = (_EVA_ROTARY, r".*\.rotary_emb\.inv_freq", r"model\.lang_encoder\.(old_decoder_blocks|gated_cross_attn_layers)\..*")
+"""The authors' modules hold layers a second time under other names."""
 _ROTARY = r".*\.rotary_emb\.inv_freq"
 _CLIP_TEXT = (r"text_model\..*", r"logit_scale", r"(visual|text)_projection\.weight", r"vision_model\.embeddings\.position_ids")
 _OPEN_CLIP_TEXT = (
@@ -238,9 +187,27 @@ FORMATS: dict[str, Format] = {
         signature="connector.output.weight",
         prefixes={"": ()},
         config=MM1Config,
-        table=lambda config, prefix, tied: mm1_table(config),
+        table=lambda config, naming: mm1_table(config),
         settings=mm1_settings,
         model_types=("mm1",),
+    ),
+    "infimm": Format(
+        part="whole",
+        signature="model.perceiver.latents",
+        prefixes={"": _INFIMM_COPIES},
+        config=InfiMMConfig,
+        table=lambda config, naming: infimm_table(config),
+        settings=infimm_settings,
+        model_types=("infimm", "infimm-zephyr"),
+    ),
+    "mono_internvl": Format(
+        part="whole",
+        signature="language_model.model.layers.0.feed_forward_ve.w1.weight",
+        prefixes={"": (_ROTARY,)},
+        config=MonoInternVLConfig,
+        table=lambda config, naming: mono_internvl_table(config),
+        settings=mono_internvl_settings,
+        model_types=("internvl_chat",),
     ),
     "llama": Format(
         part="language",
@@ -265,7 +232,7 @@ FORMATS: dict[str, Format] = {
         signature="embeddings.patch_embedding.weight",
         prefixes={"vision_model.": _CLIP_TEXT, "": ("embeddings.position_ids",)},
         config=VisionConfig,
-        table=lambda config, prefix, tied: clip_table(config, prefix=prefix),
+        table=lambda config, naming: clip_table(config, prefix=naming.prefix),
         settings=clip_settings,
         model_types=("clip", "clip_vision_model"),
     ),
@@ -274,9 +241,18 @@ FORMATS: dict[str, Format] = {
         signature="conv1.weight",
         prefixes={"visual.": _OPEN_CLIP_TEXT, "": ("proj",)},
         config=VisionConfig,
-        table=lambda config, prefix, tied: open_clip_table(config, prefix=prefix),
+        table=lambda config, naming: open_clip_table(config, prefix=naming.prefix),
         settings=open_clip_settings,
         config_file="open_clip_config.json",
+    ),
+    "eva_clip": Format(
+        part="vision",
+        signature="blocks.0.attn.q_bias",
+        prefixes={"visual.": (_EVA_ROTARY, r"logit_scale|text\..*"), "": (_EVA_ROTARY,)},
+        config=EvaConfig,
+        table=lambda config, naming: eva_table(config, prefix=naming.prefix),
+        settings=lambda document: {},
+        config_file="eva_config.json",
     ),
 }
 """What can be read; the first format of a part whose signature is there is taken."""

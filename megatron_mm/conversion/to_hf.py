@@ -56,11 +56,12 @@ class Export:
 
 @dataclass(frozen=True)
 class Written:
-    """An entry of the table and the tensors that it becomes."""
+    """An entry of the table and the tensors that it becomes; or tensors that follow from the model's configuration."""
 
-    entry: Entry
+    entry: Entry | None
     read: TensorInfo
     infos: dict[str, TensorInfo]
+    constant: torch.Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -106,6 +107,8 @@ def convert_to_hf(
     table, write_files = _exporter(part, experiment, tokenizer, checkpoint, architecture=architecture, vocab_rows=vocab_rows)
     reader = CheckpointReader(checkpoint, verify=verify, threads=threads)
     plan = plan_tensors(table, _checked_infos(reader, experiment, table, checkpoint, whole=part == "whole"), dtype=DTYPES[dtype])
+    if part == "whole":
+        plan += _constants(FAMILIES[experiment.model.family].constants(experiment.model))
     shards = plan_shards(plan, limit=limit)
     lanes = _lanes(shards, reader)
     fingerprint = {
@@ -122,7 +125,7 @@ def convert_to_hf(
         finish(directory, out)
     return Export(
         path=out,
-        num_parameters=sum(info.numel for written in plan for info in written.infos.values()),
+        num_parameters=sum(info.numel for written in plan if written.entry for info in written.infos.values()),
         num_tensors=sum(len(written.infos) for written in plan),
         num_shards=len(shards),
         num_bytes=sum(map(_shard_bytes, shards)),
@@ -148,6 +151,11 @@ def plan_tensors(table: list[Entry], infos: dict[str, TensorInfo], *, dtype: tor
         written = {name: TensorInfo(tuple(tensor.shape), dtype or read.dtype) for name, tensor in zip(entry.hf, found, strict=True)}
         plan.append(Written(entry, read, written))
     return plan
+
+
+def _constants(tensors: dict[str, torch.Tensor]) -> list[Written]:
+    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    return [Written(None, infos[name], {name: infos[name]}, tensor.contiguous()) for name, tensor in tensors.items()]
 
 
 def plan_shards(plan: list[Written], *, limit: int) -> list[list[Written]]:
@@ -203,11 +211,6 @@ def _exporter(
     if part == "language":
         files = partial(parts.write_language_files, experiment, tokenizer, architecture=architecture, vocab_rows=vocab_rows)
         return parts.language_table(experiment, vocab_rows=vocab_rows), files
-    if experiment.model.family not in FAMILIES:
-        raise ValueError(
-            f"{checkpoint} holds a model of family {experiment.model.family!r}, but only {sorted(FAMILIES)} can be exported whole: "
-            "use --part language or --part vision"
-        )
     if tokenizer is None:
         raise ValueError(f"{checkpoint} has no tokenizer.model: put the run's SentencePiece model there")
     family = FAMILIES[experiment.model.family]
@@ -256,6 +259,9 @@ def _task(written: Written, reader: CheckpointReader) -> Task:
 
 
 def _read(written: Written, reader: CheckpointReader) -> list[torch.Tensor]:
+    if written.entry is None:
+        assert written.constant is not None
+        return [written.constant]
     found = written.entry.to_hf(reader.read(written.entry.ours, row=written.entry.row))
     return [tensor.to(info.dtype) for tensor, info in zip(found, written.infos.values(), strict=True)]
 

@@ -1,0 +1,154 @@
+"""InfiMM and Mono-InternVL: written under the released names, read back to the last bit, begun with plain language models and towers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models.mono_reference import MonoReference, MonoSizes
+from models.random_weights import randomize
+from models.test_infimm_parity import make_reference
+from safetensors.torch import load_file, save_file
+from small_infimm import small_infimm
+from small_mono import small_mono
+
+from megatron_mm.config import Experiment
+from megatron_mm.conversion.from_hf import convert_from_hf
+from megatron_mm.conversion.released_files import infimm_config
+from megatron_mm.conversion.settings import infimm_settings
+from megatron_mm.conversion.to_hf import convert_to_hf
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.models import family_of
+from megatron_mm.models.eva import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336
+from megatron_mm.recipes import get_recipe
+from tests.conversion.hf_models import make_language, save
+from tests.conversion.test_from_hf import internlm2, tensors
+from tests.conversion.test_round_trip import same, stored, weights, written
+
+SMALL = {"infimm": small_infimm, "mono_internvl": small_mono}
+
+
+def small(family: str, tokenizer: Path | None = None, *, precision: str = "fp32") -> Experiment:
+    """Of the shapes of `hf_models`' decoders, with room for the tokenizer."""
+    settings = SMALL[family](decoder={"vocab_size": 416, "head_dim": 16, "rotary_base": 500.0})
+    return replace(settings, data=replace(settings.data, tokenizer=tokenizer), train=replace(settings.train, precision=precision))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("family", "world_size", "parallel"),
+    [
+        ("infimm", 1, {}),
+        ("mono_internvl", 1, {}),
+        pytest.param("infimm", 4, {"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow),
+        pytest.param("mono_internvl", 4, {"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_released_names_and_back(
+    family: str, world_size: int, parallel: dict[str, Any], precision: str, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    settings = small(family, tokenizer_path, precision=precision)
+    before = written(settings, tmp_path / "run", parallel, world_size=world_size)
+    convert_to_hf(tmp_path / "run", tmp_path / "hf", shard_size="60KB")
+    exported, plain = weights(tmp_path / "hf"), reference(settings)
+    assert exported.keys() == plain.state_dict().keys()
+    for name, value in plain.named_buffers():  # what follows from the configuration is written too
+        torch.testing.assert_close(exported[name], value)
+    made = convert_from_hf(settings, tmp_path / "again", whole=tmp_path / "hf")
+    assert not made.drawn and same(stored(tmp_path / "again"), before)
+
+
+def reference(settings: Experiment) -> torch.nn.Module:
+    """The plain model of the same shape, under the names of released checkpoints."""
+    if settings.model.family == "infimm":
+        return make_reference(settings.model)  # type: ignore[arg-type]
+    decoder, patches = settings.model.decoder, settings.model.patches  # type: ignore[attr-defined]
+    sizes = MonoSizes(
+        image_size=patches.image_size,
+        patch_size=patches.patch_size,
+        patch_width=patches.hidden_size,
+        vocab=decoder.vocab_size,
+        width=decoder.hidden_size,
+        ffn=decoder.ffn_hidden_size,
+        layers=decoder.num_layers,
+        heads=decoder.num_attention_heads,
+        kv_heads=decoder.num_query_groups,
+    )
+    model = MonoReference(sizes)
+    randomize(model)
+    return model
+
+
+def test_a_language_model_fills_text_and_visual_experts_alike(tmp_path: Path) -> None:
+    packed, plain = internlm2(tmp_path)
+    for source in (packed, plain):
+        made = convert_from_hf(small("mono_internvl"), tmp_path / f"from_{source.name}", language=source)
+        assert set(made.drawn) == {"patches", "projector"}
+    found, other = tensors(tmp_path / "from_internlm2"), tensors(tmp_path / "from_llama")
+    assert same(
+        {k: v for k, v in found.items() if k.startswith("language.")}, {k: v for k, v in other.items() if k.startswith("language.")}
+    )
+    text = {name: value for name, value in found.items() if ".mlp.text." in name}
+    assert len(text) == 8 and all(torch.equal(value, found[name.replace(".text.", ".visual.")]) for name, value in text.items())
+    source = load_file(plain / "model.safetensors")
+    gate_and_up = torch.cat([source[f"model.layers.2.mlp.{name}_proj.weight"] for name in ("gate", "up")])
+    assert torch.equal(found["language.decoder.layers.2.mlp.visual.linear_fc1.weight"], gate_and_up)
+
+
+def test_infimm_begins_with_a_mistral_and_an_eva_tower(tokenizer_path: Path, tmp_path: Path) -> None:
+    """The tower as its authors name it, with its text model beside it."""
+    settings = small("infimm", tokenizer_path)
+    language = save(make_language("mistral"), tmp_path / "mistral")
+    whole = reference(settings).state_dict()
+    tower = {name.removeprefix("model.vision_encoder."): t.clone() for name, t in whole.items() if name.startswith("model.vision_encoder.")}
+    extra = {"text.token_embedding.weight": torch.ones(4, 8), "logit_scale": torch.tensor(1.0)}
+    (tmp_path / "eva").mkdir()
+    save_file({**{f"visual.{name}": t for name, t in tower.items()}, **extra}, tmp_path / "eva" / "model.safetensors")
+    made = convert_from_hf(settings, tmp_path / "run", language=language, vision=tmp_path / "eva")
+    assert set(made.sources) == {"language (llama)", "vision (eva_clip)"} and set(made.drawn) == {"resampler", "language"}
+    found = tensors(tmp_path / "run")
+    assert torch.equal(found["vision.position_embedding"], tower["pos_embed"][0])
+    assert all(not value.any() for name, value in found.items() if name.endswith("_gate")), "a fresh gated block changes nothing"
+    convert_to_hf(tmp_path / "run", tmp_path / "language", part="language", architecture="mistral", vocab_rows=400)
+    assert same(weights(tmp_path / "language"), weights(language))
+
+
+def test_part_of_another_family_is_refused(tokenizer_path: Path, tmp_path: Path) -> None:
+    written(small("mono_internvl", tokenizer_path), tmp_path / "run")
+    with pytest.raises(ValueError, match="has visual experts, which Llama has not"):
+        convert_to_hf(tmp_path / "run", tmp_path / "out", part="language")
+    with pytest.raises(ValueError, match=r"image encoder of .* is a NoneType, which CLIPVisionModel is not"):
+        convert_to_hf(tmp_path / "run", tmp_path / "out", part="vision")
+
+
+def test_released_configurations_are_checked(tokenizer_path: Path, tmp_path: Path) -> None:
+    """A recipe that differs from the file in one field is refused, with the field's name."""
+    settings = small("infimm", tokenizer_path)
+    written(settings, tmp_path / "run")
+    convert_to_hf(tmp_path / "run", tmp_path / "hf")
+    document = json.loads((tmp_path / "hf" / "config.json").read_text())
+    ids = Tokenizer.open(tokenizer_path, special=family_of(settings.model).special_tokens)
+    assert document["eoc_token_id"] == ids.special_id("<|endofchunk|>") and document["image_token_id"] == ids.special_id("<image>")
+    changed = {**document, "cross_attn_every_n_layers": 4}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"gated\.every_n_layers is 4 there and 2 in the recipe"):
+        convert_from_hf(settings, tmp_path / "again", whole=tmp_path / "hf")
+    changed = {**document, "visual": {**document["visual"], "rope": False}}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"vision\.rotary_grid is None there and 4 in the recipe"):
+        convert_from_hf(settings, tmp_path / "again", whole=tmp_path / "hf")
+
+
+@pytest.mark.parametrize("tower", [EVA02_L_14_336, EVA01_G_14_224, EVA02_BIGE_14_224], ids=["L", "g", "bigE"])
+def test_towers_are_described_as_they_are(tower: Any, tokenizer_path: Path) -> None:
+    recipe = get_recipe("infimm_zephyr_7b_pt")
+    settings = replace(recipe, model=replace(recipe.model, vision=tower))  # type: ignore[call-arg]
+    ids = Tokenizer.open(tokenizer_path, special=family_of(recipe.model).special_tokens)
+    fields = infimm_settings(infimm_config(settings, ids, dtype="bfloat16", vocab_rows=None))
+    for name, value in fields.items():
+        part, field = name.split(".")
+        assert getattr(getattr(settings.model, part), field) == value, name
