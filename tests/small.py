@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,27 +66,53 @@ def random_batch(experiment: Experiment, topology: Topology, *, number: int) -> 
         if len(starts) < wanted and end - begin > IMAGE_TOKENS + 2:
             starts.append(begin + 1)
             ids[begin + 1 : begin + 1 + IMAGE_TOKENS] = IMAGE_ID
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    labels, mask = ids.roll(-1), torch.ones(total)
-    mask[cu_seqlens[1:].long() - 1] = 0
-    mask[labels == IMAGE_ID] = 0
-    image_starts = torch.tensor(starts, dtype=torch.int64)
-    owners = torch.arange(len(starts)) % topology.tensor_size
     size = experiment.model.vision.image_size
     pixels = torch.randint(0, 256, (len(starts), 3, size, size), generator=generator, dtype=torch.uint8)
+    return packed_batch(ids, bounds=bounds, starts=starts, silent_id=IMAGE_ID, pixels=pixels, topology=topology, source=number % 2)
+
+
+def packed_batch(
+    ids: torch.Tensor,
+    *,
+    bounds: Sequence[int],
+    starts: Sequence[int],
+    silent_id: int,
+    pixels: torch.Tensor,
+    topology: Topology | None = None,
+    source: int = 0,
+    num_real: int | None = None,
+) -> PackedBatch:
+    """A micro-batch as this process has it; of one that is alone without a topology.
+
+    Args:
+        ids: [t]; what they are followed by is their label.
+        bounds: where documents begin, from 0 to t.
+        starts: the first feature token of each image.
+        silent_id: the token that is not to be predicted.
+        pixels: of all images.
+        num_real: tokens that are not padding; None for all.
+    """
+    total, cu_seqlens = len(ids), torch.tensor(bounds, dtype=torch.int32)
+    real = torch.arange(total) < (total if num_real is None else num_real)
+    labels, mask = ids.roll(-1), real.float()
+    mask[cu_seqlens[1:].long() - 1] = 0
+    mask[labels == silent_id] = 0
+    image_starts = torch.tensor(starts, dtype=torch.int64)
+    owners = torch.arange(len(starts)) % (topology.tensor_size if topology else 1)
+    mine = owners == (topology.tensor_rank if topology else 0)
     return PackedBatch(
         token_ids=ids,
         labels=labels,
         loss_mask=mask,
-        is_token=torch.ones(total, dtype=torch.bool),
+        is_token=real,
         position_ids=torch.cat([torch.arange(length) for length in cu_seqlens.diff().tolist()]),
-        source_ids=torch.full((total,), number % 2),
+        source_ids=torch.full((total,), source),
         cu_seqlens=cu_seqlens,
         max_seqlen=int(cu_seqlens.diff().max()),
         image_starts=image_starts,
         image_owners=owners,
         image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
-        pixels=pixels[owners == topology.tensor_rank] if topology.is_first_stage else None,
+        pixels=pixels[mine] if topology is None or topology.is_first_stage else None,
     )
 
 

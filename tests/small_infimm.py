@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small import small_experiment
+from small import packed_batch, small_experiment
 
 from megatron_mm.config import DecoderConfig, Experiment, GatedConfig, InfiMMConfig, ParallelConfig, ResamplerConfig
-from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.data.batch import PackedBatch
 from megatron_mm.models.eva import EVA_TINY
 from megatron_mm.parallel.topology import Topology
 
@@ -71,28 +71,9 @@ def infimm_batch(experiment: Experiment, topology: Topology, *, number: int, num
         starts += list(places)[: wanted - len(starts)]
     for start in starts:
         ids[start - 1], ids[start] = END_OF_CHUNK_ID, IMAGE_ID
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    labels, mask = ids.roll(-1), torch.ones(total)
-    mask[cu_seqlens[1:].long() - 1] = 0
-    mask[labels == IMAGE_ID] = 0
-    owners = torch.arange(len(starts)) % topology.tensor_size
     size = experiment.model.vision.image_size  # type: ignore[attr-defined]
     pixels = torch.randint(0, 256, (len(starts), 3, size, size), generator=generator, dtype=torch.uint8)
-    image_starts = torch.tensor(starts, dtype=torch.int64)
-    return PackedBatch(
-        token_ids=ids,
-        labels=labels,
-        loss_mask=mask,
-        is_token=torch.ones(total, dtype=torch.bool),
-        position_ids=torch.cat([torch.arange(length) for length in cu_seqlens.diff().tolist()]),
-        source_ids=torch.full((total,), number % 2),
-        cu_seqlens=cu_seqlens,
-        max_seqlen=int(cu_seqlens.diff().max()),
-        image_starts=image_starts,
-        image_owners=owners,
-        image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
-        pixels=pixels[owners == topology.tensor_rank] if topology.is_first_stage else None,
-    )
+    return packed_batch(ids, bounds=bounds, starts=starts, silent_id=IMAGE_ID, pixels=pixels, topology=topology, source=number % 2)
 
 
 def infimm_step(experiment: Experiment, topology: Topology, *, step: int) -> list[PackedBatch]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from small import packed_batch
 from small_infimm import END_OF_CHUNK_ID, IMAGE_ID, infimm_batch, small_infimm
 
 from megatron_mm.config import Experiment
-from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.data.batch import PackedBatch
 from megatron_mm.models import pipeline_rows
 from megatron_mm.models.gated_cross_attention import media_layout
 from megatron_mm.parallel import topology as topologies
@@ -67,22 +69,9 @@ def document(*, before: int, after: list[int], generator: torch.Generator) -> li
 
 def packed(documents: list[list[int]], pixels: torch.Tensor) -> PackedBatch:
     ids = torch.tensor([token for tokens in documents for token in tokens])
-    bounds = torch.tensor([0, *(len(tokens) for tokens in documents)]).cumsum(0).int()
-    starts = (ids == IMAGE_ID).nonzero().squeeze(1)
-    return PackedBatch(
-        token_ids=ids,
-        labels=ids,
-        loss_mask=torch.ones(len(ids)),
-        is_token=torch.ones(len(ids), dtype=torch.bool),
-        position_ids=torch.cat([torch.arange(len(tokens)) for tokens in documents]),
-        source_ids=torch.zeros_like(ids),
-        cu_seqlens=bounds,
-        max_seqlen=int(bounds.diff().max()),
-        image_starts=starts,
-        image_owners=torch.zeros_like(starts),
-        image_documents=documents_of_images(starts, cu_seqlens=bounds),
-        pixels=pixels,
-    )
+    bounds = list(itertools.accumulate((len(tokens) for tokens in documents), initial=0))
+    starts = (ids == IMAGE_ID).nonzero().squeeze(1).tolist()
+    return packed_batch(ids, bounds=bounds, starts=starts, silent_id=-1, pixels=pixels)
 
 
 def pictures(count: int, *, seed: int = 0) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from models.infimm_reference import InfiMMReference, InfiMMSizes, TowerSizes
 from models.random_weights import randomize
+from small import packed_batch
 from small_infimm import END_OF_CHUNK_ID, IMAGE_ID, small_infimm
 
 from megatron_mm.config import Experiment, InfiMMConfig
 from megatron_mm.conversion.infimm import infimm_table
 from megatron_mm.conversion.mapping import from_hf, to_hf
-from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.data.batch import PackedBatch
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.build import build_chunks, build_model
 from megatron_mm.parallel.topology import Topology
@@ -97,24 +99,10 @@ def packed(chosen: list[tuple[list[int], torch.Tensor]], *, total: int = 0) -> P
     padding = max(0, total - length)
     rows = [ids for ids, _ in chosen] + [[0] * padding] * bool(padding)
     ids = torch.tensor([token for row in rows for token in row])
-    bounds = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).int()
-    mask = (torch.arange(len(ids)) < length).float()
-    mask[bounds[1:].long() - 1] = 0
+    bounds = list(itertools.accumulate((len(row) for row in rows), initial=0))
     starts = (ids == IMAGE_ID).nonzero().squeeze(1)
-    return PackedBatch(
-        token_ids=ids,
-        labels=ids.roll(-1),
-        loss_mask=mask,
-        is_token=torch.arange(len(ids)) < length,
-        position_ids=torch.cat([torch.arange(len(row)) for row in rows]),
-        source_ids=torch.zeros_like(ids),
-        cu_seqlens=bounds,
-        max_seqlen=int(bounds.diff().max()),
-        image_starts=starts,
-        image_owners=torch.zeros_like(starts),
-        image_documents=documents_of_images(starts, cu_seqlens=bounds),
-        pixels=torch.cat([pixels for _, pixels in chosen]),
-    )
+    pixels = torch.cat([pixels for _, pixels in chosen])
+    return packed_batch(ids, bounds=bounds, starts=starts.tolist(), silent_id=-1, pixels=pixels, num_real=length)
 
 
 def reference_logits(reference: InfiMMReference, config: InfiMMConfig, ids: list[int], pixels: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from models.mono_reference import MonoReference, MonoSizes
 from models.random_weights import randomize
+from small import packed_batch
 from small_mono import CONTEXT_ID, END_IMG_ID, IMG_ID, TILE_TOKENS, mono_batch, small_mono
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,7 +18,7 @@ from megatron_mm.config import Experiment, MonoInternVLConfig
 from megatron_mm.conversion.decoders import llama_table
 from megatron_mm.conversion.mapping import from_hf, to_hf
 from megatron_mm.conversion.mono_internvl import mono_internvl_table
-from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.data.batch import PackedBatch
 from megatron_mm.models.modality_experts import ModalityExperts, modality_layout
 from megatron_mm.models.patch_embedding import unshuffle
 from megatron_mm.parallel import topology as topologies
@@ -73,25 +75,9 @@ def documents() -> list[tuple[list[int], torch.Tensor]]:
 
 def packed(chosen: list[tuple[list[int], torch.Tensor]]) -> PackedBatch:
     ids = torch.tensor([token for row, _ in chosen for token in row])
-    bounds = torch.tensor([0, *(len(row) for row, _ in chosen)]).cumsum(0).int()
-    mask = torch.ones(len(ids))
-    mask[bounds[1:].long() - 1] = 0
-    mask[ids.roll(-1) == CONTEXT_ID] = 0
-    starts = (ids == CONTEXT_ID).nonzero().squeeze(1)[::TILE_TOKENS]
-    return PackedBatch(
-        token_ids=ids,
-        labels=ids.roll(-1),
-        loss_mask=mask,
-        is_token=torch.ones(len(ids), dtype=torch.bool),
-        position_ids=torch.cat([torch.arange(len(row)) for row, _ in chosen]),
-        source_ids=torch.zeros_like(ids),
-        cu_seqlens=bounds,
-        max_seqlen=int(bounds.diff().max()),
-        image_starts=starts,
-        image_owners=torch.zeros_like(starts),
-        image_documents=documents_of_images(starts, cu_seqlens=bounds),
-        pixels=torch.cat([pixels for _, pixels in chosen]),
-    )
+    bounds = list(itertools.accumulate((len(row) for row, _ in chosen), initial=0))
+    starts = (ids == CONTEXT_ID).nonzero().squeeze(1)[::TILE_TOKENS].tolist()
+    return packed_batch(ids, bounds=bounds, starts=starts, silent_id=CONTEXT_ID, pixels=torch.cat([pixels for _, pixels in chosen]))
 
 
 def reference_logits(reference: MonoReference, config: MonoInternVLConfig, ids: list[int], pixels: torch.Tensor) -> torch.Tensor:
