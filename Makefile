@@ -46,7 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/trainer_overhead.py --data build/bench_data
 	$(BIN)/python benchmarks/moe_step.py --data build/bench_data
 	$(BIN)/python benchmarks/frozen_stages.py --data build/bench_data
-	$(BIN)/python benchmarks/export_memory.py
+	$(BIN)/python benchmarks/conversion_speed.py
 
 # On a machine with a GPU, in an environment that has torch's CUDA build, Transformer Engine and DALI (a container, say).
 GPU_PYTHON ?= python3

@@ -105,7 +105,7 @@ def open_source(path: Path, part: Part, model: ModelConfig) -> Source:
             settings, ours, where=f"{path}/{known.config_file}", group={"language": "decoder.", "vision": "vision."}.get(part, "")
         )
     if isinstance(ours, DecoderConfig) and ours.tied_embeddings and not tied:
-        raise ValueError(f"{path} has an output layer of its own, but the recipe ties it: use --model.decoder.tied-embeddings False")
+        raise ValueError(f"{path} has an output layer of its own, but the recipe ties it: use --model.decoder.no-tied-embeddings")
     naming = Naming(prefix, tied, FAMILIES[model.family].language_mlps)
     return Source(part, reader, name, known.table(ours, naming), (*known.prefixes[prefix], *_unused_head(prefix, tied)))
 
@@ -144,10 +144,17 @@ def _check_settings(theirs: dict[str, Any], ours: Any, *, where: str, group: str
         for name in field.split("."):
             found = getattr(found, name)
         if found != value:
-            option = f"--model.{group}{field}".replace("_", "-")
-            differences.append(f"{field} is {value} there and {found} in the recipe ({option} {value})")
+            differences.append(f"{field} is {value} there and {found} in the recipe ({_option(f'{group}{field}', value)})")
     if differences:
         raise ValueError(f"{where} describes another model: {'; '.join(differences)}")
+
+
+def _option(field: str, value: Any) -> str:
+    """The words on the command line that give a field of the model a value."""
+    *parts, name = field.replace("_", "-").split(".")
+    if isinstance(value, bool):
+        return f"--model.{'.'.join([*parts, name if value else f'no-{name}'])}"
+    return f"--model.{'.'.join([*parts, name])} {value}"
 
 
 def _has_head(reader: HfReader, prefix: str) -> bool:

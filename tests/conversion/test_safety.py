@@ -136,7 +136,7 @@ def test_another_computation_under_the_same_names(llama: Path, tmp_path: Path, c
 
 def test_an_output_layer_of_its_own_is_not_dropped(llama: Path, tmp_path: Path) -> None:
     message = refused(llama, tmp_path, settings=experiment(tied_embeddings=True))
-    assert "has an output layer of its own, but the recipe ties it: use --model.decoder.tied-embeddings False" in message
+    assert "has an output layer of its own, but the recipe ties it: use --model.decoder.no-tied-embeddings" in message
 
 
 def test_a_source_of_another_part(llama: Path, tmp_path: Path) -> None:
