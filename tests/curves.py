@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,20 @@ from megatron_mm.training.step import TrainingStep
 STEPS = 20
 TOLERANCE = 1e-5
 """Relative, fp32. Sums in another order differ by about 1e-7 a step."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout on a number of processes, and what else differs from the small experiment."""
+
+    world_size: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    decoder: dict[str, Any] = field(default_factory=dict)
+    policy: str = ""
+
+    def __str__(self) -> str:
+        settings = (f"{name}={value}" for name, value in {**self.parallel, **self.decoder}.items())
+        return " ".join([*([self.policy] if self.policy else []), *settings, f"on {self.world_size}"])
 
 
 @dataclass(frozen=True)

@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
-from curves import Curve, assert_same, train_curve
+from curves import Curve, Layout, assert_same, train_curve
 from distributed import run_processes
 from small_infimm import infimm_step, small_infimm
 
-
-@dataclass(frozen=True)
-class Layout:
-    world_size: int
-    policy: str = "ift"
-    parallel: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return " ".join([self.policy, *(f"{name}={value}" for name, value in self.parallel.items()), f"on {self.world_size}"])
-
-
 LAYOUTS = [
-    Layout(2, "ift", {"pipeline": 2}),
-    Layout(2, "ift", {"pipeline": 2, "virtual": 2}),
-    Layout(2, "ift", {"tensor": 2}),
-    Layout(8, "ift", {"tensor": 2, "pipeline": 2}),
-    Layout(1, "ift", {"recompute": "full"}),
-    Layout(2, "pt", {"pipeline": 2, "virtual": 2, "recompute": "full"}),
-    Layout(2, "pt", {"pipeline": 2, "stage_layers": (3, 1), "distributed_optimizer": False}),
-    Layout(4, "pt", {"tensor": 2, "pipeline": 2}),
-    Layout(2, "pt", {}),
+    Layout(2, {"pipeline": 2}, policy="ift"),
+    Layout(2, {"pipeline": 2, "virtual": 2}, policy="ift"),
+    Layout(2, {"tensor": 2}, policy="ift"),
+    Layout(8, {"tensor": 2, "pipeline": 2}, policy="ift"),
+    Layout(1, {"recompute": "full"}, policy="ift"),
+    Layout(2, {"pipeline": 2, "virtual": 2, "recompute": "full"}, policy="pt"),
+    Layout(2, {"pipeline": 2, "stage_layers": (3, 1), "distributed_optimizer": False}, policy="pt"),
+    Layout(4, {"tensor": 2, "pipeline": 2}, policy="pt"),
+    Layout(2, {}, policy="pt"),
 ]
 MORE_LAYOUTS = [
-    Layout(2, "ift", {"tensor": 2, "sequence": False}),
-    Layout(2, "ift", {"distributed_optimizer": False}),
-    Layout(1, "ift", {"recompute": "selective"}),
-    Layout(2, "pt", {"tensor": 2, "sequence": False, "recompute": "full"}),
-    Layout(4, "pt", {"pipeline": 4}),
-    Layout(4, "pt", {"pipeline": 4, "stage_layers": (1, 1, 0, 2)}),
-    Layout(8, "pt", {"tensor": 2, "pipeline": 2, "virtual": 2, "recompute": "full"}),
+    Layout(2, {"tensor": 2, "sequence": False}, policy="ift"),
+    Layout(2, {"distributed_optimizer": False}, policy="ift"),
+    Layout(1, {"recompute": "selective"}, policy="ift"),
+    Layout(2, {"tensor": 2, "sequence": False, "recompute": "full"}, policy="pt"),
+    Layout(4, {"pipeline": 4}, policy="pt"),
+    Layout(4, {"pipeline": 4, "stage_layers": (1, 1, 0, 2)}, policy="pt"),
+    Layout(8, {"tensor": 2, "pipeline": 2, "virtual": 2, "recompute": "full"}, policy="pt"),
 ]
 
 
@@ -60,7 +47,7 @@ def open_gates(model: list) -> None:
 
 @functools.cache
 def _one_process(policy: str) -> Curve:
-    return run_processes(train, 1, Layout(1, policy))[0]
+    return run_processes(train, 1, Layout(1, policy=policy))[0]
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(more, marks=pytest.mark.slow) for more in MORE_LAYOUTS)], ids=str)

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
-from curves import Curve, assert_same, train_curve
+from curves import Curve, Layout, assert_same, train_curve
 from distributed import run_processes
 from small import IMAGES_OF_MICRO_BATCHES, random_step, small_experiment
 
 from megatron_mm.parallel import topology as topologies
-
-
-@dataclass(frozen=True)
-class Layout:
-    world_size: int
-    parallel: dict[str, Any] = field(default_factory=dict)
-    decoder: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in {**self.parallel, **self.decoder}.items()) + f" on {self.world_size}"
-
 
 DEEP = {"num_layers": 4}
 UNTIED = {"tied_embeddings": False}

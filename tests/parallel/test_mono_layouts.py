@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
-from curves import Curve, assert_same, train_curve
+from curves import Curve, Layout, assert_same, train_curve
 from distributed import run_processes
 from small_mono import mono_step, small_mono
 
-
-@dataclass(frozen=True)
-class Layout:
-    world_size: int
-    policy: str = "s2"
-    parallel: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return " ".join([self.policy, *(f"{name}={value}" for name, value in self.parallel.items()), f"on {self.world_size}"])
-
-
 LAYOUTS = [
-    Layout(2, "s2", {"pipeline": 2}),
-    Layout(2, "s2", {"pipeline": 2, "virtual": 2}),
-    Layout(2, "s2", {"tensor": 2}),
-    Layout(8, "s2", {"tensor": 2, "pipeline": 2}),
-    Layout(1, "s2", {"recompute": "full"}),
-    Layout(2, "s1_1", {"tensor": 2, "recompute": "full"}),
-    Layout(2, "s1_3", {"pipeline": 2, "virtual": 2, "recompute": "full"}),
-    Layout(2, "s1_1", {}),
+    Layout(2, {"pipeline": 2}, policy="s2"),
+    Layout(2, {"pipeline": 2, "virtual": 2}, policy="s2"),
+    Layout(2, {"tensor": 2}, policy="s2"),
+    Layout(8, {"tensor": 2, "pipeline": 2}, policy="s2"),
+    Layout(1, {"recompute": "full"}, policy="s2"),
+    Layout(2, {"tensor": 2, "recompute": "full"}, policy="s1_1"),
+    Layout(2, {"pipeline": 2, "virtual": 2, "recompute": "full"}, policy="s1_3"),
+    Layout(2, {}, policy="s1_1"),
 ]
 MORE_LAYOUTS = [
-    Layout(2, "s2", {"tensor": 2, "sequence": False}),
-    Layout(2, "s2", {"distributed_optimizer": False}),
-    Layout(1, "s2", {"recompute": "selective"}),
-    Layout(4, "s1_1", {"pipeline": 4, "stage_layers": (0, 2, 2, 0)}),
-    Layout(2, "s1_3", {"tensor": 2, "sequence": False, "recompute": "full"}),
-    Layout(8, "s2", {"tensor": 2, "pipeline": 2, "virtual": 2, "recompute": "full"}),
+    Layout(2, {"tensor": 2, "sequence": False}, policy="s2"),
+    Layout(2, {"distributed_optimizer": False}, policy="s2"),
+    Layout(1, {"recompute": "selective"}, policy="s2"),
+    Layout(4, {"pipeline": 4, "stage_layers": (0, 2, 2, 0)}, policy="s1_1"),
+    Layout(2, {"tensor": 2, "sequence": False, "recompute": "full"}, policy="s1_3"),
+    Layout(8, {"tensor": 2, "pipeline": 2, "virtual": 2, "recompute": "full"}, policy="s2"),
 ]
 
 
@@ -49,7 +36,7 @@ def train(layout: Layout) -> Curve:
 
 @functools.cache
 def _one_process(policy: str) -> Curve:
-    return run_processes(train, 1, Layout(1, policy))[0]
+    return run_processes(train, 1, Layout(1, policy=policy))[0]
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(more, marks=pytest.mark.slow) for more in MORE_LAYOUTS)], ids=str)
