@@ -47,6 +47,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/moe_step.py --data build/bench_data
 	$(BIN)/python benchmarks/frozen_stages.py --data build/bench_data
 	$(BIN)/python benchmarks/conversion_speed.py
+	$(BIN)/python benchmarks/routed_experts.py
+	$(BIN)/python benchmarks/monolithic.py
 
 # On a machine with a GPU, in an environment that has torch's CUDA build, Transformer Engine and DALI (a container, say).
 GPU_PYTHON ?= python3

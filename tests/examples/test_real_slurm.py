@@ -1,15 +1,21 @@
-"""The scripts on a real Slurm: two nodes, a stop by signal, the requeue, and the resume. Skipped where Slurm is not installed."""
+"""The scripts on a real Slurm: two nodes, a stop by signal, the requeue, the resume, and a chain of stages. Skipped where Slurm is not
+installed."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from slurm_cluster import SlurmCluster, missing_programs, slurm_cluster
+
+from megatron_mm.conversion.reader import CheckpointReader
+from megatron_mm.training.checkpoint import find_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,13 +39,23 @@ def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = 150
 
 
 def submit(
-    cluster: SlurmCluster, run_dir: Path, *arguments: str, script: str = "debug_mm1", data: Path, options: tuple[str, ...] = ()
+    cluster: SlurmCluster,
+    run_dir: Path,
+    *arguments: str,
+    script: str = "debug_mm1",
+    data: Path,
+    options: tuple[str, ...] = (),
+    **environment: str,
 ) -> str:
     output = f"--output={run_dir.parent / 'job.out'}"
     return cluster.run(
         *("sbatch", "--parsable", f"--chdir={ROOT}", output, *options, str(ROOT / "examples" / f"{script}.slurm"), *arguments),
-        **{"DATA": str(data), "RUN_DIR": str(run_dir), "PYTHON": sys.executable, "MEGATRON_MM_HOME": str(ROOT)},
+        **{"DATA": str(data), "RUN_DIR": str(run_dir), "PYTHON": sys.executable, "MEGATRON_MM_HOME": str(ROOT), **environment},
     )
+
+
+def ended(cluster: SlurmCluster, job: str) -> bool:
+    return cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING")
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -61,7 +77,7 @@ def test_a_job_stops_on_a_signal_is_requeued_and_goes_on(cluster: SlurmCluster, 
     wait_until(lambda: cluster.job(job)["Restarts"] == "1", "the job is requeued")
     stopped_after = len(steps(run_dir))
     assert stopped_after < last
-    wait_until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the job ends")
+    wait_until(lambda: ended(cluster, job), "the job ends")
     assert cluster.state(job) == "COMPLETED", output(run_dir)
     assert steps(run_dir) == list(range(1, last + 1))
     assert f"stopped after step {stopped_after} of {last} on SIGUSR1: back into the queue" in output(run_dir)
@@ -74,6 +90,74 @@ def test_a_mistake_fails_the_job_with_its_message(cluster: SlurmCluster, demo_da
     """The script of a GPU recipe on one node without GPUs: options of sbatch override those of the script."""
     options = ("--nodes=1", "--gpus-per-node=0")
     job = submit(cluster, tmp_path / "run", "--train.stepz", "3", script="mm1_1b", data=demo_data, options=options)
-    wait_until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the job ends")
+    wait_until(lambda: ended(cluster, job), "the job ends")
     assert cluster.state(job) == "FAILED" and cluster.job(job)["Restarts"] == "0"
     assert "exit code 1: megatron-mm: error: unknown option --train.stepz: did you mean --train.steps?" in output(tmp_path / "run")
+
+
+STAGES = ("s1_1", "s1_2", "s1_3", "s2")
+ONE_SMALL_NODE = ("--nodes=1", "--gpus-per-node=0", "--time=00:20:00")
+
+
+def submit_chain(cluster: SlurmCluster, run_dir: Path, *arguments: str, data: Path) -> tuple[str, list[str]]:
+    """Mono-InternVL's script with a tiny model. Returns the job, and the others' once they are submitted."""
+    environment = {f"DATA_{stage.upper()}": str(data) for stage in STAGES} | {"RECIPE": "debug_mono_internvl"}
+    job = submit(cluster, run_dir, *arguments, script="mono_internvl_2b", data=data, options=ONE_SMALL_NODE, **environment)
+    record = run_dir / "s1_1" / "logs" / f"job-{job}-submitted.txt"
+    wait_until(lambda: (record.exists() and len(record.read_text().splitlines()) == 3) or ended(cluster, job), "all are submitted")
+    return job, [line.split()[1] for line in record.read_text().splitlines()]
+
+
+def weights(run_dir: Path, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of a run's newest checkpoint whose name has `part` in it."""
+    reader = CheckpointReader(find_checkpoint(run_dir))
+    return {name: reader.read(name) for name in reader.names() if part in name}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    assert first.keys() == second.keys() and first
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_stages_in_a_chain_begin_with_one_another_and_are_submitted_once(cluster: SlurmCluster, demo_data: Path, tmp_path: Path) -> None:
+    """The first stage is stopped and requeued on its way, and the others wait until it is really done."""
+    base, run_dir, last = tmp_path / "base", tmp_path / "runs", 12
+    settings = ["--checkpoint.interval", "1", "--eval.interval", "0", "--monitor.wandb", "disabled", "--train.global-batch-size", "4"]
+    command = [sys.executable, "-m", "megatron_mm", "train", "debug_mono_internvl", "--run-dir", base, "--data.path", demo_data]
+    subprocess.run([*map(str, command), *settings, "--train.steps", "2", "--train.seed", "7"], check=True, timeout=150, cwd=ROOT)
+
+    job, others = submit_chain(cluster, run_dir, "--init-from", str(base), "--train.steps", str(last), *settings, data=demo_data)
+    wait_until(lambda: len(steps(run_dir / "s1_1")) >= 2 or ended(cluster, job), "the first steps are done")
+    assert cluster.state(job) == "RUNNING", output(run_dir)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", "the first stage is requeued")
+    assert len(steps(run_dir / "s1_1")) < last
+    wait_until(lambda: all(ended(cluster, each) for each in (job, *others)), "all stages end", seconds=400)
+
+    text = (run_dir.parent / "job.out").read_text()
+    assert [cluster.state(each) for each in (job, *others)] == ["COMPLETED"] * 4, text
+    assert text.count("is job") == 3 and "attempt 2: debug_mono_internvl on 1 nodes" in text, "submitted by the first attempt alone"
+    assert len(cluster.run("scontrol", "--oneliner", "show", "jobs").split("JobName=mono_internvl_2b_s")) == 4
+    begins = {each: cluster.job(each)["StartTime"] for each in (job, *others)}
+    ends = {each: cluster.job(each)["EndTime"] for each in (job, *others)}
+    for before, stage, number in zip(STAGES[:-1], STAGES[1:], range(3), strict=True):
+        assert steps(run_dir / stage) == list(range(1, last + 1))
+        assert begins[others[number]] >= ends[(job, *others)[number]]
+        log = (run_dir / stage / "logs" / f"job-{others[number]}-attempt-1-node-0.log").read_text()
+        assert f"begins with the weights of {run_dir / before}/checkpoints/step_{last:08d}" in log
+        assert json.loads((run_dir / stage / "config.json").read_text())["train"]["policy"] == stage
+    # What a stage does not train is what its predecessor had, down to the weights that the first one was given.
+    frozen = {".mlp.text.": STAGES[:3], ".self_attention.linear_qkv.": STAGES[:2]}
+    for part, stages in frozen.items():
+        given = weights(base, part)
+        assert all(same(weights(run_dir / stage, part), given) for stage in stages)
+        later = STAGES[len(stages)]
+        assert not same(weights(run_dir / later, part), given), "that part learns in the next stage"
+    assert not same(weights(run_dir / "s1_1", ".mlp.visual."), weights(base, ".mlp.visual."))
+
+
+def test_a_stage_that_fails_takes_the_later_ones_out_of_the_queue(cluster: SlurmCluster, demo_data: Path, tmp_path: Path) -> None:
+    job, others = submit_chain(cluster, tmp_path / "runs", "--init-from", str(tmp_path / "nothing"), data=demo_data)
+    wait_until(lambda: all(ended(cluster, each) for each in (job, *others)), "all jobs end")
+    assert cluster.state(job) == "FAILED" and "neither a complete checkpoint nor a run directory" in output(tmp_path / "runs")
+    assert [cluster.state(each) for each in others] == ["CANCELLED"] * 3
