@@ -99,3 +99,5 @@ class ModelFamily:
     """Images may be cut into tiles (`data.max_tiles`)."""
     pipeline_rows: Callable[[ModelConfig, ParallelConfig, int, int], int] = lambda model, parallel, num_tokens, num_images: num_tokens
     """Rows [rows, 1, hidden_size] that go from stage to stage for a micro-batch of so many tokens and at most so many images."""
+    fp8_sizes: Callable[[ModelConfig, ParallelConfig], dict[str, tuple[int, int]]] = lambda model, parallel: {}
+    """Sizes of FP8 products beside the decoder's own: the number of vectors or their width, and over how many processes it is cut."""

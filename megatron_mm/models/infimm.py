@@ -121,6 +121,17 @@ def _check_layout(config: InfiMMConfig, parallel: ParallelConfig, world_size: in
             raise ValueError(f"parallel.tensor {parallel.tensor} does not divide the {count} {name}: use a divisor of it")
 
 
+def _fp8_sizes(config: InfiMMConfig, parallel: ParallelConfig) -> dict[str, tuple[int, int]]:
+    """The gated blocks are computed as their decoder layers are, so their products with the latents are, too."""
+    gated = config.gated
+    return {
+        "model.vision.hidden_size": (config.vision.hidden_size, 1),
+        "model.resampler.num_latents": (config.resampler.num_latents, parallel.tensor if parallel.sequence_parallel else 1),
+        "model.gated.num_attention_heads x head_dim": (gated.num_attention_heads * gated.head_dim, parallel.tensor),
+        "model.gated.ffn_multiplier x model.decoder.hidden_size": (gated.ffn_multiplier * config.decoder.hidden_size, parallel.tensor),
+    }
+
+
 _BRIDGE = (r"resampler\.", r"language\.decoder\.layers\.\d+\.gated\.")
 
 FAMILY = ModelFamily(
@@ -136,5 +147,6 @@ FAMILY = ModelFamily(
     },
     special_tokens=(END_OF_CHUNK, IMAGE),
     pipeline_rows=_pipeline_rows,  # type: ignore[arg-type]
+    fp8_sizes=_fp8_sizes,  # type: ignore[arg-type]
 )
 """The paper's three stages. Its IFT frees all but the tower; the model card keeps the language model frozen for Zephyr and Vicuna."""

@@ -53,7 +53,7 @@ def check(experiment: Experiment, run_dir: Path) -> None:
             f"sequence parallelism cuts the {tokens} tokens of a micro-batch into {parallel.tensor} parts: change data.sequence_length"
         )
     if experiment.train.precision == "fp8":
-        _check_fp8(experiment, tokens=tokens)
+        check_fp8(experiment)
     tokenizer = open_tokenizer(experiment)
     rows = experiment.model.decoder.vocab_size
     if tokenizer.vocab_size > rows:
@@ -79,14 +79,20 @@ def _check_beginning(experiment: Experiment, checkpoint: Path) -> None:
         )
 
 
-def _check_fp8(experiment: Experiment, *, tokens: int) -> None:
-    """FP8 matrix products pad nothing: tokens and widths of every process must fit them."""
+def check_fp8(experiment: Experiment) -> None:
+    """FP8 matrix products pad nothing: tokens and widths of every process must fit them. Raises ValueError where one does not."""
     decoder, parallel = experiment.model.decoder, experiment.parallel
+    tokens = experiment.train.micro_batch_size * experiment.data.sequence_length
     parts = {
         "data.sequence_length x train.micro_batch_size": (tokens, parallel.tensor if parallel.sequence_parallel else 1),
         "model.decoder.hidden_size": (decoder.hidden_size, 1),
         "model.decoder.ffn_hidden_size": (decoder.ffn_hidden_size, parallel.tensor),
-        "model.decoder.num_query_groups x head_dim": (decoder.num_query_groups * decoder.head_dim, parallel.tensor),
+        "model.decoder.num_attention_heads x head_dim": (decoder.num_attention_heads * decoder.head_dim, parallel.tensor),
+        "(model.decoder.num_attention_heads + 2 num_query_groups) x head_dim": (
+            (decoder.num_attention_heads + 2 * decoder.num_query_groups) * decoder.head_dim,
+            parallel.tensor,
+        ),
+        **family_of(experiment.model).fp8_sizes(experiment.model, parallel),
     }
     for name, (size, degree) in parts.items():
         if size % (FP8_MULTIPLE * degree):

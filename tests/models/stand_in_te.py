@@ -3,7 +3,8 @@
 It computes what Transformer Engine's modules compute, keeps their parameters' names and shapes, and takes no argument that theirs
 do not take. So what is ours of the `te` backend (specs, names in checkpoints, initial weights, what attention is told of packed documents)
 runs without a GPU; the kernels are checked by `make gpu-check`. FP8 products are not rounded here, but refuse the sizes that real ones
-refuse, and use the copies of the weights that were made when a module was last told of a new step, as real ones do.
+refuse, and use the copies of the weights that were made when a module was last told of a new step, as real ones do. Products of any
+precision refuse input of another type than their weights'.
 
 `install()` comes before anything imports megatron-core.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 VERSION = "2.8.0"
 RECIPES: list[object] = []
@@ -89,7 +91,7 @@ class Linear(_Base):
 
     def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
         weight = _product_weight(self, self.weight, is_first_microbatch)
-        out = F.linear(_checked(inp), weight, None if self.return_bias else self.bias)
+        out = F.linear(_checked(inp, self.weight), weight, None if self.return_bias else self.bias)
         return (out, self.bias) if self.return_bias else out
 
 
@@ -198,7 +200,8 @@ class DotProductAttention(_Base):
         softmax_scale: float | None = None,
     ) -> None:
         super().__init__()
-        assert attention_dropout == 0.0 and attention_type == "self" and softmax_scale is None
+        assert attention_dropout == 0.0 and attention_type in ("self", "cross") and softmax_scale is None
+        self.attention_type = attention_type
         self.heads, self.groups, self.width = num_attention_heads, num_gqa_groups, kv_channels
 
     def forward(
@@ -221,17 +224,37 @@ class DotProductAttention(_Base):
         if qkv_format == "sbhd":
             assert attn_mask_type == "no_mask" and query.dim() == 4, attn_mask_type
             return _attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), causal=False).permute(2, 0, 1, 3).flatten(2)
-        assert qkv_format == "thd" and attn_mask_type == "padding_causal" and query.dim() == 3
-        assert cu_seqlens_q is not None and cu_seqlens_kv is not None and cu_seqlens_q.dtype == torch.int32
-        assert torch.equal(cu_seqlens_q, cu_seqlens_kv) and cu_seqlens_q[-1] == query.shape[0]
-        longest = int(cu_seqlens_q.diff().max())
-        assert isinstance(max_seqlen_q, int) and max_seqlen_q == max_seqlen_kv == longest
+        assert qkv_format == "thd" and attn_mask_type in ("padding", "padding_causal") and query.dim() == 3
+        _check_bounds(query, bounds=cu_seqlens_q, longest=max_seqlen_q)
+        _check_bounds(key, bounds=cu_seqlens_kv, longest=max_seqlen_kv)
+        assert cu_seqlens_q is not None and cu_seqlens_kv is not None and cu_seqlens_q.shape == cu_seqlens_kv.shape
         # One product over all documents with a mask: another way to the same numbers than the torch backend's.
-        document = torch.repeat_interleave(torch.arange(len(cu_seqlens_q) - 1), cu_seqlens_q.diff().long())
-        order = torch.arange(query.shape[0])
-        visible = (document[:, None] == document) & (order[:, None] >= order)
+        of_queries, of_keys = (torch.repeat_interleave(torch.arange(len(x) - 1), x.diff().long()) for x in (cu_seqlens_q, cu_seqlens_kv))
+        visible = of_queries[:, None] == of_keys
+        if attn_mask_type == "padding_causal":
+            assert self.attention_type == "self" and torch.equal(cu_seqlens_q, cu_seqlens_kv)
+            order = torch.arange(query.shape[0])
+            visible = visible & (order[:, None] >= order)
         out = _attend(*(x.transpose(0, 1)[None] for x in (query, key, value)), mask=visible)
         return out[0].transpose(0, 1).flatten(1)
+
+
+def checkpoint(
+    function: Callable,
+    *args: Any,
+    distribute_saved_activations: bool = False,
+    get_rng_state_tracker: Callable | None = None,
+    tp_group: object = None,
+) -> Any:
+    """Recompute in the backward pass, in the FP8 context of the forward pass."""
+    assert not distribute_saved_activations
+    enabled = FP8GlobalStateManager.enabled
+
+    def recomputed(*inputs: Any) -> Any:
+        with fp8_autocast(enabled=enabled, fp8_recipe=RECIPES[-1]):
+            return function(*inputs)
+
+    return torch.utils.checkpoint.checkpoint(recomputed, *args, use_reentrant=True)
 
 
 def apply_rotary_pos_emb(
@@ -261,9 +284,26 @@ def _normed(inp: torch.Tensor, kind: str, weight: torch.Tensor, bias: torch.Tens
     return F.rms_norm(inp, weight.shape, weight, eps)
 
 
-def _checked(inp: torch.Tensor) -> torch.Tensor:
+def _check_bounds(rows: torch.Tensor, *, bounds: torch.Tensor | None, longest: int | None) -> None:
+    """What attention is told of packed rows: [t, n, d] and the places where documents begin and end."""
+    assert bounds is not None and bounds.dtype == torch.int32 and bounds.dim() == 1
+    assert bounds[0] == 0 and bounds[-1] == rows.shape[0], f"documents up to row {int(bounds[-1])}, but there are {rows.shape[0]}"
+    assert isinstance(longest, int) and longest == int(bounds.diff().max())
+    assert rows.stride(-1) == 1
+
+
+def _checked(inp: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """In FP8 the inner size of a product is a multiple of 16: of the forward one, of that for the gradient of the input (the weight's
+    rows), of that for the gradient of the weight (the input's rows; without it the forward one asks for 8).
+    """
+    assert inp.dtype == weight.dtype, f"products of {inp.dtype} with {weight.dtype}"
     if FP8GlobalStateManager.enabled:
-        assert inp.shape[:-1].numel() % 8 == 0 and inp.shape[-1] % 16 == 0, f"FP8 products refuse {tuple(inp.shape)}"
+        rows, backward = inp.shape[:-1].numel(), torch.is_grad_enabled()
+        of_rows = 16 if backward and weight.requires_grad else 8
+        of_outputs = 16 if backward and inp.requires_grad else 8
+        sizes = {"rows": (rows, of_rows), "input width": (inp.shape[-1], 16), "output width": (weight.shape[0], of_outputs)}
+        for name, (size, multiple) in sizes.items():
+            assert size > 0 and size % multiple == 0, f"FP8 products refuse {name} {size}, which is no multiple of {multiple}"
     return inp
 
 
@@ -295,7 +335,11 @@ def install() -> None:
             "fp8_autocast": fp8_autocast,
         },
         "pytorch.fp8": {"FP8GlobalStateManager": FP8GlobalStateManager, "fp8_autocast": fp8_autocast},
-        "pytorch.distributed": {"CudaRNGStatesTracker": _unused("CudaRNGStatesTracker"), "activation_recompute_forward": None},
+        "pytorch.distributed": {
+            "CudaRNGStatesTracker": _unused("CudaRNGStatesTracker"),
+            "activation_recompute_forward": None,
+            "checkpoint": checkpoint,
+        },
         "pytorch.attention": {},
         "pytorch.attention.rope": {"apply_rotary_pos_emb": apply_rotary_pos_emb},
         "pytorch.module": {},

@@ -1,5 +1,7 @@
 """What `test_te.py` compares: the same model on the `torch` and the `te` layer backend, the latter on the stand-in.
 
+    python te_program.py mm1|infimm|mono_internvl
+
 A program of its own, as megatron-core asks for Transformer Engine when it is imported. Prints one line of JSON.
 """
 
@@ -8,7 +10,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +21,93 @@ stand_in_te.install()
 
 import torch  # noqa: E402
 from small import random_step, small_experiment  # noqa: E402
+from small_infimm import infimm_step, small_infimm  # noqa: E402
+from small_mono import mono_step, small_mono  # noqa: E402
 
-from megatron_mm.config import Experiment, MoEConfig  # noqa: E402
+from megatron_mm.config import Experiment, MoEConfig, ResamplerConfig  # noqa: E402
+from megatron_mm.data.batch import PackedBatch  # noqa: E402
 from megatron_mm.parallel import build, initial_weights  # noqa: E402
 from megatron_mm.parallel import topology as topologies  # noqa: E402
 from megatron_mm.training.checkpoint import Checkpointer, TrainState  # noqa: E402
 from megatron_mm.training.optimizer import build_optimizer  # noqa: E402
+from megatron_mm.training.run import check_fp8  # noqa: E402
 from megatron_mm.training.step import TrainingStep  # noqa: E402
+
+GATE = 0.7
+"""What gates are opened to: a closed one hides all that is behind it."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A family, as it is compared."""
+
+    experiment: Callable[..., Experiment]
+    """Takes fields of `train` to change."""
+    batches: Callable[..., list[PackedBatch]]
+    """Micro-batches of a step; the first has no image."""
+    also: Callable[[Experiment], dict[str, Experiment]] = lambda base: {}
+    """Variants to compare in fp32 as well."""
+    misfits: Callable[[Experiment], dict[str, Experiment]] = lambda base: {}
+    """Variants with a size that FP8 products refuse, by the name of that size."""
+
+
+def _with_experts(base: Experiment) -> dict[str, Experiment]:
+    decoder = replace(base.model.decoder, moe=MoEConfig(num_experts=4, every_n_layers=2, top_k=2))
+    return {"experts": replace(base, model=replace(base.model, decoder=decoder))}  # type: ignore[call-arg]
+
+
+def _small_infimm(**train: Any) -> Experiment:
+    """With 16 latents: FP8 products take them by 16."""
+    return small_infimm(model={"resampler": ResamplerConfig(num_latents=16, num_layers=2, num_attention_heads=4, head_dim=8)}, **train)
+
+
+def _misfits_of_decoder(base: Experiment) -> dict[str, Experiment]:
+    return {
+        "model.decoder.hidden_size": _changed(base, decoder={"hidden_size": 72}),
+        "model.decoder.ffn_hidden_size": _changed(base, decoder={"ffn_hidden_size": 104}),
+        "model.decoder.num_attention_heads x head_dim": _changed(base, decoder={"num_attention_heads": 1, "num_query_groups": 1}),
+        "(model.decoder.num_attention_heads + 2 num_query_groups) x head_dim": _changed(
+            base, decoder={"num_query_groups": 1, "head_dim": 12}
+        ),
+    }
+
+
+def _misfits_of_sequence(base: Experiment) -> dict[str, Experiment]:
+    longer = replace(base, data=replace(base.data, sequence_length=104))
+    return {**_misfits_of_decoder(base), "data.sequence_length x train.micro_batch_size": longer}
+
+
+def _misfits_of_infimm(base: Experiment) -> dict[str, Experiment]:
+    return {
+        **_misfits_of_sequence(base),
+        "model.vision.hidden_size": _changed(base, vision={"hidden_size": 40, "num_attention_heads": 2}),
+        "model.resampler.num_latents": _changed(base, resampler={"num_latents": 8}),
+        "model.gated.num_attention_heads x head_dim": _changed(base, gated={"num_attention_heads": 5}),
+    }
+
+
+def _changed(base: Experiment, **parts: dict[str, int]) -> Experiment:
+    """With other values in parts of the model's config."""
+    changed: dict[str, Any] = {part: replace(getattr(base.model, part), **fields) for part, fields in parts.items()}
+    return replace(base, model=replace(base.model, **changed))
+
+
+SUBJECTS = {
+    "mm1": Subject(small_experiment, random_step, _with_experts, _misfits_of_sequence),
+    "infimm": Subject(_small_infimm, infimm_step, misfits=_misfits_of_infimm),
+    "mono_internvl": Subject(small_mono, mono_step, misfits=_misfits_of_decoder),
+}
 
 
 class Trainee:
     """A model on one backend and the means to train it."""
 
-    def __init__(self, experiment: Experiment, backend: str, run_dir: Path) -> None:
-        build.choose_backend = lambda experiment, *, on_gpu: backend  # type: ignore[assignment, return-value]
-        self.experiment = experiment
+    def __init__(self, subject: Subject, experiment: Experiment, backend: str, run_dir: Path) -> None:
+        use_backend(backend)
+        self.subject, self.experiment = subject, experiment
         self.topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
         self.model = build.build_model(experiment, self.topology)
+        hide_nothing(self.model[0].module)
         optimizer = build_optimizer(experiment, self.model)
         self.step = TrainingStep(experiment, self.topology, self.model, optimizer, num_sources=2)
         self.checkpointer = Checkpointer(experiment, self.topology, run_dir, self.model, optimizer)
@@ -43,7 +116,7 @@ class Trainee:
         """Losses of steps, each after an evaluation of its batch, which must say the same of the same weights."""
         losses = []
         for number in range(first, last + 1):
-            batches = random_step(self.experiment, self.topology, step=number)
+            batches = self.subject.batches(self.experiment, self.topology, step=number)
             evaluated = self.step.evaluate(batches).mean
             losses.append(self.step.run(batches, step=number).losses.mean)
             assert abs(evaluated - losses[-1]) < 1e-6, f"step {number}: evaluation says {evaluated}, training {losses[-1]}"
@@ -55,40 +128,148 @@ class Trainee:
 
     def names(self) -> dict[str, list]:
         """Global names and shapes of what a checkpoint holds of the model."""
-        state = self.model[0].module.sharded_state_dict(metadata=dict(initial_weights.STATE_METADATA))
-        return {entry.key: list(getattr(entry, "global_shape", ())) for entry in state.values()}
+        return {entry.key: list(getattr(entry, "global_shape", ())) for entry in entries(self.model[0].module)}
 
 
-def compare(experiment: Experiment) -> dict[str, Any]:
+def use_backend(backend: str) -> None:
+    build.choose_backend = lambda experiment, *, on_gpu: backend  # type: ignore[assignment, return-value]
+
+
+def hide_nothing(chunk: torch.nn.Module) -> None:
+    """Open the gates, and make visual experts, which begin as copies, differ from the text's."""
+    for name, parameter in chunk.named_parameters():
+        if name.endswith("_gate"):
+            parameter.data.fill_(GATE)
+        if ".mlp.visual." in name:
+            parameter.data.neg_()
+
+
+def entries(chunk: torch.nn.Module) -> list[Any]:
+    """What a checkpoint holds of a chunk."""
+    return list(chunk.sharded_state_dict(metadata=dict(initial_weights.STATE_METADATA)).values())  # type: ignore[operator]
+
+
+def compare(subject: Subject, experiment: Experiment) -> dict[str, Any]:
     """Four steps on each backend, and the last two of them again on the other backend, from the checkpoint of the first two."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for backend in ("torch", "te"):
-            trainee = Trainee(experiment, backend, Path(folder) / backend)
+            trainee = Trainee(subject, experiment, backend, Path(folder) / backend)
             losses = trainee.train(1, 2)
             trainee.save(2)
             found[backend] = {"names": trainee.names(), "losses": losses + trainee.train(3, 4)}
             topologies.shutdown()
         for backend, other in (("torch", "te"), ("te", "torch")):
-            trainee = Trainee(experiment, backend, Path(folder) / other)
+            trainee = Trainee(subject, experiment, backend, Path(folder) / other)
             assert trainee.checkpointer.load_latest() is not None
             found[backend][f"from {other}"] = trainee.train(3, 4)
             topologies.shutdown()
     return found
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a model computes of some micro-batches, each by itself."""
+
+    images: list[int]
+    logits: list[torch.Tensor]
+    gradients: list[dict[str, torch.Tensor]]
+    """Of the sum of the losses, by name in checkpoints; parameters without any are left out."""
+
+
+def look(subject: Subject, backend: str, **train: Any) -> Seen:
+    """Logits and gradients on a backend, from weights that hide nothing."""
+    return look_at(subject, subject.experiment(**train), backend)
+
+
+def look_at(subject: Subject, experiment: Experiment, backend: str) -> Seen:
+    use_backend(backend)
+    topology = topologies.initialize(experiment.parallel, seed=1)
+    (chunk,) = build.build_chunks(experiment, topology)
+    initial_weights.initialize_weights([chunk], seed=1)
+    hide_nothing(chunk)
+    seen = Seen([], [], [])
+    for batch in subject.batches(experiment, topology, step=3):
+        with torch.no_grad():
+            seen.logits.append(chunk(batch, with_loss=False)[0].float())
+        chunk.zero_grad()
+        chunk(batch).sum().backward()
+        learned = {entry.key: entry.data.grad for entry in entries(chunk) if getattr(entry.data, "grad", None) is not None}
+        seen.images.append(batch.num_images)
+        seen.gradients.append({name: gradient.float().clone() for name, gradient in learned.items()})
+    topologies.shutdown()
+    return seen
+
+
+def distances(one: Seen, other: Seen) -> dict[str, list[float]]:
+    """Norm of the difference over the norm, for each micro-batch: of the logits, and of the tensor whose gradient is farthest off.
+
+    A gradient that is zero in both is as it should be, and so is rounding of less than a millionth of the largest one.
+    """
+    found: dict[str, list[float]] = {"logits": [], "gradients": []}
+    for index in range(len(one.images)):
+        found["logits"].append(_distance(one.logits[index], other.logits[index], floor=0.0))
+        ones, others = one.gradients[index], other.gradients[index]
+        assert ones.keys() == others.keys(), set(ones) ^ set(others)
+        floor = 1e-6 * max(float(gradient.norm()) for gradient in others.values())
+        found["gradients"].append(max(_distance(ones[name], others[name], floor=floor) for name in ones))
+    return found
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor, *, floor: float) -> float:
+    return float((one - other).norm()) / max(float(other.norm()), floor)
+
+
+def compare_passes(subject: Subject) -> dict[str, Any]:
+    """How far from plain PyTorch's fp32 logits and gradients others are."""
+    exact = look(subject, "torch", precision="fp32")
+    found = {
+        f"{backend} {precision}": distances(look(subject, backend, precision=precision), exact)
+        for backend, precision in (("te", "fp32"), ("torch", "bf16"), ("te", "bf16"), ("te", "fp8"))
+    }
+    return {**found, "images": exact.images}
+
+
+def compare_fp8(subject: Subject) -> dict[str, list[float]]:
+    """Losses on `te` in bf16 and FP8, the latter with recomputed layers too."""
+    found = {}
+    for name, precision, recompute in (("bf16", "bf16", "none"), ("fp8", "fp8", "none"), ("fp8 recomputed", "fp8", "full")):
+        experiment = subject.experiment(precision=precision)
+        experiment = replace(experiment, parallel=replace(experiment.parallel, recompute=recompute))
+        check_fp8(experiment)
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = Trainee(subject, experiment, "te", Path(folder)).train(1, 4)
+            topologies.shutdown()
+    return found
+
+
+def try_misfits(subject: Subject) -> dict[str, list[str]]:
+    """What FP8 products say of each misfit, and what the check before the start says; nothing where they accept it."""
+    found = {}
+    for name, experiment in subject.misfits(subject.experiment(precision="fp8")).items():
+        said = ["", ""]
+        try:
+            look_at(subject, experiment, "te")
+        except AssertionError as error:
+            said[0] = str(error)
+            topologies.shutdown()
+        try:
+            check_fp8(experiment)
+        except ValueError as error:
+            said[1] = str(error)
+        found[name] = said
+    return found
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    dense = small_experiment(precision="fp32")
-    decoder = replace(dense.model.decoder, moe=MoEConfig(num_experts=4, every_n_layers=2, top_k=2))  # type: ignore[attr-defined]
-    sparse = replace(dense, model=replace(dense.model, decoder=decoder))
-    found = {"fp32": compare(dense), "experts": compare(sparse)}
-    build.choose_backend = lambda experiment, *, on_gpu: "te"  # type: ignore[assignment, return-value]
-    for precision in ("bf16", "fp8"):
-        with tempfile.TemporaryDirectory() as folder:
-            trainee = Trainee(small_experiment(precision=precision), "te", Path(folder))
-            found[precision] = {"te": trainee.train(1, 4)}
-            topologies.shutdown()
+    subject = SUBJECTS[sys.argv[1]]
+    dense = subject.experiment(precision="fp32")
+    models = {"fp32": dense, **subject.also(dense)}
+    found: dict[str, Any] = {name: compare(subject, experiment) for name, experiment in models.items()}
+    found["passes"] = compare_passes(subject)
+    found["losses"] = compare_fp8(subject)
+    found["misfits"] = try_misfits(subject)
     found["recipes"] = sorted({type(recipe).__name__ for recipe in stand_in_te.RECIPES})
     print(json.dumps(found))
 

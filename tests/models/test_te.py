@@ -5,9 +5,11 @@ It runs here on a stand-in (`stand_in_te`); what the real kernels compute is che
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,38 +27,76 @@ from megatron_mm.training.run import check
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+FAMILIES = ("mm1", "infimm", "mono_internvl")
+MODELS = [("mm1", "fp32"), ("mm1", "experts"), ("infimm", "fp32"), ("mono_internvl", "fp32")]
+"""Families and what te_program calls their variants."""
+
+
+@functools.cache
+def found(family: str) -> dict[str, Any]:
+    """What te_program prints of a family; run once."""
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("te_program.py"))]
+    program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("te_program.py")), family]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("model", ["fp32", "experts"])
-def test_checkpoints_name_everything_alike(found: dict[str, Any], model: str) -> None:
-    names = found[model]["torch"]["names"]
-    assert len(names) > 70 and found[model]["te"]["names"] == names
-    assert "vision.transformer.layers.0.input_layernorm.bias" in names and not any("_extra_state" in name for name in names)
+@pytest.mark.parametrize(("family", "model"), MODELS)
+def test_checkpoints_name_everything_alike(family: str, model: str) -> None:
+    names = found(family)[model]["torch"]["names"]
+    assert found(family)[model]["te"]["names"] == names and not any("_extra_state" in name for name in names)
+    layer = "language.decoder.layers.1"
+    expected = {
+        "mm1": ("vision.transformer.layers.0.input_layernorm.bias", f"{layer}.input_layernorm.weight"),
+        "infimm": (f"{layer}.gated.attention_norm.bias", f"{layer}.gated.linear_kv.weight", f"{layer}.pre_mlp_layernorm.weight"),
+        "mono_internvl": (f"{layer}.mlp.visual.linear_fc1.weight", f"{layer}.pre_mlp_layernorm.weight"),
+    }
+    assert set(expected[family]) <= set(names)
 
 
-@pytest.mark.parametrize("model", ["fp32", "experts"])
-def test_losses_are_the_same(found: dict[str, Any], model: str) -> None:
+@pytest.mark.parametrize(("family", "model"), MODELS)
+def test_losses_are_the_same(family: str, model: str) -> None:
     """From the same initial weights; 1e-6 is what fp32 sums in another order leave after four steps."""
-    assert found[model]["te"]["losses"] == pytest.approx(found[model]["torch"]["losses"], rel=1e-6)
+    runs = found(family)[model]
+    assert runs["te"]["losses"] == pytest.approx(runs["torch"]["losses"], rel=1e-6)
 
 
-@pytest.mark.parametrize("model", ["fp32", "experts"])
+@pytest.mark.parametrize(("family", "model"), MODELS)
 @pytest.mark.parametrize(("written", "read"), [("torch", "te"), ("te", "torch")])
-def test_a_checkpoint_of_one_backend_goes_on_with_the_other(found: dict[str, Any], model: str, written: str, read: str) -> None:
-    assert found[model][read][f"from {written}"] == pytest.approx(found[model][written]["losses"][2:], rel=1e-6)
+def test_a_checkpoint_of_one_backend_goes_on_with_the_other(family: str, model: str, written: str, read: str) -> None:
+    runs = found(family)[model]
+    assert runs[read][f"from {written}"] == pytest.approx(runs[written]["losses"][2:], rel=1e-6)
 
 
-def test_fp8_scales_tensors_as_they_are_and_uses_the_weights_of_its_step(found: dict[str, Any]) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_the_same(family: str) -> None:
+    """With no image, one and several, gates open: in fp32 to the order of sums, in bf16 as near to that as plain PyTorch's bf16."""
+    passes = found(family)["passes"]
+    images = passes.pop("images")
+    assert images[0] == 0 and max(images) > 2 and 1 in images
+    assert max(passes["te fp32"]["logits"]) < 1e-6 and max(passes["te fp32"]["gradients"]) < 1e-5
+    for part in ("logits", "gradients"):
+        assert 1e-4 < max(passes["te bf16"][part]) < 1.5 * max(passes["torch bf16"][part])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp8_scales_tensors_as_they_are_and_uses_the_weights_of_its_step(family: str) -> None:
     """The stand-in rounds nothing in FP8, so what is left of a difference to bf16 would be old copies of weights."""
-    assert found["recipes"] == ["Float8CurrentScaling"]
-    assert found["fp8"]["te"] == found["bf16"]["te"]
+    assert found(family)["recipes"] == ["Float8CurrentScaling"]
+    assert found(family)["passes"]["te fp8"] == found(family)["passes"]["te bf16"]
+    losses = found(family)["losses"]
+    assert losses["fp8"] == losses["bf16"] and losses["fp8 recomputed"] == losses["bf16"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_that_fp8_products_refuse_are_known(family: str) -> None:
+    """What the check before the start refuses would fail, and it names the size."""
+    misfits = found(family)["misfits"]
+    assert len(misfits) == {"mm1": 5, "infimm": 8, "mono_internvl": 4}[family]
+    for name, (products, refusal) in misfits.items():
+        assert products.startswith("FP8 products refuse"), name
+        assert f"but {name} is" in refusal
 
 
 # ------------------------------------------------------------------------------------------------------------ which backend
@@ -109,9 +149,9 @@ def _with(experiment: Experiment, sequence_length: int = 96, **decoder: int) -> 
         ({"sequence_length": 100}, "data.sequence_length x train.micro_batch_size is 100"),
         ({"ffn_hidden_size": 72}, "model.decoder.ffn_hidden_size is 72"),
         ({"hidden_size": 72}, "model.decoder.hidden_size is 72"),
-        ({"num_query_groups": 1}, "model.decoder.num_query_groups x head_dim is 8"),
+        ({"num_query_groups": 1, "head_dim": 12}, "num_query_groups) x head_dim is 120"),
     ],
 )
 def test_sizes_that_fp8_products_refuse_are_found_before_the_start(changes: dict[str, int], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         check(_with(small_experiment(precision="fp8"), **changes), tmp_path)
