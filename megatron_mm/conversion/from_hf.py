@@ -105,7 +105,8 @@ def convert_from_hf(
         raise ValueError("give --whole DIR, or --language DIR, --vision DIR or both")
     if completed_checkpoints(run_dir):
         raise ValueError(f"{run_dir} has checkpoints already: give another directory")
-    sources = [open_source(path, part, experiment.model) for part, path in paths.items()]
+    length = experiment.data.sequence_length
+    sources = [open_source(path, part, experiment.model, sequence_length=length) for part, path in paths.items()]
     tensors = _plan(model_targets(experiment), sources)
     tokenizer = _find_tokenizer(experiment, sources)
     lanes = _lanes(tensors, seed=experiment.train.seed)

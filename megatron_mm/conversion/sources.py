@@ -81,15 +81,20 @@ class Source:
     unused: tuple[str, ...]
 
 
-def open_source(path: Path, part: Part, model: ModelConfig) -> Source:
+def open_source(path: Path, part: Part, model: ModelConfig, *, sequence_length: int) -> Source:
     """Open a checkpoint that a part of the model is read from.
+
+    Args:
+        sequence_length: tokens of a training sequence, for a warning where the source's own limit is less.
 
     Raises ValueError where its format is unknown or is one of another part, or its settings are not the recipe's.
     """
     reader = HfReader(path)
     name, prefix = _detect(reader, part)
     known = FORMATS[name]
-    ours = model if part == "whole" else getattr(model, {"language": "decoder", "vision": "vision"}[part])
+    ours = model if part == "whole" else getattr(model, {"language": "decoder", "vision": "vision"}[part], None)
+    if ours is None:
+        raise ValueError(f"the recipe's family {model.family} has no image tower: leave out --{part}")
     if not isinstance(ours, known.config):
         raise ValueError(
             f"{path} is a checkpoint of format {name}, but the recipe's part is a {type(ours).__name__}: choose another recipe"
@@ -99,6 +104,7 @@ def open_source(path: Path, part: Part, model: ModelConfig) -> Source:
     if document is None:
         logger.warning("%s has no %s beside it: only shapes are checked, not heads, norms or activations", path, known.config_file)
     else:
+        _warn_of_limits(document, path, sequence_length=sequence_length)
         settings = known.settings(document)
         tied = bool(settings.pop("tied_embeddings", tied))
         _check_settings(
@@ -135,6 +141,17 @@ def _checked_document(reader: HfReader, name: str) -> dict[str, Any] | None:
             f"{document.get('model_type')!r}, which computes something else; known are {list(known.model_types)}"
         )
     return document
+
+
+def _warn_of_limits(document: Mapping[str, Any], path: Path, *, sequence_length: int) -> None:
+    """Say where sequences are longer than what the language model was made for."""
+    for name, meaning in (
+        ("sliding_window", "its attention window is not applied"),
+        ("max_position_embeddings", "it knows no more positions"),
+    ):
+        limit = document.get(name)
+        if isinstance(limit, int) and "vocab_size" in document and sequence_length > limit:
+            logger.warning("%s has %s %d, but sequences have %d tokens: %s", path, name, limit, sequence_length, meaning)
 
 
 def _check_settings(theirs: dict[str, Any], ours: Any, *, where: str, group: str) -> None:

@@ -43,7 +43,9 @@ def model_targets(experiment: Experiment) -> dict[str, Target]:
     parallel = ParallelConfig()
     found: dict[str, Target] = {}
     with topologies.pretend(parallel, pipeline_rank=0) as topology:
-        one_process = replace(experiment, parallel=parallel)
+        # FP8 training keeps its weights in bfloat16, and to build them takes no FP8 kernels.
+        precision = "bf16" if experiment.train.precision == "fp8" else experiment.train.precision
+        one_process = replace(experiment, parallel=parallel, train=replace(experiment.train, precision=precision))
         for chunk in build_chunks(one_process, topology):
             for entry in nested_values(chunk.sharded_state_dict(metadata=dict(STATE_METADATA))):
                 if isinstance(entry, ShardedTensor | ShardedTensorFactory):

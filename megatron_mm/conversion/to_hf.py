@@ -263,7 +263,11 @@ def _read(written: Written, reader: CheckpointReader) -> list[torch.Tensor]:
         assert written.constant is not None
         return [written.constant]
     found = written.entry.to_hf(reader.read(written.entry.ours, row=written.entry.row))
-    return [tensor.to(info.dtype) for tensor, info in zip(found, written.infos.values(), strict=True)]
+    cast = [tensor.to(info.dtype) for tensor, info in zip(found, written.infos.values(), strict=True)]
+    for name, before, after in zip(written.infos, found, cast, strict=True):
+        if after.dtype is torch.float16 and before.dtype is not torch.float16 and not torch.equal(before.isfinite(), after.isfinite()):
+            raise ValueError(f"{name} has values that float16 cannot hold: use --dtype bfloat16 or float32")
+    return cast
 
 
 def _file_name(number: int, count: int) -> str:

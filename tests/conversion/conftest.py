@@ -1,7 +1,7 @@
 """A small training checkpoint, written by the trainer's own code, and its export."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,8 +71,13 @@ def sparse(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Tr
     return train_one_step(tokenizer_path, tmp_path_factory.mktemp("run"), moe=MoEConfig(num_experts=4, every_n_layers=2))
 
 
-def train_one_step(tokenizer_path: Path, run_dir: Path, *, moe: MoEConfig | None = None) -> Trained:
+def train_one_step(
+    tokenizer_path: Path, run_dir: Path, *, moe: MoEConfig | None = None, change: Callable[[torch.nn.Module], None] = lambda module: None
+) -> Trained:
     """Random weights, norms and biases too, so that nothing that is mixed up agrees by chance; then one training step.
+
+    Args:
+        change: what else is done to the model before it is saved.
 
     The process groups are gone when it returns, so that other tests can make theirs.
     """
@@ -90,6 +95,7 @@ def train_one_step(tokenizer_path: Path, run_dir: Path, *, moe: MoEConfig | None
         scramble(chunks[0])
         optimizer = build_optimizer(experiment, chunks)
         TrainingStep(experiment, process, chunks, optimizer, num_sources=1).run([batch], step=1)
+        change(chunks[0].module)
         Checkpointer(experiment, process, run_dir, chunks, optimizer).save(TrainState(step=1))
         model = chunks[0].module
         weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -25,7 +25,7 @@ from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.models import family_of
 from megatron_mm.models.eva import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336
 from megatron_mm.recipes import get_recipe
-from tests.conversion.hf_models import make_language, save
+from tests.conversion.hf_models import make_language, make_vision, save
 from tests.conversion.test_from_hf import internlm2, tensors
 from tests.conversion.test_round_trip import same, stored, weights, written
 
@@ -123,6 +123,11 @@ def test_part_of_another_family_is_refused(tokenizer_path: Path, tmp_path: Path)
         convert_to_hf(tmp_path / "run", tmp_path / "out", part="language")
     with pytest.raises(ValueError, match=r"image encoder of .* is a NoneType, which CLIPVisionModel is not"):
         convert_to_hf(tmp_path / "run", tmp_path / "out", part="vision")
+    vision = save(make_vision(), tmp_path / "vision")
+    with pytest.raises(ValueError, match="family mono_internvl has no image tower: leave out --vision"):
+        convert_from_hf(small("mono_internvl"), tmp_path / "new", vision=vision)
+    with pytest.raises(ValueError, match="of format clip, but the recipe's part is a EvaConfig: choose another recipe"):
+        convert_from_hf(small("infimm"), tmp_path / "new", vision=vision)
 
 
 def test_released_configurations_are_checked(tokenizer_path: Path, tmp_path: Path) -> None:

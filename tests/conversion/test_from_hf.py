@@ -319,3 +319,15 @@ def test_float16_is_rounded_with_a_warning(tmp_path: Path, caplog: pytest.LogCap
     caplog.clear()
     convert_from_hf(experiment(precision="fp32"), tmp_path / "fp32", language=source)
     assert "rounded" not in caplog.text
+
+
+def test_longer_sequences_than_the_source_knows_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = save(make_language("mistral", sliding_window=128), tmp_path / "mistral")
+    convert_from_hf(experiment(), tmp_path / "run", language=source)
+    assert "has sliding_window 128, but sequences have 256 tokens: its attention window is not applied" in caplog.text
+    assert "max_position_embeddings" not in caplog.text
+
+
+def test_fp8_recipes_keep_bfloat16_weights(llama: Path, tmp_path: Path) -> None:
+    made = convert_from_hf(experiment(precision="fp8"), tmp_path, language=llama)
+    assert {info.dtype for info in CheckpointReader(made.checkpoint).names().values()} == {torch.bfloat16}

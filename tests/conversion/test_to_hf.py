@@ -16,7 +16,7 @@ from megatron_mm.conversion.mm1 import mm1_table
 from megatron_mm.conversion.mm1_files import write_mm1_files
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.to_hf import Export, convert_to_hf, parse_size, plan_shards, plan_tensors
-from tests.conversion.conftest import Trained
+from tests.conversion.conftest import Trained, train_one_step
 
 
 def read_all(out: Path) -> dict[str, torch.Tensor]:
@@ -164,3 +164,14 @@ def test_too_small_an_embedding_table_is_refused(trained: Trained, tmp_path: Pat
         convert_to_hf(trained.checkpoint, tmp_path / "out", vocab_rows=300, verify=False)
     with pytest.raises(ValueError, match="--vocab-size is 513, but the model has 512 rows"):
         convert_to_hf(trained.checkpoint, tmp_path / "out", vocab_rows=513, verify=False)
+
+
+def test_values_that_float16_cannot_hold_are_named(tokenizer_path: Path, tmp_path: Path) -> None:
+    def enlarge(module: torch.nn.Module) -> None:
+        with torch.no_grad():
+            dict(module.named_parameters())["language.decoder.layers.1.mlp.linear_fc2.weight"][3, 5] = 1e5
+
+    large = train_one_step(tokenizer_path, tmp_path / "run", change=enlarge)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight has values that float16 cannot hold: use --dtype bfloat16"):
+        convert_to_hf(large.checkpoint, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
