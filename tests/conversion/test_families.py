@@ -38,14 +38,13 @@ def small(family: str, tokenizer: Path | None = None, *, precision: str = "fp32"
     return replace(settings, data=replace(settings.data, tokenizer=tokenizer), train=replace(settings.train, precision=precision))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("family", "world_size", "parallel"),
+    ("family", "world_size", "parallel", "precision"),
     [
-        ("infimm", 1, {}),
-        ("mono_internvl", 1, {}),
-        pytest.param("infimm", 4, {"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow),
-        pytest.param("mono_internvl", 4, {"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow),
+        ("infimm", 1, {}, "fp32"),
+        ("mono_internvl", 1, {}, "bf16"),
+        pytest.param("infimm", 4, {"tensor": 2, "pipeline": 2}, "bf16", marks=pytest.mark.slow),
+        pytest.param("mono_internvl", 4, {"tensor": 2, "pipeline": 2}, "fp32", marks=pytest.mark.slow),
     ],
 )
 def test_released_names_and_back(

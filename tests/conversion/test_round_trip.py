@@ -84,21 +84,27 @@ def stored(run_dir: Path) -> dict[str, torch.Tensor]:
     return {name: reader.read(name) for name in reader.names()}
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+SPARSE = {"moe": MoEConfig(num_experts=4, every_n_layers=2)}
+CHECKPOINTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
+    "one process": (1, {}, {}, "fp32"),
+    "tied": (1, {}, {"tied_embeddings": True}, "bf16"),
+    "experts": (1, {}, SPARSE, "fp32"),
+    "tensor 2 pipeline 2": (4, {"tensor": 2, "pipeline": 2}, {}, "bf16"),
+    "expert 2": (2, {"expert": 2}, SPARSE, "bf16"),
+}
+"""Processes, layout, decoder; and the precision of the quick test, the other one being tested with the slow ones."""
+
+
 @pytest.mark.parametrize(
-    ("world_size", "parallel", "decoder"),
+    ("name", "precision"),
     [
-        (1, {}, {}),
-        (1, {}, {"tied_embeddings": True}),
-        (1, {}, {"moe": MoEConfig(num_experts=4, every_n_layers=2)}),
-        (4, {"tensor": 2, "pipeline": 2}, {}),
-        (2, {"expert": 2}, {"moe": MoEConfig(num_experts=4, every_n_layers=2)}),
+        pytest.param(name, precision, marks=[] if precision == quick else pytest.mark.slow)
+        for name, (*_, quick) in CHECKPOINTS.items()
+        for precision in DTYPES
     ],
-    ids=["one process", "tied", "experts", "tensor 2 pipeline 2", "expert 2"],
 )
-def test_our_checkpoints_come_back_as_they_were(
-    world_size: int, parallel: dict[str, Any], decoder: dict[str, Any], precision: str, tokenizer_path: Path, tmp_path: Path
-) -> None:
+def test_our_checkpoints_come_back_as_they_were(name: str, precision: str, tokenizer_path: Path, tmp_path: Path) -> None:
+    world_size, parallel, decoder, _ = CHECKPOINTS[name]
     settings = experiment(precision=precision, **decoder)
     settings = replace(settings, data=replace(settings.data, tokenizer=tokenizer_path))
     before = written(settings, tmp_path / "run", parallel, world_size=world_size)
