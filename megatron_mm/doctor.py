@@ -12,6 +12,7 @@ import importlib.util
 import io
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -28,6 +29,10 @@ MIN_SHARED_MEMORY = 2**30
 """Bytes; NCCL and the checkpoint writers pass buffers through /dev/shm."""
 MIN_OPEN_FILES = 4096
 """A process keeps shards, sockets to its peers and checkpoint files open."""
+FP8_CAPABILITY = (8, 9)
+"""CUDA compute capability of the first GPUs with FP8 matrix products (Ada); Hopper has 9.0, an A100 8.0."""
+FP8_TE_VERSION = (2, 2)
+"""The first Transformer Engine whose FP8 takes its scales from the tensor at hand."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,26 @@ def _check_transformer_engine() -> Iterator[Finding]:
     except Exception as error:  # a build for another torch or CUDA fails in its own ways
         yield Finding(name, "warning", f"installed but does not load ({_short(error)}); reinstall it, or uninstall it", instead)
         return
-    yield Finding(name, "ok", _version("transformer-engine"))
+    version = _version("transformer-engine")
+    yield Finding(name, "ok", version)
+    yield _fp8(version)
+
+
+def _fp8(version: str) -> Finding:
+    """FP8 products with this version of Transformer Engine on the first GPU."""
+    import torch
+
+    instead = "bf16 (--train.precision bf16)"
+    if not torch.cuda.is_available():
+        return Finding("FP8", "missing", "needs a GPU", instead)
+    capability = torch.cuda.get_device_capability(0)
+    if capability < FP8_CAPABILITY:
+        needed, here = (".".join(map(str, numbers)) for numbers in (FP8_CAPABILITY, capability))
+        return Finding("FP8", "missing", f"the GPU has compute capability {here}, and FP8 products need {needed}", instead)
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < FP8_TE_VERSION:
+        needed = ".".join(map(str, FP8_TE_VERSION))
+        return Finding("FP8", "missing", f"Transformer Engine {version} is too old: install {needed} or later", instead)
+    return Finding("FP8", "ok", "for sizes that are multiples of 16, which a run checks before it starts")
 
 
 def _check_apex() -> Iterator[Finding]:
@@ -165,7 +189,7 @@ def _check_dali() -> Iterator[Finding]:
     if pixels is None or pixels[0, 0].float().mean() < 200:
         yield Finding("DALI", "warning", f"{detail} does not decode a red JPEG here", instead)
     else:
-        yield Finding("DALI", "ok", f"{detail} decodes")
+        yield Finding("DALI", "ok", f"{detail} decodes; images in tiles take Pillow")
 
 
 def _check_packages() -> Iterator[Finding]:

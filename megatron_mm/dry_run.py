@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
 
 from megatron_mm.config import Experiment, to_dict
-from megatron_mm.models import family_of
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.build import build_chunks
+from megatron_mm.parallel.freezing import freeze, learning_patterns
 from megatron_mm.parallel.stages import layers_per_stage
+from megatron_mm.training.run import check_shapes
 
 PLANNED_STEPS = 2
 
 
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters that each process of a pipeline stage holds (its own cut of them), by part of the model."""
+
+    held: dict[str, int]
+    learning: dict[str, int]
+    """Those that learn under the experiment's policy; parts of which none does are left out."""
+
+
 def describe(experiment: Experiment) -> Iterator[str]:
-    """Lines for the terminal. Raises ValueError where the layout cannot hold the model, or data is named and cannot be opened."""
+    """Lines for the terminal. Raises ValueError where the layout cannot hold the model or its batches, or data is named and cannot be
+    opened."""
     parallel = experiment.parallel
     world_size = max(topologies.world_size(), parallel.model_parallel_size * parallel.expert)
-    family_of(experiment.model).check_layout(experiment.model, parallel, world_size)
+    check_shapes(experiment, world_size)
     data_size = parallel.data_parallel_size(world_size)
     yield json.dumps(to_dict(experiment), indent=2)
     yield ""
@@ -31,28 +45,41 @@ def describe(experiment: Experiment) -> Iterator[str]:
     yield from _plan(experiment)
 
 
-def stage_parameters(experiment: Experiment) -> list[dict[str, int]]:
-    """Parameters by part that each process of each pipeline stage holds (its own cut of them), in pipeline order."""
-    parallel = experiment.parallel
-    stages: dict[int, dict[str, int]] = {}
+def stage_parameters(experiment: Experiment) -> list[StageParameters]:
+    """What every pipeline stage holds, in pipeline order."""
+    parallel, learning = experiment.parallel, learning_patterns(experiment)
+    stages: dict[int, StageParameters] = {}
     for rank in range(parallel.pipeline):
         with topologies.pretend(parallel, pipeline_rank=rank) as topology:
             for virtual_stage, chunk in enumerate(build_chunks(experiment, topology)):
-                parts = {name: sum(p.numel() for p in part.parameters()) for name, part in chunk.named_children()}
-                stages[virtual_stage * parallel.pipeline + rank] = {name: count for name, count in parts.items() if count}
+                freeze(chunk, learning)
+                stages[virtual_stage * parallel.pipeline + rank] = StageParameters(
+                    held=_count(chunk, only_learning=False), learning=_count(chunk, only_learning=True)
+                )
     return [stages[stage] for stage in sorted(stages)]
 
 
+def _count(chunk: torch.nn.Module, *, only_learning: bool) -> dict[str, int]:
+    counts = {
+        name: sum(p.numel() for p in part.parameters() if p.requires_grad or not only_learning) for name, part in chunk.named_children()
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
 def stage_table(experiment: Experiment) -> Iterator[str]:
-    """A line for each pipeline stage: its layers and the parameters that one process of it holds."""
+    """A line for each pipeline stage: its layers, the parameters that one process of it holds, and those of them that learn."""
     parallel = experiment.parallel
     layers = layers_per_stage(parallel, num_layers=experiment.model.decoder.num_layers)
-    yield "stage  pipeline rank  chunk  decoder layers  parameters on a process"
-    for stage, parts in enumerate(stage_parameters(experiment)):
-        total = sum(parts.values())
-        details = ", ".join(f"{name} {count:,}" for name, count in parts.items())
+    yield f"stage  pipeline rank  chunk  decoder layers  parameters on a process, and what learns under policy {experiment.train.policy}"
+    for stage, parameters in enumerate(stage_parameters(experiment)):
         chunk, rank = divmod(stage, parallel.pipeline)
-        yield f"{stage:5d}  {rank:13d}  {chunk:5d}  {layers[stage]:14d}  {total:,} ({details})"
+        learning = "all learn" if parameters.learning == parameters.held else f"learning {_total(parameters.learning)}"
+        yield f"{stage:5d}  {rank:13d}  {chunk:5d}  {layers[stage]:14d}  {_total(parameters.held)}; {learning}"
+
+
+def _total(parts: dict[str, int]) -> str:
+    details = ", ".join(f"{name} {count:,}" for name, count in parts.items())
+    return f"{sum(parts.values()):,} ({details})" if parts else "0"
 
 
 def _plan(experiment: Experiment) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_mm import doctor
 from megatron_mm.doctor import Finding, diagnose, report
@@ -51,6 +52,29 @@ def test_a_package_that_does_not_load_is_told_from_a_missing_one(packages: Path)
     found = finding("Transformer Engine")
     assert found.state == "warning" and "does not load (RuntimeError: built for another torch)" in found.detail
     assert found.falls_back_to.startswith("torch layers")
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "state", "detail"),
+    [
+        (None, "2.8.0", "missing", "needs a GPU"),
+        ((8, 0), "2.8.0", "missing", "the GPU has compute capability 8.0, and FP8 products need 8.9"),
+        ((9, 0), "2.1.0", "missing", "Transformer Engine 2.1.0 is too old: install 2.2 or later"),
+        ((9, 0), "2.10.0", "ok", "for sizes that are multiples of 16"),
+    ],
+)
+def test_fp8_needs_a_gpu_and_a_version_that_have_it(
+    packages: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, version: str, state: str, detail: str
+) -> None:
+    package(packages, "transformer_engine.pytorch")
+    monkeypatch.setattr(doctor, "_version", lambda package: version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = doctor._check_transformer_engine()
+    assert next(found).state == "ok"
+    (fp8,) = found
+    assert (fp8.name, fp8.state) == ("FP8", state) and fp8.detail.startswith(detail)
+    assert fp8.falls_back_to == ("" if state == "ok" else "bf16 (--train.precision bf16)")
 
 
 def test_the_unrelated_package_apex_is_recognised(packages: Path) -> None:

@@ -37,7 +37,24 @@ def start(experiment: Experiment, run_dir: Path) -> TrainState:
 
 def check(experiment: Experiment, run_dir: Path) -> None:
     """Everything that can be found wrong without other processes. Raises ValueError that names the thing and the fix."""
-    world_size = topologies.world_size()
+    check_shapes(experiment, topologies.world_size())
+    tokenizer = open_tokenizer(experiment)
+    rows = experiment.model.decoder.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
+            "raise it, or use a smaller tokenizer"
+        )
+    make_plan(experiment, split="train")
+    checkpoints = completed_checkpoints(run_dir)[-1:]
+    for checkpoint in checkpoints:
+        check_same_model(experiment, checkpoint)
+    if experiment.init_from is not None and not checkpoints:
+        _check_beginning(experiment, find_checkpoint(experiment.init_from))
+
+
+def check_shapes(experiment: Experiment, world_size: int) -> None:
+    """What can be found wrong without data or an earlier run: layout, policy and batch on so many processes. Raises ValueError."""
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, world_size)
     learning_patterns(experiment)
     micro_batches = experiment.num_micro_batches(experiment.parallel.data_parallel_size(world_size))
@@ -54,19 +71,6 @@ def check(experiment: Experiment, run_dir: Path) -> None:
         )
     if experiment.train.precision == "fp8":
         check_fp8(experiment)
-    tokenizer = open_tokenizer(experiment)
-    rows = experiment.model.decoder.vocab_size
-    if tokenizer.vocab_size > rows:
-        raise ValueError(
-            f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
-            "raise it, or use a smaller tokenizer"
-        )
-    make_plan(experiment, split="train")
-    checkpoints = completed_checkpoints(run_dir)[-1:]
-    for checkpoint in checkpoints:
-        check_same_model(experiment, checkpoint)
-    if experiment.init_from is not None and not checkpoints:
-        _check_beginning(experiment, find_checkpoint(experiment.init_from))
 
 
 def _check_beginning(experiment: Experiment, checkpoint: Path) -> None:

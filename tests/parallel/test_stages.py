@@ -30,10 +30,10 @@ def test_decoder_sizes(recipe: str, decoder: float) -> None:
     experiment = get_recipe(recipe)
     whole = replace(experiment, parallel=ParallelConfig())
     (parts,) = stage_parameters(whole)
-    assert parts["language"] == pytest.approx(decoder, rel=0.01)
-    assert parts["vision"] == 631_371_520
+    assert parts.held["language"] == pytest.approx(decoder, rel=0.01)
+    assert parts.held["vision"] == 631_371_520
     exact_connectors = {"mm1_3b": 31_056_704, "mm1_7b": 39_447_360, "mm1_30b": 69_599_040}
-    assert parts["connector"] == exact_connectors.get(recipe, parts["connector"])
+    assert parts.held["connector"] == exact_connectors.get(recipe, parts.held["connector"])
 
 
 def test_stages_of_the_30b_layout_hold_the_whole_decoder() -> None:
@@ -43,5 +43,5 @@ def test_stages_of_the_30b_layout_hold_the_whole_decoder() -> None:
     stages = stage_parameters(experiment)
     table = 49152 * 6656
     norms = (2 * 56 + 1) * 6656
-    cut = sum(stage["language"] for stage in stages) * 4 - 3 * norms - table
-    assert cut == whole["language"]
+    cut = sum(stage.held["language"] for stage in stages) * 4 - 3 * norms - table
+    assert cut == whole.held["language"]

@@ -43,7 +43,7 @@ def totals(name: str, **parallel: object) -> dict[str, int]:
         experiment = replace(experiment, parallel=ParallelConfig(**parallel))  # type: ignore[arg-type]
     found: dict[str, int] = {}
     for stage in stage_parameters(experiment):
-        for part, count in stage.items():
+        for part, count in stage.held.items():
             found[part] = found.get(part, 0) + count
     return found
 
@@ -65,14 +65,14 @@ def test_mm1_30b_on_its_own_layout() -> None:
     """Eight stages; a process holds a quarter of each, norms and the image parts whole; the tied table stands at both ends."""
     stages = stage_parameters(get_recipe("mm1_30b"))
     assert len(stages) == 8
-    assert stages[0]["vision"] == 631_371_520 and stages[0]["connector"] == 69_599_040
-    assert all(set(stage) == {"language"} for stage in stages[1:])
+    assert stages[0].held["vision"] == 631_371_520 and stages[0].held["connector"] == 69_599_040
+    assert all(set(stage.held) == {"language"} for stage in stages[1:])
     layer = (4 * 6656 * 6656 + 3 * 6656 * 17920) // 4 + 2 * 6656
     table = 49152 * 6656 // 4
     expected = [layers * layer for layers in (5, 7, 7, 8, 8, 8, 7, 6)]
     expected[0] += table
     expected[-1] += table + 6656
-    assert [stage["language"] for stage in stages] == expected
+    assert [stage.held["language"] for stage in stages] == expected
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "ablation" in name and "mix" not in name] + ["debug_mm1"])
@@ -103,7 +103,7 @@ def test_a_process_holds_its_share_of_the_experts() -> None:
     (stage,) = stage_parameters(get_recipe("mm1_3b_moe"))
     width, mlp = 3072, 3 * 3072 * 8064
     dense = 13 * mlp + 26 * 4 * width * width + 49152 * width
-    assert stage["language"] == dense // 2 + 13 * 2 * mlp + 13 * 64 * width + 53 * width
+    assert stage.held["language"] == dense // 2 + 13 * 2 * mlp + 13 * 64 * width + 53 * width
 
 
 def test_sparse_models_learn_as_fast_as_their_backbones() -> None:

@@ -1,0 +1,68 @@
+"""A dry run tells what a run would be: what each stage holds, what of it learns, and what would not run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_mm.config import Experiment
+from megatron_mm.dry_run import describe, stage_parameters, stage_table
+from megatron_mm.recipes import get_recipe
+
+
+def changed(experiment: Experiment, **parts: dict[str, Any]) -> Experiment:
+    return replace(experiment, **{part: replace(getattr(experiment, part), **fields) for part, fields in parts.items()})
+
+
+def test_only_the_bridge_of_infimm_learns_in_pretraining() -> None:
+    """Half of 16 gated blocks' matrices on a process of tensor 2, their norms and gates and the resampler whole."""
+    (stage,) = stage_parameters(get_recipe("infimm_zephyr_7b_pt"))
+    width, tower, inner = 4096, 1024, 512
+    block = (2 * width * inner + 2 * inner * tower + 8 * width * width) // 2 + 4 * width + 2
+    layer = 2 * (2 * tower) + 4 * inner * tower + 2 * tower + 8 * tower * tower
+    resampler = 64 * tower + 6 * layer + 2 * tower
+    assert stage.learning == {"resampler": resampler, "language": 16 * block}
+    assert stage.held["vision"] == 304_432_832 and stage.held["language"] > 10 * 2**28
+
+
+@pytest.mark.parametrize(("stage", "attention"), [("s1_1", False), ("s1_2", False), ("s1_3", True)])
+def test_visual_experts_and_in_the_end_attention_learn_in_mono_internvl(stage: str, attention: bool) -> None:
+    (parameters,) = stage_parameters(changed(get_recipe(f"mono_internvl_2b_{stage}"), parallel={"tensor": 1}))
+    width, query, groups = 2048, 2048, 2 * 8 * 128
+    expected = 24 * (3 * width * 8192 + attention * (width * (query + groups) + query * width))
+    assert parameters.learning["language"] == expected
+    assert parameters.held["patches"] - parameters.learning["patches"] == 1024, "the class embedding takes no part"
+    assert parameters.learning["projector"] == parameters.held["projector"]
+
+
+def test_a_stage_may_learn_nothing_or_all() -> None:
+    """Of debug_infimm's four layers on four stages the second and the fourth have a gated block."""
+    four = changed(get_recipe("debug_infimm"), parallel={"pipeline": 4})
+    bridge = list(stage_table(changed(four, train={"policy": "pt"})))
+    assert "what learns under policy pt" in bridge[0]
+    assert "learning 100,224 (resampler 100,224)" in bridge[1] and bridge[3].endswith("; learning 0")
+    everything = list(stage_table(four))
+    assert "learning" in everything[1] and all(line.endswith("; all learn") for line in everything[2:])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        ("debug_infimm", {"train": {"policy": "s2"}}, "train.policy is 's2', but infimm models know"),
+        (
+            "debug_infimm",
+            {"train": {"global_batch_size": 12}, "parallel": {"pipeline": 2, "virtual": 2}},
+            "interleaved schedule needs micro-batches in multiples of",
+        ),
+        (
+            "infimm_zephyr_7b_pt",
+            {"train": {"precision": "fp8", "micro_batch_size": 3}, "data": {"sequence_length": 392}},
+            "is 1176 and is cut into 2",
+        ),
+    ],
+)
+def test_what_would_not_run_is_refused(recipe: str, changes: dict[str, dict], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(describe(changed(get_recipe(recipe), **changes)))
