@@ -109,12 +109,14 @@ def prepare_index(
     """Index every source under a path. The result does not depend on the number of workers.
 
     Raises ValueError where there is no shard, no tokenizer, a source without one usable sample, or a tokenizer that lacks control
-    tokens of the chat template.
+    tokens of the chat template, or an empty prompt.
 
     Args:
         template: the chat template of conversations and tasks, by name.
         caption_prompt: makes chats of pairs, too: what asks for the caption. None leaves them an image and its caption.
     """
+    if caption_prompt is not None and not caption_prompt.strip():
+        raise ValueError("the caption prompt is empty: leave --caption-prompt out where nothing asks for captions")
     began = time.monotonic()
     sources = find_sources(path)
     model = tokenizer or next(
@@ -128,6 +130,8 @@ def prepare_index(
         summaries[f"{source.parent.name}/{source.name}"] = _index_source(
             source, model, fingerprint=fingerprint, template=template, caption_prompt=caption_prompt, workers=workers
         )
+    if caption_prompt is not None and not any(detect_kind(_shards(source)) == "pairs" for source in sources):
+        logger.warning("%s has no source of pairs, for which the caption prompt is: it is not used", path)
     return Summary(summaries, seconds=time.monotonic() - began)
 
 

@@ -21,11 +21,12 @@ from megatron_mm.data.chat import CHAT_TEMPLATES
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import open_index
 from megatron_mm.data.packing import counted_places
-from megatron_mm.data.pipeline import TrainingData, make_plan
+from megatron_mm.data.pipeline import TrainingData, make_plan, open_tokenizer
 from megatron_mm.data.prepare import prepare_index
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.evaluation.captions import caption_tasks
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.recipes import get_recipe
 
 CONVERSATIONS = [
     ("<image>\nwhat shape?", "a cross", "what colour?", "red"),
@@ -225,3 +226,34 @@ def test_pairs_may_be_asked_for_their_captions(tmp_path: Path, template: str) ->
     documents = [batch.token_ids[begin:end].tolist() for begin, end in bounds]
     short = [token for token in task.prompt.ids if token != tokenizer.image_id]
     assert any([token for token in ids if token != tokenizer.image_id][: len(short)] == short for ids in documents)
+
+
+def test_of_a_caption_in_tiles_every_stage_knows_what_counts(demo_data: Path, tmp_path: Path) -> None:
+    """Mono-InternVL's first stage, between <img> and </img>: no token of an image or of the prompt counts."""
+    captions = ("a red circle", "two blue squares")
+    members = {f"{n}.{e}": d for n, text in enumerate(captions) for e, d in (("jpg", picture(size=(90, 40))), ("txt", text.encode()))}
+    write_tar(tmp_path / "train" / "pairs" / "0.tar", members)
+    (tmp_path / "tokenizer.model").write_bytes((demo_data / "tokenizer.model").read_bytes())
+    prepare_index(tmp_path, caption_prompt="what is it?")
+    base = get_recipe("debug_mono_internvl")
+    settings = replace(base, data=replace(base.data, path=tmp_path, decoder="pillow", packing_window=2, mixture={"pairs": 1.0}))
+    tokenizer = open_tokenizer(settings)
+    found = []
+    for topology in (ALONE, replace(ALONE, pipeline_size=3, pipeline_rank=1)):
+        data = TrainingData(settings, topology, tokenizer)
+        try:
+            found.append(next(data).micro_batches)
+        finally:
+            data.close()
+    for batch, middle in zip(*found, strict=True):
+        assert torch.equal(batch.loss_mask, middle.loss_mask) and middle.pixels is None
+        assert batch.num_images == 3 * len(batch.image_documents.unique(dim=0)), "two tiles and a thumbnail"
+    assert set().union(*(answers_of(batch, tokenizer) for batch in found[0])) == {(f"{caption}<E>",) for caption in captions}
+
+
+def test_a_prompt_that_says_nothing_or_is_not_used_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_conversations(tmp_path)
+    with pytest.raises(ValueError, match="the caption prompt is empty: leave --caption-prompt out"):
+        prepare_index(path, caption_prompt=" ")
+    prepare_index(path, caption_prompt="what is it?")
+    assert "has no source of pairs, for which the caption prompt is: it is not used" in caplog.text

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_mm.data.pipeline import image_input
 from megatron_mm.data.tiling import Tiling, choose_grid, cut_tiles, tile_counts
+from megatron_mm.recipes import get_recipe
 
 STAGES = [Tiling(1, 4), Tiling(1, 6), Tiling(1, 12), Tiling(1, 24), Tiling(3, 9), Tiling(1, 12, thumbnail=False), Tiling(1, 1)]
 
@@ -133,3 +135,13 @@ def test_what_has_no_grid_is_refused() -> None:
 def test_impossible_tilings_are_refused(least: int, most: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Tiling(least, most)
+
+
+@pytest.mark.parametrize(("stage", "grid", "tiles"), [("s1_1", (2, 1), 3), ("s1_2", (3, 2), 7), ("s1_3", (3, 2), 7), ("s2", (5, 3), 16)])
+def test_a_picture_in_the_stages_of_mono_internvl(stage: str, grid: tuple[int, int], tiles: int) -> None:
+    """The worked example of docs/mono_internvl.md."""
+    image = image_input(get_recipe(f"mono_internvl_2b_{stage}"))
+    assert image.tiling is not None
+    assert choose_grid(1000, 600, image.tiling, image.size) == grid and choose_grid(448, 448, image.tiling, image.size) == (1, 1)
+    assert image.num_tiles(np.array([1000]), np.array([600])).tolist() == [tiles]
+    assert image.num_places(np.array([tiles])) == 256 * tiles + 2

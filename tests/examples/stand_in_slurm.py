@@ -62,7 +62,8 @@ class Cluster:
             "RUN_DIR": str(self.folder / "run"),
         }
         command = ["bash", str(ROOT / "examples" / f"{self.script}.slurm"), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**own, **job, **environment})
+        settings = {**own, **job, **environment}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings, cwd=self.folder)
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
         """Exit code, output and errors of a whole job."""
