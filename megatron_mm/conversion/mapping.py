@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,8 @@ class Entry(Protocol):
 
 
 @dataclass(frozen=True)
-class Direct:
-    """The same tensor under another name."""
+class _OneToOne:
+    """An entry with one tensor on their side."""
 
     row: ClassVar[None] = None
     ours: str
@@ -59,8 +59,13 @@ class Direct:
     def hf(self) -> tuple[str, ...]:
         return (self.theirs,)
 
-    def renamed(self, rename: Mapping[str, int]) -> Direct:
+    def renamed(self, rename: Mapping[str, int]) -> Self:
         return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
+
+
+@dataclass(frozen=True)
+class Direct(_OneToOne):
+    """The same tensor under another name."""
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (tensor,)
@@ -136,21 +141,11 @@ class GatedMLP:
 
 
 @dataclass(frozen=True)
-class StackedQKV:
+class StackedQKV(_OneToOne):
     """Queries, keys and values in one matrix (or bias) on both sides; theirs has all queries, then all keys, then all values."""
 
-    row: ClassVar[None] = None
-    ours: str
-    theirs: str
     num_heads: int
     head_dim: int
-
-    @property
-    def hf(self) -> tuple[str, ...]:
-        return (self.theirs,)
-
-    def renamed(self, rename: Mapping[str, int]) -> StackedQKV:
-        return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (torch.cat(self._heads(self.ours).to_hf(tensor)),)
@@ -165,24 +160,14 @@ class StackedQKV:
 
 
 @dataclass(frozen=True)
-class StackedKV:
+class StackedKV(_OneToOne):
     """Keys and values in one matrix on both sides; theirs has all keys, then all values; ours each head's key, then its value.
 
     Worked example, 2 heads: theirs, in blocks of head_dim, k0 k1 v0 v1; ours k0 v0 k1 v1.
     """
 
-    row: ClassVar[None] = None
-    ours: str
-    theirs: str
     num_heads: int
     head_dim: int
-
-    @property
-    def hf(self) -> tuple[str, ...]:
-        return (self.theirs,)
-
-    def renamed(self, rename: Mapping[str, int]) -> StackedKV:
-        return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         _check_rows(self.ours, tensor, 2 * self.num_heads * self.head_dim, f"2 x {self.num_heads} heads of {self.head_dim}")
@@ -195,20 +180,10 @@ class StackedKV:
 
 
 @dataclass(frozen=True)
-class Wrapped:
+class Wrapped(_OneToOne):
     """The same tensor with axes of length 1 in front on their side."""
 
-    row: ClassVar[None] = None
-    ours: str
-    theirs: str
     axes: int = 1
-
-    @property
-    def hf(self) -> tuple[str, ...]:
-        return (self.theirs,)
-
-    def renamed(self, rename: Mapping[str, int]) -> Wrapped:
-        return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (tensor[(None,) * self.axes],)
@@ -218,7 +193,7 @@ class Wrapped:
 
 
 @dataclass(frozen=True)
-class Positions:
+class Positions(_OneToOne):
     """Learned positions of an image tower, a row for each patch, row by row of the image, after the class token's where there is one.
 
     Those of another resolution are interpolated: each channel is a picture of grid x grid values, resized with bicubic weights, as
@@ -226,20 +201,10 @@ class Positions:
     same number of rows is copied untouched.
     """
 
-    row: ClassVar[None] = None
-    ours: str
-    theirs: str
     num_patches: int
     class_token: bool = True
     axes: int = 0
     """Axes of length 1 in front on their side."""
-
-    @property
-    def hf(self) -> tuple[str, ...]:
-        return (self.theirs,)
-
-    def renamed(self, rename: Mapping[str, int]) -> Positions:
-        return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (tensor[(None,) * self.axes],)
@@ -260,27 +225,17 @@ class Positions:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(_OneToOne):
     """A row for each token: an embedding table or an output layer.
 
     Reading fewer rows than ours, the new ones become the mean of the old ones (in float32): a token that the model has never seen then
     starts where the known ones are, and takes no probability from them. Writing may cut rows off the end that stand for no token.
     """
 
-    row: ClassVar[None] = None
-    ours: str
-    theirs: str
     rows: int
     """Of ours."""
     written_rows: int
     """Of theirs, when it is written; at most as many."""
-
-    @property
-    def hf(self) -> tuple[str, ...]:
-        return (self.theirs,)
-
-    def renamed(self, rename: Mapping[str, int]) -> Vocabulary:
-        return replace(self, ours=_put(self.ours, rename), theirs=_put(self.theirs, rename))
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         _check_rows(self.ours, tensor, self.rows, "the tokens of the vocabulary")
