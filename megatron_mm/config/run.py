@@ -125,6 +125,9 @@ class DataConfig:
     """Samples of one source that are packed together; a larger window fills better and plans in larger bites."""
     chat_template: str | None = None
     """The chat template that the sources' index must have been made with (`prepare index --chat-template`); None takes any."""
+    caption_prompt: str | None = None
+    """What asks for the caption of a pair: the sources' index must have been made with it (`prepare index --caption-prompt`); None takes
+    any."""
     images: Literal["true", "shuffled", "blank"] = "true"
     """Pixels that the model sees: each sample's own, those of other samples in the same global batch, or none (the mean
     colour everywhere). The last two are baselines of the same data in the same order."""

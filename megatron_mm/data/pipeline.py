@@ -48,7 +48,7 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
     data = experiment.data
     names = data.sources
     indexes = open_split(data.path, split, sources=names)
-    _check_chat_templates(data, indexes)
+    _check_rendering(data, indexes)
     return Plan(
         indexes,
         weights=[data.mixture[name] for name in names],
@@ -65,8 +65,15 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
     )
 
 
-def _check_chat_templates(data: DataConfig, indexes: list[SourceIndex]) -> None:
-    """Raise ValueError where a source was not indexed with the chat template that the experiment asks for."""
+def _check_rendering(data: DataConfig, indexes: list[SourceIndex]) -> None:
+    """Raise ValueError where a source was not indexed with the chat template or caption prompt that the experiment asks for."""
+    for index in indexes:
+        if index.kind == "pairs" and data.caption_prompt not in (None, index.caption_prompt):
+            raise ValueError(
+                f"source {index.root} was indexed with the caption prompt {index.caption_prompt!r}, but data.caption_prompt is "
+                f"{data.caption_prompt!r}: run `megatron-mm prepare index {data.path} --caption-prompt {data.caption_prompt!r}`, "
+                "or give --data.caption-prompt None"
+            )
     if data.chat_template is None:
         return
     chat_template(data.chat_template)

@@ -48,6 +48,8 @@ INTERNLM2_1_8B = DecoderConfig(
 )
 """InternLM2-chat-1.8B."""
 
+CAPTION_PROMPT = "provide a one-sentence caption for the image"
+
 TILES_OF_448 = PatchEmbeddingConfig(image_size=448, patch_size=14, hidden_size=1024)
 """32 x 32 patches of 14 px a tile, 256 tokens."""
 
@@ -67,6 +69,7 @@ def mono_internvl_2b_s1_1() -> Experiment:
             mixture={"pairs": 1.0},
             max_tiles=4,
             jpeg_quality=(75, 100),
+            caption_prompt=CAPTION_PROMPT,
         ),
         optimizer=OptimizerConfig(peak_lr=1e-4, min_lr=0.0, warmup_steps=2000, decay="constant", beta1=0.9, beta2=0.95, epsilon=1e-8),
         train=TrainConfig(steps=450_000, schedule_steps=450_000, global_batch_size=2048, micro_batch_size=2, policy="s1_1"),
@@ -90,7 +93,8 @@ def _next(stage: Experiment, *, recipe: str, policy: str, steps: int, sequence_l
 
 def mono_internvl_2b_s1_2() -> Experiment:
     """Semantic learning on synthetic captions: up to 7 tiles an image. 256 GPUs, data parallel."""
-    return _next(mono_internvl_2b_s1_1(), recipe="mono_internvl_2b_s1_2", policy="s1_2", steps=126_000, sequence_length=1925, tiles=7)
+    stage = _next(mono_internvl_2b_s1_1(), recipe="mono_internvl_2b_s1_2", policy="s1_2", steps=126_000, sequence_length=1925, tiles=7)
+    return replace(stage, data=replace(stage.data, caption_prompt=None))
 
 
 def mono_internvl_2b_s1_3() -> Experiment:

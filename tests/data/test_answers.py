@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,18 @@ def test_another_template_than_the_index_has_is_an_error(tmp_path: Path) -> None
         make_plan(experiment(path, mixture={"chat": 1.0}, chat_template="zephyr"), split="train")
     with pytest.raises(ValueError, match=r"chat template 'chatml' is unknown"):
         make_plan(experiment(path, mixture={"chat": 1.0}, chat_template="chatml"), split="train")
+
+
+def test_another_caption_prompt_than_the_index_has_is_an_error(demo_data: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    wanted = experiment(path, mixture={"pairs": 1.0}, caption_prompt="what is it?")
+    with pytest.raises(
+        ValueError, match=r"the caption prompt None, but data.caption_prompt is 'what is it\?': run .* --caption-prompt 'what is it\?'`"
+    ):
+        make_plan(wanted, split="train")
+    prepare_index(path / "train" / "pairs", tokenizer=path / "tokenizer.model", caption_prompt="what is it?")
+    for prompt in ("what is it?", None):
+        make_plan(replace(wanted, data=replace(wanted.data, caption_prompt=prompt)), split="train")
 
 
 def test_a_conversation_that_changed_costs_itself_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
