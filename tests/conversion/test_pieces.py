@@ -51,15 +51,20 @@ def test_values_come_back(tensor: torch.Tensor, tmp_path: Path) -> None:
 
 
 class Payload:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self) -> tuple:
-        return (Path.touch, (Path("/tmp/this_file_must_not_exist_either"),))
+        return (Path.touch, (self.path,))
 
 
 def test_what_is_no_tensor_is_refused_and_runs_nothing(tmp_path: Path) -> None:
-    offset, length = write(tmp_path / "file", Payload())
+    offset, length = write(tmp_path / "file", Payload(tmp_path / "ran"))
     with pytest.raises(ValueError, match=r"what should be a piece of x cannot be read .*it names"):
         find_piece(tmp_path / "file", offset=offset, length=length, name="x")
-    assert not Path("/tmp/this_file_must_not_exist_either").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_damaged_and_unusual_pieces_are_refused(tmp_path: Path) -> None:

@@ -179,8 +179,13 @@ def test_headers_that_lie(content: bytes, message: str, tmp_path: Path) -> None:
 
 
 class Payload:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self) -> tuple:
-        return (Path.touch, (Path("/tmp/this_file_must_not_exist"),))
+        return (Path.touch, (self.path,))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -189,11 +194,11 @@ def test_a_pickle_runs_nothing(llama: Path, tmp_path: Path, zipped: bool) -> Non
     folder.mkdir()
     file = folder / "pytorch_model.bin"
     if zipped:
-        torch.save({"model.norm.weight": torch.ones(1), "x": Payload()}, file)
+        torch.save({"model.norm.weight": torch.ones(1), "x": Payload(tmp_path / "ran")}, file)
     else:
-        file.write_bytes(pickle.dumps(Payload()))
+        file.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     assert "cannot be read as a file of nothing but tensors" in refused(folder, tmp_path)
-    assert not Path("/tmp/this_file_must_not_exist").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_pickled_shards_give_the_same_tensors_and_safetensors_come_first(llama: Path, tmp_path: Path) -> None:
