@@ -172,9 +172,12 @@ def run_lanes(lanes: Sequence[Lane], partial: Path, *, threads: int, memory: int
     Args:
         threads: that work at once.
         memory: bytes of tensors that they hold together, unless a single task needs more.
+
+    Raises ValueError, before anything is written, where the disk has not enough room.
     """
     journal = _Journal(partial / PROGRESS)
     known = journal.read()
+    _check_room(partial, lanes, known)
     for lane in lanes:
         _prepare_file(partial / lane.file, lane)
     progress = _Progress(total=sum(task.num_bytes for lane in lanes for task in lane.tasks))
@@ -240,6 +243,14 @@ def _still_right(path: Path, lane: Lane, known: list[Written]) -> Iterator[Writt
             return
         yield written
         offset += written.length
+
+
+def _check_room(partial: Path, lanes: Sequence[Lane], known: dict[int, list[Written]]) -> None:
+    there = sum(written.length for done in known.values() for written in done)
+    needed = sum(task.num_bytes for lane in lanes for task in lane.tasks) - there
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        raise ValueError(f"{partial.parent} has room for {free / 1e9:.2f} GB, but {needed / 1e9:.2f} GB are to be written: make room")
 
 
 def _prepare_file(path: Path, lane: Lane) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +164,26 @@ def test_memory_stays_under_its_bound_and_a_large_task_is_alone(tmp_path: Path) 
     (tmp_path / PROGRESS).write_text("{}\n")
     run_lanes(small, tmp_path, threads=4, memory=100)
     assert 60 < most[0] <= 100
+
+
+def test_progress_is_told_with_bytes_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(job, "_LOG_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, logger="megatron_mm"):
+        run(tmp_path, [])
+    told = [message for message in caplog.messages if "s left" in message]
+    assert len(told) == 12 and all(re.fullmatch(r"0\.00 of 0\.00 GB, \d+\.\d\d GB/s, about \d+ s left", message) for message in told)
+    assert told[-1].endswith("about 0 s left")
+
+
+def test_a_full_disk_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda path: usage._replace(free=40_000))
+    calls: list[int] = []
+    with pytest.raises(ValueError, match=r"has room for 0\.00 GB, but 0\.00 GB are to be written: make room"):
+        run(tmp_path, calls)
+    assert calls == [] and not (tmp_path / ".partial").exists()
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda path: usage._replace(free=48_000))
+    run(tmp_path, calls)
 
 
 def test_checksums_of_parts_make_the_files() -> None:
