@@ -2,8 +2,8 @@
 
     python tools/gpu_check.py [--device cpu]
 
-Compares Transformer Engine's layers with plain PyTorch's in bf16 and FP8, DALI's GPU decoder with the CPU's, and the fused
-optimizer that megatron-core finds with torch's AdamW. Prints a table; exit code 1 where a check fails, 2 where there is no GPU.
+Compares Transformer Engine's layers with plain PyTorch's in bf16 and FP8 for every family, DALI's GPU decoder with the CPU's, and the
+fused optimizer that megatron-core finds with torch's AdamW. Prints a table; exit code 1 where a check fails, 2 where there is no GPU.
 `--device cpu` runs the checks that need no GPU, so that this program is known to work.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import sys
 import tempfile
 import time
@@ -24,7 +25,8 @@ from typing import Any, Literal
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_mm.config import Experiment, MM1Config
+from megatron_mm.config import Experiment, InfiMMConfig, MM1Config, ModelConfig
+from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.decode import has_dali, make_decoder
 from megatron_mm.data.demo import prepare_demo
 from megatron_mm.data.index import open_split
@@ -38,12 +40,17 @@ from megatron_mm.platform import adam
 from megatron_mm.recipes import get_recipe
 from megatron_mm.training.checkpoint import Checkpointer, TrainState
 from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.run import check_shapes
 from megatron_mm.training.step import TrainingStep
 
 megatron_optimizer: Any = importlib.import_module("megatron.core.optimizer")
 distributed_optimizer: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
 
 STEPS = 5
+RECIPES = ("debug_mm1", "debug_infimm", "debug_mono_internvl")
+"""One of every family."""
+GATE = 0.7
+"""What gates are opened to: a closed one hides all that is behind it."""
 
 
 @dataclass(frozen=True)
@@ -72,48 +79,75 @@ class Skipped:
 class Seen:
     """What a few steps of training did."""
 
-    losses: list[float]
+    images: list[int]
+    """Of the micro-batches of the first step."""
+    logits: dict[str, torch.Tensor]
+    """Of these, on the CPU in fp32, by their number."""
     layers: dict[str, torch.Tensor]
-    """Output of every layer for the first micro-batch of the first step, on the CPU in fp32."""
+    """Output of every layer for these, likewise, by the layer's name and the number."""
+    losses: list[float]
     gradients: dict[str, torch.Tensor]
     """Of the first step, by the parameter's name in checkpoints."""
 
 
-def experiment(data: Path, *, precision: str, layers: str) -> Experiment:
-    """debug_mm1 with heads of 64 and widths that FP8 products can take."""
-    base = get_recipe("debug_mm1")
-    assert isinstance(base.model, MM1Config)
-    decoder = replace(base.model.decoder, hidden_size=256, head_dim=64, ffn_hidden_size=512, num_query_groups=2)
-    vision = replace(base.model.vision, hidden_size=256, ffn_hidden_size=512)
+def experiment(data: Path, *, precision: str, layers: str, recipe: str = "debug_mm1") -> Experiment:
+    """A debug recipe with heads of 64 and widths that FP8 products can take; every other sequence is text alone."""
+    base = get_recipe(recipe)
     return replace(
         base,
-        model=replace(base.model, decoder=decoder, vision=vision),
-        data=replace(base.data, path=data, decoder="pillow"),
+        model=_widened(base.model),
+        data=replace(base.data, path=data, decoder="pillow", mixture={"pairs": 0.25, "interleaved": 0.25, "text": 0.5}),
         optimizer=replace(base.optimizer, clip_grad_norm=0.0),  # gradients are looked at after the step
-        train=replace(base.train, global_batch_size=4, precision=precision, layers=layers),  # type: ignore[arg-type]
+        train=replace(base.train, global_batch_size=4, micro_batch_size=1, precision=precision, layers=layers),  # type: ignore[arg-type]
     )
+
+
+def _widened(model: ModelConfig) -> ModelConfig:
+    decoder = replace(model.decoder, hidden_size=256, head_dim=64, ffn_hidden_size=512, num_query_groups=2)
+    if isinstance(model, MM1Config):
+        return replace(model, decoder=decoder, vision=replace(model.vision, hidden_size=256, ffn_hidden_size=512))
+    if isinstance(model, InfiMMConfig):
+        return replace(model, decoder=decoder, gated=replace(model.gated, head_dim=64))
+    return replace(model, decoder=decoder)
+
+
+def hide_nothing(chunk: torch.nn.Module) -> None:
+    """Open the gates, and make visual experts, which begin as copies, differ from the text's."""
+    for name, parameter in chunk.named_parameters():
+        if name.endswith("_gate"):
+            parameter.data.fill_(GATE)
+        if ".mlp.visual." in name:
+            parameter.data.neg_()
 
 
 def train(settings: Experiment) -> Seen:
     """A few steps on demo data. Initial weights and data depend on names and seeds alone, so they are the same for all settings."""
+    check_shapes(settings, 1)
     topology = topologies.initialize(settings.parallel, seed=settings.train.seed)
     try:
         model = build_model(settings, topology)
+        chunk = model[0].module
+        hide_nothing(chunk)
         step = TrainingStep(settings, topology, model, build_optimizer(settings, model), num_sources=len(settings.data.sources))
         data = TrainingData(settings, topology, open_tokenizer(settings))
+        batches = next(data).micro_batches
+        logits = _logits(chunk, [batch.to(topology.device) for batch in batches])
         layers: dict[str, torch.Tensor] = {}
-        hooks = [module.register_forward_hook(_keep(layers, name)) for name, module in _layers(model[0].module)]
-        losses, gradients = [], {}
-        for number in range(1, STEPS + 1):
-            losses.append(step.run(next(data).micro_batches, step=number).losses.mean)
-            if number == 1:
-                gradients = _gradients(model[0].module)
-                for hook in hooks:
-                    hook.remove()
+        hooks = [module.register_forward_hook(_keep(layers, name)) for name, module in _layers(chunk)]
+        losses = [step.run(batches, step=1).losses.mean]
+        gradients = _gradients(chunk)
+        for hook in hooks:
+            hook.remove()
+        losses += [step.run(next(data).micro_batches, step=number).losses.mean for number in range(2, STEPS + 1)]
         data.close()
-        return Seen(losses, layers, gradients)
+        return Seen([batch.num_images for batch in batches], logits, layers, losses, gradients)
     finally:
         topologies.shutdown()
+
+
+@torch.no_grad()
+def _logits(chunk: torch.nn.Module, batches: list[PackedBatch]) -> dict[str, torch.Tensor]:
+    return {str(number): chunk(batch, with_loss=False).float().cpu() for number, batch in enumerate(batches)}
 
 
 def _layers(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -121,8 +155,10 @@ def _layers(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def _keep(into: dict[str, torch.Tensor], name: str) -> Callable:
+    numbers = itertools.count()
+
     def hook(module: torch.nn.Module, inputs: tuple, output: tuple) -> None:
-        into.setdefault(name, output[0].detach().float().cpu())
+        into[f"{name} {next(numbers)}"] = output[0].detach().float().cpu()
 
     return hook
 
@@ -151,32 +187,55 @@ def together(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> 
 
 
 def check_layers(data: Path, device: torch.device) -> Iterator[Checked | Skipped]:
+    """Every family in bf16 and FP8 against its fp32 PyTorch layers, and these against themselves."""
+    for recipe in RECIPES:
+        exact = train(experiment(data, precision="fp32", layers="torch", recipe=recipe))
+        assert 0 in exact.images and max(exact.images) > 0, f"micro-batches with {exact.images} images: some must have none, some any"
+        if recipe == RECIPES[0]:
+            again = train(experiment(data, precision="fp32", layers="torch", recipe=recipe))
+            yield from against(exact, again, what=f"{recipe} torch fp32 again", limits=Limits(1e-5, 1e-5, 1e-4, 1e-5))
+        yield from check_precisions(data, device, recipe=recipe, exact=exact)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Relative differences that are allowed."""
+
+    logits: float
+    layer: float
+    gradients: float
+    loss: float
+
+
+def against(exact: Seen, seen: Seen, *, what: str, limits: Limits) -> Iterator[Checked]:
+    yield Checked(f"{what}: logits", together(seen.logits, exact.logits), limits.logits)
+    yield Checked(f"{what}: worst layer's output", farthest(seen.layers, exact.layers), limits.layer)
+    yield Checked(f"{what}: gradient", together(seen.gradients, exact.gradients), limits.gradients)
+    yield Checked(f"{what}: loss of {STEPS} steps", distance(seen.losses, exact.losses), limits.loss)
+
+
+def check_precisions(data: Path, device: torch.device, *, recipe: str, exact: Seen) -> Iterator[Checked | Skipped]:
     """bf16 and FP8 layers against fp32 PyTorch ones of the same weights, on the same batches: rounding alone may tell them apart.
 
     The yardstick of bf16 is what PyTorch's own bf16 layers are off by, three times of it. FP8 keeps 3 bits of mantissa (rounding to
     2^-4 of a value, and to 2^-3 in the gradients, which have 2 bits), which partly averages out in sums of hundreds.
     """
-    exact = train(experiment(data, precision="fp32", layers="torch"))
-
-    def against_exact(what: str, seen: Seen, *, loss: float, layer: float, gradients: float) -> Iterator[Checked]:
-        yield Checked(f"{what}: worst layer's output", farthest(seen.layers, exact.layers), layer)
-        yield Checked(f"{what}: gradient", together(seen.gradients, exact.gradients), gradients)
-        yield Checked(f"{what}: loss of {STEPS} steps", distance(seen.losses, exact.losses), loss)
-
-    again = train(experiment(data, precision="fp32", layers="torch"))
-    yield from against_exact("torch fp32 again", again, loss=1e-5, layer=1e-5, gradients=1e-4)
-    plain = train(experiment(data, precision="bf16", layers="torch"))
-    yield from against_exact("torch bf16", plain, loss=2e-2, layer=5e-2, gradients=1e-1)
+    plain = train(experiment(data, precision="bf16", layers="torch", recipe=recipe))
+    yield from against(exact, plain, what=f"{recipe} torch bf16", limits=Limits(5e-2, 5e-2, 1e-1, 2e-2))
     if device.type != "cuda" or importlib.util.find_spec("transformer_engine") is None:
-        yield Skipped("te bf16 and fp8 layers", "needs a GPU" if device.type != "cuda" else "Transformer Engine is not installed")
+        why = "needs a GPU" if device.type != "cuda" else "Transformer Engine is not installed"
+        yield Skipped(f"{recipe} te bf16 and fp8", why)
         return
-    limits = {
-        "loss": max(3 * distance(plain.losses, exact.losses), 5e-3),
-        "layer": max(3 * farthest(plain.layers, exact.layers), 1e-2),
-        "gradients": max(3 * together(plain.gradients, exact.gradients), 2e-2),
-    }
-    yield from against_exact("te bf16", train(experiment(data, precision="bf16", layers="te")), **limits)
-    yield from against_exact("te fp8", train(experiment(data, precision="fp8", layers="te")), loss=5e-2, layer=2e-1, gradients=4e-1)
+    limits = Limits(
+        logits=max(3 * together(plain.logits, exact.logits), 1e-2),
+        layer=max(3 * farthest(plain.layers, exact.layers), 1e-2),
+        gradients=max(3 * together(plain.gradients, exact.gradients), 2e-2),
+        loss=max(3 * distance(plain.losses, exact.losses), 5e-3),
+    )
+    te = train(experiment(data, precision="bf16", layers="te", recipe=recipe))
+    yield from against(exact, te, what=f"{recipe} te bf16", limits=limits)
+    fp8 = train(experiment(data, precision="fp8", layers="te", recipe=recipe))
+    yield from against(exact, fp8, what=f"{recipe} te fp8", limits=Limits(2e-1, 2e-1, 4e-1, 5e-2))
 
 
 def check_decoders(data: Path, device: torch.device) -> Iterator[Checked | Skipped]:
