@@ -142,6 +142,10 @@ class DataConfig:
             self.max_images_per_document is None or self.max_images_per_document > 0,
             f"data.max_images_per_document is {self.max_images_per_document}, but must be positive, or None for no limit",
         )
+        require(
+            self.max_tiles is None or 0 < self.min_tiles <= self.max_tiles,
+            f"data.min_tiles {self.min_tiles} and data.max_tiles {self.max_tiles} must be positive, and the first no more than the second",
+        )
         if self.jpeg_quality is not None:
             least, most = self.jpeg_quality
             require(0 <= least <= most <= 100, f"data.jpeg_quality is {least} {most}, but must rise from 0 to 100 at most")

@@ -82,7 +82,7 @@ def pack_window(
 
     Raises ValueError where an image may be too large for a sequence.
     """
-    _check_largest_image(limits, image)
+    check_largest_image(limits, image)
     tiles = document_tiles(index, samples, image)
     lengths = document_lengths(index, samples, image, tiles=tiles)
     images = index.samples[samples]["num_images"]
@@ -113,15 +113,19 @@ def pack_window(
     )
 
 
-def _check_largest_image(limits: Limits, image: ImageInput) -> None:
+def check_largest_image(limits: Limits, image: ImageInput) -> None:
     """Raise ValueError where an image may be too large for any sequence."""
     largest = image.places_around + image.tokens * image.max_tiles
     if largest > limits.sequence_length:
-        raise ValueError(f"an image takes {largest} tokens, more than data.sequence_length {limits.sequence_length}")
+        of_tiles = f" of {image.max_tiles} tiles" if image.max_tiles > 1 else ""
+        raise ValueError(
+            f"an image{of_tiles} takes {largest} tokens, more than data.sequence_length {limits.sequence_length}: raise that, or "
+            "lower data.max_tiles"
+        )
     if image.max_tiles > limits.max_images:
         raise ValueError(
             f"an image becomes up to {image.max_tiles} tiles, more than data.max_images_per_sequence {limits.max_images}: "
-            "raise it, or allow fewer tiles"
+            "raise it, or lower data.max_tiles"
         )
 
 

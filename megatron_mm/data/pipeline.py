@@ -17,8 +17,8 @@ from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.models import family_of
 from megatron_mm.parallel.topology import Topology
 
-TRAINING = "train"
-"""The split that is trained on."""
+TRAINING, HELD_OUT = "train", "heldout"
+"""The split that is trained on, and the one for evaluation."""
 
 
 def open_tokenizer(experiment: Experiment) -> Tokenizer:
@@ -65,6 +65,23 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
     )
 
 
+def as_indexed(experiment: Experiment) -> Experiment:
+    """The experiment with the chat template and the caption prompt that its sources were indexed with, where it names none: so that a
+    resume, or an evaluation, on data that was indexed otherwise since is noticed."""
+    data = experiment.data
+    indexes = open_split(data.path, TRAINING, sources=data.sources)
+    templates = {index.chat_template for index in indexes} - {None}
+    prompts = {index.caption_prompt for index in indexes if index.kind == "pairs"} - {None}
+    return replace(
+        experiment,
+        data=replace(
+            data,
+            chat_template=templates.pop() if data.chat_template is None and len(templates) == 1 else data.chat_template,
+            caption_prompt=prompts.pop() if data.caption_prompt is None and len(prompts) == 1 else data.caption_prompt,
+        ),
+    )
+
+
 def _check_rendering(data: DataConfig, indexes: list[SourceIndex]) -> None:
     """Raise ValueError where a source was not indexed with the chat template or caption prompt that the experiment asks for."""
     for index in indexes:
@@ -82,7 +99,7 @@ def _check_rendering(data: DataConfig, indexes: list[SourceIndex]) -> None:
             raise ValueError(
                 f"source {index.root} was indexed with the chat template {index.chat_template}, but data.chat_template is "
                 f"{data.chat_template}: run `megatron-mm prepare index {data.path} --chat-template {data.chat_template}`, "
-                "or leave data.chat_template out"
+                "or give --data.chat-template None"
             )
 
 

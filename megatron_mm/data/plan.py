@@ -19,7 +19,7 @@ from megatron_mm.data.filling import Limits
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.index import SourceIndex
 from megatron_mm.data.mixture import choose_sources, stream_samples
-from megatron_mm.data.packing import Window, pack_window
+from megatron_mm.data.packing import Window, check_largest_image, pack_window
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ class Plan:
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self._windows: dict[int, tuple[int, Window]] = {}
+        check_largest_image(limits, image)
 
     def initial_state(self) -> PlanState:
         """The cursor before the first batch."""
@@ -185,17 +186,18 @@ class Plan:
 
     def describe(self, batch: GlobalBatch) -> Iterator[str]:
         """Lines about a global batch, for a person."""
+        pictures = "images" if self.image.tiling is None else "tiles"
         yield (
-            f"  {len(batch.sequences)} sequences, {batch.num_tokens:,} tokens, {batch.num_images:,} images, "
+            f"  {len(batch.sequences)} sequences, {batch.num_tokens:,} tokens, {batch.num_images:,} {pictures}, "
             f"{100 * batch.fill:.2f}% full, {len(batch.groups)} micro-batches"
         )
         for source, index in enumerate(self.indexes):
             mine = [sequence for sequence in batch.sequences if sequence.source == source]
             documents = sum(sequence.last - sequence.first for sequence in mine)
             images = sum(sequence.num_images for sequence in mine)
-            yield f"  {index.name}: {len(mine)} sequences, {documents:,} documents, {images:,} images"
+            yield f"  {index.name}: {len(mine)} sequences, {documents:,} documents, {images:,} {pictures}"
         images_of = [sum(batch.sequences[i].num_images for i in group) for group in batch.groups]
-        yield f"  images of a micro-batch: {min(images_of)} to {max(images_of)}"
+        yield f"  {pictures} of a micro-batch: {min(images_of)} to {max(images_of)}"
 
 
 def image_owners(num_images: int, tensor_size: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from megatron_mm.evaluation.heldout import SPLIT, HeldOut
 from megatron_mm.models import family_of
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.build import build_model
-from megatron_mm.training.checkpoint import load_weights
+from megatron_mm.training.checkpoint import check_same_tokenizer, load_weights
 from megatron_mm.training.step import TrainingStep
 
 Images = Literal["true", "shuffled", "blank"]
@@ -37,7 +37,14 @@ class Evaluated:
         yield f"{'held-out loss with':28}" + "".join(f"{name.removeprefix(SPLIT + '/loss').lstrip('/') or 'all':>14}" for name in names)
         for images, losses in self.losses.items():
             yield f"{_TITLES[images]:28}" + "".join(f"{losses[name]:14.4f}" for name in names)
-        yield f"with the true images the loss is {100 * self.worth_of_images():.0f}% lower than with shuffled ones"
+        worth = 100 * self.worth_of_images()
+        yield (
+            f"with the true images the loss is {worth:.0f}% lower than with shuffled ones"
+            if worth >= 0.5
+            else "the true images do not lower the loss: the model gets nothing from them"
+        )
+        if not self.captions:
+            yield "no captions: there are no pairs among the sources of data.mixture, or eval.samples is 0"
         for sample in self.captions:
             yield f"true: {sample.true:44} generated: {sample.generated}"
 
@@ -64,6 +71,7 @@ def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
     if not (experiment.data.path / SPLIT).is_dir():
         raise ValueError(f"data path {experiment.data.path} has no {SPLIT} folder: give --data.path")
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
+    check_same_tokenizer(experiment, checkpoint)
     tokenizer = open_tokenizer(experiment)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     try:

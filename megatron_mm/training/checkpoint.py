@@ -56,7 +56,7 @@ TENSORS = "tensors"
 _READ_BYTES = 1 << 24
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|generators\.")
 """How the names of a checkpoint's other tensors begin. A model with experts has an optimizer for them beside the other."""
-_NAMED = 40
+_NAMED, _DIFFERENCES = 40, 4
 
 
 @dataclass
@@ -327,13 +327,16 @@ def load_strategy(checkpoint: Path) -> FullyParallelLoadStrategyWrapper:
 
 
 def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer: bool = True) -> None:
-    """Raise ValueError that names the first difference where a checkpoint holds another model than the experiment's, or
+    """Raise ValueError that names the differences where a checkpoint holds another model than the experiment's, or
     (with_optimizer) another kind of optimizer state."""
     saved = load_experiment(checkpoint / "experiment.json")
-    for name, ours, theirs in model_differences(experiment.model, saved.model):
+    if differences := model_differences(experiment.model, saved.model):
+        told = [f"model.{name} is {theirs!r} there and {ours!r} here" for name, ours, theirs in differences[:_DIFFERENCES]]
+        more = f", and {len(differences) - len(told)} more settings differ" if len(differences) > len(told) else ""
+        advice = "use another --run-dir, or" if with_optimizer else "use"
         raise ValueError(
-            f"checkpoint {checkpoint} holds another model ({saved.recipe}): model.{name} is {theirs!r} there and {ours!r} here. "
-            "Use another --run-dir, or the recipe and model settings of the checkpoint"
+            f"checkpoint {checkpoint} holds another model ({saved.recipe}): {', '.join(told)}{more}: "
+            f"{advice} the recipe and model settings of the checkpoint"
         )
     if with_optimizer and experiment.train.policy != saved.train.policy:
         raise ValueError(
@@ -350,8 +353,19 @@ def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer
         )
 
 
+def check_same_tokenizer(experiment: Experiment, checkpoint: Path) -> None:
+    """Raise ValueError where the token ids of a checkpoint mean something else than those of the experiment's data."""
+    ours, theirs = experiment.data.tokenizer_path, checkpoint / "tokenizer.model"
+    if theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
+        raise ValueError(
+            f"{checkpoint} was trained with another tokenizer than {ours}: use --data.tokenizer {theirs} and index the data with it"
+        )
+
+
 def model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
-    """The fields in which two models differ, with both values."""
+    """The fields in which two models differ, with both values; of models of two families that alone."""
+    if ours.family != theirs.family:
+        return [("family", ours.family, theirs.family)]
     return _differences(to_dict(ours), to_dict(theirs))
 
 

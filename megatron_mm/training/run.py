@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 from megatron_mm.config import FP8_MULTIPLE, Experiment, load_experiment, save_experiment
-from megatron_mm.data.pipeline import make_plan, open_tokenizer
+from megatron_mm.data.pipeline import HELD_OUT, TRAINING, as_indexed, make_plan, open_tokenizer
 from megatron_mm.models import family_of
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.freezing import learning_patterns
-from megatron_mm.training.checkpoint import TrainState, check_same_model, completed_checkpoints, find_checkpoint
+from megatron_mm.training.checkpoint import TrainState, check_same_model, check_same_tokenizer, completed_checkpoints, find_checkpoint
 from megatron_mm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ def start(experiment: Experiment, run_dir: Path) -> TrainState:
 
     Raises ValueError, before processes meet, where layout, batch, data or an earlier run in run_dir does not fit.
     """
+    experiment = as_indexed(experiment)
     check(experiment, run_dir)
     if int(os.environ.get("RANK", "0")) == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -45,12 +46,16 @@ def check(experiment: Experiment, run_dir: Path) -> None:
             f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
             "raise it, or use a smaller tokenizer"
         )
-    make_plan(experiment, split="train")
+    make_plan(experiment, split=TRAINING)
+    if experiment.eval.interval and (experiment.data.path / HELD_OUT).is_dir():
+        make_plan(experiment, split=HELD_OUT)  # found now, not after the first thousand steps
     checkpoints = completed_checkpoints(run_dir)[-1:]
     for checkpoint in checkpoints:
         check_same_model(experiment, checkpoint)
     if experiment.init_from is not None and not checkpoints:
-        _check_beginning(experiment, find_checkpoint(experiment.init_from))
+        beginning = find_checkpoint(experiment.init_from)
+        check_same_model(experiment, beginning, with_optimizer=False)
+        check_same_tokenizer(experiment, beginning)
 
 
 def check_shapes(experiment: Experiment, world_size: int) -> None:
@@ -71,16 +76,6 @@ def check_shapes(experiment: Experiment, world_size: int) -> None:
         )
     if experiment.train.precision == "fp8":
         check_fp8(experiment)
-
-
-def _check_beginning(experiment: Experiment, checkpoint: Path) -> None:
-    """The checkpoint that a run begins with holds the same model, and its token ids mean the same."""
-    check_same_model(experiment, checkpoint, with_optimizer=False)
-    ours, theirs = experiment.data.tokenizer_path, checkpoint / "tokenizer.model"
-    if theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
-        raise ValueError(
-            f"{checkpoint} was trained with another tokenizer than {ours}: use --data.tokenizer {theirs} and index the data with it"
-        )
 
 
 def check_fp8(experiment: Experiment) -> None:
@@ -115,6 +110,8 @@ def _warn_of_changes(experiment: Experiment, path: Path) -> None:
         "train.seed": (before.train.seed, experiment.train.seed),
         "train.global_batch_size": (before.train.global_batch_size, experiment.train.global_batch_size),
         "data.mixture": (before.data.mixture, experiment.data.mixture),
+        "data.chat_template": (before.data.chat_template, experiment.data.chat_template),
+        "data.caption_prompt": (before.data.caption_prompt, experiment.data.caption_prompt),
         "data.sequence_length": (before.data.sequence_length, experiment.data.sequence_length),
         "data.packing_window": (before.data.packing_window, experiment.data.packing_window),
         "train.schedule_steps": (before.train.schedule_steps, experiment.train.schedule_steps),
