@@ -271,8 +271,12 @@ def _convert_from_hf(known: argparse.Namespace, rest: list[str]) -> None:
 def _convert_inspect(known: argparse.Namespace, rest: list[str]) -> None:
     from megatron_mm.conversion.inspect import inspect
 
-    for line in inspect(known.path, norms=not known.no_norms, unfold=known.unfold, threads=known.threads):
-        print(line)
+    lines = inspect(known.path, norms=not known.no_norms, unfold=known.unfold, threads=known.threads)
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except BrokenPipeError:  # whoever read the lines has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _convert_upcycle(known: argparse.Namespace, rest: list[str]) -> None:

@@ -79,3 +79,15 @@ def test_from_hf_says_what_it_wants(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_one_line(words: list[str], message: str) -> None:
     done = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": "."})
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_reader_may_leave_before_the_end(tmp_path: Path) -> None:
+    """As `inspect ... | head -1` does."""
+    folder = save(make_language(), tmp_path / "llama")
+    command = [*PROGRAM, "inspect", str(folder), "--unfold"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}
+    ) as program:
+        assert program.stdout is not None and program.stderr is not None
+        program.stdout.close()
+        assert program.wait(timeout=60) == 0 and "Traceback" not in program.stderr.read()
