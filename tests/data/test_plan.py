@@ -148,6 +148,5 @@ def test_long_documents_are_cut_between_images_and_nothing_is_lost(demo_data: Pa
 
 
 def test_an_image_that_fits_no_sequence_is_an_error(demo_data: Path) -> None:
-    plan = make_plan(experiment(demo_data, sequence_length=12), split="train")
     with pytest.raises(ValueError, match=r"an image takes 16 tokens, more than data.sequence_length 12"):
-        plan.batch(plan.initial_state())
+        make_plan(experiment(demo_data, sequence_length=12), split="train")

@@ -1,0 +1,67 @@
+"""An evaluation, or a resume, on data that means something else is noticed."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from distributed import run_processes
+from small_infimm import infimm_run
+
+from megatron_mm.config import Experiment, load_experiment
+from megatron_mm.data.prepare import prepare_index
+from megatron_mm.data.tokenizer import train_tokenizer
+from megatron_mm.evaluation.run import evaluate, experiment_of
+from megatron_mm.training.checkpoint import find_checkpoint
+from megatron_mm.training.run import start
+
+
+def _chats(data: Path, steps: int = 2) -> Experiment:
+    experiment = infimm_run(data, steps=steps, schedule_steps=4)
+    return replace(experiment, data=replace(experiment.data, mixture={"conversations": 1.0}))
+
+
+def _train(data: Path, run_dir: Path) -> None:
+    start(_chats(data), run_dir)
+
+
+@pytest.fixture(scope="module")
+def trained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run on conversations under vicuna's template, and its data."""
+    folder = tmp_path_factory.mktemp("chats")
+    data = Path(shutil.copytree(demo_data, folder / "data"))
+    prepare_index(data, template="vicuna")
+    run_processes(_train, 1, data, folder / "run")
+    return folder / "run", data
+
+
+def test_a_run_records_the_template_that_its_data_was_indexed_with(trained: tuple[Path, Path]) -> None:
+    run_dir, _ = trained
+    assert load_experiment(run_dir / "config.json").data.chat_template == "vicuna"
+    assert load_experiment(find_checkpoint(run_dir) / "experiment.json").data.chat_template == "vicuna"
+
+
+def test_evaluation_refuses_another_template_and_another_tokenizer(trained: tuple[Path, Path], demo_data: Path, tmp_path: Path) -> None:
+    checkpoint = find_checkpoint(trained[0])
+    experiment = experiment_of(checkpoint)
+    on_other = replace(experiment, data=replace(experiment.data, path=demo_data))
+    with pytest.raises(ValueError, match=r"indexed with the chat template plain, but data.chat_template is vicuna"):
+        evaluate(on_other, checkpoint)
+    other = tmp_path / "data"
+    shutil.copytree(demo_data, other)
+    train_tokenizer((f"a {word} of other words" for word in "abcdefgh" * 40), other / "tokenizer.model", vocab_size=300)
+    with pytest.raises(ValueError, match="was trained with another tokenizer than"):
+        evaluate(replace(experiment, data=replace(experiment.data, path=other)), checkpoint)
+
+
+def test_a_resume_under_another_template_is_told(trained: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from megatron_mm.data.pipeline import as_indexed
+    from megatron_mm.training.run import _warn_of_changes
+
+    run_dir, data = trained
+    again = Path(shutil.copytree(data, tmp_path / "data"))
+    prepare_index(again, template="llama2")
+    _warn_of_changes(as_indexed(_chats(again)), run_dir / "config.json")
+    assert "data.chat_template vicuna and goes on with llama2" in caplog.text
