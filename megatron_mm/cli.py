@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known.run(known, rest)
     except (ValueError, FileNotFoundError) as error:
         _fail(error)
+    except KeyboardInterrupt:
+        print("megatron-mm: interrupted; the same command, started again, goes on", file=sys.stderr, flush=True)
+        os._exit(130)  # as a shell would say it
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -104,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("checkpoint", type=Path, help="RUN_DIR/checkpoints/step_..., or RUN_DIR for its newest")
     to_hf.add_argument("out", type=Path, help="directory to write")
     to_hf.add_argument("--part", choices=["whole", "language", "vision"], default="whole", help="decoder or tower alone")
-    to_hf.add_argument("--architecture", choices=["llama", "mistral"], default="llama", help="of a decoder alone (default: %(default)s)")
+    to_hf.add_argument(
+        "--architecture", choices=["llama", "mistral", "internlm2"], default="llama", help="of a decoder alone (default: %(default)s)"
+    )
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     to_hf.add_argument("--dtype", choices=dtypes, default="auto", help="auto keeps the checkpoint's (default: %(default)s)")
     to_hf.add_argument("--vocab-size", type=int, help="rows of the vocabulary to write, without those at the end that only fill it up")
@@ -244,28 +250,31 @@ def _convert_to_hf(known: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _convert_from_hf(known: argparse.Namespace, rest: list[str]) -> None:
-    if known.out is None or known.recipe is None:
-        print(
-            "usage: megatron-mm convert from-hf OUT --recipe RECIPE [--whole DIR] [--language DIR] [--vision DIR] [--group.field VALUE]\n"
-        )
+    if known.out is None or known.recipe is None or known.help:
+        print("usage: megatron-mm convert from-hf OUT --recipe RECIPE [--whole DIR] [--language DIR] [--vision DIR]")
+        print("                                       [--threads N] [--group.field VALUE ...]\n")
         print("DIR is a Hugging Face directory or a file of weights. What no source gives gets its initial weights.")
-        print("--language reads Llama, Vicuna, Mistral, Zephyr and InternLM2; --vision CLIP towers of transformers and open_clip;")
-        print("--whole what `convert to-hf` has written. With a recipe, --help lists every field.")
+        print("--language reads Llama, Vicuna, Mistral, Zephyr and InternLM2; --vision CLIP towers of transformers and open_clip,")
+        print("and EVA-CLIP; --whole what `convert to-hf` has written, and released InfiMM and Mono-InternVL.")
+        print("With a recipe, --help lists every field.\n")
         if not known.help:
             raise ValueError("no directory to write or no recipe given")
-        return
-    from megatron_mm.commands import parse_eval_arguments
+        if known.recipe is None:
+            return
+    from megatron_mm.commands import parse_model_arguments
     from megatron_mm.conversion.from_hf import convert_from_hf
     from megatron_mm.recipes import get_recipe
 
-    experiment = parse_eval_arguments(get_recipe(known.recipe), [*rest, *(["--help"] if known.help else [])]).experiment
+    arguments = [*rest, *(["--help"] if known.help else [])]
+    experiment = parse_model_arguments(get_recipe(known.recipe), arguments, program="megatron-mm convert from-hf OUT --recipe RECIPE")
     made = convert_from_hf(experiment, known.out, whole=known.whole, language=known.language, vision=known.vision, threads=known.threads)
     print(made.checkpoint)
     for what, count in made.sources.items():
         print(f"  {count:16,} parameters read: {what}")
     for what, count in made.drawn.items():
         print(f"  {count:16,} parameters drawn: {what}")
-    print(f"begin with it: megatron-mm train {known.recipe} --init-from {known.out}")
+    command = ["train", known.recipe, "--run-dir", "RUN_DIR", "--data.path", "DATA", "--init-from", str(known.out), *rest]
+    print(f"begin with it: megatron-mm {shlex.join(command)}")
 
 
 def _convert_inspect(known: argparse.Namespace, rest: list[str]) -> None:
@@ -286,12 +295,16 @@ def _convert_upcycle(known: argparse.Namespace, rest: list[str]) -> None:
         if not known.help:
             raise ValueError("upcycling needs a dense checkpoint, a run directory and --recipe")
         return
-    from megatron_mm.commands import parse_eval_arguments
+    from megatron_mm.commands import parse_model_arguments
     from megatron_mm.recipes import get_recipe
     from megatron_mm.training.checkpoint import find_checkpoint
     from megatron_mm.training.upcycle import upcycle
 
-    experiment = parse_eval_arguments(get_recipe(known.recipe), [*rest, *(["--help"] if known.help else [])]).experiment
+    arguments, program = (
+        [*rest, *(["--help"] if known.help else [])],
+        "megatron-mm convert upcycle DENSE_CHECKPOINT RUN_DIR --recipe RECIPE",
+    )
+    experiment = parse_model_arguments(get_recipe(known.recipe), arguments, program=program)
     made = upcycle(find_checkpoint(known.checkpoint), known.run_dir, experiment)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{made}: go on with megatron-mm train {known.recipe} --run-dir {known.run_dir}")

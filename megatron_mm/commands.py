@@ -46,12 +46,24 @@ class EvalOptions:
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model that a checkpoint is made for. Every option shows the recipe's value."""
+
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+
+
+def parse_model_arguments(recipe: Experiment, arguments: Sequence[str], *, program: str) -> Experiment:
+    """The recipe with the command line's overrides, for a command that makes a checkpoint of it; raises and exits as the others do."""
+    return _parse(ModelOptions(experiment=recipe), arguments, program=program).experiment
+
+
 def parse_eval_arguments(experiment: Experiment, arguments: Sequence[str]) -> EvalOptions:
     """A checkpoint's experiment with the command line's overrides; raises and exits as `parse_train_arguments` does."""
     return _parse(EvalOptions(experiment=experiment), arguments, program="megatron-mm eval CHECKPOINT")
 
 
-Options = TypeVar("Options", TrainOptions, EvalOptions)
+Options = TypeVar("Options", TrainOptions, EvalOptions, ModelOptions)
 
 
 def _parse(default: Options, arguments: Sequence[str], *, program: str) -> Options:

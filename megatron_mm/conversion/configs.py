@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from megatron_mm.config import DecoderConfig, VisionConfig
 
-Architecture = Literal["llama", "mistral"]
+Architecture = Literal["llama", "mistral", "internlm2"]
 
 
 def decoder_config(decoder: DecoderConfig, *, sequence_length: int, vocab_rows: int | None = None) -> dict[str, Any]:
@@ -53,9 +53,18 @@ def tower_config(vision: VisionConfig) -> dict[str, Any]:
 def language_model_config(
     decoder: DecoderConfig, *, architecture: Architecture, dtype: str, sequence_length: int, vocab_rows: int | None
 ) -> dict[str, Any]:
-    """config.json of a decoder alone."""
+    """config.json of a decoder alone. InternLM2's code is not part of transformers: its authors' files go beside the weights."""
+    of_internlm2 = {
+        "auto_map": {
+            "AutoConfig": "configuration_internlm2.InternLM2Config",
+            "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
+        },
+        "bias": False,
+    }
+    names = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "internlm2": "InternLM2ForCausalLM"}
     return {
-        "architectures": [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[architecture]],
+        "architectures": [names[architecture]],
+        **(of_internlm2 if architecture == "internlm2" else {}),
         "model_type": architecture,
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5

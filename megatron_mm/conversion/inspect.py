@@ -92,7 +92,7 @@ def _open_hf(path: Path) -> Opened:
     reader = HfReader(path)
     config = reader.config() or {}
     kind = ", ".join([*config.get("architectures", []), *([config["model_type"]] if "model_type" in config else [])])
-    files = f"{len(reader.files)} file{'s' if len(reader.files) > 1 else ''} such as {reader.files[0].name}"
+    files = reader.files[0].name if len(reader.files) == 1 else f"{len(reader.files)} files such as {reader.files[0].name}"
     return Opened([f"{path}: Hugging Face, {kind or 'no config.json'}; {files}"], reader.names(), lambda name: [reader.read(name)], "")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_mm.config import DecoderConfig, Experiment, VisionConfig
 from megatron_mm.conversion.configs import Architecture, image_processor_config, language_model_config, vision_model_config
-from megatron_mm.conversion.decoders import llama_table
+from megatron_mm.conversion.decoders import internlm2_table, llama_table
 from megatron_mm.conversion.families import FAMILIES
 from megatron_mm.conversion.hf_tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
 from megatron_mm.conversion.mapping import Entry
@@ -21,14 +21,17 @@ from megatron_mm.models import family_of
 logger = logging.getLogger(__name__)
 
 
-def language_table(experiment: Experiment, *, vocab_rows: int | None) -> list[Entry]:
-    """The decoder as LlamaForCausalLM. Raises ValueError where it is not one."""
+def language_table(experiment: Experiment, *, architecture: Architecture, vocab_rows: int | None) -> list[Entry]:
+    """The decoder under the names of an architecture; all three compute the same. Raises ValueError where it is none of them."""
     decoder = experiment.model.decoder
     if decoder.moe is not None:
         raise ValueError(f"the decoder of {experiment.recipe} has experts, which Llama has not: leave out --part, or export a dense model")
     if FAMILIES[experiment.model.family].language_mlps != ("mlp",):
         raise ValueError(f"the decoder of {experiment.recipe} has visual experts, which Llama has not: leave out --part")
-    return llama_table(decoder, vocab_rows=vocab_rows)
+    if architecture == "internlm2" and decoder.tied_embeddings:
+        raise ValueError(f"the decoder of {experiment.recipe} ties its output layer, which InternLM2 does not: use --architecture llama")
+    table = internlm2_table if architecture == "internlm2" else llama_table
+    return table(decoder, vocab_rows=vocab_rows)
 
 
 def vision_table(experiment: Experiment) -> list[Entry]:
@@ -70,7 +73,7 @@ def _tower(experiment: Experiment) -> VisionConfig:
     tower = getattr(experiment.model, "vision", None)
     if not isinstance(tower, VisionConfig):
         raise ValueError(
-            f"the image encoder of {experiment.recipe} is a {type(tower).__name__}, which CLIPVisionModel is not: leave out --part"
+            f"{experiment.recipe} has no tower that a CLIPVisionModel could hold (MM1 has one, InfiMM's is an EVA-CLIP): leave out --part"
         )
     return tower
 

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megatron_mm.conversion.files import TensorInfo, checksum_of
 from megatron_mm.conversion.pieces import Piece, find_piece
+from megatron_mm.training.checkpoint import belongs_to_model
 from megatron_mm.training.safe_pickle import check_pickles
 
-_NOT_WEIGHTS = ("optimizer.", "chained_", "generators.", "rng")
-_NOT_WEIGHTS_EITHER = (".router.shares",)
+_NOT_EXPORTED = (".router.shares",)
 """Ends of names: what training remembers of the last step."""
 
 
@@ -102,7 +102,7 @@ class CheckpointReader:
 
 def is_weight(name: str) -> bool:
     """Whether a stored tensor is one of the model's parameters."""
-    return not name.startswith(_NOT_WEIGHTS) and not name.endswith(_NOT_WEIGHTS_EITHER)
+    return belongs_to_model(name) and not name.endswith(_NOT_EXPORTED)
 
 
 def _check_size(path: Path, size: int) -> None:

@@ -53,7 +53,7 @@ def infimm_config(experiment: Experiment, ids: Tokenizer, *, dtype: str, vocab_r
         "seq_length": 1024,
         "cross_attn_every_n_layers": model.gated.every_n_layers,
         "use_grad_checkpoint": False,
-        "freeze_llm": True,
+        "freeze_llm": experiment.train.policy != "ift",
         "use_flash_attn": False,
         "image_token_id": ids.special_id("<image>"),
         "eoc_token_id": ids.special_id("<|endofchunk|>"),

@@ -28,6 +28,7 @@ from megatron_mm.conversion.mapping import Direct, Entry, check_names
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.target import model_targets
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.models import family_of
 from megatron_mm.training.checkpoint import find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def convert_to_hf(
         checkpoint: `RUN_DIR/checkpoints/step_...`, or RUN_DIR for its newest.
         out: a directory that does not exist or is empty; it appears when it is complete.
         part: the whole model, its decoder or its image tower.
-        architecture: what a decoder alone is written as; both compute the same.
+        architecture: what a decoder alone is written as; all compute the same.
         dtype: of the written weights: auto, float32, bfloat16 or float16.
         vocab_rows: rows of the vocabulary that are written, without those at the end that only fill it up; None writes all.
         shard_size: of one weights file at most, such as "5GB" or "500MB"; a larger tensor gets a file of its own.
@@ -103,7 +104,7 @@ def convert_to_hf(
         raise ValueError(f"{out} exists and is not an empty directory: give another one or remove it")
     checkpoint = find_checkpoint(checkpoint)
     experiment, tokenizer = _describe(checkpoint)
-    _check_rows(vocab_rows, experiment, tokenizer)
+    _check_rows(vocab_rows, experiment, tokenizer, part=part)
     table, write_files = _exporter(part, experiment, tokenizer, checkpoint, architecture=architecture, vocab_rows=vocab_rows)
     reader = CheckpointReader(checkpoint, verify=verify, threads=threads)
     plan = plan_tensors(table, _checked_infos(reader, experiment, table, checkpoint, whole=part == "whole"), dtype=DTYPES[dtype])
@@ -185,15 +186,18 @@ def _describe(checkpoint: Path) -> tuple[Experiment, Path | None]:
     return load_experiment(checkpoint / "experiment.json"), tokenizer if tokenizer.is_file() else None
 
 
-def _check_rows(vocab_rows: int | None, experiment: Experiment, tokenizer: Path | None) -> None:
+def _check_rows(vocab_rows: int | None, experiment: Experiment, tokenizer: Path | None, *, part: ExportedPart) -> None:
     rows = experiment.model.decoder.vocab_size
     if vocab_rows is None:
         return
     if not 0 < vocab_rows <= rows:
         raise ValueError(f"--vocab-size is {vocab_rows}, but the model has {rows} rows: it can only cut some off")
-    pieces = 0 if tokenizer is None else Tokenizer.open(tokenizer).num_pieces
-    if vocab_rows < pieces:
-        raise ValueError(f"--vocab-size is {vocab_rows}, but the checkpoint's tokenizer has {pieces} tokens: use {pieces} or more")
+    if tokenizer is None:
+        return
+    ids = Tokenizer.open(tokenizer, special=family_of(experiment.model).special_tokens)
+    least = ids.vocab_size if part == "whole" else ids.num_pieces  # a decoder alone has no use for the tokens of images
+    if vocab_rows < least:
+        raise ValueError(f"--vocab-size is {vocab_rows}, but the checkpoint's tokenizer has {least} tokens: use {least} or more")
 
 
 def _exporter(
@@ -210,7 +214,7 @@ def _exporter(
         return parts.vision_table(experiment), partial(parts.write_vision_files, experiment)
     if part == "language":
         files = partial(parts.write_language_files, experiment, tokenizer, architecture=architecture, vocab_rows=vocab_rows)
-        return parts.language_table(experiment, vocab_rows=vocab_rows), files
+        return parts.language_table(experiment, architecture=architecture, vocab_rows=vocab_rows), files
     if tokenizer is None:
         raise ValueError(f"{checkpoint} has no tokenizer.model: put the run's SentencePiece model there")
     family = FAMILIES[experiment.model.family]
@@ -226,6 +230,9 @@ def _checked_infos(
     wanted = {entry.ours for entry in table}
     check_names(wanted, infos if whole else wanted & infos.keys(), where=where)
     targets = model_targets(experiment)
+    left_out = sum(info.numel for name, info in infos.items() if name not in wanted)
+    if left_out:
+        logger.info("%s parameters of the model are no part of what is exported (image parts, gated blocks and the like)", f"{left_out:,}")
     wrong = [
         f"{name} should be {list(targets[name].info.shape)}, but is {list(infos[name].shape)}"
         for name in infos

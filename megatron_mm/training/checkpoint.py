@@ -305,7 +305,7 @@ def _check_names(state: dict[str, Any], checkpoint: Path, *, world_size: int) ->
     names: list[set[str]] = [set()] * world_size
     dist.all_gather_object(names, mine)
     wanted = set().union(*names)
-    stored = {name for name in dist_checkpointing.load_tensors_metadata(str(checkpoint / TENSORS)) if not _NOT_WEIGHTS.match(name)}
+    stored = {name for name in dist_checkpointing.load_tensors_metadata(str(checkpoint / TENSORS)) if belongs_to_model(name)}
     for what, missed in (("lacks", wanted - stored), ("holds, beyond the model's,", stored - wanted)):
         if missed:
             named = ", ".join(sorted(missed)[:_NAMED]) + (", ..." if len(missed) > _NAMED else "")
@@ -324,6 +324,11 @@ def load_strategy(checkpoint: Path) -> FullyParallelLoadStrategyWrapper:
     return FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(checkpoint / TENSORS)), parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
+
+
+def belongs_to_model(name: str) -> bool:
+    """Whether a checkpoint's tensor is the model's, and not the optimizer's or a generator's."""
+    return _NOT_WEIGHTS.match(name) is None
 
 
 def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer: bool = True) -> None:

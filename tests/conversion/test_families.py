@@ -120,7 +120,7 @@ def test_part_of_another_family_is_refused(tokenizer_path: Path, tmp_path: Path)
     written(small("mono_internvl", tokenizer_path), tmp_path / "run")
     with pytest.raises(ValueError, match="has visual experts, which Llama has not"):
         convert_to_hf(tmp_path / "run", tmp_path / "out", part="language")
-    with pytest.raises(ValueError, match=r"image encoder of .* is a NoneType, which CLIPVisionModel is not"):
+    with pytest.raises(ValueError, match=r"has no tower that a CLIPVisionModel could hold"):
         convert_to_hf(tmp_path / "run", tmp_path / "out", part="vision")
     vision = save(make_vision(), tmp_path / "vision")
     with pytest.raises(ValueError, match="family mono_internvl has no image tower: leave out --vision"):
