@@ -12,6 +12,7 @@ precision refuse input of another type than their weights'.
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -350,7 +351,7 @@ def install() -> None:
     }
     for name, values in members.items():
         module = types.ModuleType(".".join(filter(None, ["transformer_engine", name])))
-        module.__dict__.update(values, __path__=[])
+        module.__dict__.update(values, __path__=[], __spec__=importlib.machinery.ModuleSpec(module.__name__, None))
         sys.modules[module.__name__] = module
         if name:
             parent, _, last = module.__name__.rpartition(".")
