@@ -19,6 +19,7 @@ import stand_in_te
 
 stand_in_te.install()
 
+import distributed  # noqa: E402
 import torch  # noqa: E402
 from small import random_step, small_experiment  # noqa: E402
 from small_infimm import infimm_step, small_infimm  # noqa: E402
@@ -243,6 +244,23 @@ def compare_fp8(subject: Subject) -> dict[str, list[float]]:
     return found
 
 
+def train_cut(family: str, tensor: int, backend: str) -> list[float]:
+    """Losses of four steps on a process of a tensor-parallel group, with sequence parallelism where it has several."""
+    subject = SUBJECTS[family]
+    experiment = subject.experiment(precision="fp32")
+    experiment = replace(experiment, parallel=replace(experiment.parallel, tensor=tensor))
+    with tempfile.TemporaryDirectory() as folder:
+        losses = Trainee(subject, experiment, backend, Path(folder)).train(1, 4)
+    topologies.shutdown()
+    return losses
+
+
+def compare_cut(family: str) -> dict[str, list[float]]:
+    """On one process with plain PyTorch's layers, and on two with the stand-in's."""
+    distributed._PRELOADED.clear()  # processes begin with this file, and so with the stand-in
+    return {"one": train_cut(family, 1, "torch"), "two": distributed.run_processes(train_cut, 2, family, 2, "te")[0]}
+
+
 def try_misfits(subject: Subject) -> dict[str, list[str]]:
     """What FP8 products say of each misfit, and what the check before the start says; nothing where they accept it."""
     found = {}
@@ -270,6 +288,7 @@ def main() -> None:
     found["passes"] = compare_passes(subject)
     found["losses"] = compare_fp8(subject)
     found["misfits"] = try_misfits(subject)
+    found["cut"] = compare_cut(sys.argv[1])
     found["recipes"] = sorted({type(recipe).__name__ for recipe in stand_in_te.RECIPES})
     print(json.dumps(found))
 

@@ -90,6 +90,13 @@ def test_fp8_scales_tensors_as_they_are_and_uses_the_weights_of_its_step(family:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_losses_of_two_processes_are_those_of_one(family: str) -> None:
+    """Tensor and sequence parallelism on te against plain PyTorch uncut; 1e-5 as between all layouts."""
+    cut = found(family)["cut"]
+    assert cut["two"] == pytest.approx(cut["one"], rel=1e-5) and cut["one"] != cut["two"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_that_fp8_products_refuse_are_known(family: str) -> None:
     """What the check before the start refuses would fail, and it names the size."""
     misfits = found(family)["misfits"]
