@@ -244,21 +244,45 @@ def compare_fp8(subject: Subject) -> dict[str, list[float]]:
     return found
 
 
-def train_cut(family: str, tensor: int, backend: str) -> list[float]:
-    """Losses of four steps on a process of a tensor-parallel group, with sequence parallelism where it has several."""
+@dataclass(frozen=True)
+class Gradient:
+    """Of this process's part of a parameter."""
+
+    size: int
+    squared: float
+    """Sum of squares."""
+
+
+def gradients_of(family: str, tensor: int, backend: str) -> dict[str, Gradient]:
+    """Gradients of a step on a process of a tensor-parallel group, with sequence parallelism where it has several."""
     subject = SUBJECTS[family]
     experiment = subject.experiment(precision="fp32")
-    experiment = replace(experiment, parallel=replace(experiment.parallel, tensor=tensor))
+    experiment = replace(
+        experiment,
+        parallel=replace(experiment.parallel, tensor=tensor),
+        optimizer=replace(experiment.optimizer, clip_grad_norm=0.0),  # nothing is done to gradients before they are looked at
+    )
     with tempfile.TemporaryDirectory() as folder:
-        losses = Trainee(subject, experiment, backend, Path(folder)).train(1, 4)
+        trainee = Trainee(subject, experiment, backend, Path(folder))
+        trainee.train(1, 1)
+    learned = {entry.key: entry.data for entry in entries(trainee.model[0].module) if hasattr(entry.data, "main_grad")}
     topologies.shutdown()
-    return losses
+    return {name: Gradient(p.numel(), float(p.main_grad.double().square().sum())) for name, p in learned.items()}
 
 
 def compare_cut(family: str) -> dict[str, list[float]]:
-    """On one process with plain PyTorch's layers, and on two with the stand-in's."""
+    """Norms of the gradients: on one process with plain PyTorch's layers, and on each of two with the stand-in's, where what is cut is
+    put together."""
     distributed._PRELOADED.clear()  # processes begin with this file, and so with the stand-in
-    return {"one": train_cut(family, 1, "torch"), "two": distributed.run_processes(train_cut, 2, family, 2, "te")[0]}
+    whole = gradients_of(family, 1, "torch")
+    parts = distributed.run_processes(gradients_of, 2, family, 2, "te")
+    norms: dict[str, list[float]] = {}
+    for name, gradient in whole.items():
+        squared = [part[name].squared for part in parts]
+        if parts[0][name].size < gradient.size:
+            squared = [sum(squared)]
+        norms[name] = [gradient.squared**0.5, *(value**0.5 for value in squared)]
+    return norms
 
 
 def try_misfits(subject: Subject) -> dict[str, list[str]]:
