@@ -57,6 +57,7 @@ gpu-check:
 
 gpu-bench:
 	PYTHONPATH=. PYTHONWARNINGS=ignore $(GPU_PYTHON) benchmarks/gpu_bench.py
+	PYTHONPATH=. PYTHONWARNINGS=ignore $(GPU_PYTHON) benchmarks/routed_experts.py --device cuda --tokens 4096 --repeats 20
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output

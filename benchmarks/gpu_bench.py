@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_bench.py [--model mm1_1b] [--device cpu]
 
-Every row is a process of its own that trains on the same full sequences (for the MM1 models 4096 tokens with 16 images), which lie
-in memory, so that nothing but the model is measured. The ratio is to the first row of the same run, plain PyTorch in bf16 without
-recompute. MFU of an FP8 row is of the FP8 peak, though the image tower computes in bf16. Writes a table with device, versions and date
-under benchmarks/results/.
+Every row is a process of its own that trains, under the recipe's policy, on the same full sequences (for the MM1 models 4096 tokens with
+14 images, for InfiMM 384 with 12, for Mono-InternVL 4096 with 8 tiles), which lie in memory, so that nothing but the model is measured.
+The ratio is to the first row of the same model, plain PyTorch in bf16 without recompute. MFU of an FP8 row is of the FP8 peak, though the
+image tower computes in bf16. Writes a table with device, versions and date under benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.config import Experiment, MM1Config
+from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.pipeline import image_input
+from megatron_mm.models import family_of
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.build import build_model
-from megatron_mm.planning.flops import StepWork, mfu, mm1_step_flops, peak_tflops
+from megatron_mm.planning.flops import StepWork, mfu, peak_tflops
 from megatron_mm.recipes import get_recipe
 from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.run import check_shapes
 from megatron_mm.training.step import TrainingStep
 
 RESULTS = Path(__file__).with_name("results")
@@ -54,80 +57,83 @@ CASES = [
 ]
 """What tells most comes first, as time may run out."""
 CPU_CASES = [Case("torch", "fp32", "none"), Case("torch", "fp32", "selective"), Case("torch", "fp32", "full")]
-LAYERS_OF_ONE_GPU = {"mm1_7b": 8, "mm1_3b": 16}
-"""Decoder layers of the models whose optimizer state does not fit one 80 GB GPU."""
+MODELS = ["mm1_1b", "mm1_7b", "infimm_zephyr_7b_pt", "mono_internvl_2b_s1_3"]
+CPU_MODELS = ["debug_mm1", "debug_infimm", "debug_mono_internvl"]
+LAYERS_OF_ONE_GPU = {"mm1_7b": 8, "mm1_3b": 16, "infimm_zephyr_7b_pt": 8, "mono_internvl_2b_s1_3": 12}
+"""Decoder layers of the models that are too deep for one 80 GB GPU, or for the time that a table may take."""
+MICRO_BATCHES = 4
+"""Of a step."""
 
 
 def experiment(model: str, case: Case) -> Experiment:
     """The recipe on one process, as deep as one GPU holds."""
     base = get_recipe(model)
-    assert isinstance(base.model, MM1Config)
     depth = LAYERS_OF_ONE_GPU.get(model, base.model.decoder.num_layers)
     return replace(
         base,
         model=replace(base.model, decoder=replace(base.model.decoder, num_layers=depth)),
         parallel=replace(base.parallel, tensor=1, pipeline=1, virtual=1, stage_layers=None, recompute=case.recompute),  # type: ignore[arg-type]
-        train=replace(base.train, global_batch_size=4, micro_batch_size=1, precision=case.precision, layers=case.layers),  # type: ignore[arg-type]
+        train=replace(
+            base.train,
+            global_batch_size=MICRO_BATCHES * base.train.micro_batch_size,
+            precision=case.precision,  # type: ignore[arg-type]
+            layers=case.layers,  # type: ignore[arg-type]
+        ),
     )
 
 
-def full_sequence(settings: Experiment) -> PackedBatch:
-    """One sequence that is one document, with as many images as are allowed and fit, between equal stretches of text."""
-    model = settings.model
-    assert isinstance(model, MM1Config)
-    total, tokens = settings.data.sequence_length, model.connector.num_tokens
-    images = min(settings.data.max_images_per_sequence, total // (2 * tokens))
-    starts = torch.arange(images) * (total // images) + 1
-    ids = torch.randint(5, model.decoder.vocab_size, (total,), generator=torch.Generator().manual_seed(0))
+def full_batch(settings: Experiment) -> PackedBatch:
+    """Sequences of one document each, with as many images as are allowed and fit, between equal stretches of text."""
+    image, length, sequences = image_input(settings), settings.data.sequence_length, settings.train.micro_batch_size
+    of_sequence = min(settings.data.max_images_per_sequence, length // (2 * image.tokens))
+    begins = torch.arange(sequences).repeat_interleave(of_sequence) * length
+    starts = begins + (torch.arange(of_sequence) * (length // of_sequence) + 1 + len(image.before)).repeat(sequences)
+    total, images = sequences * length, len(starts)
+    ids = torch.randint(5, settings.model.decoder.vocab_size, (total,), generator=torch.Generator().manual_seed(0))
     is_image = torch.zeros(total, dtype=torch.bool)
-    is_image[(starts[:, None] + torch.arange(tokens)).flatten()] = True
+    is_image[(starts[:, None] + torch.arange(image.tokens)).flatten()] = True
     mask = (~is_image.roll(-1)).float()
-    mask[-1] = 0
-    size = model.vision.image_size
+    mask[length - 1 :: length] = 0
     return PackedBatch(
         token_ids=ids,
         labels=ids.roll(-1),
         loss_mask=mask,
         is_token=torch.ones(total, dtype=torch.bool),
-        position_ids=torch.arange(total),
+        position_ids=torch.arange(length).repeat(sequences),
         source_ids=torch.zeros(total, dtype=torch.int64),
-        cu_seqlens=torch.tensor([0, total], dtype=torch.int32),
-        max_seqlen=total,
+        cu_seqlens=(torch.arange(sequences + 1) * length).int(),
+        max_seqlen=length,
         image_starts=starts,
         image_owners=torch.zeros(images, dtype=torch.int64),
-        image_documents=torch.tensor([[0, total]]).expand(images, 2),
-        pixels=torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8),
+        image_documents=torch.stack([begins, begins + length], dim=1),
+        pixels=torch.randint(0, 256, (images, 3, image.size, image.size), dtype=torch.uint8),
     )
 
 
 def measure(model: str, case: Case, *, steps: int) -> dict[str, float]:
     """Median seconds of a step and the peak of allocated memory; called in a process of its own."""
     settings = experiment(model, case)
+    check_shapes(settings, 1)
     topology = topologies.initialize(settings.parallel, seed=1)
     on_gpu = topology.device.type == "cuda"
     chunks = build_model(settings, topology)
     step = TrainingStep(settings, topology, chunks, build_optimizer(settings, chunks), num_sources=1)
-    batch = full_sequence(settings).to(topology.device)
+    batch = full_batch(settings).to(topology.device)
     seconds, losses = [], []
     for number in range(1, steps + 4):
         began = time.perf_counter()
-        losses.append(step.run([batch] * settings.train.global_batch_size, step=number).losses.mean)  # ends with a read-back
+        losses.append(step.run([batch] * MICRO_BATCHES, step=number).losses.mean)  # ends with a read-back
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds[3:])
-    count = settings.train.global_batch_size
-    assert isinstance(settings.model, MM1Config)
-    work = StepWork(
-        num_tokens=count * batch.num_tokens,
-        sum_squared_lengths=count * batch.num_tokens**2,
-        num_images=count * batch.num_images,
-    )
-    flops = mm1_step_flops(settings.model, settings.train.policy, work)
+    tokens, length = MICRO_BATCHES * batch.num_tokens, settings.data.sequence_length
+    work = StepWork(num_tokens=tokens, sum_squared_lengths=tokens * length, num_images=MICRO_BATCHES * batch.num_images)
+    flops = family_of(settings.model).step_flops(settings.model, settings.train.policy, work)
     topologies.shutdown()
     return {
         "seconds": median,
-        "tokens_per_s": count * batch.num_tokens / median,
+        "tokens_per_s": tokens / median,
         "tflops": flops / median / 1e12,
         "gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
         "loss": losses[-1],
@@ -192,10 +198,10 @@ def versions() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", help="recipe (default: mm1_1b and mm1_7b; debug_mm1 on a CPU)")
+    parser.add_argument("--model", action="append", help=f"recipe (default: {', '.join(MODELS)}; small ones on a CPU)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--steps", type=int, default=6, help="measured steps (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no case begins later, over all models (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=18.0, help="no case begins later, over all models (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the table (default: %(default)s)")
     parser.add_argument("--one", nargs=4, metavar=("MODEL", "LAYERS", "PRECISION", "RECOMPUTE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -211,7 +217,7 @@ def main() -> None:
     now = datetime.now(UTC)
     lines = ["# Training on one device", "", f"{device}; {versions()}; {now:%Y-%m-%d}. `python benchmarks/gpu_bench.py`", ""]
     print(lines[2])
-    models, began = arguments.model or (["mm1_1b", "mm1_7b"] if on_gpu else ["debug_mm1"]), time.monotonic()
+    models, began = arguments.model or (MODELS if on_gpu else CPU_MODELS), time.monotonic()
     for number, model in enumerate(models, start=1):
         deadline = began + 60 * arguments.minutes * number / len(models)
         lines += table(model, CASES if on_gpu else CPU_CASES, device=device, steps=arguments.steps, deadline=deadline)

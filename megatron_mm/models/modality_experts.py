@@ -69,7 +69,7 @@ def modality_layout(batch: PackedBatch, *, tokens_per_image: int, backend: Backe
     visual[(batch.image_starts[:, None] + torch.arange(tokens_per_image)).flatten()] = True
     # Transformer Engine's FP8 products want multiples of this, and none of its layers wants nothing.
     multiple = FP8_MULTIPLE if backend == "te" else 1
-    text_rows, visual_rows = (_rows(mask, multiple=multiple, device=batch.token_ids.device) for mask in (~visual, visual))
+    text_rows, visual_rows = (rows_of(mask, multiple=multiple, device=batch.token_ids.device) for mask in (~visual, visual))
     return ModalityLayout(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -81,7 +81,8 @@ def modality_layout(batch: PackedBatch, *, tokens_per_image: int, backend: Backe
     )
 
 
-def _rows(mask: torch.Tensor, *, multiple: int, device: torch.device) -> Rows:
+def rows_of(mask: torch.Tensor, *, multiple: int, device: torch.device) -> Rows:
+    """The tokens that a mask [t] on the CPU says, filled up to a multiple of some number."""
     rows = mask.nonzero().squeeze(1)
     wanted = -(-max(len(rows), multiple if multiple > 1 else 0) // multiple) * multiple
     padded = torch.cat([rows, torch.zeros(wanted - len(rows), dtype=torch.int64)])

@@ -12,6 +12,8 @@ precision refuse input of another type than their weights'.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.machinery
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -80,19 +82,42 @@ class Linear(_Base):
         ub_name: str | None = None,
     ) -> None:
         super().__init__()
-        assert tp_size == 1 and not sequence_parallel and not fuse_wgrad_accumulation, "one process"
-        self.parallel_mode, self.return_bias, self.use_bias, self.tp_size = parallel_mode, return_bias, bias, tp_size
+        assert not fuse_wgrad_accumulation and parallel_mode in (None, "column", "row")
+        self.parallel_mode, self.return_bias, self.use_bias = parallel_mode, return_bias, bias
+        self.tp_group, self.tp_size, self.sequence_parallel = tp_group, tp_size, sequence_parallel and tp_size > 1
+        in_features //= tp_size if parallel_mode == "row" else 1
+        out_features //= tp_size if parallel_mode == "column" else 1
         self.in_features, self.out_features = in_features, out_features
         self.save_original_input = False
         self.weight = torch.nn.Parameter(torch.full((out_features, in_features), torch.nan, dtype=params_dtype, device=device))
         self.bias = torch.nn.Parameter(torch.full((out_features,), torch.nan, dtype=params_dtype, device=device)) if bias else None
         assert init_method is not None
         init_method(self.weight)
+        self.weight.tensor_model_parallel, self.weight.partition_stride = True, 1
+        self.weight.partition_dim = 1 if parallel_mode == "row" else 0
 
     def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
         weight = _product_weight(self, self.weight, is_first_microbatch)
-        out = F.linear(_checked(inp, self.weight), weight, None if self.return_bias else self.bias)
+        assert self.bias is None or self.tp_size == 1, "we have no cut layer with a bias"
+        out = F.linear(_checked(self._of_all(inp), self.weight), weight, None if self.return_bias else self.bias)
+        out = self._summed(out)
         return (out, self.bias) if self.return_bias else out
+
+    def _of_all(self, inp: torch.Tensor) -> torch.Tensor:
+        """What goes into a matrix that is cut by column: every process's tokens, whose gradients are summed over the group."""
+        if self.parallel_mode != "column" or self.tp_size == 1:
+            return inp
+        if self.sequence_parallel:
+            return mappings().gather_from_sequence_parallel_region(inp, tensor_parallel_output_grad=True, group=self.tp_group)
+        return mappings().copy_to_tensor_model_parallel_region(inp, group=self.tp_group)
+
+    def _summed(self, out: torch.Tensor) -> torch.Tensor:
+        """What comes out of a matrix that is cut by row: the sum over the group, or this process's tokens of it."""
+        if self.parallel_mode != "row" or self.tp_size == 1:
+            return out
+        if self.sequence_parallel:
+            return mappings().reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
+        return mappings().reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
 
 
 class LayerNormLinear(Linear):
@@ -114,6 +139,9 @@ class LayerNormLinear(Linear):
             self.layer_norm_bias = torch.nn.Parameter(torch.full((in_features,), torch.nan, dtype=self.weight.dtype))
         else:
             self.layer_norm_bias = None
+        for parameter in (self.layer_norm_weight, self.layer_norm_bias):
+            if parameter is not None:
+                parameter.sequence_parallel = self.sequence_parallel
 
     def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
         normed = _normed(inp, self.normalization, self.layer_norm_weight, self.layer_norm_bias, self.eps)
@@ -174,6 +202,8 @@ class RMSNorm(_Base):
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.full((hidden_size,), torch.nan, dtype=params_dtype, device=device))
         self.bias = torch.nn.Parameter(torch.full_like(self.weight, torch.nan)) if self.kind == "LayerNorm" else None
+        for parameter in self.parameters():
+            parameter.sequence_parallel = bool(sequence_parallel)
 
     def forward(self, inp: torch.Tensor) -> torch.Tensor:
         return _normed(inp, self.kind, self.weight, self.bias, self.eps)
@@ -202,7 +232,8 @@ class DotProductAttention(_Base):
         super().__init__()
         assert attention_dropout == 0.0 and attention_type in ("self", "cross") and softmax_scale is None
         self.attention_type = attention_type
-        self.heads, self.groups, self.width = num_attention_heads, num_gqa_groups, kv_channels
+        groups = num_attention_heads if num_gqa_groups is None else num_gqa_groups
+        self.heads, self.groups, self.width = num_attention_heads // tp_size, groups // tp_size, kv_channels
 
     def forward(
         self,
@@ -272,6 +303,12 @@ def apply_rotary_pos_emb(
     angles = freqs[places].squeeze(1).float()
     one, other = t.float().chunk(2, dim=-1)
     return (t.float() * angles.cos() + torch.cat([-other, one], dim=-1) * angles.sin()).to(t.dtype)
+
+
+def mappings() -> Any:
+    """Communication of tensor parallelism with its gradients. megatron-core's, which Transformer Engine's own equals; it is not
+    imported before the stand-in is installed."""
+    return importlib.import_module("megatron.core.tensor_parallel.mappings")
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -350,7 +387,7 @@ def install() -> None:
     }
     for name, values in members.items():
         module = types.ModuleType(".".join(filter(None, ["transformer_engine", name])))
-        module.__dict__.update(values, __path__=[])
+        module.__dict__.update(values, __path__=[], __spec__=importlib.machinery.ModuleSpec(module.__name__, None))
         sys.modules[module.__name__] = module
         if name:
             parent, _, last = module.__name__.rpartition(".")

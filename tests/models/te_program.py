@@ -19,6 +19,7 @@ import stand_in_te
 
 stand_in_te.install()
 
+import distributed  # noqa: E402
 import torch  # noqa: E402
 from small import random_step, small_experiment  # noqa: E402
 from small_infimm import infimm_step, small_infimm  # noqa: E402
@@ -243,6 +244,47 @@ def compare_fp8(subject: Subject) -> dict[str, list[float]]:
     return found
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """Of this process's part of a parameter."""
+
+    size: int
+    squared: float
+    """Sum of squares."""
+
+
+def gradients_of(family: str, tensor: int, backend: str) -> dict[str, Gradient]:
+    """Gradients of a step on a process of a tensor-parallel group, with sequence parallelism where it has several."""
+    subject = SUBJECTS[family]
+    experiment = subject.experiment(precision="fp32")
+    experiment = replace(
+        experiment,
+        parallel=replace(experiment.parallel, tensor=tensor),
+        optimizer=replace(experiment.optimizer, clip_grad_norm=0.0),  # nothing is done to gradients before they are looked at
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainee = Trainee(subject, experiment, backend, Path(folder))
+        trainee.train(1, 1)
+    learned = {entry.key: entry.data for entry in entries(trainee.model[0].module) if hasattr(entry.data, "main_grad")}
+    topologies.shutdown()
+    return {name: Gradient(p.numel(), float(p.main_grad.double().square().sum())) for name, p in learned.items()}
+
+
+def compare_cut(family: str) -> dict[str, list[float]]:
+    """Norms of the gradients: on one process with plain PyTorch's layers, and on each of two with the stand-in's, where what is cut is
+    put together."""
+    distributed._PRELOADED.clear()  # processes begin with this file, and so with the stand-in
+    whole = gradients_of(family, 1, "torch")
+    parts = distributed.run_processes(gradients_of, 2, family, 2, "te")
+    norms: dict[str, list[float]] = {}
+    for name, gradient in whole.items():
+        squared = [part[name].squared for part in parts]
+        if parts[0][name].size < gradient.size:
+            squared = [sum(squared)]
+        norms[name] = [gradient.squared**0.5, *(value**0.5 for value in squared)]
+    return norms
+
+
 def try_misfits(subject: Subject) -> dict[str, list[str]]:
     """What FP8 products say of each misfit, and what the check before the start says; nothing where they accept it."""
     found = {}
@@ -270,6 +312,7 @@ def main() -> None:
     found["passes"] = compare_passes(subject)
     found["losses"] = compare_fp8(subject)
     found["misfits"] = try_misfits(subject)
+    found["cut"] = compare_cut(sys.argv[1])
     found["recipes"] = sorted({type(recipe).__name__ for recipe in stand_in_te.RECIPES})
     print(json.dumps(found))
 

@@ -90,6 +90,23 @@ def test_fp8_scales_tensors_as_they_are_and_uses_the_weights_of_its_step(family:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_two_processes_are_those_of_one(family: str) -> None:
+    """Tensor and sequence parallelism on te against plain PyTorch uncut: the norm of every parameter's gradient."""
+    norms = found(family)["cut"]
+    cut = [name for name, (_, *here) in norms.items() if len(here) == 1]
+    copies = [name for name, (_, *here) in norms.items() if len(here) == 2]
+    expected = {
+        "mm1": ("mlp.linear_fc2.weight", "input_layernorm.weight"),
+        "infimm": ("gated.linear_kv.weight", "gated.attention_gate"),
+        "mono_internvl": ("mlp.visual.linear_fc1.weight", "pre_mlp_layernorm.weight"),
+    }
+    assert any(name.endswith(expected[family][0]) for name in cut) and any(name.endswith(expected[family][1]) for name in copies)
+    largest = max(whole for whole, *_ in norms.values())
+    for name, (whole, *here) in norms.items():
+        assert here == pytest.approx([whole] * len(here), rel=1e-4, abs=1e-7 * largest), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_that_fp8_products_refuse_are_known(family: str) -> None:
     """What the check before the start refuses would fail, and it names the size."""
     misfits = found(family)["misfits"]

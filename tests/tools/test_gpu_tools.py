@@ -33,9 +33,9 @@ def gpu_check() -> ModuleType:
 
 
 @NO_GPU
-@pytest.mark.parametrize("program", ["tools/gpu_check.py", "benchmarks/gpu_bench.py"])
+@pytest.mark.parametrize("program", ["tools/gpu_check.py", "benchmarks/gpu_bench.py", "benchmarks/routed_experts.py"])
 def test_without_a_gpu_one_line_says_so(program: str) -> None:
-    done = run(program)
+    done = run(program, "--device", "cuda")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines() == [
         f"{Path(program).stem}: error: torch finds no GPU here: run it on a machine with one, or with --device cpu"
@@ -67,7 +67,44 @@ def test_the_check_passes_on_a_cpu() -> None:
     done = run("tools/gpu_check.py", "--device", "cpu", timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not checked: needs a GPU" in done.stdout and "FAILED" not in done.stdout
-    assert "torch bf16: gradient" in done.stdout and "through a checkpoint: loss" in done.stdout
+    for recipe in ("debug_mm1", "debug_infimm", "debug_mono_internvl"):
+        assert f"{recipe} torch bf16: gradient" in done.stdout and f"{recipe} torch bf16: logits" in done.stdout
+    assert "through a checkpoint: loss" in done.stdout
+
+
+def on_stand_in(tool: str) -> list[str]:
+    """Lines that a tool prints of Transformer Engine, from its stand-in."""
+    program = REPOSITORY / "tests" / "tools" / "gpu_tools_on_stand_in.py"
+    path = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(program), tool], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_the_check_of_transformer_engine_is_wired_for_every_family() -> None:
+    """The stand-in rounds nothing in FP8, so it must be as near as bf16 is; and neither is exact."""
+    found = {what: (float(here), float(allowed)) for what, here, allowed in (line.split("; ") for line in on_stand_in("gpu_check"))}
+    assert all(here <= allowed for here, allowed in found.values()), found
+    for recipe in ("debug_mm1", "debug_infimm", "debug_mono_internvl"):
+        for part in ("logits", "worst layer's output", "gradient"):
+            bf16, fp8 = found[f"{recipe} te bf16: {part}"][0], found[f"{recipe} te fp8: {part}"][0]
+            assert bf16 == fp8 and bf16 > 1e-3
+
+
+def test_routed_experts_are_compared_on_both_backends_and_in_fp8() -> None:
+    """With no image, some and nothing else; what the two ways compute is compared before it is timed."""
+    lines = [line.split() for line in on_stand_in("routed_experts")]
+    cases = [["torch", "bf16"], ["te", "bf16"], ["te", "fp8"]]
+    assert [line[:3] for line in lines] == [[*case, share] for case in cases for share in ("0%", "30%", "100%")]
+
+
+def test_the_benchmark_of_routed_experts_runs_on_a_cpu() -> None:
+    sizes = ("--tokens", "64", "--hidden-size", "64", "--ffn-hidden-size", "128", "--repeats", "1")
+    done = run("benchmarks/routed_experts.py", *sizes)
+    assert done.returncode == 0, done.stderr
+    assert sum(line.split()[:2] == ["torch", "fp32"] for line in done.stdout.splitlines()) == 4
 
 
 @pytest.mark.slow
@@ -75,7 +112,10 @@ def test_the_benchmark_writes_its_table(tmp_path: Path) -> None:
     done = run("benchmarks/gpu_bench.py", "--device", "cpu", "--steps", "1", "--out", str(tmp_path), timeout=280)
     assert done.returncode == 0, done.stderr
     (table,) = tmp_path.glob("gpu_bench_CPU_*.md")
-    rows = [line for line in table.read_text().splitlines() if line.startswith("| torch fp32")]
-    assert len(rows) == 3
-    losses = {row.split("|")[-2].strip() for row in rows}
-    assert len(losses) == 1, f"recompute changes the loss: {losses}"
+    models = table.read_text().split("## ")[1:]
+    assert [model.splitlines()[0] for model in models] == ["debug_mm1", "debug_infimm", "debug_mono_internvl"]
+    for model in models:
+        rows = [line for line in model.splitlines() if line.startswith("| torch fp32")]
+        assert len(rows) == 3, model
+        losses = {row.split("|")[-2].strip() for row in rows}
+        assert len(losses) == 1, f"recompute changes the loss: {losses}"

@@ -1,0 +1,62 @@
+"""What the GPU tools do with Transformer Engine, on the stand-in for it; run by `test_gpu_tools.py`.
+
+    python gpu_tools_on_stand_in.py gpu_check|routed_experts
+
+A program of its own, as megatron-core asks for Transformer Engine when it is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+from models import stand_in_te
+
+stand_in_te.install()
+
+import torch  # noqa: E402
+
+from megatron_mm.data.demo import prepare_demo  # noqa: E402
+from megatron_mm.parallel import build  # noqa: E402
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_layers() -> None:
+    """A line for each check: its name, what it found, what it allows."""
+    tool = load("tools/gpu_check.py")
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        prepare_demo(data, samples=400)
+        for line in tool.check_layers(data, torch.device("cuda", 0)):  # it asks only what kind of device it is
+            print(line.what, line.found, line.allowed, sep="; ")
+
+
+def compare_routed() -> None:
+    """The benchmark's lines of the cases that a GPU has."""
+    benchmark = load("benchmarks/routed_experts.py")
+    options = argparse.Namespace(tokens=208, hidden_size=64, ffn_hidden_size=128, shares=[0.0, 0.3, 1.0], repeats=1)
+    for case in benchmark.cases_on(torch.device("cuda", 0)):
+        benchmark.compare(options, case)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    build.choose_backend = lambda experiment, *, on_gpu: experiment.train.layers
+    {"gpu_check": check_layers, "routed_experts": compare_routed}[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    main()
