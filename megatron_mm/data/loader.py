@@ -150,6 +150,8 @@ class Loader:
             data.decoder, image_size=plan.image.size, threads=data.decode_threads, fill=plan.image.fill, device=device
         )
         self._tile_decoder = TileDecoder(plan.image, threads=data.decode_threads)
+        if data.decoder == "dali" and not self._whole_images:
+            logger.warning("data.decoder dali is ignored: Pillow decodes images that are cut into tiles or get JPEG artefacts")
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decoding")  # micro-batch after micro-batch, without a pause
         self._ready: queue.Queue[tuple[StepBatch, PlanState] | BaseException] = queue.Queue(maxsize=data.prefetch_steps)
         self._stopped = threading.Event()
@@ -167,6 +169,11 @@ class Loader:
             raise ready
         batch, self.state = ready
         return batch
+
+    @property
+    def _whole_images(self) -> bool:
+        """Images are one square each, and as they were written."""
+        return self.image.tiling is None and self.config.jpeg_quality is None
 
     def close(self) -> None:
         """Stop the threads; waits for them."""
@@ -314,7 +321,7 @@ class Loader:
             count = sum(len(shown.tiles) for shown in draft.shown)
             return DecodedImages(colour.expand(count, 3, self.image.size, self.image.size), np.ones(len(draft.shown), dtype=bool))
         blobs = [blob for future in draft.blobs for blob in future.result()]
-        if self.image.tiling is None and self.config.jpeg_quality is None:
+        if self._whole_images:
             return self._decoder.decode(blobs)
         return self._tile_decoder.decode([self._encoded(shown, blob) for shown, blob in zip(draft.shown, blobs, strict=True)])
 

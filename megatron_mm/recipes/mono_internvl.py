@@ -64,7 +64,7 @@ def mono_internvl_2b_s1_1() -> Experiment:
         recipe="mono_internvl_2b_s1_1",
         model=MonoInternVLConfig(decoder=INTERNLM2_1_8B, patches=TILES_OF_448),
         data=DataConfig(
-            sequence_length=1425,
+            sequence_length=1424,
             max_images_per_sequence=5,
             mixture={"pairs": 1.0},
             max_tiles=4,
@@ -93,7 +93,7 @@ def _next(stage: Experiment, *, recipe: str, policy: str, steps: int, sequence_l
 
 def mono_internvl_2b_s1_2() -> Experiment:
     """Semantic learning on synthetic captions: up to 7 tiles an image. 256 GPUs, data parallel."""
-    stage = _next(mono_internvl_2b_s1_1(), recipe="mono_internvl_2b_s1_2", policy="s1_2", steps=126_000, sequence_length=1925, tiles=7)
+    stage = _next(mono_internvl_2b_s1_1(), recipe="mono_internvl_2b_s1_2", policy="s1_2", steps=126_000, sequence_length=1920, tiles=7)
     return replace(stage, data=replace(stage.data, caption_prompt=None))
 
 

@@ -29,6 +29,7 @@ def run(*words: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_there_training_and_back(demo_data: Path, tmp_path: Path) -> None:
     """With a learning rate of next to nothing the decoder comes back nearly as it was: it was the imported one that trained."""
     language, vision = save(make_language(), tmp_path / "language"), save(make_vision(), tmp_path / "vision")

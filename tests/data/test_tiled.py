@@ -138,7 +138,7 @@ def test_documents_are_never_cut_inside_an_image_and_limits_count_tiles() -> Non
 
 def test_an_image_that_could_be_too_large_is_an_error() -> None:
     index = sized_source([[5]])
-    with pytest.raises(ValueError, match=r"an image takes 22 tokens, more than data.sequence_length 21"):
+    with pytest.raises(ValueError, match=r"an image of 5 tiles takes 22 tokens, more than data.sequence_length 21"):
         pack_window(index, np.array([0]), Limits(21, 5), TILED, seed=0)
     with pytest.raises(ValueError, match=r"an image becomes up to 5 tiles, more than data.max_images_per_sequence 4: raise it"):
         pack_window(index, np.array([0]), Limits(22, 4), TILED, seed=0)
