@@ -97,7 +97,7 @@ def open_source(path: Path, part: Part, model: ModelConfig, *, sequence_length: 
         raise ValueError(f"the recipe's family {model.family} has no image tower: leave out --{part}")
     if not isinstance(ours, known.config):
         raise ValueError(
-            f"{path} is a checkpoint of format {name}, which a {model.family} model cannot take as --{part}: choose another recipe"
+            f"{path} is a checkpoint of format {name}, which {model.family} models cannot take as --{part}: choose another recipe"
         )
     document = _checked_document(reader, name)
     tied = part == "language" and not _has_head(reader, prefix)

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models.mono_reference import MonoReference, MonoSizes
-from models.random_weights import randomize
-from models.test_infimm_parity import make_reference
+from models.references import infimm_reference, mono_reference
 from safetensors.torch import load_file, save_file
 from small_infimm import small_infimm
 from small_mono import small_mono
@@ -64,22 +62,8 @@ def test_released_names_and_back(
 def reference(settings: Experiment) -> torch.nn.Module:
     """The plain model of the same shape, under the names of released checkpoints."""
     if settings.model.family == "infimm":
-        return make_reference(settings.model)  # type: ignore[arg-type]
-    decoder, patches = settings.model.decoder, settings.model.patches  # type: ignore[attr-defined]
-    sizes = MonoSizes(
-        image_size=patches.image_size,
-        patch_size=patches.patch_size,
-        patch_width=patches.hidden_size,
-        vocab=decoder.vocab_size,
-        width=decoder.hidden_size,
-        ffn=decoder.ffn_hidden_size,
-        layers=decoder.num_layers,
-        heads=decoder.num_attention_heads,
-        kv_heads=decoder.num_query_groups,
-    )
-    model = MonoReference(sizes)
-    randomize(model)
-    return model
+        return infimm_reference(settings.model)  # type: ignore[arg-type]
+    return mono_reference(settings.model)  # type: ignore[arg-type]
 
 
 def test_a_language_model_fills_text_and_visual_experts_alike(tmp_path: Path) -> None:
@@ -125,7 +109,7 @@ def test_part_of_another_family_is_refused(tokenizer_path: Path, tmp_path: Path)
     vision = save(make_vision(), tmp_path / "vision")
     with pytest.raises(ValueError, match="family mono_internvl has no image tower: leave out --vision"):
         convert_from_hf(small("mono_internvl"), tmp_path / "new", vision=vision)
-    with pytest.raises(ValueError, match="of format clip, but the recipe's part is a EvaConfig: choose another recipe"):
+    with pytest.raises(ValueError, match="of format clip, which infimm models cannot take as --vision: choose another recipe"):
         convert_from_hf(small("infimm"), tmp_path / "new", vision=vision)
 
 

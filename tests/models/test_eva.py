@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models.infimm_reference import EvaReference, TowerSizes
+from models.infimm_reference import EvaReference
 from models.random_weights import randomize
+from models.references import tower_sizes
 
 from megatron_mm.config import EvaConfig, ParallelConfig
 from megatron_mm.conversion.infimm import eva_table
@@ -32,20 +33,7 @@ GEOMETRIES = {
 
 def make_reference(config: EvaConfig) -> EvaReference:
     """A reference tower whose every parameter is random, norms and biases included."""
-    reference = EvaReference(
-        TowerSizes(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            width=config.hidden_size,
-            layers=config.num_layers,
-            heads=config.num_attention_heads,
-            ffn=config.ffn_hidden_size,
-            output=config.output_size,
-            eva02=config.swiglu,
-            post_norm=config.block == "post_norm",
-            rotary_grid=config.rotary_grid or 0,
-        )
-    )
+    reference = EvaReference(tower_sizes(config))
     randomize(reference)
     return reference
 

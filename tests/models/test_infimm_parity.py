@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from models.infimm_reference import InfiMMReference, InfiMMSizes, TowerSizes
-from models.random_weights import randomize
+from models.infimm_reference import InfiMMReference
+from models.references import infimm_reference
 from small import packed_batch
 from small_infimm import END_OF_CHUNK_ID, IMAGE_ID, small_infimm
 
@@ -29,47 +29,6 @@ def topology() -> Iterator[Topology]:
     experiment = small_infimm()
     yield topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     topologies.shutdown()
-
-
-def make_reference(config: InfiMMConfig) -> InfiMMReference:
-    """The plain model of a configuration: every weight random, gates at about 0.6."""
-    vision, decoder = config.vision, config.decoder
-    tower = TowerSizes(
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        width=vision.hidden_size,
-        layers=vision.num_layers,
-        heads=vision.num_attention_heads,
-        ffn=vision.ffn_hidden_size,
-        output=vision.output_size,
-        eva02=vision.swiglu,
-        post_norm=vision.block == "post_norm",
-        rotary_grid=vision.rotary_grid or 0,
-    )
-    reference = InfiMMReference(
-        InfiMMSizes(
-            tower=tower,
-            vocab=decoder.vocab_size,
-            width=decoder.hidden_size,
-            ffn=decoder.ffn_hidden_size,
-            layers=decoder.num_layers,
-            heads=decoder.num_attention_heads,
-            kv_heads=decoder.num_query_groups,
-            every=config.gated.every_n_layers,
-            rope_theta=decoder.rotary_base,
-            image_token=IMAGE_ID,
-            latents=config.resampler.num_latents,
-            resampler_layers=config.resampler.num_layers,
-            cross_heads=config.gated.num_attention_heads,
-            cross_head_dim=config.gated.head_dim,
-        )
-    )
-    randomize(reference)
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            if name.endswith("_gate"):
-                parameter.add_(0.6)
-    return reference
 
 
 def copy_weights(reference: InfiMMReference, chunk: torch.nn.Module, config: InfiMMConfig) -> None:
@@ -114,7 +73,7 @@ def test_the_same_logits(topology: Topology) -> None:
     """fp32; logits of about unit scale."""
     experiment = small_infimm()
     assert isinstance(experiment.model, InfiMMConfig)
-    reference = make_reference(experiment.model)
+    reference = infimm_reference(experiment.model)
     (chunk,) = build_chunks(experiment, topology)
     copy_weights(reference, chunk, experiment.model)
     chosen = documents()
@@ -131,7 +90,7 @@ def test_the_same_training(topology: Topology, policy: str) -> None:
     """Five steps of AdamW on both, the reference's with torch's own optimizer: the same losses, and the same weights in the end."""
     experiment: Experiment = small_infimm(policy=policy, global_batch_size=4)
     assert isinstance(experiment.model, InfiMMConfig)
-    reference, optimizer = make_reference(experiment.model), experiment.optimizer
+    reference, optimizer = infimm_reference(experiment.model), experiment.optimizer
     model = build_model(experiment, topology)
     copy_weights(reference, model[0].module, experiment.model)
     step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=1)

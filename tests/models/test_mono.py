@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from models.mono_reference import MonoReference, MonoSizes
-from models.random_weights import randomize
+from models.mono_reference import MonoReference
+from models.references import mono_reference
 from small import packed_batch
 from small_mono import CONTEXT_ID, END_IMG_ID, IMG_ID, TILE_TOKENS, mono_batch, small_mono
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,26 +34,6 @@ def topology() -> Iterator[Topology]:
     experiment = small_mono()
     yield topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     topologies.shutdown()
-
-
-def make_reference(config: MonoInternVLConfig) -> MonoReference:
-    decoder, patches = config.decoder, config.patches
-    sizes = MonoSizes(
-        image_size=patches.image_size,
-        patch_size=patches.patch_size,
-        patch_width=patches.hidden_size,
-        vocab=decoder.vocab_size,
-        width=decoder.hidden_size,
-        ffn=decoder.ffn_hidden_size,
-        layers=decoder.num_layers,
-        heads=decoder.num_attention_heads,
-        kv_heads=decoder.num_query_groups,
-        rope_theta=decoder.rotary_base,
-        image_token=CONTEXT_ID,
-    )
-    reference = MonoReference(sizes)
-    randomize(reference)
-    return reference
 
 
 def documents() -> list[tuple[list[int], torch.Tensor]]:
@@ -89,7 +69,7 @@ def test_the_same_logits_as_computing_both_networks_and_masking(topology: Topolo
     """fp32; logits of about unit scale."""
     experiment = small_mono()
     assert isinstance(experiment.model, MonoInternVLConfig)
-    reference = make_reference(experiment.model)
+    reference = mono_reference(experiment.model)
     (chunk,) = build_chunks(experiment, topology)
     chunk.load_state_dict(from_hf(mono_internvl_table(experiment.model), dict(reference.named_parameters())), strict=True)
     chosen = documents()
@@ -106,7 +86,7 @@ def test_the_same_training(topology: Topology, policy: str) -> None:
     """Five steps of AdamW on both, the reference's with torch's own optimizer: the same losses, and the same weights in the end."""
     experiment: Experiment = small_mono(policy=policy, global_batch_size=2)
     assert isinstance(experiment.model, MonoInternVLConfig)
-    reference, optimizer = make_reference(experiment.model), experiment.optimizer
+    reference, optimizer = mono_reference(experiment.model), experiment.optimizer
     model = build_model(experiment, topology)
     table = mono_internvl_table(experiment.model)
     model[0].module.load_state_dict(from_hf(table, dict(reference.named_parameters())), strict=True)
