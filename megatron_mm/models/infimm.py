@@ -55,7 +55,7 @@ class InfiMMModel(Chunk):
 
         Args:
             batch: the micro-batch, its tensors on this process's device (`image_...` on the CPU).
-            pipeline_rows: rows of what goes to the next stage, as `InfiMM's ModelFamily.pipeline_rows` says.
+            pipeline_rows: rows of what goes to the next stage, as `ModelFamily.pipeline_rows` says.
             with_loss: the last stage returns losses, or else logits.
 
         Returns:
