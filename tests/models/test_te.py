@@ -27,8 +27,13 @@ from megatron_mm.training.run import check
 TESTS = Path(__file__).parents[1]
 
 
-FAMILIES = ("mm1", "infimm", "mono_internvl")
-MODELS = [("mm1", "fp32"), ("mm1", "experts"), ("infimm", "fp32"), ("mono_internvl", "fp32")]
+FAMILIES = ("mm1", "infimm", pytest.param("mono_internvl", marks=pytest.mark.slow))
+MODELS = [
+    ("mm1", "fp32"),
+    ("mm1", "experts"),
+    ("infimm", "fp32"),
+    pytest.param("mono_internvl", "fp32", marks=pytest.mark.slow),
+]
 """Families and what te_program calls their variants."""
 
 

@@ -71,7 +71,7 @@ def dense(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
-    [pytest.param(1, {}, marks=pytest.mark.slow), (4, {"pipeline": 2, "expert": 2})],
+    [pytest.param(1, {}, marks=pytest.mark.slow), pytest.param(4, {"pipeline": 2, "expert": 2}, marks=pytest.mark.slow)],
     ids=["one process", "pipeline 2 expert 2"],
 )
 def test_the_fresh_sparse_model_is_the_dense_one_and_learns(
