@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import random
 import signal
 import socket
 import tempfile
@@ -115,6 +116,9 @@ def _child(
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, below those that the system gives to outgoing connections: one of these could take it in between."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")

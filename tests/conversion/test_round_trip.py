@@ -98,8 +98,8 @@ CHECKPOINTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        pytest.param(name, precision, marks=[] if precision == quick else pytest.mark.slow)
-        for name, (*_, quick) in CHECKPOINTS.items()
+        pytest.param(name, precision, marks=[] if precision == quick and processes < 4 else pytest.mark.slow)
+        for name, (processes, *_, quick) in CHECKPOINTS.items()
         for precision in DTYPES
     ],
 )

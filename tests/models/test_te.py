@@ -27,12 +27,11 @@ from megatron_mm.training.run import check
 TESTS = Path(__file__).parents[1]
 
 
-FAMILIES = ("mm1", "infimm", pytest.param("mono_internvl", marks=pytest.mark.slow))
+FAMILIES = ("mm1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("infimm", "mono_internvl")))
 MODELS = [
     ("mm1", "fp32"),
     ("mm1", "experts"),
-    ("infimm", "fp32"),
-    pytest.param("mono_internvl", "fp32", marks=pytest.mark.slow),
+    *(pytest.param(name, "fp32", marks=pytest.mark.slow) for name in ("infimm", "mono_internvl")),
 ]
 """Families and what te_program calls their variants."""
 

@@ -100,18 +100,22 @@ def train_deep(parallel: dict[str, Any], experts: MoEConfig, padding: int) -> Ru
 
 LAYOUTS = [
     (2, {"expert": 2}),
-    (4, {"expert": 4}),
     (2, {"tensor": 2}),
-    (4, {"tensor": 2, "expert": 2}),
     (4, {"pipeline": 2, "expert": 2}),
-    (2, {"pipeline": 2, "virtual": 2}),
     (2, {"expert": 2, "distributed_optimizer": False}),
-    (2, {"expert": 2, "recompute": "full"}),
     (8, {"tensor": 2, "pipeline": 2, "expert": 2}),
+]
+MORE_LAYOUTS = [
+    (4, {"expert": 4}),
+    (4, {"tensor": 2, "expert": 2}),
+    (2, {"pipeline": 2, "virtual": 2}),
+    (2, {"expert": 2, "recompute": "full"}),
 ]
 
 
-@pytest.mark.parametrize(("world_size", "parallel"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("world_size", "parallel"), [*LAYOUTS, *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE_LAYOUTS)], ids=str
+)
 def test_losses_and_auxiliary_losses_equal_those_of_one_process(world_size: int, parallel: dict[str, Any]) -> None:
     expected, runs = _one_process(depth=_depth(parallel)), run_processes(train, world_size, parallel)
     assert all(run.losses == runs[0].losses and run.routing == runs[0].routing for run in runs)

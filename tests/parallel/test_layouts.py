@@ -17,20 +17,20 @@ UNTIED = {"tied_embeddings": False}
 FULL_HEADS = {"num_query_groups": 8}
 LAYOUTS = [
     Layout(2, {"tensor": 2}),
-    Layout(2, {"tensor": 2, "sequence": False}),
     Layout(2, {"pipeline": 2}),
     Layout(2, {"pipeline": 2, "virtual": 2}, DEEP),
-    Layout(2, {"pipeline": 2, "stage_layers": (3, 1)}, DEEP),
-    Layout(2, {}),
     Layout(2, {"distributed_optimizer": False}),
     Layout(8, {"tensor": 2, "pipeline": 2}),
     Layout(1, {"recompute": "full"}),
-    Layout(1, {"recompute": "selective"}),
-    Layout(4, {"tensor": 2, "pipeline": 2}, UNTIED),
     Layout(2, {"tensor": 2}, FULL_HEADS),
 ]
 
 MORE_LAYOUTS = [
+    Layout(2, {"tensor": 2, "sequence": False}),
+    Layout(2, {"pipeline": 2, "stage_layers": (3, 1)}, DEEP),
+    Layout(2, {}),
+    Layout(1, {"recompute": "selective"}),
+    Layout(4, {"tensor": 2, "pipeline": 2}, UNTIED),
     Layout(4, {"tensor": 4}),
     Layout(2, {"pipeline": 2, "stage_layers": (0, 4)}, DEEP),
     Layout(2, {"overlap_grad_reduce": False}),

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,9 @@ def test_wandb_has_everything_of_metrics_jsonl_and_a_resume_goes_on_with_the_sam
         watched.close(exit_code=0)
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
+    deadline = time.monotonic() + 30  # a process of its own writes them, and may be a moment behind
+    while not all(run_ids(file) and len(history(file)) >= 6 for file in files) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert run_ids(files[0]) == run_ids(files[1]) == {(run_dir / "wandb_run_id").read_text().strip()}
     logged = [entry for file in files for entry in history(file)]
     steps = {entry["train/step"]: entry for entry in logged if "train/loss" in entry}

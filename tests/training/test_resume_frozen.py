@@ -30,7 +30,8 @@ def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("family", ["infimm", pytest.param("mono", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_on_the_same_layout_and_on_others(family: str, demo_data: Path, tmp_path: Path) -> None:
     straight, half = tmp_path / "straight", tmp_path / "half"
     run_processes(run, 2, family, demo_data, straight, NOTHING_TO_TRAIN, 8)
