@@ -69,12 +69,18 @@ def test_from_hf_says_what_it_wants(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["from-hf"], "no directory to write or no recipe given"),
-        (["from-hf", "x", "--recipe", "none_such"], "unknown recipe 'none_such'"),
-        (["from-hf", "x", "--recipe", "debug_mm1"], "give --whole DIR, or --language DIR, --vision DIR or both"),
+        pytest.param(["from-hf"], "no directory to write or no recipe given", marks=pytest.mark.slow),
+        pytest.param(["from-hf", "x", "--recipe", "none_such"], "unknown recipe 'none_such'", marks=pytest.mark.slow),
+        pytest.param(
+            ["from-hf", "x", "--recipe", "debug_mm1"], "give --whole DIR, or --language DIR, --vision DIR or both", marks=pytest.mark.slow
+        ),
         (["from-hf", "x", "--recipe", "debug_mm1", "--language", "/nowhere"], "/nowhere does not exist"),
         (["inspect", "/nowhere"], "/nowhere is neither a complete checkpoint nor a run directory"),
-        (["to-hf", "/nowhere", "x", "--part", "language"], "/nowhere is neither a complete checkpoint nor a run directory"),
+        pytest.param(
+            ["to-hf", "/nowhere", "x", "--part", "language"],
+            "/nowhere is neither a complete checkpoint nor a run directory",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str) -> None:

@@ -15,10 +15,10 @@ LAYOUTS = [
     Layout(2, {"tensor": 2}, policy="ift"),
     Layout(8, {"tensor": 2, "pipeline": 2}, policy="ift"),
     Layout(2, {"pipeline": 2, "virtual": 2, "recompute": "full"}, policy="pt"),
-    Layout(2, {"pipeline": 2, "stage_layers": (3, 1), "distributed_optimizer": False}, policy="pt"),
     Layout(4, {"tensor": 2, "pipeline": 2}, policy="pt"),
 ]
 MORE_LAYOUTS = [
+    Layout(2, {"pipeline": 2, "stage_layers": (3, 1), "distributed_optimizer": False}, policy="pt"),
     Layout(2, {"pipeline": 2}, policy="ift"),
     Layout(1, {"recompute": "full"}, policy="ift"),
     Layout(2, {}, policy="pt"),

@@ -77,7 +77,12 @@ def test_metrics_have_every_step_once_with_the_promised_fields(straight: dict[in
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(1, {}), pytest.param(4, {"tensor": 4}, marks=pytest.mark.slow), (2, {}), (2, {"pipeline": 2, "virtual": 2})],
+    [
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        pytest.param(4, {"tensor": 4}, marks=pytest.mark.slow),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        (2, {"pipeline": 2, "virtual": 2}),
+    ],
     ids=["one process", "tensor 4", "data 2", "pipeline 2 virtual 2"],
 )
 def test_resume_on_another_layout_continues_the_curve(
