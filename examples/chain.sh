@@ -29,11 +29,11 @@ case ${CHAIN:-yes} in
     *) fail "CHAIN=$CHAIN is neither yes nor no" ;;
 esac
 
-[ -n "${RUN_DIR:-}" ] || fail "RUN_DIR is not set: the folder of the stages' run directories, seen by every node: export RUN_DIR=/shared/runs/$name"
+[ -n "${RUN_DIR:-}" ] || fail "RUN_DIR is not set: the folder of the stages' run directories, seen by every node: export RUN_DIR=/scratch/runs/$name"
 RUN_DIR=$(realpath -m "$RUN_DIR")
 for stage in "${stages[@]}"; do
     data=DATA_${stage^^}
-    [ -n "${!data:-}" ] || fail "$data is not set: the data set of stage $stage, seen by every node: export $data=/shared/$stage"
+    [ -n "${!data:-}" ] || fail "$data is not set: the data set of stage $stage, seen by every node: export $data=/scratch/$stage"
     [ -d "${!data}" ] || say "note: $data=${!data} is not there yet, and must be when stage $stage starts"
 done
 

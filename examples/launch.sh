@@ -19,8 +19,8 @@ require() { # name, what it is
 recipe=$1
 shift
 [ -n "${SLURM_JOB_ID:-}" ] || fail "this is not a Slurm job: submit it, for example: sbatch examples/$recipe.slurm"
-require DATA "the folder that \`megatron-mm prepare index\` has indexed, seen by every node" /shared/data
-require RUN_DIR "the run's folder, seen by every node" "/shared/runs/$recipe"
+require DATA "the folder that \`megatron-mm prepare index\` has indexed, seen by every node" /scratch/data
+require RUN_DIR "the run's folder, seen by every node" "/scratch/runs/$recipe"
 [ -d "$DATA" ] || fail "DATA=$DATA is not a folder on $(hostname)"
 mkdir -p "$RUN_DIR/logs" || fail "RUN_DIR=$RUN_DIR cannot be made on $(hostname)"
 DATA=$(realpath "$DATA")
