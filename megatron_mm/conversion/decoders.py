@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_mm.config import DecoderConfig
 from megatron_mm.conversion.mapping import QKV, Direct, Entry, GatedMLP, Vocabulary, stack
@@ -71,12 +71,15 @@ def internlm2_table(
     *,
     body: str = "model.",
     head: str = "output.weight",
-    mlps: Sequence[str] = ("mlp",),
+    mlps: Mapping[str, str] | None = None,
     vocab_rows: int | None = None,
 ) -> list[Entry]:
     """A decoder as `InternLM2ForCausalLM` names it.
 
     Its `wqkv` groups rows by key/value head as ours does: the group's queries, its key, its value.
+
+    Args:
+        mlps: our names of a layer's feed-forwards and theirs; where several read the same the table only reads, and each is a copy.
     """
     rows = {"rows": config.vocab_size, "written_rows": vocab_rows or config.vocab_size}
     layers: list[Entry] = []
@@ -88,9 +91,9 @@ def internlm2_table(
             Direct(f"{layer}.self_attention.linear_proj.weight", f"{theirs}.attention.wo.weight"),
             Direct(f"{layer}.pre_mlp_layernorm.weight", f"{theirs}.ffn_norm.weight"),
         ]
-        for name in mlps:
+        for name, their_name in (mlps or {"mlp": "feed_forward"}).items():
             fc1, fc2 = (f"{layer}.{name}.linear_{fc}.weight" for fc in ("fc1", "fc2"))
-            w1, w2, w3 = (f"{theirs}.feed_forward.{w}.weight" for w in ("w1", "w2", "w3"))
+            w1, w2, w3 = (f"{theirs}.{their_name}.{w}.weight" for w in ("w1", "w2", "w3"))
             layers += [GatedMLP(fc1, gate=w1, up=w3), Direct(fc2, w2)]
     return [
         Vocabulary("language.embedding.word_embeddings.weight", f"{body}tok_embeddings.weight", **rows),

@@ -11,7 +11,7 @@ import torch
 
 from megatron_mm.config import EvaConfig, InfiMMConfig
 from megatron_mm.conversion.decoders import llama_table
-from megatron_mm.conversion.mapping import QKV, Direct, Entry, Positions, StackedKV, Wrapped, expand
+from megatron_mm.conversion.mapping import QKV, Direct, Entry, Positions, StackedKV, Wrapped, both, expand
 from megatron_mm.models.eva import rotary_angles
 
 
@@ -62,51 +62,51 @@ def eva_table(config: EvaConfig, *, prefix: str = "") -> list[Entry]:
             num_groups=1,
             head_dim=config.hidden_size,
         ),
-        *_both(f"{ours}.attention.inner_norm", f"{theirs}.attn.inner_attn_ln"),
-        *_both(f"{ours}.mlp.gate", f"{theirs}.mlp.w1"),
-        *_both(f"{ours}.mlp.up", f"{theirs}.mlp.w2"),
-        *_both(f"{ours}.mlp.inner_norm", f"{theirs}.mlp.ffn_ln"),
-        *_both(f"{ours}.mlp.down", f"{theirs}.mlp.w3"),
+        *both(f"{ours}.attention.inner_norm", f"{theirs}.attn.inner_attn_ln"),
+        *both(f"{ours}.mlp.gate", f"{theirs}.mlp.w1"),
+        *both(f"{ours}.mlp.up", f"{theirs}.mlp.w2"),
+        *both(f"{ours}.mlp.inner_norm", f"{theirs}.mlp.ffn_ln"),
+        *both(f"{ours}.mlp.down", f"{theirs}.mlp.w3"),
     ]
     eva01 = [
         Direct(f"{ours}.attention.qkv.weight", f"{theirs}.attn.qkv.weight"),
-        *_both(f"{ours}.mlp.up", f"{theirs}.mlp.fc1"),
-        *_both(f"{ours}.mlp.down", f"{theirs}.mlp.fc2"),
+        *both(f"{ours}.mlp.up", f"{theirs}.mlp.fc1"),
+        *both(f"{ours}.mlp.down", f"{theirs}.mlp.fc2"),
     ]
     layer = [
-        *_both(f"{ours}.attention_norm", f"{theirs}.norm1"),
+        *both(f"{ours}.attention_norm", f"{theirs}.norm1"),
         Direct(f"{ours}.attention.q_bias", f"{theirs}.attn.q_bias"),
         Direct(f"{ours}.attention.v_bias", f"{theirs}.attn.v_bias"),
-        *_both(f"{ours}.attention.output", f"{theirs}.attn.proj"),
-        *_both(f"{ours}.mlp_norm", f"{theirs}.norm2"),
+        *both(f"{ours}.attention.output", f"{theirs}.attn.proj"),
+        *both(f"{ours}.mlp_norm", f"{theirs}.norm2"),
         *(eva02 if config.swiglu else eva01),
     ]
     return [
         Wrapped("vision.class_embedding", f"{prefix}cls_token", axes=2),
         Positions("vision.position_embedding", f"{prefix}pos_embed", num_patches=config.grid_size**2, axes=1),
-        *_both("vision.patch_embedding", f"{prefix}patch_embed.proj"),
+        *both("vision.patch_embedding", f"{prefix}patch_embed.proj"),
         *expand(layer, placeholder="layer", count=config.num_layers),
-        *_both("vision.norm", f"{prefix}norm"),
-        *_both("vision.head", f"{prefix}head"),
+        *both("vision.norm", f"{prefix}norm"),
+        *both("vision.head", f"{prefix}head"),
     ]
 
 
 def _resampler_table(config: InfiMMConfig) -> list[Entry]:
     ours, theirs = "resampler.layers.{layer}", "model.perceiver.layers.{layer}"
     layer = [
-        *_both(f"{ours}.feature_norm", f"{theirs}.0.norm_media"),
-        *_both(f"{ours}.latent_norm", f"{theirs}.0.norm_latents"),
+        *both(f"{ours}.feature_norm", f"{theirs}.0.norm_media"),
+        *both(f"{ours}.latent_norm", f"{theirs}.0.norm_latents"),
         Direct(f"{ours}.query.weight", f"{theirs}.0.to_q.weight"),
         Direct(f"{ours}.key_value.weight", f"{theirs}.0.to_kv.weight"),
         Direct(f"{ours}.output.weight", f"{theirs}.0.to_out.weight"),
-        *_both(f"{ours}.ffn_norm", f"{theirs}.1.0"),
+        *both(f"{ours}.ffn_norm", f"{theirs}.1.0"),
         Direct(f"{ours}.ffn_hidden.weight", f"{theirs}.1.1.weight"),
         Direct(f"{ours}.ffn_output.weight", f"{theirs}.1.3.weight"),
     ]
     return [
         Direct("resampler.latents", "model.perceiver.latents"),
         *expand(layer, placeholder="layer", count=config.resampler.num_layers),
-        *_both("resampler.norm", "model.perceiver.norm"),
+        *both("resampler.norm", "model.perceiver.norm"),
     ]
 
 
@@ -117,15 +117,11 @@ def _gated_table(config: InfiMMConfig, number: int) -> list[Entry]:
     return [
         Direct(f"{ours}.attention_gate", f"{theirs}.attn_gate"),
         Direct(f"{ours}.ffn_gate", f"{theirs}.ff_gate"),
-        *_both(f"{ours}.attention_norm", f"{theirs}.attn.norm"),
+        *both(f"{ours}.attention_norm", f"{theirs}.attn.norm"),
         Direct(f"{ours}.linear_q.weight", f"{theirs}.attn.to_q.weight"),
         StackedKV(f"{ours}.linear_kv.weight", f"{theirs}.attn.to_kv.weight", **heads),
         Direct(f"{ours}.linear_out.weight", f"{theirs}.attn.to_out.weight"),
-        *_both(f"{ours}.ffn_norm", f"{theirs}.ff.0"),
+        *both(f"{ours}.ffn_norm", f"{theirs}.ff.0"),
         Direct(f"{ours}.ffn.linear_fc1.weight", f"{theirs}.ff.1.weight"),
         Direct(f"{ours}.ffn.linear_fc2.weight", f"{theirs}.ff.3.weight"),
     ]
-
-
-def _both(ours: str, theirs: str) -> list[Entry]:
-    return [Direct(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")]

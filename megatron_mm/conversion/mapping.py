@@ -285,6 +285,11 @@ def stack(entries: Iterable[Entry], *, placeholder: str, count: int) -> list[Ent
     return [Row(entry.renamed({placeholder: row}), row) for row in range(count) for entry in entries]
 
 
+def both(ours: str, theirs: str) -> list[Entry]:
+    """A module with weight and bias under another name."""
+    return [Direct(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")]
+
+
 def expand(table: Iterable[Entry], *, placeholder: str, count: int) -> list[Entry]:
     """The table with `{placeholder}` replaced by 0 .. count - 1.
 

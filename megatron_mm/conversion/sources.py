@@ -192,7 +192,7 @@ def _llama(config: DecoderConfig, naming: Naming) -> list[Entry]:
 def _internlm2(config: DecoderConfig, naming: Naming) -> list[Entry]:
     body = naming.prefix
     head = f"{body}tok_embeddings.weight" if naming.tied else f"{body.removesuffix('model.')}output.weight"
-    return internlm2_table(config, body=body, head=head, mlps=naming.mlps)
+    return internlm2_table(config, body=body, head=head, mlps=dict.fromkeys(naming.mlps, "feed_forward"))
 
 
 _EVA_ROTARY = r".*\.?rope\.freqs_(cos|sin)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_mm.config import VisionConfig
-from megatron_mm.conversion.mapping import QKV, Direct, Entry, Positions, StackedQKV, expand
+from megatron_mm.conversion.mapping import QKV, Direct, Entry, Positions, StackedQKV, both, expand
 
 _LAYER = "vision.transformer.layers.{layer}"
 
@@ -26,15 +26,15 @@ def clip_table(config: VisionConfig, *, prefix: str = "vision_model.") -> list[E
             Direct("vision.class_embedding", f"{prefix}embeddings.class_embedding"),
             Direct("vision.patch_embedding.weight", f"{prefix}embeddings.patch_embedding.weight"),
             Positions("vision.position_embedding", f"{prefix}embeddings.position_embedding.weight", num_patches=config.num_patches),
-            *_both("vision.pre_norm", f"{prefix}pre_layrnorm"),  # sic
-            *_both(f"{layer}.input_layernorm", f"{theirs}.layer_norm1"),
+            *both("vision.pre_norm", f"{prefix}pre_layrnorm"),  # sic
+            *both(f"{layer}.input_layernorm", f"{theirs}.layer_norm1"),
             qkv("weight"),
             qkv("bias"),
-            *_both(f"{layer}.self_attention.linear_proj", f"{theirs}.self_attn.out_proj"),
-            *_both(f"{layer}.pre_mlp_layernorm", f"{theirs}.layer_norm2"),
-            *_both(f"{layer}.mlp.linear_fc1", f"{theirs}.mlp.fc1"),
-            *_both(f"{layer}.mlp.linear_fc2", f"{theirs}.mlp.fc2"),
-            *_both("vision.post_norm", f"{prefix}post_layernorm"),
+            *both(f"{layer}.self_attention.linear_proj", f"{theirs}.self_attn.out_proj"),
+            *both(f"{layer}.pre_mlp_layernorm", f"{theirs}.layer_norm2"),
+            *both(f"{layer}.mlp.linear_fc1", f"{theirs}.mlp.fc1"),
+            *both(f"{layer}.mlp.linear_fc2", f"{theirs}.mlp.fc2"),
+            *both("vision.post_norm", f"{prefix}post_layernorm"),
         ],
         placeholder="layer",
         count=config.num_layers,
@@ -52,20 +52,16 @@ def open_clip_table(config: VisionConfig, *, prefix: str = "visual.") -> list[En
             Direct("vision.class_embedding", f"{prefix}class_embedding"),
             Direct("vision.patch_embedding.weight", f"{prefix}conv1.weight"),
             Positions("vision.position_embedding", f"{prefix}positional_embedding", num_patches=config.num_patches),
-            *_both("vision.pre_norm", f"{prefix}ln_pre"),
-            *_both(f"{layer}.input_layernorm", f"{theirs}.ln_1"),
+            *both("vision.pre_norm", f"{prefix}ln_pre"),
+            *both(f"{layer}.input_layernorm", f"{theirs}.ln_1"),
             StackedQKV(f"{attention}.linear_qkv.weight", f"{theirs}.attn.in_proj_weight", **shape),
             StackedQKV(f"{attention}.linear_qkv.bias", f"{theirs}.attn.in_proj_bias", **shape),
-            *_both(f"{attention}.linear_proj", f"{theirs}.attn.out_proj"),
-            *_both(f"{layer}.pre_mlp_layernorm", f"{theirs}.ln_2"),
-            *_both(f"{layer}.mlp.linear_fc1", f"{theirs}.mlp.c_fc"),
-            *_both(f"{layer}.mlp.linear_fc2", f"{theirs}.mlp.c_proj"),
-            *_both("vision.post_norm", f"{prefix}ln_post"),
+            *both(f"{attention}.linear_proj", f"{theirs}.attn.out_proj"),
+            *both(f"{layer}.pre_mlp_layernorm", f"{theirs}.ln_2"),
+            *both(f"{layer}.mlp.linear_fc1", f"{theirs}.mlp.c_fc"),
+            *both(f"{layer}.mlp.linear_fc2", f"{theirs}.mlp.c_proj"),
+            *both("vision.post_norm", f"{prefix}ln_post"),
         ],
         placeholder="layer",
         count=config.num_layers,
     )
-
-
-def _both(ours: str, theirs: str) -> list[Entry]:
-    return [Direct(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")]

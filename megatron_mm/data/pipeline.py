@@ -65,11 +65,10 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
     )
 
 
-def as_indexed(experiment: Experiment) -> Experiment:
+def as_indexed(experiment: Experiment, indexes: list[SourceIndex]) -> Experiment:
     """The experiment with the chat template and the caption prompt that its sources were indexed with, where it names none: so that a
     resume, or an evaluation, on data that was indexed otherwise since is noticed."""
     data = experiment.data
-    indexes = open_split(data.path, TRAINING, sources=data.sources)
     templates = {index.chat_template for index in indexes} - {None}
     prompts = {index.caption_prompt for index in indexes if index.kind == "pairs"} - {None}
     return replace(

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_mm.config import EvaConfig
-from megatron_mm.models.plain import linear, norm
+from megatron_mm.models.plain import PixelNormalization, linear, norm
 
 EVA02_L_14_336 = EvaConfig(
     image_size=336,
@@ -81,8 +81,6 @@ class EvaTower(nn.Module):
     with depth.
     """
 
-    scale: torch.Tensor
-    shift: torch.Tensor
     cos: torch.Tensor | None
     sin: torch.Tensor | None
 
@@ -103,10 +101,7 @@ class EvaTower(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.output.weight", "mlp.down.weight")):
                 parameter.init_std /= math.sqrt(2 * config.num_layers)  # type: ignore[attr-defined]
-        # x -> (x / 255 - mean) / std as one multiplication and one addition.
-        self.register_buffer("scale", torch.tensor([1 / (255 * std) for std in config.std]).view(3, 1, 1), persistent=False)
-        shift = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
-        self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
+        self.normalize = PixelNormalization(config.mean, config.std)
         angles = rotary_angles(config)
         self.register_buffer("cos", None if angles is None else angles.cos(), persistent=False)
         self.register_buffer("sin", None if angles is None else angles.sin(), persistent=False)
@@ -123,7 +118,7 @@ class EvaTower(nn.Module):
         """
         size = self.config.image_size
         assert pixels.shape[1:] == (3, size, size), f"pixels of shape {tuple(pixels.shape)}, but the tower takes [n, 3, {size}, {size}]"
-        normalised = torch.addcmul(self.shift, pixels.float(), self.scale).to(self.class_embedding.dtype)
+        normalised = self.normalize(pixels).to(self.class_embedding.dtype)
         patches_npv = self.patch_embedding(normalised).flatten(2).transpose(1, 2)
         class_n1v = self.class_embedding.expand(pixels.shape[0], 1, -1)
         tokens_nsv = torch.cat([class_n1v, patches_npv], dim=1) + self.position_embedding

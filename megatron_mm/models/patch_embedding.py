@@ -23,14 +23,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_mm.config import PatchEmbeddingConfig
-from megatron_mm.models.plain import linear, norm
+from megatron_mm.models.plain import PixelNormalization, linear, norm
 
 
 class PatchEmbedding(nn.Module):
     """Pixels [n, 3, H, W] -> squares of patches [n, k, u * u * v]; n may be 0."""
-
-    scale: torch.Tensor
-    shift: torch.Tensor
 
     def __init__(self, config: PatchEmbeddingConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -43,10 +40,7 @@ class PatchEmbedding(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.position_grid**2 + 1, width, dtype=dtype))
         for parameter in (self.class_embedding, self.position_embedding):
             parameter.init_std = 0.02  # type: ignore[attr-defined]
-        # x -> (x / 255 - mean) / std as one multiplication and one addition.
-        self.register_buffer("scale", torch.tensor([1 / (255 * std) for std in config.std]).view(3, 1, 1), persistent=False)
-        shift = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
-        self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
+        self.normalize = PixelNormalization(config.mean, config.std)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """
@@ -55,7 +49,7 @@ class PatchEmbedding(nn.Module):
         """
         size = self.config.image_size
         assert pixels.shape[1:] == (3, size, size), f"pixels of shape {tuple(pixels.shape)}, but tiles are [n, 3, {size}, {size}]"
-        normalised = torch.addcmul(self.shift, pixels.float(), self.scale).to(self.position_embedding.dtype)
+        normalised = self.normalize(pixels).to(self.position_embedding.dtype)
         patches_nggv = (self.projection(normalised) + self._positions()).permute(0, 2, 3, 1)
         return unshuffle(patches_nggv, self.config.unshuffle)
 

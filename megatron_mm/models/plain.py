@@ -17,3 +17,19 @@ def linear(input_size: int, output_size: int, *, bias: bool = True, dtype: torch
 def norm(size: int, *, dtype: torch.dtype, epsilon: float = 1e-5) -> nn.LayerNorm:
     """A LayerNorm; its weight begins as 1."""
     return nn.LayerNorm(size, eps=epsilon, dtype=dtype)
+
+
+class PixelNormalization(nn.Module):
+    """uint8 pixels [n, 3, H, W] -> (x / 255 - mean) / std, as one multiplication and one addition. Nothing of it is in checkpoints."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float32."""
+        return torch.addcmul(self.shift, pixels.float(), self.scale)

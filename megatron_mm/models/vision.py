@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mm.config import VisionConfig
 from megatron_mm.models.decoder import NO_INITIALIZATION, RECOMPUTE
 from megatron_mm.models.layers import TorchNorm
+from megatron_mm.models.plain import PixelNormalization
 
 VIT_L_14_336 = VisionConfig(image_size=336, patch_size=14, hidden_size=1024, num_layers=24, num_attention_heads=16, ffn_hidden_size=4096)
 """OpenAI CLIP ViT-L/14 at 336 px: 24 x 24 patches."""
@@ -81,9 +82,6 @@ class VisionTower(torch.nn.Module):
     OpenAI's CLIP, widths standing for fan-in.
     """
 
-    scale: torch.Tensor
-    shift: torch.Tensor
-
     def __init__(
         self,
         config: VisionConfig,
@@ -114,11 +112,7 @@ class VisionTower(torch.nn.Module):
             transformer_config, layers, post_layer_norm=False, pre_process=True, post_process=True, pg_collection=pg_collection
         )
         self.post_norm = TorchNorm(transformer_config, width, config.norm_epsilon)
-        # x -> (x / 255 - mean) / std as one multiplication and one addition.
-        self.register_buffer("scale", torch.tensor([1 / (255 * std) for std in config.std]).view(3, 1, 1), persistent=False)
-        self.register_buffer(
-            "shift", torch.tensor([-m / s for m, s in zip(config.mean, config.std, strict=True)]).view(3, 1, 1), persistent=False
-        )
+        self.normalize = PixelNormalization(config.mean, config.std)
         self._mark_initial_scales()
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -132,7 +126,7 @@ class VisionTower(torch.nn.Module):
         """
         size = self.config.image_size
         assert pixels.shape[1:] == (3, size, size), f"pixels of shape {tuple(pixels.shape)}, but the tower takes [n, 3, {size}, {size}]"
-        normalised = torch.addcmul(self.shift, pixels.float(), self.scale).to(self.class_embedding.dtype)
+        normalised = self.normalize(pixels).to(self.class_embedding.dtype)
         patches_npv = self.patch_embedding(normalised).flatten(2).transpose(1, 2)
         class_n1v = self.class_embedding.expand(pixels.shape[0], 1, -1)
         tokens_nsv = torch.cat([class_n1v, patches_npv], dim=1) + self.position_embedding

@@ -24,8 +24,7 @@ def start(experiment: Experiment, run_dir: Path) -> TrainState:
 
     Raises ValueError, before processes meet, where layout, batch, data or an earlier run in run_dir does not fit.
     """
-    experiment = as_indexed(experiment)
-    check(experiment, run_dir)
+    experiment = check(experiment, run_dir)
     if int(os.environ.get("RANK", "0")) == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         _warn_of_changes(experiment, run_dir / CONFIG_FILE)
@@ -36,8 +35,11 @@ def start(experiment: Experiment, run_dir: Path) -> TrainState:
         topologies.shutdown()
 
 
-def check(experiment: Experiment, run_dir: Path) -> None:
-    """Everything that can be found wrong without other processes. Raises ValueError that names the thing and the fix."""
+def check(experiment: Experiment, run_dir: Path) -> Experiment:
+    """The experiment with what its data was indexed with (`data.pipeline.as_indexed`), once nothing is found wrong.
+
+    Raises ValueError that names the thing and the fix for all that can be found without other processes.
+    """
     check_shapes(experiment, topologies.world_size())
     tokenizer = open_tokenizer(experiment)
     rows = experiment.model.decoder.vocab_size
@@ -46,7 +48,7 @@ def check(experiment: Experiment, run_dir: Path) -> None:
             f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
             "raise it, or use a smaller tokenizer"
         )
-    make_plan(experiment, split=TRAINING)
+    experiment = as_indexed(experiment, make_plan(experiment, split=TRAINING).indexes)
     if experiment.eval.interval and (experiment.data.path / HELD_OUT).is_dir():
         make_plan(experiment, split=HELD_OUT)  # found now, not after the first thousand steps
     checkpoints = completed_checkpoints(run_dir)[-1:]
@@ -56,6 +58,7 @@ def check(experiment: Experiment, run_dir: Path) -> None:
         beginning = find_checkpoint(experiment.init_from)
         check_same_model(experiment, beginning, with_optimizer=False)
         check_same_tokenizer(experiment, beginning)
+    return experiment
 
 
 def check_shapes(experiment: Experiment, world_size: int) -> None:
