@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from megatron_mm.cli import main
 from megatron_mm.data.demo import prepare_demo
 
-GOLDEN = Path(__file__).parent / "golden" / "runs"
+GOLDEN = Path(__file__).parent / "golden_runs"
 RECIPES = ("debug_mm1", "debug_mm1_moe", "debug_infimm", "debug_mono_internvl")
 STEPS = 4
 TOLERANCE = 1e-5
@@ -27,10 +27,8 @@ TOLERANCE = 1e-5
 
 def run(recipe: str, *, data: Path, out: Path) -> dict[str, Any]:
     """Losses and gradient norms of the first steps on one process, and the shape of every tensor of the checkpoint by its name."""
-    main(
-        ["train", recipe, "--run-dir", str(out), "--data.path", str(data), "--train.steps", str(STEPS), "--eval.interval", "0"]
-        + ["--monitor.wandb", "disabled", "--data.decoder", "pillow"]
-    )
+    quick = ["--train.steps", str(STEPS), "--eval.interval", "0", "--monitor.wandb", "disabled", "--data.decoder", "pillow"]
+    main(["train", recipe, "--run-dir", str(out), "--data.path", str(data), *quick])
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     (checkpoint,) = (out / "checkpoints").iterdir()
     saved = dcp.FileSystemReader(_folder_of_tensors(checkpoint)).read_metadata().state_dict_metadata
