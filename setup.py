@@ -27,5 +27,5 @@ setup(
         "dali": ["nvidia-dali-cuda130"],
         "dev": ["mypy", "pytest", "pytest-timeout", "ruff"],
     },
-    entry_points={"console_scripts": ["megatron-mm = megatron_mm.cli:main"]},
+    entry_points={"console_scripts": ["megatron-mm = megatron_mm.cli.main:main"]},
 )

@@ -23,16 +23,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_mm.config import Experiment, MM1Config, ParallelConfig
+from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.conversion.files import TensorInfo, checksum_of, safetensors_header
 from megatron_mm.conversion.from_hf import convert_from_hf
 from megatron_mm.conversion.job import cut
-from megatron_mm.conversion.mm1 import mm1_table
-from megatron_mm.conversion.mm1_files import write_mm1_files
 from megatron_mm.conversion.target import model_targets
 from megatron_mm.conversion.to_hf import Written, convert_to_hf, parse_size, plan_tensors
-from megatron_mm.data.tokenizer import train_tokenizer
-from megatron_mm.recipes import get_recipe
+from megatron_mm.data.text.tokenizer import train_tokenizer
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.mm1.files import write_mm1_files
+from megatron_mm.families.mm1.names import mm1_table
+from megatron_mm.families.recipes import get_recipe
 
 GIB = 2**30
 

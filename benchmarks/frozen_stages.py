@@ -25,11 +25,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
-from megatron_mm.config import Experiment, GatedConfig, InfiMMConfig, ParallelConfig
-from megatron_mm.data.pipeline import TrainingData, open_tokenizer
+from megatron_mm.config import Experiment, ParallelConfig
+from megatron_mm.families.infimm.config import GatedConfig, InfiMMConfig
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
-from megatron_mm.recipes import get_recipe
+from megatron_mm.run.data import TrainingData, open_tokenizer
+from megatron_mm.training.build import build_model
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 

@@ -25,14 +25,14 @@ import torch
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.data.pipeline import image_input
-from megatron_mm.models import family_of
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.families.registry import family_of
+from megatron_mm.flops import StepWork, mfu, peak_tflops
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
-from megatron_mm.planning.flops import StepWork, mfu, peak_tflops
-from megatron_mm.recipes import get_recipe
+from megatron_mm.run.data import image_input
+from megatron_mm.run.start import check_shapes
+from megatron_mm.training.build import build_model
 from megatron_mm.training.optimizer import build_optimizer
-from megatron_mm.training.run import check_shapes
 from megatron_mm.training.step import TrainingStep
 
 RESULTS = Path(__file__).with_name("results")

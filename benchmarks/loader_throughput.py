@@ -20,15 +20,15 @@ import torch
 from PIL import Image
 
 from megatron_mm.config import DataConfig
-from megatron_mm.data.decode import has_dali, make_decoder
-from megatron_mm.data.filling import Limits
 from megatron_mm.data.image_input import ImageInput
-from megatron_mm.data.index import open_split
-from megatron_mm.data.loader import Loader, RankView
-from megatron_mm.data.plan import Plan
-from megatron_mm.data.prepare import prepare_index
-from megatron_mm.data.shards import TarWriter, read_range
-from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm.data.load.decode import has_dali, make_decoder
+from megatron_mm.data.load.loader import Loader, RankView
+from megatron_mm.data.plan.filling import Limits
+from megatron_mm.data.plan.plan import Plan
+from megatron_mm.data.prepare.index import prepare_index
+from megatron_mm.data.sources.index import open_split
+from megatron_mm.data.sources.shards import TarWriter, read_range
+from megatron_mm.data.text.tokenizer import Tokenizer, train_tokenizer
 
 FILL = (122, 116, 104)
 CPU = torch.device("cpu")

@@ -21,10 +21,10 @@ from typing import Any
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_mm.config import Experiment
-from megatron_mm.data.pipeline import TrainingData, open_tokenizer
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
-from megatron_mm.recipes import get_recipe
+from megatron_mm.run.data import TrainingData, open_tokenizer
+from megatron_mm.training.build import build_model
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 

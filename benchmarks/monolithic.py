@@ -20,18 +20,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_mm.config import Experiment, MonoInternVLConfig, PatchEmbeddingConfig, VisionConfig
+from megatron_mm.config import Experiment, VisionConfig
 from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.families.mono_internvl.config import MonoInternVLConfig, PatchEmbeddingConfig
+from megatron_mm.families.mono_internvl.modality_experts import modality_layout
+from megatron_mm.families.mono_internvl.model import MonoInternVLModel
+from megatron_mm.families.mono_internvl.patch_embedding import unshuffle
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.models.layers import vision_layer_spec
-from megatron_mm.models.modality_experts import modality_layout
-from megatron_mm.models.mono_internvl import MonoInternVLModel
-from megatron_mm.models.patch_embedding import unshuffle
 from megatron_mm.models.vision import VisionTower, vision_transformer_config
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.parallel.topology import single_process_groups
-from megatron_mm.recipes import get_recipe
+from megatron_mm.training.build import build_chunks
 
 LAYERS = 24
 """Of InternLM2-1.8B and of InternViT-300M."""

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mm.data import packing
-from megatron_mm.data.filling import Limits
 from megatron_mm.data.image_input import ImageInput
-from megatron_mm.data.index import ITEM, SAMPLE, Kind, SourceIndex
-from megatron_mm.data.plan import Plan
+from megatron_mm.data.plan import packing
+from megatron_mm.data.plan.filling import Limits
+from megatron_mm.data.plan.plan import Plan
+from megatron_mm.data.sources.index import ITEM, SAMPLE, Kind, SourceIndex
 
 STEP_SECONDS = 1.66
 SEQUENCES, LENGTH, IMAGES = 512, 4096, 16

@@ -24,13 +24,14 @@ from unittest.mock import patch
 import torch
 from megatron.core.fp8_utils import get_fp8_context
 
-from megatron_mm.config import FP8_MULTIPLE, Experiment, MonoInternVLConfig
-from megatron_mm.models.modality_experts import ModalityExperts, ModalityLayout, rows_of
+from megatron_mm.config import FP8_MULTIPLE, Experiment
+from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
+from megatron_mm.families.mono_internvl.modality_experts import ModalityExperts, ModalityLayout, rows_of
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.platform.device import local_device
-from megatron_mm.recipes import get_recipe
+from megatron_mm.training.build import build_chunks
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp8": 2e-1}
 """Between the two ways, norm of the difference over the norm: sums of thousands of terms in another order, outputs of 8 bits of mantissa;

@@ -21,8 +21,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.data.batch import PackedBatch
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.recipes import get_recipe
 from megatron_mm.training.trainer import Trainer
 
 

@@ -1,6 +1,6 @@
 """`python -m megatron_mm` is `megatron-mm`."""
 
-from megatron_mm.cli import main
+from megatron_mm.cli.main import main
 
 if __name__ == "__main__":
     main()

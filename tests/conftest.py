@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.data.demo import prepare_demo
+from megatron_mm.data.prepare.demo import prepare_demo
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from megatron_mm.config import Experiment
-from megatron_mm.data.shards import TarWriter
+from megatron_mm.data.sources.shards import TarWriter
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.recipes import get_recipe
 
 ALONE = Topology(
     device=torch.device("cpu"),

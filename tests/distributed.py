@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_PRELOADED = ["torch", "torch.distributed.checkpoint", "megatron_mm.training.trainer", "megatron_mm.recipes"]
+_PRELOADED = ["torch", "torch.distributed.checkpoint", "megatron_mm.training.trainer", "megatron_mm.families.recipes"]
 """Imported once by the server that the processes are forked from."""
 
 

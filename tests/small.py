@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from megatron_mm.config import ConnectorConfig, DecoderConfig, Experiment, MM1Config, ParallelConfig
+from megatron_mm.config import ConnectorConfig, DecoderConfig, Experiment, ParallelConfig
 from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.models.vision import VIT_TINY
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.recipes import get_recipe
 
 IMAGE_ID = 4
 IMAGE_TOKENS = 9

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from small import packed_batch, small_experiment
 
-from megatron_mm.config import DecoderConfig, Experiment, MonoInternVLConfig, ParallelConfig, PatchEmbeddingConfig
+from megatron_mm.config import DecoderConfig, Experiment, ParallelConfig
 from megatron_mm.data.batch import PackedBatch
+from megatron_mm.families.mono_internvl.config import MonoInternVLConfig, PatchEmbeddingConfig
 from megatron_mm.parallel.topology import Topology
 
 IMG_ID, END_IMG_ID, CONTEXT_ID = 2, 3, 4

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm import cli
-from megatron_mm.commands import TrainOptions, _option_names
-from megatron_mm.recipes import get_recipe
+from megatron_mm.cli import main as cli
+from megatron_mm.cli.options import TrainOptions, _option_names
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.training.checkpoint import find_checkpoint
 
 PROGRAM = [sys.executable, "-m", "megatron_mm"]

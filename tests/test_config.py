@@ -12,16 +12,15 @@ from megatron_mm.config import (
     DataConfig,
     DecoderConfig,
     Experiment,
-    MM1Config,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
     VisionConfig,
-    from_dict,
-    to_dict,
 )
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.families.serialize import from_dict, to_dict
 from megatron_mm.parallel.stages import layers_per_stage
-from megatron_mm.recipes import get_recipe
 
 DEBUG = get_recipe("debug_mm1")
 assert isinstance(DEBUG.model, MM1Config)

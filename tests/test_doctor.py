@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mm import doctor
-from megatron_mm.doctor import Finding, diagnose, report
+from megatron_mm.run import doctor
+from megatron_mm.run.doctor import Finding, diagnose, report
 
 
 @pytest.fixture

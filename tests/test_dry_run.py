@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_mm.config import Experiment
-from megatron_mm.dry_run import describe, stage_parameters, stage_table
-from megatron_mm.recipes import get_recipe
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.run.dry_run import describe, stage_parameters, stage_table
 
 
 def changed(experiment: Experiment, **parts: dict[str, Any]) -> Experiment:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_mm.cli import main
+from megatron_mm.cli.main import main
 
 if __name__ == "__main__":
     main(["convert", *sys.argv[1:]])

@@ -25,22 +25,24 @@ from typing import Any, Literal
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_mm.config import Experiment, InfiMMConfig, MM1Config, ModelConfig
+from megatron_mm.config import Experiment, ModelConfig
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.data.decode import has_dali, make_decoder
-from megatron_mm.data.demo import prepare_demo
-from megatron_mm.data.index import open_split
-from megatron_mm.data.pipeline import TrainingData, open_tokenizer
-from megatron_mm.data.shards import read_range
-from megatron_mm.doctor import diagnose, report
+from megatron_mm.data.load.decode import has_dali, make_decoder
+from megatron_mm.data.prepare.demo import prepare_demo
+from megatron_mm.data.sources.index import open_split
+from megatron_mm.data.sources.shards import read_range
+from megatron_mm.families.infimm.config import InfiMMConfig
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
 from megatron_mm.parallel.initial_weights import STATE_METADATA
 from megatron_mm.platform import adam
-from megatron_mm.recipes import get_recipe
+from megatron_mm.run.data import TrainingData, open_tokenizer
+from megatron_mm.run.doctor import diagnose, report
+from megatron_mm.run.start import check_shapes
+from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import Checkpointer, TrainState
 from megatron_mm.training.optimizer import build_optimizer
-from megatron_mm.training.run import check_shapes
 from megatron_mm.training.step import TrainingStep
 
 megatron_optimizer: Any = importlib.import_module("megatron.core.optimizer")

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_mm.config.blocks import ModelConfig
 from megatron_mm.config.checks import require, require_positive
-from megatron_mm.config.models import ModelConfig
 
 Precision = Literal["fp32", "bf16", "fp8"]
 
@@ -210,7 +210,7 @@ class TrainConfig:
     seed: int = 1234
     """Seed of the initial weights, the sample order and everything else that is random."""
     policy: str = "all"
-    """What learns: a named policy of the model family (`megatron_mm.models`). What does not has no gradient and no optimizer state."""
+    """What learns: a named policy of the model family (`megatron_mm.families`). What does not has no gradient and no optimizer state."""
     layers: Literal["auto", "te", "torch"] = "auto"
     """Layer backend: Transformer Engine or plain PyTorch; auto takes te on a GPU where its package is, except in fp32."""
     deterministic: bool = False
@@ -276,7 +276,7 @@ class MonitorConfig:
     run_name: str | None = None
     """Display name; None takes the run directory's name."""
     peak_tflops: float | None = None
-    """Peak of one device in TFLOP/s for MFU; None takes the table in `megatron_mm.planning.flops` (no MFU on a CPU)."""
+    """Peak of one device in TFLOP/s for MFU; None takes the table in `megatron_mm.flops` (no MFU on a CPU)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "console_interval")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mm.conversion.infimm import infimm_constants, infimm_table
-from megatron_mm.conversion.mapping import Entry
-from megatron_mm.conversion.mm1 import mm1_table
-from megatron_mm.conversion.mm1_files import write_mm1_files
-from megatron_mm.conversion.mono_internvl import EXPERTS, mono_internvl_table
 from megatron_mm.conversion.released_files import write_infimm_files, write_mono_internvl_files
+from megatron_mm.families.infimm.names import infimm_constants, infimm_table
+from megatron_mm.families.mm1.files import write_mm1_files
+from megatron_mm.families.mm1.names import mm1_table
+from megatron_mm.families.mono_internvl.names import EXPERTS, mono_internvl_table
+from megatron_mm.hf.mapping import Entry
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.config import load_experiment
 from megatron_mm.conversion.files import TensorInfo
 from megatron_mm.conversion.hf_reader import WEIGHT_FILES, HfReader
 from megatron_mm.conversion.reader import CheckpointReader, is_weight
+from megatron_mm.families.serialize import load_experiment
 from megatron_mm.training.checkpoint import find_checkpoint
 
 _BLOCK = 1 << 24

@@ -8,15 +8,15 @@ import shutil
 from pathlib import Path
 
 from megatron_mm.config import DecoderConfig, Experiment, VisionConfig
-from megatron_mm.conversion.configs import Architecture, image_processor_config, language_model_config, vision_model_config
-from megatron_mm.conversion.decoders import internlm2_table, llama_table
 from megatron_mm.conversion.families import FAMILIES
-from megatron_mm.conversion.hf_tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
-from megatron_mm.conversion.mapping import Entry
-from megatron_mm.conversion.mm1_files import generation_config
-from megatron_mm.conversion.towers import clip_table
-from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.models import family_of
+from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.families.mm1.files import generation_config
+from megatron_mm.families.registry import family_of
+from megatron_mm.hf.configs import Architecture, image_processor_config, language_model_config, vision_model_config
+from megatron_mm.hf.decoders import internlm2_table, llama_table
+from megatron_mm.hf.mapping import Entry
+from megatron_mm.hf.tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
+from megatron_mm.hf.towers import clip_table
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_mm.config import EvaConfig, Experiment, InfiMMConfig, MonoInternVLConfig
-from megatron_mm.conversion.configs import decoder_config, language_model_config
-from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.models import family_of
+from megatron_mm.config import EvaConfig, Experiment
+from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.families.infimm.config import InfiMMConfig
+from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
+from megatron_mm.families.registry import family_of
+from megatron_mm.hf.configs import decoder_config, language_model_config
 from megatron_mm.models.eva import EVA02_L_14_336
 
 

@@ -13,14 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_mm.config import DecoderConfig, EvaConfig, InfiMMConfig, MM1Config, ModelConfig, MonoInternVLConfig, VisionConfig
-from megatron_mm.conversion.decoders import internlm2_table, llama_table
+from megatron_mm.config import DecoderConfig, EvaConfig, ModelConfig, VisionConfig
 from megatron_mm.conversion.families import FAMILIES
 from megatron_mm.conversion.hf_reader import HfReader
-from megatron_mm.conversion.infimm import eva_table, infimm_table
-from megatron_mm.conversion.mapping import Entry
-from megatron_mm.conversion.mm1 import mm1_table
-from megatron_mm.conversion.mono_internvl import mono_internvl_table
 from megatron_mm.conversion.settings import (
     clip_settings,
     decoder_settings,
@@ -29,7 +24,15 @@ from megatron_mm.conversion.settings import (
     mono_internvl_settings,
     open_clip_settings,
 )
-from megatron_mm.conversion.towers import clip_table, open_clip_table
+from megatron_mm.families.infimm.config import InfiMMConfig
+from megatron_mm.families.infimm.names import eva_table, infimm_table
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.mm1.names import mm1_table
+from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
+from megatron_mm.families.mono_internvl.names import mono_internvl_table
+from megatron_mm.hf.decoders import internlm2_table, llama_table
+from megatron_mm.hf.mapping import Entry
+from megatron_mm.hf.towers import clip_table, open_clip_table
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.conversion.files import TensorInfo
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.initial_weights import STATE_METADATA, InitialValue, draw, initial_value
+from megatron_mm.training.build import build_chunks
 
 
 @dataclass(frozen=True)

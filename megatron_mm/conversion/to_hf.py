@@ -18,17 +18,18 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_mm.config import Experiment, load_experiment, to_dict
+from megatron_mm.config import Experiment
 from megatron_mm.conversion import parts
-from megatron_mm.conversion.configs import Architecture
 from megatron_mm.conversion.families import FAMILIES
 from megatron_mm.conversion.files import TensorInfo, safetensors_header
 from megatron_mm.conversion.job import Lane, Task, cut, finish, partial_directory, run_lanes, write_values
-from megatron_mm.conversion.mapping import Direct, Entry, check_names
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.target import model_targets
-from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.models import family_of
+from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.families.registry import family_of
+from megatron_mm.families.serialize import load_experiment, to_dict
+from megatron_mm.hf.configs import Architecture
+from megatron_mm.hf.mapping import Direct, Entry, check_names
 from megatron_mm.training.checkpoint import find_checkpoint
 
 logger = logging.getLogger(__name__)

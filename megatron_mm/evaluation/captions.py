@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_mm.data.chat import rendering_of
-from megatron_mm.data.documents import parse_document
-from megatron_mm.data.index import SourceIndex
-from megatron_mm.data.items import Text
-from megatron_mm.data.loader import document_stream
-from megatron_mm.data.packing import counted_places, document_images
-from megatron_mm.data.shards import read_range
-from megatron_mm.data.tile_decode import EncodedTiles, TileDecoder
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.load.loader import document_stream
+from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
+from megatron_mm.data.plan.packing import counted_places, document_images
+from megatron_mm.data.sources.index import SourceIndex
+from megatron_mm.data.sources.shards import read_range
+from megatron_mm.data.text.chat import rendering_of
+from megatron_mm.data.text.documents import parse_document
+from megatron_mm.data.text.items import Text
+from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.generation import Prompt
-from megatron_mm.models.base import ImageInput
+from megatron_mm.families.base import ImageInput
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.config import FP8_MULTIPLE, Experiment
 from megatron_mm.data.batch import PackedBatch, documents_of_images
-from megatron_mm.data.plan import image_owners
-from megatron_mm.models import pipeline_rows
+from megatron_mm.data.plan.plan import image_owners
+from megatron_mm.families.registry import pipeline_rows
 from megatron_mm.parallel.topology import Topology
 
 

@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 
 from megatron_mm.config import Experiment
-from megatron_mm.data.index import open_split
-from megatron_mm.data.pipeline import HELD_OUT as SPLIT
-from megatron_mm.data.pipeline import TrainingData, image_input
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.sources.index import open_split
+from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.captions import CaptionSample, caption_tasks
 from megatron_mm.evaluation.generation import generate
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.run.data import HELD_OUT as SPLIT
+from megatron_mm.run.data import TrainingData, image_input
 from megatron_mm.training.loss import LossTotals
 from megatron_mm.training.step import TrainingStep
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config import DecoderConfig, ParallelConfig
-from megatron_mm.models.base import ChunkContext
+from megatron_mm.models.context import ChunkContext
 from megatron_mm.models.layers import decoder_layer_spec, norm_module
 from megatron_mm.parallel.stages import layers_per_stage, pipeline_layout
 

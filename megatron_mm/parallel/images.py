@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 
 
 class TensorParallelImages:
-    """`models.base.ImageSharing` over a tensor-parallel group."""
+    """`models.context.ImageSharing` over a tensor-parallel group."""
 
     def __init__(self, group: dist.ProcessGroup, *, sequence_parallel: bool) -> None:
         self.group = group

@@ -45,7 +45,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_mm.config import CheckpointConfig, Experiment, ModelConfig, load_experiment, save_experiment, to_dict
+from megatron_mm.config import CheckpointConfig, Experiment, ModelConfig
+from megatron_mm.families.serialize import load_experiment, save_experiment, to_dict
 from megatron_mm.parallel.initial_weights import STATE_METADATA
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.safe_pickle import check_pickles

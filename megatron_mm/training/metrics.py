@@ -28,7 +28,7 @@ class StepMetrics:
     """Wall time of the step."""
     tokens_per_s: float
     tflops: float
-    """TFLOP/s of one device (`planning.flops`)."""
+    """TFLOP/s of one device (`flops`)."""
     mfu: float | None
     skipped: bool = False
     """The gradient was not finite and no weight changed."""

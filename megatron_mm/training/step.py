@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.models import pipeline_rows
+from megatron_mm.families.registry import pipeline_rows
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.loss import LossFunction, LossTotals, combine_losses, loss_function, micro_batch_iterator
 from megatron_mm.training.optimizer import Update, learning_rate, update

@@ -1,4 +1,4 @@
-"""The training loop. Everything that is not the step itself is a hook (`training.hooks`)."""
+"""The training loop. Everything that is not the step itself is a hook (`run.hooks`)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from megatron_mm.config import Experiment
-from megatron_mm.data.pipeline import TrainingData, open_tokenizer
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
+from megatron_mm.run.data import TrainingData, open_tokenizer
+from megatron_mm.run.hooks import Hook, StepRecord, standard_hooks
+from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import Checkpointer, TrainState, find_checkpoint, load_weights, newest_checkpoint
-from megatron_mm.training.hooks import Hook, StepRecord, standard_hooks
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 

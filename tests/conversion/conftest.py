@@ -9,14 +9,15 @@ import pytest
 import torch
 from transformers import dynamic_module_utils
 
-from megatron_mm.config import CheckpointConfig, Experiment, MM1Config, MoEConfig, ParallelConfig
+from megatron_mm.config import CheckpointConfig, Experiment, MoEConfig, ParallelConfig
 from megatron_mm.conversion.to_hf import Export, convert_to_hf
 from megatron_mm.data.batch import PackedBatch, documents_of_images
-from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
-from megatron_mm.models.mm1 import MM1Model
+from megatron_mm.data.text.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.mm1.model import MM1Model
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology
-from megatron_mm.parallel.build import build_model
-from megatron_mm.recipes import get_recipe
+from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import Checkpointer, TrainState, completed_checkpoints
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep

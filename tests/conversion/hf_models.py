@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from megatron_mm.config import Experiment, MM1Config
-from megatron_mm.recipes import get_recipe
+from megatron_mm.config import Experiment
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.recipes import get_recipe
 
 VOCABULARY = 400
 """Rows of the language models; the recipe's has more."""

@@ -19,10 +19,10 @@ from megatron_mm.conversion.from_hf import convert_from_hf
 from megatron_mm.conversion.released_files import infimm_config
 from megatron_mm.conversion.settings import infimm_settings
 from megatron_mm.conversion.to_hf import convert_to_hf
-from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.models import family_of
+from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.families.registry import family_of
 from megatron_mm.models.eva import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336
-from megatron_mm.recipes import get_recipe
 from tests.conversion.hf_models import make_language, make_vision, save
 from tests.conversion.test_from_hf import internlm2, tensors
 from tests.conversion.test_round_trip import same, stored, weights, written

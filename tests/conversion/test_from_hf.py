@@ -19,13 +19,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
-from megatron_mm.config import Experiment, MoEConfig, ParallelConfig, load_experiment
+from megatron_mm.config import Experiment, MoEConfig, ParallelConfig
 from megatron_mm.conversion.from_hf import convert_from_hf
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.data.batch import PackedBatch
+from megatron_mm.families.serialize import load_experiment
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
 from megatron_mm.parallel.initial_weights import STATE_METADATA
+from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import find_checkpoint, load_weights
 from tests.conversion.hf_models import DECODER, TOWER, VOCABULARY, experiment, make_language, make_vision, save
 

@@ -14,19 +14,19 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 import megatron_mm.hf
 from megatron_mm.config import ConnectorConfig, Experiment, ParallelConfig
-from megatron_mm.conversion.mapping import to_hf
-from megatron_mm.conversion.mm1 import mm1_table
-from megatron_mm.conversion.mm1_files import hf_config
 from megatron_mm.conversion.to_hf import Export
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.data.decode import PillowDecoder
-from megatron_mm.hf.configuration_mm1 import MM1Config as HfConfig
-from megatron_mm.hf.modeling_mm1 import MM1ForConditionalGeneration
-from megatron_mm.models.mm1 import MM1Model
+from megatron_mm.data.load.decode import PillowDecoder
+from megatron_mm.families.mm1.files import hf_config
+from megatron_mm.families.mm1.hf_code.configuration_mm1 import MM1Config as HfConfig
+from megatron_mm.families.mm1.hf_code.modeling_mm1 import MM1ForConditionalGeneration
+from megatron_mm.families.mm1.model import MM1Model
+from megatron_mm.families.mm1.names import mm1_table
+from megatron_mm.hf.mapping import to_hf
 from megatron_mm.parallel import topology
-from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.build import build_chunks
 from tests.conversion.conftest import DOCUMENTS, Trained, make_batch, make_images, scramble, training_logits
 
 

@@ -8,8 +8,8 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_mm.conversion.hf_tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.hf.tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
 from tests.conversion.conftest import TEXTS
 
 STRANGE = [

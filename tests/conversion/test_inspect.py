@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_mm import cli
+from megatron_mm.cli import main as cli
 from megatron_mm.conversion.files import checksum_of
 from megatron_mm.conversion.inspect import _label, inspect, norm
 from tests.conversion.conftest import Trained

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm import cli
+from megatron_mm.cli import main as cli
 from tests.conversion.hf_models import make_language, make_vision, save
 from tests.conversion.test_round_trip import weights
 

@@ -16,9 +16,9 @@ from megatron_mm.config import CheckpointConfig, Experiment, MoEConfig, Parallel
 from megatron_mm.conversion.from_hf import convert_from_hf
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.to_hf import convert_to_hf
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
+from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import Checkpointer, TrainState, find_checkpoint
 from megatron_mm.training.optimizer import build_optimizer, initialize_state
 from tests.conversion.conftest import make_images, scramble

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_mm.conversion.files import read_safetensors_header
 from megatron_mm.conversion.from_hf import convert_from_hf
 from megatron_mm.conversion.hf_reader import HfReader
-from megatron_mm.training.run import check
+from megatron_mm.run.start import check
 from tests.conversion.hf_models import DECODER, experiment, make_language, make_vision, save
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from megatron_mm.conversion.mapping import from_hf, to_hf
-from megatron_mm.conversion.mm1 import mm1_table
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.to_hf import Export, convert_to_hf
+from megatron_mm.families.mm1.names import mm1_table
+from megatron_mm.hf.mapping import from_hf, to_hf
 from tests.conversion.conftest import Trained
 from tests.conversion.test_hf_model import hf_logits
 

@@ -10,12 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_mm.config import MM1Config, load_experiment, save_experiment
-from megatron_mm.conversion.mapping import to_hf
-from megatron_mm.conversion.mm1 import mm1_table
-from megatron_mm.conversion.mm1_files import write_mm1_files
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.to_hf import Export, convert_to_hf, parse_size, plan_shards, plan_tensors
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.mm1.files import write_mm1_files
+from megatron_mm.families.mm1.names import mm1_table
+from megatron_mm.families.serialize import load_experiment, save_experiment
+from megatron_mm.hf.mapping import to_hf
 from tests.conversion.conftest import Trained, train_one_step
 
 

@@ -18,16 +18,16 @@ from data_files import ALONE, experiment, picture, write_tar
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.data.chat import CHAT_TEMPLATES
 from megatron_mm.data.image_input import ImageInput
-from megatron_mm.data.index import open_index
-from megatron_mm.data.packing import counted_places
-from megatron_mm.data.pipeline import TrainingData, make_plan, open_tokenizer
-from megatron_mm.data.prepare import prepare_index
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.plan.packing import counted_places
+from megatron_mm.data.prepare.index import prepare_index
+from megatron_mm.data.sources.index import open_index
+from megatron_mm.data.text.chat import CHAT_TEMPLATES
+from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.captions import caption_tasks
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.recipes import get_recipe
+from megatron_mm.run.data import TrainingData, make_plan, open_tokenizer
 
 CONVERSATIONS = [
     ("<image>\nwhat shape?", "a cross", "what colour?", "red"),

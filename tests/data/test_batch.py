@@ -10,13 +10,13 @@ from data_files import picture, write_tar
 
 from megatron_mm.config import DataConfig
 from megatron_mm.data.batch import PackedBatch, documents_of_images
-from megatron_mm.data.filling import Limits
 from megatron_mm.data.image_input import ImageInput
-from megatron_mm.data.index import open_split
-from megatron_mm.data.loader import Loader, RankView
-from megatron_mm.data.plan import Plan
-from megatron_mm.data.prepare import prepare_index
-from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm.data.load.loader import Loader, RankView
+from megatron_mm.data.plan.filling import Limits
+from megatron_mm.data.plan.plan import Plan
+from megatron_mm.data.prepare.index import prepare_index
+from megatron_mm.data.sources.index import open_split
+from megatron_mm.data.text.tokenizer import Tokenizer, train_tokenizer
 
 MM1_IMAGE = ImageInput(size=8, fill=(0, 0, 0), tokens=4)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mm.data.chat import CHAT_TEMPLATES, Turn, chat_template, render
-from megatron_mm.data.items import Control, ImageReference, Text
+from megatron_mm.data.text.chat import CHAT_TEMPLATES, Turn, chat_template, render
+from megatron_mm.data.text.items import Control, ImageReference, Text
 
 TURNS = [Turn((ImageReference("0.jpg", counted=False), "\nWhat is it?"), "A ball."), Turn(("Which colour?",), "Red.")]
 INTERNVL = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"

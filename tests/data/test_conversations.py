@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_mm.data.chat import Turn
-from megatron_mm.data.conversations import conversation_turns, task_turns
-from megatron_mm.data.items import BadDocument, ImageReference
+from megatron_mm.data.text.chat import Turn
+from megatron_mm.data.text.conversations import conversation_turns, task_turns
+from megatron_mm.data.text.items import BadDocument, ImageReference
 
 
 def said(*values: str) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_mm.data.decode import ImageDecoder, has_dali, is_plain, make_decoder
+from megatron_mm.data.load.decode import ImageDecoder, has_dali, is_plain, make_decoder
 
 FILL = (122, 116, 104)
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
@@ -134,7 +134,7 @@ def test_no_images_and_changing_batch_sizes(backend: str) -> None:
 
 
 def test_dali_is_asked_for_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_mm.data.decode.has_dali", lambda: False)
+    monkeypatch.setattr("megatron_mm.data.load.decode.has_dali", lambda: False)
     with pytest.raises(ValueError, match=r"use --data.decoder pillow"):
         decoder("dali")
     assert type(decoder("auto")).__name__ == "PillowDecoder"

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_mm.data.demo import COLOURS, SHAPES, draw_scene, prepare_demo
-from megatron_mm.data.index import open_split
-from megatron_mm.data.pipeline import make_plan
-from megatron_mm.data.shards import iterate_jsonl, iterate_tar
-from megatron_mm.recipes import get_recipe
+from megatron_mm.data.prepare.demo import COLOURS, SHAPES, draw_scene, prepare_demo
+from megatron_mm.data.sources.index import open_split
+from megatron_mm.data.sources.shards import iterate_jsonl, iterate_tar
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.run.data import make_plan
 
 
 def test_demo_data_is_the_same_for_the_same_seed_and_has_every_format(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_mm.data.documents import parse_document
-from megatron_mm.data.index import Kind
-from megatron_mm.data.items import BadDocument, ImageReference, Item, Text
+from megatron_mm.data.sources.index import Kind
+from megatron_mm.data.text.documents import parse_document
+from megatron_mm.data.text.items import BadDocument, ImageReference, Item, Text
 
 
 def interleaved(fields: Any) -> list[Item]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_mm.data.filling import Limits, fill_sequences
+from megatron_mm.data.plan.filling import Limits, fill_sequences
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from data_files import picture, write_tar
 
-from megatron_mm.data.index import open_index, open_split
-from megatron_mm.data.prepare import prepare_index
+from megatron_mm.data.prepare.index import prepare_index
+from megatron_mm.data.sources.index import open_index, open_split
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_mm.data.items import Control, ImageReference, Text, encode_items
-from megatron_mm.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm.data.text.items import Control, ImageReference, Text, encode_items
+from megatron_mm.data.text.tokenizer import Tokenizer, train_tokenizer
 
 WORDS = ("a red circle", "USER: what colour?", "ASSISTANT: blue", "two squares above", "the digit 7")
 

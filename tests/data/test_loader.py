@@ -17,12 +17,12 @@ import torch
 from data_files import ALONE, experiment
 
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.data.index import open_split
-from megatron_mm.data.loader import StepBatch
-from megatron_mm.data.pipeline import TrainingData
-from megatron_mm.data.plan import GlobalBatch, Plan, PlanState
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.load.loader import StepBatch
+from megatron_mm.data.plan.plan import GlobalBatch, Plan, PlanState
+from megatron_mm.data.sources.index import open_split
+from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.run.data import TrainingData
 
 
 def load(path: Path, topology: Topology = ALONE, *, steps: int = 1, **data: Any) -> list[StepBatch]:
@@ -269,7 +269,7 @@ def test_every_bad_sample_counts_once_over_all_processes(demo_data: Path, tmp_pa
 
 def test_another_tokenizer_than_the_index_is_an_error(demo_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(demo_data, tmp_path / "data"))
-    from megatron_mm.data.tokenizer import train_tokenizer
+    from megatron_mm.data.text.tokenizer import train_tokenizer
 
     train_tokenizer([f"other words {n}" for n in range(50)], data / "tokenizer.model", vocab_size=290)
     with pytest.raises(ValueError, match=r"was indexed with tokenizer .* index it again"):

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_mm.data.mixture import choose_sources, stream_samples
+from megatron_mm.data.plan.mixture import choose_sources, stream_samples
 
 
 def test_the_mixture_holds_at_every_moment() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_mm.data.filling import Limits
 from megatron_mm.data.image_input import ImageInput
-from megatron_mm.data.index import ITEM, SAMPLE, SourceIndex
-from megatron_mm.data.packing import Window, counted_places, document_images, document_lengths, pack_window
+from megatron_mm.data.plan.filling import Limits
+from megatron_mm.data.plan.packing import Window, counted_places, document_images, document_lengths, pack_window
+from megatron_mm.data.sources.index import ITEM, SAMPLE, SourceIndex
 
 
 def source(documents: list[list[int | None]]) -> SourceIndex:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from data_files import ALONE, experiment
 
-from megatron_mm.data import pipeline
-from megatron_mm.data.pipeline import TrainingData, make_plan, open_tokenizer
-from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.models import family_of
+from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.families.registry import family_of
+from megatron_mm.run import data as pipeline
+from megatron_mm.run.data import TrainingData, make_plan, open_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from megatron_mm.config import Experiment
-from megatron_mm.data.pipeline import make_plan
-from megatron_mm.data.plan import GlobalBatch, PlanState, image_owners
-from megatron_mm.recipes import get_recipe
+from megatron_mm.data.plan.plan import GlobalBatch, PlanState, image_owners
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.run.data import make_plan
 
 
 def experiment(path: Path, **data: object) -> Experiment:

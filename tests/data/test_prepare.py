@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from data_files import bomb, picture, write_tar
 
-from megatron_mm.data.index import open_index
-from megatron_mm.data.prepare import check_image, detect_kind, find_sources, prepare_index, prepare_tokenizer
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.prepare.index import check_image, detect_kind, find_sources, prepare_index, prepare_tokenizer
+from megatron_mm.data.sources.index import open_index
+from megatron_mm.data.text.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_mm.data import shards
-from megatron_mm.data.shards import BrokenShard, TarWriter, iterate_jsonl, iterate_tar, read_range
+from megatron_mm.data.sources import shards
+from megatron_mm.data.sources.shards import BrokenShard, TarWriter, iterate_jsonl, iterate_tar, read_range
 
 
 def write(path: Path, members: dict[str, bytes]) -> Path:

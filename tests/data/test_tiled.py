@@ -17,21 +17,21 @@ import torch
 from data_files import ALONE, experiment, picture
 from PIL import Image
 
-from megatron_mm.data import pipeline
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.data.filling import Limits
 from megatron_mm.data.image_input import ImageInput
-from megatron_mm.data.index import ITEM, SAMPLE, SourceIndex, open_split
-from megatron_mm.data.loader import StepBatch
-from megatron_mm.data.packing import document_images, document_lengths, document_tiles, pack_window, ranges
-from megatron_mm.data.pipeline import TrainingData, make_plan, open_tokenizer
-from megatron_mm.data.plan import tile_owners
-from megatron_mm.data.shards import read_range
-from megatron_mm.data.tile_decode import EncodedTiles, TileDecoder
+from megatron_mm.data.load.loader import StepBatch
+from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
+from megatron_mm.data.plan.filling import Limits
+from megatron_mm.data.plan.packing import document_images, document_lengths, document_tiles, pack_window, ranges
+from megatron_mm.data.plan.plan import tile_owners
+from megatron_mm.data.sources.index import ITEM, SAMPLE, SourceIndex, open_split
+from megatron_mm.data.sources.shards import read_range
 from megatron_mm.data.tiling import Tiling, cut_tiles, tile_counts
 from megatron_mm.evaluation.captions import caption_tasks
-from megatron_mm.models import family_of
+from megatron_mm.families.registry import family_of
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.run import data as pipeline
+from megatron_mm.run.data import TrainingData, make_plan, open_tokenizer
 
 TILED = ImageInput(
     size=64,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_mm.data.pipeline import image_input
 from megatron_mm.data.tiling import Tiling, choose_grid, cut_tiles, tile_counts
-from megatron_mm.recipes import get_recipe
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.run.data import image_input
 
 STAGES = [Tiling(1, 4), Tiling(1, 6), Tiling(1, 12), Tiling(1, 24), Tiling(3, 9), Tiling(1, 12, thumbnail=False), Tiling(1, 1)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_mm.data.tokenizer import IMAGE, PAD, Tokenizer, train_tokenizer
+from megatron_mm.data.text.tokenizer import IMAGE, PAD, Tokenizer, train_tokenizer
 
 TEXTS = [f"a {colour} {shape} and {n} more" for colour in ("red", "green", "blue") for shape in ("circle", "square") for n in range(40)]
 

@@ -12,7 +12,7 @@ from small import IMAGE_ID, IMAGE_TOKENS, random_step, small_experiment
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.evaluation.generation import Prompt, generate
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
+from megatron_mm.training.build import build_model
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 

@@ -10,12 +10,13 @@ import pytest
 from distributed import run_processes
 from small_infimm import infimm_run
 
-from megatron_mm.config import Experiment, load_experiment
-from megatron_mm.data.prepare import prepare_index
-from megatron_mm.data.tokenizer import train_tokenizer
-from megatron_mm.evaluation.run import evaluate, experiment_of
+from megatron_mm.config import Experiment
+from megatron_mm.data.prepare.index import prepare_index
+from megatron_mm.data.text.tokenizer import train_tokenizer
+from megatron_mm.families.serialize import load_experiment
+from megatron_mm.run.evaluate import evaluate, experiment_of
+from megatron_mm.run.start import start
 from megatron_mm.training.checkpoint import find_checkpoint
-from megatron_mm.training.run import start
 
 
 def _chats(data: Path, steps: int = 2) -> Experiment:
@@ -57,8 +58,8 @@ def test_evaluation_refuses_another_template_and_another_tokenizer(trained: tupl
 
 
 def test_a_resume_under_another_template_is_told(trained: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from megatron_mm.data.pipeline import as_indexed, make_plan
-    from megatron_mm.training.run import _warn_of_changes
+    from megatron_mm.run.data import as_indexed, make_plan
+    from megatron_mm.run.start import _warn_of_changes
 
     run_dir, data = trained
     again = Path(shutil.copytree(data, tmp_path / "data"))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.data.demo import prepare_demo
-from megatron_mm.evaluation.run import Evaluated, evaluate, experiment_of
+from megatron_mm.data.prepare.demo import prepare_demo
+from megatron_mm.run.evaluate import Evaluated, evaluate, experiment_of
 from megatron_mm.training.checkpoint import find_checkpoint
 
 STEPS = 130

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from stand_in_slurm import ROOT, Cluster, stand_in_cluster
 
-from megatron_mm.recipes import get_recipe
+from megatron_mm.families.recipes import get_recipe
 
 NAME = "mono_internvl_2b"
 SCRIPT = ROOT / "examples" / f"{NAME}.slurm"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.config import Experiment
-from megatron_mm.recipes import RECIPES, get_recipe
+from megatron_mm.families.recipes import RECIPES, get_recipe
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.slurm"))

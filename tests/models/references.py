@@ -9,7 +9,9 @@ from models.random_weights import randomize
 from small_infimm import IMAGE_ID
 from small_mono import CONTEXT_ID
 
-from megatron_mm.config import EvaConfig, InfiMMConfig, MonoInternVLConfig
+from megatron_mm.config import EvaConfig
+from megatron_mm.families.infimm.config import InfiMMConfig
+from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
 
 
 def tower_sizes(vision: EvaConfig) -> TowerSizes:

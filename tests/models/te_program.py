@@ -27,11 +27,12 @@ from small_mono import mono_step, small_mono  # noqa: E402
 
 from megatron_mm.config import Experiment, MoEConfig, ResamplerConfig  # noqa: E402
 from megatron_mm.data.batch import PackedBatch  # noqa: E402
-from megatron_mm.parallel import build, initial_weights  # noqa: E402
+from megatron_mm.parallel import initial_weights  # noqa: E402
 from megatron_mm.parallel import topology as topologies  # noqa: E402
+from megatron_mm.run.start import check_fp8  # noqa: E402
+from megatron_mm.training import build  # noqa: E402
 from megatron_mm.training.checkpoint import Checkpointer, TrainState  # noqa: E402
 from megatron_mm.training.optimizer import build_optimizer  # noqa: E402
-from megatron_mm.training.run import check_fp8  # noqa: E402
 from megatron_mm.training.step import TrainingStep  # noqa: E402
 
 GATE = 0.7

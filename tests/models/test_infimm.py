@@ -12,13 +12,13 @@ from small_infimm import END_OF_CHUNK_ID, IMAGE_ID, infimm_batch, small_infimm
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.models import pipeline_rows
-from megatron_mm.models.gated_cross_attention import media_layout
+from megatron_mm.families.infimm.gated_cross_attention import media_layout
+from megatron_mm.families.registry import pipeline_rows
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.parallel.stages import attach, detach_passengers, rows_for
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.build import build_chunks
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_rows_between_stages_hold_the_images_of_the_fullest_micro_batch(topology
 
 
 def test_layouts_that_cut_a_head_are_refused() -> None:
-    from megatron_mm.models import family_of
+    from megatron_mm.families.registry import family_of
 
     experiment = small_infimm(model={"gated": replace(small_infimm().model.gated, num_attention_heads=3)}, parallel={"tensor": 2})
     with pytest.raises(ValueError, match=r"parallel.tensor 2 does not divide the 3 heads of the gated blocks"):

@@ -13,13 +13,14 @@ from models.references import infimm_reference
 from small import packed_batch
 from small_infimm import END_OF_CHUNK_ID, IMAGE_ID, small_infimm
 
-from megatron_mm.config import Experiment, InfiMMConfig
-from megatron_mm.conversion.infimm import infimm_table
-from megatron_mm.conversion.mapping import from_hf, to_hf
+from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
+from megatron_mm.families.infimm.config import InfiMMConfig
+from megatron_mm.families.infimm.names import infimm_table
+from megatron_mm.hf.mapping import from_hf, to_hf
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_chunks, build_model
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.build import build_chunks, build_model
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 

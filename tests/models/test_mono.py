@@ -14,17 +14,18 @@ from small import packed_batch
 from small_mono import CONTEXT_ID, END_IMG_ID, IMG_ID, TILE_TOKENS, mono_batch, small_mono
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_mm.config import Experiment, MonoInternVLConfig
-from megatron_mm.conversion.decoders import llama_table
-from megatron_mm.conversion.mapping import from_hf, to_hf
-from megatron_mm.conversion.mono_internvl import mono_internvl_table
+from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.models.modality_experts import ModalityExperts, modality_layout
-from megatron_mm.models.patch_embedding import unshuffle
+from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
+from megatron_mm.families.mono_internvl.modality_experts import ModalityExperts, modality_layout
+from megatron_mm.families.mono_internvl.names import mono_internvl_table
+from megatron_mm.families.mono_internvl.patch_embedding import unshuffle
+from megatron_mm.hf.decoders import llama_table
+from megatron_mm.hf.mapping import from_hf, to_hf
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_chunks, build_model
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.build import build_chunks, build_model
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 

@@ -21,8 +21,8 @@ import pytest
 from small import small_experiment
 
 from megatron_mm.config import Experiment
-from megatron_mm.parallel.build import choose_backend
-from megatron_mm.training.run import check
+from megatron_mm.run.start import check
+from megatron_mm.training.build import choose_backend
 
 TESTS = Path(__file__).parents[1]
 

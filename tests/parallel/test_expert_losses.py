@@ -14,8 +14,8 @@ from megatron_mm.config import Experiment, MoEConfig
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.models.moe import Router, routers
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.build import build_model
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.routing import RoutingStats
 from megatron_mm.training.step import TrainingStep

@@ -12,7 +12,7 @@ from small import random_batch, small_experiment
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.parallel import gradients
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
+from megatron_mm.training.build import build_model
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 

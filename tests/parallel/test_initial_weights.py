@@ -15,8 +15,8 @@ from small import small_experiment
 
 from megatron_mm.config import MoEConfig
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.initial_weights import STATE_METADATA, initialize_weights
+from megatron_mm.training.build import build_chunks
 
 DECODERS: dict[str, dict[str, Any]] = {
     "dense": {"num_layers": 4},

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_mm.config import ParallelConfig
-from megatron_mm.dry_run import stage_parameters
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel.stages import layers_per_stage, pipeline_layout
-from megatron_mm.recipes import get_recipe
+from megatron_mm.run.dry_run import stage_parameters
 
 
 def test_layers_left_over_go_to_the_middle() -> None:

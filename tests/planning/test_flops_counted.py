@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.models import family_of
+from megatron_mm.families.registry import family_of
+from megatron_mm.flops import StepWork
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_chunks
-from megatron_mm.parallel.freezing import freeze, learning_patterns
 from megatron_mm.parallel.initial_weights import initialize_weights
-from megatron_mm.planning.flops import StepWork
+from megatron_mm.training.build import build_chunks
+from megatron_mm.training.freezing import freeze, learning_patterns
 
 WIDE = {"hidden_size": 256, "ffn_hidden_size": 512, "head_dim": 32}
 """A decoder that is most of the model, as in a real one."""

@@ -13,9 +13,9 @@ from distributed import run_processes
 from small import random_step, small_experiment
 
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
 from megatron_mm.platform import adam
 from megatron_mm.platform.adam import FusedAdamW
+from megatron_mm.training.build import build_model
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 

@@ -16,8 +16,8 @@ from small import random_step, small_experiment
 
 from megatron_mm.config import MoEConfig
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
 from megatron_mm.platform import cpu
+from megatron_mm.training.build import build_model
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.config import InfiMMConfig, MM1Config, ParallelConfig, load_experiment, save_experiment, to_dict
-from megatron_mm.data.pipeline import image_input
-from megatron_mm.dry_run import stage_parameters
-from megatron_mm.planning.flops import decoder_matmul_parameters
-from megatron_mm.recipes import RECIPES, get_recipe
-from megatron_mm.recipes.mm1 import non_embedding_parameters, peak_learning_rate
+from megatron_mm.config import ParallelConfig
+from megatron_mm.families.infimm.config import InfiMMConfig
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.mm1.recipes import non_embedding_parameters, peak_learning_rate
+from megatron_mm.families.recipes import RECIPES, get_recipe
+from megatron_mm.families.serialize import load_experiment, save_experiment, to_dict
+from megatron_mm.flops import decoder_matmul_parameters
+from megatron_mm.run.data import image_input
+from megatron_mm.run.dry_run import stage_parameters
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -20,8 +20,8 @@ stand_in_te.install()
 
 import torch  # noqa: E402
 
-from megatron_mm.data.demo import prepare_demo  # noqa: E402
-from megatron_mm.parallel import build  # noqa: E402
+from megatron_mm.data.prepare.demo import prepare_demo  # noqa: E402
+from megatron_mm.training import build  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -19,9 +19,9 @@ from distributed import run_processes
 from small import small_run
 
 from megatron_mm.config import DecoderConfig, Experiment
+from megatron_mm.run.start import start
 from megatron_mm.training import checkpoint as checkpoints
 from megatron_mm.training.checkpoint import completed_checkpoints, find_checkpoint
-from megatron_mm.training.run import start
 
 
 def experiment(data: Path, steps: int, **checkpoint: Any) -> Experiment:

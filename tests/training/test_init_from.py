@@ -12,9 +12,9 @@ import torch
 from distributed import run_processes
 from small_infimm import infimm_run
 
+from megatron_mm.run.start import check, start
 from megatron_mm.training import checkpoint as checkpoints
 from megatron_mm.training.checkpoint import find_checkpoint
-from megatron_mm.training.run import check, start
 from megatron_mm.training.trainer import Trainer
 
 STEPS = 4

@@ -19,11 +19,11 @@ from training.wandb_file import config, history, run_ids
 
 from megatron_mm.config import Experiment
 from megatron_mm.evaluation.captions import CaptionSample
-from megatron_mm.recipes import get_recipe
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.reporting.monitor import Monitor
+from megatron_mm.reporting.wandb_run import redact
 from megatron_mm.training.metrics import MetricsFile, StepMetrics, draw_loss_curve, to_json
-from megatron_mm.training.monitor import Monitor
 from megatron_mm.training.routing import draw_expert_load
-from megatron_mm.training.wandb_run import redact
 
 
 def metrics(step: int, **changes: Any) -> StepMetrics:

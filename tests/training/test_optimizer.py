@@ -12,7 +12,7 @@ from small import random_step, small_experiment
 
 from megatron_mm.config import OptimizerConfig
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
+from megatron_mm.training.build import build_model
 from megatron_mm.training.optimizer import build_optimizer, learning_rate
 from megatron_mm.training.step import TrainingStep
 

@@ -12,7 +12,7 @@ import pytest
 from distributed import run_processes
 from small import small_run
 
-from megatron_mm.training.run import start
+from megatron_mm.run.start import start
 
 Layout = dict[str, Any]
 TENSOR_PIPELINE: Layout = {"tensor": 2, "pipeline": 2}

@@ -14,7 +14,7 @@ from small_infimm import infimm_run
 from small_mono import mono_run
 
 from megatron_mm.config import Experiment
-from megatron_mm.training.run import start
+from megatron_mm.run.start import start
 
 FAMILIES: dict[str, tuple[Callable[..., Experiment], str]] = {"infimm": (infimm_run, "pt"), "mono": (mono_run, "s1_1")}
 NOTHING_TO_TRAIN = {"pipeline": 2, "stage_layers": (4, 0)}

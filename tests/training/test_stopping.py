@@ -14,9 +14,9 @@ from pathlib import Path
 from distributed import run_processes
 from small import small_run
 
+from megatron_mm.run.hooks import STOPPED_FILE
+from megatron_mm.run.start import start
 from megatron_mm.training.checkpoint import completed_checkpoints
-from megatron_mm.training.hooks import STOPPED_FILE
-from megatron_mm.training.run import start
 
 MANY = 500
 

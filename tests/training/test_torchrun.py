@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mm.run.hooks import STOPPED_FILE
 from megatron_mm.training.checkpoint import completed_checkpoints
-from megatron_mm.training.hooks import STOPPED_FILE
 
 TIMEOUT = 120
 """Seconds for each start; about 15 on two cores."""

@@ -11,7 +11,7 @@ from distributed import run_processes
 from small import small_run
 
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.training.run import start
+from megatron_mm.run.start import start
 from megatron_mm.training.step import StepResult, TrainingStep
 
 POISONED = (2, 3)

@@ -13,12 +13,12 @@ from distributed import run_processes
 from small import random_step, small_run
 
 from megatron_mm.config import Experiment, MoEConfig
+from megatron_mm.conversion.upcycle import check_upcycling, upcycle
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.build import build_model
+from megatron_mm.run.start import start
+from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import find_checkpoint, load_weights
-from megatron_mm.training.run import start
 from megatron_mm.training.step import TrainingStep
-from megatron_mm.training.upcycle import check_upcycling, upcycle
 
 EXPERTS = MoEConfig(num_experts=4, every_n_layers=2)
 

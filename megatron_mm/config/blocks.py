@@ -1,0 +1,249 @@
+"""Shapes of models: what a recipe says of decoder, tower and what joins them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from megatron_mm.config.checks import require, require_positive
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Sparse feed-forward layers: every token goes to top_k of num_experts experts, each as large as the dense layer's MLP."""
+
+    num_experts: int
+    """Experts of a sparse layer."""
+    every_n_layers: int
+    """Layers n, 2n, 3n ... (counted from 1) are sparse, the others dense."""
+    top_k: int = 2
+    """Experts that a token goes to; their weights are a softmax over the chosen ones."""
+    load_balance_loss: float = 0.01
+    """Coefficient of the load-balance loss (GShard)."""
+    z_loss: float = 0.001
+    """Coefficient of the router's z-loss (ST-MoE)."""
+    capacity_factor: float | None = None
+    """An expert takes at most capacity_factor * tokens * top_k / num_experts tokens of a process and drops the rest, least likely first;
+    None drops nothing."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_experts", "every_n_layers", "top_k")
+        require(self.top_k <= self.num_experts, f"moe.top_k {self.top_k} is more than moe.num_experts {self.num_experts}")
+        require(min(self.load_balance_loss, self.z_loss) >= 0, "moe loss coefficients must be at least 0")
+        require(
+            self.capacity_factor is None or self.capacity_factor > 0, f"moe.capacity_factor is {self.capacity_factor}, must be positive"
+        )
+
+    def sparse_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Indices of the sparse layers, from 0: (1, 3) for every second of 4."""
+        return tuple(layer for layer in range(num_layers) if (layer + 1) % self.every_n_layers == 0)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A Llama-style decoder: RMSNorm before attention and MLP, SwiGLU, rotary positions, no biases."""
+
+    num_layers: int
+    """Decoder layers."""
+    hidden_size: int
+    """Width of the residual stream."""
+    ffn_hidden_size: int
+    """Width of one of the two SwiGLU branches."""
+    num_attention_heads: int
+    """Query heads."""
+    num_query_groups: int
+    """Key/value heads; equal to the query heads without grouped-query attention."""
+    head_dim: int = 128
+    """Width of one attention head."""
+    vocab_size: int = 49152
+    """Rows of the embedding table, special tokens and padding rows included."""
+    tied_embeddings: bool = True
+    """Use the embedding table as the output layer."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square inside every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; output projections use init_std / sqrt(2 * num_layers)."""
+    moe: MoEConfig | None = None
+    """Sparse layers; None for a dense model."""
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with experts, from 0."""
+        return self.moe.sparse_layers(self.num_layers) if self.moe is not None else ()
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "vocab_size"
+        )
+        require(
+            self.num_attention_heads % self.num_query_groups == 0,
+            f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}: "
+            "every key/value head serves the same number of query heads",
+        )
+        require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, but rotary positions turn pairs: use an even one")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision transformer: patch convolution, class token, learned positions, pre-LN layers."""
+
+    image_size: int
+    """Side of the square input image, pixels."""
+    patch_size: int
+    """Side of a patch, pixels; what does not fill a patch at the right and bottom edges is dropped, as in CLIP."""
+    hidden_size: int
+    """Width of the tower."""
+    num_layers: int
+    """Transformer layers."""
+    num_attention_heads: int
+    """Attention heads; their width is hidden_size / num_attention_heads."""
+    ffn_hidden_size: int
+    """Width of the MLP."""
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """Activation of the MLP; quick_gelu is x * sigmoid(1.702 x)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance inside every LayerNorm."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Per-channel mean subtracted from pixels in [0, 1] (OpenAI CLIP)."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Per-channel standard deviation that pixels are divided by (OpenAI CLIP)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "image_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size")
+        require(
+            self.image_size >= self.patch_size,
+            f"image_size {self.image_size} is smaller than one patch of {self.patch_size} pixels",
+        )
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"vision hidden_size {self.hidden_size} is not a multiple of its num_attention_heads {self.num_attention_heads}",
+        )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, the class token not counted."""
+        return self.grid_size**2
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """Turns the patch features of an image into a fixed number of decoder tokens (MM1, section 3.2)."""
+
+    kind: Literal["average", "attention", "c_abstractor"]
+    """Average pooling + linear; learned queries that attend to the patches; Honeybee's C-Abstractor."""
+    num_tokens: int
+    """Tokens that one image becomes in the decoder's sequence; a square number for average and c_abstractor."""
+    hidden_size: int = 1024
+    """Inner width of the C-Abstractor (1024 in Honeybee) and of the attention pooling; unused by average pooling."""
+    depth: int = 3
+    """Bottleneck blocks before and after the C-Abstractor's pooling (3 in Honeybee)."""
+    num_attention_heads: int = 16
+    """Heads of the attention pooling."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_tokens", "hidden_size", "depth", "num_attention_heads")
+        if self.kind != "attention":
+            require(
+                math.isqrt(self.num_tokens) ** 2 == self.num_tokens,
+                f"the {self.kind} connector pools to a square grid, but num_tokens is {self.num_tokens}: use 64 or 144, for example",
+            )
+        else:
+            require(
+                self.hidden_size % self.num_attention_heads == 0,
+                f"connector hidden_size {self.hidden_size} is not a multiple of its num_attention_heads {self.num_attention_heads}",
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What every model family has; `family` names the entry of `megatron_mm.families.registry.FAMILIES` that builds it."""
+
+    family: ClassVar[str]
+    decoder: DecoderConfig
+
+
+@dataclass(frozen=True)
+class EvaConfig:
+    """An EVA-CLIP vision transformer (arXiv 2303.15389): biases on queries and values, none on keys."""
+
+    image_size: int
+    """Side of the square input image, pixels."""
+    patch_size: int
+    """Side of a patch, pixels."""
+    hidden_size: int
+    """Width of the tower."""
+    num_layers: int
+    """Transformer layers."""
+    num_attention_heads: int
+    """Attention heads; their width is hidden_size / num_attention_heads."""
+    ffn_hidden_size: int
+    """Width of the MLP, of one branch where it is a SwiGLU."""
+    output_size: int
+    """Width of CLIP's shared space: the rows of the head, which checkpoints carry and InfiMM does not use."""
+    block: Literal["pre_norm", "post_norm"] = "pre_norm"
+    """x + f(norm(x)), or x + norm(f(x)) as in EVA02-bigE."""
+    swiglu: bool = False
+    """EVA-02's block: a SwiGLU with a LayerNorm inside, and another one inside attention (sub-LN); else a GELU MLP."""
+    rotary_grid: int | None = None
+    """Turn queries and keys of the patches by their row and column, spread over a grid of this many positions a side (the one of
+    pre-training: 16 for EVA02-L); None has no rotary positions."""
+    norm_epsilon: float = 1e-6
+    """Added to the variance inside every LayerNorm."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Per-channel mean subtracted from pixels in [0, 1] (OpenAI CLIP)."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Per-channel standard deviation that pixels are divided by (OpenAI CLIP)."""
+
+    def __post_init__(self) -> None:
+        names = ("image_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "output_size")
+        require_positive(self, *names)
+        require(self.image_size >= self.patch_size, f"image_size {self.image_size} is smaller than one patch of {self.patch_size} pixels")
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"vision hidden_size {self.hidden_size} is not a multiple of its num_attention_heads {self.num_attention_heads}",
+        )
+        require(
+            self.rotary_grid is None or self.head_dim % 4 == 0,
+            f"heads of width {self.head_dim} cannot be turned by row and column: use a multiple of 4",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches of one image and the class token."""
+        return self.grid_size**2 + 1
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Flamingo's Perceiver resampler: the tower's features of an image -> num_latents vectors of the tower's width."""
+
+    num_latents: int = 64
+    """Vectors that an image becomes."""
+    num_layers: int = 6
+    """Layers of cross-attention and feed-forward."""
+    num_attention_heads: int = 8
+    """Attention heads."""
+    head_dim: int = 64
+    """Width of one attention head."""
+    ffn_multiplier: int = 4
+    """Width of the feed-forward, in widths of the tower."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_latents", "num_layers", "num_attention_heads", "head_dim", "ffn_multiplier")

@@ -1,0 +1,1 @@
+"""Reading and decoding ahead of the step."""

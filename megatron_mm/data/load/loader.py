@@ -1,0 +1,374 @@
+"""The loader: one process's share of every global batch, planned, read and decoded ahead of the training step.
+
+    plan (integers) -> read byte ranges in threads -> decode -> PackedBatch
+
+A thread stays up to `prefetch_steps` global batches ahead. A process that holds neither the encoder nor the loss reads nothing
+at all: its integers come from the plan alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megatron_mm.config import DataConfig
+from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.data.image_input import ImageInput
+from megatron_mm.data.load.decode import DecodedImages, make_decoder
+from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
+from megatron_mm.data.plan.layout import Layout, PlacedImage, SourceImage, lay_out, shuffled_images
+from megatron_mm.data.plan.packing import document_images
+from megatron_mm.data.plan.plan import GlobalBatch, PackedSequence, Plan, PlanState
+from megatron_mm.data.sources.index import SourceIndex
+from megatron_mm.data.sources.shards import read_range
+from megatron_mm.data.text.chat import rendering_of
+from megatron_mm.data.text.documents import parse_document
+from megatron_mm.data.text.items import Item, encode_items
+from megatron_mm.data.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_READ_TOGETHER = 4
+"""Images that a thread reads one after another: more would leave threads idle, fewer would be more hand-overs than reads."""
+_FEW = 100
+"""Below this many texts or images of a source a share of bad ones says nothing."""
+
+
+@dataclass(frozen=True)
+class RankView:
+    """What of a batch this process needs."""
+
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+    tensor_size: int
+    needs_text: bool
+    """It embeds tokens or computes the loss."""
+    needs_pixels: bool
+    """It encodes images."""
+
+    @property
+    def reports_texts(self) -> bool:
+        """Of all processes that read a text, the one that counts it if it is bad. Each image is read by one process anyway."""
+        return self.needs_pixels and self.tensor_rank == 0
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One global batch, as this process has it."""
+
+    micro_batches: list[PackedBatch]
+    plan: GlobalBatch
+    bad: dict[str, int]
+    """Texts and images of each source that failed; over all processes each counts once."""
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What stands in the place of an image, or of those of its tiles that this process encodes."""
+
+    placed: PlacedImage
+    image: SourceImage
+    """Whose pixels they are: the place's own, unless images are shuffled."""
+    tiles: range
+
+
+@dataclass
+class _Draft:
+    """A micro-batch whose integers are known and whose bytes are being read."""
+
+    layout: Layout
+    texts: list[Future] = field(default_factory=list)
+    """Of the documents' token ids, for each sequence."""
+    shown: list[_Shown] = field(default_factory=list)
+    """What this process decodes."""
+    blobs: list[Future] = field(default_factory=list)
+    """Of the bytes of a few of the shown images each, in order."""
+    pixels: Future | None = None
+    """Of `DecodedImages`; None where this process needs none."""
+
+
+@dataclass
+class _Tally:
+    """Texts or images that this process read, and how many of them were bad, by source."""
+
+    read: Counter[str] = field(default_factory=Counter)
+    bad: Counter[str] = field(default_factory=Counter)
+
+    def check(self, what: str, *, limit: float) -> None:
+        """Raises ValueError where too large a share of a source is bad."""
+        for name, count in self.bad.items():
+            if self.read[name] >= _FEW and count > limit * self.read[name]:
+                raise ValueError(
+                    f"{count} of {self.read[name]} {what} of source {name} failed, more than data.max_bad_fraction {limit}: "
+                    "repair the source, or raise the limit"
+                )
+
+
+class Loader:
+    """An endless iterator of StepBatch."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        view: RankView,
+        start: PlanState,
+        device: torch.device,
+    ) -> None:
+        """Begin to read at the cursor `start`.
+
+        Raises ValueError where the index was made with another tokenizer, or the tokenizer lacks a token that images are written with.
+        """
+        for index in plan.indexes:
+            if index.tokenizer != tokenizer.fingerprint:
+                raise ValueError(
+                    f"source {index.root} was indexed with tokenizer {index.tokenizer}, "
+                    f"and {data.tokenizer_path} is {tokenizer.fingerprint}: "
+                    "index it again with `megatron-mm prepare index`, or use the tokenizer that it was indexed with"
+                )
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self.config = data
+        self.view = view
+        self.state = start
+        self.image = plan.image
+        self._renderings = [rendering_of(index) for index in plan.indexes]
+        plan.image.ids(tokenizer.special_id, tiles=1)  # raises here and not in a thread
+        self._texts, self._seen = _Tally(), _Tally()
+        self._readers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
+        self._decoder = make_decoder(
+            data.decoder, image_size=plan.image.size, threads=data.decode_threads, fill=plan.image.fill, device=device
+        )
+        self._tile_decoder = TileDecoder(plan.image, threads=data.decode_threads)
+        if data.decoder == "dali" and not self._whole_images:
+            logger.warning("data.decoder dali is ignored: Pillow decodes images that are cut into tiles or get JPEG artefacts")
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decoding")  # micro-batch after micro-batch, without a pause
+        self._ready: queue.Queue[tuple[StepBatch, PlanState] | BaseException] = queue.Queue(maxsize=data.prefetch_steps)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(start,), name="loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> StepBatch:
+        """The next global batch. Raises ValueError where too many samples of a source fail."""
+        ready = self._ready.get()
+        if isinstance(ready, BaseException):
+            self._ready.put(ready)
+            raise ready
+        batch, self.state = ready
+        return batch
+
+    @property
+    def _whole_images(self) -> bool:
+        """Images are one square each, and as they were written."""
+        return self.image.tiling is None and self.config.jpeg_quality is None
+
+    def close(self) -> None:
+        """Stop the threads; waits for them."""
+        self._stopped.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(timeout=0.05)
+        self._decoding.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
+        self._decoder.close()
+        self._tile_decoder.close()
+
+    # ------------------------------------------------------------------------------------------------ background thread
+
+    def _work(self, state: PlanState) -> None:
+        try:
+            ahead = self._begin(state)
+            while not self._stopped.is_set():
+                batch, drafts = ahead
+                ahead = self._begin(batch.next_state)  # the next batch is read while this one is decoded
+                bad = Counter[str]()
+                micro_batches = [self._finish(draft, bad) for draft in drafts]
+                self._texts.check("texts", limit=self.config.max_bad_fraction)
+                self._seen.check("images", limit=self.config.max_bad_fraction)
+                self._put((StepBatch(micro_batches, batch, dict(bad)), batch.next_state))
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: tuple[StepBatch, PlanState] | BaseException) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _begin(self, state: PlanState) -> tuple[GlobalBatch, list[_Draft]]:
+        """Plan a global batch and start to read and decode this process's part of it."""
+        batch = self.plan.batch(state)
+        drafts = [self._draft(sequences) for sequences in batch.micro_batches_of(self.view.data_rank, self.view.data_size)]
+        if self.view.needs_pixels:
+            substitute = shuffled_images(self.plan, batch) if self.config.images == "shuffled" else {}
+            for draft in drafts:
+                draft.shown = self._mine(draft.layout, substitute)
+                if self.config.images != "blank":
+                    for first in range(0, len(draft.shown), _READ_TOGETHER):
+                        together = [shown.image for shown in draft.shown[first : first + _READ_TOGETHER]]
+                        draft.blobs.append(self._readers.submit(self._blobs, together))
+            for draft in drafts:
+                draft.pixels = self._decoding.submit(self._pixels, draft)
+        return batch, drafts
+
+    def _draft(self, sequences: list[PackedSequence]) -> _Draft:
+        draft = _Draft(lay_out(self.plan, sequences, tensor_size=self.view.tensor_size))
+        if self.view.needs_text:
+            draft.texts = [self._readers.submit(self._streams, sequence) for sequence in sequences]
+        return draft
+
+    def _mine(self, layout: Layout, substitute: dict[tuple[int, int, int], SourceImage]) -> list[_Shown]:
+        """The images of a micro-batch that this process encodes, as far as it does.
+
+        Args:
+            substitute: what is shown in place of others.
+        """
+        mine, first, shown = layout.image_owners == self.view.tensor_rank, 0, []
+        for placed in layout.images:
+            image = placed.image
+            tiles = np.flatnonzero(mine[first : first + image.tiles])  # neighbours
+            if len(tiles):
+                shown.append(_Shown(placed, substitute.get(image.key, image), range(int(tiles[0]), int(tiles[-1]) + 1)))
+            first += image.tiles
+        return shown
+
+    def _blobs(self, images: list[SourceImage]) -> list[bytes]:
+        return [self._blob(image) for image in images]
+
+    def _streams(self, sequence: PackedSequence) -> list[list[int] | None]:
+        """The token ids of a sequence's documents."""
+        return [self._tokens(sequence.source, sample) for sample in sequence.window.sample[sequence.first : sequence.last].tolist()]
+
+    def _blob(self, image: SourceImage) -> bytes:
+        index = self.plan.indexes[image.source]
+        try:
+            return read_range(index.shard_path(int(index.samples[image.sample]["shard"])), image.offset, image.size)
+        except (OSError, ValueError) as error:
+            logger.warning("unreadable image in sample %d of %s: %s", image.sample, index.name, error)
+            return b""
+
+    def _tokens(self, source: int, sample: int) -> list[int] | None:
+        """A document's stream of token ids; None where its bytes cannot be used any more."""
+        index = self.plan.indexes[source]
+        row = index.samples[sample]
+        path = index.shard_path(int(row["shard"]))
+        try:
+            data = read_range(path, int(row["offset"]), int(row["size"]))
+            items = parse_document(index.kind, data, is_json=False, rendering=self._renderings[source])
+            return document_stream(index, sample, self.tokenizer, items, image=self.image)
+        except (OSError, ValueError) as error:
+            logger.warning("unusable text in sample %d of %s: %s; it is left out", sample, index.name, error)
+            return None
+
+    # ------------------------------------------------------------------------------------------------------- assembling
+
+    def _finish(self, draft: _Draft, bad: Counter[str]) -> PackedBatch:
+        """Wait for a draft's bytes and put them where its layout says."""
+        layout, mask = draft.layout, draft.layout.loss_mask
+        ids = np.full(len(mask), self.tokenizer.pad_id, dtype=np.int64)
+        if self.view.needs_text:
+            streams = [stream for future in draft.texts for stream in future.result()]
+            for piece, stream in zip(layout.pieces, streams, strict=True):
+                name = self.plan.indexes[piece.source].name
+                self._texts.read[name] += 1
+                if stream is None:
+                    self._texts.bad[name] += 1
+                    bad[name] += self.view.reports_texts
+                    mask[piece.place : piece.stop] = 0
+                else:
+                    ids[piece.place : piece.stop] = stream[piece.begin : piece.end]
+        labels = np.roll(ids, -1)
+        labels[mask == 0] = self.tokenizer.pad_id
+        decoded: DecodedImages | None = draft.pixels.result() if draft.pixels is not None else None
+        if decoded is not None:
+            self._tally_images(draft.shown, decoded.ok, bad)
+        cu_seqlens, image_starts = torch.from_numpy(layout.cu_seqlens), torch.from_numpy(layout.image_starts)
+        return PackedBatch(
+            token_ids=torch.from_numpy(ids),
+            labels=torch.from_numpy(labels),
+            loss_mask=torch.from_numpy(mask),
+            is_token=torch.from_numpy(layout.is_token),
+            position_ids=torch.from_numpy(layout.position_ids),
+            source_ids=torch.from_numpy(layout.source_ids),
+            cu_seqlens=cu_seqlens,
+            max_seqlen=int(cu_seqlens.diff().max()),
+            image_starts=image_starts,
+            image_owners=torch.from_numpy(layout.image_owners),
+            image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
+            pixels=decoded.pixels if decoded is not None else None,
+        )
+
+    def _pixels(self, draft: _Draft) -> DecodedImages:
+        """This process's images of a micro-batch, in its own thread."""
+        if self.config.images == "blank":
+            colour = torch.tensor(self.image.fill, dtype=torch.uint8)[None, :, None, None]
+            count = sum(len(shown.tiles) for shown in draft.shown)
+            return DecodedImages(colour.expand(count, 3, self.image.size, self.image.size), np.ones(len(draft.shown), dtype=bool))
+        blobs = [blob for future in draft.blobs for blob in future.result()]
+        if self._whole_images:
+            return self._decoder.decode(blobs)
+        return self._tile_decoder.decode([self._encoded(shown, blob) for shown, blob in zip(draft.shown, blobs, strict=True)])
+
+    def _encoded(self, shown: _Shown, blob: bytes) -> EncodedTiles:
+        """An image with the size of the place that it stands in, and the quality that chance gives it there."""
+        quality = None
+        if self.config.jpeg_quality is not None:
+            least, most = self.config.jpeg_quality
+            quality = int(np.random.default_rng(shown.placed.seed).integers(least, most, endpoint=True))
+        place = shown.placed.image
+        return EncodedTiles(blob, width=place.width, height=place.height, tiles=shown.tiles, quality=quality)
+
+    def _tally_images(self, decoded: list[_Shown], ok: np.ndarray, bad: Counter[str]) -> None:
+        for shown, good in zip(decoded, ok.tolist(), strict=True):
+            if shown.tiles.start:
+                continue  # the process that encodes the first tile counts it
+            image = shown.image
+            name = self.plan.indexes[image.source].name
+            self._seen.read[name] += 1
+            if not good:
+                self._seen.bad[name] += 1
+                bad[name] += 1
+                logger.warning("undecodable image in sample %d of %s: a blank one stands for it", image.sample, name)
+
+
+def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, items: list[Item], *, image: ImageInput) -> list[int]:
+    """BOS, the items' tokens in reading order, EOS.
+
+    Raises ValueError where the texts are not those that were indexed.
+
+    Args:
+        items: what the document's bytes say; where its images stand, the index says.
+        image: how images are written.
+    """
+    row = index.samples[sample]
+    rows = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
+    written = encode_items(items, tokenizer)
+    if len(written) != len(rows) - int(row["num_images"]):
+        raise ValueError(f"{len(written)} texts, but {len(rows) - int(row['num_images'])} in the index")
+    left, tiles = iter(written), iter(document_images(index, sample, image).tiles.tolist())
+    stream = [tokenizer.bos_id]
+    for item in rows:
+        if item["is_image"]:
+            stream += image.ids(tokenizer.special_id, tiles=next(tiles))
+            continue
+        ids = next(left)
+        if len(ids) != item["tokens"]:
+            raise ValueError(f"{len(ids)} tokens, but {item['tokens']} in the index")
+        stream += ids
+    return [*stream, tokenizer.eos_id]

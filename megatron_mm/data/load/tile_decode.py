@@ -1,0 +1,83 @@
+"""Decoding for models that look at images in tiles, and with JPEG artefacts as an augmentation.
+
+All of it is Pillow's work, in threads. DALI could resize each image of a batch to a grid of its own, but cutting them into differing
+numbers of tiles, of which a process may need some, takes another operator run for each grid; and with one decoder the pixels, artefacts
+included, do not depend on which packages a machine has.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_mm.data.image_input import ImageInput
+from megatron_mm.data.load.decode import DecodedImages, to_rgb
+from megatron_mm.data.prepare.index import MAX_PIXELS
+from megatron_mm.data.tiling import cut_tiles
+
+
+@dataclass(frozen=True)
+class EncodedTiles:
+    """Some tiles of an encoded image."""
+
+    data: bytes
+    width: int
+    height: int
+    """What the plan counted its tiles from, pixels. An image of another size is squashed to it, so that it has as many."""
+    tiles: range
+    """Which of its tiles are wanted, one after another."""
+    quality: int | None = None
+    """Encode the image as JPEG of this quality, and decode it again, before it is resized."""
+
+
+class TileDecoder:
+    """Decodes images and cuts them into tiles; without tiling each is its own tile."""
+
+    def __init__(self, image: ImageInput, *, threads: int) -> None:
+        self.image = image
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def decode(self, images: Sequence[EncodedTiles]) -> DecodedImages:
+        """The wanted tiles of all images, one image after another; those of an image that cannot be decoded are the fill colour."""
+        size, counts = self.image.size, [len(image.tiles) for image in images]
+        pixels = np.empty((sum(counts), 3, size, size), dtype=np.uint8)
+        ok = list(self._threads.map(self._one, images, np.split(pixels, np.cumsum(counts)[:-1]))) if images else []
+        return DecodedImages(torch.from_numpy(pixels), np.array(ok, dtype=bool))
+
+    def _one(self, wanted: EncodedTiles, out: np.ndarray) -> bool:
+        """Decode into [tiles, 3, size, size]; False, and the fill colour, where that fails."""
+        try:
+            with Image.open(io.BytesIO(wanted.data)) as image:
+                if image.width * image.height <= MAX_PIXELS:
+                    out[:] = self._tiles(_degraded(to_rgb(image), wanted.quality), wanted)
+                    return True
+        except Exception:  # a decoder may raise anything on damaged input; the caller counts it
+            pass
+        out[:] = np.array(self.image.fill, dtype=np.uint8)[:, None, None]
+        return False
+
+    def _tiles(self, rgb: Image.Image, wanted: EncodedTiles) -> np.ndarray:
+        size, tiling = self.image.size, self.image.tiling
+        if tiling is None:
+            return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)[None]
+        if rgb.size != (wanted.width, wanted.height):
+            rgb = rgb.resize((wanted.width, wanted.height), Image.Resampling.BICUBIC)
+        return cut_tiles(rgb, tiling, size)[wanted.tiles.start : wanted.tiles.stop]
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._threads.shutdown()
+
+
+def _degraded(rgb: Image.Image, quality: int | None) -> Image.Image:
+    if quality is None:
+        return rgb
+    buffer = io.BytesIO()
+    rgb.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer)

@@ -1,0 +1,177 @@
+"""The integers of a micro-batch, from the plan alone: where its documents and images lie, what counts, who encodes what.
+
+Every process can compute them without reading a byte, so they are the same on every pipeline stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_mm.data.plan.packing import counted_places, document_images, ranges
+from megatron_mm.data.plan.plan import GlobalBatch, PackedSequence, Plan, image_owners, tile_owners
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """An image, by where its bytes are."""
+
+    source: int
+    sample: int
+    offset: int
+    size: int
+    width: int
+    height: int
+    """Pixels, as the index has them."""
+    tiles: int
+    """Tiles that it becomes."""
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        return self.source, self.sample, self.offset
+
+
+@dataclass(frozen=True)
+class PlacedImage:
+    """An image in its place in a micro-batch."""
+
+    image: SourceImage
+    first: int
+    """First place, with what stands before its features."""
+    seed: tuple[int, ...]
+    """Of whatever is random about its pixels: seed of the run, source, place of its document in the source's stream, number in the
+    document. So it differs from epoch to epoch, and does not depend on batches, processes or resumes."""
+
+
+@dataclass(frozen=True)
+class PlacedPiece:
+    """A piece of a document in its place in a micro-batch."""
+
+    source: int
+    sample: int
+    begin: int
+    end: int
+    """Of the document's stream."""
+    place: int
+    """Where the piece begins."""
+
+    @property
+    def stop(self) -> int:
+        """Place after the last one."""
+        return self.place + self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Layout:
+    """See `PackedBatch` for what has a field there."""
+
+    pieces: list[PlacedPiece]
+    images: list[PlacedImage]
+    position_ids: np.ndarray
+    source_ids: np.ndarray
+    is_token: np.ndarray
+    loss_mask: np.ndarray
+    cu_seqlens: np.ndarray
+    image_starts: np.ndarray
+    """[tiles]."""
+    image_owners: np.ndarray
+    """[tiles]."""
+
+
+def lay_out(plan: Plan, sequences: list[PackedSequence], *, tensor_size: int) -> Layout:
+    """The layout of a micro-batch.
+
+    Args:
+        tensor_size: processes that share the encoding of its images.
+    """
+    length = plan.limits.sequence_length
+    total = len(sequences) * length
+    positions, sources = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
+    is_token, mask = np.zeros(total, dtype=bool), np.zeros(total, dtype=np.float32)
+    pieces, images, bounds = [], [], [0]
+    for number, sequence in enumerate(sequences):
+        place, stop = number * length, (number + 1) * length
+        sources[place:stop] = sequence.source
+        for row in range(sequence.first, sequence.last):
+            piece = _place_piece(sequence, row, place)
+            pieces.append(piece)
+            images += _place_images(plan, sequence, row, piece)
+            positions[place : piece.stop] = np.arange(piece.stop - place)
+            is_token[place : piece.stop] = True
+            mask[place : piece.stop - 1] = _counted(plan, piece)
+            bounds.append(piece.stop)
+            place = piece.stop
+        if place < stop:
+            positions[place:stop] = np.arange(stop - place)
+            bounds.append(stop)
+    firsts = np.array([placed.first for placed in images], dtype=np.int64)
+    tiles = np.array([placed.image.tiles for placed in images], dtype=np.int64)
+    image = plan.image
+    silent = ranges(firsts + image.silent_from, image.num_places(tiles) - image.silent_from)
+    mask[silent - 1] = 0  # what comes next is an image's token
+    deal = image_owners if image.tiling is None else tile_owners
+    return Layout(
+        pieces=pieces,
+        images=images,
+        position_ids=positions,
+        source_ids=sources,
+        is_token=is_token,
+        loss_mask=mask,
+        cu_seqlens=np.array(bounds, dtype=np.int32),
+        image_starts=np.repeat(firsts + len(image.before), tiles) + image.tokens * ranges(np.zeros_like(tiles), tiles),
+        image_owners=deal(int(tiles.sum()), tensor_size),
+    )
+
+
+def _place_piece(sequence: PackedSequence, row: int, place: int) -> PlacedPiece:
+    window = sequence.window
+    return PlacedPiece(sequence.source, int(window.sample[row]), int(window.begin[row]), int(window.end[row]), place)
+
+
+def _place_images(plan: Plan, sequence: PackedSequence, row: int, piece: PlacedPiece) -> list[PlacedImage]:
+    if not sequence.window.images[row]:
+        return []
+    seed = (plan.seed, piece.source, int(sequence.window.position[row]))
+    starts, images = source_images(plan, piece.source, piece.sample)
+    return [
+        PlacedImage(image, first=piece.place + start - piece.begin, seed=(*seed, number))
+        for number, (start, image) in enumerate(zip(starts, images, strict=True))
+        if piece.begin <= start < piece.end
+    ]
+
+
+def _counted(plan: Plan, piece: PlacedPiece) -> np.ndarray | bool:
+    """Which labels of a piece count, its last place left out: all, or [places - 1] bool."""
+    index = plan.indexes[piece.source]
+    if not index.answers_only:
+        return True
+    return counted_places(index, piece.sample, plan.image)[piece.begin + 1 : piece.end]
+
+
+def source_images(plan: Plan, source: int, sample: int) -> tuple[list[int], list[SourceImage]]:
+    """First places of a document's images in its stream, and the images."""
+    index = plan.indexes[source]
+    found = document_images(index, sample, plan.image)
+    row = index.samples[sample]
+    items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
+    images = []
+    for item, tiles in zip(items[items["is_image"] == 1], found.tiles.tolist(), strict=True):
+        offset, size, width, height = (int(item[name]) for name in ("offset", "size", "width", "height"))
+        images.append(SourceImage(source, sample, offset, size, width, height, tiles))
+    return found.starts.tolist(), images
+
+
+def shuffled_images(plan: Plan, batch: GlobalBatch) -> dict[tuple[int, int, int], SourceImage]:
+    """For each image of a global batch, by its key, another sample's: all images in order, turned by half their number.
+
+    The order groups the images of a sample, so half a turn leaves a sample unless it has half of all images.
+    """
+    distinct: dict[tuple[int, int, int], SourceImage] = {}
+    for sequence in batch.sequences:
+        for sample in sequence.window.sample[sequence.first : sequence.last].tolist():
+            for image in source_images(plan, sequence.source, sample)[1]:
+                distinct[image.key] = image
+    images = list(distinct.values())
+    half = len(images) // 2
+    return {key: images[(number + half) % len(images)] for number, key in enumerate(distinct)}

@@ -1,0 +1,216 @@
+"""Packing of documents into sequences of a fixed number of tokens and at most so many images (`data.plan.filling` chooses which).
+
+A document is the token stream BOS, items, EOS, where an image is as many places as `ImageInput` says. A piece is a range [begin, end) of
+that stream: the whole of it, or, where a document is longer than a sequence or has too many images, a part; an image is never
+cut, and nothing is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from megatron_mm.data.image_input import ImageInput
+from megatron_mm.data.plan.filling import Limits, fill_sequences
+from megatron_mm.data.sources.index import SourceIndex
+
+BEGIN_AND_END = 2
+"""BOS and EOS."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The packed pieces of one window of a source, sequence by sequence."""
+
+    sample: np.ndarray
+    """[pieces] row of the source's samples."""
+    begin: np.ndarray
+    """[pieces] first place of the piece in its document's stream."""
+    end: np.ndarray
+    """[pieces] place after the last one."""
+    images: np.ndarray
+    """[pieces] images of the piece; of images that are cut into tiles, tiles."""
+    position: np.ndarray
+    """[pieces] where in the source's endless stream the piece's document stands; in every epoch elsewhere."""
+    starts: np.ndarray
+    """[sequences + 1] first piece of each sequence."""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.starts) - 1
+
+    @cached_property
+    def first_pieces(self) -> list[int]:
+        """`starts` as plain integers."""
+        return self.starts.tolist()
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """Tokens of each sequence."""
+        return np.add.reduceat(self.end - self.begin, self.starts[:-1]).tolist()
+
+    @cached_property
+    def images_of(self) -> list[int]:
+        """Images of each sequence."""
+        return np.add.reduceat(self.images, self.starts[:-1]).tolist()
+
+
+@dataclass(frozen=True)
+class DocumentImages:
+    """Where the images of a document's stream are."""
+
+    starts: np.ndarray
+    """[images] int64: first place of each, with what stands before its features."""
+    tiles: np.ndarray
+    """[images] int64."""
+    ends: np.ndarray
+    """[images] int64: place after the last one of each."""
+    length: int
+    """Places of the whole stream."""
+
+
+def pack_window(
+    index: SourceIndex, samples: np.ndarray, limits: Limits, image: ImageInput, *, seed: int, first_position: int = 0
+) -> Window:
+    """Pack samples into few, full sequences, which come out in a random order.
+
+    Args:
+        samples: [n] rows of the source, possibly repeated.
+        first_position: where in the source's stream the first of them stands.
+
+    Raises ValueError where an image may be too large for a sequence.
+    """
+    check_largest_image(limits, image)
+    tiles = document_tiles(index, samples, image)
+    lengths = document_lengths(index, samples, image, tiles=tiles)
+    images = index.samples[samples]["num_images"]
+    fits = (lengths <= limits.sequence_length) & (tiles <= limits.max_images) & (images <= limits.images_of_a_document)
+    position = np.arange(first_position, first_position + len(samples))
+    whole = samples[fits]
+    sample, begin, end, count, where = [whole], [np.zeros_like(whole)], [lengths[fits]], [tiles[fits]], [position[fits]]
+    for row, place in zip(samples[~fits], position[~fits], strict=True):
+        cuts, held = _split(document_images(index, int(row), image), limits)
+        sample.append(np.full(len(held), row))
+        begin.append(cuts[:-1])
+        end.append(cuts[1:])
+        count.append(held)
+        where.append(np.full(len(held), place))
+    sample_p, begin_p, end_p, tiles_p, position_p = (np.concatenate(parts) for parts in (sample, begin, end, count, where))
+    rng = np.random.default_rng(seed)
+    bins = fill_sequences(end_p - begin_p, tiles_p, limits, rng=rng)
+    num_bins = int(bins.max()) + 1 if len(bins) else 0
+    bins = rng.permutation(num_bins)[bins]
+    order = np.argsort(bins, kind="stable")
+    return Window(
+        sample=sample_p[order],
+        begin=begin_p[order],
+        end=end_p[order],
+        images=tiles_p[order],
+        position=position_p[order],
+        starts=np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=num_bins))]),
+    )
+
+
+def check_largest_image(limits: Limits, image: ImageInput) -> None:
+    """Raise ValueError where an image may be too large for any sequence."""
+    largest = image.places_around + image.tokens * image.max_tiles
+    if largest > limits.sequence_length:
+        of_tiles = f" of {image.max_tiles} tiles" if image.max_tiles > 1 else ""
+        raise ValueError(
+            f"an image{of_tiles} takes {largest} tokens, more than data.sequence_length {limits.sequence_length}: raise that, or "
+            "lower data.max_tiles"
+        )
+    if image.max_tiles > limits.max_images:
+        raise ValueError(
+            f"an image becomes up to {image.max_tiles} tiles, more than data.max_images_per_sequence {limits.max_images}: "
+            "raise it, or lower data.max_tiles"
+        )
+
+
+def _split(images: DocumentImages, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
+    """Where a long document is cut ([pieces + 1] places) and how many tiles each piece has."""
+    cuts = [0]
+    held = []
+    while cuts[-1] < images.length:
+        begin = cuts[-1]
+        end = min(begin + limits.sequence_length, images.length)
+        first, after = np.searchsorted(images.starts, [begin, end]).tolist()
+        fits = (images.ends[first:after] <= end) & (np.cumsum(images.tiles[first:after]) <= limits.max_images)
+        fitting = min(int(fits.sum()), limits.images_of_a_document)  # what does not fit follows what does
+        if fitting < after - first:
+            end = int(images.starts[first + fitting])
+        held.append(int(images.tiles[first : first + fitting].sum()))
+        cuts.append(end)
+    return np.array(cuts, dtype=np.int64), np.array(held, dtype=np.int64)
+
+
+def document_lengths(index: SourceIndex, samples: np.ndarray, image: ImageInput, *, tiles: np.ndarray) -> np.ndarray:
+    """Places of the documents' streams: [samples] int64.
+
+    Args:
+        tiles: [samples] tiles of their images (`document_tiles`).
+    """
+    rows = index.samples[samples]
+    around = image.places_around * rows["num_images"].astype(np.int64)
+    return BEGIN_AND_END + rows["text_tokens"].astype(np.int64) + around + image.tokens * tiles
+
+
+def document_tiles(index: SourceIndex, samples: np.ndarray, image: ImageInput) -> np.ndarray:
+    """Tiles of all images of each document: [samples] int64."""
+    rows = index.samples[samples]
+    if image.tiling is None:
+        return rows["num_images"].astype(np.int64)
+    items = index.items[ranges(rows["first_item"], rows["num_items"])]
+    document = np.repeat(np.arange(len(rows)), rows["num_items"])
+    is_image = items["is_image"] == 1
+    tiles = image.num_tiles(items["width"][is_image], items["height"][is_image])
+    totals = np.zeros(len(rows), dtype=np.int64)
+    np.add.at(totals, document[is_image], tiles)
+    return totals
+
+
+def document_images(index: SourceIndex, row: int, image: ImageInput) -> DocumentImages:
+    """The images of one document."""
+    items = _items(index, row)
+    is_image = items["is_image"] == 1
+    sizes = _sizes(items, image)
+    ends = 1 + np.cumsum(sizes)
+    return DocumentImages(
+        starts=(ends - sizes)[is_image],
+        tiles=image.num_tiles(items["width"][is_image], items["height"][is_image]),
+        ends=ends[is_image],
+        length=int(ends[-1]) + 1,
+    )
+
+
+def counted_places(index: SourceIndex, row: int, image: ImageInput) -> np.ndarray:
+    """Which places of a document's stream count as labels, as far as its items say: [places] bool. BOS never does, EOS does where the
+    last item does; that images themselves do not is `ImageInput.silent_from`'s matter."""
+    items = _items(index, row)
+    counted = items["counted"].astype(bool)
+    return np.concatenate([[False], np.repeat(counted, _sizes(items, image)), counted[-1:]])
+
+
+def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The numbers of several ranges, one range after another: [sum of counts] int64.
+
+    Worked example: of 5 and 20 on, 3 and 2 numbers: 5 6 7 20 21.
+    """
+    counts = counts.astype(np.int64)
+    before = np.cumsum(counts) - counts
+    return np.repeat(first.astype(np.int64) - before, counts) + np.arange(counts.sum())
+
+
+def _items(index: SourceIndex, row: int) -> np.ndarray:
+    sample = index.samples[row]
+    return index.items[sample["first_item"] : sample["first_item"] + sample["num_items"]]
+
+
+def _sizes(items: np.ndarray, image: ImageInput) -> np.ndarray:
+    """Places of each item: [items] int64."""
+    sizes = items["tokens"].astype(np.int64)
+    is_image = items["is_image"] == 1
+    sizes[is_image] = image.num_places(image.num_tiles(items["width"][is_image], items["height"][is_image]))
+    return sizes

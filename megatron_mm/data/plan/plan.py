@@ -1,0 +1,213 @@
+"""The plan: which samples are packed into which sequence of which micro-batch of which rank, before any data is read.
+
+A plan is a pure function of (indexes, mixture, seed, cursor). Every process computes the same one, so nothing is broadcast; the
+cursor is a few integers, so a resume is exact; and sequences are drawn without regard to the number of processes, so the same
+samples make up every global batch on any data-parallel size.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from megatron_mm.data.image_input import ImageInput
+from megatron_mm.data.plan.filling import Limits
+from megatron_mm.data.plan.mixture import choose_sources, stream_samples
+from megatron_mm.data.plan.packing import Window, check_largest_image, pack_window
+from megatron_mm.data.sources.index import SourceIndex
+
+
+@dataclass(frozen=True)
+class PlanState:
+    """The cursor: how many sequences each source has given, and where in its stream it stands."""
+
+    drawn: tuple[int, ...]
+    """Sequences of each source so far."""
+    window: tuple[int, ...]
+    """Window of each source's stream that its next sequence comes from."""
+    next_sequence: tuple[int, ...]
+    """Sequences of that window that are used up."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(values) for name, values in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PlanState:
+        return cls(**{name: tuple(numbers) for name, numbers in values.items()})
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """One packed sequence: pieces [first, last) of a window of a source."""
+
+    source: int
+    window: Window
+    first: int
+    last: int
+    num_tokens: int
+    num_images: int
+    """Images; of images that are cut into tiles, tiles."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each piece."""
+        return self.window.end[self.first : self.last] - self.window.begin[self.first : self.last]
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One global batch: its sequences, and how they form micro-batches."""
+
+    sequences: list[PackedSequence]
+    groups: list[list[int]]
+    """The sequences of each micro-batch, most images first."""
+    sequence_length: int
+    next_state: PlanState
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens, image tokens included and padding not."""
+        return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @cached_property
+    def num_images(self) -> int:
+        return sum(sequence.num_images for sequence in self.sequences)
+
+    @cached_property
+    def sum_squared_lengths(self) -> int:
+        """Sum over documents of their squared length: what attention costs grow with."""
+        return sum(int((sequence.lengths**2).sum()) for sequence in self.sequences)
+
+    @property
+    def fill(self) -> float:
+        """Part of the batch that is not padding."""
+        return self.num_tokens / (len(self.sequences) * self.sequence_length)
+
+    def micro_batches_of(self, data_rank: int, data_size: int) -> list[list[PackedSequence]]:
+        """The micro-batches of a data-parallel rank; the k-th ones of all ranks cost about the same.
+
+        Micro-batches, costliest first, are dealt in rounds of data_size, every other round backwards.
+        """
+        rounds = range(0, len(self.groups), data_size)
+        mine = [first + (data_rank if number % 2 == 0 else data_size - 1 - data_rank) for number, first in enumerate(rounds)]
+        return [[self.sequences[i] for i in self.groups[group]] for group in mine]
+
+
+class Plan:
+    """Plans global batches over the sources of a split."""
+
+    def __init__(
+        self,
+        indexes: Sequence[SourceIndex],
+        *,
+        weights: Sequence[float],
+        limits: Limits,
+        image: ImageInput,
+        packing_window: int,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+    ) -> None:
+        self.indexes = list(indexes)
+        self.weights = list(weights)
+        self.limits = limits
+        self.image = image
+        self.packing_window = packing_window
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self._windows: dict[int, tuple[int, Window]] = {}
+        check_largest_image(limits, image)
+
+    def initial_state(self) -> PlanState:
+        """The cursor before the first batch."""
+        zeros = (0,) * len(self.indexes)
+        return PlanState(drawn=zeros, window=zeros, next_sequence=zeros)
+
+    def batch(self, state: PlanState) -> GlobalBatch:
+        """The global batch at a cursor, with the cursor after it."""
+        drawn, window, used = list(state.drawn), list(state.window), list(state.next_sequence)
+        sequences = []
+        for source in choose_sources(self.weights, drawn, self.global_batch_size):
+            packed = self._window(source, window[source])
+            while used[source] >= packed.num_sequences:
+                window[source] += 1
+                used[source] = 0
+                packed = self._window(source, window[source])
+            number = used[source]
+            sequences.append(
+                PackedSequence(
+                    source=source,
+                    window=packed,
+                    first=packed.first_pieces[number],
+                    last=packed.first_pieces[number + 1],
+                    num_tokens=packed.tokens[number],
+                    num_images=packed.images_of[number],
+                )
+            )
+            used[source] += 1
+            drawn[source] += 1
+        return GlobalBatch(
+            sequences=sequences,
+            groups=self._group(sequences),
+            sequence_length=self.limits.sequence_length,
+            next_state=PlanState(drawn=tuple(drawn), window=tuple(window), next_sequence=tuple(used)),
+        )
+
+    def _window(self, source: int, number: int) -> Window:
+        """A packed window; the last one of each source is kept, since sequences come from it one after another."""
+        kept = self._windows.get(source)
+        if kept is None or kept[0] != number:
+            index = self.indexes[source]
+            seed = self.seed * 1_000_003 + source
+            first = number * self.packing_window
+            samples = stream_samples(first, self.packing_window, num_samples=len(index), seed=seed)
+            packed = pack_window(index, samples, self.limits, self.image, seed=seed + 7919 * number, first_position=first)
+            kept = (number, packed)
+            self._windows[source] = kept
+        return kept[1]
+
+    def _group(self, sequences: list[PackedSequence]) -> list[list[int]]:
+        """Micro-batches of like cost: each sequence, most images and tokens first, goes to the one that has least so far."""
+        order = sorted(range(len(sequences)), key=lambda i: (-sequences[i].num_images, -sequences[i].num_tokens))
+        groups: list[list[int]] = [[] for _ in range(len(sequences) // self.micro_batch_size)]
+        open_groups = [(0, 0, number) for number in range(len(groups))]
+        for i in order:
+            images, tokens, number = heapq.heappop(open_groups)
+            groups[number].append(i)
+            if len(groups[number]) < self.micro_batch_size:
+                heapq.heappush(open_groups, (images + sequences[i].num_images, tokens + sequences[i].num_tokens, number))
+        return sorted(groups, key=lambda group: -sum(sequences[i].num_images for i in group))
+
+    def describe(self, batch: GlobalBatch) -> Iterator[str]:
+        """Lines about a global batch, for a person."""
+        pictures = "images" if self.image.tiling is None else "tiles"
+        yield (
+            f"  {len(batch.sequences)} sequences, {batch.num_tokens:,} tokens, {batch.num_images:,} {pictures}, "
+            f"{100 * batch.fill:.2f}% full, {len(batch.groups)} micro-batches"
+        )
+        for source, index in enumerate(self.indexes):
+            mine = [sequence for sequence in batch.sequences if sequence.source == source]
+            documents = sum(sequence.last - sequence.first for sequence in mine)
+            images = sum(sequence.num_images for sequence in mine)
+            yield f"  {index.name}: {len(mine)} sequences, {documents:,} documents, {images:,} {pictures}"
+        images_of = [sum(batch.sequences[i].num_images for i in group) for group in batch.groups]
+        yield f"  {pictures} of a micro-batch: {min(images_of)} to {max(images_of)}"
+
+
+def image_owners(num_images: int, tensor_size: int) -> np.ndarray:
+    """The tensor-parallel rank that decodes and encodes each image of a micro-batch; all images cost the same: [num_images]."""
+    return np.arange(num_images, dtype=np.int64) % tensor_size
+
+
+def tile_owners(num_tiles: int, tensor_size: int) -> np.ndarray:
+    """The rank that encodes each tile of a micro-batch: [num_tiles]. Neighbours go to one rank, so that few images are decoded by two.
+
+    Worked example: 7 tiles to 3 ranks: 0 0 0 1 1 2 2.
+    """
+    return np.arange(num_tiles, dtype=np.int64) * tensor_size // max(1, num_tiles)

@@ -1,0 +1,1 @@
+"""Offline: from shards to an index."""

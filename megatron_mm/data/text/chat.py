@@ -1,0 +1,151 @@
+"""Chat templates, as data: what stands around the questions and answers of a conversation.
+
+A conversation becomes a document like any other, BOS, items, EOS, of which the answers and what ends them count in the loss:
+
+    BOS  opening  question  before_answer  answer  after_answer  before_question  question  ...  answer  after_last_answer  EOS
+                                           ------  ------------                                  ------  -----------------  ---
+
+Where a template ends an answer with the end-of-text token, the last one is the stream's own EOS. Control tokens are tokens of their
+own; the texts between them are each tokenized as SentencePiece does it, with the space before them that it may put there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_mm.data.sources.index import SourceIndex
+from megatron_mm.data.text.items import Control, ImageReference, Item, Text
+
+Parts = tuple[str | Control, ...]
+
+_BEGIN, _END = Control("<s>"), Control("</s>")
+_IM_START, _IM_END = Control("<|im_start|>"), Control("<|im_end|>")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What stands before and after each role's words."""
+
+    opening: Parts
+    """Before the first question, after BOS."""
+    before_question: Parts
+    """Before every other question."""
+    before_answer: Parts
+    """Between a question and its answer."""
+    after_answer: Parts
+    """After every answer but the last; counts."""
+    after_last_answer: Parts
+    """After the last answer, before EOS; counts."""
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """What the tokenizer must know, each once."""
+        parts = (*self.opening, *self.before_question, *self.before_answer, *self.after_answer, *self.after_last_answer)
+        return tuple(dict.fromkeys(part.token for part in parts if isinstance(part, Control)))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, in which images may stand, and its answer."""
+
+    question: tuple[str | ImageReference, ...]
+    answer: str
+
+
+CHAT_TEMPLATES: dict[str, ChatTemplate] = {
+    # A line is a question, the next its answer: for base models and multi-task training. Ours.
+    "plain": ChatTemplate(
+        opening=(),
+        before_question=(),
+        before_answer=("\n",),
+        after_answer=("\n",),
+        after_last_answer=(),
+    ),
+    # Zephyr was tuned with a system prompt, empty unless a conversation had one. <|user|> and the like are text.
+    "zephyr": ChatTemplate(
+        opening=("<|system|>\n", _END, "\n<|user|>\n"),
+        before_question=("\n<|user|>\n",),
+        before_answer=(_END, "\n<|assistant|>\n"),
+        after_answer=(_END,),
+        after_last_answer=(),
+    ),
+    # Llama 2 chat, without a system prompt, as its authors advise today. Every exchange has its own begin and end.
+    "llama2": ChatTemplate(
+        opening=("[INST] ",),
+        before_question=(_BEGIN, "[INST] "),
+        before_answer=(" [/INST] ",),
+        after_answer=(" ", _END),
+        after_last_answer=(" ",),
+    ),
+    # Vicuna 1.1 and later.
+    "vicuna": ChatTemplate(
+        opening=(
+            "A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ",
+        ),
+        before_question=("USER: ",),
+        before_answer=(" ASSISTANT: ",),
+        after_answer=(_END,),
+        after_last_answer=(),
+    ),
+    # InternLM2's roles as InternVL and Mono-InternVL use them: their system prompt, and no newline between turns.
+    "internlm2": ChatTemplate(
+        opening=(
+            _IM_START,
+            "system\n你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。",
+            _IM_END,
+            _IM_START,
+            "user\n",
+        ),
+        before_question=(_IM_START, "user\n"),
+        before_answer=(_IM_END, _IM_START, "assistant\n"),
+        after_answer=(_IM_END,),
+        after_last_answer=(_IM_END,),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How the samples of a source become chats."""
+
+    template: ChatTemplate
+    caption_prompt: str | None = None
+    """What asks for the captions of pairs, after the image; None leaves them an image and its caption."""
+
+
+def chat_template(name: str) -> ChatTemplate:
+    """A template by its name. Raises ValueError that lists the names where there is none of that name."""
+    if name not in CHAT_TEMPLATES:
+        raise ValueError(f"chat template {name!r} is unknown: use one of {list(CHAT_TEMPLATES)}")
+    return CHAT_TEMPLATES[name]
+
+
+def rendering_of(index: SourceIndex) -> Rendering | None:
+    """How the samples of a source were written when it was indexed; None where they are no chats."""
+    if index.chat_template is None:
+        return None
+    return Rendering(chat_template(index.chat_template), caption_prompt=index.caption_prompt)
+
+
+def render(turns: Sequence[Turn], template: ChatTemplate) -> list[Item]:
+    """The items of a conversation between BOS and EOS."""
+    parts: list[tuple[str | Control | ImageReference, bool]] = []
+    for number, turn in enumerate(turns):
+        last = number == len(turns) - 1
+        silent = (*(template.before_question if number else template.opening), *turn.question, *template.before_answer)
+        counted = (turn.answer, *(template.after_last_answer if last else template.after_answer))
+        parts += [(part, False) for part in silent] + [(part, True) for part in counted]
+    items: list[Item] = []
+    for part, counts in parts:
+        previous = items[-1] if items else None
+        if isinstance(part, Control):
+            items.append(Control(part.token, counted=counts))
+        elif isinstance(part, ImageReference):
+            items.append(ImageReference(part.extension, counted=counts))
+        elif isinstance(previous, Text) and previous.counted == counts:
+            items[-1] = Text(previous.text + part, counted=counts, continues=previous.continues)
+        elif part:
+            items.append(Text(part, counted=counts, continues=isinstance(previous, Text)))
+    return items

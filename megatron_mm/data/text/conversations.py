@@ -1,0 +1,139 @@
+"""Samples whose answers alone count in the loss: conversations, and the tasks of multi-task training.
+
+    conversations  {"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A ball."}],
+                   "image": "0.jpg"}; `image` may be a list, as many as there are <image> marks in the questions, or missing (LLaVA)
+    tasks          {"task": "vqa", "question": "What is it?", "answer": "ball", "images": ["0.jpg"]}
+
+The prompts of tasks are those of InfiMM's multi-task training, which are LLaVA-1.5's. What stands around them is ours: the images,
+and then, a line each, the context, the question, the choices and the prompt; the answer follows as the chat template has it.
+
+    caption        Please describe the image.
+
+    vqa, vizwiz    QUESTION
+                   Answer the question using a single word or phrase.       (vizwiz: and before it, on the same line, another sentence)
+
+    scienceqa      CONTEXT
+                   QUESTION
+                   A. CHOICE
+                   B. CHOICE
+                   Answer with the option's letter from the given choices directly.
+
+Any task may have a `context`; `scienceqa` needs `choices`, its answer is a letter or an index from 0, and it alone may lack an image.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mm.data.text.chat import Turn
+from megatron_mm.data.text.items import BadDocument, ImageReference
+
+IMAGE_MARK = "<image>"
+_ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question."""
+
+    prompt: str
+    asks: bool = True
+    """It has a question of its own."""
+    chooses: bool = False
+    """Its answer is one of `choices`."""
+    needs_image: bool = True
+
+
+TASKS: dict[str, Task] = {
+    "caption": Task("Please describe the image.", asks=False),
+    "vqa": Task("Answer the question using a single word or phrase."),
+    "vizwiz": Task(
+        "When the provided information is insufficient, respond with 'Unanswerable'. Answer the question using a single word or phrase."
+    ),
+    "scienceqa": Task("Answer with the option's letter from the given choices directly.", chooses=True, needs_image=False),
+}
+
+
+def conversation_turns(fields: dict[str, Any]) -> list[Turn]:
+    """The turns of a conversation. Raises BadDocument."""
+    listed = fields.get("conversations")
+    if not isinstance(listed, list):
+        raise BadDocument("JSON has no conversations")
+    try:
+        spoken = [(turn["from"], turn["value"].strip()) for turn in listed]
+    except (KeyError, TypeError, AttributeError):
+        raise BadDocument("malformed conversations list") from None
+    asked, answered = spoken[::2], spoken[1::2]
+    if not spoken or len(spoken) % 2 or any(who not in _ASKS for who, _ in asked) or any(who not in _ANSWERS for who, _ in answered):
+        raise BadDocument("conversation is not of questions with answers")
+    if not all(answer for _, answer in answered):
+        raise BadDocument("empty answer")
+    images = _images(fields)
+    if sum(question.count(IMAGE_MARK) for _, question in asked) != len(images):
+        raise BadDocument("images and <image> marks differ in number")
+    left = iter(images)
+    return [Turn(_with_images(question, left), answer) for (_, question), (_, answer) in zip(asked, answered, strict=True)]
+
+
+def _with_images(question: str, images: Any) -> tuple[str | ImageReference, ...]:
+    """A question with its marks replaced with the next images."""
+    first, *rest = question.split(IMAGE_MARK)
+    parts: list[str | ImageReference] = [first]
+    for text in rest:
+        parts += [next(images), text]
+    return tuple(part for part in parts if part)
+
+
+def task_turns(fields: dict[str, Any]) -> list[Turn]:
+    """A task as a conversation of one turn. Raises BadDocument."""
+    name = fields.get("task")
+    if not isinstance(name, str) or name not in TASKS:
+        raise BadDocument("unknown task")
+    task = TASKS[name]
+    images = _images(fields)
+    if task.needs_image and not images:
+        raise BadDocument("task without image")
+    choices = _choices(fields) if task.chooses else []
+    lines = [
+        *([_string(fields, "context")] if fields.get("context") else []),
+        *([_string(fields, "question")] if task.asks else []),
+        *(f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False)),
+        task.prompt,
+    ]
+    answer = _letter(fields.get("answer"), len(choices)) if task.chooses else _string(fields, "answer")
+    return [Turn((*images, "\n".join(lines)), answer)]
+
+
+def _string(fields: dict[str, Any], name: str) -> str:
+    value = fields.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise BadDocument(f"task without {name}")
+    return value.strip()
+
+
+def _choices(fields: dict[str, Any]) -> list[str]:
+    choices = fields.get("choices")
+    if not isinstance(choices, list) or not 0 < len(choices) <= len(string.ascii_uppercase) or not all(isinstance(c, str) for c in choices):
+        raise BadDocument("malformed choices list")
+    return choices
+
+
+def _letter(answer: object, count: int) -> str:
+    """The letter of a choice that is given by its letter or its index."""
+    letters = string.ascii_uppercase[:count]
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < count:
+        return letters[answer]
+    if isinstance(answer, str) and len(answer) == 1 and answer.upper() in letters:
+        return answer.upper()
+    raise BadDocument("answer is not one of the choices")
+
+
+def _images(fields: dict[str, Any]) -> list[ImageReference]:
+    """The images that a sample names, one or several."""
+    named = fields.get("images", fields.get("image"))
+    names = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(isinstance(name, str) for name in names):
+        raise BadDocument("malformed image list")
+    return [ImageReference(name.lower(), counted=False) for name in names]

@@ -1,0 +1,140 @@
+"""What a sample's bytes mean: its items in reading order.
+
+    pairs        KEY.jpg|jpeg|png|webp + KEY.txt, or KEY.json with `caption` or `text`. The image comes first.
+    interleaved  KEY.json with an ordered list, and images beside it whose names the list gives. Three forms:
+                 {"items": [{"text": "..."}, {"image": "0.jpg"}, ...]}
+                 {"texts": ["...", null, ...], "images": [null, "1.jpg", ...]}                          (OBELICS)
+                 {"text_list": ["..."], "image_info": [{"image_name": "0.png", "matched_text_index": 0}]}    (MMC4;
+                 an image stands before the sentence that it matches)
+    text         a line of a .jsonl with `text`, KEY.txt, or KEY.json with `text`
+    conversations, tasks   KEY.json and the images that it names, or a line of a .jsonl (`data.text.conversations`)
+
+A .txt that is itself an object with `text` or `caption`, as some tools write it, gives that text; any other is taken as it is.
+The image "NAME" of a document KEY.json is the member KEY.NAME.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_mm.data.sources.index import CHAT_KINDS, Kind
+from megatron_mm.data.text.chat import Rendering, Turn, render
+from megatron_mm.data.text.conversations import TASKS, conversation_turns, task_turns
+from megatron_mm.data.text.items import BadDocument, ImageReference, Item, Text
+
+OWN_IMAGE = ""
+"""Stands for the image of a pair, whatever its extension."""
+
+
+def parse_document(kind: Kind, data: bytes, *, is_json: bool, rendering: Rendering | None = None) -> list[Item]:
+    """The items of a document in reading order; of a pair, its caption alone, unless a prompt asks for it.
+
+    Raises BadDocument with a short reason.
+
+    Args:
+        is_json: the document must be JSON, as its name says; of all kinds but pairs and text it always must.
+        rendering: how conversations and tasks are written, and pairs, if they are chats.
+    """
+    try:
+        decoded = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadDocument("text is not UTF-8") from None
+    items = _items(kind, decoded, is_json=is_json, rendering=rendering)
+    texts = [item.text for item in items if isinstance(item, Text)]
+    if not texts:
+        raise BadDocument("no text")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        raise BadDocument("text is not UTF-8") from None
+    return items
+
+
+def _items(kind: Kind, decoded: str, *, is_json: bool, rendering: Rendering | None) -> list[Item]:
+    if kind in CHAT_KINDS:
+        assert rendering is not None, "conversations are rendered by a template"
+        fields = _json(decoded)
+        return render(conversation_turns(fields) if kind == "conversations" else task_turns(fields), rendering.template)
+    if kind == "pairs" and rendering is not None and rendering.caption_prompt is not None:
+        caption = _plain_text(decoded, is_json=is_json)
+        turn = Turn((ImageReference(OWN_IMAGE, counted=False), rendering.caption_prompt), caption)
+        return render([turn], rendering.template) if caption else []
+    items = _interleaved(_json(decoded)) if kind == "interleaved" else [Text(_plain_text(decoded, is_json=is_json))]
+    return [item for item in items if not isinstance(item, Text) or item.text.strip()]
+
+
+def chat_kind(data: bytes) -> Kind | None:
+    """Whether a JSON document is a conversation or a task, by its fields; None where it is neither."""
+    try:
+        fields = _json(data.decode("utf-8-sig"))
+    except (UnicodeDecodeError, BadDocument):
+        return None
+    if isinstance(fields.get("conversations"), list):
+        return "conversations"
+    return "tasks" if isinstance(task := fields.get("task"), str) and task in TASKS else None
+
+
+def _plain_text(decoded: str, *, is_json: bool) -> str:
+    if is_json or decoded.lstrip().startswith("{"):
+        try:
+            fields = _json(decoded)
+            text = fields.get("text", fields.get("caption"))
+            if not isinstance(text, str):
+                raise BadDocument("JSON has no text or caption")
+            return text.strip()
+        except BadDocument:
+            if is_json:
+                raise
+    return decoded.strip()
+
+
+def _json(decoded: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(decoded)
+    except (ValueError, RecursionError):  # ValueError itself for a number of thousands of digits
+        raise BadDocument("malformed JSON") from None
+    if not isinstance(fields, dict):
+        raise BadDocument("JSON is not an object")
+    return fields
+
+
+def _interleaved(fields: dict[str, Any]) -> list[Item]:
+    for name, parse in _FORMS.items():
+        if isinstance(fields.get(name), list):
+            try:
+                return parse(fields)
+            except (KeyError, TypeError, AttributeError):
+                raise BadDocument(f"malformed {name} list") from None
+    raise BadDocument("JSON has no items, texts or text_list")
+
+
+def _item(text: object, image: object) -> Item:
+    if isinstance(text, str) and image is None:
+        return Text(text)
+    if isinstance(image, str) and text is None:
+        return ImageReference(image.lower())
+    raise TypeError("an item is a text or an image")
+
+
+def _own(fields: dict[str, Any]) -> list[Item]:
+    return [_item(item.get("text"), item.get("image")) for item in fields["items"]]
+
+
+def _obelics(fields: dict[str, Any]) -> list[Item]:
+    if len(fields["texts"]) != len(fields["images"]):
+        raise TypeError("texts and images differ in length")
+    return [_item(text, image) for text, image in zip(fields["texts"], fields["images"], strict=True)]
+
+
+def _mmc4(fields: dict[str, Any]) -> list[Item]:
+    texts = [_item(text, None) for text in fields["text_list"]]
+    before: list[list[Item]] = [[] for _ in texts]
+    for info in fields["image_info"]:
+        if info["matched_text_index"] not in range(len(texts)):
+            raise TypeError("an image belongs to a text that is not there")
+        before[info["matched_text_index"]].append(_item(None, info["image_name"]))
+    return [item for images, text in zip(before, texts, strict=True) for item in (*images, text)]
+
+
+_FORMS = {"items": _own, "texts": _obelics, "text_list": _mmc4}

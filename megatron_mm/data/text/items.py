@@ -1,0 +1,93 @@
+"""The items of a document in reading order, and the one way from them to token ids.
+
+Preparation counts with `encode_items` and the loader reads with it, so what the plan expects is what a run finds.
+
+Worked example: a rendered chat is one string to SentencePiece, of which only the answer counts. "USER: a ball? ASSISTANT:" and
+" red" are two items, the second of which continues the first. Tokenized one by one, "red" would get the space that SentencePiece puts
+before every text, and another token than in a reader's mouth; so they are tokenized together,
+
+    ▁USER : ▁a ▁ball ? ▁ASS IST ANT : ▁red
+
+and the tokens dealt out again: each belongs to the item that holds its last character. A token across the border thus belongs to the
+item that it reaches into, as a model that reads the first item alone has not seen it yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_mm.data.text.tokenizer import Tokenizer
+
+
+class BadDocument(ValueError):
+    """A document that cannot be used; the message is the reason under which it is counted."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text."""
+
+    text: str
+    counted: bool = True
+    """Its tokens count in the loss."""
+    continues: bool = False
+    """It is tokenized together with the text before it, as one string."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control token, such as </s>, which no text can spell."""
+
+    token: str
+    counted: bool = False
+    """It counts in the loss."""
+
+
+@dataclass(frozen=True)
+class ImageReference:
+    """An image, by the extension of the tar member that holds it."""
+
+    extension: str
+    counted: bool = True
+    """What stands before an image counts in the loss where the model family learns it; the image itself never does."""
+
+
+Item = Text | Control | ImageReference
+
+
+def encode_items(items: Sequence[Item], tokenizer: Tokenizer) -> list[list[int]]:
+    """The token ids of each item but the images, in order.
+
+    Raises ValueError where the tokenizer lacks a control token.
+    """
+    written = [item for item in items if not isinstance(item, ImageReference)]
+    ids: list[list[int]] = [[tokenizer.special_id(item.token)] if isinstance(item, Control) else [] for item in written]
+    alone, together = _runs(items)
+    for first, found in zip(alone, tokenizer.encode_batch([_text(written[first]) for first in alone]), strict=True):
+        ids[first] = found
+    for run in together:
+        ids[run.start : run.stop] = tokenizer.encode_together([_text(written[number]) for number in run])
+    return ids
+
+
+def _runs(items: Sequence[Item]) -> tuple[list[int], list[range]]:
+    """Which texts are tokenized alone and which together, by their numbers among the items that are not images."""
+    runs: list[range] = []
+    number, open_run = 0, False
+    for item in items:
+        if isinstance(item, ImageReference):
+            open_run = False
+            continue
+        if isinstance(item, Text) and item.continues and open_run:
+            runs[-1] = range(runs[-1].start, number + 1)
+        elif isinstance(item, Text):
+            runs.append(range(number, number + 1))
+        open_run = isinstance(item, Text)
+        number += 1
+    return [run.start for run in runs if len(run) == 1], [run for run in runs if len(run) > 1]
+
+
+def _text(item: Item) -> str:
+    assert isinstance(item, Text), "a run is of texts"
+    return item.text

@@ -1,0 +1,48 @@
+"""InfiMM's shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_mm.config import EvaConfig, ModelConfig, ResamplerConfig
+from megatron_mm.config.checks import require, require_positive
+
+
+@dataclass(frozen=True)
+class GatedConfig:
+    """Flamingo's gated blocks, in which tokens look at the latents of the last image before them."""
+
+    every_n_layers: int
+    """A block stands before decoder layers n, 2n, 3n ... (counted from 1)."""
+    num_attention_heads: int = 8
+    """Attention heads."""
+    head_dim: int = 64
+    """Width of one attention head."""
+    ffn_multiplier: int = 4
+    """Width of the feed-forward, in widths of the decoder."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "every_n_layers", "num_attention_heads", "head_dim", "ffn_multiplier")
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Indices of the decoder layers with a block, from 0: (1, 3) for every second of 4."""
+        return tuple(layer for layer in range(num_layers) if (layer + 1) % self.every_n_layers == 0)
+
+
+@dataclass(frozen=True)
+class InfiMMConfig(ModelConfig):
+    """InfiMM (arXiv 2403.01487): an EVA-CLIP tower, a Perceiver resampler, and a language model with gated cross-attention."""
+
+    family: ClassVar[str] = "infimm"
+    vision: EvaConfig
+    resampler: ResamplerConfig
+    gated: GatedConfig
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.gated.layers(self.decoder.num_layers)) > 0,
+            f"gated.every_n_layers {self.gated.every_n_layers} puts no block before any of the {self.decoder.num_layers} decoder layers: "
+            "use less",
+        )
+        require(self.decoder.moe is None, "InfiMM's decoder has no experts: leave out decoder.moe")

@@ -1,0 +1,214 @@
+"""Flamingo's gated blocks (arXiv 2204.14198, section 3.1.2): before some decoder layers, tokens look at the latents of one image.
+
+    x <- x + tanh(attention_gate) * attention(norm(x), latents)
+    x <- x + tanh(ffn_gate) * ffn(norm(x))
+
+Gates begin at 0, so that the model begins as the bare language model. A token looks at the last image at or before it in its own document,
+and at no other. Before the first image of a document attention adds nothing, and the feed-forward still applies; in a document without any
+image neither does. Worked example, two documents (E is <|endofchunk|>, I is <image>; images A, B, C):
+
+    tokens        <s>  a   E   I   b   E   I   c  </s> | <s>  d   E   I  </s> | <s>  e  </s>
+    looks at       -   -   -   A   A   A   B   B   B   |  -   -   -   C   C   |  -   -   -
+    feed-forward   x   x   x   x   x   x   x   x   x   |  x   x   x   x   x   |  -   -   -
+
+So the tokens that look at image k are one run, from its <image> to the next one or to the end of the document, and attention is packed
+attention of these runs with the images' latents: nothing is computed that the mask would take away, and there is no mask.
+
+The blocks are cut over tensor parallelism like the decoder's: heads and feed-forward width by column, outputs by row. Latents come as a
+sequence of their own, [m, 1, v], cut along it under sequence parallelism.
+
+Shape legend: t packed tokens (this process's part under sequence parallelism), n images, k latents of an image, m = n * k, v tower width,
+h decoder width, r tokens that look at an image, a heads of this process, d head width.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.families.infimm.config import GatedConfig
+from megatron_mm.models.layers import PlainSubmodules
+
+
+@dataclass
+class MediaLayout(PackedSeqParams):
+    """Which tokens look at which image. It travels with the document bounds to every layer of a micro-batch, recomputed ones included."""
+
+    rows: torch.Tensor | None = None
+    """[r] int64: positions, in the whole micro-batch, of the tokens that look at an image, in order."""
+    runs: PackedSeqParams | None = None
+    """The runs of these tokens that look at the same image, each with that image's latents."""
+    looks: torch.Tensor | None = None
+    """[r, 1] in the model's type: 1; 0 for the one row that stands in where there is no image, so that all weights have a gradient."""
+    in_media_document: torch.Tensor | None = None
+    """[t, 1, 1] in the model's type: 1 for this process's tokens of documents with an image, else 0."""
+
+
+def media_layout(batch: PackedBatch, *, num_latents: int, local: range, dtype: torch.dtype) -> MediaLayout:
+    """The layout of a micro-batch; see the module's worked example.
+
+    Args:
+        num_latents: of an image.
+        local: the tokens that this process holds.
+    """
+    device = batch.token_ids.device
+    starts, documents = batch.image_starts, batch.image_documents
+    following = torch.cat([starts[1:], torch.tensor([batch.num_tokens])])
+    ends = torch.minimum(documents[:, 1], following) if len(starts) else starts
+    runs = [torch.arange(start, end) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    with_image = torch.zeros(batch.num_tokens, dtype=dtype)
+    for begin, end in documents.tolist():
+        with_image[begin:end] = 1
+    real = bool(runs)
+    runs = runs or [torch.zeros(1, dtype=torch.int64)]
+    lengths = torch.tensor([0, *(len(run) for run in runs)])
+    rows = torch.cat(runs)
+    return MediaLayout(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+        rows=rows.to(device, non_blocking=True),
+        runs=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=lengths.cumsum(0).int().to(device, non_blocking=True),
+            cu_seqlens_kv=(num_latents * torch.arange(len(runs) + 1)).int().to(device, non_blocking=True),
+            max_seqlen_q=int(lengths.max()),
+            max_seqlen_kv=num_latents,
+        ),
+        looks=torch.full((len(rows), 1), float(real), dtype=dtype).to(device, non_blocking=True),
+        in_media_document=with_image[local.start : local.stop, None, None].to(device, non_blocking=True),
+    )
+
+
+class GatedCrossAttention(MegatronModule):
+    """One gated block: hidden states [t, 1, h] and latents [m, 1, v] -> hidden states."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: PlainSubmodules,
+        *,
+        gated: GatedConfig,
+        latent_size: int,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        """
+        Args:
+            config: the decoder's.
+            latent_size: width of the latents.
+        """
+        own = _block_config(config, gated)
+        super().__init__(config=own)
+        self.tp_group = pg_collection.tp
+        inner = gated.num_attention_heads * gated.head_dim
+        self.head_dim = gated.head_dim
+        options = {"config": own, "init_method": own.init_method, "bias": False, "skip_bias_add": True, "is_expert": False}
+        self.attention_norm = build_module(submodules.norm, config=own, hidden_size=own.hidden_size, eps=own.layernorm_epsilon)
+        self.linear_q = build_module(submodules.column, own.hidden_size, inner, gather_output=False, **options)
+        self.linear_kv = build_module(submodules.column, latent_size, 2 * inner, gather_output=False, **options)
+        self.core_attention = build_module(
+            submodules.core_attention,
+            config=own,
+            layer_number=layer_number,
+            attn_mask_type=AttnMaskType.padding,
+            attention_type="cross",
+            pg_collection=pg_collection,
+        )
+        self.linear_out = build_module(submodules.row, inner, own.hidden_size, input_is_parallel=True, **options)
+        self.ffn_norm = build_module(submodules.norm, config=own, hidden_size=own.hidden_size, eps=own.layernorm_epsilon)
+        self.ffn = MLP(
+            own,
+            MLPSubmodules(linear_fc1=submodules.column, linear_fc2=submodules.row),
+            ffn_hidden_size=own.ffn_hidden_size,
+            tp_group=pg_collection.tp,
+        )
+        self.attention_gate = self._gate()
+        self.ffn_gate = self._gate()
+
+    def _gate(self) -> torch.nn.Parameter:
+        gate = torch.nn.Parameter(torch.empty(1, dtype=self.config.params_dtype))
+        gate.init_value = 0.0  # type: ignore[attr-defined]
+        gate.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]  # each process sees its part of the tokens
+        return gate
+
+    def forward(self, hidden_t1h: torch.Tensor, latents_m1v: torch.Tensor, media: MediaLayout) -> torch.Tensor:
+        """[t, 1, h] -> [t, 1, h]."""
+        hidden_t1h = hidden_t1h + self.attention_gate.tanh() * self._attend(self.attention_norm(hidden_t1h), latents_m1v, media)
+        assert media.in_media_document is not None
+        ffn_t1h, _ = self.ffn(self.ffn_norm(hidden_t1h))
+        return hidden_t1h + self.ffn_gate.tanh() * media.in_media_document * ffn_t1h
+
+    def _attend(self, normed_t1h: torch.Tensor, latents_m1v: torch.Tensor, media: MediaLayout) -> torch.Tensor:
+        assert media.rows is not None and media.runs is not None and media.looks is not None
+        query_t1q, _ = self.linear_q(normed_t1h)
+        seen_m1q, _ = self.linear_kv(latents_m1v)
+        query_rad = query_t1q.squeeze(1).index_select(0, media.rows).unflatten(-1, (-1, self.head_dim))
+        # Keys and values of a head lie side by side, so that a process's part of the rows is whole heads of both.
+        key_mad, value_mad = seen_m1q.squeeze(1).unflatten(-1, (-1, 2, self.head_dim)).unbind(2)
+        attended_rq = self.core_attention(
+            query_rad, key_mad.contiguous(), value_mad.contiguous(), None, attn_mask_type=AttnMaskType.padding, packed_seq_params=media.runs
+        )
+        attended_t1q = torch.zeros_like(query_t1q).squeeze(1).index_copy(0, media.rows, attended_rq * media.looks).unsqueeze(1)
+        out_t1h, _ = self.linear_out(attended_t1q)
+        return out_t1h
+
+
+class GatedTransformerLayer(TransformerLayer):
+    """A decoder layer with a gated block before it; the latents come as megatron-core's `context`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        *,
+        block: PlainSubmodules,
+        gated: GatedConfig,
+        latent_size: int,
+        **layer: object,
+    ) -> None:
+        super().__init__(config, submodules, **layer)  # type: ignore[arg-type]
+        self.gated = GatedCrossAttention(
+            config, block, gated=gated, latent_size=latent_size, layer_number=self.layer_number, pg_collection=self.pg_collection
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, *, context: torch.Tensor, packed_seq_params: MediaLayout, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """([t, 1, h], latents [m, 1, v]) -> the same."""
+        hidden_states = self.gated(hidden_states, context, packed_seq_params)
+        return super().forward(hidden_states, context=context, packed_seq_params=packed_seq_params, **kwargs)
+
+
+def gated_layer_spec(layer: ModuleSpec, *, block: PlainSubmodules, gated: GatedConfig, latent_size: int) -> ModuleSpec:
+    """A decoder layer's spec with a gated block before it."""
+    params = {**layer.params, "block": block, "gated": gated, "latent_size": latent_size}
+    return ModuleSpec(module=GatedTransformerLayer, params=params, submodules=layer.submodules)
+
+
+def _block_config(config: TransformerConfig, gated: GatedConfig) -> TransformerConfig:
+    """The decoder's config with the block's own shapes. A copy of the finished object: making one anew would derive the rest again."""
+    own = copy.copy(config)
+    own.num_attention_heads = own.num_query_groups = gated.num_attention_heads
+    own.kv_channels = gated.head_dim
+    own.ffn_hidden_size = gated.ffn_multiplier * config.hidden_size
+    own.gated_linear_unit = False
+    own.activation_func = F.gelu
+    own.bias_activation_fusion = False
+    own.normalization = "LayerNorm"
+    own.layernorm_epsilon = 1e-5
+    return own

@@ -1,0 +1,155 @@
+"""InfiMM (arXiv 2403.01487): EVA-CLIP tower -> Perceiver resampler -> latents that a language model's gated blocks look at.
+
+An image takes two tokens of the sequence, `<|endofchunk|><image>`, and no features: these are the latents, which every pipeline stage
+with a gated block needs. They travel behind the hidden states (`parallel.stages` says why and how).
+
+The tower is frozen in every stage of training and runs without gradients. Its features are those of its last block, class token first,
+before the final norm.
+
+Shape legend: t packed tokens of a micro-batch, n images, k latents of an image, m = max(1, n) * k, v tower width, h decoder width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from megatron_mm.config import ParallelConfig
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.image_input import ImageInput
+from megatron_mm.families.base import ModelFamily
+from megatron_mm.families.infimm.config import InfiMMConfig
+from megatron_mm.families.infimm.gated_cross_attention import gated_layer_spec, media_layout
+from megatron_mm.flops import infimm_step_flops
+from megatron_mm.models.chunk import Chunk
+from megatron_mm.models.context import ChunkContext, fill_colour
+from megatron_mm.models.decoder import check_decoder_layout, layers_of_chunk
+from megatron_mm.models.eva import EvaTower
+from megatron_mm.models.layers import decoder_layer_spec, plain_submodules
+from megatron_mm.models.resampler import PerceiverResampler
+from megatron_mm.parallel.stages import attach, detach_passengers, rows_for
+
+END_OF_CHUNK, IMAGE = "<|endofchunk|>", "<image>"
+
+
+class InfiMMModel(Chunk):
+    """One pipeline chunk of InfiMM."""
+
+    def __init__(self, config: InfiMMConfig, context: ChunkContext) -> None:
+        encoders = _encoders(config, context) if context.pre_process else {}
+        gated_layers = config.gated.layers(config.decoder.num_layers)
+        specs = []
+        for layer in layers_of_chunk(config.decoder, context):
+            spec = decoder_layer_spec(context.backend)
+            if layer in gated_layers:
+                block = plain_submodules(context.backend)
+                spec = gated_layer_spec(spec, block=block, gated=config.gated, latent_size=config.vision.hidden_size)
+            specs.append(spec)
+        super().__init__(config.decoder, context, image=_image_input(config), encoders=encoders, layer_specs=specs)
+        self.num_latents, self.latent_size = config.resampler.num_latents, config.vision.hidden_size
+        self.received: torch.Tensor | None = None
+
+    def set_input_tensor(self, input_tensor: list[torch.Tensor] | torch.Tensor | None) -> None:
+        """Take what the previous stage sent, until `forward` takes it apart."""
+        self.received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True) -> torch.Tensor:
+        """Hidden states and latents for the next stage, or on the last stage the result.
+
+        Args:
+            batch: the micro-batch, its tensors on this process's device (`image_...` on the CPU).
+            pipeline_rows: rows of what goes to the next stage, as `ModelFamily.pipeline_rows` says.
+            with_loss: the last stage returns losses, or else logits.
+
+        Returns:
+            [pipeline_rows / tensor, 1, h] or [pipeline_rows, 1, h]; on the last stage per-token losses [1, t] in float32, or logits
+            [1, t, vocabulary / tensor].
+        """
+        local = self.sharing.local_tokens(batch.num_tokens)
+        num_latents = len(self.sharing.local_tokens(max(1, batch.num_images) * self.num_latents))
+        decoder_input = None
+        if self.pre_process:
+            decoder_input = self.language.embedding(input_ids=batch.token_ids[None], position_ids=batch.position_ids[None])
+            latents_m1v = self._encode(batch)
+        else:
+            assert self.received is not None, "a later stage receives before it runs"
+            hidden, latents_m1v = detach_passengers(
+                self.received, num_hidden=len(local), num_passengers=num_latents, width=self.latent_size
+            )
+            self.language.set_input_tensor(hidden)
+        media = media_layout(batch, num_latents=self.num_latents, local=local, dtype=latents_m1v.dtype)
+        out = self.decode(batch, decoder_input, media, context=latents_m1v, with_loss=with_loss)
+        return out if self.post_process else attach(out, latents_m1v, rows=len(self.sharing.local_tokens(pipeline_rows)))
+
+    def _encode(self, batch: PackedBatch) -> torch.Tensor:
+        """This process's part of the latents [m, 1, v] of all images of the micro-batch; zeros where there is none."""
+        with torch.no_grad():
+            features_nsv = self.vision(self.own_pixels(batch))
+        latents_nkv = self.sharing.gather(self.resampler(features_nsv), owners=batch.image_owners)
+        if batch.num_images == 0:
+            latents_nkv = F.pad(latents_nkv, (0, 0, 0, 0, 0, 1))
+        latents_m1v = latents_nkv.flatten(0, 1)[:, None]
+        local = self.sharing.local_tokens(latents_m1v.shape[0])
+        return latents_m1v[local.start : local.stop]
+
+
+def _encoders(config: InfiMMConfig, context: ChunkContext) -> dict[str, torch.nn.Module]:
+    tower = EvaTower(config.vision, dtype=context.dtype)
+    return {"vision": tower, "resampler": PerceiverResampler(config.resampler, width=config.vision.hidden_size, dtype=context.dtype)}
+
+
+def _image_input(config: InfiMMConfig) -> ImageInput:
+    return ImageInput(
+        size=config.vision.image_size,
+        fill=fill_colour(config.vision.mean),
+        tokens=1,
+        token=IMAGE,
+        before=(END_OF_CHUNK,),
+        learn_before=True,
+    )
+
+
+def _pipeline_rows(config: InfiMMConfig, parallel: ParallelConfig, num_tokens: int, num_images: int) -> int:
+    """Rows for the hidden states of num_tokens tokens and the latents of num_images images."""
+    parts = parallel.tensor if parallel.sequence_parallel else 1
+    vectors = max(1, num_images) * config.resampler.num_latents // parts
+    return num_tokens + parts * rows_for(vectors, width=config.vision.hidden_size, hidden_size=config.decoder.hidden_size)
+
+
+def _check_layout(config: InfiMMConfig, parallel: ParallelConfig, world_size: int) -> None:
+    check_decoder_layout(config.decoder, parallel, world_size)
+    counts = {"heads of the gated blocks": config.gated.num_attention_heads, "latents of an image": config.resampler.num_latents}
+    for name, count in counts.items():
+        if count % parallel.tensor:
+            raise ValueError(f"parallel.tensor {parallel.tensor} does not divide the {count} {name}: use a divisor of it")
+
+
+def _fp8_sizes(config: InfiMMConfig, parallel: ParallelConfig) -> dict[str, tuple[int, int]]:
+    """The gated blocks are computed as their decoder layers are, so their products with the latents are, too."""
+    gated = config.gated
+    return {
+        "model.vision.hidden_size": (config.vision.hidden_size, 1),
+        "model.resampler.num_latents": (config.resampler.num_latents, parallel.tensor if parallel.sequence_parallel else 1),
+        "model.gated.num_attention_heads x head_dim": (gated.num_attention_heads * gated.head_dim, parallel.tensor),
+        "model.gated.ffn_multiplier x model.decoder.hidden_size": (gated.ffn_multiplier * config.decoder.hidden_size, parallel.tensor),
+    }
+
+
+_BRIDGE = (r"resampler\.", r"language\.decoder\.layers\.\d+\.gated\.")
+
+FAMILY = ModelFamily(
+    build=InfiMMModel,  # type: ignore[arg-type]
+    check_layout=_check_layout,  # type: ignore[arg-type]
+    image_input=_image_input,  # type: ignore[arg-type]
+    step_flops=infimm_step_flops,  # type: ignore[arg-type]
+    policies={
+        "pt": _BRIDGE,
+        "mtt": _BRIDGE,
+        "ift": (*_BRIDGE, r"language\."),
+        "ift_frozen_language": _BRIDGE,
+    },
+    special_tokens=(END_OF_CHUNK, IMAGE),
+    pipeline_rows=_pipeline_rows,  # type: ignore[arg-type]
+    fp8_sizes=_fp8_sizes,  # type: ignore[arg-type]
+)
+"""The paper's three stages. Its IFT frees all but the tower; the model card keeps the language model frozen for Zephyr and Vicuna."""

@@ -1,0 +1,172 @@
+"""InfiMM (arXiv 2403.01487): three language models, each trained in three stages.
+
+`_pt` pre-training and `_mtt` multi-task training teach the resampler and the gated blocks, `_ift` instruction fine-tuning what its policy
+says. Each stage begins with the weights of the one before: `train infimm_zephyr_7b_mtt --init-from RUN_DIR_OF_PT`. The first begins with a
+language model and a tower that `megatron-mm convert from-hf` has imported.
+
+Published (table 7): AdamW's betas and epsilon, peak and least learning rates, steps, warm-up, weight decay 0.1, clipping at 1.0, at most
+6 images a sample, 64 latents, image sizes, samples of 32 tokens (pairs) and 384 (documents) in PT, of 128 in MTT and 512 in IFT, batches
+of 5120, 256 and 64 samples. From the authors' released code: 6 resampler layers, 8 heads of 64, a gated block before every second layer of
+Zephyr-7B and every fourth of Vicuna-13B. Every fourth of Llama-2-13B is our assumption.
+
+Where the paper and the model card differ we follow the paper: PT's beta2 is 0.95 (card: 0.999), its schedule a cosine (card: constant;
+with a least learning rate equal to the peak, which the table gives, both are the same), documents of 384 tokens (card: 792 for the 7B
+model). Where the paper says that IFT frees the language model, the card says so for Llama-2 alone: there we follow the card;
+`--train.policy ift` or `ift_frozen_language` chooses the other.
+
+Ours: the layouts, the mixtures, and packing, where the authors padded. Sequences have the length of the stage's longest samples and hold
+whole ones, with at most 12 images. So a batch of sequences has more samples than one of as many padded ones: PT's 768 sequences, half
+of them documents and half filled with twelve pairs of about 32 tokens each, hold about 5000 samples; MTT's 256 and IFT's 64 at least the
+published number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_mm.config import (
+    DataConfig,
+    DecoderConfig,
+    EvaConfig,
+    Experiment,
+    OptimizerConfig,
+    ParallelConfig,
+    ResamplerConfig,
+    TrainConfig,
+)
+from megatron_mm.families.infimm.config import GatedConfig, InfiMMConfig
+from megatron_mm.models.eva import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336
+
+VOCABULARY = 32002
+"""Llama's 32000 tokens, <|endofchunk|> and <image>."""
+
+ZEPHYR_7B = DecoderConfig(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    vocab_size=VOCABULARY,
+    tied_embeddings=False,
+)
+"""Zephyr-7B-beta (Mistral-7B). Its attention window of 4096 tokens is longer than any sequence here."""
+
+LLAMA_13B = DecoderConfig(
+    num_layers=40,
+    hidden_size=5120,
+    ffn_hidden_size=13824,
+    num_attention_heads=40,
+    num_query_groups=40,
+    vocab_size=VOCABULARY,
+    tied_embeddings=False,
+)
+"""Llama-2-13B and Vicuna-13B-v1.5."""
+
+
+def _pretraining(recipe: str, *, decoder: DecoderConfig, vision: EvaConfig, every_n_layers: int, parallel: ParallelConfig) -> Experiment:
+    return Experiment(
+        recipe=f"{recipe}_pt",
+        model=InfiMMConfig(decoder=decoder, vision=vision, resampler=ResamplerConfig(), gated=GatedConfig(every_n_layers=every_n_layers)),
+        data=DataConfig(
+            sequence_length=384,
+            max_images_per_sequence=12,
+            max_images_per_document=6,
+            mixture={"interleaved": 0.5, "pairs": 0.5},
+        ),
+        optimizer=OptimizerConfig(peak_lr=1e-4, min_lr=1e-4, warmup_steps=6000, beta1=0.9, beta2=0.95, epsilon=1e-8),
+        train=TrainConfig(steps=285_000, schedule_steps=285_000, global_batch_size=768, micro_batch_size=4, policy="pt"),
+        parallel=parallel,
+    )
+
+
+def _multi_task(pretraining: Experiment) -> Experiment:
+    return replace(
+        pretraining,
+        recipe=pretraining.recipe.replace("_pt", "_mtt"),
+        data=replace(pretraining.data, sequence_length=128, max_images_per_sequence=6, mixture={"tasks": 1.0}),
+        optimizer=OptimizerConfig(peak_lr=1e-5, min_lr=1e-6, warmup_steps=500, beta1=0.9, beta2=0.999, epsilon=1e-5),
+        train=replace(pretraining.train, steps=10_000, schedule_steps=10_000, global_batch_size=256, policy="mtt"),
+        parallel=replace(pretraining.parallel, recompute="full"),
+    )
+
+
+def _instruction(pretraining: Experiment, *, policy: str, chat_template: str) -> Experiment:
+    data = pretraining.data
+    train = pretraining.train
+    return replace(
+        pretraining,
+        recipe=pretraining.recipe.replace("_pt", "_ift"),
+        data=replace(data, sequence_length=512, max_images_per_sequence=6, mixture={"conversations": 1.0}, chat_template=chat_template),
+        optimizer=OptimizerConfig(peak_lr=5e-6, min_lr=5e-7, warmup_steps=300, beta1=0.9, beta2=0.999, epsilon=1e-5),
+        train=replace(train, steps=6_000, schedule_steps=6_000, global_batch_size=64, micro_batch_size=2, policy=policy),
+    )
+
+
+def infimm_zephyr_7b_pt() -> Experiment:
+    """Zephyr-7B with EVA02-CLIP-L at 336 px (577 tokens), pre-training: the resampler and 16 gated blocks learn (2.3B parameters).
+
+    32 GPUs as tensor 2 x data 16. `sbatch examples/infimm_zephyr_7b_pt.slurm`.
+    """
+    return _pretraining("infimm_zephyr_7b", decoder=ZEPHYR_7B, vision=EVA02_L_14_336, every_n_layers=2, parallel=ParallelConfig(tensor=2))
+
+
+def infimm_zephyr_7b_mtt() -> Experiment:
+    """Zephyr-7B, multi-task training. `sbatch examples/infimm_zephyr_7b_mtt.slurm`."""
+    return _multi_task(infimm_zephyr_7b_pt())
+
+
+def infimm_zephyr_7b_ift() -> Experiment:
+    """Zephyr-7B, instruction fine-tuning; the language model stays frozen (card). `sbatch examples/infimm_zephyr_7b_ift.slurm`."""
+    return _instruction(infimm_zephyr_7b_pt(), policy="ift_frozen_language", chat_template="zephyr")
+
+
+def infimm_llama_13b_pt() -> Experiment:
+    """Llama-2-13B with EVA01-CLIP-g at 224 px (257 tokens), pre-training: the resampler and 10 gated blocks learn.
+
+    32 GPUs as tensor 2 x pipeline 2 x data 8. `sbatch examples/infimm_llama_13b_pt.slurm`.
+    """
+    parallel = ParallelConfig(tensor=2, pipeline=2)
+    return _pretraining("infimm_llama_13b", decoder=LLAMA_13B, vision=EVA01_G_14_224, every_n_layers=4, parallel=parallel)
+
+
+def infimm_llama_13b_mtt() -> Experiment:
+    """Llama-2-13B, multi-task training. `sbatch examples/infimm_llama_13b_mtt.slurm`."""
+    return _multi_task(infimm_llama_13b_pt())
+
+
+def infimm_llama_13b_ift() -> Experiment:
+    """Llama-2-13B, instruction fine-tuning; the language model learns too (card). `sbatch examples/infimm_llama_13b_ift.slurm`."""
+    return _instruction(infimm_llama_13b_pt(), policy="ift", chat_template="llama2")
+
+
+def infimm_vicuna_13b_pt() -> Experiment:
+    """Vicuna-13B with EVA02-CLIP-bigE at 224 px (257 tokens), pre-training: the resampler and 10 gated blocks learn.
+
+    32 GPUs as tensor 2 x pipeline 2 x data 8. The tower has 4.35B parameters, 8.7 GB in bf16 on each process of the first stage, which gets
+    fewer decoder layers in return. `sbatch examples/infimm_vicuna_13b_pt.slurm`.
+    """
+    parallel = ParallelConfig(tensor=2, pipeline=2, stage_layers=(16, 24))
+    return _pretraining("infimm_vicuna_13b", decoder=LLAMA_13B, vision=EVA02_BIGE_14_224, every_n_layers=4, parallel=parallel)
+
+
+def infimm_vicuna_13b_mtt() -> Experiment:
+    """Vicuna-13B, multi-task training. `sbatch examples/infimm_vicuna_13b_mtt.slurm`."""
+    return _multi_task(infimm_vicuna_13b_pt())
+
+
+def infimm_vicuna_13b_ift() -> Experiment:
+    """Vicuna-13B, instruction fine-tuning; the language model stays frozen (card). `sbatch examples/infimm_vicuna_13b_ift.slurm`."""
+    return _instruction(infimm_vicuna_13b_pt(), policy="ift_frozen_language", chat_template="vicuna")
+
+
+RECIPES = (
+    infimm_zephyr_7b_pt,
+    infimm_zephyr_7b_mtt,
+    infimm_zephyr_7b_ift,
+    infimm_llama_13b_pt,
+    infimm_llama_13b_mtt,
+    infimm_llama_13b_ift,
+    infimm_vicuna_13b_pt,
+    infimm_vicuna_13b_mtt,
+    infimm_vicuna_13b_ift,
+)

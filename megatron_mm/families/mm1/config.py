@@ -1,0 +1,28 @@
+"""MM1's shapes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_mm.config import ConnectorConfig, ModelConfig, VisionConfig
+from megatron_mm.config.checks import require
+
+
+@dataclass(frozen=True)
+class MM1Config(ModelConfig):
+    """MM1 (arXiv 2403.09611): a CLIP tower, a connector, and a decoder whose sequence holds the image tokens."""
+
+    family: ClassVar[str] = "mm1"
+    vision: VisionConfig
+    connector: ConnectorConfig
+
+    def __post_init__(self) -> None:
+        if self.connector.kind != "attention":
+            side = math.isqrt(self.connector.num_tokens)
+            require(
+                side <= self.vision.grid_size,
+                f"connector num_tokens {self.connector.num_tokens} needs a {side}x{side} grid, but the tower gives only "
+                f"{self.vision.grid_size}x{self.vision.grid_size} patches",
+            )

@@ -1,0 +1,1 @@
+"""Code that an exported MM1 carries, for transformers."""

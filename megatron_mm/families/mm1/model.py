@@ -1,0 +1,77 @@
+"""MM1 (arXiv 2403.09611): CLIP tower -> connector -> image tokens inside a decoder's sequence.
+
+Shape legend: t packed tokens of a micro-batch, n images, p patches, v tower width, k tokens of an image, h decoder width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_mm.config import ParallelConfig
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.image_input import ImageInput
+from megatron_mm.families.base import ModelFamily
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.flops import mm1_step_flops
+from megatron_mm.models.chunk import Chunk, document_bounds
+from megatron_mm.models.connectors import build_connector
+from megatron_mm.models.context import ChunkContext, fill_colour
+from megatron_mm.models.decoder import check_decoder_layout
+from megatron_mm.models.layers import vision_layer_spec
+from megatron_mm.models.vision import VisionTower, vision_transformer_config
+
+
+class MM1Model(Chunk):
+    """One pipeline chunk of MM1."""
+
+    def __init__(self, config: MM1Config, context: ChunkContext) -> None:
+        encoders = _encoders(config, context) if context.pre_process else {}
+        super().__init__(config.decoder, context, image=_image_input(config), encoders=encoders)
+
+    def forward(self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True) -> torch.Tensor:
+        """Hidden states for the next stage, or on the last stage the result.
+
+        Args:
+            batch: the micro-batch, its tensors on this process's device (`image_starts`, `image_owners` on the CPU).
+            pipeline_rows: unused: hidden states are all that travels.
+            with_loss: the last stage returns losses, or else logits.
+
+        Returns:
+            [t / tensor, 1, h] or [t, 1, h] hidden states; on the last stage per-token losses [1, t] in float32, or logits
+            [1, t, vocabulary / tensor].
+        """
+        decoder_input = None
+        if self.pre_process:
+            tokens_nkh = self.connector(self.vision(self.own_pixels(batch)))
+            decoder_input = self.embed(batch, self.sharing.gather(tokens_nkh, owners=batch.image_owners))
+        return self.decode(batch, decoder_input, document_bounds(batch), with_loss=with_loss)
+
+
+def _encoders(config: MM1Config, context: ChunkContext) -> dict[str, torch.nn.Module]:
+    tower = VisionTower(
+        config.vision,
+        layer_spec=vision_layer_spec(context.backend),
+        transformer_config=vision_transformer_config(
+            config.vision, params_dtype=context.dtype, recompute=context.parallel.recompute, on_gpu=context.on_gpu
+        ),
+        pg_collection=context.encoder_groups,
+    )
+    width = config.decoder.hidden_size
+    return {"vision": tower, "connector": build_connector(config.connector, vision=config.vision, output_size=width, dtype=context.dtype)}
+
+
+def _image_input(config: MM1Config) -> ImageInput:
+    return ImageInput(size=config.vision.image_size, tokens=config.connector.num_tokens, fill=fill_colour(config.vision.mean))
+
+
+def _check_layout(config: MM1Config, parallel: ParallelConfig, world_size: int) -> None:
+    check_decoder_layout(config.decoder, parallel, world_size)
+
+
+FAMILY = ModelFamily(
+    build=MM1Model,  # type: ignore[arg-type]
+    check_layout=_check_layout,  # type: ignore[arg-type]
+    image_input=_image_input,  # type: ignore[arg-type]
+    step_flops=mm1_step_flops,  # type: ignore[arg-type]
+    policies={"all": ("",)},
+)

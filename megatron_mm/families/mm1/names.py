@@ -1,0 +1,37 @@
+"""MM1's table: our tensor names <-> those of the Hugging Face code in `megatron_mm.hf`."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.hf.decoders import llama_table
+from megatron_mm.hf.mapping import Direct, Entry, Positions
+from megatron_mm.hf.towers import clip_table
+from megatron_mm.models.connectors import build_connector
+
+
+def mm1_table(config: MM1Config, *, vocab_rows: int | None = None) -> list[Entry]:
+    """Every parameter of an MM1.
+
+    Args:
+        vocab_rows: rows of the vocabulary that are written; None writes all.
+    """
+    return [
+        *clip_table(config.vision, prefix="vision."),
+        *_connector_table(config),
+        *llama_table(config.decoder, body="language_model.", vocab_rows=vocab_rows),
+    ]
+
+
+def _connector_table(config: MM1Config) -> list[Entry]:
+    """Connectors have the same names on both sides."""
+    with torch.device("meta"):
+        connector = build_connector(config.connector, vision=config.vision, output_size=config.decoder.hidden_size, dtype=torch.float32)
+    return [_connector_entry(f"connector.{name}", config) for name, _ in connector.named_parameters()]
+
+
+def _connector_entry(name: str, config: MM1Config) -> Entry:
+    if name == "connector.position_embedding":
+        return Positions(name, name, num_patches=config.vision.num_patches, class_token=False)
+    return Direct(name, name)

@@ -1,0 +1,1 @@
+"""Mono-InternVL (arXiv 2410.08202)."""

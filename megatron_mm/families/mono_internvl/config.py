@@ -1,0 +1,60 @@
+"""Mono-InternVL's shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_mm.config import ModelConfig
+from megatron_mm.config.checks import require, require_positive
+
+
+@dataclass(frozen=True)
+class PatchEmbeddingConfig:
+    """Mono-InternVL's way from pixels to the decoder: patches with learned positions, each square of them put together, and an MLP."""
+
+    image_size: int
+    """Side of a tile, pixels."""
+    patch_size: int
+    """Side of a patch, pixels."""
+    hidden_size: int
+    """Width of a patch's embedding."""
+    unshuffle: int = 2
+    """Patches along the side of the square that becomes one token."""
+    position_grid: int = 32
+    """Side of the learned grid of positions, patches; interpolated where a tile has another number."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance inside the MLP's LayerNorm."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per-channel mean subtracted from pixels in [0, 1] (ImageNet)."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Per-channel standard deviation that pixels are divided by (ImageNet)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "image_size", "patch_size", "hidden_size", "unshuffle", "position_grid")
+        require(
+            self.image_size % (self.patch_size * self.unshuffle) == 0,
+            f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size} x unshuffle {self.unshuffle}: "
+            "a tile is cut into whole squares of patches",
+        )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a tile."""
+        return (self.grid_size // self.unshuffle) ** 2
+
+
+@dataclass(frozen=True)
+class MonoInternVLConfig(ModelConfig):
+    """Mono-InternVL (arXiv 2410.08202): one decoder with a visual expert beside the MLP of every layer, and no image tower."""
+
+    family: ClassVar[str] = "mono_internvl"
+    patches: PatchEmbeddingConfig
+
+    def __post_init__(self) -> None:
+        require(self.decoder.moe is None, "Mono-InternVL's experts are chosen by modality: leave out decoder.moe")

@@ -1,0 +1,121 @@
+"""Mono-InternVL-2B (arXiv 2410.08202): endogenous visual pre-training in three stages, then instruction tuning.
+
+Each stage begins with the weights of the one before (`--init-from`); the first begins with InternLM2-chat-1.8B, whose feed-forward
+networks `megatron-mm convert from-hf` also copies into the visual experts. `examples/mono_internvl_2b.slurm` runs all four in a row.
+
+| | S1.1 concepts | S1.2 semantics | S1.3 alignment | S2 instructions |
+|---|---|---|---|---|
+| learns | patch embedding, projector, visual experts | the same | attention too | everything |
+| samples (paper) | 922M | 258M | 143M | about 5M |
+| image tokens at most (paper) | 1280 | 1792 | 3328 | 6400 |
+| tiles at most, thumbnail included | 5 | 7 | 13 | 25 |
+
+Published: the above; 2048 samples a batch in S1 (the paper's 646k steps in all are their sum at that size); constant learning rate after a
+warm-up in S1.1 and S1.2, cosine in S1.3 and S2; the tiling rule, tile size and tokens; the data mix of S1.3. From the released code: the
+decoder's shape, and 5e-5 as S1.3's peak learning rate. Unverified, chosen by us: the other peak learning rates, warm-up, AdamW's betas and
+epsilon, weight decay, clipping, sequence lengths, S2's 512 samples a batch and 14k steps, and that S1.3's attention is its four
+matrices without the norm before them. Ours: the layouts, the mixtures' names, and packing, where batches count sequences of whole samples
+instead of padded samples: a sequence that has room left takes another sample, so a batch holds at least the published number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_mm.config import DataConfig, DecoderConfig, Experiment, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_mm.families.mono_internvl.config import MonoInternVLConfig, PatchEmbeddingConfig
+
+VOCABULARY = 92672
+"""InternLM2's 92544 tokens and 9 special ones, filled up to a multiple of 128, so that tensor parallelism can cut it."""
+
+INTERNLM2_1_8B = DecoderConfig(
+    num_layers=24,
+    hidden_size=2048,
+    ffn_hidden_size=8192,
+    num_attention_heads=16,
+    num_query_groups=8,
+    vocab_size=VOCABULARY,
+    tied_embeddings=False,
+    rotary_base=1e6,
+)
+"""InternLM2-chat-1.8B."""
+
+CAPTION_PROMPT = "provide a one-sentence caption for the image"
+
+TILES_OF_448 = PatchEmbeddingConfig(image_size=448, patch_size=14, hidden_size=1024)
+"""32 x 32 patches of 14 px a tile, 256 tokens."""
+
+
+def mono_internvl_2b_s1_1() -> Experiment:
+    """Concept learning on noisy pairs, captioned under "provide a one-sentence caption for the image": up to 5 tiles an image.
+
+    256 GPUs, data parallel. `sbatch examples/mono_internvl_2b.slurm` begins here. Index the pairs with that prompt:
+    `megatron-mm prepare index DATA --caption-prompt "provide a one-sentence caption for the image"`.
+    """
+    return Experiment(
+        recipe="mono_internvl_2b_s1_1",
+        model=MonoInternVLConfig(decoder=INTERNLM2_1_8B, patches=TILES_OF_448),
+        data=DataConfig(
+            sequence_length=1424,
+            max_images_per_sequence=5,
+            mixture={"pairs": 1.0},
+            max_tiles=4,
+            jpeg_quality=(75, 100),
+            caption_prompt=CAPTION_PROMPT,
+        ),
+        optimizer=OptimizerConfig(peak_lr=1e-4, min_lr=0.0, warmup_steps=2000, decay="constant", beta1=0.9, beta2=0.95, epsilon=1e-8),
+        train=TrainConfig(steps=450_000, schedule_steps=450_000, global_batch_size=2048, micro_batch_size=2, policy="s1_1"),
+        parallel=ParallelConfig(recompute="selective"),
+    )
+
+
+def _next(stage: Experiment, *, recipe: str, policy: str, steps: int, sequence_length: int, tiles: int) -> Experiment:
+    """The stage after another one.
+
+    Args:
+        tiles: at most, the thumbnail included.
+    """
+    return replace(
+        stage,
+        recipe=recipe,
+        data=replace(stage.data, sequence_length=sequence_length, max_images_per_sequence=tiles, max_tiles=tiles - 1),
+        train=replace(stage.train, steps=steps, schedule_steps=steps, policy=policy),
+    )
+
+
+def mono_internvl_2b_s1_2() -> Experiment:
+    """Semantic learning on synthetic captions: up to 7 tiles an image. 256 GPUs, data parallel."""
+    stage = _next(mono_internvl_2b_s1_1(), recipe="mono_internvl_2b_s1_2", policy="s1_2", steps=126_000, sequence_length=1920, tiles=7)
+    return replace(stage, data=replace(stage.data, caption_prompt=None))
+
+
+def mono_internvl_2b_s1_3() -> Experiment:
+    """Alignment on captions (53.9%), detection (5.2%) and OCR (40.9%): attention learns too; up to 13 tiles.
+
+    256 GPUs, tensor 2 x data 128.
+    """
+    stage = _next(mono_internvl_2b_s1_2(), recipe="mono_internvl_2b_s1_3", policy="s1_3", steps=70_000, sequence_length=4096, tiles=13)
+    return replace(
+        stage,
+        data=replace(stage.data, mixture={"captions": 0.539, "detection": 0.052, "ocr": 0.409}),
+        optimizer=replace(stage.optimizer, peak_lr=5e-5, decay="cosine"),
+        train=replace(stage.train, micro_batch_size=1),
+        parallel=ParallelConfig(tensor=2, recompute="selective"),
+    )
+
+
+def mono_internvl_2b_s2() -> Experiment:
+    """Instruction tuning on conversations under InternLM2's chat template: everything learns; up to 25 tiles.
+
+    256 GPUs, tensor 2 x data 128.
+    """
+    stage = _next(mono_internvl_2b_s1_3(), recipe="mono_internvl_2b_s2", policy="s2", steps=14_000, sequence_length=8192, tiles=25)
+    return replace(
+        stage,
+        data=replace(stage.data, mixture={"conversations": 1.0}, chat_template="internlm2"),
+        optimizer=replace(stage.optimizer, peak_lr=4e-5, warmup_steps=420),
+        train=replace(stage.train, global_batch_size=512),
+    )
+
+
+RECIPES = (mono_internvl_2b_s1_1, mono_internvl_2b_s1_2, mono_internvl_2b_s1_3, mono_internvl_2b_s2)

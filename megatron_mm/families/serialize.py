@@ -1,0 +1,73 @@
+"""An experiment as JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from megatron_mm.config import ModelConfig
+from megatron_mm.config.checks import require
+from megatron_mm.config.run import Experiment
+from megatron_mm.families.infimm.config import InfiMMConfig
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
+
+_MODELS: dict[str, type[ModelConfig]] = {config.family: config for config in (MM1Config, InfiMMConfig, MonoInternVLConfig)}
+
+
+def to_dict(value: Any) -> Any:
+    """A config part as plain JSON values: a model carries its `family`, paths are strings, tuples are lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        result = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"family": value.family, **result} if isinstance(value, ModelConfig) else result
+    if isinstance(value, dict):
+        return {key: to_dict(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_dict(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_dict(kind: type, values: dict[str, Any], *, where: str = "config") -> Any:
+    """The config part `kind` from plain values, the inverse of `to_dict`.
+
+    Raises ValueError that names an unknown or missing field, or an unknown model family.
+    """
+    if kind is ModelConfig:
+        family = values.get("family")
+        if family not in _MODELS:
+            raise ValueError(f"{where} has the model family {family!r}, but this version knows {sorted(_MODELS)}")
+        return from_dict(_MODELS[family], {k: v for k, v in values.items() if k != "family"}, where=where)
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    require(not unknown, f"{where} has unknown fields {unknown}; {kind.__name__} knows {sorted(fields)}")
+    optional = dataclasses.MISSING
+    missing = [n for n, f in fields.items() if n not in values and f.default is optional and f.default_factory is optional]
+    require(not missing, f"{where} lacks the fields {missing}")
+    return kind(**{name: _convert(hints[name], value, where=f"{where}.{name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, *, where: str) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where=where)
+    if hint is Path:
+        return Path(value)
+    return tuple(value) if typing.get_origin(hint) is tuple else value
+
+
+def save_experiment(experiment: Experiment, path: Path) -> None:
+    """Write the resolved experiment as JSON."""
+    path.write_text(json.dumps(to_dict(experiment), indent=2) + "\n")
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read what `save_experiment` wrote. Raises ValueError that names the file and the field."""
+    return from_dict(Experiment, json.loads(path.read_text()), where=str(path))

@@ -1,0 +1,67 @@
+"""Tables of image towers: our CLIP tower <-> transformers' `CLIPVisionModel`, and open_clip's names."""
+
+from __future__ import annotations
+
+from megatron_mm.config import VisionConfig
+from megatron_mm.hf.mapping import QKV, Direct, Entry, Positions, StackedQKV, both, expand
+
+_LAYER = "vision.transformer.layers.{layer}"
+
+
+def clip_table(config: VisionConfig, *, prefix: str = "vision_model.") -> list[Entry]:
+    """A tower as transformers names it.
+
+    Args:
+        prefix: of their names; transformers 5 writes a tower alone without one.
+    """
+    heads, width = config.num_attention_heads, config.hidden_size
+    layer, theirs = _LAYER, f"{prefix}encoder.layers.{{layer}}"
+
+    def qkv(kind: str) -> QKV:
+        names = {x: f"{theirs}.self_attn.{x}_proj.{kind}" for x in "qkv"}
+        return QKV(f"{layer}.self_attention.linear_qkv.{kind}", **names, num_heads=heads, num_groups=heads, head_dim=width // heads)
+
+    return expand(
+        [
+            Direct("vision.class_embedding", f"{prefix}embeddings.class_embedding"),
+            Direct("vision.patch_embedding.weight", f"{prefix}embeddings.patch_embedding.weight"),
+            Positions("vision.position_embedding", f"{prefix}embeddings.position_embedding.weight", num_patches=config.num_patches),
+            *both("vision.pre_norm", f"{prefix}pre_layrnorm"),  # sic
+            *both(f"{layer}.input_layernorm", f"{theirs}.layer_norm1"),
+            qkv("weight"),
+            qkv("bias"),
+            *both(f"{layer}.self_attention.linear_proj", f"{theirs}.self_attn.out_proj"),
+            *both(f"{layer}.pre_mlp_layernorm", f"{theirs}.layer_norm2"),
+            *both(f"{layer}.mlp.linear_fc1", f"{theirs}.mlp.fc1"),
+            *both(f"{layer}.mlp.linear_fc2", f"{theirs}.mlp.fc2"),
+            *both("vision.post_norm", f"{prefix}post_layernorm"),
+        ],
+        placeholder="layer",
+        count=config.num_layers,
+    )
+
+
+def open_clip_table(config: VisionConfig, *, prefix: str = "visual.") -> list[Entry]:
+    """A tower as open_clip names it: queries, keys and values in one matrix, all queries first."""
+    heads, width = config.num_attention_heads, config.hidden_size
+    layer, theirs = _LAYER, f"{prefix}transformer.resblocks.{{layer}}"
+    attention = f"{layer}.self_attention"
+    shape = {"num_heads": heads, "head_dim": width // heads}
+    return expand(
+        [
+            Direct("vision.class_embedding", f"{prefix}class_embedding"),
+            Direct("vision.patch_embedding.weight", f"{prefix}conv1.weight"),
+            Positions("vision.position_embedding", f"{prefix}positional_embedding", num_patches=config.num_patches),
+            *both("vision.pre_norm", f"{prefix}ln_pre"),
+            *both(f"{layer}.input_layernorm", f"{theirs}.ln_1"),
+            StackedQKV(f"{attention}.linear_qkv.weight", f"{theirs}.attn.in_proj_weight", **shape),
+            StackedQKV(f"{attention}.linear_qkv.bias", f"{theirs}.attn.in_proj_bias", **shape),
+            *both(f"{attention}.linear_proj", f"{theirs}.attn.out_proj"),
+            *both(f"{layer}.pre_mlp_layernorm", f"{theirs}.ln_2"),
+            *both(f"{layer}.mlp.linear_fc1", f"{theirs}.mlp.c_fc"),
+            *both(f"{layer}.mlp.linear_fc2", f"{theirs}.mlp.c_proj"),
+            *both("vision.post_norm", f"{prefix}ln_post"),
+        ],
+        placeholder="layer",
+        count=config.num_layers,
+    )

@@ -1,0 +1,75 @@
+"""What the construction of a pipeline chunk depends on besides the model's own config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mm.config import ParallelConfig, Precision
+from megatron_mm.models.layers import Backend
+
+
+class ImageSharing(Protocol):
+    """How the processes of a tensor-parallel group share the images of a micro-batch (parallel.images)."""
+
+    def gather(self, owned: torch.Tensor, *, owners: torch.Tensor) -> torch.Tensor:
+        """Features of the images that this process encoded -> features of all images, with gradients back to each owner.
+
+        Args:
+            owned: [max(1, num_owned), k, h], in the order of the images; one row that no image uses where num_owned is 0.
+            owners: [num_images] on the CPU: the rank that encoded each image.
+
+        Returns:
+            [num_images, k, h].
+        """
+        ...
+
+    def local_tokens(self, num_tokens: int) -> range:
+        """The tokens, of num_tokens, whose embeddings this process holds: a part of them under sequence parallelism."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChunkContext:
+    """Everything that the construction of one pipeline chunk depends on, besides the model's own config."""
+
+    parallel: ParallelConfig
+    precision: Precision
+    backend: Backend
+    on_gpu: bool
+    """Use what needs CUDA: fused activations, overlapped point-to-point messages."""
+    sequence_length: int
+    """Tokens of a packed sequence."""
+    stage: int
+    """Stage in pipeline order, from 0 to pipeline * virtual - 1."""
+    encoder_groups: ProcessGroupCollection
+    """Process groups of this process alone, for modules that it shares with nobody."""
+    sharing: ImageSharing
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
+    @property
+    def pre_process(self) -> bool:
+        """This chunk holds the encoder and the embeddings."""
+        return self.stage == 0
+
+    @property
+    def post_process(self) -> bool:
+        """This chunk holds the final norm and the output layer."""
+        return self.stage == self.parallel.pipeline * self.parallel.virtual - 1
+
+    @property
+    def virtual_stage(self) -> int | None:
+        """Index of the chunk on its pipeline rank, as megatron-core wants it: None without interleaving."""
+        return self.stage // self.parallel.pipeline if self.parallel.virtual > 1 else None
+
+
+def fill_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """A tower's mean as a colour."""
+    red, green, blue = (round(255 * channel) for channel in mean)
+    return red, green, blue

@@ -1,0 +1,1 @@
+"""What assembles a run out of the rooms below: start, resume, hooks, dry run."""

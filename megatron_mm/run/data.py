@@ -1,0 +1,145 @@
+"""From an experiment to batches: opens the sources, makes the plan, and starts this process's loader."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from megatron_mm.config import DataConfig, Experiment
+from megatron_mm.data.image_input import ImageInput
+from megatron_mm.data.load.loader import Loader, RankView, StepBatch
+from megatron_mm.data.plan.filling import Limits
+from megatron_mm.data.plan.plan import Plan, PlanState
+from megatron_mm.data.sources.index import SourceIndex, open_split
+from megatron_mm.data.text.chat import chat_template
+from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.data.tiling import Tiling
+from megatron_mm.families.registry import family_of
+from megatron_mm.parallel.topology import Topology
+
+TRAINING, HELD_OUT = "train", "heldout"
+"""The split that is trained on, and the one for evaluation."""
+
+
+def open_tokenizer(experiment: Experiment) -> Tokenizer:
+    """The experiment's SentencePiece model with the special tokens of its model family.
+
+    Raises ValueError that names the file where it is missing or is none.
+    """
+    return Tokenizer.open(experiment.data.tokenizer_path, special=family_of(experiment.model).special_tokens)
+
+
+def image_input(experiment: Experiment) -> ImageInput:
+    """How images enter the experiment's model. Raises ValueError where it wants tiles and the model does not look at them."""
+    family, data = family_of(experiment.model), experiment.data
+    image = family.image_input(experiment.model)
+    if data.max_tiles is None:
+        return image
+    if not family.takes_tiles:
+        raise ValueError(f"data.max_tiles is {data.max_tiles}, but {experiment.model.family} models take whole images: leave it out")
+    return replace(image, tiling=Tiling(min_tiles=data.min_tiles, max_tiles=data.max_tiles))
+
+
+def make_plan(experiment: Experiment, *, split: str) -> Plan:
+    """The plan of a split: a pure function of the experiment and the indexes on disk.
+
+    Raises ValueError where the data path, a source or its index is missing or empty, or was made with another chat template.
+    """
+    data = experiment.data
+    names = data.sources
+    indexes = open_split(data.path, split, sources=names)
+    _check_rendering(data, indexes)
+    return Plan(
+        indexes,
+        weights=[data.mixture[name] for name in names],
+        limits=Limits(
+            sequence_length=data.sequence_length,
+            max_images=data.max_images_per_sequence,
+            max_images_per_document=data.max_images_per_document,
+        ),
+        image=image_input(experiment),
+        packing_window=data.packing_window,
+        seed=experiment.train.seed,
+        global_batch_size=experiment.train.global_batch_size,
+        micro_batch_size=experiment.train.micro_batch_size,
+    )
+
+
+def as_indexed(experiment: Experiment, indexes: list[SourceIndex]) -> Experiment:
+    """The experiment with the chat template and the caption prompt that its sources were indexed with, where it names none: so that a
+    resume, or an evaluation, on data that was indexed otherwise since is noticed."""
+    data = experiment.data
+    templates = {index.chat_template for index in indexes} - {None}
+    prompts = {index.caption_prompt for index in indexes if index.kind == "pairs"} - {None}
+    return replace(
+        experiment,
+        data=replace(
+            data,
+            chat_template=templates.pop() if data.chat_template is None and len(templates) == 1 else data.chat_template,
+            caption_prompt=prompts.pop() if data.caption_prompt is None and len(prompts) == 1 else data.caption_prompt,
+        ),
+    )
+
+
+def _check_rendering(data: DataConfig, indexes: list[SourceIndex]) -> None:
+    """Raise ValueError where a source was not indexed with the chat template or caption prompt that the experiment asks for."""
+    for index in indexes:
+        if index.kind == "pairs" and data.caption_prompt not in (None, index.caption_prompt):
+            raise ValueError(
+                f"source {index.root} was indexed with the caption prompt {index.caption_prompt!r}, but data.caption_prompt is "
+                f"{data.caption_prompt!r}: run `megatron-mm prepare index {data.path} --caption-prompt {data.caption_prompt!r}`, "
+                "or give --data.caption-prompt None"
+            )
+    if data.chat_template is None:
+        return
+    chat_template(data.chat_template)
+    for index in indexes:
+        if index.chat_template not in (None, data.chat_template):
+            raise ValueError(
+                f"source {index.root} was indexed with the chat template {index.chat_template}, but data.chat_template is "
+                f"{data.chat_template}: run `megatron-mm prepare index {data.path} --chat-template {data.chat_template}`, "
+                "or give --data.chat-template None"
+            )
+
+
+class TrainingData:
+    """An endless iterator of this process's batches, with a cursor to resume from. Images are augmented in the training split alone."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        topology: Topology,
+        tokenizer: Tokenizer,
+        *,
+        split: str = TRAINING,
+        cursor: dict[str, Any] | None = None,
+    ) -> None:
+        plan = make_plan(experiment, split=split)
+        data = experiment.data if split == TRAINING else replace(experiment.data, jpeg_quality=None)
+        self._loader = Loader(
+            plan,
+            tokenizer=tokenizer,
+            data=data,
+            view=RankView(
+                data_rank=topology.data_rank,
+                data_size=topology.data_size,
+                tensor_rank=topology.tensor_rank,
+                tensor_size=topology.tensor_size,
+                needs_text=topology.is_first_stage or topology.is_last_stage,
+                needs_pixels=topology.is_first_stage,
+            ),
+            start=PlanState.from_dict(cursor) if cursor is not None else plan.initial_state(),
+            device=topology.device,
+        )
+
+    def __next__(self) -> StepBatch:
+        return next(self._loader)
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        """Where the plan stands after the last batch, as JSON values."""
+        return self._loader.state.to_dict()
+
+    def close(self) -> None:
+        """Stop the loader's threads."""
+        self._loader.close()

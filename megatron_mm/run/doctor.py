@@ -1,0 +1,251 @@
+"""What this machine has, what of it works, and what is used in place of what is missing.
+
+Each check imports or runs the thing it reports on, because a package that is installed may still not load. Nothing here stops:
+a machine without a GPU, Transformer Engine, apex or DALI trains all the same, more slowly, and the last column says with what.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import io
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+State = Literal["ok", "missing", "warning"]
+
+MIN_FREE_DISK = 50 * 2**30
+"""Bytes; a checkpoint of MM1 30B with its optimizer state is about 430 GB over all nodes, a demo's is a few MB."""
+MIN_SHARED_MEMORY = 2**30
+"""Bytes; NCCL and the checkpoint writers pass buffers through /dev/shm."""
+MIN_OPEN_FILES = 4096
+"""A process keeps shards, sockets to its peers and checkpoint files open."""
+FP8_CAPABILITY = (8, 9)
+"""CUDA compute capability of the first GPUs with FP8 matrix products (Ada); Hopper has 9.0, an A100 8.0."""
+FP8_TE_VERSION = (2, 2)
+"""The first Transformer Engine whose FP8 takes its scales from the tensor at hand."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    state: State
+    detail: str
+    """Version or size, or why it is missing."""
+    falls_back_to: str = ""
+    """What is used in its place; empty where nothing is missing."""
+
+
+def diagnose(path: Path = Path(".")) -> list[Finding]:
+    """Look at everything that a run uses; `path` is where runs will be written. Never raises for what it finds."""
+    findings: list[Finding] = []
+    for check in CHECKS:
+        try:
+            findings.extend(check())
+        except Exception as error:  # a broken package may raise anything when it is imported
+            findings.append(Finding(check.__name__.removeprefix("_check_"), "warning", f"the check failed: {_short(error)}"))
+    return [*findings, *_check_limits(path)]
+
+
+def report(findings: list[Finding] | None = None) -> str:
+    """The findings as a table for the terminal."""
+    rows = [("", "what", "found", "used instead")]
+    rows += [(_MARKS[f.state], f.name, f.detail, f.falls_back_to) for f in (diagnose() if findings is None else findings)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()
+        for row in [rows[0], ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * len(rows[0][3])), *rows[1:]]
+    )
+
+
+_MARKS: dict[State, str] = {"ok": "ok", "missing": "no", "warning": "!!"}
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:100] if lines else ''}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def _find(module: str) -> importlib.machinery.ModuleSpec | None:
+    """Where a module would be imported from; importing nothing but its parents, and None where one of those is missing."""
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+
+
+def _check_python() -> Iterator[Finding]:
+    yield Finding("Python", "ok" if sys.version_info >= (3, 11) else "warning", f"{platform.python_version()} on {platform.platform()}")
+
+
+def _check_torch() -> Iterator[Finding]:
+    import torch
+    import torch.distributed as dist
+
+    yield Finding("torch", "ok", torch.__version__)
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        yield Finding("GPU", "ok", f"{count} x {', '.join(names)}, {memory:.0f} GiB, CUDA {torch.version.cuda}")
+    else:
+        why = "torch is a CPU build" if torch.version.cuda is None else f"torch's CUDA {torch.version.cuda} finds no device"
+        yield Finding("GPU", "missing", why, "CPU, fp32 or bf16")
+    if dist.is_nccl_available() and torch.cuda.is_available():
+        yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    else:
+        yield Finding("NCCL", "missing", "needs a GPU and torch's CUDA build", "gloo" if dist.is_gloo_available() else "nothing: no gloo")
+
+
+def _check_engine() -> Iterator[Finding]:
+    importlib.import_module("megatron.core.pipeline_parallel")
+    yield Finding("megatron-core", "ok", _version("megatron-core"))
+
+
+def _check_transformer_engine() -> Iterator[Finding]:
+    name, instead = "Transformer Engine", "torch layers (--train.layers torch); no FP8"
+    if _find("transformer_engine") is None:
+        yield Finding(name, "missing", "package transformer-engine is not installed", instead)
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a build for another torch or CUDA fails in its own ways
+        yield Finding(name, "warning", f"installed but does not load ({_short(error)}); reinstall it, or uninstall it", instead)
+        return
+    version = _version("transformer-engine")
+    yield Finding(name, "ok", version)
+    yield _fp8(version)
+
+
+def _fp8(version: str) -> Finding:
+    """FP8 products with this version of Transformer Engine on the first GPU."""
+    import torch
+
+    instead = "bf16 (--train.precision bf16)"
+    if not torch.cuda.is_available():
+        return Finding("FP8", "missing", "needs a GPU", instead)
+    capability = torch.cuda.get_device_capability(0)
+    if capability < FP8_CAPABILITY:
+        needed, here = (".".join(map(str, numbers)) for numbers in (FP8_CAPABILITY, capability))
+        return Finding("FP8", "missing", f"the GPU has compute capability {here}, and FP8 products need {needed}", instead)
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < FP8_TE_VERSION:
+        needed = ".".join(map(str, FP8_TE_VERSION))
+        return Finding("FP8", "missing", f"Transformer Engine {version} is too old: install {needed} or later", instead)
+    return Finding("FP8", "ok", "for sizes that are multiples of 16, which a run checks before it starts")
+
+
+def _check_apex() -> Iterator[Finding]:
+    spec = _find("apex")
+    instead = "Transformer Engine's fused Adam" if _find("transformer_engine") else "torch's fused AdamW"
+    if spec is None:
+        yield Finding("apex (NVIDIA)", "missing", "not installed", instead)
+        return
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
+        detail = "an unrelated package of the same name is installed: pip uninstall apex; NVIDIA's is built from its source"
+        yield Finding("apex (NVIDIA)", "warning", detail, instead)
+        return
+    built = _find("amp_C") is not None
+    detail = "with" if built else "built without"
+    yield Finding("apex (NVIDIA)", "ok" if built else "warning", f"{detail} fused kernels", "" if built else instead)
+
+
+def _check_dali() -> Iterator[Finding]:
+    instead = "Pillow"
+    if _find("nvidia.dali") is None:
+        yield Finding("DALI", "missing", "package nvidia-dali-cuda130 (or -cuda120) is not installed", instead)
+        return
+    from PIL import Image
+    from torch import device
+
+    from megatron_mm.data.load.decode import DaliDecoder
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(buffer, "JPEG")
+    decoder = DaliDecoder(image_size=8, threads=1, fill=(0, 0, 0), device=device("cpu"))
+    try:
+        pixels = decoder._with_dali([buffer.getvalue()])
+    finally:
+        decoder.close()
+    detail = f"{importlib.import_module('nvidia.dali').__version__}, CPU backend"
+    if pixels is None or pixels[0, 0].float().mean() < 200:
+        yield Finding("DALI", "warning", f"{detail} does not decode a red JPEG here", instead)
+    else:
+        yield Finding("DALI", "ok", f"{detail} decodes; images in tiles take Pillow")
+
+
+def _check_packages() -> Iterator[Finding]:
+    for package in ("transformers", "sentencepiece", "safetensors", "pillow", "numpy"):
+        importlib.import_module({"pillow": "PIL"}.get(package, package))
+        yield Finding(package, "ok", _version(package))
+
+
+def _check_wandb() -> Iterator[Finding]:
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE")
+    logged_in = bool(os.environ.get("WANDB_API_KEY")) or _in_netrc("api.wandb.ai")
+    detail = f"{wandb.__version__}, {'with' if logged_in else 'without'} an API key{f', WANDB_MODE={mode}' if mode else ''}"
+    yield Finding("wandb", "ok", detail, "" if logged_in else "offline runs (the default); `wandb sync` uploads them")
+
+
+def _in_netrc(host: str) -> bool:
+    import netrc
+
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _check_limits(path: Path) -> Iterator[Finding]:
+    yield _size("free disk here", path, MIN_FREE_DISK, "keep checkpoints elsewhere with --run-dir")
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        yield _size("/dev/shm", shared, MIN_SHARED_MEMORY, "in a container give it --ipc=host or --shm-size")
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = soft == resource.RLIM_INFINITY or soft >= MIN_OPEN_FILES
+    detail = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+    yield Finding("open files", "ok" if enough else "warning", detail if enough else f"{detail}: raise it with ulimit -n {MIN_OPEN_FILES}")
+    yield Finding("CPU cores", "ok", f"{_usable_cores()} usable of {os.cpu_count()}")
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _size(name: str, path: Path, wanted: int, advice: str) -> Finding:
+    free = shutil.disk_usage(path).free
+    detail = f"{free / 2**30:.1f} GiB"
+    return Finding(name, "ok", detail) if free >= wanted else Finding(name, "warning", f"{detail}: {advice}")
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _check_python,
+    _check_torch,
+    _check_engine,
+    _check_transformer_engine,
+    _check_apex,
+    _check_dali,
+    _check_packages,
+    _check_wandb,
+)
+"""In the order of the report."""

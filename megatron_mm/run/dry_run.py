@@ -1,0 +1,98 @@
+"""What a run would be, without starting one: configuration, parameters of every pipeline stage, and the first steps' plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_mm.config import Experiment
+from megatron_mm.families.serialize import to_dict
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.stages import layers_per_stage
+from megatron_mm.run.start import check_shapes
+from megatron_mm.training.build import build_chunks
+from megatron_mm.training.freezing import freeze, learning_patterns
+
+PLANNED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters that each process of a pipeline stage holds (its own cut of them), by part of the model."""
+
+    held: dict[str, int]
+    learning: dict[str, int]
+    """Those that learn under the experiment's policy; parts of which none does are left out."""
+
+
+def describe(experiment: Experiment) -> Iterator[str]:
+    """Lines for the terminal. Raises ValueError where the layout cannot hold the model or its batches, or data is named and cannot be
+    opened."""
+    parallel = experiment.parallel
+    world_size = max(topologies.world_size(), parallel.model_parallel_size * parallel.expert)
+    check_shapes(experiment, world_size)
+    data_size = parallel.data_parallel_size(world_size)
+    yield json.dumps(to_dict(experiment), indent=2)
+    yield ""
+    yield (
+        f"{world_size} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data_size}; "
+        f"{experiment.num_micro_batches(data_size)} micro-batches of {experiment.train.micro_batch_size} sequences each a step"
+    )
+    yield from stage_table(experiment)
+    yield ""
+    yield from _plan(experiment)
+
+
+def stage_parameters(experiment: Experiment) -> list[StageParameters]:
+    """What every pipeline stage holds, in pipeline order."""
+    parallel, learning = experiment.parallel, learning_patterns(experiment)
+    stages: dict[int, StageParameters] = {}
+    for rank in range(parallel.pipeline):
+        with topologies.pretend(parallel, pipeline_rank=rank) as topology:
+            for virtual_stage, chunk in enumerate(build_chunks(experiment, topology)):
+                freeze(chunk, learning)
+                stages[virtual_stage * parallel.pipeline + rank] = StageParameters(
+                    held=_count(chunk, only_learning=False), learning=_count(chunk, only_learning=True)
+                )
+    return [stages[stage] for stage in sorted(stages)]
+
+
+def _count(chunk: torch.nn.Module, *, only_learning: bool) -> dict[str, int]:
+    counts = {
+        name: sum(p.numel() for p in part.parameters() if p.requires_grad or not only_learning) for name, part in chunk.named_children()
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def stage_table(experiment: Experiment) -> Iterator[str]:
+    """A line for each pipeline stage: its layers, the parameters that one process of it holds, and those of them that learn."""
+    parallel = experiment.parallel
+    layers = layers_per_stage(parallel, num_layers=experiment.model.decoder.num_layers)
+    yield f"stage  pipeline rank  chunk  decoder layers  parameters on a process, and what learns under policy {experiment.train.policy}"
+    for stage, parameters in enumerate(stage_parameters(experiment)):
+        chunk, rank = divmod(stage, parallel.pipeline)
+        learning = "all learn" if parameters.learning == parameters.held else f"learning {_total(parameters.learning)}"
+        yield f"{stage:5d}  {rank:13d}  {chunk:5d}  {layers[stage]:14d}  {_total(parameters.held)}; {learning}"
+
+
+def _total(parts: dict[str, int]) -> str:
+    details = ", ".join(f"{name} {count:,}" for name, count in parts.items())
+    return f"{sum(parts.values()):,} ({details})" if parts else "0"
+
+
+def _plan(experiment: Experiment) -> Iterator[str]:
+    from megatron_mm.run.data import make_plan
+
+    if not experiment.data.path.is_dir():
+        yield f"no plan: data path {experiment.data.path} does not exist (give --data.path)"
+        return
+    plan = make_plan(experiment, split="train")
+    state = plan.initial_state()
+    for step in range(1, PLANNED_STEPS + 1):
+        batch = plan.batch(state)
+        yield f"step {step}:"
+        yield from plan.describe(batch)
+        state = batch.next_state

@@ -1,0 +1,86 @@
+"""`megatron-mm eval`: what a checkpoint has learned, and how much of it comes from looking at the images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from megatron_mm.config import Experiment, ParallelConfig
+from megatron_mm.evaluation.captions import CaptionSample
+from megatron_mm.evaluation.heldout import SPLIT, HeldOut
+from megatron_mm.families.registry import family_of
+from megatron_mm.families.serialize import load_experiment
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.run.data import open_tokenizer
+from megatron_mm.training.build import build_model
+from megatron_mm.training.checkpoint import check_same_tokenizer, load_weights
+from megatron_mm.training.step import TrainingStep
+
+Images = Literal["true", "shuffled", "blank"]
+IMAGES: tuple[Images, ...] = ("true", "shuffled", "blank")
+"""What the model sees: each sample's own images, those of other samples, or the mean colour everywhere."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `evaluate` found; the same on every process."""
+
+    losses: dict[Images, dict[str, float]]
+    """By what the model saw: `heldout/loss` and `heldout/loss/SOURCE`, nats per token."""
+    captions: list[CaptionSample]
+    """Of the first `eval.samples` held-out pairs."""
+
+    def report(self) -> Iterator[str]:
+        """Lines for the terminal."""
+        names = list(self.losses["true"])
+        yield f"{'held-out loss with':28}" + "".join(f"{name.removeprefix(SPLIT + '/loss').lstrip('/') or 'all':>14}" for name in names)
+        for images, losses in self.losses.items():
+            yield f"{_TITLES[images]:28}" + "".join(f"{losses[name]:14.4f}" for name in names)
+        worth = 100 * self.worth_of_images()
+        yield (
+            f"with the true images the loss is {worth:.0f}% lower than with shuffled ones"
+            if worth >= 0.5
+            else "the true images do not lower the loss: the model gets nothing from them"
+        )
+        if not self.captions:
+            yield "no captions: there are no pairs among the sources of data.mixture, or eval.samples is 0"
+        for sample in self.captions:
+            yield f"true: {sample.true:44} generated: {sample.generated}"
+
+    def worth_of_images(self) -> float:
+        """By which part the loss falls when shuffled images are replaced with the true ones."""
+        name = f"{SPLIT}/loss"
+        return 1.0 - self.losses["true"][name] / self.losses["shuffled"][name]
+
+
+_TITLES: dict[Images, str] = {"true": "the true images", "shuffled": "images of other samples", "blank": "blank images"}
+
+
+def experiment_of(checkpoint: Path) -> Experiment:
+    """The experiment that a checkpoint comes from, in the layout of a single process."""
+    experiment = load_experiment(checkpoint / "experiment.json")
+    return replace(experiment, parallel=ParallelConfig(distributed_optimizer=experiment.parallel.distributed_optimizer))
+
+
+def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
+    """Held-out losses and captions of a checkpoint, in the layout of the experiment.
+
+    Raises ValueError where there is no held-out split, or checkpoint, layout or data do not fit.
+    """
+    if not (experiment.data.path / SPLIT).is_dir():
+        raise ValueError(f"data path {experiment.data.path} has no {SPLIT} folder: give --data.path")
+    family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
+    check_same_tokenizer(experiment, checkpoint)
+    tokenizer = open_tokenizer(experiment)
+    topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
+    try:
+        model = build_model(experiment, topology)
+        load_weights(experiment, topology, model, checkpoint)
+        step = TrainingStep(experiment, topology, model, optimizer=None, num_sources=len(experiment.data.sources))
+        heldout = HeldOut(experiment, topology, tokenizer)
+        losses = {images: heldout.losses(step, images=images) for images in IMAGES}
+        return Evaluated(losses=losses, captions=heldout.captions(model) if experiment.eval.samples else [])
+    finally:
+        topologies.shutdown()

@@ -1,0 +1,269 @@
+"""What happens around the steps: metrics, checkpoints, evaluation, stopping on a signal, garbage collection.
+
+Hooks run in the order of `standard_hooks` after every step, on every process; those that talk to other processes do so on all
+of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_mm.data.load.loader import StepBatch
+from megatron_mm.evaluation.heldout import HeldOut
+from megatron_mm.families.registry import family_of
+from megatron_mm.flops import StepWork, mfu, peak_tflops
+from megatron_mm.reporting.monitor import Monitor
+from megatron_mm.training.metrics import StepMetrics
+from megatron_mm.training.routing import RoutingStats, draw_expert_load
+from megatron_mm.training.step import StepResult
+
+if TYPE_CHECKING:
+    from megatron_mm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+STOPPED_FILE = "stopped_early.txt"
+"""In the run directory of a run that a signal ended with steps left: one line that says after which; gone when it goes on."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A finished step, as hooks see it."""
+
+    step: int
+    result: StepResult
+    batch: StepBatch
+    seconds: float
+    """Wall time of the whole step, the wait for data included."""
+    data_seconds: float
+    """Wall time of the wait for data."""
+
+
+class Hook:
+    """Called by the trainer; does nothing by itself."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def after_step(self, record: StepRecord) -> None:
+        """After every optimizer step."""
+
+    def after_training(self) -> None:
+        """Once, when the last step is done or a stop was agreed; not after a failure."""
+
+    def close(self, *, failed: bool) -> None:
+        """Once, whatever happened."""
+
+
+class Metrics(Hook):
+    """metrics.jsonl, console and W&B."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        experiment, topology = trainer.experiment, trainer.topology
+        self.sources = experiment.data.sources
+        device_name = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
+        self.peak = experiment.monitor.peak_tflops or peak_tflops(device_name, experiment.train.precision)
+        self.monitor = Monitor(
+            experiment, trainer.run_dir, resume_step=trainer.state.step, world_size=topology.world_size, is_main=topology.is_main
+        )
+        self.bad_samples = torch.zeros(len(self.sources), dtype=torch.int64, device=topology.device)
+
+    def after_step(self, record: StepRecord) -> None:
+        trainer, plan, result = self.trainer, record.batch.plan, record.result
+        work = StepWork(num_tokens=plan.num_tokens, sum_squared_lengths=plan.sum_squared_lengths, num_images=plan.num_images)
+        model, policy = trainer.experiment.model, trainer.experiment.train.policy
+        flops = family_of(model).step_flops(model, policy, work)
+        tflops = flops / record.seconds / trainer.topology.world_size / 1e12
+        self.monitor.log_step(
+            StepMetrics(
+                step=record.step,
+                loss=result.losses.mean,
+                losses=result.losses.by_source(self.sources),
+                grad_norm=result.update.grad_norm,
+                lr=result.lr,
+                tokens=plan.num_tokens,
+                images=plan.num_images,
+                seconds=record.seconds,
+                tokens_per_s=plan.num_tokens / record.seconds,
+                tflops=tflops,
+                mfu=mfu(tflops, self.peak),
+                skipped=result.update.skipped,
+                skipped_steps=trainer.state.skipped_steps,
+                bad_samples=self._bad_samples(record),
+                fill=plan.fill,
+                data_seconds=record.data_seconds,
+                experts=result.routing.summary() if result.routing is not None else {},
+            )
+        )
+
+    def _bad_samples(self, record: StepRecord) -> dict[str, int]:
+        """Samples that failed so far by source, over all processes."""
+        bad = torch.tensor([record.batch.bad.get(name, 0) for name in self.sources], device=self.trainer.topology.device)
+        dist.all_reduce(bad)
+        total = self.trainer.state.bad_samples
+        for name, count in zip(self.sources, bad.tolist(), strict=True):
+            total[name] = total.get(name, 0) + count
+        return {name: count for name, count in total.items() if count}
+
+    def close(self, *, failed: bool) -> None:
+        self.monitor.close(exit_code=int(failed))
+
+
+class Evaluation(Hook):
+    """Held-out losses and generated captions every `eval.interval` steps and at the end."""
+
+    def __init__(self, trainer: Trainer, monitor: Monitor) -> None:
+        super().__init__(trainer)
+        self.monitor = monitor
+        self.config = trainer.experiment.eval
+        self.heldout = HeldOut(trainer.experiment, trainer.topology, trainer.tokenizer)
+        self.last_step = trainer.state.step
+
+    def after_step(self, record: StepRecord) -> None:
+        if self.config.interval and record.step % self.config.interval == 0:
+            self._evaluate()
+
+    def after_training(self) -> None:
+        # After a signal there may be little time, and the checkpoint comes first: the resumed run evaluates.
+        if self.config.interval and self.trainer.state.step > self.last_step and not self.trainer.should_stop:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        step = self.last_step = self.trainer.state.step
+        if self.config.batches:
+            self.monitor.log_eval(step, self.heldout.losses(self.trainer.step))
+        if self.config.samples:
+            self.monitor.log_captions(step, self.heldout.captions(self.trainer.model))
+
+
+class ExpertLoad(Hook):
+    """A heat map of the experts' tokens, `expert_load.png` and in W&B, every `eval.interval` steps and at the end."""
+
+    def __init__(self, trainer: Trainer, monitor: Monitor) -> None:
+        super().__init__(trainer)
+        self.monitor = monitor
+        self.seen: list[RoutingStats] = []
+
+    def after_step(self, record: StepRecord) -> None:
+        if record.result.routing is not None:
+            self.seen.append(record.result.routing)
+        interval = self.trainer.experiment.eval.interval
+        if interval and record.step % interval == 0:
+            self._draw()
+
+    def after_training(self) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        if self.seen and self.trainer.topology.is_main:
+            step = self.trainer.state.step
+            tokens = np.sum([stats.tokens_per_expert for stats in self.seen], axis=0)
+            title = f"expert load, steps {step - len(self.seen) + 1} to {step}"
+            out = self.trainer.run_dir / "expert_load.png"
+            self.monitor.log_picture(step, "expert_load", draw_expert_load(tokens, self.seen[0].layers, out, title=title))
+        self.seen = []
+
+
+class Stopping(Hook):
+    """SIGTERM or SIGUSR1 ends the run after the step in hand, on all processes after the same one, with a checkpoint.
+
+    Slurm sends USR1 some time before the limit. Signals reach processes at different steps, so whether to stop is agreed upon.
+    A run that ends this way with steps left says so in `STOPPED_FILE`, which is what `examples/launch.sh` requeues on.
+
+    Slurm signals every process of a job, and the helpers that a checkpoint's writers need would die of it in the middle of a
+    save. So this thread blocks both signals: what it starts inherits that across exec, which a handler would not survive. A
+    signal then either waits until `after_step` looks, or is taken by a thread that was there before and runs the handler.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.received: str | None = None
+        self.file = trainer.run_dir / STOPPED_FILE
+        if trainer.topology.is_main:
+            self.file.unlink(missing_ok=True)
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self.unblocked = set(self.SIGNALS) - signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        resource_tracker.ensure_running()  # it unblocks SIGTERM here when it starts, so not in the first save
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number).name
+
+    def after_step(self, record: StepRecord) -> None:
+        waiting = signal.sigtimedwait(self.SIGNALS, 0)
+        if waiting is not None:
+            self._note(waiting.si_signo, None)
+        stop = torch.tensor(float(self.received is not None), device=self.trainer.topology.device)
+        dist.all_reduce(stop, op=dist.ReduceOp.MAX)
+        if stop.item():
+            self.trainer.should_stop = True
+            if self.trainer.topology.is_main:
+                logger.warning(
+                    "stopping after step %d on %s; start the same command again to go on", record.step, self.received or "a signal"
+                )
+
+    def close(self, *, failed: bool) -> None:
+        """Last of all that can fail: the checkpoint is complete by now."""
+        step, steps = self.trainer.state.step, self.trainer.experiment.train.steps
+        if self.trainer.should_stop and not failed and step < steps and self.trainer.topology.is_main:
+            self.file.write_text(f"stopped after step {step} of {steps} on {self.received or 'a signal'}\n")
+        for number, handler in self.previous.items():
+            signal.signal(number, signal.SIG_IGN)  # drops a signal that still waits
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number} & self.unblocked)
+            signal.signal(number, handler)
+
+
+class Checkpoints(Hook):
+    """A checkpoint every `checkpoint.interval` steps and at the end."""
+
+    def after_step(self, record: StepRecord) -> None:
+        self.trainer.checkpointer.poll()
+        if record.step % self.trainer.experiment.checkpoint.interval == 0:
+            self.trainer.checkpointer.save(self.trainer.state)
+
+    def after_training(self) -> None:
+        self.trainer.checkpointer.save(self.trainer.state)
+        self.trainer.checkpointer.finish()
+
+
+class GarbageCollection(Hook):
+    """Collects on all processes at the same steps: a process that pauses alone makes all others wait for it."""
+
+    INTERVAL = 100
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        gc.collect()
+        gc.disable()
+
+    def after_step(self, record: StepRecord) -> None:
+        if record.step % self.INTERVAL == 0:
+            gc.collect()
+
+    def close(self, *, failed: bool) -> None:
+        gc.enable()
+
+
+def standard_hooks(trainer: Trainer) -> list[Hook]:
+    """The hooks of every run, in the order in which they see a step: a stop is known before a checkpoint is due."""
+    metrics = Metrics(trainer)
+    return [
+        metrics,
+        Stopping(trainer),
+        Evaluation(trainer, metrics.monitor),
+        ExpertLoad(trainer, metrics.monitor),
+        Checkpoints(trainer),
+        GarbageCollection(trainer),
+    ]

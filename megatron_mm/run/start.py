@@ -1,0 +1,125 @@
+"""Start a run in a run directory, or go on with the one that is there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from megatron_mm.config import FP8_MULTIPLE, Experiment
+from megatron_mm.families.registry import family_of
+from megatron_mm.families.serialize import load_experiment, save_experiment
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.run.data import HELD_OUT, TRAINING, as_indexed, make_plan, open_tokenizer
+from megatron_mm.training.checkpoint import TrainState, check_same_model, check_same_tokenizer, completed_checkpoints, find_checkpoint
+from megatron_mm.training.freezing import learning_patterns
+from megatron_mm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+
+
+def start(experiment: Experiment, run_dir: Path) -> TrainState:
+    """Train an experiment; returns where the run stands at the end.
+
+    Raises ValueError, before processes meet, where layout, batch, data or an earlier run in run_dir does not fit.
+    """
+    experiment = check(experiment, run_dir)
+    if int(os.environ.get("RANK", "0")) == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _warn_of_changes(experiment, run_dir / CONFIG_FILE)
+        save_experiment(experiment, run_dir / CONFIG_FILE)
+    try:
+        return Trainer(experiment, run_dir).fit()
+    finally:
+        topologies.shutdown()
+
+
+def check(experiment: Experiment, run_dir: Path) -> Experiment:
+    """The experiment with what its data was indexed with (`run.data.as_indexed`), once nothing is found wrong.
+
+    Raises ValueError that names the thing and the fix for all that can be found without other processes.
+    """
+    check_shapes(experiment, topologies.world_size())
+    tokenizer = open_tokenizer(experiment)
+    rows = experiment.model.decoder.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
+            "raise it, or use a smaller tokenizer"
+        )
+    experiment = as_indexed(experiment, make_plan(experiment, split=TRAINING).indexes)
+    if experiment.eval.interval and (experiment.data.path / HELD_OUT).is_dir():
+        make_plan(experiment, split=HELD_OUT)  # found now, not after the first thousand steps
+    checkpoints = completed_checkpoints(run_dir)[-1:]
+    for checkpoint in checkpoints:
+        check_same_model(experiment, checkpoint)
+    if experiment.init_from is not None and not checkpoints:
+        beginning = find_checkpoint(experiment.init_from)
+        check_same_model(experiment, beginning, with_optimizer=False)
+        check_same_tokenizer(experiment, beginning)
+    return experiment
+
+
+def check_shapes(experiment: Experiment, world_size: int) -> None:
+    """What can be found wrong without data or an earlier run: layout, policy and batch on so many processes. Raises ValueError."""
+    family_of(experiment.model).check_layout(experiment.model, experiment.parallel, world_size)
+    learning_patterns(experiment)
+    micro_batches = experiment.num_micro_batches(experiment.parallel.data_parallel_size(world_size))
+    parallel = experiment.parallel
+    if parallel.virtual > 1 and micro_batches % parallel.pipeline:
+        raise ValueError(
+            f"the interleaved schedule needs micro-batches in multiples of parallel.pipeline {parallel.pipeline}, but a step has "
+            f"{micro_batches} on each process: change train.global_batch_size or train.micro_batch_size"
+        )
+    tokens = experiment.train.micro_batch_size * experiment.data.sequence_length
+    if parallel.sequence_parallel and tokens % parallel.tensor:
+        raise ValueError(
+            f"sequence parallelism cuts the {tokens} tokens of a micro-batch into {parallel.tensor} parts: change data.sequence_length"
+        )
+    if experiment.train.precision == "fp8":
+        check_fp8(experiment)
+
+
+def check_fp8(experiment: Experiment) -> None:
+    """FP8 matrix products pad nothing: tokens and widths of every process must fit them. Raises ValueError where one does not."""
+    decoder, parallel = experiment.model.decoder, experiment.parallel
+    tokens = experiment.train.micro_batch_size * experiment.data.sequence_length
+    parts = {
+        "data.sequence_length x train.micro_batch_size": (tokens, parallel.tensor if parallel.sequence_parallel else 1),
+        "model.decoder.hidden_size": (decoder.hidden_size, 1),
+        "model.decoder.ffn_hidden_size": (decoder.ffn_hidden_size, parallel.tensor),
+        "model.decoder.num_attention_heads x head_dim": (decoder.num_attention_heads * decoder.head_dim, parallel.tensor),
+        "(model.decoder.num_attention_heads + 2 num_query_groups) x head_dim": (
+            (decoder.num_attention_heads + 2 * decoder.num_query_groups) * decoder.head_dim,
+            parallel.tensor,
+        ),
+        **family_of(experiment.model).fp8_sizes(experiment.model, parallel),
+    }
+    for name, (size, degree) in parts.items():
+        if size % (FP8_MULTIPLE * degree):
+            raise ValueError(
+                f"train.precision fp8 needs multiples of {FP8_MULTIPLE} on each process, but {name} is {size} and is cut into {degree}: "
+                "change it or use --train.precision bf16"
+            )
+
+
+def _warn_of_changes(experiment: Experiment, path: Path) -> None:
+    """Say what a resume changes about the order of the samples, which it may, but rarely means to."""
+    if not path.is_file():
+        return
+    before = load_experiment(path)
+    watched = {
+        "train.seed": (before.train.seed, experiment.train.seed),
+        "train.global_batch_size": (before.train.global_batch_size, experiment.train.global_batch_size),
+        "data.mixture": (before.data.mixture, experiment.data.mixture),
+        "data.chat_template": (before.data.chat_template, experiment.data.chat_template),
+        "data.caption_prompt": (before.data.caption_prompt, experiment.data.caption_prompt),
+        "data.sequence_length": (before.data.sequence_length, experiment.data.sequence_length),
+        "data.packing_window": (before.data.packing_window, experiment.data.packing_window),
+        "train.schedule_steps": (before.train.schedule_steps, experiment.train.schedule_steps),
+    }
+    for name, (old, new) in watched.items():
+        if old != new:
+            logger.warning("this run had %s %s and goes on with %s: samples or learning rates differ from here on", name, old, new)

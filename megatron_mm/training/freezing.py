@@ -1,0 +1,36 @@
+"""What learns in a stage of training.
+
+A family names its policies (`ModelFamily.policies`), a recipe picks one (`train.policy`). What does not learn is frozen before the
+data-parallel wrapper sees it, so that it gets no gradient buffer and no optimizer state.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from megatron_mm.config import Experiment
+from megatron_mm.families.registry import family_of
+
+
+def learning_patterns(experiment: Experiment) -> tuple[str, ...]:
+    """Regular expressions, one of which begins the global name of every parameter that learns.
+
+    Raises ValueError where the model's family has no policy of that name.
+    """
+    policies = family_of(experiment.model).policies
+    if experiment.train.policy not in policies:
+        raise ValueError(
+            f"train.policy is {experiment.train.policy!r}, but {experiment.model.family} models know {sorted(policies)}: choose one of them"
+        )
+    return policies[experiment.train.policy]
+
+
+def freeze(chunk: torch.nn.Module, learning: tuple[str, ...]) -> None:
+    """Let those parameters of a pipeline chunk learn whose names a pattern begins, and freeze the others.
+
+    A chunk numbers its decoder layers from its own first one; patterns do not tell layers apart.
+    """
+    for name, parameter in chunk.named_parameters():
+        parameter.requires_grad_(any(re.match(pattern, name) for pattern in learning))
