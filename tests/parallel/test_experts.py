@@ -16,7 +16,7 @@ from small import IMAGE_ID, random_step, small_experiment, small_run
 
 from megatron_mm.config import MoEConfig
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.families.registry import moe
+from megatron_mm.models import moe
 from megatron_mm.models.decoder import check_decoder_layout
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.run.start import start
