@@ -105,8 +105,8 @@ def main() -> None:
         path = Path(folder) / "data"
         make_data(path, images=arguments.images, size=(640, 480))
         (index,) = open_split(path, "train", sources=["pairs"])
-        rows = index.items[index.items["is_image"] == 1]
-        blobs = [read_range(index.shard_path(0), int(row["offset"]), int(row["size"])) for row in rows]
+        rows = index.item_rows[index.item_rows["is_image"] == 1]
+        blobs = [read_range(index.shard_of(0), int(row["offset"]), int(row["size"])) for row in rows]
         print(f"{len(blobs)} JPEGs of 640 x 480 pixels, {sum(map(len, blobs)) / len(blobs) / 1e3:.0f} kB each; {arguments.threads} threads")
         for backend in arguments.decoder or ["pillow", *(["dali"] if has_dali() else [])]:
             data = DataConfig(path=path, decoder=backend, decode_threads=arguments.threads, read_threads=2)

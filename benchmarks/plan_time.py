@@ -22,7 +22,8 @@ from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.plan import packing
 from megatron_mm.data.plan.filling import Limits
 from megatron_mm.data.plan.plan import Plan
-from megatron_mm.data.sources.index import ITEM, SAMPLE, Kind, SourceIndex
+from megatron_mm.data.sources.index import ITEM, SAMPLE, SourceIndex
+from megatron_mm.data.sources.source import Kind
 
 STEP_SECONDS = 1.66
 SEQUENCES, LENGTH, IMAGES = 512, 4096, 16
@@ -41,7 +42,9 @@ def made_up_index(name: str, kind: Kind, *, samples: int, rng: np.random.Generat
     items["is_image"] = 1
     items["is_image"][rows["first_item"]] = 0
     items["tokens"][rows["first_item"]] = tokens
-    return SourceIndex(name=name, kind=kind, root=Path(name), shards=("0.tar",), tokenizer="", rejected={}, samples=rows, items=items)
+    return SourceIndex(
+        name=name, kind=kind, root=Path(name), shards=("0.tar",), tokenizer="", rejected={}, sample_rows=rows, item_rows=items
+    )
 
 
 def first_fit(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng: np.random.Generator) -> np.ndarray:

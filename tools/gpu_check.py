@@ -246,8 +246,8 @@ def check_decoders(data: Path, device: torch.device) -> Iterator[Checked | Skipp
         yield Skipped("DALI", "is not installed")
         return
     (index,) = open_split(data, "heldout", sources=["pairs"])
-    rows = index.items[index.items["is_image"] == 1][:64]
-    blobs = [read_range(index.shard_path(0), int(row["offset"]), int(row["size"])) for row in rows]
+    rows = index.item_rows[index.item_rows["is_image"] == 1][:64]
+    blobs = [read_range(index.shard_of(0), int(row["offset"]), int(row["size"])) for row in rows]
 
     def decode(backend: Literal["dali", "pillow"], place: torch.device) -> torch.Tensor:
         decoder = make_decoder(backend, image_size=64, threads=2, fill=(0, 0, 0), device=place)

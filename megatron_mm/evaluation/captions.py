@@ -8,9 +8,8 @@ import numpy as np
 
 from megatron_mm.data.load.loader import document_stream
 from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
-from megatron_mm.data.plan.packing import counted_places, document_images
-from megatron_mm.data.sources.index import SourceIndex
-from megatron_mm.data.sources.shards import read_range
+from megatron_mm.data.plan.packing import document_images, supervised_tokens
+from megatron_mm.data.sources.source import Source
 from megatron_mm.data.text.chat import rendering_of
 from megatron_mm.data.text.documents import parse_document
 from megatron_mm.data.text.items import Text
@@ -41,7 +40,7 @@ class CaptionTask:
         return CaptionSample(image=whole.permute(1, 2, 0).numpy(), true=self.true, generated=generated)
 
 
-def caption_tasks(index: SourceIndex, tokenizer: Tokenizer, image: ImageInput, *, count: int) -> list[CaptionTask]:
+def caption_tasks(index: Source, tokenizer: Tokenizer, image: ImageInput, *, count: int) -> list[CaptionTask]:
     """The first `count` pairs of a source as prompts: what stands before their captions, which is BOS, the image, and the prompt that
     they were indexed with, if any."""
     decoder = TileDecoder(image, threads=1)
@@ -50,20 +49,14 @@ def caption_tasks(index: SourceIndex, tokenizer: Tokenizer, image: ImageInput, *
     return tasks
 
 
-def _caption_task(index: SourceIndex, row: int, tokenizer: Tokenizer, image: ImageInput, decoder: TileDecoder) -> CaptionTask:
-    sample = index.samples[row]
-    path = index.shard_path(int(sample["shard"]))
-    items = parse_document(
-        index.kind, read_range(path, int(sample["offset"]), int(sample["size"])), is_json=False, rendering=rendering_of(index)
-    )
+def _caption_task(index: Source, row: int, tokenizer: Tokenizer, image: ImageInput, decoder: TileDecoder) -> CaptionTask:
+    items = parse_document(index.kind, index.document(row), is_json=False, rendering=rendering_of(index))
     stream = document_stream(index, row, tokenizer, items, image=image)
     found = document_images(index, row, image)
     begin, end, tiles = int(found.starts[0]), int(found.ends[0]), int(found.tiles[0])
-    first_counted = int(counted_places(index, row, image)[end:].argmax())
-    rows = index.items[sample["first_item"] : sample["first_item"] + sample["num_items"]]
-    picture = rows[rows["is_image"] == 1][0]
-    offset, size, width, height = (int(picture[name]) for name in ("offset", "size", "width", "height"))
-    wanted = EncodedTiles(read_range(path, offset, size), width=width, height=height, tiles=range(tiles))
+    first_counted = int(supervised_tokens(index, row, image)[end:].argmax())
+    sizes = index.items(row)
+    wanted = EncodedTiles(index.image(row, 0), width=int(sizes.widths[0]), height=int(sizes.heights[0]), tiles=range(tiles))
     prompt = Prompt(
         ids=stream[: end + first_counted],
         image_starts=[begin + len(image.before) + image.tokens * tile for tile in range(tiles)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron_mm.data.load.loader import Loader, RankView, StepBatch
 from megatron_mm.data.plan.filling import Limits
 from megatron_mm.data.plan.plan import Plan, PlanState
 from megatron_mm.data.sources.index import SourceIndex, open_split
+from megatron_mm.data.sources.source import Source
 from megatron_mm.data.text.chat import chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.data.tiling import Tiling
@@ -65,7 +67,7 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
     )
 
 
-def as_indexed(experiment: Experiment, indexes: list[SourceIndex]) -> Experiment:
+def as_indexed(experiment: Experiment, indexes: Sequence[Source]) -> Experiment:
     """The experiment with the chat template and the caption prompt that its sources were indexed with, where it names none: so that a
     resume, or an evaluation, on data that was indexed otherwise since is noticed."""
     data = experiment.data

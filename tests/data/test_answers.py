@@ -19,7 +19,7 @@ from data_files import ALONE, experiment, picture, write_tar
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.image_input import ImageInput
-from megatron_mm.data.plan.packing import counted_places
+from megatron_mm.data.plan.packing import supervised_tokens
 from megatron_mm.data.prepare.index import prepare_index
 from megatron_mm.data.sources.index import open_index
 from megatron_mm.data.text.chat import CHAT_TEMPLATES
@@ -133,7 +133,7 @@ def test_a_cut_conversation_counts_what_it_counts_whole(tmp_path: Path) -> None:
     labels = [Counter(batch.labels[batch.loss_mask.bool()].tolist()) for batch in (whole, cut)]
     lost = 0
     for sample, begin in zip(window.sample.tolist(), window.begin.tolist(), strict=True):
-        counted = counted_places(plan.indexes[0], sample, plan.image)
+        counted = supervised_tokens(plan.indexes[0], sample, plan.image)
         lost += bool(counted[begin])
     assert len(window.sample) > 4 and lost > 0
     assert labels[0].total() - labels[1].total() == lost and not labels[1] - labels[0]
@@ -194,9 +194,9 @@ def test_tasks_and_lines_of_text_are_indexed_too(demo_data: Path, tmp_path: Path
     found = {name: open_index(tmp_path / "train" / name) for name in ("lines", "tasks")}
     assert [index.kind for index in found.values()] == ["conversations", "tasks"]
     assert found["lines"].rejected == {"JSON has no conversations": 1}
-    assert found["lines"].items["counted"].tolist() == [0, 1] and found["tasks"].items["counted"].tolist() == [0, 0, 1]
+    assert found["lines"].item_rows["counted"].tolist() == [0, 1] and found["tasks"].item_rows["counted"].tolist() == [0, 0, 1]
     tokenizer = Tokenizer.open(demo_data / "tokenizer.model")
-    assert found["lines"].items["tokens"].sum() == len(tokenizer.encode("one plus one?\ntwo"))
+    assert found["lines"].item_rows["tokens"].sum() == len(tokenizer.encode("one plus one?\ntwo"))
 
 
 def test_the_demo_s_conversations_and_tasks_train(demo_data: Path) -> None:

@@ -33,7 +33,7 @@ def test_demo_data_is_the_same_for_the_same_seed_and_has_every_format(tmp_path: 
     for split in ("train", "heldout"):
         indexes = open_split(tmp_path / "a", split, sources=["pairs", "interleaved", "text"])
         assert all(not index.rejected for index in indexes)
-        assert [bool(index.samples["num_images"].sum()) for index in indexes] == [True, True, False]
+        assert [bool(index.sample_rows["num_images"].sum()) for index in indexes] == [True, True, False]
     with pytest.raises(ValueError, match=r"has a data set already"):
         prepare_demo(tmp_path / "a")
     with pytest.raises(ValueError, match=r"--samples is 39, but the tokenizer needs at least 40"):
@@ -57,7 +57,7 @@ def test_the_first_sources_and_the_tokenizer_are_those_of_earlier_versions(demo_
 def test_conversations_and_tasks_are_about_their_pictures(demo_data: Path) -> None:
     indexes = open_split(demo_data, "train", sources=["conversations", "tasks"])
     assert [index.kind for index in indexes] == ["conversations", "tasks"] and not any(index.rejected for index in indexes)
-    assert all((index.samples["num_images"] == 1).all() and len(index) == 60 for index in indexes)
+    assert all((index.sample_rows["num_images"] == 1).all() and len(index) == 60 for index in indexes)
     turns, tasks, choices = Counter[int](), Counter[str](), Counter[bool]()
     for sample in iterate_tar(demo_data / "train" / "conversations" / "00000.tar"):
         turns[len(json.loads(sample.members["json"].data)["conversations"]) // 2] += 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_mm.data.sources.index import Kind
+from megatron_mm.data.sources.source import Kind
 from megatron_mm.data.text.documents import parse_document
 from megatron_mm.data.text.items import BadDocument, ImageReference, Item, Text
 

@@ -38,10 +38,10 @@ def test_opening_a_split_names_what_is_missing(demo_data: Path, tmp_path: Path, 
 
 def test_rows_say_where_the_bytes_are(demo_data: Path) -> None:
     (index,) = open_split(demo_data, "train", sources=["interleaved"])
-    for row in index.samples[:20]:
-        content = index.shard_path(int(row["shard"])).read_bytes()
+    for row in index.sample_rows[:20]:
+        content = (index.root / index.shards[int(row["shard"])]).read_bytes()
         document = json.loads(content[int(row["offset"]) : int(row["offset"]) + int(row["size"])])
-        items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
+        items = index.item_rows[row["first_item"] : row["first_item"] + row["num_items"]]
         assert [bool(item["is_image"]) for item in items] == ["image" in item for item in document["items"]]
         assert int(row["num_images"]) == int(items["is_image"].sum()) and int(row["text_tokens"]) == int(items["tokens"].sum())
         for item in items[items["is_image"] == 1]:
@@ -50,7 +50,7 @@ def test_rows_say_where_the_bytes_are(demo_data: Path) -> None:
 
 def test_an_index_is_mapped_and_not_read(demo_data: Path) -> None:
     (index,) = open_split(demo_data, "train", sources=["pairs"])
-    assert isinstance(index.samples.base, np.memmap) and not index.samples.flags.writeable
+    assert isinstance(index.sample_rows.base, np.memmap) and not index.sample_rows.flags.writeable
 
 
 def test_an_index_of_another_version_or_a_lost_shard_is_an_error(demo_data: Path, tmp_path: Path) -> None:

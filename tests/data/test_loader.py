@@ -174,8 +174,8 @@ def test_shuffled_images_are_those_of_other_samples_and_blank_ones_are_blank(dem
 
 def _damage_images(data: Path, count: int) -> None:
     (index,) = open_split(data, "train", sources=["pairs"])
-    images = index.items[index.items["is_image"] == 1]
-    with index.shard_path(0).open("r+b") as shard:
+    images = index.item_rows[index.item_rows["is_image"] == 1]
+    with index.shard_of(0).open("r+b") as shard:
         for row in images[:count]:
             shard.seek(int(row["offset"]))
             shard.write(b"\0" * int(row["size"]))
@@ -205,7 +205,7 @@ def _replace_line(data: Path, line: bytes) -> int:
     content = path.read_bytes()
     length = content.index(b"\n")
     path.write_bytes(line.ljust(length)[:length] + content[length:])
-    return int(open_split(data, "train", sources=["text"])[0].samples["text_tokens"][0])
+    return int(open_split(data, "train", sources=["text"])[0].sample_rows["text_tokens"][0])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.plan.filling import Limits
-from megatron_mm.data.plan.packing import Window, counted_places, document_images, document_lengths, pack_window
+from megatron_mm.data.plan.packing import Window, document_images, document_lengths, pack_window, supervised_tokens
 from megatron_mm.data.sources.index import ITEM, SAMPLE, SourceIndex
 
 
@@ -45,7 +45,7 @@ def test_places_of_images_in_a_document() -> None:
     index = source([[3, None, 2, None]])
     images = document_images(index, 0, image_of(4))
     assert images.starts.tolist() == [4, 10] and images.ends.tolist() == [8, 14] and images.length == 15
-    assert document_lengths(index, np.array([0]), image_of(4), tiles=np.array([2])).tolist() == [15]
+    assert document_lengths(index.sizes(np.array([0])), image_of(4), tiles=np.array([2])).tolist() == [15]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_nothing_is_lost_and_the_limits_hold() -> None:
     window = pack_window(index, samples, Limits(128, 3), image_of(16), seed=1)
     assert max(window.tokens) <= 128 and max(window.images_of) <= 3
     assert window.starts[0] == 0 and window.starts[-1] == len(window.sample) and (np.diff(window.starts) > 0).all()
-    assert sum(window.images_of) == int(index.samples["num_images"].sum())
+    assert sum(window.images_of) == int(index.sample_rows["num_images"].sum())
     for sample, group in itertools.groupby(pieces(window), key=lambda piece: piece[0]):
         bounds = [(begin, end) for _, begin, end in group]
         images = document_images(index, sample, image_of(16))
@@ -135,9 +135,9 @@ def test_places_that_count_are_those_of_counted_items() -> None:
     """BOS, 2 tokens, an image of 4, 3 tokens, EOS: EOS counts where the last item does, BOS never."""
     index = source([[2, None, 3]])
     for counted in itertools.product((0, 1), repeat=3):
-        index.items["counted"] = counted
+        index.item_rows["counted"] = counted
         text, image, last = map(bool, counted)
-        assert counted_places(index, 0, image_of(4)).tolist() == [False, *[text] * 2, *[image] * 4, *[last] * 3, last]
+        assert supervised_tokens(index, 0, image_of(4)).tolist() == [False, *[text] * 2, *[image] * 4, *[last] * 3, last]
 
 
 def test_pieces_know_their_place_in_the_stream() -> None:

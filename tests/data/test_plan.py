@@ -140,7 +140,7 @@ def test_long_documents_are_cut_between_images_and_nothing_is_lost(demo_data: Pa
         state = batch.next_state
     assert len(seen) == 96
     for sample, pieces in seen.items():
-        row = index.samples[sample]
+        row = index.sample_rows[sample]
         length = 2 + int(row["text_tokens"]) + 16 * int(row["num_images"])
         pieces.sort()
         assert pieces[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(pieces))

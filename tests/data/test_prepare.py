@@ -53,7 +53,7 @@ def test_every_kind_of_bad_pair_is_rejected_by_its_reason(tmp_path: Path, tokeni
         "text is not UTF-8": 1,
         "no text": 1,
     }
-    images = index.items[index.items["is_image"] == 1]
+    images = index.item_rows[index.item_rows["is_image"] == 1]
     assert {(int(row["width"]), int(row["height"])) for row in images} == {(20, 30)}
 
 
@@ -78,8 +78,8 @@ def test_interleaved_documents_keep_their_order(tmp_path: Path, tokenizer: Path,
     prepare_index(tmp_path, tokenizer=tokenizer)
     index = open_index(tmp_path / "interleaved")
     assert index.kind == "interleaved"
-    assert index.items["is_image"].tolist() == order
-    assert index.items[index.items["is_image"] == 1]["width"].tolist() == [20, 7]
+    assert index.item_rows["is_image"].tolist() == order
+    assert index.item_rows[index.item_rows["is_image"] == 1]["width"].tolist() == [20, 7]
 
 
 def test_a_reference_to_a_missing_image_and_a_malformed_list_are_rejected(tmp_path: Path, tokenizer: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_number_of_workers_does_not_change_the_index(demo_data: Path, tmp_pa
     one = [file.read_bytes() for file in files]
     prepare_index(tmp_path, tokenizer=tokenizer, workers=2)
     assert [file.read_bytes() for file in files] == one
-    samples = open_index(tmp_path / "pairs").samples
+    samples = open_index(tmp_path / "pairs").sample_rows
     assert samples["shard"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert samples["first_item"].tolist() == list(range(0, 30, 2)), "rows of all shards follow one another"
 
@@ -183,7 +183,7 @@ def test_texts_of_every_form_are_indexed_with_their_tokens(tmp_path: Path, token
     expected = [len(Tokenizer.open(tokenizer).encode(text)) for text in texts]
     for name in ("lines", "files"):
         index = open_index(tmp_path / name)
-        assert index.kind == "text" and index.samples["text_tokens"].tolist() == expected
+        assert index.kind == "text" and index.sample_rows["text_tokens"].tolist() == expected
     assert open_index(tmp_path / "files").rejected == {}
     assert open_index(tmp_path / "lines").rejected == {"JSON is not an object": 1, "malformed JSON": 1, "text is not UTF-8": 1}
 

@@ -22,8 +22,9 @@ from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.loader import StepBatch
 from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.plan.filling import Limits
-from megatron_mm.data.plan.packing import document_images, document_lengths, document_tiles, pack_window, ranges
+from megatron_mm.data.plan.packing import document_images, document_lengths, document_tiles, pack_window
 from megatron_mm.data.plan.plan import tile_owners
+from megatron_mm.data.ranges import ranges
 from megatron_mm.data.sources.index import ITEM, SAMPLE, SourceIndex, open_split
 from megatron_mm.data.sources.shards import read_range
 from megatron_mm.data.tiling import Tiling, cut_tiles, tile_counts
@@ -104,7 +105,7 @@ def test_places_of_tiled_images() -> None:
     samples = np.array([2, 0, 1, 0])
     tiles = document_tiles(index, samples, TILED)
     assert tiles.tolist() == [4, 4, 0, 4]
-    assert document_lengths(index, samples, TILED, tiles=tiles).tolist() == [2 + 2 + 2 + 16, 25, 7, 25]
+    assert document_lengths(index.sizes(samples), TILED, tiles=tiles).tolist() == [2 + 2 + 2 + 16, 25, 7, 25]
 
 
 def test_documents_are_never_cut_inside_an_image_and_limits_count_tiles() -> None:
@@ -227,10 +228,10 @@ def test_a_batch_of_tiled_images(demo_data: Path) -> None:
         for sequence in sequences:
             index = plan.indexes[sequence.source]
             for sample in sequence.window.sample[sequence.first : sequence.last].tolist():
-                row = index.samples[sample]
-                items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
+                row = index.sample_rows[sample]
+                items = index.item_rows[row["first_item"] : row["first_item"] + row["num_items"]]
                 for item in items[items["is_image"] == 1]:
-                    data = read_range(index.shard_path(int(row["shard"])), int(item["offset"]), int(item["size"]))
+                    data = read_range(index.root / index.shards[int(row["shard"])], int(item["offset"]), int(item["size"]))
                     with Image.open(io.BytesIO(data)) as opened:
                         expected = cut_tiles(opened.convert("RGB"), TILED.tiling, TILED.size)  # type: ignore[arg-type]
                     assert batch.pixels is not None and (batch.pixels[tile : tile + len(expected)].numpy() == expected).all()
@@ -265,9 +266,9 @@ def test_the_tensor_ranks_share_the_tiles(demo_data: Path, images: str) -> None:
 def test_a_bad_image_of_several_tiles_counts_once_over_all_processes(demo_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(demo_data, tmp_path / "data"))
     (index,) = open_split(data, "train", sources=["pairs"])
-    rows = index.items[index.items["is_image"] == 1]
+    rows = index.item_rows[index.item_rows["is_image"] == 1]
     tiles = tile_counts(rows["width"], rows["height"], TILED.tiling, TILED.size)  # type: ignore[arg-type]
-    with index.shard_path(0).open("r+b") as shard:
+    with index.shard_of(0).open("r+b") as shard:
         for row in rows[tiles > 3]:
             shard.seek(int(row["offset"]))
             shard.write(b"\0" * int(row["size"]))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_mm.data.prepare.index import MAX_PIXELS
+from megatron_mm.data.image_formats import MAX_PIXELS
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,8 @@ from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.decode import DecodedImages, make_decoder
 from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.plan.layout import Layout, PlacedImage, SourceImage, lay_out, shuffled_images
-from megatron_mm.data.plan.packing import document_images
 from megatron_mm.data.plan.plan import GlobalBatch, PackedSequence, Plan, PlanState
-from megatron_mm.data.sources.index import SourceIndex
-from megatron_mm.data.sources.shards import read_range
+from megatron_mm.data.sources.source import Source
 from megatron_mm.data.text.chat import rendering_of
 from megatron_mm.data.text.documents import parse_document
 from megatron_mm.data.text.items import Item, encode_items
@@ -132,7 +130,7 @@ class Loader:
         for index in plan.indexes:
             if index.tokenizer != tokenizer.fingerprint:
                 raise ValueError(
-                    f"source {index.root} was indexed with tokenizer {index.tokenizer}, "
+                    f"source {index.location} was indexed with tokenizer {index.tokenizer}, "
                     f"and {data.tokenizer_path} is {tokenizer.fingerprint}: "
                     "index it again with `megatron-mm prepare index`, or use the tokenizer that it was indexed with"
                 )
@@ -258,7 +256,7 @@ class Loader:
     def _blob(self, image: SourceImage) -> bytes:
         index = self.plan.indexes[image.source]
         try:
-            return read_range(index.shard_path(int(index.samples[image.sample]["shard"])), image.offset, image.size)
+            return index.image(image.sample, image.number)
         except (OSError, ValueError) as error:
             logger.warning("unreadable image in sample %d of %s: %s", image.sample, index.name, error)
             return b""
@@ -266,11 +264,8 @@ class Loader:
     def _tokens(self, source: int, sample: int) -> list[int] | None:
         """A document's stream of token ids; None where its bytes cannot be used any more."""
         index = self.plan.indexes[source]
-        row = index.samples[sample]
-        path = index.shard_path(int(row["shard"]))
         try:
-            data = read_range(path, int(row["offset"]), int(row["size"]))
-            items = parse_document(index.kind, data, is_json=False, rendering=self._renderings[source])
+            items = parse_document(index.kind, index.document(sample), is_json=False, rendering=self._renderings[source])
             return document_stream(index, sample, self.tokenizer, items, image=self.image)
         except (OSError, ValueError) as error:
             logger.warning("unusable text in sample %d of %s: %s; it is left out", sample, index.name, error)
@@ -347,7 +342,7 @@ class Loader:
                 logger.warning("undecodable image in sample %d of %s: a blank one stands for it", image.sample, name)
 
 
-def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, items: list[Item], *, image: ImageInput) -> list[int]:
+def document_stream(index: Source, sample: int, tokenizer: Tokenizer, items: list[Item], *, image: ImageInput) -> list[int]:
     """BOS, the items' tokens in reading order, EOS.
 
     Raises ValueError where the texts are not those that were indexed.
@@ -356,19 +351,18 @@ def document_stream(index: SourceIndex, sample: int, tokenizer: Tokenizer, items
         items: what the document's bytes say; where its images stand, the index says.
         image: how images are written.
     """
-    row = index.samples[sample]
-    rows = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
+    rows = index.items(sample)
     written = encode_items(items, tokenizer)
-    if len(written) != len(rows) - int(row["num_images"]):
-        raise ValueError(f"{len(written)} texts, but {len(rows) - int(row['num_images'])} in the index")
-    left, tiles = iter(written), iter(document_images(index, sample, image).tiles.tolist())
+    if len(written) != len(rows) - rows.num_images:
+        raise ValueError(f"{len(written)} texts, but {len(rows) - rows.num_images} in the index")
+    left, tiles = iter(written), iter(image.num_tiles(rows.widths, rows.heights).tolist())
     stream = [tokenizer.bos_id]
-    for item in rows:
-        if item["is_image"]:
+    for is_image, tokens in zip(rows.is_image.tolist(), rows.tokens.tolist(), strict=True):
+        if is_image:
             stream += image.ids(tokenizer.special_id, tiles=next(tiles))
             continue
         ids = next(left)
-        if len(ids) != item["tokens"]:
-            raise ValueError(f"{len(ids)} tokens, but {item['tokens']} in the index")
+        if len(ids) != tokens:
+            raise ValueError(f"{len(ids)} tokens, but {tokens} in the index")
         stream += ids
     return [*stream, tokenizer.eos_id]

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_mm.data.image_formats import MAX_PIXELS
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.decode import DecodedImages, to_rgb
-from megatron_mm.data.prepare.index import MAX_PIXELS
 from megatron_mm.data.tiling import cut_tiles
 
 

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_mm.data.plan.packing import counted_places, document_images, ranges
+from megatron_mm.data.plan.packing import document_images, supervised_tokens
 from megatron_mm.data.plan.plan import GlobalBatch, PackedSequence, Plan, image_owners, tile_owners
+from megatron_mm.data.ranges import ranges
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An image, by where its bytes are."""
+    """An image of a document."""
 
     source: int
     sample: int
-    offset: int
-    size: int
+    number: int
+    """Of the document's images, from 0."""
     width: int
     height: int
     """Pixels, as the index has them."""
@@ -29,7 +30,7 @@ class SourceImage:
 
     @property
     def key(self) -> tuple[int, int, int]:
-        return self.source, self.sample, self.offset
+        return self.source, self.sample, self.number
 
 
 @dataclass(frozen=True)
@@ -146,19 +147,15 @@ def _counted(plan: Plan, piece: PlacedPiece) -> np.ndarray | bool:
     index = plan.indexes[piece.source]
     if not index.answers_only:
         return True
-    return counted_places(index, piece.sample, plan.image)[piece.begin + 1 : piece.end]
+    return supervised_tokens(index, piece.sample, plan.image)[piece.begin + 1 : piece.end]
 
 
 def source_images(plan: Plan, source: int, sample: int) -> tuple[list[int], list[SourceImage]]:
     """First places of a document's images in its stream, and the images."""
-    index = plan.indexes[source]
-    found = document_images(index, sample, plan.image)
-    row = index.samples[sample]
-    items = index.items[row["first_item"] : row["first_item"] + row["num_items"]]
-    images = []
-    for item, tiles in zip(items[items["is_image"] == 1], found.tiles.tolist(), strict=True):
-        offset, size, width, height = (int(item[name]) for name in ("offset", "size", "width", "height"))
-        images.append(SourceImage(source, sample, offset, size, width, height, tiles))
+    found = document_images(plan.indexes[source], sample, plan.image)
+    items = plan.indexes[source].items(sample)
+    pixels = zip(items.widths.tolist(), items.heights.tolist(), found.tiles.tolist(), strict=True)
+    images = [SourceImage(source, sample, number, width, height, tiles) for number, (width, height, tiles) in enumerate(pixels)]
     return found.starts.tolist(), images
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.plan.filling import Limits, fill_sequences
-from megatron_mm.data.sources.index import SourceIndex
+from megatron_mm.data.sources.source import DocumentSizes, Items, Source
 
 BEGIN_AND_END = 2
 """BOS and EOS."""
@@ -71,9 +71,7 @@ class DocumentImages:
     """Places of the whole stream."""
 
 
-def pack_window(
-    index: SourceIndex, samples: np.ndarray, limits: Limits, image: ImageInput, *, seed: int, first_position: int = 0
-) -> Window:
+def pack_window(source: Source, samples: np.ndarray, limits: Limits, image: ImageInput, *, seed: int, first_position: int = 0) -> Window:
     """Pack samples into few, full sequences, which come out in a random order.
 
     Args:
@@ -83,15 +81,16 @@ def pack_window(
     Raises ValueError where an image may be too large for a sequence.
     """
     check_largest_image(limits, image)
-    tiles = document_tiles(index, samples, image)
-    lengths = document_lengths(index, samples, image, tiles=tiles)
-    images = index.samples[samples]["num_images"]
+    sizes = source.sizes(samples)
+    tiles = document_tiles(source, samples, image)
+    lengths = document_lengths(sizes, image, tiles=tiles)
+    images = sizes.num_images
     fits = (lengths <= limits.sequence_length) & (tiles <= limits.max_images) & (images <= limits.images_of_a_document)
     position = np.arange(first_position, first_position + len(samples))
     whole = samples[fits]
     sample, begin, end, count, where = [whole], [np.zeros_like(whole)], [lengths[fits]], [tiles[fits]], [position[fits]]
     for row, place in zip(samples[~fits], position[~fits], strict=True):
-        cuts, held = _split(document_images(index, int(row), image), limits)
+        cuts, held = _split(document_images(source, int(row), image), limits)
         sample.append(np.full(len(held), row))
         begin.append(cuts[:-1])
         end.append(cuts[1:])
@@ -146,71 +145,47 @@ def _split(images: DocumentImages, limits: Limits) -> tuple[np.ndarray, np.ndarr
     return np.array(cuts, dtype=np.int64), np.array(held, dtype=np.int64)
 
 
-def document_lengths(index: SourceIndex, samples: np.ndarray, image: ImageInput, *, tiles: np.ndarray) -> np.ndarray:
-    """Places of the documents' streams: [samples] int64.
+def document_lengths(sizes: DocumentSizes, image: ImageInput, *, tiles: np.ndarray) -> np.ndarray:
+    """Tokens of the documents' streams: [documents] int64.
 
     Args:
-        tiles: [samples] tiles of their images (`document_tiles`).
+        tiles: [documents] tiles of their images (`document_tiles`).
     """
-    rows = index.samples[samples]
-    around = image.places_around * rows["num_images"].astype(np.int64)
-    return BEGIN_AND_END + rows["text_tokens"].astype(np.int64) + around + image.tokens * tiles
+    return BEGIN_AND_END + sizes.text_tokens + image.places_around * sizes.num_images + image.tokens * tiles
 
 
-def document_tiles(index: SourceIndex, samples: np.ndarray, image: ImageInput) -> np.ndarray:
+def document_tiles(source: Source, samples: np.ndarray, image: ImageInput) -> np.ndarray:
     """Tiles of all images of each document: [samples] int64."""
-    rows = index.samples[samples]
     if image.tiling is None:
-        return rows["num_images"].astype(np.int64)
-    items = index.items[ranges(rows["first_item"], rows["num_items"])]
-    document = np.repeat(np.arange(len(rows)), rows["num_items"])
-    is_image = items["is_image"] == 1
-    tiles = image.num_tiles(items["width"][is_image], items["height"][is_image])
-    totals = np.zeros(len(rows), dtype=np.int64)
-    np.add.at(totals, document[is_image], tiles)
+        return source.sizes(samples).num_images
+    images = source.image_sizes(samples)
+    totals = np.zeros(len(samples), dtype=np.int64)
+    np.add.at(totals, images.document, image.num_tiles(images.widths, images.heights))
     return totals
 
 
-def document_images(index: SourceIndex, row: int, image: ImageInput) -> DocumentImages:
+def document_images(source: Source, row: int, image: ImageInput) -> DocumentImages:
     """The images of one document."""
-    items = _items(index, row)
-    is_image = items["is_image"] == 1
+    items = source.items(row)
     sizes = _sizes(items, image)
     ends = 1 + np.cumsum(sizes)
     return DocumentImages(
-        starts=(ends - sizes)[is_image],
-        tiles=image.num_tiles(items["width"][is_image], items["height"][is_image]),
-        ends=ends[is_image],
+        starts=(ends - sizes)[items.is_image],
+        tiles=image.num_tiles(items.widths, items.heights),
+        ends=ends[items.is_image],
         length=int(ends[-1]) + 1,
     )
 
 
-def counted_places(index: SourceIndex, row: int, image: ImageInput) -> np.ndarray:
-    """Which places of a document's stream count as labels, as far as its items say: [places] bool. BOS never does, EOS does where the
-    last item does; that images themselves do not is `ImageInput.silent_from`'s matter."""
-    items = _items(index, row)
-    counted = items["counted"].astype(bool)
-    return np.concatenate([[False], np.repeat(counted, _sizes(items, image)), counted[-1:]])
+def supervised_tokens(source: Source, row: int, image: ImageInput) -> np.ndarray:
+    """Which tokens of a document's stream are supervised as labels, as far as its items say: [tokens] bool. BOS never is, EOS is where the
+    last item is; that images themselves are not is `ImageInput.silent_from`'s matter."""
+    items = source.items(row)
+    return np.concatenate([[False], np.repeat(items.supervised, _sizes(items, image)), items.supervised[-1:]])
 
 
-def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The numbers of several ranges, one range after another: [sum of counts] int64.
-
-    Worked example: of 5 and 20 on, 3 and 2 numbers: 5 6 7 20 21.
-    """
-    counts = counts.astype(np.int64)
-    before = np.cumsum(counts) - counts
-    return np.repeat(first.astype(np.int64) - before, counts) + np.arange(counts.sum())
-
-
-def _items(index: SourceIndex, row: int) -> np.ndarray:
-    sample = index.samples[row]
-    return index.items[sample["first_item"] : sample["first_item"] + sample["num_items"]]
-
-
-def _sizes(items: np.ndarray, image: ImageInput) -> np.ndarray:
-    """Places of each item: [items] int64."""
-    sizes = items["tokens"].astype(np.int64)
-    is_image = items["is_image"] == 1
-    sizes[is_image] = image.num_places(image.num_tiles(items["width"][is_image], items["height"][is_image]))
+def _sizes(items: Items, image: ImageInput) -> np.ndarray:
+    """Tokens of each item: [items] int64."""
+    sizes = items.tokens.copy()
+    sizes[items.is_image] = image.num_places(image.num_tiles(items.widths, items.heights))
     return sizes

@@ -19,7 +19,7 @@ from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.plan.filling import Limits
 from megatron_mm.data.plan.mixture import choose_sources, stream_samples
 from megatron_mm.data.plan.packing import Window, check_largest_image, pack_window
-from megatron_mm.data.sources.index import SourceIndex
+from megatron_mm.data.sources.source import Source
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Plan:
 
     def __init__(
         self,
-        indexes: Sequence[SourceIndex],
+        indexes: Sequence[Source],
         *,
         weights: Sequence[float],
         limits: Limits,

@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_mm.data.sources.index import CHAT_KINDS, ITEM, SAMPLE, Kind, write_index
+from megatron_mm.data.image_formats import MAX_PIXELS
+from megatron_mm.data.sources.index import ITEM, SAMPLE, write_index
 from megatron_mm.data.sources.shards import BrokenShard, Member, WebSample, iterate_jsonl, iterate_tar
+from megatron_mm.data.sources.source import CHAT_KINDS, Kind
 from megatron_mm.data.text.chat import Rendering, chat_template
 from megatron_mm.data.text.documents import OWN_IMAGE, chat_kind, parse_document
 from megatron_mm.data.text.items import BadDocument, ImageReference, Item, Text, encode_items
@@ -27,8 +29,6 @@ from megatron_mm.data.text.tokenizer import Tokenizer, train_tokenizer
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MAX_PIXELS = 64_000_000
-"""Larger images are refused by their header, before a decoder allocates anything for them."""
 _NAMED_REJECTS = 3
 
 # Pillow warns of what is rejected or treated here anyway. Not catch_warnings around each image: that is not safe in threads.

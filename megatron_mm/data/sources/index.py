@@ -16,13 +16,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-Kind = Literal["pairs", "interleaved", "text", "conversations", "tasks"]
-CHAT_KINDS: tuple[Kind, ...] = ("conversations", "tasks")
-"""Kinds that are always rendered by a chat template; of what is, only the answers count."""
+from megatron_mm.data.ranges import ranges
+from megatron_mm.data.sources.shards import read_range
+from megatron_mm.data.sources.source import DocumentSizes, ImageSizes, Items, Kind
+
 FORMAT_VERSION = 2
 
 SAMPLE = np.dtype(
@@ -54,7 +54,7 @@ ITEM = np.dtype(
 
 @dataclass(frozen=True)
 class SourceIndex:
-    """A source, opened: memory-mapped rows and the shard files they point into."""
+    """A source of shards, opened: memory-mapped rows and the files that they point into. See `data.sources.source.Source`."""
 
     name: str
     """Folder name of the source."""
@@ -66,9 +66,9 @@ class SourceIndex:
     """Fingerprint of the tokenizer that counted the tokens."""
     rejected: dict[str, int]
     """Samples that `prepare index` found unusable, by reason."""
-    samples: np.ndarray
+    sample_rows: np.ndarray
     """[num_samples] of SAMPLE."""
-    items: np.ndarray
+    item_rows: np.ndarray
     """[num_items] of ITEM."""
     chat_template: str | None = None
     """Name of the template that renders the samples; None where they are no chats."""
@@ -81,10 +81,55 @@ class SourceIndex:
         return self.chat_template is not None
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.sample_rows)
 
-    def shard_path(self, shard: int) -> Path:
-        return self.root / self.shards[shard]
+    @property
+    def location(self) -> str:
+        return str(self.root)
+
+    def sizes(self, rows: np.ndarray | slice) -> DocumentSizes:
+        """See `Source.sizes`."""
+        found = self.sample_rows[rows]
+        return DocumentSizes(found["text_tokens"].astype(np.int64), found["num_images"].astype(np.int64))
+
+    def image_sizes(self, rows: np.ndarray | slice) -> ImageSizes:
+        """See `Source.image_sizes`."""
+        found = self.sample_rows[rows]
+        items = self.item_rows[ranges(found["first_item"], found["num_items"])]
+        is_image = items["is_image"] == 1
+        document = np.repeat(np.arange(len(found)), found["num_items"])[is_image]
+        return ImageSizes(document, *(items[side][is_image].astype(np.int64) for side in ("width", "height")))
+
+    def items(self, row: int) -> Items:
+        """See `Source.items`."""
+        items = self._item_rows(row)
+        is_image = items["is_image"] == 1
+        return Items(
+            is_image=is_image,
+            supervised=items["counted"] == 1,
+            tokens=items["tokens"].astype(np.int64),
+            widths=items["width"][is_image].astype(np.int64),
+            heights=items["height"][is_image].astype(np.int64),
+        )
+
+    def document(self, row: int) -> bytes:
+        """See `Source.document`."""
+        sample = self.sample_rows[row]
+        return read_range(self.shard_of(row), int(sample["offset"]), int(sample["size"]))
+
+    def image(self, row: int, number: int) -> bytes:
+        """See `Source.image`."""
+        items = self._item_rows(row)
+        image = items[items["is_image"] == 1][number]
+        return read_range(self.shard_of(row), int(image["offset"]), int(image["size"]))
+
+    def shard_of(self, row: int) -> Path:
+        """The file that holds a sample."""
+        return self.root / self.shards[int(self.sample_rows[row]["shard"])]
+
+    def _item_rows(self, row: int) -> np.ndarray:
+        sample = self.sample_rows[row]
+        return self.item_rows[sample["first_item"] : sample["first_item"] + sample["num_items"]]
 
 
 def write_index(source: Path, *, meta: dict, samples: np.ndarray, items: np.ndarray) -> None:
@@ -127,8 +172,8 @@ def open_index(source: Path) -> SourceIndex:
         tokenizer=meta["tokenizer"],
         rejected=meta["rejected"],
         # As plain arrays over the mapped files: numpy's memmap class makes every row several times slower to read.
-        samples=np.asarray(np.load(source / "index" / "samples.npy", mmap_mode="r")),
-        items=np.asarray(np.load(source / "index" / "items.npy", mmap_mode="r")),
+        sample_rows=np.asarray(np.load(source / "index" / "samples.npy", mmap_mode="r")),
+        item_rows=np.asarray(np.load(source / "index" / "items.npy", mmap_mode="r")),
         chat_template=meta["chat_template"],
         caption_prompt=meta.get("caption_prompt"),
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_mm.data.sources.index import SourceIndex
+from megatron_mm.data.sources.source import Source
 from megatron_mm.data.text.items import Control, ImageReference, Item, Text
 
 Parts = tuple[str | Control, ...]
@@ -122,7 +122,7 @@ def chat_template(name: str) -> ChatTemplate:
     return CHAT_TEMPLATES[name]
 
 
-def rendering_of(index: SourceIndex) -> Rendering | None:
+def rendering_of(index: Source) -> Rendering | None:
     """How the samples of a source were written when it was indexed; None where they are no chats."""
     if index.chat_template is None:
         return None

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_mm.data.sources.index import CHAT_KINDS, Kind
+from megatron_mm.data.sources.source import CHAT_KINDS, Kind
 from megatron_mm.data.text.chat import Rendering, Turn, render
 from megatron_mm.data.text.conversations import TASKS, conversation_turns, task_turns
 from megatron_mm.data.text.items import BadDocument, ImageReference, Item, Text
