@@ -1,6 +1,8 @@
 # make demo        train a small MM1 on this machine and look at what it says of images it has not seen
 # make test        install what the tests need and run them
 # make test-all    the slow tests too
+# make test-isa    the tests that compare numbers, with the kernels of older and newer processors in turn
+# make nightly     all of it: test-all, test-isa, check
 # make check       format, lint, types
 # make bench       benchmarks that need no GPU
 # make gpu-check   on a machine with a GPU: Transformer Engine, FP8, DALI and the fused optimizer against plain PyTorch
@@ -12,7 +14,7 @@ STAMP := $(VENV)/.installed
 # One thread a process: several processes share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-all check bench gpu-check gpu-bench clean
+.PHONY: install demo test test-all test-isa nightly check bench gpu-check gpu-bench clean
 
 install: $(STAMP)
 
@@ -32,6 +34,15 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q tests
+
+# What compares numbers, with the kernels of SSE4, AVX2 and AVX-512: no result may depend on them. Those that the processor lacks are skipped.
+ISA_TESTS := tests/models tests/platform tests/test_golden_runs.py tests/parallel/test_gradients.py tests/parallel/test_images.py \
+	tests/training/test_optimizer.py tests/conversion/test_hf_model.py
+test-isa: $(STAMP)
+	$(BIN)/python tools/test_isa.py $(ISA_TESTS)
+
+# For a machine that has an hour: nothing that CONTRIBUTING.md asks of a change is left out.
+nightly: test-all test-isa check
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -12,8 +12,8 @@ from models.infimm_reference import InfiMMReference
 from models.references import infimm_reference
 from small import packed_batch
 from small_infimm import END_OF_CHUNK_ID, IMAGE_ID, small_infimm
+from support.same_training import LOSS_TOLERANCE, assert_same_weights, reference_adam, reference_update, with_smooth_adam
 
-from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.infimm.config import InfiMMConfig
 from megatron_mm.families.infimm.names import infimm_table
@@ -89,7 +89,7 @@ def test_the_same_logits(topology: Topology) -> None:
 @pytest.mark.parametrize("policy", ["pt", "ift"])
 def test_the_same_training(topology: Topology, policy: str) -> None:
     """Five steps of AdamW on both, the reference's with torch's own optimizer: the same losses, and the same weights in the end."""
-    experiment: Experiment = small_infimm(policy=policy, global_batch_size=4)
+    experiment = with_smooth_adam(small_infimm(policy=policy, global_batch_size=4))
     assert isinstance(experiment.model, InfiMMConfig)
     reference, optimizer = infimm_reference(experiment.model), experiment.optimizer
     model = build_model(experiment, topology)
@@ -102,16 +102,12 @@ def test_the_same_training(topology: Topology, policy: str) -> None:
         packed(chosen[3:], total=96),
         packed(chosen[1:3], total=96),
     ]
-    learning = [
+    trainable = [
         parameter
         for name, parameter in reference.named_parameters()
         if not name.startswith("model.vision_encoder.") and (policy == "ift" or "perceiver" in name or "gated_cross_attn_layer" in name)
     ]
-    groups = [
-        {"params": [p for p in learning if p.ndim > 1], "weight_decay": optimizer.weight_decay},
-        {"params": [p for p in learning if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    adam = torch.optim.AdamW(groups, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
+    adam, learning_rates = reference_adam(trainable, optimizer), []
     for number in range(1, 6):
         result = step.run(micro_batches, step=number)
         adam.zero_grad()
@@ -127,11 +123,8 @@ def test_the_same_training(topology: Topology, policy: str) -> None:
                 count += len(ids) - 1
         loss = total / count
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learning, optimizer.clip_grad_norm)
-        for group in adam.param_groups:
-            group["lr"] = result.lr
-        adam.step()
-        assert result.losses.mean == pytest.approx(loss.item(), rel=1e-5)
+        reference_update(adam, optimizer, lr=result.lr)
+        learning_rates.append(result.lr)
+        assert result.losses.mean == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
     ours = {name: p.detach() for name, p in model[0].module.named_parameters()}
-    for name, tensor in to_hf(infimm_table(experiment.model), ours).items():
-        torch.testing.assert_close(tensor, reference.get_parameter(name).detach(), atol=1e-5, rtol=1e-4)
+    assert_same_weights(to_hf(infimm_table(experiment.model), ours), reference, learning_rates=learning_rates)

@@ -12,9 +12,9 @@ from models.mono_reference import MonoReference
 from models.references import mono_reference
 from small import packed_batch
 from small_mono import CONTEXT_ID, END_IMG_ID, IMG_ID, TILE_TOKENS, mono_batch, small_mono
+from support.same_training import LOSS_TOLERANCE, assert_same_weights, reference_adam, reference_update, with_smooth_adam
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
 from megatron_mm.families.mono_internvl.modality_experts import ModalityExperts, modality_layout
@@ -85,7 +85,7 @@ def test_the_same_logits_as_computing_both_networks_and_masking(topology: Topolo
 @pytest.mark.parametrize("policy", ["s1_1", "s1_3", "s2"])
 def test_the_same_training(topology: Topology, policy: str) -> None:
     """Five steps of AdamW on both, the reference's with torch's own optimizer: the same losses, and the same weights in the end."""
-    experiment: Experiment = small_mono(policy=policy, global_batch_size=2)
+    experiment = with_smooth_adam(small_mono(policy=policy, global_batch_size=2))
     assert isinstance(experiment.model, MonoInternVLConfig)
     reference, optimizer = mono_reference(experiment.model), experiment.optimizer
     model = build_model(experiment, topology)
@@ -99,14 +99,10 @@ def test_the_same_training(topology: Topology, policy: str) -> None:
         "s1_3": ("vision_model.", "mlp1.", "feed_forward_ve.", "attention."),
         "s2": ("",),
     }[policy]
-    learning = [
+    trainable = [
         p for name, p in reference.named_parameters() if any(part in name for part in patterns) and not name.endswith("class_embedding")
     ]
-    groups = [
-        {"params": [p for p in learning if p.ndim > 1], "weight_decay": optimizer.weight_decay},
-        {"params": [p for p in learning if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    adam = torch.optim.AdamW(groups, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
+    adam, learning_rates = reference_adam(trainable, optimizer), []
     for number in range(1, 6):
         result = step.run(micro_batches, step=number)
         adam.zero_grad()
@@ -118,14 +114,11 @@ def test_the_same_training(topology: Topology, policy: str) -> None:
             count += int(counted.sum())
         loss = total / count
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learning, optimizer.clip_grad_norm)
-        for group in adam.param_groups:
-            group["lr"] = result.lr
-        adam.step()
-        assert result.losses.mean == pytest.approx(loss.item(), rel=1e-5)
+        reference_update(adam, optimizer, lr=result.lr)
+        learning_rates.append(result.lr)
+        assert result.losses.mean == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
     ours = {name: p.detach() for name, p in model[0].module.named_parameters()}
-    for name, tensor in to_hf(table, ours).items():
-        torch.testing.assert_close(tensor, reference.get_parameter(name).detach(), atol=1e-5, rtol=1e-4)
+    assert_same_weights(to_hf(table, ours), reference, learning_rates=learning_rates)
 
 
 def test_equal_experts_are_a_plain_decoder(topology: Topology) -> None:
@@ -194,7 +187,7 @@ def test_rows_are_filled_up_for_kernels_that_want_multiples(topology: Topology) 
 
 
 @pytest.mark.parametrize("number", [0, 3], ids=["no tile", "tiles alone"])
-def test_a_micro_batch_of_one_modality_gives_every_learning_weight_a_gradient(topology: Topology, number: int) -> None:
+def test_a_micro_batch_of_one_modality_gives_every_trainable_weight_a_gradient(topology: Topology, number: int) -> None:
     experiment = small_mono()
     (chunk,) = build_chunks(experiment, topology)
     initialize_weights([chunk], seed=7)
