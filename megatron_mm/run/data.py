@@ -17,6 +17,7 @@ from megatron_mm.data.text.chat import chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.data.tiling import Tiling
 from megatron_mm.families.registry import family_of
+from megatron_mm.flops import StepWork
 from megatron_mm.parallel.topology import Topology
 
 TRAINING, HELD_OUT = "train", "heldout"
@@ -64,7 +65,18 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
         seed=experiment.train.seed,
         global_batch_size=experiment.train.global_batch_size,
         micro_batch_size=experiment.train.micro_batch_size,
+        squares_per_token=_squares_per_token(experiment),
     )
+
+
+def _squares_per_token(experiment: Experiment) -> int:
+    """Squared tokens of a document's length that cost as many FLOPs in attention as a token costs otherwise."""
+
+    def flops(**work: int) -> float:
+        zero = StepWork(num_tokens=0, sum_squared_lengths=0, num_images=0)
+        return family_of(experiment.model).step_flops(experiment.model, experiment.train.policy, replace(zero, **work))
+
+    return max(1, round(flops(num_tokens=10**9) / max(1.0, flops(sum_squared_lengths=10**9))))
 
 
 def as_indexed(experiment: Experiment, indexes: Sequence[Source]) -> Experiment:

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_mm.data.plan.mixture import choose_sources, stream_samples
+from megatron_mm.data.plan.mixture import choose_sources, permute, stream_keys
 
 
 def test_the_mixture_holds_at_every_moment() -> None:
@@ -23,11 +23,12 @@ def test_the_mixture_holds_at_every_moment() -> None:
     assert chosen == choose_sources(weights, [0, 0, 0], 997)
 
 
-@pytest.mark.parametrize("num_samples", [1, 2, 7, 100, 1025])
-def test_every_epoch_has_every_sample_once_in_another_order(num_samples: int) -> None:
-    stream = stream_samples(0, 3 * num_samples, num_samples=num_samples, seed=5).reshape(3, num_samples)
-    assert (np.sort(stream, axis=1) == np.arange(num_samples)).all()
-    if num_samples >= 100:
-        assert (stream[0] != stream[1]).mean() > 0.9 and (stream[0] != np.arange(num_samples)).mean() > 0.9
-    pieces = [stream_samples(first, 1, num_samples=num_samples, seed=5)[0] for first in range(3 * num_samples)]
-    assert pieces == stream.flatten().tolist()
+@pytest.mark.parametrize("size", [1, 2, 7, 100, 1025])
+def test_a_permutation_has_every_place_once_and_keys_make_others(size: int) -> None:
+    places = np.arange(size)
+    found = [permute(places, size=size, keys=np.full(size, stream_keys(5, epoch))) for epoch in range(3)]
+    assert all((np.sort(one) == places).all() for one in found)
+    if size >= 100:
+        assert (found[0] != found[1]).mean() > 0.9 and (found[0] != places).mean() > 0.9
+    one_by_one = [permute(places[place : place + 1], size=size, keys=np.full(1, stream_keys(5, 0)))[0] for place in range(size)]
+    assert one_by_one == found[0].tolist()

@@ -22,8 +22,9 @@ from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.loader import StepBatch
 from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.plan.filling import Limits
-from megatron_mm.data.plan.packing import document_images, document_lengths, document_tiles, pack_window
+from megatron_mm.data.plan.packing import document_images, document_lengths, pack_window
 from megatron_mm.data.plan.plan import tile_owners
+from megatron_mm.data.plan.stream import document_tiles, samples_of
 from megatron_mm.data.ranges import ranges
 from megatron_mm.data.sources.index import ITEM, SAMPLE, SourceIndex, open_split
 from megatron_mm.data.sources.shards import read_range
@@ -103,9 +104,11 @@ def test_places_of_tiled_images() -> None:
     assert images.starts.tolist() == [4, 18] and images.ends.tolist() == [18, 24] and images.tiles.tolist() == [3, 1]
     assert images.length == 25
     samples = np.array([2, 0, 1, 0])
-    tiles = document_tiles(index, samples, TILED)
-    assert tiles.tolist() == [4, 4, 0, 4]
-    assert document_lengths(index.sizes(samples), TILED, tiles=tiles).tolist() == [2 + 2 + 2 + 16, 25, 7, 25]
+    sized = samples_of(index, samples, TILED)
+    assert (
+        sized.num_tiles.tolist() == [4, 4, 0, 4] == [*document_tiles(index, slice(2, 3), TILED), *document_tiles(index, samples[1:], TILED)]
+    )
+    assert document_lengths(sized, TILED).tolist() == [2 + 2 + 2 + 16, 25, 7, 25]
 
 
 def test_documents_are_never_cut_inside_an_image_and_limits_count_tiles() -> None:
@@ -119,7 +122,9 @@ def test_documents_are_never_cut_inside_an_image_and_limits_count_tiles() -> Non
         for _ in range(300)
     ]
     index = sized_source(documents)
-    window = pack_window(index, np.arange(300), Limits(64, 7, max_images_per_document=2), TILED, seed=0, first_position=600)
+    window = pack_window(
+        index, samples_of(index, np.arange(300), TILED), Limits(64, 7, max_images_per_document=2), TILED, seed=0, first_position=600
+    )
     assert max(window.tokens) <= 64 and max(window.images_of) <= 7
     assert (window.position == 600 + window.sample).all()
     cut = 0
@@ -140,10 +145,10 @@ def test_documents_are_never_cut_inside_an_image_and_limits_count_tiles() -> Non
 def test_an_image_that_could_be_too_large_is_an_error() -> None:
     index = sized_source([[5]])
     with pytest.raises(ValueError, match=r"an image of 5 tiles takes 22 tokens, more than data.sequence_length 21"):
-        pack_window(index, np.array([0]), Limits(21, 5), TILED, seed=0)
+        pack_window(index, samples_of(index, np.array([0]), TILED), Limits(21, 5), TILED, seed=0)
     with pytest.raises(ValueError, match=r"an image becomes up to 5 tiles, more than data.max_images_per_sequence 4: raise it"):
-        pack_window(index, np.array([0]), Limits(22, 4), TILED, seed=0)
-    pack_window(index, np.array([0]), Limits(22, 5), TILED, seed=0)
+        pack_window(index, samples_of(index, np.array([0]), TILED), Limits(22, 4), TILED, seed=0)
+    pack_window(index, samples_of(index, np.array([0]), TILED), Limits(22, 5), TILED, seed=0)
 
 
 def test_owners_of_tiles_are_neighbours() -> None:

@@ -31,21 +31,30 @@ def choose_sources(weights: Sequence[float], drawn: Sequence[int], count: int) -
     return chosen
 
 
-def stream_samples(first: int, count: int, *, num_samples: int, seed: int) -> np.ndarray:
-    """Samples at positions [first, first + count) of a source's endless stream: every epoch is another permutation.
+def stream_keys(seed: int, epoch: int, *, block: int | None = None) -> np.uint64:
+    """The key of an epoch's order, or of the order in one of its blocks."""
+    key = _mix(np.array([epoch], dtype=np.uint64) + np.uint64(seed * int(_MIX) % 2**64))
+    if block is not None:
+        key = _mix(key ^ _mix(np.array([block], dtype=np.uint64)))
+    return np.uint64(key[0])
 
-    Nothing is kept: a position's sample is computed by a Feistel network over the next power of four, walked until it lands
-    inside the source (Black and Rogaway, 2002). Returns [count] int64.
+
+def permute(places: np.ndarray, *, size: int, keys: np.ndarray) -> np.ndarray:
+    """Where a permutation of range(size) takes some places: [places] int64.
+
+    Nothing is kept: a place's image is computed by a Feistel network over the next power of four, walked until it lands inside (Black
+    and Rogaway, 2002).
+
+    Args:
+        places: [places] int64 below `size`.
+        keys: [places] uint64 that say which permutation.
     """
-    positions = np.arange(first, first + count, dtype=np.int64)
-    epochs, places = np.divmod(positions, num_samples)
-    half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
-    keys = _mix(epochs.astype(np.uint64) + np.uint64(seed * int(_MIX) % 2**64))
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     values = _feistel(places.astype(np.uint64), keys, half_bits)
-    outside = values >= num_samples
+    outside = values >= size
     while outside.any():
         values[outside] = _feistel(values[outside], keys[outside], half_bits)
-        outside = values >= num_samples
+        outside = values >= size
     return values.astype(np.int64)
 
 

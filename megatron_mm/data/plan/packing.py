@@ -14,7 +14,8 @@ import numpy as np
 
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.plan.filling import Limits, fill_sequences
-from megatron_mm.data.sources.source import DocumentSizes, Items, Source
+from megatron_mm.data.plan.stream import Samples
+from megatron_mm.data.sources.source import Items, Source
 
 BEGIN_AND_END = 2
 """BOS and EOS."""
@@ -71,31 +72,31 @@ class DocumentImages:
     """Places of the whole stream."""
 
 
-def pack_window(source: Source, samples: np.ndarray, limits: Limits, image: ImageInput, *, seed: int, first_position: int = 0) -> Window:
+def pack_window(source: Source, samples: Samples, limits: Limits, image: ImageInput, *, seed: int, first_position: int = 0) -> Window:
     """Pack samples into few, full sequences, which come out in a random order.
 
     Args:
-        samples: [n] rows of the source, possibly repeated.
+        samples: of the source.
         first_position: where in the source's stream the first of them stands.
 
     Raises ValueError where an image may be too large for a sequence.
     """
     check_largest_image(limits, image)
-    sizes = source.sizes(samples)
-    tiles = document_tiles(source, samples, image)
-    lengths = document_lengths(sizes, image, tiles=tiles)
-    images = sizes.num_images
+    lengths, tiles = document_lengths(samples, image), samples.num_tiles
+    images = samples.num_images
     fits = (lengths <= limits.sequence_length) & (tiles <= limits.max_images) & (images <= limits.images_of_a_document)
     position = np.arange(first_position, first_position + len(samples))
-    whole = samples[fits]
+    whole = samples.rows[fits]
     sample, begin, end, count, where = [whole], [np.zeros_like(whole)], [lengths[fits]], [tiles[fits]], [position[fits]]
-    for row, place in zip(samples[~fits], position[~fits], strict=True):
-        cuts, held = _split(document_images(source, int(row), image), limits)
+    for number in np.flatnonzero(~fits).tolist():
+        row = int(samples.rows[number])
+        document = document_images(source, row, image) if images[number] else _without_images(int(lengths[number]))
+        cuts, held = _split(document, limits)
         sample.append(np.full(len(held), row))
         begin.append(cuts[:-1])
         end.append(cuts[1:])
         count.append(held)
-        where.append(np.full(len(held), place))
+        where.append(np.full(len(held), position[number]))
     sample_p, begin_p, end_p, tiles_p, position_p = (np.concatenate(parts) for parts in (sample, begin, end, count, where))
     rng = np.random.default_rng(seed)
     bins = fill_sequences(end_p - begin_p, tiles_p, limits, rng=rng)
@@ -145,23 +146,14 @@ def _split(images: DocumentImages, limits: Limits) -> tuple[np.ndarray, np.ndarr
     return np.array(cuts, dtype=np.int64), np.array(held, dtype=np.int64)
 
 
-def document_lengths(sizes: DocumentSizes, image: ImageInput, *, tiles: np.ndarray) -> np.ndarray:
-    """Tokens of the documents' streams: [documents] int64.
-
-    Args:
-        tiles: [documents] tiles of their images (`document_tiles`).
-    """
-    return BEGIN_AND_END + sizes.text_tokens + image.places_around * sizes.num_images + image.tokens * tiles
+def document_lengths(samples: Samples, image: ImageInput) -> np.ndarray:
+    """Tokens of the documents' streams: [samples] int64."""
+    return BEGIN_AND_END + samples.text_tokens + image.places_around * samples.num_images + image.tokens * samples.num_tiles
 
 
-def document_tiles(source: Source, samples: np.ndarray, image: ImageInput) -> np.ndarray:
-    """Tiles of all images of each document: [samples] int64."""
-    if image.tiling is None:
-        return source.sizes(samples).num_images
-    images = source.image_sizes(samples)
-    totals = np.zeros(len(samples), dtype=np.int64)
-    np.add.at(totals, images.document, image.num_tiles(images.widths, images.heights))
-    return totals
+def _without_images(length: int) -> DocumentImages:
+    none = np.zeros(0, dtype=np.int64)
+    return DocumentImages(starts=none, tiles=none, ends=none, length=length)
 
 
 def document_images(source: Source, row: int, image: ImageInput) -> DocumentImages:

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from megatron_mm.data.image_input import ImageInput
+from megatron_mm.data.plan.balance import deal
 from megatron_mm.data.plan.filling import Limits
-from megatron_mm.data.plan.mixture import choose_sources, stream_samples
+from megatron_mm.data.plan.mixture import choose_sources
 from megatron_mm.data.plan.packing import Window, check_largest_image, pack_window
+from megatron_mm.data.plan.stream import SampleStream
 from megatron_mm.data.sources.source import Source
+
+SQUARES_PER_TOKEN = 16_384
+"""Of a decoder of about 1.5B parameters and width 2048, unless the plan is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class PackedSequence:
         """Tokens of each piece."""
         return self.window.end[self.first : self.last] - self.window.begin[self.first : self.last]
 
+    @cached_property
+    def sum_squared_lengths(self) -> int:
+        """Sum over the pieces of their squared length: what attention costs grow with."""
+        return int((self.lengths**2).sum())
+
 
 @dataclass(frozen=True)
 class GlobalBatch:
@@ -68,6 +78,10 @@ class GlobalBatch:
     """The sequences of each micro-batch, most images first."""
     sequence_length: int
     next_state: PlanState
+    squares_per_token: int = SQUARES_PER_TOKEN
+    """Squared tokens of a document's length that cost the decoder as much in attention as a token costs it otherwise."""
+    _dealt_to: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    """By the number of data-parallel ranks."""
 
     @cached_property
     def num_tokens(self) -> int:
@@ -81,7 +95,7 @@ class GlobalBatch:
     @cached_property
     def sum_squared_lengths(self) -> int:
         """Sum over documents of their squared length: what attention costs grow with."""
-        return sum(int((sequence.lengths**2).sum()) for sequence in self.sequences)
+        return sum(sequence.sum_squared_lengths for sequence in self.sequences)
 
     @property
     def fill(self) -> float:
@@ -89,13 +103,23 @@ class GlobalBatch:
         return self.num_tokens / (len(self.sequences) * self.sequence_length)
 
     def micro_batches_of(self, data_rank: int, data_size: int) -> list[list[PackedSequence]]:
-        """The micro-batches of a data-parallel rank; the k-th ones of all ranks cost about the same.
+        """The micro-batches of a data-parallel rank; ranks have about the same work, and so have the k-th ones of all ranks (`balance`)."""
+        return [[self.sequences[i] for i in self.groups[group]] for group in self._dealt(data_size)[:, data_rank].tolist()]
 
-        Micro-batches, costliest first, are dealt in rounds of data_size, every other round backwards.
-        """
-        rounds = range(0, len(self.groups), data_size)
-        mine = [first + (data_rank if number % 2 == 0 else data_size - 1 - data_rank) for number, first in enumerate(rounds)]
-        return [[self.sequences[i] for i in self.groups[group]] for group in mine]
+    def _dealt(self, data_size: int) -> np.ndarray:
+        if data_size == 1:
+            return np.arange(len(self.groups))[:, None]
+        if data_size not in self._dealt_to:
+            images, cost, attention = (np.array(values, dtype=np.int64) for values in zip(*map(self._work, self.groups), strict=True))
+            self._dealt_to[data_size] = deal(images, cost, attention, data_size=data_size)
+        return self._dealt_to[data_size]
+
+    def _work(self, group: list[int]) -> tuple[int, int, int]:
+        """Images of a micro-batch, its cost in the decoder in tokens, and the sum of its documents' squared lengths."""
+        sequences = [self.sequences[i] for i in group]
+        squared = sum(sequence.sum_squared_lengths for sequence in sequences)
+        tokens = sum(sequence.num_tokens for sequence in sequences)
+        return sum(sequence.num_images for sequence in sequences), tokens + squared // self.squares_per_token, squared
 
 
 class Plan:
@@ -112,6 +136,7 @@ class Plan:
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
+        squares_per_token: int = SQUARES_PER_TOKEN,
     ) -> None:
         self.indexes = list(indexes)
         self.weights = list(weights)
@@ -121,6 +146,8 @@ class Plan:
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
+        self.squares_per_token = squares_per_token
+        self._streams = [SampleStream(index, image, seed=self._seed_of(number)) for number, index in enumerate(self.indexes)]
         self._windows: dict[int, tuple[int, Window]] = {}
         check_largest_image(limits, image)
 
@@ -157,20 +184,23 @@ class Plan:
             groups=self._group(sequences),
             sequence_length=self.limits.sequence_length,
             next_state=PlanState(drawn=tuple(drawn), window=tuple(window), next_sequence=tuple(used)),
+            squares_per_token=self.squares_per_token,
         )
 
     def _window(self, source: int, number: int) -> Window:
         """A packed window; the last one of each source is kept, since sequences come from it one after another."""
         kept = self._windows.get(source)
         if kept is None or kept[0] != number:
-            index = self.indexes[source]
-            seed = self.seed * 1_000_003 + source
             first = number * self.packing_window
-            samples = stream_samples(first, self.packing_window, num_samples=len(index), seed=seed)
-            packed = pack_window(index, samples, self.limits, self.image, seed=seed + 7919 * number, first_position=first)
+            samples = self._streams[source].read(first, self.packing_window)
+            seed = self._seed_of(source) + 7919 * number
+            packed = pack_window(self.indexes[source], samples, self.limits, self.image, seed=seed, first_position=first)
             kept = (number, packed)
             self._windows[source] = kept
         return kept[1]
+
+    def _seed_of(self, source: int) -> int:
+        return self.seed * 1_000_003 + source
 
     def _group(self, sequences: list[PackedSequence]) -> list[list[int]]:
         """Micro-batches of like cost: each sequence, most images and tokens first, goes to the one that has least so far."""
