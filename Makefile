@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 install: $(STAMP)
 
 # torch first and alone: with it in place nothing pulls another build of it.
-$(STAMP): setup.py
+$(STAMP): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet megatron-core==0.16.1 -e '.[dev]'
@@ -41,7 +41,7 @@ ISA_TESTS := tests/models tests/platform tests/test_golden_runs.py tests/paralle
 test-isa: $(STAMP)
 	$(BIN)/python tools/test_isa.py $(ISA_TESTS)
 
-# For a machine that has an hour: nothing that CONTRIBUTING.md asks of a change is left out.
+# For the night, before a release, and after a change of torch, megatron-core or Transformer Engine (CONTRIBUTING.md).
 nightly: test-all test-isa check
 
 check: $(STAMP)
