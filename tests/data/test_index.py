@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from data_files import picture, write_tar
 
 from megatron_mm.data.prepare.index import prepare_index
 from megatron_mm.data.sources.index import open_index, open_split
+from megatron_mm.data.sources.index_files import write_index
+from megatron_mm.data.sources.rows import ITEM, SAMPLE
 
 
 @pytest.fixture
@@ -58,17 +61,128 @@ def test_an_index_of_another_version_or_a_lost_shard_is_an_error(demo_data: Path
     meta = source / "index" / "meta.json"
     content = json.loads(meta.read_text())
     meta.write_text(json.dumps({**content, "version": 99}))
-    with pytest.raises(ValueError, match=r"meta.json has version 99, this program reads 2: run `megatron-mm prepare index .*` again"):
+    with pytest.raises(ValueError, match=r"meta.json has version 99, this program reads 2 and 3: run `megatron-mm prepare index .*` again"):
         open_index(source)
     meta.write_text(json.dumps(content))
     (source / "00000.tar").unlink()
-    with pytest.raises(ValueError, match=r"shard .*00000.tar is missing, but had \d+ when it was indexed"):
+    with pytest.raises(ValueError, match=r"shard .*00000.tar is missing, but had \d+ bytes when it was indexed"):
         open_index(source)
 
 
 def test_a_source_whose_samples_are_all_gone_is_named(demo_data: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(demo_data / "train" / "pairs", tmp_path / "train" / "pairs"))
-    samples = np.load(source / "index" / "samples.npy")
-    np.save(source / "index" / "samples.npy", samples[:0])
+    meta = json.loads((source / "index" / "meta.json").read_text())
+    write_index(source, meta=meta, num_samples=0, num_items=0, parts=[])
     with pytest.raises(ValueError, match=r"pairs has no usable sample .*drop it from data.mixture"):
         open_split(tmp_path, "train", sources=["pairs"])
+
+
+@pytest.fixture
+def pairs(demo_data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(demo_data / "train" / "pairs", tmp_path / "train" / "pairs"))
+
+
+def arrays(source: Path) -> Path:
+    (folder,) = (source / "index").glob("arrays-*")
+    return folder
+
+
+def as_version_2(source: Path) -> None:
+    """The index as earlier versions wrote it."""
+    meta = json.loads((source / "index" / "meta.json").read_text())
+    for name in ("samples.npy", "items.npy"):
+        (arrays(source) / name).rename(source / "index" / name)
+    shutil.rmtree(arrays(source))
+    del meta["arrays"], meta["stamps"]
+    (source / "index" / "meta.json").write_text(json.dumps({**meta, "version": 2}))
+
+
+def test_an_index_of_version_2_is_read(pairs: Path) -> None:
+    new = open_index(pairs)
+    sizes, images = new.sizes(slice(3, 40)), new.image_sizes(slice(3, 40))
+    document, image = new.document(5), new.image(5, 0)
+    as_version_2(pairs)
+    old = open_index(pairs)
+    assert old.size_rows is None and len(old) == len(new)
+    assert (old.sizes(slice(3, 40)).text_tokens == sizes.text_tokens).all() and (
+        old.image_sizes(slice(3, 40)).widths == images.widths
+    ).all()
+    assert old.document(5) == document and old.image(5, 0) == image and open_index(pairs, check=False).image(5, 0) == image
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda source: (arrays(source) / "items.npy").write_bytes(b""), r"items.npy cannot be read"),
+        (lambda source: (arrays(source) / "items.npy").unlink(), r"items.npy cannot be read"),
+        (
+            lambda source: (arrays(source) / "samples.npy").write_bytes((arrays(source) / "samples.npy").read_bytes()[:2000]),
+            r"cannot be read",
+        ),
+        (lambda source: np.save(arrays(source) / "samples.npy", np.zeros(120, SAMPLE)), r"is not the file that was written"),
+        (lambda source: np.save(arrays(source) / "samples.npy", np.zeros(7, SAMPLE)), r"has 7 rows, but .*meta.json says 120"),
+        (lambda source: np.save(arrays(source) / "samples.npy", np.zeros(120)), r"has rows of float64, expected"),
+        (lambda source: np.save(arrays(source) / "samples.npy", np.array([{}] * 120)), r"cannot be read"),
+        (lambda source: (source / "index" / "meta.json").write_text("{"), r"meta.json is damaged"),
+        (lambda source: (source / "index" / "meta.json").write_text('{"version": 3}'), r"lacks kind, tokenizer, rejected"),
+    ],
+)
+def test_a_damaged_index_is_an_error_that_says_what_to_do(pairs: Path, damage: object, message: str) -> None:
+    damage(pairs)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=message) as error:
+        open_index(pairs)
+    assert "prepare index" in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["shard", "offset", "first_item", "num_items", "num_images"])
+def test_rows_that_point_outside_are_an_error(pairs: Path, field: str) -> None:
+    index = open_index(pairs)
+    meta, samples = json.loads((pairs / "index" / "meta.json").read_text()), index.sample_rows.copy()
+    samples[field][17] = 10**6 if field != "offset" else -1
+    write_index(pairs, meta=meta, num_samples=len(samples), num_items=len(index.item_rows), parts=[(samples, index.item_rows)])
+    with pytest.raises(ValueError, match=r"row 17 points outside"):
+        open_index(pairs)
+
+
+@pytest.mark.parametrize("name", ["../secret.tar", "/etc/passwd", "a/../../b.tar"])
+def test_a_shard_outside_of_the_source_is_an_error(pairs: Path, name: str) -> None:
+    path = pairs / "index" / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "shards": {name: 3}}))
+    with pytest.raises(ValueError, match=r"which is outside of"):
+        open_index(pairs)
+
+
+def test_another_shard_of_the_same_size_is_an_error_and_a_copy_is_not(pairs: Path) -> None:
+    shard = pairs / "00000.tar"
+    content = bytearray(shard.read_bytes())
+    shard.write_bytes(content)  # another time of modification
+    assert len(open_index(pairs)) == 120
+    content[:4096] = content[4096:8192]
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"00000.tar has other contents than when it was indexed, though as many bytes"):
+        open_index(pairs)
+    assert len(open_index(pairs, check=False)) == 120, "a process that relies on another's check"
+
+
+def test_indexing_again_leaves_what_is_mapped_alone(pairs: Path) -> None:
+    index = open_index(pairs)
+    before = index.item_rows.tobytes()
+    meta = json.loads((pairs / "index" / "meta.json").read_text())
+    for remaining in (2, 2):
+        write_index(pairs, meta=meta, num_samples=1, num_items=1, parts=[(np.zeros(1, SAMPLE), np.zeros(1, ITEM))])
+        assert len(list((pairs / "index").glob("arrays-*"))) == remaining
+    assert index.item_rows.tobytes() == before
+
+
+def test_a_full_disk_leaves_the_index_as_it_was(pairs: Path) -> None:
+    meta = json.loads((pairs / "index" / "meta.json").read_text())
+    files = sorted(path.relative_to(pairs) for path in pairs.rglob("*"))
+
+    def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        yield np.zeros(1, SAMPLE), np.zeros(1, ITEM)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_index(pairs, meta=meta, num_samples=2, num_items=2, parts=parts())
+    assert sorted(path.relative_to(pairs) for path in pairs.rglob("*")) == files and len(open_index(pairs)) == 120

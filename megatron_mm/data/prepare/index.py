@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from megatron_mm.data.image_formats import MAX_PIXELS
-from megatron_mm.data.sources.index import ITEM, SAMPLE, write_index
+from megatron_mm.data.sources.index_files import sampled_digest, write_index
+from megatron_mm.data.sources.rows import ITEM, SAMPLE
 from megatron_mm.data.sources.shards import BrokenShard, Member, WebSample, iterate_jsonl, iterate_tar
 from megatron_mm.data.sources.source import CHAT_KINDS, Kind
 from megatron_mm.data.text.chat import Rendering, chat_template
@@ -169,9 +170,10 @@ def _index_source(source: Path, model: Path, *, fingerprint: str, template: str,
         "chat_template": template if are_chats else None,
         "caption_prompt": prompt,
         "shards": {shard.name: shard.stat().st_size for shard in shards},
+        "stamps": {shard.name: [shard.stat().st_mtime_ns, sampled_digest(shard)] for shard in shards},
         "rejected": dict(sorted(rejected.items())),
     }
-    write_index(source, meta=meta, samples=sample_rows, items=item_rows)
+    write_index(source, meta=meta, num_samples=len(sample_rows), num_items=len(item_rows), parts=[(sample_rows, item_rows)])
     return SourceSummary(
         samples=num_samples,
         images=int(sample_rows["num_images"].sum()),

@@ -2,54 +2,36 @@
 
 A source is a folder of shards of one kind. `prepare index` reads every sample once and writes, beside the shards,
 
-    <source>/index/meta.json     kind, tokenizer fingerprint, chat template and caption prompt, shard files with their sizes, counts of
-                                 rejected samples by reason
-    <source>/index/samples.npy   one SAMPLE row for each valid sample, in shard order
-    <source>/index/items.npy     one ITEM row for each text, control token or image of each sample, in reading order
+    <source>/index/meta.json            kind, tokenizer fingerprint, chat template and caption prompt, shard files with their sizes, counts
+                                        of rejected samples by reason
+    <source>/index/arrays-*/samples.npy one SAMPLE row for each valid sample, in shard order
+                            items.npy   one ITEM row for each text, control token or image of each sample, in reading order
+                            sizes.npy   one SIZES row for each sample: what planning reads
 
 The arrays are memory-mapped, so an index of a hundred million samples costs a rank no memory to open. Together they hold
-all that planning needs: the plan never opens a shard.
+all that planning needs: the plan never opens a shard. (Indexes of version 2 lack sizes.npy and lie in `index` itself; they are read, too.)
 """
 
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_mm.data.ranges import ranges
+from megatron_mm.data.sources.index_files import FORMAT_VERSION, META, map_arrays, sampled_digest
+from megatron_mm.data.sources.rows import ITEM as ITEM
+from megatron_mm.data.sources.rows import SAMPLE as SAMPLE
 from megatron_mm.data.sources.shards import read_range
 from megatron_mm.data.sources.source import DocumentSizes, ImageSizes, Items, Kind
 
-FORMAT_VERSION = 2
-
-SAMPLE = np.dtype(
-    [
-        ("shard", "<i4"),  # row of meta.json's `shards`
-        ("offset", "<i8"),  # where the bytes of the document (.txt, .json or a .jsonl line) begin in the shard
-        ("size", "<i4"),  # how many bytes it has
-        ("first_item", "<i8"),  # row of items.npy
-        ("num_items", "<i4"),
-        ("text_tokens", "<i4"),  # tokens of all items that are not images
-        ("num_images", "<i4"),
-    ]
-)
-"""One sample. Its text is read from [offset, offset + size) of its shard."""
-
-ITEM = np.dtype(
-    [
-        ("is_image", "u1"),
-        ("counted", "u1"),  # its tokens count in the loss; image: what stands before it may (the model says whether)
-        ("tokens", "<i4"),  # text: its tokens; control token: 1; image: 0 (the model says how many tokens an image is)
-        ("offset", "<i8"),  # image: where its bytes begin in the shard
-        ("size", "<i4"),  # image: how many bytes it has
-        ("width", "<i4"),  # image: pixels
-        ("height", "<i4"),
-    ]
-)
-"""One text, control token or image of a sample, in reading order."""
+SHARDS_CHECKED_AT_ONCE = 32
+"""Threads that ask the file system about shards: one answer takes about as long as another hundred."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +56,8 @@ class SourceIndex:
     """Name of the template that renders the samples; None where they are no chats."""
     caption_prompt: str | None = None
     """What asks for the captions of pairs; None where they are no chats."""
+    size_rows: np.ndarray | None = None
+    """[num_samples] of SIZES; None in indexes of version 2."""
 
     @property
     def answers_only(self) -> bool:
@@ -89,13 +73,16 @@ class SourceIndex:
 
     def sizes(self, rows: np.ndarray | slice) -> DocumentSizes:
         """See `Source.sizes`."""
-        found = self.sample_rows[rows]
+        found = (self.sample_rows if self.size_rows is None else self.size_rows)[rows]
         return DocumentSizes(found["text_tokens"].astype(np.int64), found["num_images"].astype(np.int64))
 
     def image_sizes(self, rows: np.ndarray | slice) -> ImageSizes:
         """See `Source.image_sizes`."""
         found = self.sample_rows[rows]
-        items = self.item_rows[ranges(found["first_item"], found["num_items"])]
+        if isinstance(rows, slice) and len(found):  # neighbours, so their items are, too
+            items = self.item_rows[found[0]["first_item"] : found[-1]["first_item"] + found[-1]["num_items"]]
+        else:
+            items = self.item_rows[ranges(found["first_item"], found["num_items"])]
         is_image = items["is_image"] == 1
         document = np.repeat(np.arange(len(found)), found["num_items"])[is_image]
         return ImageSizes(document, *(items[side][is_image].astype(np.int64) for side in ("width", "height")))
@@ -132,38 +119,35 @@ class SourceIndex:
         return self.item_rows[sample["first_item"] : sample["first_item"] + sample["num_items"]]
 
 
-def write_index(source: Path, *, meta: dict, samples: np.ndarray, items: np.ndarray) -> None:
-    """Write the three files into `<source>/index`, meta.json last and by rename, so that an index is whole or absent."""
-    folder = source / "index"
-    folder.mkdir(exist_ok=True)
-    np.save(folder / "samples.npy", samples)
-    np.save(folder / "items.npy", items)
-    partial = folder / "meta.json.partial"
-    partial.write_text(json.dumps({"version": FORMAT_VERSION, **meta}, indent=2) + "\n")
-    partial.replace(folder / "meta.json")
-
-
-def open_index(source: Path) -> SourceIndex:
+def open_index(source: Path, *, check: bool = True) -> SourceIndex:
     """Open the index of a source folder.
 
-    Raises ValueError that names the folder and the command to run where there is no index, where it is of another
-    version, or where a shard has changed its size since it was indexed.
+    Raises ValueError that names the folder and the command to run where there is no index, where it is of another version or damaged, or
+    where a shard is not the one that was indexed.
+
+    Args:
+        check: look at every shard and at the arrays' contents, which one process of a run does (`run.data`).
     """
-    meta_path = source / "index" / "meta.json"
+    meta_path = source / "index" / META
+    again = f"run `megatron-mm prepare index {source.parent.parent}`"
     if not meta_path.is_file():
-        raise ValueError(f"{source} has no index: run `megatron-mm prepare index {source.parent.parent}` first")
-    meta = json.loads(meta_path.read_text())
-    if meta.get("version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{meta_path} has version {meta.get('version')}, this program reads {FORMAT_VERSION}: "
-            f"run `megatron-mm prepare index {source.parent.parent}` again"
-        )
-    for shard, size in meta["shards"].items():
-        path = source / shard
-        actual = path.stat().st_size if path.is_file() else None
-        if actual != size:
-            found = "is missing" if actual is None else f"has {actual} bytes"
-            raise ValueError(f"shard {path} {found}, but had {size} when it was indexed: restore it or index {source} again")
+        raise ValueError(f"{source} has no index: {again} first")
+    try:
+        meta = json.loads(meta_path.read_text())
+        version = meta.get("version")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{meta_path} is damaged ({error}): {again} again") from None
+    if version not in READ_VERSIONS:
+        raise ValueError(f"{meta_path} has version {version}, this program reads {' and '.join(map(str, READ_VERSIONS))}: {again} again")
+    lacking = [name for name in _FIELDS if name not in meta]
+    if lacking or not isinstance(meta["shards"], dict):
+        raise ValueError(f"{meta_path} lacks {', '.join(lacking) or 'a table of shards'}: {again} again")
+    for shard in meta["shards"]:
+        if os.path.isabs(shard) or ".." in Path(shard).parts:
+            raise ValueError(f"{meta_path} names the shard {shard!r}, which is outside of {source}: {again} again")
+    if check:
+        _check_shards(source, meta)
+    arrays = map_arrays(source / "index", meta, check=check)
     return SourceIndex(
         name=source.name,
         kind=meta["kind"],
@@ -171,15 +155,43 @@ def open_index(source: Path) -> SourceIndex:
         shards=tuple(meta["shards"]),
         tokenizer=meta["tokenizer"],
         rejected=meta["rejected"],
-        # As plain arrays over the mapped files: numpy's memmap class makes every row several times slower to read.
-        sample_rows=np.asarray(np.load(source / "index" / "samples.npy", mmap_mode="r")),
-        item_rows=np.asarray(np.load(source / "index" / "items.npy", mmap_mode="r")),
+        sample_rows=arrays["samples.npy"],
+        item_rows=arrays["items.npy"],
+        size_rows=arrays.get("sizes.npy"),
         chat_template=meta["chat_template"],
         caption_prompt=meta.get("caption_prompt"),
     )
 
 
-def open_split(root: Path, split: str, *, sources: list[str]) -> list[SourceIndex]:
+READ_VERSIONS = (2, FORMAT_VERSION)
+_FIELDS = ("kind", "tokenizer", "rejected", "shards", "chat_template")
+
+
+def _check_shards(source: Path, meta: dict[str, Any]) -> None:
+    """Raise ValueError where a shard is gone, has another size, or was written again and has other contents (`stamps` of meta.json)."""
+    stamps = meta.get("stamps", {})
+
+    def problem(shard: str) -> str | None:
+        path, size = source / shard, meta["shards"][shard]
+        try:
+            found = path.stat()
+        except OSError:
+            return f"shard {path} is missing, but had {size} bytes when it was indexed"
+        if found.st_size != size:
+            return f"shard {path} has {found.st_size} bytes, but had {size} when it was indexed"
+        modified, digest = stamps.get(shard, (None, None))
+        if modified not in (None, found.st_mtime_ns) and sampled_digest(path) != digest:
+            return f"shard {path} has other contents than when it was indexed, though as many bytes"
+        return None
+
+    with ThreadPoolExecutor(SHARDS_CHECKED_AT_ONCE) as threads:
+        problems = [text for text in threads.map(problem, meta["shards"], chunksize=64) if text is not None]
+    if problems:
+        more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
+        raise ValueError(f"{problems[0]}{more}: restore it or index {source} again")
+
+
+def open_split(root: Path, split: str, *, sources: list[str], check: bool = True) -> list[SourceIndex]:
     """Open the named sources of `root/split`. Raises ValueError where the split or a source is missing or empty."""
     folder = root / split
     if not root.is_dir():
@@ -190,7 +202,7 @@ def open_split(root: Path, split: str, *, sources: list[str]) -> list[SourceInde
     missing = [name for name in sources if name not in present]
     if missing:
         raise ValueError(f"{folder} lacks the sources {missing} of data.mixture; it has {present}")
-    indexes = [open_index(folder / name) for name in sources]
+    indexes = [open_index(folder / name, check=check) for name in sources]
     for index in indexes:
         if len(index) == 0:
             raise ValueError(

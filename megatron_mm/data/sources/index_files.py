@@ -1,0 +1,213 @@
+"""The files of an index: how they are written so that they are whole or absent, and checked before they are believed.
+
+    <source>/index/meta.json                  names the folder of the arrays; written last, by rename
+    <source>/index/arrays-<16 hex digits>/    samples.npy, items.npy, sizes.npy
+
+Arrays are never written over: a run that has mapped them goes on reading what it mapped. The folder that meta.json named before is kept
+until the next indexing, older ones are removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_mm.data.sources.rows import ITEM, SAMPLE, SIZES
+
+FORMAT_VERSION = 3
+META = "meta.json"
+ARRAYS = {"samples.npy": SAMPLE, "items.npy": ITEM, "sizes.npy": SIZES}
+_PROBES, _PROBE_BYTES = 8, 4096
+_CHECKED_WHOLE, _CHECKED_ROWS = 1 << 20, 1 << 12
+"""Rows of an array that are all checked when it is opened, and about how many of a larger one are: each may be a page to read."""
+
+
+def sampled_digest(path: Path) -> str:
+    """A digest of a file's size and of 8 blocks of 4 KiB spread over it, its first and last among them: finds another file of the same
+    size, not a changed byte."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for probe in range(_PROBES):
+            file.seek(max(0, size - _PROBE_BYTES) * probe // (_PROBES - 1))
+            digest.update(file.read(_PROBE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+class ArrayFile:
+    """A .npy file of so many rows that is written piece by piece."""
+
+    def __init__(self, path: Path, dtype: np.dtype, rows: int) -> None:
+        self._file: BinaryIO = path.open("wb")
+        self._dtype, self._left = dtype, rows
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
+        np.lib.format.write_array_header_2_0(self._file, header)
+        self.checksum = 0
+        """CRC-32 of the rows so far."""
+
+    def append(self, rows: np.ndarray) -> None:
+        """Write the next rows."""
+        assert rows.dtype == self._dtype and len(rows) <= self._left, "rows of another array"
+        data = np.ascontiguousarray(rows).view(np.uint8).data if len(rows) else b""
+        self.checksum = zlib.crc32(data, self.checksum)
+        self._file.write(data)
+        self._left -= len(rows)
+
+    def close(self) -> None:
+        """Flush to the disk."""
+        assert self._left == 0, f"{self._left} rows are missing"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def write_index(
+    source: Path, *, meta: dict[str, Any], num_samples: int, num_items: int, parts: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Write a new index into `<source>/index`, which is whole or absent. Holds one part in memory at a time.
+
+    Raises OSError where the disk is full: the index that was there stays.
+
+    Args:
+        num_samples, num_items: of all parts.
+        parts: (SAMPLE rows, ITEM rows) in order, with `shard` and `first_item` counted over all of them.
+    """
+    index = source / "index"
+    index.mkdir(exist_ok=True)
+    before = _named_arrays(index)
+    partial = index / f"arrays-{os.urandom(8).hex()}.partial"
+    partial.mkdir()
+    try:
+        counts = {"samples.npy": num_samples, "items.npy": num_items, "sizes.npy": num_samples}
+        files = {name: ArrayFile(partial / name, dtype, counts[name]) for name, dtype in ARRAYS.items()}
+        for samples, items in parts:
+            files["samples.npy"].append(samples)
+            files["items.npy"].append(items)
+            sizes = np.empty(len(samples), SIZES)
+            for column in SIZES.names or ():
+                sizes[column] = samples[column]
+            files["sizes.npy"].append(sizes)
+        for file in files.values():
+            file.close()
+        _sync(partial)
+        arrays = {
+            name: {"rows": counts[name], "crc32": file.checksum, "digest": sampled_digest(partial / name)} for name, file in files.items()
+        }
+        folder = _name_by_contents(partial, arrays)
+        write_json(index / META, {"version": FORMAT_VERSION, **meta, "arrays": {"folder": folder.name, "files": arrays}})
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if before != folder.name:
+        _remove_older(index, keep=(folder.name, before))
+
+
+def _remove_older(index: Path, *, keep: tuple[str | None, ...]) -> None:
+    for folder in index.glob("arrays-*"):
+        if folder.name not in keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    if keep[-1] is not None:  # so the arrays of version 2 are not those of before
+        for name in ("samples.npy", "items.npy"):
+            (index / name).unlink(missing_ok=True)
+
+
+def _name_by_contents(partial: Path, arrays: dict[str, Any]) -> Path:
+    """Rename a folder of arrays after what is in them. Where the same ones are there already, whole, they stay."""
+    folder = partial.with_name(f"arrays-{hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()[:16]}")
+    if folder.is_dir():
+        same = all((folder / name).is_file() and sampled_digest(folder / name) == entry["digest"] for name, entry in arrays.items())
+        if same:
+            shutil.rmtree(partial)
+            return folder
+        folder.rename(folder.with_name(partial.name.replace(".partial", ".damaged")))
+    partial.rename(folder)
+    _sync(folder.parent)
+    return folder
+
+
+def _named_arrays(index: Path) -> str | None:
+    try:
+        return str(json.loads((index / META).read_text())["arrays"]["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file that is whole or absent, after a crash too."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def map_arrays(index: Path, meta: dict[str, Any], *, check: bool) -> dict[str, np.ndarray]:
+    """The arrays of an index of either version, memory-mapped, by file name.
+
+    Raises ValueError that names the file where one is missing, cut off, of other rows than meta.json says, or points outside.
+
+    Args:
+        check: look at rows and digests too, which one process of a run does.
+    """
+    if meta["version"] == 2:
+        expected: dict[str, Any] = {name: None for name in ("samples.npy", "items.npy")}
+        folder = index
+    else:
+        expected, folder = meta["arrays"]["files"], index / meta["arrays"]["folder"]
+    arrays = {name: _map(folder / name, ARRAYS[name]) for name in expected}
+    for name, entry in expected.items():
+        if entry is not None and len(arrays[name]) != entry["rows"]:
+            raise ValueError(f"{folder / name} has {len(arrays[name])} rows, but {index / META} says {entry['rows']}: {_AGAIN}")
+        if entry is not None and check and sampled_digest(folder / name) != entry["digest"]:
+            raise ValueError(f"{folder / name} is not the file that was written: its digest differs from {index / META}; {_AGAIN}")
+    if check:
+        _check_rows(folder, arrays["samples.npy"], num_items=len(arrays["items.npy"]), num_shards=len(meta["shards"]))
+    return arrays
+
+
+_AGAIN = "run `megatron-mm prepare index` again"
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    try:
+        # As plain arrays over the mapped files: numpy's memmap class makes every row several times slower to read.
+        array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {_AGAIN}") from None
+    if array.dtype != dtype or array.ndim != 1:
+        raise ValueError(f"{path} has rows of {array.dtype}, expected {dtype}: {_AGAIN}")
+    return array
+
+
+def _check_rows(folder: Path, samples: np.ndarray, *, num_items: int, num_shards: int) -> None:
+    """Raise ValueError where rows point outside of what there is."""
+    stride = 1 if len(samples) <= _CHECKED_WHOLE else len(samples) // _CHECKED_ROWS
+    rows = samples[::stride]
+    if len(rows) == 0:
+        return
+    bad = (rows["shard"] < 0) | (rows["shard"] >= num_shards) | (rows["offset"] < 0) | (rows["size"] < 0)
+    bad |= (rows["first_item"] < 0) | (rows["num_items"] < 1) | (rows["first_item"] + rows["num_items"] > num_items)
+    bad |= (rows["text_tokens"] < 0) | (rows["num_images"] < 0) | (rows["num_images"] > rows["num_items"])
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(f"{folder / 'samples.npy'}: row {row * stride} points outside of the index: {_AGAIN}")
+    if int(samples[-1]["first_item"]) + int(samples[-1]["num_items"]) != num_items:
+        raise ValueError(f"{folder / 'items.npy'} has {num_items} rows, but samples.npy ends at another one: {_AGAIN}")
