@@ -21,6 +21,7 @@ from PIL import Image
 
 from megatron_mm.config import DataConfig
 from megatron_mm.data.image_input import ImageInput
+from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.load.decode import has_dali, make_decoder
 from megatron_mm.data.load.loader import Loader, RankView
 from megatron_mm.data.plan.filling import Limits
@@ -81,7 +82,7 @@ def loader_rate(path: Path, data: DataConfig, *, image_size: int, steps: int) ->
 
 def bare_rate(blobs: list[bytes], data: DataConfig, *, image_size: int, batch: int, images: int) -> float:
     """Images per second of the decoder alone, in batches of the same size."""
-    decoder = make_decoder(data.decoder, image_size=image_size, threads=data.decode_threads, fill=FILL, device=CPU)
+    decoder = make_decoder(data.decoder, ImageTransform(image_size, fill=FILL), threads=data.decode_threads, device=CPU)
     decoder.decode(blobs[:batch])
     began, done = time.perf_counter(), 0
     while done < images:

@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_mm.config import Experiment, ModelConfig
 from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.load.decode import has_dali, make_decoder
 from megatron_mm.data.prepare.demo import prepare_demo
 from megatron_mm.data.sources.index import open_split
@@ -250,7 +251,7 @@ def check_decoders(data: Path, device: torch.device) -> Iterator[Checked | Skipp
     blobs = [read_range(index.shard_of(0), int(row["offset"]), int(row["size"])) for row in rows]
 
     def decode(backend: Literal["dali", "pillow"], place: torch.device) -> torch.Tensor:
-        decoder = make_decoder(backend, image_size=64, threads=2, fill=(0, 0, 0), device=place)
+        decoder = make_decoder(backend, ImageTransform(64, fill=(0, 0, 0)), threads=2, device=place)
         decoded = decoder.decode(blobs)
         decoder.close()
         assert decoded.ok.all()

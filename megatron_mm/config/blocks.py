@@ -110,6 +110,8 @@ class VisionConfig:
     """Per-channel mean subtracted from pixels in [0, 1] (OpenAI CLIP)."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     """Per-channel standard deviation that pixels are divided by (OpenAI CLIP)."""
+    resize: Literal["squash", "crop", "pad"] = "squash"
+    """How an image becomes the square: as DFN5B CLIP does it, or cut like OpenAI's CLIP, or padded (`data.image_transform`)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "image_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size")
@@ -201,6 +203,8 @@ class EvaConfig:
     """Per-channel mean subtracted from pixels in [0, 1] (OpenAI CLIP)."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     """Per-channel standard deviation that pixels are divided by (OpenAI CLIP)."""
+    resize: Literal["squash", "crop", "pad"] = "squash"
+    """How an image becomes the square (`data.image_transform`); EVA-CLIP's and InfiMM's processors crop."""
 
     def __post_init__(self) -> None:
         names = ("image_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "output_size")

@@ -112,6 +112,9 @@ class DataConfig:
     """Tiles that an image is cut into at most, the thumbnail not counted, for models that look at tiles (Mono-InternVL); None cuts none."""
     min_tiles: int = 1
     """Tiles that an image is cut into at least, where max_tiles is given."""
+    to_rgb: Literal["white", "pillow"] = "white"
+    """How images that are not 8-bit RGB become it: white lays what is transparent on white and takes the high byte of 16 bits; pillow does
+    as Pillow's `convert("RGB")` and with it the released processors of CLIP, InfiMM and Mono-InternVL (`data.image_transform`)."""
     jpeg_quality: tuple[int, int] | None = None
     """Augmentation of training images: each is encoded as JPEG of a random quality from the first to the second of these (0 to 100), and
     decoded again by Pillow, before it is resized. None leaves images as they are."""

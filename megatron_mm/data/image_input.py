@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_mm.data.image_transform import ImageTransform, Resize, ToRgb
 from megatron_mm.data.tiling import Tiling, tile_counts
 
 
@@ -40,7 +41,18 @@ class ImageInput:
     learn_before: bool = False
     """The tokens `before` count in the loss; no other token of an image does."""
     tiling: Tiling | None = None
-    """How images are cut into tiles; None squashes each into one square."""
+    """How images are cut into tiles; None makes one square of each."""
+    resize: Resize = "squash"
+    """How an image that is not cut into tiles becomes the square (`data.image_transform`)."""
+    to_rgb: ToRgb = "white"
+    """How transparent, 16-bit and other images become 8-bit RGB."""
+    resize_first: bool = False
+    """Resize before the conversion to RGB, as the family's released processor does."""
+
+    @property
+    def transform(self) -> ImageTransform:
+        """From an opened image to the pixels of one square."""
+        return ImageTransform(self.size, self.fill, resize=self.resize, to_rgb=self.to_rgb, resize_first=self.resize_first)
 
     @property
     def places(self) -> int:

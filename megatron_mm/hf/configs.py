@@ -79,15 +79,22 @@ def vision_model_config(vision: VisionConfig, *, dtype: str) -> dict[str, Any]:
 
 
 def image_processor_config(vision: VisionConfig) -> dict[str, Any]:
-    """preprocessor_config.json of an image tower alone: squashed to a square, as in training, not cut."""
+    """preprocessor_config.json of an image tower alone. transformers rounds the place of the middle down where training rounds to even:
+    a cropped image may lie one pixel further to the left or top.
+
+    Raises ValueError for a tower of padded images, which CLIP's processor cannot make.
+    """
+    if vision.resize == "pad":
+        raise ValueError("model.vision.resize is pad, but CLIPImageProcessor does not pad: export the whole model instead of --part vision")
+    cropped = vision.resize == "crop"
     side = {"height": vision.image_size, "width": vision.image_size}
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": side,
+        "size": {"shortest_edge": vision.image_size} if cropped else side,
         "resample": 3,  # bicubic
-        "do_center_crop": False,
+        "do_center_crop": cropped,
         "crop_size": side,
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -34,6 +34,7 @@ EVA02_L_14_336 = EvaConfig(
     output_size=768,
     swiglu=True,
     rotary_grid=16,
+    resize="crop",
 )
 """EVA02-CLIP-L/14 at 336 px: 24 x 24 patches, 304,432,832 parameters."""
 
@@ -45,6 +46,7 @@ EVA01_G_14_224 = EvaConfig(
     num_attention_heads=16,
     ffn_hidden_size=6144,
     output_size=1024,
+    resize="crop",
 )
 """EVA01-CLIP-g/14 at 224 px: 16 x 16 patches, 1,012,588,928 parameters."""
 
@@ -57,6 +59,7 @@ EVA02_BIGE_14_224 = EvaConfig(
     ffn_hidden_size=15360,
     output_size=1024,
     block="post_norm",
+    resize="crop",
 )
 """EVA02-CLIP-bigE/14 at 224 px: 16 x 16 patches, 4,350,556,928 parameters."""
 

@@ -35,7 +35,7 @@ def open_tokenizer(experiment: Experiment) -> Tokenizer:
 def image_input(experiment: Experiment) -> ImageInput:
     """How images enter the experiment's model. Raises ValueError where it wants tiles and the model does not look at them."""
     family, data = family_of(experiment.model), experiment.data
-    image = family.image_input(experiment.model)
+    image = replace(family.image_input(experiment.model), to_rgb=data.to_rgb)
     if data.max_tiles is None:
         return image
     if not family.takes_tiles:

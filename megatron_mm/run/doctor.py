@@ -176,11 +176,12 @@ def _check_dali() -> Iterator[Finding]:
     from PIL import Image
     from torch import device
 
+    from megatron_mm.data.image_transform import ImageTransform
     from megatron_mm.data.load.decode import DaliDecoder
 
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(buffer, "JPEG")
-    decoder = DaliDecoder(image_size=8, threads=1, fill=(0, 0, 0), device=device("cpu"))
+    decoder = DaliDecoder(ImageTransform(8, fill=(0, 0, 0)), threads=1, device=device("cpu"))
     try:
         pixels = decoder._with_dali([buffer.getvalue()])
     finally:

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-import megatron_mm.hf
+import megatron_mm
 from megatron_mm.config import ConnectorConfig, Experiment, ParallelConfig
 from megatron_mm.conversion.to_hf import Export
 from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.load.decode import PillowDecoder
 from megatron_mm.families.mm1.files import hf_config
 from megatron_mm.families.mm1.hf_code.configuration_mm1 import MM1Config as HfConfig
@@ -184,14 +186,23 @@ def test_pixels_are_the_training_decoders(processor: ProcessorMixin) -> None:
     for image, kind in zip([rgba, gray16, *converted], ["PNG", "PNG", "JPEG", "GIF", "PNG"], strict=True):
         image.save(file := io.BytesIO(), kind)
         saved.append(file.getvalue())
-    decoder = PillowDecoder(image_size=32, threads=1, fill=(0, 0, 0))
-    expected = decoder.decode(saved)
-    decoder.close()
-    assert expected.ok.all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # asks for a turn by 90 degrees
+    Image.fromarray(rng.integers(0, 256, (40, 200, 3), dtype=np.uint8)).save(file := io.BytesIO(), "JPEG", exif=exif)
+    saved.append(file.getvalue())
     images = [Image.open(io.BytesIO(data)) for data in saved]
-    pixels = processor(images=images, text="<image>" * len(images), return_tensors="pt")["pixel_values"][0]
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (processor.image_processor.image_mean, processor.image_processor.image_std))
-    assert torch.equal((pixels * std + mean).mul(255).round().to(torch.uint8), expected.pixels)
+    own = processor.image_processor
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (own.image_mean, own.image_std))
+    fill = tuple(round(255 * channel) for channel in own.image_mean)
+    for resize, to_rgb in itertools.product(("squash", "crop", "pad"), ("white", "pillow")):
+        decoder = PillowDecoder(ImageTransform(32, fill=fill, resize=resize, to_rgb=to_rgb), threads=1)  # type: ignore[arg-type]
+        expected = decoder.decode(saved)
+        decoder.close()
+        assert expected.ok.all()
+        again = type(own)(size=own.size, resize=resize, to_rgb=to_rgb)
+        pixels = again.preprocess(images, return_tensors="pt")["pixel_values"]
+        assert torch.equal((pixels * std + mean).mul(255).round().to(torch.uint8), expected.pixels), (resize, to_rgb)
+    assert (own.resize, own.to_rgb) == ("squash", "white"), "what this model was trained with"
 
 
 def test_save_and_load_again(model: PreTrainedModel, processor: ProcessorMixin, tmp_path: Path) -> None:
@@ -207,7 +218,9 @@ def test_save_and_load_again(model: PreTrainedModel, processor: ProcessorMixin, 
 
 def test_exported_code_stands_alone() -> None:
     """What travels with a checkpoint imports the standard library, NumPy, Pillow, torch and transformers."""
-    for path in Path(megatron_mm.hf.__path__[0]).glob("*_mm1.py"):
+    files = list((Path(megatron_mm.__path__[0]) / "families").glob("*/hf_code/*_*.py"))
+    assert files
+    for path in files:
         imports = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level == 0}
         imports |= {alias.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for alias in node.names}
         allowed = {"__future__", "collections", "math", "numpy", "PIL", "torch", "transformers", "typing"}

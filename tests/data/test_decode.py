@@ -9,15 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_mm.data.load.decode import ImageDecoder, has_dali, is_plain, make_decoder
+from megatron_mm.data.image_transform import ImageTransform
+from megatron_mm.data.load.decode import DaliDecoder, ImageDecoder, has_dali, is_plain, make_decoder
 
 FILL = (122, 116, 104)
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
 BACKENDS = ["pillow", pytest.param("dali", marks=needs_dali)]
 
 
-def decoder(backend: str, size: int = 24) -> ImageDecoder:
-    return make_decoder(backend, image_size=size, threads=2, fill=FILL, device=torch.device("cpu"))  # type: ignore[arg-type]
+def decoder(backend: str, size: int = 24, **options: object) -> ImageDecoder:
+    transform = ImageTransform(size, FILL, **options)  # type: ignore[arg-type]
+    return make_decoder(backend, transform, threads=2, device=torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def picture(form: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (90, 60), **options: object) -> bytes:
@@ -138,3 +140,92 @@ def test_dali_is_asked_for_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"use --data.decoder pillow"):
         decoder("dali")
     assert type(decoder("auto")).__name__ == "PillowDecoder"
+
+
+# -------------------------------------------------------------------------------------------------------------------- transforms
+
+SIZES = [(90, 60), (60, 91), (24, 24), (10, 13), (301, 203), (1000, 20), (7, 400)]
+
+
+def cut_from_the_middle(image: Image.Image, size: int) -> Image.Image:
+    """What torchvision's Resize and CenterCrop do with a Pillow image, as open_clip's and InfiMM's processors call them."""
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    other = int(size * long / short)
+    image = image.resize((other, size) if width > height else (size, other), Image.Resampling.BICUBIC)
+    left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
+    return image.crop((left, top, left + size, top + size))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", SIZES[:5])
+def test_cropping_is_that_of_the_released_processors(backend: str, size: tuple[int, int]) -> None:
+    blob = noise("PNG", size)
+    found = decoder(backend, resize="crop").decode([blob]).pixels[0].permute(1, 2, 0).numpy()
+    assert (found == np.asarray(cut_from_the_middle(Image.open(io.BytesIO(blob)), 24))).all()
+
+
+def test_a_very_long_picture_is_not_resized_whole() -> None:
+    place = ImageTransform(336, FILL, resize="crop").place(30_000, 3)
+    assert place.width <= 17 * 336 and place.height == 336
+    (left, _, width, _) = place.canvas
+    assert left == 30_000 - left - width, "its middle is"
+    image = Image.open(io.BytesIO(noise("PNG", (1000, 50))))
+    exact = np.asarray(cut_from_the_middle(image, 24)).astype(int)
+    assert abs(np.asarray(ImageTransform(24, FILL, resize="crop").square(image)).astype(int) - exact).max() <= 1
+
+
+def test_padding_keeps_the_whole_picture() -> None:
+    wide = Image.new("RGB", (90, 30), "red")
+    pixels = np.asarray(ImageTransform(30, FILL, resize="pad").square(wide))
+    assert (pixels[:8] == FILL).all() and (pixels[22:] == FILL).all() and (pixels[12:18] == (255, 0, 0)).all()
+
+
+@needs_dali
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+@pytest.mark.parametrize("size", SIZES)
+def test_what_dali_resizes_on_a_gpu_is_placed_alike(resize: str, size: tuple[int, int]) -> None:
+    """DALI's own operators, here on a CPU. Its bicubic filter rounds otherwise than Pillow's: measured are 2 levels
+    of 255 within a smooth picture and 3 at the edge of a padded one."""
+    transform = ImageTransform(24, FILL, resize=resize)  # type: ignore[arg-type]
+    blob = picture("PNG", size=size)
+    dali = DaliDecoder(transform, threads=1, device=torch.device("cpu"), resizes=True)
+    found = dali._with_dali([blob, blob])
+    assert found is not None
+    expected = decoder("pillow", resize=resize).decode([blob]).pixels
+    assert found.shape == (2, 3, 24, 24) and (found[:1].int() - expected.int()).abs().max() <= 4
+
+
+def kinds() -> dict[str, Image.Image]:
+    """A picture of every kind that is not 8-bit RGB."""
+    rgb = Image.open(io.BytesIO(picture("PNG")))
+    alpha = rgb.convert("RGBA")
+    alpha.putalpha(Image.fromarray(np.tile(np.linspace(0, 255, 90).astype(np.uint8), (60, 1))))
+    sixteen = Image.fromarray(np.linspace(0, 65535, 90 * 60).astype(np.uint16).reshape(60, 90))
+    return {"RGBA": alpha, "P": rgb.quantize(8), "I;16": sixteen, "L": rgb.convert("L"), "1": rgb.convert("1"), "CMYK": rgb.convert("CMYK")}
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "P", "I;16", "L", "1", "CMYK"])
+def test_released_processors_are_followed_in_every_mode(kind: str) -> None:
+    """Mono-InternVL's converts and then resizes; InfiMM's and open_clip's resize, cut, and then convert."""
+    image = kinds()[kind]
+    mono = ImageTransform(24, FILL, to_rgb="pillow").square(image)
+    assert np.array_equal(mono, image.convert("RGB").resize((24, 24), Image.Resampling.BICUBIC))
+    infimm = ImageTransform(24, FILL, resize="crop", to_rgb="pillow", resize_first=True).square(image)
+    assert np.array_equal(infimm, cut_from_the_middle(image, 24).convert("RGB"))
+
+
+def test_16_bits_keep_their_picture_unless_pillow_is_to_be_followed() -> None:
+    image = kinds()["I;16"]
+    white, pillow = (np.asarray(ImageTransform(24, FILL, to_rgb=to_rgb).square(image)) for to_rgb in ("white", "pillow"))  # type: ignore[arg-type]
+    assert white.std() > 50 and white.max() <= 255
+    assert (pillow[2:] == 255).all(), "what is over 255 of 65535 is white"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exif_orientation_is_not_applied(backend: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    turned, plain = picture("JPEG", exif=exif), picture("JPEG")
+    decoded = decoder(backend).decode([turned, plain]).pixels
+    assert torch.equal(decoded[0], decoded[1])

@@ -144,9 +144,7 @@ class Loader:
         plan.image.ids(tokenizer.special_id, tiles=1)  # raises here and not in a thread
         self._texts, self._seen = _Tally(), _Tally()
         self._readers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
-        self._decoder = make_decoder(
-            data.decoder, image_size=plan.image.size, threads=data.decode_threads, fill=plan.image.fill, device=device
-        )
+        self._decoder = make_decoder(data.decoder, plan.image.transform, threads=data.decode_threads, device=device)
         self._tile_decoder = TileDecoder(plan.image, threads=data.decode_threads)
         if data.decoder == "dali" and not self._whole_images:
             logger.warning("data.decoder dali is ignored: Pillow decodes images that are cut into tiles or get JPEG artefacts")

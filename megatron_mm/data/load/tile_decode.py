@@ -18,7 +18,7 @@ from PIL import Image
 
 from megatron_mm.data.image_formats import MAX_PIXELS
 from megatron_mm.data.image_input import ImageInput
-from megatron_mm.data.load.decode import DecodedImages, to_rgb
+from megatron_mm.data.load.decode import DecodedImages
 from megatron_mm.data.tiling import cut_tiles
 
 
@@ -55,29 +55,31 @@ class TileDecoder:
         try:
             with Image.open(io.BytesIO(wanted.data)) as image:
                 if image.width * image.height <= MAX_PIXELS:
-                    out[:] = self._tiles(_degraded(to_rgb(image), wanted.quality), wanted)
+                    out[:] = self._tiles(image, wanted)
                     return True
         except Exception:  # a decoder may raise anything on damaged input; the caller counts it
             pass
         out[:] = np.array(self.image.fill, dtype=np.uint8)[:, None, None]
         return False
 
-    def _tiles(self, rgb: Image.Image, wanted: EncodedTiles) -> np.ndarray:
-        size, tiling = self.image.size, self.image.tiling
+    def _tiles(self, image: Image.Image, wanted: EncodedTiles) -> np.ndarray:
+        transform, tiling = self.image.transform, self.image.tiling
         if tiling is None:
-            return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)[None]
+            image = image if wanted.quality is None else _degraded(transform.rgb(image), wanted.quality)
+            return np.asarray(transform.square(image)).transpose(2, 0, 1)[None]
+        rgb = transform.rgb(image)
+        if wanted.quality is not None:
+            rgb = _degraded(rgb, wanted.quality)
         if rgb.size != (wanted.width, wanted.height):
             rgb = rgb.resize((wanted.width, wanted.height), Image.Resampling.BICUBIC)
-        return cut_tiles(rgb, tiling, size)[wanted.tiles.start : wanted.tiles.stop]
+        return cut_tiles(rgb, tiling, self.image.size)[wanted.tiles.start : wanted.tiles.stop]
 
     def close(self) -> None:
         """Stop the threads."""
         self._threads.shutdown()
 
 
-def _degraded(rgb: Image.Image, quality: int | None) -> Image.Image:
-    if quality is None:
-        return rgb
+def _degraded(rgb: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
     rgb.save(buffer, "JPEG", quality=quality)
     return Image.open(buffer)

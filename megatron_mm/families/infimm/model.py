@@ -106,6 +106,8 @@ def _image_input(config: InfiMMConfig) -> ImageInput:
         token=IMAGE,
         before=(END_OF_CHUNK,),
         learn_before=True,
+        resize=config.vision.resize,
+        resize_first=True,
     )
 
 

@@ -72,6 +72,7 @@ def _pretraining(recipe: str, *, decoder: DecoderConfig, vision: EvaConfig, ever
             max_images_per_sequence=12,
             max_images_per_document=6,
             mixture={"interleaved": 0.5, "pairs": 0.5},
+            to_rgb="pillow",
         ),
         optimizer=OptimizerConfig(peak_lr=1e-4, min_lr=1e-4, warmup_steps=6000, beta1=0.9, beta2=0.95, epsilon=1e-8),
         train=TrainConfig(steps=285_000, schedule_steps=285_000, global_batch_size=768, micro_batch_size=4, policy="pt"),

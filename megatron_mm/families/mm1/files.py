@@ -47,7 +47,7 @@ def write_mm1_files(experiment: Experiment, tokenizer_path: Path, out: Path, *, 
         "generation_config.json": generation_config(
             ids, never=(ids.bos_id, ids.pad_id, ids.image_id), rows=rows
         ),  # an image token alone means nothing
-        "preprocessor_config.json": _image_processor_config(model),
+        "preprocessor_config.json": _image_processor_config(model, to_rgb=experiment.data.to_rgb),
         "processor_config.json": {
             "processor_class": "MM1Processor",
             "auto_map": {"AutoProcessor": "processing_mm1.MM1Processor"},
@@ -71,13 +71,15 @@ def generation_config(ids: Tokenizer, *, never: Iterable[int], rows: int) -> dic
     return {"bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id, "pad_token_id": ids.pad_id, "suppress_tokens": never}
 
 
-def _image_processor_config(model: MM1Config) -> dict[str, Any]:
+def _image_processor_config(model: MM1Config, *, to_rgb: str) -> dict[str, Any]:
     return {
         "image_processor_type": "MM1ImageProcessor",
         "auto_map": {"AutoImageProcessor": "processing_mm1.MM1ImageProcessor", "AutoProcessor": "processing_mm1.MM1Processor"},
         "size": {"height": model.vision.image_size, "width": model.vision.image_size},
         "image_mean": list(model.vision.mean),
         "image_std": list(model.vision.std),
+        "resize": model.vision.resize,
+        "to_rgb": to_rgb,
     }
 
 

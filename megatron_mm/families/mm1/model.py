@@ -61,7 +61,8 @@ def _encoders(config: MM1Config, context: ChunkContext) -> dict[str, torch.nn.Mo
 
 
 def _image_input(config: MM1Config) -> ImageInput:
-    return ImageInput(size=config.vision.image_size, tokens=config.connector.num_tokens, fill=fill_colour(config.vision.mean))
+    vision = config.vision
+    return ImageInput(size=vision.image_size, tokens=config.connector.num_tokens, fill=fill_colour(vision.mean), resize=vision.resize)
 
 
 def _check_layout(config: MM1Config, parallel: ParallelConfig, world_size: int) -> None:

@@ -61,6 +61,7 @@ def mono_internvl_2b_s1_1() -> Experiment:
             mixture={"pairs": 1.0},
             max_tiles=4,
             jpeg_quality=(75, 100),
+            to_rgb="pillow",
             caption_prompt=CAPTION_PROMPT,
         ),
         optimizer=OptimizerConfig(peak_lr=1e-4, min_lr=0.0, warmup_steps=2000, decay="constant", beta1=0.9, beta2=0.95, epsilon=1e-8),

@@ -1,0 +1,121 @@
+"""From a picture of any shape and kind to the square of 8-bit RGB pixels that a model sees.
+
+A model family says which transform its images take (`ImageInput.transform`); training, evaluation and exported processors all use that one.
+
+How a rectangle becomes a square of `size` pixels (bicubic, antialiased, as Pillow does it):
+
+    squash   both sides become `size`; the aspect ratio is lost                                           DFN5B CLIP, Mono-InternVL's tiles
+    crop     the shorter side becomes `size`, the longer int(size * longer / shorter); the middle is cut out      OpenAI's CLIP, EVA-CLIP
+    pad      the picture lies in the middle of a square of the fill colour, which becomes `size`           LLaVA 1.5
+
+Worked example of `crop` to 336: 640 x 480 becomes 448 x 336, and columns 56 to 391 of it are kept. Of a picture more than 16 times as
+long as wide only the middle is resized, so that a line of 30,000 x 3 pixels does not take gigabytes.
+
+How other kinds of pictures become RGB:
+
+    white    what is transparent lies on white, and of 16 bits the high byte counts
+    pillow   what Pillow's `convert("RGB")` gives: transparency is dropped, whatever colour is stored under it, and 16 bits saturate at 255.
+             Released processors do this, so models that are exported to the authors' code are trained with it.
+
+EXIF orientation is never applied: no released processor of these families applies it, and img2dataset's output has none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+Resize = Literal["squash", "crop", "pad"]
+ToRgb = Literal["white", "pillow"]
+
+_BICUBIC = Image.Resampling.BICUBIC
+_LONGEST = 16
+"""Sides of a picture that is resized whole before its middle is cut out, longer / shorter."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture's pixels go, in this order; boxes are (left, top, width, height) in the pixels that they cut from."""
+
+    canvas: tuple[int, int, int, int]
+    """Cut out of the picture; what lies outside it has the fill colour."""
+    width: int
+    height: int
+    """What the canvas is resized to."""
+    window: tuple[int, int, int, int]
+    """Cut out of the resized canvas; always the model's square, inside of it."""
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """See the module's docstring."""
+
+    size: int
+    """Side of the square, pixels."""
+    fill: tuple[int, int, int]
+    """Colour around a padded picture."""
+    resize: Resize = "squash"
+    to_rgb: ToRgb = "white"
+    resize_first: bool = False
+    """Resize before the conversion to RGB, in the picture's own mode, as open_clip's and InfiMM's processors do. Only `to_rgb` pillow
+    can: a palette is then resized without interpolation."""
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """The square of an opened picture of any mode."""
+        if self.resize_first and self.to_rgb == "pillow" and self.resize != "pad":
+            return self.resized(image).convert("RGB")
+        return self.resized(self.rgb(image))
+
+    def rgb(self, image: Image.Image) -> Image.Image:
+        """An opened picture of any mode as 8-bit RGB, in its own size."""
+        return image.convert("RGB") if self.to_rgb == "pillow" else on_white(image)
+
+    def resized(self, image: Image.Image) -> Image.Image:
+        """The square of a picture, in its mode; padding needs RGB."""
+        place = self.place(*image.size)
+        left, top, width, height = place.canvas
+        if left < 0 or top < 0:
+            canvas = Image.new("RGB", (width, height), self.fill)
+            canvas.paste(image, (-left, -top))
+            image = canvas
+        elif (width, height) != image.size:
+            image = image.crop((left, top, left + width, top + height))
+        image = image.resize((place.width, place.height), _BICUBIC)
+        left, top, width, height = place.window
+        return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
+
+    def place(self, width: int, height: int) -> Placement:
+        """How a picture of this size becomes the square."""
+        whole, square = (0, 0, width, height), (0, 0, self.size, self.size)
+        if self.resize == "pad":
+            side = max(width, height)
+            return Placement((-((side - width) // 2), -((side - height) // 2), side, side), self.size, self.size, square)
+        if self.resize == "squash":
+            return Placement(whole, self.size, self.size, square)
+        across, down = _excess(width, height), _excess(height, width)
+        canvas = (across, down, width - 2 * across, height - 2 * down)
+        wide, high = self.size, self.size
+        if width > height:
+            wide = int(self.size * canvas[2] / height)
+        else:
+            high = int(self.size * canvas[3] / width)
+        # Half a pixel goes to the even neighbour, as torchvision's CenterCrop has it.
+        return Placement(canvas, wide, high, (round((wide - self.size) / 2), round((high - self.size) / 2), self.size, self.size))
+
+
+def _excess(long: int, short: int) -> int:
+    """Pixels at either end of a side that are left out before a picture is resized."""
+    return max(0, (long - _LONGEST * short) // 2)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An opened picture of any mode as 8-bit RGB, on white where it is transparent."""
+    if image.mode.startswith("I"):  # 16 and 32 bits: Pillow would saturate, so keep the high byte
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if "A" in image.mode or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
