@@ -8,6 +8,7 @@
     convert from-hf   make a checkpoint that training begins with, of Hugging Face weights
     convert inspect   show a checkpoint as a tree
     convert upcycle   make a sparse model of a dense checkpoint
+    plan              predicted step time and memory against published measurements
     eval CHECKPOINT   held-out losses with true, shuffled and blank images, and captions
     doctor            what this machine has, and what falls back to what
 
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_mm import __version__
+from megatron_mm.cli.plan import add_plan, run_plan
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.run not in (_train, _eval, _convert_upcycle, _convert_from_hf):
+    if rest and known.run not in (_train, _eval, run_plan, _convert_upcycle, _convert_from_hf):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     _configure_logging()
     try:
@@ -147,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("-h", "--help", action="store_true")
     evaluate.set_defaults(run=_eval)
 
+    add_plan(commands)
     doctor = commands.add_parser("doctor", help="what this machine has, and what falls back to what")
     doctor.set_defaults(run=_doctor)
     return parser

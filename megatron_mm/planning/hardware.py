@@ -1,0 +1,160 @@
+"""GPUs and software as the planner knows them: data sheets, and the few constants that data sheets do not give.
+
+Peaks are dense and come from NVIDIA's data sheets. What a kernel or a network reaches of them is in `Efficiency`; how these were found is
+in docs/planning.md and `benchmarks/planning_accuracy.py` shows what they are worth.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What an architecture's kernels reach of its peaks, on shapes that fill it."""
+
+    product: float
+    """bf16 matrix products, of the bf16 peak: at the clock that the power limit leaves in a long run."""
+    product_fp8: float
+    """FP8 matrix products, of the FP8 peak."""
+    attention: float
+    """Fused attention's forward pass, of the bf16 peak, long sequences, causal half counted."""
+    memory: float
+    """Kernels that only move data, of the memory rate."""
+
+
+AMPERE = Efficiency(product=0.82, product_fp8=0.0, attention=0.58, memory=0.80)
+HOPPER = Efficiency(product=0.655, product_fp8=0.67, attention=0.56, memory=0.80)
+BLACKWELL = Efficiency(product=0.70, product_fp8=0.62, attention=0.50, memory=0.80)
+"""No run of a Blackwell GPU was at hand: Hopper's numbers, carried over."""
+VOLTA = Efficiency(product=0.70, product_fp8=0.0, attention=0.30, memory=0.80)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU in its usual machine. Rates are of one GPU, one way."""
+
+    name: str
+    bf16_tflops: float
+    fp8_tflops: float
+    memory_gb: float
+    """Bytes / 1e9 that the driver shows."""
+    memory_tb_s: float
+    nvlink_gb_s: float
+    nvlink_domain: int
+    """GPUs that NVLink joins."""
+    nic_gb_s: float
+    """InfiniBand or RoCE rate that one GPU has to itself."""
+    efficiency: Efficiency
+    multiprocessors: int = 132
+
+    def with_power(self, watts: float, *, usual: float = 700.0) -> Gpu:
+        """The same chip under a lower power limit: products run at a clock that grows with the root of the power."""
+        scale = min(1.0, (watts / usual) ** 0.5)
+        return replace(
+            self,
+            efficiency=replace(
+                self.efficiency,
+                product=self.efficiency.product * scale,
+                product_fp8=self.efficiency.product_fp8 * scale,
+                attention=self.efficiency.attention * scale,
+            ),
+        )
+
+
+H100 = Gpu("h100-sxm", 989, 1979, 85.0, 3.35, 450, 8, 50, HOPPER)
+A100 = Gpu("a100-80g", 312, 0, 85.0, 2.04, 300, 8, 25, AMPERE, multiprocessors=108)
+
+GPUS: dict[str, Gpu] = {
+    "h100-sxm": H100,
+    "h200": replace(H100, name="h200", memory_gb=150.0, memory_tb_s=4.8),
+    "b200": Gpu("b200", 2250, 4500, 191.0, 8.0, 900, 8, 50, BLACKWELL, multiprocessors=148),
+    "a100-80g": A100,
+}
+"""What `--gpu` takes."""
+
+MEASURED_GPUS: dict[str, Gpu] = {
+    **GPUS,
+    "a100-40g": replace(A100, name="a100-40g", memory_gb=42.4, memory_tb_s=1.555),
+    "h800": replace(H100, name="h800", nvlink_gb_s=200),
+    "a800": replace(A100, name="a800", nvlink_gb_s=200),
+    "h20": replace(H100, name="h20", bf16_tflops=148, fp8_tflops=296, memory_gb=100, memory_tb_s=4.0, multiprocessors=78),
+    "gh200": replace(H100, name="gh200", memory_gb=100.0, memory_tb_s=4.0),
+    "gb200": Gpu("gb200", 2500, 5000, 191.0, 8.0, 900, 72, 50, BLACKWELL, multiprocessors=148),
+    "b300": Gpu("b300", 2250, 4500, 280.0, 8.0, 900, 8, 100, BLACKWELL, multiprocessors=148),
+    "gb300": Gpu("gb300", 2500, 5000, 280.0, 8.0, 900, 72, 100, BLACKWELL, multiprocessors=148),
+    "v100": Gpu("v100", 125, 0, 34.0, 0.9, 150, 8, 12.5, VOLTA, multiprocessors=80),
+}
+"""Kinds that published measurements may name besides."""
+
+
+def gpu_named(text: str) -> Gpu | None:
+    """The GPU that a published table means: "H100", "A100-40GB", "NVIDIA H100 80GB HBM3"; None for one that nobody here knows."""
+    name = text.strip().lower().replace("_", "-")
+    if name in MEASURED_GPUS:
+        return MEASURED_GPUS[name]
+    for chip in ("gb300", "gb200", "gh200", "b300", "b200", "h200", "h100", "h800", "h20", "a800", "a100", "v100"):
+        if re.search(rf"(^|[^a-z0-9]){chip}([^0-9]|$)", name):
+            if chip == "a100":
+                return MEASURED_GPUS["a100-40g" if re.search(r"\b40\s*g", name.replace("-", " ")) else "a100-80g"]
+            return MEASURED_GPUS.get(chip, H100)
+    return None
+
+
+@dataclass(frozen=True)
+class Software:
+    """A training stack, by what it does to kernels and messages."""
+
+    name: str
+    attention: str = "fused"
+    """fused (cuDNN or FlashAttention 3), flash2, triton (the first FlashAttention's kernels), or unfused (scores in memory)."""
+    moved: float = 1.0
+    """Bytes that element-wise kernels move, of those of fused ones."""
+    kernel_seconds: float = 7 * MICRO
+    """Time of the host to launch an element-wise kernel or a message."""
+    module_seconds: float = 40 * MICRO
+    """Time of the host in the module around a matrix product."""
+    hides_tensor_messages: float = 0.0
+    """Part of the tensor-parallel messages that runs under products."""
+    hides_data_messages: bool = True
+    """Gradients are reduced while the backward pass runs."""
+    shards_optimizer: bool = True
+    gradient_bytes: int = 4
+    """Of a gradient that is reduced."""
+    interference: float = 0.12
+    """Part of the time of a hidden message that the kernels beside it lose to it."""
+    copies_logits: bool = False
+    """The loss keeps several float32 copies of the logits."""
+    hides_expert_messages: float = 0.0
+    """Part of the exchange of experts that runs under products."""
+    sends_once: bool = False
+    """A token goes to a machine once, however many of its experts are there (DeepEP, HybridEP)."""
+
+
+MEGATRON = Software("megatron-core with Transformer Engine")
+STACKS: dict[str, Software] = {
+    "megatron": MEGATRON,
+    "nemo": replace(MEGATRON, name="NeMo", hides_tensor_messages=0.7, gradient_bytes=2),
+    "bridge": replace(MEGATRON, name="Megatron-Bridge", gradient_bytes=2, hides_tensor_messages=0.7),
+    "megatron-2021": Software(
+        "Megatron-LM before FlashAttention", attention="unfused", moved=1.45, hides_data_messages=False, shards_optimizer=False
+    ),
+    "llm-foundry": Software(
+        "Composer and FSDP, eager",
+        attention="triton",
+        moved=1.95,
+        kernel_seconds=8 * MICRO,
+        gradient_bytes=2,
+        interference=0.3,
+        copies_logits=True,
+    ),
+    "fsdp-eager": Software(
+        "FSDP, eager", attention="flash2", moved=2.6, kernel_seconds=8 * MICRO, gradient_bytes=2, interference=0.3, copies_logits=True
+    ),
+    "fsdp-compiled": Software("FSDP, compiled", attention="flash2", moved=1.1, gradient_bytes=2, interference=0.2, copies_logits=True),
+    "jax": Software("JAX and XLA", moved=1.0, gradient_bytes=2, hides_tensor_messages=0.5),
+}
+"""What the published measurements ran on."""

@@ -1,0 +1,86 @@
+"""What a part of the model does on one GPU: products, attention, moved bytes, messages. Shapes only; `costs` and `network` give seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Group = Literal["tensor", "context", "expert", "expert_tensor", "data", "expert_data", "pipeline"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """[rows, inner] x [inner, cols], `count` of them in one grouped kernel."""
+
+    rows: float
+    cols: float
+    inner: float
+    count: int = 1
+    fp8: bool = False
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.count * self.rows * self.cols * self.inner
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Fused attention of some heads: `pairs` query-key pairs that count, in documents of about `length` tokens."""
+
+    pairs: float
+    length: float
+    heads: float
+    head_dim: int
+    causal: bool = True
+    backward: bool = False
+    dropout: bool = False
+
+    @property
+    def flops(self) -> float:
+        """Two products forward; the backward pass computes the scores again and four products more."""
+        return 4.0 * self.pairs * self.heads * self.head_dim * (2.5 if self.backward else 1.0)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Element-wise kernels that move bytes to and from memory."""
+
+    bytes: float
+    kernels: int = 1
+
+
+@dataclass(frozen=True)
+class Message:
+    """A collective over a group. `bytes`: of the whole gathered or scattered tensor; of what one process sends in an all-to-all."""
+
+    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+    bytes: float
+    group: Group
+    beside_product: bool = False
+    """It runs under a product that does not need it, on any stack."""
+    copies: int = 1
+    """Of an all-to-all: how many members each row goes to."""
+
+
+Kernel = Product | Attention | Stream | Message
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer, a tower, an output layer: what it runs for one micro-batch, forward and backward, and what it keeps in between."""
+
+    name: str
+    forward: tuple[Kernel, ...]
+    backward: tuple[Kernel, ...]
+    parameters: float = 0.0
+    """Of this process, reduced over the data-parallel group."""
+    expert_parameters: float = 0.0
+    """Of this process, reduced over the experts' data-parallel group."""
+    frozen_parameters: float = 0.0
+    saved: float = 0.0
+    """Bytes kept for the backward pass."""
+    saved_recomputed: float = 0.0
+    """The same where the whole block is recomputed: its input."""
+    transient: float = 0.0
+    """Bytes that only live while it runs."""
+    tags: tuple[str, ...] = field(default=())

@@ -1,0 +1,317 @@
+"""Published measurements as jobs: a row of a table (columns as in benchmarks/anchors/throughput.csv) -> what ran, on what, how fast.
+
+A row may lack almost anything. What the published source leaves out is chosen as its authors would have: the fastest that fits. What
+cannot be planned (no model shape, an unknown GPU) is a `Skipped` with the reason, never an exception.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_mm.planning.decoder_block import DecoderShape, Recompute
+from megatron_mm.planning.decoder_job import decoder_job
+from megatron_mm.planning.hardware import STACKS, Software, gpu_named
+from megatron_mm.planning.layout import Layout
+from megatron_mm.planning.step import Job, Prediction, StepModel
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row that can be planned."""
+
+    row: str
+    source: str
+    model: str
+    kind: str
+    """dense or moe."""
+    group: str
+    """Rows that only differ in scale or in batch share a group: a held-out group tells more than a held-out row."""
+    jobs: tuple[Job, ...]
+    """Candidates where the source leaves something out; one where it does not."""
+    step_seconds: float | None
+    memory_bytes: float | None
+    flops_per_gpu: float
+    """Of a step, causal attention counted half, recomputation not."""
+    peak: float
+    """Of the GPU, FLOP/s in bf16: what a constant-MFU guess divides by."""
+    assumed: tuple[str, ...]
+
+    def predict(self) -> Prediction:
+        """The fastest candidate that fits; where none fits, the smallest."""
+        predictions = [(StepModel(job).predict(), job) for job in self.jobs]
+        fitting = [p for p, job in predictions if p.peak_bytes <= job.gpu.memory_gb * 1e9]
+        if fitting:
+            return min(fitting, key=lambda p: p.seconds)
+        return min((p for p, _ in predictions), key=lambda p: p.peak_bytes)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that cannot be planned, and why."""
+
+    row: str
+    source: str
+    model: str
+    reason: str
+
+
+def read_measurements(path: Path) -> Iterator[Measurement | Skipped]:
+    """Every row of a file. Raises ValueError where the file is no table of measurements, FileNotFoundError where it is not there."""
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        reader = csv.DictReader(file)
+        names = {(name or "").strip().lower() for name in reader.fieldnames or ()}
+        if not {"gpu", "hidden", "layers"} <= names:
+            raise ValueError(f"{path} has the columns {sorted(names)}, but measurements need at least gpu, layers and hidden")
+        for number, raw in enumerate(reader, start=2):
+            cells = {(name or "").strip().lower(): (value or "").strip() for name, value in raw.items() if isinstance(value, str)}
+            label = cells.get("id") or f"line {number}"
+            try:
+                yield _measurement(cells, label)
+            except _Unusable as problem:
+                yield Skipped(label, cells.get("source", ""), cells.get("model", ""), str(problem))
+            except (ValueError, ZeroDivisionError, OverflowError, AssertionError, IndexError) as problem:
+                yield Skipped(label, cells.get("source", ""), cells.get("model", ""), f"inconsistent: {problem}")
+
+
+class _Unusable(Exception):
+    """A row lacks what a plan needs."""
+
+
+def number(cells: Mapping[str, str], name: str) -> float | None:
+    """A cell as a number: "22B" is 22, "1,024" is 1024, "~4" is 4; None where there is none."""
+    match = re.search(r"-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?", cells.get(name, ""), flags=re.IGNORECASE)
+    if match is None:
+        return None
+    value = float(match.group().replace(",", ""))
+    return value if math.isfinite(value) else None
+
+
+def count(cells: Mapping[str, str], name: str) -> int | None:
+    """A cell as a positive whole number; None where there is none."""
+    value = number(cells, name)
+    return None if value is None or value < 1 else round(value)
+
+
+def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
+    gpu = gpu_named(cells.get("gpu", ""))
+    if gpu is None:
+        raise _Unusable(f"unknown GPU {cells.get('gpu', '')!r}")
+    watts = re.search(r"(\d{3,4})\s*W\b", cells.get("notes", ""))
+    if watts and gpu.name.startswith("h100"):
+        gpu = gpu.with_power(float(watts.group(1)))
+    if "hbm2e" in cells.get("notes", "").lower() and gpu.name.startswith("h100"):
+        gpu = replace(gpu, memory_tb_s=2.4)
+    software = software_of(cells)
+    shape = _shape(cells, software)
+    length = count(cells, "seq")
+    if length is None:
+        raise _Unusable("no sequence length")
+    seconds, tokens = number(cells, "step_time_s"), number(cells, "tokens_per_s_per_gpu")
+    gpus = count(cells, "n_gpus") or 1
+    layouts, assumed = _layouts(cells, shape, gpus, software)
+    batch = count(cells, "gbs")
+    if batch is None:
+        each = (count(cells, "mbs") or 4) * (count(cells, "grad_accum") or max(1, layouts[0].pipeline * 4))
+        batch = each * layouts[0].data
+        assumed.append("gbs")
+        if seconds is None and tokens:
+            seconds = batch * length / gpus / tokens
+    elif seconds is None and tokens:
+        seconds = batch * length / gpus / tokens
+    fp8 = "fp8" in cells.get("precision", "").lower() or "float8" in cells.get("precision", "").lower()
+    if seconds is None:
+        reported = number(cells, "tflops_causal_half")
+        seconds = _flops(shape, length) * batch * length / gpus / (reported * 1e12) if reported else None
+    recompute = _recompute(cells, software)
+    if recompute is None:
+        assumed.append("recompute")
+    jobs = []
+    for layout in layouts:
+        for size in _micro_batch_sizes(cells, batch, layout):
+            for choice in [recompute] if recompute is not None else [frozenset(), frozenset({"full"})]:
+                jobs.append(
+                    decoder_job(
+                        shape,
+                        layout,
+                        gpu,
+                        software,
+                        sequence_length=length,
+                        micro_batch_size=size,
+                        num_micro_batches=max(1, round(batch / (size * layout.data))),
+                        fp8=fp8 and gpu.fp8_tflops > 0,
+                        recompute=choice,
+                    )
+                )
+    if not jobs:
+        raise _Unusable(f"batch of {batch} on a data-parallel size of {layouts[0].data}")
+    memory = number(cells, "mem_gib")
+    model, source = cells.get("model", ""), cells.get("source", "") or "unnamed source"
+    return Measurement(
+        row=label,
+        source=source,
+        model=model,
+        kind="moe" if shape.experts else "dense",
+        group="|".join((source, model, cells.get("gpu", ""), cells.get("precision", ""))),
+        jobs=tuple(jobs),
+        step_seconds=seconds if seconds and seconds > 0 else None,
+        memory_bytes=memory * GIB if memory else None,
+        flops_per_gpu=_flops(shape, length) * batch * length / gpus,
+        peak=gpu.bf16_tflops * 1e12,
+        assumed=tuple(assumed),
+    )
+
+
+def _flops(shape: DecoderShape, length: int) -> float:
+    """Of training one token."""
+    sparse = len(shape.sparse_layers)
+    products = shape.num_layers * shape.attention_parameters + (shape.num_layers - sparse) * shape.mlp_parameters(shape.ffn)
+    products += sparse * (shape.top_k * shape.mlp_parameters(shape.expert_ffn) + shape.mlp_parameters(shape.shared_ffn))
+    products += shape.vocab * shape.hidden_size
+    return 3 * (2 * products + 2 * shape.num_layers * shape.heads * shape.head_dim * length)
+
+
+def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
+    layers, hidden = count(cells, "layers"), count(cells, "hidden")
+    if layers is None or hidden is None:
+        raise _Unusable("the model's layers or hidden size are missing")
+    heads = count(cells, "heads") or max(1, hidden // 128)
+    head_dim = count(cells, "head_dim") or max(1, hidden // heads)
+    experts = count(cells, "experts") or 0
+    expert_ffn = count(cells, "moe_ffn") or count(cells, "ffn") or 4 * hidden
+    gated = cells.get("gated_mlp", "")
+    is_gated = (
+        gated not in ("0", "0.0", "false", "False", "no")
+        if gated
+        else not re.match(r"(gpt|mpt|bert|opt|bloom)", cells.get("model", "").lower())
+    )
+    top_k = count(cells, "topk") or (2 if experts else 0)
+    return DecoderShape(
+        num_layers=layers,
+        hidden_size=hidden,
+        heads=heads,
+        kv_heads=count(cells, "kv_heads") or heads,
+        head_dim=head_dim,
+        ffn=count(cells, "ffn") or (expert_ffn * top_k if experts else 4 * hidden),
+        gated=is_gated,
+        vocab=count(cells, "vocab") or 50304,
+        experts=experts if experts > 1 else 0,
+        top_k=top_k,
+        expert_ffn=expert_ffn if experts else 0,
+        shared_ffn=(count(cells, "shared_ffn") or 0) if experts else 0,
+        sparse_layers=tuple(range(layers)) if experts > 1 else (),
+        dropout=cells.get("model", "").lower().startswith("gpt") and software.attention != "unfused",
+        capacity=1.0 if re.search(r"token-drop|cf\s*=\s*1\b|force|balanc", cells.get("notes", "").lower()) else 1.08,
+    )
+
+
+def software_of(cells: Mapping[str, str]) -> Software:
+    """The stack that a source ran, by its words."""
+    text = " ".join(cells.get(name, "") for name in ("source", "ref", "notes")).lower()
+    arxiv = re.search(r"arxiv\s*:?\s*(\d{4})\.", text)
+    if re.search(r"llm-foundry|mosaic|composer", text):
+        return STACKS["llm-foundry"]
+    if re.search(r"torchtitan|fsdp2", text):
+        return STACKS[
+            "fsdp-compiled" if "compile" in text or "float8" in text or "fp8" in cells.get("precision", "").lower() else "fsdp-eager"
+        ]
+    if re.search(r"maxtext|jax|axlearn|levanter|paxml", text):
+        return STACKS["jax"]
+    if re.search(r"bridge", text):
+        return (
+            STACKS["bridge"]
+            if not re.search(r"hybridep|deepep|ep overlap", text)
+            else replace(STACKS["bridge"], hides_expert_messages=0.8, sends_once=True)
+        )
+    if re.search(r"hybridep|deepep|ep overlap", text):
+        return replace(STACKS["megatron"], hides_expert_messages=0.8, sends_once=True)
+    if arxiv and arxiv.group(1) < "2206":
+        return STACKS["megatron-2021"]
+    if re.search(r"dgxc|nemo", text):
+        return STACKS["nemo"]
+    if cells.get("fsdp"):
+        return STACKS["fsdp-compiled"]
+    return STACKS["megatron"]
+
+
+def _layouts(cells: Mapping[str, str], shape: DecoderShape, gpus: int, software: Software) -> tuple[list[Layout], list[str]]:
+    """The layout, or several where the virtual pipeline is not given."""
+    tensor, pipeline, context = (count(cells, name) or 1 for name in ("tp", "pp", "cp"))
+    data = count(cells, "dp")
+    if tensor * pipeline * context > gpus:
+        gpus = tensor * pipeline * context * (data or 1)
+    if shape.num_layers < pipeline:
+        raise _Unusable(f"{shape.num_layers} layers on {pipeline} pipeline stages")
+    expert = count(cells, "ep") or 1
+    notes, source = cells.get("notes", "").lower(), cells.get("source", "").lower()
+    fsdp = cells.get("fsdp", "")
+    sharding = "optimizer" if software.shards_optimizer else "none"
+    if fsdp and fsdp not in ("0", "1"):
+        sharding = "gradients" if "grad" in fsdp.lower() else "full"
+    layout = Layout(
+        gpus=gpus,
+        tensor=tensor,
+        pipeline=pipeline,
+        expert=expert if shape.experts else 1,
+        expert_tensor=_expert_tensor(cells, shape, tensor, gpus // pipeline),
+        context=context,
+        sequence=tensor > 1
+        and "no sp" not in cells.get("recompute", "").lower()
+        and not re.search(r"2104\.04473|sc21", cells.get("ref", "").lower()),
+        sharding=sharding,  # type: ignore[arg-type]
+        folded="w/ folding" in notes or "folding" not in source,
+    )
+    per_rank = shape.num_layers // pipeline
+    given = count(cells, "vpp")
+    if given is None and pipeline > 1 and not re.search(r"\b1f1b\b", notes.replace("interleaved 1f1b", "")):
+        options = [v for v in range(1, 9) if shape.num_layers % (pipeline * v) == 0]
+        if max(options, default=1) == 1:
+            options += [v for v in (2, 3, 4) if shape.num_layers >= pipeline * v]
+        if "interleaved" in notes:
+            options = [v for v in options if v > 1] or options or [1]
+        return [replace(layout, virtual=v) for v in options or [1]], ["vpp"]
+    if given and given > per_rank:
+        given = per_rank
+    return [replace(layout, virtual=given if given and pipeline > 1 else 1)], []
+
+
+def _expert_tensor(cells: Mapping[str, str], shape: DecoderShape, tensor: int, gpus_of_stage: int) -> int:
+    """megatron-core cuts experts like the rest unless told; where that takes more GPUs than there are, they are whole."""
+    if not shape.experts:
+        return 1
+    degree = min(tensor, count(cells, "etp") or (1 if "w/ folding" in cells.get("notes", "").lower() else tensor))
+    return degree if (count(cells, "ep") or 1) * degree <= gpus_of_stage else 1
+
+
+def _micro_batch_sizes(cells: Mapping[str, str], batch: int, layout: Layout) -> list[int]:
+    given, accumulated = count(cells, "mbs"), count(cells, "grad_accum")
+    each = max(1, round(batch / max(1, layout.data)))
+    if given:
+        return [min(given, each)]
+    if accumulated:
+        return [max(1, round(each / accumulated))]
+    return [size for size in (1, 2, 4, 8) if each % size == 0 and (size == 1 or each // size >= layout.pipeline)]
+
+
+def _recompute(cells: Mapping[str, str], software: Software) -> Recompute | None:
+    """What was recomputed; None where the source does not say."""
+    text = cells.get("recompute", "").lower()
+    if not text and software.name.startswith("JAX"):
+        return frozenset({"mlp_half"})  # MaxText's usual policy keeps some of the products
+    if not text:
+        return frozenset() if re.search(r"dgxc|nemo", " ".join((cells.get("source", ""), cells.get("ref", ""))).lower()) else None
+    if text.startswith("none") or text in ("no", "0", "false"):
+        return frozenset()
+    if text.startswith("full") or text in ("block", "uniform", "yes", "1", "true"):
+        return frozenset({"full"})
+    if "op ac" in text:
+        return frozenset({"mlp_half"})
+    if "selective" in text and "moe" not in text:
+        return frozenset({"core_attn"})
+    return frozenset(re.split(r"[+,;\s]+", text)) - {""}

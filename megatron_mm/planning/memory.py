@@ -1,0 +1,67 @@
+"""Memory of each pipeline rank, in bytes: weights, gradients, optimizer state, activations at their peak, and what libraries take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_mm.planning.pipeline import PipelineResult
+
+if TYPE_CHECKING:
+    from megatron_mm.planning.step import Job
+
+LIBRARIES = 3.0e9
+"""CUDA context, NCCL's buffers, cuBLAS's and Transformer Engine's workspaces: not in what the allocator counts, but on the device."""
+FRAGMENTATION = 0.04
+"""Of the allocated bytes, that the allocator holds and cannot use."""
+USABLE = 0.96
+"""Of the device's memory, up to which a layout is said to fit."""
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes of one process at the peak of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    transient: float
+
+    @property
+    def allocated(self) -> float:
+        """What the framework's allocator counts (torch.cuda.max_memory_allocated)."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.transient
+
+    @property
+    def total(self) -> float:
+        """What the device needs."""
+        return self.allocated * (1 + FRAGMENTATION) + LIBRARIES
+
+
+def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
+    """Of one process of each pipeline rank."""
+    layout, software = job.layout, job.software
+    copies, expert_copies = layout.data * layout.context, layout.expert_data
+    uses = []
+    for rank in range(layout.pipeline):
+        stages = [chunk * layout.pipeline + rank for chunk in range(layout.virtual)]
+        blocks = [block for stage in stages for block in job.kinds[0][stage]]
+        dense = sum(block.parameters for block in blocks)
+        experts = sum(block.expert_parameters for block in blocks)
+        frozen = sum(block.frozen_parameters for block in blocks)
+        largest = max((block.parameters + block.frozen_parameters for block in blocks), default=0.0)
+        transient = max((block.transient for kind in job.kinds for stage in stages for block in kind[stage]), default=0.0)
+        # master weights and two moments in float32
+        state = 12 * (dense / (copies if layout.sharding != "none" else 1) + experts / (expert_copies if layout.sharding != "none" else 1))
+        if layout.sharding == "full" and layout.pipeline > 1:
+            # gathered once a step and kept for all micro-batches; gradients are scattered after the last
+            weights, gradients = 2 * (dense + frozen) * (1 + 1 / copies), 4 * dense * (1 + 1 / copies)
+        elif layout.sharding == "full":
+            weights = 2 * (dense + frozen) / copies + 2 * 2 * largest
+            gradients = 4 * dense / copies + software.gradient_bytes * largest
+        else:
+            weights = 2 * (dense + experts + frozen)
+            gradients = software.gradient_bytes * (dense / (copies if layout.sharding == "gradients" else 1) + experts)
+        uses.append(MemoryUse(weights, gradients, state, result.saved_bytes[rank], transient))
+    return tuple(uses)

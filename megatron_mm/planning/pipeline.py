@@ -1,0 +1,187 @@
+"""The pipeline, event by event: who runs which micro-batch's forward or backward pass when.
+
+Orders are those of megatron-core's schedules (pipeline_parallel/schedules.py): one forward one backward after a warm-up, plain or
+interleaved. A stage is a chunk of one pipeline rank: stage s is chunk s // ranks of rank s % ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Pass = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One bar of the picture; times in seconds from the step's begin."""
+
+    rank: int
+    kind: str
+    stage: int
+    micro_batch: int
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class PipelineTimes:
+    """How long everything takes: seconds by [stage][micro_batch]."""
+
+    forward: Sequence[Sequence[float]]
+    backward: Sequence[Sequence[float]]
+    send: float = 0.0
+    """A message between stages."""
+    send_overlaps: bool = False
+    """Messages travel while the ranks compute; else both ends wait for them."""
+    first_ready: Sequence[float] = ()
+    """Time before which a stage cannot start (its weights are still being gathered)."""
+    saved: Sequence[Sequence[float]] = ()
+    """Bytes that a stage keeps of a micro-batch from its forward pass to its backward pass."""
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What came of it."""
+
+    seconds: float
+    """Until the last rank's last backward pass ended."""
+    rank_end: tuple[float, ...]
+    rank_busy: tuple[float, ...]
+    stage_last_backward: tuple[float, ...]
+    """When each stage's last micro-batch had been through its backward pass."""
+    stage_last_begin: tuple[float, ...]
+    """When that pass began."""
+    in_flight: tuple[int, ...]
+    """Most micro-batches (of any chunk) whose activations a rank held at once."""
+    saved_bytes: tuple[float, ...]
+    """Most bytes of activations that a rank held at once."""
+    events: tuple[Event, ...] = field(default=())
+
+
+def order(*, ranks: int, chunks: int, micro_batches: int, rank: int) -> list[tuple[Pass, int, int]]:
+    """What a rank runs: (pass, chunk, micro-batch).
+
+    Worked example, 2 ranks, 1 chunk, 3 micro-batches: rank 0 runs F0 F1 B0 F2 B1 B2, rank 1 runs F0 B0 F1 B1 F2 B2.
+    """
+    if chunks == 1:
+        warmup = min(ranks - rank - 1, micro_batches)
+        sequence = [(0, number) for number in range(micro_batches)]
+        forward, backward = sequence, sequence
+    else:
+        forward = _interleaved(ranks, chunks, micro_batches)
+        backward = [(chunks - 1 - chunk, number) for chunk, number in forward]
+        warmup = min((ranks - rank - 1) * 2 + (chunks - 1) * ranks, len(forward))
+    passes: list[tuple[Pass, int, int]] = [("forward", *f) for f in forward[:warmup]]
+    for number, f in enumerate(forward[warmup:]):
+        passes += [("forward", *f), ("backward", *backward[number])]
+    passes += [("backward", *b) for b in backward[len(forward) - warmup :]]
+    return passes
+
+
+def _interleaved(ranks: int, chunks: int, micro_batches: int) -> list[tuple[int, int]]:
+    """(chunk, micro-batch) in groups of `ranks` micro-batches that pass all chunks before the next group begins."""
+    result = []
+    for first in range(0, micro_batches, ranks):
+        group = range(first, min(first + ranks, micro_batches))
+        result += [(chunk, number) for chunk in range(chunks) for number in group]
+    return result
+
+
+def simulate(times: PipelineTimes, *, ranks: int, chunks: int, keep_events: bool = False) -> PipelineResult:
+    """Run all ranks' orders against each other.
+
+    Interleaving goes by groups of `ranks` micro-batches; a last group that is short is filled up with ones that take no time.
+    """
+    count = len(times.forward[0])
+    if chunks > 1 and count % ranks:
+        times = _filled(times, ranks - count % ranks)
+        count = len(times.forward[0])
+    stages = ranks * chunks
+    orders = [order(ranks=ranks, chunks=chunks, micro_batches=count, rank=rank) for rank in range(ranks)]
+    done_forward = [[-1.0] * count for _ in range(stages)]
+    done_backward = [[-1.0] * count for _ in range(stages)]
+    clock, busy, at = [0.0] * ranks, [0.0] * ranks, [0] * ranks
+    held, most = [0] * ranks, [0] * ranks
+    kept, most_kept, saved = [0.0] * ranks, [0.0] * ranks, times.saved
+    last_begin = [0.0] * stages
+    ready = list(times.first_ready) or [0.0] * stages
+    events: list[Event] = []
+    lag = times.send
+    wait = 0.0 if times.send_overlaps else times.send
+    forward, backward = times.forward, times.backward
+    todo = list(range(ranks))
+    while todo:
+        left = []
+        progress = False
+        for rank in todo:
+            passes, position, now = orders[rank], at[rank], clock[rank]
+            end_of = len(passes)
+            while position < end_of:
+                kind, chunk, number = passes[position]
+                stage = chunk * ranks + rank
+                if kind == "forward":
+                    before = 0.0
+                    if stage:
+                        before = done_forward[stage - 1][number]
+                        if before < 0:
+                            break
+                        before += lag
+                    begin = max(now, before, ready[stage])
+                    spent = forward[stage][number]
+                    now = begin + spent
+                    done_forward[stage][number] = now
+                    if stage < stages - 1:
+                        now += wait
+                    held[rank] += 1
+                    most[rank] = max(most[rank], held[rank])
+                    if saved:
+                        kept[rank] += saved[stage][number]
+                        most_kept[rank] = max(most_kept[rank], kept[rank])
+                else:
+                    before = done_forward[stage][number]
+                    if stage < stages - 1:
+                        after = done_backward[stage + 1][number]
+                        if after < 0:
+                            break
+                        before = after + lag
+                    begin = max(now, before)
+                    spent = backward[stage][number]
+                    now = begin + spent
+                    done_backward[stage][number] = now
+                    last_begin[stage] = begin
+                    if stage:
+                        now += wait
+                    held[rank] -= 1
+                    if saved:
+                        kept[rank] -= saved[stage][number]
+                busy[rank] += spent
+                if keep_events:
+                    events.append(Event(rank, kind, stage, number, begin, begin + spent))
+                position += 1
+                progress = True
+            at[rank], clock[rank] = position, now
+            if position < end_of:
+                left.append(rank)
+        assert progress or not left, f"the pipeline's orders wait for each other at {[orders[r][at[r]] for r in left]}"
+        todo = left
+    return PipelineResult(
+        seconds=max(clock),
+        rank_end=tuple(clock),
+        rank_busy=tuple(busy),
+        stage_last_backward=tuple(max(row) for row in done_backward),
+        stage_last_begin=tuple(last_begin),
+        in_flight=tuple(most),
+        saved_bytes=tuple(most_kept),
+        events=tuple(events),
+    )
+
+
+def _filled(times: PipelineTimes, number: int) -> PipelineTimes:
+    """With so many empty micro-batches at the end."""
+
+    def fill(table: Sequence[Sequence[float]]) -> list[list[float]]:
+        return [[*row, *([0.0] * number)] for row in table]
+
+    return replace(times, forward=fill(times.forward), backward=fill(times.backward), saved=fill(times.saved))

@@ -1,0 +1,288 @@
+"""A training step: blocks on stages -> seconds of each pass -> the simulated pipeline -> reductions, update and what sticks out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from megatron_mm.planning.costs import Costs, Seconds
+from megatron_mm.planning.hardware import Gpu, Software
+from megatron_mm.planning.kernels import Block, Message
+from megatron_mm.planning.layout import Layout
+from megatron_mm.planning.memory import MemoryUse, memory_of_ranks
+from megatron_mm.planning.pipeline import PipelineResult, PipelineTimes, simulate
+
+JITTER = 0.0035
+"""For each doubling of the machines: everybody waits for the slowest."""
+BUCKET_PARAMETERS = 40e6
+STEP_OVERHEAD = 4e-3
+"""Seconds of the host between steps: batch to the device, loss back, learning rate."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned: the work of each micro-batch on each stage of a layout, on a GPU, under a software stack."""
+
+    layout: Layout
+    gpu: Gpu
+    software: Software
+    kinds: tuple[tuple[tuple[Block, ...], ...], ...]
+    """Micro-batches that differ: [kind][stage] -> blocks."""
+    micro_batches: tuple[int, ...]
+    """The kind of each micro-batch of a process, in order."""
+    hidden_bytes: float
+    """Of a message from stage to stage, of one process."""
+    overlap_parameter_gather: bool = True
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted step."""
+
+    seconds: float
+    parts: dict[str, float]
+    """Seconds of the step on the rank that is busiest, by what takes them; they sum to `seconds`."""
+    memory: tuple[MemoryUse, ...]
+    """Of each pipeline rank."""
+    pipeline: PipelineResult
+    stage_seconds: tuple[tuple[Seconds, Seconds], ...] = field(default=())
+    """(forward, backward) of each stage, mean over micro-batches."""
+
+    @property
+    def peak_bytes(self) -> float:
+        return max(use.total for use in self.memory)
+
+    @property
+    def limit(self) -> str:
+        """What takes most of the time besides the products."""
+        others = {name: value for name, value in self.parts.items() if name != "products"}
+        return max(others, key=lambda name: others[name])
+
+
+class StepModel:
+    """Predicts a job's step."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.costs = Costs(job.gpu, job.software, job.layout.network(job.gpu, sends_once=job.software.sends_once))
+        self._cache: dict[tuple[Block, bool], Seconds] = {}
+
+    def predict(self, *, keep_events: bool = False) -> Prediction:
+        job, layout = self.job, self.job.layout
+        forward = [[self._stage(kind[stage], backward=False) for stage in range(layout.stages)] for kind in job.kinds]
+        backward = [[self._stage(kind[stage], backward=True) for stage in range(layout.stages)] for kind in job.kinds]
+        saved = [[sum(block.saved for block in kind[stage]) for stage in range(layout.stages)] for kind in job.kinds]
+        gathers = [self._gather_seconds(stage) for stage in range(layout.stages)]
+        times = self._pipeline_times(forward, backward, saved, gathers)
+        result, extra = self._simulate(times, keep_events=keep_events)
+        reduced, tails = self._reduction(result)
+        optimizer = self._optimizer()
+        exposed_gather = self._exposed_gather(gathers)
+        end = max(reduced) + extra
+        machines = math.ceil(layout.gpus / job.gpu.nvlink_domain)
+        total = end + optimizer + exposed_gather + STEP_OVERHEAD
+        jitter = total * JITTER * math.log2(machines) if machines > 1 else 0.0
+        parts = self._parts(forward, backward, end, max(tails), optimizer, exposed_gather, jitter)
+        memory = memory_of_ranks(job, result)
+        stages = tuple(self._mean_of(forward, backward, stage) for stage in range(layout.stages))
+        return Prediction(total + jitter, parts, memory, result, stages)
+
+    # -- passes
+
+    def _stage(self, blocks: Sequence[Block], *, backward: bool) -> Seconds:
+        total = Seconds()
+        for block in blocks:
+            key = (block, backward)
+            if key not in self._cache:
+                self._cache[key] = self._block(block, backward=backward)
+            total = total + self._cache[key]
+        return total
+
+    def _block(self, block: Block, *, backward: bool) -> Seconds:
+        """With the weights' own messages where they are sharded: gathered ahead of the block, gradients scattered behind it."""
+        seconds = self.costs.block(block, backward=backward)
+        if self.job.layout.sharding not in ("full", "gradients") or not (block.forward or block.backward):
+            return seconds
+        held = block.parameters + block.frozen_parameters
+        messages = 0.0
+        if self.job.layout.sharding == "full" or not backward:
+            messages += self.costs.network.seconds(Message("all_gather", 2 * held, "data"))
+        if backward:
+            messages += self.costs.network.seconds(Message("reduce_scatter", self.job.software.gradient_bytes * block.parameters, "data"))
+        hidden = min(messages, seconds.total)
+        return seconds + Seconds(messages=messages - hidden + self.job.software.interference * hidden)
+
+    def _mean_of(self, forward: list[list[Seconds]], backward: list[list[Seconds]], stage: int) -> tuple[Seconds, Seconds]:
+        kinds = self.job.micro_batches
+        means = []
+        for table in (forward, backward):
+            total = Seconds()
+            for kind in kinds:
+                total = total + table[kind][stage]
+            means.append(total.times(1 / len(kinds)))
+        return means[0], means[1]
+
+    def _pipeline_times(
+        self, forward: list[list[Seconds]], backward: list[list[Seconds]], saved: list[list[float]], gathers: list[float]
+    ) -> PipelineTimes:
+        layout, kinds = self.job.layout, self.job.micro_batches
+        send = self.costs.network.send(self.job.hidden_bytes)
+        overlaps = layout.virtual > 1
+        ready = [0.0] * layout.stages
+        if self._gathers_early():
+            for rank in range(layout.pipeline):
+                done = 0.0
+                for chunk in range(layout.virtual):
+                    stage = chunk * layout.pipeline + rank
+                    done += gathers[stage]
+                    first = forward[kinds[0]][stage].total
+                    ready[stage] = max(0.0, done - max(0.0, first * (1 - self.job.software.interference)))
+                    if chunk == 0:
+                        ready[stage] = max(ready[stage], min(gathers[stage], self._bucket_seconds(stage, gathers[stage])))
+        return PipelineTimes(
+            forward=[[forward[kind][stage].total for kind in kinds] for stage in range(layout.stages)],
+            backward=[[backward[kind][stage].total for kind in kinds] for stage in range(layout.stages)],
+            send=send,
+            send_overlaps=overlaps,
+            first_ready=ready,
+            saved=[[saved[kind][stage] for kind in kinds] for stage in range(layout.stages)],
+        )
+
+    def _simulate(self, times: PipelineTimes, *, keep_events: bool) -> tuple[PipelineResult, float]:
+        """The simulated pipeline; where all micro-batches are alike and many, the steady middle is counted instead of run."""
+        layout, count = self.job.layout, len(self.job.micro_batches)
+        ranks = layout.pipeline
+        few = 3 * ranks if layout.virtual == 1 else 4 * ranks
+        if len(self.job.kinds) > 1 or keep_events or count <= few + ranks:
+            return simulate(times, ranks=ranks, chunks=layout.virtual, keep_events=keep_events), 0.0
+        few += count % ranks
+        cut = [simulate(_first(times, number), ranks=ranks, chunks=layout.virtual) for number in (few, few + ranks)]
+        slope = (cut[1].seconds - cut[0].seconds) / ranks
+        return cut[0], slope * (count - few)
+
+    # -- data parallelism
+
+    @cached_property
+    def _held(self) -> list[tuple[float, float]]:
+        """Trainable parameters of each stage: (reduced over data parallelism, over the experts' copies)."""
+        blocks = self.job.kinds[0]
+        return [(sum(b.parameters for b in stage), sum(b.expert_parameters for b in stage)) for stage in blocks]
+
+    def _reduce_seconds(self, stage: int) -> float:
+        layout, software = self.job.layout, self.job.software
+        if layout.sharding in ("full", "gradients"):
+            return 0.0
+        kind: Literal["all_reduce", "reduce_scatter"] = "all_reduce" if layout.sharding == "none" else "reduce_scatter"
+        dense, experts = self._held[stage]
+        network = self.costs.network
+        return network.seconds(Message(kind, software.gradient_bytes * dense, "data")) + network.seconds(
+            Message(kind, software.gradient_bytes * experts, "expert_data")
+        )
+
+    def _gather_seconds(self, stage: int) -> float:
+        if self.job.layout.sharding != "optimizer":
+            return 0.0
+        dense, experts = self._held[stage]
+        network = self.costs.network
+        return network.seconds(Message("all_gather", 2 * dense, "data")) + network.seconds(
+            Message("all_gather", 2 * experts, "expert_data")
+        )
+
+    def _gathers_early(self) -> bool:
+        layout = self.job.layout
+        return self.job.overlap_parameter_gather and self.job.software.hides_data_messages and (layout.pipeline == 1 or layout.virtual > 1)
+
+    def _exposed_gather(self, gathers: list[float]) -> float:
+        layout = self.job.layout
+        if self._gathers_early():
+            return 0.0
+        return max(sum(gathers[chunk * layout.pipeline + rank] for chunk in range(layout.virtual)) for rank in range(layout.pipeline))
+
+    def _bucket_seconds(self, stage: int, whole: float) -> float:
+        parameters = sum(self._held[stage])
+        bucket = max(BUCKET_PARAMETERS, 1e6 * self.job.layout.data)
+        return whole * min(1.0, bucket / parameters) if parameters else 0.0
+
+    def _reduction(self, result: PipelineResult) -> tuple[list[float], list[float]]:
+        """(when each rank's gradients are reduced, how long after its last backward pass)."""
+        layout = self.job.layout
+        ends, tails = [], []
+        for rank in range(layout.pipeline):
+            last = result.rank_end[rank]
+            channel = 0.0
+            for chunk in reversed(range(layout.virtual)):
+                stage = chunk * layout.pipeline + rank
+                seconds = self._reduce_seconds(stage)
+                if self.job.software.hides_data_messages:
+                    channel = max(channel, result.stage_last_begin[stage]) + seconds
+                    channel = max(channel, result.stage_last_backward[stage] + self._bucket_seconds(stage, seconds))
+                    last += self.job.software.interference * min(
+                        seconds, result.stage_last_backward[stage] - result.stage_last_begin[stage]
+                    )
+                else:
+                    channel = max(channel, last) + seconds
+            ends.append(max(last, channel))
+            tails.append(max(last, channel) - result.rank_end[rank])
+        return ends, tails
+
+    def _optimizer(self) -> float:
+        """Update of the share that a process owns."""
+        layout = self.job.layout
+        sharded = layout.sharding != "none"
+        copies, expert_copies = (layout.data * layout.context, layout.expert_data) if sharded else (1, 1)
+        most = 0.0
+        for rank in range(layout.pipeline):
+            held = [self._held[chunk * layout.pipeline + rank] for chunk in range(layout.virtual)]
+            most = max(most, sum(dense / copies + experts / expert_copies for dense, experts in held))
+        return self.costs.optimizer(most) + 100e-6 * math.log2(max(2, layout.gpus))
+
+    # -- report
+
+    def _parts(
+        self,
+        forward: list[list[Seconds]],
+        backward: list[list[Seconds]],
+        end: float,
+        tail: float,
+        optimizer: float,
+        gather: float,
+        jitter: float,
+    ) -> dict[str, float]:
+        layout = self.job.layout
+        busiest, best = Seconds(), -1.0
+        for rank in range(layout.pipeline):
+            total = Seconds()
+            for chunk in range(layout.virtual):
+                f, b = self._mean_of(forward, backward, chunk * layout.pipeline + rank)
+                total = total + f + b
+            total = total.times(len(self.job.micro_batches))
+            if total.total > best:
+                busiest, best = total, total.total
+        return {
+            "products": busiest.product,
+            "attention": busiest.attention,
+            "element-wise kernels": busiest.moved,
+            "messages of layers": busiest.messages,
+            "host": busiest.host + STEP_OVERHEAD,
+            "pipeline bubble": max(0.0, end - tail - best),
+            "gradient reduction": tail,
+            "optimizer": optimizer,
+            "parameter gather": gather,
+            "jitter": jitter,
+        }
+
+
+def _first(times: PipelineTimes, number: int) -> PipelineTimes:
+    """The same with only the first micro-batches."""
+    cut: Callable[[Sequence[Sequence[float]]], list[Sequence[float]]] = lambda table: [row[:number] for row in table]  # noqa: E731
+    return PipelineTimes(
+        forward=cut(times.forward),
+        backward=cut(times.backward),
+        send=times.send,
+        send_overlaps=times.send_overlaps,
+        first_ready=times.first_ready,
+        saved=cut(times.saved),
+    )
