@@ -58,7 +58,7 @@ def make_up(settings: Experiment, folder: Path, *, shard_size: str) -> int:
     """Write an exported model of random values, in the same shards as an export; returns its bytes."""
     folder.mkdir()
     assert isinstance(settings.model, MM1Config)
-    write_mm1_files(settings, settings.data.tokenizer_path, folder, dtype="bfloat16")
+    write_mm1_files(settings.model, folder, experiment=settings, tokenizer=settings.data.tokenizer_path, dtype="bfloat16")
     infos = {name: target.info for name, target in model_targets(settings).items()}
     shards = cut(plan_tensors(mm1_table(settings.model), infos, dtype=None), limit=parse_size(shard_size))
     values = torch.randn(GIB // 2, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16().view(torch.uint8).numpy()

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from megatron_mm.config import ConnectorConfig, DecoderConfig, Experiment, ParallelConfig
+from megatron_mm.config.towers import VIT_TINY
 from megatron_mm.data.batch import PackedBatch, documents_of_images
 from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.recipes import get_recipe
-from megatron_mm.models.vision import VIT_TINY
 from megatron_mm.parallel.topology import Topology
 
 IMAGE_ID = 4

@@ -11,9 +11,9 @@ import torch
 from small import packed_batch, small_experiment
 
 from megatron_mm.config import DecoderConfig, Experiment, ParallelConfig, ResamplerConfig
+from megatron_mm.config.towers import EVA_TINY
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.infimm.config import GatedConfig, InfiMMConfig
-from megatron_mm.models.eva import EVA_TINY
 from megatron_mm.parallel.topology import Topology
 
 END_OF_CHUNK_ID, IMAGE_ID = 3, 4

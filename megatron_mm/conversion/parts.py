@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
 
 from megatron_mm.config import DecoderConfig, Experiment, VisionConfig
-from megatron_mm.conversion.families import FAMILIES
 from megatron_mm.data.text.tokenizer import Tokenizer
-from megatron_mm.families.mm1.files import generation_config
 from megatron_mm.families.registry import family_of
-from megatron_mm.hf.configs import Architecture, image_processor_config, language_model_config, vision_model_config
+from megatron_mm.hf.configs import Architecture, image_processor_config, language_model_config, vision_model_config, write_document
 from megatron_mm.hf.decoders import internlm2_table, llama_table
 from megatron_mm.hf.mapping import Entry
-from megatron_mm.hf.tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
+from megatron_mm.hf.tokenizer import convert_tokenizer, generation_config, tokenizer_config, write_tokenizer
 from megatron_mm.hf.towers import clip_table
 
 logger = logging.getLogger(__name__)
@@ -26,7 +23,7 @@ def language_table(experiment: Experiment, *, architecture: Architecture, vocab_
     decoder = experiment.model.decoder
     if decoder.moe is not None:
         raise ValueError(f"the decoder of {experiment.recipe} has experts, which Llama has not: leave out --part, or export a dense model")
-    if FAMILIES[experiment.model.family].language_mlps != ("mlp",):
+    if family_of(experiment.model).language_mlps != ("mlp",):
         raise ValueError(f"the decoder of {experiment.recipe} has visual experts, which Llama has not: leave out --part")
     if architecture == "internlm2" and decoder.tied_embeddings:
         raise ValueError(f"the decoder of {experiment.recipe} ties its output layer, which InternLM2 does not: use --architecture llama")
@@ -56,17 +53,17 @@ def write_language_files(
             converted = convert_tokenizer(tokenizer, special=special, bos_id=ids.bos_id, eos_id=ids.eos_id)
             roles = {"pad_id": ids.pad_id, "bos_id": ids.bos_id, "eos_id": ids.eos_id}
             write_tokenizer(converted, tokenizer_config(converted, special=special, sequence_length=length, **roles), out)
-            _write(out / "generation_config.json", generation_config(ids, never=special.values(), rows=rows))
+            write_document(out / "generation_config.json", generation_config(ids, never=special.values(), rows=rows))
         else:
             logger.info("the %d written rows lack those of special tokens, so tokenizer.model is written as it is, alone", rows)
-    _write(out / "config.json", config)
+    write_document(out / "config.json", config)
 
 
 def write_vision_files(experiment: Experiment, out: Path, *, dtype: str) -> None:
     """Configuration and image processor."""
     tower = _tower(experiment)
-    _write(out / "config.json", vision_model_config(tower, dtype=dtype))
-    _write(out / "preprocessor_config.json", image_processor_config(tower))
+    write_document(out / "config.json", vision_model_config(tower, dtype=dtype))
+    write_document(out / "preprocessor_config.json", image_processor_config(tower))
 
 
 def _tower(experiment: Experiment) -> VisionConfig:
@@ -76,7 +73,3 @@ def _tower(experiment: Experiment) -> VisionConfig:
             f"{experiment.recipe} has no tower that a CLIPVisionModel could hold (MM1 has one, InfiMM's is an EVA-CLIP): leave out --part"
         )
     return tower
-
-
-def _write(path: Path, document: dict) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n")

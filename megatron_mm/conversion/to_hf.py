@@ -20,7 +20,6 @@ import torch
 
 from megatron_mm.config import Experiment
 from megatron_mm.conversion import parts
-from megatron_mm.conversion.families import FAMILIES
 from megatron_mm.conversion.files import TensorInfo, safetensors_header
 from megatron_mm.conversion.job import Lane, Task, cut, finish, partial_directory, run_lanes, write_values
 from megatron_mm.conversion.reader import CheckpointReader
@@ -110,7 +109,7 @@ def convert_to_hf(
     reader = CheckpointReader(checkpoint, verify=verify, threads=threads)
     plan = plan_tensors(table, _checked_infos(reader, experiment, table, checkpoint, whole=part == "whole"), dtype=DTYPES[dtype])
     if part == "whole":
-        plan += _constants(FAMILIES[experiment.model.family].constants(experiment.model))
+        plan += _constants(family_of(experiment.model).constants(experiment.model))
     shards = plan_shards(plan, limit=limit)
     lanes = _lanes(shards, reader)
     fingerprint = {
@@ -218,9 +217,9 @@ def _exporter(
         return parts.language_table(experiment, architecture=architecture, vocab_rows=vocab_rows), files
     if tokenizer is None:
         raise ValueError(f"{checkpoint} has no tokenizer.model: put the run's SentencePiece model there")
-    family = FAMILIES[experiment.model.family]
-    table = family.table(experiment.model, vocab_rows=vocab_rows)
-    return table, partial(family.write_files, experiment, tokenizer, vocab_rows=vocab_rows)
+    family, model = family_of(experiment.model), experiment.model
+    files = partial(family.write_files, model, experiment=experiment, tokenizer=tokenizer, vocab_rows=vocab_rows)
+    return family.table(model, vocab_rows=vocab_rows), files
 
 
 def _checked_infos(

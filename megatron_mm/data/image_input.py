@@ -96,3 +96,9 @@ class ImageInput:
     def control_tokens(self) -> tuple[str, ...]:
         """What the tokenizer must know, each once."""
         return tuple(dict.fromkeys((*self.before, self.token, *self.after)))
+
+
+def fill_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """A tower's mean as a colour."""
+    red, green, blue = (round(255 * channel) for channel in mean)
+    return red, green, blue

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.loader import document_stream
 from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.plan.packing import document_images, supervised_tokens
@@ -15,7 +16,6 @@ from megatron_mm.data.text.documents import parse_document
 from megatron_mm.data.text.items import Text
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.generation import Prompt
-from megatron_mm.families.base import ImageInput
 
 
 @dataclass(frozen=True)

@@ -1,37 +1,116 @@
-"""What a model family gives to the rest of the stack, so that nothing else knows a family by name."""
+"""What a model family supplies, so that nothing else knows a family by name.
+
+A family is one folder and one object: a subclass of `Family` whose only instance stands in `families.registry.FAMILIES`. To name a family
+is cheap: its model, tables and files are imported by the methods that need them, so that a list of recipes waits for neither torch nor
+megatron-core.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
-from megatron.core.transformer.module import MegatronModule
-
-from megatron_mm.config import ModelConfig, ParallelConfig
+from megatron_mm.config import Experiment, ModelConfig, ParallelConfig
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.flops import StepWork
-from megatron_mm.models.context import ChunkContext
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.transformer.module import MegatronModule
+
+    from megatron_mm.hf.formats import AnyFormat
+    from megatron_mm.hf.mapping import Entry
+    from megatron_mm.models.context import ChunkContext
+
+Config = TypeVar("Config", bound=ModelConfig)
+Recipe = Callable[[], Experiment]
 
 
-@dataclass(frozen=True)
-class ModelFamily:
-    """A family's entry in `megatron_mm.families.registry.FAMILIES`."""
+class Family(ABC, Generic[Config]):
+    """A model family. Abstract methods are what a family must define; all others have defaults that suit a plain one."""
 
-    build: Callable[[ModelConfig, ChunkContext], MegatronModule]
-    """Make one pipeline chunk. Its weights are allocated, not initialised; it has `config`, `set_input_tensor`,
-    `pre_process`, `post_process`, `share_embeddings_and_output_weights`, `shared_embedding_or_output_weight`."""
-    check_layout: Callable[[ModelConfig, ParallelConfig, int], None]
-    """Raise ValueError where a layout on a number of processes cannot hold the model."""
-    image_input: Callable[[ModelConfig], ImageInput]
-    step_flops: Callable[[ModelConfig, str, StepWork], float]
-    """FLOPs of training on a step's work under a policy, as `flops` counts them."""
-    policies: dict[str, tuple[str, ...]]
-    """What `train.policy` may be, and what learns then: regular expressions, one of which begins a learning parameter's name."""
-    special_tokens: tuple[str, ...] = ("<pad>", "<image>")
+    config: type[Config]
+    """The class of its model configurations; `config.family` is the family's name."""
+    recipes: tuple[Recipe, ...] = ()
+    """Functions that return a complete experiment, each under the name of its function."""
+    freeze_policies: ClassVar[Mapping[str, tuple[str, ...]]] = {"all": ("",)}
+    """What `train.policy` may be, and what is trainable then: regular expressions, one of which matches the beginning of a trainable
+    parameter's name."""
+    special_tokens: ClassVar[tuple[str, ...]] = ("<pad>", "<image>")
     """Control tokens that the model needs, in the order in which they get ids after those of a tokenizer that lacks them."""
-    takes_tiles: bool = False
+    takes_tiles: ClassVar[bool] = False
     """Images may be cut into tiles (`data.max_tiles`)."""
-    pipeline_rows: Callable[[ModelConfig, ParallelConfig, int, int], int] = lambda model, parallel, num_tokens, num_images: num_tokens
-    """Rows [rows, 1, hidden_size] that go from stage to stage for a micro-batch of so many tokens and at most so many images."""
-    fp8_sizes: Callable[[ModelConfig, ParallelConfig], dict[str, tuple[int, int]]] = lambda model, parallel: {}
-    """Sizes of FP8 products beside the decoder's own: the number of vectors or their width, and over how many processes it is cut."""
+    language_mlps: ClassVar[tuple[str, ...]] = ("mlp",)
+    """Our names of what the feed-forward of a plain language model's layer becomes: more than one where experts begin as copies of it."""
+
+    @property
+    def name(self) -> str:
+        return self.config.family
+
+    # ------------------------------------------------------------------------------------------------------------- model
+
+    @abstractmethod
+    def build(self, model: Config, context: ChunkContext) -> MegatronModule:
+        """Make one pipeline chunk. Its weights are allocated, not initialised; it has `config`, `set_input_tensor`, `pre_process`,
+        `post_process`, `share_embeddings_and_output_weights`, `shared_embedding_or_output_weight`: `models.chunk.Chunk` brings all."""
+
+    @abstractmethod
+    def image_input(self, model: Config) -> ImageInput:
+        """How images enter the model: which pixels, and which tokens stand for them."""
+
+    @abstractmethod
+    def step_flops(self, model: Config, policy: str, work: StepWork) -> float:
+        """FLOPs of training on a step's work under a freeze policy, counted as `flops` counts them."""
+
+    def check_layout(self, model: Config, parallel: ParallelConfig, world_size: int) -> None:
+        """Raise ValueError where a layout on a number of processes cannot hold the model."""
+        from megatron_mm.models.decoder import check_decoder_layout
+
+        check_decoder_layout(model.decoder, parallel, world_size)
+
+    def pipeline_rows(self, model: Config, parallel: ParallelConfig, num_tokens: int, num_images: int) -> int:
+        """Rows [rows, 1, hidden_size] that go from stage to stage for a micro-batch of so many tokens and at most so many images."""
+        return num_tokens
+
+    def fp8_sizes(self, model: Config, parallel: ParallelConfig) -> dict[str, tuple[int, int]]:
+        """Sizes of FP8 products beside the decoder's own: the number of vectors or their width, and over how many processes it is cut."""
+        return {}
+
+    # -------------------------------------------------------------------------------------------------------- conversion
+
+    def table(self, model: Config, *, vocab_rows: int | None = None) -> list[Entry]:
+        """The whole model's tensors <-> those of its Hugging Face model.
+
+        Args:
+            vocab_rows: rows of the vocabulary that are written; None writes all.
+
+        Raises ValueError where the family has no Hugging Face model.
+        """
+        raise ValueError(f"{self.name} models have no Hugging Face counterpart: define Family.table and Family.write_files")
+
+    def constants(self, model: Config) -> dict[str, torch.Tensor]:
+        """Tensors of the Hugging Face model that are no weights, and follow from the configuration."""
+        return {}
+
+    def write_files(
+        self, model: Config, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None = None
+    ) -> None:
+        """Write everything but the weights of the Hugging Face model: configuration, tokenizer, code.
+
+        Args:
+            out: an existing directory.
+            experiment: of the checkpoint; `model` is its model.
+            tokenizer: the checkpoint's SentencePiece model.
+            dtype: of the weights, by torch's name.
+            vocab_rows: rows of the vocabulary that are written; None writes all.
+
+        Raises ValueError where the tokenizer cannot be exported or has more ids than embeddings are written.
+        """
+        raise ValueError(f"{self.name} models have no Hugging Face counterpart: define Family.table and Family.write_files")
+
+    def formats(self) -> dict[str, AnyFormat]:
+        """Formats of whole models of this family that `convert from-hf --whole` reads, by name; parts that families share are in
+        `hf.formats`."""
+        return {}

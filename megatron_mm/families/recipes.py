@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from megatron_mm.config import Experiment
-from megatron_mm.families import debug_recipes as debug
-from megatron_mm.families.infimm import recipes as infimm
-from megatron_mm.families.mm1 import recipes as mm1
-from megatron_mm.families.mono_internvl import recipes as mono_internvl
+from megatron_mm.families.base import Recipe
+from megatron_mm.families.registry import FAMILIES
 
-RECIPES: dict[str, Callable[[], Experiment]] = {
-    recipe.__name__: recipe for recipe in (*debug.RECIPES, *mm1.RECIPES, *infimm.RECIPES, *mono_internvl.RECIPES)
-}
+
+def _collect() -> dict[str, Recipe]:
+    """The recipes of all families by name, those for a laptop first."""
+    recipes = {recipe.__name__: recipe for family in FAMILIES.values() for recipe in family.recipes}
+    return dict(sorted(recipes.items(), key=lambda item: not item[0].startswith("debug_")))
+
+
+RECIPES = _collect()
 
 
 def get_recipe(name: str) -> Experiment:

@@ -1,19 +1,24 @@
-"""Model families. What a family must supply is in `families.base.ModelFamily`."""
+"""Every model family that is known: `FAMILIES` is all of them. What a family supplies is in `families.base.Family`."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from megatron_mm.config import Experiment, ModelConfig
-from megatron_mm.data.batch import PackedBatch
-from megatron_mm.families.base import ModelFamily
-from megatron_mm.families.infimm import model as infimm
-from megatron_mm.families.mm1 import model as mm1
-from megatron_mm.families.mono_internvl import model as mono_internvl
+from megatron_mm.config import Experiment
+from megatron_mm.families.base import Config, Family
+from megatron_mm.families.infimm.family import INFIMM
+from megatron_mm.families.mm1.family import MM1
+from megatron_mm.families.mono_internvl.family import MONO_INTERNVL
 
-FAMILIES: dict[str, ModelFamily] = {"mm1": mm1.FAMILY, "infimm": infimm.FAMILY, "mono_internvl": mono_internvl.FAMILY}
+if TYPE_CHECKING:
+    from megatron_mm.data.batch import PackedBatch
+
+FAMILIES: dict[str, Family[Any]] = {"mm1": MM1, "infimm": INFIMM, "mono_internvl": MONO_INTERNVL}
 
 
-def family_of(model: ModelConfig) -> ModelFamily:
-    """The family that builds a model config."""
+def family_of(model: Config) -> Family[Config]:
+    """The family that a model config belongs to."""
     return FAMILIES[model.family]
 
 

@@ -12,11 +12,7 @@ from typing import Any
 from megatron_mm.config import ModelConfig
 from megatron_mm.config.checks import require
 from megatron_mm.config.run import Experiment
-from megatron_mm.families.infimm.config import InfiMMConfig
-from megatron_mm.families.mm1.config import MM1Config
-from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
-
-_MODELS: dict[str, type[ModelConfig]] = {config.family: config for config in (MM1Config, InfiMMConfig, MonoInternVLConfig)}
+from megatron_mm.families.registry import FAMILIES
 
 
 def to_dict(value: Any) -> Any:
@@ -38,9 +34,9 @@ def from_dict(kind: type, values: dict[str, Any], *, where: str = "config") -> A
     """
     if kind is ModelConfig:
         family = values.get("family")
-        if family not in _MODELS:
-            raise ValueError(f"{where} has the model family {family!r}, but this version knows {sorted(_MODELS)}")
-        return from_dict(_MODELS[family], {k: v for k, v in values.items() if k != "family"}, where=where)
+        if family not in FAMILIES:
+            raise ValueError(f"{where} has the model family {family!r}, but this version knows {sorted(FAMILIES)}")
+        return from_dict(FAMILIES[family].config, {k: v for k, v in values.items() if k != "family"}, where=where)
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))

@@ -1,7 +1,9 @@
-"""config.json of decoders and image towers, as transformers wants it. `conversion.sources` reads the same back."""
+"""config.json of decoders and image towers, as transformers wants it. `hf.settings` reads the same back."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_mm.config import DecoderConfig, VisionConfig
@@ -102,3 +104,8 @@ def image_processor_config(vision: VisionConfig) -> dict[str, Any]:
         "image_mean": list(vision.mean),
         "image_std": list(vision.std),
     }
+
+
+def write_document(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON file as transformers formats its own."""
+    path.write_text(json.dumps(document, indent=2) + "\n")

@@ -12,12 +12,14 @@ are: `<image>a red ball` is the image token and then the ids of "a red ball".
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+
+from megatron_mm.data.text.tokenizer import Tokenizer as RunTokenizer
 
 _SPACE = "▁"
 _SPM: Any = sentencepiece_model_pb2  # generated at import time, so without types
@@ -120,3 +122,21 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", _SPACE))
     return normalizers.Sequence(steps)
+
+
+def generation_config(ids: RunTokenizer, *, never: Iterable[int], rows: int) -> dict[str, Any]:
+    """generation_config.json of a model with so many embeddings.
+
+    Args:
+        never: tokens that are not generated.
+    """
+    never = [*never, *range(ids.vocab_size, rows)]  # rows beyond the tokenizer only fill the table up
+    return {"bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id, "pad_token_id": ids.pad_id, "suppress_tokens": never}
+
+
+def open_run_tokenizer(path: Path, *, special: Sequence[str], rows: int) -> RunTokenizer:
+    """A run's tokenizer with its family's special tokens. Raises ValueError where it has more ids than `rows` embeddings."""
+    ids = RunTokenizer.open(path, special=special)
+    if ids.vocab_size > rows:
+        raise ValueError(f"{path} has {ids.vocab_size} ids, but {rows} embeddings are written: it is not this run's")
+    return ids

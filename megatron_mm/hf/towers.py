@@ -1,9 +1,9 @@
-"""Tables of image towers: our CLIP tower <-> transformers' `CLIPVisionModel`, and open_clip's names."""
+"""Tables of image towers: our CLIP tower <-> transformers' `CLIPVisionModel`, and open_clip's names; our EVA tower <-> EVA-CLIP's."""
 
 from __future__ import annotations
 
-from megatron_mm.config import VisionConfig
-from megatron_mm.hf.mapping import QKV, Direct, Entry, Positions, StackedQKV, both, expand
+from megatron_mm.config import EvaConfig, VisionConfig
+from megatron_mm.hf.mapping import QKV, Direct, Entry, Positions, StackedQKV, Wrapped, both, expand
 
 _LAYER = "vision.transformer.layers.{layer}"
 
@@ -65,3 +65,51 @@ def open_clip_table(config: VisionConfig, *, prefix: str = "visual.") -> list[En
         placeholder="layer",
         count=config.num_layers,
     )
+
+
+def eva_table(config: EvaConfig, *, prefix: str = "") -> list[Entry]:
+    """A tower as EVA-CLIP names it: EVA02-L's kind, or EVA01-g's and EVA02-bigE's.
+
+    Args:
+        prefix: of their names.
+    """
+    ours, theirs = "vision.layers.{layer}", f"{prefix}blocks.{{layer}}"
+    names = {x: f"{theirs}.attn.{x}_proj.weight" for x in "qkv"}
+    eva02 = [
+        # Three projections are the rows of one: a QKV of a single head as wide as the tower.
+        QKV(
+            f"{ours}.attention.qkv.weight",
+            q=names["q"],
+            k=names["k"],
+            v=names["v"],
+            num_heads=1,
+            num_groups=1,
+            head_dim=config.hidden_size,
+        ),
+        *both(f"{ours}.attention.inner_norm", f"{theirs}.attn.inner_attn_ln"),
+        *both(f"{ours}.mlp.gate", f"{theirs}.mlp.w1"),
+        *both(f"{ours}.mlp.up", f"{theirs}.mlp.w2"),
+        *both(f"{ours}.mlp.inner_norm", f"{theirs}.mlp.ffn_ln"),
+        *both(f"{ours}.mlp.down", f"{theirs}.mlp.w3"),
+    ]
+    eva01 = [
+        Direct(f"{ours}.attention.qkv.weight", f"{theirs}.attn.qkv.weight"),
+        *both(f"{ours}.mlp.up", f"{theirs}.mlp.fc1"),
+        *both(f"{ours}.mlp.down", f"{theirs}.mlp.fc2"),
+    ]
+    layer = [
+        *both(f"{ours}.attention_norm", f"{theirs}.norm1"),
+        Direct(f"{ours}.attention.q_bias", f"{theirs}.attn.q_bias"),
+        Direct(f"{ours}.attention.v_bias", f"{theirs}.attn.v_bias"),
+        *both(f"{ours}.attention.output", f"{theirs}.attn.proj"),
+        *both(f"{ours}.mlp_norm", f"{theirs}.norm2"),
+        *(eva02 if config.swiglu else eva01),
+    ]
+    return [
+        Wrapped("vision.class_embedding", f"{prefix}cls_token", axes=2),
+        Positions("vision.position_embedding", f"{prefix}pos_embed", num_patches=config.grid_size**2, axes=1),
+        *both("vision.patch_embedding", f"{prefix}patch_embed.proj"),
+        *expand(layer, placeholder="layer", count=config.num_layers),
+        *both("vision.norm", f"{prefix}norm"),
+        *both("vision.head", f"{prefix}head"),
+    ]

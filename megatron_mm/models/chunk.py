@@ -11,7 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_mm.config import DecoderConfig
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.families.base import ImageInput
+from megatron_mm.data.image_input import ImageInput
 from megatron_mm.models.context import ChunkContext
 from megatron_mm.models.decoder import build_decoder, decoder_transformer_config
 from megatron_mm.parallel.replicated import mark_replicated, replicated_state

@@ -67,9 +67,3 @@ class ChunkContext:
     def virtual_stage(self) -> int | None:
         """Index of the chunk on its pipeline rank, as megatron-core wants it: None without interleaving."""
         return self.stage // self.parallel.pipeline if self.parallel.virtual > 1 else None
-
-
-def fill_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
-    """A tower's mean as a colour."""
-    red, green, blue = (round(255 * channel) for channel in mean)
-    return red, green, blue

@@ -24,58 +24,6 @@ from torch import nn
 from megatron_mm.config import EvaConfig
 from megatron_mm.models.plain import PixelNormalization, linear, norm
 
-EVA02_L_14_336 = EvaConfig(
-    image_size=336,
-    patch_size=14,
-    hidden_size=1024,
-    num_layers=24,
-    num_attention_heads=16,
-    ffn_hidden_size=2730,
-    output_size=768,
-    swiglu=True,
-    rotary_grid=16,
-    resize="crop",
-)
-"""EVA02-CLIP-L/14 at 336 px: 24 x 24 patches, 304,432,832 parameters."""
-
-EVA01_G_14_224 = EvaConfig(
-    image_size=224,
-    patch_size=14,
-    hidden_size=1408,
-    num_layers=40,
-    num_attention_heads=16,
-    ffn_hidden_size=6144,
-    output_size=1024,
-    resize="crop",
-)
-"""EVA01-CLIP-g/14 at 224 px: 16 x 16 patches, 1,012,588,928 parameters."""
-
-EVA02_BIGE_14_224 = EvaConfig(
-    image_size=224,
-    patch_size=14,
-    hidden_size=1792,
-    num_layers=64,
-    num_attention_heads=16,
-    ffn_hidden_size=15360,
-    output_size=1024,
-    block="post_norm",
-    resize="crop",
-)
-"""EVA02-CLIP-bigE/14 at 224 px: 16 x 16 patches, 4,350,556,928 parameters."""
-
-EVA_TINY = EvaConfig(
-    image_size=32,
-    patch_size=4,
-    hidden_size=64,
-    num_layers=2,
-    num_attention_heads=4,
-    ffn_hidden_size=170,
-    output_size=32,
-    swiglu=True,
-    rotary_grid=4,
-)
-"""EVA02-L's kind of tower for a CPU: 8 x 8 patches, 110,256 parameters."""
-
 
 class EvaTower(nn.Module):
     """EVA-CLIP's vision transformer: pixels [n, 3, H, W] -> tokens [n, s, v]; n may be 0.

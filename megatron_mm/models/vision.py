@@ -24,18 +24,6 @@ from megatron_mm.models.decoder import NO_INITIALIZATION, RECOMPUTE
 from megatron_mm.models.layers import TorchNorm
 from megatron_mm.models.plain import PixelNormalization
 
-VIT_L_14_336 = VisionConfig(image_size=336, patch_size=14, hidden_size=1024, num_layers=24, num_attention_heads=16, ffn_hidden_size=4096)
-"""OpenAI CLIP ViT-L/14 at 336 px: 24 x 24 patches."""
-
-VIT_H_14_224 = VisionConfig(image_size=224, patch_size=14, hidden_size=1280, num_layers=32, num_attention_heads=16, ffn_hidden_size=5120)
-"""DFN5B CLIP ViT-H/14 at 224 px: 16 x 16 patches. Quick-GELU, as in OpenAI's models."""
-
-VIT_H_14_378 = VisionConfig(image_size=378, patch_size=14, hidden_size=1280, num_layers=32, num_attention_heads=16, ffn_hidden_size=5120)
-"""DFN5B CLIP ViT-H/14 at 378 px, MM1's image encoder: 27 x 27 patches, 631,371,520 parameters."""
-
-VIT_TINY = VisionConfig(image_size=32, patch_size=4, hidden_size=64, num_layers=2, num_attention_heads=4, ffn_hidden_size=256)
-"""A tower that learns on a CPU: 8 x 8 patches, 107,520 parameters."""
-
 
 def vision_transformer_config(config: VisionConfig, *, params_dtype: torch.dtype, recompute: str, on_gpu: bool) -> TransformerConfig:
     """The tower's layers in megatron-core's words: LayerNorm, biases everywhere, nothing parallel, no dropout.

@@ -1,6 +1,6 @@
 """What learns in a stage of training.
 
-A family names its policies (`ModelFamily.policies`), a recipe picks one (`train.policy`). What does not learn is frozen before the
+A family names its policies (`Family.freeze_policies`), a recipe picks one (`train.policy`). What does not learn is frozen before the
 data-parallel wrapper sees it, so that it gets no gradient buffer and no optimizer state.
 """
 
@@ -19,7 +19,7 @@ def learning_patterns(experiment: Experiment) -> tuple[str, ...]:
 
     Raises ValueError where the model's family has no policy of that name.
     """
-    policies = family_of(experiment.model).policies
+    policies = family_of(experiment.model).freeze_policies
     if experiment.train.policy not in policies:
         raise ValueError(
             f"train.policy is {experiment.train.policy!r}, but {experiment.model.family} models know {sorted(policies)}: choose one of them"

@@ -15,14 +15,13 @@ from small_infimm import small_infimm
 from small_mono import small_mono
 
 from megatron_mm.config import Experiment
+from megatron_mm.config.towers import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336
 from megatron_mm.conversion.from_hf import convert_from_hf
-from megatron_mm.conversion.released_files import infimm_config
-from megatron_mm.conversion.settings import infimm_settings
 from megatron_mm.conversion.to_hf import convert_to_hf
 from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.families.infimm.files import infimm_config, infimm_settings
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of
-from megatron_mm.models.eva import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336
 from tests.conversion.hf_models import make_language, make_vision, save
 from tests.conversion.test_from_hf import internlm2, tensors
 from tests.conversion.test_round_trip import same, stored, weights, written
@@ -136,7 +135,7 @@ def test_towers_are_described_as_they_are(tower: Any, tokenizer_path: Path) -> N
     recipe = get_recipe("infimm_zephyr_7b_pt")
     settings = replace(recipe, model=replace(recipe.model, vision=tower))  # type: ignore[call-arg]
     ids = Tokenizer.open(tokenizer_path, special=family_of(recipe.model).special_tokens)
-    fields = infimm_settings(infimm_config(settings, ids, dtype="bfloat16", vocab_rows=None))
+    fields = infimm_settings(infimm_config(settings.model, settings, ids, dtype="bfloat16", vocab_rows=None))
     for name, value in fields.items():
         part, field = name.split(".")
         assert getattr(getattr(settings.model, part), field) == value, name

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_mm.config import ConnectorConfig, DecoderConfig
+from megatron_mm.config.towers import VIT_TINY
 from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.mm1.names import mm1_table
 from megatron_mm.hf.mapping import QKV, Direct, GatedMLP, Positions, StackedQKV, Vocabulary, expand, from_hf, to_hf
-from megatron_mm.models.vision import VIT_TINY
 
 MODEL = MM1Config(
     decoder=DecoderConfig(

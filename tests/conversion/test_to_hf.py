@@ -160,7 +160,14 @@ def test_a_failed_export_leaves_nothing(trained: Trained, tmp_path: Path, monkey
 def test_too_small_an_embedding_table_is_refused(trained: Trained, tmp_path: Path) -> None:
     """The tokenizer of another run beside the checkpoint, or too many rows cut off."""
     with pytest.raises(ValueError, match="ids, but 300 embeddings are written"):
-        write_mm1_files(trained.experiment, trained.checkpoint / "tokenizer.model", tmp_path, dtype="float32", vocab_rows=300)
+        write_mm1_files(
+            trained.config,
+            tmp_path,
+            experiment=trained.experiment,
+            tokenizer=trained.checkpoint / "tokenizer.model",
+            dtype="float32",
+            vocab_rows=300,
+        )
     with pytest.raises(ValueError, match="--vocab-size is 300, but the checkpoint's tokenizer has 400 tokens"):
         convert_to_hf(trained.checkpoint, tmp_path / "out", vocab_rows=300, verify=False)
     with pytest.raises(ValueError, match="--vocab-size is 513, but the model has 512 rows"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from data_files import ALONE, experiment
 
 from megatron_mm.data.text.tokenizer import Tokenizer
-from megatron_mm.families.registry import family_of
+from megatron_mm.families.mm1.family import MM1Family
 from megatron_mm.run import data as pipeline
 from megatron_mm.run.data import TrainingData, make_plan, open_tokenizer
 
@@ -81,8 +80,11 @@ def test_the_cursor_is_of_the_batches_handed_out(demo_data: Path) -> None:
 def test_the_tokenizer_has_the_family_s_special_tokens(demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = experiment(demo_data)
     assert open_tokenizer(settings).vocab_size == Tokenizer.open(settings.data.tokenizer_path).vocab_size
-    special = ("<|endofchunk|>", "<image>")
-    monkeypatch.setattr(pipeline, "family_of", lambda model: replace(family_of(model), special_tokens=special))
+
+    class OfInfiMM(MM1Family):
+        special_tokens = ("<|endofchunk|>", "<image>")
+
+    monkeypatch.setattr(pipeline, "family_of", lambda model: OfInfiMM())
     tokenizer = open_tokenizer(settings)
     assert tokenizer.special_id("<|endofchunk|>") == tokenizer.vocab_size - 1
     assert tokenizer.image_id < tokenizer.vocab_size - 1, "the demo's model has <image> already"

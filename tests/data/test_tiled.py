@@ -30,7 +30,8 @@ from megatron_mm.data.sources.index import ITEM, SAMPLE, SourceIndex, open_split
 from megatron_mm.data.sources.shards import read_range
 from megatron_mm.data.tiling import Tiling, cut_tiles, tile_counts
 from megatron_mm.evaluation.captions import caption_tasks
-from megatron_mm.families.registry import family_of
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.mm1.family import MM1Family
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.run import data as pipeline
 from megatron_mm.run.data import TrainingData, make_plan, open_tokenizer
@@ -50,10 +51,13 @@ TILED = ImageInput(
 def tiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """MM1 whose images are written as Mono-InternVL's, in small."""
 
-    def family(model: Any) -> Any:
-        return replace(family_of(model), image_input=lambda model: TILED, special_tokens=("<img>", "</img>", "<IMG_CONTEXT>"))
+    class Tiled(MM1Family):
+        special_tokens = ("<img>", "</img>", "<IMG_CONTEXT>")
 
-    monkeypatch.setattr(pipeline, "family_of", family)
+        def image_input(self, model: MM1Config) -> ImageInput:
+            return TILED
+
+    monkeypatch.setattr(pipeline, "family_of", lambda model: Tiled())
     yield
 
 

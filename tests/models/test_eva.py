@@ -12,9 +12,10 @@ from models.random_weights import randomize
 from models.references import tower_sizes
 
 from megatron_mm.config import EvaConfig, ParallelConfig
-from megatron_mm.families.infimm.names import eva_table
+from megatron_mm.config.towers import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336, EVA_TINY
 from megatron_mm.hf.mapping import from_hf
-from megatron_mm.models.eva import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336, EVA_TINY, EvaTower, rotary_angles, turn
+from megatron_mm.hf.towers import eva_table
+from megatron_mm.models.eva import EvaTower, rotary_angles, turn
 from megatron_mm.parallel import topology
 from megatron_mm.parallel.replicated import replicated_state
 

@@ -8,10 +8,11 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from megatron_mm.config import ParallelConfig, VisionConfig
+from megatron_mm.config.towers import VIT_H_14_224, VIT_H_14_378, VIT_L_14_336, VIT_TINY
 from megatron_mm.hf.mapping import from_hf
 from megatron_mm.hf.towers import clip_table
 from megatron_mm.models.layers import vision_layer_spec
-from megatron_mm.models.vision import VIT_H_14_224, VIT_H_14_378, VIT_L_14_336, VIT_TINY, VisionTower, vision_transformer_config
+from megatron_mm.models.vision import VisionTower, vision_transformer_config
 from megatron_mm.parallel import topology
 
 GEOMETRIES = {

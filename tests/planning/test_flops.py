@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mm.config import ConnectorConfig, DecoderConfig, MoEConfig
+from megatron_mm.config.towers import VIT_H_14_378
 from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.flops import (
@@ -22,7 +23,6 @@ from megatron_mm.flops import (
     vision_flops,
 )
 from megatron_mm.models.connectors import build_connector
-from megatron_mm.models.vision import VIT_H_14_378
 
 MM1_30B = get_recipe("mm1_30b").model
 assert isinstance(MM1_30B, MM1Config)

@@ -1,6 +1,6 @@
 """The tokenizer: a SentencePiece model and the special tokens of multimodal documents.
 
-Which special tokens there are is the model family's matter (`ModelFamily.special_tokens`). One that the SentencePiece model holds
+Which special tokens there are is the model family's matter (`Family.special_tokens`). One that the SentencePiece model holds
 as a control symbol, which no text can spell, keeps its id; the others are appended after the vocabulary, in the family's order.
 
 Worked example: Llama's model of 32000 pieces and the special tokens `<|endofchunk|>`, `<image>` make 32002 ids: `<|endofchunk|>`

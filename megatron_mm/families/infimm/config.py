@@ -7,6 +7,9 @@ from typing import ClassVar
 
 from megatron_mm.config import EvaConfig, ModelConfig, ResamplerConfig
 from megatron_mm.config.checks import require, require_positive
+from megatron_mm.data.image_input import ImageInput, fill_colour
+
+END_OF_CHUNK, IMAGE = "<|endofchunk|>", "<image>"
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,17 @@ class InfiMMConfig(ModelConfig):
             "use less",
         )
         require(self.decoder.moe is None, "InfiMM's decoder has no experts: leave out decoder.moe")
+
+
+def image_input(config: InfiMMConfig) -> ImageInput:
+    """An image is two tokens, to which no features go; the first of them is to be predicted."""
+    return ImageInput(
+        size=config.vision.image_size,
+        fill=fill_colour(config.vision.mean),
+        tokens=1,
+        token=IMAGE,
+        before=(END_OF_CHUNK,),
+        learn_before=True,
+        resize=config.vision.resize,
+        resize_first=True,
+    )

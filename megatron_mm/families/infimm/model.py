@@ -14,22 +14,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megatron_mm.config import ParallelConfig
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.data.image_input import ImageInput
-from megatron_mm.families.base import ModelFamily
-from megatron_mm.families.infimm.config import InfiMMConfig
+from megatron_mm.families.infimm.config import InfiMMConfig, image_input
 from megatron_mm.families.infimm.gated_cross_attention import gated_layer_spec, media_layout
-from megatron_mm.flops import infimm_step_flops
 from megatron_mm.models.chunk import Chunk
-from megatron_mm.models.context import ChunkContext, fill_colour
-from megatron_mm.models.decoder import check_decoder_layout, layers_of_chunk
+from megatron_mm.models.context import ChunkContext
+from megatron_mm.models.decoder import layers_of_chunk
 from megatron_mm.models.eva import EvaTower
 from megatron_mm.models.layers import decoder_layer_spec, plain_submodules
 from megatron_mm.models.resampler import PerceiverResampler
-from megatron_mm.parallel.stages import attach, detach_passengers, rows_for
-
-END_OF_CHUNK, IMAGE = "<|endofchunk|>", "<image>"
+from megatron_mm.parallel.stages import attach, detach_passengers
 
 
 class InfiMMModel(Chunk):
@@ -45,7 +39,7 @@ class InfiMMModel(Chunk):
                 block = plain_submodules(context.backend)
                 spec = gated_layer_spec(spec, block=block, gated=config.gated, latent_size=config.vision.hidden_size)
             specs.append(spec)
-        super().__init__(config.decoder, context, image=_image_input(config), encoders=encoders, layer_specs=specs)
+        super().__init__(config.decoder, context, image=image_input(config), encoders=encoders, layer_specs=specs)
         self.num_latents, self.latent_size = config.resampler.num_latents, config.vision.hidden_size
         self.received: torch.Tensor | None = None
 
@@ -58,7 +52,7 @@ class InfiMMModel(Chunk):
 
         Args:
             batch: the micro-batch, its tensors on this process's device (`image_...` on the CPU).
-            pipeline_rows: rows of what goes to the next stage, as `ModelFamily.pipeline_rows` says.
+            pipeline_rows: rows of what goes to the next stage, as `Family.pipeline_rows` says.
             with_loss: the last stage returns losses, or else logits.
 
         Returns:
@@ -96,62 +90,3 @@ class InfiMMModel(Chunk):
 def _encoders(config: InfiMMConfig, context: ChunkContext) -> dict[str, torch.nn.Module]:
     tower = EvaTower(config.vision, dtype=context.dtype)
     return {"vision": tower, "resampler": PerceiverResampler(config.resampler, width=config.vision.hidden_size, dtype=context.dtype)}
-
-
-def _image_input(config: InfiMMConfig) -> ImageInput:
-    return ImageInput(
-        size=config.vision.image_size,
-        fill=fill_colour(config.vision.mean),
-        tokens=1,
-        token=IMAGE,
-        before=(END_OF_CHUNK,),
-        learn_before=True,
-        resize=config.vision.resize,
-        resize_first=True,
-    )
-
-
-def _pipeline_rows(config: InfiMMConfig, parallel: ParallelConfig, num_tokens: int, num_images: int) -> int:
-    """Rows for the hidden states of num_tokens tokens and the latents of num_images images."""
-    parts = parallel.tensor if parallel.sequence_parallel else 1
-    vectors = max(1, num_images) * config.resampler.num_latents // parts
-    return num_tokens + parts * rows_for(vectors, width=config.vision.hidden_size, hidden_size=config.decoder.hidden_size)
-
-
-def _check_layout(config: InfiMMConfig, parallel: ParallelConfig, world_size: int) -> None:
-    check_decoder_layout(config.decoder, parallel, world_size)
-    counts = {"heads of the gated blocks": config.gated.num_attention_heads, "latents of an image": config.resampler.num_latents}
-    for name, count in counts.items():
-        if count % parallel.tensor:
-            raise ValueError(f"parallel.tensor {parallel.tensor} does not divide the {count} {name}: use a divisor of it")
-
-
-def _fp8_sizes(config: InfiMMConfig, parallel: ParallelConfig) -> dict[str, tuple[int, int]]:
-    """The gated blocks are computed as their decoder layers are, so their products with the latents are, too."""
-    gated = config.gated
-    return {
-        "model.vision.hidden_size": (config.vision.hidden_size, 1),
-        "model.resampler.num_latents": (config.resampler.num_latents, parallel.tensor if parallel.sequence_parallel else 1),
-        "model.gated.num_attention_heads x head_dim": (gated.num_attention_heads * gated.head_dim, parallel.tensor),
-        "model.gated.ffn_multiplier x model.decoder.hidden_size": (gated.ffn_multiplier * config.decoder.hidden_size, parallel.tensor),
-    }
-
-
-_BRIDGE = (r"resampler\.", r"language\.decoder\.layers\.\d+\.gated\.")
-
-FAMILY = ModelFamily(
-    build=InfiMMModel,  # type: ignore[arg-type]
-    check_layout=_check_layout,  # type: ignore[arg-type]
-    image_input=_image_input,  # type: ignore[arg-type]
-    step_flops=infimm_step_flops,  # type: ignore[arg-type]
-    policies={
-        "pt": _BRIDGE,
-        "mtt": _BRIDGE,
-        "ift": (*_BRIDGE, r"language\."),
-        "ift_frozen_language": _BRIDGE,
-    },
-    special_tokens=(END_OF_CHUNK, IMAGE),
-    pipeline_rows=_pipeline_rows,  # type: ignore[arg-type]
-    fp8_sizes=_fp8_sizes,  # type: ignore[arg-type]
-)
-"""The paper's three stages. Its IFT frees all but the tower; the model card keeps the language model frozen for Zephyr and Vicuna."""

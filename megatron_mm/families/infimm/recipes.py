@@ -34,8 +34,9 @@ from megatron_mm.config import (
     ResamplerConfig,
     TrainConfig,
 )
+from megatron_mm.config.towers import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336, EVA_TINY
+from megatron_mm.families.debug import DEBUG_DECODER, debug_experiment
 from megatron_mm.families.infimm.config import GatedConfig, InfiMMConfig
-from megatron_mm.models.eva import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336
 
 VOCABULARY = 32002
 """Llama's 32000 tokens, <|endofchunk|> and <image>."""
@@ -160,7 +161,26 @@ def infimm_vicuna_13b_ift() -> Experiment:
     return _instruction(infimm_vicuna_13b_pt(), policy="ift_frozen_language", chat_template="vicuna")
 
 
+# -- For a laptop: every part of the real model, tiny. All values are ours.
+
+
+def debug_infimm() -> Experiment:
+    """A tiny InfiMM for `megatron-mm prepare demo` data. All but the tower is trainable, as there is no language model to begin with.
+
+    `python -m megatron_mm train debug_infimm --run-dir runs/infimm --data.path data/demo`
+    """
+    model = InfiMMConfig(
+        decoder=replace(DEBUG_DECODER, vocab_size=520, tied_embeddings=False),
+        vision=EVA_TINY,
+        resampler=ResamplerConfig(num_latents=16, num_layers=2, num_attention_heads=4, head_dim=16),
+        gated=GatedConfig(every_n_layers=2, num_attention_heads=4, head_dim=32),
+    )
+    base = debug_experiment("debug_infimm", model)
+    return replace(base, data=replace(base.data, max_images_per_document=6), train=replace(base.train, policy="ift"))
+
+
 RECIPES = (
+    debug_infimm,
     infimm_zephyr_7b_pt,
     infimm_zephyr_7b_mtt,
     infimm_zephyr_7b_ift,

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from megatron_mm.config import ConnectorConfig, ModelConfig, VisionConfig
 from megatron_mm.config.checks import require
+from megatron_mm.data.image_input import ImageInput, fill_colour
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,9 @@ class MM1Config(ModelConfig):
                 f"connector num_tokens {self.connector.num_tokens} needs a {side}x{side} grid, but the tower gives only "
                 f"{self.vision.grid_size}x{self.vision.grid_size} patches",
             )
+
+
+def image_input(config: MM1Config) -> ImageInput:
+    """An image is as many tokens as the connector makes."""
+    vision = config.vision
+    return ImageInput(size=vision.image_size, tokens=config.connector.num_tokens, fill=fill_colour(vision.mean), resize=vision.resize)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,35 +11,26 @@ from typing import Any
 from megatron_mm.config import DecoderConfig, Experiment
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.mm1.config import MM1Config
-from megatron_mm.hf.configs import decoder_config, tower_config
-from megatron_mm.hf.tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
+from megatron_mm.hf.configs import decoder_config, tower_config, write_document
+from megatron_mm.hf.settings import clip_settings, decoder_settings, under
+from megatron_mm.hf.tokenizer import convert_tokenizer, generation_config, open_run_tokenizer, tokenizer_config, write_tokenizer
 
 _CODE = ("configuration_mm1.py", "modeling_mm1.py", "processing_mm1.py")
 
 
-def write_mm1_files(experiment: Experiment, tokenizer_path: Path, out: Path, *, dtype: str, vocab_rows: int | None = None) -> None:
-    """Write everything but the weights into `out`.
-
-    Args:
-        experiment: of the checkpoint; its model is an MM1.
-        tokenizer_path: the checkpoint's SentencePiece model.
-        dtype: of the weights, by torch's name.
-        vocab_rows: rows of the vocabulary that are written; None writes all.
-
-    Raises ValueError where the tokenizer cannot be exported or has more ids than the model has embeddings.
-    """
-    model = experiment.model
-    assert isinstance(model, MM1Config), "the family's own files"
-    ids = Tokenizer.open(tokenizer_path)
+def write_mm1_files(
+    model: MM1Config, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None = None
+) -> None:
+    """Configuration, tokenizer, processor and code: see `Family.write_files`."""
+    names = ("<pad>", "<image>")
     rows = vocab_rows or model.decoder.vocab_size
-    if ids.vocab_size > rows:
-        raise ValueError(f"{tokenizer_path} has {ids.vocab_size} ids, but {rows} embeddings are written: it is not this run's")
-    special = {name: ids.special_id(name) for name in ("<pad>", "<image>")}
-    tokenizer = convert_tokenizer(tokenizer_path, special=special, bos_id=ids.bos_id, eos_id=ids.eos_id)
+    ids = open_run_tokenizer(tokenizer, special=names, rows=rows)
+    special = {name: ids.special_id(name) for name in names}
+    converted = convert_tokenizer(tokenizer, special=special, bos_id=ids.bos_id, eos_id=ids.eos_id)
     length = experiment.data.sequence_length
     roles = {"pad_id": ids.pad_id, "bos_id": ids.bos_id, "eos_id": ids.eos_id}
     processor = {"processor_class": "MM1Processor", "auto_map": {"AutoProcessor": "processing_mm1.MM1Processor"}}
-    write_tokenizer(tokenizer, {**tokenizer_config(tokenizer, special=special, sequence_length=length, **roles), **processor}, out)
+    write_tokenizer(converted, {**tokenizer_config(converted, special=special, sequence_length=length, **roles), **processor}, out)
     config = hf_config(model, dtype=dtype, ids=ids, sequence_length=length, vocab_rows=vocab_rows)
     documents = {
         "config.json": config,
@@ -55,20 +45,10 @@ def write_mm1_files(experiment: Experiment, tokenizer_path: Path, out: Path, *, 
         },
     }
     for name, document in documents.items():
-        (out / name).write_text(json.dumps(document, indent=2) + "\n")
-    shutil.copyfile(tokenizer_path, out / "tokenizer.model")  # for those who read that, this project among them
+        write_document(out / name, document)
+    shutil.copyfile(tokenizer, out / "tokenizer.model")  # for those who read that, this project among them
     for name in _CODE:
         shutil.copyfile(Path(__file__).with_name("hf_code") / name, out / name)
-
-
-def generation_config(ids: Tokenizer, *, never: Iterable[int], rows: int) -> dict[str, Any]:
-    """generation_config.json of a model with so many embeddings.
-
-    Args:
-        never: tokens that are not generated.
-    """
-    never = [*never, *range(ids.vocab_size, rows)]  # rows beyond the tokenizer only fill the table up
-    return {"bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id, "pad_token_id": ids.pad_id, "suppress_tokens": never}
 
 
 def _image_processor_config(model: MM1Config, *, to_rgb: str) -> dict[str, Any]:
@@ -129,3 +109,10 @@ def _experts_config(decoder: DecoderConfig) -> dict[str, Any]:
         "num_experts_per_tok": decoder.moe.top_k,
         "sparse_layers": list(decoder.sparse_layers),
     }
+
+
+def mm1_settings(document: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of an exported MM1 -> fields of an MM1Config, with dots."""
+    text, vision = document["text_config"], clip_settings(document["vision_config"])
+    decoder = {**decoder_settings(text), "sparse_layers": tuple(text.get("sparse_layers") or ())}
+    return {**under("vision", vision), **under("connector", document["connector_config"]), **under("decoder", decoder)}

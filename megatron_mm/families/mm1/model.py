@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from megatron_mm.config import ParallelConfig
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.data.image_input import ImageInput
-from megatron_mm.families.base import ModelFamily
-from megatron_mm.families.mm1.config import MM1Config
-from megatron_mm.flops import mm1_step_flops
+from megatron_mm.families.mm1.config import MM1Config, image_input
 from megatron_mm.models.chunk import Chunk, document_bounds
 from megatron_mm.models.connectors import build_connector
-from megatron_mm.models.context import ChunkContext, fill_colour
-from megatron_mm.models.decoder import check_decoder_layout
+from megatron_mm.models.context import ChunkContext
 from megatron_mm.models.layers import vision_layer_spec
 from megatron_mm.models.vision import VisionTower, vision_transformer_config
 
@@ -26,7 +21,7 @@ class MM1Model(Chunk):
 
     def __init__(self, config: MM1Config, context: ChunkContext) -> None:
         encoders = _encoders(config, context) if context.pre_process else {}
-        super().__init__(config.decoder, context, image=_image_input(config), encoders=encoders)
+        super().__init__(config.decoder, context, image=image_input(config), encoders=encoders)
 
     def forward(self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True) -> torch.Tensor:
         """Hidden states for the next stage, or on the last stage the result.
@@ -58,21 +53,3 @@ def _encoders(config: MM1Config, context: ChunkContext) -> dict[str, torch.nn.Mo
     )
     width = config.decoder.hidden_size
     return {"vision": tower, "connector": build_connector(config.connector, vision=config.vision, output_size=width, dtype=context.dtype)}
-
-
-def _image_input(config: MM1Config) -> ImageInput:
-    vision = config.vision
-    return ImageInput(size=vision.image_size, tokens=config.connector.num_tokens, fill=fill_colour(vision.mean), resize=vision.resize)
-
-
-def _check_layout(config: MM1Config, parallel: ParallelConfig, world_size: int) -> None:
-    check_decoder_layout(config.decoder, parallel, world_size)
-
-
-FAMILY = ModelFamily(
-    build=MM1Model,  # type: ignore[arg-type]
-    check_layout=_check_layout,  # type: ignore[arg-type]
-    image_input=_image_input,  # type: ignore[arg-type]
-    step_flops=mm1_step_flops,  # type: ignore[arg-type]
-    policies={"all": ("",)},
-)

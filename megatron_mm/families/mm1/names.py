@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.mm1.files import mm1_settings
 from megatron_mm.hf.decoders import llama_table
+from megatron_mm.hf.formats import AnyFormat, Format
 from megatron_mm.hf.mapping import Direct, Entry, Positions
 from megatron_mm.hf.towers import clip_table
 from megatron_mm.models.connectors import build_connector
@@ -35,3 +37,16 @@ def _connector_entry(name: str, config: MM1Config) -> Entry:
     if name == "connector.position_embedding":
         return Positions(name, name, num_patches=config.vision.num_patches, class_token=False)
     return Direct(name, name)
+
+
+FORMATS: dict[str, AnyFormat] = {
+    "mm1": Format(
+        part="whole",
+        signature="connector.output.weight",
+        prefixes={"": ()},
+        config=MM1Config,
+        table=lambda model, naming: mm1_table(model),
+        settings=mm1_settings,
+        model_types=("mm1",),
+    )
+}

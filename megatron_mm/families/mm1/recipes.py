@@ -24,8 +24,9 @@ from megatron_mm.config import (
     TrainConfig,
     VisionConfig,
 )
+from megatron_mm.config.towers import VIT_H_14_224, VIT_H_14_378, VIT_L_14_336, VIT_TINY
+from megatron_mm.families.debug import DEBUG_DECODER, debug_experiment
 from megatron_mm.families.mm1.config import MM1Config
-from megatron_mm.models.vision import VIT_H_14_224, VIT_H_14_378, VIT_L_14_336
 
 STEPS = 200_000
 
@@ -227,7 +228,30 @@ def mm1_ablation_mix_0_100_0() -> Experiment:
     return _mixture("mm1_ablation_mix_0_100_0", interleaved=1.0)
 
 
+# -- For a laptop: every part of the real model, tiny. All values are ours.
+
+
+def debug_mm1() -> Experiment:
+    """A tiny MM1 for `megatron-mm prepare demo` data.
+
+    `python -m megatron_mm train debug_mm1 --run-dir runs/debug --data.path data/demo` on a laptop.
+    """
+    connector = ConnectorConfig(kind="c_abstractor", num_tokens=16, hidden_size=64, depth=1)
+    return debug_experiment("debug_mm1", MM1Config(decoder=DEBUG_DECODER, vision=VIT_TINY, connector=connector))
+
+
+def debug_mm1_moe() -> Experiment:
+    """`debug_mm1` with 4 experts in every second layer.
+
+    `torchrun --nproc-per-node 2 -m megatron_mm train debug_mm1_moe --run-dir runs/moe --data.path data/demo --parallel.expert 2`
+    """
+    base = debug_mm1()
+    return _sparse(base, "debug_mm1_moe", moe=MoEConfig(num_experts=4, every_n_layers=2), parallel=base.parallel)
+
+
 RECIPES = (
+    debug_mm1,
+    debug_mm1_moe,
     mm1_1b,
     mm1_3b,
     mm1_7b,

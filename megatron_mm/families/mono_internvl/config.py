@@ -7,6 +7,13 @@ from typing import ClassVar
 
 from megatron_mm.config import ModelConfig
 from megatron_mm.config.checks import require, require_positive
+from megatron_mm.data.image_input import ImageInput, fill_colour
+
+SPECIAL_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+"""What InternVL adds to InternLM2's vocabulary, in the order of the ids (92544 and on)."""
+
+EXPERTS = {"text": "feed_forward", "visual": "feed_forward_ve"}
+"""The two feed-forward networks of a layer: our names -> those of released checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +65,15 @@ class MonoInternVLConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         require(self.decoder.moe is None, "Mono-InternVL's experts are chosen by modality: leave out decoder.moe")
+
+
+def image_input(config: MonoInternVLConfig) -> ImageInput:
+    """A tile is as many tokens as squares of patches, between a token before the image and one after it."""
+    return ImageInput(
+        size=config.patches.image_size,
+        fill=fill_colour(config.patches.mean),
+        tokens=config.patches.num_tokens,
+        token="<IMG_CONTEXT>",
+        before=("<img>",),
+        after=("</img>",),
+    )

@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from megatron_mm.config import ParallelConfig
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.data.image_input import ImageInput
-from megatron_mm.families.base import ModelFamily
-from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
+from megatron_mm.families.mono_internvl.config import MonoInternVLConfig, image_input
 from megatron_mm.families.mono_internvl.modality_experts import modality_layer_spec, modality_layout
 from megatron_mm.families.mono_internvl.patch_embedding import PatchEmbedding, PatchProjector
-from megatron_mm.flops import mono_internvl_step_flops
 from megatron_mm.models.chunk import Chunk
-from megatron_mm.models.context import ChunkContext, fill_colour
-from megatron_mm.models.decoder import check_decoder_layout, layers_of_chunk
-
-SPECIAL_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-"""What InternVL adds to InternLM2's vocabulary, in the order of the ids (92544 and on)."""
+from megatron_mm.models.context import ChunkContext
+from megatron_mm.models.decoder import layers_of_chunk
 
 
 class MonoInternVLModel(Chunk):
@@ -30,7 +23,7 @@ class MonoInternVLModel(Chunk):
     def __init__(self, config: MonoInternVLConfig, context: ChunkContext) -> None:
         encoders = _encoders(config, context) if context.pre_process else {}
         specs = [modality_layer_spec(context.backend) for _ in layers_of_chunk(config.decoder, context)]
-        super().__init__(config.decoder, context, image=_image_input(config), encoders=encoders, layer_specs=specs)
+        super().__init__(config.decoder, context, image=image_input(config), encoders=encoders, layer_specs=specs)
         self.backend = context.backend
 
     def forward(self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True) -> torch.Tensor:
@@ -48,38 +41,3 @@ def _encoders(config: MonoInternVLConfig, context: ChunkContext) -> dict[str, to
         "patches": PatchEmbedding(config.patches, dtype=context.dtype),
         "projector": PatchProjector(config.patches, output_size=config.decoder.hidden_size, dtype=context.dtype),
     }
-
-
-def _image_input(config: MonoInternVLConfig) -> ImageInput:
-    return ImageInput(
-        size=config.patches.image_size,
-        fill=fill_colour(config.patches.mean),
-        tokens=config.patches.num_tokens,
-        token="<IMG_CONTEXT>",
-        before=("<img>",),
-        after=("</img>",),
-    )
-
-
-def _check_layout(config: MonoInternVLConfig, parallel: ParallelConfig, world_size: int) -> None:
-    check_decoder_layout(config.decoder, parallel, world_size)
-
-
-_VISUAL = (r"patches\.(?!class_embedding)", r"projector\.", r"language\.decoder\.layers\.\d+\.mlp\.visual\.")
-_ATTENTION = r"language\.decoder\.layers\.\d+\.self_attention\.linear_(qkv|proj)\.weight$"
-
-FAMILY = ModelFamily(
-    build=MonoInternVLModel,  # type: ignore[arg-type]
-    check_layout=_check_layout,  # type: ignore[arg-type]
-    image_input=_image_input,  # type: ignore[arg-type]
-    step_flops=mono_internvl_step_flops,  # type: ignore[arg-type]
-    policies={
-        "s1_1": _VISUAL,
-        "s1_2": _VISUAL,
-        "s1_3": (*_VISUAL, _ATTENTION),
-        "s2": (r"patches\.(?!class_embedding)", r"projector\.", r"language\."),
-    },
-    special_tokens=SPECIAL_TOKENS,
-    takes_tiles=True,
-)
-"""The stages of endogenous visual pre-training (table 1) and instruction tuning. The class embedding takes no part in anything."""

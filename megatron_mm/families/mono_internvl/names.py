@@ -7,11 +7,11 @@ language_model    InternLM2, with feed_forward_ve beside feed_forward in every l
 
 from __future__ import annotations
 
-from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
+from megatron_mm.families.mono_internvl.config import EXPERTS, MonoInternVLConfig
+from megatron_mm.families.mono_internvl.files import mono_internvl_settings
 from megatron_mm.hf.decoders import internlm2_table
+from megatron_mm.hf.formats import ROTARY, AnyFormat, Format
 from megatron_mm.hf.mapping import Entry, Wrapped, both
-
-EXPERTS = {"text": "feed_forward", "visual": "feed_forward_ve"}
 
 
 def mono_internvl_table(config: MonoInternVLConfig, *, vocab_rows: int | None = None) -> list[Entry]:
@@ -36,3 +36,16 @@ def mono_internvl_table(config: MonoInternVLConfig, *, vocab_rows: int | None = 
             vocab_rows=vocab_rows,
         ),
     ]
+
+
+FORMATS: dict[str, AnyFormat] = {
+    "mono_internvl": Format(
+        part="whole",
+        signature="language_model.model.layers.0.feed_forward_ve.w1.weight",
+        prefixes={"": (ROTARY,)},
+        config=MonoInternVLConfig,
+        table=lambda model, naming: mono_internvl_table(model),
+        settings=mono_internvl_settings,
+        model_types=("internvl_chat",),
+    )
+}

@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_mm.config import DataConfig, DecoderConfig, Experiment, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_mm.families.debug import DEBUG_DECODER, debug_experiment
 from megatron_mm.families.mono_internvl.config import MonoInternVLConfig, PatchEmbeddingConfig
 
 VOCABULARY = 92672
@@ -119,4 +120,21 @@ def mono_internvl_2b_s2() -> Experiment:
     )
 
 
-RECIPES = (mono_internvl_2b_s1_1, mono_internvl_2b_s1_2, mono_internvl_2b_s1_3, mono_internvl_2b_s2)
+# -- For a laptop: every part of the real model, tiny. All values are ours.
+
+
+def debug_mono_internvl() -> Experiment:
+    """A tiny Mono-InternVL for `megatron-mm prepare demo` data. Everything is trainable; an image becomes 2 tiles of 16 tokens and a
+    thumbnail at most.
+
+    `python -m megatron_mm train debug_mono_internvl --run-dir runs/mono --data.path data/demo`
+    """
+    model = MonoInternVLConfig(
+        decoder=replace(DEBUG_DECODER, vocab_size=528, tied_embeddings=False, rotary_base=1e6),
+        patches=PatchEmbeddingConfig(image_size=32, patch_size=4, hidden_size=64, position_grid=8),
+    )
+    base = debug_experiment("debug_mono_internvl", model)
+    return replace(base, data=replace(base.data, max_tiles=2, jpeg_quality=(75, 100)), train=replace(base.train, policy="s2"))
+
+
+RECIPES = (debug_mono_internvl, mono_internvl_2b_s1_1, mono_internvl_2b_s1_2, mono_internvl_2b_s1_3, mono_internvl_2b_s2)

@@ -71,43 +71,6 @@ def open_clip_settings(document: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def mm1_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of an exported MM1 -> fields of an MM1Config, with dots."""
-    text, vision = document["text_config"], clip_settings(document["vision_config"])
-    decoder = {**decoder_settings(text), "sparse_layers": tuple(text.get("sparse_layers") or ())}
-    return {**_under("vision", vision), **_under("connector", document["connector_config"]), **_under("decoder", decoder)}
-
-
-def infimm_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a released InfiMM -> fields of an InfiMMConfig."""
-    visual, decoder = document["visual"], decoder_settings(document["language"])
-    vision = {
-        "image_size": visual["image_size"],
-        "patch_size": visual["patch_size"],
-        "hidden_size": visual["width"],
-        "num_layers": visual["layers"],
-        "num_attention_heads": visual["width"] // visual["head_width"],
-        "ffn_hidden_size": int(visual["width"] * visual["mlp_ratio"]),
-        "output_size": visual["embed_dim"],
-        "swiglu": visual.get("naiveswiglu", False),
-        "block": "post_norm" if visual.get("postnorm", False) else "pre_norm",
-        "rotary_grid": visual["pt_hw_seq_len"] if visual.get("rope", False) else None,
-    }
-    return {**_under("vision", vision), **_under("decoder", decoder), "gated.every_n_layers": document["cross_attn_every_n_layers"]}
-
-
-def mono_internvl_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a released Mono-InternVL -> fields of a MonoInternVLConfig."""
-    vision, decoder = document["vision_config"], decoder_settings(document["llm_config"])
-    patches = {
-        "image_size": document["force_image_size"],
-        "patch_size": vision["patch_size"],
-        "hidden_size": vision["hidden_size"],
-        "unshuffle": round(1 / document.get("downsample_ratio", 0.5)),
-        "position_grid": vision["image_size"] // vision["patch_size"],
-    }
-    return {**_under("patches", patches), **_under("decoder", decoder)}
-
-
-def _under(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def under(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a part, by their dotted names in the model."""
     return {f"{part}.{name}": value for name, value in fields.items()}

@@ -1,0 +1,57 @@
+"""MM1 as a family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_mm.config import Experiment
+from megatron_mm.data.image_input import ImageInput
+from megatron_mm.families.base import Family
+from megatron_mm.families.mm1 import recipes
+from megatron_mm.families.mm1.config import MM1Config, image_input
+from megatron_mm.flops import StepWork, mm1_step_flops
+
+if TYPE_CHECKING:
+    from megatron_mm.families.mm1.model import MM1Model
+    from megatron_mm.hf.formats import AnyFormat
+    from megatron_mm.hf.mapping import Entry
+    from megatron_mm.models.context import ChunkContext
+
+
+class MM1Family(Family[MM1Config]):
+    """CLIP tower -> connector -> image tokens inside the decoder's sequence. Everything is trained in one stage."""
+
+    config = MM1Config
+    recipes = recipes.RECIPES
+
+    def build(self, model: MM1Config, context: ChunkContext) -> MM1Model:
+        from megatron_mm.families.mm1.model import MM1Model
+
+        return MM1Model(model, context)
+
+    def image_input(self, model: MM1Config) -> ImageInput:
+        return image_input(model)
+
+    def step_flops(self, model: MM1Config, policy: str, work: StepWork) -> float:
+        return mm1_step_flops(model, policy, work)
+
+    def table(self, model: MM1Config, *, vocab_rows: int | None = None) -> list[Entry]:
+        from megatron_mm.families.mm1.names import mm1_table
+
+        return mm1_table(model, vocab_rows=vocab_rows)
+
+    def write_files(
+        self, model: MM1Config, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None = None
+    ) -> None:
+        from megatron_mm.families.mm1.files import write_mm1_files
+
+        write_mm1_files(model, out, experiment=experiment, tokenizer=tokenizer, dtype=dtype, vocab_rows=vocab_rows)
+
+    def formats(self) -> dict[str, AnyFormat]:
+        from megatron_mm.families.mm1.names import FORMATS
+
+        return FORMATS
+
+
+MM1 = MM1Family()

@@ -1,0 +1,130 @@
+"""Formats that weights are read from: how a kind of checkpoint names and describes what it holds.
+
+`FORMATS` is those of blocks that families share; a family adds those of its whole models (`Family.formats`). A format is detected by tensor
+names and checked against config.json, for a name alone does not make a model: Gemma's tensors are named like Llama's, and an image tower's
+names say nothing of its number of heads. So where a configuration is beside the weights, its model type must be one that the format knows,
+and its settings must be the recipe's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
+
+from megatron_mm.config import DecoderConfig, EvaConfig, VisionConfig
+from megatron_mm.hf.decoders import internlm2_table, llama_table
+from megatron_mm.hf.mapping import Entry
+from megatron_mm.hf.settings import clip_settings, decoder_settings, open_clip_settings
+from megatron_mm.hf.towers import clip_table, eva_table, open_clip_table
+
+Part = Literal["whole", "language", "vision"]
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What a table depends on besides the recipe's part."""
+
+    prefix: str
+    """Of their names."""
+    tied: bool = False
+    """Their output layer is the embedding table."""
+    mlps: tuple[str, ...] = ("mlp",)
+    """Our names of what their layers' feed-forward becomes: more than one where experts begin as copies of it."""
+
+
+@dataclass(frozen=True)
+class Format(Generic[Config]):
+    """How a kind of checkpoint names and describes what it holds."""
+
+    part: Part
+    """What of a model it is."""
+    signature: str
+    """A tensor that every checkpoint of the format has, without its prefix."""
+    prefixes: dict[str, tuple[str, ...]]
+    """What the names may begin with, and for each which other tensors may be there that are not read: regular expressions of whole
+    names."""
+    config: type[Config]
+    """Of the recipe's part that it fits."""
+    table: Callable[[Config, Naming], list[Entry]]
+    """Of the recipe's part."""
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """config.json -> the fields of the recipe's part that must be equal."""
+    model_types: tuple[str, ...] = ()
+    """What config.json may call itself; empty where it says nothing of that."""
+    config_file: str = "config.json"
+
+
+AnyFormat: TypeAlias = Format[Any]
+"""A format of some part's configuration, which `Format.config` says."""
+
+
+def _llama(config: DecoderConfig, naming: Naming) -> list[Entry]:
+    body = naming.prefix
+    head = f"{body}embed_tokens.weight" if naming.tied else f"{body.removesuffix('model.')}lm_head.weight"
+    return llama_table(config, body=body, head=head, mlps=naming.mlps)
+
+
+def _internlm2(config: DecoderConfig, naming: Naming) -> list[Entry]:
+    body = naming.prefix
+    head = f"{body}tok_embeddings.weight" if naming.tied else f"{body.removesuffix('model.')}output.weight"
+    return internlm2_table(config, body=body, head=head, mlps=dict.fromkeys(naming.mlps, "feed_forward"))
+
+
+EVA_ROTARY = r".*\.?rope\.freqs_(cos|sin)"
+ROTARY = r".*\.rotary_emb\.inv_freq"
+_CLIP_TEXT = (r"text_model\..*", r"logit_scale", r"(visual|text)_projection\.weight", r"vision_model\.embeddings\.position_ids")
+_OPEN_CLIP_TEXT = (
+    r"visual\.proj|text_projection|positional_embedding|attn_mask|logit_scale|logit_bias",
+    r"(token_embedding|ln_final|transformer\.resblocks|text)\..*",
+)
+
+FORMATS: dict[str, AnyFormat] = {
+    "llama": Format(
+        part="language",
+        signature="layers.0.self_attn.q_proj.weight",
+        prefixes={"model.": (ROTARY,), "": (ROTARY,)},
+        config=DecoderConfig,
+        table=_llama,
+        settings=decoder_settings,
+        model_types=("llama", "mistral"),
+    ),
+    "internlm2": Format(
+        part="language",
+        signature="layers.0.attention.wqkv.weight",
+        prefixes={"model.": (ROTARY,), "": (ROTARY,)},
+        config=DecoderConfig,
+        table=_internlm2,
+        settings=decoder_settings,
+        model_types=("internlm2",),
+    ),
+    "clip": Format(
+        part="vision",
+        signature="embeddings.patch_embedding.weight",
+        prefixes={"vision_model.": _CLIP_TEXT, "": ("embeddings.position_ids",)},
+        config=VisionConfig,
+        table=lambda config, naming: clip_table(config, prefix=naming.prefix),
+        settings=clip_settings,
+        model_types=("clip", "clip_vision_model"),
+    ),
+    "open_clip": Format(
+        part="vision",
+        signature="conv1.weight",
+        prefixes={"visual.": _OPEN_CLIP_TEXT, "": ("proj",)},
+        config=VisionConfig,
+        table=lambda config, naming: open_clip_table(config, prefix=naming.prefix),
+        settings=open_clip_settings,
+        config_file="open_clip_config.json",
+    ),
+    "eva_clip": Format(
+        part="vision",
+        signature="blocks.0.attn.q_bias",
+        prefixes={"visual.": (EVA_ROTARY, r"logit_scale|text\..*"), "": (EVA_ROTARY,)},
+        config=EvaConfig,
+        table=lambda config, naming: eva_table(config, prefix=naming.prefix),
+        settings=lambda document: {},
+        config_file="eva_config.json",
+    ),
+}
+"""Decoders and image towers that can be read; the first format whose signature is there is taken."""
