@@ -1,22 +1,27 @@
 """Tokens, FLOPs and MFU: the one definition, for the trainer and for planning.
 
-A multiplication and an addition are two FLOPs; the backward pass costs twice the forward: one product for the gradient of the input, one
-for that of the weights. Frozen weights have no gradient, and what lies before everything that learns has none at all. Attention is
-counted over the documents' own lengths, and causal attention half. The image encoder counts. Recomputation, norms, activations, the
-embedding look-up and padding tokens do not.
+A multiplication and an addition are two FLOPs. A training step costs, for each matrix product of its forward pass,
+
+    once more   for the gradient of the weight, where that is trainable
+    once more   for the gradient of the input, where anything before it is trainable
+
+so three times its forward pass where everything is trainable, and once where nothing is up to there. A product of activations (attention's
+scores and values) has two inputs: once or three times. Which weights are trainable is asked by name, so a new freeze policy is counted
+right without a word here. Attention is counted over the documents' own lengths, and causal attention half. The image encoder counts.
+Recomputation, norms, activations, the embedding look-up and padding tokens do not.
+
+Here stand the blocks that families share; connectors bring their own counts (`models.connectors`), and so do families (`Family.flops`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_mm.config import ConnectorConfig, DecoderConfig, EvaConfig, Precision, VisionConfig
-from megatron_mm.families.infimm.config import InfiMMConfig
-from megatron_mm.families.mm1.config import MM1Config
-from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
+from megatron_mm.config import DecoderConfig, EvaConfig, Precision, ResamplerConfig, VisionConfig
 
-FORWARD_AND_BACKWARD = 3
-FORWARD_AND_INPUT_GRADIENT = 2
+Trainable = Callable[[str], bool]
+"""Whether the parameter of a global name is trainable (`Family.trainable`)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,46 @@ class StepWork:
     sum_squared_lengths: int
     """Sum over documents of their squared length in tokens."""
     num_images: int
+
+
+class FlopCount:
+    """Adds up what a chain of matrix products costs in training, in the order of the forward pass.
+
+    Worked example: a frozen product, a trainable one and a frozen one of 10 FLOPs each cost 10 + 30 + 20.
+    """
+
+    def __init__(self, trainable: Trainable = lambda name: True) -> None:
+        self.trainable = trainable
+        self.flops = 0.0
+        self.has_gradient = False
+        """Something that has been counted is trainable, so gradients flow down to here."""
+
+    def weight(self, name: str, forward: float = 0.0) -> None:
+        """A product with a weight.
+
+        Args:
+            name: the weight's global name.
+            forward: FLOPs of the forward pass; 0 for a parameter that costs nothing itself, such as an embedding table or a norm.
+        """
+        if self.trainable(name):
+            # The first product of a tower is counted like the others, although pixels need no gradient: a thousandth of the tower.
+            self.flops += 3 * forward
+            self.has_gradient = True
+        else:
+            self.flops += (2 if self.has_gradient else 1) * forward
+
+    def activations(self, forward: float) -> None:
+        """A product of activations."""
+        self.flops += (3 if self.has_gradient else 1) * forward
+
+    def join(self, other: FlopCount) -> None:
+        """Add a chain whose result enters this one here."""
+        self.flops += other.flops
+        self.has_gradient = self.has_gradient or other.has_gradient
+
+    def branch(self) -> FlopCount:
+        """A chain that begins anew, with the same trainable weights."""
+        return FlopCount(self.trainable)
 
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
@@ -51,6 +96,9 @@ def mfu(tflops: float, peak: float | None) -> float | None:
     return tflops / peak if peak else None
 
 
+# ------------------------------------------------------------------------------------------------------------------ decoder
+
+
 def decoder_matmul_parameters(decoder: DecoderConfig) -> int:
     """Weights that a token is multiplied with, the output layer included, tied or not; in a sparse layer the router and top-k experts."""
     width = decoder.hidden_size
@@ -63,110 +111,117 @@ def decoder_matmul_parameters(decoder: DecoderConfig) -> int:
 
 
 def decoder_flops(decoder: DecoderConfig, *, num_tokens: int, sum_squared_lengths: int) -> float:
-    """FLOPs of training the decoder on a batch.
+    """FLOPs of training the whole decoder on a batch.
 
     Args:
         num_tokens: tokens that are not padding.
         sum_squared_lengths: sum over documents of their squared length in tokens.
     """
-    matmuls = 2 * decoder_matmul_parameters(decoder) * num_tokens
+    count = FlopCount()
+    count_decoder(count, decoder, StepWork(num_tokens=num_tokens, sum_squared_lengths=sum_squared_lengths, num_images=0))
+    return count.flops
+
+
+def count_decoder(count: FlopCount, decoder: DecoderConfig, work: StepWork) -> None:
+    """The decoder on a step's tokens."""
+    count_embedding(count)
+    for layer in range(decoder.num_layers):
+        count_attention(count, decoder, layer, work)
+        count_mlp(count, decoder, layer, work)
+    count_output(count, decoder, work)
+
+
+def count_embedding(count: FlopCount) -> None:
+    """The look-up costs nothing; gradients flow from the first layer down to it where it is trainable."""
+    count.weight("language.embedding.word_embeddings.weight")
+
+
+def count_attention(count: FlopCount, decoder: DecoderConfig, layer: int, work: StepWork) -> None:
+    """Self-attention of a layer and the norm before it."""
+    name, width, tokens = f"language.decoder.layers.{layer}", decoder.hidden_size, work.num_tokens
+    query, key_value = decoder.num_attention_heads * decoder.head_dim, decoder.num_query_groups * decoder.head_dim
+    count.weight(f"{name}.input_layernorm.weight")
+    count.weight(f"{name}.self_attention.linear_qkv.weight", 2.0 * width * (query + 2 * key_value) * tokens)
     # Scores and values: two products of 2 * length^2 * heads * head_dim, half of which causality leaves.
-    attention = 2 * decoder.num_layers * decoder.num_attention_heads * decoder.head_dim * sum_squared_lengths
-    return FORWARD_AND_BACKWARD * float(matmuls + attention)
+    count.activations(2.0 * query * work.sum_squared_lengths)
+    count.weight(f"{name}.self_attention.linear_proj.weight", 2.0 * query * width * tokens)
+
+
+def count_mlp(count: FlopCount, decoder: DecoderConfig, layer: int, work: StepWork) -> None:
+    """The SwiGLU of a layer and the norm before it; in a sparse layer the router and the top-k experts."""
+    name, product = f"language.decoder.layers.{layer}", 2.0 * decoder.hidden_size * decoder.ffn_hidden_size * work.num_tokens
+    count.weight(f"{name}.pre_mlp_layernorm.weight")
+    if decoder.moe is None or layer not in decoder.sparse_layers:
+        count.weight(f"{name}.mlp.linear_fc1.weight", 2 * product)
+        count.weight(f"{name}.mlp.linear_fc2.weight", product)
+        return
+    count.weight(f"{name}.mlp.router.weight", 2.0 * decoder.hidden_size * decoder.moe.num_experts * work.num_tokens)
+    count.weight(f"{name}.mlp.experts.linear_fc1.weight", 2 * decoder.moe.top_k * product)
+    count.weight(f"{name}.mlp.experts.linear_fc2.weight", decoder.moe.top_k * product)
+
+
+def count_output(count: FlopCount, decoder: DecoderConfig, work: StepWork) -> None:
+    """The final norm and the output layer, which may be the embedding table."""
+    name = "language.embedding.word_embeddings.weight" if decoder.tied_embeddings else "language.output_layer.weight"
+    count.weight("language.decoder.final_layernorm.weight")
+    count.weight(name, 2.0 * decoder.hidden_size * decoder.vocab_size * work.num_tokens)
+
+
+# ------------------------------------------------------------------------------------------------------- image towers and such
 
 
 def vision_flops(vision: VisionConfig) -> float:
     """FLOPs of training the image tower on one image."""
-    tokens, width = vision.num_patches + 1, vision.hidden_size
-    patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * width
-    layer = 2 * tokens * (4 * width**2 + 2 * width * vision.ffn_hidden_size) + 4 * tokens**2 * width
-    return FORWARD_AND_BACKWARD * float(patches + vision.num_layers * layer)
+    count = FlopCount()
+    count_vision(count, vision, num_images=1)
+    return count.flops
 
 
-def connector_flops(connector: ConnectorConfig, vision: VisionConfig, *, output_size: int) -> float:
-    """FLOPs of training the connector on one image; depthwise convolutions and squeeze-excitation are left out (under 1%)."""
-    width, inner, patches, tokens = vision.hidden_size, connector.hidden_size, vision.num_patches, connector.num_tokens
-    if connector.kind == "average":
-        forward = tokens * width * output_size
-    elif connector.kind == "attention":
-        forward = patches * width * 2 * inner + 2 * tokens * patches * inner + 2 * tokens * inner * inner + tokens * inner * output_size
-    else:
-        before = patches * (2 * width * inner + inner * inner) + (connector.depth - 1) * patches * 2 * inner * inner
-        after = connector.depth * tokens * 2 * inner * inner + tokens * (inner * output_size + output_size * output_size)
-        forward = before + after
-    return FORWARD_AND_BACKWARD * 2.0 * forward
+def count_vision(count: FlopCount, vision: VisionConfig, *, num_images: int) -> None:
+    """The CLIP tower on some images."""
+    width, tokens = vision.hidden_size, vision.num_patches + 1
+    product = 2.0 * num_images * tokens * width
+    count.weight("vision.patch_embedding.weight", 2.0 * num_images * vision.num_patches * 3 * vision.patch_size**2 * width)
+    for layer in range(vision.num_layers):
+        name = f"vision.transformer.layers.{layer}"
+        count.weight(f"{name}.self_attention.linear_qkv.weight", product * 3 * width)
+        count.activations(4.0 * num_images * tokens**2 * width)
+        count.weight(f"{name}.self_attention.linear_proj.weight", product * width)
+        count.weight(f"{name}.mlp.linear_fc1.weight", product * vision.ffn_hidden_size)
+        count.weight(f"{name}.mlp.linear_fc2.weight", product * vision.ffn_hidden_size)
 
 
-def mm1_step_flops(model: MM1Config, policy: str, work: StepWork) -> float:
-    """FLOPs of one training step of MM1: decoder, image tower and connector, forward and backward."""
-    image = vision_flops(model.vision) + connector_flops(model.connector, model.vision, output_size=model.decoder.hidden_size)
-    return decoder_flops(model.decoder, num_tokens=work.num_tokens, sum_squared_lengths=work.sum_squared_lengths) + work.num_images * image
+def count_eva(count: FlopCount, vision: EvaConfig, *, num_images: int) -> None:
+    """The EVA tower on some images."""
+    width, tokens = vision.hidden_size, vision.num_tokens
+    product = 2.0 * num_images * tokens * width
+    count.weight("vision.patch_embedding.weight", 2.0 * num_images * (tokens - 1) * 3 * vision.patch_size**2 * width)
+    for layer in range(vision.num_layers):
+        name = f"vision.layers.{layer}"
+        count.weight(f"{name}.attention.qkv.weight", product * 3 * width)
+        count.activations(4.0 * num_images * tokens**2 * width)
+        count.weight(f"{name}.attention.output.weight", product * width)
+        if vision.swiglu:
+            count.weight(f"{name}.mlp.gate.weight", product * vision.ffn_hidden_size)
+        count.weight(f"{name}.mlp.up.weight", product * vision.ffn_hidden_size)
+        count.weight(f"{name}.mlp.down.weight", product * vision.ffn_hidden_size)
 
 
-def infimm_step_flops(model: InfiMMConfig, policy: str, work: StepWork) -> float:
-    """FLOPs of one training step of InfiMM: tower forward; resampler and gated blocks forward and backward; the decoder as the policy says.
+def count_resampler(count: FlopCount, config: ResamplerConfig, *, width: int, num_features: int, num_images: int) -> None:
+    """The Perceiver resampler on the features of some images.
 
-    A frozen decoder passes gradients on, down to the first gated block. Every token is counted as looking at an image, which overstates
-    the blocks' attention (under a thousandth of their work) where some do not.
+    Args:
+        width: of the tower.
+        num_features: of an image.
     """
-    decoder, gated = model.decoder, model.gated
-    gated_layers = gated.layers(decoder.num_layers)
-    if policy == "ift":
-        language = decoder_flops(decoder, num_tokens=work.num_tokens, sum_squared_lengths=work.sum_squared_lengths)
-    else:
-        language = _frozen_decoder_flops(decoder, work, first_learning=gated_layers[0])
-    inner, width, latents = gated.num_attention_heads * gated.head_dim, decoder.hidden_size, model.resampler.num_latents
-    of_token = 2 * width * inner + 2 * gated.ffn_multiplier * width**2 + 2 * latents * inner
-    of_image = latents * model.vision.hidden_size * 2 * inner
-    blocks = len(gated_layers) * FORWARD_AND_BACKWARD * 2.0 * (of_token * work.num_tokens + of_image * work.num_images)
-    return language + blocks + work.num_images * (eva_forward_flops(model.vision) + resampler_flops(model))
-
-
-def _frozen_decoder_flops(decoder: DecoderConfig, work: StepWork, *, first_learning: int) -> float:
-    """Forward everywhere; gradients of inputs from the output layer down to the layer `first_learning`."""
-    output = decoder.hidden_size * decoder.vocab_size
-    layer = (decoder_matmul_parameters(decoder) - output) / decoder.num_layers
-    passed = decoder.num_layers - first_learning
-    matmuls = 2 * work.num_tokens * (layer * (decoder.num_layers + passed) + FORWARD_AND_INPUT_GRADIENT * output)
-    attention = 2 * decoder.num_attention_heads * decoder.head_dim * work.sum_squared_lengths
-    return float(matmuls + attention * (decoder.num_layers + (FORWARD_AND_BACKWARD - 1) * passed))
-
-
-def eva_forward_flops(vision: EvaConfig) -> float:
-    """FLOPs of the EVA tower's forward pass on one image."""
-    tokens, width = vision.num_tokens, vision.hidden_size
-    patches = 2 * (tokens - 1) * 3 * vision.patch_size**2 * width
-    mlp = (3 if vision.swiglu else 2) * width * vision.ffn_hidden_size
-    layer = 2 * tokens * (4 * width**2 + mlp) + 4 * tokens**2 * width
-    return float(patches + vision.num_layers * layer)
-
-
-def resampler_flops(model: InfiMMConfig) -> float:
-    """FLOPs of training the Perceiver resampler on one image."""
-    config, width = model.resampler, model.vision.hidden_size
-    inner, latents, seen = config.num_attention_heads * config.head_dim, config.num_latents, model.vision.num_tokens + config.num_latents
-    layer = (
-        latents * 2 * width * inner + seen * 2 * width * inner + 2 * latents * seen * inner + latents * 2 * config.ffn_multiplier * width**2
-    )
-    return FORWARD_AND_BACKWARD * 2.0 * config.num_layers * layer
-
-
-def mono_internvl_step_flops(model: MonoInternVLConfig, policy: str, work: StepWork) -> float:
-    """FLOPs of one training step of Mono-InternVL; a token goes through one feed-forward network, so forward the decoder is a dense one.
-
-    Until the last stage (s2) text's networks and the output layer are frozen, in the first two attention is too. Gradients pass all layers
-    all the same, as the patches in front of them learn.
-    """
-    decoder, patches = model.decoder, model.patches
-    width, visual = decoder.hidden_size, work.num_images * patches.num_tokens
-    frozen = 0  # products of a token with a weight that has no gradient
-    if policy != "s2":
-        mlp = 3 * width * decoder.ffn_hidden_size
-        frozen += decoder.num_layers * mlp * (work.num_tokens - visual) + width * decoder.vocab_size * work.num_tokens
-    if policy in ("s1_1", "s1_2"):
-        inner, groups = decoder.num_attention_heads * decoder.head_dim, 2 * decoder.num_query_groups * decoder.head_dim
-        frozen += decoder.num_layers * (width * (inner + groups) + inner * width) * work.num_tokens
-    language = decoder_flops(decoder, num_tokens=work.num_tokens, sum_squared_lengths=work.sum_squared_lengths) - 2.0 * frozen
-    squares = patches.unshuffle**2 * patches.hidden_size
-    of_image = patches.grid_size**2 * 3 * patches.patch_size**2 * patches.hidden_size + patches.num_tokens * (squares * width + width**2)
-    return language + FORWARD_AND_BACKWARD * 2.0 * of_image * work.num_images
+    inner, latents, seen = config.num_attention_heads * config.head_dim, config.num_latents, num_features + config.num_latents
+    product = 2.0 * num_images * latents * width
+    count.weight("resampler.latents")
+    for layer in range(config.num_layers):
+        name = f"resampler.layers.{layer}"
+        count.weight(f"{name}.query.weight", product * inner)
+        count.weight(f"{name}.key_value.weight", 2.0 * num_images * seen * width * 2 * inner)
+        count.activations(2.0 * num_images * 2 * latents * seen * inner)
+        count.weight(f"{name}.output.weight", product * inner)
+        count.weight(f"{name}.ffn_hidden.weight", product * config.ffn_multiplier * width)
+        count.weight(f"{name}.ffn_output.weight", product * config.ffn_multiplier * width)

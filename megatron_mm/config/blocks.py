@@ -139,8 +139,9 @@ class VisionConfig:
 class ConnectorConfig:
     """Turns the patch features of an image into a fixed number of decoder tokens (MM1, section 3.2)."""
 
-    kind: Literal["average", "attention", "c_abstractor"]
-    """Average pooling + linear; learned queries that attend to the patches; Honeybee's C-Abstractor."""
+    kind: str
+    """Name in `megatron_mm.models.connectors.CONNECTORS`: average (pooling and a linear layer), attention (learned queries look at the
+    patches) or c_abstractor (Honeybee's)."""
     num_tokens: int
     """Tokens that one image becomes in the decoder's sequence; a square number for average and c_abstractor."""
     hidden_size: int = 1024
@@ -150,14 +151,19 @@ class ConnectorConfig:
     num_attention_heads: int = 16
     """Heads of the attention pooling."""
 
+    @property
+    def pools_to_grid(self) -> bool:
+        """The tokens are a square grid, to which the patches are pooled."""
+        return self.kind in ("average", "c_abstractor")
+
     def __post_init__(self) -> None:
         require_positive(self, "num_tokens", "hidden_size", "depth", "num_attention_heads")
-        if self.kind != "attention":
+        if self.pools_to_grid:
             require(
                 math.isqrt(self.num_tokens) ** 2 == self.num_tokens,
                 f"the {self.kind} connector pools to a square grid, but num_tokens is {self.num_tokens}: use 64 or 144, for example",
             )
-        else:
+        if self.kind == "attention":
             require(
                 self.hidden_size % self.num_attention_heads == 0,
                 f"connector hidden_size {self.hidden_size} is not a multiple of its num_attention_heads {self.num_attention_heads}",

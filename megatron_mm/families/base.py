@@ -7,6 +7,7 @@ megatron-core.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from megatron_mm.config import Experiment, ModelConfig, ParallelConfig
 from megatron_mm.data.image_input import ImageInput
-from megatron_mm.flops import StepWork
+from megatron_mm.flops import StepWork, Trainable
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,17 @@ class Family(ABC, Generic[Config]):
     def name(self) -> str:
         return self.config.family
 
+    def trainable_patterns(self, policy: str) -> tuple[str, ...]:
+        """The patterns of a freeze policy. Raises ValueError that lists the policies where the family has none of that name."""
+        if policy not in self.freeze_policies:
+            raise ValueError(f"train.policy is {policy!r}, but {self.name} models know {sorted(self.freeze_policies)}: choose one of them")
+        return self.freeze_policies[policy]
+
+    def trainable(self, policy: str) -> Trainable:
+        """Whether a parameter is trainable under a freeze policy, by its global name."""
+        patterns = [re.compile(pattern) for pattern in self.trainable_patterns(policy)]
+        return lambda name: any(pattern.match(name) for pattern in patterns)
+
     # ------------------------------------------------------------------------------------------------------------- model
 
     @abstractmethod
@@ -61,8 +73,12 @@ class Family(ABC, Generic[Config]):
         """How images enter the model: which pixels, and which tokens stand for them."""
 
     @abstractmethod
+    def flops(self, model: Config, trainable: Trainable, work: StepWork) -> float:
+        """FLOPs of training on a step's work where some parameters are trainable, counted as `megatron_mm.flops` says."""
+
     def step_flops(self, model: Config, policy: str, work: StepWork) -> float:
-        """FLOPs of training on a step's work under a freeze policy, counted as `flops` counts them."""
+        """`flops` under a freeze policy. Raises ValueError where the family has no policy of that name."""
+        return self.flops(model, self.trainable(policy), work)
 
     def check_layout(self, model: Config, parallel: ParallelConfig, world_size: int) -> None:
         """Raise ValueError where a layout on a number of processes cannot hold the model."""

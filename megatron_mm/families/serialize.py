@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from megatron_mm.config import ModelConfig
+from megatron_mm.config import ConnectorConfig, ModelConfig
 from megatron_mm.config.checks import require
 from megatron_mm.config.run import Experiment
 from megatron_mm.families.registry import FAMILIES
@@ -37,6 +37,8 @@ def from_dict(kind: type, values: dict[str, Any], *, where: str = "config") -> A
         if family not in FAMILIES:
             raise ValueError(f"{where} has the model family {family!r}, but this version knows {sorted(FAMILIES)}")
         return from_dict(FAMILIES[family].config, {k: v for k, v in values.items() if k != "family"}, where=where)
+    if kind is ConnectorConfig:
+        kind = _connector_config(values.get("kind"))
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
@@ -45,6 +47,13 @@ def from_dict(kind: type, values: dict[str, Any], *, where: str = "config") -> A
     missing = [n for n, f in fields.items() if n not in values and f.default is optional and f.default_factory is optional]
     require(not missing, f"{where} lacks the fields {missing}")
     return kind(**{name: _convert(hints[name], value, where=f"{where}.{name}") for name, value in values.items()})
+
+
+def _connector_config(kind: Any) -> type[ConnectorConfig]:
+    """A connector may have settings of its own; one that is not known is reported where the model is checked."""
+    from megatron_mm.models.connectors import CONNECTORS
+
+    return CONNECTORS[kind].config if kind in CONNECTORS else ConnectorConfig
 
 
 def _convert(hint: Any, value: Any, *, where: str) -> Any:

@@ -19,12 +19,7 @@ def learning_patterns(experiment: Experiment) -> tuple[str, ...]:
 
     Raises ValueError where the model's family has no policy of that name.
     """
-    policies = family_of(experiment.model).freeze_policies
-    if experiment.train.policy not in policies:
-        raise ValueError(
-            f"train.policy is {experiment.train.policy!r}, but {experiment.model.family} models know {sorted(policies)}: choose one of them"
-        )
-    return policies[experiment.train.policy]
+    return family_of(experiment.model).trainable_patterns(experiment.train.policy)
 
 
 def freeze(chunk: torch.nn.Module, learning: tuple[str, ...]) -> None:

@@ -135,7 +135,9 @@ def test_towers_are_described_as_they_are(tower: Any, tokenizer_path: Path) -> N
     recipe = get_recipe("infimm_zephyr_7b_pt")
     settings = replace(recipe, model=replace(recipe.model, vision=tower))  # type: ignore[call-arg]
     ids = Tokenizer.open(tokenizer_path, special=family_of(recipe.model).special_tokens)
-    fields = infimm_settings(infimm_config(settings.model, settings, ids, dtype="bfloat16", vocab_rows=None))
+    fields = infimm_settings(
+        infimm_config(settings.model, ids, sequence_length=384, language_is_frozen=True, dtype="bfloat16", vocab_rows=None)
+    )
     for name, value in fields.items():
         part, field = name.split(".")
         assert getattr(getattr(settings.model, part), field) == value, name

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from megatron_mm.config import ConnectorConfig, VisionConfig
 from megatron_mm.config.towers import VIT_H_14_378
-from megatron_mm.models.connectors import build_connector, pooling_weights
+from megatron_mm.models.connectors import build_connector
+from megatron_mm.models.connectors.pooling import pooling_weights
 
 VISION = VisionConfig(image_size=36, patch_size=4, hidden_size=24, num_layers=1, num_attention_heads=2, ffn_hidden_size=8)
 CONFIGS = {

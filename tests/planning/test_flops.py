@@ -11,18 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mm.config import ConnectorConfig, DecoderConfig, MoEConfig
 from megatron_mm.config.towers import VIT_H_14_378
 from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.mm1.family import MM1
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.flops import (
     StepWork,
-    connector_flops,
     decoder_flops,
     decoder_matmul_parameters,
     mfu,
-    mm1_step_flops,
     peak_tflops,
     vision_flops,
 )
-from megatron_mm.models.connectors import build_connector
+from megatron_mm.models.connectors import build_connector, connector_flops
 
 MM1_30B = get_recipe("mm1_30b").model
 assert isinstance(MM1_30B, MM1Config)
@@ -90,7 +89,7 @@ def test_a_step_adds_up() -> None:
     decoder = decoder_flops(MM1_30B.decoder, num_tokens=1000, sum_squared_lengths=10**6)
     image = vision_flops(MM1_30B.vision) + connector_flops(MM1_30B.connector, MM1_30B.vision, output_size=6656)
     work = StepWork(num_tokens=1000, sum_squared_lengths=10**6, num_images=5)
-    assert mm1_step_flops(MM1_30B, "all", work) == pytest.approx(decoder + 5 * image)
+    assert MM1.step_flops(MM1_30B, "all", work) == pytest.approx(decoder + 5 * image)
 
 
 def test_peaks_and_utilisation() -> None:

@@ -10,7 +10,7 @@ from megatron_mm.data.image_input import ImageInput
 from megatron_mm.families.base import Family
 from megatron_mm.families.infimm import recipes
 from megatron_mm.families.infimm.config import END_OF_CHUNK, IMAGE, InfiMMConfig, image_input
-from megatron_mm.flops import StepWork, infimm_step_flops
+from megatron_mm.flops import StepWork, Trainable
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,10 @@ class InfiMMFamily(Family[InfiMMConfig]):
     def image_input(self, model: InfiMMConfig) -> ImageInput:
         return image_input(model)
 
-    def step_flops(self, model: InfiMMConfig, policy: str, work: StepWork) -> float:
-        return infimm_step_flops(model, policy, work)
+    def flops(self, model: InfiMMConfig, trainable: Trainable, work: StepWork) -> float:
+        from megatron_mm.families.infimm.flops import infimm_flops
+
+        return infimm_flops(model, trainable, work)
 
     def check_layout(self, model: InfiMMConfig, parallel: ParallelConfig, world_size: int) -> None:
         super().check_layout(model, parallel, world_size)
@@ -88,7 +90,15 @@ class InfiMMFamily(Family[InfiMMConfig]):
     ) -> None:
         from megatron_mm.families.infimm.files import write_infimm_files
 
-        write_infimm_files(model, out, experiment=experiment, tokenizer=tokenizer, dtype=dtype, vocab_rows=vocab_rows)
+        write_infimm_files(
+            model,
+            out,
+            experiment=experiment,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            vocab_rows=vocab_rows,
+            language_is_frozen=not self.trainable(experiment.train.policy)("language.decoder.final_layernorm.weight"),
+        )
 
     def formats(self) -> dict[str, AnyFormat]:
         from megatron_mm.families.infimm.names import FORMATS

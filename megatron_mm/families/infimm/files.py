@@ -21,18 +21,29 @@ from megatron_mm.hf.tokenizer import open_run_tokenizer
 
 
 def write_infimm_files(
-    model: InfiMMConfig, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None = None
+    model: InfiMMConfig, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None, language_is_frozen: bool
 ) -> None:
-    """Configuration and tokenizer: see `Family.write_files`."""
+    """Configuration and tokenizer: see `Family.write_files`. The configuration says whether the language model was frozen last."""
     ids = open_run_tokenizer(tokenizer, special=(END_OF_CHUNK, IMAGE), rows=vocab_rows or model.decoder.vocab_size)
-    write_document(out / "config.json", infimm_config(model, experiment, ids, dtype=dtype, vocab_rows=vocab_rows))
+    write_document(
+        out / "config.json",
+        infimm_config(
+            model,
+            ids,
+            sequence_length=experiment.data.sequence_length,
+            language_is_frozen=language_is_frozen,
+            dtype=dtype,
+            vocab_rows=vocab_rows,
+        ),
+    )
     shutil.copyfile(tokenizer, out / "tokenizer.model")
 
 
-def infimm_config(model: InfiMMConfig, experiment: Experiment, ids: Tokenizer, *, dtype: str, vocab_rows: int | None) -> dict[str, Any]:
+def infimm_config(
+    model: InfiMMConfig, ids: Tokenizer, *, sequence_length: int, language_is_frozen: bool, dtype: str, vocab_rows: int | None
+) -> dict[str, Any]:
     """config.json of an InfiMM. The authors' classes are named where the language model is a Mistral, as Zephyr is."""
     decoder, mistral = model.decoder, model.decoder.num_query_groups < model.decoder.num_attention_heads
-    length = experiment.data.sequence_length
     code = {
         "architectures": ["InfiMMZephyrModel"],
         "auto_map": {
@@ -41,7 +52,7 @@ def infimm_config(model: InfiMMConfig, experiment: Experiment, ids: Tokenizer, *
         },
     }
     kind: Architecture = "mistral" if mistral else "llama"
-    language = language_model_config(decoder, architecture=kind, dtype=dtype, sequence_length=length, vocab_rows=vocab_rows)
+    language = language_model_config(decoder, architecture=kind, dtype=dtype, sequence_length=sequence_length, vocab_rows=vocab_rows)
     return {
         **(code if mistral else {}),
         "model_type": "infimm-zephyr" if mistral else "infimm",
@@ -50,7 +61,7 @@ def infimm_config(model: InfiMMConfig, experiment: Experiment, ids: Tokenizer, *
         "seq_length": 1024,
         "cross_attn_every_n_layers": model.gated.every_n_layers,
         "use_grad_checkpoint": False,
-        "freeze_llm": experiment.train.policy != "ift",
+        "freeze_llm": language_is_frozen,
         "use_flash_attn": False,
         "image_token_id": ids.special_id("<image>"),
         "eoc_token_id": ids.special_id("<|endofchunk|>"),

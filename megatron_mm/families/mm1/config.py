@@ -20,7 +20,7 @@ class MM1Config(ModelConfig):
     connector: ConnectorConfig
 
     def __post_init__(self) -> None:
-        if self.connector.kind != "attention":
+        if self.connector.pools_to_grid:
             side = math.isqrt(self.connector.num_tokens)
             require(
                 side <= self.vision.grid_size,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mm.config import Experiment
+from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.families.base import Family
 from megatron_mm.families.mm1 import recipes
 from megatron_mm.families.mm1.config import MM1Config, image_input
-from megatron_mm.flops import StepWork, mm1_step_flops
+from megatron_mm.flops import StepWork, Trainable
 
 if TYPE_CHECKING:
     from megatron_mm.families.mm1.model import MM1Model
@@ -33,8 +33,16 @@ class MM1Family(Family[MM1Config]):
     def image_input(self, model: MM1Config) -> ImageInput:
         return image_input(model)
 
-    def step_flops(self, model: MM1Config, policy: str, work: StepWork) -> float:
-        return mm1_step_flops(model, policy, work)
+    def check_layout(self, model: MM1Config, parallel: ParallelConfig, world_size: int) -> None:
+        from megatron_mm.models.connectors import connector_of
+
+        connector_of(model.connector)
+        super().check_layout(model, parallel, world_size)
+
+    def flops(self, model: MM1Config, trainable: Trainable, work: StepWork) -> float:
+        from megatron_mm.families.mm1.flops import mm1_flops
+
+        return mm1_flops(model, trainable, work)
 
     def table(self, model: MM1Config, *, vocab_rows: int | None = None) -> list[Entry]:
         from megatron_mm.families.mm1.names import mm1_table

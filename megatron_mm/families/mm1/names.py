@@ -8,9 +8,9 @@ from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.mm1.files import mm1_settings
 from megatron_mm.hf.decoders import llama_table
 from megatron_mm.hf.formats import AnyFormat, Format
-from megatron_mm.hf.mapping import Direct, Entry, Positions
+from megatron_mm.hf.mapping import Entry
 from megatron_mm.hf.towers import clip_table
-from megatron_mm.models.connectors import build_connector
+from megatron_mm.models.connectors import build_connector, connector_of
 
 
 def mm1_table(config: MM1Config, *, vocab_rows: int | None = None) -> list[Entry]:
@@ -30,13 +30,8 @@ def _connector_table(config: MM1Config) -> list[Entry]:
     """Connectors have the same names on both sides."""
     with torch.device("meta"):
         connector = build_connector(config.connector, vision=config.vision, output_size=config.decoder.hidden_size, dtype=torch.float32)
-    return [_connector_entry(f"connector.{name}", config) for name, _ in connector.named_parameters()]
-
-
-def _connector_entry(name: str, config: MM1Config) -> Entry:
-    if name == "connector.position_embedding":
-        return Positions(name, name, num_patches=config.vision.num_patches, class_token=False)
-    return Direct(name, name)
+    entry = connector_of(config.connector).entry
+    return [entry(f"connector.{name}", config.vision) for name, _ in connector.named_parameters()]
 
 
 FORMATS: dict[str, AnyFormat] = {

@@ -10,7 +10,7 @@ from megatron_mm.data.image_input import ImageInput
 from megatron_mm.families.base import Family
 from megatron_mm.families.mono_internvl import recipes
 from megatron_mm.families.mono_internvl.config import EXPERTS, SPECIAL_TOKENS, MonoInternVLConfig, image_input
-from megatron_mm.flops import StepWork, mono_internvl_step_flops
+from megatron_mm.flops import StepWork, Trainable
 
 if TYPE_CHECKING:
     from megatron_mm.families.mono_internvl.model import MonoInternVLModel
@@ -46,8 +46,10 @@ class MonoInternVLFamily(Family[MonoInternVLConfig]):
     def image_input(self, model: MonoInternVLConfig) -> ImageInput:
         return image_input(model)
 
-    def step_flops(self, model: MonoInternVLConfig, policy: str, work: StepWork) -> float:
-        return mono_internvl_step_flops(model, policy, work)
+    def flops(self, model: MonoInternVLConfig, trainable: Trainable, work: StepWork) -> float:
+        from megatron_mm.families.mono_internvl.flops import mono_internvl_flops
+
+        return mono_internvl_flops(model, trainable, work)
 
     def table(self, model: MonoInternVLConfig, *, vocab_rows: int | None = None) -> list[Entry]:
         from megatron_mm.families.mono_internvl.names import mono_internvl_table

@@ -1,0 +1,62 @@
+"""Connectors: the patch features of an image -> the tokens that it takes in the decoder's sequence (MM1, section 3.2).
+
+MM1 found that the number of tokens and the image size matter more than the kind of connector. All three kinds of its
+comparison are here; the C-Abstractor is that of the final models, after Honeybee (arXiv 2312.06742). They are plain torch
+modules, whole on every process. Weights are allocated and marked with their initial scale: 1 / sqrt(fan-in) for matrices and
+convolutions, so that the features, which leave the tower with a final LayerNorm, keep about unit scale on the way and enter
+the decoder at 0.2 to 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron_mm.config import ConnectorConfig, VisionConfig
+from megatron_mm.flops import FlopCount
+from megatron_mm.models.connectors.attention import ATTENTION
+from megatron_mm.models.connectors.average import AVERAGE
+from megatron_mm.models.connectors.base import ACTIVATIONS, Connector
+from megatron_mm.models.connectors.c_abstractor import C_ABSTRACTOR
+
+CONNECTORS: dict[str, Connector] = {"average": AVERAGE, "attention": ATTENTION, "c_abstractor": C_ABSTRACTOR}
+"""Every kind of connector (`ConnectorConfig.kind`)."""
+
+
+def connector_of(config: ConnectorConfig) -> Connector:
+    """The kind of a config. Raises ValueError that lists all kinds where there is none of that name."""
+    if config.kind not in CONNECTORS:
+        raise ValueError(f"connector.kind is {config.kind!r}, but must be one of {sorted(CONNECTORS)}")
+    return CONNECTORS[config.kind]
+
+
+def build_connector(config: ConnectorConfig, *, vision: VisionConfig, output_size: int, dtype: torch.dtype) -> nn.Module:
+    """A connector module: features [n, p, v] -> tokens [n, k, h]; n may be 0.
+
+    Args:
+        vision: the tower whose features it takes.
+        output_size: width of the decoder.
+        dtype: of the parameters.
+    """
+    return connector_of(config).build(config, vision, output_size, dtype)
+
+
+def connector_flops(config: ConnectorConfig, vision: VisionConfig, *, output_size: int) -> float:
+    """FLOPs of training the connector on one image."""
+    count = FlopCount()
+    count_connector(count, config, vision=vision, output_size=output_size, num_images=1)
+    return count.flops
+
+
+def count_connector(count: FlopCount, config: ConnectorConfig, *, vision: VisionConfig, output_size: int, num_images: int) -> None:
+    """The connector on some images.
+
+    Args:
+        vision: the tower whose features it takes.
+        output_size: width of the decoder.
+    """
+    for name, forward in connector_of(config).forward_flops(config, vision, output_size).items():
+        if name == ACTIVATIONS:
+            count.activations(num_images * forward)
+        else:
+            count.weight(f"connector.{name}", num_images * forward)

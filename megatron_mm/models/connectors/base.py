@@ -1,0 +1,30 @@
+"""What a connector supplies, so that one more is one file and one line in the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megatron_mm.config import ConnectorConfig, VisionConfig
+from megatron_mm.hf.mapping import Direct, Entry
+
+ACTIVATIONS = ""
+"""In `Connector.forward_flops`, the name of products of activations."""
+
+
+@dataclass(frozen=True)
+class Connector:
+    """A kind of connector."""
+
+    build: Callable[[ConnectorConfig, VisionConfig, int, torch.dtype], nn.Module]
+    """(config, tower, decoder width, type of the parameters) -> a module that turns features [n, p, v] into tokens [n, k, h]; n may be 0.
+    Its weights are allocated and marked with `init_std` or `init_value` (`models.plain` does both)."""
+    forward_flops: Callable[[ConnectorConfig, VisionConfig, int], Mapping[str, float]]
+    """(config, tower, decoder width) -> FLOPs of the forward pass on one image, by the weight that is multiplied with, in order."""
+    config: type[ConnectorConfig] = ConnectorConfig
+    """The class of its configurations: a subclass where it has fields of its own."""
+    entry: Callable[[str, VisionConfig], Entry] = lambda name, vision: Direct(name, name)
+    """(a parameter's global name, tower) -> how an exported MM1 holds it; as it is, under the same name, unless said otherwise."""
