@@ -14,6 +14,7 @@ from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.mm1.family import MM1
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.flops import (
+    FlopCount,
     StepWork,
     decoder_flops,
     decoder_matmul_parameters,
@@ -73,16 +74,36 @@ def test_average_pooling_counts_its_linear_layer() -> None:
 
 @pytest.mark.parametrize("kind", ["attention", "c_abstractor"])
 def test_connectors_against_torchs_counter(kind: str) -> None:
-    """Forward pass; what is left out (depthwise convolutions, pooling, squeeze-excitation) is small."""
+    """The forward pass, but for pooling, a product with a constant, which is not counted as the model's."""
     vision = replace(VIT_H_14_378, image_size=14 * 24, hidden_size=256, ffn_hidden_size=512)
-    config = ConnectorConfig(kind=kind, num_tokens=144, hidden_size=256)  # type: ignore[arg-type]
+    config = ConnectorConfig(kind=kind, num_tokens=144, hidden_size=256)
     with torch.device("meta"):
         connector = build_connector(config, vision=vision, output_size=512, dtype=torch.float32)
         features = torch.empty(2, vision.num_patches, 256)
         with FlopCounterMode(display=False) as counter:
             connector(features)
+        with FlopCounterMode(display=False) as pooling:
+            if hasattr(connector, "pool"):
+                connector.pool(torch.empty(2, 24, 24, 256))
     expected = connector_flops(config, vision, output_size=512) / 3
-    assert counter.get_total_flops() / 2 == pytest.approx(expected, rel=0.06)
+    assert (counter.get_total_flops() - pooling.get_total_flops()) / 2 == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_unknown_connector_is_counted_as_nothing_else() -> None:
+    with pytest.raises(ValueError, match=r"connector\.kind is 'mlp', but must be one of \['attention', 'average', 'c_abstractor'\]"):
+        connector_flops(ConnectorConfig(kind="mlp", num_tokens=144), VIT_H_14_378, output_size=512)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "expected"),
+    [("", 30), ("b", 10 + 30 + 20), ("c", 20 + 30), ("abc", 90)],
+)
+def test_a_chain_costs_what_is_trainable(trainable: str, expected: int) -> None:
+    """Once forward; once more for a trainable weight; once more where anything before is trainable."""
+    count = FlopCount(lambda name: name in trainable)
+    for name in "abc":
+        count.weight(name, 10.0)
+    assert count.flops == expected
 
 
 def test_a_step_adds_up() -> None:

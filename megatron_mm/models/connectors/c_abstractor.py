@@ -97,12 +97,15 @@ def _depthwise(size: int, *, dtype: torch.dtype) -> nn.Conv2d:
 
 
 def _flops(config: ConnectorConfig, vision: VisionConfig, output_size: int) -> Mapping[str, float]:
-    """Depthwise convolutions and squeeze-and-excitation are left out (under 1%)."""
+    """Pooling, a product with a constant, is left out."""
     inner, found = config.hidden_size, {}
     for stage, places, entering in (("before", vision.num_patches, vision.hidden_size), ("after", config.num_tokens, inner)):
         for block in range(config.depth):
             width = entering if block == 0 else inner
             found[f"{stage}.{block}.enter.weight"] = 2.0 * places * width * inner
+            found[f"{stage}.{block}.depthwise.weight"] = 2.0 * places * 9 * inner
+            found[f"{stage}.{block}.squeeze.weight"] = 2.0 * inner * round(width / 4)
+            found[f"{stage}.{block}.excite.weight"] = 2.0 * inner * round(width / 4)
             found[f"{stage}.{block}.leave.weight"] = 2.0 * places * inner * inner
             if width != inner:
                 found[f"{stage}.{block}.shortcut.weight"] = 2.0 * places * width * inner
