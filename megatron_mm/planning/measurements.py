@@ -94,9 +94,13 @@ def number(cells: Mapping[str, str], name: str) -> float | None:
 
 
 def count(cells: Mapping[str, str], name: str) -> int | None:
-    """A cell as a positive whole number; None where there is none."""
+    """A cell as a positive whole number; None where there is none, or none that a run could have had."""
     value = number(cells, name)
-    return None if value is None or value < 1 else round(value)
+    return None if value is None or not 1 <= value <= _LARGEST.get(name, 1e6) else round(value)
+
+
+_LARGEST = {"layers": 2000, "vpp": 200, "experts": 10_000, "seq": 1e8, "vocab": 1e8, "head_dim": 4096, "grad_accum": 10_000}
+"""No model or run had more."""
 
 
 def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
