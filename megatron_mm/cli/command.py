@@ -1,0 +1,205 @@
+"""What a command of the program is: its arguments, its help, and the experiment whose fields its options override.
+
+Every command has the same help: usage, what it does, its arguments, its options. A command that works on an experiment lists, once it knows
+which one, every field of it as an option with the value that it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from megatron_mm.cli.overrides import ABSENT, Override, apply_overrides, overrides_of
+from megatron_mm.cli.values import placeholder, written
+from megatron_mm.config import Experiment
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser: one that raises ValueError with one line, and that knows the names of its options."""
+
+    def __init__(self, *, prog: str, description: str = "", epilog: str = "") -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,
+            allow_abbrev=False,
+        )
+        self.option_names: list[str] = []
+        self.needed: list[str] = []
+        """What the command cannot do without, as it stands in the usage."""
+        self.add_argument("-h", "--help", action="store_true", help="show this help")
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As argparse's, and remembers the option's names."""
+        action = super().add_argument(*names, **settings)
+        self.option_names += action.option_strings
+        if action.required:
+            self.needed.append(" ".join([*action.option_strings, str(action.metavar)]))
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").replace("the following arguments are required:", "missing")
+        raise ValueError(message if message.endswith("?") else f"{message}: see {self.prog} --help")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the program."""
+
+    help: str
+    """What it does, in one line."""
+    run: Callable[[argparse.Namespace], None]
+    """Does it. Its argument has an attribute for each argument of the command; of a command that has an `experiment` also `experiment`,
+    with the command line's overrides, and `overrides`, these as they were written."""
+    arguments: Callable[[Parser], None] = lambda parser: None
+    """Adds its arguments and options to a parser."""
+    experiment: Callable[[argparse.Namespace], Experiment | None] | None = None
+    """The experiment whose fields are options too, by the command's own arguments; called for `--help` as well, so it imports little.
+    Returns None where the arguments name none."""
+    notes: Callable[[], str] = lambda: ""
+    """What stands below the options in its help."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Commands under a common name: `megatron-mm prepare demo`."""
+
+    help: str
+    commands: Mapping[str, Command | Group]
+
+
+def one_of(allowed: Sequence[str]) -> dict[str, Any]:
+    """Settings of an argument that is one of some words."""
+
+    def check(word: str) -> str:
+        if word not in allowed:
+            raise argparse.ArgumentTypeError(f"unknown {word!r}: {choices(word, allowed)}")
+        return word
+
+    return {"type": check, "metavar": "{" + ",".join(allowed) + "}"}
+
+
+def integer(word: str) -> int:
+    """The type of an argument that is an integer."""
+    try:
+        return int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is not an integer") from None
+
+
+def choices(word: str, known: Iterable[str]) -> str:
+    """`choose one of A, B, C`, and the one that was perhaps meant."""
+    return f"choose one of {', '.join(known)}{nearest(word, known)}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`: did you mean NAME?`, or nothing where no name is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def run(group: Group, arguments: Sequence[str], *, program: str) -> None:
+    """Find the command that the first words name, and run it or print its help. Raises ValueError for a user's mistake."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_group_help(group, program))
+        if not arguments:
+            raise ValueError(f"no command given: choose one of {', '.join(group.commands)}")
+        return
+    word, *rest = arguments
+    if word not in group.commands:
+        raise ValueError(f"unknown command {word!r}: {choices(word, group.commands)}")
+    found = group.commands[word]
+    if isinstance(found, Group):
+        run(found, rest, program=f"{program} {word}")
+    else:
+        _run_command(found, rest, program=f"{program} {word}")
+
+
+def _group_help(group: Group, program: str) -> str:
+    width = max(map(len, group.commands)) + 2
+    lines = [f"  {name:{width}}{command.help}" for name, command in group.commands.items()]
+    about = f"`{program} COMMAND --help` says more of each."
+    return "\n".join([f"usage: {program} COMMAND ...", "", group.help, "", "commands:", *lines, "", about])
+
+
+def _run_command(command: Command, arguments: Sequence[str], *, program: str) -> None:
+    parser = Parser(prog=program, description=command.help, epilog=command.notes())
+    command.arguments(parser)
+    wants_help = any(word in ("-h", "--help") for word in arguments)
+    words = [word for word in arguments if word not in ("-h", "--help")]
+    try:
+        given, rest = parser.parse_known_args(words)
+        experiment = command.experiment(given) if command.experiment is not None else None
+    except ValueError:
+        if not wants_help or words:
+            raise
+        experiment = None  # the command's own help needs no arguments
+    if wants_help:
+        _print_help(parser, command, experiment)
+        return
+    overrides: list[Override] = []
+    if experiment is not None:
+        overrides = overrides_of(experiment)
+        _add_options(parser, overrides)
+        given, unknown = parser.parse_known_args(_with_dashes(words))
+        given.experiment, given.overrides = apply_overrides(experiment, overrides, vars(given)), rest
+    else:
+        given.experiment, given.overrides, unknown = None, [], rest
+    if unknown:
+        raise ValueError(_unknown(unknown[0], [*parser.option_names, *(option.name for option in overrides)], program))
+    command.run(given)
+
+
+def _print_help(parser: Parser, command: Command, experiment: Experiment | None) -> None:
+    fields = ["[--GROUP.FIELD VALUE ...]"] if command.experiment is not None else []
+    parser.usage = " ".join([parser.prog, *parser.needed, "[OPTION ...]", *fields])
+    if experiment is not None:
+        _add_help_groups(parser, overrides_of(experiment))
+    print(parser.format_help())
+
+
+def _with_dashes(words: Sequence[str]) -> list[str]:
+    """Options may be written with underscores, as fields are: --train.global_batch_size."""
+    parts = [(word.partition("="), word.startswith("--")) for word in words]
+    return [name.replace("_", "-") + equals + value if option else name + equals + value for (name, equals, value), option in parts]
+
+
+def _unknown(word: str, known: Sequence[str], program: str) -> str:
+    name = word.partition("=")[0]
+    if not name.startswith("-"):
+        return f"unexpected argument {word!r}: see {program} --help"
+    fields = sorted(option for option in known if option.endswith(f".{name.removeprefix('--')}"))
+    advice = nearest(name.replace("_", "-"), known) or (f": did you mean {' or '.join(fields)}?" if fields else f": see {program} --help")
+    return f"unknown option {name}{advice}"
+
+
+def _add_options(parser: Parser, overrides: Sequence[Override]) -> None:
+    """Let a parser know the fields' options: it puts the words that follow each under its name."""
+    for option in overrides:
+        if option.name in parser.option_names:
+            continue
+        parser.add_argument(option.name, dest=option.name, nargs="*", default=argparse.SUPPRESS)
+        if option.negative is not None:
+            parser.add_argument(option.negative, dest=option.name, action="store_const", const=["False"], default=argparse.SUPPRESS)
+
+
+def _add_help_groups(parser: Parser, overrides: Sequence[Override]) -> None:
+    """Let a parser's help list the options with their values, a group for each part."""
+    groups: dict[tuple[str, ...], argparse._ArgumentGroup] = {}
+    for option in overrides:
+        if option.key is not None or option.name in parser.option_names:
+            continue
+        part = option.path[:-1]
+        if part not in groups:
+            groups[part] = parser.add_argument_group(".".join(part) or "experiment", option.group_text.replace("%", "%%"))
+        default = "no such part" if option.value is ABSENT else f"default: {written(option.value)}"
+        text = f"{option.text} ({default})".strip().replace("%", "%%")
+        if option.negative is not None and placeholder(option.hint) == "":
+            groups[part].add_argument(option.name, option.negative, help=text, action="store_true")
+        else:
+            groups[part].add_argument(option.name, help=text, metavar=placeholder(option.hint))

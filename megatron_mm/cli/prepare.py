@@ -1,0 +1,76 @@
+"""`megatron-mm prepare`: data sets, their tokenizers and their indexes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_mm.cli.command import Command, Group, Parser, integer, one_of
+
+
+def _demo_arguments(parser: Parser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--samples", type=integer, default=2000, metavar="N", help="training samples (default: %(default)s)")
+    parser.add_argument("--seed", type=integer, default=0, metavar="N", help="seed of the scenes (default: %(default)s)")
+
+
+def _demo(given: argparse.Namespace) -> None:
+    from megatron_mm.data.prepare.demo import prepare_demo
+
+    print(prepare_demo(given.out, samples=given.samples, seed=given.seed))
+
+
+TEMPLATES = ("plain", "zephyr", "llama2", "vicuna", "internlm2")
+
+
+def _index_arguments(parser: Parser) -> None:
+    parser.add_argument("path", type=Path, metavar="PATH", help="data set (with split folders), one split, or one source folder")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: PATH/tokenizer.model)")
+    parser.add_argument(
+        "--chat-template", default="plain", help="how conversations and tasks are written (default: %(default)s)", **one_of(TEMPLATES)
+    )
+    parser.add_argument(
+        "--caption-prompt", metavar="TEXT", help="make chats of pairs, too: what asks for the caption (default: an image and its caption)"
+    )
+    parser.add_argument("--workers", type=integer, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
+
+
+def _index(given: argparse.Namespace) -> None:
+    from megatron_mm.data.prepare.index import prepare_index
+
+    print(
+        prepare_index(
+            given.path,
+            tokenizer=given.tokenizer,
+            template=given.chat_template,
+            caption_prompt=given.caption_prompt,
+            workers=given.workers,
+        )
+    )
+
+
+def _tokenizer_arguments(parser: Parser) -> None:
+    parser.add_argument("path", type=Path, metavar="PATH", help="data set")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="model to write (default: PATH/tokenizer.model)")
+    parser.add_argument(
+        "--vocab-size", type=integer, default=49152, metavar="N", help="tokens, special ones included (default: %(default)s)"
+    )
+
+
+def _tokenizer(given: argparse.Namespace) -> None:
+    from megatron_mm.data.prepare.index import prepare_tokenizer
+
+    print(prepare_tokenizer(given.path, out=given.out or given.path / "tokenizer.model", vocab_size=given.vocab_size))
+
+
+PREPARE = Group(
+    help="make, index or tokenize data",
+    commands={
+        "demo": Command(help="make a small data set of drawn scenes, its tokenizer and its index", run=_demo, arguments=_demo_arguments),
+        "index": Command(help="read every sample once: validity, token counts, image sizes", run=_index, arguments=_index_arguments),
+        "tokenizer": Command(
+            help="train a SentencePiece tokenizer on the texts of a data set", run=_tokenizer, arguments=_tokenizer_arguments
+        ),
+    },
+)

@@ -1,0 +1,30 @@
+"""The recipe that a command is given, and the list of those there are."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+
+from megatron_mm.cli.command import Parser, choices
+from megatron_mm.config import Experiment
+
+
+def add_recipe(parser: Parser) -> None:
+    """The recipe as the first argument."""
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe; with one, --help lists every field with the recipe's value")
+
+
+def recipe_of(given: argparse.Namespace) -> Experiment:
+    """The experiment of the recipe `given.recipe`. Raises ValueError that names the nearest where there is none of that name."""
+    from megatron_mm.families.recipes import RECIPES, get_recipe
+
+    if given.recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {given.recipe!r}: {choices(given.recipe, RECIPES)}")
+    return get_recipe(given.recipe)
+
+
+def list_recipes() -> str:
+    """What a command's help says of recipes."""
+    from megatron_mm.families.recipes import RECIPES
+
+    return "recipes:\n" + textwrap.fill(", ".join(RECIPES), width=100, initial_indent="  ", subsequent_indent="  ")
