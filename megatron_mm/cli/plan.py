@@ -9,9 +9,7 @@ from megatron_mm.cli.command import Command, Parser
 
 
 def _arguments(parser: Parser) -> None:
-    parser.add_argument(
-        "--measurements", type=Path, metavar="FILE.csv", help="compare predictions with this table of published step times"
-    )
+    parser.add_argument("--measurements", type=Path, metavar="FILE.csv", help="compare predictions with this table of published step times")
     parser.add_argument("--every-row", action="store_true", help="with --measurements: a line for each row")
 
 
