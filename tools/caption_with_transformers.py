@@ -48,7 +48,7 @@ def main() -> None:
     samples = pairs(arguments.folder, arguments.count)
     print(f"{'true':48} generated")
     for name, data, true in samples:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]).convert("RGB")
         inputs = processor(images=image, text="<image>", return_tensors="pt")
         with torch.no_grad():
             ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)

@@ -74,7 +74,7 @@ def test_several_images_before_one_sentence_keep_their_order() -> None:
         ("interleaved", b'{"items": [{"image": 3}]}', "malformed items list"),
         ("interleaved", b'{"items": ["a"]}', "malformed items list"),
         ("interleaved", b'{"texts": ["a"], "images": []}', "malformed texts list"),
-        ("interleaved", b'{"texts": ["a", null], "images": [null, null]}', "malformed texts list"),
+        ("interleaved", b'{"texts": [null, null], "images": [null, "0.jpg"]}', "no text"),
         ("interleaved", b'{"text_list": [3], "image_info": []}', "malformed text_list list"),
         ("interleaved", b'{"text_list": ["a"]}', "malformed text_list list"),
         (

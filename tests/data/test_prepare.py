@@ -12,9 +12,15 @@ from pathlib import Path
 import pytest
 from data_files import bomb, picture, write_tar
 
-from megatron_mm.data.prepare.index import check_image, detect_kind, find_sources, prepare_index, prepare_tokenizer
+from megatron_mm.data.prepare.find import find_sources
+from megatron_mm.data.prepare.index import IndexOptions, prepare_index, prepare_tokenizer
+from megatron_mm.data.prepare.kinds import detect_kind
+from megatron_mm.data.prepare.samples import check_image
 from megatron_mm.data.sources.index import open_index
 from megatron_mm.data.text.tokenizer import Tokenizer
+
+LENIENT = IndexOptions(max_rejected=1, max_dropped_images=1)
+"""However much is lost, the rest is indexed."""
 
 
 @pytest.fixture
@@ -40,7 +46,7 @@ def test_every_kind_of_bad_pair_is_rejected_by_its_reason(tmp_path: Path, tokeni
         **{"014.jpg": picture(), "014.txt": b"  \n"},
     }
     write_tar(tmp_path / "pairs" / "0.tar", {**good, **special, **bad})
-    prepare_index(tmp_path, tokenizer=tokenizer)
+    prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
     index = open_index(tmp_path / "pairs")
     assert index.kind == "pairs" and len(index) == 6
     assert index.rejected == {
@@ -75,14 +81,14 @@ def test_every_kind_of_bad_pair_is_rejected_by_its_reason(tmp_path: Path, tokeni
 def test_interleaved_documents_keep_their_order(tmp_path: Path, tokenizer: Path, document: dict, order: list[int]) -> None:
     members = {"a.0.jpg": picture(), "a.1.png": picture(form="PNG", size=(7, 9)), "a.json": json.dumps(document).encode()}
     write_tar(tmp_path / "interleaved" / "0.tar", members)
-    prepare_index(tmp_path, tokenizer=tokenizer)
+    prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
     index = open_index(tmp_path / "interleaved")
     assert index.kind == "interleaved"
     assert index.item_rows["is_image"].tolist() == order
     assert index.item_rows[index.item_rows["is_image"] == 1]["width"].tolist() == [20, 7]
 
 
-def test_a_reference_to_a_missing_image_and_a_malformed_list_are_rejected(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_missing_image_is_dropped_and_a_malformed_list_rejected(tmp_path: Path, tokenizer: Path) -> None:
     documents = [
         {"items": [{"text": "fine"}, {"image": "0.jpg"}]},
         {"items": [{"text": "gone"}, {"image": "9.jpg"}]},
@@ -95,13 +101,11 @@ def test_a_reference_to_a_missing_image_and_a_malformed_list_are_rejected(tmp_pa
         members[f"{number}.0.jpg"] = picture()
         members[f"{number}.json"] = json.dumps(document).encode()
     write_tar(tmp_path / "interleaved" / "0.tar", members)
-    prepare_index(tmp_path, tokenizer=tokenizer)
-    assert open_index(tmp_path / "interleaved").rejected == {
-        "JSON has no items, texts or text_list": 1,
-        "image is not in the shard": 1,
-        "malformed items list": 1,
-        "malformed texts list": 1,
-    }
+    prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
+    index = open_index(tmp_path / "interleaved")
+    assert index.rejected == {"JSON has no items, texts or text_list": 1, "malformed items list": 1, "malformed texts list": 1}
+    assert index.item_rows["is_image"].tolist() == [0, 1, 0], "the second document keeps its text"
+    assert json.loads((tmp_path / "interleaved" / "index" / "meta.json").read_text())["dropped"] == {"image is not in the shard": 1}
 
 
 @pytest.mark.parametrize("cut", [700, 1000, 2048 + 1])
@@ -113,7 +117,7 @@ def test_a_broken_tar_is_named_and_its_good_samples_are_used(
     write_tar(path, members)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 512 * 512 - 8192 - cut])
-    prepare_index(tmp_path, tokenizer=tokenizer)
+    prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
     index = open_index(tmp_path / "pairs")
     assert index.rejected.get("broken shard") == 1
     assert 1 <= len(index) < 4
@@ -139,7 +143,7 @@ def test_paths_without_data_are_named(tmp_path: Path, tokenizer: Path) -> None:
     with pytest.raises(ValueError, match=r"does not exist"):
         prepare_index(tmp_path / "nowhere", tokenizer=tokenizer)
     with pytest.raises(ValueError, match=f"{tmp_path} has no .tar or .jsonl shards"):
-        prepare_index(tmp_path, tokenizer=tokenizer)
+        prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
     write_tar(tmp_path / "pairs" / "0.tar", {"0.jpg": picture(), "0.txt": b"x"})
     with pytest.raises(ValueError, match=r"no tokenizer"):
         prepare_index(tmp_path)
@@ -168,10 +172,10 @@ def test_a_worker_that_dies_is_an_error_and_no_hang(tmp_path: Path, tokenizer: P
 def test_a_source_without_a_usable_sample_is_named(tmp_path: Path, tokenizer: Path) -> None:
     write_tar(tmp_path / "pairs" / "0.tar", {"0.jpg": b"no image", "0.txt": b"x"})
     with pytest.raises(ValueError, match=r"source .*pairs has no usable sample \(rejected: \{'image does not decode': 1\}\)"):
-        prepare_index(tmp_path, tokenizer=tokenizer)
+        prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
     write_tar(tmp_path / "pairs" / "0.tar", {})
     with pytest.raises(ValueError, match=r"source .*pairs has no usable sample \(rejected: it is empty\)"):
-        prepare_index(tmp_path, tokenizer=tokenizer)
+        prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
 
 
 def test_texts_of_every_form_are_indexed_with_their_tokens(tmp_path: Path, tokenizer: Path) -> None:
@@ -180,7 +184,7 @@ def test_texts_of_every_form_are_indexed_with_their_tokens(tmp_path: Path, token
     (tmp_path / "lines").mkdir()
     (tmp_path / "lines" / "0.jsonl").write_text("\n".join(lines))
     write_tar(tmp_path / "files" / "0.tar", {f"{n}.txt": text.encode() for n, text in enumerate(texts)})
-    prepare_index(tmp_path, tokenizer=tokenizer)
+    prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
     expected = [len(Tokenizer.open(tokenizer).encode(text)) for text in texts]
     for name in ("lines", "files"):
         index = open_index(tmp_path / name)
@@ -192,7 +196,7 @@ def test_texts_of_every_form_are_indexed_with_their_tokens(tmp_path: Path, token
 def test_the_summary_counts_and_names(tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
     members = {f"{n}.{extension}": data for n in range(6) for extension, data in (("jpg", picture()), ("txt", b"" if n else b"a circle"))}
     write_tar(tmp_path / "train" / "pairs" / "0.tar", members)
-    summary = prepare_index(tmp_path, tokenizer=tokenizer)
+    summary = prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
     found = summary.sources["train/pairs"]
     assert (found.samples, found.images, found.rejected) == (1, 1, {"no text": 5})
     assert "no text: 5" in str(summary)
@@ -218,7 +222,7 @@ def test_the_kind_is_that_of_the_first_sample(tmp_path: Path, members: list[str]
     broken = tmp_path / "0.tar"
     broken.write_bytes(b"x" * 100)
     shard = write_tar(tmp_path / "1.tar", dict.fromkeys(members, b'{"items": [{"text": "x"}]}'))
-    assert detect_kind([broken, shard]) == kind
+    assert detect_kind([broken, shard]).kind == kind
 
 
 @pytest.mark.parametrize(
@@ -233,9 +237,9 @@ def test_the_kind_is_that_of_the_first_sample(tmp_path: Path, members: list[str]
 def test_conversations_and_tasks_are_known_by_their_fields(tmp_path: Path, document: dict, kind: str) -> None:
     """Also where the picture lies beside the document as a pair's does."""
     shard = write_tar(tmp_path / "0.tar", {"0.jpg": picture(), "0.json": json.dumps(document).encode()})
-    assert detect_kind([shard]) == kind
+    assert detect_kind([shard]).kind == kind
     (tmp_path / "0.jsonl").write_text("\n" + json.dumps(document))
-    assert detect_kind([tmp_path / "0.jsonl"]) == (kind if kind != "pairs" else "text")
+    assert detect_kind([tmp_path / "0.jsonl"]).kind == (kind if kind != "pairs" else "text")
 
 
 def test_sources_are_found_below_a_data_set_a_split_or_as_the_path(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_key_that_comes_again_later_is_another_sample(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keep", "found", "message"),
     [
-        (512 + 1024 + 512 + 300, 0, "cannot be read after byte 2048: unexpected end of data"),
+        (512 + 1024 + 512 + 300, 0, "ends without an end marker after byte 1536: it is truncated"),
         (512 + 1024 + 512 + 1024, 1, "ends without an end marker after byte 3072: it is truncated"),
         (512 + 1024 + 200, 0, "ends without an end marker after byte 1536: it is truncated"),
     ],
@@ -77,11 +77,15 @@ def test_a_truncated_tar_names_itself_and_the_byte(tmp_path: Path, keep: int, fo
     assert len(samples) == found, "the last sample before the break may lack members, and is left out"
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 2000, gzip.compress(b"tar")], ids=["empty", "no tar", "gzip"])
-def test_what_is_no_tar_is_broken(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", ": it is empty"), (b"x" * 2000, ""), (gzip.compress(b"tar"), " but gzip: unpack it")],
+    ids=["empty", "no tar", "gzip"],
+)
+def test_what_is_no_tar_is_broken(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(content)
-    with pytest.raises(BrokenShard, match=f"{path} cannot be read after byte 0"):
+    with pytest.raises(BrokenShard, match=f"{path} is not a tar{message}"):
         list(iterate_tar(path))
 
 

@@ -8,7 +8,6 @@ has decoded, several times faster than DALI would.
 from __future__ import annotations
 
 import importlib.util
-import io
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_mm.data.image_formats import MAX_PIXELS
+from megatron_mm.data.image_formats import MAX_PIXELS, open_image
 from megatron_mm.data.image_transform import ImageTransform
 
 logger = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ class PillowDecoder:
     def _one(self, blob: bytes, out: np.ndarray) -> bool:
         """Decode into [3, size, size]; False, and the fill colour, where that fails."""
         try:
-            with Image.open(io.BytesIO(blob)) as image:
+            with open_image(blob) as image:
                 if image.width * image.height <= MAX_PIXELS:
                     self._square(image, out)
                     return True
@@ -190,7 +189,7 @@ def _dali_arguments(transform: ImageTransform, blobs: list[bytes]) -> dict[str, 
     names = _INPUTS[transform.resize]
     rows = []
     for blob in blobs if names else []:
-        with Image.open(io.BytesIO(blob)) as image:  # its header alone
+        with open_image(blob) as image:  # its header alone
             width, height = image.size
         place = transform.place(width, height)
         left, top, canvas_width, canvas_height = place.canvas
@@ -209,7 +208,7 @@ def is_plain(blob: bytes) -> bool:
     """Whether DALI decodes an image as Pillow does: 8-bit grey or RGB JPEG, PNG or WebP,
     neither transparent nor animated."""
     try:
-        with Image.open(io.BytesIO(blob)) as image:
+        with open_image(blob) as image:
             usual = image.width * image.height <= MAX_PIXELS and getattr(image, "n_frames", 1) == 1
             return usual and image.format in ("JPEG", "PNG", "WEBP") and image.mode in ("RGB", "L") and "transparency" not in image.info
     except Exception:  # not an image that Pillow knows: the Pillow path counts it

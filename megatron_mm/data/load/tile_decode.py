@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_mm.data.image_formats import MAX_PIXELS
+from megatron_mm.data.image_formats import MAX_PIXELS, open_image
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.decode import DecodedImages
 from megatron_mm.data.tiling import cut_tiles
@@ -53,7 +53,7 @@ class TileDecoder:
     def _one(self, wanted: EncodedTiles, out: np.ndarray) -> bool:
         """Decode into [tiles, 3, size, size]; False, and the fill colour, where that fails."""
         try:
-            with Image.open(io.BytesIO(wanted.data)) as image:
+            with open_image(wanted.data) as image:
                 if image.width * image.height <= MAX_PIXELS:
                     out[:] = self._tiles(image, wanted)
                     return True
@@ -82,4 +82,4 @@ class TileDecoder:
 def _degraded(rgb: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
     rgb.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer)
+    return open_image(buffer.getvalue())

@@ -11,28 +11,42 @@ import os
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
+
+from megatron_mm.data.image_formats import MAX_FILE_BYTES
+from megatron_mm.data.sources.tar import NO_TAR, TRUNCATED, EndMarker, Skipped, TarFile, walk_tar
 
 logger = logging.getLogger(__name__)
 
 _OPEN_FILES = 128
+KeyEnds = Literal["first", "last"]
+"""Whether a sample's key ends at the first or at the last dot of a file's name."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file inside a tar."""
+    """A file inside a tar, or a line of a .jsonl."""
 
     name: str
     offset: int
     """First byte of its contents in the shard."""
-    data: bytes
+    size: int
+    """Bytes."""
+    shard: Path
+
+    @cached_property
+    def data(self) -> bytes:
+        """Its contents, read when they are asked for. Raises OSError or ValueError where the shard cannot be read."""
+        return read_range(self.shard, self.offset, self.size)
 
 
 @dataclass
 class WebSample:
-    """The members of a tar that share a key: the path up to the first dot of its last part."""
+    """The members of a tar that share a key: the path up to the first dot of its last part (or up to the last dot)."""
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
@@ -40,56 +54,117 @@ class WebSample:
 
 
 class BrokenShard(ValueError):
-    """A shard that cannot be read to its end. Samples before the break are good; the last one, which may lack members, is left out."""
+    """A shard of which bytes are lost. Samples before and after the damage are good; one beside it may lack members, and is left out."""
 
 
-def iterate_tar(path: Path) -> Iterator[WebSample]:
+def iterate_tar(path: Path, *, skipped: Callable[[Skipped], None] | None = None, key_ends: KeyEnds = "first") -> Iterator[WebSample]:
     """The samples of a webdataset tar in order; neighbouring members with the same key belong together.
 
-    Raises BrokenShard that names the shard and the offset where the tar is damaged or truncated.
+    Raises BrokenShard that names the shard and the first damaged byte, after the last sample, where no `skipped` is given.
+
+    Args:
+        skipped: is told what is passed over: damage, and what is no file of a sample.
     """
     sample: WebSample | None = None
-    for member in _members(path):
-        folder, _, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        key = f"{folder}/{stem}"
-        if sample is None or sample.key != key:
-            if sample is not None:
-                yield sample
-            sample = WebSample(key=key)
-        sample.members[extension.lower()] = member
+    damage: list[Skipped] = []
+    try:
+        with path.open("rb") as file:
+            for entry in walk_tar(file, os.fstat(file.fileno()).st_size):
+                if isinstance(entry, TarFile):
+                    key, extension = split_key(entry.name, key_ends)
+                    if sample is not None and (sample.key != key or extension in sample.members):
+                        yield sample
+                        sample = None
+                    sample = sample or WebSample(key)
+                    sample.members[extension] = Member(entry.name, entry.offset, entry.size, path)
+                    continue
+                if isinstance(entry, Skipped):
+                    if entry.is_damage:
+                        damage.append(entry)
+                    if skipped is not None:
+                        skipped(entry)
+                        if entry.is_damage and sample is not None:
+                            skipped(Skipped(BESIDE_DAMAGE, sample.key, entry.offset))
+                if isinstance(entry, EndMarker) and sample is not None:
+                    yield sample
+                if isinstance(entry, EndMarker) or entry.is_damage:
+                    sample = None
+    except OSError as error:
+        raise BrokenShard(f"shard {path} cannot be read: {error}") from None
     if sample is not None:
         yield sample
+    if damage and skipped is None:
+        raise BrokenShard(describe_damage(path, damage[0]))
 
 
-def _members(path: Path) -> Iterator[Member]:
-    position = 0
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for info in archive:
-                position = info.offset_data
-                if not info.isreg():
-                    continue
-                contents = archive.extractfile(info)
-                data = contents.read() if contents is not None else b""
-                yield Member(name=info.name, offset=info.offset_data, data=data)
-            position = archive.offset
-        with path.open("rb") as file:
-            file.seek(position)
-            if file.read(512) != bytes(512):  # a whole tar ends with blocks of zeros
-                raise BrokenShard(f"shard {path} ends without an end marker after byte {position}: it is truncated")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise BrokenShard(f"shard {path} cannot be read after byte {position}: {error}") from None
+BESIDE_DAMAGE = "sample beside damage in the shard"
 
 
-def iterate_jsonl(path: Path) -> Iterator[Member]:
-    """The lines of a .jsonl file, empty ones left out."""
+def describe_damage(path: Path, damage: Skipped) -> str:
+    """What is wrong with a shard, in a sentence."""
+    if damage.reason == NO_TAR:
+        return f"shard {path} is not a tar{_compression(path)}"
+    if damage.reason == TRUNCATED:
+        return f"shard {path} ends without an end marker after byte {damage.offset}: it is truncated"
+    return f"shard {path} has {damage.size} damaged bytes after byte {damage.offset}"
+
+
+def _compression(path: Path) -> str:
     with path.open("rb") as file:
-        offset = 0
-        for number, line in enumerate(file):
-            if line.strip():
-                yield Member(name=f"line {number + 1}", offset=offset, data=line)
-            offset += len(line)
+        begin = file.read(6)
+    for magic, name in ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"PK", "zip")):
+        if begin.startswith(magic):
+            return f" but {name}: unpack it"
+    return ": it is empty" if not begin else ""
+
+
+def split_key(name: str, key_ends: KeyEnds = "first") -> tuple[str, str]:
+    """Key and extension of a file in a tar.
+
+    Worked example: "d.1/x.0.PNG" is ("d.1/x", "0.png"), or ("d.1/x.0", "png") where keys end at the last dot.
+    """
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".") if key_ends == "first" else base.rpartition(".")
+    if key_ends == "last" and not stem:
+        stem, extension = extension, ""
+    return f"{folder}/{stem}", extension.lower()
+
+
+def iterate_jsonl(path: Path, *, skipped: Callable[[Skipped], None] | None = None) -> Iterator[Member]:
+    """The lines of a .jsonl file, empty ones left out.
+
+    Args:
+        skipped: is told of lines that are too long to read.
+    """
+    with path.open("rb") as file:
+        offset = number = 0
+        while line := file.readline(MAX_FILE_BYTES):
+            begin, number, length = offset, number + 1, len(line)
+            long = not line.endswith(b"\n") and length == MAX_FILE_BYTES
+            while long and (rest := file.readline(MAX_FILE_BYTES)):
+                length += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            offset += length
+            if long and skipped is not None:
+                skipped(Skipped(LONG_LINE, f"line {number}", begin, length))
+            elif not long and line.strip():
+                yield Line(f"line {number}", begin, length, path, line)
+
+
+LONG_LINE = f"line of more than {MAX_FILE_BYTES // 2**20} MiB"
+
+
+@dataclass(frozen=True)
+class Line(Member):
+    """A line of a .jsonl, which is read anyway."""
+
+    line: bytes = b""
+
+    @cached_property
+    def data(self) -> bytes:
+        """The line, with its end."""
+        return self.line
 
 
 class TarWriter:

@@ -21,6 +21,8 @@ Parts = tuple[str | Control, ...]
 
 _BEGIN, _END = Control("<s>"), Control("</s>")
 _IM_START, _IM_END = Control("<|im_start|>"), Control("<|im_end|>")
+_SYSTEM = "{system}"
+"""Stands for a conversation's own system prompt, as a part by itself."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class ChatTemplate:
     """What stands before and after each role's words."""
 
     opening: Parts
-    """Before the first question, after BOS."""
+    """Before the first question, after BOS, of a conversation without a system prompt of its own."""
+    opening_with_system: Parts
+    """The same with one."""
     before_question: Parts
     """Before every other question."""
     before_answer: Parts
@@ -41,7 +45,14 @@ class ChatTemplate:
     @property
     def control_tokens(self) -> tuple[str, ...]:
         """What the tokenizer must know, each once."""
-        parts = (*self.opening, *self.before_question, *self.before_answer, *self.after_answer, *self.after_last_answer)
+        parts = (
+            *self.opening,
+            *self.opening_with_system,
+            *self.before_question,
+            *self.before_answer,
+            *self.after_answer,
+            *self.after_last_answer,
+        )
         return tuple(dict.fromkeys(part.token for part in parts if isinstance(part, Control)))
 
 
@@ -51,12 +62,15 @@ class Turn:
 
     question: tuple[str | ImageReference, ...]
     answer: str
+    system: str = ""
+    """The conversation's own system prompt, with its first turn; empty where it has none."""
 
 
 CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     # A line is a question, the next its answer: for base models and multi-task training. Ours.
     "plain": ChatTemplate(
         opening=(),
+        opening_with_system=(_SYSTEM, "\n"),
         before_question=(),
         before_answer=("\n",),
         after_answer=("\n",),
@@ -65,6 +79,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     # Zephyr was tuned with a system prompt, empty unless a conversation had one. <|user|> and the like are text.
     "zephyr": ChatTemplate(
         opening=("<|system|>\n", _END, "\n<|user|>\n"),
+        opening_with_system=("<|system|>\n", _SYSTEM, _END, "\n<|user|>\n"),
         before_question=("\n<|user|>\n",),
         before_answer=(_END, "\n<|assistant|>\n"),
         after_answer=(_END,),
@@ -73,6 +88,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     # Llama 2 chat, without a system prompt, as its authors advise today. Every exchange has its own begin and end.
     "llama2": ChatTemplate(
         opening=("[INST] ",),
+        opening_with_system=("[INST] <<SYS>>\n", _SYSTEM, "\n<</SYS>>\n\n"),
         before_question=(_BEGIN, "[INST] "),
         before_answer=(" [/INST] ",),
         after_answer=(" ", _END),
@@ -84,6 +100,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
             "A chat between a curious user and an artificial intelligence assistant. "
             "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ",
         ),
+        opening_with_system=(_SYSTEM, " USER: "),
         before_question=("USER: ",),
         before_answer=(" ASSISTANT: ",),
         after_answer=(_END,),
@@ -98,6 +115,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
             _IM_START,
             "user\n",
         ),
+        opening_with_system=(_IM_START, "system\n", _SYSTEM, _IM_END, _IM_START, "user\n"),
         before_question=(_IM_START, "user\n"),
         before_answer=(_IM_END, _IM_START, "assistant\n"),
         after_answer=(_IM_END,),
@@ -134,7 +152,7 @@ def render(turns: Sequence[Turn], template: ChatTemplate) -> list[Item]:
     parts: list[tuple[str | Control | ImageReference, bool]] = []
     for number, turn in enumerate(turns):
         last = number == len(turns) - 1
-        silent = (*(template.before_question if number else template.opening), *turn.question, *template.before_answer)
+        silent = (*(template.before_question if number else _opening(template, turn.system)), *turn.question, *template.before_answer)
         counted = (turn.answer, *(template.after_last_answer if last else template.after_answer))
         parts += [(part, False) for part in silent] + [(part, True) for part in counted]
     items: list[Item] = []
@@ -149,3 +167,9 @@ def render(turns: Sequence[Turn], template: ChatTemplate) -> list[Item]:
         elif part:
             items.append(Text(part, counted=counts, continues=isinstance(previous, Text)))
     return items
+
+
+def _opening(template: ChatTemplate, system: str) -> Parts:
+    if not system:
+        return template.opening
+    return tuple(system if part == _SYSTEM else part for part in template.opening_with_system)

@@ -2,6 +2,8 @@
 
     conversations  {"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A ball."}],
                    "image": "0.jpg"}; `image` may be a list, as many as there are <image> marks in the questions, or missing (LLaVA)
+                   or {"messages": [{"role": "user", "content": "<image>\\nWhat is it?"}, {"role": "assistant", "content": "A ball."}]};
+                   `content` may be a list of {"type": "text", "text": "..."} and {"type": "image"}; the first turn may be the system's
     tasks          {"task": "vqa", "question": "What is it?", "answer": "ball", "images": ["0.jpg"]}
 
 The prompts of tasks are those of InfiMM's multi-task training, which are LLaVA-1.5's. What stands around them is ours: the images,
@@ -24,14 +26,15 @@ Any task may have a `context`; `scienceqa` needs `choices`, its answer is a lett
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_mm.data.text.chat import Turn
 from megatron_mm.data.text.items import BadDocument, ImageReference
 
 IMAGE_MARK = "<image>"
-_ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
+_ASKS, _ANSWERS, _SYSTEM = ("human", "user"), ("gpt", "assistant", "model"), "system"
+_LISTS = ("conversations", "messages")
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,21 @@ TASKS: dict[str, Task] = {
 }
 
 
+def is_conversation(fields: dict[str, Any]) -> bool:
+    """Whether a document is a conversation, by its fields."""
+    return any(isinstance(fields.get(name), list) for name in _LISTS)
+
+
 def conversation_turns(fields: dict[str, Any]) -> list[Turn]:
     """The turns of a conversation. Raises BadDocument."""
-    listed = fields.get("conversations")
-    if not isinstance(listed, list):
+    listed = next((fields[name] for name in _LISTS if isinstance(fields.get(name), list)), None)
+    if listed is None:
         raise BadDocument("JSON has no conversations")
     try:
-        spoken = [(turn["from"], turn["value"].strip()) for turn in listed]
-    except (KeyError, TypeError, AttributeError):
+        spoken = [(turn.get("from", turn.get("role")), _words(turn.get("value", turn.get("content"))).strip()) for turn in listed]
+    except (TypeError, AttributeError):
         raise BadDocument("malformed conversations list") from None
+    system = spoken.pop(0)[1] if spoken and spoken[0][0] == _SYSTEM else ""
     asked, answered = spoken[::2], spoken[1::2]
     if not spoken or len(spoken) % 2 or any(who not in _ASKS for who, _ in asked) or any(who not in _ANSWERS for who, _ in answered):
         raise BadDocument("conversation is not of questions with answers")
@@ -74,7 +83,25 @@ def conversation_turns(fields: dict[str, Any]) -> list[Turn]:
     if sum(question.count(IMAGE_MARK) for _, question in asked) != len(images):
         raise BadDocument("images and <image> marks differ in number")
     left = iter(images)
-    return [Turn(_with_images(question, left), answer) for (_, question), (_, answer) in zip(asked, answered, strict=True)]
+    turns = [Turn(_with_images(question, left), answer) for (_, question), (_, answer) in zip(asked, answered, strict=True)]
+    return [replace(turns[0], system=system), *turns[1:]]
+
+
+def _words(content: object) -> str:
+    """What is said in a turn, images as marks. Raises TypeError where it is no text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise TypeError("a turn without words")
+    return "".join(IMAGE_MARK if part["type"] in ("image", "image_url") else part["text"] for part in map(_part, content))
+
+
+def _part(part: object) -> dict[str, Any]:
+    if not isinstance(part, dict) or part.get("type") not in ("text", "image", "image_url"):
+        raise TypeError("a part of a turn is a text or an image")
+    if part["type"] == "text" and not isinstance(part.get("text"), str):
+        raise TypeError("a text without words")
+    return part
 
 
 def _with_images(question: str, images: Any) -> tuple[str | ImageReference, ...]:

@@ -1,6 +1,6 @@
 """What a sample's bytes mean: its items in reading order.
 
-    pairs        KEY.jpg|jpeg|png|webp + KEY.txt, or KEY.json with `caption` or `text`. The image comes first.
+    pairs        an image (`image_formats.IMAGE_EXTENSIONS`) + KEY.txt, or KEY.json with `text` or `caption`. The image comes first.
     interleaved  KEY.json with an ordered list, and images beside it whose names the list gives. Three forms:
                  {"items": [{"text": "..."}, {"image": "0.jpg"}, ...]}
                  {"texts": ["...", null, ...], "images": [null, "1.jpg", ...]}                          (OBELICS)
@@ -16,18 +16,21 @@ The image "NAME" of a document KEY.json is the member KEY.NAME.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from megatron_mm.data.sources.source import CHAT_KINDS, Kind
 from megatron_mm.data.text.chat import Rendering, Turn, render
-from megatron_mm.data.text.conversations import TASKS, conversation_turns, task_turns
+from megatron_mm.data.text.conversations import TASKS, conversation_turns, is_conversation, task_turns
 from megatron_mm.data.text.items import BadDocument, ImageReference, Item, Text
 
 OWN_IMAGE = ""
 """Stands for the image of a pair, whatever its extension."""
 
 
-def parse_document(kind: Kind, data: bytes, *, is_json: bool, rendering: Rendering | None = None) -> list[Item]:
+def parse_document(
+    kind: Kind, data: bytes, *, is_json: bool, rendering: Rendering | None = None, dropped: Counter[str] | None = None
+) -> list[Item]:
     """The items of a document in reading order; of a pair, its caption alone, unless a prompt asks for it.
 
     Raises BadDocument with a short reason.
@@ -35,12 +38,13 @@ def parse_document(kind: Kind, data: bytes, *, is_json: bool, rendering: Renderi
     Args:
         is_json: the document must be JSON, as its name says; of all kinds but pairs and text it always must.
         rendering: how conversations and tasks are written, and pairs, if they are chats.
+        dropped: counts entries of a document that are nothing, by reason.
     """
     try:
         decoded = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadDocument("text is not UTF-8") from None
-    items = _items(kind, decoded, is_json=is_json, rendering=rendering)
+    items = _items(kind, decoded, is_json=is_json, rendering=rendering, dropped=Counter() if dropped is None else dropped)
     texts = [item.text for item in items if isinstance(item, Text)]
     if not texts:
         raise BadDocument("no text")
@@ -51,7 +55,7 @@ def parse_document(kind: Kind, data: bytes, *, is_json: bool, rendering: Renderi
     return items
 
 
-def _items(kind: Kind, decoded: str, *, is_json: bool, rendering: Rendering | None) -> list[Item]:
+def _items(kind: Kind, decoded: str, *, is_json: bool, rendering: Rendering | None, dropped: Counter[str]) -> list[Item]:
     if kind in CHAT_KINDS:
         assert rendering is not None, "conversations are rendered by a template"
         fields = _json(decoded)
@@ -60,27 +64,48 @@ def _items(kind: Kind, decoded: str, *, is_json: bool, rendering: Rendering | No
         caption = _plain_text(decoded, is_json=is_json)
         turn = Turn((ImageReference(OWN_IMAGE, counted=False), rendering.caption_prompt), caption)
         return render([turn], rendering.template) if caption else []
-    items = _interleaved(_json(decoded)) if kind == "interleaved" else [Text(_plain_text(decoded, is_json=is_json))]
-    return [item for item in items if not isinstance(item, Text) or item.text.strip()]
+    if kind != "interleaved":
+        return [Text(text)] if (text := _plain_text(decoded, is_json=is_json)) else []
+    items = _interleaved(_json(decoded))
+    found = [item for item in items if item is not None and (not isinstance(item, Text) or item.text.strip())]
+    if len(found) < len(items):
+        dropped["empty entry"] += len(items) - len(found)
+    return found
 
 
-def chat_kind(data: bytes) -> Kind | None:
-    """Whether a JSON document is a conversation or a task, by its fields; None where it is neither."""
+def document_kind(data: bytes) -> Kind | None:
+    """Whether a JSON document is a conversation, a task or interleaved, by its fields; None where it is none of these."""
     try:
         fields = _json(data.decode("utf-8-sig"))
     except (UnicodeDecodeError, BadDocument):
         return None
-    if isinstance(fields.get("conversations"), list):
+    if is_conversation(fields):
         return "conversations"
-    return "tasks" if isinstance(task := fields.get("task"), str) and task in TASKS else None
+    if isinstance(task := fields.get("task"), str) and task in TASKS:
+        return "tasks"
+    return "interleaved" if any(isinstance(fields.get(name), list) for name in _FORMS) else None
+
+
+_IMAGE_FIELDS = ("image", "images", "image_info")
+
+
+def names_images(data: bytes) -> bool:
+    """Whether a JSON document names images, so that it is more than its text."""
+    if b'"image' not in data:
+        return False
+    try:
+        fields = _json(data.decode("utf-8-sig"))
+    except (UnicodeDecodeError, BadDocument):
+        return False
+    return any(isinstance(fields.get(name), str | list | dict) and fields[name] for name in _IMAGE_FIELDS)
 
 
 def _plain_text(decoded: str, *, is_json: bool) -> str:
     if is_json or decoded.lstrip().startswith("{"):
         try:
             fields = _json(decoded)
-            text = fields.get("text", fields.get("caption"))
-            if not isinstance(text, str):
+            text = next((fields[name] for name in ("text", "caption") if isinstance(fields.get(name), str)), None)
+            if text is None:
                 raise BadDocument("JSON has no text or caption")
             return text.strip()
         except BadDocument:
@@ -99,7 +124,7 @@ def _json(decoded: str) -> dict[str, Any]:
     return fields
 
 
-def _interleaved(fields: dict[str, Any]) -> list[Item]:
+def _interleaved(fields: dict[str, Any]) -> list[Item | None]:
     for name, parse in _FORMS.items():
         if isinstance(fields.get(name), list):
             try:
@@ -109,7 +134,10 @@ def _interleaved(fields: dict[str, Any]) -> list[Item]:
     raise BadDocument("JSON has no items, texts or text_list")
 
 
-def _item(text: object, image: object) -> Item:
+def _item(text: object, image: object) -> Item | None:
+    """The entry of a list: None where it is nothing, as where an image was lost before."""
+    if text is None and image is None:
+        return None
     if isinstance(text, str) and image is None:
         return Text(text)
     if isinstance(image, str) and text is None:
@@ -117,19 +145,19 @@ def _item(text: object, image: object) -> Item:
     raise TypeError("an item is a text or an image")
 
 
-def _own(fields: dict[str, Any]) -> list[Item]:
+def _own(fields: dict[str, Any]) -> list[Item | None]:
     return [_item(item.get("text"), item.get("image")) for item in fields["items"]]
 
 
-def _obelics(fields: dict[str, Any]) -> list[Item]:
+def _obelics(fields: dict[str, Any]) -> list[Item | None]:
     if len(fields["texts"]) != len(fields["images"]):
         raise TypeError("texts and images differ in length")
     return [_item(text, image) for text, image in zip(fields["texts"], fields["images"], strict=True)]
 
 
-def _mmc4(fields: dict[str, Any]) -> list[Item]:
+def _mmc4(fields: dict[str, Any]) -> list[Item | None]:
     texts = [_item(text, None) for text in fields["text_list"]]
-    before: list[list[Item]] = [[] for _ in texts]
+    before: list[list[Item | None]] = [[] for _ in texts]
     for info in fields["image_info"]:
         if info["matched_text_index"] not in range(len(texts)):
             raise TypeError("an image belongs to a text that is not there")

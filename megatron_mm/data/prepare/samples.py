@@ -1,0 +1,249 @@
+"""The samples of a shard, checked: rows for those that can be used, and every loss counted.
+
+Three counts say what became of the rest:
+
+    rejected   samples that are left out
+    dropped    images and entries that are left out of documents, of which the rest is used
+    skipped    files in a tar that belong to no sample: AppleDouble files, links into nowhere
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from megatron_mm.data.image_formats import IMAGE_EXTENSIONS, MAX_FILE_BYTES, MAX_PIXELS, is_image_name, open_image
+from megatron_mm.data.sources.rows import ITEM, SAMPLE
+from megatron_mm.data.sources.shards import (
+    BESIDE_DAMAGE,
+    LONG_LINE,
+    KeyEnds,
+    Member,
+    WebSample,
+    describe_damage,
+    iterate_jsonl,
+    iterate_tar,
+)
+from megatron_mm.data.sources.source import Kind
+from megatron_mm.data.sources.tar import DAMAGED, Skipped
+from megatron_mm.data.text.chat import Rendering
+from megatron_mm.data.text.documents import OWN_IMAGE, names_images, parse_document
+from megatron_mm.data.text.items import BadDocument, ImageReference, Item, encode_items
+from megatron_mm.data.text.tokenizer import Tokenizer
+
+_NAMED_REJECTS = 3
+"""Rejected samples of each reason and shard that are named in the log."""
+
+# Pillow warns of what is rejected or treated here anyway. Not catch_warnings around each image: that is not safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the samples of a source are read."""
+
+    kind: Kind
+    rendering: Rendering
+    key_ends: KeyEnds = "first"
+    images_may_be_left_out: bool = False
+    """The user has said that the source is of texts, so images beside them are no surprise."""
+
+
+@dataclass
+class ShardRows:
+    """What a shard holds."""
+
+    samples: np.ndarray
+    """[samples] of SAMPLE; `first_item` counts from the shard's first item."""
+    items: np.ndarray
+    """[items] of ITEM."""
+    losses: Losses
+
+
+@dataclass
+class Losses:
+    """What is not used of a shard, or of a source."""
+
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Samples by reason."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Images and entries of samples that are used, by reason."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Files of no sample, by reason."""
+    damaged_bytes: int = 0
+    """Bytes of shards that could not be read as a tar or as lines."""
+    named: list[str] = field(default_factory=list)
+    """Lines about rejected samples, the first few of each reason."""
+
+    def add(self, other: Losses) -> None:
+        """Count another shard's, too."""
+        self.rejected.update(other.rejected)
+        self.dropped.update(other.dropped)
+        self.skipped.update(other.skipped)
+        self.damaged_bytes += other.damaged_bytes
+        self.named += other.named
+
+
+@dataclass(frozen=True)
+class CheckedSample:
+    """A sample that can be used."""
+
+    document: Member
+    items: list[tuple[int, ...]]
+    """Of ITEM."""
+    dropped: Counter[str]
+
+
+def read_shard(shard: Path, *, number: int, reading: Reading, tokenizer: Tokenizer) -> ShardRows:
+    """Check every sample of a shard.
+
+    Args:
+        number: of the shard in its source.
+    """
+    samples: list[tuple[int, ...]] = []
+    items: list[tuple[int, ...]] = []
+    losses = Losses()
+    try:
+        for sample in iterate_shard(shard, losses, reading.key_ends):
+            try:
+                found = check_sample(sample, reading, tokenizer)
+            except BadDocument as reason:
+                _reject(losses, shard, sample.key.lstrip("/"), str(reason))
+                continue
+            losses.dropped.update(found.dropped)
+            num_images, tokens = sum(item[0] for item in found.items), sum(item[2] for item in found.items)
+            samples.append((number, found.document.offset, found.document.size, len(items), len(found.items), tokens, num_images))
+            items += found.items
+    except (OSError, ValueError) as error:  # BrokenShard among them
+        losses.rejected["broken shard"] += 1
+        losses.named.append(f"{error}; the {len(samples)} samples before are used")
+    return ShardRows(np.array(samples, SAMPLE), np.array(items, ITEM), losses)
+
+
+def iterate_shard(shard: Path, losses: Losses, key_ends: KeyEnds) -> Iterator[WebSample]:
+    """The samples of a shard of either form. What is passed over is counted in `losses`."""
+
+    def skipped(what: Skipped) -> None:
+        losses.damaged_bytes += what.size
+        if what.is_damage:
+            losses.rejected[what.reason if what.reason == DAMAGED else "broken shard"] += 1
+            losses.named.append(f"{describe_damage(shard, what)}; the samples before and behind are used")
+        elif what.reason in (BESIDE_DAMAGE, LONG_LINE):
+            _reject(losses, shard, what.name.lstrip("/"), what.reason)
+        else:
+            losses.skipped[what.reason] += 1
+
+    if shard.suffix == ".jsonl":
+        return (WebSample(key=line.name, members={"json": line}) for line in iterate_jsonl(shard, skipped=skipped))
+    return iterate_tar(shard, skipped=skipped, key_ends=key_ends)
+
+
+def _reject(losses: Losses, shard: Path, key: str, reason: str) -> None:
+    losses.rejected[reason] += 1
+    if losses.rejected[reason] <= _NAMED_REJECTS:
+        losses.named.append(f"rejected {shard}: {key}: {reason}")
+
+
+def check_sample(sample: WebSample, reading: Reading, tokenizer: Tokenizer) -> CheckedSample:
+    """The document of a sample and its items' rows. Raises BadDocument with the reason to reject it.
+
+    A document of texts and images loses an image that is missing or damaged and keeps the rest; a pair, a conversation or a task is
+    nothing without its images.
+    """
+    if reading.kind == "text" and not reading.images_may_be_left_out and any(is_image_name(e) for e in sample.members):
+        raise BadDocument("text with images beside it")
+    document, dropped = document_of(reading.kind, sample), Counter[str]()
+    items = parse_member(reading.kind, document, reading.rendering, dropped=dropped)
+    if reading.kind == "text" and not reading.images_may_be_left_out and names_images(document.data):
+        raise BadDocument("text that names images")
+    first = [_pair_image(sample)] if reading.kind == "pairs" and reading.rendering.caption_prompt is None else []
+    written = iter(encode_items(items, tokenizer))
+    rows = [_image_row(image, counted=True) for image in first]
+    for item in items:
+        if not isinstance(item, ImageReference):
+            rows.append((0, int(item.counted), len(next(written)), 0, 0, 0, 0))
+            continue
+        try:
+            rows.append(_image_row(_referenced(sample, item), counted=item.counted))
+        except BadDocument as reason:
+            if reading.kind != "interleaved":
+                raise
+            dropped[str(reason)] += 1
+    return CheckedSample(document, rows, dropped)
+
+
+def _image_row(image: Member, *, counted: bool) -> tuple[int, ...]:
+    if image.size > MAX_FILE_BYTES:
+        raise BadDocument(f"image file of more than {MAX_FILE_BYTES // 2**20} MiB")
+    width, height = check_image(_read(image))
+    return 1, int(counted), 0, image.offset, image.size, width, height
+
+
+def _read(member: Member) -> bytes:
+    try:
+        return member.data
+    except (OSError, ValueError):
+        raise BadDocument("file cannot be read") from None
+
+
+def document_of(kind: Kind, sample: WebSample) -> Member:
+    """The member that holds a sample's text. Raises BadDocument where there is none."""
+    for extension in ("txt", "json") if kind in ("pairs", "text") else ("json",):
+        if extension in sample.members:
+            document = sample.members[extension]
+            if document.size > MAX_FILE_BYTES:
+                raise BadDocument(f"text file of more than {MAX_FILE_BYTES // 2**20} MiB")
+            return document
+    raise BadDocument("no text file")
+
+
+def parse_member(kind: Kind, document: Member, rendering: Rendering, *, dropped: Counter[str] | None = None) -> list[Item]:
+    """The items of a document (`parse_document`)."""
+    is_json = not document.name.lower().endswith(".txt")
+    return parse_document(kind, _read(document), is_json=is_json, rendering=rendering, dropped=dropped)
+
+
+def _pair_image(sample: WebSample) -> Member:
+    for extension in IMAGE_EXTENSIONS:
+        if extension in sample.members:
+            return sample.members[extension]
+    for extension in sample.members:
+        if is_image_name(extension) and "." not in extension:
+            raise BadDocument(f"image of a format that is not read: {extension}")
+    raise BadDocument("no image file")
+
+
+def _referenced(sample: WebSample, reference: ImageReference) -> Member:
+    if reference.extension == OWN_IMAGE:
+        return _pair_image(sample)
+    named = sample.members.get(reference.extension) or next(
+        # A document may also give its files' whole names.
+        (member for member in sample.members.values() if f"/{member.name}".lower().endswith(f"/{reference.extension}")),
+        None,
+    )
+    if named is None:
+        raise BadDocument("image is not in the shard")
+    return named
+
+
+def check_image(data: bytes) -> tuple[int, int]:
+    """Width and height of an image that decodes to its last row. Raises BadDocument where it does not, or is too large."""
+    try:
+        with open_image(data) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BadDocument(f"image of more than {MAX_PIXELS // 10**6} megapixels")
+            image.load()
+    except BadDocument:
+        raise
+    except Image.DecompressionBombError:
+        raise BadDocument(f"image of more than {MAX_PIXELS // 10**6} megapixels") from None
+    except Exception:
+        raise BadDocument("image does not decode") from None
+    return width, height

@@ -1,0 +1,247 @@
+"""Tar files, read so that nothing in them is lost unseen.
+
+Python's `tarfile` stops at the first end marker and at the first damaged header. A shard may be several tars one after another, and
+one flipped bit must not cost the gigabyte behind it, so the headers are walked here: behind an end marker the walk goes on, and behind
+a damaged header it looks for the next block that is one. Whatever is passed over comes out as a `Skipped` with its reason.
+
+Sizes are believed only as far as the file reaches, so a header that claims 2^62 bytes is a damaged header like any other.
+
+Limits: a tar inside a file whose header is damaged is read as if it were part of the shard; files that follow damage may be the second
+half of a sample.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_MAX_NAME_BYTES = 2**20
+"""Of a long name or a PAX header. Longer ones are damage."""
+
+DAMAGED, TRUNCATED, NO_TAR = "damaged tar header", "truncated tar", "not a tar"
+DAMAGES = (DAMAGED, TRUNCATED, NO_TAR)
+"""Reasons that say that bytes of the shard itself are lost."""
+
+
+@dataclass(frozen=True)
+class TarFile:
+    """A regular file in a tar, or a link to one before it."""
+
+    name: str
+    offset: int
+    """First byte of its contents in the shard."""
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was passed over."""
+
+    reason: str
+    name: str
+    """Of the file, where it is known."""
+    offset: int
+    """Where it begins in the shard."""
+    size: int = 0
+    """Bytes of the shard that could not be read as a tar; 0 where the file was left out on purpose."""
+
+    @property
+    def is_damage(self) -> bool:
+        return self.reason in DAMAGES
+
+
+@dataclass(frozen=True)
+class EndMarker:
+    """The end of a tar; another may follow."""
+
+
+@dataclass
+class _Extended:
+    """What headers before a file say of it."""
+
+    name: str | None = None
+    link: str | None = None
+    size: int | None = None
+    sparse: bool = False
+
+
+def walk_tar(file: BinaryIO, size: int) -> Iterator[TarFile | Skipped | EndMarker]:
+    """Everything in a tar, in order.
+
+    Args:
+        file: the shard, which can seek.
+        size: its bytes.
+    """
+    position, extended, at_end, found_any = 0, _Extended(), False, False
+    seen: dict[str, tuple[int, int]] = {}
+    while position + BLOCK <= size:
+        block = _read(file, position, BLOCK)
+        if block == _ZEROS:
+            if not at_end:
+                yield EndMarker()
+            position, at_end, extended = position + BLOCK, True, _Extended()
+            continue
+        header = parse_header(block)
+        stop = None if header is None else _contents_end(header, extended, position, size)
+        if header is None or stop is None:
+            found = _next_header(file, position + BLOCK, size)
+            reason = DAMAGED if found is not None else TRUNCATED if found_any or header is not None else NO_TAR
+            yield Skipped(reason, "" if header is None else header.name, position, (found or size) - position)
+            position, extended = found or size, _Extended()
+            at_end = found is None
+            continue
+        at_end, found_any = False, True
+        contents = position + BLOCK
+        if header.type in _EXTENSIONS:
+            _extend(extended, header.type, _read(file, contents, header.size))
+        else:
+            if header.type == tarfile.GNUTYPE_SPARSE:
+                contents = _after_sparse_headers(file, block, contents)
+                stop = contents + header.size  # if that is beyond the shard, the tar is truncated
+            named = _named(header, extended, contents, seen)
+            if named is not None:
+                yield named
+            extended = _Extended()
+        position = _round_up(stop)
+    if not at_end and size:
+        yield Skipped(TRUNCATED if found_any else NO_TAR, "", min(position, size), max(size - position, 0))
+    elif not size:
+        yield Skipped(NO_TAR, "", 0, 0)
+
+
+_EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+
+
+def parse_header(block: bytes) -> tarfile.TarInfo | None:
+    """A header of 512 bytes; None where it is none or its checksum is wrong."""
+    try:
+        stored = int(block[148:156].split(b"\0")[0].strip() or b"0", 8)
+        if stored != _checksum(block) and stored != _signed_checksum(block):
+            return None
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except (ValueError, tarfile.TarError, OverflowError):
+        return None
+    return header if header.size >= 0 else None
+
+
+def _checksum(block: bytes) -> int:
+    """The sum of a header's bytes, its own field taken for spaces."""
+    return sum(block) - sum(block[148:156]) + 8 * 32
+
+
+def _signed_checksum(block: bytes) -> int:
+    """The same of signed bytes, which some old programs wrote."""
+    return _checksum(block) - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
+
+
+def _contents_end(header: tarfile.TarInfo, extended: _Extended, position: int, size: int) -> int | None:
+    """Where a file's contents end; None where that is beyond the shard or beyond what such a header may hold."""
+    if header.type in _EXTENSIONS:
+        length = header.size
+        if length > _MAX_NAME_BYTES:
+            return None
+    elif header.isreg() or header.type not in tarfile.SUPPORTED_TYPES:
+        length = header.size if extended.size is None else extended.size
+    else:
+        length = 0  # folders and links have no contents, whatever size they give
+    end = position + BLOCK + length
+    return end if end <= size else None
+
+
+def _extend(extended: _Extended, kind: bytes, data: bytes) -> None:
+    """Take up a long name, a long link or a PAX header."""
+    text = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        extended.name = text
+    elif kind == tarfile.GNUTYPE_LONGLINK:
+        extended.link = text
+    elif kind != tarfile.XGLTYPE:
+        for key, value in _pax_records(data):
+            if key in ("path", "GNU.sparse.name"):
+                extended.name = value
+            elif key == "linkpath":
+                extended.link = value
+            elif key == "size" and value.isascii() and value.isdigit() and len(value) < 20:
+                extended.size = int(value)
+            extended.sparse |= key.startswith("GNU.sparse.")
+
+
+def _pax_records(data: bytes) -> Iterator[tuple[str, str]]:
+    """Records "LENGTH KEY=VALUE\\n", up to the first that is none."""
+    position = 0
+    while position < len(data):
+        digits, space, _ = data[position : position + 20].partition(b" ")
+        if not space or not digits.isdigit():
+            return
+        length = int(digits)
+        record = data[position + len(digits) + 1 : position + length]
+        key, equals, value = record.partition(b"=")
+        if not equals or length <= len(digits) + 1 or not value.endswith(b"\n"):
+            return
+        yield key.decode("utf-8", "surrogateescape"), value[:-1].decode("utf-8", "surrogateescape")
+        position += length
+
+
+def _named(header: tarfile.TarInfo, extended: _Extended, contents: int, seen: dict[str, tuple[int, int]]) -> TarFile | Skipped | None:
+    """What a header stands for; None for a folder."""
+    name = extended.name or header.name
+    base = name.rpartition("/")[2]
+    if header.isdir():
+        return None
+    size = header.size if extended.size is None else extended.size
+    if base.startswith("._"):
+        return Skipped("AppleDouble file", name, contents)
+    if base.startswith("."):
+        return Skipped("hidden file", name, contents)
+    if header.type == tarfile.GNUTYPE_SPARSE or extended.sparse:
+        return Skipped("sparse file in the tar", name, contents)
+    if header.islnk() or header.issym():
+        target = extended.link or header.linkname
+        place = seen.get(posixpath.normpath(posixpath.join(posixpath.dirname(name), target) if header.issym() else target))
+        if place is None:
+            return Skipped("link to a file that is not before it in the tar", name, contents)
+        seen[posixpath.normpath(name)] = place
+        return TarFile(name, *place)
+    if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+        return Skipped("neither a file nor a folder", name, contents)
+    seen[posixpath.normpath(name)] = contents, size
+    return TarFile(name, contents, size)
+
+
+def _after_sparse_headers(file: BinaryIO, block: bytes, contents: int) -> int:
+    """Where the contents of an old GNU sparse file begin: behind the headers that extend its map."""
+    more, offset = block[482], 504
+    while more:
+        extension = _read(file, contents, BLOCK)
+        if len(extension) < BLOCK:
+            break
+        more, contents = extension[offset], contents + BLOCK
+    return contents
+
+
+def _next_header(file: BinaryIO, position: int, size: int) -> int | None:
+    """The first block from a position on that is a header; None where there is none."""
+    while position + BLOCK <= size:
+        chunk = _read(file, position, 2**20)
+        for start in range(0, len(chunk) - BLOCK + 1, BLOCK):
+            block = chunk[start : start + BLOCK]
+            header = parse_header(block)
+            if header is not None and header.name and position + start + BLOCK + header.size <= size:
+                return position + start
+        position += len(chunk) // BLOCK * BLOCK or BLOCK
+    return None
+
+
+def _read(file: BinaryIO, position: int, size: int) -> bytes:
+    file.seek(position)
+    return file.read(size)
+
+
+def _round_up(position: int) -> int:
+    return -(-position // BLOCK) * BLOCK
