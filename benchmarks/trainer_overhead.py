@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology as topologies
+from megatron_mm.run.start import assemble, check
 from megatron_mm.training.trainer import Trainer
 
 
@@ -72,7 +73,7 @@ def main() -> None:
         checkpoint=replace(recipe.checkpoint, interval=10**6),
     )
     with tempfile.TemporaryDirectory() as run_dir:
-        trainer = Trainer(experiment, Path(run_dir))
+        trainer = assemble(check(experiment, Path(run_dir)), Path(run_dir))
         full: list[float] = []
         bare: list[float] = []
         for index in range(arguments.steps + 3):

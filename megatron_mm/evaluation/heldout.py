@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
 import torch
 
 from megatron_mm.config import Experiment
+from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.sources.index import open_split
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.captions import CaptionSample, caption_tasks
 from megatron_mm.evaluation.generation import generate
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.run.data import HELD_OUT as SPLIT
-from megatron_mm.run.data import TrainingData, image_input
 from megatron_mm.training.loss import LossTotals
 from megatron_mm.training.step import TrainingStep
+from megatron_mm.training.trainer import Batches
+
+SPLIT = "heldout"
+"""The split for evaluation."""
 
 
 class HeldOut:
     """Evaluates the same held-out batches every time; every method is called by all processes together."""
 
-    def __init__(self, experiment: Experiment, topology: Topology, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        topology: Topology,
+        tokenizer: Tokenizer,
+        *,
+        image: ImageInput,
+        batches: Callable[[Experiment, Topology, Tokenizer], Batches],
+    ) -> None:
+        """
+        Args:
+            image: how images enter the model.
+            batches: opens the held-out split from its first batch on.
+        """
         self.experiment = experiment
         self.topology = topology
         self.tokenizer = tokenizer
         self.present = (experiment.data.path / SPLIT).is_dir()
         self.sources = experiment.data.sources
+        self.image = image
+        self.batches = batches
 
     def losses(self, step: TrainingStep, *, images: Literal["true", "shuffled", "blank"] | None = None) -> dict[str, float]:
         """Loss per token over `eval.batches` global batches, in all and by source; nothing where there is no such split.
@@ -39,7 +58,7 @@ class HeldOut:
         if not self.present:
             return {}
         data = self.experiment.data if images is None else replace(self.experiment.data, images=images)
-        loader = TrainingData(replace(self.experiment, data=data), self.topology, self.tokenizer, split=SPLIT)
+        loader = self.batches(replace(self.experiment, data=data), self.topology, self.tokenizer)
         total = LossTotals(losses=[0.0] * len(self.sources), tokens=[0.0] * len(self.sources))
         try:
             for _ in range(self.experiment.eval.batches):
@@ -58,8 +77,7 @@ class HeldOut:
         if pairs is None:
             return []
         config = self.experiment.eval
-        image = image_input(self.experiment)
-        tasks = caption_tasks(pairs, self.tokenizer, image, count=config.samples)
+        tasks = caption_tasks(pairs, self.tokenizer, self.image, count=config.samples)
         answers = generate(
             self.experiment,
             model,

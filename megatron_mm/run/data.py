@@ -16,12 +16,13 @@ from megatron_mm.data.sources.source import Source
 from megatron_mm.data.text.chat import chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.data.tiling import Tiling
+from megatron_mm.evaluation.heldout import SPLIT as HELD_OUT
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork
 from megatron_mm.parallel.topology import Topology
 
-TRAINING, HELD_OUT = "train", "heldout"
-"""The split that is trained on, and the one for evaluation."""
+TRAINING = "train"
+"""The split that is trained on."""
 
 
 def open_tokenizer(experiment: Experiment) -> Tokenizer:
@@ -126,9 +127,15 @@ class TrainingData:
         tokenizer: Tokenizer,
         *,
         split: str = TRAINING,
+        plan: Plan | None = None,
         cursor: dict[str, Any] | None = None,
     ) -> None:
-        plan = make_plan(experiment, split=split)
+        """
+        Args:
+            plan: of the split, where it has been made already.
+            cursor: of an earlier iterator; None begins with the first sample.
+        """
+        plan = plan or make_plan(experiment, split=split)
         data = experiment.data if split == TRAINING else replace(experiment.data, jpeg_quality=None)
         self._loader = Loader(
             plan,
@@ -157,3 +164,8 @@ class TrainingData:
     def close(self) -> None:
         """Stop the loader's threads."""
         self._loader.close()
+
+
+def held_out_batches(experiment: Experiment, topology: Topology, tokenizer: Tokenizer) -> TrainingData:
+    """The held-out split from its first batch on."""
+    return TrainingData(experiment, topology, tokenizer, split=HELD_OUT)

@@ -13,7 +13,7 @@ from megatron_mm.evaluation.heldout import SPLIT, HeldOut
 from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.run.data import open_tokenizer
+from megatron_mm.run.data import held_out_batches, image_input, open_tokenizer
 from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import check_same_tokenizer, load_weights
 from megatron_mm.training.step import TrainingStep
@@ -79,7 +79,7 @@ def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
         model = build_model(experiment, topology)
         load_weights(experiment, topology, model, checkpoint)
         step = TrainingStep(experiment, topology, model, optimizer=None, num_sources=len(experiment.data.sources))
-        heldout = HeldOut(experiment, topology, tokenizer)
+        heldout = HeldOut(experiment, topology, tokenizer, image=image_input(experiment), batches=held_out_batches)
         losses = {images: heldout.losses(step, images=images) for images in IMAGES}
         return Evaluated(losses=losses, captions=heldout.captions(model) if experiment.eval.samples else [])
     finally:

@@ -9,59 +9,25 @@ from __future__ import annotations
 import gc
 import logging
 import signal
-from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_mm.data.load.loader import StepBatch
 from megatron_mm.evaluation.heldout import HeldOut
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork, mfu, peak_tflops
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.training.metrics import StepMetrics
 from megatron_mm.training.routing import RoutingStats, draw_expert_load
-from megatron_mm.training.step import StepResult
-
-if TYPE_CHECKING:
-    from megatron_mm.training.trainer import Trainer
+from megatron_mm.training.trainer import Hook, StepRecord, Trainer
 
 logger = logging.getLogger(__name__)
 
 STOPPED_FILE = "stopped_early.txt"
 """In the run directory of a run that a signal ended with steps left: one line that says after which; gone when it goes on."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """A finished step, as hooks see it."""
-
-    step: int
-    result: StepResult
-    batch: StepBatch
-    seconds: float
-    """Wall time of the whole step, the wait for data included."""
-    data_seconds: float
-    """Wall time of the wait for data."""
-
-
-class Hook:
-    """Called by the trainer; does nothing by itself."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def after_step(self, record: StepRecord) -> None:
-        """After every optimizer step."""
-
-    def after_training(self) -> None:
-        """Once, when the last step is done or a stop was agreed; not after a failure."""
-
-    def close(self, *, failed: bool) -> None:
-        """Once, whatever happened."""
 
 
 class Metrics(Hook):
@@ -122,11 +88,11 @@ class Metrics(Hook):
 class Evaluation(Hook):
     """Held-out losses and generated captions every `eval.interval` steps and at the end."""
 
-    def __init__(self, trainer: Trainer, monitor: Monitor) -> None:
+    def __init__(self, trainer: Trainer, monitor: Monitor, heldout: HeldOut) -> None:
         super().__init__(trainer)
         self.monitor = monitor
         self.config = trainer.experiment.eval
-        self.heldout = HeldOut(trainer.experiment, trainer.topology, trainer.tokenizer)
+        self.heldout = heldout
         self.last_step = trainer.state.step
 
     def after_step(self, record: StepRecord) -> None:
@@ -256,13 +222,13 @@ class GarbageCollection(Hook):
         gc.enable()
 
 
-def standard_hooks(trainer: Trainer) -> list[Hook]:
+def standard_hooks(trainer: Trainer, *, heldout: HeldOut) -> list[Hook]:
     """The hooks of every run, in the order in which they see a step: a stop is known before a checkpoint is due."""
     metrics = Metrics(trainer)
     return [
         metrics,
         Stopping(trainer),
-        Evaluation(trainer, metrics.monitor),
+        Evaluation(trainer, metrics.monitor, heldout),
         ExpertLoad(trainer, metrics.monitor),
         Checkpoints(trainer),
         GarbageCollection(trainer),

@@ -1,18 +1,42 @@
-"""Start a run in a run directory, or go on with the one that is there."""
+"""Start a run in a run directory, or resume the one that is there.
+
+One straight way: check -> open the data once -> processes meet -> model -> optimizer -> checkpoint -> hooks -> `Trainer.fit`.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
 from megatron_mm.config import FP8_MULTIPLE, Experiment
+from megatron_mm.data.plan.plan import Plan
+from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.evaluation.heldout import HeldOut
 from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment, save_experiment
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.run.data import HELD_OUT, TRAINING, as_indexed, make_plan, open_tokenizer
-from megatron_mm.training.checkpoint import TrainState, check_same_model, check_same_tokenizer, completed_checkpoints, find_checkpoint
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.run.data import HELD_OUT, TRAINING, TrainingData, as_indexed, held_out_batches, image_input, make_plan, open_tokenizer
+from megatron_mm.run.hooks import standard_hooks
+from megatron_mm.training.build import build_model
+from megatron_mm.training.checkpoint import (
+    Checkpointer,
+    TrainState,
+    check_same_model,
+    check_same_tokenizer,
+    completed_checkpoints,
+    find_checkpoint,
+    load_weights,
+    newest_checkpoint,
+)
 from megatron_mm.training.freezing import learning_patterns
+from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -25,21 +49,70 @@ def start(experiment: Experiment, run_dir: Path) -> TrainState:
 
     Raises ValueError, before processes meet, where layout, batch, data or an earlier run in run_dir does not fit.
     """
-    experiment = check(experiment, run_dir)
+    checked = check(experiment, run_dir)
+    experiment = checked.experiment
     if int(os.environ.get("RANK", "0")) == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         _warn_of_changes(experiment, run_dir / CONFIG_FILE)
         save_experiment(experiment, run_dir / CONFIG_FILE)
     try:
-        return Trainer(experiment, run_dir).fit()
+        return assemble(checked, run_dir).fit()
     finally:
         topologies.shutdown()
 
 
-def check(experiment: Experiment, run_dir: Path) -> Experiment:
-    """The experiment with what its data was indexed with (`run.data.as_indexed`), once nothing is found wrong.
+@dataclass(frozen=True)
+class Checked:
+    """An experiment with which nothing was found wrong, and its opened data."""
 
-    Raises ValueError that names the thing and the fix for all that can be found without other processes.
+    experiment: Experiment
+    """With what its data was indexed with (`run.data.as_indexed`)."""
+    tokenizer: Tokenizer
+    plan: Plan
+    """Of the training split."""
+
+
+def assemble(checked: Checked, run_dir: Path) -> Trainer:
+    """Join the other processes, build the model, load the run's newest checkpoint where it has one, and attach the hooks.
+
+    Raises ValueError where the checkpoint does not fit the experiment.
+    """
+    experiment, tokenizer = checked.experiment, checked.tokenizer
+    topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
+    if experiment.train.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    model = build_model(experiment, topology)
+    if experiment.init_from is not None and newest_checkpoint(run_dir) is None:
+        _begin_with(find_checkpoint(experiment.init_from), experiment, topology, model)
+    optimizer = build_optimizer(experiment, model)  # after the weights: it copies them
+    checkpointer = Checkpointer(experiment, topology, run_dir, model, optimizer)
+    state = checkpointer.load_latest() or TrainState()
+    data = TrainingData(experiment, topology, tokenizer, plan=checked.plan, cursor=state.plan)
+    heldout = HeldOut(experiment, topology, tokenizer, image=image_input(experiment), batches=held_out_batches)
+    return Trainer(
+        experiment,
+        run_dir,
+        topology=topology,
+        model=model,
+        optimizer=optimizer,
+        data=data,
+        checkpointer=checkpointer,
+        state=state,
+        hooks=partial(standard_hooks, heldout=heldout),
+    )
+
+
+def _begin_with(checkpoint: Path, experiment: Experiment, topology: Topology, model: list[DistributedDataParallel]) -> None:
+    """Take the weights of an earlier stage of training, and nothing else."""
+    load_weights(experiment, topology, model, checkpoint)
+    if topology.is_main:
+        logger.info("begins with the weights of %s", checkpoint)
+
+
+def check(experiment: Experiment, run_dir: Path) -> Checked:
+    """Open the data and look for everything that can be found wrong without other processes.
+
+    Raises ValueError that names the thing and the fix.
     """
     check_shapes(experiment, topologies.world_size())
     tokenizer = open_tokenizer(experiment)
@@ -49,7 +122,8 @@ def check(experiment: Experiment, run_dir: Path) -> Experiment:
             f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
             "raise it, or use a smaller tokenizer"
         )
-    experiment = as_indexed(experiment, make_plan(experiment, split=TRAINING).indexes)
+    plan = make_plan(experiment, split=TRAINING)
+    experiment = as_indexed(experiment, plan.indexes)
     if experiment.eval.interval and (experiment.data.path / HELD_OUT).is_dir():
         make_plan(experiment, split=HELD_OUT)  # found now, not after the first thousand steps
     checkpoints = completed_checkpoints(run_dir)[-1:]
@@ -59,7 +133,7 @@ def check(experiment: Experiment, run_dir: Path) -> Experiment:
         beginning = find_checkpoint(experiment.init_from)
         check_same_model(experiment, beginning, with_optimizer=False)
         check_same_tokenizer(experiment, beginning)
-    return experiment
+    return Checked(experiment, tokenizer, plan)
 
 
 def check_shapes(experiment: Experiment, world_size: int) -> None:

@@ -1,55 +1,103 @@
-"""The training loop. Everything that is not the step itself is a hook (`run.hooks`)."""
+"""The training loop. Everything that is not the step itself is a hook; `run.start` assembles both."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mm.config import Experiment
-from megatron_mm.parallel import topology as topologies
-from megatron_mm.run.data import TrainingData, open_tokenizer
-from megatron_mm.run.hooks import Hook, StepRecord, standard_hooks
-from megatron_mm.training.build import build_model
-from megatron_mm.training.checkpoint import Checkpointer, TrainState, find_checkpoint, load_weights, newest_checkpoint
-from megatron_mm.training.optimizer import build_optimizer
-from megatron_mm.training.step import TrainingStep
+from megatron_mm.data.load.loader import StepBatch
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.checkpoint import Checkpointer, TrainState
+from megatron_mm.training.step import StepResult, TrainingStep
 
 logger = logging.getLogger(__name__)
 
 
+class Batches(Protocol):
+    """An endless iterator of this process's batches, such as `run.data.TrainingData`."""
+
+    def __next__(self) -> StepBatch: ...
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        """Where the plan stands after the last batch, as JSON values."""
+
+    def close(self) -> None:
+        """Stop the threads behind it."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A finished step, as hooks see it."""
+
+    step: int
+    result: StepResult
+    batch: StepBatch
+    seconds: float
+    """Wall time of the whole step, the wait for data included."""
+    data_seconds: float
+    """Wall time of the wait for data."""
+
+
+class Hook:
+    """Called by the trainer; does nothing by itself."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def after_step(self, record: StepRecord) -> None:
+        """After every optimizer step."""
+
+    def after_training(self) -> None:
+        """Once, when the last step is done or a stop was agreed; not after a failure."""
+
+    def close(self, *, failed: bool) -> None:
+        """Once, whatever happened."""
+
+
 class Trainer:
-    """One run on this process: the model's part, the data, and the loop over steps."""
+    """One run on this process: the loop over steps, and what hooks may look at."""
 
-    def __init__(self, experiment: Experiment, run_dir: Path) -> None:
-        """Join the other processes, build the model, and load the run's newest checkpoint where it has one.
-
-        Raises ValueError where the layout, the data or the checkpoint does not fit the experiment.
+    def __init__(
+        self,
+        experiment: Experiment,
+        run_dir: Path,
+        *,
+        topology: Topology,
+        model: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        data: Batches,
+        checkpointer: Checkpointer,
+        state: TrainState,
+        hooks: Callable[[Trainer], Sequence[Hook]] = lambda trainer: (),
+    ) -> None:
+        """
+        Args:
+            model: this process's pipeline chunks.
+            data: stands where `state` does.
+            state: where the run stands; the trainer moves it on.
+            hooks: makes the hooks, in the order in which they see a step, once everything else of the trainer is there.
         """
         self.experiment = experiment
         self.run_dir = run_dir
-        self.topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
-        if experiment.train.deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        self.tokenizer = open_tokenizer(experiment)
-        self.model = build_model(experiment, self.topology)
-        if experiment.init_from is not None and newest_checkpoint(run_dir) is None:
-            self._begin_with(find_checkpoint(experiment.init_from))
-        self.optimizer = build_optimizer(experiment, self.model)  # after the weights: it copies them
-        self.step = TrainingStep(experiment, self.topology, self.model, self.optimizer, num_sources=len(experiment.data.sources))
-        self.checkpointer = Checkpointer(experiment, self.topology, run_dir, self.model, self.optimizer)
-        self.state = self.checkpointer.load_latest() or TrainState()
-        self.data = TrainingData(experiment, self.topology, self.tokenizer, cursor=self.state.plan)
-        self.hooks: list[Hook] = standard_hooks(self)
+        self.topology = topology
+        self.model = model
+        self.optimizer = optimizer
+        self.data = data
+        self.checkpointer = checkpointer
+        self.state = state
+        self.step = TrainingStep(experiment, topology, model, optimizer, num_sources=len(experiment.data.sources))
         self.should_stop = False
-
-    def _begin_with(self, checkpoint: Path) -> None:
-        """Take the weights of an earlier stage of training, and nothing else."""
-        load_weights(self.experiment, self.topology, self.model, checkpoint)
-        if self.topology.is_main:
-            logger.info("begins with the weights of %s", checkpoint)
+        """Set by a hook on all processes alike: the run ends after the step in hand."""
+        self.hooks = list(hooks(self))
 
     def fit(self) -> TrainState:
         """Train up to `train.steps`, or until a hook asks to stop; returns where the run stands."""

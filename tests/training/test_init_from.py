@@ -12,7 +12,7 @@ import torch
 from distributed import run_processes
 from small_infimm import infimm_run
 
-from megatron_mm.run.start import check, start
+from megatron_mm.run.start import assemble, check, start
 from megatron_mm.training import checkpoint as checkpoints
 from megatron_mm.training.checkpoint import find_checkpoint
 from megatron_mm.training.trainer import Trainer
@@ -27,7 +27,7 @@ def first_stage(data: Path, run_dir: Path, layout: dict[str, Any]) -> None:
 def second_stage(data: Path, first: Path, run_dir: Path, layout: dict[str, Any]) -> dict[str, Any]:
     """Weights before and after 20 steps of pre-training's policy, and what the optimizer holds."""
     experiment = replace(infimm_run(data, parallel=layout, steps=20, schedule_steps=20, policy="pt"), init_from=first)
-    trainer = Trainer(experiment, run_dir)
+    trainer = assemble(check(experiment, run_dir), run_dir)
     before = _weights(trainer)
     states = sum(len(part.optimizer.state) for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]))
     grads = sum(buffer.numel for chunk in trainer.model for buffer in chunk.buffers)
@@ -61,7 +61,7 @@ def test_a_stage_begins_with_the_weights_of_the_one_before_and_a_fresh_optimizer
 
 
 def _fresh_weights(data: Path, run_dir: Path) -> dict[str, torch.Tensor]:
-    return _weights(Trainer(infimm_run(data, steps=1, schedule_steps=1, policy="ift"), run_dir))
+    return _weights(assemble(check(infimm_run(data, steps=1, schedule_steps=1, policy="ift"), run_dir), run_dir))
 
 
 def test_another_layout_begins_with_the_same_weights(first: Path, demo_data: Path, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_another_model_and_another_tokenizer_are_refused(first: Path, demo_data:
 def _strict(data: Path, first: Path, run_dir: Path) -> str:
     """Load a checkpoint into a model one of whose tensors has another name."""
     experiment = infimm_run(data, steps=1, schedule_steps=1, policy="pt")
-    trainer = Trainer(experiment, run_dir)
+    trainer = assemble(check(experiment, run_dir), run_dir)
     chunk = trainer.model[0].module
     chunk.renamed = chunk.resampler
     chunk.encoders = ("vision", "renamed")
