@@ -37,6 +37,7 @@ class DecoderShape:
     """Tokens that the fullest process's experts get, of the mean."""
     tied: bool = False
     dropout: bool = False
+    causal: bool = True
 
     @classmethod
     def of(cls, decoder: DecoderConfig, *, imbalance: float = 1.0) -> DecoderShape:
@@ -143,8 +144,8 @@ def attention_section(
     rows = t / tp if layout.sequence else t
     q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
     masks = 2 * rows * h if shape.dropout else 0.0
-    core = Attention(tokens.pairs, tokens.length, shape.heads / tp, shape.head_dim, dropout=shape.dropout)
-    core_back = Attention(tokens.pairs, tokens.length, shape.heads / tp, shape.head_dim, backward=True, dropout=shape.dropout)
+    core = Attention(tokens.pairs, tokens.length, shape.heads / tp, shape.head_dim, causal=shape.causal, dropout=shape.dropout)
+    core_back = Attention(tokens.pairs, tokens.length, shape.heads / tp, shape.head_dim, backward=True, causal=shape.causal, dropout=shape.dropout)
     enter, enter_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=True)
     leave, leave_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=False)
     qkv, qkv_back = linear(t, q + 2 * kv, h, fp8=fp8, trained=trained)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_mm.planning.hardware import Gpu
 from megatron_mm.planning.pipeline import PipelineResult
 
 if TYPE_CHECKING:
@@ -65,3 +66,8 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
             gradients = software.gradient_bytes * (dense / (copies if layout.sharding == "gradients" else 1) + experts)
         uses.append(MemoryUse(weights, gradients, state, result.saved_bytes[rank], transient))
     return tuple(uses)
+
+
+def fits(peak_bytes: float, gpu: Gpu) -> bool:
+    """Whether a step with this peak is said to run."""
+    return peak_bytes <= USABLE * gpu.memory_gb * 1e9

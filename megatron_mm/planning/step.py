@@ -36,6 +36,8 @@ class Job:
     hidden_bytes: float
     """Of a message from stage to stage, of one process."""
     overlap_parameter_gather: bool = True
+    replicated_parameters: float = 0.0
+    """Trainable parameters that every process of a tensor-parallel group has whole: their gradients are summed over it after the step."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class StepModel:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.costs = Costs(job.gpu, job.software, job.layout.network(job.gpu, sends_once=job.software.sends_once))
-        self._cache: dict[tuple[Block, bool], Seconds] = {}
+        self._cache: dict[tuple[int, bool], Seconds] = {}
 
     def predict(self, *, keep_events: bool = False) -> Prediction:
         job, layout = self.job, self.job.layout
@@ -83,9 +85,11 @@ class StepModel:
         exposed_gather = self._exposed_gather(gathers)
         end = max(reduced) + extra
         machines = math.ceil(layout.gpus / job.gpu.nvlink_domain)
+        shared = self.costs.network.seconds(Message("all_reduce", 4 * job.replicated_parameters, "tensor"))
+        end += shared
         total = end + optimizer + exposed_gather + STEP_OVERHEAD
         jitter = total * JITTER * math.log2(machines) if machines > 1 else 0.0
-        parts = self._parts(forward, backward, end, max(tails), optimizer, exposed_gather, jitter)
+        parts = self._parts(forward, backward, end, max(tails) + shared, optimizer, exposed_gather, jitter)
         memory = memory_of_ranks(job, result)
         stages = tuple(self._mean_of(forward, backward, stage) for stage in range(layout.stages))
         return Prediction(total + jitter, parts, memory, result, stages)
@@ -94,12 +98,19 @@ class StepModel:
 
     def _stage(self, blocks: Sequence[Block], *, backward: bool) -> Seconds:
         total = Seconds()
+        alike: dict[int, list[Block]] = {}
         for block in blocks:
-            key = (block, backward)
-            if key not in self._cache:
-                self._cache[key] = self._block(block, backward=backward)
-            total = total + self._cache[key]
+            alike.setdefault(id(block), []).append(block)
+        for same in alike.values():
+            total = total + self.seconds(same[0], backward=backward).times(len(same))
         return total
+
+    def seconds(self, block: Block, *, backward: bool) -> Seconds:
+        """Of one block, its weights' own messages included."""
+        key = (id(block), backward)
+        if key not in self._cache:
+            self._cache[key] = self._block(block, backward=backward)
+        return self._cache[key]
 
     def _block(self, block: Block, *, backward: bool) -> Seconds:
         """With the weights' own messages where they are sharded: gathered ahead of the block, gradients scattered behind it."""

@@ -1,0 +1,316 @@
+"""A recipe as a job: its model's blocks on the stages of its layout, with the micro-batches of its workload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_mm.config import Experiment
+from megatron_mm.families.infimm.config import InfiMMConfig
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
+from megatron_mm.families.registry import family_of
+from megatron_mm.flops import Trainable
+from megatron_mm.planning.decoder_block import (
+    DecoderShape,
+    Recompute,
+    Tokens,
+    Trained,
+    _tensor_messages,
+    attention_section,
+    decoder_layer,
+    embedding,
+    linear,
+    output,
+    saved_by_layer,
+)
+from megatron_mm.planning.encoder_blocks import connector_block, patches_block, projector_block, resampler_block, tower_blocks
+from megatron_mm.planning.hardware import STACKS, Gpu, Software
+from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Stream
+from megatron_mm.planning.layout import Layout
+from megatron_mm.planning.step import Job
+from megatron_mm.planning.workload import MicroBatch, Workload, Workloads
+
+EXPERT_IMBALANCE = 1.10
+"""Tokens of the fullest process's experts, of the mean, under load-balance losses."""
+MOST_KINDS = 12
+"""Micro-batches that differ, at most; more are put together by their images."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe's job and what it works on."""
+
+    experiment: Experiment
+    job: Job
+    work: Workload
+    flops: float
+    """Of the whole step, on real tokens."""
+
+
+def recompute_of(experiment: Experiment) -> Recompute:
+    """The recipe's recomputation in the planner's words."""
+    kind = experiment.parallel.recompute
+    return frozenset({"full"}) if kind == "full" else frozenset({"core_attn"}) if kind == "selective" else frozenset()
+
+
+def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Software | None = None, work: Workload | None = None) -> Planned:
+    """The job of a recipe on some GPUs.
+
+    Raises ValueError where the layout cannot hold the model or its batch.
+    """
+    family = family_of(experiment.model)
+    family.check_layout(experiment.model, experiment.parallel, gpus)
+    layout = Layout.of(experiment.parallel, gpus)
+    stack = software or STACKS["megatron"]
+    if work is None:
+        work = Workloads(experiment).of(data_size=layout.data)
+    kinds, order = _kinds(work.micro_batches)
+    blocks = tuple(_stages(experiment, layout, micro) for micro in kinds)
+    shape, tensor = experiment.model.decoder, layout.tensor
+    most = max(micro.images for micro in kinds)
+    rows = family.pipeline_rows(experiment.model, experiment.parallel, kinds[0].tokens, most)
+    early = experiment.parallel.overlap_param_gather and experiment.parallel.distributed_optimizer
+    job = Job(
+        layout=layout,
+        gpu=gpu,
+        software=replace(stack, hides_data_messages=experiment.parallel.overlap_grad_reduce),
+        kinds=blocks,
+        micro_batches=order,
+        hidden_bytes=2 * rows * shape.hidden_size / (tensor if layout.sequence else 1),
+        overlap_parameter_gather=early,
+        replicated_parameters=_replicated(blocks[0][0]) if tensor > 1 else 0.0,
+    )
+    flops = family.step_flops(experiment.model, experiment.train.policy, work.whole)
+    return Planned(experiment, job, work, flops)
+
+
+_ENCODERS = ("patches", "tower layer", "connector", "resampler", "projector")
+
+
+def _replicated(stage: tuple[Block, ...]) -> float:
+    return sum(block.parameters for block in stage if block.name in _ENCODERS)
+
+
+def _kinds(micro_batches: tuple[MicroBatch, ...]) -> tuple[list[MicroBatch], tuple[int, ...]]:
+    """Micro-batches that differ, and which each is. Where many do, neighbours by images are put together at their mean."""
+    distinct = sorted(set(micro_batches), key=lambda m: (-m.images, -m.sum_squared_lengths))
+    size = -(-len(distinct) // MOST_KINDS)
+    groups = [distinct[first : first + size] for first in range(0, len(distinct), size)]
+    where = {micro: number for number, group in enumerate(groups) for micro in group}
+    means = [
+        MicroBatch(
+            tokens=max(m.tokens for m in group),
+            real_tokens=sum(m.real_tokens for m in group) // len(group),
+            sum_squared_lengths=sum(m.sum_squared_lengths for m in group) // len(group),
+            images=-(-sum(m.images for m in group) // len(group)),
+        )
+        for group in groups
+    ]
+    return means, tuple(where[micro] for micro in micro_batches)
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+
+@dataclass
+class _Chain:
+    """Blocks in the order of the forward pass, and whether gradients flow down to here (as `flops.FlopCount` asks)."""
+
+    trainable: Trainable
+    has_gradient: bool = False
+
+    def trained(self, name: str) -> Trained:
+        """What the backward pass does with a weight of this name."""
+        weights = self.trainable(name)
+        self.has_gradient = self.has_gradient or weights
+        return Trained(weights=weights, inputs=self.has_gradient)
+
+
+def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch) -> tuple[tuple[Block, ...], ...]:
+    model, data = experiment.model, experiment.data
+    family = family_of(model)
+    shape = DecoderShape.of(model.decoder, imbalance=EXPERT_IMBALANCE)
+    squares = max(1, micro.sum_squared_lengths)
+    tokens = Tokens(tokens=micro.tokens, pairs=squares / 2, length=squares / micro.tokens)
+    chain = _Chain(family.trainable(experiment.train.policy))
+    recompute = recompute_of(experiment)
+    own = -(-micro.images // layout.tensor)
+    image_tokens = family.image_input(model).tokens
+    build = _FAMILIES.get(type(model))
+    if build is None:
+        raise ValueError(f"the planner knows no blocks of {model.family} models: add them to planning.recipe_job, or trace a run of it")
+    parts = build(model, chain, max(1, own))
+    blocks: list[tuple[Block, ...]] = []
+    gather = Message("all_gather", 2.0 * micro.images * image_tokens * shape.hidden_size, "tensor")
+    inputs = _Chain(chain.trainable).trained("language.embedding.word_embeddings.weight")
+    chain.has_gradient = chain.has_gradient or inputs.weights
+    table = embedding(shape, layout, tokens, trained=inputs)
+    joined = replace(table, forward=(*table.forward, gather)) if layout.tensor > 1 else table
+    first = (*parts.encoders, joined)
+    fp8 = experiment.train.precision == "fp8"
+    counts, number = layout.layers(shape.num_layers), 0
+    cache: dict[Any, tuple[Block, ...]] = {}
+    for stage, count in enumerate(counts):
+        own_blocks: list[Block] = list(first) if stage == 0 else []
+        for layer in range(number, number + count):
+            key = (layer in shape.sparse_layers, parts.key(layer), chain.has_gradient)
+            if key not in cache:
+                cache[key] = parts.layer(_LayerContext(shape, layout, tokens, micro, layer, fp8, recompute, chain, data.sequence_length))
+            own_blocks += cache[key]
+        number += count
+        if stage == len(counts) - 1:
+            name = "language.embedding.word_embeddings.weight" if shape.tied else "language.output_layer.weight"
+            own_blocks.append(output(shape, layout, tokens, trained=chain.trained(name), owns_table=not shape.tied or len(counts) > 1))
+        blocks.append(tuple(own_blocks))
+    return tuple(blocks)
+
+
+@dataclass(frozen=True)
+class _LayerContext:
+    shape: DecoderShape
+    layout: Layout
+    tokens: Tokens
+    micro: MicroBatch
+    layer: int
+    fp8: bool
+    recompute: Recompute
+    chain: _Chain
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a family adds to a decoder."""
+
+    encoders: tuple[Block, ...]
+    layer: Callable[[_LayerContext], tuple[Block, ...]]
+    key: Callable[[int], Any] = lambda layer: None
+    """Layers with the same key have the same blocks."""
+
+
+def _plain_layer(context: _LayerContext) -> tuple[Block, ...]:
+    trained = context.chain.trained(f"language.decoder.layers.{context.layer}.self_attention.linear_qkv.weight")
+    sparse = context.layer in context.shape.sparse_layers
+    return (
+        decoder_layer(
+            context.shape, context.layout, context.tokens, sparse=sparse, fp8=context.fp8, recompute=context.recompute, trained=trained
+        ),
+    )
+
+
+def _mm1(model: MM1Config, chain: _Chain, images: int) -> _Parts:
+    trained = chain.trained("vision.patch_embedding.weight")
+    tower = tower_blocks(model.vision, images=images, trained=trained, recompute=frozenset())
+    chain.trained("connector.output.weight")
+    connector = connector_block(
+        model.connector, model.vision, output_size=model.decoder.hidden_size, images=images, trainable=chain.trainable
+    )
+    return _Parts((*tower, connector), _plain_layer)
+
+
+def _infimm(model: InfiMMConfig, chain: _Chain, images: int) -> _Parts:
+    tower = tower_blocks(model.vision, images=images, trained=chain.trained("vision.class_embedding"), recompute=frozenset())
+    own = _Chain(chain.trainable)
+    resampler = resampler_block(
+        model.resampler,
+        width=model.vision.hidden_size,
+        num_features=model.vision.num_tokens,
+        images=images,
+        trained=own.trained("resampler.latents"),
+    )
+    gated = model.gated.layers(model.decoder.num_layers)
+
+    def layer(context: _LayerContext) -> tuple[Block, ...]:
+        blocks = _plain_layer(context) if context.layer not in gated else ()
+        if context.layer in gated:
+            block = _gated_block(model, context)
+            blocks = (block, *_plain_layer(context))
+        return blocks
+
+    return _Parts((*tower, resampler), layer, key=lambda number: number in gated)
+
+
+def _gated_block(model: InfiMMConfig, context: _LayerContext) -> Block:
+    """Tokens look at latents; a feed-forward behind."""
+    gated, layout, h = model.gated, context.layout, model.decoder.hidden_size
+    t, tp = context.tokens.tokens, layout.tensor
+    rows = t / tp if layout.sequence else t
+    inner, wide = gated.num_attention_heads * gated.head_dim / tp, gated.ffn_multiplier * h / tp
+    latents = max(1, context.micro.images) * model.resampler.num_latents
+    trained = context.chain.trained(f"language.decoder.layers.{context.layer}.gated.linear_q.weight")
+    enter, enter_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=True)
+    leave, leave_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=False)
+    forward: list[Kernel] = [Stream(16 * rows * h, kernels=8), *enter, *enter]
+    backward: list[Kernel] = [Stream(24 * rows * h, kernels=12), *enter_back, *enter_back]
+    for shape in ((t, inner, h), (latents, 2 * inner, model.vision.hidden_size), (t, h, inner), (t, wide, h), (t, h, wide)):
+        f, b = linear(*shape, fp8=False, trained=trained)
+        forward, backward = forward + f, backward + b
+    pairs = t * model.resampler.num_latents
+    heads = gated.num_attention_heads / tp
+    forward += [Attention(pairs, 512, heads, gated.head_dim, causal=False), Stream(8 * t * inner + 6 * t * wide, kernels=6), *leave, *leave]
+    backward += [Attention(pairs, 512, heads, gated.head_dim, causal=False, backward=True), *leave_back, *leave_back]
+    backward.append(Stream(12 * t * inner + 8 * t * wide, kernels=8))
+    parameters = 2 * inner * h + 2 * inner * model.vision.hidden_size + 2 * wide * h
+    kept = 8 * rows * h + 2 * t * (3 * inner + 2 * wide) + 4 * latents * inner
+    if "full" in context.recompute:
+        backward, kept = [*forward, *backward], 0.0  # within the layer that it stands before
+    return Block(
+        name="gated block",
+        forward=tuple(forward),
+        backward=tuple(backward) if trained.weights or trained.inputs else (),
+        parameters=parameters if trained.weights else 0.0,
+        frozen_parameters=0.0 if trained.weights else parameters,
+        saved=kept,
+    )
+
+
+def _mono_internvl(model: MonoInternVLConfig, chain: _Chain, images: int) -> _Parts:
+    patches = patches_block(model.patches, images=images, trained=chain.trained("patches.projection.weight"))
+    projector = projector_block(
+        model.patches, output_size=model.decoder.hidden_size, images=images, trained=chain.trained("projector.output.weight")
+    )
+
+    def layer(context: _LayerContext) -> tuple[Block, ...]:
+        return (_modality_layer(model, context),)
+
+    return _Parts((patches, projector), layer)
+
+
+def _modality_layer(model: MonoInternVLConfig, context: _LayerContext) -> Block:
+    """Attention, then each token through its modality's network."""
+    shape, layout, tokens, chain = context.shape, context.layout, context.tokens, context.chain
+    name, h, tp, b = f"language.decoder.layers.{context.layer}", shape.hidden_size, layout.tensor, shape.branches
+    rows = tokens.tokens / tp if layout.sequence else tokens.tokens
+    attends = chain.trained(f"{name}.self_attention.linear_qkv.weight")
+    forward, backward, core, _ = attention_section(shape, layout, tokens, fp8=context.fp8, trained=attends)
+    enter, enter_back = _tensor_messages(layout, 2 * tokens.tokens * h, trained=attends, entering=True)
+    leave, leave_back = _tensor_messages(layout, 2 * tokens.tokens * h, trained=attends, entering=False)
+    visual = min(tokens.tokens, context.micro.images * model.patches.num_tokens)
+    mlp: list[Kernel] = [Stream(12 * rows * h, kernels=6), *enter]
+    mlp_back: list[Kernel] = [Stream(16 * rows * h, kernels=8), *leave_back]
+    trainable = frozen = 0.0
+    for expert, count in (("text", tokens.tokens - visual), ("visual", visual)):
+        trained = chain.trained(f"{name}.mlp.{expert}.linear_fc1.weight")
+        for shape_of in ((count, b * shape.ffn / tp, h), (count, h, shape.ffn / tp)):
+            f, back = linear(*shape_of, fp8=context.fp8, trained=trained)
+            mlp, mlp_back = mlp + f, mlp_back + back
+        mlp.append(Stream(2 * (b + 1) * count * shape.ffn / tp + 8 * count * h, kernels=3))
+        mlp_back.append(Stream(2 * (2 * b + 1) * count * shape.ffn / tp + 8 * count * h, kernels=3))
+        size = shape.mlp_parameters(shape.ffn) / tp
+        trainable, frozen = trainable + size * trained.weights, frozen + size * (not trained.weights)
+    size = shape.attention_parameters / tp
+    trainable, frozen = trainable + size * attends.weights, frozen + size * (not attends.weights)
+    forward, backward = [*forward, *mlp, *leave], [*mlp_back, *enter_back, *backward]
+    kept = sum(saved_by_layer(shape, layout, tokens, sparse=False).values())
+    if "full" in context.recompute:
+        backward, kept = [*forward, *backward], 2 * rows * h
+    elif "core_attn" in context.recompute:
+        backward = [core, *backward]
+    return Block(
+        name="layer", forward=tuple(forward), backward=tuple(backward), parameters=trainable, frozen_parameters=frozen, saved=kept
+    )
+
+
+_FAMILIES: dict[type, Callable[[Any, _Chain, int], _Parts]] = {MM1Config: _mm1, InfiMMConfig: _infimm, MonoInternVLConfig: _mono_internvl}

@@ -1,0 +1,254 @@
+"""The layout with the shortest step: every one that the code can run and that fits, most promising first.
+
+A bound below which no schedule can end, the busiest rank's work and what must pass before its first and after its last micro-batch, costs
+little. Layouts are simulated in the order of their bounds until the bound of the next is worse than the worst of the best that are kept: the
+rest cannot be better, so nothing that exhaustive search on the same simulator finds is missed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_mm.config import Experiment, ParallelConfig
+from megatron_mm.families.registry import family_of
+from megatron_mm.planning.costs import Seconds
+from megatron_mm.planning.hardware import Gpu
+from megatron_mm.planning.kernels import Block
+from megatron_mm.planning.memory import fits
+from megatron_mm.planning.recipe_job import Planned, plan_recipe
+from megatron_mm.planning.step import Prediction, StepModel
+from megatron_mm.planning.workload import Workload, Workloads
+
+MICRO_BATCHES = (1, 2, 4, 8)
+VIRTUAL = (1, 2, 3, 4, 6, 8)
+MOST_STAGES = 32
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that may be tried."""
+
+    experiment: Experiment
+    bound: float
+    """Seconds that a step takes at least."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that was simulated."""
+
+    planned: Planned
+    prediction: Prediction
+
+    @property
+    def seconds(self) -> float:
+        return self.prediction.seconds
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best, and how many were looked at."""
+
+    best: list[Found]
+    considered: int
+    simulated: int
+    too_large: int
+    """Simulated and found not to fit."""
+
+
+def search(experiment: Experiment, gpu: Gpu, gpus: int, *, keep: int = 10, exhaustive: bool = False, images: int | None = None) -> SearchResult:
+    """The layouts of an experiment with the shortest steps.
+
+    Args:
+        keep: so many of the best.
+        exhaustive: simulate everything, to check what the bounds leave out.
+        images: of every sequence, instead of what the data says.
+
+    Raises ValueError where no layout fits.
+    """
+    loads = Workloads(experiment, images=images)
+    candidates = sorted(_candidates(experiment, gpu, gpus, loads), key=lambda candidate: candidate.bound)
+    best: list[Found] = []
+    simulated = too_large = 0
+    for candidate in candidates:
+        if not exhaustive and len(best) == keep and candidate.bound >= best[-1].seconds:
+            break
+        planned = _plan(candidate.experiment, gpu, gpus, loads)
+        prediction = StepModel(planned.job).predict()
+        simulated += 1
+        if not fits(prediction.peak_bytes, gpu):
+            too_large += 1
+            continue
+        best = sorted([*best, Found(planned, prediction)], key=lambda found: found.seconds)[:keep]
+    if not best:
+        raise ValueError(
+            f"no layout of {experiment.recipe} fits {gpus} {gpu.name} ({len(candidates)} were looked at): use more GPUs, a smaller "
+            "train.global_batch_size or shorter sequences"
+        )
+    return SearchResult(best, len(candidates), simulated, too_large)
+
+
+def _plan(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads) -> Planned:
+    data = experiment.parallel.data_parallel_size(gpus)
+    return plan_recipe(experiment, gpu, gpus, work=loads.of(data_size=data, micro_batch_size=experiment.train.micro_batch_size))
+
+
+def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads) -> Iterator[Candidate]:
+    """Every layout that model, batch and number of GPUs allow."""
+    decoder = experiment.model.decoder
+    base = replace(experiment.parallel, virtual=1, stage_layers=None)
+    experts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if decoder.moe and decoder.moe.num_experts % n == 0] or [1]
+    degrees = itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), experts, (1, 2, 4, 8) if decoder.moe else (1,), MICRO_BATCHES, ("none", "full"))
+    for tensor, pipeline, expert, expert_tensor, size, recompute in degrees:
+        if tensor % expert_tensor or gpus % (tensor * pipeline) or tensor > gpu.nvlink_domain or pipeline > decoder.num_layers:
+            continue
+        try:
+            parallel = replace(
+                base, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor, recompute=recompute  # type: ignore[arg-type]
+            )
+            one = replace(experiment, parallel=parallel, train=replace(experiment.train, micro_batch_size=size))
+            work = loads.of(data_size=parallel.data_parallel_size(gpus), micro_batch_size=size)
+            family_of(one.model).check_layout(one.model, parallel, gpus)
+            if _weights_alone(one, gpus) > gpu.memory_gb * 1e9:
+                continue
+            parts = _Parts.of(one, gpu, gpus, work)
+        except ValueError:
+            continue
+        for virtual in VIRTUAL if pipeline > 1 else (1,):
+            if pipeline * virtual > MOST_STAGES or (virtual > 1 and (parts.count % pipeline or pipeline * virtual > decoder.num_layers)):
+                continue
+            for split in parts.splits(pipeline, virtual):
+                layout = replace(parallel, virtual=virtual, stage_layers=split if pipeline > 1 else None)
+                yield Candidate(replace(one, parallel=layout), parts.bound(split, pipeline, virtual))
+
+
+def _weights_alone(experiment: Experiment, gpus: int) -> float:
+    """Bytes of the decoder's weights and gradients on an average rank: more than the memory is hopeless."""
+    decoder, parallel = experiment.model.decoder, experiment.parallel
+    mlp = 3 * decoder.hidden_size * decoder.ffn_hidden_size
+    attention = decoder.hidden_size * decoder.head_dim * 2 * (decoder.num_attention_heads + decoder.num_query_groups)
+    sparse = len(decoder.sparse_layers)
+    dense = (decoder.num_layers * attention + (decoder.num_layers - sparse) * mlp) / parallel.tensor
+    experts = sparse * decoder.moe.num_experts * mlp / parallel.expert / parallel.expert_tensor if decoder.moe else 0.0
+    return 2 * (dense + experts) / parallel.pipeline
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Seconds of a micro-batch, mean over micro-batches, by where they are spent."""
+
+    first: tuple[float, float]
+    """(forward, backward) of what the first stage has besides layers."""
+    layer: tuple[float, float]
+    last: tuple[float, float]
+    count: int
+    num_layers: int
+
+    @classmethod
+    def of(cls, experiment: Experiment, gpu: Gpu, gpus: int, work: Workload) -> _Parts:
+        planned = plan_recipe(experiment, gpu, gpus, work=work)
+        model = StepModel(planned.job)
+        first = layer = last = (Seconds(), Seconds())
+        order = planned.job.micro_batches
+        for kind, stages in enumerate(planned.job.kinds):
+            share = order.count(kind) / len(order)
+            for block in itertools.chain(*stages):
+                cost = tuple(model.seconds(block, backward=back).times(share) for back in (False, True))
+                if block.name in ("layer", "sparse layer", "gated block"):
+                    layer = (layer[0] + cost[0], layer[1] + cost[1])
+                elif block.name == "output":
+                    last = (last[0] + cost[0], last[1] + cost[1])
+                else:
+                    first = (first[0] + cost[0], first[1] + cost[1])
+        layers = experiment.model.decoder.num_layers
+        return cls(
+            first=(first[0].total, first[1].total),
+            layer=(layer[0].total / layers, layer[1].total / layers),
+            last=(last[0].total, last[1].total),
+            count=len(order),
+            num_layers=layers,
+        )
+
+    def splits(self, pipeline: int, virtual: int) -> Iterator[tuple[int, ...]]:
+        """Ways to deal layers to stages: so that all ranks work about as long, and a little to either side of it."""
+        if pipeline == 1:
+            yield (self.num_layers,)
+            return
+        layer, first, last = sum(self.layer), sum(self.first), sum(self.last)
+        share = (first + last + self.num_layers * layer) / pipeline
+        least = 0 if virtual == 1 else virtual - 1
+        wanted_first, wanted_last = (max(least, (share - extra) / layer) for extra in (first, last))
+        seen = set()
+        for head, tail in itertools.product(_around(wanted_first, least), _around(wanted_last, least)):
+            middle = self.num_layers - head - tail
+            if middle < virtual * (pipeline - 2) or (pipeline == 2 and middle):
+                if pipeline != 2:
+                    continue
+                tail = self.num_layers - head
+            split = self._spread(head, tail, pipeline, virtual)
+            if split and split not in seen:
+                seen.add(split)
+                yield split
+
+    def _spread(self, head: int, tail: int, pipeline: int, virtual: int) -> tuple[int, ...]:
+        """Layers of each stage where the first rank has `head` and the last `tail`; () where that cannot be."""
+        middle = self.num_layers - head - tail
+        ranks = [head, *_even(middle, pipeline - 2), tail] if pipeline > 2 else [head, tail]
+        if min(ranks) < 0:
+            return ()
+        layer = sum(self.layer)
+        stages = [0] * (pipeline * virtual)
+        for rank, count in enumerate(ranks):
+            extras = [0.0] * virtual
+            extras[0] += sum(self.first) / layer if rank == 0 else 0.0
+            extras[-1] += sum(self.last) / layer if rank == pipeline - 1 else 0.0
+            for chunk, number in enumerate(_level(count, extras)):
+                stages[chunk * pipeline + rank] = number
+        return tuple(stages)
+
+    def bound(self, split: tuple[int, ...], pipeline: int, virtual: int) -> float:
+        """The busiest rank's work, after the first micro-batch has come to it and before the last has gone back."""
+        before = worst = 0.0
+        layer, last_stage = sum(self.layer), pipeline * virtual - 1
+        for rank in range(pipeline):
+            stages = [chunk * pipeline + rank for chunk in range(virtual)]
+            busy = sum(split[stage] for stage in stages) * layer
+            busy += sum(self.first) * (rank == 0) + sum(self.last) * (last_stage in stages)
+            worst = max(worst, before + busy * self.count)
+            before += split[rank] * layer + (sum(self.first) if rank == 0 else 0.0)
+        return 0.98 * worst
+
+
+def _around(wanted: float, least: int) -> list[int]:
+    return sorted({max(least, int(wanted)), max(least, int(wanted) + 1)})
+
+
+def _even(count: int, ranks: int) -> list[int]:
+    base, left = divmod(count, ranks)
+    return [base + (rank < left) for rank in range(ranks)]
+
+
+def _level(count: int, extras: list[float]) -> list[int]:
+    """Deal layers to chunks, each to the one that has least so far; extras count as layers."""
+    dealt = [0] * len(extras)
+    for _ in range(count):
+        least = min(range(len(extras)), key=lambda chunk: extras[chunk] + dealt[chunk])
+        dealt[least] += 1
+    return dealt
+
+
+def blocks_of(planned: Planned) -> list[Block]:
+    """All blocks of the first kind of micro-batch, for tests."""
+    return list(itertools.chain(*planned.job.kinds[0]))
+
+
+def options(parallel: ParallelConfig, *, micro_batch_size: int) -> str:
+    """The layout as options of `train`."""
+    words = [f"--parallel.{name} {getattr(parallel, name)}" for name in ("tensor", "pipeline", "virtual", "recompute")]
+    words += [f"--parallel.expert {parallel.expert}"] if parallel.expert > 1 else []
+    words += [f"--parallel.expert-tensor {parallel.expert_tensor}"] if parallel.expert_tensor > 1 else []
+    if parallel.stage_layers is not None:
+        words.append(f"--parallel.stage-layers {' '.join(map(str, parallel.stage_layers))}")
+    return " ".join([*words, f"--train.micro-batch-size {micro_batch_size}"])
