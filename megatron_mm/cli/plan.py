@@ -5,24 +5,83 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_mm.cli.command import Command, Parser
+from megatron_mm.cli.command import Command, Parser, integer, one_of
+from megatron_mm.cli.recipe import list_recipes, recipe_of
+from megatron_mm.config import Experiment
+from megatron_mm.planning.hardware import GPUS
 
 
 def _arguments(parser: Parser) -> None:
-    parser.add_argument("--measurements", type=Path, metavar="FILE.csv", help="compare predictions with this table of published step times")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a recipe; its fields are options, as for train")
+    parser.add_argument("--gpu", default="h100-sxm", help="kind of GPU (default: h100-sxm)", **one_of(list(GPUS)))
+    parser.add_argument("--num-gpus", type=integer, metavar="N", help="GPUs of the run")
+    parser.add_argument("--price", type=float, metavar="X", help="of a GPU for an hour: adds the cost of the run")
+    parser.add_argument("--search", action="store_true", help="find the layout with the shortest step, and show the ten best")
+    parser.add_argument("--images", type=integer, metavar="N", help="images of every sequence, instead of what the data says")
+    parser.add_argument("--timeline", type=Path, metavar="FILE.png", help="draw the simulated pipeline")
+    parser.add_argument("--chrome-trace", type=Path, metavar="FILE.json", help="write the simulated pipeline for chrome://tracing")
+    parser.add_argument("--measurements", type=Path, metavar="FILE.csv", help="compare predictions with published step times instead")
     parser.add_argument("--every-row", action="store_true", help="with --measurements: a line for each row")
 
 
+def _experiment(given: argparse.Namespace) -> Experiment | None:
+    return recipe_of(given) if given.recipe is not None else None
+
+
 def _run(given: argparse.Namespace) -> None:
-    if given.measurements is None:
-        raise ValueError("nothing to plan: give --measurements FILE.csv")
-    from megatron_mm.planning.validation import report
+    if given.measurements is not None:
+        from megatron_mm.planning.validation import report
 
-    for line in report(given.measurements, every_row=given.every_row):
+        for line in report(given.measurements, every_row=given.every_row):
+            print(line)
+        return
+    if given.experiment is None:
+        raise ValueError("nothing to plan: give a RECIPE with --num-gpus N, or --measurements FILE.csv")
+    if given.num_gpus is None or given.num_gpus < 1:
+        raise ValueError("no number of GPUs given: add --num-gpus N")
+    _plan(given)
+
+
+def _plan(given: argparse.Namespace) -> None:
+    from megatron_mm.planning.drawing import draw_timeline, write_trace
+    from megatron_mm.planning.recipe_job import plan_recipe
+    from megatron_mm.planning.report import describe, table
+    from megatron_mm.planning.search import search
+    from megatron_mm.planning.step import StepModel
+    from megatron_mm.planning.workload import Workloads
+
+    experiment, gpu = given.experiment, GPUS[given.gpu]
+    if given.search:
+        result = search(experiment, gpu, given.num_gpus, images=given.images)
+        for line in table(result):
+            print(line)
+        print()
+        planned = result.best[0].planned
+    else:
+        work = Workloads(experiment, images=given.images).of(data_size=experiment.parallel.data_parallel_size(given.num_gpus))
+        planned = plan_recipe(experiment, gpu, given.num_gpus, work=work)
+    pictures = given.timeline is not None or given.chrome_trace is not None
+    prediction = StepModel(planned.job).predict(keep_events=pictures)
+    for line in describe(planned, prediction, price=given.price):
         print(line)
+    if given.timeline is not None:
+        draw_timeline(prediction.pipeline, given.timeline, title=f"{experiment.recipe}, {planned.job.layout}, {given.num_gpus} {gpu.name}")
+    if given.chrome_trace is not None:
+        write_trace(prediction.pipeline, given.chrome_trace)
 
 
-_NOTES = """Compares predicted with published step times and memory, by source and kind (dense, moe). FILE.csv has the columns of
-benchmarks/anchors/throughput.csv; what a row lacks is chosen, and a row that cannot be predicted is named with the reason."""
+def _notes() -> str:
+    return (
+        "With --measurements: predicted against published step times and memory, by source and kind (dense, moe). FILE.csv has the\n"
+        "columns of benchmarks/anchors/throughput.csv; what a row lacks is chosen, and a row that cannot be predicted is named with\n"
+        "the reason.\n\n" + list_recipes()
+    )
 
-PLAN = Command(help="predicted step time and memory against published measurements", run=_run, arguments=_arguments, notes=lambda: _NOTES)
+
+PLAN = Command(
+    help="step time, memory, days and cost of a run before it is queued",
+    run=_run,
+    arguments=_arguments,
+    experiment=_experiment,
+    notes=_notes,
+)

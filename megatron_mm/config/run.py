@@ -43,6 +43,8 @@ class ParallelConfig:
     or virtual > 1, and is ignored elsewhere."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, the attention core, or whole layers."""
+    recompute_encoder: Literal["none", "selective", "full"] | None = None
+    """The same for the image tower, which keeps more than a decoder layer and costs less to run again; None means: as recompute."""
     collective_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run instead of hanging it."""
 

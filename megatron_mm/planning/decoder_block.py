@@ -145,7 +145,9 @@ def attention_section(
     q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
     masks = 2 * rows * h if shape.dropout else 0.0
     core = Attention(tokens.pairs, tokens.length, shape.heads / tp, shape.head_dim, causal=shape.causal, dropout=shape.dropout)
-    core_back = Attention(tokens.pairs, tokens.length, shape.heads / tp, shape.head_dim, backward=True, causal=shape.causal, dropout=shape.dropout)
+    core_back = Attention(
+        tokens.pairs, tokens.length, shape.heads / tp, shape.head_dim, backward=True, causal=shape.causal, dropout=shape.dropout
+    )
     enter, enter_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=True)
     leave, leave_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=False)
     qkv, qkv_back = linear(t, q + 2 * kv, h, fp8=fp8, trained=trained)

@@ -77,7 +77,10 @@ def connector_block(connector: ConnectorConfig, vision: VisionConfig, *, output_
     parameters = once / max(1, images) / (2 * vision.grid_size**2) + (output_size**2 + inner * output_size)
     backward: tuple[Kernel, ...] = ()
     if trained > once:
-        backward = (replace(product, count=round((trained - once) / once)), Stream(2 * passes * places * inner * 2, kernels=20 * connector.depth))
+        backward = (
+            replace(product, count=round((trained - once) / once)),
+            Stream(2 * passes * places * inner * 2, kernels=20 * connector.depth),
+        )
     return Block(
         name="connector",
         forward=(product, Stream(passes * places * inner * 2, kernels=16 * connector.depth), Stream(4 * rows * width)),

@@ -49,9 +49,10 @@ class Planned:
     """Of the whole step, on real tokens."""
 
 
-def recompute_of(experiment: Experiment) -> Recompute:
-    """The recipe's recomputation in the planner's words."""
-    kind = experiment.parallel.recompute
+def recompute_of(experiment: Experiment, *, encoder: bool = False) -> Recompute:
+    """The recipe's recomputation in the planner's words; of the image tower or of the decoder."""
+    parallel = experiment.parallel
+    kind = (parallel.recompute_encoder or parallel.recompute) if encoder else parallel.recompute
     return frozenset({"full"}) if kind == "full" else frozenset({"core_attn"}) if kind == "selective" else frozenset()
 
 
@@ -141,7 +142,7 @@ def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch) -> tuple[
     build = _FAMILIES.get(type(model))
     if build is None:
         raise ValueError(f"the planner knows no blocks of {model.family} models: add them to planning.recipe_job, or trace a run of it")
-    parts = build(model, chain, max(1, own))
+    parts = build(model, chain, max(1, own), recompute_of(experiment, encoder=True))
     blocks: list[tuple[Block, ...]] = []
     gather = Message("all_gather", 2.0 * micro.images * image_tokens * shape.hidden_size, "tensor")
     inputs = _Chain(chain.trainable).trained("language.embedding.word_embeddings.weight")
@@ -200,9 +201,9 @@ def _plain_layer(context: _LayerContext) -> tuple[Block, ...]:
     )
 
 
-def _mm1(model: MM1Config, chain: _Chain, images: int) -> _Parts:
+def _mm1(model: MM1Config, chain: _Chain, images: int, recompute: Recompute) -> _Parts:
     trained = chain.trained("vision.patch_embedding.weight")
-    tower = tower_blocks(model.vision, images=images, trained=trained, recompute=frozenset())
+    tower = tower_blocks(model.vision, images=images, trained=trained, recompute=recompute)
     chain.trained("connector.output.weight")
     connector = connector_block(
         model.connector, model.vision, output_size=model.decoder.hidden_size, images=images, trainable=chain.trainable
@@ -210,8 +211,8 @@ def _mm1(model: MM1Config, chain: _Chain, images: int) -> _Parts:
     return _Parts((*tower, connector), _plain_layer)
 
 
-def _infimm(model: InfiMMConfig, chain: _Chain, images: int) -> _Parts:
-    tower = tower_blocks(model.vision, images=images, trained=chain.trained("vision.class_embedding"), recompute=frozenset())
+def _infimm(model: InfiMMConfig, chain: _Chain, images: int, recompute: Recompute) -> _Parts:
+    tower = tower_blocks(model.vision, images=images, trained=chain.trained("vision.class_embedding"), recompute=recompute)
     own = _Chain(chain.trainable)
     resampler = resampler_block(
         model.resampler,
@@ -266,7 +267,7 @@ def _gated_block(model: InfiMMConfig, context: _LayerContext) -> Block:
     )
 
 
-def _mono_internvl(model: MonoInternVLConfig, chain: _Chain, images: int) -> _Parts:
+def _mono_internvl(model: MonoInternVLConfig, chain: _Chain, images: int, recompute: Recompute) -> _Parts:
     patches = patches_block(model.patches, images=images, trained=chain.trained("patches.projection.weight"))
     projector = projector_block(
         model.patches, output_size=model.decoder.hidden_size, images=images, trained=chain.trained("projector.output.weight")
@@ -308,9 +309,11 @@ def _modality_layer(model: MonoInternVLConfig, context: _LayerContext) -> Block:
         backward, kept = [*forward, *backward], 2 * rows * h
     elif "core_attn" in context.recompute:
         backward = [core, *backward]
-    return Block(
-        name="layer", forward=tuple(forward), backward=tuple(backward), parameters=trainable, frozen_parameters=frozen, saved=kept
-    )
+    return Block(name="layer", forward=tuple(forward), backward=tuple(backward), parameters=trainable, frozen_parameters=frozen, saved=kept)
 
 
-_FAMILIES: dict[type, Callable[[Any, _Chain, int], _Parts]] = {MM1Config: _mm1, InfiMMConfig: _infimm, MonoInternVLConfig: _mono_internvl}
+_FAMILIES: dict[type, Callable[[Any, _Chain, int, Recompute], _Parts]] = {
+    MM1Config: _mm1,
+    InfiMMConfig: _infimm,
+    MonoInternVLConfig: _mono_internvl,
+}

@@ -1,8 +1,8 @@
 """The layout with the shortest step: every one that the code can run and that fits, most promising first.
 
 A bound below which no schedule can end, the busiest rank's work and what must pass before its first and after its last micro-batch, costs
-little. Layouts are simulated in the order of their bounds until the bound of the next is worse than the worst of the best that are kept: the
-rest cannot be better, so nothing that exhaustive search on the same simulator finds is missed.
+little. Layouts are simulated in the order of their bounds until the next one's bound is worse than the worst of the best that are kept:
+the rest cannot be better, so nothing that exhaustive search on the same simulator finds is missed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from megatron_mm.planning.step import Prediction, StepModel
 from megatron_mm.planning.workload import Workload, Workloads
 
 MICRO_BATCHES = (1, 2, 4, 8)
+RECOMPUTE = (("none", None), ("none", "full"), ("full", None))
+"""Of (decoder, image tower); recomputing fused attention alone saves nothing."""
 VIRTUAL = (1, 2, 3, 4, 6, 8)
 MOST_STAGES = 32
 
@@ -58,7 +60,9 @@ class SearchResult:
     """Simulated and found not to fit."""
 
 
-def search(experiment: Experiment, gpu: Gpu, gpus: int, *, keep: int = 10, exhaustive: bool = False, images: int | None = None) -> SearchResult:
+def search(
+    experiment: Experiment, gpu: Gpu, gpus: int, *, keep: int = 10, exhaustive: bool = False, images: int | None = None
+) -> SearchResult:
     """The layouts of an experiment with the shortest steps.
 
     Args:
@@ -100,13 +104,19 @@ def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads) -
     decoder = experiment.model.decoder
     base = replace(experiment.parallel, virtual=1, stage_layers=None)
     experts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if decoder.moe and decoder.moe.num_experts % n == 0] or [1]
-    degrees = itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), experts, (1, 2, 4, 8) if decoder.moe else (1,), MICRO_BATCHES, ("none", "full"))
-    for tensor, pipeline, expert, expert_tensor, size, recompute in degrees:
+    degrees = itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), experts, (1, 2, 4, 8) if decoder.moe else (1,), MICRO_BATCHES, RECOMPUTE)
+    for tensor, pipeline, expert, expert_tensor, size, (recompute, encoder) in degrees:
         if tensor % expert_tensor or gpus % (tensor * pipeline) or tensor > gpu.nvlink_domain or pipeline > decoder.num_layers:
             continue
         try:
             parallel = replace(
-                base, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor, recompute=recompute  # type: ignore[arg-type]
+                base,
+                tensor=tensor,
+                pipeline=pipeline,
+                expert=expert,
+                expert_tensor=expert_tensor,
+                recompute=recompute,  # type: ignore[arg-type]
+                recompute_encoder=encoder,  # type: ignore[arg-type]
             )
             one = replace(experiment, parallel=parallel, train=replace(experiment.train, micro_batch_size=size))
             work = loads.of(data_size=parallel.data_parallel_size(gpus), micro_batch_size=size)
@@ -247,6 +257,7 @@ def blocks_of(planned: Planned) -> list[Block]:
 def options(parallel: ParallelConfig, *, micro_batch_size: int) -> str:
     """The layout as options of `train`."""
     words = [f"--parallel.{name} {getattr(parallel, name)}" for name in ("tensor", "pipeline", "virtual", "recompute")]
+    words += [f"--parallel.recompute-encoder {parallel.recompute_encoder}"] if parallel.recompute_encoder is not None else []
     words += [f"--parallel.expert {parallel.expert}"] if parallel.expert > 1 else []
     words += [f"--parallel.expert-tensor {parallel.expert_tensor}"] if parallel.expert_tensor > 1 else []
     if parallel.stage_layers is not None:

@@ -47,7 +47,10 @@ def _encoders(config: MM1Config, context: ChunkContext) -> dict[str, torch.nn.Mo
         config.vision,
         layer_spec=vision_layer_spec(context.backend),
         transformer_config=vision_transformer_config(
-            config.vision, params_dtype=context.dtype, recompute=context.parallel.recompute, on_gpu=context.on_gpu
+            config.vision,
+            params_dtype=context.dtype,
+            recompute=context.parallel.recompute_encoder or context.parallel.recompute,
+            on_gpu=context.on_gpu,
         ),
         pg_collection=context.encoder_groups,
     )

@@ -1,0 +1,79 @@
+"""Recipes as jobs: their products are those that `flops` counts, and what a plan says of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.cli.main import main
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.flops import StepWork
+from megatron_mm.planning.hardware import GPUS
+from megatron_mm.planning.kernels import Attention, Block, Product
+from megatron_mm.planning.recipe_job import plan_recipe
+from megatron_mm.planning.step import StepModel
+from megatron_mm.planning.workload import MicroBatch, Workload
+
+
+def _flops(block: Block) -> float:
+    kernels = [kernel for kernel in (*block.forward, *block.backward) if isinstance(kernel, Product | Attention)]
+    # Fused attention computes the scores again in its backward pass, which `flops` does not count: 2.5 times the forward instead of 2.
+    return sum(kernel.flops * (0.8 if isinstance(kernel, Attention) and kernel.backward else 1.0) for kernel in kernels)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["mm1_1b", "mm1_3b_moe", "infimm_zephyr_7b_pt", "infimm_llama_13b_ift", "mono_internvl_2b_s1_1", "mono_internvl_2b_s2"]
+)
+def test_products_are_those_that_are_counted(recipe: str) -> None:
+    """One process, one micro-batch: what the planner's kernels compute is what the trainer's MFU counts, to 1%: the connector's depthwise
+    convolutions, its pooling and the fullest experts apart."""
+    experiment = get_recipe(recipe)
+    length = experiment.data.sequence_length
+    parallel = replace(experiment.parallel, tensor=1, pipeline=1, virtual=1, expert=1, stage_layers=None, recompute="none")
+    train = replace(experiment.train, global_batch_size=1, micro_batch_size=1)
+    experiment = replace(experiment, parallel=parallel, train=train)
+    work = StepWork(num_tokens=length, sum_squared_lengths=length * length // 2, num_images=4)
+    micro = MicroBatch(tokens=length, real_tokens=length, sum_squared_lengths=work.sum_squared_lengths, images=4)
+    planned = plan_recipe(experiment, GPUS["h200"], 1, work=Workload((micro,), work, drawn=True))
+    counted = sum(_flops(block) for stage in planned.job.kinds[0] for block in stage)
+    tolerance = 0.07 if "moe" in recipe else 0.015
+    assert counted == pytest.approx(planned.flops, rel=tolerance)
+
+
+def test_a_layout_that_cannot_fit_is_said_to_be_too_large(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "mm1_30b", "--num-gpus", "8", "--parallel.pipeline", "1", "--parallel.tensor", "1", "--parallel.virtual", "1",
+          "--parallel.stage-layers", "None"])  # fmt: skip
+    assert "fits     NO" in capsys.readouterr().out
+
+
+def test_the_plan_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, trace = tmp_path / "step.png", tmp_path / "step.json"
+    main(["plan", "mm1_7b", "--num-gpus", "64", "--price", "2", "--timeline", str(picture), "--chrome-trace", str(trace)])
+    printed = capsys.readouterr().out
+    for word in ("fits     yes", "step  ", "error band", "GPU-hours", "limit"):
+        assert word in printed
+    assert picture.stat().st_size > 1000 and '"traceEvents"' in trace.read_text()
+
+
+def test_parts_add_up_to_the_step() -> None:
+    prediction = StepModel(plan_recipe(get_recipe("mm1_30b"), GPUS["h100-sxm"], 512).job).predict()
+    assert sum(prediction.parts.values()) == pytest.approx(prediction.seconds, rel=0.02)
+
+
+def test_directions_are_right() -> None:
+    """What must be faster is predicted to be: more GPUs, FP8, no recomputation, a faster GPU."""
+
+    def seconds(gpus: int = 64, gpu: str = "h100-sxm", **changes: str) -> float:
+        experiment = get_recipe("mm1_7b")
+        experiment = replace(
+            experiment,
+            train=replace(experiment.train, precision=changes.get("precision", "bf16")),  # type: ignore[arg-type]
+            parallel=replace(experiment.parallel, recompute=changes.get("recompute", "none")),  # type: ignore[arg-type]
+        )
+        return StepModel(plan_recipe(experiment, GPUS[gpu], gpus).job).predict().seconds
+
+    assert seconds(128) < seconds(64)
+    assert seconds(precision="fp8") < seconds() < seconds(recompute="full")
+    assert seconds(gpu="b200") < seconds(gpu="h200") < seconds(gpu="a100-80g")
