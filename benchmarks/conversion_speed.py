@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_mm.config import Experiment, ParallelConfig
-from megatron_mm.conversion.files import TensorInfo, checksum_of, safetensors_header
+from megatron_mm.conversion.files import TensorInfo, safetensors_header
 from megatron_mm.conversion.from_hf import convert_from_hf
 from megatron_mm.conversion.job import cut
 from megatron_mm.conversion.target import model_targets
@@ -34,6 +34,7 @@ from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.mm1.files import write_mm1_files
 from megatron_mm.families.mm1.names import mm1_table
 from megatron_mm.families.recipes import get_recipe
+from megatron_mm.platform.files import checksum_of
 
 GIB = 2**30
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from megatron_mm.platform.files import BLOCK_BYTES
+
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -34,7 +36,6 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 """Names of types in a safetensors header."""
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-_BLOCK_BYTES = 1 << 24
 _LARGEST_HEADER = 100_000_000
 
 
@@ -81,7 +82,7 @@ def read_into(place: Place, tensor: torch.Tensor) -> None:
     with place.path.open("rb", buffering=0) as file:
         done = 0
         while done < len(target):
-            count = os.preadv(file.fileno(), [target[done : done + _BLOCK_BYTES]], place.offset + done)
+            count = os.preadv(file.fileno(), [target[done : done + BLOCK_BYTES]], place.offset + done)
             if count == 0:
                 raise ValueError(
                     f"{place.path} ends after {place.offset + done} bytes, in the middle of a tensor: it is cut off; get it again"
@@ -94,36 +95,13 @@ def write_at(descriptor: int, offset: int, data: memoryview | bytes, checksum: i
     view = memoryview(data)
     done = 0
     while done < len(view):
-        block = view[done : done + _BLOCK_BYTES]
+        block = view[done : done + BLOCK_BYTES]
         checksum = zlib.crc32(block, checksum)  # while the block is in the processor's cache
         written = 0
         while written < len(block):
             written += os.pwrite(descriptor, block[written:], offset + done + written)
         done += len(block)
     return checksum
-
-
-def checksum_of(path: Path, *, offset: int = 0, length: int | None = None) -> int:
-    """CRC-32 of a file or of a part of it; of less where it ends earlier."""
-    checksum, left = 0, path.stat().st_size - offset if length is None else length
-    buffer = bytearray(min(_BLOCK_BYTES, max(left, 1)))
-    with path.open("rb", buffering=0) as file:
-        while left > 0:
-            count = os.preadv(file.fileno(), [memoryview(buffer)[: min(left, len(buffer))]], offset)
-            if count == 0:
-                break
-            checksum = zlib.crc32(memoryview(buffer)[:count], checksum)
-            offset, left = offset + count, left - count
-    return checksum
-
-
-def sync_to_disk(path: Path) -> None:
-    """Have the system write a file, or a directory's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------------------- safetensors

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_mm.config import Experiment
 from megatron_mm.conversion.checksums import combine
-from megatron_mm.conversion.files import TensorInfo, checksum_of
+from megatron_mm.conversion.files import TensorInfo
 from megatron_mm.conversion.job import Lane, Task, Written, cut, finish, partial_directory, run_lanes, write_archives
 from megatron_mm.conversion.sources import Part, Source, open_source
 from megatron_mm.conversion.target import Target, model_targets
@@ -38,6 +38,7 @@ from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import save_experiment, to_dict
 from megatron_mm.hf.mapping import Direct, Entry
+from megatron_mm.platform.files import checksum_of
 from megatron_mm.training.checkpoint import TENSORS, completed_checkpoints
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from megatron_mm.conversion.files import checksum_of, sync_to_disk, tensor_bytes, write_at
+from megatron_mm.conversion.files import tensor_bytes, write_at
+from megatron_mm.platform.files import checksum_of, sync_to_disk
 
 logger = logging.getLogger(__name__)
 

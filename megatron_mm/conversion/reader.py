@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_mm.conversion.files import TensorInfo, checksum_of
+from megatron_mm.conversion.files import TensorInfo
 from megatron_mm.conversion.pieces import Piece, find_piece
+from megatron_mm.platform.files import checksum_of
 from megatron_mm.training.checkpoint import belongs_to_model
 from megatron_mm.training.safe_pickle import check_pickles
 

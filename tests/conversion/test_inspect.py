@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_mm.cli import main as cli
-from megatron_mm.conversion.files import checksum_of
 from megatron_mm.conversion.inspect import _label, inspect, norm
+from megatron_mm.platform.files import checksum_of
 from tests.conversion.conftest import Trained
 from tests.conversion.hf_models import make_language, save
 

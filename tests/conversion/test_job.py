@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 
 from megatron_mm.conversion import job
 from megatron_mm.conversion.checksums import combine
-from megatron_mm.conversion.files import TensorInfo, checksum_of, safetensors_header
+from megatron_mm.conversion.files import TensorInfo, safetensors_header
 from megatron_mm.conversion.from_hf import convert_from_hf
 from megatron_mm.conversion.job import PROGRESS, Lane, Task, cut, finish, partial_directory, run_lanes, write_archives, write_values
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.to_hf import convert_to_hf
+from megatron_mm.platform.files import checksum_of
 from tests.conversion.conftest import Trained
 from tests.conversion.hf_models import experiment, make_language, save
 

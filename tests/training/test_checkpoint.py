@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -19,9 +20,9 @@ from distributed import run_processes
 from small import small_run
 
 from megatron_mm.config import DecoderConfig, Experiment
+from megatron_mm.platform.files import checksum_of
 from megatron_mm.run.start import start
-from megatron_mm.training import checkpoint as checkpoints
-from megatron_mm.training.checkpoint import completed_checkpoints, find_checkpoint
+from megatron_mm.training.checkpoint import completed_checkpoints, find_checkpoint, integrity
 
 
 def experiment(data: Path, steps: int, **checkpoint: Any) -> Experiment:
@@ -78,13 +79,13 @@ def test_a_path_names_a_checkpoint_or_the_newest_of_a_run(run_dir: Path, tmp_pat
 
 def _killed_while_saving(data: Path, run_dir: Path, after_files: int, victims: set[str]) -> None:
     """Train on; some processes are killed as soon as the save of step 6 has written some of its files."""
-    write = checkpoints._write_checksums
+    write = integrity.write_checksums
 
     def slowly(partial: Path, *, rank: int) -> None:
         time.sleep(30)  # tensors are written, nothing is summed or named yet
         write(partial, rank=rank)
 
-    checkpoints._write_checksums = slowly
+    integrity.write_checksums = slowly
     if os.environ["RANK"] in victims:
         threading.Thread(target=_kill_when_saving, args=(run_dir / "checkpoints", after_files), daemon=True).start()
     start(experiment(data, 6), run_dir)
@@ -151,7 +152,7 @@ def _poison(name: str) -> Any:
             path.write_bytes(pickle.dumps(_Dangerous()))
         manifest = tensors.parent / "manifest.json"  # whoever changes the pickle can change the checksum too
         content = json.loads(manifest.read_text())
-        content["files"][name] = [path.stat().st_size, checkpoints._crc32(path)]
+        content["files"][name] = [path.stat().st_size, checksum_of(path)]
         manifest.write_text(json.dumps(content))
         return path
 
@@ -162,8 +163,8 @@ def _poison(name: str) -> Any:
     ("damage", "reason"),
     [
         (_flip_a_byte, "is damaged"),
-        (_truncate, "is missing or has not its"),
-        (_remove, "is missing or has not its"),
+        (_truncate, "bytes long, expected"),
+        (_remove, "is missing"),
         (_poison(".metadata"), "mkdir"),
         (_poison("common.pt"), "mkdir"),
     ],
@@ -177,6 +178,21 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     errors = run_processes(train_and_report, 2, demo_data, run_dir, 6)
     assert all(str(path) in error and reason in error for error in errors), errors
     assert not (run_dir / "executed").exists()
+
+
+def _unreadable_on_one_process(data: Path, run_dir: Path) -> str:
+    if os.environ["RANK"] == "1":
+
+        def refuse(path: Path) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+        integrity.checksum_of = refuse
+    return train_and_report(data, run_dir, 6)
+
+
+def test_a_read_error_of_one_process_ends_all(demo_data: Path, run_dir: Path) -> None:
+    errors = run_processes(_unreadable_on_one_process, 2, demo_data, run_dir, timeout=60)
+    assert all("cannot be read by process 1" in error and "Input/output error" in error for error in errors), errors
 
 
 def _other_model(data: Path, run_dir: Path) -> str:

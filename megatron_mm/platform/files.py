@@ -1,0 +1,36 @@
+"""Files as the operating system has them: their checksums, and whether they have reached the disk."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+BLOCK_BYTES = 1 << 24
+"""Bytes that are read and summed at once."""
+
+
+def checksum_of(path: Path, *, offset: int = 0, length: int | None = None) -> int:
+    """CRC-32 of a file or of a part of it; of less where it ends earlier.
+
+    Raises OSError where the file cannot be read.
+    """
+    checksum, left = 0, path.stat().st_size - offset if length is None else length
+    buffer = bytearray(min(BLOCK_BYTES, max(left, 1)))
+    with path.open("rb", buffering=0) as file:
+        while left > 0:
+            count = os.preadv(file.fileno(), [memoryview(buffer)[: min(left, len(buffer))]], offset)
+            if count == 0:
+                break
+            checksum = zlib.crc32(memoryview(buffer)[:count], checksum)
+            offset, left = offset + count, left - count
+    return checksum
+
+
+def sync_to_disk(path: Path) -> None:
+    """Have the system write a file, or a directory's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

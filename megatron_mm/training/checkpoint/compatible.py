@@ -1,0 +1,70 @@
+"""Whether a checkpoint fits an experiment: the same model, kind of optimizer state, and meaning of token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_mm.config import Experiment, ModelConfig
+from megatron_mm.families.serialize import load_experiment, to_dict
+from megatron_mm.training.checkpoint.integrity import read_manifest
+
+_DIFFERENCES = 4
+"""Differences that an error lists."""
+
+
+def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer: bool = True) -> None:
+    """Raise ValueError that names the differences where a checkpoint holds another model than the experiment's, or
+    (with_optimizer) another kind of optimizer state."""
+    saved = load_experiment(checkpoint / "experiment.json")
+    if differences := model_differences(experiment.model, saved.model):
+        told = [f"model.{name} is {theirs!r} there and {ours!r} here" for name, ours, theirs in differences[:_DIFFERENCES]]
+        more = f", and {len(differences) - len(told)} more settings differ" if len(differences) > len(told) else ""
+        advice = "use another --run-dir, or" if with_optimizer else "use"
+        raise ValueError(
+            f"checkpoint {checkpoint} holds another model ({saved.recipe}): {', '.join(told)}{more}: "
+            f"{advice} the recipe and model settings of the checkpoint"
+        )
+    if with_optimizer and experiment.train.policy != saved.train.policy:
+        raise ValueError(
+            f"checkpoint {checkpoint} was trained with train.policy {saved.train.policy!r}, not {experiment.train.policy!r}: "
+            f"for another stage start a new run with --run-dir NEW --init-from {checkpoint}"
+        )
+    if with_optimizer and read_manifest(checkpoint).get("weights_only", False):
+        raise ValueError(
+            f"checkpoint {checkpoint} holds weights alone, no run to go on with: use another --run-dir and --init-from {checkpoint}"
+        )
+    if with_optimizer and experiment.parallel.distributed_optimizer != saved.parallel.distributed_optimizer:
+        raise ValueError(
+            f"checkpoint {checkpoint} has parallel.distributed_optimizer {saved.parallel.distributed_optimizer}: use the same here"
+        )
+
+
+def check_same_tokenizer(experiment: Experiment, checkpoint: Path) -> None:
+    """Raise ValueError where the token ids of a checkpoint mean something else than those of the experiment's data."""
+    ours, theirs = experiment.data.tokenizer_path, checkpoint / "tokenizer.model"
+    if theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
+        raise ValueError(
+            f"{checkpoint} was trained with another tokenizer than {ours}: use --data.tokenizer {theirs} and index the data with it"
+        )
+
+
+def model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """The fields in which two models differ, with both values; of models of two families that alone."""
+    if ours.family != theirs.family:
+        return [("family", ours.family, theirs.family)]
+    return _differences(to_dict(ours), to_dict(theirs))
+
+
+def same_layout(experiment: Experiment, checkpoint: Path) -> bool:
+    """Whether a checkpoint was written under the experiment's degrees of tensor, pipeline, virtual and expert parallelism."""
+    saved = load_experiment(checkpoint / "experiment.json").parallel
+    ours = experiment.parallel
+    return (saved.tensor, saved.pipeline, saved.virtual, saved.expert) == (ours.tensor, ours.pipeline, ours.virtual, ours.expert)
+
+
+def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        names = sorted(set(ours) | set(theirs))
+        return [found for name in names for found in _differences(ours.get(name), theirs.get(name), f"{prefix}{name}.")]
+    return [] if ours == theirs else [(prefix.rstrip("."), ours, theirs)]

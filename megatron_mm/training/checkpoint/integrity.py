@@ -1,0 +1,92 @@
+"""Whether a checkpoint is what was written: sizes and checksums of its files, and pickles that name nothing but tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform.files import checksum_of, sync_to_disk
+from megatron_mm.training.checkpoint.names import MANIFEST, TENSORS
+from megatron_mm.training.safe_pickle import check_pickles
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint: its step, the number of processes that wrote it, and `files`, name -> [size in bytes, CRC-32].
+
+    Raises ValueError where it is no such manifest, OSError where it cannot be read.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if isinstance(manifest["files"], dict):
+            return manifest
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        pass
+    raise ValueError(f"checkpoint file {path} is damaged: restore it or remove {checkpoint}")
+
+
+def verify(checkpoint: Path, topology: Topology) -> None:
+    """Check sizes, checksums and pickles, on all processes together: each looks at its share of the files, the main one at the pickles.
+
+    Raises ValueError, on all of them, that names the damaged or unreadable file.
+    """
+    problem = ""
+    try:
+        _check_share(checkpoint, topology)
+    except ValueError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"checkpoint {checkpoint} cannot be read by process {topology.rank} ({error}): restore it or remove it"
+    agree(problem, world_size=topology.world_size)
+
+
+def agree(problem: str, *, world_size: int) -> None:
+    """Called by all processes together: raise ValueError on all of them where any has a problem, which is not empty then."""
+    problems: list[str] = [""] * world_size
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found:
+            raise ValueError(found)
+
+
+def _check_share(checkpoint: Path, topology: Topology) -> None:
+    files = read_manifest(checkpoint)["files"]
+    for name, (size, checksum) in sorted(files.items())[topology.rank :: topology.world_size]:
+        path = checkpoint / TENSORS / name
+        if not path.is_file():
+            raise ValueError(f"checkpoint file {path} is missing: restore it or remove {checkpoint}")
+        found = path.stat().st_size
+        if found != size:
+            raise ValueError(f"checkpoint file {path} is {found} bytes long, expected {size}: restore it or remove {checkpoint}")
+        if checksum_of(path) != checksum:
+            raise ValueError(f"checkpoint file {path} is damaged (its checksum differs): restore it or remove {checkpoint}")
+    if topology.is_main:
+        check_pickles(checkpoint / TENSORS)
+
+
+def write_checksums(partial: Path, *, rank: int) -> None:
+    """Write size and CRC-32 of the files that process `rank` has written, once they have reached the disk."""
+    sums = {}
+    for path in sorted((partial / TENSORS).glob(f"__{rank}_*.distcp")):
+        sums[path.name] = [path.stat().st_size, checksum_of(path)]
+        sync_to_disk(path)
+    (partial / f"checksums.{rank}.json").write_text(json.dumps(sums))
+
+
+def merge_checksums(tensors: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file; raises RuntimeError where a process wrote files and no checksums (it died)."""
+    sums: dict[str, list[int]] = {}
+    for path in sorted(tensors.parent.glob("checksums.*.json")):
+        sums.update(json.loads(path.read_text()))
+        path.unlink()
+    for path in sorted(tensors.iterdir()):
+        if path.name not in sums:
+            if path.suffix == ".distcp":
+                raise RuntimeError(f"checkpoint file {path} has no checksum: the process that wrote it died")
+            sums[path.name] = [path.stat().st_size, checksum_of(path)]
+            sync_to_disk(path)
+    return sums

@@ -1,0 +1,74 @@
+"""Loading weights, from any layout into any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_mm.config import Experiment
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.checkpoint.compatible import check_same_model
+from megatron_mm.training.checkpoint.integrity import verify
+from megatron_mm.training.checkpoint.names import TENSORS, belongs_to_model
+from megatron_mm.training.checkpoint.state import model_state
+
+_NAMED = 40
+"""Tensors that an error names."""
+
+
+def load_weights(experiment: Experiment, topology: Topology, model: list[DistributedDataParallel], checkpoint: Path) -> None:
+    """Load the weights alone, from any layout into any layout.
+
+    Raises ValueError where the checkpoint is of another model, lacks a tensor or has one too many, or is damaged.
+    """
+    check_same_model(experiment, checkpoint, with_optimizer=False)
+    verify(checkpoint, topology)
+    state = model_state(model)
+    _check_names(state, checkpoint, world_size=topology.world_size)
+    loaded = dist_checkpointing.load(
+        state,
+        str(checkpoint / TENSORS),
+        sharded_strategy=load_strategy(checkpoint),
+        strict=StrictHandling.RAISE_UNEXPECTED,
+    )
+    for index, chunk in enumerate(model):
+        load_chunk(chunk.module, loaded[f"model{index}"])
+
+
+def _check_names(state: dict[str, Any], checkpoint: Path, *, world_size: int) -> None:
+    """Raise ValueError that lists the weights which the checkpoint lacks, and those that the model does not have."""
+    pieces = {chunk: dict(entries) for chunk, entries in state.items()}
+    apply_factories(pieces)  # in place
+    mine = {entry.key for entry in nested_values(pieces) if isinstance(entry, ShardedTensor)}
+    names: list[set[str]] = [set()] * world_size
+    dist.all_gather_object(names, mine)
+    wanted = set().union(*names)
+    stored = {name for name in dist_checkpointing.load_tensors_metadata(str(checkpoint / TENSORS)) if belongs_to_model(name)}
+    for what, missed in (("lacks", wanted - stored), ("holds, beyond the model's,", stored - wanted)):
+        if missed:
+            named = ", ".join(sorted(missed)[:_NAMED]) + (", ..." if len(missed) > _NAMED else "")
+            raise ValueError(f"checkpoint {checkpoint} {what} {len(missed)} tensors: {named}")
+
+
+def load_chunk(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Copy weights into a pipeline chunk; every weight must be there. What Transformer Engine would keep beside them is not saved."""
+    missing, unexpected = chunk.load_state_dict(state, strict=False)
+    missing = [name for name in missing if "._extra_state" not in name]
+    assert not missing and not unexpected, f"the checkpoint lacks {missing} and has {unexpected}"
+
+
+def load_strategy(checkpoint: Path) -> FullyParallelLoadStrategyWrapper:
+    """Reads each stored tensor once for all data-parallel processes that want it."""
+    return FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(checkpoint / TENSORS)), parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )

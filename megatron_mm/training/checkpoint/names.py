@@ -1,0 +1,48 @@
+"""Where the checkpoints of a run lie, and what is in them under which name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch.distributed as dist
+
+TENSORS = "tensors"
+"""Folder of a checkpoint that holds megatron-core's distributed checkpoint."""
+MANIFEST = "manifest.json"
+"""File of a checkpoint with size and CRC-32 of every file in `TENSORS`; written last, so a folder that has it is complete."""
+_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|generators\.")
+"""How the names of a checkpoint's other tensors begin. A model with experts has an optimizer for them beside the other."""
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path names: itself, or the newest of a run directory.
+
+    Raises ValueError where there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    found = completed_checkpoints(path.parent if path.name == "checkpoints" else path)
+    if not found:
+        raise ValueError(
+            f"{path} is neither a complete checkpoint nor a run directory with one: give RUN_DIR or RUN_DIR/checkpoints/step_..."
+        )
+    return found[-1]
+
+
+def completed_checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in (run_dir / "checkpoints").glob(f"step_*/{MANIFEST}"))
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, as the first process sees it; called by all processes together."""
+    complete = completed_checkpoints(run_dir)
+    found = [str(complete[-1]) if complete else None]
+    dist.broadcast_object_list(found, src=0)
+    return None if found[0] is None else Path(found[0])
+
+
+def belongs_to_model(name: str) -> bool:
+    """Whether a checkpoint's tensor is the model's, and not the optimizer's or a generator's."""
+    return _NOT_WEIGHTS.match(name) is None

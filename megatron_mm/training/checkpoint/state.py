@@ -1,0 +1,74 @@
+"""What a checkpoint holds: the state of a run besides its tensors, and its tensors as pieces of global ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_mm.parallel.initial_weights import STATE_METADATA
+from megatron_mm.parallel.topology import Topology
+
+
+@dataclass
+class TrainState:
+    """What a run is besides its tensors."""
+
+    step: int = 0
+    """Steps done."""
+    plan: dict[str, Any] | None = None
+    """The plan's cursor, as `PlanState.to_dict` gives it; None before the first step."""
+    skipped_steps: int = 0
+    """Steps whose gradient was not finite."""
+    tokens: int = 0
+    """Tokens trained on, padding not counted."""
+    images: int = 0
+    """Images trained on."""
+    bad_samples: dict[str, int] = field(default_factory=dict)
+    """Samples that failed at run time, by source."""
+
+
+def model_state(model: list[DistributedDataParallel]) -> dict[str, Any]:
+    """The weights of this process's chunks, `model0`, `model1`, ..., each a piece of a global tensor."""
+    return {f"model{i}": chunk.module.sharded_state_dict(metadata=dict(STATE_METADATA)) for i, chunk in enumerate(model)}
+
+
+def run_state(
+    model: list[DistributedDataParallel], optimizer: MegatronOptimizer, topology: Topology, *, loading: bool, generators: bool = True
+) -> dict[str, Any]:
+    """Weights, optimizer and (with generators) random-number generators of this process, as pieces of global tensors."""
+    chunks = model_state(model)
+    state: dict[str, Any] = dict(chunks)
+    # The optimizer looks its parameters up in all chunks at once; names are global, so merging loses nothing.
+    merged = {f"{i}.{name}": entry for i, chunk in enumerate(chunks.values()) for name, entry in chunk.items()}
+    state["optimizer"] = optimizer.sharded_state_dict(merged, is_loading=loading, metadata=dict(STATE_METADATA))
+    if generators:
+        state["generators"] = generator_state(topology)
+    return state
+
+
+def generator_state(topology: Topology) -> dict[str, ShardedTensor]:
+    """The generators of every process, each a row of a [world_size, bytes] tensor."""
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    states.update({f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()})
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            f"generators.{name}", state.cpu().clone()[None], (0, topology.rank, topology.world_size), replica_id=0
+        )
+        for name, state in states.items()
+    }
+
+
+def restore_generators(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["torch"][0].cpu())
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"][0].cpu())
+    tracker = {name.removeprefix("tracker."): state[0].cpu() for name, state in states.items() if name.startswith("tracker.")}
+    get_cuda_rng_tracker().set_states(tracker)
