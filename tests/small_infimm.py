@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small import packed_batch, small_experiment
+from small import packed_batch, small_experiment, tokens_of
 
 from megatron_mm.config import DecoderConfig, Experiment, ParallelConfig, ResamplerConfig
 from megatron_mm.config.towers import EVA_TINY
@@ -58,7 +58,7 @@ def small_infimm(
 def infimm_batch(experiment: Experiment, topology: Topology, *, number: int, num_images: int | None = None) -> PackedBatch:
     """Micro-batch `number` of a run, the same in every layout: random words and pictures, up to three images a document."""
     generator = torch.Generator().manual_seed(number)
-    total = experiment.train.micro_batch_size * experiment.data.sequence_length
+    total = tokens_of(experiment, number=number)
     ids = torch.randint(5, experiment.model.decoder.vocab_size, (total,), generator=generator)
     bounds = [0]
     while bounds[-1] < total:

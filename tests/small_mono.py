@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small import packed_batch, small_experiment
+from small import packed_batch, small_experiment, tokens_of
 
 from megatron_mm.config import DecoderConfig, Experiment, ParallelConfig
 from megatron_mm.data.batch import PackedBatch
@@ -61,7 +61,7 @@ def mono_run(data: Path, *, parallel: dict[str, Any] | None = None, **train: Any
 def mono_batch(experiment: Experiment, topology: Topology, *, number: int) -> PackedBatch:
     """Micro-batch `number` of a run, the same in every layout: random words and tiles."""
     generator = torch.Generator().manual_seed(number)
-    total = experiment.train.micro_batch_size * experiment.data.sequence_length
+    total = tokens_of(experiment, number=number)
     ids = torch.randint(5, experiment.model.decoder.vocab_size, (total,), generator=generator)
     wanted = TILES_OF_MICRO_BATCHES[number % len(TILES_OF_MICRO_BATCHES)]
     if wanted is None:

@@ -58,8 +58,8 @@ def test_a_stage_may_learn_nothing_or_all() -> None:
         ),
         (
             "infimm_zephyr_7b_pt",
-            {"train": {"precision": "fp8", "micro_batch_size": 3}, "data": {"sequence_length": 392}},
-            "is 1176 and is cut into 2",
+            {"train": {"fewest_micro_batches": True}, "parallel": {"pipeline": 2}},
+            "train.fewest_micro_batches is True and parallel.pipeline is 2",
         ),
     ],
 )

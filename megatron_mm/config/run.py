@@ -209,7 +209,11 @@ class TrainConfig:
     global_batch_size: int
     """Sequences of one optimizer step, over all processes."""
     micro_batch_size: int = 1
-    """Sequences that one process handles at once."""
+    """Full sequences that one process handles at once: a budget of their tokens and images. Padding is not computed, so a micro-batch may
+    hold more sequences where these are short."""
+    fewest_micro_batches: bool = False
+    """Make as few micro-batches as the budget allows, rather than micro_batch_size sequences on average: fewer and fuller ones, for layouts
+    without pipeline stages, where fewer micro-batches leave no process idle."""
     precision: Precision = "bf16"
     """fp32; bf16 with fp32 master weights and gradients; fp8 is bf16 with FP8 matrix products (Transformer Engine)."""
     seed: int = 1234
@@ -305,8 +309,18 @@ class Experiment:
     """A checkpoint, or the run directory of an earlier stage, whose weights this run begins with; its optimizer begins anew. A run that
     has a checkpoint of its own goes on from that."""
 
+    @property
+    def token_multiple(self) -> int:
+        """The tokens of a micro-batch are padded to a multiple of this: each process has an equal part of them under sequence parallelism,
+        and FP8 products (16) and 16-bit tensor cores (8) want multiples of their own."""
+        of_process = {"fp32": 1, "bf16": 8, "fp8": FP8_MULTIPLE}[self.train.precision]
+        return of_process * (self.parallel.tensor if self.parallel.sequence_parallel else 1)
+
     def num_micro_batches(self, data_parallel_size: int) -> int:
-        """Micro-batches of one process in one step. Raises ValueError where the batch cannot be cut evenly."""
+        """Micro-batches of one process in one step; with `train.fewest_micro_batches` the most that a step has.
+
+        Raises ValueError where the batch cannot be cut evenly.
+        """
         train = self.train
         per_slot = train.micro_batch_size * data_parallel_size
         require(

@@ -1,8 +1,8 @@
 """PackedBatch: one micro-batch of one data-parallel rank, as the model sees it.
 
-The `micro_batch_size` packed sequences of a micro-batch lie one after another in ONE row of
-`T = micro_batch_size * sequence_length` tokens; `cu_seqlens` says where documents begin. A document never attends to
-another, so nothing else needs to know where one sequence ends and the next begins.
+The packed sequences of a micro-batch lie one after another, without padding between them, in ONE row of T tokens: as many as they
+have, rounded up to what sequence parallelism and FP8 need (`Experiment.token_multiple`). `cu_seqlens` says where documents begin. A
+document never attends to another, so nothing else needs to know where one sequence ends and the next begins.
 
     token_ids   <s>  IMG IMG IMG IMG a red ball </s> | <s> the sky </s> | PAD PAD
     labels       _    _   _   _   a red ball </s>  _ | the sky </s>  _  |  _   _
@@ -10,7 +10,7 @@ another, so nothing else needs to know where one sequence ends and the next begi
     cu_seqlens  0                                    9                 13     15
 
 A label is the next token of the same document; where that is an image token, a padding token, or another document's first
-token, the loss mask is 0 and the label the padding token (`_`). Padding, if any, is one last document of its sequence.
+token, the loss mask is 0 and the label the padding token (`_`). Padding, if any, is the last document.
 """
 
 from __future__ import annotations

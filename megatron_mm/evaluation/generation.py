@@ -104,7 +104,7 @@ def _next_tokens(
     experiment: Experiment, chunks: list[torch.nn.Module], topology: Topology, batch: PackedBatch, places: torch.Tensor
 ) -> list[int]:
     """The likeliest token after each place, known to every process."""
-    rows = pipeline_rows(experiment, [batch])
+    rows = pipeline_rows(experiment, batch)
 
     def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple:
         return chunk(next(batches), pipeline_rows=rows, with_loss=False), lambda logits, non_loss_data=True: _likeliest(logits, places)

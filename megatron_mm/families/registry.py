@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from megatron_mm.config import Experiment
@@ -22,8 +21,6 @@ def family_of(model: Config) -> Family[Config]:
     return FAMILIES[model.family]
 
 
-def pipeline_rows(experiment: Experiment, micro_batches: Iterable[PackedBatch]) -> int:
-    """Rows [rows, 1, hidden_size] that go from stage to stage for each of these micro-batches; enough for the fullest."""
-    batches = list(micro_batches)
-    tokens, images = max(batch.num_tokens for batch in batches), max(batch.num_images for batch in batches)
-    return family_of(experiment.model).pipeline_rows(experiment.model, experiment.parallel, tokens, images)
+def pipeline_rows(experiment: Experiment, batch: PackedBatch) -> int:
+    """Rows [rows, 1, hidden_size] that go from stage to stage for a micro-batch."""
+    return family_of(experiment.model).pipeline_rows(experiment.model, experiment.parallel, batch.num_tokens, batch.num_images)

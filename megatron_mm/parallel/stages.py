@@ -10,7 +10,7 @@ Where later stages look at the images themselves (InfiMM), the latents [m, 1, v]
 as hold them. So they take the same messages, in both directions: each stage's gradient of the latents joins those of the stages behind it
 and arrives, summed, at the resampler. Sending pixels or letting every stage encode the images again would need no such gradient, but every
 stage would hold the tower; a channel of its own would be a second schedule of messages to keep in step with the first. How many rows a
-step's messages have follows from the plan: enough for the micro-batch with most images.
+micro-batch's messages have follows from the plan (`parallel.pipeline`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_mm.config import DataConfig, Experiment
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.loader import Loader, RankView, StepBatch
+from megatron_mm.data.plan.balance import Costs
 from megatron_mm.data.plan.filling import Limits
 from megatron_mm.data.plan.plan import Plan, PlanState
 from megatron_mm.data.sources.index import SourceIndex, open_split
@@ -66,18 +67,20 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
         seed=experiment.train.seed,
         global_batch_size=experiment.train.global_batch_size,
         micro_batch_size=experiment.train.micro_batch_size,
-        squares_per_token=_squares_per_token(experiment),
+        token_multiple=experiment.token_multiple,
+        costs=costs(experiment),
+        fewest_micro_batches=experiment.train.fewest_micro_batches,
     )
 
 
-def _squares_per_token(experiment: Experiment) -> int:
-    """Squared tokens of a document's length that cost as many FLOPs in attention as a token costs otherwise."""
-
-    def flops(**work: int) -> float:
-        zero = StepWork(num_tokens=0, sum_squared_lengths=0, num_images=0)
-        return family_of(experiment.model).step_flops(experiment.model, experiment.train.policy, replace(zero, **work))
-
-    return max(1, round(flops(num_tokens=10**9) / max(1.0, flops(sum_squared_lengths=10**9))))
+def costs(experiment: Experiment) -> Costs:
+    """FLOPs of training on a token, a squared length and an image: what a family's step costs is linear in each."""
+    flops, model, policy = family_of(experiment.model).step_flops, experiment.model, experiment.train.policy
+    nothing = StepWork(num_tokens=0, sum_squared_lengths=0, num_images=0)
+    token, square, image = (
+        round(flops(model, policy, replace(nothing, **{part: 1}))) for part in ("num_tokens", "sum_squared_lengths", "num_images")
+    )
+    return Costs(token=token, square=square, image=image)
 
 
 def as_indexed(experiment: Experiment, indexes: Sequence[Source]) -> Experiment:

@@ -147,21 +147,20 @@ def check_shapes(experiment: Experiment, world_size: int) -> None:
             f"the interleaved schedule needs micro-batches in multiples of parallel.pipeline {parallel.pipeline}, but a step has "
             f"{micro_batches} on each process: change train.global_batch_size or train.micro_batch_size"
         )
-    tokens = experiment.train.micro_batch_size * experiment.data.sequence_length
-    if parallel.sequence_parallel and tokens % parallel.tensor:
+    if experiment.train.fewest_micro_batches and parallel.pipeline > 1:
         raise ValueError(
-            f"sequence parallelism cuts the {tokens} tokens of a micro-batch into {parallel.tensor} parts: change data.sequence_length"
+            f"train.fewest_micro_batches is True and parallel.pipeline is {parallel.pipeline}: with fewer micro-batches pipeline stages "
+            "idle longer; set one of them"
         )
     if experiment.train.precision == "fp8":
         check_fp8(experiment)
 
 
 def check_fp8(experiment: Experiment) -> None:
-    """FP8 matrix products pad nothing: tokens and widths of every process must fit them. Raises ValueError where one does not."""
+    """FP8 matrix products pad nothing: widths of every process must fit them (tokens do: `Experiment.token_multiple`). Raises ValueError
+    where one does not."""
     decoder, parallel = experiment.model.decoder, experiment.parallel
-    tokens = experiment.train.micro_batch_size * experiment.data.sequence_length
     parts = {
-        "data.sequence_length x train.micro_batch_size": (tokens, parallel.tensor if parallel.sequence_parallel else 1),
         "model.decoder.hidden_size": (decoder.hidden_size, 1),
         "model.decoder.ffn_hidden_size": (decoder.ffn_hidden_size, parallel.tensor),
         "model.decoder.num_attention_heads x head_dim": (decoder.num_attention_heads * decoder.head_dim, parallel.tensor),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.registry import pipeline_rows
+from megatron_mm.parallel.pipeline import PlannedMessages
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.loss import LossFunction, LossTotals, combine_losses, loss_function, micro_batch_iterator
 from megatron_mm.training.optimizer import Update, learning_rate, update
@@ -70,23 +72,26 @@ class TrainingStep:
             return self._pass(micro_batches, forward_only=True)
 
     def _pass(self, micro_batches: list[PackedBatch], *, forward_only: bool) -> LossTotals:
-        device, rows = self.topology.device, pipeline_rows(self.experiment, micro_batches)
-        iterators = [micro_batch_iterator(micro_batches, device) for _ in self.model]
+        device = self.topology.device
+        rows = [pipeline_rows(self.experiment, batch) for batch in micro_batches]
+        iterators = [zip(micro_batch_iterator(micro_batches, device), rows, strict=True) for _ in self.model]
         reported = get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, rows=rows),
+            forward_step_func=self._forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=len(micro_batches),
-            seq_length=rows,
+            seq_length=max(rows),  # not used: the plan says how long each micro-batch is
             micro_batch_size=1,  # the packed sequences of a micro-batch are one row of tokens
             forward_only=forward_only,
+            p2p_communicator=PlannedMessages(get_model_config(self.model[0]), rows=rows),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
         return combine_losses(reported, contributes=self.topology.reports_loss, num_sources=self.num_sources, device=device)
 
     def _forward_step(
-        self, batches: Iterator[PackedBatch], chunk: DistributedDataParallel, *, rows: int
+        self, batches: Iterator[tuple[PackedBatch, int]], chunk: DistributedDataParallel
     ) -> tuple[torch.Tensor, LossFunction]:
-        batch = next(batches)
+        batch, rows = next(batches)
         return chunk(batch, pipeline_rows=rows), loss_function(batch, num_sources=self.num_sources)
 
     def _evaluation_mode(self) -> _EvaluationMode:

@@ -1,43 +1,56 @@
-"""Micro-batches are dealt once each, in rounds of like images, and ranks have the same work in all."""
+"""Micro-batches: within the budget, alike in cost, and as long as their tokens."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from megatron_mm.data.plan.balance import deal
+from megatron_mm.data.plan.balance import Batching, Costs, Work
 
 
-@pytest.mark.parametrize(("rounds", "data_size"), [(1, 4), (4, 2), (16, 32), (7, 13), (4, 512)])
-def test_every_micro_batch_is_dealt_once_and_rounds_have_like_images(rounds: int, data_size: int) -> None:
+def by_tokens(*tokens: int) -> list[Work]:
+    return [Work(tokens=count, squares=0, images=0) for count in tokens]
+
+
+EXAMPLE = by_tokens(90, 80, 50, 40, 40, 30, 20, 10)
+
+
+def sizes(ranks: list[list[list[int]]], works: list[Work]) -> list[list[list[int]]]:
+    return [[[works[i].tokens for i in group] for group in rank] for rank in ranks]
+
+
+def test_the_worked_example() -> None:
+    batching = Batching(micro_batch_size=2, sequence_length=100, max_images=1, fewest=True)
+    assert sizes(batching.micro_batches(EXAMPLE, 2), EXAMPLE) == [[[90, 40, 40, 10]], [[80, 50, 30, 20]]]
+
+
+def test_micro_batches_are_as_many_as_before_unless_fewer_are_asked_for() -> None:
+    batching = Batching(micro_batch_size=2, sequence_length=100, max_images=1)
+    assert sizes(batching.micro_batches(EXAMPLE, 2), EXAMPLE) == [[[80, 20], [40, 40]], [[90], [50, 30, 10]]]
+
+
+def test_what_does_not_fit_by_cost_is_dealt_by_number() -> None:
+    """Three sequences that are full and one that is costly: by cost one micro-batch would get all full ones."""
+    works = [Work(100, 0, 0), Work(100, 0, 0), Work(100, 0, 0), Work(10, 1000, 0)]
+    batching = Batching(micro_batch_size=2, sequence_length=100, max_images=1, costs=Costs(square=1))
+    (groups,) = batching.micro_batches(works, 1)
+    assert sorted(len(group) for group in groups) == [2, 2]
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 4])
+@pytest.mark.parametrize("fewest", [False, True])
+def test_nothing_is_lost_and_the_budget_holds(data_size: int, fewest: bool) -> None:
     rng = np.random.default_rng(0)
-    count = rounds * data_size
-    images, attention = rng.integers(0, 17, count), rng.integers(10**4, 16 * 10**6, count)
-    cost = rng.integers(2000, 4097, count) + attention // 16_384
-    dealt = deal(images, cost, attention, data_size=data_size)
-    assert dealt.shape == (rounds, data_size) and sorted(dealt.flatten().tolist()) == list(range(count))
-    by_round = images[dealt]
-    assert by_round.max(axis=1).sum() == np.sort(images)[::-1].reshape(rounds, data_size).max(axis=1).sum(), "no rounds wait less"
-    assert (deal(images, cost, attention, data_size=data_size) == dealt).all()
+    tokens, images = rng.integers(1, 101, 64).tolist(), rng.integers(0, 9, 64).tolist()
+    works = [Work(count, count**2, held) for count, held in zip(tokens, images, strict=True)]
+    batching = Batching(micro_batch_size=4, sequence_length=100, max_images=8, costs=Costs(image=10), fewest=fewest)
+    ranks = batching.micro_batches(works, data_size)
+    assert sorted(i for rank in ranks for group in rank for i in group) == list(range(64))
+    assert len({len(rank) for rank in ranks}) == 1 and len(ranks[0]) <= 16 // data_size
+    for group in (group for rank in ranks for group in rank):
+        assert group and sum(works[i].tokens for i in group) <= 400 and sum(works[i].images for i in group) <= 32
 
 
-def test_attention_and_cost_are_level_over_32_ranks() -> None:
-    """Of the squared lengths of captions, long texts and documents, 16 micro-batches a rank."""
-    rng = np.random.default_rng(0)
-    attention = np.concatenate(
-        [rng.integers(10**6, 2 * 10**6, 230), rng.integers(2 * 10**6, 9 * 10**6, 230), rng.integers(4 * 10**6, 16 * 10**6, 52)]
-    )
-    images = np.concatenate([np.full(230, 16), rng.integers(3, 17, 230), np.zeros(52, int)])
-    tokens = np.concatenate([rng.integers(2600, 2900, 230), np.full(282, 4090)])
-    cost = tokens + attention // 26_368
-    dealt = deal(images, cost, attention, data_size=32)
-    for work in (attention, cost):
-        over_ranks = work[dealt].sum(axis=0)
-        assert over_ranks.max() < 1.05 * over_ranks.mean()
-    unaware = attention[np.argsort(-images, kind="stable").reshape(-1, 32)].sum(axis=0)
-    assert unaware.max() > 1.2 * unaware.mean()
-
-
-def test_no_work_at_all_is_dealt_too() -> None:
-    nothing = np.zeros(8, dtype=np.int64)
-    assert sorted(deal(nothing, nothing, nothing, data_size=4).flatten().tolist()) == list(range(8))
+def test_a_micro_batch_is_padded_to_what_its_processes_need() -> None:
+    batching = Batching(micro_batch_size=1, sequence_length=100, max_images=1, token_multiple=32)
+    assert [batching.padded(tokens) for tokens in (1, 32, 33)] == [32, 32, 64]

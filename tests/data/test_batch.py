@@ -40,6 +40,7 @@ def worked_example(path: Path, image: ImageInput = MM1_IMAGE, *, length: int = 1
             seed=seed,
             global_batch_size=1,
             micro_batch_size=1,
+            token_multiple=length,
         )
         if plan.batch(plan.initial_state()).sequences[0].window.sample.tolist() == [0, 1]:
             break

@@ -98,34 +98,29 @@ def test_the_ranks_share_a_global_batch_whatever_their_number(demo_data: Path, d
     plan = make_plan(replace(base, train=replace(base.train, micro_batch_size=micro_batch_size)), split="train")
     batch = plan.batch(plan.initial_state())
     dealt = [micro for rank in range(data_size) for micro in batch.micro_batches_of(rank, data_size)]
-    assert all(len(micro) == micro_batch_size for micro in dealt)
+    assert len(dealt) == plan.global_batch_size // micro_batch_size
     key = [(s.source, s.first, s.last, id(s.window)) for micro in dealt for s in micro]
     assert sorted(key) == sorted((s.source, s.first, s.last, id(s.window)) for s in batch.sequences)
     assert contents(batch) == contents(make_plan(base, split="train").batch(plan.initial_state()))
 
 
-def test_images_are_balanced_over_micro_batches_and_ranks(demo_data: Path) -> None:
+def test_micro_batches_and_ranks_cost_alike(demo_data: Path) -> None:
     base = experiment(demo_data)
     plan = make_plan(replace(base, train=replace(base.train, global_batch_size=64, micro_batch_size=4)), split="train")
     batch = plan.batch(plan.initial_state())
-    naive = [sum(s.num_images for s in batch.sequences[i : i + 4]) for i in range(0, 64, 4)]
-    balanced = [sum(batch.sequences[i].num_images for i in group) for group in batch.groups]
-    one = max(sequence.num_images for sequence in batch.sequences)
-    assert max(balanced) - min(balanced) <= one < max(naive) - min(naive)
-    of_rank = [sum(s.num_images for micro in batch.micro_batches_of(rank, 4) for s in micro) for rank in range(4)]
-    assert max(of_rank) - min(of_rank) <= one
+    costs = [plan.batching.costs.of(work) for work in batch.works]
+
+    def spread(groups: list[list[int]]) -> float:
+        found = [sum(costs[i] for i in group) for group in groups]
+        return max(found) / (sum(found) / len(found))
+
+    ranks = plan.batching.micro_batches(batch.works, 4)
+    naive = [list(range(i, i + 4)) for i in range(0, 64, 4)]
+    assert sorted(i for rank in ranks for group in rank for i in group) == list(range(64))
+    at_once = [spread(list(groups)) for groups in zip(*ranks, strict=True)]
+    assert max(at_once) < 1.02 < spread(naive), at_once
+    assert spread([[i for group in rank for i in group] for rank in ranks]) < 1.01
     assert np.bincount(image_owners(7, 4), minlength=4).tolist() == [2, 2, 2, 1]
-
-
-def test_the_ranks_of_every_round_have_like_images_and_like_work_in_all(demo_data: Path) -> None:
-    """8 7 6 5 4 3 2 1 images: two in each round, so that 8 meets 7. Attention is level over the ranks."""
-    plan = make_plan(experiment(demo_data), split="train")
-    batch = plan.batch(plan.initial_state())
-    sequences = [replace(batch.sequences[0], num_images=8 - number) for number in range(8)]
-    made = GlobalBatch(sequences, [[number] for number in range(8)], 256, batch.next_state)
-    dealt = [[micro[0].num_images for micro in made.micro_batches_of(rank, 2)] for rank in range(2)]
-    assert [sorted(pair) for pair in zip(*dealt, strict=True)] == [[7, 8], [5, 6], [3, 4], [1, 2]]
-    assert made.micro_batches_of(0, 1) == [[sequence] for sequence in sequences]
 
 
 def test_long_documents_are_cut_between_images_and_nothing_is_lost(demo_data: Path) -> None:

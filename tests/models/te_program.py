@@ -74,14 +74,9 @@ def _misfits_of_decoder(base: Experiment) -> dict[str, Experiment]:
     }
 
 
-def _misfits_of_sequence(base: Experiment) -> dict[str, Experiment]:
-    longer = replace(base, data=replace(base.data, sequence_length=104))
-    return {**_misfits_of_decoder(base), "data.sequence_length x train.micro_batch_size": longer}
-
-
 def _misfits_of_infimm(base: Experiment) -> dict[str, Experiment]:
     return {
-        **_misfits_of_sequence(base),
+        **_misfits_of_decoder(base),
         "model.vision.hidden_size": _changed(base, vision={"hidden_size": 40, "num_attention_heads": 2}),
         "model.resampler.num_latents": _changed(base, resampler={"num_latents": 8}),
         "model.gated.num_attention_heads x head_dim": _changed(base, gated={"num_attention_heads": 5}),
@@ -95,7 +90,7 @@ def _changed(base: Experiment, **parts: dict[str, int]) -> Experiment:
 
 
 SUBJECTS = {
-    "mm1": Subject(small_experiment, random_step, _with_experts, _misfits_of_sequence),
+    "mm1": Subject(small_experiment, random_step, _with_experts, _misfits_of_decoder),
     "infimm": Subject(_small_infimm, infimm_step, misfits=_misfits_of_infimm),
     "mono_internvl": Subject(small_mono, mono_step, misfits=_misfits_of_decoder),
 }

@@ -154,12 +154,12 @@ def test_passengers_come_back_from_the_rows_behind_the_hidden_states() -> None:
     assert torch.equal(latents.grad, torch.ones_like(latents))
 
 
-def test_rows_between_stages_hold_the_images_of_the_fullest_micro_batch(topology: Topology) -> None:
+def test_rows_between_stages_hold_the_tokens_and_images_of_a_micro_batch(topology: Topology) -> None:
     experiment = small_infimm(parallel={"pipeline": 2})
     batches = [infimm_batch(experiment, topology, number=number) for number in (0, 1, 2)]
     assert [batch.num_images for batch in batches] == [0, 1, 6]
-    assert pipeline_rows(experiment, batches) == 96 + 6 * 8 * 32 // 64
-    assert pipeline_rows(experiment, batches[:1]) == 96 + 8 * 32 // 64
+    rows = [pipeline_rows(experiment, batch) for batch in batches]
+    assert rows == [96 + 8 * 32 // 64, 64 + 8 * 32 // 64, 96 + 6 * 8 * 32 // 64]
 
 
 def test_layouts_that_cut_a_head_are_refused() -> None:

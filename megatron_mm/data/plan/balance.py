@@ -1,68 +1,153 @@
-"""Deals the micro-batches of a global batch to data-parallel ranks, so that no rank waits long for another.
+"""Which sequences form a micro-batch, and which micro-batch goes to which data-parallel rank, so that none waits for another.
 
-Two things make a rank wait. In every round (the k-th micro-batches of all ranks, which run at the same time) the first pipeline stage waits
-for the rank with the most images; so micro-batches are sorted by images, and by their cost in the decoder where they have as many, and
-each round takes the next `data_size` of them. No other rounds have a smaller sum of their largest image counts. At the end of the step all
-wait for the rank with the most work; so within the rounds micro-batches change ranks until the sums of the decoder's cost and of its
-attention's part alone are level over the ranks.
+A micro-batch is as long as its tokens: padding is not computed. So `micro_batch_size` is a budget, of so many full sequences' tokens and
+images, and not a count: a micro-batch may hold more sequences than that where these are short.
 
-All of it is done in integers: processes on different processors must come to the same result.
+Worked example: a budget of two sequences of 100 tokens, sequences of 90 80 50 40 40 30 20 10 tokens that cost as many, and two
+data-parallel ranks. The tokens fill 1.8 budgets, so two micro-batches are enough where two sequences each would make four. The costliest
+sequence that is left goes to the cheapest micro-batch: 90 40 40 10 and 80 50 30 20, and the two, of 180 tokens, go to the two ranks.
 """
 
 from __future__ import annotations
 
-import numpy as np
-
-_LEVEL = 1 << 16
-"""The mean of what is balanced; sums are scaled to it, so that their squares fit into 64 bits."""
-_GOOD = _LEVEL + _LEVEL // 100
-_MOST_SWAPS = 400
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
-def deal(images: np.ndarray, cost: np.ndarray, attention: np.ndarray, *, data_size: int) -> np.ndarray:
-    """The micro-batch of each rank in each round: [rounds, data_size] int64.
+@dataclass(frozen=True)
+class Work:
+    """What a sequence, or a micro-batch, asks a process to do."""
+
+    tokens: int
+    squares: int
+    """Sum over documents of their squared length: what attention costs grow with."""
+    images: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the parts of a sequence cost, in any one unit (FLOPs, say); integers, so that all processors come to the same sums."""
+
+    token: int = 1
+    square: int = 0
+    image: int = 0
+
+    def of(self, work: Work) -> int:
+        return self.token * work.tokens + self.square * work.squares + self.image * work.images
+
+
+BY_TOKENS = Costs()
+_EXCHANGES = 4
+"""Exchanges for each micro-batch at most."""
+_PARTNERS = 4
+"""Micro-batches, cheapest first, that the costliest one may exchange a sequence with."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How sequences become micro-batches."""
+
+    micro_batch_size: int
+    """Full sequences that a process can handle at once."""
+    sequence_length: int
+    """Tokens of a full sequence."""
+    max_images: int
+    """Images of a full sequence."""
+    costs: Costs = BY_TOKENS
+    token_multiple: int = 1
+    """A micro-batch's tokens are padded to a multiple of this."""
+    fewest: bool = False
+    """Make as few micro-batches as the budget allows, rather than micro_batch_size sequences on average."""
+
+    def padded(self, tokens: int) -> int:
+        """Tokens of a micro-batch, padding included."""
+        return -(-tokens // self.token_multiple) * self.token_multiple
+
+    def micro_batches(self, works: Sequence[Work], data_size: int) -> list[list[list[int]]]:
+        """The sequences of each micro-batch of each data-parallel rank: [data_size][micro-batches][sequences].
+
+        The k-th micro-batches of all ranks cost about the same, and so do the ranks. The costliest come first.
+        """
+        costs = [self.costs.of(work) for work in works]
+        groups = self._group(works, costs, data_size)
+        total = {id(group): sum(costs[i] for i in group) for group in groups}
+        groups.sort(key=lambda group: -total[id(group)])
+        ranks: list[list[list[int]]] = [[] for _ in range(data_size)]
+        so_far = [0] * data_size
+        for first in range(0, len(groups), data_size):
+            # The rank that has most so far gets the cheapest of the next round.
+            by_load = sorted(range(data_size), key=lambda rank: so_far[rank])
+            for rank, group in zip(by_load, groups[first : first + data_size], strict=True):
+                ranks[rank].append(group)
+                so_far[rank] += total[id(group)]
+        return ranks
+
+    def _group(self, works: Sequence[Work], costs: list[int], data_size: int) -> list[list[int]]:
+        usual = len(works) // self.micro_batch_size
+        if self.micro_batch_size == 1 and not self.fewest:
+            return [[i] for i in range(len(works))]
+        tokens, images = self.micro_batch_size * self.sequence_length, self.micro_batch_size * self.max_images
+        needed = max(-(-sum(work.tokens for work in works) // tokens), -(-sum(work.images for work in works) // images), 1)
+        counts = range(-(-needed // data_size) * data_size, usual, data_size) if self.fewest else range(0)
+        for count in (*counts, usual):
+            groups = _fill(works, costs, count, tokens=tokens, images=images)
+            if groups is not None:
+                return _even_out(groups, works, costs, tokens=tokens, images=images)
+        groups = _fill(works, costs, usual, tokens=tokens, images=images, most=self.micro_batch_size)
+        assert groups is not None, "micro_batch_size sequences are within the budget"
+        return _even_out(groups, works, costs, tokens=tokens, images=images)
+
+
+def _fill(
+    works: Sequence[Work], costs: list[int], count: int, *, tokens: int, images: int, most: int | None = None
+) -> list[list[int]] | None:
+    """So many groups of like cost within the budget: each sequence, costliest first, goes to the cheapest one that has room for it.
+
+    None where one finds no room.
 
     Args:
-        images, cost, attention: [micro-batches] int64 images, cost in the decoder, and the part of attention in it, each in its own unit.
-        data_size: data-parallel ranks; divides the number of micro-batches.
+        most: sequences of a group; None for no limit.
     """
-    rounds = np.lexsort((np.arange(len(images)), -cost, -images)).reshape(-1, data_size)
-    # Costliest first to the rank that has least so far: for all rounds, those whose costs differ most come first.
-    total = np.zeros(data_size, dtype=np.int64)
-    dealt = np.empty_like(rounds)
-    for number in np.argsort(-np.ptp(attention[rounds], axis=1), kind="stable"):
-        micro_batches = rounds[number]
-        dealt[number, np.argsort(total, kind="stable")] = micro_batches[np.argsort(-attention[micro_batches], kind="stable")]
-        total += attention[dealt[number]]
-    loads = np.stack([_scaled(load, data_size)[dealt] for load in (attention, cost)])
-    _level(dealt, loads)
-    return dealt
+    groups: list[list[int]] = [[] for _ in range(count)]
+    room = [(tokens, images)] * count
+    cheapest = [(0, number) for number in range(count)]
+    for i in sorted(range(len(works)), key=lambda i: -costs[i]):
+        work, full = works[i], []
+        while cheapest:
+            cost, number = heapq.heappop(cheapest)
+            if work.tokens <= room[number][0] and work.images <= room[number][1] and (most is None or len(groups[number]) < most):
+                break
+            full.append((cost, number))
+        else:
+            return None
+        groups[number].append(i)
+        room[number] = room[number][0] - work.tokens, room[number][1] - work.images
+        for entry in (*full, (cost + costs[i], number)):
+            heapq.heappush(cheapest, entry)
+    return groups
 
 
-def _scaled(load: np.ndarray, data_size: int) -> np.ndarray:
-    return load * (_LEVEL * data_size // max(1, int(load.sum()))) if load.sum() < _LEVEL else load * _LEVEL // (load.sum() // data_size)
+def _even_out(groups: list[list[int]], works: Sequence[Work], costs: list[int], *, tokens: int, images: int) -> list[list[int]]:
+    """Exchange sequences, one for one, between the costliest group and others as long as that makes it cheaper; groups change in place."""
+    totals = [sum(costs[i] for i in group) for group in groups]
 
+    def fits(group: list[int], leaves: int, comes: int) -> bool:
+        after = [i for i in group if i != leaves] + [comes]
+        return sum(works[i].tokens for i in after) <= tokens and sum(works[i].images for i in after) <= images
 
-def _level(dealt: np.ndarray, loads_lkd: np.ndarray) -> None:
-    """Swap micro-batches of a round between the rank with most work and another, as long as that brings the sums closer to each other.
-
-    Args:
-        dealt: [rounds, data_size], changed in place.
-        loads_lkd: [2, rounds, data_size] of those, changed likewise.
-    """
-    sums_ld = loads_lkd.sum(axis=1)
-    for _ in range(_MOST_SWAPS):
-        most = sums_ld.max(axis=0)
-        rank = int(most.argmax())
-        if most[rank] <= _GOOD:
-            return
-        moved_lkd = loads_lkd - loads_lkd[:, :, rank : rank + 1]
-        # Of (a + m)^2 + (b - m)^2 - a^2 - b^2 half: m (a - b + m).
-        change_kd = (moved_lkd * (sums_ld[:, rank, None, None] - sums_ld[:, None, :] + moved_lkd)).sum(axis=0)
-        number, other = divmod(int(change_kd.argmin()), change_kd.shape[1])
-        if change_kd[number, other] >= 0:
-            return
-        pair = [rank, other]
-        sums_ld[:, pair] += moved_lkd[:, number, other, None] * np.array([1, -1])
-        dealt[number, pair] = dealt[number, pair[::-1]]
-        loads_lkd[:, number, pair] = loads_lkd[:, number, pair[::-1]]
+    for _ in range(_EXCHANGES * len(groups)):
+        high = max(range(len(groups)), key=totals.__getitem__)
+        for low in sorted(range(len(groups)), key=totals.__getitem__)[:_PARTNERS]:
+            gap = totals[high] - totals[low]
+            pairs = sorted((abs(gap - 2 * (costs[a] - costs[b])), a, b) for a in groups[high] for b in groups[low])
+            found = next(((a, b) for off, a, b in pairs if off < gap and fits(groups[high], a, b) and fits(groups[low], b, a)), None)
+            if found is not None:
+                a, b = found
+                groups[high][groups[high].index(a)], groups[low][groups[low].index(b)] = b, a
+                totals[high] += costs[b] - costs[a]
+                totals[low] += costs[a] - costs[b]
+                break
+        else:
+            break
+    return groups

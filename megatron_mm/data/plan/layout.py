@@ -86,14 +86,13 @@ def lay_out(plan: Plan, sequences: list[PackedSequence], *, tensor_size: int) ->
     Args:
         tensor_size: processes that share the encoding of its images.
     """
-    length = plan.limits.sequence_length
-    total = len(sequences) * length
+    tokens = sum(sequence.num_tokens for sequence in sequences)
+    total = plan.batching.padded(tokens)
     positions, sources = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
     is_token, mask = np.zeros(total, dtype=bool), np.zeros(total, dtype=np.float32)
-    pieces, images, bounds = [], [], [0]
-    for number, sequence in enumerate(sequences):
-        place, stop = number * length, (number + 1) * length
-        sources[place:stop] = sequence.source
+    pieces, images, bounds, place = [], [], [0], 0
+    for sequence in sequences:
+        sources[place : place + sequence.num_tokens] = sequence.source
         for row in range(sequence.first, sequence.last):
             piece = _place_piece(sequence, row, place)
             pieces.append(piece)
@@ -103,9 +102,10 @@ def lay_out(plan: Plan, sequences: list[PackedSequence], *, tensor_size: int) ->
             mask[place : piece.stop - 1] = _counted(plan, piece)
             bounds.append(piece.stop)
             place = piece.stop
-        if place < stop:
-            positions[place:stop] = np.arange(stop - place)
-            bounds.append(stop)
+    assert place == tokens, f"the pieces of a micro-batch have {place} tokens, its sequences {tokens}"
+    if tokens < total:
+        positions[tokens:] = np.arange(total - tokens)
+        bounds.append(total)
     firsts = np.array([placed.first for placed in images], dtype=np.int64)
     tiles = np.array([placed.image.tiles for placed in images], dtype=np.int64)
     image = plan.image

@@ -7,24 +7,20 @@ samples make up every global batch on any data-parallel size.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from megatron_mm.data.image_input import ImageInput
-from megatron_mm.data.plan.balance import deal
+from megatron_mm.data.plan.balance import BY_TOKENS, Batching, Costs, Work
 from megatron_mm.data.plan.filling import Limits
 from megatron_mm.data.plan.mixture import choose_sources
 from megatron_mm.data.plan.packing import Window, check_largest_image, pack_window
 from megatron_mm.data.plan.stream import SampleStream
 from megatron_mm.data.sources.source import Source
-
-SQUARES_PER_TOKEN = 16_384
-"""Of a decoder of about 1.5B parameters and width 2048, unless the plan is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +60,8 @@ class PackedSequence:
         return self.window.end[self.first : self.last] - self.window.begin[self.first : self.last]
 
     @cached_property
-    def sum_squared_lengths(self) -> int:
-        """Sum over the pieces of their squared length: what attention costs grow with."""
-        return int((self.lengths**2).sum())
+    def work(self) -> Work:
+        return Work(tokens=self.num_tokens, squares=int((self.lengths**2).sum()), images=self.num_images)
 
 
 @dataclass(frozen=True)
@@ -74,14 +69,9 @@ class GlobalBatch:
     """One global batch: its sequences, and how they form micro-batches."""
 
     sequences: list[PackedSequence]
-    groups: list[list[int]]
-    """The sequences of each micro-batch, most images first."""
-    sequence_length: int
+    batching: Batching
+    """How they form micro-batches."""
     next_state: PlanState
-    squares_per_token: int = SQUARES_PER_TOKEN
-    """Squared tokens of a document's length that cost the decoder as much in attention as a token costs it otherwise."""
-    _dealt_to: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
-    """By the number of data-parallel ranks."""
 
     @cached_property
     def num_tokens(self) -> int:
@@ -93,33 +83,24 @@ class GlobalBatch:
         return sum(sequence.num_images for sequence in self.sequences)
 
     @cached_property
+    def works(self) -> list[Work]:
+        """Of each sequence."""
+        return [sequence.work for sequence in self.sequences]
+
+    @cached_property
     def sum_squared_lengths(self) -> int:
         """Sum over documents of their squared length: what attention costs grow with."""
-        return sum(sequence.sum_squared_lengths for sequence in self.sequences)
+        return sum(work.squares for work in self.works)
 
     @property
     def fill(self) -> float:
-        """Part of the batch that is not padding."""
-        return self.num_tokens / (len(self.sequences) * self.sequence_length)
+        """Tokens of the sequences over the tokens that they could hold."""
+        return self.num_tokens / (len(self.sequences) * self.batching.sequence_length)
 
     def micro_batches_of(self, data_rank: int, data_size: int) -> list[list[PackedSequence]]:
-        """The micro-batches of a data-parallel rank; ranks have about the same work, and so have the k-th ones of all ranks (`balance`)."""
-        return [[self.sequences[i] for i in self.groups[group]] for group in self._dealt(data_size)[:, data_rank].tolist()]
-
-    def _dealt(self, data_size: int) -> np.ndarray:
-        if data_size == 1:
-            return np.arange(len(self.groups))[:, None]
-        if data_size not in self._dealt_to:
-            images, cost, attention = (np.array(values, dtype=np.int64) for values in zip(*map(self._work, self.groups), strict=True))
-            self._dealt_to[data_size] = deal(images, cost, attention, data_size=data_size)
-        return self._dealt_to[data_size]
-
-    def _work(self, group: list[int]) -> tuple[int, int, int]:
-        """Images of a micro-batch, its cost in the decoder in tokens, and the sum of its documents' squared lengths."""
-        sequences = [self.sequences[i] for i in group]
-        squared = sum(sequence.sum_squared_lengths for sequence in sequences)
-        tokens = sum(sequence.num_tokens for sequence in sequences)
-        return sum(sequence.num_images for sequence in sequences), tokens + squared // self.squares_per_token, squared
+        """The micro-batches of a data-parallel rank; see `Batching.micro_batches`."""
+        mine = self.batching.micro_batches(self.works, data_size)[data_rank]
+        return [[self.sequences[i] for i in group] for group in mine]
 
 
 class Plan:
@@ -136,7 +117,9 @@ class Plan:
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
-        squares_per_token: int = SQUARES_PER_TOKEN,
+        token_multiple: int = 1,
+        costs: Costs = BY_TOKENS,
+        fewest_micro_batches: bool = False,
     ) -> None:
         self.indexes = list(indexes)
         self.weights = list(weights)
@@ -145,8 +128,14 @@ class Plan:
         self.packing_window = packing_window
         self.seed = seed
         self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.squares_per_token = squares_per_token
+        self.batching = Batching(
+            micro_batch_size=micro_batch_size,
+            sequence_length=limits.sequence_length,
+            max_images=limits.max_images,
+            costs=costs,
+            token_multiple=token_multiple,
+            fewest=fewest_micro_batches,
+        )
         self._streams = [SampleStream(index, image, seed=self._seed_of(number)) for number, index in enumerate(self.indexes)]
         self._windows: dict[int, tuple[int, Window]] = {}
         check_largest_image(limits, image)
@@ -181,10 +170,8 @@ class Plan:
             drawn[source] += 1
         return GlobalBatch(
             sequences=sequences,
-            groups=self._group(sequences),
-            sequence_length=self.limits.sequence_length,
+            batching=self.batching,
             next_state=PlanState(drawn=tuple(drawn), window=tuple(window), next_sequence=tuple(used)),
-            squares_per_token=self.squares_per_token,
         )
 
     def _window(self, source: int, number: int) -> Window:
@@ -202,31 +189,20 @@ class Plan:
     def _seed_of(self, source: int) -> int:
         return self.seed * 1_000_003 + source
 
-    def _group(self, sequences: list[PackedSequence]) -> list[list[int]]:
-        """Micro-batches of like cost: each sequence, most images and tokens first, goes to the one that has least so far."""
-        order = sorted(range(len(sequences)), key=lambda i: (-sequences[i].num_images, -sequences[i].num_tokens))
-        groups: list[list[int]] = [[] for _ in range(len(sequences) // self.micro_batch_size)]
-        open_groups = [(0, 0, number) for number in range(len(groups))]
-        for i in order:
-            images, tokens, number = heapq.heappop(open_groups)
-            groups[number].append(i)
-            if len(groups[number]) < self.micro_batch_size:
-                heapq.heappush(open_groups, (images + sequences[i].num_images, tokens + sequences[i].num_tokens, number))
-        return sorted(groups, key=lambda group: -sum(sequences[i].num_images for i in group))
-
     def describe(self, batch: GlobalBatch) -> Iterator[str]:
         """Lines about a global batch, for a person."""
         pictures = "images" if self.image.tiling is None else "tiles"
+        micro_batches = batch.micro_batches_of(0, 1)
         yield (
             f"  {len(batch.sequences)} sequences, {batch.num_tokens:,} tokens, {batch.num_images:,} {pictures}, "
-            f"{100 * batch.fill:.2f}% full, {len(batch.groups)} micro-batches"
+            f"{100 * batch.fill:.2f}% full, {len(micro_batches)} micro-batches"
         )
         for source, index in enumerate(self.indexes):
             mine = [sequence for sequence in batch.sequences if sequence.source == source]
             documents = sum(sequence.last - sequence.first for sequence in mine)
             images = sum(sequence.num_images for sequence in mine)
             yield f"  {index.name}: {len(mine)} sequences, {documents:,} documents, {images:,} {pictures}"
-        images_of = [sum(batch.sequences[i].num_images for i in group) for group in batch.groups]
+        images_of = [sum(sequence.num_images for sequence in micro_batch) for micro_batch in micro_batches]
         yield f"  {pictures} of a micro-batch: {min(images_of)} to {max(images_of)}"
 
 
