@@ -100,7 +100,7 @@ newest_checkpoint() { # its folder's name; only complete checkpoints are named s
 
 requeue() {
     say "$1: back into the queue"
-    scontrol requeue "$SLURM_JOB_ID" || fail "this cluster does not requeue job $SLURM_JOB_ID: submit the same command again to go on"
+    scontrol requeue "$SLURM_JOB_ID" || fail "this cluster does not requeue job $SLURM_JOB_ID: submit the same command again to resume"
     exit 0
 }
 

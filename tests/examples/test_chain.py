@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from stand_in_slurm import ROOT, Cluster, stand_in_cluster
 
-from megatron_mm.families.recipes import get_recipe
+from megatron_mm.families.recipes import RECIPES, get_recipe
 
 NAME = "mono_internvl_2b"
 SCRIPT = ROOT / "examples" / f"{NAME}.slurm"
@@ -128,6 +128,19 @@ def test_one_recipe_for_all_stages_gets_their_policies(cluster: Cluster, data: d
     assert cluster.run(STAGE="s1_3", CHAIN="no", RECIPE="debug_mono_internvl", **data)[0] == 0
     words = trained(cluster)
     assert words[0] == "debug_mono_internvl" and words[words.index("--train.policy") + 1] == "s1_3"
+
+
+@pytest.mark.parametrize("script", ["infimm_zephyr_7b", "infimm_llama_13b", "infimm_vicuna_13b"])
+def test_infimm_s_stages_are_a_chain_too(script: str, tmp_path: Path) -> None:
+    data = {f"DATA_{stage}": str(tmp_path) for stage in ("PT", "MTT", "IFT")}
+    command = ["bash", str(ROOT / "examples" / f"{script}.slurm"), "--init-from", "/imported"]
+    settings = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "RUN_DIR": "/runs", **data}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT, env=settings, check=True)
+    first, second, third = done.stdout.splitlines()
+    assert f"examples/launch.sh {script}_pt --init-from /imported" in first
+    assert "STAGE=mtt" in second and "--dependency=afterok:JOB_OF_PT" in second
+    assert "STAGE=ift" in third and "--dependency=afterok:JOB_OF_MTT" in third
+    assert {f"{script}_{stage}" for stage in ("pt", "mtt", "ift")} <= set(RECIPES)
 
 
 def test_every_stage_s_policy_has_its_name() -> None:

@@ -88,7 +88,7 @@ def test_a_cluster_that_does_not_requeue_is_reported(cluster: Cluster) -> None:
     (cluster.folder / "refuse").touch()
     cluster.training('touch "$RUN_DIR/stopped_early.txt"')
     code, _, err = cluster.run()
-    assert code == 2 and "this cluster does not requeue job 77: submit the same command again to go on" in err
+    assert code == 2 and "this cluster does not requeue job 77: submit the same command again to resume" in err
 
 
 def test_a_signal_to_the_job_is_passed_on_to_its_step_until_that_has_stopped(cluster: Cluster) -> None:

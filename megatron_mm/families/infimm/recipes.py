@@ -107,37 +107,40 @@ def _instruction(pretraining: Experiment, *, policy: str, chat_template: str) ->
 def infimm_zephyr_7b_pt() -> Experiment:
     """Zephyr-7B with EVA02-CLIP-L at 336 px (577 tokens), pre-training: the resampler and 16 gated blocks learn (2.3B parameters).
 
-    32 GPUs as tensor 2 x data 16. `sbatch examples/infimm_zephyr_7b_pt.slurm`.
+    32 GPUs as tensor 2 x data 16. `sbatch examples/infimm_zephyr_7b.slurm`.
     """
     return _pretraining("infimm_zephyr_7b", decoder=ZEPHYR_7B, vision=EVA02_L_14_336, every_n_layers=2, parallel=ParallelConfig(tensor=2))
 
 
 def infimm_zephyr_7b_mtt() -> Experiment:
-    """Zephyr-7B, multi-task training. `sbatch examples/infimm_zephyr_7b_mtt.slurm`."""
+    """Zephyr-7B, multi-task training. `STAGE=mtt sbatch examples/infimm_zephyr_7b.slurm`."""
     return _multi_task(infimm_zephyr_7b_pt())
 
 
 def infimm_zephyr_7b_ift() -> Experiment:
-    """Zephyr-7B, instruction fine-tuning; the language model stays frozen (card). `sbatch examples/infimm_zephyr_7b_ift.slurm`."""
+    """Zephyr-7B, instruction fine-tuning; the language model stays frozen (card). `STAGE=ift sbatch examples/infimm_zephyr_7b.slurm`."""
     return _instruction(infimm_zephyr_7b_pt(), policy="ift_frozen_language", chat_template="zephyr")
 
 
 def infimm_llama_13b_pt() -> Experiment:
     """Llama-2-13B with EVA01-CLIP-g at 224 px (257 tokens), pre-training: the resampler and 10 gated blocks learn.
 
-    32 GPUs as tensor 2 x pipeline 2 x data 8. `sbatch examples/infimm_llama_13b_pt.slurm`.
+    32 GPUs as tensor 2 x pipeline 2 x data 8. `sbatch examples/infimm_llama_13b.slurm`.
     """
     parallel = ParallelConfig(tensor=2, pipeline=2)
     return _pretraining("infimm_llama_13b", decoder=LLAMA_13B, vision=EVA01_G_14_224, every_n_layers=4, parallel=parallel)
 
 
 def infimm_llama_13b_mtt() -> Experiment:
-    """Llama-2-13B, multi-task training. `sbatch examples/infimm_llama_13b_mtt.slurm`."""
+    """Llama-2-13B, multi-task training. `STAGE=mtt sbatch examples/infimm_llama_13b.slurm`."""
     return _multi_task(infimm_llama_13b_pt())
 
 
 def infimm_llama_13b_ift() -> Experiment:
-    """Llama-2-13B, instruction fine-tuning; the language model learns too (card). `sbatch examples/infimm_llama_13b_ift.slurm`."""
+    """Llama-2-13B, instruction fine-tuning; the language model is trainable, too (card).
+
+    `STAGE=ift sbatch examples/infimm_llama_13b.slurm`.
+    """
     return _instruction(infimm_llama_13b_pt(), policy="ift", chat_template="llama2")
 
 
@@ -145,19 +148,19 @@ def infimm_vicuna_13b_pt() -> Experiment:
     """Vicuna-13B with EVA02-CLIP-bigE at 224 px (257 tokens), pre-training: the resampler and 10 gated blocks learn.
 
     32 GPUs as tensor 2 x pipeline 2 x data 8. The tower has 4.35B parameters, 8.7 GB in bf16 on each process of the first stage, which gets
-    fewer decoder layers in return. `sbatch examples/infimm_vicuna_13b_pt.slurm`.
+    fewer decoder layers in return. `sbatch examples/infimm_vicuna_13b.slurm`.
     """
     parallel = ParallelConfig(tensor=2, pipeline=2, stage_layers=(16, 24))
     return _pretraining("infimm_vicuna_13b", decoder=LLAMA_13B, vision=EVA02_BIGE_14_224, every_n_layers=4, parallel=parallel)
 
 
 def infimm_vicuna_13b_mtt() -> Experiment:
-    """Vicuna-13B, multi-task training. `sbatch examples/infimm_vicuna_13b_mtt.slurm`."""
+    """Vicuna-13B, multi-task training. `STAGE=mtt sbatch examples/infimm_vicuna_13b.slurm`."""
     return _multi_task(infimm_vicuna_13b_pt())
 
 
 def infimm_vicuna_13b_ift() -> Experiment:
-    """Vicuna-13B, instruction fine-tuning; the language model stays frozen (card). `sbatch examples/infimm_vicuna_13b_ift.slurm`."""
+    """Vicuna-13B, instruction fine-tuning; the language model stays frozen (card). `STAGE=ift sbatch examples/infimm_vicuna_13b.slurm`."""
     return _instruction(infimm_vicuna_13b_pt(), policy="ift_frozen_language", chat_template="vicuna")
 
 
