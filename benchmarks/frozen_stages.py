@@ -47,7 +47,7 @@ def experiment_for(data: Path, *, policy: str) -> Experiment:
         base,
         model=replace(base.model, decoder=decoder, gated=GatedConfig(every_n_layers=4, num_attention_heads=8, head_dim=48)),
         data=replace(base.data, path=data),
-        train=replace(base.train, policy=policy, global_batch_size=4, micro_batch_size=2),
+        train=replace(base.train, freeze_policy=policy, global_batch_size=4, micro_batch_size=2),
     )
 
 
@@ -141,7 +141,7 @@ def main() -> None:
     pipeline = ParallelConfig(pipeline=2)
     infimm = replace(experiment_for(options.data, policy="pt"), parallel=pipeline)
     mm1 = replace(get_recipe("debug_mm1"), data=infimm.data, parallel=pipeline)
-    mm1 = replace(mm1, model=replace(mm1.model, decoder=infimm.model.decoder), train=replace(infimm.train, policy="all"))
+    mm1 = replace(mm1, model=replace(mm1.model, decoder=infimm.model.decoder), train=replace(infimm.train, freeze_policy="all"))
     with_latents, alone = (run("count_bytes", experiment, world_size=2) for experiment in (infimm, mm1))
     for rank, direction in enumerate(("forward", "backward")):
         first, second = with_latents[rank]["sent"], alone[rank]["sent"]

@@ -129,7 +129,7 @@ def measure(model: str, case: Case, *, steps: int) -> dict[str, float]:
     median = statistics.median(seconds[3:])
     tokens, length = MICRO_BATCHES * batch.num_tokens, settings.data.sequence_length
     work = StepWork(num_tokens=tokens, sum_squared_lengths=tokens * length, num_images=MICRO_BATCHES * batch.num_images)
-    flops = family_of(settings.model).step_flops(settings.model, settings.train.policy, work)
+    flops = family_of(settings.model).step_flops(settings.model, settings.train.freeze_policy, work)
     topologies.shutdown()
     return {
         "seconds": median,

@@ -56,7 +56,7 @@ done
 root=$(realpath "${MEGATRON_MM_HOME:-${SLURM_SUBMIT_DIR:-.}}")
 data=DATA_${STAGE^^}
 # One recipe for all stages differs between them in its freeze policy, which has the stage's name.
-train=("${RECIPE:-${name}_$STAGE}" --init-from "$from" ${RECIPE:+--train.policy "$STAGE"} "${shared[@]}")
+train=("${RECIPE:-${name}_$STAGE}" --init-from "$from" ${RECIPE:+--train.freeze-policy "$STAGE"} "${shared[@]}")
 
 # ------------------------------------------------------------------------------------------------------------ the other stages
 

@@ -26,6 +26,7 @@ def small_infimm(
     decoder: dict[str, Any] | None = None,
     parallel: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
+    policy: str = "ift",
     **train: Any,
 ) -> Experiment:
     """4 layers of width 64, a gated block before every second; 2 latent layers, 8 latents an image; 4 micro-batches of 96 tokens.
@@ -44,7 +45,7 @@ def small_infimm(
         "tied_embeddings": False,
         **(decoder or {}),
     }
-    base = small_experiment(parallel=parallel, **{"policy": "ift", **train})
+    base = small_experiment(parallel=parallel, freeze_policy=policy, **train)
     parts = {
         "decoder": DecoderConfig(**fields),
         "vision": replace(EVA_TINY, hidden_size=32, num_attention_heads=4, ffn_hidden_size=40, image_size=16),
@@ -84,7 +85,7 @@ def infimm_step(experiment: Experiment, topology: Topology, *, step: int) -> lis
     return [infimm_batch(experiment, topology, number=first + index * topology.data_size) for index in range(count)]
 
 
-def infimm_run(data: Path, *, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
+def infimm_run(data: Path, *, parallel: dict[str, Any] | None = None, policy: str = "ift", **train: Any) -> Experiment:
     """`small_infimm` on demo data, with nothing but steps and checkpoints."""
     experiment = small_infimm(decoder={"vocab_size": 520}, parallel=parallel, **{"global_batch_size": 2, **train})
     return replace(

@@ -21,7 +21,9 @@ TILES_OF_MICRO_BATCHES = (0, 1, 4, None)
 """In turn: no tile, one, several; None fills the micro-batch with nothing else."""
 
 
-def small_mono(*, decoder: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
+def small_mono(
+    *, decoder: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, policy: str = "s2", **train: Any
+) -> Experiment:
     """4 layers of width 64; tiles of 32 px are 8 x 8 patches and 16 tokens; 4 micro-batches of 96 tokens.
 
     Args:
@@ -39,7 +41,7 @@ def small_mono(*, decoder: dict[str, Any] | None = None, parallel: dict[str, Any
         "rotary_base": 1e6,
         **(decoder or {}),
     }
-    base = small_experiment(parallel=parallel, **{"policy": "s2", **train})
+    base = small_experiment(parallel=parallel, freeze_policy=policy, **train)
     model = MonoInternVLConfig(
         decoder=DecoderConfig(**fields), patches=PatchEmbeddingConfig(image_size=32, patch_size=4, hidden_size=24, position_grid=8)
     )

@@ -79,3 +79,12 @@ def test_fields_that_are_unknown_or_missing_are_named() -> None:
 )
 def test_every_part_is_frozen(kind: type) -> None:
     assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def test_a_field_of_an_earlier_version_is_read_under_its_name_of_now() -> None:
+    """Checkpoints written before `train.freeze_policy` had that name say `train.policy`."""
+    values = to_dict(replace(DEBUG, train=replace(DEBUG.train, freeze_policy="s2")))
+    earlier = {("policy" if name == "freeze_policy" else name): value for name, value in values["train"].items()}
+    assert from_dict(Experiment, {**values, "train": earlier}).train.freeze_policy == "s2"
+    with pytest.raises(ValueError, match=r"config.train has unknown fields \['policy'\]"):
+        from_dict(Experiment, {**values, "train": {**values["train"], "policy": "s2"}})

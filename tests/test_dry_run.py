@@ -1,4 +1,4 @@
-"""A dry run tells what a run would be: what each stage holds, what of it learns, and what would not run."""
+"""A dry run tells what a run would be: what each stage holds, what of it is trainable, and what would not run."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ def changed(experiment: Experiment, **parts: dict[str, Any]) -> Experiment:
     return replace(experiment, **{part: replace(getattr(experiment, part), **fields) for part, fields in parts.items()})
 
 
-def test_only_the_bridge_of_infimm_learns_in_pretraining() -> None:
+def test_only_the_bridge_of_infimm_is_trainable_in_pretraining() -> None:
     """Half of 16 gated blocks' matrices on a process of tensor 2, their norms and gates and the resampler whole."""
     (stage,) = stage_parameters(get_recipe("infimm_zephyr_7b_pt"))
     width, tower, inner = 4096, 1024, 512
     block = (2 * width * inner + 2 * inner * tower + 8 * width * width) // 2 + 4 * width + 2
     layer = 2 * (2 * tower) + 4 * inner * tower + 2 * tower + 8 * tower * tower
     resampler = 64 * tower + 6 * layer + 2 * tower
-    assert stage.learning == {"resampler": resampler, "language": 16 * block}
+    assert stage.trainable == {"resampler": resampler, "language": 16 * block}
     assert stage.held["vision"] == 304_432_832 and stage.held["language"] > 10 * 2**28
 
 
 @pytest.mark.parametrize(("stage", "attention"), [("s1_1", False), ("s1_2", False), ("s1_3", True)])
-def test_visual_experts_and_in_the_end_attention_learn_in_mono_internvl(stage: str, attention: bool) -> None:
+def test_visual_experts_and_in_the_end_attention_are_trainable_in_mono_internvl(stage: str, attention: bool) -> None:
     (parameters,) = stage_parameters(changed(get_recipe(f"mono_internvl_2b_{stage}"), parallel={"tensor": 1}))
     width, query, groups = 2048, 2048, 2 * 8 * 128
     expected = 24 * (3 * width * 8192 + attention * (width * (query + groups) + query * width))
-    assert parameters.learning["language"] == expected
-    assert parameters.held["patches"] - parameters.learning["patches"] == 1024, "the class embedding takes no part"
-    assert parameters.learning["projector"] == parameters.held["projector"]
+    assert parameters.trainable["language"] == expected
+    assert parameters.held["patches"] - parameters.trainable["patches"] == 1024, "the class embedding takes no part"
+    assert parameters.trainable["projector"] == parameters.held["projector"]
 
 
-def test_a_stage_may_learn_nothing_or_all() -> None:
+def test_a_stage_may_have_nothing_or_all_trainable() -> None:
     """Of debug_infimm's four layers on four stages the second and the fourth have a gated block."""
     four = changed(get_recipe("debug_infimm"), parallel={"pipeline": 4})
-    bridge = list(stage_table(changed(four, train={"policy": "pt"})))
-    assert "what learns under policy pt" in bridge[0]
-    assert "learning 100,224 (resampler 100,224)" in bridge[1] and bridge[3].endswith("; learning 0")
+    bridge = list(stage_table(changed(four, train={"freeze_policy": "pt"})))
+    assert "the trainable ones under freeze policy pt" in bridge[0]
+    assert "trainable 100,224 (resampler 100,224)" in bridge[1] and bridge[3].endswith("; trainable 0")
     everything = list(stage_table(four))
-    assert "learning" in everything[1] and all(line.endswith("; all learn") for line in everything[2:])
+    assert "trainable" in everything[1] and all(line.endswith("; all trainable") for line in everything[2:])
 
 
 @pytest.mark.parametrize(
     ("recipe", "changes", "message"),
     [
-        ("debug_infimm", {"train": {"policy": "s2"}}, "train.policy is 's2', but infimm models know"),
+        ("debug_infimm", {"train": {"freeze_policy": "s2"}}, "train.freeze_policy is 's2', but infimm models know"),
         (
             "debug_infimm",
             {"train": {"global_batch_size": 12}, "parallel": {"pipeline": 2, "virtual": 2}},

@@ -183,7 +183,7 @@ def _add_options(parser: Parser, overrides: Sequence[Override]) -> None:
     for option in overrides:
         if option.name in parser.option_names:
             continue
-        parser.add_argument(option.name, dest=option.name, nargs="*", default=argparse.SUPPRESS)
+        parser.add_argument(*option.names, dest=option.name, nargs="*", default=argparse.SUPPRESS)
         if option.negative is not None:
             parser.add_argument(option.negative, dest=option.name, action="store_const", const=["False"], default=argparse.SUPPRESS)
 

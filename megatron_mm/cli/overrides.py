@@ -43,10 +43,17 @@ class Override:
     """The first sentence of its part's docstring."""
     key: str | None = None
     """Of one entry of a dict: its key."""
+    earlier: str | None = None
+    """The field's name in earlier versions, which is an option still."""
 
     @property
     def name(self) -> str:
         return "--" + _dashed([*self.path, *([self.key] if self.key is not None else [])])
+
+    @property
+    def names(self) -> list[str]:
+        """Its name, and the one that it had."""
+        return [self.name, *(["--" + _dashed([*self.path[:-1], self.earlier])] if self.earlier is not None else [])]
 
     @property
     def negative(self) -> str | None:
@@ -66,6 +73,7 @@ def overrides_of(experiment: Experiment) -> list[Override]:
 
 def _of_part(part: Any, kind: type, path: tuple[str, ...]) -> Iterator[Override]:
     hints, texts, group = typing.get_type_hints(kind), field_texts(kind), _first_sentence(kind)
+    earlier = {now: before for before, now in getattr(kind, "renamed", {}).items()}
     for field in dataclasses.fields(kind):
         value = _default(field) if part is None else getattr(part, field.name)
         here, hint = (*path, field.name), hints[field.name]
@@ -75,7 +83,7 @@ def _of_part(part: Any, kind: type, path: tuple[str, ...]) -> Iterator[Override]
                 yield Override(here, None, None, texts.get(field.name, ""), group)
             yield from _of_part(None if value is None or value is ABSENT else value, inner, here)
             continue
-        option = Override(here, hint, value, texts.get(field.name, ""), group)
+        option = Override(here, hint, value, texts.get(field.name, ""), group, earlier=earlier.get(field.name))
         yield option
         if isinstance(value, dict):
             (_, kind_of_values) = typing.get_args(without_none(hint))

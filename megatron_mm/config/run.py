@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatron_mm.config.blocks import ModelConfig
 from megatron_mm.config.checks import require, require_positive
@@ -202,6 +202,9 @@ class OptimizerConfig:
 class TrainConfig:
     """How long, in which batches and in which precision."""
 
+    renamed: ClassVar[dict[str, str]] = {"policy": "freeze_policy"}
+    """Fields of earlier versions and their names now: checkpoints and command lines that have the earlier ones are read as before."""
+
     steps: int
     """Optimizer steps after which the run ends, counted from the beginning of training (not from a resume)."""
     schedule_steps: int
@@ -218,8 +221,8 @@ class TrainConfig:
     """fp32; bf16 with fp32 master weights and gradients; fp8 is bf16 with FP8 matrix products (Transformer Engine)."""
     seed: int = 1234
     """Seed of the initial weights, the sample order and everything else that is random."""
-    policy: str = "all"
-    """What learns: a named policy of the model family (`megatron_mm.families`). What does not has no gradient and no optimizer state."""
+    freeze_policy: str = "all"
+    """Which parameters are trainable, by a name of the model family's. Frozen ones have no gradient and no optimizer state."""
     layers: Literal["auto", "te", "torch"] = "auto"
     """Layer backend: Transformer Engine or plain PyTorch; auto takes te on a GPU where its package is, except in fp32."""
     deterministic: bool = False

@@ -37,7 +37,7 @@ class Family(ABC, Generic[Config]):
     recipes: tuple[Recipe, ...] = ()
     """Functions that return a complete experiment, each under the name of its function."""
     freeze_policies: ClassVar[Mapping[str, tuple[str, ...]]] = {"all": ("",)}
-    """What `train.policy` may be, and what is trainable then: regular expressions, one of which matches the beginning of a trainable
+    """What `train.freeze_policy` may be, and what is trainable then: regular expressions, one of which matches the beginning of a trainable
     parameter's name."""
     special_tokens: ClassVar[tuple[str, ...]] = ("<pad>", "<image>")
     """Control tokens that the model needs, in the order in which they get ids after those of a tokenizer that lacks them."""
@@ -53,7 +53,9 @@ class Family(ABC, Generic[Config]):
     def trainable_patterns(self, policy: str) -> tuple[str, ...]:
         """The patterns of a freeze policy. Raises ValueError that lists the policies where the family has none of that name."""
         if policy not in self.freeze_policies:
-            raise ValueError(f"train.policy is {policy!r}, but {self.name} models know {sorted(self.freeze_policies)}: choose one of them")
+            raise ValueError(
+                f"train.freeze_policy is {policy!r}, but {self.name} models know {sorted(self.freeze_policies)}: choose one of them"
+            )
         return self.freeze_policies[policy]
 
     def trainable(self, policy: str) -> Trainable:

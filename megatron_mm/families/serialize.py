@@ -39,6 +39,8 @@ def from_dict(kind: type, values: dict[str, Any], *, where: str = "config") -> A
         return from_dict(FAMILIES[family].config, {k: v for k, v in values.items() if k != "family"}, where=where)
     if kind is ConnectorConfig:
         kind = _connector_config(values.get("kind"))
+    renamed: dict[str, str] = getattr(kind, "renamed", {})
+    values = {renamed.get(name, name) if renamed.get(name) not in values else name: value for name, value in values.items()}
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))

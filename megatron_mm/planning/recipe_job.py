@@ -83,7 +83,7 @@ def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Softwa
         overlap_parameter_gather=early,
         replicated_parameters=_replicated(blocks[0][0]) if tensor > 1 else 0.0,
     )
-    flops = family.step_flops(experiment.model, experiment.train.policy, work.whole)
+    flops = family.step_flops(experiment.model, experiment.train.freeze_policy, work.whole)
     return Planned(experiment, job, work, flops)
 
 
@@ -135,7 +135,7 @@ def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch) -> tuple[
     shape = DecoderShape.of(model.decoder, imbalance=EXPERT_IMBALANCE)
     squares = max(1, micro.sum_squared_lengths)
     tokens = Tokens(tokens=micro.tokens, pairs=squares / 2, length=squares / micro.tokens)
-    chain = _Chain(family.trainable(experiment.train.policy))
+    chain = _Chain(family.trainable(experiment.train.freeze_policy))
     recompute = recompute_of(experiment)
     own = -(-micro.images // layout.tensor)
     image_tokens = family.image_input(model).tokens

@@ -75,7 +75,7 @@ def make_plan(experiment: Experiment, *, split: str) -> Plan:
 
 def costs(experiment: Experiment) -> Costs:
     """FLOPs of training on a token, a squared length and an image: what a family's step costs is linear in each."""
-    flops, model, policy = family_of(experiment.model).step_flops, experiment.model, experiment.train.policy
+    flops, model, policy = family_of(experiment.model).step_flops, experiment.model, experiment.train.freeze_policy
     nothing = StepWork(num_tokens=0, sum_squared_lengths=0, num_images=0)
     token, square, image = (
         round(flops(model, policy, replace(nothing, **{part: 1}))) for part in ("num_tokens", "sum_squared_lengths", "num_images")

@@ -24,8 +24,8 @@ class StageParameters:
     """Parameters that each process of a pipeline stage holds (its own cut of them), by part of the model."""
 
     held: dict[str, int]
-    learning: dict[str, int]
-    """Those that learn under the experiment's policy; parts of which none does are left out."""
+    trainable: dict[str, int]
+    """Those that are trainable under the experiment's freeze policy; parts that are frozen as a whole are left out."""
 
 
 def describe(experiment: Experiment) -> Iterator[str]:
@@ -48,34 +48,35 @@ def describe(experiment: Experiment) -> Iterator[str]:
 
 def stage_parameters(experiment: Experiment) -> list[StageParameters]:
     """What every pipeline stage holds, in pipeline order."""
-    parallel, learning = experiment.parallel, learning_patterns(experiment)
+    parallel, patterns = experiment.parallel, learning_patterns(experiment)
     stages: dict[int, StageParameters] = {}
     for rank in range(parallel.pipeline):
         with topologies.pretend(parallel, pipeline_rank=rank) as topology:
             for virtual_stage, chunk in enumerate(build_chunks(experiment, topology)):
-                freeze(chunk, learning)
+                freeze(chunk, patterns)
                 stages[virtual_stage * parallel.pipeline + rank] = StageParameters(
-                    held=_count(chunk, only_learning=False), learning=_count(chunk, only_learning=True)
+                    held=_count(chunk, only_trainable=False), trainable=_count(chunk, only_trainable=True)
                 )
     return [stages[stage] for stage in sorted(stages)]
 
 
-def _count(chunk: torch.nn.Module, *, only_learning: bool) -> dict[str, int]:
+def _count(chunk: torch.nn.Module, *, only_trainable: bool) -> dict[str, int]:
     counts = {
-        name: sum(p.numel() for p in part.parameters() if p.requires_grad or not only_learning) for name, part in chunk.named_children()
+        name: sum(p.numel() for p in part.parameters() if p.requires_grad or not only_trainable) for name, part in chunk.named_children()
     }
     return {name: count for name, count in counts.items() if count}
 
 
 def stage_table(experiment: Experiment) -> Iterator[str]:
-    """A line for each pipeline stage: its layers, the parameters that one process of it holds, and those of them that learn."""
+    """A line for each pipeline stage: its layers, the parameters that one process of it holds, and those of them that are trainable."""
     parallel = experiment.parallel
     layers = layers_per_stage(parallel, num_layers=experiment.model.decoder.num_layers)
-    yield f"stage  pipeline rank  chunk  decoder layers  parameters on a process, and what learns under policy {experiment.train.policy}"
+    policy = experiment.train.freeze_policy
+    yield f"stage  pipeline rank  chunk  decoder layers  parameters on a process, and the trainable ones under freeze policy {policy}"
     for stage, parameters in enumerate(stage_parameters(experiment)):
         chunk, rank = divmod(stage, parallel.pipeline)
-        learning = "all learn" if parameters.learning == parameters.held else f"learning {_total(parameters.learning)}"
-        yield f"{stage:5d}  {rank:13d}  {chunk:5d}  {layers[stage]:14d}  {_total(parameters.held)}; {learning}"
+        trainable = "all trainable" if parameters.trainable == parameters.held else f"trainable {_total(parameters.trainable)}"
+        yield f"{stage:5d}  {rank:13d}  {chunk:5d}  {layers[stage]:14d}  {_total(parameters.held)}; {trainable}"
 
 
 def _total(parts: dict[str, int]) -> str:

@@ -47,7 +47,7 @@ class Metrics(Hook):
     def after_step(self, record: StepRecord) -> None:
         trainer, plan, result = self.trainer, record.batch.plan, record.result
         work = StepWork(num_tokens=plan.num_tokens, sum_squared_lengths=plan.sum_squared_lengths, num_images=plan.num_images)
-        model, policy = trainer.experiment.model, trainer.experiment.train.policy
+        model, policy = trainer.experiment.model, trainer.experiment.train.freeze_policy
         flops = family_of(model).step_flops(model, policy, work)
         tflops = flops / record.seconds / trainer.topology.world_size / 1e12
         self.monitor.log_step(

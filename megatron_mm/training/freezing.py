@@ -1,6 +1,6 @@
 """What learns in a stage of training.
 
-A family names its policies (`Family.freeze_policies`), a recipe picks one (`train.policy`). What does not learn is frozen before the
+A family names its policies (`Family.freeze_policies`), a recipe picks one (`train.freeze_policy`). Other parameters are frozen before the
 data-parallel wrapper sees it, so that it gets no gradient buffer and no optimizer state.
 """
 
@@ -19,7 +19,7 @@ def learning_patterns(experiment: Experiment) -> tuple[str, ...]:
 
     Raises ValueError where the model's family has no policy of that name.
     """
-    return family_of(experiment.model).trainable_patterns(experiment.train.policy)
+    return family_of(experiment.model).trainable_patterns(experiment.train.freeze_policy)
 
 
 def freeze(chunk: torch.nn.Module, learning: tuple[str, ...]) -> None:

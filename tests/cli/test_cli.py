@@ -198,7 +198,16 @@ def test_train_help_lists_every_field_with_the_recipes_value(capsys: pytest.Capt
 
 
 def test_options_may_have_underscores_and_an_equals_sign_and_the_last_counts(demo_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--train.global_batch_size=8", "--data.path", "/first", "--data.path", str(demo_data), "--checkpoint.no-asynchronous"]
+    given = [
+        "--train.policy",
+        "all",
+        "--train.global_batch_size=8",
+        "--data.path",
+        "/first",
+        "--data.path",
+        str(demo_data),
+        "--checkpoint.no-asynchronous",
+    ]
     cli.main(["train", "debug_mm1", "--dry-run", *given])
     out = capsys.readouterr().out
     config = json.loads(out[: out.index("\n}") + 2])

@@ -127,7 +127,7 @@ def test_a_cluster_where_jobs_cannot_submit_says_what_to_do(cluster: Cluster, da
 def test_one_recipe_for_all_stages_gets_their_policies(cluster: Cluster, data: dict[str, str]) -> None:
     assert cluster.run(STAGE="s1_3", CHAIN="no", RECIPE="debug_mono_internvl", **data)[0] == 0
     words = trained(cluster)
-    assert words[0] == "debug_mono_internvl" and words[words.index("--train.policy") + 1] == "s1_3"
+    assert words[0] == "debug_mono_internvl" and words[words.index("--train.freeze-policy") + 1] == "s1_3"
 
 
 @pytest.mark.parametrize("script", ["infimm_zephyr_7b", "infimm_llama_13b", "infimm_vicuna_13b"])
@@ -144,7 +144,7 @@ def test_infimm_s_stages_are_a_chain_too(script: str, tmp_path: Path) -> None:
 
 
 def test_every_stage_s_policy_has_its_name() -> None:
-    assert [get_recipe(f"{NAME}_{stage}").train.policy for stage in STAGES] == list(STAGES)
+    assert [get_recipe(f"{NAME}_{stage}").train.freeze_policy for stage in STAGES] == list(STAGES)
 
 
 def test_a_dry_run_prints_commands_that_can_be_pasted(cluster: Cluster, data: dict[str, str], tmp_path: Path) -> None:

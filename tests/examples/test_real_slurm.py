@@ -145,7 +145,7 @@ def test_stages_in_a_chain_begin_with_one_another_and_are_submitted_once(cluster
         assert begins[others[number]] >= ends[(job, *others)[number]]
         log = (run_dir / stage / "logs" / f"job-{others[number]}-attempt-1-node-0.log").read_text()
         assert f"begins with the weights of {run_dir / before}/checkpoints/step_{last:08d}" in log
-        assert json.loads((run_dir / stage / "config.json").read_text())["train"]["policy"] == stage
+        assert json.loads((run_dir / stage / "config.json").read_text())["train"]["freeze_policy"] == stage
     # What a stage does not train is what its predecessor had, down to the weights that the first one was given.
     frozen = {".mlp.text.": STAGES[:3], ".self_attention.linear_qkv.": STAGES[:2]}
     for part, stages in frozen.items():

@@ -142,7 +142,7 @@ def test_infimm_stages_differ_in_what_table_7_says() -> None:
         assert [e.optimizer.beta2 for e in (pt, mtt, ift)] == [0.95, 0.999, 0.999]
         assert [e.train.steps for e in (pt, mtt, ift)] == [285_000, 10_000, 6_000]
         assert [e.parallel.recompute for e in (pt, mtt, ift)] == ["none", "full", "none"]
-        assert ift.train.policy == ("ift" if model == "llama_13b" else "ift_frozen_language")
+        assert ift.train.freeze_policy == ("ift" if model == "llama_13b" else "ift_frozen_language")
 
 
 def test_mono_internvl_has_its_size() -> None:

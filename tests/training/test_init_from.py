@@ -75,13 +75,15 @@ def test_another_layout_begins_with_the_same_weights(first: Path, demo_data: Pat
 
 def test_another_policy_is_a_new_run(first: Path, demo_data: Path) -> None:
     experiment = infimm_run(demo_data, steps=8, schedule_steps=8, policy="pt")
-    with pytest.raises(ValueError, match=r"was trained with train.policy 'ift', not 'pt': .* --run-dir NEW --init-from"):
+    with pytest.raises(ValueError, match=r"was trained with train.freeze_policy 'ift', not 'pt': .* --run-dir NEW --init-from"):
         check(experiment, first)
 
 
 def test_an_unknown_policy_lists_those_of_the_family(demo_data: Path, tmp_path: Path) -> None:
     experiment = infimm_run(demo_data, steps=8, schedule_steps=8, policy="all")
-    with pytest.raises(ValueError, match=r"train.policy is 'all', but infimm models know \['ift', 'ift_frozen_language', 'mtt', 'pt'\]"):
+    with pytest.raises(
+        ValueError, match=r"train.freeze_policy is 'all', but infimm models know \['ift', 'ift_frozen_language', 'mtt', 'pt'\]"
+    ):
         check(experiment, tmp_path)
 
 

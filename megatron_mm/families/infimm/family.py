@@ -97,7 +97,7 @@ class InfiMMFamily(Family[InfiMMConfig]):
             tokenizer=tokenizer,
             dtype=dtype,
             vocab_rows=vocab_rows,
-            language_is_frozen=not self.trainable(experiment.train.policy)("language.decoder.final_layernorm.weight"),
+            language_is_frozen=not self.trainable(experiment.train.freeze_policy)("language.decoder.final_layernorm.weight"),
         )
 
     def formats(self) -> dict[str, AnyFormat]:

@@ -12,7 +12,7 @@ Zephyr-7B and every fourth of Vicuna-13B. Every fourth of Llama-2-13B is our ass
 Where the paper and the model card differ we follow the paper: PT's beta2 is 0.95 (card: 0.999), its schedule a cosine (card: constant;
 with a least learning rate equal to the peak, which the table gives, both are the same), documents of 384 tokens (card: 792 for the 7B
 model). Where the paper says that IFT frees the language model, the card says so for Llama-2 alone: there we follow the card;
-`--train.policy ift` or `ift_frozen_language` chooses the other.
+`--train.freeze-policy ift` or `ift_frozen_language` chooses the other.
 
 Ours: the layouts, the mixtures, and packing, where the authors padded. Sequences have the length of the stage's longest samples and hold
 whole ones, with at most 12 images. So a batch of sequences has more samples than one of as many padded ones: PT's 768 sequences, half
@@ -76,7 +76,7 @@ def _pretraining(recipe: str, *, decoder: DecoderConfig, vision: EvaConfig, ever
             to_rgb="pillow",
         ),
         optimizer=OptimizerConfig(peak_lr=1e-4, min_lr=1e-4, warmup_steps=6000, beta1=0.9, beta2=0.95, epsilon=1e-8),
-        train=TrainConfig(steps=285_000, schedule_steps=285_000, global_batch_size=768, micro_batch_size=4, policy="pt"),
+        train=TrainConfig(steps=285_000, schedule_steps=285_000, global_batch_size=768, micro_batch_size=4, freeze_policy="pt"),
         parallel=parallel,
     )
 
@@ -87,7 +87,7 @@ def _multi_task(pretraining: Experiment) -> Experiment:
         recipe=pretraining.recipe.replace("_pt", "_mtt"),
         data=replace(pretraining.data, sequence_length=128, max_images_per_sequence=6, mixture={"tasks": 1.0}),
         optimizer=OptimizerConfig(peak_lr=1e-5, min_lr=1e-6, warmup_steps=500, beta1=0.9, beta2=0.999, epsilon=1e-5),
-        train=replace(pretraining.train, steps=10_000, schedule_steps=10_000, global_batch_size=256, policy="mtt"),
+        train=replace(pretraining.train, steps=10_000, schedule_steps=10_000, global_batch_size=256, freeze_policy="mtt"),
         parallel=replace(pretraining.parallel, recompute="full"),
     )
 
@@ -100,7 +100,7 @@ def _instruction(pretraining: Experiment, *, policy: str, chat_template: str) ->
         recipe=pretraining.recipe.replace("_pt", "_ift"),
         data=replace(data, sequence_length=512, max_images_per_sequence=6, mixture={"conversations": 1.0}, chat_template=chat_template),
         optimizer=OptimizerConfig(peak_lr=5e-6, min_lr=5e-7, warmup_steps=300, beta1=0.9, beta2=0.999, epsilon=1e-5),
-        train=replace(train, steps=6_000, schedule_steps=6_000, global_batch_size=64, micro_batch_size=2, policy=policy),
+        train=replace(train, steps=6_000, schedule_steps=6_000, global_batch_size=64, micro_batch_size=2, freeze_policy=policy),
     )
 
 
@@ -179,7 +179,7 @@ def debug_infimm() -> Experiment:
         gated=GatedConfig(every_n_layers=2, num_attention_heads=4, head_dim=32),
     )
     base = debug_experiment("debug_infimm", model)
-    return replace(base, data=replace(base.data, max_images_per_document=6), train=replace(base.train, policy="ift"))
+    return replace(base, data=replace(base.data, max_images_per_document=6), train=replace(base.train, freeze_policy="ift"))
 
 
 RECIPES = (

@@ -66,7 +66,7 @@ def mono_internvl_2b_s1_1() -> Experiment:
             caption_prompt=CAPTION_PROMPT,
         ),
         optimizer=OptimizerConfig(peak_lr=1e-4, min_lr=0.0, warmup_steps=2000, decay="constant", beta1=0.9, beta2=0.95, epsilon=1e-8),
-        train=TrainConfig(steps=450_000, schedule_steps=450_000, global_batch_size=2048, micro_batch_size=2, policy="s1_1"),
+        train=TrainConfig(steps=450_000, schedule_steps=450_000, global_batch_size=2048, micro_batch_size=2, freeze_policy="s1_1"),
         parallel=ParallelConfig(recompute="selective"),
     )
 
@@ -81,7 +81,7 @@ def _next(stage: Experiment, *, recipe: str, policy: str, steps: int, sequence_l
         stage,
         recipe=recipe,
         data=replace(stage.data, sequence_length=sequence_length, max_images_per_sequence=tiles, max_tiles=tiles - 1),
-        train=replace(stage.train, steps=steps, schedule_steps=steps, policy=policy),
+        train=replace(stage.train, steps=steps, schedule_steps=steps, freeze_policy=policy),
     )
 
 
@@ -134,7 +134,7 @@ def debug_mono_internvl() -> Experiment:
         patches=PatchEmbeddingConfig(image_size=32, patch_size=4, hidden_size=64, position_grid=8),
     )
     base = debug_experiment("debug_mono_internvl", model)
-    return replace(base, data=replace(base.data, max_tiles=2, jpeg_quality=(75, 100)), train=replace(base.train, policy="s2"))
+    return replace(base, data=replace(base.data, max_tiles=2, jpeg_quality=(75, 100)), train=replace(base.train, freeze_policy="s2"))
 
 
 RECIPES = (debug_mono_internvl, mono_internvl_2b_s1_1, mono_internvl_2b_s1_2, mono_internvl_2b_s1_3, mono_internvl_2b_s2)

@@ -25,9 +25,10 @@ def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer
             f"checkpoint {checkpoint} holds another model ({saved.recipe}): {', '.join(told)}{more}: "
             f"{advice} the recipe and model settings of the checkpoint"
         )
-    if with_optimizer and experiment.train.policy != saved.train.policy:
+    if with_optimizer and experiment.train.freeze_policy != saved.train.freeze_policy:
         raise ValueError(
-            f"checkpoint {checkpoint} was trained with train.policy {saved.train.policy!r}, not {experiment.train.policy!r}: "
+            f"checkpoint {checkpoint} was trained with train.freeze_policy {saved.train.freeze_policy!r}, "
+            f"not {experiment.train.freeze_policy!r}: "
             f"for another stage start a new run with --run-dir NEW --init-from {checkpoint}"
         )
     if with_optimizer and read_manifest(checkpoint).get("weights_only", False):
