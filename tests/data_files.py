@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import zlib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,3 +69,18 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
         tar.add(name, data)
     tar.close()
     return path
+
+
+def rot(path: Path, content: bytes) -> None:
+    """Change what is in a shard, but not when it was written: a run that starts takes it for the one that was indexed."""
+    before = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def blank_ranges(path: Path, ranges: Iterable[tuple[int, int]]) -> None:
+    """Let (offset, size) of a shard rot to zeros."""
+    content = bytearray(path.read_bytes())
+    for offset, size in ranges:
+        content[offset : offset + size] = bytes(size)
+    rot(path, bytes(content))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_mm.data.image_input import ImageInput
-from megatron_mm.data.load.loader import document_stream
+from megatron_mm.data.load.texts import document_stream
 from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.plan.packing import document_images, supervised_tokens
 from megatron_mm.data.sources.source import Source

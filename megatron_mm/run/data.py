@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 from megatron_mm.config import DataConfig, Experiment
@@ -20,6 +21,7 @@ from megatron_mm.data.tiling import Tiling
 from megatron_mm.evaluation.heldout import SPLIT as HELD_OUT
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork
+from megatron_mm.parallel.text_sharing import text_group
 from megatron_mm.parallel.topology import Topology
 
 TRAINING = "train"
@@ -154,6 +156,7 @@ class TrainingData:
             ),
             start=PlanState.from_dict(cursor) if cursor is not None else plan.initial_state(),
             device=topology.device,
+            sharing=text_group(topology, timeout=timedelta(minutes=experiment.parallel.collective_timeout_minutes)),
         )
 
     def __next__(self) -> StepBatch:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from data_files import ALONE, experiment, picture, write_tar
+from data_files import ALONE, experiment, picture, rot, write_tar
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
@@ -176,7 +176,7 @@ def test_a_conversation_that_changed_costs_itself_alone(tmp_path: Path, caplog: 
     path = write_conversations(tmp_path)
     prepare_index(path)
     shard = path / "train" / "chat" / "0.tar"
-    shard.write_bytes(shard.read_bytes().replace(b"a cross", b"ab3xyz!"))
+    rot(shard, shard.read_bytes().replace(b"a cross", b"ab3xyz!"))
     batch = load(path, max_bad_fraction=1.0)
     tokenizer = Tokenizer.open(path / "tokenizer.model")
     assert "unusable text in sample 0 of chat" in caplog.text

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_files import ALONE, experiment
+from data_files import ALONE, blank_ranges, experiment, rot
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.load.loader import StepBatch
@@ -140,7 +140,7 @@ def test_a_middle_stage_reads_nothing_and_knows_the_integers(demo_data: Path, tm
     (whole,) = load(demo_data)
     data = Path(shutil.copytree(demo_data, tmp_path / "data"))
     for tar in data.glob("train/*/*.tar"):
-        tar.write_bytes(b"\0" * tar.stat().st_size)
+        rot(tar, bytes(tar.stat().st_size))
     middle = replace(ALONE, pipeline_size=3, pipeline_rank=1)
     (step,) = load(data, middle)
     assert not step.bad
@@ -180,10 +180,7 @@ def test_shuffled_images_are_those_of_other_samples_and_blank_ones_are_blank(dem
 def _damage_images(data: Path, count: int) -> None:
     (index,) = open_split(data, "train", sources=["pairs"])
     images = index.item_rows[index.item_rows["is_image"] == 1]
-    with index.shard_of(0).open("r+b") as shard:
-        for row in images[:count]:
-            shard.seek(int(row["offset"]))
-            shard.write(b"\0" * int(row["size"]))
+    blank_ranges(index.shard_of(0), [(int(row["offset"]), int(row["size"])) for row in images[:count]])
 
 
 def test_an_image_that_went_bad_is_replaced_and_counted(demo_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -209,7 +206,7 @@ def _replace_line(data: Path, line: bytes) -> int:
     path = data / "train" / "text" / "00000.jsonl"
     content = path.read_bytes()
     length = content.index(b"\n")
-    path.write_bytes(line.ljust(length)[:length] + content[length:])
+    rot(path, line.ljust(length)[:length] + content[length:])
     return int(open_split(data, "train", sources=["text"])[0].sample_rows["text_tokens"][0])
 
 
@@ -232,7 +229,7 @@ def test_a_text_that_went_bad_costs_itself_alone(demo_data: Path, tmp_path: Path
 def test_too_many_bad_texts_stop_the_run_by_name(demo_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(demo_data, tmp_path / "data"))
     path = data / "train" / "text" / "00000.jsonl"
-    path.write_bytes(path.read_bytes().replace(b"text", b"tixt"))
+    rot(path, path.read_bytes().replace(b"text", b"tixt"))
     with pytest.raises(ValueError, match=r"(\d+) of \1 texts of source text failed, more than data.max_bad_fraction 0.01"):
         load(data, steps=8, mixture={"text": 1.0})
 

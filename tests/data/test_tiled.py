@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_files import ALONE, experiment, picture
+from data_files import ALONE, blank_ranges, experiment, picture
 from PIL import Image
 
 from megatron_mm.data.batch import PackedBatch
@@ -277,10 +277,7 @@ def test_a_bad_image_of_several_tiles_counts_once_over_all_processes(demo_data: 
     (index,) = open_split(data, "train", sources=["pairs"])
     rows = index.item_rows[index.item_rows["is_image"] == 1]
     tiles = tile_counts(rows["width"], rows["height"], TILED.tiling, TILED.size)  # type: ignore[arg-type]
-    with index.shard_of(0).open("r+b") as shard:
-        for row in rows[tiles > 3]:
-            shard.seek(int(row["offset"]))
-            shard.write(b"\0" * int(row["size"]))
+    blank_ranges(index.shard_of(0), [(int(row["offset"]), int(row["size"])) for row in rows[tiles > 3]])
     settings: dict[str, Any] = {"mixture": {"pairs": 1.0}, "max_bad_fraction": 1.0}
     (alone,) = load(data, **settings)
     parts = [load(data, replace(ALONE, tensor_size=5, tensor_rank=rank), **settings)[0] for rank in range(5)]

@@ -20,15 +20,11 @@ import torch
 
 from megatron_mm.config import DataConfig
 from megatron_mm.data.batch import PackedBatch, documents_of_images
-from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.decode import DecodedImages, make_decoder
+from megatron_mm.data.load.texts import TextReader, TextSharing
 from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.plan.layout import Layout, PlacedImage, SourceImage, lay_out, shuffled_images
 from megatron_mm.data.plan.plan import GlobalBatch, PackedSequence, Plan, PlanState
-from megatron_mm.data.sources.source import Source
-from megatron_mm.data.text.chat import rendering_of
-from megatron_mm.data.text.documents import parse_document
-from megatron_mm.data.text.items import Item, encode_items
 from megatron_mm.data.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -48,7 +44,7 @@ class RankView:
     tensor_rank: int
     tensor_size: int
     needs_text: bool
-    """It embeds tokens or computes the loss."""
+    """It embeds tokens or computes the loss, so its batches have token ids."""
     needs_pixels: bool
     """It encodes images."""
 
@@ -84,13 +80,26 @@ class _Draft:
 
     layout: Layout
     texts: list[Future] = field(default_factory=list)
-    """Of the documents' token ids, for each sequence."""
+    """Of the pieces' token ids, for each sequence; none where another process reads them."""
     shown: list[_Shown] = field(default_factory=list)
     """What this process decodes."""
     blobs: list[Future] = field(default_factory=list)
     """Of the bytes of a few of the shown images each, in order."""
     pixels: Future | None = None
     """Of `DecodedImages`; None where this process needs none."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A global batch whose bytes have been read."""
+
+    plan: GlobalBatch
+    layouts: list[Layout]
+    texts: np.ndarray
+    """int32, for each micro-batch its token ids and then, for each piece, whether its text could be used. Not filled where another
+    process reads."""
+    pixels: list[DecodedImages | None]
+    bad: Counter[str]
 
 
 @dataclass
@@ -122,10 +131,14 @@ class Loader:
         view: RankView,
         start: PlanState,
         device: torch.device,
+        sharing: TextSharing | None = None,
     ) -> None:
         """Begin to read at the cursor `start`.
 
         Raises ValueError where the index was made with another tokenizer, or the tokenizer lacks a token that images are written with.
+
+        Args:
+            sharing: the processes that need the same texts; None where this one reads what it needs.
         """
         for index in plan.indexes:
             if index.tokenizer != tokenizer.fingerprint:
@@ -140,7 +153,9 @@ class Loader:
         self.view = view
         self.state = start
         self.image = plan.image
-        self._renderings = [rendering_of(index) for index in plan.indexes]
+        self._sharing = sharing if view.needs_text else None
+        self._reads_texts = view.needs_text and (self._sharing is None or self._sharing.is_reader)
+        self._reader = TextReader(plan.indexes, tokenizer, plan.image)
         plan.image.ids(tokenizer.special_id, tiles=1)  # raises here and not in a thread
         self._texts, self._seen = _Tally(), _Tally()
         self._readers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
@@ -149,7 +164,7 @@ class Loader:
         if data.decoder == "dali" and not self._whole_images:
             logger.warning("data.decoder dali is ignored: Pillow decodes images that are cut into tiles or get JPEG artefacts")
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decoding")  # micro-batch after micro-batch, without a pause
-        self._ready: queue.Queue[tuple[StepBatch, PlanState] | BaseException] = queue.Queue(maxsize=data.prefetch_steps)
+        self._ready: queue.Queue[_Read | BaseException] = queue.Queue(maxsize=data.prefetch_steps)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(start,), name="loader", daemon=True)
         self._thread.start()
@@ -163,7 +178,9 @@ class Loader:
         if isinstance(ready, BaseException):
             self._ready.put(ready)
             raise ready
-        batch, self.state = ready
+        if self._sharing is not None:  # here, where all processes ask for the same batch, and not in a thread, which ends when it likes
+            self._sharing.share(ready.texts)
+        batch, self.state = self._assemble(ready), ready.plan.next_state
         return batch
 
     @property
@@ -192,15 +209,11 @@ class Loader:
             while not self._stopped.is_set():
                 batch, drafts = ahead
                 ahead = self._begin(batch.next_state)  # the next batch is read while this one is decoded
-                bad = Counter[str]()
-                micro_batches = [self._finish(draft, bad) for draft in drafts]
-                self._texts.check("texts", limit=self.config.max_bad_fraction)
-                self._seen.check("images", limit=self.config.max_bad_fraction)
-                self._put((StepBatch(micro_batches, batch, dict(bad)), batch.next_state))
+                self._put(self._finish(batch, drafts))
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: tuple[StepBatch, PlanState] | BaseException) -> None:
+    def _put(self, item: _Read | BaseException) -> None:
         while not self._stopped.is_set():
             try:
                 return self._ready.put(item, timeout=0.1)
@@ -225,8 +238,8 @@ class Loader:
 
     def _draft(self, sequences: list[PackedSequence]) -> _Draft:
         draft = _Draft(lay_out(self.plan, sequences, tensor_size=self.view.tensor_size))
-        if self.view.needs_text:
-            draft.texts = [self._readers.submit(self._streams, sequence) for sequence in sequences]
+        if self._reads_texts:
+            draft.texts = [self._readers.submit(self._reader.pieces, sequence) for sequence in sequences]
         return draft
 
     def _mine(self, layout: Layout, substitute: dict[tuple[int, int, int], SourceImage]) -> list[_Shown]:
@@ -247,10 +260,6 @@ class Loader:
     def _blobs(self, images: list[SourceImage]) -> list[bytes]:
         return [self._blob(image) for image in images]
 
-    def _streams(self, sequence: PackedSequence) -> list[list[int] | None]:
-        """The token ids of a sequence's documents."""
-        return [self._tokens(sequence.source, sample) for sample in sequence.window.sample[sequence.first : sequence.last].tolist()]
-
     def _blob(self, image: SourceImage) -> bytes:
         index = self.plan.indexes[image.source]
         try:
@@ -259,38 +268,57 @@ class Loader:
             logger.warning("unreadable image in sample %d of %s: %s", image.sample, index.name, error)
             return b""
 
-    def _tokens(self, source: int, sample: int) -> list[int] | None:
-        """A document's stream of token ids; None where its bytes cannot be used any more."""
-        index = self.plan.indexes[source]
-        try:
-            items = parse_document(index.kind, index.document(sample), is_json=False, rendering=self._renderings[source])
-            return document_stream(index, sample, self.tokenizer, items, image=self.image)
-        except (OSError, ValueError) as error:
-            logger.warning("unusable text in sample %d of %s: %s; it is left out", sample, index.name, error)
-            return None
-
     # ------------------------------------------------------------------------------------------------------- assembling
 
-    def _finish(self, draft: _Draft, bad: Counter[str]) -> PackedBatch:
-        """Wait for a draft's bytes and put them where its layout says."""
-        layout, mask = draft.layout, draft.layout.loss_mask
+    def _finish(self, batch: GlobalBatch, drafts: list[_Draft]) -> _Read:
+        """Wait for the bytes of a global batch. Raises ValueError where too many samples of a source are bad."""
+        bad = Counter[str]()
+        sizes = [len(draft.layout.loss_mask) + len(draft.layout.pieces) for draft in drafts]
+        texts = np.zeros(sum(sizes), dtype=np.int32)
+        pixels: list[DecodedImages | None] = []
+        for draft, part in zip(drafts, np.split(texts, np.cumsum(sizes)[:-1]), strict=True):
+            if self._reads_texts:
+                self._collect_texts(draft, part, bad)
+            decoded: DecodedImages | None = draft.pixels.result() if draft.pixels is not None else None
+            if decoded is not None:
+                self._tally_images(draft.shown, decoded.ok, bad)
+            pixels.append(decoded)
+        self._texts.check("texts", limit=self.config.max_bad_fraction)
+        self._seen.check("images", limit=self.config.max_bad_fraction)
+        return _Read(batch, [draft.layout for draft in drafts], texts, pixels, bad)
+
+    def _collect_texts(self, draft: _Draft, out: np.ndarray, bad: Counter[str]) -> None:
+        """Put the ids of a micro-batch into [tokens] int32 and behind them, for each piece, whether it could be read."""
+        ids, usable = np.split(out, [len(draft.layout.loss_mask)])
+        ids[:] = self.tokenizer.pad_id
+        found = [piece for future in draft.texts for piece in future.result()]
+        for number, (piece, stream) in enumerate(zip(draft.layout.pieces, found, strict=True)):
+            name = self.plan.indexes[piece.source].name
+            self._texts.read[name] += 1
+            usable[number] = stream is not None
+            if stream is None:
+                self._texts.bad[name] += 1
+                bad[name] += self.view.reports_texts
+            else:
+                ids[piece.place : piece.stop] = stream
+
+    def _assemble(self, read: _Read) -> StepBatch:
+        """Put what was read where the layouts say."""
+        sizes = [len(layout.loss_mask) + len(layout.pieces) for layout in read.layouts]
+        texts = np.split(read.texts, np.cumsum(sizes)[:-1])
+        parts = zip(read.layouts, texts, read.pixels, strict=True)
+        return StepBatch([self._micro_batch(*part) for part in parts], read.plan, dict(read.bad))
+
+    def _micro_batch(self, layout: Layout, texts: np.ndarray, decoded: DecodedImages | None) -> PackedBatch:
+        mask = layout.loss_mask
         ids = np.full(len(mask), self.tokenizer.pad_id, dtype=np.int64)
         if self.view.needs_text:
-            streams = [stream for future in draft.texts for stream in future.result()]
-            for piece, stream in zip(layout.pieces, streams, strict=True):
-                name = self.plan.indexes[piece.source].name
-                self._texts.read[name] += 1
-                if stream is None:
-                    self._texts.bad[name] += 1
-                    bad[name] += self.view.reports_texts
+            ids[:], usable = texts[: len(mask)], texts[len(mask) :]
+            for piece, good in zip(layout.pieces, usable.tolist(), strict=True):
+                if not good:
                     mask[piece.place : piece.stop] = 0
-                else:
-                    ids[piece.place : piece.stop] = stream[piece.begin : piece.end]
         labels = np.roll(ids, -1)
         labels[mask == 0] = self.tokenizer.pad_id
-        decoded: DecodedImages | None = draft.pixels.result() if draft.pixels is not None else None
-        if decoded is not None:
-            self._tally_images(draft.shown, decoded.ok, bad)
         cu_seqlens, image_starts = torch.from_numpy(layout.cu_seqlens), torch.from_numpy(layout.image_starts)
         return PackedBatch(
             token_ids=torch.from_numpy(ids),
@@ -338,29 +366,3 @@ class Loader:
                 self._seen.bad[name] += 1
                 bad[name] += 1
                 logger.warning("undecodable image in sample %d of %s: a blank one stands for it", image.sample, name)
-
-
-def document_stream(index: Source, sample: int, tokenizer: Tokenizer, items: list[Item], *, image: ImageInput) -> list[int]:
-    """BOS, the items' tokens in reading order, EOS.
-
-    Raises ValueError where the texts are not those that were indexed.
-
-    Args:
-        items: what the document's bytes say; where its images stand, the index says.
-        image: how images are written.
-    """
-    rows = index.items(sample)
-    written = encode_items(items, tokenizer)
-    if len(written) != len(rows) - rows.num_images:
-        raise ValueError(f"{len(written)} texts, but {len(rows) - rows.num_images} in the index")
-    left, tiles = iter(written), iter(image.num_tiles(rows.widths, rows.heights).tolist())
-    stream = [tokenizer.bos_id]
-    for is_image, tokens in zip(rows.is_image.tolist(), rows.tokens.tolist(), strict=True):
-        if is_image:
-            stream += image.ids(tokenizer.special_id, tiles=next(tiles))
-            continue
-        ids = next(left)
-        if len(ids) != tokens:
-            raise ValueError(f"{len(ids)} tokens, but {tokens} in the index")
-        stream += ids
-    return [*stream, tokenizer.eos_id]

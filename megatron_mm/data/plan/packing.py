@@ -35,6 +35,8 @@ class Window:
     """[pieces] images of the piece; of images that are cut into tiles, tiles."""
     position: np.ndarray
     """[pieces] where in the source's endless stream the piece's document stands; in every epoch elsewhere."""
+    is_whole: np.ndarray
+    """[pieces] bool: the piece is a whole document."""
     starts: np.ndarray
     """[sequences + 1] first piece of each sequence."""
 
@@ -109,6 +111,7 @@ def pack_window(source: Source, samples: Samples, limits: Limits, image: ImageIn
         end=end_p[order],
         images=tiles_p[order],
         position=position_p[order],
+        is_whole=order < len(whole),
         starts=np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=num_bins))]),
     )
 

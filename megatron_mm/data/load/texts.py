@@ -1,0 +1,129 @@
+"""Reads and tokenizes the texts of documents; each once for a data-parallel rank.
+
+All processes of a data-parallel rank that embed tokens or compute the loss (the tensor-parallel ranks of the first and the last pipeline
+stage) need the same token ids. One of them reads and tokenizes; the others get the ids from it, 4 bytes a token, when they ask for the
+batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+import numpy as np
+
+from megatron_mm.data.image_input import ImageInput
+from megatron_mm.data.plan.plan import PackedSequence
+from megatron_mm.data.sources.source import Source
+from megatron_mm.data.text.chat import rendering_of
+from megatron_mm.data.text.documents import parse_document
+from megatron_mm.data.text.items import Item, encode_items
+from megatron_mm.data.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_KEPT_TOKENS = 16_000_000
+"""Tokens of documents in several pieces that are kept for their other pieces: 64 MB."""
+
+
+class TextSharing(Protocol):
+    """Processes that need the same texts."""
+
+    @property
+    def is_reader(self) -> bool:
+        """This process reads for all of them."""
+        ...
+
+    def share(self, values: np.ndarray) -> None:
+        """Give the reader's int32 values to all; each process brings an array of the same size, which is filled in place. All processes
+        call it, for the same batches in the same order."""
+        ...
+
+
+class TextReader:
+    """Token ids of documents; any number of threads may ask."""
+
+    def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, image: ImageInput) -> None:
+        self._sources, self._tokenizer, self._image = sources, tokenizer, image
+        self._renderings = [rendering_of(source) for source in sources]
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[int, int], Future[np.ndarray | None]] = OrderedDict()
+        self._kept_tokens = 0
+
+    def pieces(self, sequence: PackedSequence) -> list[np.ndarray | None]:
+        """The token ids of a sequence's pieces, int32; None for one whose text cannot be used."""
+        window, rows = sequence.window, slice(sequence.first, sequence.last)
+        found = []
+        columns = (window.sample, window.begin, window.end, window.is_whole)
+        for sample, begin, end, is_whole in zip(*(column[rows].tolist() for column in columns), strict=True):
+            stream = self._read(sequence.source, sample) if is_whole else self._cut_document(sequence.source, sample)
+            found.append(None if stream is None else stream[begin:end])
+        return found
+
+    def _cut_document(self, source: int, sample: int) -> np.ndarray | None:
+        """The ids of a document in several pieces, tokenized once for all that are near each other."""
+        with self._lock:
+            kept = self._kept.get((source, sample))
+            mine = kept is None
+            if kept is None:
+                kept = self._kept[source, sample] = Future()
+            else:
+                self._kept.move_to_end((source, sample))
+        if not mine:
+            return kept.result()
+        try:
+            stream = self._read(source, sample)
+            kept.set_result(stream)
+        except BaseException as error:
+            kept.set_exception(error)
+            raise
+        with self._lock:
+            self._kept_tokens += _size(kept)
+            while self._kept_tokens > _KEPT_TOKENS and len(self._kept) > 1 and next(iter(self._kept.values())).done():
+                self._kept_tokens -= _size(self._kept.popitem(last=False)[1])
+        return stream
+
+    def _read(self, source: int, sample: int) -> np.ndarray | None:
+        """A document's stream of token ids; None where its bytes cannot be used any more."""
+        index = self._sources[source]
+        try:
+            items = parse_document(index.kind, index.document(sample), is_json=False, rendering=self._renderings[source])
+            return np.array(document_stream(index, sample, self._tokenizer, items, image=self._image), dtype=np.int32)
+        except (OSError, ValueError) as error:
+            logger.warning("unusable text in sample %d of %s: %s; it is left out", sample, index.name, error)
+            return None
+
+
+def _size(kept: Future[np.ndarray | None]) -> int:
+    stream = kept.result()
+    return 0 if stream is None else len(stream)
+
+
+def document_stream(index: Source, sample: int, tokenizer: Tokenizer, items: list[Item], *, image: ImageInput) -> list[int]:
+    """BOS, the items' tokens in reading order, EOS.
+
+    Raises ValueError where the texts are not those that were indexed.
+
+    Args:
+        items: what the document's bytes say; where its images stand, the index says.
+        image: how images are written.
+    """
+    rows = index.items(sample)
+    written = encode_items(items, tokenizer)
+    if len(written) != len(rows) - rows.num_images:
+        raise ValueError(f"{len(written)} texts, but {len(rows) - rows.num_images} in the index")
+    left, tiles = iter(written), iter(image.num_tiles(rows.widths, rows.heights).tolist())
+    stream = [tokenizer.bos_id]
+    for is_image, tokens in zip(rows.is_image.tolist(), rows.tokens.tolist(), strict=True):
+        if is_image:
+            stream += image.ids(tokenizer.special_id, tiles=next(tiles))
+            continue
+        ids = next(left)
+        if len(ids) != tokens:
+            raise ValueError(f"{len(ids)} tokens, but {tokens} in the index")
+        stream += ids
+    return [*stream, tokenizer.eos_id]
