@@ -136,7 +136,9 @@ def build_decoder(
     )
     output_std = config.init_std / math.sqrt(2 * config.num_layers)
     for name, parameter in decoder.named_parameters():
-        if parameter.ndim > 1 and not hasattr(parameter, "init_value"):
+        if name.endswith(("norm.weight", "layer_norm_weight")):
+            parameter.init_value = 1.0  # type: ignore[attr-defined]
+        elif parameter.ndim > 1 and not hasattr(parameter, "init_value"):
             # Transformer Engine numbers the weights of grouped experts: linear_fc2.weight0, linear_fc2.weight1, ...
             residual = name.rstrip("0123456789").endswith(_RESIDUAL_OUTPUTS)
             parameter.init_std = output_std if residual else config.init_std  # type: ignore[attr-defined]

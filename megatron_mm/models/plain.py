@@ -16,7 +16,9 @@ def linear(input_size: int, output_size: int, *, bias: bool = True, dtype: torch
 
 def norm(size: int, *, dtype: torch.dtype, epsilon: float = 1e-5) -> nn.LayerNorm:
     """A LayerNorm; its weight begins as 1."""
-    return nn.LayerNorm(size, eps=epsilon, dtype=dtype)
+    layer = nn.LayerNorm(size, eps=epsilon, dtype=dtype)
+    layer.weight.init_value = 1.0  # type: ignore[attr-defined]
+    return layer
 
 
 class PixelNormalization(nn.Module):

@@ -24,10 +24,9 @@ STATE_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type":
 def initialize_weights(chunks: list[MegatronModule], *, seed: int) -> None:
     """Set every parameter of the pipeline chunks of this process in place.
 
-    A parameter may carry `init_value` (a constant) or `init_std` (a normal distribution around 0), and with that `init_like`
-    (`InitialValue.like`). Without any a norm's weight is 1 and any other vector is 0. Raises AssertionError for a matrix that carries
-    neither, or for a parameter
-    that no rule reached.
+    A parameter carries `init_value` (a constant) or `init_std` (a normal distribution around 0), and with that perhaps `init_like`
+    (`InitialValue.like`). A bias that carries neither is 0. Raises ValueError for any other parameter that carries neither, and
+    AssertionError for one that has no global name.
     """
     for chunk in chunks:
         reached: set[int] = set()
@@ -81,8 +80,12 @@ def initial_value(name: str, parameter: torch.Tensor) -> InitialValue:
     if hasattr(parameter, "init_std"):
         like = getattr(parameter, "init_like", None)
         return InitialValue(0.0) if parameter.init_std == 0 else InitialValue(None, float(parameter.init_std), like)
-    assert parameter.ndim <= 1, f"{name} of shape {tuple(parameter.shape)} has no init_std"
-    return InitialValue(1.0 if name.endswith("norm.weight") else 0.0)
+    if parameter.ndim > 1 or not name.endswith("bias"):
+        raise ValueError(
+            f"nothing says how {name} of shape {list(parameter.shape)} begins: give the parameter `init_std` (a matrix), or `init_value` "
+            "(1.0 for a norm's weight), where it is made, as megatron_mm.models.plain does"
+        )
+    return InitialValue(0.0)
 
 
 def draw(

@@ -14,7 +14,7 @@ from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.stages import layers_per_stage
 from megatron_mm.run.start import check_shapes
 from megatron_mm.training.build import build_chunks
-from megatron_mm.training.freezing import freeze, learning_patterns
+from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
 
 PLANNED_STEPS = 2
 
@@ -25,7 +25,7 @@ class StageParameters:
 
     held: dict[str, int]
     trainable: dict[str, int]
-    """Those that are trainable under the experiment's freeze policy; parts that are frozen as a whole are left out."""
+    """Those that are trainable under the experiment's freeze policy; parts of which none is are left out."""
 
 
 def describe(experiment: Experiment) -> Iterator[str]:
@@ -47,16 +47,19 @@ def describe(experiment: Experiment) -> Iterator[str]:
 
 
 def stage_parameters(experiment: Experiment) -> list[StageParameters]:
-    """What every pipeline stage holds, in pipeline order."""
-    parallel, patterns = experiment.parallel, learning_patterns(experiment)
+    """What every pipeline stage holds, in pipeline order. Raises ValueError where the freeze policy has a pattern that matches nothing."""
+    parallel, patterns = experiment.parallel, trainable_patterns(experiment)
     stages: dict[int, StageParameters] = {}
+    names: list[str] = []
     for rank in range(parallel.pipeline):
         with topologies.pretend(parallel, pipeline_rank=rank) as topology:
             for virtual_stage, chunk in enumerate(build_chunks(experiment, topology)):
+                names += [name for name, _ in chunk.named_parameters()]
                 freeze(chunk, patterns)
                 stages[virtual_stage * parallel.pipeline + rank] = StageParameters(
                     held=_count(chunk, only_trainable=False), trainable=_count(chunk, only_trainable=True)
                 )
+    check_patterns(experiment, names)
     return [stages[stage] for stage in sorted(stages)]
 
 
@@ -68,7 +71,7 @@ def _count(chunk: torch.nn.Module, *, only_trainable: bool) -> dict[str, int]:
 
 
 def stage_table(experiment: Experiment) -> Iterator[str]:
-    """A line for each pipeline stage: its layers, the parameters that one process of it holds, and those of them that are trainable."""
+    """A line for each pipeline stage: its layers, the parameters that one process of it holds, and which of them are trainable."""
     parallel = experiment.parallel
     layers = layers_per_stage(parallel, num_layers=experiment.model.decoder.num_layers)
     policy = experiment.train.freeze_policy

@@ -35,7 +35,7 @@ from megatron_mm.training.checkpoint import (
     load_weights,
     newest_checkpoint,
 )
-from megatron_mm.training.freezing import learning_patterns
+from megatron_mm.training.freezing import trainable_patterns
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.trainer import Trainer
 
@@ -139,7 +139,7 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
 def check_shapes(experiment: Experiment, world_size: int) -> None:
     """What can be found wrong without data or an earlier run: layout, policy and batch on so many processes. Raises ValueError."""
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, world_size)
-    learning_patterns(experiment)
+    trainable_patterns(experiment)
     micro_batches = experiment.num_micro_batches(experiment.parallel.data_parallel_size(world_size))
     parallel = experiment.parallel
     if parallel.virtual > 1 and micro_batches % parallel.pipeline:

@@ -18,7 +18,7 @@ from megatron_mm.parallel.gradients import finalize_model_grads
 from megatron_mm.parallel.images import TensorParallelImages
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.parallel.topology import Topology, single_process_groups
-from megatron_mm.training.freezing import freeze, learning_patterns
+from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +65,16 @@ def build_chunks(experiment: Experiment, topology: Topology) -> list[MegatronMod
 
 
 def build_model(experiment: Experiment, topology: Topology) -> list[DistributedDataParallel]:
-    """The chunks of this process with their initial weights, wrapped so that gradients are reduced over data parallelism."""
+    """The chunks of this process with their initial weights, wrapped so that gradients are reduced over data parallelism.
+
+    Raises ValueError, on all processes, where the freeze policy has a pattern that matches nothing.
+    """
     parallel = experiment.parallel
     chunks = build_chunks(experiment, topology)
     initialize_weights(chunks, seed=experiment.train.seed)
+    check_patterns(experiment, [name for chunk in chunks for name, _ in chunk.named_parameters()])
     for chunk in chunks:
-        freeze(chunk, learning_patterns(experiment))
+        freeze(chunk, trainable_patterns(experiment))
     on_gpu = topology.device.type == "cuda"
     gather_early = (
         parallel.overlap_param_gather and parallel.distributed_optimizer and on_gpu and (parallel.pipeline == 1 or parallel.virtual > 1)

@@ -1,31 +1,54 @@
-"""What learns in a stage of training.
+"""What is trainable in a stage of training.
 
-A family names its policies (`Family.freeze_policies`), a recipe picks one (`train.freeze_policy`). Other parameters are frozen before the
-data-parallel wrapper sees it, so that it gets no gradient buffer and no optimizer state.
+A family names its freeze policies (`Family.freeze_policies`), a recipe picks one (`train.freeze_policy`). What is not trainable is frozen before
+the data-parallel wrapper sees it, so that it gets no gradient buffer and no optimizer state.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 
 from megatron_mm.config import Experiment
 from megatron_mm.families.registry import family_of
 
 
-def learning_patterns(experiment: Experiment) -> tuple[str, ...]:
-    """Regular expressions, one of which begins the global name of every parameter that learns.
+def trainable_patterns(experiment: Experiment) -> tuple[str, ...]:
+    """Regular expressions, one of which matches the beginning of the global name of every trainable parameter.
 
-    Raises ValueError where the model's family has no policy of that name.
+    Raises ValueError where the model's family has no freeze policy of that name.
     """
     return family_of(experiment.model).trainable_patterns(experiment.train.freeze_policy)
 
 
-def freeze(chunk: torch.nn.Module, learning: tuple[str, ...]) -> None:
-    """Let those parameters of a pipeline chunk learn whose names a pattern begins, and freeze the others.
+def freeze(chunk: torch.nn.Module, patterns: Sequence[str]) -> None:
+    """Make those parameters of a pipeline chunk trainable whose names a pattern matches, and freeze the others.
 
     A chunk numbers its decoder layers from its own first one; patterns do not tell layers apart.
     """
     for name, parameter in chunk.named_parameters():
-        parameter.requires_grad_(any(re.match(pattern, name) for pattern in learning))
+        parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
+
+
+def check_patterns(experiment: Experiment, names: Iterable[str]) -> None:
+    """Raise ValueError where a pattern of the freeze policy matches no parameter of the whole model, which would stay frozen.
+
+    Args:
+        names: of the parameters on this process; all processes call this together.
+    """
+    patterns, names = trainable_patterns(experiment), list(names)
+    matched = [any(re.match(pattern, name) for name in names) for pattern in patterns]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everywhere: list[list[bool]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everywhere, matched)
+        matched = [any(flags) for flags in zip(*everywhere, strict=True)]
+    wrong = [pattern for pattern, found in zip(patterns, matched, strict=True) if not found]
+    if wrong:
+        parts = sorted({name.partition(".")[0] for name in names})
+        raise ValueError(
+            f"freeze policy {experiment.train.freeze_policy!r} of {experiment.model.family} models has patterns that match no parameter: {wrong}; "
+            f"names begin with {parts}: correct the pattern"
+        )

@@ -15,7 +15,7 @@ from small import small_experiment
 
 from megatron_mm.config import MoEConfig
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.parallel.initial_weights import STATE_METADATA, initialize_weights
+from megatron_mm.parallel.initial_weights import STATE_METADATA, initial_value, initialize_weights
 from megatron_mm.training.build import build_chunks
 
 DECODERS: dict[str, dict[str, Any]] = {
@@ -118,3 +118,15 @@ def test_names_experts_and_seeds_give_different_weights(by_rank: list[Held]) -> 
 
 def _pieces_of_another_seed() -> list[Piece]:
     return _pieces("sparse", {}, seed=1235)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("connector.scale", (4,)), ("language.rms.weight", (4,)), ("connector.weight", (4, 4))])
+def test_a_parameter_that_nobody_marked_is_an_error(name: str, shape: tuple[int, ...]) -> None:
+    """A norm whose weight began at 0 would silence its layer for the whole run."""
+    with pytest.raises(ValueError, match=f"nothing says how {name} of shape .* begins: give the parameter `init_std`"):
+        initial_value(name, torch.nn.Parameter(torch.empty(shape)))
+
+
+def test_a_bias_begins_at_0() -> None:
+    assert initial_value("connector.bias", torch.nn.Parameter(torch.empty(4))).constant == 0.0
+    assert initial_value("vision.layers.0.attention.q_bias", torch.nn.Parameter(torch.empty(4))).constant == 0.0

@@ -17,7 +17,7 @@ from megatron_mm.flops import StepWork
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.training.build import build_chunks
-from megatron_mm.training.freezing import freeze, learning_patterns
+from megatron_mm.training.freezing import freeze, trainable_patterns
 
 WIDE = {"hidden_size": 256, "ffn_hidden_size": 512, "head_dim": 32}
 """A decoder that is most of the model, as in a real one."""
@@ -41,7 +41,7 @@ def test_as_many_as_torch_counts(make: Callable[..., Experiment], batch_of: Call
     topology = topologies.initialize(experiment.parallel, seed=1)
     (chunk,) = build_chunks(experiment, topology)
     initialize_weights([chunk], seed=1)
-    freeze(chunk, learning_patterns(experiment))
+    freeze(chunk, trainable_patterns(experiment))
     batch = batch_of(experiment, topology, number=2)
     assert batch.num_images > 1
     with FlopCounterMode(display=False) as counter:

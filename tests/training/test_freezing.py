@@ -1,0 +1,54 @@
+"""A freeze policy says by name what is trainable, and a name that nothing has is an error."""
+
+from __future__ import annotations
+
+import pytest
+from distributed import run_processes
+from small_infimm import small_infimm
+
+from megatron_mm.families.infimm.family import InfiMMFamily
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.run.dry_run import stage_parameters
+from megatron_mm.training import freezing
+from megatron_mm.training.build import build_model
+from megatron_mm.training.freezing import trainable_patterns
+
+PROBLEM = r"freeze policy 'pt' of infimm models has patterns that match no parameter: \['resampled'\]; names begin with \['language'"
+
+
+class Mistaken(InfiMMFamily):
+    freeze_policies = {"pt": ("resampled", r"language\.decoder\.layers\.\d+\.gated\.")}  # noqa: RUF012
+
+
+def test_a_pattern_that_matches_nothing_is_found_in_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freezing, "family_of", lambda model: Mistaken())
+    with pytest.raises(ValueError, match=PROBLEM):
+        stage_parameters(small_infimm(policy="pt", parallel={"pipeline": 2}))
+    monkeypatch.setattr(freezing, "family_of", lambda model: InfiMMFamily())
+    stage_parameters(small_infimm(policy="pt", parallel={"pipeline": 2}))
+
+
+def _build() -> list[str]:
+    """What is wrong with the policy, and with the same one without the mistake."""
+    found = []
+    experiment = small_infimm(policy="pt", parallel={"pipeline": 2})
+    topology = topologies.initialize(experiment.parallel, seed=1)
+    for family in (Mistaken(), InfiMMFamily()):
+        freezing.family_of = lambda model, family=family: family  # type: ignore[assignment, misc]
+        try:
+            build_model(experiment, topology)
+            found.append("")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_all_processes_find_it() -> None:
+    """The resampler is on the first stage alone, which is no mistake; a pattern that matches on neither stage is one on both."""
+    for mistaken, right in run_processes(_build, 2):
+        assert "['resampled']" in mistaken and not right
+
+
+def test_an_unknown_policy_lists_all() -> None:
+    with pytest.raises(ValueError, match=r"train.policy is 'all', but infimm models know \['ift', 'ift_frozen_language', 'mtt', 'pt'\]"):
+        trainable_patterns(small_infimm(policy="all"))
