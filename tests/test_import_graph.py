@@ -22,8 +22,8 @@ ROOMS = (
     "evaluation",
     "reporting",
     "conversion",
-    "planning",
     "run",
+    "planning",
     "cli",
 )
 """From the ground up: a room imports rooms before it only. docs/architecture.md says the same."""

@@ -1,7 +1,7 @@
 """What is trainable in a stage of training.
 
-A family names its freeze policies (`Family.freeze_policies`), a recipe picks one (`train.freeze_policy`). What is not trainable is frozen before
-the data-parallel wrapper sees it, so that it gets no gradient buffer and no optimizer state.
+A family names its freeze policies (`Family.freeze_policies`), a recipe picks one (`train.freeze_policy`). What is not trainable is frozen
+before the data-parallel wrapper sees it, so that it gets no gradient buffer and no optimizer state.
 """
 
 from __future__ import annotations
@@ -49,6 +49,6 @@ def check_patterns(experiment: Experiment, names: Iterable[str]) -> None:
     if wrong:
         parts = sorted({name.partition(".")[0] for name in names})
         raise ValueError(
-            f"freeze policy {experiment.train.freeze_policy!r} of {experiment.model.family} models has patterns that match no parameter: {wrong}; "
-            f"names begin with {parts}: correct the pattern"
+            f"freeze policy {experiment.train.freeze_policy!r} of {experiment.model.family} models has patterns that match no parameter: "
+            f"{wrong}; names begin with {parts}: correct the pattern"
         )
