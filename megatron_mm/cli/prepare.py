@@ -33,21 +33,36 @@ def _index_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--caption-prompt", metavar="TEXT", help="make chats of pairs, too: what asks for the caption (default: an image and its caption)"
     )
+    parser.add_argument(
+        "--verify",
+        default="full",
+        help="decode each image, its header, or one image in 16 and the others' headers (default: %(default)s)",
+        **one_of(("full", "header", "sample")),
+    )
+
+
+def _read_arguments(parser: Parser) -> None:
+    _index_arguments(parser)
     parser.add_argument("--workers", type=integer, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--shards",
+        metavar="A-B|I/N",
+        help="read only shards A to B of each source (from 0), or the I-th of N equal parts; `prepare merge` writes the index then",
+    )
+
+
+def _merge(given: argparse.Namespace) -> None:
+    from megatron_mm.data.prepare.index import IndexOptions, prepare_index
+
+    options = IndexOptions(template=given.chat_template, caption_prompt=given.caption_prompt, verify=given.verify)
+    print(prepare_index(given.path, tokenizer=given.tokenizer, options=options, merge_only=True))
 
 
 def _index(given: argparse.Namespace) -> None:
-    from megatron_mm.data.prepare.index import prepare_index
+    from megatron_mm.data.prepare.index import IndexOptions, prepare_index
 
-    print(
-        prepare_index(
-            given.path,
-            tokenizer=given.tokenizer,
-            template=given.chat_template,
-            caption_prompt=given.caption_prompt,
-            workers=given.workers,
-        )
-    )
+    options = IndexOptions(template=given.chat_template, caption_prompt=given.caption_prompt, verify=given.verify)
+    print(prepare_index(given.path, tokenizer=given.tokenizer, options=options, workers=given.workers, shards=given.shards))
 
 
 def _tokenizer_arguments(parser: Parser) -> None:
@@ -68,7 +83,10 @@ PREPARE = Group(
     help="make, index or tokenize data",
     commands={
         "demo": Command(help="make a small data set of drawn scenes, its tokenizer and its index", run=_demo, arguments=_demo_arguments),
-        "index": Command(help="read every sample once: validity, token counts, image sizes", run=_index, arguments=_index_arguments),
+        "index": Command(help="read every sample once: validity, token counts, image sizes", run=_index, arguments=_read_arguments),
+        "merge": Command(
+            help="write the index of shards that `prepare index --shards` has read (same options)", run=_merge, arguments=_index_arguments
+        ),
         "tokenizer": Command(
             help="train a SentencePiece tokenizer on the texts of a data set", run=_tokenizer, arguments=_tokenizer_arguments
         ),

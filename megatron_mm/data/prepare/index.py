@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from megatron_mm.data.prepare.find import check_files, find_sources, shards_of
 from megatron_mm.data.prepare.kinds import detect_kind, iterate_samples
-from megatron_mm.data.prepare.samples import Losses, Reading, ShardRows, document_of, parse_member, read_shard
-from megatron_mm.data.sources.index_files import sampled_digest, write_index
-from megatron_mm.data.sources.rows import ITEM, SAMPLE
+from megatron_mm.data.prepare.row_files import RowHeader, current_header, losses_of, read_rows, recipe_of, row_file_of
+from megatron_mm.data.prepare.samples import Losses, Reading, Verify, document_of, parse_member
+from megatron_mm.data.prepare.shard_jobs import Progress, ShardJob, choose_shards, run_jobs
+from megatron_mm.data.sources.index import SHARDS_CHECKED_AT_ONCE
+from megatron_mm.data.sources.index_files import write_index
 from megatron_mm.data.sources.shards import BrokenShard, KeyEnds
 from megatron_mm.data.sources.source import CHAT_KINDS, Kind
 from megatron_mm.data.text.chat import Rendering, chat_template
@@ -48,6 +48,8 @@ class IndexOptions:
     """Share of the images of documents that may be missing or bad."""
     ignore: tuple[str, ...] = ()
     """Patterns of names of files that are left alone though they look like data."""
+    verify: Verify = "full"
+    """How much of each image is decoded."""
 
 
 @dataclass
@@ -86,16 +88,6 @@ def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
 
 
-@dataclass(frozen=True)
-class _ShardTask:
-    """A shard to index."""
-
-    number: int
-    shard: Path
-    tokenizer: Path
-    reading: Reading
-
-
 def prepare_index(
     path: Path,
     *,
@@ -104,14 +96,19 @@ def prepare_index(
     caption_prompt: str | None = None,
     workers: int = 1,
     options: IndexOptions | None = None,
+    shards: str | None = None,
+    merge_only: bool = False,
 ) -> Summary:
-    """Index every source under a path. The result does not depend on the number of workers.
+    """Index every source under a path. The result does not depend on the number of workers. Shards that were read before, in the same way
+    and unchanged since, are not read again.
 
     Raises ValueError where there is no shard, no tokenizer, a source without one usable sample or with too many that are not, files that
     would not be read, or a tokenizer that lacks control tokens of the chat template, or an empty prompt.
 
     Args:
         template, caption_prompt: of `IndexOptions`, where these are not given.
+        shards: read only these of each source (`choose_shards`), and write no index: that is for `merge_only`.
+        merge_only: read no shard. Raises ValueError where one has not been read.
     """
     options = options or IndexOptions(template=template, caption_prompt=caption_prompt)
     if options.caption_prompt is not None and not options.caption_prompt.strip():
@@ -126,13 +123,14 @@ def prepare_index(
     fingerprint = Tokenizer.open(model).fingerprint
     summaries, kinds = {}, set()
     for source in sources:
-        shards = shards_of(source)
-        check_files(source, shards, ignore=options.ignore)
-        reading = _reading(shards, model, options)
+        found = shards_of(source)
+        check_files(source, found, ignore=options.ignore)
+        reading = _reading(found, model, options)
         kinds.add(reading.kind)
-        summaries[f"{source.parent.name}/{source.name}"] = _index_source(
-            source, shards, model, reading=reading, fingerprint=fingerprint, options=options, workers=workers
-        )
+        job = _SourceJob(source, found, model, fingerprint, reading, options)
+        if not merge_only:
+            _read_shards(job, found if shards is None else [found[n] for n in choose_shards(shards, len(found))], workers=workers)
+        summaries[f"{source.parent.name}/{source.name}"] = _merge(job) if shards is None else _read_so_far(job)
     if options.caption_prompt is not None and "pairs" not in kinds:
         logger.warning("%s has no source of pairs, for which the caption prompt is: it is not used", path)
     return Summary(summaries, seconds=time.monotonic() - began)
@@ -145,52 +143,100 @@ def _reading(shards: Sequence[Path], model: Path, options: IndexOptions) -> Read
     if detected.kind in CHAT_KINDS or prompt is not None:
         _check_template(options.template, model)
     rendering = Rendering(chat_template(options.template), caption_prompt=prompt)
-    return Reading(detected.kind, rendering, key_ends=detected.key_ends, images_may_be_left_out=options.kind == "text")
-
-
-def _index_source(
-    source: Path, shards: Sequence[Path], model: Path, *, reading: Reading, fingerprint: str, options: IndexOptions, workers: int
-) -> SourceSummary:
-    tasks = [_ShardTask(number, shard, model, reading) for number, shard in enumerate(shards)]
-    samples, items = [np.zeros(0, SAMPLE)], [np.zeros(0, ITEM)]
-    num_samples = num_items = 0
-    losses = Losses()
-    began = time.monotonic()
-    for done, rows in enumerate(_run(tasks, workers), start=1):
-        rows.samples["first_item"] += num_items
-        samples.append(rows.samples)
-        items.append(rows.items)
-        num_samples += len(rows.samples)
-        num_items += len(rows.items)
-        for line in rows.losses.named:
-            logger.warning(line)
-        losses.add(rows.losses)
-        left = (time.monotonic() - began) / done * (len(shards) - done)
-        if done % max(1, len(shards) // 10) == 0:
-            logger.info("%s: %d of %d shards, %d samples, %.0f s left", source, done, len(shards), num_samples, left)
-    sample_rows, item_rows = np.concatenate(samples), np.concatenate(items)
-    summary = SourceSummary(
-        samples=num_samples,
-        images=int(sample_rows["num_images"].sum()),
-        text_tokens=int(sample_rows["text_tokens"].sum()),
-        rejected=dict(sorted(losses.rejected.items())),
-        dropped=dict(sorted(losses.dropped.items())),
-        skipped=dict(sorted(losses.skipped.items())),
+    return Reading(
+        detected.kind, rendering, key_ends=detected.key_ends, images_may_be_left_out=options.kind == "text", verify=options.verify
     )
-    check_losses(source, summary, damage=losses.damaged_bytes / max(1, sum(shard.stat().st_size for shard in shards)), options=options)
-    are_chats = reading.kind in CHAT_KINDS or reading.rendering.caption_prompt is not None
+
+
+@dataclass(frozen=True)
+class _SourceJob:
+    """A source to index."""
+
+    source: Path
+    shards: Sequence[Path]
+    model: Path
+    fingerprint: str
+    reading: Reading
+    options: IndexOptions
+
+    @property
+    def recipe(self) -> str:
+        return recipe_of(self.reading, tokenizer=self.fingerprint)
+
+    def headers(self, shards: Sequence[Path]) -> Iterator[RowHeader | None]:
+        """Of these shards' row files, as far as they may be used again; looked at many at a time, as a shared file system answers late."""
+        with ThreadPoolExecutor(SHARDS_CHECKED_AT_ONCE) as threads:
+            for first in range(0, len(shards), 4096):
+                part = shards[first : first + 4096]
+                yield from threads.map(lambda shard: current_header(row_file_of(self.source, shard), shard, recipe=self.recipe), part)
+
+
+def _read_shards(job: _SourceJob, shards: Sequence[Path], *, workers: int) -> None:
+    """Write the row files that are missing."""
+    missing = [shard for shard, header in zip(shards, job.headers(shards), strict=True) if header is None]
+    if len(missing) < len(shards):
+        logger.info("%s: %d of %d shards are unchanged since they were read", job.source, len(shards) - len(missing), len(shards))
+    progress = Progress(len(missing), of=str(job.source))
+    jobs = [ShardJob(job.source, shard, job.model, job.reading, job.recipe) for shard in missing]
+    for _, header in run_jobs(jobs, workers=workers):
+        for line in header.losses["named"]:
+            logger.warning(line)
+        progress.add(header)
+
+
+def _read_so_far(job: _SourceJob) -> SourceSummary:
+    headers = [header for header in job.headers(job.shards) if header is not None]
+    left = len(job.shards) - len(headers)
+    logger.info("%s: %d of %d shards are read%s", job.source, len(headers), len(job.shards), "" if left else ": `prepare merge` is next")
+    return _summary(headers)[0]
+
+
+def _summary(headers: Iterable[RowHeader]) -> tuple[SourceSummary, Losses]:
+    summary, losses = SourceSummary(), Losses()
+    for header in headers:
+        summary.samples += header.samples
+        summary.images += header.images
+        summary.text_tokens += header.text_tokens
+        losses.add(replace(losses_of(header), named=[]))
+    for name in ("rejected", "dropped", "skipped"):
+        setattr(summary, name, dict(sorted(getattr(losses, name).items())))
+    return summary, losses
+
+
+def _merge(job: _SourceJob) -> SourceSummary:
+    """Write the index of a source from the row files of its shards, one at a time. Raises ValueError where one is missing."""
+    source, headers, shards = job.source, [], [shard.relative_to(job.source).as_posix() for shard in job.shards]
+    for shard, header in zip(shards, job.headers(job.shards), strict=True):
+        if header is None:
+            raise ValueError(f"shard {shard} of source {source} has not been read: run `megatron-mm prepare index` on it first (--shards)")
+        headers.append(header)
+    summary, losses = _summary(headers)
+    check_losses(source, summary, damage=losses.damaged_bytes / max(1, sum(header.size for header in headers)), options=job.options)
+    are_chats = job.reading.kind in CHAT_KINDS or job.reading.rendering.caption_prompt is not None
     meta = {
-        "kind": reading.kind,
-        "tokenizer": fingerprint,
-        "chat_template": options.template if are_chats else None,
-        "caption_prompt": reading.rendering.caption_prompt,
-        "shards": {shard.relative_to(source).as_posix(): shard.stat().st_size for shard in shards},
-        "stamps": {shard.relative_to(source).as_posix(): [shard.stat().st_mtime_ns, sampled_digest(shard)] for shard in shards},
+        "kind": job.reading.kind,
+        "tokenizer": job.fingerprint,
+        "chat_template": job.options.template if are_chats else None,
+        "caption_prompt": job.reading.rendering.caption_prompt,
+        "shards": {shard: header.size for shard, header in zip(shards, headers, strict=True)},
+        "stamps": {shard: [header.modified, header.digest] for shard, header in zip(shards, headers, strict=True)},
         "rejected": summary.rejected,
         "dropped": summary.dropped,
         "skipped": summary.skipped,
     }
-    write_index(source, meta=meta, num_samples=len(sample_rows), num_items=len(item_rows), parts=[(sample_rows, item_rows)])
+
+    def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        first_item = 0
+        for number, (shard, header) in enumerate(zip(job.shards, headers, strict=True)):
+            samples, items = read_rows(row_file_of(source, shard), header)
+            samples = samples.copy()
+            samples["shard"] = number
+            samples["first_item"] += first_item
+            first_item += len(items)
+            yield samples, items
+
+    num_items = sum(header.items for header in headers)
+    write_index(source, meta=meta, num_samples=summary.samples, num_items=num_items, parts=parts())
     return summary
 
 
@@ -240,22 +286,6 @@ def _check_template(name: str, model: Path) -> None:
             f"chat template {name} needs the control tokens {', '.join(lacking)}, which {model} lacks: "
             "choose another --chat-template, or give the --tokenizer of the model that it belongs to"
         )
-
-
-def _run(tasks: list[_ShardTask], workers: int) -> Iterator[ShardRows]:
-    """The rows of each shard, in order. Raises ValueError where a worker dies, of too little memory for example."""
-    if workers <= 1 or len(tasks) == 1:
-        yield from map(_index_shard, tasks)
-        return
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=multiprocessing.get_context("forkserver")) as pool:
-        try:
-            yield from pool.map(_index_shard, tasks)
-        except BrokenProcessPool:
-            raise ValueError(f"a process that indexed {tasks[0].shard.parent} was killed: use fewer than {workers} --workers") from None
-
-
-def _index_shard(task: _ShardTask) -> ShardRows:
-    return read_shard(task.shard, number=task.number, reading=task.reading, tokenizer=Tokenizer.open(task.tokenizer))
 
 
 def prepare_tokenizer(path: Path, *, out: Path, vocab_size: int) -> str:

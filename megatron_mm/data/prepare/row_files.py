@@ -1,0 +1,132 @@
+"""Row files: what `prepare index` found in one shard, kept beside the index so that no shard is read twice.
+
+    <source>/index/shards/<shard>.rows      a line of JSON (`RowHeader`), then the shard's SAMPLE rows, then its ITEM rows
+
+A row file is written aside and renamed: it is whole or absent, whenever the process is killed. It is used again as long as the shard is the
+same (size and time of modification, or size and a digest of parts of it) and would be read in the same way (kind, tokenizer, chat template,
+verification).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_mm.data.prepare.samples import Losses, Reading, ShardRows
+from megatron_mm.data.sources.index_files import sampled_digest
+from megatron_mm.data.sources.rows import ITEM, SAMPLE
+
+READER_VERSION = 1
+"""Of how shards are read. Raise it where the same shard would give other rows: all shards are then read again."""
+
+
+@dataclass(frozen=True)
+class RowHeader:
+    """The first line of a row file."""
+
+    recipe: str
+    """Digest of how the shard was read (`recipe_of`)."""
+    size: int
+    """Bytes of the shard."""
+    modified: int
+    """When the shard was written last, nanoseconds."""
+    digest: str
+    """Of parts of the shard."""
+    samples: int
+    items: int
+    images: int
+    text_tokens: int
+    losses: dict[str, Any]
+    checksum: int
+    """CRC-32 of the rows."""
+
+
+def recipe_of(reading: Reading, *, tokenizer: str) -> str:
+    """A digest of all that a shard's rows depend on besides the shard.
+
+    Args:
+        tokenizer: its fingerprint.
+    """
+    return hashlib.sha256(f"{READER_VERSION} {tokenizer} {reading!r}".encode()).hexdigest()[:16]
+
+
+def row_file_of(source: Path, shard: Path) -> Path:
+    """Where a shard's rows are kept."""
+    return source / "index" / "shards" / f"{shard.relative_to(source).as_posix()}.rows"
+
+
+def write_row_file(path: Path, shard: Path, rows: ShardRows, *, recipe: str) -> RowHeader:
+    """Write a shard's rows, with `shard` and `first_item` counted from 0. Raises OSError where the disk is full, and leaves nothing."""
+    stat, data = shard.stat(), rows.samples.tobytes() + rows.items.tobytes()
+    header = RowHeader(
+        recipe=recipe,
+        size=stat.st_size,
+        modified=stat.st_mtime_ns,
+        digest=sampled_digest(shard),
+        samples=len(rows.samples),
+        items=len(rows.items),
+        images=int(rows.samples["num_images"].sum()),
+        text_tokens=int(rows.samples["text_tokens"].sum()),
+        losses={**asdict(rows.losses), **{name: dict(getattr(rows.losses, name)) for name in ("rejected", "dropped", "skipped")}},
+        checksum=zlib.crc32(data),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(json.dumps(asdict(header)).encode() + b"\n")
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return header
+
+
+def read_header(path: Path) -> RowHeader | None:
+    """The header of a row file; None where there is none, or the file is not whole."""
+    try:
+        with path.open("rb") as file:
+            header = RowHeader(**json.loads(file.readline()))
+            whole = file.tell() + header.samples * SAMPLE.itemsize + header.items * ITEM.itemsize
+            return header if os.fstat(file.fileno()).st_size == whole else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def current_header(path: Path, shard: Path, *, recipe: str) -> RowHeader | None:
+    """The header of a shard's row file where it may be used again; None where the shard must be read."""
+    header = read_header(path)
+    if header is None or header.recipe != recipe:
+        return None
+    stat = shard.stat()
+    if stat.st_size != header.size or (stat.st_mtime_ns != header.modified and sampled_digest(shard) != header.digest):
+        return None
+    return header
+
+
+def read_rows(path: Path, header: RowHeader) -> tuple[np.ndarray, np.ndarray]:
+    """The SAMPLE and ITEM rows of a row file. Raises ValueError where they are damaged."""
+    with path.open("rb") as file:
+        file.readline()
+        data = file.read()
+    if zlib.crc32(data) != header.checksum:
+        raise ValueError(f"{path} is damaged: remove it and run `megatron-mm prepare index` again")
+    cut = header.samples * SAMPLE.itemsize
+    return np.frombuffer(data[:cut], SAMPLE), np.frombuffer(data[cut:], ITEM)
+
+
+def losses_of(header: RowHeader) -> Losses:
+    """What was not used of a shard."""
+    counts = {name: Counter(header.losses[name]) for name in ("rejected", "dropped", "skipped")}
+    return Losses(**{**header.losses, **counts})

@@ -1,0 +1,138 @@
+"""Reads shards in several processes, each shard once, and says how far it is.
+
+Workers write row files themselves and return their headers, so memory does not grow with the number of shards. A worker that is killed, or
+whose parent is, leaves whole row files or none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import connection
+from pathlib import Path
+
+from megatron_mm.data.prepare.row_files import RowHeader, row_file_of, write_row_file
+from megatron_mm.data.prepare.samples import Reading, read_shard
+from megatron_mm.data.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """A shard to read."""
+
+    source: Path
+    shard: Path
+    tokenizer: Path
+    reading: Reading
+    recipe: str
+
+
+def run_jobs(jobs: Sequence[ShardJob], *, workers: int) -> Iterator[tuple[ShardJob, RowHeader]]:
+    """Read shards and write their row files; yields each when it is done, in any order.
+
+    Raises ValueError where a worker dies, of too little memory for example; what was done stays done.
+    """
+    if workers <= 1 or len(jobs) <= 1:
+        for job in jobs:
+            yield job, _read(job)
+        return
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_end_with_parent) as pool:
+        left, running = iter(jobs), dict[Future[RowHeader], ShardJob]()
+        try:
+            while True:
+                for job in itertools.islice(left, 2 * workers - len(running)):
+                    running[pool.submit(_read, job)] = job
+                if not running:
+                    return
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(done), done.result()
+        except BrokenProcessPool:
+            raise ValueError(
+                f"a process that indexed {jobs[0].source} was killed: use fewer than {workers} --workers. Shards that are done stay done"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _read(job: ShardJob) -> RowHeader:
+    rows = read_shard(job.shard, number=0, reading=job.reading, tokenizer=_tokenizer(job.tokenizer))
+    return write_row_file(row_file_of(job.source, job.shard), job.shard, rows, recipe=job.recipe)
+
+
+@cache
+def _tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer.open(path)
+
+
+def _end_with_parent() -> None:
+    """A worker ends when the process that started it does, however that ends; Ctrl-C is left to that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Progress:
+    """Says every few seconds how many shards are done, how fast, and how long the rest takes."""
+
+    def __init__(self, total: int, *, of: str) -> None:
+        self._total, self._of = total, of
+        self._began = self._said = time.monotonic()
+        self._shards = self._samples = 0
+
+    def add(self, header: RowHeader) -> None:
+        """One more shard."""
+        self._shards += 1
+        self._samples += header.samples
+        now = time.monotonic()
+        if now - self._said >= _SECONDS_BETWEEN_LINES or self._shards == self._total:
+            self._said, seconds = now, max(now - self._began, 1e-9)
+            left = seconds / self._shards * (self._total - self._shards)
+            logger.info(
+                "%s: %d of %d shards, %d samples, %.0f samples/s, %s left",
+                self._of, self._shards, self._total, self._samples, self._samples / seconds, time.strftime("%H:%M:%S", time.gmtime(left)),
+            )  # fmt: skip
+
+
+def choose_shards(text: str, count: int) -> range:
+    """Which of `count` shards `--shards` names: "A-B" from A to B, both counted from 0 and included; "I/N" the I-th of N equal parts.
+
+    Raises ValueError where it is neither, or names none.
+
+    >>> choose_shards("10-19", 100), choose_shards("1/4", 100), choose_shards("95-199", 100)
+    (range(10, 20), range(25, 50), range(95, 100))
+    """
+    if found := re.fullmatch(r"(\d+)-(\d+)", text):
+        first, last = map(int, found.groups())
+        chosen = range(min(first, count), min(last + 1, count))
+    elif found := re.fullmatch(r"(\d+)/([1-9]\d*)", text):
+        part, parts = map(int, found.groups())
+        if part >= parts:
+            raise ValueError(f"--shards {text}: parts are counted from 0, so the last one is {parts - 1}/{parts}")
+        return range(part * count // parts, (part + 1) * count // parts)
+    else:
+        raise ValueError(f"--shards {text} is neither A-B (from 0, both included) nor I/N (the I-th of N parts, from 0)")
+    if not chosen:
+        raise ValueError(f"--shards {text} names none of the {count} shards, which are counted from 0")
+    return chosen
