@@ -1,0 +1,153 @@
+"""Stand-ins for kernels while a step is traced: they allocate and save what the kernels do, and compute nothing.
+
+Two sets. `torch_kernels` are what the torch backend runs on a CPU: attention document by document, as
+`torch.nn.functional.scaled_dot_product_attention` keeps it. `te_kernels` are Transformer Engine's: see `TE_SAVES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_mm.models import layers as layer_modules
+from megatron_mm.planning.tracing.recorder import Recorder
+
+TE_SAVES: dict[str, str] = {
+    "LayerNormLinear": "input, normalised input (for the weight's gradient), mean or 1/rms of each row in fp32, weight "
+    "(pytorch/module/layernorm_linear.py, _LayerNormLinear.forward: ctx.save_for_backward of inputmat, ln_out, weight, ln_weight, mu, rsigma)",
+    "Linear": "input, weight (pytorch/module/linear.py, _Linear.forward); with sequence parallelism the cut input, gathered again in the "
+    "backward pass",
+    "DotProductAttention": "queries, keys, values, output, one fp32 log-sum-exp for each row and head, random state "
+    "(pytorch/attention/dot_product_attention/backends.py, FusedAttnFunc.forward)",
+    "RMSNorm, LayerNorm": "input, weight, mean or 1/rms of each row in fp32 (pytorch/ops/basic/rmsnorm.py, layer_norm.py)",
+    "GroupedLinear": "inputs of all experts, weights (pytorch/module/grouped_linear.py, _GroupedLinear.forward)",
+    "apply_rotary_pos_emb": "frequencies; the rotation's gradient is a rotation (pytorch/attention/rope.py, FusedRoPEFunc)",
+    "SwiGLU (megatron-core's fused kernel)": "its input (core/fusions/fused_bias_swiglu.py, SwiGLUFunction)",
+}
+"""What Transformer Engine's modules keep from the forward to the backward pass, and where its source says so (release 2.9)."""
+
+
+@contextlib.contextmanager
+def stand_ins(recorder: Recorder, *, te: bool) -> Iterator[None]:
+    """Replace kernels that meta tensors cannot run, and, with `te`, those that keep other tensors than the torch backend's."""
+    with contextlib.ExitStack() as stack:
+        attend = _te_attention if te else _document_attention
+        stack.enter_context(patch.object(layer_modules.TorchDotProductAttention, "forward", _attention(recorder, attend)))
+        if te:
+            from megatron.core import activations
+            from megatron.core.transformer import attention as attention_module
+
+            stack.enter_context(patch.object(layer_modules.TorchNorm, "forward", _te_norm))
+            stack.enter_context(patch.object(activations, "quick_gelu", _KeepsInput.apply))
+            stack.enter_context(patch.object(attention_module, "apply_rotary_pos_emb", lambda t, *args, **kwargs: _Rotary.apply(t)))
+        yield
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Queries [..., heads, d], keys, values -> output; saves these and a number for each row and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, flops: float, recorder: Recorder) -> torch.Tensor:
+        out = torch.zeros((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
+        sums = torch.zeros(query.shape[:-1], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.flops, ctx.recorder = flops, recorder
+        recorder.add_product("attention", (query.shape, key.shape), flops)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        query, key, value, _, _ = ctx.saved_tensors
+        ctx.recorder.add_product("attention backward", (query.shape, key.shape), 2.5 * ctx.flops)
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), None, None
+
+
+def _attention(recorder: Recorder, attend: Any) -> Any:
+    def forward(
+        self: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        attn_mask_type: Any = None,
+        attention_bias: Any = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        causal = attn_mask_type is AttnMaskType.causal
+        if packed_seq_params is None:
+            pairs = query.shape[0] * key.shape[0] * query.shape[1] / (2 if causal else 1)
+            flops = 4.0 * pairs * query.shape[2] * query.shape[3]
+            return _FusedAttention.apply(query, key, value, flops, recorder).flatten(2)
+        lengths = [bounds.diff().tolist() for bounds in (packed_seq_params.cu_seqlens_q, packed_seq_params.cu_seqlens_kv)]
+        return attend(recorder, query, key, value, *lengths, causal)
+
+    return forward
+
+
+def _flops(query: torch.Tensor, pairs: int, causal: bool) -> float:
+    return 4.0 * pairs * query.shape[-2] * query.shape[-1] / (2 if causal else 1)
+
+
+def _te_attention(
+    recorder: Recorder, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, of_queries: list[int], of_keys: list[int], causal: bool
+) -> torch.Tensor:
+    """All documents in one kernel."""
+    pairs = sum(q * k for q, k in zip(of_queries, of_keys, strict=True))
+    return _FusedAttention.apply(query, key, value, _flops(query, pairs, causal), recorder).flatten(1)
+
+
+def _document_attention(
+    recorder: Recorder, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, of_queries: list[int], of_keys: list[int], causal: bool
+) -> torch.Tensor:
+    """One kernel a document, and their outputs put together, as the torch backend does."""
+    documents = zip(query.split(of_queries), key.split(of_keys), value.split(of_keys), strict=True)
+    outputs = []
+    for q, k, v in documents:
+        flops = _flops(q, q.shape[0] * k.shape[0], causal)
+        outputs.append(_FusedAttention.apply(q, k, v, flops, recorder))
+    return torch.cat(outputs).flatten(1)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device))
+        ctx.has_bias = bias is not None
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight, _ = ctx.saved_tensors
+        return torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(weight) if ctx.has_bias else None
+
+
+def _te_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return _Norm.apply(hidden, self.weight, self.bias)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(grads[0])
+
+
+class _KeepsInput(torch.autograd.Function):
+    """A compiled activation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(ctx.saved_tensors[0])

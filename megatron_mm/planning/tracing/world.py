@@ -1,0 +1,100 @@
+"""One process of a layout of any size, without the others and without devices: fake process groups, and meta tensors in place of CUDA's.
+
+Everything here changes modules of the running process for good, so a trace runs in a process of its own (`trace.trace_rank`).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_mm.config import Experiment
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform import cpu
+from megatron_mm.planning.tracing.recorder import Recorder
+
+META = torch.device("meta")
+
+
+def stand_in_world(experiment: Experiment, *, rank: int, world_size: int) -> Topology:
+    """Become that process. "cuda" means meta in megatron-core from here on."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    cpu._CPU = META
+    cpu._parameter_type = _cuda_type
+    cpu.install()
+    parallel = experiment.parallel
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        create_gloo_process_groups=False,
+    )
+    for name in [name for name in vars(parallel_state) if name.endswith("_GLOO")]:
+        # gloo's groups need real sockets: the fake ones stand for them
+        setattr(parallel_state, name, getattr(parallel_state, name.removesuffix("_GLOO")))
+    topologies.seed_everything(1)
+    return topologies._current(parallel, device=META)
+
+
+def _cuda_type(self: torch.nn.Parameter, *args: Any, **kwargs: Any) -> Any:
+    names = {torch.bfloat16: "BFloat16Tensor", torch.float32: "FloatTensor", torch.float16: "HalfTensor"}
+    return f"torch.cuda.{names[self.dtype]}"
+
+
+def answer_without_data(experiment: Experiment, recorder: Recorder) -> None:
+    """Replace what asks for values that no meta tensor has, in ways that the recorder cannot see."""
+    from megatron_mm.training import build
+    from megatron_mm.training import optimizer as optimizers
+
+    build.initialize_weights = lambda chunks, seed: None  # type: ignore[assignment]
+    clip: Any = sys.modules["megatron.core.optimizer.clip_grads"]
+    applier = clip.multi_tensor_applier
+
+    def apply(operation: Any, flag: Any, lists: Any, *rest: Any) -> Any:
+        if operation is clip.l2_norm_impl:  # makes a tensor of a list of scalars, below the recorder
+            return torch.zeros(1, device=META), None
+        return applier(operation, flag, lists, *rest)
+
+    clip.multi_tensor_applier = apply
+
+    def agree(finite: bool) -> bool:
+        dist.all_reduce(torch.tensor(1.0, device=META))
+        return True
+
+    optimizers._agree = agree
+
+    def gather_objects(out: list[Any], value: Any, group: Any = None) -> None:
+        out[:] = [value] * len(out)  # pickles through bytes that a fake group never fills
+
+    dist.all_gather_object = gather_objects
+    if experiment.model.decoder.moe is not None:
+        _route_evenly(experiment, recorder)
+
+
+def _route_evenly(experiment: Experiment, recorder: Recorder) -> None:
+    """Every expert gets the same number of tokens: what a process receives is as much as it sends."""
+    dispatcher: Any = sys.modules["megatron.core.transformer.moe.token_dispatcher"]
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if not torch.is_tensor(tensor) or tensor.device.type != "meta":
+            return tensor
+        routed = recorder.routed_rows
+        if tensor.ndim == 0:
+            value = torch.tensor(routed)
+        else:
+            number = tensor.numel()
+            value = torch.full(tuple(tensor.shape), routed // number if number > 1 else routed, dtype=torch.int64)
+            if number > 1:
+                value.view(-1)[-1] += routed - int(value.sum())
+        return value.numpy() if as_numpy else value
+
+    dispatcher.maybe_move_tensor_to_cpu = to_host
