@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_mm.cli.command import Command, Parser, integer, one_of
 from megatron_mm.cli.recipe import list_recipes, recipe_of
 from megatron_mm.config import Experiment
 from megatron_mm.planning.hardware import GPUS
+
+if TYPE_CHECKING:
+    from megatron_mm.planning.recipe_job import Planned
 
 
 def _arguments(parser: Parser) -> None:
@@ -20,6 +24,10 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument("--images", type=integer, metavar="N", help="images of every sequence, instead of what the data says")
     parser.add_argument("--timeline", type=Path, metavar="FILE.png", help="draw the simulated pipeline")
     parser.add_argument("--chrome-trace", type=Path, metavar="FILE.json", help="write the simulated pipeline for chrome://tracing")
+    parser.add_argument(
+        "--trace", action="store_true", help="also run a step of every pipeline rank without devices: bytes, messages, FLOPs"
+    )
+    parser.add_argument("--memory-timeline", type=Path, metavar="FILE.png", help="with --trace: draw memory over the step")
     parser.add_argument("--measurements", type=Path, metavar="FILE.csv", help="compare predictions with published step times instead")
     parser.add_argument("--every-row", action="store_true", help="with --measurements: a line for each row")
 
@@ -49,16 +57,19 @@ def _plan(given: argparse.Namespace) -> None:
     from megatron_mm.planning.search import search
     from megatron_mm.planning.step import StepModel
     from megatron_mm.planning.workload import Workloads
+    from megatron_mm.run.data import TRAINING, make_plan
 
     experiment, gpu = given.experiment, GPUS[given.gpu]
+    plan = make_plan(experiment, split=TRAINING) if experiment.data.path.is_dir() else None
+    loads = Workloads(experiment, plan=plan, images=given.images)
     if given.search:
-        result = search(experiment, gpu, given.num_gpus, images=given.images)
+        result = search(experiment, gpu, given.num_gpus, loads=loads)
         for line in table(result):
             print(line)
         print()
         planned = result.best[0].planned
     else:
-        work = Workloads(experiment, images=given.images).of(data_size=experiment.parallel.data_parallel_size(given.num_gpus))
+        work = loads.of(data_size=experiment.parallel.data_parallel_size(given.num_gpus))
         planned = plan_recipe(experiment, gpu, given.num_gpus, work=work)
     pictures = given.timeline is not None or given.chrome_trace is not None
     prediction = StepModel(planned.job).predict(keep_events=pictures)
@@ -68,6 +79,19 @@ def _plan(given: argparse.Namespace) -> None:
         draw_timeline(prediction.pipeline, given.timeline, title=f"{experiment.recipe}, {planned.job.layout}, {given.num_gpus} {gpu.name}")
     if given.chrome_trace is not None:
         write_trace(prediction.pipeline, given.chrome_trace)
+    if given.trace:
+        _trace(given, planned)
+
+
+def _trace(given: argparse.Namespace, planned: Planned) -> None:
+    from megatron_mm.planning.tracing.report import describe_traces, draw_memory
+    from megatron_mm.planning.tracing.trace import trace_ranks
+
+    traces = trace_ranks(planned.experiment, world_size=given.num_gpus, work=planned.work)
+    for line in describe_traces(traces):
+        print(line)
+    if given.memory_timeline is not None:
+        draw_memory(traces, given.memory_timeline)
 
 
 def _notes() -> str:

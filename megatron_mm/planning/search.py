@@ -61,18 +61,18 @@ class SearchResult:
 
 
 def search(
-    experiment: Experiment, gpu: Gpu, gpus: int, *, keep: int = 10, exhaustive: bool = False, images: int | None = None
+    experiment: Experiment, gpu: Gpu, gpus: int, *, keep: int = 10, exhaustive: bool = False, loads: Workloads | None = None
 ) -> SearchResult:
     """The layouts of an experiment with the shortest steps.
 
     Args:
         keep: so many of the best.
         exhaustive: simulate everything, to check what the bounds leave out.
-        images: of every sequence, instead of what the data says.
+        loads: what is worked on; drawn where not given.
 
     Raises ValueError where no layout fits.
     """
-    loads = Workloads(experiment, images=images)
+    loads = loads or Workloads(experiment)
     candidates = sorted(_candidates(experiment, gpu, gpus, loads), key=lambda candidate: candidate.bound)
     best: list[Found] = []
     simulated = too_large = 0
@@ -96,7 +96,12 @@ def search(
 
 def _plan(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads) -> Planned:
     data = experiment.parallel.data_parallel_size(gpus)
-    return plan_recipe(experiment, gpu, gpus, work=loads.of(data_size=data, micro_batch_size=experiment.train.micro_batch_size))
+    return plan_recipe(experiment, gpu, gpus, work=_work(loads, experiment, data))
+
+
+def _work(loads: Workloads, experiment: Experiment, data_size: int) -> Workload:
+    size, multiple = experiment.train.micro_batch_size, experiment.token_multiple
+    return loads.of(data_size=data_size, micro_batch_size=size, token_multiple=multiple)
 
 
 def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads) -> Iterator[Candidate]:
@@ -119,7 +124,7 @@ def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads) -
                 recompute_encoder=encoder,  # type: ignore[arg-type]
             )
             one = replace(experiment, parallel=parallel, train=replace(experiment.train, micro_batch_size=size))
-            work = loads.of(data_size=parallel.data_parallel_size(gpus), micro_batch_size=size)
+            work = _work(loads, one, parallel.data_parallel_size(gpus))
             family_of(one.model).check_layout(one.model, parallel, gpus)
             if _weights_alone(one, gpus) > gpu.memory_gb * 1e9:
                 continue

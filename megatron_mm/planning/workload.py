@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_mm.config import Experiment
+from megatron_mm.data.plan.balance import Batching, Costs, Work
+from megatron_mm.data.plan.plan import Plan
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork
 
@@ -45,66 +47,63 @@ class Workload:
 
 
 class Workloads:
-    """The first global batch of an experiment, for any data-parallel size and micro-batch."""
+    """The first global batch of an experiment, dealt to any data-parallel size in micro-batches of any size, as `data.plan.balance` deals."""
 
-    def __init__(self, experiment: Experiment, *, images: int | None = None) -> None:
+    def __init__(self, experiment: Experiment, *, plan: Plan | None = None, images: int | None = None) -> None:
         """
         Args:
-            images: so many in every sequence, instead of what the data or the drawing says.
+            plan: of the experiment's data; without one, sequences are drawn.
+            images: so many in every sequence, instead of what the plan or the drawing says.
         """
         self.experiment = experiment
-        self.drawn = images is not None or not experiment.data.path.is_dir()
-        if self.drawn:
+        self.drawn = plan is None or images is not None
+        if plan is not None and images is None:
+            self._works = plan.batch(plan.initial_state()).works
+        else:
             rng = np.random.default_rng(0)
-            count = experiment.train.global_batch_size
-            self._sequences = sorted(
-                (_sequence(experiment, rng, images=images) for _ in range(count)), key=lambda s: (-s.images, -s.real_tokens)
-            )
+            self._works = [_sequence(experiment, rng, images=images) for _ in range(experiment.train.global_batch_size)]
+        self._costs = _costs(experiment)
 
-    def of(self, *, data_size: int, micro_batch_size: int | None = None) -> Workload:
+    def of(self, *, data_size: int, micro_batch_size: int | None = None, token_multiple: int | None = None) -> Workload:
         """What one rank of so many works on. Raises ValueError where the batch cannot be cut evenly."""
-        size = micro_batch_size or self.experiment.train.micro_batch_size
-        experiment = replace(self.experiment, train=replace(self.experiment.train, micro_batch_size=size))
-        experiment.num_micro_batches(data_size)
-        return self._draw(data_size, size) if self.drawn else _planned(experiment, data_size)
-
-    def _draw(self, data_size: int, size: int) -> Workload:
-        """Micro-batches take every so manieth sequence of those with most images first; ranks take micro-batches in turn."""
-        sequences, length = self._sequences, self.experiment.data.sequence_length
-        groups = len(sequences) // size
-        micro = tuple(
-            MicroBatch(
-                tokens=size * length,
-                real_tokens=sum(s.real_tokens for s in group),
-                sum_squared_lengths=sum(s.sum_squared_lengths for s in group),
-                images=sum(s.images for s in group),
-            )
-            for group in (sequences[number::groups] for number in range(0, groups, data_size))
+        train, data = self.experiment.train, self.experiment.data
+        size = micro_batch_size or train.micro_batch_size
+        replace(self.experiment, train=replace(train, micro_batch_size=size)).num_micro_batches(data_size)
+        batching = Batching(
+            micro_batch_size=size,
+            sequence_length=data.sequence_length,
+            max_images=data.max_images_per_sequence,
+            costs=self._costs,
+            token_multiple=token_multiple or self.experiment.token_multiple,
+            fewest=train.fewest_micro_batches,
         )
+        works = self._works
+        micro = []
+        for group in batching.micro_batches(works, data_size)[0]:
+            real = sum(works[i].tokens for i in group)
+            padding = batching.padded(real) - real
+            squares = sum(works[i].squares for i in group) + padding**2
+            micro.append(MicroBatch(real + padding, real, squares, sum(works[i].images for i in group)))
         whole = StepWork(
-            num_tokens=sum(s.real_tokens for s in sequences),
-            sum_squared_lengths=sum(s.sum_squared_lengths - (s.tokens - s.real_tokens) ** 2 for s in sequences),
-            num_images=sum(s.images for s in sequences),
+            num_tokens=sum(work.tokens for work in works),
+            sum_squared_lengths=sum(work.squares for work in works),
+            num_images=sum(work.images for work in works),
         )
-        return Workload(micro, whole, drawn=True)
+        return Workload(tuple(micro), whole, drawn=self.drawn)
 
 
-def _planned(experiment: Experiment, data_size: int) -> Workload:
-    from megatron_mm.run.data import make_plan
-
-    plan = make_plan(experiment, split="train")
-    batch = plan.batch(plan.initial_state())
-    length = experiment.data.sequence_length
-    own = []
-    for sequences in batch.micro_batches_of(0, data_size):
-        squares = sum(int((s.lengths**2).sum()) + (length - s.num_tokens) ** 2 for s in sequences)
-        real, pictures = sum(s.num_tokens for s in sequences), sum(s.num_images for s in sequences)
-        own.append(MicroBatch(len(sequences) * length, real, squares, pictures))
-    whole = StepWork(num_tokens=batch.num_tokens, sum_squared_lengths=batch.sum_squared_lengths, num_images=batch.num_images)
-    return Workload(tuple(own), whole, drawn=False)
+def _costs(experiment: Experiment) -> Costs:
+    """FLOPs of training on a token, a squared length and an image, by which micro-batches are balanced."""
+    flops, policy = family_of(experiment.model).step_flops, experiment.train.freeze_policy
+    nothing = StepWork(num_tokens=0, sum_squared_lengths=0, num_images=0)
+    token, square, image = (
+        round(flops(experiment.model, policy, replace(nothing, **{part: 1})))
+        for part in ("num_tokens", "sum_squared_lengths", "num_images")
+    )
+    return Costs(token=token, square=square, image=image)
 
 
-def _sequence(experiment: Experiment, rng: np.random.Generator, *, images: int | None) -> MicroBatch:
+def _sequence(experiment: Experiment, rng: np.random.Generator, *, images: int | None) -> Work:
     """A packed sequence of one source of the mixture."""
     data = experiment.data
     names = list(data.sources)
@@ -136,4 +135,4 @@ def _sequence(experiment: Experiment, rng: np.random.Generator, *, images: int |
         if room < 32:
             break
     real = data.sequence_length - room
-    return MicroBatch(data.sequence_length, real, sum(x * x for x in lengths) + room * room, held)
+    return Work(tokens=real, squares=sum(x * x for x in lengths), images=held)

@@ -19,7 +19,7 @@ from megatron_mm.planning.tracing.recorder import Recorder
 
 TE_SAVES: dict[str, str] = {
     "LayerNormLinear": "input, normalised input (for the weight's gradient), mean or 1/rms of each row in fp32, weight "
-    "(pytorch/module/layernorm_linear.py, _LayerNormLinear.forward: ctx.save_for_backward of inputmat, ln_out, weight, ln_weight, mu, rsigma)",
+    "(pytorch/module/layernorm_linear.py, _LayerNormLinear.forward)",
     "Linear": "input, weight (pytorch/module/linear.py, _Linear.forward); with sequence parallelism the cut input, gathered again in the "
     "backward pass",
     "DotProductAttention": "queries, keys, values, output, one fp32 log-sum-exp for each row and head, random state "

@@ -1,7 +1,7 @@
 """What a process allocates, sends and multiplies, operation by operation: the same recorder stands on real tensors and on meta tensors.
 
-A `TorchDispatchMode` sees every operation below autograd, c10d's messages among them. Memory is counted by storage: a view costs nothing, and
-a storage is freed when its last tensor goes. So the recorder holds no tensor itself; one that it kept in a cycle would live until the
+A `TorchDispatchMode` sees every operation below autograd, c10d's messages among them. Memory is counted by storage: a view costs nothing,
+and a storage is freed when its last tensor goes. So the recorder holds no tensor itself; one that it kept in a cycle would live until the
 garbage collector comes, and raise every peak.
 
 On meta tensors two things need help. Integers that the plan computed stay real beside their meta tensors (`_twins`): bounds of documents
@@ -14,6 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,14 +133,14 @@ class Recorder(TorchDispatchMode):
         if key in self._known or not size:
             return
         label = (self.phase, self.part)
-        self._known[key] = (weakref.ref(storage, lambda _, key=key: self._free(key)), size, label)
+        self._known[key] = (weakref.ref(storage, partial(self._freed, key)), size, label)
         self.live += size
         self._parts[label] += size
         self.phase_peaks[self.phase] = max(self.phase_peaks[self.phase], self.live)
         if self.live > self.peak:
             self.peak, self._at_peak = self.live, True
 
-    def _free(self, key: int) -> None:
+    def _freed(self, key: int, reference: Any) -> None:
         entry = self._known.pop(key, None)
         if entry is None:
             return
@@ -215,7 +216,7 @@ class Recorder(TorchDispatchMode):
         found = _tensors(args)
         if not found or not all(x.device.type == "cpu" or x in self._twins for x in found):
             return
-        real = [self._twins[x] if x in self._twins else x for x in found]
+        real = [self._twins.get(x, x) for x in found]
         if func._overloadpacket is aten._to_copy:
             values = real[0].to(made[0].dtype)
         else:
@@ -248,8 +249,12 @@ class Recorder(TorchDispatchMode):
             return out
         # A real message keeps its tensors until its handle is dropped: so does this one.
         held = list(tensors)
-        work = Work.boxed(PythonCallbackWork(lambda timeout, held=held: True) if held else FakeWork())
+        work = Work.boxed(PythonCallbackWork(partial(_done, held)) if held else FakeWork())
         return (args[0], work) if len(func._schema.returns) == 2 else work
+
+
+def _done(held: list[torch.Tensor], timeout: Any) -> bool:
+    return True
 
 
 def _small_integers(value: Any) -> bool:

@@ -1,19 +1,17 @@
 """Whole training steps of one process of a layout, traced: the real model, schedule, DDP and distributed optimizer.
 
-    python -m megatron_mm.planning.tracing.trace mm1_30b --rank 128 --num-gpus 512 [--te] [--gpu-messages] [--group.field VALUE ...]
-
-`real_rank` runs the same under torchrun on real tensors and gloo; tests hold one against the other.
+`trace_rank` stands on a process that does not exist; `trace_ranks` does so for each pipeline rank, in a process each. `real_rank` runs the
+same step on real tensors; tests hold one against the other.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +65,9 @@ class Trace:
         return totals
 
 
-def trace_rank(experiment: Experiment, *, rank: int, world_size: int, te: bool = True, gpu_messages: bool = True, work: Workload | None = None) -> Trace:
+def trace_rank(
+    experiment: Experiment, *, rank: int, world_size: int, te: bool = True, gpu_messages: bool = True, work: Workload | None = None
+) -> Trace:
     """Trace a process that does not exist. Changes modules of this process for good: call it in one of its own.
 
     Args:
@@ -81,6 +81,18 @@ def trace_rank(experiment: Experiment, *, rank: int, world_size: int, te: bool =
     answer_without_data(experiment, recorder)
     with stand_ins(recorder, te=te):
         return _run(experiment, topology, recorder, load, device=META, te=te, gpu_messages=gpu_messages, began=began)
+
+
+def trace_ranks(
+    experiment: Experiment, *, world_size: int, te: bool = True, work: Workload | None = None, processes: int = 2
+) -> list[Trace]:
+    """The first process of every pipeline rank, each traced in a process of its own."""
+    stride = world_size // experiment.parallel.pipeline
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
+        ranks = range(0, world_size, stride)
+        traces = [pool.submit(trace_rank, experiment, rank=rank, world_size=world_size, te=te, work=work) for rank in ranks]
+        return [trace.result() for trace in traces]
 
 
 def real_rank(experiment: Experiment, *, work: Workload | None = None) -> Trace:
@@ -217,23 +229,3 @@ def _mark_parts(chunk: Any, recorder: Recorder) -> None:
         label = "decoder layers" if name.startswith("layers.") else name
         module.register_forward_pre_hook(enter(label))
         module.register_forward_hook(leave(label))
-
-
-def main(arguments: list[str]) -> None:
-    """Trace a recipe's rank and print it as JSON, or with --real this process of a torchrun."""
-    from megatron_mm.planning.tracing.arguments import parse
-
-    given = parse(arguments)
-    if given.real:
-        trace = real_rank(given.experiment)
-    else:
-        trace = trace_rank(given.experiment, rank=given.rank, world_size=given.num_gpus, te=given.te, gpu_messages=given.gpu_messages)
-    text = json.dumps(dataclasses.asdict(trace))
-    if given.out is not None:
-        Path(str(given.out).replace("RANK", str(trace.rank))).write_text(text)
-    else:
-        print(text)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -55,7 +55,7 @@ def answer_without_data(experiment: Experiment, recorder: Recorder) -> None:
     from megatron_mm.training import build
     from megatron_mm.training import optimizer as optimizers
 
-    build.initialize_weights = lambda chunks, seed: None  # type: ignore[assignment]
+    build.initialize_weights = _draw_nothing
     clip: Any = sys.modules["megatron.core.optimizer.clip_grads"]
     applier = clip.multi_tensor_applier
 
@@ -75,9 +75,13 @@ def answer_without_data(experiment: Experiment, recorder: Recorder) -> None:
     def gather_objects(out: list[Any], value: Any, group: Any = None) -> None:
         out[:] = [value] * len(out)  # pickles through bytes that a fake group never fills
 
-    dist.all_gather_object = gather_objects
+    dist.all_gather_object = gather_objects  # type: ignore[assignment]
     if experiment.model.decoder.moe is not None:
         _route_evenly(experiment, recorder)
+
+
+def _draw_nothing(chunks: list[Any], *, seed: int) -> None:
+    """Weights on meta have no values."""
 
 
 def _route_evenly(experiment: Experiment, recorder: Recorder) -> None:

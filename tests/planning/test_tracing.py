@@ -1,0 +1,89 @@
+"""A traced step against a real one: the same messages and products, the same memory to 2%; and every recipe at full size."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_mm.config import Experiment
+from megatron_mm.families.recipes import RECIPES, get_recipe
+from megatron_mm.planning.hardware import GPUS
+from megatron_mm.planning.recipe_job import plan_recipe
+from megatron_mm.planning.step import StepModel
+from megatron_mm.planning.tracing.trace import Trace, real_rank, trace_rank, trace_ranks
+from tests.distributed import run_processes
+
+MEMORY_TOLERANCE = 0.02
+"""Of allocated bytes: a real run keeps what gloo's threads have not let go of."""
+GPUS_OF = {"mm1_30b": 512, "mm1_3b_moe": 128, "mm1_7b_moe": 128, "mono": 256, "infimm": 32}
+
+
+def _experiment(recipe: str, **parallel: Any) -> Experiment:
+    experiment = get_recipe(recipe)
+    return replace(experiment, parallel=replace(experiment.parallel, **parallel))
+
+
+def _traced(experiment: Experiment, *, world_size: int, ranks: list[int]) -> list[Trace]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        jobs = [pool.submit(trace_rank, experiment, rank=rank, world_size=world_size, te=False, gpu_messages=False) for rank in ranks]
+        return [job.result() for job in jobs]
+
+
+def _matrix_flops(trace: Trace) -> float:
+    return sum(flops for operation, _, _, _, _, flops in trace.products if "attention" not in operation)
+
+
+def _assert_equal(traced: Trace, real: Trace) -> None:
+    assert traced.messages == real.messages
+    assert _matrix_flops(traced) == _matrix_flops(real)
+    # The batch's integers are on the host where there is a device, and on the CPU's only memory where there is none.
+    bytes_of = [trace.peak_bytes - trace.peak_parts.get("batch|-", 0) for trace in (traced, real)]
+    assert bytes_of[0] == pytest.approx(bytes_of[1], rel=MEMORY_TOLERANCE)
+
+
+def test_a_traced_step_is_a_real_one() -> None:
+    experiment = _experiment("debug_mm1")
+    [real] = run_processes(real_rank, 1, experiment)
+    [traced] = _traced(experiment, world_size=1, ranks=[0])
+    _assert_equal(traced, real)
+
+
+LAYOUTS: list[tuple[str, dict[str, int], int]] = [
+    ("debug_mm1", {"tensor": 2, "pipeline": 2}, 4),
+    ("debug_mm1", {"pipeline": 2, "virtual": 2}, 2),
+    ("debug_mm1", {"tensor": 2}, 4),
+    ("debug_infimm", {"tensor": 2, "pipeline": 2}, 4),
+    ("debug_mono_internvl", {"tensor": 2}, 2),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "parallel", "world_size"), LAYOUTS)
+def test_every_layout_sends_what_it_is_traced_to_send(recipe: str, parallel: dict[str, int], world_size: int) -> None:
+    experiment = _experiment(recipe, **parallel)
+    real = run_processes(real_rank, world_size, experiment, timeout=300.0)
+    for traced in _traced(experiment, world_size=world_size, ranks=list(range(world_size))):
+        _assert_equal(traced, real[traced.rank])
+
+
+FULL_SIZE = [name for name in RECIPES if not name.startswith(("debug", "mm1_ablation_"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", FULL_SIZE)
+def test_every_recipe_runs_at_full_size_without_a_device(recipe: str) -> None:
+    """Forward, backward and update on every pipeline rank; and the planner's memory is what is traced, to 15%."""
+    gpus = next((number for name, number in GPUS_OF.items() if recipe.startswith(name)), 64)
+    experiment = get_recipe(recipe)
+    planned = plan_recipe(experiment, GPUS["h100-sxm"], gpus)
+    prediction = StepModel(planned.job).predict()
+    traces = trace_ranks(experiment, world_size=gpus, work=planned.work, processes=1)
+    assert [trace.pipeline_rank for trace in traces] == list(range(experiment.parallel.pipeline))
+    for trace, use in zip(traces, prediction.memory, strict=True):
+        assert trace.flops > 0 and trace.phase_peaks["update"] > 0
+        assert use.allocated == pytest.approx(trace.peak_bytes, rel=0.15)
