@@ -15,8 +15,8 @@ def describe_traces(traces: Sequence[Trace]) -> Iterator[str]:
     """By pipeline rank: memory at the peak by part and phase, FLOPs, messages."""
     yield "traced, one process of each pipeline rank (allocated bytes; libraries and fragmentation come on top)"
     for trace in traces:
-        before, peak = trace.built_bytes / GIGA, trace.peak_bytes / GIGA
-        yield f"pipeline rank {trace.pipeline_rank}: {before:.2f} GB before the step, {peak:.2f} GB at the peak, {trace.flops / TERA:.1f} TFLOP"
+        before, peak, work = trace.built_bytes / GIGA, trace.peak_bytes / GIGA, trace.flops / TERA
+        yield f"pipeline rank {trace.pipeline_rank}: {before:.2f} GB before the step, {peak:.2f} GB at the peak, {work:.1f} TFLOP"
         for label, size in list(trace.peak_parts.items())[:_SHOWN]:
             phase, part = label.split("|")
             yield f"    {size / GIGA:8.2f} GB  {part} ({phase})"
