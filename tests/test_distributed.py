@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from distributed import run_processes
+from support.distributed import run_processes
 
 
 def _who() -> tuple[str, str]:

@@ -1,30 +1,15 @@
 """A small training checkpoint, written by the trainer's own code, and its export."""
 
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from support.trained import TEXTS, Trained, train_one_step
 from transformers import dynamic_module_utils
 
-from megatron_mm.config import CheckpointConfig, Experiment, MoEConfig, ParallelConfig
+from megatron_mm.config import MoEConfig
 from megatron_mm.conversion.to_hf import Export, convert_to_hf
-from megatron_mm.data.batch import PackedBatch, documents_of_images
-from megatron_mm.data.text.tokenizer import Tokenizer, train_tokenizer
-from megatron_mm.families.mm1.config import MM1Config
-from megatron_mm.families.mm1.model import MM1Model
-from megatron_mm.families.recipes import get_recipe
-from megatron_mm.parallel import topology
-from megatron_mm.training.build import build_model
-from megatron_mm.training.checkpoint import Checkpointer, TrainState, completed_checkpoints
-from megatron_mm.training.optimizer import build_optimizer
-from megatron_mm.training.step import TrainingStep
-
-COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "star", "triangle")
-TEXTS = [f"a {c} {s} left of the {d} {t}." for c in COLOURS for s in SHAPES for d in COLOURS for t in SHAPES]
-TEXTS += [f"question: how many {s}s? answer: {n}." for s in SHAPES for n in range(100)]
+from megatron_mm.data.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,24 +18,6 @@ def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
-
-
-# A document: how many images it begins with, and its text.
-DOCUMENTS = ((1, "a red circle left of the blue star."), (0, "question: how many stars? answer: 3."), (2, "a blue star"))
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A checkpoint, and what the model that was written into it is and computes."""
-
-    experiment: Experiment
-    config: MM1Config
-    checkpoint: Path
-    tokenizer: Tokenizer
-    weights: dict[str, torch.Tensor]
-    batch: PackedBatch
-    logits: list[torch.Tensor]
-    """[tokens, vocabulary] of each of `batch`'s documents."""
 
 
 @pytest.fixture(scope="session")
@@ -72,84 +39,6 @@ def sparse(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Tr
     return train_one_step(tokenizer_path, tmp_path_factory.mktemp("run"), moe=MoEConfig(num_experts=4, every_n_layers=2))
 
 
-def train_one_step(
-    tokenizer_path: Path, run_dir: Path, *, moe: MoEConfig | None = None, change: Callable[[torch.nn.Module], None] = lambda module: None
-) -> Trained:
-    """Random weights, norms and biases too, so that nothing that is mixed up agrees by chance; then one training step.
-
-    Args:
-        change: what else is done to the model before it is saved.
-
-    The process groups are gone when it returns, so that other tests can make theirs.
-    """
-    recipe = get_recipe("debug_mm1")
-    assert isinstance(recipe.model, MM1Config)
-    config = replace(recipe.model, decoder=replace(recipe.model.decoder, num_layers=3, num_query_groups=2, moe=moe))
-    experiment = replace(
-        recipe, model=config, data=replace(recipe.data, tokenizer=tokenizer_path), checkpoint=CheckpointConfig(asynchronous=False)
-    )
-    tokenizer = Tokenizer.open(tokenizer_path)
-    batch = make_batch(config, tokenizer)
-    process = topology.initialize(ParallelConfig(), seed=1)
-    try:
-        chunks = build_model(experiment, process)
-        scramble(chunks[0])
-        optimizer = build_optimizer(experiment, chunks)
-        TrainingStep(experiment, process, chunks, optimizer, num_sources=1).run([batch], step=1)
-        change(chunks[0].module)
-        Checkpointer(experiment, process, run_dir, chunks, optimizer).save(TrainState(step=1))
-        model = chunks[0].module
-        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        logits = training_logits(model, batch)
-    finally:
-        topology.shutdown()
-    (checkpoint,) = completed_checkpoints(run_dir)
-    return Trained(experiment, config, checkpoint, tokenizer, weights, batch, logits)
-
-
 @pytest.fixture(scope="session")
 def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Export:
     return convert_to_hf(trained.checkpoint, tmp_path_factory.mktemp("export") / "model", dtype="float32", shard_size="500KB")
-
-
-@torch.no_grad()
-def scramble(module: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-
-
-def make_images(*, num_images: int, size: int) -> torch.Tensor:
-    return torch.randint(0, 256, (num_images, 3, size, size), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-
-
-def make_batch(config: MM1Config, tokenizer: Tokenizer) -> PackedBatch:
-    """All documents in one row, as the data loader packs them."""
-    k = config.connector.num_tokens
-    ids, starts, boundaries = [], [], [0]
-    for num_images, text in DOCUMENTS:
-        starts += [boundaries[-1] + 1 + k * i for i in range(num_images)]
-        ids += [tokenizer.bos_id, *[tokenizer.image_id] * (k * num_images), *tokenizer.encode(text), tokenizer.eos_id]
-        boundaries.append(len(ids))
-    tokens = torch.tensor(ids)
-    return PackedBatch(
-        token_ids=tokens,
-        labels=tokens.roll(-1),
-        loss_mask=torch.ones(len(ids)),
-        is_token=torch.ones(len(ids), dtype=torch.bool),
-        position_ids=torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(boundaries)]),
-        source_ids=torch.zeros_like(tokens),
-        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
-        max_seqlen=max(b - a for a, b in itertools.pairwise(boundaries)),
-        image_starts=torch.tensor(starts),
-        image_owners=torch.zeros(len(starts), dtype=torch.int64),
-        image_documents=documents_of_images(torch.tensor(starts), cu_seqlens=torch.tensor(boundaries)),
-        pixels=make_images(num_images=len(starts), size=config.vision.image_size),
-    )
-
-
-def training_logits(model: MM1Model, batch: PackedBatch) -> list[torch.Tensor]:
-    """[tokens, vocabulary] of each document."""
-    with torch.no_grad():
-        logits = model(batch, with_loss=False)[0]
-    return list(logits.split(batch.cu_seqlens.diff().tolist()))

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from models.references import infimm_reference, mono_reference
 from safetensors.torch import load_file, save_file
-from small_infimm import small_infimm
-from small_mono import small_mono
+from support.converted import internlm2, same, stored, tensors, weights, written
+from support.hf_models import make_language, make_vision, save
+from support.references import infimm_reference, mono_reference
+from support.small_infimm import small_infimm
+from support.small_mono import small_mono
 
 from megatron_mm.config import Experiment
 from megatron_mm.config.towers import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336
@@ -22,9 +24,6 @@ from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.infimm.files import infimm_config, infimm_settings
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of
-from tests.conversion.hf_models import make_language, make_vision, save
-from tests.conversion.test_from_hf import internlm2, tensors
-from tests.conversion.test_round_trip import same, stored, weights, written
 
 SMALL = {"infimm": small_infimm, "mono_internvl": small_mono}
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.converted import exported_logits, to_pillow
+from support.trained import Trained, make_batch, make_images, scramble, training_logits
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import megatron_mm
 from megatron_mm.config import ConnectorConfig, Experiment, ParallelConfig
 from megatron_mm.conversion.to_hf import Export
-from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.load.decode import PillowDecoder
 from megatron_mm.families.mm1.files import hf_config
@@ -29,7 +30,6 @@ from megatron_mm.parallel import topology
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.build import build_chunks
-from tests.conversion.conftest import DOCUMENTS, Trained, make_batch, make_images, scramble, training_logits
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +48,9 @@ def processor(exported: Export) -> ProcessorMixin:
     return AutoProcessor.from_pretrained(exported.path, trust_remote_code=True)
 
 
-def to_pillow(pixels: torch.Tensor) -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
-def hf_logits(model: torch.nn.Module, processor: ProcessorMixin, batch: PackedBatch) -> list[torch.Tensor]:
-    """The same, each document alone, from its text and its images."""
-    assert batch.pixels is not None
-    logits, images = [], [to_pillow(pixels) for pixels in batch.pixels]
-    for num_images, text in DOCUMENTS:
-        own, images = images[:num_images], images[num_images:]
-        inputs = processor(images=own or None, text="<image>" * num_images + text + "</s>", return_tensors="pt")
-        with torch.no_grad():
-            logits.append(model(**inputs).logits[0])
-    return logits
-
-
 def test_logits_are_the_training_models(trained: Trained, model: PreTrainedModel, processor: ProcessorMixin) -> None:
     """From text and pictures through tokenizer, processor, tower, connector and decoder: fp32 rounding on logits of about 10."""
-    for ours, theirs in zip(trained.logits, hf_logits(model, processor, trained.batch), strict=True):
+    for ours, theirs in zip(trained.logits, exported_logits(model, processor, trained.batch), strict=True):
         torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
         assert ours.std() > 0.1
 
@@ -104,7 +88,7 @@ def test_variants_have_the_training_models_logits(
     hf.tie_weights()
     monkeypatch.setattr(processor.image_processor, "size", dict.fromkeys(("height", "width"), config.vision.image_size))
     batch = make_batch(config, trained.tokenizer)
-    for expected, found in zip(training_logits(ours, batch), hf_logits(hf, processor, batch), strict=True):
+    for expected, found in zip(training_logits(ours, batch), exported_logits(hf, processor, batch), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from support.trained import TEXTS
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.hf.tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
-from tests.conversion.conftest import TEXTS
 
 STRANGE = [
     "",

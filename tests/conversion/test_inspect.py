@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.hf_models import make_language, save
+from support.trained import Trained
 
 from megatron_mm.cli import main as cli
 from megatron_mm.conversion.inspect import _label, inspect, norm
 from megatron_mm.platform.files import checksum_of
-from tests.conversion.conftest import Trained
-from tests.conversion.hf_models import make_language, save
 
 
 def test_ours_with_recipe_step_and_norms(trained: Trained) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.hf_models import experiment, make_language, save
+from support.trained import Trained
 
 from megatron_mm.conversion import job
 from megatron_mm.conversion.checksums import combine
@@ -29,8 +31,6 @@ from megatron_mm.conversion.job import PROGRESS, Lane, Task, cut, finish, partia
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.to_hf import convert_to_hf
 from megatron_mm.platform.files import checksum_of
-from tests.conversion.conftest import Trained
-from tests.conversion.hf_models import experiment, make_language, save
 
 
 def make(calls: list[int], number: int, size: int = 1000) -> Sequence[torch.Tensor]:
@@ -233,11 +233,12 @@ def test_a_killed_import_is_finished_by_the_same_command(tmp_path: Path) -> None
     source = save(make_language(), tmp_path / "llama")
     program = KILLED + (
         "from megatron_mm.conversion.from_hf import convert_from_hf\n"
-        "from tests.conversion.hf_models import experiment\n"
+        "from support.hf_models import experiment\n"
         "convert_from_hf(experiment(), Path(sys.argv[3]), language=Path(sys.argv[2]))\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, "30", str(source), str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     made = convert_from_hf(experiment(), tmp_path / "run", language=source)
     convert_from_hf(experiment(), tmp_path / "reference", language=source)

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.converted import weights
+from support.hf_models import make_language, make_vision, save
 
 from megatron_mm.cli import main as cli
-from tests.conversion.hf_models import make_language, make_vision, save
-from tests.conversion.test_round_trip import weights
 
 PROGRAM = [sys.executable, "-W", "ignore", str(Path(__file__).parents[2] / "tools" / "convert_checkpoint.py")]
 SHAPES = {

@@ -8,34 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_processes
-from safetensors.torch import load_file
+from support.converted import IDS, PIXELS, compute, hf_features, hf_logits, same, stored, weights, written
+from support.distributed import run_processes
+from support.hf_models import VOCABULARY, experiment, make_language, make_vision, save
+from support.trained import make_images
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
 
-from megatron_mm.config import CheckpointConfig, Experiment, MoEConfig, ParallelConfig
+from megatron_mm.config import Experiment, MoEConfig
 from megatron_mm.conversion.from_hf import convert_from_hf
-from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.to_hf import convert_to_hf
 from megatron_mm.data.text.tokenizer import Tokenizer
-from megatron_mm.parallel import topology as topologies
-from megatron_mm.training.build import build_model
-from megatron_mm.training.checkpoint import Checkpointer, TrainState, find_checkpoint
-from megatron_mm.training.optimizer import build_optimizer, initialize_state
-from tests.conversion.conftest import make_images, scramble
-from tests.conversion.hf_models import VOCABULARY, experiment, make_language, make_vision, save
-from tests.conversion.test_from_hf import IDS, PIXELS, compute, hf_features, hf_logits
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
-    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -56,32 +40,6 @@ def test_decoders_and_towers_come_back_as_they_were(kind: str, precision: str, t
     assert type(again).__name__ == f"{kind.capitalize()}ForCausalLM"
     with torch.no_grad():
         assert torch.equal(again(IDS[None]).logits, AutoModelForCausalLM.from_pretrained(language)(IDS[None]).logits)
-
-
-def _save_random(settings: Experiment, run_dir: Path) -> None:
-    """A checkpoint of random weights that no initialisation gives, with an optimizer, as training writes it."""
-    topology = topologies.initialize(settings.parallel, seed=5)
-    model = build_model(settings, topology)
-    if topology.world_size == 1:
-        scramble(model[0])
-    optimizer = build_optimizer(settings, model)
-    initialize_state(optimizer)
-    checkpointer = Checkpointer(settings, topology, run_dir, model, optimizer)
-    checkpointer.save(TrainState())
-    checkpointer.finish()
-    topologies.shutdown()
-
-
-def written(settings: Experiment, run_dir: Path, parallel: dict[str, Any] | None = None, *, world_size: int = 1) -> dict[str, torch.Tensor]:
-    """A checkpoint from this layout; its tensors."""
-    settings = replace(settings, parallel=ParallelConfig(**(parallel or {})), checkpoint=CheckpointConfig(asynchronous=False))
-    run_processes(_save_random, world_size, settings, run_dir)
-    return stored(run_dir)
-
-
-def stored(run_dir: Path) -> dict[str, torch.Tensor]:
-    reader = CheckpointReader(find_checkpoint(run_dir))
-    return {name: reader.read(name) for name in reader.names()}
 
 
 SPARSE = {"moe": MoEConfig(num_experts=4, every_n_layers=2)}

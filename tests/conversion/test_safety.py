@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.hf_models import DECODER, experiment, make_language, make_vision, save
 
 from megatron_mm.conversion.files import read_safetensors_header
 from megatron_mm.conversion.from_hf import convert_from_hf
 from megatron_mm.conversion.hf_reader import HfReader
 from megatron_mm.run.start import check
-from tests.conversion.hf_models import DECODER, experiment, make_language, make_vision, save
 
 
 @pytest.fixture(scope="module")

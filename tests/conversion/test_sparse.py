@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.converted import exported_logits
+from support.trained import Trained
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.to_hf import Export, convert_to_hf
 from megatron_mm.families.mm1.names import mm1_table
 from megatron_mm.hf.mapping import from_hf, to_hf
-from tests.conversion.conftest import Trained
-from tests.conversion.test_hf_model import hf_logits
 
 STACK = "language.decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
 
@@ -28,7 +28,7 @@ def test_logits_are_the_training_models(sparse: Trained, exported_sparse: Export
     model = AutoModelForImageTextToText.from_pretrained(exported_sparse.path, trust_remote_code=True).eval()
     assert type(model.language_model.layers[1].mlp).__name__ == "MM1SparseMLP"
     assert type(model.language_model.layers[0].mlp).__name__ == "LlamaMLP"
-    for ours, theirs in zip(sparse.logits, hf_logits(model, processor, sparse.batch), strict=True):
+    for ours, theirs in zip(sparse.logits, exported_logits(model, processor, sparse.batch), strict=True):
         torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
 
 

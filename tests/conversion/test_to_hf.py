@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.trained import Trained, train_one_step
 
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.to_hf import Export, convert_to_hf, parse_size, plan_shards, plan_tensors
@@ -17,7 +18,6 @@ from megatron_mm.families.mm1.files import write_mm1_files
 from megatron_mm.families.mm1.names import mm1_table
 from megatron_mm.families.serialize import load_experiment, save_experiment
 from megatron_mm.hf.mapping import to_hf
-from tests.conversion.conftest import Trained, train_one_step
 
 
 def read_all(out: Path) -> dict[str, torch.Tensor]:

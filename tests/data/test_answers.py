@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from data_files import ALONE, experiment, picture, rot, write_tar
+from support.data_files import ALONE, experiment, picture, rot, write_tar
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from data_files import picture, write_tar
+from support.data_files import picture, write_tar
 
 from megatron_mm.config import DataConfig
 from megatron_mm.data.batch import PackedBatch, documents_of_images

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import picture, write_tar
+from support.data_files import picture, write_tar
 
 from megatron_mm.data.prepare.index import prepare_index
 from megatron_mm.data.sources.index import open_index, open_split

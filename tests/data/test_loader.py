@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_files import ALONE, blank_ranges, experiment, rot
+from support.data_files import ALONE, blank_ranges, experiment, rot
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.load.loader import StepBatch

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_files import ALONE, experiment
+from support.data_files import ALONE, experiment
 
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.mm1.family import MM1Family

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from data_files import ALONE, experiment
-from distributed import run_processes
+from support.data_files import ALONE, experiment
+from support.distributed import run_processes
 
 from megatron_mm.config import ParallelConfig
 from megatron_mm.data.load import texts

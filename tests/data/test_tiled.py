@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_files import ALONE, blank_ranges, experiment, picture
 from PIL import Image
+from support.data_files import ALONE, blank_ranges, experiment, picture
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.image_input import ImageInput

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_processes
-from small import IMAGE_ID, IMAGE_TOKENS, random_step, small_experiment
+from support.distributed import run_processes
+from support.small import IMAGE_ID, IMAGE_TOKENS, random_step, small_experiment
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.evaluation.generation import Prompt, generate

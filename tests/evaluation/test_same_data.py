@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from distributed import run_processes
-from small_infimm import infimm_run
+from support.distributed import run_processes
+from support.small_infimm import infimm_run
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.prepare.index import prepare_index

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from stand_in_slurm import ROOT, Cluster, stand_in_cluster
+from support.stand_in_slurm import ROOT, Cluster, stand_in_cluster
 
 from megatron_mm.families.recipes import RECIPES, get_recipe
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stand_in_slurm import ROOT, Cluster, stand_in_cluster
+from support.stand_in_slurm import ROOT, Cluster, stand_in_cluster
 
 
 @pytest.fixture

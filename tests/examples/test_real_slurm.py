@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm_cluster import SlurmCluster, missing_programs, slurm_cluster
+from support.slurm_cluster import SlurmCluster, missing_programs, slurm_cluster
 
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.training.checkpoint import find_checkpoint

@@ -19,11 +19,11 @@ import stand_in_te
 
 stand_in_te.install()
 
-import distributed  # noqa: E402
 import torch  # noqa: E402
-from small import random_step, small_experiment  # noqa: E402
-from small_infimm import infimm_step, small_infimm  # noqa: E402
-from small_mono import mono_step, small_mono  # noqa: E402
+from support import distributed  # noqa: E402
+from support.small import random_step, small_experiment  # noqa: E402
+from support.small_infimm import infimm_step, small_infimm  # noqa: E402
+from support.small_mono import mono_step, small_mono  # noqa: E402
 
 from megatron_mm.config import Experiment, MoEConfig, ResamplerConfig  # noqa: E402
 from megatron_mm.data.batch import PackedBatch  # noqa: E402

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models.infimm_reference import EvaReference
-from models.random_weights import randomize
-from models.references import tower_sizes
+from support.infimm_reference import EvaReference
+from support.random_weights import randomize
+from support.references import tower_sizes
 
 from megatron_mm.config import EvaConfig, ParallelConfig
 from megatron_mm.config.towers import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336, EVA_TINY

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import packed_batch
-from small_infimm import END_OF_CHUNK_ID, IMAGE_ID, infimm_batch, small_infimm
+from support.small import packed_batch
+from support.small_infimm import END_OF_CHUNK_ID, IMAGE_ID, infimm_batch, small_infimm
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
@@ -71,7 +71,7 @@ def packed(documents: list[list[int]], pixels: torch.Tensor) -> PackedBatch:
     ids = torch.tensor([token for tokens in documents for token in tokens])
     bounds = list(itertools.accumulate((len(tokens) for tokens in documents), initial=0))
     starts = (ids == IMAGE_ID).nonzero().squeeze(1).tolist()
-    return packed_batch(ids, bounds=bounds, starts=starts, silent_id=-1, pixels=pixels)
+    return packed_batch(ids, bounds=bounds, starts=starts, masked_id=-1, pixels=pixels)
 
 
 def pictures(count: int, *, seed: int = 0) -> torch.Tensor:

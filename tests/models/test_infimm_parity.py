@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from models.infimm_reference import InfiMMReference
-from models.references import infimm_reference
-from small import packed_batch
-from small_infimm import END_OF_CHUNK_ID, IMAGE_ID, small_infimm
+from support.infimm_reference import InfiMMReference
+from support.references import infimm_reference
 from support.same_training import LOSS_TOLERANCE, assert_same_weights, reference_adam, reference_update, with_smooth_adam
+from support.small import packed_batch
+from support.small_infimm import END_OF_CHUNK_ID, IMAGE_ID, small_infimm
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.infimm.config import InfiMMConfig
@@ -62,7 +62,7 @@ def packed(chosen: list[tuple[list[int], torch.Tensor]], *, total: int = 0) -> P
     bounds = list(itertools.accumulate((len(row) for row in rows), initial=0))
     starts = (ids == IMAGE_ID).nonzero().squeeze(1)
     pixels = torch.cat([pixels for _, pixels in chosen])
-    return packed_batch(ids, bounds=bounds, starts=starts.tolist(), silent_id=-1, pixels=pixels, num_real=length)
+    return packed_batch(ids, bounds=bounds, starts=starts.tolist(), masked_id=-1, pixels=pixels, num_real=length)
 
 
 def reference_logits(reference: InfiMMReference, config: InfiMMConfig, ids: list[int], pixels: torch.Tensor) -> torch.Tensor:

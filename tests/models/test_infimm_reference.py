@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models.infimm_reference import (
+from support.infimm_reference import (
     EVA01_G_224,
     EVA02_BIGE_224,
     EVA02_L_336,
@@ -17,7 +17,7 @@ from models.infimm_reference import (
     InfiMMSizes,
     TowerSizes,
 )
-from models.random_weights import randomize
+from support.random_weights import randomize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 TOWER = TowerSizes(image_size=8, patch_size=4, width=24, layers=2, heads=2, ffn=40, output=10, eva02=True, rotary_grid=4)

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from models.mono_reference import MonoReference
-from models.references import mono_reference
-from small import packed_batch
-from small_mono import CONTEXT_ID, END_IMG_ID, IMG_ID, TILE_TOKENS, mono_batch, small_mono
+from support.mono_reference import MonoReference
+from support.references import mono_reference
 from support.same_training import LOSS_TOLERANCE, assert_same_weights, reference_adam, reference_update, with_smooth_adam
+from support.small import packed_batch
+from support.small_mono import CONTEXT_ID, END_IMG_ID, IMG_ID, TILE_TOKENS, mono_batch, small_mono
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mm.data.batch import PackedBatch
@@ -58,7 +58,7 @@ def packed(chosen: list[tuple[list[int], torch.Tensor]]) -> PackedBatch:
     ids = torch.tensor([token for row, _ in chosen for token in row])
     bounds = list(itertools.accumulate((len(row) for row, _ in chosen), initial=0))
     starts = (ids == CONTEXT_ID).nonzero().squeeze(1)[::TILE_TOKENS].tolist()
-    return packed_batch(ids, bounds=bounds, starts=starts, silent_id=CONTEXT_ID, pixels=torch.cat([pixels for _, pixels in chosen]))
+    return packed_batch(ids, bounds=bounds, starts=starts, masked_id=CONTEXT_ID, pixels=torch.cat([pixels for _, pixels in chosen]))
 
 
 def reference_logits(reference: MonoReference, config: MonoInternVLConfig, ids: list[int], pixels: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from models.mono_reference import MONO_INTERNVL_2B, MonoReference, MonoSizes, pixel_unshuffle
-from models.random_weights import randomize
+from support.mono_reference import MONO_INTERNVL_2B, MonoReference, MonoSizes, pixel_unshuffle
+from support.random_weights import randomize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BEGIN, END, IMAGE = 37, 38, 39

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from small import small_experiment
+from support.small import small_experiment
 
 from megatron_mm.config import Experiment
 from megatron_mm.run.start import check

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed import run_processes
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from small import random_step, small_experiment
+from support.distributed import run_processes
+from support.small import random_step, small_experiment
 
 from megatron_mm.config import Experiment, MoEConfig
 from megatron_mm.data.batch import PackedBatch

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import run_processes
-from small import IMAGE_ID, random_step, small_experiment, small_run
+from support.distributed import run_processes
+from support.small import IMAGE_ID, random_step, small_experiment, small_run
 
 from megatron_mm.config import MoEConfig
 from megatron_mm.data.batch import PackedBatch

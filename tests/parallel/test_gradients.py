@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed import run_processes
-from small import random_batch, small_experiment
+from support.distributed import run_processes
+from support.small import random_batch, small_experiment
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.parallel import gradients

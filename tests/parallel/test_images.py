@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from distributed import run_processes
 from megatron.core import parallel_state
+from support.distributed import run_processes
 
 from megatron_mm.config import ParallelConfig
 from megatron_mm.parallel import topology as topologies

@@ -6,9 +6,9 @@ import functools
 
 import pytest
 import torch
-from curves import Curve, Layout, assert_same, train_curve
-from distributed import run_processes
-from small_infimm import infimm_step, small_infimm
+from support.curves import Curve, Layout, assert_same, train_curve
+from support.distributed import run_processes
+from support.small_infimm import infimm_step, small_infimm
 
 LAYOUTS = [
     Layout(2, {"pipeline": 2, "virtual": 2}, policy="ift"),

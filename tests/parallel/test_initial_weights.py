@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_processes
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from small import small_experiment
+from support.distributed import run_processes
+from support.small import small_experiment
 
 from megatron_mm.config import MoEConfig
 from megatron_mm.parallel import topology as topologies

@@ -6,9 +6,9 @@ import functools
 
 import pytest
 import torch
-from curves import Curve, Layout, assert_same, train_curve
-from distributed import run_processes
-from small import IMAGES_OF_MICRO_BATCHES, random_step, small_experiment
+from support.curves import Curve, Layout, assert_same, train_curve
+from support.distributed import run_processes
+from support.small import IMAGES_OF_MICRO_BATCHES, random_step, small_experiment
 
 from megatron_mm.parallel import topology as topologies
 

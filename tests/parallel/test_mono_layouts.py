@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 
 import pytest
-from curves import Curve, Layout, assert_same, train_curve
-from distributed import run_processes
-from small_mono import mono_step, small_mono
+from support.curves import Curve, Layout, assert_same, train_curve
+from support.distributed import run_processes
+from support.small_mono import mono_step, small_mono
 
 LAYOUTS = [
     Layout(2, {"pipeline": 2, "virtual": 2}, policy="s2"),

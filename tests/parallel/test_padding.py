@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from curves import train_curve
-from distributed import run_processes
-from small import random_step, small_experiment
-from small_infimm import infimm_step, small_infimm
-from small_mono import mono_step, small_mono
+from support.curves import train_curve
+from support.distributed import run_processes
+from support.small import random_step, small_experiment
+from support.small_infimm import infimm_step, small_infimm
+from support.small_mono import mono_step, small_mono
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch

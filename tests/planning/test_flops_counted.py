@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from small import random_batch, small_experiment
-from small_infimm import infimm_batch, small_infimm
-from small_mono import mono_batch, small_mono
+from support.small import random_batch, small_experiment
+from support.small_infimm import infimm_batch, small_infimm
+from support.small_mono import mono_batch, small_mono
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mm.config import Experiment

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_processes
-from small import small_run
+from support.distributed import run_processes
+from support.small import small_run
 
 from megatron_mm.config import DecoderConfig, Experiment
 from megatron_mm.platform.files import checksum_of

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_processes
-from small_infimm import infimm_run
+from support.distributed import run_processes
+from support.small_infimm import infimm_run
 
 from megatron_mm.run.start import assemble, check, start
 from megatron_mm.training import checkpoint as checkpoints

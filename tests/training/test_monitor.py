@@ -15,28 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from training.wandb_file import config, history, run_ids
+from support.monitors import experiment, lines, metrics, monitor
+from support.wandb_file import config, history, run_ids
 
-from megatron_mm.config import Experiment
 from megatron_mm.evaluation.captions import CaptionSample
-from megatron_mm.families.recipes import get_recipe
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.reporting.wandb_run import redact
-from megatron_mm.training.metrics import MetricsFile, StepMetrics, draw_loss_curve, to_json
+from megatron_mm.training.metrics import MetricsFile, draw_loss_curve, to_json
 from megatron_mm.training.routing import draw_expert_load
-
-
-def metrics(step: int, **changes: Any) -> StepMetrics:
-    values = {
-        **{"step": step, "loss": 2.0 / step, "losses": {"pairs": 1.5, "text": 2.5}, "grad_norm": 1.0, "lr": 1e-3, "tokens": 100},
-        **{"images": 7, "seconds": 0.5, "tokens_per_s": 200.0, "tflops": 0.1, "mfu": None},
-    }
-    return StepMetrics(**{**values, **changes})
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
 
 # -------------------------------------------------------------------------------------------------------------- metrics.jsonl
 
@@ -67,16 +53,6 @@ def test_a_line_is_on_disk_at_once(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------------ W&B
-
-
-def experiment() -> Experiment:
-    base = get_recipe("debug_mm1")
-    return replace(base, monitor=replace(base.monitor, wandb="offline", console_interval=1))
-
-
-def monitor(run_dir: Path, resume_step: int = 0) -> Monitor:
-    run_dir.mkdir(exist_ok=True)
-    return Monitor(experiment(), run_dir, resume_step=resume_step, world_size=4, is_main=True)
 
 
 def test_wandb_has_everything_of_metrics_jsonl_and_a_resume_goes_on_with_the_same_run(tmp_path: Path) -> None:
@@ -159,7 +135,7 @@ _KILLED = """
 import logging, sys
 from pathlib import Path
 import psutil
-from training.test_monitor import metrics, monitor
+from support.monitors import metrics, monitor
 logging.basicConfig(level="WARNING", format="%(message)s", stream=sys.stdout)
 watched = monitor(Path(sys.argv[1]))
 watched.log_step(metrics(1))

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed import run_processes
-from small import random_step, small_experiment
+from support.distributed import run_processes
+from support.small import random_step, small_experiment
 
 from megatron_mm.config import OptimizerConfig
 from megatron_mm.parallel import topology as topologies

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import run_processes
-from small import small_run
+from support.distributed import run_processes
+from support.small import small_run
 
 from megatron_mm.run.start import start
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import run_processes
-from small_infimm import infimm_run
-from small_mono import mono_run
+from support.distributed import run_processes
+from support.small_infimm import infimm_run
+from support.small_mono import mono_run
 
 from megatron_mm.config import Experiment
 from megatron_mm.run.start import start

@@ -11,8 +11,8 @@ from dataclasses import replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-from distributed import run_processes
-from small import small_run
+from support.distributed import run_processes
+from support.small import small_run
 
 from megatron_mm.run.hooks import STOPPED_FILE
 from megatron_mm.run.start import start

@@ -7,8 +7,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from distributed import run_processes
-from small import small_run
+from support.distributed import run_processes
+from support.small import small_run
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.run.start import start

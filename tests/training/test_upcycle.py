@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_processes
-from small import random_step, small_run
+from support.distributed import run_processes
+from support.small import random_step, small_run
 
 from megatron_mm.config import Experiment, MoEConfig
 from megatron_mm.conversion.upcycle import check_upcycling, upcycle

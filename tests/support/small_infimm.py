@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small import packed_batch, small_experiment, tokens_of
 
 from megatron_mm.config import DecoderConfig, Experiment, ParallelConfig, ResamplerConfig
 from megatron_mm.config.towers import EVA_TINY
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.infimm.config import GatedConfig, InfiMMConfig
 from megatron_mm.parallel.topology import Topology
+from support.small import packed_batch, small_experiment, tokens_of
 
 END_OF_CHUNK_ID, IMAGE_ID = 3, 4
 IMAGES_OF_MICRO_BATCHES = (0, 1, 6)
@@ -75,7 +75,7 @@ def infimm_batch(experiment: Experiment, topology: Topology, *, number: int, num
         ids[start - 1], ids[start] = END_OF_CHUNK_ID, IMAGE_ID
     size = experiment.model.vision.image_size  # type: ignore[attr-defined]
     pixels = torch.randint(0, 256, (len(starts), 3, size, size), generator=generator, dtype=torch.uint8)
-    return packed_batch(ids, bounds=bounds, starts=starts, silent_id=IMAGE_ID, pixels=pixels, topology=topology, source=number % 2)
+    return packed_batch(ids, bounds=bounds, starts=starts, masked_id=IMAGE_ID, pixels=pixels, topology=topology, source=number % 2)
 
 
 def infimm_step(experiment: Experiment, topology: Topology, *, step: int) -> list[PackedBatch]:

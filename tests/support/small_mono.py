@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small import packed_batch, small_experiment, tokens_of
 
 from megatron_mm.config import DecoderConfig, Experiment, ParallelConfig
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.mono_internvl.config import MonoInternVLConfig, PatchEmbeddingConfig
 from megatron_mm.parallel.topology import Topology
+from support.small import packed_batch, small_experiment, tokens_of
 
 IMG_ID, END_IMG_ID, CONTEXT_ID = 2, 3, 4
 TILE_TOKENS = 16
@@ -76,7 +76,7 @@ def mono_batch(experiment: Experiment, topology: Topology, *, number: int) -> Pa
             ids[start - 1], ids[start + TILE_TOKENS] = IMG_ID, END_IMG_ID
     size = experiment.model.patches.image_size  # type: ignore[attr-defined]
     pixels = torch.randint(0, 256, (len(starts), 3, size, size), generator=generator, dtype=torch.uint8)
-    return packed_batch(ids, bounds=bounds, starts=starts, silent_id=CONTEXT_ID, pixels=pixels, topology=topology, source=number % 2)
+    return packed_batch(ids, bounds=bounds, starts=starts, masked_id=CONTEXT_ID, pixels=pixels, topology=topology, source=number % 2)
 
 
 def _documents(total: int, wanted: int, generator: torch.Generator) -> tuple[list[int], list[int]]:

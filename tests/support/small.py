@@ -75,7 +75,7 @@ def random_batch(experiment: Experiment, topology: Topology, *, number: int) -> 
             ids[begin + 1 : begin + 1 + IMAGE_TOKENS] = IMAGE_ID
     size = experiment.model.vision.image_size
     pixels = torch.randint(0, 256, (len(starts), 3, size, size), generator=generator, dtype=torch.uint8)
-    return packed_batch(ids, bounds=bounds, starts=starts, silent_id=IMAGE_ID, pixels=pixels, topology=topology, source=number % 2)
+    return packed_batch(ids, bounds=bounds, starts=starts, masked_id=IMAGE_ID, pixels=pixels, topology=topology, source=number % 2)
 
 
 def packed_batch(
@@ -83,7 +83,7 @@ def packed_batch(
     *,
     bounds: Sequence[int],
     starts: Sequence[int],
-    silent_id: int,
+    masked_id: int,
     pixels: torch.Tensor,
     topology: Topology | None = None,
     source: int = 0,
@@ -95,7 +95,7 @@ def packed_batch(
         ids: [t]; what they are followed by is their label.
         bounds: where documents begin, from 0 to t.
         starts: the first feature token of each image.
-        silent_id: the token that is not to be predicted.
+        masked_id: the token that the loss mask leaves out.
         pixels: of all images.
         num_real: tokens that are not padding; None for all.
     """
@@ -103,7 +103,7 @@ def packed_batch(
     real = torch.arange(total) < (total if num_real is None else num_real)
     labels, mask = ids.roll(-1), real.float()
     mask[cu_seqlens[1:].long() - 1] = 0
-    mask[labels == silent_id] = 0
+    mask[labels == masked_id] = 0
     image_starts = torch.tensor(starts, dtype=torch.int64)
     owners = torch.arange(len(starts)) % (topology.tensor_size if topology else 1)
     mine = owners == (topology.tensor_rank if topology else 0)

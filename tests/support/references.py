@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from models.infimm_reference import InfiMMReference, InfiMMSizes, TowerSizes
-from models.mono_reference import MonoReference, MonoSizes
-from models.random_weights import randomize
-from small_infimm import IMAGE_ID
-from small_mono import CONTEXT_ID
 
 from megatron_mm.config import EvaConfig
 from megatron_mm.families.infimm.config import InfiMMConfig
 from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
+from support.infimm_reference import InfiMMReference, InfiMMSizes, TowerSizes
+from support.mono_reference import MonoReference, MonoSizes
+from support.random_weights import randomize
+from support.small_infimm import IMAGE_ID
+from support.small_mono import CONTEXT_ID
 
 
 def tower_sizes(vision: EvaConfig) -> TowerSizes:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from models.plain_attention import attend, join_heads, rotate, split_heads
 from torch import nn
+
+from support.plain_attention import attend, join_heads, rotate, split_heads
 
 
 @dataclass(frozen=True)
