@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from data_files import bomb, picture, write_tar
+from support.data_files import bomb, picture, write_tar
 
 from megatron_mm.data.prepare import shard_jobs
 from megatron_mm.data.prepare.index import IndexOptions, prepare_index

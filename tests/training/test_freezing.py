@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from distributed import run_processes
-from small_infimm import small_infimm
+from support.distributed import run_processes
+from support.small_infimm import small_infimm
 
 from megatron_mm.families.infimm.family import InfiMMFamily
 from megatron_mm.parallel import topology as topologies
