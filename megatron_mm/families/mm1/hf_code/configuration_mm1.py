@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, PretrainedConfig
 
 
@@ -40,7 +41,15 @@ class MM1Config(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.tie_word_embeddings = tie_word_embeddings
 
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        """The decoder's. transformers 4.50 would go on with it alone where it looks for the class of an `AutoModelForCausalLM`, and make
+        a Llama of random weights: there this is asked with `decoder=True`, and the answer is the whole model."""
+        if _VERSION < (4, 51) and kwargs.get("decoder"):
+            return self
+        return super().get_text_config(*args, **kwargs)
 
+
+_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _CONNECTOR_DEFAULTS = {"kind": "c_abstractor", "num_tokens": 144, "hidden_size": 1024, "depth": 3, "num_attention_heads": 16}
 
 
