@@ -9,10 +9,11 @@ from pathlib import Path
 from megatron_mm.config import DecoderConfig, Experiment, VisionConfig
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.registry import family_of
+from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
 from megatron_mm.hf.configs import Architecture, image_processor_config, language_model_config, vision_model_config, write_document
 from megatron_mm.hf.decoders import internlm2_table, llama_table
 from megatron_mm.hf.mapping import Entry
-from megatron_mm.hf.tokenizer import convert_tokenizer, generation_config, tokenizer_config, write_tokenizer
+from megatron_mm.hf.tokenizer import export_tokenizer, generation_config
 from megatron_mm.hf.towers import clip_table
 
 logger = logging.getLogger(__name__)
@@ -46,15 +47,15 @@ def write_language_files(
     if tokenizer is not None:
         names = family_of(experiment.model).special_tokens
         ids = Tokenizer.open(tokenizer, special=names)
-        special = {name: ids.special_id(name) for name in names}
-        shutil.copyfile(tokenizer, out / "tokenizer.model")
         config |= {"bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id}
         if ids.vocab_size <= rows:
-            converted = convert_tokenizer(tokenizer, special=special, bos_id=ids.bos_id, eos_id=ids.eos_id)
-            roles = {"pad_id": ids.pad_id, "bos_id": ids.bos_id, "eos_id": ids.eos_id}
-            write_tokenizer(converted, tokenizer_config(converted, special=special, sequence_length=length, **roles), out)
-            write_document(out / "generation_config.json", generation_config(ids, never=special.values(), rows=rows))
+            template = experiment.data.chat_template
+            special = (*names, *chat_control_tokens(template))
+            export_tokenizer(tokenizer, out, ids=ids, special=special, longest=length, chat_template=exported_template(template))
+            never = [ids.special_id(name) for name in names]
+            write_document(out / "generation_config.json", generation_config(ids, never=never, rows=rows))
         else:
+            shutil.copyfile(tokenizer, out / "tokenizer.model")
             logger.info("the %d written rows lack those of special tokens, so tokenizer.model is written as it is, alone", rows)
     write_document(out / "config.json", config)
 

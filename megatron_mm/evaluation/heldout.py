@@ -11,6 +11,7 @@ import torch
 from megatron_mm.config import Experiment
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.sources.index import open_split
+from megatron_mm.data.text.chat import chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.captions import CaptionSample, caption_tasks
 from megatron_mm.evaluation.generation import generate
@@ -77,6 +78,8 @@ class HeldOut:
         if pairs is None:
             return []
         config = self.experiment.eval
+        template = pairs.chat_template
+        end = self.tokenizer.eos_id if template is None else self.tokenizer.special_id(chat_template(template).end_of_answer)
         tasks = caption_tasks(pairs, self.tokenizer, self.image, count=config.samples)
         answers = generate(
             self.experiment,
@@ -84,7 +87,7 @@ class HeldOut:
             self.topology,
             [task.prompt for task in tasks],
             max_new_tokens=config.max_new_tokens,
-            eos_id=self.tokenizer.eos_id,
+            eos_id=end,
             pad_id=self.tokenizer.pad_id,
         )
         return [task.answered(self.tokenizer.decode(ids)) for task, ids in zip(tasks, answers, strict=True)]

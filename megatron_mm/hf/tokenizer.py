@@ -12,6 +12,8 @@ are: `<image>a red ball` is the image token and then the ids of "a red ball".
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from megatron_mm.data.text.tokenizer import Tokenizer as RunTokenizer
 
 _SPACE = "▁"
+_UNUSED = re.compile(r"\[UNUSED_TOKEN_\d+\]")
+"""Pieces that InternLM2 keeps free. No text is cut there in an exported tokenizer, as none has them."""
 _SPM: Any = sentencepiece_model_pb2  # generated at import time, so without types
 
 
@@ -38,7 +42,8 @@ def convert_tokenizer(model: Path, *, special: Mapping[str, int], bos_id: int, e
     proto.ParseFromString(model.read_bytes())
     _check_model(model, proto)
     kinds = _SPM.ModelProto.SentencePiece
-    pieces = [piece.piece for piece in proto.pieces]
+    names = {index: name for name, index in special.items()}
+    pieces = [names.get(i, p.piece) if _UNUSED.fullmatch(p.piece) else p.piece for i, p in enumerate(proto.pieces)]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
     tokenizer = Tokenizer(
@@ -64,9 +69,21 @@ def convert_tokenizer(model: Path, *, special: Mapping[str, int], bos_id: int, e
 
 
 def tokenizer_config(
-    tokenizer: Tokenizer, *, special: Iterable[str], pad_id: int, bos_id: int, eos_id: int, sequence_length: int
+    tokenizer: Tokenizer,
+    *,
+    special: Iterable[str],
+    pad_id: int,
+    bos_id: int,
+    eos_id: int,
+    sequence_length: int,
+    chat_template: str | None = None,
 ) -> dict[str, Any]:
-    """tokenizer_config.json: which token means what, and that batches of prompts are padded on the left."""
+    """tokenizer_config.json: which token means what, that batches of prompts are padded on the left, and how chats are written.
+
+    Args:
+        sequence_length: tokens of the longest text that the model takes.
+        chat_template: Jinja (`hf.chat_templates`).
+    """
     roles = {"pad_token": pad_id, "bos_token": bos_id, "eos_token": eos_id}
     names = {role: tokenizer.id_to_token(index) for role, index in roles.items()}
     return {
@@ -77,13 +94,52 @@ def tokenizer_config(
         "model_max_length": sequence_length,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
+        **({"chat_template": chat_template} if chat_template is not None else {}),
     }
 
 
 def write_tokenizer(tokenizer: Tokenizer, config: dict[str, Any], out: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into the directory."""
+    """Write tokenizer.json and tokenizer_config.json into the directory, and the chat template where processors look for it."""
     tokenizer.save(str(out / "tokenizer.json"))
+    if "chat_template" in config:
+        (out / "chat_template.jinja").write_text(config["chat_template"])
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def export_tokenizer(
+    path: Path,
+    out: Path,
+    *,
+    ids: RunTokenizer,
+    special: Sequence[str],
+    longest: int,
+    chat_template: str | None = None,
+    processor: dict[str, Any] | None = None,
+) -> None:
+    """Write the run's tokenizer for transformers, and beside it as the SentencePiece model that it is.
+
+    Args:
+        ids: the tokenizer at `path`, opened with the family's special tokens.
+        special: these, and control tokens of the chat template.
+        longest: tokens of the longest text that the model takes.
+        chat_template: Jinja.
+        processor: what else tokenizer_config.json says: which processor the tokenizer belongs to.
+
+    Raises ValueError where the model cannot be exported.
+    """
+    named = {name: ids.special_id(name) for name in special}
+    converted = convert_tokenizer(path, special=named, bos_id=ids.bos_id, eos_id=ids.eos_id)
+    config = tokenizer_config(
+        converted,
+        special=named,
+        pad_id=ids.pad_id,
+        bos_id=ids.bos_id,
+        eos_id=ids.eos_id,
+        sequence_length=longest,
+        chat_template=chat_template,
+    )
+    write_tokenizer(converted, {**config, **(processor or {})}, out)
+    shutil.copyfile(path, out / "tokenizer.model")  # for those who read that, this project among them
 
 
 def _check_model(path: Path, proto: Any) -> None:
@@ -93,7 +149,8 @@ def _check_model(path: Path, proto: Any) -> None:
         raise ValueError(
             f"{path} is a {kind} model with byte_fallback={trainer.byte_fallback}, but only BPE with byte fallback can be exported"
         )
-    user_defined = [piece.piece for piece in proto.pieces if piece.type == _SPM.ModelProto.SentencePiece.USER_DEFINED]
+    kind = _SPM.ModelProto.SentencePiece.USER_DEFINED
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == kind and not _UNUSED.fullmatch(piece.piece)]
     if user_defined:
         # transformers would cut the text there and put a dummy prefix after each.
         raise ValueError(f"{path} has user-defined symbols {user_defined[:4]}, which cannot be exported with the same ids around them")

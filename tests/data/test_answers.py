@@ -22,7 +22,7 @@ from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.plan.packing import supervised_tokens
 from megatron_mm.data.prepare.index import prepare_index
 from megatron_mm.data.sources.index import open_index
-from megatron_mm.data.text.chat import CHAT_TEMPLATES
+from megatron_mm.data.text.chat import CHAT_TEMPLATES, chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.captions import caption_tasks
 from megatron_mm.families.recipes import get_recipe
@@ -107,7 +107,9 @@ def test_the_answers_count_and_nothing_else(tmp_path: Path, name: str) -> None:
     assert torch.equal(batch.labels[counted], batch.token_ids.roll(-1)[counted])
     for _, end in itertools.pairwise(batch.cu_seqlens.tolist()):
         if batch.is_token[end - 1]:
-            assert batch.token_ids[end - 1] == tokenizer.eos_id and counted[end - 2], "the end of the last answer counts"
+            learned = chat_template(name).learns_eos
+            assert batch.token_ids[end - 1] == tokenizer.eos_id and counted[end - 2] == learned, "where it ends the last answer, EOS counts"
+            assert learned or (counted[end - 3] and batch.labels[end - 3] == tokenizer.special_id("<|im_end|>"))
     if name in ("zephyr", "vicuna", "llama2"):
         assert (batch.labels[counted] == tokenizer.eos_id).sum() == 6 * 4  # answers, epochs
     images = (batch.token_ids == tokenizer.image_id).sum()

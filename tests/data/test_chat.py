@@ -17,8 +17,8 @@ EXPECTED = {  # between BOS and EOS; [what counts] in double brackets
     "plain": "«img»\nWhat is it?\n[[A ball.\n]]Which colour?\n[[Red.]]",
     "zephyr": "<|system|>\n«</s>»\n<|user|>\n«img»\nWhat is it?«</s>»\n<|assistant|>\n[[A ball.«</s>»]]\n<|user|>\nWhich colour?«</s>»\n"
     "<|assistant|>\n[[Red.]]",
-    "llama2": "[INST] «img»\nWhat is it? [/INST] [[A ball. «</s>»]]«<s>»[INST] Which colour? [/INST] [[Red. ]]",
-    "vicuna": f"{VICUNA} USER: «img»\nWhat is it? ASSISTANT: [[A ball.«</s>»]]USER: Which colour? ASSISTANT: [[Red.]]",
+    "llama2": "[INST] «img»\nWhat is it? [/INST][[ A ball. «</s>»]]«<s>»[INST] Which colour? [/INST][[ Red. ]]",
+    "vicuna": f"{VICUNA} USER: «img»\nWhat is it? ASSISTANT:[[ A ball.«</s>»]]USER: Which colour? ASSISTANT:[[ Red.]]",
     "internlm2": f"«<|im_start|>»system\n{INTERNVL}«<|im_end|>»«<|im_start|>»user\n«img»\nWhat is it?«<|im_end|>»«<|im_start|>»assistant\n"
     "[[A ball.«<|im_end|>»]]«<|im_start|>»user\nWhich colour?«<|im_end|>»«<|im_start|>»assistant\n[[Red.«<|im_end|>»]]",
 }
@@ -43,6 +43,11 @@ def test_texts_next_to_each_other_are_one_string(name: str) -> None:
         if isinstance(item, Text):
             assert item.text and item.continues == isinstance(before, Text)
             assert not (isinstance(before, Text) and before.counted == item.counted)
+
+
+def test_who_learns_to_say_eos() -> None:
+    """InternVL's conversations end with `<|im_end|>`: its conversation.py writes no </s> after the last."""
+    assert {name for name, template in CHAT_TEMPLATES.items() if not template.learns_eos} == {"internlm2"}
 
 
 def test_control_tokens_of_templates() -> None:

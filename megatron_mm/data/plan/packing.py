@@ -16,6 +16,7 @@ from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.plan.filling import Limits, fill_sequences
 from megatron_mm.data.plan.stream import Samples
 from megatron_mm.data.sources.source import Items, Source
+from megatron_mm.data.text.chat import chat_template
 
 BEGIN_AND_END = 2
 """BOS and EOS."""
@@ -174,9 +175,11 @@ def document_images(source: Source, row: int, image: ImageInput) -> DocumentImag
 
 def supervised_tokens(source: Source, row: int, image: ImageInput) -> np.ndarray:
     """Which tokens of a document's stream are supervised as labels, as far as its items say: [tokens] bool. BOS never is, EOS is where the
-    last item is; that images themselves are not is `ImageInput.silent_from`'s matter."""
+    last item is, unless the chat template ends answers otherwise (`ChatTemplate.learns_eos`). That images themselves are not is
+    `ImageInput.silent_from`'s matter."""
     items = source.items(row)
-    return np.concatenate([[False], np.repeat(items.supervised, _sizes(items, image)), items.supervised[-1:]])
+    learns_eos = source.chat_template is None or chat_template(source.chat_template).learns_eos
+    return np.concatenate([[False], np.repeat(items.supervised, _sizes(items, image)), items.supervised[-1:] & learns_eos])
 
 
 def _sizes(items: Items, image: ImageInput) -> np.ndarray:

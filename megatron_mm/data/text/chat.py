@@ -5,8 +5,9 @@ A conversation becomes a document like any other, BOS, items, EOS, of which the 
     BOS  opening  question  before_answer  answer  after_answer  before_question  question  ...  answer  after_last_answer  EOS
                                            ------  ------------                                  ------  -----------------  ---
 
-Where a template ends an answer with the end-of-text token, the last one is the stream's own EOS. Control tokens are tokens of their
-own; the texts between them are each tokenized as SentencePiece does it, with the space before them that it may put there.
+Where a template ends an answer with the end-of-text token, the last one is the stream's own EOS. Where it ends answers with a token of its
+own, the stream's EOS only parts documents and does not count (`learns_eos`), so that no model learns to say it. Control tokens are
+tokens of their own; the texts between them are each tokenized as SentencePiece does it, with the space before them that it may put there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Parts = tuple[str | Control, ...]
 
 _BEGIN, _END = Control("<s>"), Control("</s>")
 _IM_START, _IM_END = Control("<|im_start|>"), Control("<|im_end|>")
-_SYSTEM = "{system}"
+SYSTEM = "{system}"
 """Stands for a conversation's own system prompt, as a part by itself."""
 
 
@@ -36,11 +37,31 @@ class ChatTemplate:
     before_question: Parts
     """Before every other question."""
     before_answer: Parts
-    """Between a question and its answer."""
+    """Between a question and its answer. A space at its end is part of the answer and counts: SentencePiece joins it with a word ("▁red"),
+    but not with a digit ("▁" "4"), and a prompt that ends without it leaves both to the model."""
     after_answer: Parts
     """After every answer but the last; counts."""
     after_last_answer: Parts
     """After the last answer, before EOS; counts."""
+    learns_eos: bool = True
+    """The stream's EOS after the last answer counts, because the template ends answers with it."""
+    after_all: str = ""
+    """What the released template writes behind the end of a conversation. No model learns it, so training leaves it out."""
+
+    @property
+    def prompt_end(self) -> tuple[Parts, str]:
+        """`before_answer` without the spaces at its end, and these."""
+        *rest, last = self.before_answer
+        if isinstance(last, Control):
+            return self.before_answer, ""
+        kept = last.rstrip(" ")
+        return (*rest, kept), last[len(kept) :]
+
+    @property
+    def end_of_answer(self) -> str:
+        """The control token that ends the last answer."""
+        last = [part.token for part in self.after_last_answer if isinstance(part, Control)]
+        return _END.token if self.learns_eos else last[0]
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -70,7 +91,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     # A line is a question, the next its answer: for base models and multi-task training. Ours.
     "plain": ChatTemplate(
         opening=(),
-        opening_with_system=(_SYSTEM, "\n"),
+        opening_with_system=(SYSTEM, "\n"),
         before_question=(),
         before_answer=("\n",),
         after_answer=("\n",),
@@ -79,16 +100,17 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     # Zephyr was tuned with a system prompt, empty unless a conversation had one. <|user|> and the like are text.
     "zephyr": ChatTemplate(
         opening=("<|system|>\n", _END, "\n<|user|>\n"),
-        opening_with_system=("<|system|>\n", _SYSTEM, _END, "\n<|user|>\n"),
+        opening_with_system=("<|system|>\n", SYSTEM, _END, "\n<|user|>\n"),
         before_question=("\n<|user|>\n",),
         before_answer=(_END, "\n<|assistant|>\n"),
         after_answer=(_END,),
         after_last_answer=(),
+        after_all="\n",
     ),
     # Llama 2 chat, without a system prompt, as its authors advise today. Every exchange has its own begin and end.
     "llama2": ChatTemplate(
         opening=("[INST] ",),
-        opening_with_system=("[INST] <<SYS>>\n", _SYSTEM, "\n<</SYS>>\n\n"),
+        opening_with_system=("[INST] <<SYS>>\n", SYSTEM, "\n<</SYS>>\n\n"),
         before_question=(_BEGIN, "[INST] "),
         before_answer=(" [/INST] ",),
         after_answer=(" ", _END),
@@ -100,13 +122,13 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
             "A chat between a curious user and an artificial intelligence assistant. "
             "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ",
         ),
-        opening_with_system=(_SYSTEM, " USER: "),
+        opening_with_system=(SYSTEM, " USER: "),
         before_question=("USER: ",),
         before_answer=(" ASSISTANT: ",),
         after_answer=(_END,),
         after_last_answer=(),
     ),
-    # InternLM2's roles as InternVL and Mono-InternVL use them: their system prompt, and no newline between turns.
+    # InternLM2's roles as InternVL and Mono-InternVL use them: their system prompt, no newline between turns, and no EOS at the end.
     "internlm2": ChatTemplate(
         opening=(
             _IM_START,
@@ -115,11 +137,12 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
             _IM_START,
             "user\n",
         ),
-        opening_with_system=(_IM_START, "system\n", _SYSTEM, _IM_END, _IM_START, "user\n"),
+        opening_with_system=(_IM_START, "system\n", SYSTEM, _IM_END, _IM_START, "user\n"),
         before_question=(_IM_START, "user\n"),
         before_answer=(_IM_END, _IM_START, "assistant\n"),
         after_answer=(_IM_END,),
         after_last_answer=(_IM_END,),
+        learns_eos=False,
     ),
 }
 
@@ -152,8 +175,9 @@ def render(turns: Sequence[Turn], template: ChatTemplate) -> list[Item]:
     parts: list[tuple[str | Control | ImageReference, bool]] = []
     for number, turn in enumerate(turns):
         last = number == len(turns) - 1
-        silent = (*(template.before_question if number else _opening(template, turn.system)), *turn.question, *template.before_answer)
-        counted = (turn.answer, *(template.after_last_answer if last else template.after_answer))
+        prompt_end, space = template.prompt_end
+        silent = (*(template.before_question if number else _opening(template, turn.system)), *turn.question, *prompt_end)
+        counted = (f"{space}{turn.answer}", *(template.after_last_answer if last else template.after_answer))
         parts += [(part, False) for part in silent] + [(part, True) for part in counted]
     items: list[Item] = []
     for part, counts in parts:
@@ -172,4 +196,4 @@ def render(turns: Sequence[Turn], template: ChatTemplate) -> list[Item]:
 def _opening(template: ChatTemplate, system: str) -> Parts:
     if not system:
         return template.opening
-    return tuple(system if part == _SYSTEM else part for part in template.opening_with_system)
+    return tuple(system if part == SYSTEM else part for part in template.opening_with_system)

@@ -11,9 +11,10 @@ from typing import Any
 from megatron_mm.config import DecoderConfig, Experiment
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
 from megatron_mm.hf.configs import decoder_config, tower_config, write_document
 from megatron_mm.hf.settings import clip_settings, decoder_settings, under
-from megatron_mm.hf.tokenizer import convert_tokenizer, generation_config, open_run_tokenizer, tokenizer_config, write_tokenizer
+from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_run_tokenizer
 
 _CODE = ("configuration_mm1.py", "modeling_mm1.py", "processing_mm1.py")
 
@@ -25,12 +26,16 @@ def write_mm1_files(
     names = ("<pad>", "<image>")
     rows = vocab_rows or model.decoder.vocab_size
     ids = open_run_tokenizer(tokenizer, special=names, rows=rows)
-    special = {name: ids.special_id(name) for name in names}
-    converted = convert_tokenizer(tokenizer, special=special, bos_id=ids.bos_id, eos_id=ids.eos_id)
-    length = experiment.data.sequence_length
-    roles = {"pad_id": ids.pad_id, "bos_id": ids.bos_id, "eos_id": ids.eos_id}
-    processor = {"processor_class": "MM1Processor", "auto_map": {"AutoProcessor": "processing_mm1.MM1Processor"}}
-    write_tokenizer(converted, {**tokenizer_config(converted, special=special, sequence_length=length, **roles), **processor}, out)
+    length, template = experiment.data.sequence_length, experiment.data.chat_template
+    export_tokenizer(
+        tokenizer,
+        out,
+        ids=ids,
+        special=(*names, *chat_control_tokens(template)),
+        longest=length,
+        chat_template=exported_template(template),
+        processor={"processor_class": "MM1Processor", "auto_map": {"AutoProcessor": "processing_mm1.MM1Processor"}},
+    )
     config = hf_config(model, dtype=dtype, ids=ids, sequence_length=length, vocab_rows=vocab_rows)
     documents = {
         "config.json": config,
@@ -46,7 +51,6 @@ def write_mm1_files(
     }
     for name, document in documents.items():
         write_document(out / name, document)
-    shutil.copyfile(tokenizer, out / "tokenizer.model")  # for those who read that, this project among them
     for name in _CODE:
         shutil.copyfile(Path(__file__).with_name("hf_code") / name, out / name)
 
