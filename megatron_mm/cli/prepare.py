@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_mm.cli.command import Command, Group, Parser, integer, one_of
+from megatron_mm.cli.prepare_datasets import DATASET_COMMANDS, add_limits
+
+if TYPE_CHECKING:
+    from megatron_mm.data.prepare.index import IndexOptions
 
 
 def _demo_arguments(parser: Parser) -> None:
@@ -21,6 +26,7 @@ def _demo(given: argparse.Namespace) -> None:
     print(prepare_demo(given.out, samples=given.samples, seed=given.seed))
 
 
+KINDS = ("pairs", "interleaved", "text", "conversations", "tasks")
 TEMPLATES = ("plain", "zephyr", "llama2", "vicuna", "internlm2")
 
 
@@ -39,6 +45,15 @@ def _index_arguments(parser: Parser) -> None:
         help="decode each image, its header, or one image in 16 and the others' headers (default: %(default)s)",
         **one_of(("full", "header", "sample")),
     )
+    parser.add_argument("--kind", help="what the sources hold (default: what most of their samples are)", **one_of(KINDS))
+    parser.add_argument(
+        "--key-ends",
+        help="dot of a name at which a sample's key ends (default: as most names ask for)",
+        **one_of(("first", "last")),
+    )
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="names of files to leave alone; may be repeated")
+    parser.add_argument("--index-dir", type=Path, metavar="DIR", help="write indexes here, for data that is read-only: train with --data.path DIR")
+    add_limits(parser)
 
 
 def _read_arguments(parser: Parser) -> None:
@@ -51,18 +66,32 @@ def _read_arguments(parser: Parser) -> None:
     )
 
 
-def _merge(given: argparse.Namespace) -> None:
-    from megatron_mm.data.prepare.index import IndexOptions, prepare_index
+def _options(given: argparse.Namespace) -> IndexOptions:
+    from megatron_mm.data.prepare.index import IndexOptions
 
-    options = IndexOptions(template=given.chat_template, caption_prompt=given.caption_prompt, verify=given.verify)
-    print(prepare_index(given.path, tokenizer=given.tokenizer, options=options, merge_only=True))
+    return IndexOptions(
+        template=given.chat_template,
+        caption_prompt=given.caption_prompt,
+        kind=given.kind,
+        key_ends=given.key_ends,
+        max_rejected=given.max_rejected,
+        max_dropped_images=given.max_dropped_images,
+        ignore=tuple(given.ignore),
+        verify=given.verify,
+        index_dir=given.index_dir,
+    )
+
+
+def _merge(given: argparse.Namespace) -> None:
+    from megatron_mm.data.prepare.index import prepare_index
+
+    print(prepare_index(given.path, tokenizer=given.tokenizer, options=_options(given), merge_only=True))
 
 
 def _index(given: argparse.Namespace) -> None:
-    from megatron_mm.data.prepare.index import IndexOptions, prepare_index
+    from megatron_mm.data.prepare.index import prepare_index
 
-    options = IndexOptions(template=given.chat_template, caption_prompt=given.caption_prompt, verify=given.verify)
-    print(prepare_index(given.path, tokenizer=given.tokenizer, options=options, workers=given.workers, shards=given.shards))
+    print(prepare_index(given.path, tokenizer=given.tokenizer, options=_options(given), workers=given.workers, shards=given.shards))
 
 
 def _tokenizer_arguments(parser: Parser) -> None:
@@ -90,5 +119,6 @@ PREPARE = Group(
         "tokenizer": Command(
             help="train a SentencePiece tokenizer on the texts of a data set", run=_tokenizer, arguments=_tokenizer_arguments
         ),
+        **DATASET_COMMANDS,
     },
 )

@@ -52,9 +52,38 @@ def test_a_model_without_our_symbols_gets_them_after_its_vocabulary(tmp_path: Pa
         other.special_id("<img>")
 
 
+def test_a_text_cannot_spell_a_control_token_that_is_a_user_defined_piece(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    spellings = ["[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_1]"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*TEXTS, *("[UNUSED_TOKEN_145]" for _ in range(50))]),
+        model_writer=model,
+        vocab_size=360,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=spellings,
+        minloglevel=2,
+    )
+    plain = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    end, begin, other = (plain.piece_to_id(piece) for piece in spellings)
+    text = "red [UNUSED_TOKEN_145][UNUSED_TOKEN_146] square [UNUSED_TOKEN_1]"
+    assert {begin, end, other} <= set(plain.encode(text)), "by itself the model makes control tokens of these characters"
+    tokenizer = Tokenizer(model.getvalue())
+    assert (tokenizer.special_id("<|im_start|>"), tokenizer.special_id("<|im_end|>")) == (begin, end)
+    together = [number for ids in tokenizer.encode_together([text, "[UNUSED_TOKEN_145]"]) for number in ids]
+    for ids in (tokenizer.encode(text), *tokenizer.encode_batch([text]), together):
+        assert not {begin, end} & set(ids) and other in ids, "what no template uses stays a piece"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("a red circle") == plain.encode("a red circle")
+
+
 def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere.model does not exist: train one"):
         Tokenizer.open(tmp_path / "nowhere.model")
+    (tmp_path / "empty.model").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty.model is not a SentencePiece model: it is empty"):
+        Tokenizer.open(tmp_path / "empty.model")
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match=r"bad.model is not a SentencePiece model"):
         Tokenizer.open(tmp_path / "bad.model")

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from sentencepiece import sentencepiece_pb2
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
 PAD, IMAGE = "<pad>", "<image>"
 _SPM: Any = sentencepiece_pb2  # generated at import time, so without types
+_MODEL: Any = sentencepiece_model_pb2
 _RENAMED = {"<|im_start|>": "[UNUSED_TOKEN_146]", "<|im_end|>": "[UNUSED_TOKEN_145]"}
 """What InternLM2's chat models call two pieces that its SentencePiece model keeps free."""
 
@@ -35,7 +37,7 @@ class Tokenizer:
             model: a serialized SentencePiece model.
             special: tokens that must have ids; those that the model lacks get the next ones, in this order.
         """
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=_without_spellable_controls(model))
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
         """Of the SentencePiece model alone: special tokens do not change what a text is."""
         self.bos_id: int = self._pieces.bos_id()
@@ -57,9 +59,12 @@ class Tokenizer:
         """Read a SentencePiece model. Raises ValueError that names the file where it is missing or is none."""
         if not path.is_file():
             raise ValueError(f"tokenizer {path} does not exist: train one with `megatron-mm prepare tokenizer`, or give --data.tokenizer")
+        model = path.read_bytes()
         try:
-            return cls(path.read_bytes(), special=special)
-        except RuntimeError as error:
+            if not model:
+                raise RuntimeError("it is empty")
+            return cls(model, special=special)
+        except (RuntimeError, DecodeError) as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
 
     @property
@@ -110,6 +115,20 @@ class Tokenizer:
         known = self._pieces.get_piece_size()
         renamed = {self._find(name) for name in _RENAMED}
         return self._pieces.decode([i for i in ids if i < known and i not in renamed and not self._pieces.is_control(i)])
+
+
+def _without_spellable_controls(model: bytes) -> bytes:
+    """A SentencePiece model in which pieces that stand for control tokens are control symbols, so that no text becomes one.
+
+    InternLM2's model has [UNUSED_TOKEN_145] as a user-defined piece: whoever wrote these characters would end the user's turn. The ids stay
+    what they are, and so does every text that does not spell such a piece.
+    """
+    proto = _MODEL.ModelProto.FromString(model)
+    control = _MODEL.ModelProto.SentencePiece.CONTROL
+    spellable = [piece for piece in proto.pieces if piece.piece in _RENAMED.values() and piece.type != control]
+    for piece in spellable:
+        piece.type = control
+    return proto.SerializeToString() if spellable else model
 
 
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int) -> Tokenizer:

@@ -1,0 +1,140 @@
+"""`megatron-mm prepare pairs|obelics|mmc4|llava|vqa|scienceqa|text`: published data sets become shards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_mm.cli.command import Command, Parser, integer, one_of
+
+FORMS = ("vqav2", "okvqa", "textvqa", "textcaps", "gqa", "vizwiz", "coco")
+
+
+def fraction(text: str) -> float:
+    """A share from 0 to 1. Raises ArgumentTypeError where it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
+    return value
+
+
+def add_limits(parser: Parser) -> None:
+    """How much may be lost."""
+    parser.add_argument(
+        "--max-rejected", type=fraction, default=0.05, metavar="SHARE", help="of the samples that may be unusable (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-dropped-images",
+        type=fraction,
+        default=0.05,
+        metavar="SHARE",
+        help="of the documents' images that may be missing or bad (default: %(default)s)",
+    )
+
+
+def _arguments(*, images: bool | None, text_key: bool = False, image_key: bool = False, inputs: str = "files") -> Callable[[Parser], None]:
+    """Arguments of a layout.
+
+    Args:
+        images: whether --images is needed; None where there is none.
+    """
+
+    def add(parser: Parser) -> None:
+        parser.add_argument("inputs", nargs="+", metavar="INPUT", help=f"{inputs}: paths, folders, patterns in quotes, or URLs for fsspec")
+        parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="source to write, such as DATA/train/NAME")
+        if images is not None:
+            parser.add_argument(
+                "--images", required=images, metavar="DIR", help="folder of images, as files or in tars; nothing is fetched from the web"
+            )
+        if text_key:
+            parser.add_argument("--text-key", metavar="FIELD", help="field with the text, dots lead into objects (default: the usual ones)")
+        if image_key:
+            parser.add_argument("--image-key", metavar="FIELD", help="field with the image or its path (default: the usual ones)")
+        parser.add_argument("--shard-megabytes", type=integer, default=1024, metavar="N", help="size of a shard (default: %(default)s)")
+        parser.add_argument("--workers", type=integer, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
+        add_limits(parser)
+
+    return add
+
+
+def _convert(layout: str, **fixed: Any) -> Callable[[argparse.Namespace], None]:
+    def run(given: argparse.Namespace) -> None:
+        from megatron_mm.data.prepare.published.convert import Options, convert
+
+        named = {name: getattr(given, name) for name in ("images", "form", "annotations", "split", "texts") if hasattr(given, name)}
+        keys = {f"{name}s": (value,) for name in ("text_key", "image_key") if (value := getattr(given, name, None))}
+        options = Options(getattr(given, "layout", layout), shard_bytes=given.shard_megabytes * 2**20, **{**named, **keys, **fixed})
+        print(
+            convert(
+                given.inputs,
+                given.out,
+                options=options,
+                workers=given.workers,
+                max_rejected=given.max_rejected,
+                max_dropped_images=given.max_dropped_images,
+            )
+        )
+        data = given.out.resolve().parent.parent
+        print(f"index it: megatron-mm prepare index {data}")
+
+    return run
+
+
+def _vqa_arguments(parser: Parser) -> None:
+    _arguments(images=True, inputs="a file of questions or captions")(parser)
+    parser.add_argument("--format", dest="form", required=True, help="what the file is", **one_of(FORMS))
+    parser.add_argument("--annotations", metavar="FILE", help="the file of answers, of vqav2 and okvqa")
+    parser.add_argument(
+        "--as",
+        dest="layout",
+        default="tasks",
+        help="captions: with a prompt, or as pairs (default: %(default)s)",
+        **one_of(("tasks", "pairs")),
+    )
+
+
+def _scienceqa_arguments(parser: Parser) -> None:
+    _arguments(images=False, inputs="problems.json, or parquet files")(parser)
+    parser.add_argument("--split", metavar="NAME", help="split of problems.json that is wanted (default: all)")
+
+
+def _text_arguments(parser: Parser) -> None:
+    _arguments(images=None, text_key=True, inputs=".jsonl, .json, .txt (.gz, .zst, .zip, ...), .parquet or .arrow files")(parser)
+    parser.add_argument(
+        "--txt",
+        dest="texts",
+        default="file",
+        help="a text of a .txt (default: %(default)s)",
+        **one_of(("file", "line", "paragraph")),
+    )
+
+
+DATASET_COMMANDS = {
+    "pairs": Command(
+        help="image-text pairs: img2dataset's parquet or files, other parquet, JSON lines with paths",
+        run=_convert("pairs"),
+        arguments=_arguments(images=False, text_key=True, image_key=True, inputs="parquet or JSON files, or folders of images and texts"),
+    ),
+    "obelics": Command(
+        help="OBELICS parquet and its images",
+        run=_convert("obelics"),
+        arguments=_arguments(images=True, inputs="parquet files"),
+    ),
+    "mmc4": Command(
+        help="MMC4 JSON lines and their images", run=_convert("mmc4"), arguments=_arguments(images=True, inputs=".jsonl or .zip")
+    ),
+    "llava": Command(
+        help="conversations (LLaVA-mix-665k, ShareGPT, messages) and a folder of images",
+        run=_convert("llava"),
+        arguments=_arguments(images=False, inputs="JSON, JSON lines or parquet"),
+    ),
+    "vqa": Command(help="questions and answers, or captions, of VQAv2's kind", run=_convert("tasks"), arguments=_vqa_arguments),
+    "scienceqa": Command(help="ScienceQA", run=_convert("tasks", form="scienceqa"), arguments=_scienceqa_arguments),
+    "text": Command(help="texts of C4, Dolma and others", run=_convert("text"), arguments=_text_arguments),
+}

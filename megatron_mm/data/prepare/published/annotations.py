@@ -1,0 +1,138 @@
+"""Question, answer and caption files, joined into records of tasks: {"task", "question", "answer", "image"}.
+
+    vqav2, okvqa   questions {questions: [{question_id, image_id, question}]}, annotations {annotations: [{question_id,
+                   multiple_choice_answer, answers: [{answer}]}]}; images COCO_SUBSET_000000000000.jpg, where SUBSET is their `data_subtype`
+    textvqa        {data: [{image_id, question, answers: [...]}]}; images IMAGE_ID.jpg
+    textcaps       {data: [{image_id, reference_strs: [...]}]}; images IMAGE_ID.jpg
+    gqa            {id: {imageId, question, answer}}; images IMAGE_ID.jpg
+    vizwiz         [{image, question, answers: [{answer}]}]
+    coco           {images: [{id, file_name}], annotations: [{image_id, caption}]}
+    scienceqa      {id: {question, choices, answer, hint, image, split}}; images SPLIT/ID/IMAGE
+
+Of several people's answers the most frequent one is taught, the first of those that are equally frequent. Records are in the order of their
+images, so that samples with the same image lie together and share its bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron_mm.data.prepare.published.records import BadRecord, Record, load_json
+
+Records = Iterator[Record | BadRecord]
+
+
+def read_annotations(form: str, questions: str, *, annotations: str | None = None, split: str | None = None) -> list[Record | BadRecord]:
+    """The records of a form's files.
+
+    Raises ValueError where a file is not of that form.
+
+    Args:
+        annotations: the file of answers, for forms that have one.
+        split: of ScienceQA, the split that is wanted; None takes all.
+    """
+    if form not in FORMS:
+        raise ValueError(f"format {form!r} is unknown: use one of {', '.join(FORMS)}")
+    if (form in _TWO_FILES) != (annotations is not None):
+        raise ValueError(f"format {form} {'needs' if form in _TWO_FILES else 'has no'} --annotations")
+    main = load_json(questions)
+    try:
+        if form in _TWO_FILES:
+            records = list(_vqa(main, load_json(str(annotations))))
+        elif form == "scienceqa":
+            records = list(_scienceqa(main, split))
+        else:
+            records = list(FORMS[form](main))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{questions} is not a file of the format {form} ({error!r})") from None
+    return sorted(records, key=lambda record: str(record.get("image") or "") if isinstance(record, dict) else "")
+
+
+def _vqa(questions: Any, annotations: Any) -> Records:
+    subset = annotations.get("data_subtype", questions.get("data_subtype", ""))
+    answers = {entry["question_id"]: entry for entry in annotations["annotations"]}
+    for entry in questions["questions"]:
+        found = answers.pop(entry["question_id"], None)
+        if found is None:
+            yield BadRecord("question without answer")
+            continue
+        image = entry.get("image") or (f"COCO_{subset}_{entry['image_id']:012d}.jpg" if subset else f"{entry['image_id']}.jpg")
+        answer = found.get("multiple_choice_answer") or _usual([a["answer"] for a in found["answers"]])
+        yield {"task": "vqa", "question": entry["question"], "answer": answer, "image": image}
+    if answers:
+        yield BadRecord("answer without question", len(answers))
+
+
+def _textvqa(data: Any) -> Records:
+    for entry in data["data"]:
+        if not entry.get("answers"):
+            yield BadRecord("question without answer")
+        else:
+            yield {"task": "vqa", "question": entry["question"], "answer": _usual(entry["answers"]), "image": f"{entry['image_id']}.jpg"}
+
+
+def _textcaps(data: Any) -> Records:
+    for entry in data["data"]:
+        if not entry.get("reference_strs"):
+            yield BadRecord("image without caption")
+        for caption in entry.get("reference_strs") or []:
+            yield {"task": "caption", "answer": caption, "image": f"{entry['image_id']}.jpg"}
+
+
+def _gqa(data: Any) -> Records:
+    for entry in data.values():
+        yield {"task": "vqa", "question": entry["question"], "answer": entry.get("answer"), "image": f"{entry['imageId']}.jpg"}
+
+
+def _vizwiz(data: Any) -> Records:
+    for entry in data:
+        if not entry.get("answers"):
+            yield BadRecord("question without answer")
+            continue
+        answer = _usual([a["answer"] for a in entry["answers"]])
+        yield {"task": "vizwiz", "question": entry["question"], "answer": answer, "image": entry["image"]}
+
+
+def _coco(data: Any) -> Records:
+    files = {entry["id"]: entry["file_name"] for entry in data["images"]}
+    with_captions = set()
+    for entry in data["annotations"]:
+        if entry["image_id"] not in files:
+            yield BadRecord("caption of an image that is not listed")
+            continue
+        with_captions.add(entry["image_id"])
+        yield {"task": "caption", "answer": entry["caption"], "image": files[entry["image_id"]]}
+    if len(with_captions) < len(files):
+        yield BadRecord("image without caption", len(files) - len(with_captions))
+
+
+def _scienceqa(data: Any, split: str | None) -> Records:
+    for number, entry in data.items():
+        if split is None or entry.get("split") == split:
+            image = f"{entry.get('split', '')}/{number}/{entry['image']}" if entry.get("image") else None
+            yield scienceqa_record({**entry, "image": image})
+
+
+def scienceqa_record(entry: Record) -> Record:
+    """The task of an entry of ScienceQA, as JSON or as a row of a parquet file."""
+    names = ("question", "choices", "answer", "image")
+    return {"task": "scienceqa", "context": entry.get("hint") or None, **{name: entry.get(name) for name in names}}
+
+
+def _usual(answers: list[Any]) -> Any:
+    return Counter(answers).most_common(1)[0][0] if answers else None
+
+
+FORMS: dict[str, Callable[..., Records]] = {
+    "vqav2": _vqa,
+    "okvqa": _vqa,
+    "textvqa": _textvqa,
+    "textcaps": _textcaps,
+    "gqa": _gqa,
+    "vizwiz": _vizwiz,
+    "coco": _coco,
+    "scienceqa": _scienceqa,
+}
+_TWO_FILES = ("vqav2", "okvqa")

@@ -1,0 +1,296 @@
+"""Published files become shards: the one loop behind `prepare pairs`, `obelics`, `mmc4`, `llava`, `vqa` and `text`.
+
+Why shards of our own and not the files in place: parquet, compressed lines and folders of millions of small files cannot be read at random
+places, which is what training does. It costs the disk once. Tars of img2dataset and plain .jsonl need none of this: index them as they are.
+
+    OUT/00000-00000.tar ...    shard 0 of input 0; .jsonl for texts
+    OUT/.prepared/00000.json   input 0 is done: its size and date, its shards and what was lost
+    OUT/.prepared/images.sqlite  where images lie (`images`)
+
+An input is done again only where it or the options have changed, and its shards are renamed into place when they are whole, so the same
+command, started again after whatever stopped it, resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
+from megatron_mm.data.prepare.published.annotations import read_annotations, scienceqa_record
+from megatron_mm.data.prepare.published.images import ImageStore, build_table
+from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS, IMAGE_KEYS, LAYOUTS, Context, LeftOut, OutSample
+from megatron_mm.data.prepare.published.records import BadRecord, DamagedFile, Record, TextDocuments, expand, iterate_records
+from megatron_mm.data.prepare.published.write import ShardWriter
+from megatron_mm.data.text.items import BadDocument
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How inputs are read and written. Changing one of these does the inputs again."""
+
+    layout: str
+    """A key of `layouts.LAYOUTS`."""
+    text_keys: tuple[str, ...] = ()
+    """Fields that may hold the text, best first; empty takes the usual ones."""
+    image_keys: tuple[str, ...] = ()
+    """Fields that may hold or name the image."""
+    images: str | None = None
+    """Folder of images."""
+    form: str | None = None
+    """Of annotation files, `annotations.FORMS`."""
+    annotations: str | None = None
+    """The file of answers, where answers have their own."""
+    split: str | None = None
+    """Of annotation files that hold several."""
+    texts: TextDocuments = "file"
+    shard_bytes: int = 2**30
+    """About how large a shard becomes."""
+
+
+@dataclass
+class Converted:
+    """What became of inputs."""
+
+    samples: int = 0
+    images: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+    """Inputs that could not be read to their end, with the reason."""
+    shards: list[str] = field(default_factory=list)
+
+    def add(self, other: Converted) -> None:
+        """Count another input's, too."""
+        self.samples += other.samples
+        self.images += other.images
+        for mine, more in ((self.rejected, other.rejected), (self.dropped, other.dropped), (self.left_out, other.left_out)):
+            for reason, count in more.items():
+                mine[reason] = mine.get(reason, 0) + count
+        self.damaged += other.damaged
+        self.shards += other.shards
+
+    def __str__(self) -> str:
+        lines = [f"{self.samples:,} samples with {self.images:,} images in {len(self.shards)} shards"]
+        for what, counts in (("rejected", self.rejected), ("dropped from samples", self.dropped), ("left out", self.left_out)):
+            if counts:
+                lines.append(f"{what}: {_listed(counts)}")
+        return "\n".join([*lines, *(f"damaged: {line}" for line in self.damaged)])
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason}: {count:,}" for reason, count in sorted(counts.items(), key=lambda entry: -entry[1]))
+
+
+def convert(
+    inputs: Sequence[str], out: Path, *, options: Options, workers: int = 1, max_rejected: float = 0.05, max_dropped_images: float = 0.05
+) -> Converted:
+    """Make shards of published files.
+
+    Raises ValueError where an input does not exist or is of another format, and after all inputs where more is lost than allowed.
+
+    Args:
+        inputs: paths, folders, patterns, or URLs that fsspec reads.
+        out: the source's folder, such as DATA/train/obelics.
+    """
+    tasks = list(enumerate(_inputs(inputs, options)))
+    if not tasks:
+        raise ValueError(f"there is no file to read in {', '.join(inputs)}")
+    out.mkdir(parents=True, exist_ok=True)
+    table = None
+    if options.images is not None:
+        table = out / ".prepared" / "images.sqlite"
+        logger.info("%s names of images", f"{build_table(Path(options.images), table):,}")
+    total, began = Converted(), time.monotonic()
+    for done, found in enumerate(_run(tasks, out, options, table, workers), start=1):
+        total.add(found)
+        if done == len(tasks) or done % max(1, len(tasks) // 20) == 0:
+            seconds = time.monotonic() - began
+            logger.info(
+                "%d of %d inputs, %d samples, %.0f/s, %.0f s left",
+                *(done, len(tasks), total.samples, total.samples / max(seconds, 1e-9), seconds / done * (len(tasks) - done)),
+            )
+    _check(total, len(tasks), out, max_rejected, max_dropped_images)
+    return total
+
+
+def _inputs(inputs: Sequence[str], options: Options) -> list[str]:
+    """What one worker does at a time: a file, or for pairs a folder of files."""
+    if options.form is not None:
+        return list(inputs)
+    files = expand(inputs)
+    images = [file for file in files if options.layout == "pairs" and is_image_name(file.rpartition(".")[2].lower())]
+    folders = sorted({os.path.dirname(file) for file in images})
+    records = [
+        file
+        for file in files
+        if os.path.dirname(file) not in folders
+        and not os.path.basename(file).startswith(".")
+        and not (options.layout == "pairs" and file.endswith("_stats.json"))
+    ]
+    return [*folders, *records]
+
+
+def _run(tasks: list[tuple[int, str]], out: Path, options: Options, table: Path | None, workers: int) -> Iterator[Converted]:
+    arguments = [(number, path, out, options, table) for number, path in tasks]
+    if workers <= 1 or len(tasks) == 1:
+        yield from map(_convert_input, arguments)
+        return
+    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=multiprocessing.get_context("forkserver")) as pool:
+        try:
+            yield from pool.map(_convert_input, arguments)
+        except BrokenProcessPool:
+            raise ValueError(f"a process that made shards in {out} was killed: use fewer than {workers} --workers") from None
+
+
+def _convert_input(arguments: tuple[int, str, Path, Options, Path | None]) -> Converted:
+    number, path, out, options, table = arguments
+    record_of_work = out / ".prepared" / f"{number:05d}.json"
+    stamp = _stamp(path, options)
+    done = _finished(record_of_work, stamp, out)
+    if done is not None:
+        return done
+    for old in out.glob(f"{number:05d}-*"):
+        old.unlink()
+    store = ImageStore(Path(options.images), table=table) if options.images is not None else None
+    dropped = Counter[str]()
+    context = Context(
+        images=store,
+        text_keys=options.text_keys or (CAPTION_KEYS if options.layout == "pairs" else ("text",)),
+        image_keys=options.image_keys or IMAGE_KEYS,
+        dropped=dropped,
+    )
+    found = Converted()
+    rejected, left_out = Counter[str](), Counter[str]()
+    writer = ShardWriter(out, prefix=f"{number:05d}", lines=options.layout == "text", shard_bytes=options.shard_bytes)
+    try:
+        for sample in _samples(path, options, context, rejected, left_out):
+            writer.add(sample)
+            found.samples += 1
+            found.images += len(sample.images)
+    except DamagedFile as error:
+        found.damaged.append(str(error))
+        rejected["damaged input file"] += 1
+    found.shards = writer.close()
+    found.rejected, found.dropped, found.left_out = dict(rejected), dict(dropped), dict(left_out)
+    record_of_work.parent.mkdir(exist_ok=True)
+    partial = record_of_work.with_suffix(".partial")
+    partial.write_text(json.dumps({"input": path, "stamp": stamp, **asdict(found)}, indent=1))
+    partial.replace(record_of_work)
+    return found
+
+
+def _samples(path: str, options: Options, context: Context, rejected: Counter[str], left_out: Counter[str]) -> Iterator[OutSample]:
+    """The samples of an input; every record that is none is counted."""
+    layout = LAYOUTS[options.layout]
+    for record in _records(path, options):
+        if isinstance(record, BadRecord):
+            rejected[record.reason] += record.count
+            continue
+        try:
+            yield layout(record, context)
+        except BadDocument as reason:
+            rejected[str(reason)] += 1
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+
+
+def _records(path: str, options: Options) -> Iterable[Record | BadRecord]:
+    if options.form is not None and not path.endswith(".parquet"):
+        joined = read_annotations(options.form, path, annotations=options.annotations, split=options.split)
+        return joined if options.layout == "tasks" else map(_as_pair, joined)
+    if os.path.isdir(path):
+        return _folder_pairs(Path(path))
+    records = iterate_records(path, texts=options.texts)
+    if options.form == "scienceqa":
+        return (record if isinstance(record, BadRecord) else scienceqa_record(record) for record in records)
+    return records
+
+
+def _as_pair(record: Record | BadRecord) -> Record | BadRecord:
+    """A task that describes an image, as a pair."""
+    return record if isinstance(record, BadRecord) else {"image": record.get("image"), "caption": record.get("answer")}
+
+
+def _folder_pairs(folder: Path) -> Iterator[Record | BadRecord]:
+    """Pairs of a folder of files: NAME.jpg with NAME.txt, or with the `caption` or `text` of NAME.json."""
+    images = {p for p in folder.iterdir() if p.is_file() and is_image_name(p.suffix.lower().lstrip(".")) and not p.name.startswith(".")}
+    stems = {image.stem for image in images}
+    for image in sorted(images):
+        if image.stat().st_size > MAX_FILE_BYTES:
+            yield BadRecord(f"image file of more than {MAX_FILE_BYTES // 2**20} MiB")
+            continue
+        text, described = image.with_suffix(".txt"), image.with_suffix(".json")
+        fields: Record = {"image": image.read_bytes()}
+        try:
+            if text.is_file():
+                fields["caption"] = text.read_text("utf-8-sig")
+            elif described.is_file():
+                loaded = json.loads(described.read_text("utf-8-sig"))
+                fields = {**{key: loaded.get(key) for key in CAPTION_KEYS}, **fields}
+        except (ValueError, AttributeError, RecursionError):
+            yield BadRecord("text is not UTF-8" if text.is_file() else "malformed JSON")
+            continue
+        yield fields
+    alone = sum(1 for p in folder.iterdir() if p.suffix == ".txt" and p.stem not in stems and not p.name.upper().startswith("README"))
+    if alone:
+        yield BadRecord("no image", alone)
+
+
+def _stamp(path: str, options: Options) -> str:
+    """Changes where an input or an option does."""
+    import fsspec
+
+    facts = [path, json.dumps(asdict(options), sort_keys=True)]
+    for file in filter(None, (path, options.annotations)):
+        system, name = fsspec.core.url_to_fs(file)
+        details = system.info(name)
+        facts.append(str([details.get(key) for key in ("size", "mtime", "ETag", "etag", "LastModified")]))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def _finished(record_of_work: Path, stamp: str, out: Path) -> Converted | None:
+    """What is known of an input that was done before; None where it has to be done."""
+    try:
+        known = json.loads(record_of_work.read_text())
+    except (OSError, ValueError):
+        return None
+    if known.pop("stamp", None) != stamp or not all((out / shard).is_file() for shard in known["shards"]):
+        return None
+    known.pop("input")
+    return Converted(**known)
+
+
+def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dropped_images: float) -> None:
+    rejected = sum(total.rejected.values())
+    again = f"The shards are in {out}; repair the inputs, or allow more with"
+    share = max(rejected / max(1, rejected + total.samples), len(total.damaged) / inputs)
+    if not total.samples or share > max_rejected:
+        raise ValueError(
+            f"{rejected:,} of {rejected + total.samples:,} records ({share:.1%}) are rejected, more than --max-rejected {max_rejected:g}: "
+            f"{_listed(total.rejected) or 'there is none'}{_first(total.damaged)}. {again} --max-rejected"
+        )
+    lost = sum(count for reason, count in total.dropped.items() if reason != "empty entry")
+    if lost > max_dropped_images * (lost + total.images):
+        raise ValueError(
+            f"{lost:,} of {lost + total.images:,} images are missing or bad, more than --max-dropped-images {max_dropped_images:g}: "
+            f"{_listed(total.dropped)}. {again} --max-dropped-images"
+        )
+
+
+def _first(damaged: Sequence[str]) -> str:
+    return "".join(chain(["; "], damaged[:1])) if damaged else ""

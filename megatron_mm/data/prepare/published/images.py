@@ -1,0 +1,194 @@
+"""Where the images of a published data set lie: a folder of files, or of tars such as img2dataset writes. Never the web.
+
+Documents name an image by a path, by a file name alone or by its URL. A path below the folder is looked up by itself; for everything else
+the folder is walked once and a table of names is written (SQLite, so that it takes disk and not memory: about 40 bytes a name). An image
+is found by
+
+    its path, its file name, or its file name without extension
+    the URL in the .json beside it (img2dataset)
+    the SHA-256, SHA-1 or MD5 of its URL, in hexadecimal, as file name
+
+A file name that two files share finds neither: one of them would be the wrong picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
+from megatron_mm.data.sources.shards import iterate_tar, read_range
+from megatron_mm.data.text.items import BadDocument
+
+logger = logging.getLogger(__name__)
+
+_AMBIGUOUS = -1
+
+
+class ImageStore:
+    """Images by what documents call them; any number of processes may have one open."""
+
+    def __init__(self, root: Path, *, table: Path | None) -> None:
+        """
+        Args:
+            table: what `build_table` wrote; None looks up paths alone.
+        """
+        self.root = root
+        self._table = sqlite3.connect(f"file:{table}?mode=ro", uri=True) if table is not None else None
+        self._files: dict[int, str] = {}
+
+    def read(self, name: str) -> bytes:
+        """An encoded image. Raises BadDocument where it is not there, or where two are."""
+        data = self._below(name)
+        if data is None and self._table is not None:
+            data = self._from_table(name)
+        if data is None:
+            raise BadDocument("image not found")
+        return data
+
+    def _below(self, name: str) -> bytes | None:
+        """A file by its path below the root; what leads out of it is not followed."""
+        if "://" in name or "\0" in name:
+            return None
+        path = Path(os.path.normpath(self.root / name))
+        try:
+            if not path.is_relative_to(self.root) or not path.is_file():
+                return None
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise BadDocument(f"image file of more than {MAX_FILE_BYTES // 2**20} MiB")
+            return path.read_bytes()
+        except OSError:  # a name too long for a file, or a file that cannot be read
+            return None
+
+    def _from_table(self, name: str) -> bytes | None:
+        assert self._table is not None
+        for key in _lookups(name):
+            row = self._table.execute("SELECT file, offset, size FROM images WHERE key = ?", (_digest(key),)).fetchone()
+            if row is None:
+                continue
+            file, offset, size = row
+            if file == _AMBIGUOUS:
+                raise BadDocument("several images of that name")
+            if size > MAX_FILE_BYTES:
+                raise BadDocument(f"image file of more than {MAX_FILE_BYTES // 2**20} MiB")
+            return read_range(self.root / self._path(file), offset, size)
+        return None
+
+    def _path(self, file: int) -> str:
+        if file not in self._files:
+            assert self._table is not None
+            (self._files[file],) = self._table.execute("SELECT path FROM files WHERE number = ?", (file,)).fetchone()
+        return self._files[file]
+
+
+def _lookups(name: str) -> Iterator[str]:
+    yield name
+    if "://" in name:
+        data = name.encode("utf-8", "surrogateescape")
+        yield from (hashlib.new(kind, data, usedforsecurity=False).hexdigest() for kind in ("sha256", "sha1", "md5"))
+    else:
+        yield PurePosixPath(name).name
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=12).digest()
+
+
+def build_table(root: Path, table: Path) -> int:
+    """Write the table of a folder's images, unless it is there. Returns how many names it has.
+
+    Raises ValueError where the folder does not exist.
+    """
+    if not root.is_dir():
+        raise ValueError(f"folder of images {root} does not exist")
+    if not table.is_file():
+        table.parent.mkdir(parents=True, exist_ok=True)
+        partial = table.with_name(f"{table.name}.partial")
+        partial.unlink(missing_ok=True)
+        connection = sqlite3.connect(partial)
+        connection.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
+            "CREATE TABLE images (key BLOB PRIMARY KEY, file INT, offset INT, size INT) WITHOUT ROWID;"
+            "CREATE TABLE files (number INT PRIMARY KEY, path TEXT);"
+        )
+        logger.info("%s: looking for images; this happens once", root)
+        for number, path in enumerate(_all_files(root)):
+            _add_file(connection, root, path, number)
+            if number % 10_000 == 9_999:
+                connection.commit()
+                logger.info("%s: %d files", root, number + 1)
+        connection.commit()
+        connection.close()
+        partial.replace(table)
+    with sqlite3.connect(f"file:{table}?mode=ro", uri=True) as connection:
+        (count,) = connection.execute("SELECT count(*) FROM images").fetchone()
+    return int(count)
+
+
+def _all_files(root: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))
+
+
+def _add_file(connection: sqlite3.Connection, root: Path, path: Path, number: int) -> None:
+    ending = path.suffix.lower().lstrip(".")
+    if ending == "tar":
+        for sample in iterate_tar(path, skipped=lambda skipped: logger.warning("%s: %s at byte %d", path, skipped.reason, skipped.offset)):
+            images = [member for extension, member in sample.members.items() if is_image_name(extension)]
+            described = sample.members.get("json")
+            url = _url(described.data) if described is not None and described.size <= MAX_FILE_BYTES and len(images) == 1 else None
+            for image in images:
+                _insert(connection, image.name, url, (number, image.offset, image.size))
+    elif is_image_name(ending):
+        described_by = path.with_suffix(".json")
+        url = _url(described_by.read_bytes()) if described_by.is_file() else None
+        _insert(connection, path.relative_to(root).as_posix(), url, (number, 0, path.stat().st_size))
+    else:
+        return
+    connection.execute("INSERT INTO files VALUES (?, ?)", (number, path.relative_to(root).as_posix()))
+
+
+def _insert(connection: sqlite3.Connection, path: str, url: str | None, place: tuple[int, int, int]) -> None:
+    name = PurePosixPath(path)
+    for key in {path, name.name, name.stem}:
+        connection.execute(
+            "INSERT INTO images VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET file = ?", (_digest(key), *place, _AMBIGUOUS)
+        )
+    if url:  # fetched twice, it is still the same picture
+        connection.execute("INSERT INTO images VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING", (_digest(url), *place))
+
+
+def _url(data: bytes) -> str | None:
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return fields["url"] if isinstance(fields, dict) and isinstance(fields.get("url"), str) else None
+
+
+_MAGIC = (
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tif"),
+    (b"MM\0*", "tif"),
+)
+
+
+def image_extension(data: bytes) -> str:
+    """How a file of this image ends, by its first bytes. Raises BadDocument where it is of no format that is read."""
+    for magic, extension in _MAGIC:
+        if data.startswith(magic):
+            return extension
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
+        return "avif"
+    raise BadDocument("image of a format that is not read" if data else "image is empty")

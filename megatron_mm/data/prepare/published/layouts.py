@@ -1,0 +1,193 @@
+"""How the records of published data sets become samples: one function a layout.
+
+    pairs      {image, caption}: img2dataset's parquet, Hugging Face parquet, JSON lines with a path; folders come as such records
+    obelics    {texts, images}: of texts and URLs, in reading order
+    mmc4       {text_list, image_info: [{image_name, raw_url, matched_text_index}]}: an image stands before the sentence it matches
+    llava      {conversations | messages, image?}: `image` is one path or a list
+    tasks      {task, question, answer, image}: what `annotations` makes of VQA, caption and choice files
+    text       {text}
+
+A sample is a document in the form that `data.text.documents` reads, and the images that it names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_mm.data.prepare.published.images import ImageStore, image_extension
+from megatron_mm.data.prepare.published.records import Record, field_of, text_of
+from megatron_mm.data.text.conversations import conversation_turns, is_conversation
+from megatron_mm.data.text.items import BadDocument
+
+
+class LeftOut(Exception):
+    """A record that is no sample and no loss either, such as an image that img2dataset could not fetch; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What layouts need besides a record."""
+
+    images: ImageStore | None = None
+    text_keys: tuple[str, ...] = ("text",)
+    image_keys: tuple[str, ...] = ()
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Counts images that documents lose."""
+
+
+@dataclass(frozen=True)
+class OutSample:
+    """A sample to write."""
+
+    document: bytes
+    is_json: bool
+    images: tuple[tuple[str, bytes], ...] = ()
+    """Extension ("0.jpg", "jpg") and contents."""
+
+
+Layout = Callable[[Record, Context], OutSample]
+
+CAPTION_KEYS = ("caption", "text", "TEXT", "txt", "top_caption", "alt_text")
+IMAGE_KEYS = ("jpg", "png", "webp", "image", "image_path", "img", "image_bytes", "file_name")
+
+
+def pair(record: Record, context: Context) -> OutSample:
+    """An image and its caption. Raises BadDocument, LeftOut."""
+    image = None
+    for key in context.image_keys:
+        if (image := _image_bytes(field_of(record, key), context)) is not None:
+            break
+    if image is None:
+        status = record.get("status")
+        if isinstance(status, str) and status != "success":
+            raise LeftOut(f"not fetched by img2dataset: {status}")
+        raise BadDocument("no image")
+    caption = text_of(record, context.text_keys)
+    return OutSample(caption.encode("utf-8", "surrogatepass"), is_json=False, images=((image_extension(image), image),))
+
+
+def _image_bytes(value: Any, context: Context) -> bytes | None:
+    """An image that a field holds or names; None where the field is empty. Raises BadDocument."""
+    if isinstance(value, dict):  # Hugging Face's image feature
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, list) and len(value) == 1:
+        return _image_bytes(value[0], context)
+    if isinstance(value, bytes | bytearray):
+        return bytes(value) or None
+    if isinstance(value, str) and value:
+        if context.images is None:
+            raise BadDocument("image is named, and no --images folder is given")
+        return context.images.read(value)
+    return None
+
+
+def obelics(record: Record, context: Context) -> OutSample:
+    """A document of texts and URLs of images; images that are not found are dropped. Raises BadDocument."""
+    texts, images = record.get("texts"), record.get("images")
+    if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
+        raise BadDocument("malformed texts list")
+    entries: list[tuple[str | None, str | None]] = []
+    for text, image in zip(texts, images, strict=True):
+        if not all(value is None or isinstance(value, str) for value in (text, image)) or (text is not None and image is not None):
+            raise BadDocument("malformed texts list")
+        entries.append((text, image))
+    return _interleaved(entries, context)
+
+
+def mmc4(record: Record, context: Context) -> OutSample:
+    """A document of sentences and images that each match one. Raises BadDocument."""
+    texts, infos = record.get("text_list"), record.get("image_info")
+    if not isinstance(texts, list) or not isinstance(infos, list) or not all(isinstance(text, str) for text in texts):
+        raise BadDocument("malformed text_list list")
+    before: list[list[tuple[str | None, str | None]]] = [[] for _ in texts]
+    for info in infos:
+        index = info.get("matched_text_index") if isinstance(info, dict) else None
+        if not isinstance(index, int) or not 0 <= index < len(texts):
+            raise BadDocument("malformed text_list list")
+        before[index].append((None, _mmc4_name(info, context)))
+    return _interleaved([entry for images, text in zip(before, texts, strict=True) for entry in (*images, (text, None))], context)
+
+
+def _mmc4_name(info: Record, context: Context) -> str:
+    """The name under which an image lies here: its file name, or its URL where only that is found."""
+    names = [info[key] for key in ("image_name", "raw_url") if isinstance(info.get(key), str)]
+    if not names:
+        raise BadDocument("malformed text_list list")
+    for name in names[:-1]:
+        if context.images is not None:
+            try:
+                context.images.read(name)
+            except BadDocument:
+                continue
+        return name
+    return names[-1]
+
+
+def _interleaved(entries: Sequence[tuple[str | None, str | None]], context: Context) -> OutSample:
+    items: list[dict[str, str]] = []
+    images: list[tuple[str, bytes]] = []
+    for text, image in entries:
+        if image is not None:
+            try:
+                data = context.images.read(image) if context.images is not None else b""
+                extension = image_extension(data)
+            except BadDocument as reason:
+                context.dropped[str(reason)] += 1
+                continue
+            name = f"{len(images)}.{extension}"
+            images.append((name, data))
+            items.append({"image": name})
+        elif text is not None and text.strip():
+            items.append({"text": text})
+        else:
+            context.dropped["empty entry"] += 1
+    if not any("text" in item for item in items):
+        raise BadDocument("no text")
+    return OutSample(_json({"items": items}), is_json=True, images=tuple(images))
+
+
+def llava(record: Record, context: Context) -> OutSample:
+    """A conversation and the images that it asks about. Raises BadDocument."""
+    if not is_conversation(record):
+        raise BadDocument("JSON has no conversations")
+    named = record.get("images", record.get("image"))
+    values = [] if named is None else named if isinstance(named, list) else [named]
+    images = []
+    for number, value in enumerate(values):
+        data = _image_bytes(value, context)
+        if data is None:
+            raise BadDocument("no image")
+        images.append((f"{number}.{image_extension(data)}", data))
+    fields = {key: record[key] for key in ("conversations", "messages") if isinstance(record.get(key), list)}
+    fields["images"] = [name for name, _ in images]
+    conversation_turns(fields)  # raises here rather than when it is indexed
+    return OutSample(_json(fields), is_json=True, images=tuple(images))
+
+
+def task(record: Record, context: Context) -> OutSample:
+    """A question with its answer. Raises BadDocument."""
+    data = _image_bytes(record.get("image"), context)
+    images = () if data is None else ((f"0.{image_extension(data)}", data),)
+    fields = {key: value for key, value in record.items() if key != "image" and value not in (None, "")}
+    return OutSample(_json({**fields, "images": [name for name, _ in images]}), is_json=True, images=images)
+
+
+def text(record: Record, context: Context) -> OutSample:
+    """A text. Raises BadDocument."""
+    return OutSample(_json({"text": text_of(record, context.text_keys)}), is_json=True)
+
+
+def _json(fields: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadDocument("text is not UTF-8") from None
+    except (TypeError, ValueError):
+        raise BadDocument("record holds what JSON cannot") from None
+
+
+LAYOUTS: dict[str, Layout] = {"pairs": pair, "obelics": obelics, "mmc4": mmc4, "llava": llava, "tasks": task, "text": text}

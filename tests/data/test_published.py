@@ -1,0 +1,373 @@
+"""Public data sets as they are published become shards that `prepare index` reads, and what is lost is counted."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+import zstandard
+from data_files import picture, write_tar
+
+from megatron_mm.data.prepare.index import IndexOptions, prepare_index
+from megatron_mm.data.prepare.published.convert import Converted, Options, convert
+from megatron_mm.data.prepare.published.records import DamagedFile, iterate_records
+from megatron_mm.data.sources.index import SourceIndex, open_index
+from megatron_mm.data.sources.shards import iterate_jsonl, iterate_tar
+
+
+def indexed(out: Path, demo_data: Path) -> SourceIndex:
+    prepare_index(out, tokenizer=demo_data / "tokenizer.model", options=IndexOptions(max_rejected=0))
+    return open_index(out)
+
+
+def documents(out: Path) -> list[dict[str, Any]]:
+    found = []
+    for shard in sorted(out.glob("*.tar")):
+        found += [json.loads(sample.members["json"].data) for sample in iterate_tar(shard)]
+    return found
+
+
+def run(layout: str, inputs: list[Path], out: Path, *, lose: float = 0.0, **options: Any) -> Converted:
+    return convert([str(path) for path in inputs], out, options=Options(layout, **options), max_rejected=lose, max_dropped_images=lose)
+
+
+def write_images(folder: Path, names: list[str]) -> Path:
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture(size=(20 + number, 30)))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------------ pairs
+
+
+def test_img2dataset_tars_are_indexed_as_they_are(tmp_path: Path, demo_data: Path) -> None:
+    """With the parquet and statistics that lie beside them."""
+    source = tmp_path / "train" / "laion"
+    described = json.dumps({"url": "http://x/1.jpg", "caption": "a red circle", "key": "000000001", "status": "success"}).encode()
+    write_tar(source / "00000.tar", {"000000001.jpg": picture(), "000000001.json": described, "000000001.txt": b"a red circle"})
+    pyarrow.parquet.write_table(pyarrow.table({"url": ["http://x/1.jpg"]}), source / "00000.parquet")
+    (source / "00000_stats.json").write_text(json.dumps({"successes": 1}))
+    index = indexed(source, demo_data)
+    assert index.kind == "pairs" and len(index) == 1
+
+
+def test_img2dataset_parquet(tmp_path: Path, demo_data: Path) -> None:
+    rows = {
+        "key": ["0", "1", "2"],
+        "status": ["success", "failed_to_download", "success"],
+        "caption": ["a red circle", "gone", "two squares"],
+        "jpg": [picture(), None, picture(size=(9, 8))],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "00000.parquet")
+    found = run("pairs", [tmp_path / "00000.parquet"], tmp_path / "out")
+    assert (found.samples, found.images, found.left_out) == (2, 2, {"not fetched by img2dataset: failed_to_download": 1})
+    index = indexed(tmp_path / "out", demo_data)
+    assert index.kind == "pairs" and index.image_sizes(slice(0, 2)).widths.tolist() == [20, 9]
+
+
+def test_folders_of_images_and_texts(tmp_path: Path, demo_data: Path) -> None:
+    """img2dataset's `files`, whose names say the shard, and anybody's; names with dots keep them apart."""
+    for folder, names in (("00000", ["000000001", "000000002"]), ("00001", ["000010001"]), ("mine", ["v1.2_a", "v1.2_b"])):
+        write_images(tmp_path / "in" / folder, [f"{name}.jpg" for name in names])
+        for name in names:
+            (tmp_path / "in" / folder / f"{name}.txt").write_text(f"caption of {name}")
+    (tmp_path / "in" / "00000" / "000000002.txt").unlink()
+    (tmp_path / "in" / "00000" / "000000002.json").write_text(json.dumps({"text": None, "caption": "of the json"}))
+    found = run("pairs", [tmp_path / "in"], tmp_path / "out")
+    assert found.samples == 5 and len(found.shards) == 3
+    assert indexed(tmp_path / "out", demo_data).sizes(slice(0, 5)).num_images.tolist() == [1] * 5
+    (tmp_path / "in" / "mine" / "v1.2_c.txt").write_text("without picture")
+    with pytest.raises(ValueError, match=r"1 of 6 records \(16.7%\) are rejected, more than --max-rejected 0: no image: 1"):
+        run("pairs", [tmp_path / "in"], tmp_path / "out")
+
+
+def test_pairs_with_keys_of_their_own(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", ["a/0.jpg", "a/1.jpg"])
+    lines = [{"meta": {"caption": f"picture {n}"}, "where": f"a/{n}.jpg"} for n in range(2)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = run(
+        "pairs", [tmp_path / "pairs.jsonl"], tmp_path / "out", images=str(images), text_keys=("meta.caption",), image_keys=("where",)
+    )
+    assert found.samples == 2
+    rows = pyarrow.table({"image": [{"bytes": picture(), "path": "x"}], "text": ["of Hugging Face"]})
+    pyarrow.parquet.write_table(rows, tmp_path / "hf.parquet")
+    assert run("pairs", [tmp_path / "hf.parquet"], tmp_path / "hf").samples == 1
+
+
+def test_an_image_path_does_not_leave_its_folder(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", ["0.jpg"])
+    write_images(tmp_path, ["secret.jpg"])
+    lines = [{"caption": "x", "image": name} for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "a\0b", "x" * 5000)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=r"image not found: 4"):
+        run("pairs", [tmp_path / "pairs.jsonl"], tmp_path / "out", images=str(images))
+
+
+# ------------------------------------------------------------------------------------------------------------ interleaved
+
+
+def obelics_parquet(path: Path, rows: list[tuple[list[str | None], list[str | None]]]) -> Path:
+    table = {"texts": [texts for texts, _ in rows], "images": [images for _, images in rows], "metadata": ["[]"] * len(rows)}
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    return path
+
+
+def test_obelics_with_images_by_url_and_by_its_hash(tmp_path: Path, demo_data: Path) -> None:
+    """From img2dataset's tars, and from files that are called by the hash of their URL."""
+    urls = [f"https://x.org/{n}.jpg?a=b" for n in range(4)]
+    store = tmp_path / "images"
+    for n in (0, 1):
+        described = json.dumps({"url": urls[n], "key": f"00000000{n}"}).encode()
+        write_tar(store / f"0000{n}.tar", {f"00000000{n}.jpg": picture(size=(10 + n, 9)), f"00000000{n}.json": described})
+    write_images(store / "hashed", [f"{hashlib.sha256(urls[2].encode()).hexdigest()}.jpg"])
+    rows: list[tuple[list[str | None], list[str | None]]] = [
+        (["one", None, "two", None], [None, urls[0], None, urls[2]]),
+        ([None, "three", None, None], [urls[1], None, urls[3], None]),  # one image was not fetched, one entry is nothing
+    ]
+    found = run("obelics", [obelics_parquet(tmp_path / "0.parquet", rows)], tmp_path / "out", images=str(store), lose=0.5)
+    assert (found.samples, found.images, found.rejected) == (2, 3, {})
+    assert found.dropped == {"image not found": 1, "empty entry": 1}
+    assert documents(tmp_path / "out") == [
+        {"items": [{"text": "one"}, {"image": "0.jpg"}, {"text": "two"}, {"image": "1.jpg"}]},
+        {"items": [{"image": "0.jpg"}, {"text": "three"}]},
+    ]
+    index = indexed(tmp_path / "out", demo_data)
+    assert index.kind == "interleaved" and index.image_sizes(slice(0, 2)).widths.tolist() == [10, 20, 11]
+    with pytest.raises(ValueError, match=r"1 of 4 images are missing or bad, more than --max-dropped-images 0: image not found: 1"):
+        run("obelics", [tmp_path / "0.parquet"], tmp_path / "out", images=str(store))
+
+
+def test_mmc4_as_released(tmp_path: Path, demo_data: Path) -> None:
+    images = write_images(tmp_path / "images", ["a1.jpg", "b2.png"])
+    document = {
+        "url": "http://x",
+        "text_list": ["one", "two"],
+        "image_info": [
+            {"image_name": "b2.png", "raw_url": "http://x/b2", "matched_text_index": 1, "matched_sim": 0.3},
+            {"image_name": "gone.jpg", "raw_url": "http://x/gone", "matched_text_index": 0, "matched_sim": 0.2},
+            {"image_name": "a1.jpg", "raw_url": "http://x/a1", "matched_text_index": 0, "matched_sim": 0.2},
+        ],
+        "similarity_matrix": [[0.1, 0.2]],
+    }
+    with zipfile.ZipFile(tmp_path / "docs_shard_0_v2.jsonl.zip", "w") as archive:
+        archive.writestr("docs_shard_0_v2.jsonl", json.dumps(document) + "\n" + "broken\n")
+    found = run("mmc4", [tmp_path / "docs_shard_0_v2.jsonl.zip"], tmp_path / "out", images=str(images), lose=0.5)
+    assert (found.samples, found.rejected, found.dropped) == (1, {"malformed JSON": 1}, {"image not found": 1})
+    assert documents(tmp_path / "out") == [{"items": [{"image": "0.jpg"}, {"text": "one"}, {"image": "1.jpg"}, {"text": "two"}]}]
+    assert len(indexed(tmp_path / "out", demo_data)) == 1
+
+
+def test_one_file_name_in_two_folders_is_no_image(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", ["a/0.jpg", "b/0.jpg"])
+    line = {"text_list": ["x"], "image_info": [{"image_name": "0.jpg", "matched_text_index": 0}]}
+    (tmp_path / "0.jsonl").write_text(json.dumps(line))
+    found = run("mmc4", [tmp_path / "0.jsonl"], tmp_path / "out", images=str(images), lose=1.0)
+    assert found.dropped == {"several images of that name": 1}
+
+
+# ---------------------------------------------------------------------------------------------------- conversations, tasks
+
+
+def test_llava_mix(tmp_path: Path, demo_data: Path) -> None:
+    images = write_images(tmp_path / "images", ["coco/train2017/0.jpg"])
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A circle."}]
+    entries = [
+        {"id": "0", "image": "coco/train2017/0.jpg", "conversations": talk},
+        {"id": "1", "conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "Two."}], "model": ""},
+        {
+            "id": "2",
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "A?"},
+                {"role": "assistant", "content": "B."},
+            ],
+        },
+    ]
+    (tmp_path / "mix.json").write_text(json.dumps([*entries, {"id": "3", "image": "coco/gone.jpg", "conversations": talk}], indent=1))
+    found = run("llava", [tmp_path / "mix.json"], tmp_path / "out", images=str(images), lose=0.5)
+    assert (found.samples, found.images, found.rejected) == (3, 1, {"image not found": 1})
+    index = indexed(tmp_path / "out", demo_data)
+    assert index.kind == "conversations" and index.sizes(slice(0, 3)).num_images.tolist() == [1, 0, 0]
+
+
+def test_vqa_joins_questions_and_answers(tmp_path: Path, demo_data: Path) -> None:
+    images = write_images(tmp_path / "images", [f"COCO_train2014_{7:012d}.jpg"])
+    questions = [{"question_id": n, "image_id": 7, "question": f"How many {n}?"} for n in (70, 71, 72)]
+    answers = [
+        {"question_id": 70, "image_id": 7, "multiple_choice_answer": "two", "answers": [{"answer": "two"}]},
+        {"question_id": 71, "image_id": 7, "answers": [{"answer": "one"}, {"answer": "three"}, {"answer": "three"}]},
+        {"question_id": 99, "image_id": 7, "multiple_choice_answer": "none"},
+    ]
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "train2014", "questions": questions}))
+    (tmp_path / "a.json").write_text(json.dumps({"data_subtype": "train2014", "annotations": answers}))
+    settings = {"images": str(images), "form": "vqav2", "annotations": str(tmp_path / "a.json")}
+    found = run("tasks", [tmp_path / "q.json"], tmp_path / "out", lose=0.5, **settings)
+    assert (found.samples, found.rejected) == (2, {"question without answer": 1, "answer without question": 1})
+    assert [document["answer"] for document in documents(tmp_path / "out")] == ["two", "three"]
+    index = indexed(tmp_path / "out", demo_data)
+    assert index.kind == "tasks" and index.image(0, 0) == index.image(1, 0) == (images / f"COCO_train2014_{7:012d}.jpg").read_bytes()
+    assert (tmp_path / "out" / found.shards[0]).read_bytes().count(index.image(0, 0)) == 1, "both questions share the picture's bytes"
+
+
+@pytest.mark.parametrize(
+    ("form", "content", "image", "answer"),
+    [
+        ("textvqa", {"data": [{"image_id": "7", "question": "q?", "answers": ["a", "b", "b"]}]}, "7.jpg", "b"),
+        ("textcaps", {"data": [{"image_id": "7", "reference_strs": ["a sign"]}]}, "7.jpg", "a sign"),
+        ("gqa", {"1": {"imageId": "7", "question": "q?", "answer": "no"}}, "7.jpg", "no"),
+        ("vizwiz", [{"image": "v.jpg", "question": "q?", "answers": [{"answer": "unanswerable"}]}], "v.jpg", "unanswerable"),
+        ("coco", {"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": [{"image_id": 7, "caption": "a dog"}]}, "7.jpg", "a dog"),
+    ],
+)
+def test_question_and_caption_files(tmp_path: Path, form: str, content: Any, image: str, answer: str) -> None:
+    images = write_images(tmp_path / "images", [image])
+    (tmp_path / "in.json").write_text(json.dumps(content))
+    run("tasks", [tmp_path / "in.json"], tmp_path / "out", images=str(images), form=form)
+    task = {"textcaps": "caption", "coco": "caption", "vizwiz": "vizwiz"}.get(form, "vqa")
+    question = {} if task == "caption" else {"question": "q?"}
+    assert documents(tmp_path / "out") == [{"task": task, **question, "answer": answer, "images": ["0.jpg"]}]
+    with pytest.raises(ValueError, match=f"in.json is not a file of the format {'gqa' if form != 'gqa' else 'coco'}"):
+        run("tasks", [tmp_path / "in.json"], tmp_path / "other", images=str(images), form="gqa" if form != "gqa" else "coco")
+
+
+def test_coco_captions_as_pairs(tmp_path: Path, demo_data: Path) -> None:
+    images = write_images(tmp_path / "images", ["7.jpg"])
+    captions = {
+        "images": [{"id": 7, "file_name": "7.jpg"}],
+        "annotations": [{"image_id": 7, "id": n, "caption": f"a dog {n}"} for n in range(5)],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    run("pairs", [tmp_path / "captions.json"], tmp_path / "out", images=str(images), form="coco")
+    index = indexed(tmp_path / "out", demo_data)
+    assert index.kind == "pairs" and len(index) == 5
+
+
+def test_scienceqa_as_json_and_as_parquet(tmp_path: Path, demo_data: Path) -> None:
+    images = write_images(tmp_path / "images", ["train/1/image.png"])
+    problems = {
+        "1": {"question": "Which?", "choices": ["salt", "iron"], "answer": 1, "hint": "Metals.", "image": "image.png", "split": "train"},
+        "2": {"question": "What?", "choices": ["a", "b"], "answer": 0, "hint": "", "image": None, "split": "train"},
+        "3": {"question": "Not here?", "choices": ["a", "b"], "answer": 0, "hint": "", "image": None, "split": "test"},
+    }
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    run("tasks", [tmp_path / "problems.json"], tmp_path / "out", images=str(images), form="scienceqa", split="train")
+    without, with_image = documents(tmp_path / "out")
+    assert with_image == {
+        **{"task": "scienceqa", "context": "Metals.", "question": "Which?", "choices": ["salt", "iron"], "answer": 1},
+        "images": ["0.jpg"],  # whatever it is called, its bytes are JPEG
+    }
+    assert without["images"] == []
+    rows = [{**entry, "image": {"bytes": picture(), "path": None} if entry["image"] else None} for entry in problems.values()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "0.parquet")
+    assert run("tasks", [tmp_path / "0.parquet"], tmp_path / "rows", form="scienceqa").samples == 3
+    assert indexed(tmp_path / "rows", demo_data).kind == "tasks"
+
+
+# ------------------------------------------------------------------------------------------------------------------- texts
+
+
+def text_files(folder: Path, texts: list[str]) -> list[Path]:
+    """The same texts in every format that is read."""
+    lines = "".join(json.dumps({"text": text, "meta": {"n": 1}}) + "\n" for text in texts).encode()
+    table = pyarrow.table({"text": texts})
+    frames = b"".join(zstandard.compress(line + b"\n") for line in lines.splitlines())  # several frames, as parallel writers leave them
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("a.jsonl", lines)
+    streamed, whole = io.BytesIO(), io.BytesIO()
+    with pyarrow.ipc.new_stream(streamed, table.schema) as stream:
+        stream.write_table(table)
+    with pyarrow.ipc.new_file(whole, table.schema) as file:
+        file.write_table(table)
+    members = gzip.compress(lines.splitlines(keepends=True)[0]) + gzip.compress(b"".join(lines.splitlines(keepends=True)[1:]))
+    contents = {
+        "a.jsonl": lines,
+        "c4-train.00000-of-01024.json.gz": members,
+        "a.jsonl.zst": frames,
+        "a.jsonl.zip": packed.getvalue(),
+        "list.json": json.dumps([{"text": text} for text in texts], indent=1).encode(),
+        "stream.arrow": streamed.getvalue(),
+        "file.arrow": whole.getvalue(),
+        "a.txt": "\n\n".join(texts).encode(),
+    }
+    folder.mkdir()
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=1)
+    return sorted(folder.iterdir())
+
+
+def test_texts_of_every_format_are_the_same(tmp_path: Path, demo_data: Path) -> None:
+    texts = ["a red circle", "ünïcödé", "three"]
+    files = text_files(tmp_path / "in", texts)
+    found = run("text", files, tmp_path / "out", texts="paragraph")
+    assert found.samples == len(texts) * len(files) and found.rejected == {} and len(found.shards) == len(files)
+    for shard in found.shards:
+        assert [json.loads(line.data)["text"] for line in iterate_jsonl(tmp_path / "out" / shard)] == texts
+    index = indexed(tmp_path / "out", demo_data)
+    assert index.kind == "text" and len(index) == found.samples
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.zst", "c4-train.00000-of-01024.json.gz", "a.jsonl.zip", "a.parquet", "stream.arrow", "list.json"]
+)
+def test_a_file_that_is_cut_off_is_no_shorter_file(tmp_path: Path, name: str) -> None:
+    texts = [f"text {n} " + "x" * n for n in range(50)]
+    text_files(tmp_path / "in", texts)
+    path = tmp_path / "in" / name
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DamagedFile):
+        list(iterate_records(str(path)))
+    with pytest.raises(ValueError, match=r"damaged input file: 1; .*\. The shards are in"):
+        run("text", [path], tmp_path / "out", lose=0.5)
+
+
+def test_the_field_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"raw": {"content": "deep"}}) + "\n")
+    with pytest.raises(ValueError, match=r"1 of 1 records \(100.0%\) are rejected.*no text: 1"):
+        run("text", [tmp_path / "a.jsonl"], tmp_path / "out")
+    assert run("text", [tmp_path / "a.jsonl"], tmp_path / "out", text_keys=("raw.content",)).samples == 1
+
+
+def test_inputs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
+    files = []
+    for n in range(3):
+        files.append(tmp_path / f"{n}.jsonl")
+        files[n].write_text(json.dumps({"text": f"text {n}"}) + "\n" + json.dumps({"text": "x" * 200}) + "\n")
+    first = run("text", files, tmp_path / "out", shard_bytes=100)
+    assert len(first.shards) == 3
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.jsonl")}
+    files[1].write_text(json.dumps({"text": "another, that is longer"}))
+    (tmp_path / "out" / "00002-00000.jsonl").unlink()  # as if it had been stopped
+    again = run("text", files, tmp_path / "out", shard_bytes=100)
+    changed = sorted(path.name for path in (tmp_path / "out").glob("*.jsonl") if times.get(path) != path.stat().st_mtime_ns)
+    assert changed == ["00001-00000.jsonl", "00002-00000.jsonl"] and again.samples == 5
+    assert not list((tmp_path / "out").glob(".*.partial"))
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
+    files = text_files(tmp_path / "in", ["one", "two"])
+    for workers in (1, 3):
+        convert([str(f) for f in files], tmp_path / str(workers), options=Options("text", texts="line"), workers=workers)
+    one, three = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("*.jsonl")} for n in ("1", "3"))
+    assert one == three
+
+
+def test_inputs_that_are_nothing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"input .*nowhere.jsonl does not exist"):
+        run("text", [tmp_path / "nowhere.jsonl"], tmp_path / "out")
+    (tmp_path / "a.pdf").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"a.pdf is of no format that is read"):
+        run("text", [tmp_path / "a.pdf"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"folder of images .*none does not exist"):
+        run("mmc4", [tmp_path / "a.pdf"], tmp_path / "out", images=str(tmp_path / "none"))
