@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mm.cli.command import Command, Group, Parser, integer, one_of
 from megatron_mm.cli.prepare_datasets import DATASET_COMMANDS, add_limits
+from megatron_mm.cli.prepare_look import LOOK_COMMANDS
 
 if TYPE_CHECKING:
     from megatron_mm.data.prepare.index import IndexOptions
@@ -120,5 +121,6 @@ PREPARE = Group(
             help="train a SentencePiece tokenizer on the texts of a data set", run=_tokenizer, arguments=_tokenizer_arguments
         ),
         **DATASET_COMMANDS,
+        **LOOK_COMMANDS,
     },
 )

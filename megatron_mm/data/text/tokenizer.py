@@ -110,6 +110,15 @@ class Tokenizer:
             ids[bisect.bisect_right(ends, last_byte)].append(piece.id)
         return ids
 
+    def piece(self, token: int) -> tuple[str, bool]:
+        """A token by itself as a reader sees it, and whether it is a control token, which no text spells."""
+        for name, appended in self._appended.items():
+            if token == appended:
+                return name, True
+        if token >= self.num_pieces or self._pieces.is_control(token):
+            return (self._pieces.id_to_piece(token) if token < self.num_pieces else f"<{token}>"), True
+        return self._pieces.id_to_piece(token).replace("\u2581", " "), False
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are left out."""
         known = self._pieces.get_piece_size()

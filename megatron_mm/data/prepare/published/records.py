@@ -222,10 +222,10 @@ def _text_records(stream: BinaryIO, texts: TextDocuments) -> Iterator[Record | B
         if line.strip():
             paragraph.append(line)
         if paragraph and (texts == "line" or not line.strip()):
-            yield _decoded(b"".join(paragraph))
+            yield _decoded(b"".join(paragraph).strip(b"\r\n"))
             paragraph = []
     if paragraph:
-        yield _decoded(b"".join(paragraph))
+        yield _decoded(b"".join(paragraph).strip(b"\r\n"))
 
 
 def _decoded(data: bytes) -> Record | BadRecord:

@@ -1,0 +1,49 @@
+"""`megatron-mm prepare view` and `prepare report`: look at a data set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_mm.cli.command import Command, Parser, integer
+
+
+def _view_arguments(parser: Parser) -> None:
+    parser.add_argument("path", type=Path, metavar="DATA", help="indexed data set")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: DATA/view.html)")
+    parser.add_argument("--recipe", default="debug_mm1", metavar="NAME", help="how it is packed and images are cut (default: %(default)s)")
+    parser.add_argument("--split", default="train", metavar="NAME", help="split to show (default: %(default)s)")
+    parser.add_argument("--micro-batches", type=integer, default=4, metavar="N", help="how many to show (default: %(default)s)")
+
+
+def _view(given: argparse.Namespace) -> None:
+    from megatron_mm.families.recipes import get_recipe
+    from megatron_mm.run.view import with_sources_of, write_view
+
+    experiment = with_sources_of(get_recipe(given.recipe), given.path, split=given.split)
+    out = given.out or given.path / "view.html"
+    tokens = write_view(experiment, out, recipe=given.recipe, split=given.split, micro_batches=given.micro_batches)
+    print(f"{out}: {tokens:,} tokens, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _report_arguments(parser: Parser) -> None:
+    parser.add_argument("path", type=Path, metavar="DATA", help="indexed data set, split or source")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the statistics as JSON, too")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them, as .png, .pdf or .svg")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from megatron_mm.data.prepare.report import draw_report, report
+
+    found = report(given.path)
+    print(found)
+    if given.json is not None:
+        given.json.write_text(found.to_json())
+    if given.picture is not None:
+        draw_report(found, given.picture)
+
+
+LOOK_COMMANDS = {
+    "view": Command(help="write a page of packed sequences as a model sees them", run=_view, arguments=_view_arguments),
+    "report": Command(help="statistics of an indexed data set", run=_report, arguments=_report_arguments),
+}

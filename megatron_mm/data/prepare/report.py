@@ -1,0 +1,186 @@
+"""`prepare report`: what a data set holds, from its indexes alone.
+
+Counts and distributions of documents are of every sample. Those of image sizes are of evenly spread blocks, of a million samples a source
+at most, since they need the larger table of the index.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_mm.data.prepare.find import find_sources
+from megatron_mm.data.sources.index import SourceIndex, open_index
+from megatron_mm.data.sources.index_files import META
+
+_BLOCK = 1 << 20
+"""Samples that are looked at together."""
+_IMAGE_SAMPLES, _IMAGE_BLOCKS = 1_000_000, 64
+_SHARES = (0, 5, 25, 50, 75, 95, 100)
+_BINS = 10.0 ** np.linspace(0, 7, 141)
+"""Edges of the histogram of tokens: 20 a decade."""
+
+
+@dataclass
+class SourceReport:
+    """What a source holds."""
+
+    kind: str
+    samples: int
+    images: int
+    text_tokens: int
+    bytes: int
+    """Of its shards."""
+    shards: int
+    chat_template: str | None
+    rejected: dict[str, int]
+    dropped: dict[str, int]
+    skipped: dict[str, int]
+    text_tokens_of_a_sample: dict[str, float] = field(default_factory=dict)
+    """Percentiles, by name ("50%")."""
+    images_of_a_sample: dict[str, int] = field(default_factory=dict)
+    """Samples by their number of images; "10+" for the rest."""
+    image_width: dict[str, float] = field(default_factory=dict)
+    image_height: dict[str, float] = field(default_factory=dict)
+    token_histogram: list[int] = field(default_factory=list)
+    """Samples by text tokens, between the edges `token_edges` of the report."""
+
+
+@dataclass
+class DataReport:
+    """What a data set holds, by split and source."""
+
+    path: str
+    sources: dict[str, SourceReport]
+    token_edges: list[float]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def __str__(self) -> str:
+        lines = [f"{'source':28} {'kind':13} {'samples':>13} {'images':>13} {'text tokens':>15} {'GB':>9} {'rejected':>9}"]
+        for name, source in self.sources.items():
+            rejected = sum(source.rejected.values())
+            share = rejected / max(1, rejected + source.samples)
+            lines.append(
+                f"{name:28} {source.kind:13} {source.samples:13,} {source.images:13,} {source.text_tokens:15,} "
+                f"{source.bytes / 1e9:9.2f} {share:9.2%}"
+            )
+        for name, source in self.sources.items():
+            lines += ["", f"{name}: {source.shards:,} shards" + (f", chat template {source.chat_template}" if source.chat_template else "")]
+            lines.append(f"  text tokens of a sample  {_percentiles_line(source.text_tokens_of_a_sample)}")
+            lines.append(f"  images of a sample       {'  '.join(f'{k}: {v:,}' for k, v in source.images_of_a_sample.items())}")
+            if source.image_width:
+                lines.append(f"  image width, pixels      {_percentiles_line(source.image_width)}")
+                lines.append(f"  image height, pixels     {_percentiles_line(source.image_height)}")
+            for what, counts in (
+                ("rejected", source.rejected),
+                ("dropped from samples", source.dropped),
+                ("files skipped", source.skipped),
+            ):
+                if counts:
+                    lines.append(f"  {what:24} {', '.join(f'{reason}: {count:,}' for reason, count in counts.items())}")
+        return "\n".join(lines)
+
+
+def _percentiles_line(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:,.0f}" for name, value in values.items())
+
+
+def report(path: Path) -> DataReport:
+    """The statistics of every indexed source under a path. Raises ValueError where one has no index."""
+    sources = {}
+    for source in find_sources(path):
+        index = open_index(source, check=False)
+        meta = json.loads((source / "index" / META).read_text())
+        sources[f"{source.parent.name}/{source.name}"] = _source_report(index, meta)
+    return DataReport(str(path), sources, token_edges=[float(edge) for edge in _BINS])
+
+
+def _source_report(index: SourceIndex, meta: dict[str, Any]) -> SourceReport:
+    histogram, images = np.zeros(len(_BINS) - 1, dtype=np.int64), np.zeros(11, dtype=np.int64)
+    tokens = num_images = 0
+    least, most = np.iinfo(np.int64).max, 0
+    for begin in range(0, len(index), _BLOCK):
+        sizes = index.sizes(slice(begin, min(begin + _BLOCK, len(index))))
+        tokens += int(sizes.text_tokens.sum())
+        num_images += int(sizes.num_images.sum())
+        histogram += np.histogram(sizes.text_tokens.clip(1, _BINS[-1]), bins=_BINS)[0]
+        images += np.bincount(sizes.num_images.clip(0, 10), minlength=11)
+        least, most = min(least, int(sizes.text_tokens.min())), max(most, int(sizes.text_tokens.max()))
+    widths, heights = _image_sizes(index)
+    return SourceReport(
+        kind=index.kind,
+        samples=len(index),
+        images=num_images,
+        text_tokens=tokens,
+        bytes=sum(meta["shards"].values()),
+        shards=len(meta["shards"]),
+        chat_template=index.chat_template,
+        rejected=dict(meta["rejected"]),
+        dropped=dict(meta.get("dropped", {})),
+        skipped=dict(meta.get("skipped", {})),
+        text_tokens_of_a_sample=_percentiles_of(histogram, least, most),
+        images_of_a_sample={f"{n}{'+' if n == 10 else ''}": int(count) for n, count in enumerate(images) if count},
+        image_width=_percentiles(widths),
+        image_height=_percentiles(heights),
+        token_histogram=[int(count) for count in histogram],
+    )
+
+
+def _image_sizes(index: SourceIndex) -> tuple[np.ndarray, np.ndarray]:
+    """Widths and heights of images of evenly spread blocks of samples."""
+    block = max(1, min(len(index), _IMAGE_SAMPLES) // _IMAGE_BLOCKS)
+    starts = np.unique(np.linspace(0, max(0, len(index) - block), _IMAGE_BLOCKS if len(index) > _IMAGE_BLOCKS else 1).astype(int))
+    if len(index) <= _IMAGE_SAMPLES:
+        starts, block = np.array([0]), len(index)
+    found = [index.image_sizes(slice(int(start), int(start) + block)) for start in starts]
+    return np.concatenate([sizes.widths for sizes in found]), np.concatenate([sizes.heights for sizes in found])
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float]:
+    return {f"{share}%": float(np.percentile(values, share)) for share in _SHARES} if len(values) else {}
+
+
+def _percentiles_of(histogram: np.ndarray, least: int, most: int) -> dict[str, float]:
+    """Percentiles of a histogram over `_BINS`: the upper edge of the bin, at most 12% too large."""
+    total = np.cumsum(histogram)
+    if not len(total) or not total[-1]:
+        return {}
+    places = {f"{share}%": int(np.searchsorted(total, share / 100 * total[-1])) for share in _SHARES}
+    found = {name: float(np.floor(_BINS[min(place + 1, len(_BINS) - 1)])) for name, place in places.items()}
+    return {**{name: min(max(value, least), most) for name, value in found.items()}, "0%": least, "100%": most}
+
+
+def draw_report(found: DataReport, out: Path) -> None:
+    """A picture of the report: text tokens of samples, images of samples, and what was rejected."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (tokens, images, losses) = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    edges = np.array(found.token_edges)
+    for name, source in found.sources.items():
+        counts = np.array(source.token_histogram)
+        line = "-" if name.startswith("train") else "--"
+        used = slice(max(0, int(np.argmax(counts > 0)) - 1), len(counts) - int(np.argmax(counts[::-1] > 0)) + 1)
+        tokens.plot(edges[1:][used], (np.cumsum(counts) / max(1, counts.sum()))[used], line, drawstyle="steps-post", label=name)
+        numbers = list(source.images_of_a_sample)
+        shares = [count / max(1, source.samples) for count in source.images_of_a_sample.values()]
+        images.plot([int(n.rstrip("+")) for n in numbers], shares, line, marker="o", label=name)
+    tokens.set(xscale="log", xlabel="text tokens", ylabel="share of samples with so many or fewer", ylim=(0, 1.02))
+    images.set(xlabel="images of a sample (10: 10 or more)", ylabel="share of samples", ylim=(0, 1.02))
+    names = list(found.sources)
+    shares = [100 * sum(s.rejected.values()) / max(1, sum(s.rejected.values()) + s.samples) for s in found.sources.values()]
+    losses.barh(names, shares)
+    losses.set(xlabel="samples rejected, %", xlim=(0, max(1.0, 1.1 * max(shares))))
+    tokens.legend(fontsize=8)
+    figure.suptitle(found.path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)

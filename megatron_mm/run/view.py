@@ -1,0 +1,76 @@
+"""`prepare view`: the first batches of a run, as an HTML page, through the plan and the loader that training has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_mm.config import Experiment
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.sources.index import open_index
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.reporting.sequence_page import PageNotes, sequence_page
+from megatron_mm.run.data import TrainingData, image_input, open_tokenizer
+
+_ALONE = Topology(
+    device=torch.device("cpu"),
+    rank=0,
+    world_size=1,
+    tensor_rank=0,
+    tensor_size=1,
+    pipeline_rank=0,
+    pipeline_size=1,
+    virtual_size=1,
+    data_rank=0,
+    data_size=1,
+)
+
+
+def write_view(experiment: Experiment, out: Path, *, recipe: str, split: str, micro_batches: int) -> int:
+    """Write the page of the first micro-batches of a split. Returns how many tokens are on it.
+
+    Raises ValueError where the data set or its index is missing, or a sample cannot be read.
+
+    Args:
+        experiment: how documents are packed and images cut; its `data.path` is looked at.
+        recipe: its name, for the title.
+    """
+    data = TrainingData(experiment, _ALONE, tokenizer := open_tokenizer(experiment), split=split)
+    shown: list[PackedBatch] = []
+    bad = Counter[str]()
+    try:
+        while len(shown) < micro_batches:
+            step = next(data)
+            bad.update(step.bad)
+            shown += step.micro_batches[: micro_batches - len(shown)]
+    finally:
+        data.close()
+    notes = PageNotes(
+        title=f"{experiment.data.path} as {recipe} sees it ({split})",
+        sources=experiment.data.sources,
+        image_tokens=image_input(experiment).tokens,
+        bad=dict(bad),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(sequence_page(shown, tokenizer, notes), encoding="utf-8")
+    return sum(batch.num_tokens for batch in shown)
+
+
+def with_sources_of(experiment: Experiment, path: Path, *, split: str) -> Experiment:
+    """The experiment on a data set: where the recipe's sources are not those of the data, all of the data's in equal shares.
+
+    Raises ValueError where the split has no indexed source.
+    """
+    folder = path / split
+    present = sorted(p.name for p in folder.iterdir() if (p / "index").is_dir()) if folder.is_dir() else []
+    if not present:
+        raise ValueError(f"{folder} has no indexed source: run `megatron-mm prepare index {path}` first")
+    for name in present:
+        open_index(folder / name, check=False)  # says what to do where the index is of another version
+    mixture = experiment.data.mixture
+    if not set(mixture) <= set(present):
+        mixture = {name: 1 / len(present) for name in present}
+    return replace(experiment, data=replace(experiment.data, path=path, mixture=mixture))
