@@ -14,6 +14,7 @@ import pytest
 from data_files import picture, write_tar
 from PIL import Image
 
+from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.load.decode import PillowDecoder, is_plain
 from megatron_mm.data.prepare.find import check_files, find_sources, shards_of
 from megatron_mm.data.prepare.index import IndexOptions, prepare_index
@@ -91,7 +92,7 @@ def test_lines_that_name_images_are_no_texts(tmp_path: Path, tokenizer: Path) ->
 def test_what_preparation_accepts_decoding_accepts(form: str) -> None:
     data = picture(form=form)
     assert check_image(data) == (20, 30)
-    decoder = PillowDecoder(image_size=8, threads=1, fill=(0, 0, 0))
+    decoder = PillowDecoder(ImageTransform(8, fill=(0, 0, 0)), threads=1)
     assert decoder.decode([data]).ok.all()
     decoder.close()
 
@@ -118,7 +119,7 @@ def test_no_program_runs_for_a_picture(fake_gs: Path) -> None:
     fake_gs.unlink()
     with pytest.raises(BadDocument, match="image does not decode"):
         check_image(buffer.getvalue())
-    decoder = PillowDecoder(image_size=8, threads=1, fill=(0, 0, 0))
+    decoder = PillowDecoder(ImageTransform(8, fill=(0, 0, 0)), threads=1)
     assert not decoder.decode([buffer.getvalue()]).ok.any() and not is_plain(buffer.getvalue())
     decoder.close()
     assert not fake_gs.exists()
