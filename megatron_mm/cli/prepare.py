@@ -53,7 +53,7 @@ def _index_arguments(parser: Parser) -> None:
         **one_of(("first", "last")),
     )
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="names of files to leave alone; may be repeated")
-    parser.add_argument("--index-dir", type=Path, metavar="DIR", help="write indexes here, for data that is read-only: train with --data.path DIR")
+    parser.add_argument("--index-dir", type=Path, metavar="DIR", help="write indexes here, for read-only data: train with --data.path DIR")
     add_limits(parser)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import stat
 import tarfile
 from collections import Counter
@@ -332,6 +333,18 @@ def test_a_huge_member_that_is_no_data_is_not_read(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("megatron_mm.data.sources.shards.read_range", lambda path, offset, size: read.append(size) or b"")
     (sample,) = iterate_tar(shard)
     assert sample.members["txt"].data == b"" and read == [6]
+
+
+def test_a_read_only_data_directory_is_indexed_elsewhere(tmp_path: Path, tokenizer: Path) -> None:
+    data = tmp_path / "data"
+    write_tar(data / "train" / "pairs" / "0.tar", pairs(range(3)))
+    prepare_index(data, tokenizer=tokenizer, options=IndexOptions(index_dir=tmp_path / "indexes"))
+    assert not (data / "train" / "pairs" / "index").exists()
+    index = open_index(tmp_path / "indexes" / "train" / "pairs")
+    assert index.document(2) == b"circle 2" and (tmp_path / "indexes" / "tokenizer.model").is_file()
+    shutil.rmtree(data)
+    with pytest.raises(ValueError, match=r"0.tar is missing"):
+        open_index(tmp_path / "indexes" / "train" / "pairs")
 
 
 def test_a_tar_that_ends_early_is_told_from_one_that_is_damaged(tmp_path: Path) -> None:

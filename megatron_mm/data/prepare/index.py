@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,8 @@ class IndexOptions:
     """Patterns of names of files that are left alone though they look like data."""
     verify: Verify = "full"
     """How much of each image is decoded."""
+    index_dir: Path | None = None
+    """Where indexes are written, as INDEX_DIR/SPLIT/SOURCE; None writes each into its source's folder."""
 
 
 @dataclass
@@ -127,7 +130,8 @@ def prepare_index(
         check_files(source, found, ignore=options.ignore)
         reading = _reading(found, model, options)
         kinds.add(reading.kind)
-        job = _SourceJob(source, found, model, fingerprint, reading, options)
+        home = source if options.index_dir is None else options.index_dir / source.resolve().parent.name / source.name
+        job = _SourceJob(source, home, found, model, fingerprint, reading, options)
         if not merge_only:
             _read_shards(job, found if shards is None else [found[n] for n in choose_shards(shards, len(found))], workers=workers)
         summaries[f"{source.parent.name}/{source.name}"] = _merge(job) if shards is None else _read_so_far(job)
@@ -153,6 +157,8 @@ class _SourceJob:
     """A source to index."""
 
     source: Path
+    home: Path
+    """The folder of its index."""
     shards: Sequence[Path]
     model: Path
     fingerprint: str
@@ -163,12 +169,16 @@ class _SourceJob:
     def recipe(self) -> str:
         return recipe_of(self.reading, tokenizer=self.fingerprint)
 
+    def rows(self, shard: Path) -> Path:
+        """A shard's row file."""
+        return row_file_of(self.home, shard.relative_to(self.source).as_posix())
+
     def headers(self, shards: Sequence[Path]) -> Iterator[RowHeader | None]:
         """Of these shards' row files, as far as they may be used again; looked at many at a time, as a shared file system answers late."""
         with ThreadPoolExecutor(SHARDS_CHECKED_AT_ONCE) as threads:
             for first in range(0, len(shards), 4096):
                 part = shards[first : first + 4096]
-                yield from threads.map(lambda shard: current_header(row_file_of(self.source, shard), shard, recipe=self.recipe), part)
+                yield from threads.map(lambda shard: current_header(self.rows(shard), shard, recipe=self.recipe), part)
 
 
 def _read_shards(job: _SourceJob, shards: Sequence[Path], *, workers: int) -> None:
@@ -177,7 +187,7 @@ def _read_shards(job: _SourceJob, shards: Sequence[Path], *, workers: int) -> No
     if len(missing) < len(shards):
         logger.info("%s: %d of %d shards are unchanged since they were read", job.source, len(shards) - len(missing), len(shards))
     progress = Progress(len(missing), of=str(job.source))
-    jobs = [ShardJob(job.source, shard, job.model, job.reading, job.recipe) for shard in missing]
+    jobs = [ShardJob(job.source, shard, job.rows(shard), job.model, job.reading, job.recipe) for shard in missing]
     for _, header in run_jobs(jobs, workers=workers):
         for line in header.losses["named"]:
             logger.warning(line)
@@ -228,7 +238,7 @@ def _merge(job: _SourceJob) -> SourceSummary:
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         first_item = 0
         for number, (shard, header) in enumerate(zip(job.shards, headers, strict=True)):
-            samples, items = read_rows(row_file_of(source, shard), header)
+            samples, items = read_rows(job.rows(shard), header)
             samples = samples.copy()
             samples["shard"] = number
             samples["first_item"] += first_item
@@ -236,7 +246,11 @@ def _merge(job: _SourceJob) -> SourceSummary:
             yield samples, items
 
     num_items = sum(header.items for header in headers)
-    write_index(source, meta=meta, num_samples=summary.samples, num_items=num_items, parts=parts())
+    if job.options.index_dir is not None:
+        meta["root"] = str(source.resolve())
+        job.home.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(job.model, job.options.index_dir / "tokenizer.model")
+    write_index(job.home, meta=meta, num_samples=summary.samples, num_items=num_items, parts=parts())
     return summary
 
 

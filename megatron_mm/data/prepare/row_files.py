@@ -1,6 +1,6 @@
 """Row files: what `prepare index` found in one shard, kept beside the index so that no shard is read twice.
 
-    <source>/index/shards/<shard>.rows      a line of JSON (`RowHeader`), then the shard's SAMPLE rows, then its ITEM rows
+    <home>/index/shards/<shard>.rows        a line of JSON (`RowHeader`), then the shard's SAMPLE rows, then its ITEM rows
 
 A row file is written aside and renamed: it is whole or absent, whenever the process is killed. It is used again as long as the shard is the
 same (size and time of modification, or size and a digest of parts of it) and would be read in the same way (kind, tokenizer, chat template,
@@ -58,9 +58,14 @@ def recipe_of(reading: Reading, *, tokenizer: str) -> str:
     return hashlib.sha256(f"{READER_VERSION} {tokenizer} {reading!r}".encode()).hexdigest()[:16]
 
 
-def row_file_of(source: Path, shard: Path) -> Path:
-    """Where a shard's rows are kept."""
-    return source / "index" / "shards" / f"{shard.relative_to(source).as_posix()}.rows"
+def row_file_of(home: Path, shard: str) -> Path:
+    """Where a shard's rows are kept.
+
+    Args:
+        home: the folder of the source's index, which is the source's own unless that is read-only.
+        shard: its name in the source.
+    """
+    return home / "index" / "shards" / f"{shard}.rows"
 
 
 def write_row_file(path: Path, shard: Path, rows: ShardRows, *, recipe: str) -> RowHeader:

@@ -22,7 +22,7 @@ from functools import cache
 from multiprocessing import connection
 from pathlib import Path
 
-from megatron_mm.data.prepare.row_files import RowHeader, row_file_of, write_row_file
+from megatron_mm.data.prepare.row_files import RowHeader, write_row_file
 from megatron_mm.data.prepare.samples import Reading, read_shard
 from megatron_mm.data.text.tokenizer import Tokenizer
 
@@ -37,6 +37,8 @@ class ShardJob:
 
     source: Path
     shard: Path
+    rows: Path
+    """Its row file."""
     tokenizer: Path
     reading: Reading
     recipe: str
@@ -72,7 +74,7 @@ def run_jobs(jobs: Sequence[ShardJob], *, workers: int) -> Iterator[tuple[ShardJ
 
 def _read(job: ShardJob) -> RowHeader:
     rows = read_shard(job.shard, number=0, reading=job.reading, tokenizer=_tokenizer(job.tokenizer))
-    return write_row_file(row_file_of(job.source, job.shard), job.shard, rows, recipe=job.recipe)
+    return write_row_file(job.rows, job.shard, rows, recipe=job.recipe)
 
 
 @cache

@@ -42,7 +42,7 @@ class SourceIndex:
     """Folder name of the source."""
     kind: Kind
     root: Path
-    """The source's folder; shard names are relative to it."""
+    """The folder of its shards, which is that of the index unless `prepare index --index-dir` wrote it; shard names are relative to it."""
     shards: tuple[str, ...]
     tokenizer: str
     """Fingerprint of the tokenizer that counted the tokens."""
@@ -145,13 +145,14 @@ def open_index(source: Path, *, check: bool = True) -> SourceIndex:
     for shard in meta["shards"]:
         if os.path.isabs(shard) or ".." in Path(shard).parts:
             raise ValueError(f"{meta_path} names the shard {shard!r}, which is outside of {source}: {again} again")
+    root = Path(meta.get("root", source))
     if check:
-        _check_shards(source, meta)
+        _check_shards(root, meta)
     arrays = map_arrays(source / "index", meta, check=check)
     return SourceIndex(
         name=source.name,
         kind=meta["kind"],
-        root=source,
+        root=root,
         shards=tuple(meta["shards"]),
         tokenizer=meta["tokenizer"],
         rejected=meta["rejected"],
