@@ -171,7 +171,7 @@ class _SourceJob:
 
     def rows(self, shard: Path) -> Path:
         """A shard's row file."""
-        return row_file_of(self.home, shard.relative_to(self.source).as_posix())
+        return row_file_of(self.source, shard, home=self.home)
 
     def headers(self, shards: Sequence[Path]) -> Iterator[RowHeader | None]:
         """Of these shards' row files, as far as they may be used again; looked at many at a time, as a shared file system answers late."""

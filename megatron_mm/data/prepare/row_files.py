@@ -58,14 +58,13 @@ def recipe_of(reading: Reading, *, tokenizer: str) -> str:
     return hashlib.sha256(f"{READER_VERSION} {tokenizer} {reading!r}".encode()).hexdigest()[:16]
 
 
-def row_file_of(home: Path, shard: str) -> Path:
+def row_file_of(source: Path, shard: Path, *, home: Path | None = None) -> Path:
     """Where a shard's rows are kept.
 
     Args:
         home: the folder of the source's index, which is the source's own unless that is read-only.
-        shard: its name in the source.
     """
-    return home / "index" / "shards" / f"{shard}.rows"
+    return (home or source) / "index" / "shards" / f"{shard.relative_to(source).as_posix()}.rows"
 
 
 def write_row_file(path: Path, shard: Path, rows: ShardRows, *, recipe: str) -> RowHeader:
