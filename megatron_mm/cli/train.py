@@ -22,6 +22,7 @@ def _arguments(parser: Parser) -> None:
         action="store_true",
         help="print the resolved configuration, the parameters of every pipeline stage and the first steps' plan, and stop",
     )
+    parser.add_argument("--force", action="store_true", help="train even where the planner says that the layout cannot fit the GPUs")
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -35,7 +36,7 @@ def _run(given: argparse.Namespace) -> None:
         raise ValueError("no run directory given: add --run-dir DIR")
     from megatron_mm.run.start import start
 
-    start(given.experiment, given.run_dir)
+    start(given.experiment, given.run_dir, force=given.force)
 
 
 TRAIN = Command(help="train a recipe, or resume a run", run=_run, arguments=_arguments, experiment=recipe_of, notes=list_recipes)

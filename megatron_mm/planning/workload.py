@@ -47,7 +47,7 @@ class Workload:
 
 
 class Workloads:
-    """The first global batch of an experiment, dealt to any data-parallel size in micro-batches of any size, as `data.plan.balance` deals."""
+    """The first global batch of an experiment, dealt to any data-parallel size in micro-batches of any size as `data.plan.balance` does."""
 
     def __init__(self, experiment: Experiment, *, plan: Plan | None = None, images: int | None = None) -> None:
         """

@@ -63,6 +63,11 @@ class Monitor:
         self._wandb.log({"train/step": step, **losses})
         logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
 
+    def log_values(self, step: int, values: dict[str, float]) -> None:
+        """Log numbers of a step in W&B alone."""
+        if self.is_main:
+            self._wandb.log({"train/step": step, **values})
+
     def log_captions(self, step: int, samples: list[CaptionSample]) -> None:
         """Log a table of images with true and generated captions."""
         if not self.is_main or not samples:

@@ -24,6 +24,7 @@ from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.run.data import HELD_OUT, TRAINING, TrainingData, as_indexed, held_out_batches, image_input, make_plan, open_tokenizer
 from megatron_mm.run.hooks import standard_hooks
+from megatron_mm.run.planned import check_fits, gpu_here
 from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import (
     Checkpointer,
@@ -44,13 +45,19 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 
 
-def start(experiment: Experiment, run_dir: Path) -> TrainState:
+def start(experiment: Experiment, run_dir: Path, *, force: bool = False) -> TrainState:
     """Train an experiment; returns where the run stands at the end.
+
+    Args:
+        force: train even where the planner says that the layout cannot fit the GPU's memory.
 
     Raises ValueError, before processes meet, where layout, batch, data or an earlier run in run_dir does not fit.
     """
     checked = check(experiment, run_dir)
     experiment = checked.experiment
+    gpu = gpu_here()
+    if gpu is not None and not force:
+        check_fits(experiment, world_size=topologies.world_size(), gpu=gpu, plan=checked.plan)
     if int(os.environ.get("RANK", "0")) == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         _warn_of_changes(experiment, run_dir / CONFIG_FILE)
@@ -98,7 +105,7 @@ def assemble(checked: Checked, run_dir: Path) -> Trainer:
         data=data,
         checkpointer=checkpointer,
         state=state,
-        hooks=partial(standard_hooks, heldout=heldout),
+        hooks=partial(standard_hooks, heldout=heldout, plan=checked.plan),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from distributed import run_processes
 
 from megatron_mm.config import Experiment
 from megatron_mm.families.recipes import RECIPES, get_recipe
@@ -15,7 +16,6 @@ from megatron_mm.planning.hardware import GPUS
 from megatron_mm.planning.recipe_job import plan_recipe
 from megatron_mm.planning.step import StepModel
 from megatron_mm.planning.tracing.trace import Trace, real_rank, trace_rank, trace_ranks
-from tests.distributed import run_processes
 
 MEMORY_TOLERANCE = 0.02
 """Of allocated bytes: a real run keeps what gloo's threads have not let go of."""

@@ -15,8 +15,8 @@ from megatron.core import parallel_state
 from megatron_mm.config import Experiment
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.platform import cpu
 from megatron_mm.planning.tracing.recorder import Recorder
+from megatron_mm.platform import cpu
 
 META = torch.device("meta")
 

@@ -1,0 +1,97 @@
+"""What the planner said of a run beside what the run does: refuse what cannot fit, and log predicted next to measured.
+
+Only where the planner knows the GPU: a run on a CPU has no prediction.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+
+import torch
+
+from megatron_mm.config import Experiment
+from megatron_mm.data.plan.plan import Plan
+from megatron_mm.planning.hardware import GIGA, Gpu, gpu_named
+from megatron_mm.planning.memory import fits
+from megatron_mm.planning.recipe_job import plan_recipe
+from megatron_mm.planning.report import ERROR_BAND
+from megatron_mm.planning.step import Prediction, StepModel
+from megatron_mm.planning.workload import Workloads
+from megatron_mm.platform.device import local_device
+from megatron_mm.reporting.monitor import Monitor
+from megatron_mm.training.metrics import MetricsFile
+from megatron_mm.training.trainer import Hook, StepRecord, Trainer
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 20
+"""Steps whose median is compared with the prediction; the first ones, which warm up, are left out."""
+
+
+def gpu_here() -> Gpu | None:
+    """This process's GPU as the planner knows it; None on a CPU or another kind."""
+    device = local_device()
+    return gpu_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def predict(experiment: Experiment, *, world_size: int, gpu: Gpu, plan: Plan | None = None) -> Prediction:
+    """The step of an experiment on so many GPUs, on its data's own plan where that is given."""
+    work = Workloads(experiment, plan=plan).of(data_size=experiment.parallel.data_parallel_size(world_size))
+    return StepModel(plan_recipe(experiment, gpu, world_size, work=work).job).predict()
+
+
+def check_fits(experiment: Experiment, *, world_size: int, gpu: Gpu, plan: Plan | None = None) -> None:
+    """Raise ValueError where the planner says that the layout cannot fit."""
+    prediction = predict(experiment, world_size=world_size, gpu=gpu, plan=plan)
+    if not fits(prediction.peak_bytes, gpu):
+        rank = max(range(len(prediction.memory)), key=lambda rank: prediction.memory[rank].total)
+        needed = prediction.peak_bytes / GIGA
+        raise ValueError(
+            f"a process of pipeline rank {rank} would need {needed:.1f} GB of the {gpu.memory_gb:.0f} GB of a {gpu.name}: "
+            f"`megatron-mm plan {experiment.recipe} --num-gpus {world_size} --search` finds a layout that fits; --force trains all the same"
+        )
+
+
+class PlanRatio(Hook):
+    """`plan.jsonl` and `plan/...` in W&B: predicted step time and memory, and measured / predicted."""
+
+    def __init__(self, trainer: Trainer, monitor: Monitor, *, gpu: Gpu | None, plan: Plan | None = None) -> None:
+        """
+        Args:
+            gpu: of this run; None has no prediction.
+            plan: of the training data.
+        """
+        super().__init__(trainer)
+        self.monitor = monitor
+        self.seconds: list[float] = []
+        self.warned = False
+        self.prediction: Prediction | None = None
+        if gpu is not None and trainer.topology.is_main:
+            self.prediction = predict(trainer.experiment, world_size=trainer.topology.world_size, gpu=gpu, plan=plan)
+            self.file = MetricsFile(trainer.run_dir / "plan.jsonl", resume_step=trainer.state.step)
+        self.band = ERROR_BAND["dense" if trainer.experiment.model.decoder.moe is None else "moe"]
+
+    def after_step(self, record: StepRecord) -> None:
+        if self.prediction is None:
+            return
+        self.seconds = [*self.seconds[-(WINDOW - 1) :], record.seconds]
+        ratio = statistics.median(self.seconds) / self.prediction.seconds
+        values = {"plan/seconds": self.prediction.seconds, "plan/ratio": ratio}
+        if torch.cuda.is_available():
+            own = self.prediction.memory[self.trainer.topology.pipeline_rank].allocated
+            values |= {"plan/memory": own, "plan/memory_ratio": torch.cuda.max_memory_allocated() / own}
+        self.file.write({"step": record.step, **values})
+        self.monitor.log_values(record.step, values)
+        if not self.warned and len(self.seconds) == WINDOW and abs(ratio - 1) > self.band:
+            self.warned = True
+            logger.warning(
+                "steps take %.2f times the predicted %.3f s, beyond the error band of %.0f%%: is a GPU slow, the network shared, the data late?",
+                ratio,
+                self.prediction.seconds,
+                100 * self.band,
+            )
+
+    def close(self, *, failed: bool) -> None:
+        if self.prediction is not None:
+            self.file.close()
