@@ -34,9 +34,13 @@ def _run(given: argparse.Namespace) -> None:
         return
     if given.run_dir is None:
         raise ValueError("no run directory given: add --run-dir DIR")
+    from megatron_mm.planning.watch import examine, plan_hooks
     from megatron_mm.run.start import start
 
-    start(given.experiment, given.run_dir, force=given.force)
+    if given.force:
+        start(given.experiment, given.run_dir, more_hooks=plan_hooks)
+    else:
+        start(given.experiment, given.run_dir, examine=examine, more_hooks=plan_hooks)
 
 
 TRAIN = Command(help="train a recipe, or resume a run", run=_run, arguments=_arguments, experiment=recipe_of, notes=list_recipes)

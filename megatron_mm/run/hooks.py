@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import signal
+from collections.abc import Callable, Sequence
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -16,12 +17,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_mm.data.plan.plan import Plan
 from megatron_mm.evaluation.heldout import HeldOut
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork, mfu, peak_tflops
 from megatron_mm.reporting.monitor import Monitor
-from megatron_mm.run.planned import PlanRatio, gpu_here
 from megatron_mm.training.metrics import StepMetrics
 from megatron_mm.training.routing import RoutingStats, draw_expert_load
 from megatron_mm.training.trainer import Hook, StepRecord, Trainer
@@ -224,12 +223,14 @@ class GarbageCollection(Hook):
         gc.enable()
 
 
-def standard_hooks(trainer: Trainer, *, heldout: HeldOut, plan: Plan) -> list[Hook]:
+def standard_hooks(
+    trainer: Trainer, *, heldout: HeldOut, more: Callable[[Trainer, Monitor], Sequence[Hook]] = lambda trainer, monitor: []
+) -> list[Hook]:
     """The hooks of every run, in the order in which they see a step: a stop is known before a checkpoint is due."""
     metrics = Metrics(trainer)
     return [
         metrics,
-        PlanRatio(trainer, metrics.monitor, gpu=gpu_here(), plan=plan),
+        *more(trainer, metrics.monitor),
         Stopping(trainer),
         Evaluation(trainer, metrics.monitor, heldout),
         ExpertLoad(trainer, metrics.monitor),

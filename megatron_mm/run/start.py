@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,9 @@ from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment, save_experiment
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.run.data import HELD_OUT, TRAINING, TrainingData, as_indexed, held_out_batches, image_input, make_plan, open_tokenizer
 from megatron_mm.run.hooks import standard_hooks
-from megatron_mm.run.planned import check_fits, gpu_here
 from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import (
     Checkpointer,
@@ -38,32 +39,40 @@ from megatron_mm.training.checkpoint import (
 )
 from megatron_mm.training.freezing import trainable_patterns
 from megatron_mm.training.optimizer import build_optimizer
-from megatron_mm.training.trainer import Trainer
+from megatron_mm.training.trainer import Hook, Trainer
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 
+MoreHooks = Callable[[Trainer, Monitor, Plan], Sequence[Hook]]
+"""Makes hooks of a run from its trainer, its monitor and the plan of its training data."""
 
-def start(experiment: Experiment, run_dir: Path, *, force: bool = False) -> TrainState:
+
+def start(
+    experiment: Experiment,
+    run_dir: Path,
+    *,
+    examine: Callable[[Checked], None] = lambda checked: None,
+    more_hooks: MoreHooks = lambda trainer, monitor, plan: [],
+) -> TrainState:
     """Train an experiment; returns where the run stands at the end.
 
     Args:
-        force: train even where the planner says that the layout cannot fit the GPU's memory.
+        examine: what else is to be found wrong before the run begins; raises ValueError.
+        more_hooks: hooks besides the standard ones.
 
     Raises ValueError, before processes meet, where layout, batch, data or an earlier run in run_dir does not fit.
     """
     checked = check(experiment, run_dir)
     experiment = checked.experiment
-    gpu = gpu_here()
-    if gpu is not None and not force:
-        check_fits(experiment, world_size=topologies.world_size(), gpu=gpu, plan=checked.plan)
+    examine(checked)
     if int(os.environ.get("RANK", "0")) == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         _warn_of_changes(experiment, run_dir / CONFIG_FILE)
         save_experiment(experiment, run_dir / CONFIG_FILE)
     try:
-        return assemble(checked, run_dir).fit()
+        return assemble(checked, run_dir, more_hooks=more_hooks).fit()
     finally:
         topologies.shutdown()
 
@@ -79,7 +88,7 @@ class Checked:
     """Of the training split."""
 
 
-def assemble(checked: Checked, run_dir: Path) -> Trainer:
+def assemble(checked: Checked, run_dir: Path, *, more_hooks: MoreHooks = lambda trainer, monitor, plan: []) -> Trainer:
     """Join the other processes, build the model, load the run's newest checkpoint where it has one, and attach the hooks.
 
     Raises ValueError where the checkpoint does not fit the experiment.
@@ -105,7 +114,7 @@ def assemble(checked: Checked, run_dir: Path) -> Trainer:
         data=data,
         checkpointer=checkpointer,
         state=state,
-        hooks=partial(standard_hooks, heldout=heldout, plan=checked.plan),
+        hooks=partial(standard_hooks, heldout=heldout, more=lambda trainer, monitor: more_hooks(trainer, monitor, checked.plan)),
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.planning.hardware import GPUS
-from megatron_mm.run.planned import WINDOW, PlanRatio, check_fits, predict
+from megatron_mm.planning.watch import WINDOW, PlanRatio, check_fits, predict
 
 
 def test_a_layout_that_cannot_fit_is_refused() -> None:

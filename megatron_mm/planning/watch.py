@@ -12,6 +12,7 @@ import torch
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.plan.plan import Plan
+from megatron_mm.parallel import topology as topologies
 from megatron_mm.planning.hardware import GIGA, Gpu, gpu_named
 from megatron_mm.planning.memory import fits
 from megatron_mm.planning.recipe_job import plan_recipe
@@ -20,6 +21,7 @@ from megatron_mm.planning.step import Prediction, StepModel
 from megatron_mm.planning.workload import Workloads
 from megatron_mm.platform.device import local_device
 from megatron_mm.reporting.monitor import Monitor
+from megatron_mm.run.start import Checked
 from megatron_mm.training.metrics import MetricsFile
 from megatron_mm.training.trainer import Hook, StepRecord, Trainer
 
@@ -51,6 +53,18 @@ def check_fits(experiment: Experiment, *, world_size: int, gpu: Gpu, plan: Plan 
             f"a process of pipeline rank {rank} would need {needed:.1f} GB of the {gpu.memory_gb:.0f} GB of a {gpu.name}: "
             f"`megatron-mm plan {experiment.recipe} --num-gpus {world_size} --search` finds a layout that fits; --force trains all the same"
         )
+
+
+def examine(checked: Checked) -> None:
+    """`check_fits` on this process's GPU, where the planner knows it."""
+    gpu = gpu_here()
+    if gpu is not None:
+        check_fits(checked.experiment, world_size=topologies.world_size(), gpu=gpu, plan=checked.plan)
+
+
+def plan_hooks(trainer: Trainer, monitor: Monitor, plan: Plan) -> list[Hook]:
+    """What `train` adds to a run's hooks."""
+    return [PlanRatio(trainer, monitor, gpu=gpu_here(), plan=plan)]
 
 
 class PlanRatio(Hook):
@@ -86,7 +100,7 @@ class PlanRatio(Hook):
         if not self.warned and len(self.seconds) == WINDOW and abs(ratio - 1) > self.band:
             self.warned = True
             logger.warning(
-                "steps take %.2f times the predicted %.3f s, beyond the error band of %.0f%%: is a GPU slow, the network shared, the data late?",
+                "steps take %.2f times the predicted %.3f s, beyond the error band of %.0f%%: a slow GPU, a shared network, late data?",
                 ratio,
                 self.prediction.seconds,
                 100 * self.band,
