@@ -47,7 +47,7 @@ nightly: test-all test-isa check
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy megatron_mm
+	$(BIN)/mypy
 
 # Benchmarks that need no GPU; each prints its ratios.
 bench: $(STAMP)

@@ -103,7 +103,7 @@ def count_bytes(experiment: Experiment) -> dict[str, float]:
     return {"sent": sent / count, "images": sum(batch.num_images for batch in micro_batches) / count}
 
 
-def _child(name: str, arguments: tuple, rank: int, world_size: int, port: int, results: Any) -> None:
+def _child(name: str, arguments: tuple[Any, ...], rank: int, world_size: int, port: int, results: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     results.put((rank, json.dumps({"train": train, "count_bytes": count_bytes}[name](*arguments))))

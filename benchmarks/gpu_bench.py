@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -140,7 +141,7 @@ def measure(model: str, case: Case, *, steps: int) -> dict[str, float]:
     }
 
 
-def row(case: Case, found: dict | str, baseline: float | None, peak: float | None) -> str:
+def row(case: Case, found: dict[str, Any] | str, baseline: float | None, peak: float | None) -> str:
     """A line of the table."""
     if isinstance(found, str):
         return f"| {case} | {found} | | | | | | |"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import statistics
+from typing import Any
 
 import numpy as np
 from plan_time import IMAGE, IMAGES, LENGTH, SEQUENCES, made_up_index
@@ -71,7 +72,7 @@ def main() -> None:
             )
             for fewest in (False, True)
         }
-        found: dict[str, list] = {}
+        found: dict[str, list[Any]] = {}
         state = plans[False].initial_state()
         for _ in range(arguments.batches):
             batch = plans[False].batch(state)

@@ -35,9 +35,9 @@ PHASES = {"route": "router", "preprocess": "dispatch", "dispatch": "dispatch", "
 @contextmanager
 def timed(seconds: dict[str, float]) -> Iterator[None]:
     """Add up the time spent in each phase."""
-    originals: dict[str, Callable] = {name: getattr(MoELayer, name) for name in PHASES}
+    originals: dict[str, Callable[..., Any]] = {name: getattr(MoELayer, name) for name in PHASES}
 
-    def wrap(name: str) -> Callable:
+    def wrap(name: str) -> Callable[..., Any]:
         def call(self: MoELayer, *arguments: Any, **options: Any) -> Any:
             began = time.perf_counter()
             result = originals[name](self, *arguments, **options)
@@ -64,7 +64,7 @@ class Model:
         self.step = TrainingStep(experiment, topology, chunks, optimizer, num_sources=len(experiment.data.sources))
         self.seconds: list[float] = []
 
-    def run(self, batches: list, *, number: int) -> None:
+    def run(self, batches: list[Any], *, number: int) -> None:
         began = time.perf_counter()
         self.step.run(batches, step=number)
         self.seconds.append(time.perf_counter() - began)

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -101,7 +102,13 @@ def finish(device: torch.device) -> None:
 
 
 def check_equal(
-    experts: ModalityExperts, routed: Callable, both: Callable, hidden: torch.Tensor, grad: torch.Tensor, *, tolerance: float
+    experts: ModalityExperts,
+    routed: Callable[..., Any],
+    both: Callable[..., Any],
+    hidden: torch.Tensor,
+    grad: torch.Tensor,
+    *,
+    tolerance: float,
 ) -> None:
     """Outputs, gradients of the input and of every weight agree."""
     found = []
@@ -166,7 +173,7 @@ def compare(options: argparse.Namespace, case: Case) -> None:
     topologies.shutdown()
 
 
-def precision_of(experts: ModalityExperts) -> contextlib.AbstractContextManager:
+def precision_of(experts: ModalityExperts) -> contextlib.AbstractContextManager[Any]:
     """The context in which the decoder runs its layers."""
     return get_fp8_context(experts.config) if experts.config.fp8 else contextlib.nullcontext()
 

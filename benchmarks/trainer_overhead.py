@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -30,10 +31,10 @@ from megatron_mm.training.trainer import Trainer
 def bare_step(trainer: Trainer, micro_batches: list[PackedBatch]) -> None:
     """megatron-core alone: what every loop on it must at least do."""
 
-    def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple:
+    def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Any, ...]:
         batch = next(batches)
 
-        def loss(losses: torch.Tensor) -> tuple:
+        def loss(losses: torch.Tensor) -> tuple[Any, ...]:
             total = (losses.flatten() * batch.loss_mask).sum()
             return total, batch.loss_mask.sum().int(), total.detach()
 

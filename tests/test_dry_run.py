@@ -63,6 +63,6 @@ def test_a_stage_may_have_nothing_or_all_trainable() -> None:
         ),
     ],
 )
-def test_what_would_not_run_is_refused(recipe: str, changes: dict[str, dict], message: str) -> None:
+def test_what_would_not_run_is_refused(recipe: str, changes: dict[str, dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(describe(changed(get_recipe(recipe), **changes)))

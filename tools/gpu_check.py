@@ -157,10 +157,10 @@ def _layers(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     return ((name, module) for name, module in chunk.named_modules() if isinstance(module, TransformerLayer))
 
 
-def _keep(into: dict[str, torch.Tensor], name: str) -> Callable:
+def _keep(into: dict[str, torch.Tensor], name: str) -> Callable[..., Any]:
     numbers = itertools.count()
 
-    def hook(module: torch.nn.Module, inputs: tuple, output: tuple) -> None:
+    def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         into[f"{name} {next(numbers)}"] = output[0].detach().float().cpu()
 
     return hook
@@ -272,7 +272,7 @@ def check_optimizer(data: Path, device: torch.device) -> Iterator[Checked | Skip
     """The Adam that megatron-core uses here against torch's AdamW and ours: weights and moments after 5 steps on the same gradients."""
     adam.install()
 
-    def steps(kind: Callable) -> dict[str, torch.Tensor]:
+    def steps(kind: Callable[..., Any]) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
         weight = torch.nn.Parameter(torch.randn(300, 50, generator=generator).to(device))
         optimizer = kind([weight], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)

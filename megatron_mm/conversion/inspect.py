@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -196,7 +197,7 @@ def _folded_names(infos: dict[str, TensorInfo]) -> dict[str, str]:
             layers[found[1]][int(found[2])][found[3]] = info
     folded = {}
     for prefix, numbered in layers.items():
-        alike: dict[tuple, list[int]] = defaultdict(list)
+        alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for number in sorted(numbered):
             alike[tuple(sorted((rest, info.shape, str(info.dtype)) for rest, info in numbered[number].items()))].append(number)
         for numbers in alike.values():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -106,7 +107,7 @@ def _next_tokens(
     """The likeliest token after each place, known to every process."""
     rows = pipeline_rows(experiment, batch)
 
-    def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple:
+    def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Any, ...]:
         return chunk(next(batches), pipeline_rows=rows, with_loss=False), lambda logits, non_loss_data=True: _likeliest(logits, places)
 
     # The interleaved schedule wants as many micro-batches as stages; all but the first repeat it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -70,7 +72,9 @@ class Chunk(MegatronModule):
         """The embedding table where this chunk has it, for the sum of its two gradients when it is tied."""
         return self.language.shared_embedding_or_output_weight()
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
         """Every parameter under its global name: the encoders' (copies), and `language.` (cut).
 
         Transformer Engine's modules would add a pickle each, in which FP8 keeps the scales of earlier steps. Ours has none to keep

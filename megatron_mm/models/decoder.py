@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from megatron_mm.models.context import ChunkContext
 from megatron_mm.models.layers import decoder_layer_spec, norm_module
 from megatron_mm.parallel.stages import layers_per_stage, pipeline_layout
 
-RECOMPUTE: dict[str, dict] = {
+RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -24,7 +25,7 @@ RECOMPUTE: dict[str, dict] = {
 """`parallel.recompute` in megatron-core's words."""
 
 
-NO_INITIALIZATION: dict = {
+NO_INITIALIZATION: dict[str, Any] = {
     "init_method": lambda _: None,
     "output_layer_init_method": lambda _: None,
     "embedding_init_method": lambda _: None,
@@ -83,7 +84,7 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
     )
 
 
-def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict:
+def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict[str, Any]:
     """Sparse layers in megatron-core's words; the router's losses are our own (`models.moe`)."""
     moe, parallel = config.moe, context.parallel
     assert moe is not None
@@ -124,28 +125,28 @@ def build_decoder(
     layers = TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=norm_module(context.backend))
     decoder = GPTModel(
         transformer_config,
-        transformer_layer_spec=layers,  # type: ignore[arg-type]
+        transformer_layer_spec=layers,
         vocab_size=config.vocab_size,
         max_sequence_length=context.sequence_length,
         pre_process=context.pre_process,
         post_process=context.post_process,
         share_embeddings_and_output_weights=config.tied_embeddings,
         position_embedding_type="rope",
-        rotary_base=config.rotary_base,  # type: ignore[arg-type]
+        rotary_base=config.rotary_base,
         vp_stage=context.virtual_stage,
     )
     output_std = config.init_std / math.sqrt(2 * config.num_layers)
     for name, parameter in decoder.named_parameters():
         if name.endswith(("norm.weight", "layer_norm_weight")):
-            parameter.init_value = 1.0  # type: ignore[attr-defined]
+            parameter.init_value = 1.0
         elif parameter.ndim > 1 and not hasattr(parameter, "init_value"):
             # Transformer Engine numbers the weights of grouped experts: linear_fc2.weight0, linear_fc2.weight1, ...
             residual = name.rstrip("0123456789").endswith(_RESIDUAL_OUTPUTS)
-            parameter.init_std = output_std if residual else config.init_std  # type: ignore[attr-defined]
+            parameter.init_std = output_std if residual else config.init_std
         if ".experts." in name:
             # megatron-core says so only where expert > 1. But under tensor parallelism each process's experts see its own tokens, and
             # their gradients must be summed over the experts' data-parallel group; and checkpoints then have one form in all layouts.
-            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.allreduce = False
     return decoder
 
 

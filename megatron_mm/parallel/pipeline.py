@@ -51,7 +51,7 @@ class PlannedMessages(P2PCommunicator):
         chunks = self.virtual_pipeline_model_parallel_size
         if chunks is None:
             return iter(self._shapes)
-        table = get_schedule_table(len(self._shapes), chunks, self.config.microbatch_group_size_per_vp_stage)  # type: ignore[attr-defined]
+        table = get_schedule_table(len(self._shapes), chunks, self.config.microbatch_group_size_per_vp_stage)
         return iter([self._shapes[micro_batch] for micro_batch, chunk in table if not around or chunk < chunks - 1])
 
     def _communicate_shapes(

@@ -21,7 +21,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Iterable[Any],
         *,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),

@@ -93,7 +93,7 @@ class _CudaOnCpu:
     default_stream = current_stream
 
     @staticmethod
-    def stream(stream: object) -> contextlib.AbstractContextManager:
+    def stream(stream: object) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     @staticmethod

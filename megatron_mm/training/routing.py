@@ -66,7 +66,7 @@ def weigh_tokens(
     totals = torch.tensor([counted, real], dtype=torch.float64, device=device)
     dist.all_reduce(totals)  # the processes of one data-parallel copy count the same tokens, which leaves the ratio as it is
     weight = (totals[0] / totals[1].clamp(min=1)).float()
-    for _, router in routers(model):  # type: ignore[arg-type]
+    for _, router in routers(model):
         router.token_weight = weight
 
 
@@ -78,13 +78,13 @@ def collect(decoder: DecoderConfig, model: list[DistributedDataParallel], *, dev
     if decoder.moe is None:
         return None
     layers, experts = decoder.sparse_layers, decoder.moe.num_experts
-    sums = take_records(model, layers=layers, num_experts=experts, device=device).cpu().numpy()  # type: ignore[arg-type]
+    sums = take_records(model, layers=layers, num_experts=experts, device=device).cpu().numpy()
     fields = dict(zip(RoutingRecord.FIELDS, sums.T, strict=False))
     tables = dict(zip(RoutingRecord.TABLES, sums[:, len(fields) :].reshape(len(layers), -1, experts).swapaxes(0, 1), strict=True))
     tokens = np.maximum(fields["tokens"], 1)
     choices = np.maximum(tables["chosen"].sum(axis=1, keepdims=True), 1)
     shares = tables["chosen"] / choices
-    for layer, router in routers(model):  # type: ignore[arg-type]
+    for layer, router in routers(model):
         router.shares.copy_(torch.from_numpy(shares[layers.index(layer)]))
     return RoutingStats(
         layers=layers,

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from megatron_mm.cli import main as cli
 from megatron_mm.cli.command import Group
 from megatron_mm.training.checkpoint import find_checkpoint
 
+Fails = Callable[..., str]
 PROGRAM = [sys.executable, "-m", "megatron_mm"]
 
 
@@ -24,7 +25,7 @@ class _Left(BaseException):
 
 
 @pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
     """Run a command in this process; it must leave with 2 and say one line, which is returned."""
 
     def leave(code: int) -> None:
@@ -65,7 +66,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         (["debug_mm1", "--data.mixture", "pairs"], "--data.mixture takes NAME=NUMBER, for example pairs=0.5, not 'pairs'"),
     ],
 )
-def test_mistakes_on_the_command_line(fails, options: list[str], message: str) -> None:
+def test_mistakes_on_the_command_line(fails: Fails, options: list[str], message: str) -> None:
     assert message in fails("train", *options)
 
 
@@ -86,17 +87,21 @@ def test_mistakes_on_the_command_line(fails, options: list[str], message: str) -
         (["--train.layers", "te"], "install it or use --train.layers torch"),
     ],
 )
-def test_mistakes_that_the_data_or_the_machine_shows(fails, demo_data: Path, tmp_path: Path, options: list[str], message: str) -> None:
+def test_mistakes_that_the_data_or_the_machine_shows(
+    fails: Fails, demo_data: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
     assert message in fails("train", "debug_mm1", "--run-dir", tmp_path / "run", "--data.path", demo_data, *options)
 
 
-def test_heads_that_tensor_parallelism_does_not_divide(fails, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_that_tensor_parallelism_does_not_divide(
+    fails: Fails, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     command = ("train", "debug_mm1", "--run-dir", tmp_path, "--data.path", demo_data, "--parallel.tensor", "8")
     assert "parallel.tensor 8 does not divide the decoder's 4 attention heads: use one of [1, 2, 4]" in fails(*command)
 
 
-def test_empty_and_broken_data(fails, demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_and_broken_data(fails: Fails, demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert "has no .tar or .jsonl shards" in fails("prepare", "index", tmp_path / "empty")
     data = tmp_path / "data"
@@ -109,7 +114,7 @@ def test_empty_and_broken_data(fails, demo_data: Path, tmp_path: Path, capsys: p
     assert "broken shard: 1" in out and "train/pairs" in out
 
 
-def test_a_checkpoint_of_another_model_and_export_errors(fails, demo_data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_and_export_errors(fails: Fails, demo_data: Path, tmp_path: Path) -> None:
     run = ["train", "debug_mm1", "--run-dir", tmp_path / "run", "--data.path", demo_data]
     quick = ["--train.steps", 1, "--train.global-batch-size", 4, "--eval.interval", 0, "--monitor.wandb", "disabled"]
     done = subprocess.run([*PROGRAM, *map(str, [*run, *quick])], capture_output=True, text=True, timeout=120)
@@ -153,7 +158,7 @@ def test_torchrun_says_a_mistake_once_and_does_not_hang(demo_data: Path, tmp_pat
         (["doctor", "more"], "unexpected argument 'more': see megatron-mm doctor --help"),
     ],
 )
-def test_mistakes_in_other_commands(fails, command: list[str], message: str) -> None:
+def test_mistakes_in_other_commands(fails: Fails, command: list[str], message: str) -> None:
     assert message in fails(*command)
 
 

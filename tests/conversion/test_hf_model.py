@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_variants_have_the_training_models_logits(
-    variant: dict, trained: Trained, one_process: Topology, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch
+    variant: dict[str, Any], trained: Trained, one_process: Topology, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors converted in memory, loaded into the Hugging Face class."""
     config = trained.config

@@ -71,7 +71,7 @@ def test_same_ids_and_same_text(tokenizer_path: Path, tmp_path: Path) -> None:
     ],
     ids=["defaults", "no dummy prefix", "case folded"],
 )
-def test_given_models_of_other_settings(options: dict, tmp_path: Path) -> None:
+def test_given_models_of_other_settings(options: dict[str, Any], tmp_path: Path) -> None:
     """A given model's own treatment of spaces and characters is kept."""
     path = train(tmp_path / "given.model", **options)
     ours, theirs = Tokenizer.open(path), export(path, tmp_path / "out")

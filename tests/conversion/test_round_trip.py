@@ -88,7 +88,7 @@ def test_the_parts_compute_what_the_model_does(trained_in_parts: tuple[Experimen
     settings, run_dir = trained_in_parts
     (ours,) = run_processes(compute, 1, settings, run_dir)
     for kind in ("llama", "mistral"):
-        convert_to_hf(run_dir, tmp_path / kind, part="language", architecture=kind)  # type: ignore[arg-type]
+        convert_to_hf(run_dir, tmp_path / kind, part="language", architecture=kind)
         torch.testing.assert_close(hf_logits(tmp_path / kind), ours.logits, atol=1e-4, rtol=1e-4)
     convert_to_hf(run_dir, tmp_path / "vision", part="vision")
     torch.testing.assert_close(hf_features(tmp_path / "vision", settings), ours.features, atol=1e-4, rtol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def noise(form: str, size: tuple[int, int], **options: object) -> bytes:
         *[("JPEG", {"quality": 75, "subsampling": s, "progressive": p}) for s in (0, 1, 2) for p in (False, True)],
     ],
 )
-def test_dali_and_pillow_agree(form: str, options: dict, size: tuple[int, int]) -> None:
+def test_dali_and_pillow_agree(form: str, options: dict[str, Any], size: tuple[int, int]) -> None:
     """Measured: equal to the last bit, as both decode with libjpeg-turbo, libpng and libwebp and both resize with Pillow. One level
     of 255 is left for builds of these that round differently."""
     with_dali = decoder("dali")
@@ -76,7 +77,7 @@ def test_dali_and_pillow_agree(form: str, options: dict, size: tuple[int, int]) 
 
 @needs_dali
 @pytest.mark.parametrize(("form", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})])
-def test_what_pillow_accepts_dali_accepts(form: str, options: dict) -> None:
+def test_what_pillow_accepts_dali_accepts(form: str, options: dict[str, Any]) -> None:
     """So that no image which `prepare index` found good, with Pillow, counts as bad in a run with DALI. Truncated ones are bad to both;
     of bytes that changed in the middle DALI lets some pass that Pillow does not: a marker that no JPEG has, for one."""
     whole = noise(form, (200, 150), **options)
@@ -217,7 +218,7 @@ def test_released_processors_are_followed_in_every_mode(kind: str) -> None:
 
 def test_16_bits_keep_their_picture_unless_pillow_is_to_be_followed() -> None:
     image = kinds()["I;16"]
-    white, pillow = (np.asarray(ImageTransform(24, FILL, to_rgb=to_rgb).square(image)) for to_rgb in ("white", "pillow"))  # type: ignore[arg-type]
+    white, pillow = (np.asarray(ImageTransform(24, FILL, to_rgb=to_rgb).square(image)) for to_rgb in ("white", "pillow"))
     assert white.std() > 50 and white.max() <= 255
     assert (pillow[2:] == 255).all(), "what is over 255 of 65535 is white"
 

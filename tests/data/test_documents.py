@@ -46,7 +46,7 @@ def test_a_text_file_may_begin_as_json_does(data: bytes) -> None:
     ],
     ids=["items", "obelics", "mmc4"],
 )
-def test_interleaved_documents_in_every_form(fields: dict) -> None:
+def test_interleaved_documents_in_every_form(fields: dict[str, Any]) -> None:
     assert interleaved(fields) == [Text("one"), ImageReference("0.jpg"), Text("two")]
 
 

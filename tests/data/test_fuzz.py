@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_files import picture, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.data_files import picture, write_tar
 
 from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.load.decode import PillowDecoder

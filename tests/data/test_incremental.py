@@ -143,7 +143,7 @@ def test_verification_decodes_all_images_or_some_or_none(tmp_path: Path, tokeniz
     found = {}
     for verify in ("header", "sample", "full"):
         with contextlib.suppress(ValueError):
-            options = IndexOptions(verify=verify, max_rejected=1.0)  # type: ignore[arg-type]
+            options = IndexOptions(verify=verify, max_rejected=1.0)
             found[verify] = prepare_index(tmp_path, tokenizer=tokenizer, options=options).sources.popitem()[1].samples
     assert found.pop("header") == 64 and 50 < found.pop("sample") < 64 and not found
     write_tar(tmp_path / "pairs" / "0.tar", {"0.png": bomb(60_000), "0.txt": b"x", "1.png": picture(form="PNG"), "1.txt": b"x"})

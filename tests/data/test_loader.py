@@ -75,7 +75,7 @@ def test_a_batch_is_as_documented(demo_data: Path) -> None:
     ],
     ids=["whole", "cut"],
 )
-def test_runs_of_earlier_versions_go_on_with_the_same_batches(demo_data: Path, data: dict, expected: str) -> None:
+def test_runs_of_earlier_versions_go_on_with_the_same_batches(demo_data: Path, data: dict[str, Any], expected: str) -> None:
     """The hashes are of the documents of each global batch, in the version before padding was left out. A change of them changes what a
     resumed run trains on and is to be labelled so in the changelog. (They also depend on the tokenizer, hence on sentencepiece's
     training.)"""

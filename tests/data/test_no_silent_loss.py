@@ -12,8 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from data_files import picture, write_tar
 from PIL import Image
+from support.data_files import picture, write_tar
 
 from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.load.decode import PillowDecoder, is_plain

@@ -66,7 +66,7 @@ def test_places_of_images_in_a_document() -> None:
         ([20, None], [(0, 10), (10, 20), (20, 26)]),  # an image just after a cut
     ],
 )
-def test_long_documents_are_cut_beside_images(document: list, expected: list) -> None:
+def test_long_documents_are_cut_beside_images(document: list[Any], expected: list[Any]) -> None:
     window = pack(source([document]), np.array([0]), Limits(10, 2), image_of(4), seed=0)
     assert [(begin, end) for _, begin, end in pieces(window)] == expected
     assert max(window.tokens) <= 10 and max(window.images_of) <= 2

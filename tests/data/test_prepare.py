@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.data_files import bomb, picture, write_tar
@@ -78,7 +79,7 @@ def test_every_kind_of_bad_pair_is_rejected_by_its_reason(tmp_path: Path, tokeni
     ],
     ids=["items", "obelics", "mmc4"],
 )
-def test_interleaved_documents_keep_their_order(tmp_path: Path, tokenizer: Path, document: dict, order: list[int]) -> None:
+def test_interleaved_documents_keep_their_order(tmp_path: Path, tokenizer: Path, document: dict[str, Any], order: list[int]) -> None:
     members = {"a.0.jpg": picture(), "a.1.png": picture(form="PNG", size=(7, 9)), "a.json": json.dumps(document).encode()}
     write_tar(tmp_path / "interleaved" / "0.tar", members)
     prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
@@ -234,7 +235,7 @@ def test_the_kind_is_that_of_the_first_sample(tmp_path: Path, members: list[str]
         ({"conversations": "a word", "caption": "x"}, "pairs"),
     ],
 )
-def test_conversations_and_tasks_are_known_by_their_fields(tmp_path: Path, document: dict, kind: str) -> None:
+def test_conversations_and_tasks_are_known_by_their_fields(tmp_path: Path, document: dict[str, Any], kind: str) -> None:
     """Also where the picture lies beside the document as a pair's does."""
     shard = write_tar(tmp_path / "0.tar", {"0.jpg": picture(), "0.json": json.dumps(document).encode()})
     assert detect_kind([shard]).kind == kind

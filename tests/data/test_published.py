@@ -15,7 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
-from data_files import picture, write_tar
+from support.data_files import picture, write_tar
 
 from megatron_mm.data.prepare.index import IndexOptions, prepare_index
 from megatron_mm.data.prepare.published.convert import Converted, Options, convert

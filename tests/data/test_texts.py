@@ -30,7 +30,7 @@ def batches(path: Path, topology: topologies.Topology, *, steps: int, **data: An
     return [(batch.token_ids, batch.labels, batch.loss_mask) for batch in found]
 
 
-def read_by_each(path: Path, parallel: ParallelConfig) -> tuple[int, list]:
+def read_by_each(path: Path, parallel: ParallelConfig) -> tuple[int, list[Any]]:
     """On one of several processes: how many documents it tokenized, and its batches, of two loaders that take turns."""
     reads = Counter[str]()
     original = texts.TextReader._read

@@ -15,6 +15,8 @@ from megatron_mm.data.prepare.demo import prepare_demo
 from megatron_mm.run.evaluate import Evaluated, evaluate, experiment_of
 from megatron_mm.training.checkpoint import find_checkpoint
 
+pytestmark = pytest.mark.slow
+
 STEPS = 130
 TIMEOUT = 480
 """Seconds; about 40 on two cores."""
@@ -27,7 +29,7 @@ RUNS = {
 """Recipe, and what it sees in training."""
 
 
-def _start(recipe: str, run_dir: Path, data: Path, *options: str) -> subprocess.Popen:
+def _start(recipe: str, run_dir: Path, data: Path, *options: str) -> subprocess.Popen[bytes]:
     settings = {
         "--run-dir": run_dir,
         "--data.path": data,

@@ -71,9 +71,9 @@ class Linear(_Base):
         fuse_wgrad_accumulation: bool = False,
         tp_group: object = None,
         tp_size: int = 1,
-        get_rng_state_tracker: Callable | None = None,
+        get_rng_state_tracker: Callable[..., Any] | None = None,
         rng_tracker_name: str | None = None,
-        init_method: Callable | None = None,
+        init_method: Callable[..., Any] | None = None,
         bias: bool = True,
         return_bias: bool = False,
         params_dtype: torch.dtype | None = None,
@@ -158,9 +158,9 @@ class GroupedLinear(_Base):
         fuse_wgrad_accumulation: bool = False,
         tp_group: object = None,
         tp_size: int = 1,
-        get_rng_state_tracker: Callable | None = None,
+        get_rng_state_tracker: Callable[..., Any] | None = None,
         rng_tracker_name: str | None = None,
-        init_method: Callable | None = None,
+        init_method: Callable[..., Any] | None = None,
         bias: bool = True,
         return_bias: bool = False,
         params_dtype: torch.dtype | None = None,
@@ -223,7 +223,7 @@ class DotProductAttention(_Base):
         attn_mask_type: str = "causal",
         sequence_parallel: bool = False,
         tp_size: int = 1,
-        get_rng_state_tracker: Callable | None = None,
+        get_rng_state_tracker: Callable[..., Any] | None = None,
         tp_group: object = None,
         layer_number: int | None = None,
         attention_type: str = "self",
@@ -271,10 +271,10 @@ class DotProductAttention(_Base):
 
 
 def checkpoint(
-    function: Callable,
+    function: Callable[..., Any],
     *args: Any,
     distribute_saved_activations: bool = False,
-    get_rng_state_tracker: Callable | None = None,
+    get_rng_state_tracker: Callable[..., Any] | None = None,
     tp_group: object = None,
 ) -> Any:
     """Recompute in the backward pass, in the FP8 context of the forward pass."""

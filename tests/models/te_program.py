@@ -55,7 +55,7 @@ class Subject:
 
 def _with_experts(base: Experiment) -> dict[str, Experiment]:
     decoder = replace(base.model.decoder, moe=MoEConfig(num_experts=4, every_n_layers=2, top_k=2))
-    return {"experts": replace(base, model=replace(base.model, decoder=decoder))}  # type: ignore[call-arg]
+    return {"experts": replace(base, model=replace(base.model, decoder=decoder))}
 
 
 def _small_infimm(**train: Any) -> Experiment:
@@ -123,7 +123,7 @@ class Trainee:
         self.checkpointer.save(TrainState(step=step))
         self.checkpointer.finish()
 
-    def names(self) -> dict[str, list]:
+    def names(self) -> dict[str, list[Any]]:
         """Global names and shapes of what a checkpoint holds of the model."""
         return {entry.key: list(getattr(entry, "global_shape", ())) for entry in entries(self.model[0].module)}
 

@@ -53,7 +53,7 @@ def test_closed_gates_are_the_bare_language_model(topology: Topology) -> None:
         gated = logits(chunk, batch)
         for layer in layers:
             if hasattr(layer, "gated"):
-                layer.gated.forward = lambda hidden, latents, media: hidden  # type: ignore[method-assign]
+                layer.gated.forward = lambda hidden, latents, media: hidden
         bare = logits(chunk, batch)
     torch.testing.assert_close(gated, bare, rtol=0, atol=1e-6)
 

@@ -160,7 +160,7 @@ def test_what_a_backend_cannot_do_is_refused(layers: str, precision: str, on_gpu
 
 
 def _with(experiment: Experiment, **decoder: int) -> Experiment:
-    model = replace(experiment.model, decoder=replace(experiment.model.decoder, **decoder))  # type: ignore[attr-defined]
+    model = replace(experiment.model, decoder=replace(experiment.model.decoder, **decoder))
     return replace(experiment, model=model)
 
 

@@ -83,7 +83,7 @@ def test_losses_do_not_depend_on_which_sequences_share_a_micro_batch(groups: lis
 
 def _router(experiment: Experiment) -> Router:
     topology = topologies.initialize(experiment.parallel, seed=1)
-    ((layer, router),) = routers(build_model(experiment, topology))  # type: ignore[arg-type]
+    ((layer, router),) = routers(build_model(experiment, topology))
     assert layer == 1
     return router
 
@@ -120,13 +120,13 @@ def _first_step(z_loss: float, shift: float) -> tuple[torch.Tensor, RoutingStats
     experiment = sparse_experiment(replace(EXPERTS, load_balance_loss=0.0, z_loss=z_loss))
     topology = topologies.initialize(experiment.parallel, seed=1)
     model = build_model(experiment, topology)
-    ((_, router),) = routers(model)  # type: ignore[arg-type]
+    ((_, router),) = routers(model)
     with torch.no_grad():
         router.weight.add_(shift * _direction())
     step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=2)
     result = step.run(uneven_step(experiment, topology, step=1), step=1)
     assert result.routing is not None
-    gradient = router.weight.main_grad.clone()  # type: ignore[attr-defined]
+    gradient = router.weight.main_grad.clone()
     topologies.shutdown()
     return gradient, result.routing
 
@@ -157,7 +157,7 @@ def _shares_after_a_step() -> tuple[torch.Tensor, torch.Tensor]:
     experiment = sparse_experiment()
     topology = topologies.initialize(experiment.parallel, seed=1)
     model = build_model(experiment, topology)
-    ((_, router),) = routers(model)  # type: ignore[arg-type]
+    ((_, router),) = routers(model)
     assert router.shares.tolist() == [0.25] * 4
     step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=2)
     routing = step.run(uneven_step(experiment, topology, step=1), step=1).routing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def train(layout: Layout) -> Curve:
 
 
 @torch.no_grad()
-def open_gates(model: list) -> None:
+def open_gates(model: list[Any]) -> None:
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             if name.endswith("_gate"):

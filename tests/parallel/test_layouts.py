@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def train(layout: Layout, precision: str = "fp32") -> Curve:
 
 
 @functools.cache
-def _one_process(decoder: tuple, precision: str = "fp32") -> Curve:
+def _one_process(decoder: tuple[Any, ...], precision: str = "fp32") -> Curve:
     return run_processes(train, 1, Layout(1, decoder=dict(decoder)), precision)[0]
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from distributed import run_processes
+from support.distributed import run_processes
 
 from megatron_mm.config import Experiment
 from megatron_mm.families.recipes import RECIPES, get_recipe

@@ -71,7 +71,7 @@ def compute(settings: Experiment, run_dir: Path) -> Computed:
     return Computed(logits, features, weights)
 
 
-def _logits(model: list, batch: PackedBatch) -> torch.Tensor | None:
+def _logits(model: list[Any], batch: PackedBatch) -> torch.Tensor | None:
     copies = parallel_state.get_pipeline_model_parallel_world_size() if len(model) > 1 else 1
     batches = [iter([batch] * copies) for _ in model]
     found = get_forward_backward_func()(

@@ -62,7 +62,7 @@ def train_curve(
     """
     topology: Topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     model = build_model(experiment, topology)
-    prepare(model)  # type: ignore[arg-type]
+    prepare(model)
     step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=2)
     parameters = {f"{index}.{name}": p for index, chunk in enumerate(model) for name, p in chunk.module.named_parameters()}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -63,7 +63,7 @@ def _kill(process: Any) -> None:
         process.join()
 
 
-def _collect(processes: list, results: Any, *, deadline: float, stacks: Path) -> list[Any]:
+def _collect(processes: list[Any], results: Any, *, deadline: float, stacks: Path) -> list[Any]:
     found: dict[int, Any] = {}
     while len(found) < len(processes):
         try:
@@ -84,7 +84,7 @@ def _collect(processes: list, results: Any, *, deadline: float, stacks: Path) ->
 
 def _child(
     function: Callable[..., Any],
-    arguments: tuple,
+    arguments: tuple[Any, ...],
     rank: int,
     world_size: int,
     port: int,

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def _idle_nodes(environment: dict[str, str]) -> int:
     return shown.stdout.split().count("idle")
 
 
-def _wait_for(condition, what: str, folder: Path, *, seconds: float = 30.0) -> None:
+def _wait_for(condition: Callable[[], bool], what: str, folder: Path, *, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         logs = "\n".join(path.read_text(errors="replace")[-1000:] for path in sorted((folder / "log").iterdir()))

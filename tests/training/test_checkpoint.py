@@ -139,7 +139,7 @@ def _remove(tensors: Path) -> Path:
 class _Dangerous:
     """Unpickling it would make a file."""
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("executed",)
 
 

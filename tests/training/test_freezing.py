@@ -34,7 +34,7 @@ def _build() -> list[str]:
     experiment = small_infimm(policy="pt", parallel={"pipeline": 2})
     topology = topologies.initialize(experiment.parallel, seed=1)
     for family in (Mistaken(), InfiMMFamily()):
-        freezing.family_of = lambda model, family=family: family  # type: ignore[assignment, misc]
+        freezing.family_of = lambda model, family=family: family
         try:
             build_model(experiment, topology)
             found.append("")

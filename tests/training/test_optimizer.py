@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_weight_decay_leaves_out_norms_biases_and_vectors() -> None:
         assert factor == (0.0 if vector else 1.0), name
 
 
-def _poisoned(rank_to_poison: int) -> dict:
+def _poisoned(rank_to_poison: int) -> dict[str, Any]:
     """Three steps on two data-parallel processes; in the second one the loss mask of one process holds a NaN."""
     experiment = small_experiment(parallel={"tensor": 2})
     topology = topologies.initialize(experiment.parallel, seed=1)

@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,13 +80,13 @@ class _Draft:
     """A micro-batch whose integers are known and whose bytes are being read."""
 
     layout: Layout
-    texts: list[Future] = field(default_factory=list)
+    texts: list[Future[Any]] = field(default_factory=list)
     """Of the pieces' token ids, for each sequence; none where another process reads them."""
     shown: list[_Shown] = field(default_factory=list)
     """What this process decodes."""
-    blobs: list[Future] = field(default_factory=list)
+    blobs: list[Future[Any]] = field(default_factory=list)
     """Of the bytes of a few of the shown images each, in order."""
-    pixels: Future | None = None
+    pixels: Future[Any] | None = None
     """Of `DecodedImages`; None where this process needs none."""
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -62,27 +63,27 @@ class Scene:
 Box = tuple[float, float, float, float]
 
 
-def _circle(draw: ImageDraw.ImageDraw, box: Box, colour: tuple) -> None:
+def _circle(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[Any, ...]) -> None:
     draw.ellipse(box, fill=colour)
 
 
-def _square(draw: ImageDraw.ImageDraw, box: Box, colour: tuple) -> None:
+def _square(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[Any, ...]) -> None:
     draw.rectangle(box, fill=colour)
 
 
-def _triangle(draw: ImageDraw.ImageDraw, box: Box, colour: tuple) -> None:
+def _triangle(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[Any, ...]) -> None:
     left, top, right, bottom = box
     draw.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=colour)
 
 
-def _cross(draw: ImageDraw.ImageDraw, box: Box, colour: tuple) -> None:
+def _cross(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[Any, ...]) -> None:
     left, top, right, bottom = box
     third_x, third_y = (right - left) / 3, (bottom - top) / 3
     draw.rectangle((left + third_x, top, right - third_x, bottom), fill=colour)
     draw.rectangle((left, top + third_y, right, bottom - third_y), fill=colour)
 
 
-SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, tuple], None]] = {
+SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, tuple[Any, ...]], None]] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
@@ -109,13 +110,13 @@ def _a(colour: str) -> str:
     return f"an {colour}" if colour == "orange" else f"a {colour}"
 
 
-def _one(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int) -> tuple[str, tuple]:
+def _one(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int) -> tuple[str, tuple[Any, ...]]:
     shape, colour, size = rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), rng.uniform(0.5, 0.8)
     _place(draw, shape, colour, (width / 2, height / 2), (width * size, height * size))
     return f"{_a(colour)} {shape}", (("what shape?", shape), ("what colour?", colour), ("how many?", "one"))
 
 
-def _two(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int) -> tuple[str, tuple]:
+def _two(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int) -> tuple[str, tuple[Any, ...]]:
     (first, second), (near, far) = rng.sample(list(SHAPES), 2), rng.sample(list(COLOURS), 2)
     if rng.random() < 0.5:
         relation, centres = "left of", ((width * 0.26, height / 2), (width * 0.74, height / 2))
@@ -127,7 +128,7 @@ def _two(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int)
     return f"{_a(near)} {first} {relation} {_a(far)} {second}", questions
 
 
-def _count(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int) -> tuple[str, tuple]:
+def _count(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int) -> tuple[str, tuple[Any, ...]]:
     shape, colour, count = rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), rng.randint(2, 4)
     for x, y in rng.sample([(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)], count):
         _place(draw, shape, colour, (width * x, height * y), (width * 0.36, height * 0.36))
@@ -135,7 +136,7 @@ def _count(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: in
     return f"{NUMBERS[count]} {colour} {shape}{'es' if shape == 'cross' else 's'}", questions
 
 
-def _digit(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int) -> tuple[str, tuple]:
+def _digit(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: int) -> tuple[str, tuple[Any, ...]]:
     digit, colour = rng.choice(list(_SEGMENTS)), rng.choice(list(COLOURS))
     left, right, top, bottom = width * 0.25, width * 0.75, height * 0.12, height * 0.88
     middle, t = (top + bottom) / 2, max(2.0, min(width, height) * 0.07)
@@ -157,7 +158,7 @@ def _digit(rng: random.Random, draw: ImageDraw.ImageDraw, width: int, height: in
 def _encode(rng: random.Random, image: Image.Image) -> tuple[str, bytes]:
     extension, options = rng.choice([("jpg", {"quality": 90}), ("png", {}), ("webp", {"quality": 90})])
     buffer = io.BytesIO()
-    image.save(buffer, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[extension], **options)  # type: ignore[arg-type]
+    image.save(buffer, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[extension], **options)
     return extension, buffer.getvalue()
 
 

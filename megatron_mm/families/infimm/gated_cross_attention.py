@@ -181,7 +181,7 @@ class GatedTransformerLayer(TransformerLayer):
         latent_size: int,
         **layer: object,
     ) -> None:
-        super().__init__(config, submodules, **layer)  # type: ignore[arg-type]
+        super().__init__(config, submodules, **layer)
         self.gated = GatedCrossAttention(
             config, block, gated=gated, latent_size=latent_size, layer_number=self.layer_number, pg_collection=self.pg_collection
         )

@@ -19,6 +19,7 @@ Shape legend: t packed tokens of a micro-batch (all of them), l this process's p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -100,7 +101,7 @@ class ModalityExperts(MegatronModule):
         self.text = MLP(config, submodules, **options)
         self.visual = MLP(config, submodules, **options)
         for parameter in self.visual.parameters():
-            parameter.init_like = (".visual.", ".text.")  # type: ignore[attr-defined]
+            parameter.init_like = (".visual.", ".text.")
 
     def forward(self, hidden_l1h: torch.Tensor, layout: ModalityLayout) -> torch.Tensor:
         """[l, 1, h] -> [l, 1, h]."""
@@ -123,7 +124,9 @@ class ModalityExperts(MegatronModule):
             return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
         """Both networks under their names, cut like dense ones."""
         return {
             name: entry
@@ -138,7 +141,7 @@ class ModalityTransformerLayer(TransformerLayer):
     def __init__(
         self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *, experts: MLPSubmodules, **layer: object
     ) -> None:
-        super().__init__(config, submodules, **layer)  # type: ignore[arg-type]
+        super().__init__(config, submodules, **layer)
         self.mlp = ModalityExperts(config, experts, tp_group=self.pg_collection.tp)
 
     def forward(
