@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.chats import write_conversations
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_mm.data.image_input import ImageInput
@@ -14,7 +15,6 @@ from megatron_mm.data.text.items import ImageReference, encode_items
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.hf.chat_templates import jinja_template
 from megatron_mm.hf.tokenizer import convert_tokenizer, tokenizer_config, write_tokenizer
-from tests.data.test_answers import write_conversations
 
 IMAGE = ImageInput(size=8, fill=(0, 0, 0), tokens=1)
 QUESTIONS = ("<image>\nwhat shape?", "what colour?  ", 'and\nnow "quoted" {{ braces }} \u00e9?')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import shutil
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 import torch
+from support.chats import CONVERSATIONS, write_conversations
 from support.data_files import ALONE, experiment, picture, rot, write_tar
 
 from megatron_mm.config import Experiment
@@ -28,38 +27,6 @@ from megatron_mm.evaluation.captions import caption_tasks
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.run.data import TrainingData, make_plan, open_tokenizer
-
-CONVERSATIONS = [
-    ("<image>\nwhat shape?", "a cross", "what colour?", "red"),
-    ("what is <image> and <image>", "a red circle and a blue square"),
-    ("one plus one?", "two", "and one more?", "three", "and again?", "four"),
-]
-
-
-def write_conversations(path: Path) -> Path:
-    """Three conversations with one, two and no images, and a tokenizer that has the control tokens of all templates."""
-    members: dict[str, bytes] = {}
-    for number, values in enumerate(CONVERSATIONS):
-        turns = [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]
-        names = [f"{n}.jpg" for n in range("".join(values).count("<image>"))]
-        members |= {f"{number}.{name}": picture() for name in names}
-        members[f"{number}.json"] = json.dumps({"conversations": turns, "image": names}).encode()
-    write_tar(path / "train" / "chat" / "0.tar", members)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text for values in CONVERSATIONS for text in values] * 10),
-        model_writer=model,
-        vocab_size=420,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        control_symbols=["<pad>", "<image>", "<|im_start|>", "<|im_end|>"],
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    (path / "tokenizer.model").write_bytes(model.getvalue())
-    return path
 
 
 def chat_experiment(path: Path, *, sequences: int = 4, **data: Any) -> Experiment:

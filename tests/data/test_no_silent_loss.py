@@ -10,6 +10,7 @@ import stat
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -44,7 +45,7 @@ def keys_and_losses(shard: Path) -> tuple[list[str], Losses]:
     return [sample.key.lstrip("/") for sample in iterate_shard(shard, losses, "first")], losses
 
 
-def meta(source: Path) -> dict:
+def meta(source: Path) -> dict[str, Any]:
     return json.loads((source / "index" / "meta.json").read_text())
 
 
