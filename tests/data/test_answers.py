@@ -19,7 +19,7 @@ from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.plan.packing import supervised_tokens
-from megatron_mm.data.prepare.index import prepare_index
+from megatron_mm.data.prepare.index import IndexOptions, prepare_index
 from megatron_mm.data.sources.index import open_index
 from megatron_mm.data.text.chat import CHAT_TEMPLATES, chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
@@ -27,6 +27,8 @@ from megatron_mm.evaluation.captions import caption_tasks
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.run.data import TrainingData, make_plan, open_tokenizer
+
+LENIENT = IndexOptions(max_rejected=1)
 
 
 def chat_experiment(path: Path, *, sequences: int = 4, **data: Any) -> Experiment:
@@ -159,7 +161,7 @@ def test_tasks_and_lines_of_text_are_indexed_too(demo_data: Path, tmp_path: Path
     (tmp_path / "train" / "lines" / "0.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = {"task": "vqa", "question": "what shape?", "answer": "cross", "image": "jpg"}
     write_tar(tmp_path / "train" / "tasks" / "0.tar", {"0.jpg": picture(), "0.json": json.dumps(task).encode()})
-    prepare_index(tmp_path, tokenizer=demo_data / "tokenizer.model")
+    prepare_index(tmp_path, tokenizer=demo_data / "tokenizer.model", options=LENIENT)
     found = {name: open_index(tmp_path / "train" / name) for name in ("lines", "tasks")}
     assert [index.kind for index in found.values()] == ["conversations", "tasks"]
     assert found["lines"].rejected == {"JSON has no conversations": 1}
@@ -188,12 +190,12 @@ def test_pairs_may_be_asked_for_their_captions(tmp_path: Path, template: str) ->
     members = {f"{n}.{e}": d for n, text in enumerate(("a red circle", "two")) for e, d in (("jpg", picture()), ("txt", text.encode()))}
     write_tar(path / "train" / "pairs" / "0.tar", {**members, "2.jpg": picture(), "2.txt": b" "})
     tokenizer, image = Tokenizer.open(path / "tokenizer.model"), ImageInput(size=32, fill=(0, 0, 0), tokens=4)
-    prepare_index(path, template=template)
+    prepare_index(path, options=replace(LENIENT, template=template))
     plain = open_index(path / "train" / "pairs")
     assert (plain.chat_template, plain.caption_prompt, plain.answers_only) == (None, None, False)
     task = caption_tasks(plain, tokenizer, image, count=5)[0]
     assert task.prompt.ids == [tokenizer.bos_id, *[tokenizer.image_id] * 4] and task.true == "a red circle"
-    prepare_index(path, template=template, caption_prompt=prompt)
+    prepare_index(path, options=replace(LENIENT, template=template, caption_prompt=prompt))
     index = open_index(path / "train" / "pairs")
     assert index.kind == "pairs" and (index.chat_template, index.caption_prompt, index.answers_only) == (template, prompt, True)
     assert index.rejected == plain.rejected == {"no text": 1}
