@@ -53,9 +53,13 @@ def _arguments(*, images: bool | None, text_key: bool = False, image_key: bool =
                 "--images", required=images, metavar="DIR", help="folder of images, as files or in tars; nothing is fetched from the web"
             )
         if text_key:
-            parser.add_argument("--text-key", metavar="FIELD", help="field with the text, dots lead into objects (default: the usual ones)")
+            parser.add_argument(
+                "--text-key",
+                metavar="FIELD",
+                help="field with the text; dots lead into objects",
+            )
         if image_key:
-            parser.add_argument("--image-key", metavar="FIELD", help="field with the image or its path (default: the usual ones)")
+            parser.add_argument("--image-key", metavar="FIELD", help="field with the image or its path")
         parser.add_argument("--shard-megabytes", type=integer, default=1024, metavar="N", help="size of a shard (default: %(default)s)")
         parser.add_argument("--workers", type=integer, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
         add_limits(parser)
@@ -119,7 +123,7 @@ DATASET_COMMANDS = {
     "pairs": Command(
         help="image-text pairs: img2dataset's parquet or files, other parquet, JSON lines with paths",
         run=_convert("pairs"),
-        arguments=_arguments(images=False, text_key=True, image_key=True, inputs="parquet or JSON files, or folders of images and texts"),
+        arguments=_arguments(images=False, text_key=True, image_key=True, inputs="parquet, JSON, tars or folders of files"),
     ),
     "obelics": Command(
         help="OBELICS parquet and its images",

@@ -61,3 +61,21 @@ def test_control_tokens_of_templates() -> None:
     }
     with pytest.raises(ValueError, match=r"chat template 'chatml' is unknown: use one of \['plain', "):
         chat_template("chatml")
+
+
+@pytest.mark.parametrize(
+    ("name", "beginning"),
+    [
+        ("plain", "Be brief.\n«img»"),
+        ("zephyr", "<|system|>\nBe brief.«</s>»\n<|user|>\n«img»"),
+        ("llama2", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n«img»"),
+        ("vicuna", "Be brief. USER: «img»"),
+        ("internlm2", "«<|im_start|>»system\nBe brief.«<|im_end|>»«<|im_start|>»user\n«img»"),
+    ],
+)
+def test_a_conversations_own_system_prompt_stands_in_the_place_of_the_templates(name: str, beginning: str) -> None:
+    turns = [Turn((ImageReference("0.jpg", counted=False), "?"), "A ball.", system="Be brief."), TURNS[1]]
+    items = render(turns, CHAT_TEMPLATES[name])
+    written = "".join(i.text if isinstance(i, Text) else f"«{i.token if isinstance(i, Control) else 'img'}»" for i in items)
+    assert written.startswith(beginning) and INTERNVL not in written and VICUNA not in written
+    assert not any(item.counted for item in items[: items.index(ImageReference("0.jpg", counted=False))])

@@ -31,6 +31,19 @@ def test_conversations_with_one_several_and_no_images() -> None:
     assert conversation_turns(none) == [Turn(("One plus one?",), "Two, not <image>.")]
 
 
+def test_messages_with_parts_and_a_system_prompt() -> None:
+    asked = [{"type": "image"}, {"type": "text", "text": "\nWhat is it?"}]
+    fields = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": "A ball."},
+        ],
+        "images": ["0.jpg"],
+    }
+    assert conversation_turns(fields) == [Turn((image("0.jpg"), "\nWhat is it?"), "A ball.", system="Be brief.")]
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

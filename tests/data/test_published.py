@@ -104,6 +104,28 @@ def test_pairs_with_keys_of_their_own(tmp_path: Path) -> None:
     assert run("pairs", [tmp_path / "hf.parquet"], tmp_path / "hf").samples == 1
 
 
+def test_tars_with_names_of_their_own(tmp_path: Path, demo_data: Path) -> None:
+    """As energon's field maps allow: the members' extensions, or fields of the .json, are given."""
+    described = json.dumps({"captions": {"short": "a red circle"}}).encode()
+    write_tar(
+        tmp_path / "in" / "0.tar",
+        {"0.photo.jpg": picture(), "0.thumb.jpg": picture(size=(3, 3)), "0.meta.json": described, "0.note.txt": b"note"},
+    )
+    for name, key, caption in (
+        ("a", "captions.short", b"a red circle"),
+        ("b", "note.txt", b"note"),
+        ("c", "meta.json.captions.long", None),
+    ):
+        out = tmp_path / name
+        if caption is None:
+            with pytest.raises(ValueError, match="no text: 1"):
+                run("pairs", [tmp_path / "in" / "0.tar"], out, text_keys=(key,), image_keys=("photo.jpg",))
+            continue
+        run("pairs", [tmp_path / "in" / "0.tar"], out, text_keys=(key,), image_keys=("photo.jpg",))
+        index = indexed(out, demo_data)
+        assert index.document(0) == caption and index.image_sizes(slice(0, 1)).widths.tolist() == [20]
+
+
 def test_an_image_path_does_not_leave_its_folder(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", ["0.jpg"])
     write_images(tmp_path, ["secret.jpg"])

@@ -52,7 +52,7 @@ class OutSample:
 Layout = Callable[[Record, Context], OutSample]
 
 CAPTION_KEYS = ("caption", "text", "TEXT", "txt", "top_caption", "alt_text")
-IMAGE_KEYS = ("jpg", "png", "webp", "image", "image_path", "img", "image_bytes", "file_name")
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "image", "image_path", "img", "image_bytes", "file_name")
 
 
 def pair(record: Record, context: Context) -> OutSample:

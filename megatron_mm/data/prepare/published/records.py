@@ -15,10 +15,11 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, cast
 
-from megatron_mm.data.image_formats import MAX_FILE_BYTES
+from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
+from megatron_mm.data.sources.shards import WebSample, iterate_tar
 from megatron_mm.data.text.items import BadDocument
 
 Record = dict[str, Any]
@@ -82,11 +83,15 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
         elif kind in (".jsonl", ".json", ".ndjson", ""):
             for stream in open_streams(path):
                 yield from _json_records(stream)
+        elif kind == ".tar":
+            yield from _tar(path)
         elif kind == ".txt":
             for stream in open_streams(path):
                 yield from _text_records(stream, texts)
         else:
-            raise ValueError(f"{path} is of no format that is read: .jsonl, .json, .txt (.gz, .zst, .zip, .bz2, .xz), .parquet or .arrow")
+            raise ValueError(
+                f"{path} is of no format that is read: .jsonl, .json, .txt (.gz, .zst, .zip, .bz2, .xz), .parquet, .arrow or .tar"
+            )
     except DamagedFile:
         raise
     except (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
@@ -273,6 +278,38 @@ def _arrow(path: str) -> Iterator[Record | BadRecord]:
                     yield from batch.slice(start, _ROWS).to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DamagedFile(f"{path} cannot be read to its end: {error}") from None
+
+
+def _tar(path: str) -> Iterator[Record | BadRecord]:
+    """Samples of a webdataset tar: a field for each member, called by its extension, and the fields of its .json."""
+    lost: list[BadRecord] = []
+    noticed = lost.append
+    for sample in iterate_tar(Path(path), skipped=lambda what: noticed(BadRecord(what.reason)) if what.is_damage else None):
+        yield from lost
+        lost.clear()
+        if any(member.size > MAX_FILE_BYTES for member in sample.members.values()):
+            yield BadRecord(f"file of more than {MAX_FILE_BYTES // 2**20} MiB")
+            continue
+        yield _fields_of(sample)
+    yield from lost
+
+
+def _fields_of(sample: WebSample) -> Record | BadRecord:
+    fields: Record = {}
+    for extension, member in sample.members.items():
+        if extension == "json" or extension.endswith(".json"):
+            parsed = _parsed(member.data)
+            if isinstance(parsed, BadRecord):
+                return parsed
+            fields = {**parsed, extension: parsed, **fields}
+        elif is_image_name(extension):
+            fields[extension] = member.data
+        else:
+            try:
+                fields[extension] = member.data.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                fields[extension] = member.data
+    return fields
 
 
 def field_of(record: Record, key: str) -> Any:
