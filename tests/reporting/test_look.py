@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import ALONE
 from PIL import Image
+from support.data_files import ALONE
 
 from megatron_mm.data.prepare.report import draw_report, report
 from megatron_mm.data.sources.index import open_split
