@@ -18,7 +18,10 @@ from megatron_mm.planning.step import StepModel
 from megatron_mm.planning.tracing.trace import Trace, real_rank, trace_rank, trace_ranks
 
 MEMORY_TOLERANCE = 0.02
-"""Of allocated bytes: a real run keeps what gloo's threads have not let go of."""
+"""Of allocated bytes."""
+LAST_STAGE_TOLERANCE = 0.04
+"""On the last of several stages under tensor parallelism: gloo still holds one gradient of the output layer's input when the next is made,
+which was 2.1% of the peak of `debug_mm1`."""
 GPUS_OF = {"mm1_30b": 512, "mm1_3b_moe": 128, "mm1_7b_moe": 128, "mono": 256, "infimm": 32}
 
 
@@ -38,12 +41,12 @@ def _matrix_flops(trace: Trace) -> float:
     return sum(flops for operation, _, _, _, _, flops in trace.products if "attention" not in operation)
 
 
-def _assert_equal(traced: Trace, real: Trace) -> None:
+def _assert_equal(traced: Trace, real: Trace, *, tolerance: float = MEMORY_TOLERANCE) -> None:
     assert traced.messages == real.messages
     assert _matrix_flops(traced) == _matrix_flops(real)
     # The batch's integers are on the host where there is a device, and on the CPU's only memory where there is none.
     bytes_of = [trace.peak_bytes - trace.peak_parts.get("batch|-", 0) for trace in (traced, real)]
-    assert bytes_of[0] == pytest.approx(bytes_of[1], rel=MEMORY_TOLERANCE)
+    assert bytes_of[0] == pytest.approx(bytes_of[1], rel=tolerance)
 
 
 def test_a_traced_step_is_a_real_one() -> None:
@@ -68,7 +71,8 @@ def test_every_layout_sends_what_it_is_traced_to_send(recipe: str, parallel: dic
     experiment = _experiment(recipe, **parallel)
     real = run_processes(real_rank, world_size, experiment, timeout=300.0)
     for traced in _traced(experiment, world_size=world_size, ranks=list(range(world_size))):
-        _assert_equal(traced, real[traced.rank])
+        last = parallel.get("tensor", 1) > 1 and traced.pipeline_rank == parallel.get("pipeline", 1) - 1 > 0
+        _assert_equal(traced, real[traced.rank], tolerance=LAST_STAGE_TOLERANCE if last else MEMORY_TOLERANCE)
 
 
 FULL_SIZE = [name for name in RECIPES if not name.startswith(("debug", "mm1_ablation_"))]
