@@ -77,6 +77,8 @@ def mm1_1b() -> Experiment:
     """MM1 1.2B (1.195B without embeddings): one node of 8 GPUs and up, data parallel.
 
     `sbatch examples/mm1_1b.slurm`. Peak learning rate 8.6e-5 by equation (1).
+
+    Predicted on 32 GPUs: 2.58 s a step on H100 (2.27 to 2.89), 6.1 s on A100-80GB, 42 GB.
     """
     parallel = ParallelConfig(recompute="selective")
     return _pretraining(
@@ -85,7 +87,10 @@ def mm1_1b() -> Experiment:
 
 
 def mm1_3b() -> Experiment:
-    """MM1 3B (2.914B without embeddings): tensor parallel 2 within a node. `sbatch examples/mm1_3b.slurm`."""
+    """MM1 3B (2.914B without embeddings): tensor parallel 2 within a node. `sbatch examples/mm1_3b.slurm`.
+
+    Predicted on 64 GPUs: 2.21 s a step on H100 (1.94 to 2.48), 5.1 s on A100-80GB, 33 GB.
+    """
     parallel = ParallelConfig(tensor=2, recompute="selective")
     return _pretraining(
         "mm1_3b", decoder=DECODER_3B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=1
@@ -93,7 +98,10 @@ def mm1_3b() -> Experiment:
 
 
 def mm1_7b() -> Experiment:
-    """MM1 7B (6.845B without embeddings): tensor parallel 4 within a node. `sbatch examples/mm1_7b.slurm`."""
+    """MM1 7B (6.845B without embeddings): tensor parallel 4 within a node. `sbatch examples/mm1_7b.slurm`.
+
+    Predicted on 128 GPUs: 2.21 s a step on H100 (1.95 to 2.48), 4.9 s on A100-80GB, 29 GB.
+    """
     parallel = ParallelConfig(tensor=4, recompute="selective")
     return _pretraining(
         "mm1_7b", decoder=DECODER_7B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=1
@@ -105,6 +113,9 @@ def mm1_30b() -> Experiment:
 
     `sbatch examples/mm1_30b.slurm`. 52 heads divide by 4, not by 8, which sets the tensor-parallel degree. The first of the
     8 stages, which also holds the image encoder, has 5 layers, the last one 6 and the others 7 or 8. The layout is ours.
+
+    Predicted: 2.02 s a step on 512 H100 (1.78 to 2.27), 62 of 85 GB; 4.6 s on 512 A100-80GB. `megatron-mm plan mm1_30b --num-gpus 512
+    --search` predicts 1.65 s (1.45 to 1.85) in 81 GB with tensor 2 and the tower recomputed, and 1.27 s (1.11 to 1.42) in FP8.
     """
     parallel = ParallelConfig(tensor=4, pipeline=4, virtual=2, stage_layers=(5, 7, 7, 8, 8, 8, 7, 6), recompute="selective")
     return _pretraining(
@@ -129,6 +140,8 @@ def mm1_3b_moe() -> Experiment:
     128 GPUs as tensor 2 x data 64, two experts of a layer on each GPU.
 
     `sbatch examples/mm1_3b_moe.slurm`.
+
+    Predicted: 1.74 s a step on 128 H100 (1.39 to 2.09), 3.7 s on A100-80GB, 50 GB.
     """
     parallel = ParallelConfig(tensor=2, expert=32, recompute="selective")
     return _sparse(mm1_3b(), "mm1_3b_moe", moe=MoEConfig(num_experts=64, every_n_layers=2), parallel=parallel)
@@ -140,6 +153,8 @@ def mm1_7b_moe() -> Experiment:
     128 GPUs as tensor 4 x data 32, two experts of a layer on each GPU.
 
     `sbatch examples/mm1_7b_moe.slurm`.
+
+    Predicted: 3.06 s a step on 128 H100 (2.45 to 3.67), 6.6 s on A100-80GB, 48 GB.
     """
     parallel = ParallelConfig(tensor=4, expert=16, recompute="selective")
     return _sparse(mm1_7b(), "mm1_7b_moe", moe=MoEConfig(num_experts=32, every_n_layers=4), parallel=parallel)
