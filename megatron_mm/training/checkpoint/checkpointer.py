@@ -30,6 +30,7 @@ from megatron_mm.training.checkpoint.compatible import check_same_model, same_la
 from megatron_mm.training.checkpoint.integrity import merge_checksums, read_manifest, verify
 from megatron_mm.training.checkpoint.load import load_chunk, load_strategy
 from megatron_mm.training.checkpoint.names import MANIFEST, TENSORS, completed_checkpoints, newest_checkpoint
+from megatron_mm.training.checkpoint.optimizer_state import load_optimizer_state
 from megatron_mm.training.checkpoint.state import TrainState, restore_generators, run_state
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ class Checkpointer:
         )
         for index, chunk in enumerate(self.model):
             load_chunk(chunk.module, loaded[f"model{index}"])
-        self.optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer_state(self.optimizer, loaded["optimizer"])
         if alike:
             restore_generators(loaded["generators"])
         state = TrainState(**json.loads((checkpoint / "state.json").read_text()))

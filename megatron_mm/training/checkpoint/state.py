@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_mm.parallel.initial_weights import STATE_METADATA
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.checkpoint.optimizer_state import optimizer_state
 
 
 @dataclass
@@ -46,7 +47,7 @@ def run_state(
     state: dict[str, Any] = dict(chunks)
     # The optimizer looks its parameters up in all chunks at once; names are global, so merging loses nothing.
     merged = {f"{i}.{name}": entry for i, chunk in enumerate(chunks.values()) for name, entry in chunk.items()}
-    state["optimizer"] = optimizer.sharded_state_dict(merged, is_loading=loading, metadata=dict(STATE_METADATA))
+    state["optimizer"] = optimizer_state(optimizer, merged, loading=loading)
     if generators:
         state["generators"] = generator_state(topology)
     return state

@@ -1,0 +1,186 @@
+"""The distributed optimizer's state as pieces of global tensors, each on the process that has it.
+
+megatron-core cuts the flat buffer of all parameters evenly over data parallelism, so a process has a run of consecutive elements of a few
+parameters. Its own "fully reshardable" checkpoints gather whole parameters first, on every process: 12 bytes for each parameter of a
+model-parallel share. Here each run is written where it is, as the boxes of the parameter that it fills, under the same names and shapes. So
+nothing is gathered, any layout can read what any other wrote, and older checkpoints read alike.
+
+Worked example: of a parameter of 4 rows and 3 columns a process has elements 2 to 9 (10 not included).
+
+    . . 2
+    3 4 5    -> row 0, column 2; rows 1 and 2; row 3, column 0
+    6 7 8
+    9 . .
+
+A state's elements lie one after another, so each box is a view of them: a save copies them once, and a load writes into place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_mm.parallel.initial_weights import STATE_METADATA
+
+_STATES = ("param", "exp_avg", "exp_avg_sq")
+"""Master weights and the two moments of Adam."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular part of a tensor whose elements are consecutive in memory."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[Box]:
+    """The boxes that elements [begin, end) of a contiguous tensor fill, in order: at most 2 * dimensions - 1."""
+    if begin >= end:
+        return
+    if not shape:
+        yield Box((), ())
+        return
+    inner = shape[1:]
+    row = math.prod(inner)
+    first, last = begin // row, (end - 1) // row
+    if first == last and end - begin < row:
+        yield from _in_row(first, boxes(inner, begin - first * row, end - first * row))
+        return
+    if begin % row:
+        yield from _in_row(first, boxes(inner, begin % row, row))
+        first += 1
+    whole = end // row - first
+    if whole:
+        yield Box((first, *(0 for _ in inner)), (whole, *inner))
+    if end % row:
+        yield from _in_row(last, boxes(inner, 0, end % row))
+
+
+def _in_row(number: int, found: Iterator[Box]) -> Iterator[Box]:
+    return (Box((number, *box.offset), (1, *box.shape)) for box in found)
+
+
+def optimizer_state(optimizer: MegatronOptimizer, weights: dict[str, Any], *, loading: bool) -> dict[Any, Any]:
+    """The state of an optimizer for megatron-core's checkpoints.
+
+    Args:
+        weights: the model's state, which says of what global tensor a parameter is a piece.
+        loading: the state is to be filled, so it is allocated where it does not exist yet.
+    """
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    if not all(isinstance(part, DistributedOptimizer) for part in parts):
+        return optimizer.sharded_state_dict(weights, is_loading=loading, metadata=dict(STATE_METADATA))
+    entries = {id(entry.data): entry for entry in nested_values(weights) if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
+    states = [_state_of_part(part, entries, loading=loading) for part in parts]
+    if len(states) == 1:
+        return states[0]
+    for number, state in enumerate(states):
+        add_prefix_for_sharding(state, f"chained_{number}.")
+    return dict(enumerate(states))
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
+    """Take what a load has read: tensors are in place already, so what remains are the parameter groups."""
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    if not all(isinstance(part, DistributedOptimizer) for part in parts):
+        optimizer.load_state_dict(loaded)
+        return
+    states = [loaded] if len(parts) == 1 else [loaded[number] for number in range(len(parts))]
+    for part, state in zip(parts, states, strict=True):
+        part.load_state_dict({name: value for name, value in state.items() if not name.startswith("param_state")})
+
+
+def _state_of_part(part: DistributedOptimizer, entries: dict[int, Any], *, loading: bool) -> dict[str, Any]:
+    state = part.state_dict()
+    if loading:
+        part.load_state_dict(part.state_dict())  # allocates
+    runs: dict[str, ShardedTensor] = {}
+    for buffer in part.gbuf_ranges:
+        for parameter, ranges in (item for buckets in buffer.values() for bucket in buckets for item in bucket["param_map"].items()):
+            run = ranges["param"]
+            tensors = part._get_main_param_and_optimizer_states(parameter)
+            missing = [name for name in _STATES if name not in tensors]
+            assert not missing, f"the optimizer has no {missing} yet: initialize_state makes them"
+            for piece in _pieces(entries[id(parameter)], parameter, run.start, run.end):
+                for name in _STATES:
+                    key = f"optimizer.state.{name}.{piece.key}"
+                    values = tensors[name].view(-1)[piece.first : piece.first + piece.numel]
+                    runs[f"{key}{piece.offset}"] = piece.sharded(key, values)
+    return {**state, "param_state": runs, "param_state_sharding_type": STATE_METADATA["distrib_optim_sharding_type"]}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A box of a global tensor."""
+
+    entry: ShardedTensor
+    """The piece of the model's weights that it is a part of."""
+    box: Box
+    """In the entry."""
+    first: int
+    """Number of its first element in the run."""
+
+    @property
+    def key(self) -> str:
+        return self.entry.key
+
+    @property
+    def numel(self) -> int:
+        return self.box.numel
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """In the global tensor."""
+        stacked = self.entry.prepend_axis_num
+        begin = self.entry.global_offset
+        return (*begin[:stacked], *(a + b for a, b in zip(begin[stacked:], self.box.offset, strict=True)))
+
+    def sharded(self, key: str, values: torch.Tensor) -> ShardedTensor:
+        """The same box of another tensor. No other data-parallel rank has it, so this process is the one that writes it, unless it is a
+        copy of what another tensor-parallel rank writes."""
+        shape = (1,) * self.entry.prepend_axis_num + self.box.shape
+        pipeline, tensor, _ = self.entry.replica_id
+        return replace(
+            self.entry,
+            key=key,
+            data=values.view(shape),
+            dtype=values.dtype,
+            local_shape=shape,
+            global_offset=self.offset,
+            axis_fragmentations=None,  # boxes make no regular grid
+            replica_id=(pipeline, tensor, 0),
+            prepend_axis_num=0,
+            allow_shape_mismatch=False,
+        )
+
+
+def _pieces(entry: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Parameter, begin: int, end: int) -> Iterator[_Piece]:
+    """The boxes that elements [begin, end) of a parameter fill.
+
+    A parameter may be several pieces of global tensors, such as both branches of a SwiGLU, each of consecutive elements.
+    """
+    parts: dict[str, Any] = {"entry": replace(entry) if isinstance(entry, ShardedTensor) else entry}
+    apply_factories(parts)
+    for part in nested_values(parts):
+        data = part.data
+        assert data.is_contiguous() and data.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr(), part.key
+        place = data.storage_offset() - parameter.storage_offset()
+        first, last = max(begin, place), min(end, place + data.numel())
+        done = first
+        for box in boxes(data.shape, first - place, last - place):
+            yield _Piece(part, box, done - begin)
+            done += box.numel
