@@ -62,12 +62,18 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device; what begins with `image_` stays on the CPU, where indices are computed from it."""
-        moved = {
-            f.name: value.to(device, non_blocking=True)
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._moving().items()})  # type: ignore[arg-type]
+
+    def pinned(self) -> PackedBatch:
+        """The same batch in memory that a GPU reads by itself, so that the copy of `to` blocks nobody."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._moving().items()})  # type: ignore[arg-type]
+
+    def _moving(self) -> dict[str, torch.Tensor]:
+        return {
+            f.name: value
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor) and not f.name.startswith("image_")
         }
-        return replace(self, **moved)  # type: ignore[arg-type]
 
 
 def documents_of_images(image_starts: torch.Tensor, *, cu_seqlens: torch.Tensor) -> torch.Tensor:

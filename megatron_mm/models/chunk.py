@@ -17,6 +17,7 @@ from megatron_mm.data.image_input import ImageInput
 from megatron_mm.models.context import ChunkContext
 from megatron_mm.models.decoder import build_decoder, decoder_transformer_config
 from megatron_mm.parallel.replicated import mark_replicated, replicated_state
+from megatron_mm.platform.device import send
 
 
 def document_bounds(batch: PackedBatch) -> PackedSeqParams:
@@ -94,7 +95,7 @@ class Chunk(MegatronModule):
         assert batch.pixels is not None, "only the first stage encodes"
         if batch.pixels.shape[0]:
             return batch.pixels
-        blank = torch.tensor(self.image.fill, dtype=torch.uint8, device=batch.pixels.device)
+        blank = send(torch.tensor(self.image.fill, dtype=torch.uint8), batch.pixels.device)
         return blank[None, :, None, None].expand(1, 3, self.image.size, self.image.size)
 
     def embed(self, batch: PackedBatch, features_nkh: torch.Tensor) -> torch.Tensor:
@@ -108,8 +109,8 @@ class Chunk(MegatronModule):
             batch.image_starts, tokens_per_image=self.image.tokens, local=self.sharing.local_tokens(batch.num_tokens)
         )
         device = embedded_t1h.device
-        features_1h = features_nkh.flatten(0, 1).index_select(0, rows.to(device))[:, None].to(embedded_t1h.dtype)
-        return embedded_t1h.index_put((positions.to(device),), features_1h)
+        features_1h = features_nkh.flatten(0, 1).index_select(0, send(rows, device))[:, None].to(embedded_t1h.dtype)
+        return embedded_t1h.index_put((send(positions, device),), features_1h)
 
     def decode(
         self,

@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -128,7 +127,7 @@ def routers(chunks: list[torch.nn.Module]) -> Iterator[tuple[int, Router]]:
 
 
 def take_records(chunks: list[torch.nn.Module], *, layers: tuple[int, ...], num_experts: int, device: torch.device) -> torch.Tensor:
-    """What the routers of all processes recorded since the last call: [sparse layers, fields + tables * experts], the same everywhere.
+    """What the routers of this process recorded since the last call, to be summed over all: [sparse layers, fields + tables * experts].
 
     Args:
         layers: indices of the sparse layers in the whole model, from 0.
@@ -136,5 +135,4 @@ def take_records(chunks: list[torch.nn.Module], *, layers: tuple[int, ...], num_
     total = torch.zeros(len(layers), RoutingRecord(num_experts).size, dtype=torch.float64, device=device)
     for layer, router in routers(chunks):
         total[layers.index(layer)] += router.record.take(device)
-    dist.all_reduce(total)
     return total

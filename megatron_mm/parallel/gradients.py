@@ -19,7 +19,9 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: torch.Tensor 
     The order does not matter to the result (a sum of quotients is the quotient of the sum), and this one leaves
     megatron-core's own work in one piece.
     """
-    megatron_finalize(model, num_tokens, **kwargs)
+    megatron_finalize(model, None, **kwargs)
+    if num_tokens is not None:
+        _divide(model, num_tokens)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() > 1:
         encoder = (p for chunk in model for p in chunk.parameters() if getattr(p, "encodes_shares", False) and p.requires_grad)
@@ -28,6 +30,18 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: torch.Tensor 
             dist.all_reduce(flat, group=group)
             for grad, summed in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
                 grad.copy_(summed.view_as(grad))
+
+
+def _divide(model: list[torch.nn.Module], num_tokens: torch.Tensor) -> None:
+    """Divide all gradients by the tokens of the global batch, which the last pipeline stage of each data-parallel copy has its part of.
+
+    megatron-core would do so too, but asks first whether there are any (0.16.1), for which the processor waits for the device.
+    """
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(num_tokens, src=dist.get_process_group_ranks(pipeline)[-1], group=pipeline)
+    dist.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    for chunk in model:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))  # type: ignore[operator]
 
 
 def _buckets(grads: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
+from megatron_mm.platform.device import send
+
 
 class TensorParallelImages:
     """`models.context.ImageSharing` over a tensor-parallel group."""
@@ -37,7 +39,7 @@ class TensorParallelImages:
             # Under sequence parallelism each process uses the features only for its own tokens, so the gradient of a feature
             # is the sum over the group; otherwise every process already has the whole of it.
             padded = gather_from_sequence_parallel_region(padded, tensor_parallel_output_grad=self.sequence_parallel, group=self.group)
-        return padded.index_select(0, order.to(owned.device))
+        return padded.index_select(0, send(order, owned.device))
 
     def local_tokens(self, num_tokens: int) -> range:
         """See `ImageSharing.local_tokens`."""

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from megatron_mm.data.load.loader import StepBatch
 from megatron_mm.evaluation.heldout import HeldOut
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork, mfu, peak_tflops
@@ -73,13 +73,14 @@ class Metrics(Hook):
             )
         )
 
+    def tell(self, batch: StepBatch) -> tuple[float, ...]:
+        return tuple(float(batch.bad.get(name, 0)) for name in self.sources)
+
     def _bad_samples(self, record: StepRecord) -> dict[str, int]:
         """Samples that failed so far by source, over all processes."""
-        bad = torch.tensor([record.batch.bad.get(name, 0) for name in self.sources], device=self.trainer.topology.device)
-        dist.all_reduce(bad)
         total = self.trainer.state.bad_samples
-        for name, count in zip(self.sources, bad.tolist(), strict=True):
-            total[name] = total.get(name, 0) + count
+        for name, count in zip(self.sources, record.told[self], strict=True):
+            total[name] = total.get(name, 0) + round(count)
         return {name: count for name, count in total.items() if count}
 
     def close(self, *, failed: bool) -> None:
@@ -149,7 +150,7 @@ class Stopping(Hook):
 
     Slurm signals every process of a job, and the helpers that a checkpoint's writers need would die of it in the middle of a
     save. So this thread blocks both signals: what it starts inherits that across exec, which a handler would not survive. A
-    signal then either waits until `after_step` looks, or is taken by a thread that was there before and runs the handler.
+    signal then either waits until `tell` looks, or is taken by a thread that was there before and runs the handler.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -168,13 +169,14 @@ class Stopping(Hook):
     def _note(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number).name
 
-    def after_step(self, record: StepRecord) -> None:
+    def tell(self, batch: StepBatch) -> tuple[float, ...]:
         waiting = signal.sigtimedwait(self.SIGNALS, 0)
         if waiting is not None:
             self._note(waiting.si_signo, None)
-        stop = torch.tensor(float(self.received is not None), device=self.trainer.topology.device)
-        dist.all_reduce(stop, op=dist.ReduceOp.MAX)
-        if stop.item():
+        return (float(self.received is not None),)
+
+    def after_step(self, record: StepRecord) -> None:
+        if any(record.told[self]):
             self.trainer.should_stop = True
             if self.trainer.topology.is_main:
                 logger.warning(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 
 from megatron_mm.data.batch import PackedBatch
 
@@ -50,8 +49,8 @@ def loss_function(batch: PackedBatch, *, num_sources: int) -> LossFunction:
     return compute
 
 
-def combine_losses(reported: list[torch.Tensor], *, contributes: bool, num_sources: int, device: torch.device) -> LossTotals:
-    """Add up what the micro-batches of all processes reported; every process learns the result.
+def own_losses(reported: list[torch.Tensor], *, contributes: bool, num_sources: int, device: torch.device) -> torch.Tensor:
+    """This process's part of the sums of a step's losses and counted tokens: [2, num_sources] float64 on its device.
 
     Args:
         reported: [2, num_sources] of each micro-batch of this process; empty except on the last stage.
@@ -61,9 +60,7 @@ def combine_losses(reported: list[torch.Tensor], *, contributes: bool, num_sourc
     if contributes:
         for sums in reported:
             total += sums
-    dist.all_reduce(total)
-    losses, tokens = total.tolist()
-    return LossTotals(losses=losses, tokens=tokens)
+    return total
 
 
 def micro_batch_iterator(batches: list[PackedBatch], device: torch.device) -> Iterator[PackedBatch]:

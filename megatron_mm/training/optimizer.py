@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from megatron_mm.config import Experiment, OptimizerConfig
@@ -85,18 +85,35 @@ def initialize_state(optimizer: MegatronOptimizer) -> None:
 
 
 @torch.no_grad()
-def update(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float, clip_grad_norm: float) -> Update:
+def squared_grad_norm(optimizer: MegatronOptimizer, *, device: torch.device) -> torch.Tensor:
+    """This process's part of the squared norm of the gradient, [] float64 on its device: summed over all processes they give the whole.
+
+    Where several processes have the same gradients (data parallelism without a distributed optimizer) each counts its share. Nothing waits
+    for the device here.
+    """
+    optimizer.prepare_grads()
+    total = torch.zeros([], dtype=torch.float64, device=device)
+    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        grads = part.get_main_grads_for_grad_norm()
+        if grads:
+            overflow = torch.zeros(1, dtype=torch.int, device=grads[0].device)
+            norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, overflow, [grads], False)
+            copies = dist.get_world_size() // part.get_grad_stats_parallel_group().size()
+            total += norm.double().square().reshape([]) / copies
+    return total
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, *, grad_norm: float, lr: float, weight_decay: float, clip_grad_norm: float) -> Update:
     """Clip and step, or skip the step on all processes alike where the gradient is not finite on any.
 
-    The norm is computed once, over all model- and data-parallel shards; a single NaN or infinity anywhere makes it not finite.
+    Args:
+        grad_norm: of the whole gradient, the same on all processes; a single NaN or infinity anywhere makes it not finite.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay * group["wd_mult"]
-    optimizer.prepare_grads()
-    norm = optimizer.get_grad_norm()
-    grad_norm = float(norm) if norm is not None else 0.0
-    if not _agree(math.isfinite(grad_norm)):
+    if not math.isfinite(grad_norm):
         return Update(grad_norm=grad_norm, skipped=True)
     if clip_grad_norm > 0:
         for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
@@ -105,11 +122,3 @@ def update(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float, clip
                 torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, torch.tensor(grad_norm))
     optimizer.step_with_ready_grads()
     return Update(grad_norm=grad_norm, skipped=False)
-
-
-def _agree(finite: bool) -> bool:
-    """Whether every process of the run says so. The norm is the same on all of them unless a machine miscomputes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    flag = torch.tensor(float(finite), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())

@@ -70,15 +70,22 @@ def weigh_tokens(
         router.token_weight = weight
 
 
-def collect(decoder: DecoderConfig, model: list[DistributedDataParallel], *, device: torch.device) -> RoutingStats | None:
-    """After a step's passes: add up what all routers recorded, and tell them the experts' shares for the next step.
+def own_records(decoder: DecoderConfig, model: list[DistributedDataParallel], *, device: torch.device) -> torch.Tensor:
+    """After a step's passes: what the routers of this process recorded, [sparse layers, values] float64; nothing for a dense model."""
+    if decoder.moe is None:
+        return torch.zeros(0, 0, dtype=torch.float64, device=device)
+    return take_records(model, layers=decoder.sparse_layers, num_experts=decoder.moe.num_experts, device=device)  # type: ignore[arg-type]
 
-    None for a dense model. Called by all processes together.
+
+def routing_stats(decoder: DecoderConfig, model: list[DistributedDataParallel], sums: np.ndarray) -> RoutingStats | None:
+    """What all routers recorded, which tells them the experts' shares for the next step. None for a dense model.
+
+    Args:
+        sums: [sparse layers, values] `own_records` summed over all processes.
     """
     if decoder.moe is None:
         return None
     layers, experts = decoder.sparse_layers, decoder.moe.num_experts
-    sums = take_records(model, layers=layers, num_experts=experts, device=device).cpu().numpy()
     fields = dict(zip(RoutingRecord.FIELDS, sums.T, strict=False))
     tables = dict(zip(RoutingRecord.TABLES, sums[:, len(fields) :].reshape(len(layers), -1, experts).swapaxes(0, 1), strict=True))
     tokens = np.maximum(fields["tokens"], 1)

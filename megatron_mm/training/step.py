@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,12 @@ from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.registry import pipeline_rows
 from megatron_mm.parallel.pipeline import PlannedMessages
+from megatron_mm.parallel.sums import sum_over_processes
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.training.loss import LossFunction, LossTotals, combine_losses, loss_function, micro_batch_iterator
-from megatron_mm.training.optimizer import Update, learning_rate, update
-from megatron_mm.training.routing import RoutingStats, collect, weigh_tokens
+from megatron_mm.platform.device import send
+from megatron_mm.training.loss import LossFunction, LossTotals, loss_function, micro_batch_iterator, own_losses
+from megatron_mm.training.optimizer import Update, learning_rate, squared_grad_norm, update
+from megatron_mm.training.routing import RoutingStats, own_records, routing_stats, weigh_tokens
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class StepResult:
     lr: float
     routing: RoutingStats | None = None
     """Of sparse layers; None for a dense model."""
+    told: tuple[float, ...] = ()
+    """Sums over all processes of what each told (`TrainingStep.run`)."""
 
 
 class TrainingStep:
@@ -51,8 +56,17 @@ class TrainingStep:
         self.optimizer = optimizer
         self.num_sources = num_sources
 
-    def run(self, micro_batches: list[PackedBatch], *, step: int) -> StepResult:
-        """Train on one global batch, of which this process has `micro_batches`; `step` counts from 1."""
+    def run(self, micro_batches: list[PackedBatch], *, step: int, tell: Callable[[], Sequence[float]] = tuple) -> StepResult:
+        """Train on one global batch.
+
+        All that processes tell each other about a step (losses, the gradient's norm, what routers recorded, `tell`) is one message, and
+        reading it is the only time that this process waits for its device.
+
+        Args:
+            micro_batches: this process's.
+            step: counted from 1.
+            tell: called when the passes are under way: numbers to be summed over all processes.
+        """
         assert self.optimizer is not None, "training needs an optimizer"
         config = self.experiment.optimizer
         lr = learning_rate(step, config, schedule_steps=self.experiment.train.schedule_steps)
@@ -61,17 +75,25 @@ class TrainingStep:
         self.optimizer.zero_grad()
         decoder = self.experiment.model.decoder
         weigh_tokens(decoder, self.model, micro_batches, device=self.topology.device)
+        device = self.topology.device
         losses = self._pass(micro_batches, forward_only=False)
-        routing = collect(decoder, self.model, device=self.topology.device)
-        done = update(self.optimizer, lr=lr, weight_decay=config.weight_decay, clip_grad_norm=config.clip_grad_norm)
-        return StepResult(losses=losses, update=done, lr=lr, routing=routing)
+        records = own_records(decoder, self.model, device=device)
+        norm = squared_grad_norm(self.optimizer, device=device)
+        told = send(torch.tensor(tuple(tell()), dtype=torch.float64), device)
+        losses_of, records_of, (squared_norm,), told_of = sum_over_processes(losses, records, norm[None], told)
+        routing = routing_stats(decoder, self.model, records_of)
+        grad_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
+        done = update(self.optimizer, grad_norm=grad_norm, lr=lr, weight_decay=config.weight_decay, clip_grad_norm=config.clip_grad_norm)
+        return StepResult(losses=LossTotals(*losses_of.tolist()), update=done, lr=lr, routing=routing, told=tuple(told_of.tolist()))
 
     def evaluate(self, micro_batches: list[PackedBatch]) -> LossTotals:
         """Losses of one global batch without training on it."""
         with self._evaluation_mode(), torch.no_grad():
-            return self._pass(micro_batches, forward_only=True)
+            (losses,) = sum_over_processes(self._pass(micro_batches, forward_only=True))
+        return LossTotals(*losses.tolist())
 
-    def _pass(self, micro_batches: list[PackedBatch], *, forward_only: bool) -> LossTotals:
+    def _pass(self, micro_batches: list[PackedBatch], *, forward_only: bool) -> torch.Tensor:
+        """Forward, and backward, through all micro-batches; this process's part of the losses (`own_losses`)."""
         device = self.topology.device
         rows = [pipeline_rows(self.experiment, batch) for batch in micro_batches]
         iterators = [zip(micro_batch_iterator(micro_batches, device), rows, strict=True) for _ in self.model]
@@ -86,7 +108,7 @@ class TrainingStep:
             p2p_communicator=PlannedMessages(get_model_config(self.model[0]), rows=rows),
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
-        return combine_losses(reported, contributes=self.topology.reports_loss, num_sources=self.num_sources, device=device)
+        return own_losses(reported, contributes=self.topology.reports_loss, num_sources=self.num_sources, device=device)
 
     def _forward_step(
         self, batches: Iterator[tuple[PackedBatch, int]], chunk: DistributedDataParallel

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,8 @@ class StepRecord:
     """Wall time of the whole step, the wait for data included."""
     data_seconds: float
     """Wall time of the wait for data."""
+    told: dict[Hook, tuple[float, ...]] = field(default_factory=dict)
+    """What each hook told (`Hook.tell`), summed over all processes."""
 
 
 class Hook:
@@ -53,8 +56,12 @@ class Hook:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
+    def tell(self, batch: StepBatch) -> tuple[float, ...]:
+        """Numbers to be summed over all processes in the step's one message: as many on each, at the end of the step on `batch`."""
+        return ()
+
     def after_step(self, record: StepRecord) -> None:
-        """After every optimizer step."""
+        """After every optimizer step; `record.told[self]` are the sums of what all processes told."""
 
     def after_training(self) -> None:
         """Once, when the last step is done or a stop was agreed; not after a failure."""
@@ -122,11 +129,25 @@ class Trainer:
         began = time.perf_counter()
         batch = next(self.data)
         waited = time.perf_counter() - began
-        result = self.step.run(batch.micro_batches, step=self.state.step + 1)
+        told: dict[Hook, tuple[float, ...]] = {}
+
+        def tell() -> list[float]:
+            told.update((hook, hook.tell(batch)) for hook in self.hooks)
+            return [value for values in told.values() for value in values]
+
+        result = self.step.run(batch.micro_batches, step=self.state.step + 1, tell=tell)
+        sums = iter(result.told)
         state = self.state
         state.step += 1
         state.plan = self.data.cursor
         state.tokens += batch.plan.num_tokens
         state.images += batch.plan.num_images
         state.skipped_steps += result.update.skipped
-        return StepRecord(step=state.step, result=result, batch=batch, seconds=time.perf_counter() - began, data_seconds=waited)
+        return StepRecord(
+            step=state.step,
+            result=result,
+            batch=batch,
+            seconds=time.perf_counter() - began,
+            data_seconds=waited,
+            told={hook: tuple(itertools.islice(sums, len(values))) for hook, values in told.items()},
+        )

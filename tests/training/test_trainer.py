@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from support.distributed import run_processes
 from support.small import small_run
@@ -22,11 +23,11 @@ def _train(data: Path, run_dir: Path, steps: int) -> tuple[int, int]:
     """Steps done and skipped, as this process knows them."""
     run = TrainingStep.run
 
-    def poisoned(self: TrainingStep, micro_batches: list[PackedBatch], *, step: int) -> StepResult:
+    def poisoned(self: TrainingStep, micro_batches: list[PackedBatch], *, step: int, **others: Any) -> StepResult:
         if step in POISONED and os.environ["RANK"] == "1":
             first = micro_batches[0]
             micro_batches = [replace(first, loss_mask=first.loss_mask * float("nan")), *micro_batches[1:]]
-        return run(self, micro_batches, step=step)
+        return run(self, micro_batches, step=step, **others)
 
     TrainingStep.run = poisoned  # type: ignore[method-assign]
     state = start(small_run(data, steps=steps, schedule_steps=20), run_dir)

@@ -160,6 +160,7 @@ class Loader:
         plan.image.ids(tokenizer.special_id, tiles=1)  # raises here and not in a thread
         self._texts, self._seen = _Tally(), _Tally()
         self._readers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
+        self._pin = device.type == "cuda"
         self._decoder = make_decoder(data.decoder, plan.image.transform, threads=data.decode_threads, device=device)
         self._tile_decoder = TileDecoder(plan.image, threads=data.decode_threads)
         if data.decoder == "dali" and not self._whole_images:
@@ -321,7 +322,7 @@ class Loader:
         labels = np.roll(ids, -1)
         labels[mask == 0] = self.tokenizer.pad_id
         cu_seqlens, image_starts = torch.from_numpy(layout.cu_seqlens), torch.from_numpy(layout.image_starts)
-        return PackedBatch(
+        batch = PackedBatch(
             token_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),
             loss_mask=torch.from_numpy(mask),
@@ -335,6 +336,7 @@ class Loader:
             image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
             pixels=decoded.pixels if decoded is not None else None,
         )
+        return batch.pinned() if self._pin else batch
 
     def _pixels(self, draft: _Draft) -> DecodedImages:
         """This process's images of a micro-batch, in its own thread."""

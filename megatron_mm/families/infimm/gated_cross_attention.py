@@ -40,6 +40,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.infimm.config import GatedConfig
 from megatron_mm.models.layers import PlainSubmodules
+from megatron_mm.platform.device import send
 
 
 @dataclass
@@ -81,16 +82,16 @@ def media_layout(batch: PackedBatch, *, num_latents: int, local: range, dtype: t
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
-        rows=rows.to(device, non_blocking=True),
+        rows=send(rows, device),
         runs=PackedSeqParams(
             qkv_format="thd",
-            cu_seqlens_q=lengths.cumsum(0).int().to(device, non_blocking=True),
-            cu_seqlens_kv=(num_latents * torch.arange(len(runs) + 1)).int().to(device, non_blocking=True),
+            cu_seqlens_q=send(lengths.cumsum(0).int(), device),
+            cu_seqlens_kv=send((num_latents * torch.arange(len(runs) + 1)).int(), device),
             max_seqlen_q=int(lengths.max()),
             max_seqlen_kv=num_latents,
         ),
-        looks=torch.full((len(rows), 1), float(real), dtype=dtype).to(device, non_blocking=True),
-        in_media_document=with_image[local.start : local.stop, None, None].to(device, non_blocking=True),
+        looks=torch.full((len(rows), 1), float(real), dtype=dtype, device=device),
+        in_media_document=send(with_image[local.start : local.stop, None, None], device),
     )
 
 

@@ -40,6 +40,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_mm.config import FP8_MULTIPLE
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.models.layers import Backend, decoder_layer_spec, plain_submodules
+from megatron_mm.platform.device import send
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def rows_of(mask: torch.Tensor, *, multiple: int, device: torch.device) -> Rows:
     rows = mask.nonzero().squeeze(1)
     wanted = -(-max(len(rows), multiple if multiple > 1 else 0) // multiple) * multiple
     padded = torch.cat([rows, torch.zeros(wanted - len(rows), dtype=torch.int64)])
-    return Rows(gather=padded.to(device, non_blocking=True), count=len(rows))
+    return Rows(gather=send(padded, device), count=len(rows))
 
 
 class ModalityExperts(MegatronModule):

@@ -1,0 +1,84 @@
+"""A step waits for its device once: whatever reads a tensor's values on the processor is counted."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_processes
+from small import random_step, small_experiment
+
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.training.build import build_model
+from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.step import TrainingStep
+
+READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+"""Methods for which a GPU's values must have come to the processor."""
+ON_THE_PROCESSOR = {
+    ("megatron_mm.parallel.images", "gather"): "who encodes which image",
+    ("megatron_mm.models.chunk", "image_token_rows"): "where images lie",
+    # What stands in for Transformer Engine's kernels, which take the same on the device:
+    ("megatron_mm.models.layers", "<genexpr>"): "document lengths, in PyTorch's attention",
+    ("megatron.core.models.common.embeddings.rope_utils", "_apply_rotary_pos_emb_thd"): "document lengths, in rotary positions",
+    ("megatron.core.utils", "local_multi_tensor_l2_norm"): "norms of gradients, one by one",
+    ("megatron_mm.platform.cpu", "made"): "the same norms, put together",
+    ("megatron_mm.training.routing", "weigh_tokens"): "masks, before they are copied to the device",
+    ("megatron_mm.training.routing", "routing_stats"): "what the one message brought",
+    ("megatron_mm.parallel.sums", "sum_over_processes"): "the values of the message, once it is here",
+}
+"""Who reads tensors that lie on the processor by design. Reading the message itself, `cpu`, is counted."""
+
+
+def reads_of_a_step(parallel: dict[str, Any], decoder: dict[str, Any]) -> tuple[dict[str, int], int]:
+    """What read a tensor during the second step of a run, and the sums over all processes in it."""
+    experiment = small_experiment(parallel=parallel, decoder=decoder)
+    topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
+    model = build_model(experiment, topology)
+    step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=2)
+    step.run(random_step(experiment, topology, step=1), step=1)
+    found: Counter[str] = Counter()
+    world_messages = 0
+
+    def counting(name: str, original: Any) -> Any:
+        def read(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1)
+            where = caller.f_globals.get("__name__", ""), caller.f_code.co_name
+            if where[0].startswith("megatron") and (where not in ON_THE_PROCESSOR or (where[1] == "sum_over_processes" and name == "cpu")):
+                found[f"{'.'.join(where)}: {name}"] += 1
+            return original(self, *args, **kwargs)
+
+        return read
+
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal world_messages
+        world_messages += tensor.dtype is torch.float64
+        return all_reduce(tensor, *args, **kwargs)
+
+    originals = {name: getattr(torch.Tensor, name) for name in READS}
+    try:
+        dist.all_reduce = counted
+        for name, original in originals.items():
+            setattr(torch.Tensor, name, counting(name, original))
+        step.run(random_step(experiment, topology, step=2), step=2, tell=lambda: [1.0, 2.0])
+    finally:
+        dist.all_reduce = all_reduce
+        for name, original in originals.items():
+            setattr(torch.Tensor, name, original)
+    return dict(found), world_messages
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [(1, {}), pytest.param(4, {"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow), pytest.param(2, {}, marks=pytest.mark.slow)],
+)
+def test_a_step_reads_one_message(world_size: int, parallel: dict[str, Any]) -> None:
+    for found, messages in run_processes(reads_of_a_step, world_size, parallel, {}):
+        assert found == {"megatron_mm.parallel.sums.sum_over_processes: cpu": 1}
+        assert messages == 1
