@@ -127,7 +127,7 @@ def test_losses_and_auxiliary_losses_equal_those_of_one_process(world_size: int,
 
 
 def test_padding_is_routed_nowhere_and_counted_nowhere() -> None:
-    """20 tokens of each of 4 micro-batches, two of 96 and two of 64 tokens, are padding, under sequence parallelism all of them on the second process."""
+    """20 tokens of each of 4 micro-batches, of 96 or 64 tokens, are padding, under sequence parallelism all on the second process."""
     padded, cut = _one_process(20), run_processes(train, 2, {"tensor": 2}, EXPERTS, 20)[0]
     assert padded.tokens_per_expert.sum() == STEPS * 2 * (96 - 20 + 64 - 20) * 2  # top-2 of one layer
     assert cut.losses == pytest.approx(padded.losses, rel=TOLERANCE)
