@@ -21,8 +21,6 @@ def communication_backend(device: torch.device) -> str:
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU on a device, without waiting for what the device still does: by way of pinned memory on a GPU."""
-    return tensor if device.type == "cpu" else _pinned(tensor).to(device, non_blocking=True)
-
-
-def _pinned(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.pin_memory() if tensor.device.type == "cpu" and tensor.numel() and not tensor.is_pinned() else tensor
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
