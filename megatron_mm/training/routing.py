@@ -74,7 +74,7 @@ def own_records(decoder: DecoderConfig, model: list[DistributedDataParallel], *,
     """After a step's passes: what the routers of this process recorded, [sparse layers, values] float64; nothing for a dense model."""
     if decoder.moe is None:
         return torch.zeros(0, 0, dtype=torch.float64, device=device)
-    return take_records(model, layers=decoder.sparse_layers, num_experts=decoder.moe.num_experts, device=device)  # type: ignore[arg-type]
+    return take_records(model, layers=decoder.sparse_layers, num_experts=decoder.moe.num_experts, device=device)
 
 
 def routing_stats(decoder: DecoderConfig, model: list[DistributedDataParallel], sums: np.ndarray) -> RoutingStats | None:

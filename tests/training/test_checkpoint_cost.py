@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed import run_processes
-from small import random_step, small_experiment
+from support.distributed import run_processes
+from support.small import random_step, small_experiment
 
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.training.build import build_model
