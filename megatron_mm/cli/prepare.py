@@ -95,6 +95,18 @@ def _index(given: argparse.Namespace) -> None:
     print(prepare_index(given.path, tokenizer=given.tokenizer, options=_options(given), workers=given.workers, shards=given.shards))
 
 
+def _store_arguments(parser: Parser) -> None:
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of an indexed source, such as DATA/train/pairs")
+    parser.add_argument("url", metavar="URL", help="where its shards have been copied to, such as s3://bucket/train/pairs")
+
+
+def _store(given: argparse.Namespace) -> None:
+    from megatron_mm.data.sources.index import move_to_store
+
+    count = move_to_store(given.source, given.url)
+    print(f"{given.source}: {count} shards are read from {given.url} from now on; those in the folder are not needed any more")
+
+
 def _tokenizer_arguments(parser: Parser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="data set")
     parser.add_argument("--out", type=Path, metavar="FILE", help="model to write (default: PATH/tokenizer.model)")
@@ -117,6 +129,7 @@ PREPARE = Group(
         "merge": Command(
             help="write the index of shards that `prepare index --shards` has read (same options)", run=_merge, arguments=_index_arguments
         ),
+        "store": Command(help="read an indexed source from an object store", run=_store, arguments=_store_arguments),
         "tokenizer": Command(
             help="train a SentencePiece tokenizer on the texts of a data set", run=_tokenizer, arguments=_tokenizer_arguments
         ),

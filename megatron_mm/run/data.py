@@ -47,14 +47,17 @@ def image_input(experiment: Experiment) -> ImageInput:
     return replace(image, tiling=Tiling(min_tiles=data.min_tiles, max_tiles=data.max_tiles))
 
 
-def make_plan(experiment: Experiment, *, split: str) -> Plan:
+def make_plan(experiment: Experiment, *, split: str, check: bool = True) -> Plan:
     """The plan of a split: a pure function of the experiment and the indexes on disk.
 
     Raises ValueError where the data path, a source or its index is missing or empty, or was made with another chat template.
+
+    Args:
+        check: look at every shard and into the index's arrays, which one process of a run does for all.
     """
     data = experiment.data
     names = data.sources
-    indexes = open_split(data.path, split, sources=names)
+    indexes = open_split(data.path, split, sources=names, check=check)
     _check_rendering(data, indexes)
     return Plan(
         indexes,
@@ -140,7 +143,7 @@ class TrainingData:
             plan: of the split, where it has been made already.
             cursor: of an earlier iterator; None begins with the first sample.
         """
-        plan = plan or make_plan(experiment, split=split)
+        plan = plan or make_plan(experiment, split=split, check=False)  # `start` has checked it
         data = experiment.data if split == TRAINING else replace(experiment.data, jpeg_quality=None)
         self._loader = Loader(
             plan,

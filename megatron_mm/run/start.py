@@ -138,10 +138,12 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
             f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
             "raise it, or use a smaller tokenizer"
         )
-    plan = make_plan(experiment, split=TRAINING)
+    # One process looks at the shards. Until it has, the others wait for it to join them; if it finds something, the launcher ends them.
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    plan = make_plan(experiment, split=TRAINING, check=is_main)
     experiment = as_indexed(experiment, plan.indexes)
     if experiment.eval.interval and (experiment.data.path / HELD_OUT).is_dir():
-        make_plan(experiment, split=HELD_OUT)  # found now, not after the first thousand steps
+        make_plan(experiment, split=HELD_OUT, check=is_main)  # found now, not after the first thousand steps
     checkpoints = completed_checkpoints(run_dir)[-1:]
     for checkpoint in checkpoints:
         check_same_model(experiment, checkpoint)

@@ -26,7 +26,7 @@ def test_the_worked_example() -> None:
 
 def test_micro_batches_are_as_many_as_before_unless_fewer_are_asked_for() -> None:
     batching = Batching(micro_batch_size=2, sequence_length=100, max_images=1)
-    assert sizes(batching.micro_batches(EXAMPLE, 2), EXAMPLE) == [[[80, 20], [40, 40]], [[90], [50, 30, 10]]]
+    assert sizes(batching.micro_batches(EXAMPLE, 2), EXAMPLE) == [[[90], [50, 30, 10]], [[80, 20], [40, 40]]]
 
 
 def test_what_does_not_fit_by_cost_is_dealt_by_number() -> None:

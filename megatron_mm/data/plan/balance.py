@@ -14,6 +14,10 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from megatron_mm.data.plan.rounds import deal
+
 
 @dataclass(frozen=True)
 class Work:
@@ -67,21 +71,17 @@ class Batching:
     def micro_batches(self, works: Sequence[Work], data_size: int) -> list[list[list[int]]]:
         """The sequences of each micro-batch of each data-parallel rank: [data_size][micro-batches][sequences].
 
-        The k-th micro-batches of all ranks cost about the same, and so do the ranks. The costliest come first.
+        The k-th micro-batches of all ranks are alike in cost and images, and so are the ranks (`rounds.deal`). The costliest come first.
         """
         costs = [self.costs.of(work) for work in works]
         groups = self._group(works, costs, data_size)
-        total = {id(group): sum(costs[i] for i in group) for group in groups}
-        groups.sort(key=lambda group: -total[id(group)])
-        ranks: list[list[list[int]]] = [[] for _ in range(data_size)]
-        so_far = [0] * data_size
-        for first in range(0, len(groups), data_size):
-            # The rank that has most so far gets the cheapest of the next round.
-            by_load = sorted(range(data_size), key=lambda rank: so_far[rank])
-            for rank, group in zip(by_load, groups[first : first + data_size], strict=True):
-                ranks[rank].append(group)
-                so_far[rank] += total[id(group)]
-        return ranks
+        totals = [sum(costs[i] for i in group) for group in groups]
+        if data_size == 1:
+            return [[groups[number] for number in sorted(range(len(groups)), key=lambda number: -totals[number])]]
+        images = [sum(works[i].images for i in group) for group in groups]
+        squares = [sum(works[i].squares for i in group) for group in groups]
+        loads = (np.array(load, dtype=np.int64) for load in (images, totals, squares))
+        return [[groups[number] for number in rank] for rank in deal(*loads, data_size=data_size).T.tolist()]
 
     def _group(self, works: Sequence[Work], costs: list[int], data_size: int) -> list[list[int]]:
         usual = len(works) // self.micro_batch_size

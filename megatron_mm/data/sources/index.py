@@ -18,17 +18,18 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_mm.data.ranges import ranges
-from megatron_mm.data.sources.index_files import FORMAT_VERSION, META, map_arrays, sampled_digest
+from megatron_mm.data.sources.index_files import FORMAT_VERSION, META, map_arrays, sampled_digest, write_json
 from megatron_mm.data.sources.rows import ITEM as ITEM
 from megatron_mm.data.sources.rows import SAMPLE as SAMPLE
-from megatron_mm.data.sources.shards import read_range
 from megatron_mm.data.sources.source import DocumentSizes, ImageSizes, Items, Kind
+from megatron_mm.data.sources.stores import ObjectStore, Store, store_of
 
 SHARDS_CHECKED_AT_ONCE = 32
 """Threads that ask the file system about shards: one answer takes about as long as another hundred."""
@@ -58,6 +59,8 @@ class SourceIndex:
     """What asks for the captions of pairs; None where they are no chats."""
     size_rows: np.ndarray | None = None
     """[num_samples] of SIZES; None in indexes of version 2."""
+    store: str | None = None
+    """Address of the object store that holds the shards; None where they lie in `root`."""
 
     @property
     def answers_only(self) -> bool:
@@ -102,17 +105,24 @@ class SourceIndex:
     def document(self, row: int) -> bytes:
         """See `Source.document`."""
         sample = self.sample_rows[row]
-        return read_range(self.shard_of(row), int(sample["offset"]), int(sample["size"]))
+        return self._store.read(self._shard_name(row), int(sample["offset"]), int(sample["size"]))
 
     def image(self, row: int, number: int) -> bytes:
         """See `Source.image`."""
         items = self._item_rows(row)
         image = items[items["is_image"] == 1][number]
-        return read_range(self.shard_of(row), int(image["offset"]), int(image["size"]))
+        return self._store.read(self._shard_name(row), int(image["offset"]), int(image["size"]))
 
     def shard_of(self, row: int) -> Path:
-        """The file that holds a sample."""
-        return self.root / self.shards[int(self.sample_rows[row]["shard"])]
+        """The file that holds a sample of shards in a folder."""
+        return self.root / self._shard_name(row)
+
+    def _shard_name(self, row: int) -> str:
+        return self.shards[int(self.sample_rows[row]["shard"])]
+
+    @cached_property
+    def _store(self) -> Store:
+        return store_of(self.root, self.store)
 
     def _item_rows(self, row: int) -> np.ndarray:
         sample = self.sample_rows[row]
@@ -161,6 +171,7 @@ def open_index(source: Path, *, check: bool = True) -> SourceIndex:
         size_rows=arrays.get("sizes.npy"),
         chat_template=meta["chat_template"],
         caption_prompt=meta.get("caption_prompt"),
+        store=meta.get("store"),
     )
 
 
@@ -170,10 +181,12 @@ _FIELDS = ("kind", "tokenizer", "rejected", "shards", "chat_template")
 
 def _check_shards(source: Path, meta: dict[str, Any]) -> None:
     """Raise ValueError where a shard is gone, has another size, or was written again and has other contents (`stamps` of meta.json)."""
-    stamps = meta.get("stamps", {})
+    stamps, remote = meta.get("stamps", {}), store_of(source, meta.get("store"))
 
     def problem(shard: str) -> str | None:
         path, size = source / shard, meta["shards"][shard]
+        if isinstance(remote, ObjectStore):
+            return remote.problem(shard, size)
         try:
             found = path.stat()
         except OSError:
@@ -210,3 +223,17 @@ def open_split(root: Path, split: str, *, sources: list[str], check: bool = True
                 f"source {index.root} has no usable sample (rejected: {index.rejected}): add data or drop it from data.mixture"
             )
     return indexes
+
+
+def move_to_store(source: Path, url: str) -> int:
+    """Let the index of a source say that its shards are in an object store now; returns how many there are.
+
+    Raises ValueError where a shard is not there, or has another size than the one that was indexed.
+    """
+    path = source / "index" / META
+    open_index(source, check=False)
+    meta = json.loads(path.read_text())
+    meta["store"] = url.rstrip("/")
+    _check_shards(source, meta)
+    write_json(path, meta)
+    return len(meta["shards"])

@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 import logging
 import os
+import resource
+import sys
 import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +24,8 @@ from megatron_mm.data.sources.tar import NO_TAR, TRUNCATED, EndMarker, Skipped, 
 
 logger = logging.getLogger(__name__)
 
-_OPEN_FILES = 128
+_OPEN_FILES = 4096
+"""Shards that a process holds open: those of a block of each source (`data.plan.stream`); fewer where the system allows fewer."""
 KeyEnds = Literal["first", "last"]
 """Whether a sample's key ends at the first or at the last dot of a file's name."""
 
@@ -188,6 +191,16 @@ _descriptors: OrderedDict[Path, int] = OrderedDict()
 _lock = threading.Lock()
 
 
+@cache
+def _allowed_files() -> int:
+    """Files that this process may open, after asking for more."""
+    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    wanted = min(2 * _OPEN_FILES, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return max(soft, wanted)
+
+
 def read_range(path: Path, offset: int, size: int) -> bytes:
     """Bytes [offset, offset + size) of a shard; any number of threads may call it.
 
@@ -195,13 +208,18 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
     """
     # A descriptor of its own, so that the cache may close the file while another thread still reads from it.
     with _lock:
-        descriptor = _descriptors.pop(path, None)
-        if descriptor is None:
-            descriptor = os.open(path, os.O_RDONLY)
-        _descriptors[path] = descriptor
-        mine = os.dup(descriptor)
-        while len(_descriptors) > _OPEN_FILES:
-            os.close(_descriptors.popitem(last=False)[1])
+        mine = _duplicate(path)
+    if mine is None:
+        opened = os.open(path, os.O_RDONLY)  # not under the lock: a shared file system takes its time
+        with _lock:
+            if path in _descriptors:
+                os.close(opened)
+            else:
+                _descriptors[path] = opened
+            mine = _duplicate(path)
+            while len(_descriptors) > min(_OPEN_FILES, _allowed_files() // 2):
+                os.close(_descriptors.popitem(last=False)[1])
+        assert mine is not None, "it was opened just now"
     try:
         parts = bytearray()
         while len(parts) < size:
@@ -212,3 +230,11 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
         return bytes(parts)
     finally:
         os.close(mine)
+
+
+def _duplicate(path: Path) -> int | None:
+    descriptor = _descriptors.get(path)
+    if descriptor is None:
+        return None
+    _descriptors.move_to_end(path)
+    return os.dup(descriptor)

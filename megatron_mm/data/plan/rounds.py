@@ -1,0 +1,89 @@
+"""Deals the micro-batches of a global batch to data-parallel ranks, so that no rank waits long for another.
+
+Two things make a rank wait. In every round (the k-th micro-batches of all ranks, which run together) the decoder's stages wait for the
+costliest micro-batch, and the first stage for the one with the most images. So micro-batches are sorted by cost and cut into bands of like
+cost; those of a band are sorted by images, and each round takes the next `data_size` of them. At the end of the step all wait for the rank
+with the most work; so within the rounds micro-batches change ranks until the sums of attention's cost, of the whole cost and of the images
+are level over the ranks.
+
+Worked example, two ranks: micro-batches of cost 100 98 97 95 | 60 55 and images 1 9 2 8 | 0 0 are two bands. Rounds by cost alone would put
+9 images beside 1 and 8 beside 2; rounds within the first band are 9 8 and 2 1.
+
+All of it is done in integers: processes on different processors must come to the same result.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_BAND = 0.8
+"""Costs of a band, in parts of its largest. On MM1's mixture (mm1_30b, 32 ranks): from 0.78 to 0.82 images are as level as when cost
+is ignored (the largest of each round 1.045 of the mean) and cost stays within 1.02; bands of 0.95 leave images at 1.12."""
+_LEVEL = 1 << 16
+"""The mean of what is leveled; sums are scaled to it, so that their squares fit into 64 bits."""
+_GOOD = _LEVEL + _LEVEL // 100
+_MOST_SWAPS = 100
+
+
+def deal(images: np.ndarray, cost: np.ndarray, attention: np.ndarray, *, data_size: int) -> np.ndarray:
+    """The micro-batch of each rank in each round: [rounds, data_size] int64. The costliest come first.
+
+    Args:
+        images, cost, attention: [micro-batches] int64 images, cost, and the part of attention in it, each in its own unit.
+        data_size: data-parallel ranks; divides the number of micro-batches.
+    """
+    rounds = _rounds(images, cost, data_size)
+    # First the attention alone: costliest to the rank that has least so far, and rounds in which it differs most before others.
+    total = np.zeros(data_size, dtype=np.int64)
+    dealt = np.empty_like(rounds)
+    for number in np.argsort(-np.ptp(attention[rounds], axis=1), kind="stable"):
+        micro_batches = rounds[number]
+        dealt[number, np.argsort(total, kind="stable")] = micro_batches[np.argsort(-attention[micro_batches], kind="stable")]
+        total += attention[dealt[number]]
+    _level(dealt, np.stack([_scaled(load, data_size)[dealt] for load in (attention, cost, images)]))
+    return dealt
+
+
+def _rounds(images: np.ndarray, cost: np.ndarray, data_size: int) -> np.ndarray:
+    """[rounds, data_size]."""
+    order = np.lexsort((-images, -cost))
+    rounds, first = [], 0
+    while first < len(order):
+        last = first + data_size
+        least = int(_BAND * int(cost[order[first]]))
+        while last < len(order) and cost[order[last + data_size - 1]] >= least:
+            last += data_size
+        band = order[first:last]
+        rounds.append(band[np.lexsort((-cost[band], -images[band]))].reshape(-1, data_size))
+        first = last
+    return np.concatenate(rounds)
+
+
+def _scaled(load: np.ndarray, data_size: int) -> np.ndarray:
+    unit = int(load.sum()) // (_LEVEL * data_size)
+    return load // unit if unit else load * (_LEVEL * data_size // max(1, int(load.sum())))
+
+
+def _level(dealt: np.ndarray, loads_lkd: np.ndarray) -> None:
+    """Swap micro-batches of a round between the rank with most work and another, as long as that brings the sums closer to each other.
+
+    Args:
+        dealt: [rounds, data_size], changed in place.
+        loads_lkd: [loads, rounds, data_size] of those, changed likewise.
+    """
+    sums_ld = loads_lkd.sum(axis=1)
+    for _ in range(_MOST_SWAPS):
+        most = sums_ld.max(axis=0)
+        rank = int(most.argmax())
+        if most[rank] <= _GOOD:
+            return
+        moved_lkd = loads_lkd - loads_lkd[:, :, rank : rank + 1]
+        # Of (a + m)^2 + (b - m)^2 - a^2 - b^2 half: m (a - b + m).
+        change_kd = (moved_lkd * (sums_ld[:, rank, None, None] - sums_ld[:, None, :] + moved_lkd)).sum(axis=0)
+        number, other = divmod(int(change_kd.argmin()), change_kd.shape[1])
+        if change_kd[number, other] >= 0:
+            return
+        pair = [rank, other]
+        sums_ld[:, pair] += moved_lkd[:, number, other, None] * np.array([1, -1])
+        dealt[number, pair] = dealt[number, pair[::-1]]
+        loads_lkd[:, number, pair] = loads_lkd[:, number, pair[::-1]]

@@ -1,0 +1,217 @@
+"""Where the bytes of shards lie: a folder, or an object store that fsspec knows (s3://, gs://, az://, https://).
+
+A read from an object store is one request for the range. It is tried again after errors of the network or the server and after bodies that
+end early, later each time; an object that is missing or forbidden is an error at once. Credentials and the address of the service come from
+the environment alone, as the store's own tools read them (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL): never from an index.
+
+Ranges may be kept on a local disk for the next epoch, up to a limit over all processes of the machine: MEGATRON_MM_CACHE=/local/dir:200GB.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_mm.data.sources.shards import read_range
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 6
+"""Of a read; the waits between them add up to about 12 seconds, besides the time that the store takes."""
+FIRST_WAIT = 0.4
+"""Seconds before the second attempt; twice as long before each further one, and up to half of that more or less by chance."""
+TIMEOUT = 30
+"""Seconds without an answer after which an attempt has failed."""
+CACHE_VARIABLE = "MEGATRON_MM_CACHE"
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class Store(Protocol):
+    """Where the shards of a source lie."""
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Bytes [offset, offset + size) of a shard. Raises OSError or ValueError that names it where they cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """Shards in a folder."""
+
+    root: Path
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """See `Store.read`."""
+        return read_range(self.root / name, offset, size)
+
+
+class ObjectStore:
+    """Shards in an object store."""
+
+    def __init__(
+        self, url: str, *, cache: RangeCache | None = None, attempts: int = ATTEMPTS, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        """
+        Args:
+            url: of the folder of the shards, such as s3://bucket/train/pairs.
+            sleep: waits; a test counts them instead.
+        """
+        self.url = url.rstrip("/")
+        self._cache, self._attempts, self._sleep = cache, attempts, sleep
+
+    @cached_property
+    def _files(self) -> Any:
+        """fsspec's file system; made in the process and at the time of the first read."""
+        try:
+            import fsspec
+
+            protocol = self.url.partition("://")[0]
+            options: dict[str, Any] = {}
+            if protocol == "s3":  # its client would try again by itself, and wait for minutes
+                options = {"config_kwargs": {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT, "retries": {"total_max_attempts": 1}}}
+            files = fsspec.filesystem(protocol, **options)
+            if protocol == "s3":
+                files.retries = 1
+            return files
+        except ImportError as error:
+            raise ValueError(f"{self.url} needs a package that is not installed ({error}): pip install 'megatron_mm[s3]'") from None
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """See `Store.read`."""
+        if size == 0:
+            return b""
+        key = f"{self.url}/{name} {offset} {size}"
+        if self._cache is not None and (kept := self._cache.get(key, size)) is not None:
+            return kept
+        data = self._retrying(f"{self.url}/{name}", lambda path: self._read_once(path, offset, size))
+        if self._cache is not None:
+            self._cache.put(key, data)
+        return data
+
+    def problem(self, name: str, size: int) -> str | None:
+        """What is wrong with a shard that should have so many bytes; None where nothing is."""
+        try:
+            found = int(self._retrying(f"{self.url}/{name}", lambda path: self._files.info(path)["size"]))
+        except OSError as error:
+            return str(error)
+        return None if found == size else f"{self.url}/{name} has {found} bytes, but had {size} when it was indexed"
+
+    def _read_once(self, path: str, offset: int, size: int) -> bytes:
+        data: bytes = self._files.cat_file(path, start=offset, end=offset + size)
+        if len(data) != size:
+            raise OSError(f"{len(data)} of {size} bytes came")
+        return data
+
+    def _retrying(self, path: str, action: Callable[[str], Any]) -> Any:
+        for attempt in range(1, self._attempts + 1):
+            try:
+                return action(path)
+            except (FileNotFoundError, PermissionError) as error:
+                raise type(error)(f"{path} cannot be read: {error}") from None
+            except ValueError:
+                raise
+            except Exception as error:  # each store has exceptions of its own for the same faults of the network
+                if attempt == self._attempts:
+                    raise OSError(f"{path} cannot be read after {attempt} attempts: {error!r}") from None
+                wait = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+                logger.info("%s: %r; attempt %d in %.1f s", path, error, attempt + 1, wait)
+                self._sleep(wait)
+        raise AssertionError("unreachable")
+
+
+class RangeCache:
+    """Ranges of objects on a local disk, the least recently read ones removed first. Processes of a machine may share a folder."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        """
+        Args:
+            limit: bytes of all files together.
+        """
+        self.folder, self.limit = folder, limit
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str, size: int) -> bytes | None:
+        """A range, if it is kept."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except OSError:
+            return None
+        return data if len(data) == size else None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep a range. A full or broken disk costs the cache and not the read."""
+        if len(data) > self.limit:
+            return
+        path = self._path(key)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.{random.getrandbits(32):08x}")
+        try:
+            with (self.folder / "total").open("a+") as total, _Locked(total):
+                total.seek(0)
+                used = int(total.read() or 0)
+                if used + len(data) > self.limit:
+                    used = self._make_room(self.limit - len(data))
+                path.parent.mkdir(exist_ok=True)
+                partial.write_bytes(data)
+                partial.replace(path)
+                total.truncate(0)
+                total.write(str(used + len(data)))
+        except (OSError, ValueError) as error:
+            partial.unlink(missing_ok=True)
+            logger.warning("cache %s: %s", self.folder, error)
+
+    def _make_room(self, limit: int) -> int:
+        """Remove the least recently read files until a tenth of the limit is free; returns the bytes of what is left."""
+        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.glob("*/*"))
+        used = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if used <= min(limit, self.limit * 9 // 10):
+                break
+            path.unlink(missing_ok=True)
+            used -= size
+        return used
+
+    def _path(self, key: str) -> Path:
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        return self.folder / digest[:2] / digest[2:34]
+
+
+class _Locked:
+    """Holds a file's lock."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __enter__(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.flush()
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+def cache_of_environment() -> RangeCache | None:
+    """What MEGATRON_MM_CACHE asks for. Raises ValueError where it is not FOLDER:NUMBER and MB, GB or TB."""
+    text = os.environ.get(CACHE_VARIABLE, "")
+    if not text:
+        return None
+    found = re.fullmatch(r"(.+):(\d+)(MB|GB|TB)", text)
+    if found is None:
+        raise ValueError(f"{CACHE_VARIABLE}={text} is not FOLDER:SIZE, such as /local/cache:200GB")
+    return RangeCache(Path(found[1]), int(found[2]) * _UNITS[found[3]])
+
+
+def store_of(source: Path, url: str | None) -> Store:
+    """The store of a source: its own folder, unless its index names an address."""
+    return FolderStore(source) if url is None else ObjectStore(url, cache=cache_of_environment())

@@ -1,0 +1,238 @@
+"""Shards in an object store: a real server that speaks S3, behind a gate that makes requests fail as networks and servers do."""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_files import ALONE, experiment
+
+from megatron_mm.data.sources import stores
+from megatron_mm.data.sources.index import move_to_store, open_index
+from megatron_mm.data.sources.stores import ObjectStore, RangeCache, cache_of_environment
+from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.run.data import TrainingData
+
+pytest.importorskip("moto.server")
+pytest.importorskip("s3fs")
+
+
+class Gate(ThreadingHTTPServer):
+    """Passes requests on to a server, except those that are to fail."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.behind = port
+        self.faults: list[str] = []
+        """Of the next requests of ranges, in order: "503", "cut", "hang" or "reset"."""
+        self.seen: Counter[str] = Counter()
+        self.release = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Gate
+
+    def _pass_on(self) -> None:
+        is_range = self.command == "GET" and "Range" in self.headers
+        self.server.seen["ranges"] += is_range
+        fault = self.server.faults.pop(0) if is_range and self.server.faults else None
+        if fault == "hang":
+            self.server.release.wait(30)
+        if fault in ("hang", "reset"):
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        if fault == "503":
+            body = b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>"
+            self._answer(503, {"Content-Type": "application/xml", "Content-Length": str(len(body))}, body)
+            return
+        behind = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=30)
+        behind.request(self.command, self.path, self.rfile.read(int(self.headers.get("Content-Length") or 0)), dict(self.headers))
+        answer = behind.getresponse()
+        body = answer.read()
+        headers = {
+            name: value for name, value in answer.getheaders() if name.lower() not in ("transfer-encoding", "connection", "date", "server")
+        }
+        if self.command != "HEAD":
+            headers["Content-Length"] = str(len(body))
+        self._answer(answer.status, headers, body[: len(body) // 2] if fault == "cut" else body)
+        if fault == "cut":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on
+
+    def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def gate(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """Also in the environment, which is all that says where the service is and who asks."""
+    import s3fs
+
+    gate = Gate(server)
+    threading.Thread(target=gate.serve_forever, daemon=True).start()
+    for name, value in (
+        ("ACCESS_KEY_ID", "someone"),
+        ("SECRET_ACCESS_KEY", "secret"),
+        ("ENDPOINT_URL", gate.url),
+        ("DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr(stores, "TIMEOUT", 2)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.01)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield gate
+    gate.release.set()
+    gate.shutdown()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def upload(url: str, files: dict[str, bytes]) -> None:
+    import fsspec
+
+    remote = fsspec.filesystem("s3")
+    bucket = url.removeprefix("s3://").partition("/")[0]
+    if not remote.exists(bucket):
+        remote.mkdir(bucket)
+    for name, content in files.items():
+        remote.pipe_file(f"{url}/{name}", content)
+
+
+CONTENT = bytes(range(256)) * 400
+
+
+def test_ranges_are_read(gate: Gate) -> None:
+    upload("s3://data/one", {"0.tar": CONTENT})
+    store = ObjectStore("s3://data/one/")
+    for offset, size in ((0, 10), (255, 1), (1000, 70_000), (len(CONTENT) - 3, 3), (5, 0)):
+        assert store.read("0.tar", offset, size) == CONTENT[offset : offset + size]
+    assert gate.seen["ranges"] == 4, "a request for each range, and none for nothing"
+
+
+@pytest.mark.parametrize("fault", ["503", "cut", "reset", "hang"])
+def test_a_read_is_tried_again_after_a_fault(gate: Gate, fault: str) -> None:
+    upload("s3://data/one", {"0.tar": CONTENT})
+    waits: list[float] = []
+    store = ObjectStore("s3://data/one", sleep=waits.append)
+    assert store.read("0.tar", 0, 10) == CONTENT[:10]
+    gate.faults = [fault] if fault == "hang" else [fault] * 3
+    assert store.read("0.tar", 100, 5000) == CONTENT[100:5100]
+    assert len(waits) <= 3 and not gate.faults and gate.seen["ranges"] > 2
+    assert waits or fault in ("reset", "hang"), "the client itself opens a broken connection again"
+    assert all(0.5 <= wait / (0.01 * 2**number) <= 1.5 for number, wait in enumerate(waits)), "twice as long each time"
+
+
+def test_faults_without_end_are_an_error_that_names_the_object(gate: Gate) -> None:
+    upload("s3://data/one", {"0.tar": CONTENT})
+    gate.faults = ["503"] * 50
+    with pytest.raises(OSError, match=r"s3://data/one/0.tar cannot be read after 3 attempts"):
+        ObjectStore("s3://data/one", attempts=3, sleep=lambda seconds: None).read("0.tar", 0, 10)
+
+
+def test_what_is_not_there_is_an_error_at_once(gate: Gate) -> None:
+    upload("s3://data/one", {"0.tar": CONTENT})
+    store = ObjectStore("s3://data/one", sleep=lambda seconds: pytest.fail("it waits for an object that is not there"))
+    with pytest.raises(FileNotFoundError, match=r"s3://data/one/1.tar cannot be read"):
+        store.read("1.tar", 0, 10)
+
+
+def test_an_object_that_ends_early_is_an_error(gate: Gate) -> None:
+    upload("s3://data/one", {"0.tar": CONTENT})
+    with pytest.raises(OSError, match=r"10 of 20 bytes came"):
+        ObjectStore("s3://data/one", attempts=2, sleep=lambda seconds: None).read("0.tar", len(CONTENT) - 10, 20)
+
+
+def test_ranges_are_kept_on_the_disk_up_to_a_limit(gate: Gate, tmp_path: Path) -> None:
+    upload("s3://data/one", {"0.tar": CONTENT})
+    store = ObjectStore("s3://data/one", cache=RangeCache(tmp_path / "cache", 10_000))
+    for offset in (0, 1000, 2000, 0, 1000, 2000):
+        assert store.read("0.tar", offset, 1000) == CONTENT[offset : offset + 1000]
+    assert gate.seen["ranges"] == 3
+    for offset in range(0, 60_000, 1000):
+        store.read("0.tar", offset, 1000)
+        kept = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*"))
+        assert kept <= 10_000
+    assert kept >= 8000
+    before = gate.seen["ranges"]
+    assert store.read("0.tar", 59_000, 1000) == CONTENT[59_000:60_000] and gate.seen["ranges"] == before
+    for path in (tmp_path / "cache").glob("*/*"):
+        path.write_bytes(b"half")
+    assert store.read("0.tar", 59_000, 1000) == CONTENT[59_000:60_000], "a file that was cut off is read anew"
+
+
+def test_the_cache_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(stores.CACHE_VARIABLE, raising=False)
+    assert cache_of_environment() is None
+    monkeypatch.setenv(stores.CACHE_VARIABLE, f"{tmp_path}/c:3GB")
+    found = cache_of_environment()
+    assert found is not None and (found.folder, found.limit) == (tmp_path / "c", 3 * 10**9)
+    monkeypatch.setenv(stores.CACHE_VARIABLE, "200")
+    with pytest.raises(ValueError, match=r"MEGATRON_MM_CACHE=200 is not FOLDER:SIZE"):
+        cache_of_environment()
+
+
+def load(path: Path) -> list[Any]:
+    settings = experiment(path, mixture={"pairs": 0.5, "text": 0.5})
+    loader = TrainingData(settings, ALONE, Tokenizer.open(settings.data.tokenizer_path))
+    try:
+        return [batch for _ in range(2) for batch in next(loader).micro_batches]
+    finally:
+        loader.close()
+
+
+def test_training_reads_the_same_batches_from_a_store_through_faults(gate: Gate, demo_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    expected = load(data)
+    for name in ("pairs", "text"):
+        source, url = data / "train" / name, f"s3://data/train/{name}"
+        shards = [path for path in source.iterdir() if path.is_file()]
+        with pytest.raises(ValueError, match="cannot be read"):
+            move_to_store(source, url)
+        upload(url, {path.name: path.read_bytes() for path in shards})
+        assert move_to_store(source, url) == len(shards)
+        for path in shards:
+            path.unlink()
+        assert open_index(source).store == url
+    gate.faults = ["ok", "503", "ok", "ok", "cut", "reset"] * 10
+    found = load(data)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.pixels, other.pixels)
+    upload("s3://data/train/text", {"00000.jsonl": b"another"})
+    with pytest.raises(ValueError, match=r"s3://data/train/text/00000.jsonl has 7 bytes, but had \d+ when it was indexed"):
+        open_index(data / "train" / "text")
