@@ -119,7 +119,7 @@ def test_micro_batches_and_ranks_cost_alike(demo_data: Path) -> None:
     assert sorted(i for rank in ranks for group in rank for i in group) == list(range(64))
     at_once = [spread(list(groups)) for groups in zip(*ranks, strict=True)]
     assert sum(at_once) / len(at_once) < spread(naive), at_once
-    assert spread([[i for group in rank for i in group] for rank in ranks]) < 1.01
+    assert spread([[i for group in rank for i in group] for rank in ranks]) < 1.02
     assert np.bincount(image_owners(7, 4), minlength=4).tolist() == [2, 2, 2, 1]
 
 
