@@ -72,7 +72,7 @@ def train(experiment: Experiment, steps: int) -> dict[str, float]:
     topologies.shutdown()
     return {
         "parameters": sum(p.numel() for p in parameters),
-        "learning": sum(p.numel() for p in parameters if p.requires_grad),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "gradients": sum(buffer.grad_data.nbytes for chunk in model for buffer in chunk.buffers),
         "optimizer": sum(value.nbytes for value in states if isinstance(value, torch.Tensor)),
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - built,
@@ -131,10 +131,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each (default: %(default)s)")
     options = parser.parse_args()
     found = {policy: run("train", experiment_for(options.data, policy=policy), options.steps)[0] for policy in POLICIES}
-    print(f"{'policy':30} {'learning':>12} {'gradients':>12} {'optimizer':>12} {'peak above':>12} {'step':>9}")
+    print(f"{'policy':30} {'trainable':>12} {'gradients':>12} {'optimizer':>12} {'peak above':>12} {'step':>9}")
     for policy, values in found.items():
         memory = "".join(f"{values[name] / MIB:8.1f} MiB " for name in ("gradients", "optimizer", "peak"))
-        print(f"{POLICIES[policy]:30} {values['learning'] / values['parameters']:11.1%}  {memory} {values['seconds']:7.3f} s")
+        print(f"{POLICIES[policy]:30} {values['trainable'] / values['parameters']:11.1%}  {memory} {values['seconds']:7.3f} s")
     ratios = {name: found["pt"][name] / found["ift"][name] for name in ("gradients", "optimizer", "peak", "seconds")}
     print("pt / ift: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
     print()

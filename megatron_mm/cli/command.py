@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -106,7 +108,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def run(group: Group, arguments: Sequence[str], *, program: str) -> None:
     """Find the command that the first words name, and run it or print its help. Raises ValueError for a user's mistake."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_group_help(group, program))
+        _show(_group_help(group, program))
         if not arguments:
             raise ValueError(f"no command given: choose one of {', '.join(group.commands)}")
         return
@@ -118,6 +120,14 @@ def run(group: Group, arguments: Sequence[str], *, program: str) -> None:
         run(found, rest, program=f"{program} {word}")
     else:
         _run_command(found, rest, program=f"{program} {word}")
+
+
+def _show(text: str) -> None:
+    """Print, also to a reader that leaves before the end, as in `--help | head -3`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _group_help(group: Group, program: str) -> str:
@@ -160,7 +170,7 @@ def _print_help(parser: Parser, command: Command, experiment: Experiment | None)
     parser.usage = " ".join([parser.prog, *parser.needed, "[OPTION ...]", *fields])
     if experiment is not None:
         _add_help_groups(parser, overrides_of(experiment))
-    print(parser.format_help())
+    _show(parser.format_help())
 
 
 def _with_dashes(words: Sequence[str]) -> list[str]:

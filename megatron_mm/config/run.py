@@ -127,7 +127,7 @@ class DataConfig:
     prefetch_steps: int = 2
     """Global batches planned and read ahead."""
     packing_window: int = 4096
-    """Samples of one source that are packed together; a larger window fills better and plans in larger bites."""
+    """Samples of one source that are packed together; a larger window fills sequences better and makes each planning step longer."""
     chat_template: str | None = None
     """The chat template that the sources' index must have been made with (`prepare index --chat-template`); None takes any."""
     caption_prompt: str | None = None
@@ -188,7 +188,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled: lr * weight_decay of each weight is taken off at each step; not from norms, biases and other vectors."""
+    """Decoupled: lr * weight_decay of each weight is subtracted at each step; not from norms, biases and other vectors."""
     clip_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 does not clip."""
 
@@ -208,7 +208,7 @@ class TrainConfig:
     steps: int
     """Optimizer steps after which the run ends, counted from the beginning of training (not from a resume)."""
     schedule_steps: int
-    """Length of the learning-rate schedule, steps; a length of its own, so that stopping early does not bend it."""
+    """Length of the learning-rate schedule, steps; independent of `steps`, so that stopping early does not change it."""
     global_batch_size: int
     """Sequences of one optimizer step, over all processes."""
     micro_batch_size: int = 1
@@ -245,9 +245,9 @@ class CheckpointConfig:
     keep: int = 3
     """Newest complete checkpoints that stay."""
     asynchronous: bool = True
-    """Write in a process of its own while training goes on."""
+    """Write in a separate process while training continues."""
     timeout_minutes: float = 30.0
-    """An asynchronous save that takes longer is given up with an error in the log; training goes on."""
+    """An asynchronous save that takes longer is given up with an error in the log; training continues."""
 
     def __post_init__(self) -> None:
         require_positive(self, "interval", "keep", "timeout_minutes")
@@ -309,8 +309,8 @@ class Experiment:
     eval: EvalConfig = field(default_factory=EvalConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     init_from: Path | None = None
-    """A checkpoint, or the run directory of an earlier stage, whose weights this run begins with; its optimizer begins anew. A run that
-    has a checkpoint of its own goes on from that."""
+    """A checkpoint, or the run directory of an earlier stage, whose weights this run begins with, with a fresh optimizer. A run that
+    has a checkpoint of its own resumes from it."""
 
     @property
     def token_multiple(self) -> int:

@@ -14,7 +14,7 @@ VIT_H_14_378 = VisionConfig(image_size=378, patch_size=14, hidden_size=1280, num
 """DFN5B CLIP ViT-H/14 at 378 px, MM1's image encoder: 27 x 27 patches, 631,371,520 parameters."""
 
 VIT_TINY = VisionConfig(image_size=32, patch_size=4, hidden_size=64, num_layers=2, num_attention_heads=4, ffn_hidden_size=256)
-"""A tower that learns on a CPU: 8 x 8 patches, 107,520 parameters."""
+"""A tower that can be trained on a CPU: 8 x 8 patches, 107,520 parameters."""
 
 EVA02_L_14_336 = EvaConfig(
     image_size=336,
