@@ -146,7 +146,7 @@ def test_torchrun_says_a_mistake_once_and_does_not_hang(demo_data: Path, tmp_pat
         ([], "no command given: choose one of train, prepare, convert, eval, "),
         (["trian"], "unknown command 'trian': choose one of train, prepare, convert, eval, "),
         (["trian"], ": did you mean train?"),
-        (["prepare"], "no command given: choose one of demo, index, tokenizer"),
+        (["prepare"], "no command given: choose one of demo, index, "),
         (["prepare", "demo"], "missing --out: see megatron-mm prepare demo --help"),
         (["prepare", "demo", "--out", "x", "--samples", "few"], "--samples: 'few' is not an integer: see megatron-mm prepare demo --help"),
         (["prepare", "demo", "--out", "x", "--smaples", "3"], "unknown option --smaples: did you mean --samples?"),
