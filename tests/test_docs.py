@@ -16,7 +16,7 @@ from megatron_mm.families.recipes import RECIPES, get_recipe
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("benchmarks/**/*.md")])
 DOCUMENTS.remove(ROOT / "CHANGELOG.md")  # it tells of what is gone, too
-FOLDERS = ("", "megatron_mm", "megatron_mm/planning", "tests", "docs", "tests/conversion")
+FOLDERS = ("", "megatron_mm", "megatron_mm/planning", "benchmarks/anchors", "tests", "docs", "tests/conversion")
 """What paths in the text are relative to."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_files import ALONE, experiment
+from support.data_files import ALONE, experiment
 
 from megatron_mm.data.sources import stores
 from megatron_mm.data.sources.index import move_to_store, open_index
