@@ -1,6 +1,8 @@
 # make demo        train a small MM1 on this machine and look at what it says of images it has not seen
 # make test        install what the tests need and run them
 # make test-all    the slow tests too
+# make test-te     of these, those of Transformer Engine's layers
+# make test-matrix the whole suite on both supported versions of megatron-core
 # make test-isa    the tests that compare numbers, with the kernels of older and newer processors in turn
 # make nightly     all of it: test-all, test-isa, check
 # make check       format, lint, types
@@ -11,10 +13,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Transformer Engine's Python (one megabyte), which the tests run over kernels of their own: outside the environment, where nothing else finds it.
+TE_PYTHON := build/transformer_engine
 # One thread a process: several processes share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-all test-isa nightly check bench gpu-check gpu-bench clean
+.PHONY: install demo test test-all test-te test-matrix test-isa nightly check bench gpu-check gpu-bench clean
 
 install: $(STAMP)
 
@@ -23,6 +27,8 @@ $(STAMP): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet megatron-core==0.16.1 -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TE_PYTHON)/2.11.0 transformer-engine==2.11.0 einops \
+	    || echo "no transformer-engine here: its tests are skipped"
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(BIN)/python -m pip install --quiet nvidia-dali-cuda130 || echo "no DALI here: Pillow decodes"; fi
 	touch $@
 
@@ -43,6 +49,21 @@ test-isa: $(STAMP)
 
 # For the night, before a release, and after a change of torch, megatron-core or Transformer Engine (CONTRIBUTING.md).
 nightly: test-all test-isa check
+
+# Everything that the tests have of Transformer Engine: its own Python over kernels written in PyTorch (tests/support/te), the slow ones too.
+test-te: $(STAMP)
+	$(BIN)/python -m pytest -q tests/models/test_te.py tests/tools/test_gpu_tools.py
+
+# The whole suite on both supported engines: the one of `make install`, and megatron-core 0.19 with Python 3.12 where that is.
+PYTHON312 ?= $(shell command -v python3.12)
+VENV312 ?= .venv312
+test-matrix: $(STAMP)
+	@test -n "$(PYTHON312)$(wildcard $(VENV312)/bin/python)" || { echo "test-matrix: error: no python3.12 here: set PYTHON312=..." >&2; exit 2; }
+	test -x $(VENV312)/bin/python || { $(PYTHON312) -m venv $(VENV312) && $(VENV312)/bin/python -m pip install --quiet torch==2.11.0 && \
+	    $(VENV312)/bin/python -m pip install --quiet megatron-core==0.19.2 -e '.[dev]' && \
+	    $(VENV312)/bin/python -m pip install --quiet --no-deps --target $(TE_PYTHON)/2.20.2 transformer-engine==2.20.2 einops; }
+	$(BIN)/python -m pytest -q tests
+	PYTHONPATH=. $(VENV312)/bin/python -m pytest -q tests
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -3,8 +3,9 @@
     python tools/gpu_check.py [--device cpu]
 
 Compares Transformer Engine's layers with plain PyTorch's in bf16 and FP8 for every family, DALI's GPU decoder with the CPU's, and the
-fused optimizer that megatron-core finds with torch's AdamW. Prints a table; exit code 1 where a check fails, 2 where there is no GPU.
-`--device cpu` runs the checks that need no GPU, so that this program is known to work.
+fused optimizer that megatron-core finds with torch's AdamW. Each check is a process of its own; on a GPU they run at the same time. Prints
+each line of its table as soon as it is known; exit code 1 where a check fails, 2 where there is no GPU. `--device cpu` runs the checks
+that need no GPU, so that this program is known to work.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks.parts, from wherever this is started
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from benchmarks.parts import Part, Row, emit, run_parts, wait_for_turn
 from megatron_mm.config import Experiment, ModelConfig
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.image_transform import ImageTransform
@@ -50,8 +55,8 @@ megatron_optimizer: Any = importlib.import_module("megatron.core.optimizer")
 distributed_optimizer: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
 
 STEPS = 5
-RECIPES = ("debug_mm1", "debug_infimm", "debug_mono_internvl")
-"""One of every family."""
+RECIPES = ("debug_mm1", "debug_mm1_moe", "debug_infimm", "debug_mono_internvl")
+"""One of every family, and one with experts."""
 GATE = 0.7
 """What gates are opened to: a closed one hides all that is behind it."""
 
@@ -169,7 +174,12 @@ def _keep(into: dict[str, torch.Tensor], name: str) -> Callable[..., Any]:
 def _gradients(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The optimizer neither clips nor changes the buffers that hold them."""
     state = chunk.sharded_state_dict(metadata=dict(STATE_METADATA))  # type: ignore[operator]
-    return {entry.key: entry.data.main_grad.detach().float().cpu() for entry in state.values() if hasattr(entry.data, "main_grad")}
+    found: dict[str, torch.Tensor] = {}
+    for entry in state.values():
+        if hasattr(entry.data, "main_grad"):
+            number = sum(name.startswith(f"{entry.key} ") for name in found)  # experts share a name
+            found[f"{entry.key} {number}"] = entry.data.main_grad.detach().float().cpu()
+    return found
 
 
 def distance(one: list[float], other: list[float]) -> float:
@@ -189,15 +199,14 @@ def together(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> 
     return farthest(*({"all": torch.cat([each[name].flatten() for name in others])} for each in (ones, others)))
 
 
-def check_layers(data: Path, device: torch.device) -> Iterator[Checked | Skipped]:
-    """Every family in bf16 and FP8 against its fp32 PyTorch layers, and these against themselves."""
-    for recipe in RECIPES:
-        exact = train(experiment(data, precision="fp32", layers="torch", recipe=recipe))
-        assert 0 in exact.images and max(exact.images) > 0, f"micro-batches with {exact.images} images: some must have none, some any"
-        if recipe == RECIPES[0]:
-            again = train(experiment(data, precision="fp32", layers="torch", recipe=recipe))
-            yield from against(exact, again, what=f"{recipe} torch fp32 again", limits=Limits(1e-5, 1e-5, 1e-4, 1e-5))
-        yield from check_precisions(data, device, recipe=recipe, exact=exact)
+def check_layers(data: Path, device: torch.device, *, recipe: str) -> Iterator[Checked | Skipped]:
+    """A family in bf16 and FP8 against its fp32 PyTorch layers, and these against themselves."""
+    exact = train(experiment(data, precision="fp32", layers="torch", recipe=recipe))
+    assert 0 in exact.images and max(exact.images) > 0, f"micro-batches with {exact.images} images: some must have none, some any"
+    if recipe == RECIPES[0]:
+        again = train(experiment(data, precision="fp32", layers="torch", recipe=recipe))
+        yield from against(exact, again, what=f"{recipe} torch fp32 again", limits=Limits(1e-5, 1e-5, 1e-4, 1e-5))
+    yield from check_precisions(data, device, recipe=recipe, exact=exact)
 
 
 @dataclass(frozen=True)
@@ -331,39 +340,62 @@ def using(kind: type) -> Iterator[None]:
         megatron_optimizer.Adam = distributed_optimizer.Adam = before
 
 
-CHECKS = (check_layers, check_decoders, check_optimizer)
+CHECKS: dict[str, Callable[[Path, torch.device], Iterator[Checked | Skipped]]] = {
+    **{f"layers of {recipe}": partial(check_layers, recipe=recipe) for recipe in RECIPES},
+    "decoders": check_decoders,
+    "optimizer": check_optimizer,
+}
+
+
+def run_one(name: str, data: Path, device: torch.device) -> None:
+    """A check, in a process of its own."""
+    wait_for_turn()
+    torch.backends.cudnn.allow_tf32 = False  # else fp32 convolutions on a GPU keep 10 bits, and fp32 is what all is measured by
+    for line in CHECKS[name](data, device):
+        emit({**asdict(line), "holds": line.holds if isinstance(line, Checked) else None})
+
+
+def show(row: Row) -> None:
+    """A line of the table, as soon as it is known."""
+    if "ended" in row:
+        if row["ended"] != 0:
+            print(f"{row['part']}: {row['why']}", *row.get("stderr", []), sep="\n  ", flush=True)
+    elif row["holds"] is None:
+        print(f"{row['what']:66} not checked: {row['why']}", flush=True)
+    else:
+        print(f"{row['what']:66} {row['found']:10.2e} {row['allowed']:10.2e}  {'ok' if row['holds'] else 'FAILED'}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--minutes", type=float, default=8.0, help="what still runs then is killed (default: %(default)s)")
+    parser.add_argument("--at-once", type=int, help="checks that run at the same time (default: all on a GPU, 1 on a CPU)")
+    parser.add_argument("--record", type=Path, help="file to append every result to, as a line of JSON")
+    parser.add_argument("--one", nargs=2, metavar=("CHECK", "DATA"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: error: torch finds no GPU here: run it on a machine with one, or with --device cpu", file=sys.stderr)
         sys.exit(2)
-    torch.backends.cudnn.allow_tf32 = False  # else fp32 convolutions on a GPU keep 10 bits, and fp32 is what all is measured by
     device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
-    print(report(diagnose()), "\n")
+    if arguments.one:
+        run_one(arguments.one[0], Path(arguments.one[1]), device)
+        return
     began = time.monotonic()
-    lines: list[Checked | Skipped] = []
-    failures = []
+    print(report(diagnose()), "\n", flush=True)
+    print(f"{'check':66} {'found':>10} {'allowed':>10}", flush=True)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         prepare_demo(data, samples=400)
-        for check in CHECKS:
-            try:
-                lines.extend(check(data, device))
-            except Exception as error:  # the other checks still tell something
-                failures.append(f"{check.__name__}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    print(f"{'check':66} {'found':>10} {'allowed':>10}")
-    for line in lines:
-        if isinstance(line, Skipped):
-            print(f"{line.what:66} not checked: {line.why}")
-        else:
-            print(f"{line.what:66} {line.found:10.2e} {line.allowed:10.2e}  {'ok' if line.holds else 'FAILED'}")
-    checked = [line for line in lines if isinstance(line, Checked)]
-    print(*failures, f"{len(checked)} checks in {time.monotonic() - began:.0f} s", sep="\n")
-    sys.exit(int(bool(failures) or not all(line.holds for line in checked)))
+        parts = [Part(name, [__file__, "--device", arguments.device, "--one", name, str(data)]) for name in CHECKS]
+        at_once = arguments.at_once or (len(parts) if device.type == "cuda" else 1)
+        for row in run_parts(parts, at_once=at_once, deadline=began + 60 * arguments.minutes, record=arguments.record):
+            show(row)
+            rows.append(row)
+    checked = [row for row in rows if row.get("holds") is not None]
+    print(f"{len(checked)} checks in {time.monotonic() - began:.0f} s")
+    sys.exit(int(any(row.get("ended", 0) != 0 for row in rows) or not all(row["holds"] for row in checked)))
 
 
 if __name__ == "__main__":

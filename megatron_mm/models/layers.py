@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine as te_layers
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -32,6 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_mm.models.moe import Router
+from megatron_mm.platform.engine import mlp_spec, te_experts
 
 Backend = Literal["te", "torch"]
 
@@ -137,7 +137,7 @@ def _torch_layer_spec(mask: AttnMaskType) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=TorchNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=mlp_spec(MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -167,9 +167,7 @@ def decoder_layer_spec(backend: Backend, *, experts: bool = False, separate_norm
         spec.submodules.sharded_state_dict_keys_map = {k: v for k, v in _FUSED_NORM_NAMES.items() if not k.startswith("mlp.")}
     if experts:
         mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        submodule = {"torch": ModuleSpec(module=SequentialMLP, submodules=mlp), "te": None}[backend]
-        if submodule is None:
-            submodule = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
+        submodule = te_experts() if backend == "te" else ModuleSpec(module=SequentialMLP, submodules=mlp)
         spec.submodules.mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=submodule, router=Router))
     return spec
 

@@ -22,6 +22,7 @@ Shape legend: t tokens of this process, e experts, h width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +66,8 @@ class Router(TopKRouter):
     shares: torch.Tensor
     """[e] float32: the share of all choices that fell on each expert in the step before."""
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
-        super().__init__(config, pg_collection)
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **options: Any) -> None:
+        super().__init__(config, pg_collection, **options)
         num_experts = config.num_moe_experts
         assert num_experts is not None
         self.record = RoutingRecord(num_experts)

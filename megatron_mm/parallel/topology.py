@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_mm.config import ParallelConfig
-from megatron_mm.platform import cpu
+from megatron_mm.platform import cpu, engine
 from megatron_mm.platform.device import communication_backend, local_device
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ def world_size() -> int:
 def initialize(parallel: ParallelConfig, *, seed: int) -> Topology:
     """Join the process group that torchrun set up (or make one of a single process) and cut it into megatron-core's groups."""
     cpu.install()
+    engine.install()
     device = local_device()
     if parallel.expert_tensor > 1 and device.type != "cuda":
         raise ValueError(
@@ -147,6 +148,7 @@ def pretend(parallel: ParallelConfig, *, pipeline_rank: int, seed: int = 0) -> I
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     cpu.install()
+    engine.install()
     world_size = parallel.model_parallel_size * parallel.expert
     dist.init_process_group("fake", store=FakeStore(), rank=pipeline_rank * (world_size // parallel.pipeline), world_size=world_size)
     try:

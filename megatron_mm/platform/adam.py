@@ -28,9 +28,12 @@ class FusedAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         assert adam_w_mode, "weight decay is decoupled here"
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        assert not capturable, "not written for CUDA graphs"  # an option since megatron-core 0.17
+        # Bias correction is always on; it is named because Transformer Engine's Adam looks it up in a checkpoint's groups.
+        super().__init__(params, {"lr": lr, "bias_correction": True, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -62,14 +65,24 @@ class FusedAdamW(torch.optim.Optimizer):
             )
 
 
+def complete_groups(optimizer: Any) -> None:
+    """Give parameter groups that another kind of Adam wrote to a checkpoint the fields that this kind reads and that one lacks."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            for name, value in part.optimizer.defaults.items():
+                group.setdefault(name, value)
+
+
 def install() -> None:
-    """Give megatron-core `FusedAdamW` where it found no FusedAdam of its own; does nothing elsewhere or when called again.
+    """Give megatron-core `FusedAdamW` where it found no FusedAdam of its own; or one whose kernels need the GPU that
+    is not there; does nothing elsewhere or when called again.
 
     What upstream lacks: see above. `tests/platform/test_adam.py` fails when upstream no longer needs it.
     """
     optimizer: Any = importlib.import_module("megatron.core.optimizer")
     distributed: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    if not optimizer.USING_PYTORCH_OPTIMIZER:
+    needs_gpu = optimizer.Adam.__module__.split(".")[0] in ("transformer_engine", "apex")
+    if not optimizer.USING_PYTORCH_OPTIMIZER and (torch.cuda.is_available() or not needs_gpu):
         return
     optimizer.Adam = distributed.Adam = FusedAdamW
     optimizer.USING_PYTORCH_OPTIMIZER = False

@@ -185,6 +185,21 @@ def _run_eagerly(module: types.ModuleType) -> None:
             setattr(module, name, value._torchdynamo_orig_callable)
 
 
+def _without_kernels() -> None:
+    """Norms and scales of many tensors at once: Transformer Engine's and apex's kernels are taken where these packages are installed,
+    but need a GPU; megatron-core has its own for where they are not."""
+    utils: Any = importlib.import_module("megatron.core.utils")
+    local = {
+        "multi_tensor_applier": utils.local_multi_tensor_applier,
+        "l2_norm_impl": utils.local_multi_tensor_l2_norm,
+        "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+        "multi_tensor_scale_tensor_impl": None,
+    }
+    for name in ("optimizer.clip_grads", "optimizer.optimizer"):
+        module = importlib.import_module(f"megatron.core.{name}")
+        vars(module).update({key: value for key, value in local.items() if key in vars(module)})
+
+
 # Modules that are imported inside megatron-core's functions, listed so that they are rebound before they are used.
 _MODULES = (
     "dist_checkpointing.strategies.filesystem_async",
@@ -211,6 +226,7 @@ def install() -> None:
     importlib.import_module("megatron.core.jit").disable_jit_fuser()
     for name in _MODULES:
         importlib.import_module(f"megatron.core.{name}")
+    _without_kernels()
     view = _TorchOnCpu()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron"):

@@ -200,6 +200,9 @@ def _check_packages() -> Iterator[Finding]:
 
 
 def _check_wandb() -> Iterator[Finding]:
+    if _find("wandb") is None:
+        yield Finding("wandb", "missing", "not installed", "metrics.jsonl and the console (--monitor.wandb disabled)")
+        return
     import wandb
 
     mode = os.environ.get("WANDB_MODE")

@@ -1,4 +1,5 @@
-"""What `test_te.py` compares: the same model on the `torch` and the `te` layer backend, the latter on the stand-in.
+"""What `test_te.py` compares: the same model on the `torch` and the `te` layer backend, the latter over kernels written in
+PyTorch (`support.te`).
 
     python te_program.py mm1|infimm|mono_internvl
 
@@ -15,15 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import stand_in_te
+from support import te
 
-stand_in_te.install()
+te.install()
 
 import torch  # noqa: E402
 from support import distributed  # noqa: E402
 from support.small import random_step, small_experiment  # noqa: E402
 from support.small_infimm import infimm_step, small_infimm  # noqa: E402
 from support.small_mono import mono_step, small_mono  # noqa: E402
+from support.te import fp8  # noqa: E402
 
 from megatron_mm.config import Experiment, MoEConfig, ResamplerConfig  # noqa: E402
 from megatron_mm.data.batch import PackedBatch  # noqa: E402
@@ -267,9 +269,9 @@ def gradients_of(family: str, tensor: int, backend: str) -> dict[str, Gradient]:
 
 
 def compare_cut(family: str) -> dict[str, list[float]]:
-    """Norms of the gradients: on one process with plain PyTorch's layers, and on each of two with the stand-in's, where what is cut is
-    put together."""
-    distributed._PRELOADED.clear()  # processes begin with this file, and so with the stand-in
+    """Norms of the gradients: on one process with plain PyTorch's layers, and on each of two with Transformer Engine's; what is cut is put
+    together."""
+    distributed._PRELOADED.clear()  # processes begin with this file, and so with Transformer Engine
     whole = gradients_of(family, 1, "torch")
     parts = distributed.run_processes(gradients_of, 2, family, 2, "te")
     norms: dict[str, list[float]] = {}
@@ -288,7 +290,7 @@ def try_misfits(subject: Subject) -> dict[str, list[str]]:
         said = ["", ""]
         try:
             look_at(subject, experiment, "te")
-        except AssertionError as error:
+        except (AssertionError, ValueError) as error:
             said[0] = str(error)
             topologies.shutdown()
         try:
@@ -309,7 +311,7 @@ def main() -> None:
     found["losses"] = compare_fp8(subject)
     found["misfits"] = try_misfits(subject)
     found["cut"] = compare_cut(sys.argv[1])
-    found["recipes"] = sorted({type(recipe).__name__ for recipe in stand_in_te.RECIPES})
+    found["recipes"] = sorted(fp8.QUANTIZERS)
     print(json.dumps(found))
 
 

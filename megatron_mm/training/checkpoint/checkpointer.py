@@ -24,6 +24,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_mm.config import CheckpointConfig, Experiment
 from megatron_mm.families.serialize import save_experiment
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform import adam, engine
 from megatron_mm.platform.files import sync_to_disk
 from megatron_mm.training.checkpoint import integrity
 from megatron_mm.training.checkpoint.compatible import check_same_model, same_layout
@@ -74,6 +75,7 @@ class Checkpointer:
             ),
             async_sharded_save=True,
             validate_access_integrity=True,
+            **engine.SAVE_OPTIONS,
         )
         request = _with_checksums(async_request, partial, rank=self.topology.rank)
         request.add_finalize_fn(lambda: self._complete(partial, step=step))
@@ -163,6 +165,7 @@ class Checkpointer:
         for index, chunk in enumerate(self.model):
             load_chunk(chunk.module, loaded[f"model{index}"])
         load_optimizer_state(self.optimizer, loaded["optimizer"])
+        adam.complete_groups(self.optimizer)
         if alike:
             restore_generators(loaded["generators"])
         state = TrainState(**json.loads((checkpoint / "state.json").read_text()))

@@ -1,6 +1,6 @@
-"""What the GPU tools do with Transformer Engine, on the stand-in for it; run by `test_gpu_tools.py`.
+"""What the GPU tools do with Transformer Engine, over kernels written in PyTorch; run by `test_gpu_tools.py`.
 
-    python gpu_tools_on_stand_in.py gpu_check|routed_experts
+    python gpu_tools_on_cpu.py gpu_check|routed_experts
 
 A program of its own, as megatron-core asks for Transformer Engine when it is imported.
 """
@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-from models import stand_in_te
+from support import te
 
-stand_in_te.install()
+te.install()
 
 import torch  # noqa: E402
 
@@ -40,8 +40,9 @@ def check_layers() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         prepare_demo(data, samples=400)
-        for line in tool.check_layers(data, torch.device("cuda", 0)):  # it asks only what kind of device it is
-            print(line.what, line.found, line.allowed, sep="; ")
+        for recipe in ("debug_mm1", "debug_mm1_moe", "debug_infimm", "debug_mono_internvl"):
+            for line in tool.check_layers(data, torch.device("cuda", 0), recipe=recipe):  # it asks only what kind of device it is
+                print(line.what, line.found, line.allowed, sep="; ")
 
 
 def compare_routed() -> None:

@@ -1,0 +1,118 @@
+"""Pieces of a model by themselves, forward and backward, on both layer backends. Parts of `gpu_bench.py`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+
+from benchmarks.parts import Row
+from megatron_mm.config import Experiment
+from megatron_mm.flops import vision_flops
+from megatron_mm.models.vision import VisionTower
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.initial_weights import initialize_weights
+from megatron_mm.training.build import build_chunks
+
+PACKINGS = {
+    "one document of 4096": [4096],
+    "8 of 512": [512] * 8,
+    "32 of 128": [128] * 32,
+    "12 of 24 to 1500": [1500, 900, 512, 400, 256, 200, 128, 64, 50, 40, 24, 22],
+}
+"""Lengths of the documents of a sequence, tokens."""
+
+
+def _chunk(base: Experiment, layers: str, precision: str) -> tuple[torch.nn.Module, torch.device]:
+    """One decoder layer and the whole tower."""
+    model = replace(base.model, decoder=replace(base.model.decoder, num_layers=1))  # type: ignore[type-var]
+    parallel = replace(base.parallel, tensor=1, pipeline=1, virtual=1, expert=1, stage_layers=None, recompute="none")
+    train = replace(base.train, layers=layers, precision=precision, global_batch_size=1, micro_batch_size=1)  # type: ignore[arg-type]
+    settings = replace(base, model=model, parallel=parallel, train=train)
+    topology = topologies.initialize(parallel, seed=1)
+    chunks = build_chunks(settings, topology)
+    initialize_weights(chunks, seed=1)
+    return chunks[0], topology.device
+
+
+def _median_ms(run: Callable[[], None], device: torch.device, repeats: int) -> float:
+    seconds = []
+    for _ in range(3 + repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(seconds[3:])
+
+
+def _attend(attention: torch.nn.Module, *qkv: torch.Tensor, packed: PackedSeqParams, grad: torch.Tensor) -> None:
+    out = attention(*qkv, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed)
+    out.reshape(grad.shape).backward(grad)
+    for tensor in qkv:
+        tensor.grad = None
+
+
+def _encode(tower: VisionTower, pixels: torch.Tensor) -> None:
+    tower(pixels).float().square().mean().backward()
+    tower.zero_grad()
+
+
+def time_attention(base: Experiment, backends: list[tuple[str, str]], *, repeats: int) -> Iterator[Row]:
+    """Core attention of the decoder over packed documents; FLOPs of causal attention, counted half."""
+    decoder, slowest = base.model.decoder, {}
+    for layers, precision in backends:
+        chunk, device = _chunk(base, layers, precision)
+        attention = next(
+            module for name, module in chunk.named_modules() if name.endswith("decoder.layers.0.self_attention.core_attention")
+        )
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        for name, lengths in PACKINGS.items():
+            total, width = sum(lengths), decoder.head_dim
+            shapes = (decoder.num_attention_heads, decoder.num_query_groups, decoder.num_query_groups)
+            q, k, v = (torch.randn(total, heads, width, device=device, dtype=dtype, requires_grad=True) for heads in shapes)
+            bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+            packed = PackedSeqParams(
+                qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
+            )
+            grad = torch.randn(total, decoder.num_attention_heads * width, device=device, dtype=dtype)
+
+            ms = _median_ms(partial(_attend, attention, q, k, v, packed=packed, grad=grad), device, repeats)
+            flops = 3 * 2 * decoder.num_attention_heads * width * sum(length**2 for length in lengths)
+            slowest.setdefault(name, ms)
+            yield {
+                "case": f"attention, {name}: {layers} {precision}",
+                "ms": round(ms, 3),
+                "speed": round(slowest[name] / ms, 3),
+                "tflops": round(flops / ms / 1e9, 3),
+            }
+        topologies.shutdown()
+
+
+def time_tower(base: Experiment, backends: list[tuple[str, str]], *, images: list[int], repeats: int) -> Iterator[Row]:
+    """The image tower by the number of images in a micro-batch."""
+    slowest: dict[int, float] = {}
+    for layers, precision in backends:
+        chunk, device = _chunk(base, layers, precision)
+        tower = next(module for module in chunk.modules() if isinstance(module, VisionTower))
+        size = tower.config.image_size
+        for count in images:
+            pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
+
+            ms = _median_ms(partial(_encode, tower, pixels), device, repeats)
+            slowest.setdefault(count, ms)
+            yield {
+                "case": f"tower, {count} images: {layers} {precision}",
+                "ms": round(ms, 3),
+                "speed": round(slowest[count] / ms, 3),
+                "tflops": round(count * vision_flops(tower.config) / ms / 1e9, 3),
+            }
+        topologies.shutdown()

@@ -1,0 +1,400 @@
+"""Training steps on one device: time, throughput and memory by layer backend, precision and recompute. Parts of `gpu_bench.py`.
+
+Every case trains, under the recipe's policy, on the same full sequences (for the MM1 models 4096 tokens with 14 images, for InfiMM 384
+with 12, for Mono-InternVL 4096 with 8 tiles), which lie in memory, so that nothing but the model is measured.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import gc
+import gzip
+import pstats
+import shutil
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from benchmarks.parts import Row
+from megatron_mm.config import DecoderConfig, Experiment, MoEConfig
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.families.mm1.config import MM1Config
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.families.registry import family_of
+from megatron_mm.flops import StepWork, mfu, peak_tflops
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.run.data import image_input
+from megatron_mm.run.start import check_shapes
+from megatron_mm.training.build import build_model
+from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.step import TrainingStep
+
+MICRO_BATCHES = 4
+"""Of a step."""
+WARM_UP = 3
+"""Steps before the measured ones."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of a model's table."""
+
+    layers: str
+    precision: str
+    recompute: str = "none"
+    fp8_recipe: str = ""
+    """megatron-core's name of where FP8 scales come from; empty: as training has it."""
+    fused_gradients: bool = False
+    """Transformer Engine adds weight gradients to the fp32 buffers inside its matrix products."""
+    micro_batch_size: int = 1
+    """Sequences."""
+
+    def __str__(self) -> str:
+        fused = ", fused gradients" if self.fused_gradients else ""
+        sequences = f", micro-batches of {self.micro_batch_size}" if self.micro_batch_size > 1 else ""
+        return (
+            f"{self.layers} {self.precision}{' ' if self.fp8_recipe else ''}{self.fp8_recipe}, recompute {self.recompute}{fused}{sequences}"
+        )
+
+
+BF16, TE, FP8 = Case("torch", "bf16"), Case("te", "bf16"), Case("te", "fp8")
+FUSED, FUSED_FP8 = replace(TE, fused_gradients=True), replace(FP8, fused_gradients=True)
+CASES = [
+    BF16,
+    TE,
+    FUSED,
+    FUSED_FP8,
+    replace(FUSED, micro_batch_size=2),
+    replace(FUSED_FP8, micro_batch_size=2),
+    *(replace(TE, recompute=how) for how in ("selective", "full")),
+]
+"""What tells most comes first, as time may run out."""
+SHORT_CASES = [BF16, TE, FUSED, FUSED_FP8]
+FP8_CASES = [BF16, TE, FUSED, *(replace(FUSED_FP8, fp8_recipe=recipe) for recipe in ("tensorwise", "delayed", "blockwise"))]
+CPU_CASES = [Case("torch", "fp32", how) for how in ("none", "selective", "full")]
+
+
+def _decoder(experiment: Experiment, **fields: object) -> Experiment:
+    return replace(experiment, model=replace(experiment.model, decoder=replace(experiment.model.decoder, **fields)))  # type: ignore[arg-type, type-var]
+
+
+def _small_tower(experiment: Experiment) -> Experiment:
+    """With the debug recipe's tower, where the decoder is what is measured."""
+    small = get_recipe("debug_mm1").model
+    assert isinstance(small, MM1Config) and isinstance(experiment.model, MM1Config)
+    return replace(experiment, model=replace(experiment.model, vision=small.vision, connector=small.connector))
+
+
+def _slice_of_30b() -> Experiment:
+    """What one of four tensor-parallel processes computes of MM1 30B: 13 of 52 heads, a quarter of the MLP and of the vocabulary."""
+    whole = _small_tower(get_recipe("mm1_30b"))
+    decoder: DecoderConfig = whole.model.decoder
+    assert decoder.num_attention_heads == decoder.num_query_groups
+    heads, parts = decoder.num_attention_heads // 4, decoder.ffn_hidden_size // 4
+    return _decoder(
+        whole, num_layers=8, num_attention_heads=heads, num_query_groups=heads, ffn_hidden_size=parts, vocab_size=decoder.vocab_size // 4
+    )
+
+
+def _slice_of_moe() -> Experiment:
+    """MM1 3B-MoE with the experts that one of eight processes would hold, in layers 2 and 4 of four."""
+    return _decoder(_small_tower(get_recipe("mm1_3b_moe")), num_layers=4, moe=MoEConfig(num_experts=8, every_n_layers=2))
+
+
+def _dense_of_moe() -> Experiment:
+    return _decoder(_slice_of_moe(), moe=None)
+
+
+def _shallow(recipe: str, layers: int) -> Experiment:
+    return _decoder(get_recipe(recipe), num_layers=layers)
+
+
+MODELS = {
+    "mm1_1b": (lambda: get_recipe("mm1_1b"), CASES),
+    "mm1_30b, a process of tensor 4, 8 layers": (_slice_of_30b, FP8_CASES),
+    "mm1_3b_moe, 8 experts, 4 layers": (_slice_of_moe, SHORT_CASES),
+    "the same without experts": (_dense_of_moe, SHORT_CASES),
+    "mm1_7b, 8 layers": (lambda: _shallow("mm1_7b", 8), SHORT_CASES),
+    "infimm_zephyr_7b_pt, 8 layers": (lambda: _shallow("infimm_zephyr_7b_pt", 8), SHORT_CASES),
+    "mono_internvl_2b_s1_3, 12 layers": (lambda: _shallow("mono_internvl_2b_s1_3", 12), SHORT_CASES),
+}
+CPU_MODELS = {
+    recipe: (lambda recipe=recipe: get_recipe(recipe), CPU_CASES)
+    for recipe in ("debug_mm1", "debug_mm1_moe", "debug_infimm", "debug_mono_internvl")
+}
+
+
+def on_one_process(base: Experiment, case: Case) -> Experiment:
+    """The experiment on one process, a few micro-batches a step."""
+    return replace(
+        base,
+        parallel=replace(base.parallel, tensor=1, pipeline=1, virtual=1, expert=1, stage_layers=None, recompute=case.recompute),  # type: ignore[arg-type]
+        train=replace(
+            base.train,
+            global_batch_size=MICRO_BATCHES * case.micro_batch_size,
+            micro_batch_size=case.micro_batch_size,
+            precision=case.precision,  # type: ignore[arg-type]
+            layers=case.layers,  # type: ignore[arg-type]
+        ),
+    )
+
+
+def full_batch(settings: Experiment) -> PackedBatch:
+    """Sequences of one document each, with as many images as are allowed and fit, between equal stretches of text."""
+    image, length, sequences = image_input(settings), settings.data.sequence_length, settings.train.micro_batch_size
+    of_sequence = min(settings.data.max_images_per_sequence, length // (2 * image.tokens))
+    begins = torch.arange(sequences).repeat_interleave(of_sequence) * length
+    starts = begins + (torch.arange(of_sequence) * (length // of_sequence) + 1 + len(image.before)).repeat(sequences)
+    total, images = sequences * length, len(starts)
+    ids = torch.randint(5, settings.model.decoder.vocab_size, (total,), generator=torch.Generator().manual_seed(0))
+    is_image = torch.zeros(total, dtype=torch.bool)
+    is_image[(starts[:, None] + torch.arange(image.tokens)).flatten()] = True
+    mask = (~is_image.roll(-1)).float()
+    mask[length - 1 :: length] = 0
+    return PackedBatch(
+        token_ids=ids,
+        labels=ids.roll(-1),
+        loss_mask=mask,
+        is_token=torch.ones(total, dtype=torch.bool),
+        position_ids=torch.arange(length).repeat(sequences),
+        source_ids=torch.zeros(total, dtype=torch.int64),
+        cu_seqlens=(torch.arange(sequences + 1) * length).int(),
+        max_seqlen=length,
+        image_starts=starts,
+        image_owners=torch.zeros(images, dtype=torch.int64),
+        image_documents=torch.stack([begins, begins + length], dim=1),
+        pixels=torch.randint(0, 256, (images, 3, image.size, image.size), dtype=torch.uint8),
+    )
+
+
+class Bench:
+    """A model on this process and a batch to train it on."""
+
+    def __init__(self, base: Experiment, case: Case) -> None:
+        self.settings, self.case = on_one_process(base, case), case
+        check_shapes(self.settings, 1)
+        self.topology: Topology = topologies.initialize(self.settings.parallel, seed=1)
+        self.on_gpu = self.topology.device.type == "cuda"
+        self.model: list[DistributedDataParallel] = build_model(self.settings, self.topology)
+        for module in self.model[0].modules():
+            if case.fp8_recipe and getattr(getattr(module, "config", None), "fp8", None):
+                module.config.fp8_recipe = case.fp8_recipe  # type: ignore[union-attr]
+            if case.fused_gradients and hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
+        self.optimizer = build_optimizer(self.settings, self.model)
+        self.training_step = TrainingStep(self.settings, self.topology, self.model, self.optimizer, num_sources=1)
+        self.batch = full_batch(self.settings).to(self.topology.device)
+        self.steps_done = 0
+
+    def step(self, micro_batches: int = MICRO_BATCHES) -> tuple[float, float]:
+        """(Seconds, loss) of a step."""
+        self.finish()
+        began = time.perf_counter()
+        self.steps_done += 1
+        loss = self.training_step.run([self.batch] * micro_batches, step=self.steps_done).losses.mean
+        self.finish()
+        return time.perf_counter() - began, loss
+
+    def finish(self) -> None:
+        """Wait for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def flops(self) -> float:
+        """Of a step."""
+        tokens, length = MICRO_BATCHES * self.batch.num_tokens, self.settings.data.sequence_length
+        work = StepWork(num_tokens=tokens, sum_squared_lengths=tokens * length, num_images=MICRO_BATCHES * self.batch.num_images)
+        return family_of(self.settings.model).step_flops(self.settings.model, self.settings.train.freeze_policy, work)
+
+    def close(self) -> None:
+        """Leave the device's memory as it was, whatever still refers to the tensors that take most of it."""
+        for tensor in _held(self.model, self.optimizer):
+            tensor.untyped_storage().resize_(0)
+        self.model, self.optimizer, self.training_step = [], None, None  # type: ignore[assignment]
+        topologies.shutdown()
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _held(model: list[DistributedDataParallel], optimizer: Any) -> list[torch.Tensor]:
+    """Weights, gradients and the optimizer's own tensors."""
+    buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    held = [tensor for buffer in buffers for tensor in (buffer.param_data, buffer.grad_data) if tensor is not None]
+    return [*held, *_optimizer_state(optimizer)]
+
+
+def _optimizer_state(optimizer: Any) -> list[torch.Tensor]:
+    """Moments and fp32 weights."""
+    found = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        found += [value for state in part.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        found += [parameter.data for group in part.optimizer.param_groups for parameter in group["params"]]
+    return found
+
+
+def time_cases(base: Experiment, cases: list[Case], *, steps: int) -> Iterator[Row]:
+    """A row for each case; one that fails says why, and the next begins."""
+    baseline: float | None = None
+    for case in cases:
+        case = replace(case, micro_batch_size=max(case.micro_batch_size, base.train.micro_batch_size))
+        try:
+            row = _time(base, case, steps=steps)
+        except Exception as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            yield {"case": str(case), "failed": f"{type(error).__name__}: {lines[0][:200] if lines else ''}"}
+            topologies.shutdown()
+            continue
+        baseline = baseline or row["tokens_per_s"]
+        yield {**row, "speed": round(row["tokens_per_s"] / baseline, 3)}
+
+
+def _time(base: Experiment, case: Case, *, steps: int) -> Row:
+    began = time.perf_counter()
+    bench = Bench(base, case)
+    try:
+        found = [bench.step() for _ in range(WARM_UP + steps)]
+        warm = time.perf_counter() - began - sum(seconds for seconds, _ in found[WARM_UP:])
+        seconds = sorted(seconds for seconds, _ in found[WARM_UP:])
+        median, flops = statistics.median(seconds), bench.flops()
+        name = torch.cuda.get_device_name(0) if bench.on_gpu else "CPU"
+        used = mfu(flops / median / 1e12, peak_tflops(name, bench.settings.train.precision))
+        return {
+            "case": str(case),
+            "ms": round(1e3 * median, 2),
+            "ms_fastest": round(1e3 * seconds[0], 2),
+            "ms_slowest": round(1e3 * seconds[-1], 2),
+            "tokens_per_s": round(MICRO_BATCHES * bench.batch.num_tokens / median, 1),
+            "tflops": round(flops / median / 1e12, 4),
+            "mfu": None if used is None else round(used, 4),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if bench.on_gpu else None,
+            "first_loss": found[0][1],
+            "last_loss": found[-1][1],
+            "warm_up_s": round(warm, 1),
+        }
+    finally:
+        bench.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ memory and profile
+
+
+def look_inside(base: Experiment, case: Case, *, trace: Path | None) -> Iterator[Row]:
+    """Memory by module, then where the time of a step of one micro-batch goes; the trace of that step is written to `trace`."""
+    bench = Bench(base, case)
+    bench.step()
+    yield from _memory(bench)
+    yield from _host_profile(bench)
+    if bench.on_gpu:
+        yield from _profile(bench, trace)
+    bench.close()
+
+
+def _memory(bench: Bench) -> Iterator[Row]:
+    """Bytes of weights, gradients and optimizer state, and what each module of one micro-batch keeps for the backward pass."""
+    chunk = bench.model[0].module
+    bytes_of = defaultdict(int)
+    for name, parameter in chunk.named_parameters():
+        bytes_of[_place(name)] += parameter.numel() * parameter.element_size()
+    gradients = sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in bench.model[0].buffers)
+    for place, size in bytes_of.items():
+        yield {"case": f"weights of {place}", "gib": round(size / 2**30, 4)}
+    yield {"case": "gradients", "gib": round(gradients / 2**30, 4)}
+    yield {"case": "optimizer state", "gib": round(sum(t.numel() * t.element_size() for t in _optimizer_state(bench.optimizer)) / 2**30, 4)}
+    if not bench.on_gpu:
+        return
+    kept: dict[str, int] = defaultdict(int)
+    hooks = []
+    for name, module in chunk.named_modules():
+        if name.count(".") <= 3 and (type(module).__name__ in WATCHED):
+            hooks += _watch(module, f"{_place(name)} {type(module).__name__}", kept)
+    bench.finish()
+    before = torch.cuda.memory_allocated()
+    with bench.model[0].no_sync():
+        output = chunk(bench.batch)
+        bench.finish()
+        after = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        output.sum().backward()
+        bench.finish()
+    for hook in hooks:
+        hook.remove()
+    for name, size in kept.items():
+        yield {"case": f"kept for the backward pass by {name}", "gib": round(size / 2**30, 4)}
+    yield {"case": "kept for the backward pass in all", "gib": round((after - before) / 2**30, 4)}
+    yield {"case": "peak of the backward pass above that", "gib": round((torch.cuda.max_memory_allocated() - after) / 2**30, 4)}
+    chunk.zero_grad()
+
+
+WATCHED = ("TransformerLayer", "VisionTower", "CAbstractor", "LanguageModelEmbedding")
+
+
+def _place(name: str) -> str:
+    """Top two parts of a module's name without the numbers."""
+    return ".".join(part for part in name.split(".")[:3] if not part.isdigit())
+
+
+def _watch(module: torch.nn.Module, name: str, kept: dict[str, int]) -> list:
+    begun: list[int] = []
+
+    def before(*_: object) -> None:
+        begun.append(torch.cuda.memory_allocated())
+
+    def after(*_: object) -> None:
+        kept[name] += torch.cuda.memory_allocated() - begun.pop()
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def _host_profile(bench: Bench) -> Iterator[Row]:
+    """Python functions that a step of one micro-batch spends most time in by themselves; the profiler slows small ones down."""
+    profile = cProfile.Profile()
+    profile.enable()
+    seconds, _ = bench.step(1)
+    profile.disable()
+    yield {"case": "a step of one micro-batch under cProfile", "ms": round(1e3 * seconds, 2)}
+    found = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    for (path, _, name), (_, calls, own, cumulative, _) in sorted(found.items(), key=lambda item: -item[1][2])[:25]:
+        where = f"{'/'.join(Path(path).parts[-2:])} {name}"
+        yield {"case": where[:110], "own_ms": round(1e3 * own, 2), "with_calls_ms": round(1e3 * cumulative, 2), "calls": calls}
+
+
+def _profile(bench: Bench, trace: Path | None) -> Iterator[Row]:
+    """What of a step's time the GPU computes, and with what; the rest it waits to be told what to do."""
+    seconds = statistics.median([bench.step(1)[0] for _ in range(5)])
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        bench.step(1)
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
+    busy, reached = 0.0, float("-inf")
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    yield {
+        "case": "a step of one micro-batch",
+        "ms": round(1e3 * seconds, 2),
+        "gpu_busy_ms": round(busy / 1e3, 2),
+        "waiting_share": round(1 - busy / 1e6 / seconds, 4),
+        "kernels": len(spans),
+    }
+    totals: dict[str, list[float]] = defaultdict(list)
+    for event in kernels:
+        totals[event.name].append((event.time_range.end - event.time_range.start) / 1e3)
+    for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:30]:
+        yield {"case": name[:110], "gpu_ms": round(sum(times), 3), "share": round(sum(times) / busy * 1e3, 4), "kernels": len(times)}
+    if trace is not None:
+        plain = trace.with_suffix("")
+        profiler.export_chrome_trace(str(plain))
+        with open(plain, "rb") as source, gzip.open(trace, "wb") as target:
+            shutil.copyfileobj(source, target)
+        plain.unlink()

@@ -1,0 +1,90 @@
+"""What differs between the supported versions of megatron-core: 0.16 (Python 3.11 and later) and 0.19 (Python 3.12).
+
+Each difference is found by looking at what the installed version has, not by its number. `tests/platform/test_engine.py` fails when a
+difference is gone from all supported versions.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import warnings
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+SAVE_OPTIONS: dict[str, Any] = (
+    {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+)
+"""Of `dist_checkpointing.save`: megatron-core's own writer, the only one of 0.16. Later versions would else ask for
+nvidia-resiliency-ext."""
+
+
+def te_experts() -> Any:
+    """Transformer Engine's grouped experts, as a part of `MoESubmodules`: inside a ModuleSpec in 0.16, in a functools.partial later."""
+    spec: Any = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True)
+    submodules = spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
+    return submodules.experts
+
+
+def mlp_spec(submodules: MLPSubmodules) -> Any:
+    """A layer's MLP of these linear layers: a ModuleSpec in 0.16; 0.19 wants a function, and warns of specs."""
+    build = getattr(MLP, "as_mlp_submodule", None)
+    return ModuleSpec(module=MLP, submodules=submodules) if build is None else functools.partial(build, submodules=submodules)
+
+
+EXPLAINED = {
+    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # HybridModel, which is to follow it, is not in 0.16
+    "distributed.distributed_data_parallel": "full_param_layout not provided",  # what is computed instead is what we want
+    "dist_checkpointing.strategies.torch": "async save is deprecated",  # the other writer is a package of its own
+}
+"""Warnings of megatron-core 0.19 about what we do on purpose: the module that logs each, and words of it."""
+
+
+def install() -> None:
+    """Mend what the installed megatron-core does wrong, and keep back what it warns of without need; does nothing when called again."""
+    for module, words in EXPLAINED.items():
+        log = logging.getLogger(f"megatron.core.{module}")
+        if not any(isinstance(known, _Without) for known in log.filters):
+            log.addFilter(_Without(words))
+    # megatron-core 0.19 hands queries, keys and values of one buffer over as views of it, which Transformer Engine finds out by itself.
+    warnings.filterwarnings("ignore", message="Relying on pointer-based detection", category=DeprecationWarning)
+    if not getattr(MoEAlltoAllTokenDispatcher.preprocess, "counts_routed_tokens", False):
+        MoEAlltoAllTokenDispatcher.preprocess = _counting_routed_tokens(MoEAlltoAllTokenDispatcher.preprocess)  # type: ignore[method-assign]
+
+
+class _Without(logging.Filter):
+    """Leaves out messages with these words."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words = words
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.words not in record.getMessage()
+
+
+def _counting_routed_tokens(preprocess: Any) -> Any:
+    """`MoEAlltoAllTokenDispatcher.preprocess`, for tokens that go to fewer than top-k experts.
+
+    What upstream lacks: without a capacity factor it takes tokens times top-k for the number of rows after the permutation. Padding
+    goes to no expert here, so there are fewer. 0.16 selects rows by mask and never reads the number; from 0.17 on, rows are the first that
+    many of a sort, and what follows the routed ones is garbage that the splits of the all-to-all do not add up to.
+    """
+
+    @functools.wraps(preprocess)
+    def counting(self: Any, routing_map: torch.Tensor) -> torch.Tensor:
+        tokens_per_expert = preprocess(self, routing_map)
+        if not self.drop_and_pad:
+            self.num_out_tokens = routing_map.sum()
+            self._maybe_update_cuda_sync_point("before_permutation_1")  # a number on the GPU until then
+        return tokens_per_expert
+
+    counting.counts_routed_tokens = True  # type: ignore[attr-defined]
+    return counting

@@ -1,0 +1,90 @@
+"""Differences between versions of megatron-core: each is still there, and what stands for it works with the installed one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_mm.platform import engine
+
+
+def test_a_save_is_written_by_megatron_core_itself() -> None:
+    known = inspect.signature(dist_checkpointing.save).parameters
+    assert engine.SAVE_OPTIONS.keys() <= known.keys()
+    if "async_strategy" in known:
+        assert known["async_strategy"].default != "mcore", "it is the default now: platform.engine.SAVE_OPTIONS may go"
+
+
+def test_an_mlp_is_what_the_installed_version_wants() -> None:
+    submodules = MLPSubmodules(linear_fc1=torch.nn.Identity, linear_fc2=torch.nn.Identity)
+    spec = engine.mlp_spec(submodules)
+    if hasattr(MLP, "as_mlp_submodule"):
+        assert isinstance(spec, functools.partial) and spec.keywords["submodules"] is submodules
+    else:
+        assert isinstance(spec, ModuleSpec) and spec.submodules is submodules
+
+
+def test_rows_after_a_permutation_are_those_of_routed_tokens() -> None:
+    """Of 4 tokens with 2 choices each, one is padding: 6 rows, of the tokens in the order of their experts."""
+    engine.install()
+    routing_map = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 0], [1, 0, 1]], dtype=torch.bool)
+    preprocess = MoEAlltoAllTokenDispatcher.preprocess
+    state = _dispatcher(routing_map)
+    state.num_out_tokens = None
+    per_expert = preprocess(state, routing_map)
+    assert per_expert.tolist() == [2, 2, 2] and int(state.num_out_tokens) == 6
+    tokens = torch.arange(4.0)[:, None]
+    rows = moe_utils.permute(tokens, routing_map, num_out_tokens=int(state.num_out_tokens))[0]
+    assert rows.flatten().tolist() == [0, 3, 0, 1, 1, 3]
+
+
+def test_upstream_still_counts_padding_as_routed() -> None:
+    engine.install()
+    routing_map = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    state = _dispatcher(routing_map)
+    inspect.unwrap(MoEAlltoAllTokenDispatcher.preprocess)(state, routing_map)
+    assert int(state.num_out_tokens) == 4, "megatron-core counts routed tokens now: platform.engine may leave its dispatcher alone"
+
+
+def _dispatcher(routing_map: torch.Tensor) -> SimpleNamespace:
+    """What `preprocess` reads, on one process with all experts."""
+    config = SimpleNamespace(
+        moe_expert_capacity_factor=None,
+        moe_router_padding_for_quantization=False,
+        moe_router_padding_for_fp8=False,
+        moe_router_topk=2,
+        moe_permute_fusion=False,
+    )
+    order = {"before_permutation_1": 0, "before_finish": 1, "before_permutation_2": 2, "no_sync": 3}
+    return SimpleNamespace(
+        config=config,
+        drop_and_pad=False,
+        ep_size=1,
+        tp_size=1,
+        num_experts=routing_map.shape[1],
+        num_local_experts=routing_map.shape[1],
+        cuda_sync_point="no_sync",
+        cuda_dtoh_point="before_permutation_1",
+        cuda_sync_point_priority=order,
+        _maybe_update_cuda_sync_point=lambda point: None,
+    )
+
+
+def test_only_what_is_explained_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    engine.install()
+    for module, words in engine.EXPLAINED.items():
+        log = logging.getLogger(f"megatron.core.{module}")
+        with caplog.at_level(logging.WARNING):
+            log.warning(f"something else, and {words}: read the guide")
+            log.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"] * len(engine.EXPLAINED)

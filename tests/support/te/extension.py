@@ -1,0 +1,80 @@
+"""A module `transformer_engine_torch` with the interface that VERSION.json writes down and kernels written in PyTorch."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import json
+import types
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from support.te import fp8, kernels
+
+CALLS: Counter[str] = Counter()
+"""How often each kernel was called."""
+
+
+def recorded(version: str) -> dict[str, Any]:
+    """What VERSION.json holds. Raises ValueError for a version that was not written down."""
+    path = Path(__file__).with_name(f"{version}.json")
+    if not path.is_file():
+        known = sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
+        raise ValueError(f"Transformer Engine {version} was not written down, only {known}: run tests/support/te/record.py on its source")
+    return json.loads(path.read_text())
+
+
+def extension(version: str) -> types.ModuleType:
+    """The module; a function without a kernel here raises NotImplementedError with its name."""
+    module = types.ModuleType("transformer_engine_torch")
+    record = recorded(version)
+    for name, members in record["enumerations"].items():
+        setattr(module, name, enum.IntEnum(name, members))
+    for name in (
+        "CommOverlapCore",
+        "CommOverlapBase",
+        "CommOverlapP2PBase",
+        "CommOverlap",
+        "CommOverlapP2P",
+        "CommOverlapHelper",
+        "FP8TensorMeta",
+    ):
+        setattr(module, name, type(name, (), {}))
+    fp8.bind(module)
+    kernels.bind(module)
+    own = {**kernels.KERNELS, **fp8.KERNELS}
+    for name, parameters in record["functions"].items():
+        setattr(module, name, _function(name, parameters, [own[n] for n in (name, f"{name}_of_arguments") if n in own]))
+    return module
+
+
+def _function(name: str, parameters: list[str] | None, candidates: list[Callable]) -> Callable:
+    """Takes what the compiled function takes, and gives a kernel those of the arguments that it names: the first that names no others."""
+    if not candidates:
+
+        def missing(*args: object, **kwargs: object) -> None:
+            raise NotImplementedError(f"transformer_engine_torch.{name} has no kernel in tests/support/te")
+
+        return missing
+    kinds = inspect.Parameter
+    kind, signature = kinds.POSITIONAL_OR_KEYWORD, []
+    for parameter in parameters or []:
+        if parameter == "*":
+            kind = kinds.KEYWORD_ONLY
+            continue
+        default = None if parameter.endswith("?") else kinds.empty
+        signature.append(kinds(parameter.rstrip("?"), kind, default=default))
+    takes = inspect.Signature(signature)
+    fitting = [kernel for kernel in candidates if inspect.signature(kernel).parameters.keys() <= takes.parameters.keys()]
+    assert fitting, f"{name} takes {list(takes.parameters)}, and no kernel of it is content with some of these"
+    kernel, wanted = fitting[0], list(inspect.signature(fitting[0]).parameters)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        CALLS[name] += 1
+        bound = takes.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return kernel(**{parameter: bound.arguments[parameter] for parameter in wanted})
+
+    return call
