@@ -343,7 +343,7 @@ def _place(name: str) -> str:
     return ".".join(part for part in name.split(".")[:3] if not part.isdigit())
 
 
-def _watch(module: torch.nn.Module, name: str, kept: dict[str, int]) -> list:
+def _watch(module: torch.nn.Module, name: str, kept: dict[str, int]) -> list[Any]:
     begun: list[int] = []
 
     def before(*_: object) -> None:

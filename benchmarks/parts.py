@@ -52,7 +52,7 @@ def run_parts(parts: list[Part], *, at_once: int, deadline: float, record: Path 
         deadline: `time.monotonic()` at which what still runs is killed; what has not begun by then is not begun.
         record: file to which every result is appended as a line of JSON, at once.
     """
-    waiting, running, started = deque(parts), 0, deque[subprocess.Popen]()
+    waiting, running, started = deque(parts), 0, deque[subprocess.Popen[str]]()
     results: queue.Queue[Row] = queue.Queue()
     with open(record, "a") if record is not None else open(os.devnull, "w") as written:
         while waiting or running:
@@ -70,12 +70,12 @@ def run_parts(parts: list[Part], *, at_once: int, deadline: float, record: Path 
             yield row
 
 
-def _start(part: Part) -> subprocess.Popen:
+def _start(part: Part) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, *part.arguments], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
-def _run(part: Part, process: subprocess.Popen, results: queue.Queue[Row], deadline: float) -> None:
+def _run(part: Part, process: subprocess.Popen[str], results: queue.Queue[Row], deadline: float) -> None:
     began = time.monotonic()
     if began >= deadline:
         process.kill()

@@ -56,7 +56,7 @@ def install() -> None:
     # megatron-core 0.19 hands queries, keys and values of one buffer over as views of it, which Transformer Engine finds out by itself.
     warnings.filterwarnings("ignore", message="Relying on pointer-based detection", category=DeprecationWarning)
     if not getattr(MoEAlltoAllTokenDispatcher.preprocess, "counts_routed_tokens", False):
-        MoEAlltoAllTokenDispatcher.preprocess = _counting_routed_tokens(MoEAlltoAllTokenDispatcher.preprocess)  # type: ignore[method-assign]
+        MoEAlltoAllTokenDispatcher.preprocess = _counting_routed_tokens(MoEAlltoAllTokenDispatcher.preprocess)
 
 
 class _Without(logging.Filter):

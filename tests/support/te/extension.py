@@ -50,7 +50,7 @@ def extension(version: str) -> types.ModuleType:
     return module
 
 
-def _function(name: str, parameters: list[str] | None, candidates: list[Callable]) -> Callable:
+def _function(name: str, parameters: list[str] | None, candidates: list[Callable[..., Any]]) -> Callable[..., Any]:
     """Takes what the compiled function takes, and gives a kernel those of the arguments that it names: the first that names no others."""
     if not candidates:
 

@@ -127,12 +127,12 @@ def dequantize(input: Any, otype: Any) -> torch.Tensor:
     return value_of(input).to(dtype_of(otype))
 
 
-def bgrad_quantize(input: torch.Tensor, quantizer: Any) -> list:
+def bgrad_quantize(input: torch.Tensor, quantizer: Any) -> list[Any]:
     """(Sum over rows, for a bias; the rounded tensor)."""
     return [input.reshape(-1, input.shape[-1]).float().sum(0).to(input.dtype), quantize(input, quantizer)]
 
 
-def split_quantize(tensor: torch.Tensor, split_sections: list[int], quantizer_list: list) -> list:
+def split_quantize(tensor: torch.Tensor, split_sections: list[int], quantizer_list: list[Any]) -> list[Any]:
     """Parts along the first dimension, each with its own scale."""
     return [quantize(part, quantizer) for part, quantizer in zip(tensor.split(list(split_sections)), quantizer_list, strict=True)]
 
@@ -177,7 +177,7 @@ def fused_amax_and_scale_update_after_reduction(
         scale.copy_(torch.where(usable, largest / amax.clamp(min=1e-30), scale))
 
 
-KERNELS: dict[str, Callable] = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "quantize": quantize_kernel,
     "dequantize": dequantize,
     "bgrad_quantize": bgrad_quantize,

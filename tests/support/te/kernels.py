@@ -69,7 +69,7 @@ def generic_gemm(
     comm_overlap: Any,
     extra_output: Any,
     alpha: float,
-) -> list:
+) -> list[Any]:
     assert comm_overlap is None and not gelu, "neither overlapped communication nor a fused GELU here"
     made = product(A, transA, B, transB) * (1.0 if alpha is None else alpha)
     bias_gradient = None
@@ -93,9 +93,9 @@ def _put(made: torch.Tensor, into: torch.Tensor, *, accumulate: bool) -> torch.T
 
 
 def te_general_grouped_gemm(
-    A: list,
+    A: list[Any],
     transa: bool,
-    B: list,
+    B: list[Any],
     transb: bool,
     D: list[torch.Tensor],
     m_splits: list[int],
@@ -127,27 +127,27 @@ def _given(out: torch.Tensor, ln_out: Any, quantizer: Any, otype: Any) -> Any:
     return out if ln_out is None else ln_out.copy_(out.view(ln_out.shape))
 
 
-def rmsnorm_fwd(input: torch.Tensor, weight: torch.Tensor, eps: float, ln_out: Any, quantizer: Any, otype: Any) -> list:
+def rmsnorm_fwd(input: torch.Tensor, weight: torch.Tensor, eps: float, ln_out: Any, quantizer: Any, otype: Any) -> list[Any]:
     assert input.is_contiguous()
     scale = torch.rsqrt(input.float().square().mean(-1) + eps)
     return [_given(input.float() * scale[..., None] * weight.float(), ln_out, quantizer, otype), None, scale]
 
 
-def rmsnorm_bwd(dz: torch.Tensor, x: torch.Tensor, rsigma: torch.Tensor, gamma: torch.Tensor) -> list:
+def rmsnorm_bwd(dz: torch.Tensor, x: torch.Tensor, rsigma: torch.Tensor, gamma: torch.Tensor) -> list[Any]:
     normal, gradient, scale = _normal(dz, x, rsigma, None)
     weighed = gradient * gamma.float()
     into_x = scale * (weighed - normal * (weighed * normal).mean(-1, keepdim=True))
     return [into_x.to(x.dtype), _rows(gradient * normal).sum(0).to(gamma.dtype)]
 
 
-def rmsnorm_bwd_add(dz: torch.Tensor, x: torch.Tensor, add: torch.Tensor, rsigma: torch.Tensor, gamma: torch.Tensor) -> list:
+def rmsnorm_bwd_add(dz: torch.Tensor, x: torch.Tensor, add: torch.Tensor, rsigma: torch.Tensor, gamma: torch.Tensor) -> list[Any]:
     into_x, into_gamma = rmsnorm_bwd(dz, x, rsigma, gamma)
     return [into_x + add.view(into_x.shape), into_gamma]
 
 
 def layernorm_fwd(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, ln_out: Any, quantizer: Any, otype: Any
-) -> list:
+) -> list[Any]:
     assert input.is_contiguous()
     mean = input.float().mean(-1)
     centred = input.float() - mean[..., None]
@@ -155,7 +155,7 @@ def layernorm_fwd(
     return [_given(centred * scale[..., None] * weight.float() + bias.float(), ln_out, quantizer, otype), mean, scale]
 
 
-def layernorm_bwd(dz: torch.Tensor, x: torch.Tensor, mu: torch.Tensor, rsigma: torch.Tensor, gamma: torch.Tensor) -> list:
+def layernorm_bwd(dz: torch.Tensor, x: torch.Tensor, mu: torch.Tensor, rsigma: torch.Tensor, gamma: torch.Tensor) -> list[Any]:
     normal, gradient, scale = _normal(dz, x, rsigma, mu)
     weighed = gradient * gamma.float()
     into_x = scale * (weighed - weighed.mean(-1, keepdim=True) - normal * (weighed * normal).mean(-1, keepdim=True))
@@ -234,7 +234,7 @@ def fused_attn_fwd(
     K: torch.Tensor,
     V: torch.Tensor,
     s_quantizer: Any,
-) -> list:
+) -> list[Any]:
     assert p_dropout == 0.0 and s_quantizer is None and int(bias_type) == int(TEX.NVTE_Bias_Type.NVTE_NO_BIAS)
     assert all(x.dtype in (torch.float16, torch.bfloat16) for x in (Q, K, V)), "fused attention takes 16-bit numbers"
     for longest, bounds in ((max_seqlen_q, cu_seqlens_q), (max_seqlen_kv, cu_seqlens_kv)):
@@ -258,7 +258,7 @@ def fused_attn_bwd(
     K: torch.Tensor,
     V: torch.Tensor,
     dO: torch.Tensor,
-) -> list:
+) -> list[Any]:
     inputs = [x.detach().requires_grad_() for x in (Q, K, V)]
     with torch.enable_grad():
         out = attend(*inputs, scale=attn_scale, layout=qkv_layout, mask=attn_mask_type, cu_seqlens=(cu_seqlens_q, cu_seqlens_kv))
@@ -354,7 +354,7 @@ def multi_tensor_adam(
         weight.copy_(exact)
 
 
-KERNELS: dict[str, Callable] = {
+KERNELS: dict[str, Callable[..., Any]] = {
     name: kernel
     for name, kernel in list(globals().items())
     if isinstance(kernel, types.FunctionType) and kernel.__module__ == __name__ and not name.startswith("_")
