@@ -257,6 +257,7 @@ def _merge(job: _SourceJob) -> SourceSummary:
 _HINTS = {
     "no image file": "files of a sample must follow one another in the tar (tar --sort=name); --kind says what the source holds",
     "no text file": "files of a sample must follow one another in the tar (tar --sort=name); --kind says what the source holds",
+    "JSON has no text or caption": "make shards of fields with other names: `megatron-mm prepare text|pairs --text-key FIELD`",
     "image is not in the shard": "images that a document names lie in the same tar, as KEY.NAME",
 }
 """What is often the cause of a reason."""
@@ -269,15 +270,15 @@ def check_losses(source: Path, summary: SourceSummary, *, damage: float, options
         damage: share of the shards' bytes that are damaged.
     """
     rejected = sum(summary.rejected.values())
-    if not summary.samples:
-        raise ValueError(f"source {source} has no usable sample (rejected: {summary.rejected or 'it is empty'}): repair or remove it")
-    reasons = _listed(summary.rejected)
     hint = "".join(f". {reason}: {text}" for reason, text in _HINTS.items() if summary.rejected.get(reason, 0) > rejected / 2)
+    if not summary.samples:
+        raise ValueError(f"source {source} has no usable sample (rejected: {summary.rejected or 'it is empty'}): repair or remove it{hint}")
     share = max(rejected / (rejected + summary.samples), damage)
     if share > options.max_rejected:
         raise ValueError(
             f"{share:.1%} of source {source} would be lost, more than --max-rejected {options.max_rejected:g}: {rejected} samples rejected "
-            f"({reasons}), {summary.samples} usable, {damage:.1%} of its bytes damaged. Repair it or allow more with --max-rejected{hint}"
+            f"({_listed(summary.rejected)}), {summary.samples} usable, {damage:.1%} of its bytes damaged. "
+            f"Repair it or allow more with --max-rejected{hint}"
         )
     lost = sum(count for reason, count in summary.dropped.items() if reason != "empty entry")
     if lost > options.max_dropped_images * (lost + summary.images):

@@ -206,12 +206,17 @@ def _named(header: tarfile.TarInfo, extended: _Extended, contents: int, seen: di
         place = seen.get(posixpath.normpath(posixpath.join(posixpath.dirname(name), target) if header.issym() else target))
         if place is None:
             return Skipped("link to a file that is not before it in the tar", name, contents)
-        seen[posixpath.normpath(name)] = place
+        seen[_plain(name)] = place
         return TarFile(name, *place)
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
         return Skipped("neither a file nor a folder", name, contents)
-    seen[posixpath.normpath(name)] = contents, size
+    seen[_plain(name)] = contents, size
     return TarFile(name, contents, size)
+
+
+def _plain(name: str) -> str:
+    """A path without "./" and the like, as links may spell it otherwise than the file did."""
+    return posixpath.normpath(name) if name.startswith(".") or "/." in name or "//" in name else name
 
 
 def _after_sparse_headers(file: BinaryIO, block: bytes, contents: int) -> int:
