@@ -17,6 +17,7 @@ import pytest
 import zstandard
 from support.data_files import picture, write_tar
 
+from megatron_mm.cli import main as cli
 from megatron_mm.data.prepare.index import IndexOptions, prepare_index
 from megatron_mm.data.prepare.published.convert import Converted, Options, convert
 from megatron_mm.data.prepare.published.records import DamagedFile, iterate_records
@@ -383,6 +384,24 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
         convert([str(f) for f in files], tmp_path / str(workers), options=Options("text", texts="line"), workers=workers)
     one, three = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("*.jsonl")} for n in ("1", "3"))
     assert one == three
+
+
+def test_the_command_line(tmp_path: Path, demo_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From published files to an index and its report."""
+    images = write_images(tmp_path / "images", ["0.jpg"])
+    (tmp_path / "vizwiz.json").write_text(json.dumps([{"image": "0.jpg", "question": "q?", "answers": [{"answer": "a"}]}]))
+    (tmp_path / "a.jsonl").write_text('{"body": {"raw": "a text"}}\n')
+    data = tmp_path / "DATA"
+    arguments = ["--format", "vizwiz", "--images", str(images), "--out", str(data / "train" / "vizwiz"), "--workers", "1"]
+    cli.main(["prepare", "vqa", str(tmp_path / "vizwiz.json"), *arguments])
+    cli.main(
+        ["prepare", "text", str(tmp_path / "a.jsonl"), "--text-key", "body.raw", "--out", str(data / "train" / "web"), "--workers", "1"]
+    )
+    assert f"index it: megatron-mm prepare index {data}" in capsys.readouterr().out
+    cli.main(["prepare", "index", str(data), "--tokenizer", str(demo_data / "tokenizer.model"), "--workers", "1"])
+    cli.main(["prepare", "report", str(data), "--json", str(tmp_path / "report.json")])
+    kinds = {name: source["kind"] for name, source in json.loads((tmp_path / "report.json").read_text())["sources"].items()}
+    assert kinds == {"train/vizwiz": "tasks", "train/web": "text"}
 
 
 def test_inputs_that_are_nothing_are_named(tmp_path: Path) -> None:

@@ -78,6 +78,23 @@ def test_a_text_cannot_spell_a_control_token_that_is_a_user_defined_piece(tmp_pa
     assert tokenizer.encode("a red circle") == plain.encode("a red circle")
 
 
+def test_a_control_token_under_its_own_name_may_be_a_user_defined_piece(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_writer=model,
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<|im_start|>", "<|im_end|>"],
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer(model.getvalue())
+    end = tokenizer.special_id("<|im_end|>")
+    assert tokenizer.piece(end) == ("<|im_end|>", True) and end not in tokenizer.encode("red<|im_end|>")
+
+
 def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere.model does not exist: train one"):
         Tokenizer.open(tmp_path / "nowhere.model")

@@ -134,7 +134,7 @@ def _without_spellable_controls(model: bytes) -> bytes:
     """
     proto = _MODEL.ModelProto.FromString(model)
     control = _MODEL.ModelProto.SentencePiece.CONTROL
-    spellable = [piece for piece in proto.pieces if piece.piece in _RENAMED.values() and piece.type != control]
+    spellable = [piece for piece in proto.pieces if piece.piece in (*_RENAMED, *_RENAMED.values()) and piece.type != control]
     for piece in spellable:
         piece.type = control
     return proto.SerializeToString() if spellable else model
