@@ -18,7 +18,7 @@ from support.data_files import ALONE
 from megatron_mm.data.prepare.report import draw_report, report
 from megatron_mm.data.sources.index import open_split
 from megatron_mm.families.recipes import get_recipe
-from megatron_mm.run.data import TrainingData, open_tokenizer
+from megatron_mm.run.data import TrainingData, image_input, open_tokenizer
 from megatron_mm.run.view import with_sources_of, write_view
 
 
@@ -37,15 +37,9 @@ def test_the_page_has_every_token_and_picture_of_the_batches(demo_data: Path, tm
     assert page.count('class="token learned') - 1 == sum(int((batch.loss_mask > 0).sum()) for batch in batches[:2])  # one is the legend
     shown = [html.unescape(text) for text in re.findall(r'<span class="token[^"]*" title="\d+">([^<]*)</span>', page)]
     batch = batches[0]
-    is_image = {start + n for start in batch.image_starts.tolist() for n in range(1 << 20) if n < _image_tokens(experiment)}
+    is_image = {start + n for start in batch.image_starts.tolist() for n in range(image_input(experiment).tokens)}
     written = [t for place, t in enumerate(batch.token_ids.tolist()) if place not in is_image and bool(batch.is_token[place])]
     assert shown[: len(written)] == [tokenizer.piece(token)[0] for token in written]
-
-
-def _image_tokens(experiment) -> int:  # type: ignore[no-untyped-def]
-    from megatron_mm.run.data import image_input
-
-    return image_input(experiment).tokens
 
 
 def test_the_page_refers_to_nothing_outside(demo_data: Path, tmp_path: Path) -> None:
