@@ -151,7 +151,7 @@ def partial_directory(path: Path, *, fingerprint: dict[str, Any]) -> Iterator[Pa
             if (path / PROGRESS).read_text().count("\n") == 1:  # nothing to go on from
                 shutil.rmtree(path)
             else:
-                logger.info("what is written so far stays in %s: the same command goes on from there", path)
+                logger.info("what is written so far stays in %s: the same command resumes from there", path)
             raise
 
 

@@ -73,7 +73,9 @@ class WandbRun:
         try:
             call()
         except Exception as error:  # whatever the library raises, training goes on
-            logger.warning("W&B failed to %s (%s: %s) and is switched off; metrics.jsonl goes on", what, type(error).__name__, error)
+            logger.warning(
+                "W&B failed to %s (%s: %s) and is switched off; metrics.jsonl is still written", what, type(error).__name__, error
+            )
             self._run = None
 
     def log(self, values: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from megatron_mm.training.trainer import Hook, StepRecord, Trainer
 logger = logging.getLogger(__name__)
 
 STOPPED_FILE = "stopped_early.txt"
-"""In the run directory of a run that a signal ended with steps left: one line that says after which; gone when it goes on."""
+"""In the run directory of a run that a signal ended with steps left: one line that says after which; removed when it resumes."""
 
 
 class Metrics(Hook):
@@ -180,7 +180,7 @@ class Stopping(Hook):
             self.trainer.should_stop = True
             if self.trainer.topology.is_main:
                 logger.warning(
-                    "stopping after step %d on %s; start the same command again to go on", record.step, self.received or "a signal"
+                    "stopping after step %d on %s; start the same command again to resume", record.step, self.received or "a signal"
                 )
 
     def close(self, *, failed: bool) -> None:

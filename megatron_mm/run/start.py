@@ -213,4 +213,4 @@ def _warn_of_changes(experiment: Experiment, path: Path) -> None:
     }
     for name, (old, new) in watched.items():
         if old != new:
-            logger.warning("this run had %s %s and goes on with %s: samples or learning rates differ from here on", name, old, new)
+            logger.warning("this run had %s %s and resumes with %s: samples or learning rates differ from here on", name, old, new)

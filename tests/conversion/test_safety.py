@@ -226,7 +226,7 @@ def test_weights_alone_are_no_run_to_go_on_with(whole_llama: Path, tmp_path: Pat
     settings = experiment(vocab_size=512)
     settings = replace(settings, data=replace(settings.data, path=demo_data))
     convert_from_hf(settings, tmp_path / "run", language=whole_llama)
-    with pytest.raises(ValueError, match="holds weights alone, no run to go on with: use another --run-dir and --init-from"):
+    with pytest.raises(ValueError, match="holds weights alone and cannot be resumed: use another --run-dir and --init-from"):
         check(settings, tmp_path / "run")
     with pytest.raises(ValueError, match="has checkpoints already"):
         convert_from_hf(settings, tmp_path / "run", language=whole_llama)

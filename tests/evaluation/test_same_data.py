@@ -65,4 +65,4 @@ def test_a_resume_under_another_template_is_told(trained: tuple[Path, Path], tmp
     again = Path(shutil.copytree(data, tmp_path / "data"))
     prepare_index(again, template="llama2")
     _warn_of_changes(as_indexed(_chats(again), make_plan(_chats(again), split="train").indexes), run_dir / "config.json")
-    assert "data.chat_template vicuna and goes on with llama2" in caplog.text
+    assert "data.chat_template vicuna and resumes with llama2" in caplog.text

@@ -110,7 +110,7 @@ def test_training_goes_on_when_wandb_cannot_start(
     watched.close(exit_code=0)
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
     assert [r.message for r in caplog.records if "W&B" in r.message] == [
-        "W&B failed to start (RuntimeError: no service) and is switched off; metrics.jsonl goes on"
+        "W&B failed to start (RuntimeError: no service) and is switched off; metrics.jsonl is still written"
     ]
 
 

@@ -33,7 +33,7 @@ def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer
         )
     if with_optimizer and read_manifest(checkpoint).get("weights_only", False):
         raise ValueError(
-            f"checkpoint {checkpoint} holds weights alone, no run to go on with: use another --run-dir and --init-from {checkpoint}"
+            f"checkpoint {checkpoint} holds weights alone and cannot be resumed: use another --run-dir and --init-from {checkpoint}"
         )
     if with_optimizer and experiment.parallel.distributed_optimizer != saved.parallel.distributed_optimizer:
         raise ValueError(
