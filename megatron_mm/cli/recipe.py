@@ -11,14 +11,19 @@ from megatron_mm.config import Experiment
 
 def add_recipe(parser: Parser) -> None:
     """The recipe as the first argument."""
-    parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe; with one, --help lists every field with the recipe's value")
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="name of a recipe, or FILE.py:FUNCTION or MODULE:FUNCTION; with one, --help lists every field with the recipe's value",
+    )
 
 
 def recipe_of(given: argparse.Namespace) -> Experiment:
     """The experiment of the recipe `given.recipe`. Raises ValueError that names the nearest where there is none of that name."""
+    from megatron_mm.config.references import is_reference
     from megatron_mm.families.recipes import RECIPES, get_recipe
 
-    if given.recipe not in RECIPES:
+    if given.recipe not in RECIPES and not is_reference(given.recipe):
         raise ValueError(f"unknown recipe {given.recipe!r}: {choices(given.recipe, RECIPES)}")
     return get_recipe(given.recipe)
 

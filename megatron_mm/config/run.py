@@ -136,6 +136,9 @@ class DataConfig:
     images: Literal["true", "shuffled", "blank"] = "true"
     """Pixels that the model sees: each sample's own, those of other samples in the same global batch, or none (the mean
     colour everywhere). The last two are baselines of the same data in the same order."""
+    preprocessors: tuple[str, ...] = ()
+    """What changes or drops samples before they are planned: functions of an opened source that return one
+    (`megatron_mm.data.sources.source.Source`), applied in order, as FILE.py:NAME or MODULE:NAME."""
     max_bad_fraction: float = 0.01
     """Samples of a source that may fail at run time before the run stops, as a fraction of those read."""
 
@@ -311,6 +314,11 @@ class Experiment:
     init_from: Path | None = None
     """A checkpoint, or the run directory of an earlier stage, whose weights this run begins with, with a fresh optimizer. A run that
     has a checkpoint of its own resumes from it."""
+    extensions: tuple[str, ...] = ()
+    """Python files (FILE.py) or modules that are run before anything is built: they register families, connectors, decoder variants and
+    source formats. A recipe that is named by its file adds that file."""
+    extra_hooks: tuple[str, ...] = ()
+    """Hooks beside the standard ones: classes like `megatron_mm.training.trainer.Hook`, as FILE.py:CLASS or MODULE:CLASS."""
 
     @property
     def token_multiple(self) -> int:

@@ -16,8 +16,22 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, Family[Any]] = {"mm1": MM1, "infimm": INFIMM, "mono_internvl": MONO_INTERNVL}
 
 
+def register_family(family: Family[Any]) -> None:
+    """Make a family known that is defined outside of this package. Raises ValueError where its name is taken."""
+    known = FAMILIES.setdefault(family.name, family)
+    if known is not family:
+        raise ValueError(
+            f"a family {family.name!r} is known already, {type(known).__module__}.{type(known).__name__}: give yours another name, or name "
+            "its file in one way (by its path or as a module)"
+        )
+
+
 def family_of(model: Config) -> Family[Config]:
-    """The family that a model config belongs to."""
+    """The family that a model config belongs to. Raises ValueError where nobody has registered it."""
+    if model.family not in FAMILIES:
+        raise ValueError(
+            f"model family {model.family!r} is not known, only {sorted(FAMILIES)}: name the file that registers it in `extensions`"
+        )
     return FAMILIES[model.family]
 
 

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_mm.config import ConnectorConfig, ModelConfig
 from megatron_mm.config.checks import require
+from megatron_mm.config.references import load_module
 from megatron_mm.config.run import Experiment
 from megatron_mm.families.registry import FAMILIES
 
@@ -76,5 +78,16 @@ def save_experiment(experiment: Experiment, path: Path) -> None:
 
 
 def load_experiment(path: Path) -> Experiment:
-    """Read what `save_experiment` wrote. Raises ValueError that names the file and the field."""
-    return from_dict(Experiment, json.loads(path.read_text()), where=str(path))
+    """Read what `save_experiment` wrote, after running its extensions. Raises ValueError that names the file and the field."""
+    values = json.loads(path.read_text())
+    load_extensions(values.get("extensions", ()), where=str(path))
+    return from_dict(Experiment, values, where=str(path))
+
+
+def load_extensions(places: Iterable[str], *, where: str) -> None:
+    """Run what registers families and the like (`Experiment.extensions`). Raises ValueError, with `where`, for one that is not there."""
+    for place in places:
+        try:
+            load_module(place)
+        except ValueError as error:
+            raise ValueError(f"extensions of {where}: {error}") from None

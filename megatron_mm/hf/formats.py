@@ -80,6 +80,13 @@ _OPEN_CLIP_TEXT = (
     r"(token_embedding|ln_final|transformer\.resblocks|text)\..*",
 )
 
+
+def register_format(name: str, known: AnyFormat) -> None:
+    """Make a format of decoders or image towers known from outside of this package. Raises ValueError where its name is taken."""
+    if FORMATS.setdefault(name, known) is not known:
+        raise ValueError(f"a format {name!r} is known already: give yours another name")
+
+
 FORMATS: dict[str, AnyFormat] = {
     "llama": Format(
         part="language",

@@ -8,12 +8,13 @@ from datetime import timedelta
 from typing import Any
 
 from megatron_mm.config import DataConfig, Experiment
+from megatron_mm.config.references import load_object
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.loader import Loader, RankView, StepBatch
 from megatron_mm.data.plan.balance import Costs
 from megatron_mm.data.plan.filling import Limits
 from megatron_mm.data.plan.plan import Plan, PlanState
-from megatron_mm.data.sources.index import SourceIndex, open_split
+from megatron_mm.data.sources.index import open_split
 from megatron_mm.data.sources.source import Source
 from megatron_mm.data.text.chat import chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
@@ -47,6 +48,19 @@ def image_input(experiment: Experiment) -> ImageInput:
     return replace(image, tiling=Tiling(min_tiles=data.min_tiles, max_tiles=data.max_tiles))
 
 
+def open_sources(experiment: Experiment, *, split: str, check: bool = True) -> list[Source]:
+    """The sources of a split that the mixture names, each as `data.preprocessors` leave it. Raises ValueError where one is empty."""
+    data = experiment.data
+    found: list[Source] = []
+    for source in open_split(data.path, split, sources=data.sources, check=check):
+        for reference in data.preprocessors:
+            source = load_object(reference)(source)
+        if len(source) == 0:
+            raise ValueError(f"the preprocessors {list(data.preprocessors)} leave nothing of source {source.location}: drop one of them")
+        found.append(source)
+    return found
+
+
 def make_plan(experiment: Experiment, *, split: str, check: bool = True) -> Plan:
     """The plan of a split: a pure function of the experiment and the indexes on disk.
 
@@ -57,7 +71,7 @@ def make_plan(experiment: Experiment, *, split: str, check: bool = True) -> Plan
     """
     data = experiment.data
     names = data.sources
-    indexes = open_split(data.path, split, sources=names, check=check)
+    indexes = open_sources(experiment, split=split, check=check)
     _check_rendering(data, indexes)
     return Plan(
         indexes,
@@ -104,12 +118,12 @@ def as_indexed(experiment: Experiment, indexes: Sequence[Source]) -> Experiment:
     )
 
 
-def _check_rendering(data: DataConfig, indexes: list[SourceIndex]) -> None:
+def _check_rendering(data: DataConfig, indexes: Sequence[Source]) -> None:
     """Raise ValueError where a source was not indexed with the chat template or caption prompt that the experiment asks for."""
     for index in indexes:
         if index.kind == "pairs" and data.caption_prompt not in (None, index.caption_prompt):
             raise ValueError(
-                f"source {index.root} was indexed with the caption prompt {index.caption_prompt!r}, but data.caption_prompt is "
+                f"source {index.location} was indexed with the caption prompt {index.caption_prompt!r}, but data.caption_prompt is "
                 f"{data.caption_prompt!r}: run `megatron-mm prepare index {data.path} --caption-prompt {data.caption_prompt!r}`, "
                 "or give --data.caption-prompt None"
             )
@@ -119,7 +133,7 @@ def _check_rendering(data: DataConfig, indexes: list[SourceIndex]) -> None:
     for index in indexes:
         if index.chat_template not in (None, data.chat_template):
             raise ValueError(
-                f"source {index.root} was indexed with the chat template {index.chat_template}, but data.chat_template is "
+                f"source {index.location} was indexed with the chat template {index.chat_template}, but data.chat_template is "
                 f"{data.chat_template}: run `megatron-mm prepare index {data.path} --chat-template {data.chat_template}`, "
                 "or give --data.chat-template None"
             )

@@ -226,13 +226,24 @@ class GarbageCollection(Hook):
 
 
 def standard_hooks(
-    trainer: Trainer, *, heldout: HeldOut, more: Callable[[Trainer, Monitor], Sequence[Hook]] = lambda trainer, monitor: []
+    trainer: Trainer,
+    *,
+    heldout: HeldOut,
+    more: Callable[[Trainer, Monitor], Sequence[Hook]] = lambda trainer, monitor: [],
+    extra: Sequence[Callable[[Trainer], Hook]] = (),
 ) -> list[Hook]:
-    """The hooks of every run, in the order in which they see a step: a stop is known before a checkpoint is due."""
+    """The hooks of every run, in the order in which they see a step: a stop is known before a checkpoint is due.
+
+    Args:
+        more: makes hooks that a command adds.
+        extra: makes those that the experiment names. Like `more` they see a step after its metrics are written and before a checkpoint is,
+            so that what they change is in it.
+    """
     metrics = Metrics(trainer)
     return [
         metrics,
         *more(trainer, metrics.monitor),
+        *(make(trainer) for make in extra),
         Stopping(trainer),
         Evaluation(trainer, metrics.monitor, heldout),
         ExpertLoad(trainer, metrics.monitor),

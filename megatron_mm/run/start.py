@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +16,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_mm.config import FP8_MULTIPLE, Experiment
+from megatron_mm.config.references import absolute, load_object
 from megatron_mm.data.plan.plan import Plan
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.heldout import HeldOut
 from megatron_mm.families.registry import family_of
-from megatron_mm.families.serialize import load_experiment, save_experiment
+from megatron_mm.families.serialize import load_experiment, load_extensions, save_experiment
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.reporting.monitor import Monitor
@@ -86,6 +87,8 @@ class Checked:
     tokenizer: Tokenizer
     plan: Plan
     """Of the training split."""
+    extra_hooks: list[Callable[[Trainer], Hook]]
+    """What makes those that the experiment names."""
 
 
 def assemble(checked: Checked, run_dir: Path, *, more_hooks: MoreHooks = lambda trainer, monitor, plan: []) -> Trainer:
@@ -114,7 +117,12 @@ def assemble(checked: Checked, run_dir: Path, *, more_hooks: MoreHooks = lambda 
         data=data,
         checkpointer=checkpointer,
         state=state,
-        hooks=partial(standard_hooks, heldout=heldout, more=lambda trainer, monitor: more_hooks(trainer, monitor, checked.plan)),
+        hooks=partial(
+            standard_hooks,
+            heldout=heldout,
+            more=lambda trainer, monitor: more_hooks(trainer, monitor, checked.plan),
+            extra=checked.extra_hooks,
+        ),
     )
 
 
@@ -130,6 +138,8 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
 
     Raises ValueError that names the thing and the fix.
     """
+    experiment = with_absolute_references(experiment)
+    hooks = [load_object(name) for name in experiment.extra_hooks]
     check_shapes(experiment, topologies.world_size())
     tokenizer = open_tokenizer(experiment)
     rows = experiment.model.decoder.vocab_size
@@ -151,11 +161,23 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
         beginning = find_checkpoint(experiment.init_from)
         check_same_model(experiment, beginning, with_optimizer=False)
         check_same_tokenizer(experiment, beginning)
-    return Checked(experiment, tokenizer, plan)
+    return Checked(experiment, tokenizer, plan, hooks)
+
+
+def with_absolute_references(experiment: Experiment) -> Experiment:
+    """The experiment with whole paths of the files that it names, so that its resume may be started in any folder."""
+    return replace(
+        experiment,
+        extensions=tuple(map(absolute, experiment.extensions)),
+        extra_hooks=tuple(map(absolute, experiment.extra_hooks)),
+        data=replace(experiment.data, preprocessors=tuple(map(absolute, experiment.data.preprocessors))),
+    )
 
 
 def check_shapes(experiment: Experiment, world_size: int) -> None:
-    """What can be found wrong without data or an earlier run: layout, policy and batch on so many processes. Raises ValueError."""
+    """What can be found wrong without data or an earlier run: extensions, layout, policy and batch on so many processes. Raises
+    ValueError."""
+    load_extensions(experiment.extensions, where="the experiment")
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, world_size)
     trainable_patterns(experiment)
     micro_batches = experiment.num_micro_batches(experiment.parallel.data_parallel_size(world_size))

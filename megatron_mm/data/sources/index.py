@@ -28,7 +28,7 @@ from megatron_mm.data.ranges import ranges
 from megatron_mm.data.sources.index_files import FORMAT_VERSION, META, map_arrays, sampled_digest, write_json
 from megatron_mm.data.sources.rows import ITEM as ITEM
 from megatron_mm.data.sources.rows import SAMPLE as SAMPLE
-from megatron_mm.data.sources.source import DocumentSizes, ImageSizes, Items, Kind
+from megatron_mm.data.sources.source import SOURCE_FORMATS, DocumentSizes, ImageSizes, Items, Kind, Source
 from megatron_mm.data.sources.stores import ObjectStore, Store, store_of
 
 SHARDS_CHECKED_AT_ONCE = 32
@@ -205,8 +205,8 @@ def _check_shards(source: Path, meta: dict[str, Any]) -> None:
         raise ValueError(f"{problems[0]}{more}: restore it or index {source} again")
 
 
-def open_split(root: Path, split: str, *, sources: list[str], check: bool = True) -> list[SourceIndex]:
-    """Open the named sources of `root/split`. Raises ValueError where the split or a source is missing or empty."""
+def open_split(root: Path, split: str, *, sources: list[str], check: bool = True) -> list[Source]:
+    """Open the named sources of `root/split`, each in its format. Raises ValueError where the split or a source is missing or empty."""
     folder = root / split
     if not root.is_dir():
         raise ValueError(f"data path {root} does not exist: give --data.path the folder that `megatron-mm prepare` wrote")
@@ -216,13 +216,20 @@ def open_split(root: Path, split: str, *, sources: list[str], check: bool = True
     missing = [name for name in sources if name not in present]
     if missing:
         raise ValueError(f"{folder} lacks the sources {missing} of data.mixture; it has {present}")
-    indexes = [open_index(folder / name, check=check) for name in sources]
-    for index in indexes:
-        if len(index) == 0:
-            raise ValueError(
-                f"source {index.root} has no usable sample (rejected: {index.rejected}): add data or drop it from data.mixture"
-            )
-    return indexes
+    opened = [open_source(folder / name, check=check) for name in sources]
+    for source in opened:
+        if len(source) == 0:
+            rejected = f" (rejected: {source.rejected})" if isinstance(source, SourceIndex) else ""
+            raise ValueError(f"source {source.location} has no usable sample{rejected}: add data or drop it from data.mixture")
+    return opened
+
+
+def open_source(folder: Path, *, check: bool = True) -> Source:
+    """Open a source folder: a format that matches it, or indexed shards. Raises ValueError as `open_index` does."""
+    for known in SOURCE_FORMATS.values():
+        if known.matches(folder):
+            return known.open(folder)
+    return open_index(folder, check=check)
 
 
 def move_to_store(source: Path, url: str) -> int:

@@ -8,7 +8,9 @@ Rows are numbered from 0 to len(source) - 1, in the order of the shards, so neig
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -123,3 +125,23 @@ class Source(Protocol):
     def image(self, row: int, number: int) -> bytes:
         """An encoded image of a document, numbered from 0. Raises OSError or ValueError where it cannot be read."""
         ...
+
+
+@dataclass(frozen=True)
+class SourceFormat:
+    """A way to store samples in a source's folder."""
+
+    matches: Callable[[Path], bool]
+    """Whether a folder holds samples of this format."""
+    open: Callable[[Path], Source]
+    """Raises ValueError that names the folder where they cannot be used."""
+
+
+SOURCE_FORMATS: dict[str, SourceFormat] = {}
+"""Formats beside the indexed shards of `data.sources.index`, by name. A folder that none of them matches holds shards."""
+
+
+def register_source_format(name: str, known: SourceFormat) -> None:
+    """Make a format known that is defined outside of this package. Raises ValueError where its name is taken."""
+    if SOURCE_FORMATS.setdefault(name, known) is not known:
+        raise ValueError(f"a source format {name!r} is known already: give yours another name")

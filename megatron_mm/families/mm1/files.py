@@ -16,6 +16,7 @@ from megatron_mm.hf.configs import decoder_config, tower_config, write_document
 from megatron_mm.hf.settings import clip_settings, decoder_settings, under
 from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_run_tokenizer
 
+_EXPORTED_CONNECTORS = ("average", "attention", "c_abstractor")
 _CODE = ("configuration_mm1.py", "modeling_mm1.py", "processing_mm1.py")
 
 
@@ -23,6 +24,11 @@ def write_mm1_files(
     model: MM1Config, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None = None
 ) -> None:
     """Configuration, tokenizer, processor and code: see `Family.write_files`."""
+    if model.connector.kind not in _EXPORTED_CONNECTORS:
+        raise ValueError(
+            f"an exported MM1 has code for the connectors {', '.join(_EXPORTED_CONNECTORS)}, not for {model.connector.kind!r}: add it to "
+            "families/mm1/hf_code/modeling_mm1.py, or export with --part language or --part vision"
+        )
     names = ("<pad>", "<image>")
     rows = vocab_rows or model.decoder.vocab_size
     ids = open_run_tokenizer(tokenizer, special=names, rows=rows)

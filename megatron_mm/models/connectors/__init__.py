@@ -23,6 +23,12 @@ CONNECTORS: dict[str, Connector] = {"average": AVERAGE, "attention": ATTENTION, 
 """Every kind of connector (`ConnectorConfig.kind`)."""
 
 
+def register_connector(kind: str, connector: Connector) -> None:
+    """Make a connector known from outside of this package. Raises ValueError where its name is taken."""
+    if CONNECTORS.setdefault(kind, connector) is not connector:
+        raise ValueError(f"a connector {kind!r} is known already: give yours another name")
+
+
 def connector_of(config: ConnectorConfig) -> Connector:
     """The kind of a config. Raises ValueError that lists all kinds where there is none of that name."""
     if config.kind not in CONNECTORS:

@@ -1,0 +1,71 @@
+"""Things that are named by where they are defined: `path/to/file.py:NAME` or `package.module:NAME`.
+
+So a recipe, a hook or a preprocessor of somebody else's is used without a change to this package, and a run's configuration, which records
+the words, finds them again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def is_reference(word: str) -> bool:
+    """Whether a word names a place and something there, and is no plain name."""
+    return ":" in word
+
+
+def load_object(reference: str) -> Any:
+    """What a reference names. Its file or module is run once, however often something of it is asked for.
+
+    Raises ValueError where there is no such file, module or name; what the file itself raises is passed on.
+    """
+    place, separator, name = reference.rpartition(":")
+    if not separator or not place or not name:
+        raise ValueError(f"{reference!r} names nothing: write FILE.py:NAME or MODULE:NAME")
+    module = load_module(place)
+    if not hasattr(module, name):
+        near = difflib.get_close_matches(name, vars(module), n=1)
+        raise ValueError(f"{place} defines no {name!r}{f': did you mean {near[0]}?' if near else ''}")
+    return getattr(module, name)
+
+
+def load_module(place: str) -> ModuleType:
+    """The module of a file, or of a dotted name. A file may import its neighbours, as a script may. Raises ValueError as `load_object`."""
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+                raise  # the module is there, but not what it imports
+            raise ValueError(f"there is no module {place!r}: install its package or put its folder on PYTHONPATH") from None
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: restore it, or name it by where it is now")
+    name = f"megatron_mm_extension_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(spec)
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    sys.modules[name] = module  # before it runs: dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def absolute(word: str) -> str:
+    """A place, or a reference, that names a file by its whole path, so that it is found from any folder."""
+    place, separator, name = word.rpartition(":") if is_reference(word) else (word, "", "")
+    return f"{Path(place).resolve()}{separator}{name}" if place.endswith(".py") else word
