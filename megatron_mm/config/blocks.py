@@ -68,6 +68,8 @@ class DecoderConfig:
     """Standard deviation of initial weights; output projections use init_std / sqrt(2 * num_layers)."""
     moe: MoEConfig | None = None
     """Sparse layers; None for a dense model."""
+    variant: str = "llama"
+    """Name in `megatron_mm.hf.decoder_variants.DECODER_VARIANTS`: what differs from a Llama."""
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_mm.config import DecoderConfig, VisionConfig
+from megatron_mm.hf.decoder_variants import variant_of
 
 Architecture = Literal["llama", "mistral", "internlm2"]
 
@@ -34,6 +35,8 @@ def decoder_config(decoder: DecoderConfig, *, sequence_length: int, vocab_rows: 
         "tie_word_embeddings": decoder.tied_embeddings,
         # No pad_token_id: transformers would treat that row of the embedding table as a constant zero when it trains.
         "pad_token_id": None,
+        **variant_of(decoder).settings,
+        **({} if decoder.variant == "llama" else {"decoder_variant": decoder.variant}),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from megatron_mm.config import DecoderConfig
+from megatron_mm.hf.decoder_variants import variant_of
 from megatron_mm.hf.mapping import QKV, Direct, Entry, GatedMLP, Vocabulary, stack
 
 
@@ -46,6 +47,7 @@ def _llama_layer(config: DecoderConfig, number: int, theirs: str, mlps: Sequence
         Direct(f"{layer}.self_attention.linear_proj.weight", f"{theirs}.self_attn.o_proj.weight"),
         Direct(f"{layer}.pre_mlp_layernorm.weight", f"{theirs}.post_attention_layernorm.weight"),
         *(_llama_experts(config, f"{layer}.mlp", f"{theirs}.mlp") if number in config.sparse_layers else mlp),
+        *variant_of(config).entries(layer, theirs),
     ]
 
 
@@ -95,6 +97,7 @@ def internlm2_table(
             fc1, fc2 = (f"{layer}.{name}.linear_{fc}.weight" for fc in ("fc1", "fc2"))
             w1, w2, w3 = (f"{theirs}.{their_name}.{w}.weight" for w in ("w1", "w2", "w3"))
             layers += [GatedMLP(fc1, gate=w1, up=w3), Direct(fc2, w2)]
+        layers += variant_of(config).entries(layer, theirs)
     return [
         Vocabulary("language.embedding.word_embeddings.weight", f"{body}tok_embeddings.weight", **rows),
         *layers,

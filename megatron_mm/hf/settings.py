@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_mm.hf.decoder_variants import DECODER_VARIANTS
+
 
 def decoder_settings(document: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json of Llama's kind -> fields of a DecoderConfig. What is not given has Llama's defaults.
@@ -18,6 +20,8 @@ def decoder_settings(document: Mapping[str, Any]) -> dict[str, Any]:
     rotary = {**document, **(document.get("rope_parameters") or {})}
     scaling = document.get("rope_scaling") or document.get("rope_parameters") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    variant = document.get("decoder_variant", "llama")
+    explained = DECODER_VARIANTS[variant].settings if variant in DECODER_VARIANTS else {}
     wrong = {
         "hidden_act": document.get("hidden_act", "silu") not in ("silu", "swish"),
         "attention_bias": bool(document.get("attention_bias", False)),
@@ -25,7 +29,7 @@ def decoder_settings(document: Mapping[str, Any]) -> dict[str, Any]:
         "bias": bool(document.get("bias", False)) and document.get("model_type") == "internlm2",
         "rope_scaling": kind not in ("default", "dynamic"),  # dynamic changes nothing up to max_position_embeddings
     }
-    found = {name: document.get(name) for name, is_wrong in wrong.items() if is_wrong}
+    found = {name: document.get(name) for name, is_wrong in wrong.items() if is_wrong and document.get(name) != explained.get(name)}
     if found:
         raise ValueError(f"the language model's config.json has {found}, but our decoder has SiLU, no biases and plain rotary positions")
     return {
@@ -38,6 +42,7 @@ def decoder_settings(document: Mapping[str, Any]) -> dict[str, Any]:
         "rotary_base": float(rotary.get("rope_theta", 10000.0)),
         "norm_epsilon": document.get("rms_norm_eps", 1e-6),
         "tied_embeddings": document.get("tie_word_embeddings", False),
+        "variant": variant,
     }
 
 

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config import DecoderConfig, ParallelConfig
+from megatron_mm.hf.decoder_variants import variant_of
 from megatron_mm.models.context import ChunkContext
 from megatron_mm.models.layers import decoder_layer_spec, norm_module
 from megatron_mm.parallel.stages import layers_per_stage, pipeline_layout
@@ -39,7 +40,7 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
     parallel = context.parallel
     on_te = context.backend == "te"
     interleaved = parallel.virtual > 1
-    return TransformerConfig(
+    llama = TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -82,6 +83,7 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
         **RECOMPUTE[parallel.recompute],
         **(_expert_options(config, context) if config.moe is not None else {}),
     )
+    return variant_of(config).transformer_config(llama)
 
 
 def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict[str, Any]:
@@ -122,6 +124,7 @@ def build_decoder(
     if layer_specs is None:
         own = layers_of_chunk(config, context)
         layer_specs = [decoder_layer_spec(context.backend, experts=layer in config.sparse_layers) for layer in own]
+    layer_specs = [variant_of(config).layer_spec(spec, context.backend) for spec in layer_specs]
     layers = TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=norm_module(context.backend))
     decoder = GPTModel(
         transformer_config,
@@ -160,6 +163,7 @@ def check_decoder_layout(config: DecoderConfig, parallel: ParallelConfig, world_
     Raises ValueError with both numbers and the fix.
     """
     parallel.data_parallel_size(world_size)
+    variant_of(config)
     _check_experts(config, parallel)
     layers_per_stage(parallel, num_layers=config.num_layers)
     counts = {
