@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small import packed_batch
+from support.small import packed_batch
 
 from megatron_mm.cli.main import main
 from megatron_mm.config import Experiment
@@ -158,7 +158,7 @@ def _logits(run_dir: Path, ids: torch.Tensor) -> torch.Tensor:
         load_weights(experiment, topology, model, find_checkpoint(run_dir))
         chunk, batch = (
             model[0].module,
-            packed_batch(ids[0], bounds=[0, len(ids[0])], starts=[], silent_id=0, pixels=no_images),
+            packed_batch(ids[0], bounds=[0, len(ids[0])], starts=[], masked_id=0, pixels=no_images),
         )
         embedded = chunk.language.embedding(input_ids=ids, position_ids=batch.position_ids[None])
         return chunk.decode(batch, embedded, document_bounds(batch), with_loss=False).detach().float()
