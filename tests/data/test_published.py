@@ -84,6 +84,9 @@ def test_folders_of_images_and_texts(tmp_path: Path, demo_data: Path) -> None:
             (tmp_path / "in" / folder / f"{name}.txt").write_text(f"caption of {name}")
     (tmp_path / "in" / "00000" / "000000002.txt").unlink()
     (tmp_path / "in" / "00000" / "000000002.json").write_text(json.dumps({"text": None, "caption": "of the json"}))
+    pyarrow.parquet.write_table(pyarrow.table({"url": ["http://x"]}), tmp_path / "in" / "00000.parquet")
+    (tmp_path / "in" / "00000_stats.json").write_text("{}")
+    (tmp_path / "in" / "README.md").write_text("about")
     found = run("pairs", [tmp_path / "in"], tmp_path / "out")
     assert found.samples == 5 and len(found.shards) == 3
     assert indexed(tmp_path / "out", demo_data).sizes(slice(0, 5)).num_images.tolist() == [1] * 5
@@ -188,6 +191,15 @@ def test_mmc4_as_released(tmp_path: Path, demo_data: Path) -> None:
     assert (found.samples, found.rejected, found.dropped) == (1, {"malformed JSON": 1}, {"image not found": 1})
     assert documents(tmp_path / "out") == [{"items": [{"image": "0.jpg"}, {"text": "one"}, {"image": "1.jpg"}, {"text": "two"}]}]
     assert len(indexed(tmp_path / "out", demo_data)) == 1
+
+
+def test_images_that_come_later_are_found_by_the_same_command(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", ["0.jpg"])
+    line = {"text_list": ["x"], "image_info": [{"image_name": "a/late.jpg", "matched_text_index": 0}]}
+    (tmp_path / "0.jsonl").write_text(json.dumps(line))
+    assert run("mmc4", [tmp_path / "0.jsonl"], tmp_path / "out", images=str(images), lose=1.0).images == 0
+    write_images(images, ["late.jpg"])
+    assert run("mmc4", [tmp_path / "0.jsonl"], tmp_path / "out", images=str(images)).images == 1
 
 
 def test_one_file_name_in_two_folders_is_no_image(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
 from megatron_mm.data.prepare.published.annotations import read_annotations, scienceqa_record
-from megatron_mm.data.prepare.published.images import ImageStore, build_table
+from megatron_mm.data.prepare.published.images import ImageStore, build_table, table_stamp
 from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS, IMAGE_KEYS, LAYOUTS, Context, LeftOut, OutSample
 from megatron_mm.data.prepare.published.records import BadRecord, DamagedFile, Record, TextDocuments, expand, iterate_records
 from megatron_mm.data.prepare.published.write import ShardWriter
@@ -135,10 +135,12 @@ def _inputs(inputs: Sequence[str], options: Options) -> list[str]:
     files = expand(inputs)
     images = [file for file in files if options.layout == "pairs" and is_image_name(file.rpartition(".")[2].lower())]
     folders = sorted({os.path.dirname(file) for file in images})
+    described = {os.path.basename(folder) for folder in folders}  # img2dataset writes 00000.parquet about the folder 00000
     records = [
         file
         for file in files
         if os.path.dirname(file) not in folders
+        and os.path.basename(file).partition(".")[0] not in described
         and not os.path.basename(file).startswith(".")
         and not (options.layout == "pairs" and file.endswith("_stats.json"))
     ]
@@ -160,7 +162,7 @@ def _run(tasks: list[tuple[int, str]], out: Path, options: Options, table: Path 
 def _convert_input(arguments: tuple[int, str, Path, Options, Path | None]) -> Converted:
     number, path, out, options, table = arguments
     record_of_work = out / ".prepared" / f"{number:05d}.json"
-    stamp = _stamp(path, options)
+    stamp = _stamp(path, options, table)
     done = _finished(record_of_work, stamp, out)
     if done is not None:
         return done
@@ -251,11 +253,11 @@ def _folder_pairs(folder: Path) -> Iterator[Record | BadRecord]:
         yield BadRecord("no image", alone)
 
 
-def _stamp(path: str, options: Options) -> str:
-    """Changes where an input or an option does."""
+def _stamp(path: str, options: Options, table: Path | None) -> str:
+    """Changes where an input, an option, or the folder of images does."""
     import fsspec
 
-    facts = [path, json.dumps(asdict(options), sort_keys=True)]
+    facts = [path, json.dumps(asdict(options), sort_keys=True), str(table_stamp(table) if table is not None else None)]
     for file in filter(None, (path, options.annotations)):
         system, name = fsspec.core.url_to_fs(file)
         details = system.info(name)

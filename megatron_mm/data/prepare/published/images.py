@@ -100,13 +100,14 @@ def _digest(key: str) -> bytes:
 
 
 def build_table(root: Path, table: Path) -> int:
-    """Write the table of a folder's images, unless it is there. Returns how many names it has.
+    """Write the table of a folder's images, unless it is there and no folder or tar has changed since. Returns how many names it has.
 
     Raises ValueError where the folder does not exist.
     """
     if not root.is_dir():
         raise ValueError(f"folder of images {root} does not exist")
-    if not table.is_file():
+    stamp = listing_stamp(root)
+    if table_stamp(table) != stamp:
         table.parent.mkdir(parents=True, exist_ok=True)
         partial = table.with_name(f"{table.name}.partial")
         partial.unlink(missing_ok=True)
@@ -115,7 +116,9 @@ def build_table(root: Path, table: Path) -> int:
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
             "CREATE TABLE images (key BLOB PRIMARY KEY, file INT, offset INT, size INT) WITHOUT ROWID;"
             "CREATE TABLE files (number INT PRIMARY KEY, path TEXT);"
+            "CREATE TABLE stamp (value TEXT);"
         )
+        connection.execute("INSERT INTO stamp VALUES (?)", (stamp,))
         logger.info("%s: looking for images; this happens once", root)
         for number, path in enumerate(_all_files(root)):
             _add_file(connection, root, path, number)
@@ -128,6 +131,29 @@ def build_table(root: Path, table: Path) -> int:
     with sqlite3.connect(f"file:{table}?mode=ro", uri=True) as connection:
         (count,) = connection.execute("SELECT count(*) FROM images").fetchone()
     return int(count)
+
+
+def listing_stamp(root: Path) -> str:
+    """Changes where a file is added to a folder or removed from it, or a tar is written."""
+    digest = hashlib.sha256()
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        digest.update(f"{folder} {os.stat(folder).st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        for name in sorted(name for name in files if name.endswith(".tar")):
+            found = os.stat(os.path.join(folder, name))
+            digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def table_stamp(table: Path) -> str | None:
+    """What `listing_stamp` was when a table was written; None where there is no table."""
+    if not table.is_file():
+        return None
+    try:
+        with sqlite3.connect(f"file:{table}?mode=ro", uri=True) as connection:
+            return str(connection.execute("SELECT value FROM stamp").fetchone()[0])
+    except (sqlite3.Error, TypeError):
+        return None
 
 
 def _all_files(root: Path) -> Iterator[Path]:

@@ -10,9 +10,11 @@ import bz2
 import gzip
 import io
 import json
+import logging
 import lzma
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +23,8 @@ from typing import Any, BinaryIO, Literal, cast
 from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
 from megatron_mm.data.sources.shards import WebSample, iterate_tar
 from megatron_mm.data.text.items import BadDocument
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 TextDocuments = Literal["file", "line", "paragraph"]
@@ -53,9 +57,24 @@ def expand(inputs: Iterable[str]) -> list[str]:
         if not files:
             raise ValueError(f"input {pattern} does not exist")
         for file in files:
-            inside = sorted(system.find(file)) if system.isdir(file) else [file]
+            inside = _readable(sorted(system.find(file)), file) if system.isdir(file) else [file]
             found += [system.unstrip_protocol(name) if "://" in pattern else name for name in inside]
     return found
+
+
+_READ = (".parquet", ".arrow", ".feather", ".jsonl", ".json", ".ndjson", ".txt", ".tar")
+
+
+def _readable(files: list[str], folder: str) -> list[str]:
+    """The files of a folder that hold records or images; how many others there are is said."""
+    kept = [file for file in files if ending(file) in _READ or is_image_name(ending(file).lstrip("."))]
+    kept = [file for file in kept if not PurePosixPath(file).name.upper().startswith(("README", "LICENSE", "."))]
+    if len(kept) < len(files):
+        others = Counter(ending(file) or "without ending" for file in set(files) - set(kept))
+        logger.warning(
+            "%s: %d files are not read: %s", folder, others.total(), ", ".join(f"{n} {name}" for name, n in others.most_common(5))
+        )
+    return kept
 
 
 def ending(path: str) -> str:
