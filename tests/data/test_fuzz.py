@@ -1,6 +1,6 @@
 """Property tests: whatever bytes come, preparation neither dies nor hangs, and nothing of them is lost unseen.
 
-Ten thousand inputs of each kind in `make test-all`, a hundred otherwise.
+Ten thousand inputs of each kind in `make test-all`, fifty otherwise.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def check_damaged_tar(members: list[tuple[str, bytes, bytes]], damage: list[tupl
 
 
 @given(MEMBERS, st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
-@inputs(100)
+@inputs(50)
 def test_tars_come_out_as_they_went_in(members: list[tuple[str, bytes, bytes]], form: int) -> None:
     if form == tarfile.USTAR_FORMAT:
         members = [member for member in members if len(member[0]) < 100]
@@ -110,7 +110,7 @@ def test_tars_come_out_as_they_went_in(members: list[tuple[str, bytes, bytes]], 
 
 
 @given(MEMBERS, DAMAGE, st.floats(0, 1))
-@inputs(100)
+@inputs(50)
 def test_damaged_tars_lose_nothing_unseen(members: list[tuple[str, bytes, bytes]], damage: list[tuple[float, bytes]], keep: float) -> None:
     check_damaged_tar(members, damage, keep)
 
@@ -124,7 +124,7 @@ def test_ten_thousand_damaged_tars(members: list[tuple[str, bytes, bytes]], dama
 
 
 @given(st.binary(max_size=3000))
-@inputs(100)
+@inputs(50)
 def test_any_bytes_are_a_tar_or_damage(data: bytes) -> None:
     assert list(walk_tar(io.BytesIO(data), len(data))), "not a word about a shard of which nothing is read"
 
@@ -183,7 +183,7 @@ def test_ten_thousand_documents(tokenizer: Tokenizer, document: Any) -> None:
 
 
 @given(st.binary(max_size=300), st.sampled_from(KINDS), st.booleans())
-@inputs(100)
+@inputs(50)
 def test_any_bytes_are_a_document_or_have_a_reason(data: bytes, kind: Any, is_json: bool) -> None:
     try:
         parse_document(kind, data, is_json=is_json, rendering=RENDERING)
@@ -192,7 +192,7 @@ def test_any_bytes_are_a_document_or_have_a_reason(data: bytes, kind: Any, is_js
 
 
 @given(st.text(max_size=60) | st.lists(st.sampled_from(["<s>", "</s>", "<image>", "<pad>", " ", "a", "\n"]), max_size=9).map("".join))
-@inputs(100)
+@inputs(50)
 def test_no_text_becomes_a_control_token(tokenizer: Tokenizer, text: str) -> None:
     controls = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.image_id}
     assert not controls & set(tokenizer.encode(text.encode("utf-8", "replace").decode()))
@@ -225,7 +225,7 @@ def decoder() -> Any:
 
 
 @given(st.sampled_from(FORMS), DAMAGE, st.floats(0, 1))
-@inputs(100)
+@inputs(50)
 def test_damaged_images_are_refused_or_decode(decoder: PillowDecoder, form: str, damage: list[tuple[float, bytes]], keep: float) -> None:
     check_bytes_of_image(form, damage, keep, decoder)
 

@@ -390,6 +390,7 @@ def test_inputs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob(".*.partial"))
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
     files = text_files(tmp_path / "in", ["one", "two"])
     for workers in (1, 3):

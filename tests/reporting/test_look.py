@@ -22,7 +22,10 @@ from megatron_mm.run.data import TrainingData, image_input, open_tokenizer
 from megatron_mm.run.view import with_sources_of, write_view
 
 
-@pytest.mark.parametrize("recipe", ["debug_mm1", "debug_infimm", "debug_mono_internvl"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["debug_mm1", pytest.param("debug_infimm", marks=pytest.mark.slow), pytest.param("debug_mono_internvl", marks=pytest.mark.slow)],
+)
 def test_the_page_has_every_token_and_picture_of_the_batches(demo_data: Path, tmp_path: Path, recipe: str) -> None:
     experiment = with_sources_of(get_recipe(recipe), demo_data, split="train")
     write_view(experiment, tmp_path / "view.html", recipe=recipe, split="train", micro_batches=2)

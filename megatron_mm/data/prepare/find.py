@@ -7,6 +7,7 @@ A file that is neither a shard nor known to belong beside one is an error and no
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -75,7 +76,12 @@ def _stray(path: Path, sources: list[Path]) -> list[Path]:
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted({p.resolve() for p in path.iterdir() if p.is_dir() and not _is_ours(p)}) if path.is_dir() else []
+    return sorted({folder.resolve() for folder in _subfolders(path)}) if path.is_dir() else []
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:  # which asks the file system about a folder, not about each file
+        return sorted(found for entry in entries if entry.is_dir() and not _is_ours(found := Path(entry.path)))
 
 
 def _direct(folder: Path) -> list[Path]:
@@ -91,7 +97,7 @@ def shards_of(source: Path) -> list[Path]:
     if not source.is_dir():
         return []
     found = _direct(source)
-    for folder in sorted(p for p in source.iterdir() if p.is_dir() and not _is_ours(p)):
+    for folder in _subfolders(source):
         found += shards_of(folder)
     return found
 
@@ -123,7 +129,11 @@ def _looks_like_data(file: Path) -> bool:
 
 
 def _files(source: Path) -> list[Path]:
-    return sorted(p for p in source.rglob("*") if p.is_file() and not any(_is_ours(above) for above in p.relative_to(source).parents))
+    found = []
+    for folder, folders, names in os.walk(source):
+        folders[:] = sorted(name for name in folders if not _is_ours(Path(name)))
+        found += [Path(folder, name) for name in sorted(names)]
+    return found
 
 
 def _belongs(name: str, stems: set[str]) -> bool:
