@@ -74,6 +74,9 @@ check: $(STAMP)
 bench: $(STAMP)
 	test -d build/bench_data || $(BIN)/python -m megatron_mm prepare demo --out build/bench_data
 	$(BIN)/python benchmarks/plan_time.py
+	$(BIN)/python benchmarks/micro_batch_balance.py
+	$(BIN)/python benchmarks/padding.py
+	$(BIN)/python benchmarks/checkpoint_save.py
 	$(BIN)/python benchmarks/loader_throughput.py
 	$(BIN)/python benchmarks/trainer_overhead.py --data build/bench_data
 	$(BIN)/python benchmarks/moe_step.py --data build/bench_data

@@ -27,6 +27,7 @@ from megatron_mm.parallel.topology import Topology
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.run.data import HELD_OUT, TRAINING, TrainingData, as_indexed, held_out_batches, image_input, make_plan, open_tokenizer
 from megatron_mm.run.hooks import standard_hooks
+from megatron_mm.run.start_times import LogStart, StartTimes
 from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import (
     Checkpointer,
@@ -65,15 +66,17 @@ def start(
 
     Raises ValueError, before processes meet, where layout, batch, data or an earlier run in run_dir does not fit.
     """
+    times = StartTimes()
     checked = check(experiment, run_dir)
     experiment = checked.experiment
     examine(checked)
+    times.lap("data opened and checked")
     if int(os.environ.get("RANK", "0")) == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         _warn_of_changes(experiment, run_dir / CONFIG_FILE)
         save_experiment(experiment, run_dir / CONFIG_FILE)
     try:
-        return assemble(checked, run_dir, more_hooks=more_hooks).fit()
+        return assemble(checked, run_dir, more_hooks=more_hooks, times=times).fit()
     finally:
         topologies.shutdown()
 
@@ -91,24 +94,30 @@ class Checked:
     """What makes those that the experiment names."""
 
 
-def assemble(checked: Checked, run_dir: Path, *, more_hooks: MoreHooks = lambda trainer, monitor, plan: []) -> Trainer:
+def assemble(
+    checked: Checked, run_dir: Path, *, more_hooks: MoreHooks = lambda trainer, monitor, plan: [], times: StartTimes | None = None
+) -> Trainer:
     """Join the other processes, build the model, load the run's newest checkpoint where it has one, and attach the hooks.
 
     Raises ValueError where the checkpoint does not fit the experiment.
     """
-    experiment, tokenizer = checked.experiment, checked.tokenizer
+    experiment, tokenizer, times = checked.experiment, checked.tokenizer, times or StartTimes()
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
+    times.lap("process groups")
     if experiment.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     model = build_model(experiment, topology)
     if experiment.init_from is not None and newest_checkpoint(run_dir) is None:
         _begin_with(find_checkpoint(experiment.init_from), experiment, topology, model)
+    times.lap("model and weights")
     optimizer = build_optimizer(experiment, model)  # after the weights: it copies them
+    times.lap("optimizer")
     checkpointer = Checkpointer(experiment, topology, run_dir, model, optimizer)
     state = checkpointer.load_latest() or TrainState()
+    times.lap("checkpoint")
     data = TrainingData(experiment, topology, tokenizer, plan=checked.plan, cursor=state.plan)
     heldout = HeldOut(experiment, topology, tokenizer, image=image_input(experiment), batches=held_out_batches)
-    return Trainer(
+    trainer = Trainer(
         experiment,
         run_dir,
         topology=topology,
@@ -124,6 +133,9 @@ def assemble(checked: Checked, run_dir: Path, *, more_hooks: MoreHooks = lambda 
             extra=checked.extra_hooks,
         ),
     )
+    times.lap("data and hooks")
+    trainer.hooks.append(LogStart(trainer, times))
+    return trainer
 
 
 def _begin_with(checkpoint: Path, experiment: Experiment, topology: Topology, model: list[DistributedDataParallel]) -> None:

@@ -87,7 +87,7 @@ def infimm_step(experiment: Experiment, topology: Topology, *, step: int) -> lis
 
 def infimm_run(data: Path, *, parallel: dict[str, Any] | None = None, policy: str = "ift", **train: Any) -> Experiment:
     """`small_infimm` on demo data, with nothing but steps and checkpoints."""
-    experiment = small_infimm(decoder={"vocab_size": 520}, parallel=parallel, **{"global_batch_size": 2, **train})
+    experiment = small_infimm(decoder={"vocab_size": 520}, parallel=parallel, policy=policy, **{"global_batch_size": 2, **train})
     return replace(
         experiment,
         data=replace(experiment.data, path=data, packing_window=64, max_images_per_document=6),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_mm.parallel.topology import Topology
@@ -41,11 +42,15 @@ def verify(checkpoint: Path, topology: Topology) -> None:
         problem = str(error)
     except OSError as error:
         problem = f"checkpoint {checkpoint} cannot be read by process {topology.rank} ({error}): restore it or remove it"
-    agree(problem, world_size=topology.world_size)
+    agree(problem, world_size=topology.world_size, device=topology.device)
 
 
-def agree(problem: str, *, world_size: int) -> None:
+def agree(problem: str, *, world_size: int, device: torch.device) -> None:
     """Called by all processes together: raise ValueError on all of them where any has a problem, which is not empty then."""
+    any_problem = torch.tensor(float(bool(problem)), device=device)
+    dist.all_reduce(any_problem, op=dist.ReduceOp.MAX)
+    if not any_problem.item():
+        return  # the usual case: nothing that grows with the number of processes
     problems: list[str] = [""] * world_size
     dist.all_gather_object(problems, problem)
     for found in problems:

@@ -34,7 +34,7 @@ def load_weights(experiment: Experiment, topology: Topology, model: list[Distrib
     check_same_model(experiment, checkpoint, with_optimizer=False)
     verify(checkpoint, topology)
     state = model_state(model)
-    _check_names(state, checkpoint, world_size=topology.world_size)
+    _check_names(state, checkpoint)
     loaded = dist_checkpointing.load(
         state,
         str(checkpoint / TENSORS),
@@ -45,13 +45,14 @@ def load_weights(experiment: Experiment, topology: Topology, model: list[Distrib
         load_chunk(chunk.module, loaded[f"model{index}"])
 
 
-def _check_names(state: dict[str, Any], checkpoint: Path, *, world_size: int) -> None:
+def _check_names(state: dict[str, Any], checkpoint: Path) -> None:
     """Raise ValueError that lists the weights which the checkpoint lacks, and those that the model does not have."""
     pieces = {chunk: dict(entries) for chunk, entries in state.items()}
     apply_factories(pieces)  # in place
     mine = {entry.key for entry in nested_values(pieces) if isinstance(entry, ShardedTensor)}
-    names: list[set[str]] = [set()] * world_size
-    dist.all_gather_object(names, mine)
+    group = parallel_state.get_model_parallel_group()  # every data-parallel copy has the same names
+    names: list[set[str]] = [set()] * group.size()
+    dist.all_gather_object(names, mine, group=group)
     wanted = set().union(*names)
     stored = {name for name in dist_checkpointing.load_tensors_metadata(str(checkpoint / TENSORS)) if belongs_to_model(name)}
     for what, missed in (("lacks", wanted - stored), ("holds, beyond the model's,", stored - wanted)):
