@@ -3,7 +3,7 @@
     python benchmarks/planning_curves.py [--moe]
 
 Everything here is predicted, with the error band that `megatron-mm plan` states; the layout of each row is the one that the search finds
-for it. The baseline of each table is its first row: the ratio beside each row is to that one's speed per GPU.
+for it, with a host that keeps up. The baseline of each table is its first row: the ratio beside each row is to that one's speed per GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from megatron_mm.config import Experiment
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.planning import search as searching
-from megatron_mm.planning.hardware import GPUS
+from megatron_mm.planning.hardware import GPUS, STACKS
 from megatron_mm.planning.report import mfu
 from megatron_mm.planning.search import Found, search
 from megatron_mm.planning.workload import Workloads
@@ -25,7 +25,7 @@ H100 = GPUS["h100-sxm"]
 def best(experiment: Experiment, gpus: int, *, images: int | None = None) -> Found | None:
     """The best layout, or None where none fits."""
     try:
-        return search(experiment, H100, gpus, keep=1, loads=Workloads(experiment, images=images)).best[0]
+        return search(experiment, H100, gpus, keep=1, loads=Workloads(experiment, images=images), software=STACKS["megatron"]).best[0]
     except ValueError:
         return None
 

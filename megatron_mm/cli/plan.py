@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mm.cli.command import Command, Parser, integer, one_of
 from megatron_mm.cli.recipe import list_recipes, recipe_of
 from megatron_mm.config import Experiment
-from megatron_mm.planning.hardware import GPUS
+from megatron_mm.planning.hardware import GPUS, MICRO, OURS
 
 if TYPE_CHECKING:
     from megatron_mm.planning.recipe_job import Planned
@@ -21,6 +22,12 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument("--num-gpus", type=integer, metavar="N", help="GPUs of the run")
     parser.add_argument("--price", type=float, metavar="X", help="of a GPU for an hour: adds the cost of the run")
     parser.add_argument("--search", action="store_true", help="find the layout with the shortest step, and show the ten best")
+    parser.add_argument(
+        "--host-microseconds",
+        type=float,
+        metavar="X",
+        help="time of the host for a module around a matrix product (default: 300, as measured; 40 hides the host behind the device)",
+    )
     parser.add_argument("--images", type=integer, metavar="N", help="images of every sequence, instead of what the data says")
     parser.add_argument("--timeline", type=Path, metavar="FILE.png", help="draw the simulated pipeline")
     parser.add_argument("--chrome-trace", type=Path, metavar="FILE.json", help="write the simulated pipeline for chrome://tracing")
@@ -62,15 +69,18 @@ def _plan(given: argparse.Namespace) -> None:
     experiment, gpu = given.experiment, GPUS[given.gpu]
     plan = make_plan(experiment, split=TRAINING) if experiment.data.path.is_dir() else None
     loads = Workloads(experiment, plan=plan, images=given.images)
+    software = OURS
+    if given.host_microseconds is not None:
+        software = replace(OURS, module_seconds=given.host_microseconds * MICRO)
     if given.search:
-        result = search(experiment, gpu, given.num_gpus, loads=loads)
+        result = search(experiment, gpu, given.num_gpus, loads=loads, software=software)
         for line in table(result):
             print(line)
         print()
         planned = result.best[0].planned
     else:
         work = loads.of(data_size=experiment.parallel.data_parallel_size(given.num_gpus))
-        planned = plan_recipe(experiment, gpu, given.num_gpus, work=work)
+        planned = plan_recipe(experiment, gpu, given.num_gpus, work=work, software=software)
     pictures = given.timeline is not None or given.chrome_trace is not None
     prediction = StepModel(planned.job).predict(keep_events=pictures)
     for line in describe(planned, prediction, price=given.price):

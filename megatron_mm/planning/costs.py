@@ -33,18 +33,29 @@ HEAD_OF_64 = 0.72
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of a block, by what takes it."""
+    """Time of a part of the model, by what takes it."""
 
     product: float = 0.0
     attention: float = 0.0
     moved: float = 0.0
     messages: float = 0.0
-    host: float = 0.0
-    """Time that the device waits for the host to launch kernels."""
+    launch: float = 0.0
+    """Time of the host to launch all of it, beside the device's work. The host runs ahead where it is the faster of the two, so this is
+    to be compared over a whole pass and not kernel by kernel."""
+
+    @property
+    def busy(self) -> float:
+        """Of the device."""
+        return self.product + self.attention + self.moved + self.messages
+
+    @property
+    def host(self) -> float:
+        """Time that the device waits for the host."""
+        return max(0.0, self.launch - self.busy)
 
     @property
     def total(self) -> float:
-        return self.product + self.attention + self.moved + self.messages + self.host
+        return max(self.busy, self.launch)
 
     def __add__(self, other: Seconds) -> Seconds:
         return Seconds(*(getattr(self, name) + getattr(other, name) for name in _PARTS))
@@ -53,7 +64,7 @@ class Seconds:
         return Seconds(*(getattr(self, name) * factor for name in _PARTS))
 
 
-_PARTS = ("product", "attention", "moved", "messages", "host")
+_PARTS = ("product", "attention", "moved", "messages", "launch")
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,8 @@ class Costs:
         for kernel in kernels:
             if isinstance(kernel, Product):
                 product += self.product(kernel)
-                host += self.software.module_seconds + (kernel.count - 1) * self.software.kernel_seconds
+                module = self.software.module_seconds * (self.software.fp8_module if kernel.fp8 else 1.0)
+                host += module + (kernel.count - 1) * self.software.kernel_seconds
             elif isinstance(kernel, Attention):
                 attention += self.attention(kernel)
                 host += self.software.module_seconds
@@ -89,8 +101,7 @@ class Costs:
                 host += self.software.kernel_seconds
         # What is hidden cannot exceed what it hides under.
         messages += max(0.0, beside - 0.9 * product)
-        busy = product + attention + moved + messages
-        return Seconds(product, attention, moved, messages, max(0.0, host - busy))
+        return Seconds(product, attention, moved, messages, host)
 
     def _hidden(self, message: Message) -> float:
         if message.beside_product:

@@ -26,7 +26,7 @@ from megatron_mm.planning.decoder_block import (
     saved_by_layer,
 )
 from megatron_mm.planning.encoder_blocks import connector_block, patches_block, projector_block, resampler_block, tower_blocks
-from megatron_mm.planning.hardware import STACKS, Gpu, Software
+from megatron_mm.planning.hardware import OURS, Gpu, Software
 from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Stream
 from megatron_mm.planning.layout import Layout
 from megatron_mm.planning.step import Job
@@ -64,7 +64,7 @@ def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Softwa
     family = family_of(experiment.model)
     family.check_layout(experiment.model, experiment.parallel, gpus)
     layout = Layout.of(experiment.parallel, gpus)
-    stack = software or STACKS["megatron"]
+    stack = software or OURS
     if work is None:
         work = Workloads(experiment).of(data_size=layout.data)
     kinds, order = _kinds(work.micro_batches)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.families.registry import family_of
 from megatron_mm.planning.costs import Seconds
-from megatron_mm.planning.hardware import Gpu
+from megatron_mm.planning.hardware import OURS, Gpu, Software
 from megatron_mm.planning.kernels import Block
 from megatron_mm.planning.memory import fits
 from megatron_mm.planning.recipe_job import Planned, plan_recipe
@@ -61,7 +61,14 @@ class SearchResult:
 
 
 def search(
-    experiment: Experiment, gpu: Gpu, gpus: int, *, keep: int = 10, exhaustive: bool = False, loads: Workloads | None = None
+    experiment: Experiment,
+    gpu: Gpu,
+    gpus: int,
+    *,
+    keep: int = 10,
+    exhaustive: bool = False,
+    loads: Workloads | None = None,
+    software: Software = OURS,
 ) -> SearchResult:
     """The layouts of an experiment with the shortest steps.
 
@@ -69,17 +76,18 @@ def search(
         keep: so many of the best.
         exhaustive: simulate everything, to check what the bounds leave out.
         loads: what is worked on; drawn where not given.
+        software: the stack that it runs on.
 
     Raises ValueError where no layout fits.
     """
     loads = loads or Workloads(experiment)
-    candidates = sorted(_candidates(experiment, gpu, gpus, loads), key=lambda candidate: candidate.bound)
+    candidates = sorted(_candidates(experiment, gpu, gpus, loads, software), key=lambda candidate: candidate.bound)
     best: list[Found] = []
     simulated = too_large = 0
     for candidate in candidates:
         if not exhaustive and len(best) == keep and candidate.bound >= best[-1].seconds:
             break
-        planned = _plan(candidate.experiment, gpu, gpus, loads)
+        planned = _plan(candidate.experiment, gpu, gpus, loads, software)
         prediction = StepModel(planned.job).predict()
         simulated += 1
         if not fits(prediction.peak_bytes, gpu):
@@ -94,9 +102,9 @@ def search(
     return SearchResult(best, len(candidates), simulated, too_large)
 
 
-def _plan(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads) -> Planned:
+def _plan(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, software: Software) -> Planned:
     data = experiment.parallel.data_parallel_size(gpus)
-    return plan_recipe(experiment, gpu, gpus, work=_work(loads, experiment, data))
+    return plan_recipe(experiment, gpu, gpus, work=_work(loads, experiment, data), software=software)
 
 
 def _work(loads: Workloads, experiment: Experiment, data_size: int) -> Workload:
@@ -104,7 +112,7 @@ def _work(loads: Workloads, experiment: Experiment, data_size: int) -> Workload:
     return loads.of(data_size=data_size, micro_batch_size=size, token_multiple=multiple)
 
 
-def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads) -> Iterator[Candidate]:
+def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, software: Software) -> Iterator[Candidate]:
     """Every layout that model, batch and number of GPUs allow."""
     decoder = experiment.model.decoder
     base = replace(experiment.parallel, virtual=1, stage_layers=None)
@@ -128,7 +136,7 @@ def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads) -
             family_of(one.model).check_layout(one.model, parallel, gpus)
             if _weights_alone(one, gpus) > gpu.memory_gb * 1e9:
                 continue
-            parts = _Parts.of(one, gpu, gpus, work)
+            parts = _Parts.of(one, gpu, gpus, work, software)
         except ValueError:
             continue
         for virtual in VIRTUAL if pipeline > 1 else (1,):
@@ -152,7 +160,7 @@ def _weights_alone(experiment: Experiment, gpus: int) -> float:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Seconds of a micro-batch, mean over micro-batches, by where they are spent."""
+    """Seconds that the device is busy with a micro-batch, mean over micro-batches, by where they are spent."""
 
     first: tuple[float, float]
     """(forward, backward) of what the first stage has besides layers."""
@@ -162,8 +170,8 @@ class _Parts:
     num_layers: int
 
     @classmethod
-    def of(cls, experiment: Experiment, gpu: Gpu, gpus: int, work: Workload) -> _Parts:
-        planned = plan_recipe(experiment, gpu, gpus, work=work)
+    def of(cls, experiment: Experiment, gpu: Gpu, gpus: int, work: Workload, software: Software) -> _Parts:
+        planned = plan_recipe(experiment, gpu, gpus, work=work, software=software)
         model = StepModel(planned.job)
         first = layer = last = (Seconds(), Seconds())
         order = planned.job.micro_batches
@@ -179,9 +187,9 @@ class _Parts:
                     first = (first[0] + cost[0], first[1] + cost[1])
         layers = experiment.model.decoder.num_layers
         return cls(
-            first=(first[0].total, first[1].total),
-            layer=(layer[0].total / layers, layer[1].total / layers),
-            last=(last[0].total, last[1].total),
+            first=(first[0].busy, first[1].busy),
+            layer=(layer[0].busy / layers, layer[1].busy / layers),
+            last=(last[0].busy, last[1].busy),
             count=len(order),
             num_layers=layers,
         )

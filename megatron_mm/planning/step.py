@@ -123,7 +123,7 @@ class StepModel:
             messages += self.costs.network.seconds(Message("all_gather", 2 * held, "data"))
         if backward:
             messages += self.costs.network.seconds(Message("reduce_scatter", self.job.software.gradient_bytes * block.parameters, "data"))
-        hidden = min(messages, seconds.total)
+        hidden = min(messages, seconds.busy)
         return seconds + Seconds(messages=messages - hidden + self.job.software.interference * hidden)
 
     def _mean_of(self, forward: list[list[Seconds]], backward: list[list[Seconds]], stage: int) -> tuple[Seconds, Seconds]:
@@ -263,21 +263,19 @@ class StepModel:
         jitter: float,
     ) -> dict[str, float]:
         layout = self.job.layout
-        busiest, best = Seconds(), -1.0
+        count = len(self.job.micro_batches)
+        busiest, best, host = Seconds(), -1.0, 0.0
         for rank in range(layout.pipeline):
-            total = Seconds()
-            for chunk in range(layout.virtual):
-                f, b = self._mean_of(forward, backward, chunk * layout.pipeline + rank)
-                total = total + f + b
-            total = total.times(len(self.job.micro_batches))
-            if total.total > best:
-                busiest, best = total, total.total
+            passes = [part for chunk in range(layout.virtual) for part in self._mean_of(forward, backward, chunk * layout.pipeline + rank)]
+            seconds = count * sum(part.total for part in passes)
+            if seconds > best:
+                busiest, best, host = sum(passes, Seconds()).times(count), seconds, count * sum(part.host for part in passes)
         return {
             "products": busiest.product,
             "attention": busiest.attention,
             "element-wise kernels": busiest.moved,
             "messages of layers": busiest.messages,
-            "host": busiest.host + STEP_OVERHEAD,
+            "host": host + STEP_OVERHEAD,
             "pipeline bubble": max(0.0, end - tail - best),
             "gradient reduction": tail,
             "optimizer": optimizer,

@@ -18,8 +18,8 @@ Ours: the layouts, the mixtures, and packing, where the authors padded. Sequence
 whole ones, with at most 12 images. So a batch of sequences has more samples than one of as many padded ones: PT's 768 sequences, half
 of them documents and half filled with twelve pairs of about 32 tokens each, hold about 5000 samples; MTT's 256 and IFT's 64 at least the
 published number.
-Predicted (`megatron-mm plan`, to 12%) on 32 H100 / A100-80GB: PT 1.14 / 2.4 s a step for Zephyr, 1.76 / 4.0 s for Llama-2, 2.53 / 5.7 s for
-Vicuna, in 25, 23 and 27 GB; MTT 0.30, 0.45 and 0.72 s, IFT 0.14, 0.37 and 0.32 s on H100.
+Predicted (`megatron-mm plan`, to 12%) on 32 H100 where the host keeps up / with the one that was measured: PT 1.14 / 3.1 s a step for
+Zephyr, 1.76 / 4.4 s for Llama-2, 2.53 / 4.9 s for Vicuna, in 25, 23 and 27 GB. Micro-batches are small: the host is what limits them.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def mm1_1b() -> Experiment:
 
     `sbatch examples/mm1_1b.slurm`. Peak learning rate 8.6e-5 by equation (1).
 
-    Predicted on 32 GPUs: 2.58 s a step on H100 (2.27 to 2.89), 6.1 s on A100-80GB, 42 GB.
+    Predicted (to 12%) on 32 H100: 2.58 s a step where the host keeps up, 4.2 s with the one that was measured; on A100-80GB 6.2 s; 42 GB.
     """
     parallel = ParallelConfig(recompute="selective")
     return _pretraining(
@@ -89,7 +89,7 @@ def mm1_1b() -> Experiment:
 def mm1_3b() -> Experiment:
     """MM1 3B (2.914B without embeddings): tensor parallel 2 within a node. `sbatch examples/mm1_3b.slurm`.
 
-    Predicted on 64 GPUs: 2.21 s a step on H100 (1.94 to 2.48), 5.1 s on A100-80GB, 33 GB.
+    Predicted (to 12%) on 64 H100: 2.21 s a step where the host keeps up, 4.4 s with the one that was measured; on A100-80GB 5.1 s; 33 GB.
     """
     parallel = ParallelConfig(tensor=2, recompute="selective")
     return _pretraining(
@@ -100,7 +100,7 @@ def mm1_3b() -> Experiment:
 def mm1_7b() -> Experiment:
     """MM1 7B (6.845B without embeddings): tensor parallel 4 within a node. `sbatch examples/mm1_7b.slurm`.
 
-    Predicted on 128 GPUs: 2.21 s a step on H100 (1.95 to 2.48), 4.9 s on A100-80GB, 29 GB.
+    Predicted (to 12%) on 128 H100: 2.21 s a step where the host keeps up, 4.9 s with the one that was measured; on A100-80GB 5.0 s; 29 GB.
     """
     parallel = ParallelConfig(tensor=4, recompute="selective")
     return _pretraining(
@@ -114,8 +114,8 @@ def mm1_30b() -> Experiment:
     `sbatch examples/mm1_30b.slurm`. 52 heads divide by 4, not by 8, which sets the tensor-parallel degree. The first of the
     8 stages, which also holds the image encoder, has 5 layers, the last one 6 and the others 7 or 8. The layout is ours.
 
-    Predicted: 2.02 s a step on 512 H100 (1.78 to 2.27), 62 of 85 GB; 4.6 s on 512 A100-80GB. `megatron-mm plan mm1_30b --num-gpus 512
-    --search` predicts 1.65 s (1.45 to 1.85) in 81 GB with tensor 2 and the tower recomputed, and 1.27 s (1.11 to 1.42) in FP8.
+    Predicted (to 12%) on 512 H100: 2.02 s a step where the host keeps up, 3.75 s with the one that was measured; 62 of 85 GB; 4.6 and 5.0 s
+    on A100-80GB. `megatron-mm plan mm1_30b --num-gpus 512 --search` finds layouts of 1.65 and 1.84 s in 81 GB, in FP8 of 1.27 and 1.50 s.
     """
     parallel = ParallelConfig(tensor=4, pipeline=4, virtual=2, stage_layers=(5, 7, 7, 8, 8, 8, 7, 6), recompute="selective")
     return _pretraining(
@@ -141,7 +141,7 @@ def mm1_3b_moe() -> Experiment:
 
     `sbatch examples/mm1_3b_moe.slurm`.
 
-    Predicted: 1.74 s a step on 128 H100 (1.39 to 2.09), 3.7 s on A100-80GB, 50 GB.
+    Predicted (to 20%) on 128 H100: 1.74 s a step where the host keeps up, 2.7 s with the one that was measured; on A100-80GB 3.7 s; 50 GB.
     """
     parallel = ParallelConfig(tensor=2, expert=32, recompute="selective")
     return _sparse(mm1_3b(), "mm1_3b_moe", moe=MoEConfig(num_experts=64, every_n_layers=2), parallel=parallel)
@@ -154,7 +154,7 @@ def mm1_7b_moe() -> Experiment:
 
     `sbatch examples/mm1_7b_moe.slurm`.
 
-    Predicted: 3.06 s a step on 128 H100 (2.45 to 3.67), 6.6 s on A100-80GB, 48 GB.
+    Predicted (to 20%) on 128 H100: 3.06 s a step where the host keeps up, 5.6 s with the one that was measured; on A100-80GB 6.6 s; 48 GB.
     """
     parallel = ParallelConfig(tensor=4, expert=16, recompute="selective")
     return _sparse(mm1_7b(), "mm1_7b_moe", moe=MoEConfig(num_experts=32, every_n_layers=4), parallel=parallel)
