@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/loader_throughput.py [--threads 2] [--decoder pillow]
 
 The loader plans, reads byte ranges, decodes and lays out batches; the baseline decodes bytes that lie in memory and does nothing
-else. Pictures are JPEGs of photographic size; both resize to --image-size.
+else. Where webdataset and litdata are installed they are measured in turn with it (`loader_peers.py`). Pictures are JPEGs of photographic
+size; all resize to --image-size.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from loader_peers import installed, rate
 from PIL import Image
 
 from megatron_mm.config import DataConfig
@@ -28,9 +30,10 @@ from megatron_mm.data.plan.filling import Limits
 from megatron_mm.data.plan.plan import Plan
 from megatron_mm.data.prepare.index import prepare_index
 from megatron_mm.data.sources.index import open_split
-from megatron_mm.data.sources.shards import TarWriter, read_range
+from megatron_mm.data.sources.shards import TarWriter
 from megatron_mm.data.text.tokenizer import Tokenizer, train_tokenizer
 
+SHARDS = 4
 FILL = (122, 116, 104)
 CPU = torch.device("cpu")
 
@@ -41,16 +44,17 @@ def make_data(path: Path, *, images: int, size: tuple[int, int]) -> None:
 
     rng = np.random.default_rng(0)
     (path / "train" / "pairs").mkdir(parents=True)
-    tar = TarWriter(path / "train" / "pairs" / "0.tar")
+    tars = [TarWriter(path / "train" / "pairs" / f"{number}.tar") for number in range(SHARDS)]
     ramp = np.linspace(0, 200, size[0])[None, :, None] + np.linspace(0, 40, size[1])[:, None, None]
     for number in range(images):
         coarse = rng.integers(0, 60, (size[1] // 8, size[0] // 8, 3)).repeat(8, axis=0).repeat(8, axis=1)
         pixels = (ramp[: coarse.shape[0], : coarse.shape[1]] + coarse).clip(0, 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=88)
-        tar.add(f"{number:05d}.jpg", buffer.getvalue())
-        tar.add(f"{number:05d}.txt", f"picture number {number} of {images}".encode())
-    tar.close()
+        tars[number % SHARDS].add(f"{number:05d}.jpg", buffer.getvalue())
+        tars[number % SHARDS].add(f"{number:05d}.txt", f"picture number {number} of {images}".encode())
+    for tar in tars:
+        tar.close()
     train_tokenizer([f"picture number {n} of {images}" for n in range(images)], path / "tokenizer.model", vocab_size=320)
     prepare_index(path)
 
@@ -97,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="decoding threads (default: %(default)s)")
     parser.add_argument("--images", type=int, default=256, help="pictures of the data set (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=336, help="pixels (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=378, help="pixels (default: %(default)s)")
     parser.add_argument("--decoder", choices=["pillow", "dali"], action="append", help="(default: all that are installed)")
     parser.add_argument("--rounds", type=int, default=3, help="loader and baseline in turn, so many times (default: %(default)s)")
     arguments = parser.parse_args()
@@ -106,8 +110,7 @@ def main() -> None:
         path = Path(folder) / "data"
         make_data(path, images=arguments.images, size=(640, 480))
         (index,) = open_split(path, "train", sources=["pairs"])
-        rows = index.item_rows[index.item_rows["is_image"] == 1]
-        blobs = [read_range(index.shard_of(0), int(row["offset"]), int(row["size"])) for row in rows]
+        blobs = [index.image(row, 0) for row in range(len(index))]
         print(f"{len(blobs)} JPEGs of 640 x 480 pixels, {sum(map(len, blobs)) / len(blobs) / 1e3:.0f} kB each; {arguments.threads} threads")
         for backend in arguments.decoder or ["pillow", *(["dali"] if has_dali() else [])]:
             data = DataConfig(path=path, decoder=backend, decode_threads=arguments.threads, read_threads=2)
@@ -119,7 +122,22 @@ def main() -> None:
             loader, bare = (statistics.median(rates) for rates in zip(*rounds, strict=True))
             print(
                 f"{backend:8} loader {loader:7.0f} images/s   bare decode + resize {bare:7.0f} images/s   "
-                f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                flush=True,
+            )
+        data = DataConfig(path=path, decoder="pillow", decode_threads=arguments.threads, read_threads=2)
+        for name, peer in installed().items():
+            rounds = []
+            for _ in range(arguments.rounds):
+                batches = peer(path, blobs, size=arguments.image_size, workers=arguments.threads, batch=14)
+                theirs = rate(batches, images=10 * 4 * 14, warm_up=8 * 14)
+                rounds.append((loader_rate(path, data, image_size=arguments.image_size, steps=10), theirs))
+            ratios = sorted(ours / theirs for ours, theirs in rounds)
+            loader, theirs = (statistics.median(rates) for rates in zip(*rounds, strict=True))
+            print(
+                f"pillow   loader {loader:7.0f} images/s   {name:20} {theirs:7.0f} images/s   "
+                f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                flush=True,
             )
 
 

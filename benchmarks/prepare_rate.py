@@ -1,0 +1,111 @@
+"""Samples per second of `prepare index` against a plain walk of the same tars, and its memory for few and for many shards.
+
+    .venv/bin/python benchmarks/prepare_rate.py [--samples 2000] [--shards 1000 10000]
+
+The walk reads every member of every tar with Python's tarfile and does nothing with it; both use one process. Pictures are JPEGs of 640 x
+480, noise over gradients. For the memory, shards are links to three tiny ones under other names; each number of them is indexed by a process of
+its own, and once more with nothing changed. The peak of memory is of that process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import multiprocessing
+import os
+import resource
+import shutil
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from megatron_mm.data.prepare.index import IndexOptions, prepare_index
+from megatron_mm.data.sources.index import open_index
+from megatron_mm.data.sources.shards import TarWriter
+from megatron_mm.data.text.tokenizer import train_tokenizer
+
+
+def write_tar(path: Path, *, samples: int, size: tuple[int, int]) -> None:
+    """A shard of pairs."""
+    rng = np.random.default_rng(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tar = TarWriter(path)
+    ramp = np.linspace(0, 200, size[0])[None, :, None] + np.linspace(0, 40, size[1])[:, None, None]
+    for number in range(samples):
+        coarse = rng.integers(0, 60, (-(-size[1] // 8), -(-size[0] // 8), 3)).repeat(8, axis=0).repeat(8, axis=1)[: size[1], : size[0]]
+        buffer = io.BytesIO()
+        Image.fromarray((ramp + coarse).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=88)
+        tar.add(f"{number:06d}.jpg", buffer.getvalue())
+        tar.add(f"{number:06d}.txt", f"picture number {number} of {samples}, a grey ramp with noise".encode())
+    tar.close()
+
+
+def walk(path: Path) -> None:
+    """The baseline."""
+    with tarfile.open(path) as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            if file is not None:
+                file.read()
+
+
+def index_of_many(path: Path, connection: object) -> None:
+    """Index once, and once more; sends seconds of both and this process's peak of memory, MB."""
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        prepare_index(path)
+        seconds.append(time.perf_counter() - began)
+    connection.send((*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=2000, help="pictures for the rate (default: %(default)s)")
+    parser.add_argument("--shards", type=int, nargs="+", default=[1000, 10000], help="for the memory (default: 1000 10000)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rate"
+        shard = path / "train" / "pairs" / "0.tar"
+        write_tar(shard, samples=arguments.samples, size=(640, 480))
+        model = Path(folder) / "tokenizer.model"
+        train_tokenizer([f"picture number {n}, a grey ramp with noise" for n in range(500)], model, vocab_size=320)
+        began = time.perf_counter()
+        walk(shard)
+        plain = arguments.samples / (time.perf_counter() - began)
+        print(f"plain tar walk      {plain:9.0f} samples/s")
+        for verify in ("full", "sample", "header"):
+            shutil.rmtree(path / "train" / "pairs" / "index", ignore_errors=True)
+            began = time.perf_counter()
+            prepare_index(path, tokenizer=model, options=IndexOptions(verify=verify))  # type: ignore[arg-type]
+            ours = arguments.samples / (time.perf_counter() - began)
+            print(f"prepare, {verify:10} {ours:9.0f} samples/s   ratio {ours / plain:.3f}", flush=True)
+        for count in arguments.shards:
+            many = Path(folder) / f"many{count}"
+            tiny = [Path(folder) / f"{number}.tar" for number in range(3)]
+            for number, tar in enumerate(tiny):
+                write_tar(tar, samples=number + 1, size=(16 + number, 16))
+            (many / "train" / "pairs").mkdir(parents=True)
+            shutil.copy(model, many / "tokenizer.model")
+            for number in range(count):
+                os.link(tiny[number % 3], many / "train" / "pairs" / f"{number:06d}.tar")
+            ours_end, theirs = multiprocessing.Pipe()
+            process = multiprocessing.get_context("spawn").Process(target=index_of_many, args=(many, theirs))
+            process.start()
+            first, again, peak = ours_end.recv()
+            process.join()
+            samples = len(open_index(many / "train" / "pairs"))
+            print(
+                f"{count:7} shards, {samples} samples: {first:.1f} s ({1e3 * first / count:.2f} ms a shard), again with nothing changed "
+                f"{again:.1f} s; peak memory {peak:.0f} MB",
+                flush=True,
+            )
+            shutil.rmtree(many)
+
+
+if __name__ == "__main__":
+    main()
