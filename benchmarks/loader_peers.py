@@ -1,6 +1,6 @@
 """Other loaders, as their documentation shows them, on the same JPEGs for `loader_throughput.py`: squares of uint8 in batches.
 
-Each is measured where its package is installed (`pip install webdataset litdata`). They decode with Pillow, as this program's CPU path does,
+Measured where the package is installed (`pip install webdataset litdata`). They decode with Pillow, as this program's CPU path does,
 in as many worker processes as our loader has decoding threads. megatron-energon is not measured.
 """
 
