@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/prepare_rate.py [--samples 2000] [--shards 1000 10000]
 
 The walk reads every member of every tar with Python's tarfile and does nothing with it; both use one process. Pictures are JPEGs of 640 x
-480, noise over gradients. For the memory, shards are links to three tiny ones under other names; each number of them is indexed by a process
+480, noise over gradients. For the memory, shards are links to three tiny ones under other names; each number is indexed by a process
 of its own, and once more with nothing changed. The peak of memory is of that process.
 """
 
