@@ -336,9 +336,13 @@ def test_a_huge_member_that_is_no_data_is_not_read(tmp_path: Path, monkeypatch: 
     assert sample.members["txt"].data == b"" and read == [6]
 
 
-def test_a_read_only_data_directory_is_indexed_elsewhere(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_read_only_data_directory_is_indexed_elsewhere(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     write_tar(data / "train" / "pairs" / "0.tar", pairs(range(3)))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+        with pytest.raises(ValueError, match=r"pairs cannot be written to: give --index-dir DIR, and train with --data.path DIR"):
+            prepare_index(data, tokenizer=tokenizer)
     prepare_index(data, tokenizer=tokenizer, options=IndexOptions(index_dir=tmp_path / "indexes"))
     assert not (data / "train" / "pairs" / "index").exists()
     index = open_index(tmp_path / "indexes" / "train" / "pairs")

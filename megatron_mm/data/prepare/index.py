@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -131,6 +132,8 @@ def prepare_index(
         reading = _reading(found, model, options)
         kinds.add(reading.kind)
         home = source if options.index_dir is None else options.index_dir / source.resolve().parent.name / source.name
+        if home == source and not os.access(source, os.W_OK):
+            raise ValueError(f"source {source} cannot be written to: give --index-dir DIR, and train with --data.path DIR")
         job = _SourceJob(source, home, found, model, fingerprint, reading, options)
         if not merge_only:
             _read_shards(job, found if shards is None else [found[n] for n in choose_shards(shards, len(found))], workers=workers)
