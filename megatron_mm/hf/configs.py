@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ def decoder_config(decoder: DecoderConfig, *, sequence_length: int, vocab_rows: 
     """What a `LlamaConfig` and a `MistralConfig` say of a dense decoder.
 
     Args:
-        sequence_length: tokens of a training sequence.
+        sequence_length: tokens of a training sequence, for a decoder that was made for no length in particular.
         vocab_rows: rows of the vocabulary that are written; None writes all.
     """
     return {
@@ -31,13 +33,18 @@ def decoder_config(decoder: DecoderConfig, *, sequence_length: int, vocab_rows: 
         "rms_norm_eps": decoder.norm_epsilon,
         "rope_theta": decoder.rotary_base,  # before transformers 5
         "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rotary_base},
-        "max_position_embeddings": sequence_length,
+        "max_position_embeddings": decoder.max_positions or sequence_length,
         "tie_word_embeddings": decoder.tied_embeddings,
         # No pad_token_id: transformers would treat that row of the embedding table as a constant zero when it trains.
         "pad_token_id": None,
         **variant_of(decoder).settings,
         **({} if decoder.variant == "llama" else {"decoder_variant": decoder.variant}),
     }
+
+
+def rotary_scaling(decoder: DecoderConfig) -> dict[str, Any]:
+    """InternLM2's scaling of rotary positions, which acts beyond max_position_embeddings; nothing where there is none."""
+    return {} if decoder.rotary_scaling is None else {"rope_scaling": {"type": "dynamic", "factor": decoder.rotary_scaling}}
 
 
 def tower_config(vision: VisionConfig) -> dict[str, Any]:
@@ -74,7 +81,9 @@ def language_model_config(
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5
         **decoder_config(decoder, sequence_length=sequence_length, vocab_rows=vocab_rows),
-        **({"sliding_window": None} if architecture == "mistral" else {}),  # every token of a document is attended to
+        # None: every token of a document is attended to
+        **({"sliding_window": decoder.attention_window} if architecture == "mistral" else {}),
+        **(rotary_scaling(decoder) if architecture == "internlm2" else {}),
     }
 
 
@@ -107,6 +116,13 @@ def image_processor_config(vision: VisionConfig) -> dict[str, Any]:
         "image_mean": list(vision.mean),
         "image_std": list(vision.std),
     }
+
+
+def copy_code(out: Path, folder: Path, names: Iterable[str]) -> None:
+    """Put a family's modeling code, and what families share of it, beside exported weights."""
+    shared = Path(__file__).with_name("code") / "square_images.py"
+    for path in (*(folder / name for name in names), shared):
+        shutil.copyfile(path, out / path.name)
 
 
 def write_document(path: Path, document: dict[str, Any]) -> None:

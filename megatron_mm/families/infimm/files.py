@@ -1,13 +1,13 @@
-"""What an exported InfiMM needs besides its weights: the configuration of the authors' code, and the tokenizer.
+"""What an exported InfiMM needs besides its weights: configuration, tokenizer, processor, and modeling code of our own.
 
-The code itself is not ours and does not travel with them: `from_pretrained` takes it from a released checkpoint of the same architecture,
-whose Python files belong beside the exported ones.
+Weights have the released names and config.json the released fields, so the authors' code reads them too where its constants suit them: of a
+Mistral with 64 latents and 8 heads of 64. The two files that name its classes are then in `authors_code/`.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +15,106 @@ from megatron_mm.config import EvaConfig, Experiment
 from megatron_mm.config.towers import EVA02_L_14_336
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.infimm.config import END_OF_CHUNK, IMAGE, InfiMMConfig
-from megatron_mm.hf.configs import Architecture, language_model_config, write_document
+from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
+from megatron_mm.hf.configs import Architecture, copy_code, language_model_config, write_document
+from megatron_mm.hf.fields import ConfigField, read_fields
 from megatron_mm.hf.settings import decoder_settings, under
-from megatron_mm.hf.tokenizer import open_run_tokenizer
+from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_run_tokenizer
 
 
 def write_infimm_files(
     model: InfiMMConfig, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None, language_is_frozen: bool
 ) -> None:
-    """Configuration and tokenizer: see `Family.write_files`. The configuration says whether the language model was frozen last."""
-    ids = open_run_tokenizer(tokenizer, special=(END_OF_CHUNK, IMAGE), rows=vocab_rows or model.decoder.vocab_size)
-    write_document(
-        out / "config.json",
-        infimm_config(
-            model,
-            ids,
-            sequence_length=experiment.data.sequence_length,
-            language_is_frozen=language_is_frozen,
-            dtype=dtype,
-            vocab_rows=vocab_rows,
-        ),
+    """Configuration, tokenizer, processor and code: see `Family.write_files`. The configuration says whether the language model was frozen
+    last."""
+    rows, template = vocab_rows or model.decoder.vocab_size, experiment.data.chat_template
+    ids = open_run_tokenizer(tokenizer, special=(END_OF_CHUNK, IMAGE), rows=rows)
+    length = experiment.data.sequence_length
+    config = infimm_config(model, ids, sequence_length=length, language_is_frozen=language_is_frozen, dtype=dtype, vocab_rows=vocab_rows)
+    write_document(out / "config.json", config)
+    processor = {"AutoImageProcessor": "processing_infimm.InfiMMImageProcessor", "AutoProcessor": "processing_infimm.InfiMMProcessor"}
+    export_tokenizer(
+        tokenizer,
+        out,
+        ids=ids,
+        special=(END_OF_CHUNK, IMAGE, *chat_control_tokens(template)),
+        longest=model.decoder.max_positions or length,
+        # The authors' processor has the tokenizer add <s> to the text of the template.
+        chat_template=exported_template(template, image=END_OF_CHUNK + IMAGE, begins_with_bos=False),
+        processor={"processor_class": "InfiMMProcessor", "auto_map": {"AutoProcessor": processor["AutoProcessor"]}},
     )
-    shutil.copyfile(tokenizer, out / "tokenizer.model")
+    never = (ids.bos_id, *(ids.special_id(name) for name in (END_OF_CHUNK, IMAGE)))
+    write_document(out / "generation_config.json", generation_config(ids, never=never, rows=rows))
+    write_document(out / "preprocessor_config.json", {**_images(model, to_rgb=experiment.data.to_rgb), "auto_map": processor})
+    write_document(out / "processor_config.json", {"processor_class": "InfiMMProcessor", "auto_map": processor})
+    copy_code(out, Path(__file__).with_name("hf_code"), _CODE)
+    if fits_authors_code(model):
+        (out / "authors_code").mkdir()
+        write_document(out / "authors_code" / "config.json", {**config, **_AUTHORS})
+        images = {"auto_map": {"AutoProcessor": "processing_infimm_zephyr.InfiMMZephyrProcessor"}, "image_size": model.vision.image_size}
+        write_document(out / "authors_code" / "preprocessor_config.json", images)
+
+
+_CODE = ("configuration_infimm.py", "modeling_infimm.py", "processing_infimm.py")
+_AUTHORS = {
+    "architectures": ["InfiMMZephyrModel"],
+    "auto_map": {
+        "AutoConfig": "configuration_infimm_zephyr.InfiMMConfig",
+        "AutoModelForCausalLM": "modeling_infimm_zephyr.InfiMMZephyrModel",
+    },
+    "model_type": "infimm-zephyr",
+}
+"""What the authors' config.json says of its code."""
+AUTHORS_FILES = (
+    "configuration_infimm_zephyr.py",
+    "modeling_infimm_zephyr.py",
+    "processing_infimm_zephyr.py",
+    "eva_vit.py",
+    "flamingo.py",
+    "flamingo_lm.py",
+    "helpers.py",
+    "utils.py",
+)
+"""Files of Infi-MM/infimm-zephyr that its classes need."""
+
+
+def fits_authors_code(model: InfiMMConfig) -> bool:
+    """Whether the authors' classes can hold the model: they are a Mistral with constants for latents and heads."""
+    resampler, gated = model.resampler, model.gated
+    constants = (resampler.num_latents, resampler.num_layers, resampler.num_attention_heads, resampler.head_dim, resampler.ffn_multiplier)
+    is_mistral = model.decoder.num_query_groups < model.decoder.num_attention_heads
+    return is_mistral and constants == (64, 6, 8, 64, 4) and (gated.num_attention_heads, gated.head_dim, gated.ffn_multiplier) == (8, 64, 4)
+
+
+def _images(model: InfiMMConfig, *, to_rgb: str) -> dict[str, Any]:
+    vision = model.vision
+    return {
+        "image_processor_type": "InfiMMImageProcessor",
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "image_size": vision.image_size,
+        "image_mean": list(vision.mean),
+        "image_std": list(vision.std),
+        "resize": vision.resize,
+        "to_rgb": to_rgb,
+        "resize_first": True,
+    }
 
 
 def infimm_config(
     model: InfiMMConfig, ids: Tokenizer, *, sequence_length: int, language_is_frozen: bool, dtype: str, vocab_rows: int | None
 ) -> dict[str, Any]:
-    """config.json of an InfiMM. The authors' classes are named where the language model is a Mistral, as Zephyr is."""
+    """config.json of an InfiMM, with our own modeling code."""
     decoder, mistral = model.decoder, model.decoder.num_query_groups < model.decoder.num_attention_heads
-    code = {
-        "architectures": ["InfiMMZephyrModel"],
-        "auto_map": {
-            "AutoConfig": "configuration_infimm_zephyr.InfiMMConfig",
-            "AutoModelForCausalLM": "modeling_infimm_zephyr.InfiMMZephyrModel",
-        },
-    }
     kind: Architecture = "mistral" if mistral else "llama"
     language = language_model_config(decoder, architecture=kind, dtype=dtype, sequence_length=sequence_length, vocab_rows=vocab_rows)
     return {
-        **(code if mistral else {}),
-        "model_type": "infimm-zephyr" if mistral else "infimm",
+        "architectures": ["InfiMMForConditionalGeneration"],
+        "auto_map": {
+            "AutoConfig": "configuration_infimm.InfiMMConfig",
+            "AutoModelForCausalLM": "modeling_infimm.InfiMMForConditionalGeneration",
+            "AutoModelForImageTextToText": "modeling_infimm.InfiMMForConditionalGeneration",
+        },
+        "model_type": "infimm",
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5
         "seq_length": 1024,
@@ -65,8 +124,12 @@ def infimm_config(
         "use_flash_attn": False,
         "image_token_id": ids.special_id("<image>"),
         "eoc_token_id": ids.special_id("<|endofchunk|>"),
+        "bos_token_id": ids.bos_id,
+        "eos_token_id": ids.eos_id,
+        "resampler_config": asdict(model.resampler),
+        "gated_config": {name: value for name, value in asdict(model.gated).items() if name != "every_n_layers"},
         "visual": _visual_config(model.vision),
-        "language": {**language, "bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id},
+        "language": {**language, "bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id, "pad_token_id": ids.eos_id},
     }
 
 
@@ -75,7 +138,7 @@ def _visual_config(vision: EvaConfig) -> dict[str, Any]:
     ratio = round(vision.ffn_hidden_size / vision.hidden_size + 5e-4, 4)
     assert int(vision.hidden_size * ratio) == vision.ffn_hidden_size, f"no ratio gives {vision.ffn_hidden_size} of {vision.hidden_size}"
     return {
-        **({"eva_model_name": "eva-clip-l-14-336"} if vision == EVA02_L_14_336 else {}),
+        **({"eva_model_name": "eva-clip-l-14-336"} if replace(vision, resize="crop") == EVA02_L_14_336 else {}),
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
         "layers": vision.num_layers,
@@ -95,19 +158,64 @@ def _visual_config(vision: EvaConfig) -> dict[str, Any]:
     }
 
 
+_TRAINING = "of training alone"
+_SAME = "another way to compute the same"
+CONFIG_FIELDS = (
+    ConfigField("architectures", note="Mistral or Llama: the tensors say which"),
+    ConfigField("model_type", must_be=("infimm", "infimm-zephyr"), default="infimm"),
+    ConfigField("cross_attn_every_n_layers", read="gated.every_n_layers", default=2),
+    ConfigField("seq_length", note="not used by the authors' code"),
+    ConfigField("use_grad_checkpoint", note=_TRAINING),
+    ConfigField("freeze_llm", note=_TRAINING),
+    ConfigField("use_flash_attn", note=_SAME),
+    ConfigField("image_token_id", note="the tokenizer says it"),
+    ConfigField("eoc_token_id", note="the tokenizer says it"),
+    ConfigField("resampler_config.num_latents", read="resampler.num_latents"),
+    ConfigField("resampler_config.num_layers", read="resampler.num_layers"),
+    ConfigField("resampler_config.num_attention_heads", read="resampler.num_attention_heads"),
+    ConfigField("resampler_config.head_dim", read="resampler.head_dim"),
+    ConfigField("resampler_config.ffn_multiplier", read="resampler.ffn_multiplier"),
+    ConfigField("gated_config.num_attention_heads", read="gated.num_attention_heads"),
+    ConfigField("gated_config.head_dim", read="gated.head_dim"),
+    ConfigField("gated_config.ffn_multiplier", read="gated.ffn_multiplier"),
+    ConfigField("visual.image_size", read="vision.image_size", default=224),
+    ConfigField("visual.patch_size", read="vision.patch_size", default=16),
+    ConfigField("visual.width", read="vision.hidden_size", default=768),
+    ConfigField("visual.layers", read="vision.num_layers", default=12),
+    ConfigField("visual.head_width", note="with width the number of heads"),
+    ConfigField("visual.mlp_ratio", note="with width the width of the MLP"),
+    ConfigField("visual.embed_dim", read="vision.output_size"),
+    ConfigField("visual.naiveswiglu", read="vision.swiglu", default=False),
+    ConfigField("visual.subln", note="must equal naiveswiglu: EVA-02's block has both"),
+    ConfigField("visual.postnorm", read="vision.block", convert=lambda post: "post_norm" if post else "pre_norm", default=False),
+    ConfigField("visual.rope", note="with pt_hw_seq_len the grid of rotary positions"),
+    ConfigField("visual.pt_hw_seq_len", note="the grid of rotary positions"),
+    ConfigField("visual.intp_freq", note="must equal rope: positions are spread over the grid of pre-training"),
+    ConfigField("visual.global_average_pool", must_be=(False,), default=False),
+    ConfigField("visual.ls_init_value", must_be=(None, 0, 0.0), note="layer-scale"),
+    ConfigField("visual.qkv_bias", must_be=(True,), default=True),
+    ConfigField("visual.patch_dropout", note=_TRAINING),
+    ConfigField("visual.drop_path_rate", note=_TRAINING),
+    ConfigField("visual.eva_model_name", note="a name"),
+    ConfigField("visual.xattn", note=_SAME),
+    ConfigField("visual.fusedLN", note=_SAME),
+    ConfigField("language.*", note="as of any decoder"),
+)
+"""What becomes of each field of a released config.json. Latents and heads are constants of the authors' code; our own writes them."""
+
+
 def infimm_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a released InfiMM -> fields of an InfiMMConfig."""
+    """config.json of a released InfiMM -> fields of an InfiMMConfig. Raises ValueError for a model that ours is not."""
     visual, decoder = document["visual"], decoder_settings(document["language"])
-    vision = {
-        "image_size": visual["image_size"],
-        "patch_size": visual["patch_size"],
-        "hidden_size": visual["width"],
-        "num_layers": visual["layers"],
-        "num_attention_heads": visual["width"] // visual["head_width"],
-        "ffn_hidden_size": int(visual["width"] * visual["mlp_ratio"]),
-        "output_size": visual["embed_dim"],
-        "swiglu": visual.get("naiveswiglu", False),
-        "block": "post_norm" if visual.get("postnorm", False) else "pre_norm",
+    for name, other in (("subln", "naiveswiglu"), ("intp_freq", "rope")):
+        if bool(visual.get(name, False)) != bool(visual.get(other, False)):
+            raise ValueError(
+                f"config.json describes another model: visual.{name} differs from visual.{other}, and our EVA tower has both or none"
+            )
+    width = visual.get("width", 768)
+    computed = {
+        "num_attention_heads": width // visual.get("head_width", 64),
+        "ffn_hidden_size": int(width * visual.get("mlp_ratio", 4.0)),
         "rotary_grid": visual["pt_hw_seq_len"] if visual.get("rope", False) else None,
     }
-    return {**under("vision", vision), **under("decoder", decoder), "gated.every_n_layers": document["cross_attn_every_n_layers"]}
+    return {**read_fields(document, CONFIG_FIELDS), **under("vision", computed), **under("decoder", decoder)}

@@ -51,6 +51,8 @@ ZEPHYR_7B = DecoderConfig(
     num_query_groups=8,
     vocab_size=VOCABULARY,
     tied_embeddings=False,
+    max_positions=32768,
+    attention_window=4096,
 )
 """Zephyr-7B-beta (Mistral-7B). Its attention window of 4096 tokens is longer than any sequence here."""
 
@@ -62,6 +64,7 @@ LLAMA_13B = DecoderConfig(
     num_query_groups=40,
     vocab_size=VOCABULARY,
     tied_embeddings=False,
+    max_positions=4096,
 )
 """Llama-2-13B and Vicuna-13B-v1.5."""
 

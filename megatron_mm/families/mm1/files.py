@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from megatron_mm.config import DecoderConfig, Experiment
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
-from megatron_mm.hf.configs import decoder_config, tower_config, write_document
+from megatron_mm.hf.configs import copy_code, decoder_config, tower_config, write_document
 from megatron_mm.hf.settings import clip_settings, decoder_settings, under
 from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_run_tokenizer
 
@@ -57,8 +56,7 @@ def write_mm1_files(
     }
     for name, document in documents.items():
         write_document(out / name, document)
-    for name in _CODE:
-        shutil.copyfile(Path(__file__).with_name("hf_code") / name, out / name)
+    copy_code(out, Path(__file__).with_name("hf_code"), _CODE)
 
 
 def _image_processor_config(model: MM1Config, *, to_rgb: str) -> dict[str, Any]:

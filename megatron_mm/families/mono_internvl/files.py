@@ -6,7 +6,6 @@ whose Python files belong beside the exported ones.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,52 @@ from typing import Any
 from megatron_mm.config import Experiment
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.mono_internvl.config import SPECIAL_TOKENS, MonoInternVLConfig
-from megatron_mm.hf.configs import decoder_config, write_document
+from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
+from megatron_mm.hf.configs import decoder_config, rotary_scaling, write_document
+from megatron_mm.hf.fields import ConfigField, read_fields
 from megatron_mm.hf.settings import decoder_settings, under
-from megatron_mm.hf.tokenizer import open_run_tokenizer
+from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_run_tokenizer
 
 
 def write_mono_internvl_files(
     model: MonoInternVLConfig, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None = None
 ) -> None:
-    """Configuration and tokenizer: see `Family.write_files`."""
-    ids = open_run_tokenizer(tokenizer, special=SPECIAL_TOKENS, rows=vocab_rows or model.decoder.vocab_size)
+    """Configuration, tokenizer and image settings: see `Family.write_files`."""
+    rows, template = vocab_rows or model.decoder.vocab_size, experiment.data.chat_template
+    ids = open_run_tokenizer(tokenizer, special=SPECIAL_TOKENS, rows=rows)
     write_document(out / "config.json", mono_internvl_config(model, experiment, ids, dtype=dtype, vocab_rows=vocab_rows))
-    shutil.copyfile(tokenizer, out / "tokenizer.model")
+    length = model.decoder.max_positions or experiment.data.sequence_length
+    special = (*SPECIAL_TOKENS, *chat_control_tokens(template))
+    jinja = exported_template(template)  # `chat` of the authors' code writes an image's tiles in the place of <image>
+    export_tokenizer(tokenizer, out, ids=ids, special=special, longest=length, chat_template=jinja)
+    stops = [ids.eos_id, *(ids.special_id(token) for token in reversed(chat_control_tokens(template)))]
+    never = (ids.bos_id, *(ids.special_id(name) for name in SPECIAL_TOKENS[:3]))
+    write_document(out / "generation_config.json", {**generation_config(ids, never=never, rows=rows), "eos_token_id": stops})
+    side = {"height": model.patches.image_size, "width": model.patches.image_size}
+    images = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": side,
+        "resample": 3,  # bicubic
+        "do_center_crop": False,
+        "crop_size": side,
+        "image_mean": list(model.patches.mean),
+        "image_std": list(model.patches.std),
+    }
+    write_document(out / "preprocessor_config.json", images)  # of one tile: `load_image` of the released quickstart cuts them
+
+
+AUTHORS_FILES = (
+    "configuration_intern_vit.py",
+    "configuration_internlm2.py",
+    "configuration_internvl_chat.py",
+    "conversation.py",
+    "modeling_intern_patch.py",
+    "modeling_internlm2_ve.py",
+    "modeling_internvl_chat.py",
+)
+"""Files of OpenGVLab/Mono-InternVL-2B that its classes need."""
 
 
 def mono_internvl_config(
@@ -51,13 +84,18 @@ def mono_internvl_config(
         "select_layer": -1,
         "template": "internlm2-chat",
         "use_thumbnail": True,
+        "pad2square": False,
+        "min_dynamic_patch": experiment.data.min_tiles,
+        "max_dynamic_patch": experiment.data.max_tiles or 1,
         "llm_config": {
             "architectures": ["InternLM2VEForCausalLM"],
             "model_type": "internlm2",
             "bias": False,
             **decoder_config(decoder, sequence_length=length, vocab_rows=vocab_rows),
+            **rotary_scaling(decoder),
             "bos_token_id": ids.bos_id,
             "eos_token_id": ids.eos_id,
+            "pad_token_id": ids.eos_id,  # as released
         },
         "vision_config": {
             "architectures": ["InternVisionPatchModel"],
@@ -69,14 +107,43 @@ def mono_internvl_config(
     }
 
 
+def _squares(downsample_ratio: float) -> int:
+    """Patches along a square's side."""
+    return round(1 / downsample_ratio)
+
+
+_CALLER = "whoever calls the model cuts the tiles"
+CONFIG_FIELDS = (
+    ConfigField("architectures", must_be=(["InternVLChatModel"],), default=["InternVLChatModel"]),
+    ConfigField("model_type", must_be=("internvl_chat",), default="internvl_chat"),
+    ConfigField("force_image_size", read="patches.image_size"),
+    ConfigField("downsample_ratio", read="patches.unshuffle", convert=_squares, default=0.5),
+    ConfigField("ps_version", must_be=("v2",), default="v1", note="v1 transposes each tile"),
+    ConfigField("select_layer", must_be=(-1,), default=-4, note="the patches themselves"),
+    ConfigField("pad2square", must_be=(False,), default=False, note="tiles are stretched"),
+    ConfigField("use_thumbnail", must_be=(True,), default=False, note="of several tiles the last is the whole image"),
+    ConfigField("use_backbone_lora", must_be=(0,), default=0),
+    ConfigField("use_llm_lora", must_be=(0,), default=0),
+    ConfigField("template", must_be=("internlm2-chat",), default="internlm2-chat", note="how `chat` writes conversations"),
+    ConfigField("dynamic_image_size", note=_CALLER),
+    ConfigField("min_dynamic_patch", note=_CALLER),
+    ConfigField("max_dynamic_patch", note=_CALLER),
+    ConfigField("llm_config.architectures", must_be=(["InternLM2VEForCausalLM"],), note="one with visual experts"),
+    ConfigField("llm_config.*", note="as of any decoder"),
+    ConfigField("vision_config.architectures", note="follows from model_type"),
+    ConfigField("vision_config.model_type", must_be=("intern_vit_patch",), note="patches alone, no tower"),
+    ConfigField("vision_config.hidden_size", read="patches.hidden_size"),
+    ConfigField("vision_config.patch_size", read="patches.patch_size"),
+    ConfigField("vision_config.image_size", note="with patch_size the grid of positions"),
+    ConfigField("vision_config.*", note="of tower layers, which a patch embedding has none of"),
+)
+"""What becomes of each field of a released config.json."""
+
+
 def mono_internvl_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a released Mono-InternVL -> fields of a MonoInternVLConfig."""
-    vision, decoder = document["vision_config"], decoder_settings(document["llm_config"])
-    patches = {
-        "image_size": document["force_image_size"],
-        "patch_size": vision["patch_size"],
-        "hidden_size": vision["hidden_size"],
-        "unshuffle": round(1 / document.get("downsample_ratio", 0.5)),
-        "position_grid": vision["image_size"] // vision["patch_size"],
-    }
-    return {**under("patches", patches), **under("decoder", decoder)}
+    """config.json of a released Mono-InternVL -> fields of a MonoInternVLConfig. Raises ValueError for a model that ours is not."""
+    vision = document["vision_config"]
+    document = {"force_image_size": vision["image_size"], **document}
+    grid = vision["image_size"] // vision["patch_size"]
+    decoder = under("decoder", decoder_settings(document["llm_config"]))
+    return {**read_fields(document, CONFIG_FIELDS), "patches.position_grid": grid, **decoder}

@@ -40,6 +40,8 @@ INTERNLM2_1_8B = DecoderConfig(
     vocab_size=VOCABULARY,
     tied_embeddings=False,
     rotary_base=1e6,
+    max_positions=32768,
+    rotary_scaling=2.0,
 )
 """InternLM2-chat-1.8B."""
 

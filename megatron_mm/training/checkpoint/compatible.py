@@ -11,6 +11,8 @@ from megatron_mm.training.checkpoint.integrity import read_manifest
 
 _DIFFERENCES = 4
 """Differences that an error lists."""
+_DESCRIPTIVE = ("decoder.max_positions", "decoder.attention_window", "decoder.rotary_scaling")
+"""Fields that change nothing in training: exported configurations say them."""
 
 
 def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer: bool = True) -> None:
@@ -54,7 +56,7 @@ def model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str,
     """The fields in which two models differ, with both values; of models of two families that alone."""
     if ours.family != theirs.family:
         return [("family", ours.family, theirs.family)]
-    return _differences(to_dict(ours), to_dict(theirs))
+    return [found for found in _differences(to_dict(ours), to_dict(theirs)) if found[0] not in _DESCRIPTIVE]
 
 
 def same_layout(experiment: Experiment, checkpoint: Path) -> bool:

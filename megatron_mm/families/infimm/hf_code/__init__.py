@@ -1,0 +1,1 @@
+"""Code that an exported InfiMM carries, for transformers."""

@@ -1,0 +1,1 @@
+"""Code that exported models of several families carry, for transformers."""

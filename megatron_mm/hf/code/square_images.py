@@ -1,0 +1,98 @@
+"""Images -> normalised squares, as in training. Part of the checkpoint: imports NumPy, Pillow and transformers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_transforms import to_pil_image
+
+
+class SquareImageProcessor(BaseImageProcessor):
+    """Make a square of each image (bicubic), scale to [0, 1], subtract mean, divide by std, as in training. EXIF orientation is ignored.
+
+    Args:
+        size: {"height": pixels, "width": pixels}, equal.
+        image_mean, image_std: for each of red, green, blue.
+        resize: squash loses the aspect ratio, crop cuts out the middle, pad adds a border of the mean colour.
+        to_rgb: white lays what is transparent on white and takes the high byte of 16 bits, pillow does as `convert("RGB")`.
+        resize_first: with pillow, resize before the conversion, in the image's own mode.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        size: dict[str, int] | None = None,
+        image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
+        image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
+        resize: str = "squash",
+        to_rgb: str = "white",
+        resize_first: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.size = size or {"height": 378, "width": 378}
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.resize = resize
+        self.to_rgb = to_rgb
+        self.resize_first = resize_first
+
+    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
+        """One image or a list (Pillow, NumPy or torch) -> `pixel_values` [n, 3, H, W] float32."""
+        images = images if isinstance(images, list | tuple) else [images]
+        shape = (0, 3, self.size["height"], self.size["width"])
+        pixels = np.stack([self._pixels(image) for image in images]) if images else np.zeros(shape, dtype=np.float32)
+        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+    def _pixels(self, image: Any) -> np.ndarray:
+        if not isinstance(image, Image.Image):
+            image = to_pil_image(image)
+        fill = tuple(round(255 * channel) for channel in self.image_mean)
+        own_mode = self.resize_first and self.to_rgb == "pillow" and self.resize != "pad"
+        if not own_mode:
+            image = image.convert("RGB") if self.to_rgb == "pillow" else on_white(image)
+        square = _RESIZES[self.resize](image, self.size["height"], fill)
+        scaled = np.asarray(square.convert("RGB"), dtype=np.float32) / 255
+        normalised = (scaled - np.float32(self.image_mean)) / np.float32(self.image_std)
+        return normalised.transpose(2, 0, 1)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Any Pillow image as RGB: transparent parts on white, the high byte of 16 bits."""
+    if image.mode.startswith("I"):  # Pillow itself would cut values off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")
+
+
+def _squash(image: Image.Image, size: int, fill: tuple[int, ...]) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _crop(image: Image.Image, size: int, fill: tuple[int, ...]) -> Image.Image:
+    """The shorter side becomes `size`; of a picture more than 16 times as long as wide only the middle is resized."""
+    across, down = (max(0, (a - 16 * b) // 2) for a, b in (image.size, image.size[::-1]))
+    image = image.crop((across, down, image.width - across, image.height - down))
+    width, height = image.size
+    scaled = (int(size * width / height), size) if width > height else (size, int(size * height / width))
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in scaled)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _pad(image: Image.Image, size: int, fill: tuple[int, ...]) -> Image.Image:
+    side = max(image.size)
+    canvas = Image.new("RGB", (side, side), fill)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return _squash(canvas, size, fill)
+
+
+_RESIZES = {"squash": _squash, "crop": _crop, "pad": _pad}

@@ -1,0 +1,115 @@
+"""What becomes of each field of a released config.json: one table a family, from which it is read and checked.
+
+A field is `read` where the recipe's model must say the same, has values that it `must_be` where only these are what our model computes, or
+is neither, with a note why that changes nothing. A field that no table knows is named in a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """A field of config.json, or with `.*` at the end all fields of a part."""
+
+    path: str
+    """Its name, with dots where it is in a part."""
+    read: str = ""
+    """The field of the recipe's model that must equal it, with dots."""
+    convert: Callable[[Any], Any] = lambda value: value
+    """Their value -> ours."""
+    default: Any = None
+    """What the authors' code takes where the file leaves it out."""
+    must_be: tuple[Any, ...] = ()
+    """The values that are what our model computes."""
+    note: str = ""
+    """Why it is not compared, or what it is."""
+
+
+def read_fields(document: Mapping[str, Any], fields: Iterable[ConfigField]) -> dict[str, Any]:
+    """The fields of the recipe's model that must be equal, with their values.
+
+    Raises ValueError that lists every field with a value that our model does not compute.
+    """
+    found, wrong, fields = {}, [], tuple(fields)
+    for field in fields:
+        given = _value(document, field.path)
+        value = field.default if given is None else given
+        if field.must_be and value not in field.must_be:
+            allowed = " or ".join(repr(option) for option in field.must_be)
+            wrong.append(f"{field.path} is {value!r}, but our model computes {allowed}" + (f" ({field.note})" if field.note else ""))
+        if field.read and (given is not None or field.default is not None):
+            found[field.read] = field.convert(value)
+    if wrong:
+        raise ValueError(f"config.json describes another model: {'; '.join(wrong)}")
+    unknown = unknown_fields(document, fields)
+    if unknown:
+        logger.warning("config.json has fields that are not known here and have no effect: %s", ", ".join(unknown))
+    return found
+
+
+def unknown_fields(document: Mapping[str, Any], fields: Iterable[ConfigField]) -> list[str]:
+    """Fields that no table mentions and that are none which transformers writes into every file."""
+    names = {field.path for field in fields}
+    parts = tuple(name.removesuffix("*") for name in names if name.endswith(".*"))
+    return [
+        path
+        for path in flat(document)
+        if path not in names
+        and not path.startswith(parts)
+        and path.rpartition(".")[2] not in _of_every_file()
+        and path.split(".")[0] != "auto_map"
+    ]
+
+
+def flat(document: Mapping[str, Any], *, prefix: str = "") -> Iterator[str]:
+    """The names of all fields, with dots."""
+    for name, value in document.items():
+        if isinstance(value, Mapping) and name.endswith(("config", "visual", "language")):
+            yield from flat(value, prefix=f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def table_lines(fields: Iterable[ConfigField], written: Mapping[str, Any]) -> Iterator[str]:
+    """The table in Markdown.
+
+    Args:
+        written: a config.json that we export.
+    """
+    ours = set(flat(written))
+    yield "| field | read and compared with | must be | written |"
+    yield "|---|---|---|---|"
+    for field in fields:
+        must = " or ".join(f"`{value!r}`" for value in field.must_be)
+        read = f"`{field.read}`" if field.read else field.note or "-"
+        yield f"| `{field.path}` | {read} | {must or '-'} | {'yes' if field.path in ours else '-'} |"
+
+
+def _value(document: Mapping[str, Any], path: str) -> Any:
+    found: Any = document
+    for name in path.split("."):
+        if not isinstance(found, Mapping):
+            return None
+        found = found.get(name)
+    return found
+
+
+@cache
+def _of_every_file() -> frozenset[str]:
+    """Fields that transformers wrote into every configuration, now or in earlier versions: how to save, generate and train."""
+    from transformers import GenerationConfig, PretrainedConfig
+
+    earlier = """_name_or_path _commit_hash add_cross_attention auto_map bad_words_ids cross_attention_hidden_size decoder_start_token_id
+    finetuning_task is_decoder prefix problem_type pruned_heads sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder
+    tokenizer_class
+    tokenizer_type torch_dtype dtype torchscript use_bfloat16 use_cache initializer_range attn_implementation _attn_implementation_autoset
+    transformers_version use_return_dict exponential_decay_length_penalty begin_suppress_tokens forced_bos_token_id forced_eos_token_id"""
+    return frozenset({*PretrainedConfig().to_dict(), *GenerationConfig().to_dict(), *earlier.split()})
