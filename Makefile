@@ -4,6 +4,7 @@
 # make test-te     of these, those of Transformer Engine's layers
 # make test-matrix the whole suite on both supported versions of megatron-core
 # make test-isa    the tests that compare numbers, with the kernels of older and newer processors in turn
+# make test-transformers   exports in the oldest and newest transformers supported, and in an inference engine
 # make nightly     all of it: test-all, test-isa, check
 # make check       format, lint, types
 # make bench       benchmarks that need no GPU
@@ -18,7 +19,7 @@ TE_PYTHON := build/transformer_engine
 # One thread a process: several processes share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-all test-te test-matrix test-isa nightly check bench gpu-check gpu-bench clean
+.PHONY: install demo test test-all test-te test-matrix test-isa test-transformers nightly check bench gpu-check gpu-bench clean
 
 install: $(STAMP)
 
@@ -46,6 +47,20 @@ ISA_TESTS := tests/models tests/platform tests/test_golden_runs.py tests/paralle
 	tests/training/test_optimizer.py tests/conversion/test_hf_model.py
 test-isa: $(STAMP)
 	$(BIN)/python tools/test_isa.py $(ISA_TESTS)
+
+# Exports in other versions of transformers than the installed one, each in a folder of its own, and a decoder in an inference engine.
+# The oldest is the least that pyproject.toml asks for; tokenizers and huggingface-hub are those of its time.
+OLDEST_TRANSFORMERS := 4.50.0
+build/transformers/$(OLDEST_TRANSFORMERS):
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==$(OLDEST_TRANSFORMERS) tokenizers==0.21.1 huggingface-hub==0.30.2 requests urllib3 idna certifi charset_normalizer
+build/transformers/newest:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers tokenizers huggingface-hub
+	mv $@ build/transformers/$$(ls -d $@/transformers-*.dist-info | sed 's/.*transformers-\(.*\).dist-info/\1/')
+build/engines:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ ctranslate2
+test-transformers: $(STAMP) build/transformers/$(OLDEST_TRANSFORMERS) build/engines
+	test -n "$$(ls build/transformers | grep -v $(OLDEST_TRANSFORMERS))" || $(MAKE) build/transformers/newest
+	$(BIN)/python -m pytest -q tests/conversion/test_loading.py tests/conversion/test_engines.py
 
 # For the night, before a release, and after a change of torch, megatron-core or Transformer Engine (CONTRIBUTING.md).
 nightly: test-all test-isa check

@@ -110,6 +110,25 @@ def _inspect(given: argparse.Namespace) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+# --------------------------------------------------------------------------------------------------------------------- verify
+
+
+def _verify_arguments(parser: Parser) -> None:
+    for name in ("first", "second"):
+        parser.add_argument(name, type=Path, metavar=name.upper(), help="Hugging Face directory, or checkpoint or run directory of ours")
+    parser.add_argument("--prompt", metavar="TEXT", help="compare logits of this text too; runs the code that travels with the models")
+    _add_threads(parser)
+
+
+def _verify(given: argparse.Namespace) -> None:
+    from megatron_mm.conversion.verify import report, verify
+
+    found = verify(given.first, given.second, prompt=given.prompt, threads=given.threads)
+    print("\n".join(report(found)))
+    if not found.same_tensors:
+        raise SystemExit(1)
+
+
 # -------------------------------------------------------------------------------------------------------------------- upcycle
 
 
@@ -145,6 +164,9 @@ CONVERT = Group(
         ),
         "inspect": Command(
             help="show a checkpoint as a tree: shapes, types, norms, parameters", run=_inspect, arguments=_inspect_arguments
+        ),
+        "verify": Command(
+            help="compare two checkpoints: names, shapes, values, logits of a prompt", run=_verify, arguments=_verify_arguments
         ),
         "upcycle": Command(
             help="make a sparse model whose experts begin as a dense checkpoint's MLPs",

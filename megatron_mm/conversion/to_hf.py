@@ -22,6 +22,7 @@ from megatron_mm.config import Experiment
 from megatron_mm.conversion import parts
 from megatron_mm.conversion.files import TensorInfo, safetensors_header
 from megatron_mm.conversion.job import Lane, Task, cut, finish, partial_directory, run_lanes, write_values
+from megatron_mm.conversion.model_card import write_model_card
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.target import model_targets
 from megatron_mm.data.text.tokenizer import Tokenizer
@@ -121,6 +122,7 @@ def convert_to_hf(
     out.parent.mkdir(parents=True, exist_ok=True)
     with partial_directory(out.parent / f".{out.name}.partial", fingerprint=fingerprint) as directory:
         write_files(directory, dtype=_dtype_name(plan))
+        write_model_card(directory, experiment, checkpoint, part=part, dtype=_dtype_name(plan))
         run_lanes(lanes, directory, threads=threads, memory=max(map(_shard_bytes, shards)) + _SPARE_MEMORY)
         _write_index(shards, directory)
         finish(directory, out)

@@ -128,6 +128,15 @@ class Family(ABC, Generic[Config]):
         """
         raise ValueError(f"{self.name} models have no Hugging Face counterpart: define Family.table and Family.write_files")
 
+    def card_notes(self, model: Config, out: Path, *, part: str) -> list[str]:
+        """Lines of an export's README.md about how to use it.
+
+        Args:
+            out: holds the export's other files already.
+            part: whole, language or vision.
+        """
+        return []
+
     def formats(self) -> dict[str, AnyFormat]:
         """Formats of whole models of this family that `convert from-hf --whole` reads, by name; parts that families share are in
         `hf.formats`."""

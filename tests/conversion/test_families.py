@@ -123,7 +123,7 @@ def test_released_configurations_are_checked(tokenizer_path: Path, tmp_path: Pat
     (tmp_path / "hf" / "config.json").write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=r"gated\.every_n_layers is 4 there and 2 in the recipe"):
         convert_from_hf(settings, tmp_path / "again", whole=tmp_path / "hf")
-    changed = {**document, "visual": {**document["visual"], "rope": False}}
+    changed = {**document, "visual": {**document["visual"], "rope": False, "intp_freq": False}}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=r"vision\.rotary_grid is None there and 4 in the recipe"):
         convert_from_hf(settings, tmp_path / "again", whole=tmp_path / "hf")

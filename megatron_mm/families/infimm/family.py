@@ -100,6 +100,11 @@ class InfiMMFamily(Family[InfiMMConfig]):
             language_is_frozen=not self.trainable(experiment.train.freeze_policy)("language.decoder.final_layernorm.weight"),
         )
 
+    def card_notes(self, model: InfiMMConfig, out: Path, *, part: str) -> list[str]:
+        from megatron_mm.families.infimm.files import card_notes
+
+        return card_notes(model) if part == "whole" else []
+
     def formats(self) -> dict[str, AnyFormat]:
         from megatron_mm.families.infimm.names import FORMATS
 

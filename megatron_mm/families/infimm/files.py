@@ -86,6 +86,20 @@ def fits_authors_code(model: InfiMMConfig) -> bool:
     return is_mistral and constants == (64, 6, 8, 64, 4) and (gated.num_attention_heads, gated.head_dim, gated.ffn_multiplier) == (8, 64, 4)
 
 
+def card_notes(model: InfiMMConfig) -> list[str]:
+    """How the model is loaded, for its README.md."""
+    lines = ["", "A prompt writes each image as `<image>`; the processor makes `<|endofchunk|><image>` of it."]
+    if not fits_authors_code(model):
+        return [*lines, "The authors' own classes cannot hold this model: they are a Mistral with 64 latents and 8 heads of 64."]
+    files = ", ".join(f"`{name}`" for name in AUTHORS_FILES)
+    return [
+        *lines,
+        "",
+        "The quickstart of Infi-MM/infimm-zephyr, with its code (transformers 4.37): put these files of that model here, and the two",
+        f"of `authors_code/` in the place of those of the same name: {files}.",
+    ]
+
+
 def _images(model: InfiMMConfig, *, to_rgb: str) -> dict[str, Any]:
     vision = model.vision
     return {

@@ -63,6 +63,11 @@ class MonoInternVLFamily(Family[MonoInternVLConfig]):
 
         write_mono_internvl_files(model, out, experiment=experiment, tokenizer=tokenizer, dtype=dtype, vocab_rows=vocab_rows)
 
+    def card_notes(self, model: MonoInternVLConfig, out: Path, *, part: str) -> list[str]:
+        from megatron_mm.families.mono_internvl.files import card_notes
+
+        return card_notes() if part == "whole" else []
+
     def formats(self) -> dict[str, AnyFormat]:
         from megatron_mm.families.mono_internvl.names import FORMATS
 

@@ -61,6 +61,17 @@ AUTHORS_FILES = (
 """Files of OpenGVLab/Mono-InternVL-2B that its classes need."""
 
 
+def card_notes() -> list[str]:
+    """How the model is loaded, for its README.md."""
+    files = ", ".join(f"`{name}`" for name in AUTHORS_FILES)
+    return [
+        "",
+        "The modeling code is its authors' (transformers 4.37.2) and does not travel with the weights. Put these files of",
+        f"OpenGVLab/Mono-InternVL-2B here: {files}.",
+        "The quickstart of that model then runs: `load_image` cuts the tiles, `model.chat` writes the conversation.",
+    ]
+
+
 def mono_internvl_config(
     model: MonoInternVLConfig, experiment: Experiment, ids: Tokenizer, *, dtype: str, vocab_rows: int | None
 ) -> dict[str, Any]:

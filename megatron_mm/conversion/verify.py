@@ -1,0 +1,127 @@
+"""Whether two checkpoints are the same model: names, shapes, values and, on a prompt, logits.
+
+Each may be a Hugging Face directory or a checkpoint of ours, which is exported to a temporary directory first, as its family writes it.
+Tensors are compared one after another; logits are computed by transformers on a CPU, in float32.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megatron_mm.conversion.hf_reader import WEIGHT_FILES, HfReader
+from megatron_mm.conversion.to_hf import convert_to_hf
+
+
+@dataclass(frozen=True)
+class Different:
+    """A tensor with other values."""
+
+    name: str
+    norms: tuple[float, float]
+    largest: float
+    """Largest absolute difference of a value."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found."""
+
+    num_equal: int
+    """Tensors that are equal to the last bit."""
+    only_in_first: list[str] = field(default_factory=list)
+    only_in_second: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+    """Names with both shapes, where these differ."""
+    different: list[Different] = field(default_factory=list)
+    logits: float | None = None
+    """Largest absolute difference of the logits; None where no prompt was given."""
+    scale: float | None = None
+    """Largest absolute logit."""
+
+    @property
+    def same_tensors(self) -> bool:
+        return not (self.only_in_first or self.only_in_second or self.shapes or self.different)
+
+
+def verify(first: Path, second: Path, *, prompt: str | None = None, threads: int = 4) -> Verification:
+    """Compare two checkpoints.
+
+    Args:
+        first, second: Hugging Face directories, run directories or checkpoints of ours.
+        prompt: a text to compute logits of. The code that travels with a model is then run: give it for models that you trust.
+
+    Raises ValueError where one of them cannot be read.
+    """
+    with _as_hf(first, threads=threads) as a, _as_hf(second, threads=threads) as b:
+        found = _compare(HfReader(a), HfReader(b))
+        if prompt is None:
+            return found
+        logits = [_logits(folder, _ids(a, prompt)) for folder in (a, b)]
+        if logits[0].shape != logits[1].shape:
+            raise ValueError(f"logits have the shapes {list(logits[0].shape)} and {list(logits[1].shape)}: the vocabularies differ")
+        difference, scale = float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())
+        return Verification(**{**vars(found), "logits": difference, "scale": scale})
+
+
+def report(found: Verification) -> Iterator[str]:
+    """Lines for the terminal."""
+    yield f"{found.num_equal} tensors are equal to the last bit"
+    for title, names in (("only in the first", found.only_in_first), ("only in the second", found.only_in_second)):
+        if names:
+            yield f"{len(names)} {title}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+    for line in found.shapes:
+        yield f"other shape: {line}"
+    for tensor in found.different:
+        yield f"other values: {tensor.name}: norms {tensor.norms[0]:.6g} and {tensor.norms[1]:.6g}, largest difference {tensor.largest:.3g}"
+    if found.logits is not None:
+        yield f"logits differ by at most {found.logits:.3g}, of values up to {found.scale:.3g}"
+
+
+@contextmanager
+def _as_hf(path: Path, *, threads: int) -> Iterator[Path]:
+    if path.is_file() or any((path / name).is_file() for name in WEIGHT_FILES):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        convert_to_hf(path, Path(folder) / "export", threads=threads)
+        yield Path(folder) / "export"
+
+
+def _compare(first: HfReader, second: HfReader) -> Verification:
+    a, b = first.names(), second.names()
+    shapes, different, equal = [], [], 0
+    for name in a:
+        if name not in b:
+            continue
+        if a[name].shape != b[name].shape:
+            shapes.append(f"{name}: {list(a[name].shape)} and {list(b[name].shape)}")
+            continue
+        left, right = first.read(name), second.read(name)
+        if left.dtype == right.dtype and torch.equal(left, right):
+            equal += 1
+            continue
+        x, y = left.double(), right.double()
+        largest = float((x - y).abs().max()) if x.numel() else 0.0
+        different.append(Different(name, (float(x.norm()), float(y.norm())), largest))
+    only_in_first, only_in_second = ([name for name in one if name not in other] for one, other in ((a, b), (b, a)))
+    return Verification(equal, only_in_first, only_in_second, shapes, different)
+
+
+def _ids(folder: Path, prompt: str) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(prompt, return_tensors="pt")["input_ids"]
+
+
+def _logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).float().eval()
+    with torch.no_grad():
+        return model(input_ids=ids).logits

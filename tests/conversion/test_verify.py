@@ -1,0 +1,49 @@
+"""`convert verify`: the same model, or what differs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.trained import Trained
+
+from megatron_mm.cli.main import main
+from megatron_mm.conversion.to_hf import Export, convert_to_hf
+from megatron_mm.conversion.verify import report, verify
+
+
+def test_a_checkpoint_and_its_export_are_the_same(trained: Trained, exported: Export) -> None:
+    found = verify(trained.checkpoint, exported.path, prompt="a red circle")
+    assert found.same_tensors and found.num_equal == exported.num_tensors
+    assert found.logits == 0 and found.scale is not None and found.scale > 0.1
+
+
+def test_what_differs_is_said(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = convert_to_hf(trained.checkpoint, tmp_path / "a", dtype="float32").path
+    shutil.copytree(whole, tmp_path / "b")
+    tensors = load_file(whole / "model.safetensors")
+    name = "connector.output.weight"
+    changed = tensors[name].clone()
+    changed[0, 0] += 0.5
+    rest = {key: value for key, value in tensors.items() if key != "connector.output.bias"}
+    cut = {"language_model.norm.weight": tensors["language_model.norm.weight"][:-1].clone()}
+    save_file({**rest, **cut, name: changed, "more": torch.ones(2)}, tmp_path / "b" / "model.safetensors")
+    found = verify(whole, tmp_path / "b")
+    assert (found.only_in_first, found.only_in_second) == (["connector.output.bias"], ["more"])
+    assert [tensor.name for tensor in found.different] == [name] and found.different[0].largest == pytest.approx(0.5)
+    assert "language_model.norm.weight: [128] and [127]" in "\n".join(report(found))
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "verify", str(whole), str(tmp_path / "b")])
+    assert ended.value.code == 1 and "1 only in the second: more" in capsys.readouterr().out
+
+
+def test_an_export_is_ready_to_publish(exported: Export) -> None:
+    card, config = (exported.path / "README.md").read_text(), json.loads((exported.path / "config.json").read_text())
+    assert "AutoProcessor.from_pretrained" in card and "| steps | 1 of 400 |" in card and config["architectures"]
+    assert "license of the weights" in (exported.path / "LICENSE").read_text()
+    index = json.loads((exported.path / "model.safetensors.index.json").read_text())
+    assert {(exported.path / file).is_file() for file in index["weight_map"].values()} == {True}
