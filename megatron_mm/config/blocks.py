@@ -68,17 +68,14 @@ class DecoderConfig:
     """Standard deviation of initial weights; output projections use init_std / sqrt(2 * num_layers)."""
     moe: MoEConfig | None = None
     """Sparse layers; None for a dense model."""
-<<<<<<< HEAD
     variant: str = "llama"
     """Name in `megatron_mm.hf.decoder_variants.DECODER_VARIANTS`: what differs from a Llama."""
-=======
     max_positions: int | None = None
     """Positions that the language model was made for, tokens, for exported configurations; None takes the length of training sequences."""
     attention_window: int | None = None
     """Mistral's sliding window, tokens, for exported configurations. Training attends to whole documents: sequences should be no longer."""
     rotary_scaling: float | None = None
     """Factor of InternLM2's dynamic rotary scaling, for exported configurations: it acts beyond max_positions alone."""
->>>>>>> febeef8 (InfiMM exports load by themselves: modeling code, tokenizer and processor of our own; a table of every field of released configurations; positions, windows and scaling are the decoder's)
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
