@@ -43,7 +43,7 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest -q tests
 
 # What compares numbers, with the kernels of SSE4, AVX2 and AVX-512: no result may depend on them. Those that the processor lacks are skipped.
-ISA_TESTS := tests/models tests/platform tests/test_golden_runs.py tests/parallel/test_gradients.py tests/parallel/test_images.py \
+ISA_TESTS := tests/models tests/families tests/platform tests/test_golden_runs.py tests/parallel/test_gradients.py tests/parallel/test_images.py \
 	tests/training/test_optimizer.py tests/conversion/test_hf_model.py
 test-isa: $(STAMP)
 	$(BIN)/python tools/test_isa.py $(ISA_TESTS)

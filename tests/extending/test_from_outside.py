@@ -36,7 +36,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "extending"
 PATCHES = f"{EXAMPLES / 'patch_family.py'}:debug_patches"
 
 
-def train(recipe: str, run_dir: Path, data: Path, *, steps: int, more: tuple[str, ...] = ()) -> list[dict]:
+def train(recipe: str, run_dir: Path, data: Path, *, steps: int, more: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     quick = ["--train.steps", str(steps), "--train.global-batch-size", "4", "--data.sequence-length", "128", "--eval.interval", "0"]
     quick += ["--monitor.wandb", "disabled", "--data.decoder", "pillow", "--data.packing-window", "64"]
     main(["train", recipe, "--run-dir", str(run_dir), "--data.path", str(data), *quick, *more])

@@ -1,6 +1,6 @@
 """Recipes: their resolved values do not change unseen, and their sizes are the published ones.
 
-`python tests/recipes/test_recipes.py` writes the golden files anew.
+`python tests/families/test_recipes.py` writes the golden files anew.
 """
 
 from __future__ import annotations
