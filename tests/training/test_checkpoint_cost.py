@@ -84,4 +84,5 @@ def test_a_save_gathers_nothing_and_writes_every_byte_once(tmp_path: Path, world
             assert sum(math.prod(chunk.sizes) for chunk in entry.chunks) == math.prod(entry.size), name
             stored[name] = math.prod(entry.size) * entry.properties.dtype.itemsize
     of_rank = [sum(path.stat().st_size for path in tensors.glob(f"__{rank}_*.distcp")) for rank in range(world_size)]
-    assert max(of_rank) < 1.5 * sum(stored.values()) / world_size + 200_000, "every process writes its share; each tensor has a header"
+    if not parallel:  # stages differ in size, and copies of a tensor-parallel group are written by its first process
+        assert max(of_rank) < 1.5 * sum(stored.values()) / world_size + 200_000, "every process writes its share; each tensor has a header"

@@ -21,6 +21,7 @@ READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "
 """Methods for which a GPU's values must have come to the processor."""
 ON_THE_PROCESSOR = {
     ("megatron_mm.parallel.images", "gather"): "who encodes which image",
+    ("megatron.core.tensor_parallel.random", "fork"): "whether the processor's own generator has moved",
     ("megatron_mm.models.chunk", "image_token_rows"): "where images lie",
     # What stands in for Transformer Engine's kernels, which take the same on the device:
     ("megatron_mm.models.layers", "<genexpr>"): "document lengths, in PyTorch's attention",
