@@ -34,10 +34,10 @@ from megatron_mm.training.checkpoint import (
     TrainState,
     check_same_model,
     check_same_tokenizer,
-    completed_checkpoints,
     find_checkpoint,
     load_weights,
     newest_checkpoint,
+    newest_described_checkpoint,
 )
 from megatron_mm.training.freezing import trainable_patterns
 from megatron_mm.training.optimizer import build_optimizer
@@ -166,10 +166,10 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
     experiment = as_indexed(experiment, plan.indexes)
     if experiment.eval.interval and (experiment.data.path / HELD_OUT).is_dir():
         make_plan(experiment, split=HELD_OUT, check=is_main)  # found now, not after the first thousand steps
-    checkpoints = completed_checkpoints(run_dir)[-1:]
-    for checkpoint in checkpoints:
-        check_same_model(experiment, checkpoint)
-    if experiment.init_from is not None and not checkpoints:
+    newest = newest_described_checkpoint(run_dir)
+    if newest is not None:
+        check_same_model(experiment, newest)
+    if experiment.init_from is not None and newest is None:
         beginning = find_checkpoint(experiment.init_from)
         check_same_model(experiment, beginning, with_optimizer=False)
         check_same_tokenizer(experiment, beginning)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -173,11 +175,49 @@ def _poison(name: str) -> Any:
 def test_a_damaged_checkpoint_is_refused_by_name(
     demo_data: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, reason: str
 ) -> None:
+    """Where no other one is left; nothing is renamed then, since the file system may be what is at fault."""
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000002")
     path = damage(run_dir / "checkpoints" / "step_00000004" / "tensors")
     monkeypatch.chdir(run_dir)
     errors = run_processes(train_and_report, 2, demo_data, run_dir, 6)
     assert all(str(path) in error and reason in error for error in errors), errors
     assert not (run_dir / "executed").exists()
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def train_and_log(data: Path, run_dir: Path, steps: int) -> str:
+    """What is logged as errors and warnings."""
+    heard = io.StringIO()
+    handler = logging.StreamHandler(heard)
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("megatron_mm").addHandler(handler)
+    start(experiment(data, steps), run_dir)
+    return heard.getvalue()
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_not_the_run(demo_data: Path, run_dir: Path, tmp_path: Path) -> None:
+    undisturbed = Path(shutil.copytree(run_dir, tmp_path / "undisturbed"))
+    run_processes(train, 2, demo_data, undisturbed, 6, {})
+    checkpoints = run_dir / "checkpoints"
+    damaged = Path(shutil.copytree(checkpoints / "step_00000004", checkpoints / "step_00000005"))
+    (damaged / "state.json").write_text("{}")
+    path = _flip_a_byte(checkpoints / "step_00000004" / "tensors")
+    bad_bytes = path.read_bytes()
+
+    logs = run_processes(train_and_log, 2, demo_data, run_dir, 6)
+    for log in logs:
+        assert f"{path} is damaged (its CRC-32 is " in log and ", expected " in log
+        assert f"{damaged / 'state.json'} is damaged" in log
+        assert f"resuming from {checkpoints / 'step_00000002'} instead" in log
+    assert len(losses(undisturbed)) == 6 and losses(run_dir) == losses(undisturbed)
+    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    kept = ["damaged-step_00000004", "damaged-step_00000005", "step_00000002", "step_00000006"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == kept
+    assert (checkpoints / "damaged-step_00000004" / "tensors" / path.name).read_bytes() == bad_bytes
 
 
 def _unreadable_on_one_process(data: Path, run_dir: Path) -> str:

@@ -5,15 +5,16 @@
         state.json          step, plan cursor and counters
         tokenizer.model     what the token ids mean
         tensors/            megatron-core's distributed checkpoint: weights, optimizer state, random-number generators
-        manifest.json       size and CRC-32 of every file in tensors/; written last
+        manifest.json       size and CRC-32 of every other file; written last
 
 A save goes to a fresh directory beside these, `.partial-...`; only when every process has written its part and the parts are
 checked is it renamed. So a directory named step_* is always whole, whatever was killed when. Reading checks sizes and
-checksums first, and lets the two pickles that megatron-core writes name nothing but tensors' metadata.
+checksums first; a damaged checkpoint is set aside and the one before it used (`fallback.py`). Reading lets the two pickles that megatron-core writes name nothing but tensors' metadata.
 """
 
 from megatron_mm.training.checkpoint.checkpointer import Checkpointer
 from megatron_mm.training.checkpoint.compatible import check_same_model, check_same_tokenizer, model_differences
+from megatron_mm.training.checkpoint.fallback import newest_described_checkpoint
 from megatron_mm.training.checkpoint.integrity import verify
 from megatron_mm.training.checkpoint.load import load_chunk, load_strategy, load_weights
 from megatron_mm.training.checkpoint.names import TENSORS, belongs_to_model, completed_checkpoints, find_checkpoint, newest_checkpoint
@@ -33,5 +34,6 @@ __all__ = [
     "load_weights",
     "model_differences",
     "newest_checkpoint",
+    "newest_described_checkpoint",
     "verify",
 ]

@@ -28,9 +28,10 @@ from megatron_mm.platform import adam, engine
 from megatron_mm.platform.files import sync_to_disk
 from megatron_mm.training.checkpoint import integrity
 from megatron_mm.training.checkpoint.compatible import check_same_model, same_layout
+from megatron_mm.training.checkpoint.fallback import newest_whole_checkpoint
 from megatron_mm.training.checkpoint.integrity import merge_checksums, read_manifest, verify
 from megatron_mm.training.checkpoint.load import load_chunk, load_strategy
-from megatron_mm.training.checkpoint.names import MANIFEST, TENSORS, completed_checkpoints, newest_checkpoint
+from megatron_mm.training.checkpoint.names import MANIFEST, TENSORS, completed_checkpoints
 from megatron_mm.training.checkpoint.optimizer_state import load_optimizer_state
 from megatron_mm.training.checkpoint.state import TrainState, restore_generators, run_state
 
@@ -125,7 +126,13 @@ class Checkpointer:
         if self.topology.is_main:
             files = merge_checksums(partial / TENSORS)
             manifest = partial / MANIFEST
-            manifest.write_text(json.dumps({"step": step, "world_size": self.topology.world_size, "files": files}, indent=1) + "\n")
+            content = {
+                "step": step,
+                "world_size": self.topology.world_size,
+                "files": files,
+                "descriptions": integrity.sum_descriptions(partial),
+            }
+            manifest.write_text(json.dumps(content, indent=1) + "\n")
             sync_to_disk(manifest)
             final = self.folder / f"step_{step:08d}"
             if final.exists():  # saved again after a resume from an older checkpoint
@@ -143,17 +150,21 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------------------------------- load
 
     def load_latest(self) -> TrainState | None:
-        """Load the newest complete checkpoint of the run; None where it has none.
+        """Load the newest whole checkpoint of the run; None where it has none. Damaged ones are set aside.
 
-        Raises ValueError where the checkpoint is of another model, or damaged.
+        Raises ValueError where the checkpoint is of another model, or all are damaged.
         """
-        newest = newest_checkpoint(self.folder.parent)
-        return None if newest is None else self.load(newest)
+        newest = newest_whole_checkpoint(self.folder.parent, self.topology)
+        return None if newest is None else self._load(newest)
 
     def load(self, checkpoint: Path) -> TrainState:
-        """Load weights, optimizer and generators from any layout; generators only from a run of the same size."""
-        check_same_model(self.experiment, checkpoint)
+        """Load one checkpoint. Raises ValueError where it is of another model, or damaged."""
         verify(checkpoint, self.topology)
+        return self._load(checkpoint)
+
+    def _load(self, checkpoint: Path) -> TrainState:
+        """Weights, optimizer and generators from any layout; generators only from a run of the same size."""
+        check_same_model(self.experiment, checkpoint)
         same_size = read_manifest(checkpoint)["world_size"] == self.topology.world_size
         alike = same_size and same_layout(self.experiment, checkpoint)
         loaded = dist_checkpointing.load(

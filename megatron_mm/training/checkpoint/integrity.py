@@ -67,10 +67,40 @@ def _check_share(checkpoint: Path, topology: Topology) -> None:
         found = path.stat().st_size
         if found != size:
             raise ValueError(f"checkpoint file {path} is {found} bytes long, expected {size}: restore it or remove {checkpoint}")
-        if checksum_of(path) != checksum:
-            raise ValueError(f"checkpoint file {path} is damaged (its checksum differs): restore it or remove {checkpoint}")
+        if (summed := checksum_of(path)) != checksum:
+            raise ValueError(
+                f"checkpoint file {path} is damaged (its CRC-32 is {summed:08x}, expected {checksum:08x}): restore it or remove {checkpoint}"
+            )
     if topology.is_main:
+        check_descriptions(checkpoint)
         check_pickles(checkpoint / TENSORS)
+
+
+def check_descriptions(checkpoint: Path) -> None:
+    """Check what a checkpoint says of itself: the manifest and the files beside its tensors.
+
+    Raises ValueError that names the damaged file, OSError where one cannot be read.
+    """
+    for name, (size, checksum) in read_manifest(checkpoint).get("descriptions", {}).items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise ValueError(f"checkpoint file {path} is missing: restore it or remove {checkpoint}")
+        found, summed = path.stat().st_size, checksum_of(path)
+        if (found, summed) != (size, checksum):
+            raise ValueError(
+                f"checkpoint file {path} is damaged ({found} bytes with CRC-32 {summed:08x}, expected {size} with {checksum:08x}): "
+                f"restore it or remove {checkpoint}"
+            )
+
+
+def sum_descriptions(partial: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of the files beside a checkpoint's tensors, once they have reached the disk."""
+    sums = {}
+    for path in sorted(partial.iterdir()):
+        if path.is_file():
+            sums[path.name] = [path.stat().st_size, checksum_of(path)]
+            sync_to_disk(path)
+    return sums
 
 
 def write_checksums(partial: Path, *, rank: int) -> None:

@@ -1,0 +1,79 @@
+"""The checkpoint that a run resumes from: the newest one that is whole. A damaged one costs its steps and not the run.
+
+A damaged checkpoint is renamed `damaged-step_...`: no run loads it and none removes it. That happens only once an older one was found to be
+whole: where no checkpoint can be read, the file system is the likelier cause, and nothing is touched.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform.files import sync_to_disk
+from megatron_mm.training.checkpoint.integrity import check_descriptions, verify
+from megatron_mm.training.checkpoint.names import completed_checkpoints
+
+logger = logging.getLogger(__name__)
+
+DAMAGED = "damaged-"
+"""What is put before the name of a damaged checkpoint."""
+
+
+def newest_whole_checkpoint(run_dir: Path, topology: Topology) -> Path | None:
+    """The newest checkpoint of a run whose files are what was written; None where the run has none. Called by all processes together.
+
+    Newer ones are logged on every process, by file and reason, and set aside. Raises ValueError, on all processes, where no checkpoint is
+    whole.
+    """
+    names = [[path.name for path in completed_checkpoints(run_dir)]]
+    dist.broadcast_object_list(names, src=0)  # of the first process, so that all look at the same ones
+    candidates = [run_dir / "checkpoints" / name for name in reversed(names[0])]
+    problems: list[str] = []
+    for number, candidate in enumerate(candidates):
+        try:
+            verify(candidate, topology)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for damaged, problem in zip(candidates[:number], problems, strict=True):
+            logger.error("%s", problem)
+            logger.error("resuming from %s instead; %s is renamed %s%s", candidate, damaged, DAMAGED, damaged.name)
+        if topology.is_main and problems:
+            _set_aside(candidates[:number])
+        dist.barrier()
+        return candidate
+    if problems:
+        raise ValueError(
+            f"no checkpoint in {run_dir / 'checkpoints'} can be resumed from: {'; '.join(problems)}. Where every file is affected, look at "
+            "the file system first; to begin again, use another --run-dir"
+        )
+    return None
+
+
+def newest_described_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint that can be looked at before processes meet: what it says of itself is undamaged, whatever its tensors are.
+
+    None where there is none.
+    """
+    for candidate in reversed(completed_checkpoints(run_dir)):
+        try:
+            check_descriptions(candidate)
+        except (ValueError, OSError) as error:
+            logger.warning("%s", error)
+        else:
+            return candidate
+    return None
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    for path in damaged:
+        to = path.with_name(DAMAGED + path.name)
+        number = 1
+        while to.exists():
+            number += 1
+            to = path.with_name(f"{DAMAGED}{path.name}-{number}")
+        path.rename(to)
+        sync_to_disk(path.parent)
