@@ -45,7 +45,7 @@ _ROUTER = ".mlp.router."
 
 
 def upcycle(dense: Path, run_dir: Path, experiment: Experiment) -> Path:
-    """Make a run directory whose checkpoint of step 0 holds the sparse model; training goes on from it. Returns the checkpoint.
+    """Make a run directory whose checkpoint of step 0 holds the sparse model; training resumes from it. Returns the checkpoint.
 
     Called by all processes of the experiment's layout together.
 

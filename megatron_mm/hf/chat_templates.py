@@ -23,7 +23,7 @@ def jinja_template(template: ChatTemplate, *, image: str = "<image>", begins_wit
         begins_with_bos: write the begin-of-text token. Without it the tokenizer must add it, as it does to any text that it is given.
     """
     bos = "{{- bos_token }}" if begins_with_bos else ""
-    end = "{{- eos_token }}" if template.learns_eos else ""
+    end = "{{- eos_token }}" if template.supervises_eos else ""
     return "".join(
         [
             "{%- macro text(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}{%- for part in content -%}",

@@ -61,25 +61,25 @@ def rows_for(num_vectors: int, *, width: int, hidden_size: int) -> int:
     return -(-num_vectors * width // hidden_size)
 
 
-def attach(hidden: torch.Tensor, passengers: torch.Tensor, *, rows: int) -> torch.Tensor:
-    """Put passengers behind hidden states, padded with zeros.
+def attach(hidden: torch.Tensor, states: torch.Tensor, *, rows: int) -> torch.Tensor:
+    """Put cross-attention states behind hidden states, padded with zeros.
 
     Args:
         hidden: [t, 1, h].
-        passengers: [m, 1, v].
+        states: cross-attention states [m, 1, v].
         rows: of the result.
 
     Returns:
         [rows, 1, h].
     """
-    flat = passengers.flatten().to(hidden.dtype)
+    flat = states.flatten().to(hidden.dtype)
     width = hidden.shape[-1]
     padding = (rows - hidden.shape[0]) * width - flat.numel()
     assert padding >= 0, f"{flat.numel()} numbers do not fit into {rows - hidden.shape[0]} rows of {width}"
     return torch.cat([hidden, F.pad(flat, (0, padding)).view(-1, 1, width)])
 
 
-def detach_passengers(sent: torch.Tensor, *, num_hidden: int, num_passengers: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `attach`: (hidden [num_hidden, 1, h], passengers [num_passengers, 1, width])."""
+def detach_states(sent: torch.Tensor, *, num_hidden: int, num_states: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `attach`: (hidden [num_hidden, 1, h], states [num_states, 1, width])."""
     hidden, rest = sent[:num_hidden], sent[num_hidden:]
-    return hidden, rest.flatten()[: num_passengers * width].view(num_passengers, 1, width)
+    return hidden, rest.flatten()[: num_states * width].view(num_states, 1, width)

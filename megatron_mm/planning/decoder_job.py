@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from megatron_mm.planning.decoder_block import DecoderShape, Recompute, Tokens, Trained, decoder_layer, embedding, output
 from megatron_mm.planning.hardware import Gpu, Software
+from megatron_mm.planning.job import Job
 from megatron_mm.planning.kernels import Block
 from megatron_mm.planning.layout import Layout
-from megatron_mm.planning.step import Job
 
 
 def decoder_job(

@@ -16,8 +16,9 @@ from pathlib import Path
 from megatron_mm.planning.decoder_block import DecoderShape, Recompute
 from megatron_mm.planning.decoder_job import decoder_job
 from megatron_mm.planning.hardware import STACKS, Software, gpu_named
+from megatron_mm.planning.job import Job
 from megatron_mm.planning.layout import Layout
-from megatron_mm.planning.step import Job, Prediction, StepModel
+from megatron_mm.planning.step import Prediction, StepModel
 
 GIB = 2**30
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from megatron_mm.planning.hardware import Gpu
+from megatron_mm.planning.job import Job
 from megatron_mm.planning.pipeline import PipelineResult
-
-if TYPE_CHECKING:
-    from megatron_mm.planning.step import Job
 
 LIBRARIES = 3.0e9
 """CUDA context, NCCL's buffers, cuBLAS's and Transformer Engine's workspaces: not in what the allocator counts, but on the device."""

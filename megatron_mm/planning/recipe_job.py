@@ -27,9 +27,9 @@ from megatron_mm.planning.decoder_block import (
 )
 from megatron_mm.planning.encoder_blocks import connector_block, patches_block, projector_block, resampler_block, tower_blocks
 from megatron_mm.planning.hardware import OURS, Gpu, Software
+from megatron_mm.planning.job import Job
 from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Stream
 from megatron_mm.planning.layout import Layout
-from megatron_mm.planning.step import Job
 from megatron_mm.planning.workload import MicroBatch, Workload, Workloads
 
 EXPERT_IMBALANCE = 1.10

@@ -9,9 +9,8 @@ from functools import cached_property
 from typing import Literal
 
 from megatron_mm.planning.costs import Costs, Seconds
-from megatron_mm.planning.hardware import Gpu, Software
+from megatron_mm.planning.job import Job
 from megatron_mm.planning.kernels import Block, Message
-from megatron_mm.planning.layout import Layout
 from megatron_mm.planning.memory import MemoryUse, memory_of_ranks
 from megatron_mm.planning.pipeline import PipelineResult, PipelineTimes, simulate
 
@@ -20,24 +19,6 @@ JITTER = 0.0035
 BUCKET_PARAMETERS = 40e6
 STEP_OVERHEAD = 4e-3
 """Seconds of the host between steps: batch to the device, loss back, learning rate."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is planned: the work of each micro-batch on each stage of a layout, on a GPU, under a software stack."""
-
-    layout: Layout
-    gpu: Gpu
-    software: Software
-    kinds: tuple[tuple[tuple[Block, ...], ...], ...]
-    """Micro-batches that differ: [kind][stage] -> blocks."""
-    micro_batches: tuple[int, ...]
-    """The kind of each micro-batch of a process, in order."""
-    hidden_bytes: float
-    """Of a message from stage to stage, of one process."""
-    overlap_parameter_gather: bool = True
-    replicated_parameters: float = 0.0
-    """Trainable parameters that every process of a tensor-parallel group has whole: their gradients are summed over it after the step."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 
 ENGINES = {(0, 16): ((2, 9), (2, 12)), (0, 19): ((2, 20), (2, 21))}
 """Versions of megatron-core that the tests run on, and of Transformer Engine that go with each: from the first on, before the second. 0.16
-declares its own range; with a later one it goes on without some kernels and says nothing. 0.19 declares none: the range is what was run.
+declares its own range; with a later one it continues without some kernels and says nothing. 0.19 declares none: the range is what was run.
 pyproject.toml says the same to pip."""
 
 

@@ -72,7 +72,7 @@ class WandbRun:
     def _guard(self, what: str, call: Callable[[], Any]) -> None:
         try:
             call()
-        except Exception as error:  # whatever the library raises, training goes on
+        except Exception as error:  # whatever the library raises, training continues
             logger.warning(
                 "W&B failed to %s (%s: %s) and is switched off; metrics.jsonl is still written", what, type(error).__name__, error
             )

@@ -57,7 +57,7 @@ def trained_on(turns: int, template: ChatTemplate, tokenizer: Tokenizer) -> tupl
     ]
     ids = [tokenizer.bos_id, *(id for run, _ in runs for id in run)]
     last = max(n for n, (_, counted) in enumerate(runs) if counted and (n == 0 or not runs[n - 1][1]))
-    return [*ids, tokenizer.eos_id] if template.learns_eos else ids, 1 + sum(len(run) for run, _ in runs[:last])
+    return [*ids, tokenizer.eos_id] if template.supervises_eos else ids, 1 + sum(len(run) for run, _ in runs[:last])
 
 
 def messages(turns: int, *, answered: bool) -> list[dict[str, Any]]:

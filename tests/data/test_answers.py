@@ -76,7 +76,7 @@ def test_the_answers_count_and_nothing_else(tmp_path: Path, name: str) -> None:
     assert torch.equal(batch.labels[counted], batch.token_ids.roll(-1)[counted])
     for _, end in itertools.pairwise(batch.cu_seqlens.tolist()):
         if batch.is_token[end - 1]:
-            learned = chat_template(name).learns_eos
+            learned = chat_template(name).supervises_eos
             assert batch.token_ids[end - 1] == tokenizer.eos_id and counted[end - 2] == learned, "where it ends the last answer, EOS counts"
             assert learned or (counted[end - 3] and batch.labels[end - 3] == tokenizer.special_id("<|im_end|>"))
     if name in ("zephyr", "vicuna", "llama2"):

@@ -47,7 +47,7 @@ def test_texts_next_to_each_other_are_one_string(name: str) -> None:
 
 def test_who_learns_to_say_eos() -> None:
     """InternVL's conversations end with `<|im_end|>`: its conversation.py writes no </s> after the last."""
-    assert {name for name, template in CHAT_TEMPLATES.items() if not template.learns_eos} == {"internlm2"}
+    assert {name for name, template in CHAT_TEMPLATES.items() if not template.supervises_eos} == {"internlm2"}
 
 
 def test_control_tokens_of_templates() -> None:

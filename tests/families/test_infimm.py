@@ -16,7 +16,7 @@ from megatron_mm.families.infimm.gated_cross_attention import media_layout
 from megatron_mm.families.registry import pipeline_rows
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.initial_weights import initialize_weights
-from megatron_mm.parallel.stages import attach, detach_passengers, rows_for
+from megatron_mm.parallel.stages import attach, detach_states, rows_for
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.build import build_chunks
 
@@ -143,14 +143,14 @@ def test_a_micro_batch_without_images_gives_every_learning_weight_a_gradient(top
     assert all(p.grad is None for name, p in chunk.named_parameters() if name.startswith("vision."))
 
 
-def test_passengers_come_back_from_the_rows_behind_the_hidden_states() -> None:
+def test_states_come_back_from_the_rows_behind_the_hidden_states() -> None:
     hidden, latents = torch.randn(10, 1, 16), torch.randn(6, 1, 12, requires_grad=True)
     assert rows_for(6, width=12, hidden_size=16) == 5
     sent = attach(hidden, latents, rows=17)
     assert sent.shape == (17, 1, 16)
-    back, passengers = detach_passengers(sent, num_hidden=10, num_passengers=6, width=12)
-    assert torch.equal(back, hidden) and torch.equal(passengers, latents)
-    passengers.sum().backward()
+    back, states = detach_states(sent, num_hidden=10, num_states=6, width=12)
+    assert torch.equal(back, hidden) and torch.equal(states, latents)
+    states.sum().backward()
     assert torch.equal(latents.grad, torch.ones_like(latents))
 
 

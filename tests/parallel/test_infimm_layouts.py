@@ -56,7 +56,7 @@ def test_loss_curve_equals_that_of_one_process(layout: Layout) -> None:
     assert_same(run_processes(train, layout.world_size, layout), _one_process(layout.policy))
 
 
-def test_what_learns_is_what_the_policy_says() -> None:
+def test_what_is_trainable_is_what_the_policy_says() -> None:
     bridge, everything = _one_process("pt").learned, _one_process("ift").learned
     assert bridge and all(".resampler." in name or ".gated." in name for name in bridge)
     assert any(".self_attention." in name for name in everything) and any(".embedding." in name for name in everything)

@@ -44,7 +44,7 @@ def test_loss_curve_equals_that_of_one_process(layout: Layout) -> None:
     assert_same(run_processes(train, layout.world_size, layout), _one_process(layout.policy))
 
 
-def test_what_learns_is_what_the_policy_says() -> None:
+def test_what_is_trainable_is_what_the_policy_says() -> None:
     visual = set(_one_process("s1_1").learned)
     assert visual and all(name.startswith(("0.patches.", "0.projector.")) or ".mlp.visual." in name for name in visual)
     with_attention = set(_one_process("s1_3").learned)

@@ -1,4 +1,4 @@
-"""A signal ends a run after the same step everywhere, with a whole checkpoint, and the next start goes on from there."""
+"""A signal ends a run after the same step everywhere, with a whole checkpoint, and the next start resumes from there."""
 
 from __future__ import annotations
 

@@ -175,11 +175,11 @@ def document_images(source: Source, row: int, image: ImageInput) -> DocumentImag
 
 def supervised_tokens(source: Source, row: int, image: ImageInput) -> np.ndarray:
     """Which tokens of a document's stream are supervised as labels, as far as its items say: [tokens] bool. BOS never is, EOS is where the
-    last item is, unless the chat template ends answers otherwise (`ChatTemplate.learns_eos`). That images themselves are not is
+    last item is, unless the chat template ends answers otherwise (`ChatTemplate.supervises_eos`). That images themselves are not is
     `ImageInput.silent_from`'s matter."""
     items = source.items(row)
-    learns_eos = source.chat_template is None or chat_template(source.chat_template).learns_eos
-    return np.concatenate([[False], np.repeat(items.supervised, _sizes(items, image)), items.supervised[-1:] & learns_eos])
+    supervises_eos = source.chat_template is None or chat_template(source.chat_template).supervises_eos
+    return np.concatenate([[False], np.repeat(items.supervised, _sizes(items, image)), items.supervised[-1:] & supervises_eos])
 
 
 def _sizes(items: Items, image: ImageInput) -> np.ndarray:

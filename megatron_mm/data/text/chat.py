@@ -6,7 +6,7 @@ A conversation becomes a document like any other, BOS, items, EOS, of which the 
                                            ------  ------------                                  ------  -----------------  ---
 
 Where a template ends an answer with the end-of-text token, the last one is the stream's own EOS. Where it ends answers with a token of its
-own, the stream's EOS only parts documents and does not count (`learns_eos`), so that no model learns to say it. Control tokens are
+own, the stream's EOS only parts documents and does not count (`supervises_eos`), so that no model learns to say it. Control tokens are
 tokens of their own; the texts between them are each tokenized as SentencePiece does it, with the space before them that it may put there.
 """
 
@@ -43,7 +43,7 @@ class ChatTemplate:
     """After every answer but the last; counts."""
     after_last_answer: Parts
     """After the last answer, before EOS; counts."""
-    learns_eos: bool = True
+    supervises_eos: bool = True
     """The stream's EOS after the last answer counts, because the template ends answers with it."""
     after_all: str = ""
     """What the released template writes behind the end of a conversation. No model learns it, so training leaves it out."""
@@ -61,7 +61,7 @@ class ChatTemplate:
     def end_of_answer(self) -> str:
         """The control token that ends the last answer."""
         last = [part.token for part in self.after_last_answer if isinstance(part, Control)]
-        return _END.token if self.learns_eos else last[0]
+        return _END.token if self.supervises_eos else last[0]
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -142,7 +142,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
         before_answer=(_IM_END, _IM_START, "assistant\n"),
         after_answer=(_IM_END,),
         after_last_answer=(_IM_END,),
-        learns_eos=False,
+        supervises_eos=False,
     ),
 }
 

@@ -23,7 +23,7 @@ from megatron_mm.models.decoder import layers_of_chunk
 from megatron_mm.models.eva import EvaTower
 from megatron_mm.models.layers import decoder_layer_spec, plain_submodules
 from megatron_mm.models.resampler import PerceiverResampler
-from megatron_mm.parallel.stages import attach, detach_passengers
+from megatron_mm.parallel.stages import attach, detach_states
 
 
 class InfiMMModel(Chunk):
@@ -67,9 +67,7 @@ class InfiMMModel(Chunk):
             latents_m1v = self._encode(batch)
         else:
             assert self.received is not None, "a later stage receives before it runs"
-            hidden, latents_m1v = detach_passengers(
-                self.received, num_hidden=len(local), num_passengers=num_latents, width=self.latent_size
-            )
+            hidden, latents_m1v = detach_states(self.received, num_hidden=len(local), num_states=num_latents, width=self.latent_size)
             self.language.set_input_tensor(hidden)
         media = media_layout(batch, num_latents=self.num_latents, local=local, dtype=latents_m1v.dtype)
         out = self.decode(batch, decoder_input, media, context=latents_m1v, with_loss=with_loss)

@@ -5,7 +5,7 @@ networks `megatron-mm convert from-hf` also copies into the visual experts. `exa
 
 | | S1.1 concepts | S1.2 semantics | S1.3 alignment | S2 instructions |
 |---|---|---|---|---|
-| learns | patch embedding, projector, visual experts | the same | attention too | everything |
+| trainable | patch embedding, projector, visual experts | the same | attention too | everything |
 | samples (paper) | 922M | 258M | 143M | about 5M |
 | image tokens at most (paper) | 1280 | 1792 | 3328 | 6400 |
 | tiles at most, thumbnail included | 5 | 7 | 13 | 25 |
@@ -96,7 +96,7 @@ def mono_internvl_2b_s1_2() -> Experiment:
 
 
 def mono_internvl_2b_s1_3() -> Experiment:
-    """Alignment on captions (53.9%), detection (5.2%) and OCR (40.9%): attention learns too; up to 13 tiles.
+    """Alignment on captions (53.9%), detection (5.2%) and OCR (40.9%): attention is trainable too; up to 13 tiles.
 
     256 GPUs, tensor 2 x data 128.
     """
@@ -111,7 +111,7 @@ def mono_internvl_2b_s1_3() -> Experiment:
 
 
 def mono_internvl_2b_s2() -> Experiment:
-    """Instruction tuning on conversations under InternLM2's chat template: everything learns; up to 25 tiles.
+    """Instruction tuning on conversations under InternLM2's chat template: everything is trainable; up to 25 tiles.
 
     256 GPUs, tensor 2 x data 128.
     """

@@ -1,0 +1,27 @@
+"""What is planned: a model's work on a layout, a GPU and a software stack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mm.planning.hardware import Gpu, Software
+from megatron_mm.planning.kernels import Block
+from megatron_mm.planning.layout import Layout
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned: the work of each micro-batch on each stage of a layout, on a GPU, under a software stack."""
+
+    layout: Layout
+    gpu: Gpu
+    software: Software
+    kinds: tuple[tuple[tuple[Block, ...], ...], ...]
+    """Micro-batches that differ: [kind][stage] -> blocks."""
+    micro_batches: tuple[int, ...]
+    """The kind of each micro-batch of a process, in order."""
+    hidden_bytes: float
+    """Of a message from stage to stage, of one process."""
+    overlap_parameter_gather: bool = True
+    replicated_parameters: float = 0.0
+    """Trainable parameters that every process of a tensor-parallel group has whole: their gradients are summed over it after the step."""
