@@ -31,7 +31,7 @@ def sparse_experiment(experts: MoEConfig = EXPERTS, **train: int) -> Experiment:
 
 
 def uneven_step(experiment: Experiment, topology: Topology, *, step: int) -> list[PackedBatch]:
-    """Micro-batches of one sequence that differ in images, so in counted tokens, and in padding: 0, 16, 32 and 48 of 96 tokens."""
+    """Micro-batches of one sequence that differ in images, so in supervised tokens, and in real ones: 96, 64, 64 and 48."""
     batches = random_step(experiment, topology, step=step)
     for index, batch in enumerate(batches):
         is_token, mask = batch.is_token.clone(), batch.loss_mask.clone()
@@ -171,5 +171,5 @@ def _shares_after_a_step() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_routers_remember_the_shares_of_the_step_and_not_those_of_an_evaluation() -> None:
     shares, chosen = run_processes(_shares_after_a_step, 1)[0]
-    assert chosen.sum() == 2 * (96 + 80 + 64 + 48)
+    assert chosen.sum() == 2 * (96 + 64 + 64 + 48), "two experts for each real token; the second micro-batch is 64 tokens long"
     torch.testing.assert_close(shares.double(), chosen / chosen.sum())

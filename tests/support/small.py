@@ -23,11 +23,14 @@ IMAGES_OF_MICRO_BATCHES = (0, 1, 4)
 """In turn: no image, one (so that of two tensor-parallel processes one has none), many."""
 
 
-def small_experiment(*, decoder: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
+def small_experiment(
+    *, decoder: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, policy: str = "all", **train: Any
+) -> Experiment:
     """debug_mm1 with less of everything: 2 layers of width 64 with 8 heads on 4 key/value heads, 4 micro-batches of 96 tokens.
 
     Args:
         decoder, parallel, train: fields to change.
+        policy: `train.freeze_policy`.
     """
     fields: dict[str, Any] = {
         "num_layers": 2,
@@ -50,7 +53,7 @@ def small_experiment(*, decoder: dict[str, Any] | None = None, parallel: dict[st
         model=model,
         data=replace(recipe.data, sequence_length=96),
         parallel=ParallelConfig(**(parallel or {})),
-        train=replace(recipe.train, **{"global_batch_size": 4, "micro_batch_size": 1, **train}),
+        train=replace(recipe.train, **{"global_batch_size": 4, "micro_batch_size": 1, "freeze_policy": policy, **train}),
     )
 
 
