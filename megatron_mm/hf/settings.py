@@ -29,7 +29,11 @@ def decoder_settings(document: Mapping[str, Any]) -> dict[str, Any]:
         "bias": bool(document.get("bias", False)) and document.get("model_type") == "internlm2",
         "rope_scaling": kind not in ("default", "dynamic"),  # dynamic changes nothing up to max_position_embeddings
     }
-    found = {name: document.get(name) for name, is_wrong in wrong.items() if is_wrong and document.get(name) != explained.get(name)}
+    found = {
+        name: document.get(name)
+        for name, is_wrong in wrong.items()
+        if is_wrong and not (name in explained and document.get(name) == explained[name])
+    }
     if found:
         raise ValueError(f"the language model's config.json has {found}, but our decoder has SiLU, no biases and plain rotary positions")
     return {

@@ -167,7 +167,9 @@ def test_a_worker_that_dies_is_an_error_and_no_hang(tmp_path: Path, tokenizer: P
     with pytest.raises(ValueError, match=r"a process that indexed .*pairs was killed: use fewer than 2 --workers"):
         prepare_index(tmp_path, tokenizer=tokenizer, workers=2)
     killer.join()
-    assert not (tmp_path / "pairs" / "index").exists()
+    assert not (tmp_path / "pairs" / "index" / "meta.json").exists(), (
+        "rows of whole shards stay for the next attempt, and there is no index"
+    )
 
 
 def test_a_source_without_a_usable_sample_is_named(tmp_path: Path, tokenizer: Path) -> None:
