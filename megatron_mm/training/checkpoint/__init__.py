@@ -8,8 +8,9 @@
         manifest.json       size and CRC-32 of every other file; written last
 
 A save goes to a fresh directory beside these, `.partial-...`; only when every process has written its part and the parts are
-checked is it renamed. So a directory named step_* is always whole, whatever was killed when. Reading checks sizes and
-checksums first; a damaged checkpoint is set aside and the one before it used (`fallback.py`). Reading lets the two pickles that megatron-core writes name nothing but tensors' metadata.
+checked is it renamed. So a directory named step_* is always whole, whatever was killed when. Reading checks sizes and checksums
+first; a damaged checkpoint is set aside and the one before it used (`fallback.py`). The two pickles that megatron-core writes may
+name nothing but tensors' metadata.
 """
 
 from megatron_mm.training.checkpoint.checkpointer import Checkpointer

@@ -69,7 +69,8 @@ def _check_share(checkpoint: Path, topology: Topology) -> None:
             raise ValueError(f"checkpoint file {path} is {found} bytes long, expected {size}: restore it or remove {checkpoint}")
         if (summed := checksum_of(path)) != checksum:
             raise ValueError(
-                f"checkpoint file {path} is damaged (its CRC-32 is {summed:08x}, expected {checksum:08x}): restore it or remove {checkpoint}"
+                f"checkpoint file {path} is damaged (its CRC-32 is {summed:08x}, expected {checksum:08x}): "
+                f"restore it or remove {checkpoint}"
             )
     if topology.is_main:
         check_descriptions(checkpoint)
