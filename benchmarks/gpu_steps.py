@@ -15,7 +15,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from benchmarks.parts import Row
-from megatron_mm.config import DecoderConfig, Experiment, MoEConfig
+from megatron_mm.config import DecoderConfig, Experiment, KernelConfig, MoEConfig
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.recipes import get_recipe
@@ -52,33 +52,33 @@ class Case:
     recompute: str = "none"
     fp8_recipe: str = ""
     """megatron-core's name of where FP8 scales come from; empty: as training has it."""
-    fused_gradients: bool = False
-    """Transformer Engine adds weight gradients to the fp32 buffers inside its matrix products."""
+    kernels: str = "all"
+    """Fused kernels (`config.KernelConfig`): all that can run, as training has it; one; or none."""
     micro_batch_size: int = 1
     """Sequences."""
 
     def __str__(self) -> str:
-        fused = ", fused gradients" if self.fused_gradients else ""
+        scales = f" {self.fp8_recipe}" if self.fp8_recipe else ""
+        kernels = f", {self.kernels.replace('_', ' ')} fused" if self.layers == "te" else ""
         sequences = f", micro-batches of {self.micro_batch_size}" if self.micro_batch_size > 1 else ""
-        return (
-            f"{self.layers} {self.precision}{' ' if self.fp8_recipe else ''}{self.fp8_recipe}, recompute {self.recompute}{fused}{sequences}"
-        )
+        return f"{self.layers} {self.precision}{scales}, recompute {self.recompute}{kernels}{sequences}"
 
 
 BF16, TE, FP8 = Case("torch", "bf16"), Case("te", "bf16"), Case("te", "fp8")
-FUSED, FUSED_FP8 = replace(TE, fused_gradients=True), replace(FP8, fused_gradients=True)
+PLAIN_TE = replace(TE, kernels="none")
 CASES = [
     BF16,
+    PLAIN_TE,
     TE,
-    FUSED,
-    FUSED_FP8,
-    replace(FUSED, micro_batch_size=2),
-    replace(FUSED_FP8, micro_batch_size=2),
+    FP8,
+    *(replace(case, micro_batch_size=2) for case in (TE, FP8)),
+    *(replace(PLAIN_TE, kernels=kernel) for kernel in ("weight_gradients", "cross_entropy")),
     *(replace(TE, recompute=how) for how in ("selective", "full")),
 ]
 """What tells most comes first, as time may run out."""
-SHORT_CASES = [BF16, TE, FUSED, FUSED_FP8]
-FP8_CASES = [BF16, TE, FUSED, *(replace(FUSED_FP8, fp8_recipe=recipe) for recipe in ("tensorwise", "delayed", "blockwise"))]
+SHORT_CASES = [BF16, PLAIN_TE, TE, FP8]
+SPARSE_CASES = [BF16, PLAIN_TE, replace(PLAIN_TE, kernels="token_permutation"), TE, FP8]
+FP8_CASES = [BF16, PLAIN_TE, TE, *(replace(FP8, fp8_recipe=recipe) for recipe in ("tensorwise", "blockwise", "delayed"))]
 CPU_CASES = [Case("torch", "fp32", how) for how in ("none", "selective", "full")]
 
 
@@ -120,7 +120,7 @@ def _shallow(recipe: str, layers: int) -> Experiment:
 MODELS = {
     "mm1_1b": (lambda: get_recipe("mm1_1b"), CASES),
     "mm1_30b, a process of tensor 4, 8 layers": (_slice_of_30b, FP8_CASES),
-    "mm1_3b_moe, 8 experts, 4 layers": (_slice_of_moe, SHORT_CASES),
+    "mm1_3b_moe, 8 experts, 4 layers": (_slice_of_moe, SPARSE_CASES),
     "the same without experts": (_dense_of_moe, SHORT_CASES),
     "mm1_7b, 8 layers": (lambda: _shallow("mm1_7b", 8), SHORT_CASES),
     "infimm_zephyr_7b_pt, 8 layers": (lambda: _shallow("infimm_zephyr_7b_pt", 8), SHORT_CASES),
@@ -134,8 +134,12 @@ CPU_MODELS = {
 
 def on_one_process(base: Experiment, case: Case) -> Experiment:
     """The experiment on one process, a few micro-batches a step."""
+    kernels = KernelConfig()
+    if case.kernels != "all":
+        kernels = KernelConfig(**{field.name: field.name == case.kernels for field in fields(KernelConfig)})
     return replace(
         base,
+        kernels=kernels,
         parallel=replace(base.parallel, tensor=1, pipeline=1, virtual=1, expert=1, stage_layers=None, recompute=case.recompute),  # type: ignore[arg-type]
         train=replace(
             base.train,
@@ -187,8 +191,6 @@ class Bench:
         for module in self.model[0].modules():
             if case.fp8_recipe and getattr(getattr(module, "config", None), "fp8", None):
                 module.config.fp8_recipe = case.fp8_recipe  # type: ignore[union-attr]
-            if case.fused_gradients and hasattr(module, "fuse_wgrad_accumulation"):
-                module.fuse_wgrad_accumulation = True
         self.optimizer = build_optimizer(self.settings, self.model)
         self.training_step = TrainingStep(self.settings, self.topology, self.model, self.optimizer, num_sources=1)
         self.batch = full_batch(self.settings).to(self.topology.device)

@@ -137,7 +137,7 @@ def train(settings: Experiment) -> Seen:
         chunk = model[0].module
         hide_nothing(chunk)
         step = TrainingStep(settings, topology, model, build_optimizer(settings, model), num_sources=len(settings.data.sources))
-        data = TrainingData(settings, topology, open_tokenizer(settings))
+        data = TrainingData(_padded_alike(settings), topology, open_tokenizer(settings))
         batches = next(data).micro_batches
         logits = _logits(chunk, [batch.to(topology.device) for batch in batches])
         layers: dict[str, torch.Tensor] = {}
@@ -151,6 +151,11 @@ def train(settings: Experiment) -> Seen:
         return Seen([batch.num_images for batch in batches], logits, layers, losses, gradients)
     finally:
         topologies.shutdown()
+
+
+def _padded_alike(settings: Experiment) -> Experiment:
+    """With micro-batches of the same numbers of tokens in every precision: FP8's."""
+    return replace(settings, train=replace(settings.train, precision="fp8"))
 
 
 @torch.no_grad()
@@ -370,6 +375,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--minutes", type=float, default=8.0, help="what still runs then is killed (default: %(default)s)")
+    parser.add_argument("--only", action="append", choices=list(CHECKS), help="default: all")
     parser.add_argument("--at-once", type=int, help="checks that run at the same time (default: all on a GPU, 1 on a CPU)")
     parser.add_argument("--record", type=Path, help="file to append every result to, as a line of JSON")
     parser.add_argument("--one", nargs=2, metavar=("CHECK", "DATA"), help=argparse.SUPPRESS)
@@ -388,7 +394,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         prepare_demo(data, samples=400)
-        parts = [Part(name, [__file__, "--device", arguments.device, "--one", name, str(data)]) for name in CHECKS]
+        parts = [Part(name, [__file__, "--device", arguments.device, "--one", name, str(data)]) for name in arguments.only or CHECKS]
         at_once = arguments.at_once or (len(parts) if device.type == "cuda" else 1)
         for row in run_parts(parts, at_once=at_once, deadline=began + 60 * arguments.minutes, record=arguments.record):
             show(row)

@@ -1,6 +1,7 @@
 """The configuration of a run: one dataclass, `Experiment`, made of one part for each concern.
 
     blocks.py      shapes of the blocks that families share; a family's own stand in its folder
+    kernels.py     which fused kernels are taken
     run.py         how it is cut, fed, trained, saved, evaluated, watched; `Experiment`
 
 A recipe (`megatron_mm.families.recipes`) is a function that returns a complete `Experiment`; the command line overrides its
@@ -17,6 +18,7 @@ from megatron_mm.config.blocks import (
     ResamplerConfig,
     VisionConfig,
 )
+from megatron_mm.config.kernels import KernelConfig
 from megatron_mm.config.run import (
     FP8_MULTIPLE,
     CheckpointConfig,
@@ -39,6 +41,7 @@ __all__ = [
     "EvaConfig",
     "EvalConfig",
     "Experiment",
+    "KernelConfig",
     "MoEConfig",
     "ModelConfig",
     "MonitorConfig",

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from megatron_mm.config.blocks import ModelConfig
 from megatron_mm.config.checks import require, require_positive
+from megatron_mm.config.kernels import KernelConfig
 
 Precision = Literal["fp32", "bf16", "fp8"]
 
@@ -308,6 +309,7 @@ class Experiment:
     optimizer: OptimizerConfig
     train: TrainConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

@@ -33,6 +33,15 @@ class ImageSharing(Protocol):
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """Which fused kernels are taken (`config.KernelConfig`, decided)."""
+
+    weight_gradients: bool = False
+    cross_entropy: bool = False
+    token_permutation: bool = False
+
+
+@dataclass(frozen=True)
 class ChunkContext:
     """Everything that the construction of one pipeline chunk depends on, besides the model's own config."""
 
@@ -48,6 +57,7 @@ class ChunkContext:
     encoder_groups: ProcessGroupCollection
     """Process groups of this process alone, for modules that it shares with nobody."""
     sharing: ImageSharing
+    kernels: Kernels = Kernels()
 
     @property
     def dtype(self) -> torch.dtype:

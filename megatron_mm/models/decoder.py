@@ -65,7 +65,9 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
         apply_rope_fusion=on_te,
         bias_activation_fusion=on_te,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # `training.kernels.fuse_weight_gradients`
+        cross_entropy_loss_fusion=context.kernels.cross_entropy,
+        cross_entropy_fusion_impl="te" if context.kernels.cross_entropy else "native",
         use_cpu_initialization=not context.on_gpu,
         **NO_INITIALIZATION,
         # -- parallelism
@@ -102,6 +104,7 @@ def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict[str, A
         "moe_expert_capacity_factor": moe.capacity_factor,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": context.backend == "te",
+        "moe_permute_fusion": context.kernels.token_permutation,
         "expert_tensor_parallel_size": parallel.expert_tensor,
     }
 

@@ -33,6 +33,12 @@ def te_experts() -> Any:
     return submodules.experts
 
 
+def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
+    """Of this process's parameters, each counted by one process of the model: a method whose name changed after 0.16."""
+    before = getattr(optimizer, "get_main_grads_for_grad_norm", None)
+    return optimizer.get_grads_for_grad_norm() if before is None else before()
+
+
 def mlp_spec(submodules: MLPSubmodules) -> Any:
     """A layer's MLP of these linear layers: a ModuleSpec in 0.16; 0.19 wants a function, and warns of specs."""
     build = getattr(MLP, "as_mlp_submodule", None)

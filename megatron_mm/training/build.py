@@ -12,13 +12,14 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_mm.config import Experiment
 from megatron_mm.families.registry import family_of
-from megatron_mm.models.context import ChunkContext
+from megatron_mm.models.context import ChunkContext, Kernels
 from megatron_mm.models.layers import Backend
 from megatron_mm.parallel.gradients import finalize_model_grads
 from megatron_mm.parallel.images import TensorParallelImages
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.parallel.topology import Topology, single_process_groups
 from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
+from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -42,22 +43,32 @@ def choose_backend(experiment: Experiment, *, on_gpu: bool) -> Backend:
     return "te" if has_te and train.layers != "torch" and train.precision != "fp32" else "torch"
 
 
+def _choose(experiment: Experiment, topology: Topology) -> tuple[Backend, Kernels]:
+    """Layer backend and fused kernels on this process's device; the plainest where only shapes are wanted."""
+    if topology.device.type == "meta":
+        return "torch", Kernels()
+    backend = choose_backend(experiment, on_gpu=topology.device.type == "cuda")
+    return backend, choose_kernels(experiment, backend=backend)
+
+
 def build_chunks(experiment: Experiment, topology: Topology) -> list[MegatronModule]:
     """The pipeline chunks of this process, their weights allocated on its device and not initialised."""
     parallel = experiment.parallel
     on_gpu = topology.device.type == "cuda"
     family = family_of(experiment.model)
+    backend, kernels = _choose(experiment, topology)
     chunks = []
     for virtual_stage in range(parallel.virtual):
         context = ChunkContext(
             parallel=parallel,
             precision=experiment.train.precision,
-            backend=choose_backend(experiment, on_gpu=on_gpu) if topology.device.type != "meta" else "torch",
+            backend=backend,
             on_gpu=on_gpu,
             sequence_length=experiment.data.sequence_length,
             stage=virtual_stage * parallel.pipeline + topology.pipeline_rank,
             encoder_groups=single_process_groups(),
             sharing=TensorParallelImages(parallel_state.get_tensor_model_parallel_group(), sequence_parallel=parallel.sequence_parallel),
+            kernels=kernels,
         )
         with torch.device(topology.device):
             chunks.append(family.build(experiment.model, context))
@@ -89,6 +100,8 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
     for index, chunk in enumerate(chunks):
         # Later chunks have their whole backward pass to hide one large reduction in; buckets would only add messages.
         model.append(DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0))
+    if _choose(experiment, topology)[1].weight_gradients:
+        fuse_weight_gradients(model)
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:

@@ -12,7 +12,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_gr
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from megatron_mm.config import Experiment, OptimizerConfig
-from megatron_mm.platform import adam
+from megatron_mm.platform import adam, engine
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def squared_grad_norm(optimizer: MegatronOptimizer, *, device: torch.device) -> 
     optimizer.prepare_grads()
     total = torch.zeros([], dtype=torch.float64, device=device)
     for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
-        grads = part.get_main_grads_for_grad_norm()
+        grads = engine.gradients_for_norm(part)
         if grads:
             overflow = torch.zeros(1, dtype=torch.int, device=grads[0].device)
             norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, overflow, [grads], False)

@@ -29,6 +29,7 @@ from support.te import fp8  # noqa: E402
 
 from megatron_mm.config import Experiment, MoEConfig, ResamplerConfig  # noqa: E402
 from megatron_mm.data.batch import PackedBatch  # noqa: E402
+from megatron_mm.models.context import Kernels  # noqa: E402
 from megatron_mm.parallel import initial_weights  # noqa: E402
 from megatron_mm.parallel import topology as topologies  # noqa: E402
 from megatron_mm.run.start import check_fp8  # noqa: E402
@@ -132,6 +133,7 @@ class Trainee:
 
 def use_backend(backend: str) -> None:
     build.choose_backend = lambda experiment, *, on_gpu: backend  # type: ignore[assignment, return-value]
+    build.choose_kernels = lambda experiment, *, backend: Kernels(weight_gradients=backend == "te")  # the others are written in Triton
 
 
 def hide_nothing(chunk: torch.nn.Module) -> None:

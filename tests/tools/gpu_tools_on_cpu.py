@@ -21,6 +21,7 @@ te.install()
 import torch  # noqa: E402
 
 from megatron_mm.data.prepare.demo import prepare_demo  # noqa: E402
+from megatron_mm.models.context import Kernels  # noqa: E402
 from megatron_mm.training import build  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[2]
@@ -56,6 +57,7 @@ def compare_routed() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     build.choose_backend = lambda experiment, *, on_gpu: experiment.train.layers
+    build.choose_kernels = lambda experiment, *, backend: Kernels(weight_gradients=backend == "te")  # the others are written in Triton
     {"gpu_check": check_layers, "routed_experts": compare_routed}[sys.argv[1]]()
 
 

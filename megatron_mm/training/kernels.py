@@ -1,0 +1,46 @@
+"""Which fused kernels a run takes: what is asked for, held against what is there."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import fields
+
+import torch
+
+from megatron_mm.config import Experiment, KernelConfig
+from megatron_mm.models.context import Kernels
+from megatron_mm.models.layers import Backend
+
+
+def choose_kernels(experiment: Experiment, *, backend: Backend) -> Kernels:
+    """The kernels of this run on a layer backend.
+
+    Raises ValueError that names a kernel which is asked for and cannot run here, and why.
+    """
+    missing = _missing(experiment, backend=backend)
+    chosen = {}
+    for field in fields(KernelConfig):
+        wanted, why = getattr(experiment.kernels, field.name), missing[field.name]
+        if wanted and why:
+            raise ValueError(f"kernels.{field.name} is True, but {why}: leave it out, and it is taken where it can run")
+        chosen[field.name] = not why if wanted is None else wanted
+    return Kernels(**chosen)
+
+
+def _missing(experiment: Experiment, *, backend: Backend) -> dict[str, str]:
+    """Why each kernel cannot run here; empty where it can."""
+    no_te = "" if backend == "te" else "layers are plain PyTorch here, and it is Transformer Engine's"
+    no_triton = no_te or ("" if importlib.util.find_spec("triton") is not None else "it is written in Triton, which is not installed")
+    no_experts = "" if experiment.model.decoder.moe is not None else "the model has no experts"
+    return {"weight_gradients": no_te, "cross_entropy": no_triton, "token_permutation": no_triton or no_experts}
+
+
+def fuse_weight_gradients(chunks: list[torch.nn.Module]) -> None:
+    """Tell Transformer Engine's layers to add weight gradients to `main_grad`, which data parallelism has given their weights by now.
+
+    Not by megatron-core's `gradient_accumulation_fusion`: that is asked of its own output layer as well, which then wants apex.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
