@@ -125,7 +125,7 @@ def _verify(given: argparse.Namespace) -> None:
 
     found = verify(given.first, given.second, prompt=given.prompt, threads=given.threads)
     print("\n".join(report(found)))
-    if not found.same_tensors:
+    if not found.passed:
         raise SystemExit(1)
 
 

@@ -53,7 +53,12 @@ def _lines(out: Path, experiment: Experiment, checkpoint: Path, *, part: str, dt
 
 
 def _use(out: Path, *, part: str) -> Iterator[str]:
-    remote = "auto_map" in json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text())
+    remote = "auto_map" in config
+    if part == "whole" and not remote and not _is_in_transformers(config.get("model_type")):
+        yield "This model's family brings no modeling code, and transformers has none of its own: the weights and config.json are for code"
+        yield "that its authors supply."
+        return
     names = {"whole": "AutoModelForCausalLM", "language": "AutoModelForCausalLM", "vision": "CLIPVisionModel"}
     reader = "AutoProcessor" if (out / "processor_config.json").is_file() else "AutoImageProcessor" if part == "vision" else "AutoTokenizer"
     trust = ", trust_remote_code=True" if remote else ""
@@ -63,6 +68,12 @@ def _use(out: Path, *, part: str) -> Iterator[str]:
     yield f'model = {names[part]}.from_pretrained(".", dtype="auto"{trust})'
     yield f'{"tokenizer" if reader == "AutoTokenizer" else "processor"} = {reader}.from_pretrained("."{trust})'
     yield "```"
+
+
+def _is_in_transformers(model_type: str | None) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
 
 
 def _training(experiment: Experiment, checkpoint: Path) -> Iterator[str]:

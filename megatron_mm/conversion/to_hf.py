@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,7 +108,7 @@ def convert_to_hf(
     _check_rows(vocab_rows, experiment, tokenizer, part=part)
     table, write_files = _exporter(part, experiment, tokenizer, checkpoint, architecture=architecture, vocab_rows=vocab_rows)
     reader = CheckpointReader(checkpoint, verify=verify, threads=threads)
-    plan = plan_tensors(table, _checked_infos(reader, experiment, table, checkpoint, whole=part == "whole"), dtype=DTYPES[dtype])
+    plan = plan_tensors(table, _checked_infos(reader, experiment, table, checkpoint, part=part), dtype=DTYPES[dtype])
     if part == "whole":
         plan += _constants(family_of(experiment.model).constants(experiment.model))
     shards = plan_shards(plan, limit=limit)
@@ -217,20 +217,23 @@ def _exporter(
     if part == "language":
         files = partial(parts.write_language_files, experiment, tokenizer, architecture=architecture, vocab_rows=vocab_rows)
         return parts.language_table(experiment, architecture=architecture, vocab_rows=vocab_rows), files
+    family, model = family_of(experiment.model), experiment.model
+    family.check_export(model)
     if tokenizer is None:
         raise ValueError(f"{checkpoint} has no tokenizer.model: put the run's SentencePiece model there")
-    family, model = family_of(experiment.model), experiment.model
     files = partial(family.write_files, model, experiment=experiment, tokenizer=tokenizer, vocab_rows=vocab_rows)
     return family.table(model, vocab_rows=vocab_rows), files
 
 
 def _checked_infos(
-    reader: CheckpointReader, experiment: Experiment, table: list[Entry], checkpoint: Path, *, whole: bool
+    reader: CheckpointReader, experiment: Experiment, table: list[Entry], checkpoint: Path, *, part: ExportedPart
 ) -> dict[str, TensorInfo]:
     """The stored tensors. Raises ValueError where they are not those of the checkpoint's own model, with the shapes."""
     infos, where = reader.names(), f"checkpoint {checkpoint}"
     wanted = {entry.ours for entry in table}
-    check_names(wanted, infos if whole else wanted & infos.keys(), where=where)
+    check_names(wanted, infos if part == "whole" else wanted & infos.keys(), where=where)
+    if part == "language":
+        _check_language(infos.keys() - wanted, experiment)
     targets = model_targets(experiment)
     left_out = sum(info.numel for name, info in infos.items() if name not in wanted)
     if left_out:
@@ -243,6 +246,17 @@ def _checked_infos(
     if wrong:
         raise ValueError("\n  ".join([f"{where} does not hold the model of its experiment.json:", *wrong]))
     return infos
+
+
+def _check_language(left_out: Collection[str], experiment: Experiment) -> None:
+    """Raise ValueError for tensors of the decoder that no entry exports and that its family does not leave out."""
+    extras = family_of(experiment.model).language_extras
+    lost = sorted(name for name in left_out if name.startswith("language.") and not any(re.fullmatch(extra, name) for extra in extras))
+    if lost:
+        raise ValueError(
+            f"--part language would lose {len(lost)} tensors of the decoder of {experiment.recipe}, which no table names: "
+            f"{', '.join(lost)}. Name them in `DecoderVariant.entries`, or in `Family.language_extras` if the decoder alone has no use for them"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------- writing

@@ -43,6 +43,13 @@ class Verification:
     """Largest absolute difference of the logits; None where no prompt was given."""
     scale: float | None = None
     """Largest absolute logit."""
+    not_loaded: list[str] = field(default_factory=list)
+    """Tensors that transformers did not find, or found and has no place for, where a prompt was given; there are no logits then."""
+
+    @property
+    def passed(self) -> bool:
+        """The tensors are the same and, where a prompt was given, transformers loaded all of them."""
+        return self.same_tensors and not self.not_loaded
 
     @property
     def same_tensors(self) -> bool:
@@ -62,7 +69,13 @@ def verify(first: Path, second: Path, *, prompt: str | None = None, threads: int
         found = _compare(HfReader(a), HfReader(b))
         if prompt is None:
             return found
-        logits = [_logits(folder, _ids(a, prompt)) for folder in (a, b)]
+        ids, logits = _ids(a, prompt), []
+        for which, folder in (("the first", a), ("the second", b)):
+            model, not_loaded = _load(folder)
+            found.not_loaded.extend(f"{which}: {line}" for line in not_loaded)
+            logits.append(_logits(model, ids))
+        if found.not_loaded:
+            return found
         if logits[0].shape != logits[1].shape:
             raise ValueError(f"logits have the shapes {list(logits[0].shape)} and {list(logits[1].shape)}: the vocabularies differ")
         difference, scale = float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())
@@ -79,6 +92,8 @@ def report(found: Verification) -> Iterator[str]:
         yield f"other shape: {line}"
     for tensor in found.different:
         yield f"other values: {tensor.name}: norms {tensor.norms[0]:.6g} and {tensor.norms[1]:.6g}, largest difference {tensor.largest:.3g}"
+    for line in found.not_loaded:
+        yield f"transformers does not load {line}"
     if found.logits is not None:
         yield f"logits differ by at most {found.logits:.3g}, of values up to {found.scale:.3g}"
 
@@ -119,9 +134,15 @@ def _ids(folder: Path, prompt: str) -> torch.Tensor:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(prompt, return_tensors="pt")["input_ids"]
 
 
-def _logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+def _load(folder: Path) -> tuple[torch.nn.Module, list[str]]:
+    """The model, and the tensors that its code misses or has no place for: those are drawn at random, and these dropped."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).float().eval()
+    model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    kinds = (("missing", "missing_keys"), ("unexpected", "unexpected_keys"))
+    return model.float().eval(), [f"{name} ({kind})" for kind, keys in kinds for name in sorted(info[keys])]
+
+
+def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=ids).logits

@@ -45,6 +45,9 @@ class Family(ABC, Generic[Config]):
     """Images may be cut into tiles (`data.max_tiles`)."""
     language_mlps: ClassVar[tuple[str, ...]] = ("mlp",)
     """Our names of what the feed-forward of a plain language model's layer becomes: more than one where experts begin as copies of it."""
+    language_extras: ClassVar[tuple[str, ...]] = ()
+    """Tensors of the language model that `convert to-hf --part language` leaves out, because a plain one has no such thing: regular
+    expressions, each of a whole name. All others must be exported."""
 
     @property
     def name(self) -> str:
@@ -107,6 +110,9 @@ class Family(ABC, Generic[Config]):
         Raises ValueError where the family has no Hugging Face model.
         """
         raise ValueError(f"{self.name} models have no Hugging Face counterpart: define Family.table and Family.write_files")
+
+    def check_export(self, model: Config) -> None:
+        """Raise ValueError where the modeling code that goes with an exported whole model cannot compute this one."""
 
     def constants(self, model: Config) -> dict[str, torch.Tensor]:
         """Tensors of the Hugging Face model that are no weights, and follow from the configuration."""

@@ -51,3 +51,18 @@ def variant_of(config: DecoderConfig) -> DecoderVariant:
             f"decoder.variant is {config.variant!r}, but must be one of {sorted(DECODER_VARIANTS)}: name its file in `extensions`"
         )
     return DECODER_VARIANTS[config.variant]
+
+
+def refuse_additional_tensors(config: DecoderConfig, *, code: str) -> None:
+    """Raise ValueError, with names, where the variant gives a layer tensors for which exported modeling code has no module.
+
+    Args:
+        code: whose modeling code it is, such as "an exported MM1".
+    """
+    layers = (f"language.decoder.layers.{number}" for number in range(config.num_layers))
+    names = [entry.ours for layer in layers for entry in variant_of(config).entries(layer, layer)]
+    if names:
+        raise ValueError(
+            f"the modeling code of {code} has no module for {len(names)} tensors of the decoder variant {config.variant!r} ({names[0]}, "
+            "...): it would drop them and compute something else. Export with --part language, for modeling code of your own"
+        )

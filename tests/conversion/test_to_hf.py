@@ -4,20 +4,29 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.trained import Trained, train_one_step
 
+from megatron_mm.conversion.files import TensorInfo
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.to_hf import Export, convert_to_hf, parse_size, plan_shards, plan_tensors
 from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.mm1.files import write_mm1_files
 from megatron_mm.families.mm1.names import mm1_table
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment, save_experiment
-from megatron_mm.hf.mapping import to_hf
+from megatron_mm.hf.decoder_variants import DECODER_VARIANTS, DecoderVariant
+from megatron_mm.hf.mapping import Direct, to_hf
+from megatron_mm.models.layers import norm_module
 
 
 def read_all(out: Path) -> dict[str, torch.Tensor]:
@@ -30,7 +39,19 @@ def copy(trained: Trained, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained.checkpoint, tmp_path / "run" / "checkpoints" / "step_00000001"))
 
 
-def edit_model(checkpoint: Path, **decoder: int) -> None:
+class ThreeNorms(TransformerLayer):
+    """A layer with a norm after its MLP."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.post_mlp_layernorm = norm_module("torch")(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+
+def with_a_third_norm(spec: ModuleSpec, backend: str) -> ModuleSpec:
+    return replace(spec, module=ThreeNorms)
+
+
+def edit_model(checkpoint: Path, **decoder: Any) -> None:
     experiment = load_experiment(checkpoint / "experiment.json")
     assert isinstance(experiment.model, MM1Config)
     model = replace(experiment.model, decoder=replace(experiment.model.decoder, **decoder))
@@ -183,3 +204,31 @@ def test_values_that_float16_cannot_hold_are_named(tokenizer_path: Path, tmp_pat
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight has values that float16 cannot hold: use --dtype bfloat16"):
         convert_to_hf(large.checkpoint, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_variant_with_tensors_of_its_own(trained: Trained, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of whole models does not know them; the decoder alone goes out with all of them, or not at all."""
+    norm = "post_mlp_layernorm.weight"
+    forgets = DecoderVariant(layer_spec=with_a_third_norm)
+    complete = replace(forgets, entries=lambda ours, theirs: [Direct(f"{ours}.{norm}", f"{theirs}.{norm}")])
+    monkeypatch.setitem(DECODER_VARIANTS, "three_norms", complete)
+    for recipe, name in (("debug_mm1", "MM1"), ("debug_infimm", "InfiMM"), ("debug_mono_internvl", "Mono-InternVL")):
+        model = get_recipe(recipe).model
+        family_of(model).check_export(model)
+        with pytest.raises(ValueError, match=rf"exported {name} has no module for .*'three_norms' \(language.decoder.layers.0.{norm}"):
+            family_of(model).check_export(replace(model, decoder=replace(model.decoder, variant="three_norms")))
+    edit_model(copy, variant="three_norms")
+    with pytest.raises(ValueError, match="has no module for 3 tensors"):
+        convert_to_hf(copy, tmp_path / "out", verify=False)
+    names = {f"language.decoder.layers.{layer}.{norm}": TensorInfo((128,), torch.float32) for layer in range(3)}
+    stored, read = CheckpointReader.names, CheckpointReader.read
+    monkeypatch.setattr(CheckpointReader, "names", lambda self: stored(self) | names)
+    monkeypatch.setattr(
+        CheckpointReader, "read", lambda self, name, row=None: torch.ones(128) if name in names else read(self, name, row=row)
+    )
+    convert_to_hf(copy, tmp_path / "alone", part="language", verify=False)
+    assert torch.equal(read_all(tmp_path / "alone")[f"model.layers.2.{norm}"], torch.ones(128))
+    monkeypatch.setitem(DECODER_VARIANTS, "three_norms", forgets)
+    with pytest.raises(ValueError, match=rf"would lose 3 tensors of the decoder of debug_mm1, .*: language.decoder.layers.0.{norm}, "):
+        convert_to_hf(copy, tmp_path / "lost", part="language", verify=False)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "lost").exists()

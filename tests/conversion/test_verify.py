@@ -41,6 +41,22 @@ def test_what_differs_is_said(trained: Trained, tmp_path: Path, capsys: pytest.C
     assert ended.value.code == 1 and "1 only in the second: more" in capsys.readouterr().out
 
 
+def test_what_transformers_does_not_load_is_a_failure(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both are the same, so only the loading tells."""
+    folder = convert_to_hf(trained.checkpoint, tmp_path / "a", part="language", dtype="float32").path
+    assert verify(folder, folder, prompt="a red circle").passed
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.extra.weight"] = torch.ones(2)
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "verify", str(folder), str(folder), "--prompt", "a red circle"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 1 and "logits" not in out
+    assert "does not load the first: model.norm.weight (missing)" in out
+    assert "does not load the second: model.layers.0.extra.weight (unexpected)" in out
+
+
 def test_an_export_is_ready_to_publish(exported: Export) -> None:
     card, config = (exported.path / "README.md").read_text(), json.loads((exported.path / "config.json").read_text())
     assert "AutoProcessor.from_pretrained" in card and "| steps | 1 of 400 |" in card and config["architectures"]

@@ -58,6 +58,8 @@ def test_a_family_trains_resumes_exports_and_begins_as_what_was_exported(
     assert saved.extensions == (str(EXAMPLES / "patch_family.py"),) and saved.extra_hooks == (hook,)
     exported = convert_to_hf(run_dir, tmp_path / "hf")
     assert load_file(tmp_path / "hf" / "model.safetensors")["patch_projection.weight"].shape == (128, 3 * 8 * 8)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "brings no modeling code" in card and "from_pretrained" not in card
     imported = convert_from_hf(get_recipe(PATCHES), tmp_path / "again", whole=tmp_path / "hf")
     before, after = (CheckpointReader(path) for path in (run_dir / "checkpoints" / "step_00000002", imported.checkpoint))
     assert exported.num_tensors == 40 and imported.sources == {"whole (patches)": imported.num_parameters}

@@ -36,6 +36,7 @@ class InfiMMFamily(Family[InfiMMConfig]):
     }
     """The paper's three stages. Its IFT trains all but the tower; the model card keeps the language model frozen for Zephyr and Vicuna."""
     special_tokens = (END_OF_CHUNK, IMAGE)
+    language_extras = (r"language\.decoder\.layers\.\d+\.gated\..*",)
 
     def build(self, model: InfiMMConfig, context: ChunkContext) -> InfiMMModel:
         from megatron_mm.families.infimm.model import InfiMMModel
@@ -79,6 +80,11 @@ class InfiMMFamily(Family[InfiMMConfig]):
         from megatron_mm.families.infimm.names import infimm_table
 
         return infimm_table(model, vocab_rows=vocab_rows)
+
+    def check_export(self, model: InfiMMConfig) -> None:
+        from megatron_mm.hf.decoder_variants import refuse_additional_tensors
+
+        refuse_additional_tensors(model.decoder, code="an exported InfiMM")
 
     def constants(self, model: InfiMMConfig) -> dict[str, torch.Tensor]:
         from megatron_mm.families.infimm.names import infimm_constants

@@ -49,6 +49,11 @@ class MM1Family(Family[MM1Config]):
 
         return mm1_table(model, vocab_rows=vocab_rows)
 
+    def check_export(self, model: MM1Config) -> None:
+        from megatron_mm.families.mm1.files import check_mm1_export
+
+        check_mm1_export(model)
+
     def write_files(
         self, model: MM1Config, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None = None
     ) -> None:

@@ -12,6 +12,7 @@ from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
 from megatron_mm.hf.configs import copy_code, decoder_config, tower_config, write_document
+from megatron_mm.hf.decoder_variants import refuse_additional_tensors
 from megatron_mm.hf.settings import clip_settings, decoder_settings, under
 from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_run_tokenizer
 
@@ -19,15 +20,20 @@ _EXPORTED_CONNECTORS = ("average", "attention", "c_abstractor")
 _CODE = ("configuration_mm1.py", "modeling_mm1.py", "processing_mm1.py")
 
 
-def write_mm1_files(
-    model: MM1Config, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None = None
-) -> None:
-    """Configuration, tokenizer, processor and code: see `Family.write_files`."""
+def check_mm1_export(model: MM1Config) -> None:
+    """Raise ValueError for a connector or a decoder variant that modeling_mm1.py cannot compute."""
     if model.connector.kind not in _EXPORTED_CONNECTORS:
         raise ValueError(
             f"an exported MM1 has code for the connectors {', '.join(_EXPORTED_CONNECTORS)}, not for {model.connector.kind!r}: add it to "
             "families/mm1/hf_code/modeling_mm1.py, or export with --part language or --part vision"
         )
+    refuse_additional_tensors(model.decoder, code="an exported MM1")
+
+
+def write_mm1_files(
+    model: MM1Config, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None = None
+) -> None:
+    """Configuration, tokenizer, processor and code: see `Family.write_files`."""
     names = ("<pad>", "<image>")
     rows = vocab_rows or model.decoder.vocab_size
     ids = open_run_tokenizer(tokenizer, special=names, rows=rows)
