@@ -255,7 +255,7 @@ def _check_language(left_out: Collection[str], experiment: Experiment) -> None:
     if lost:
         raise ValueError(
             f"--part language would lose {len(lost)} tensors of the decoder of {experiment.recipe}, which no table names: "
-            f"{', '.join(lost)}. Name them in `DecoderVariant.entries`, or in `Family.language_extras` if the decoder alone has no use for them"
+            f"{', '.join(lost)}. Name them in `DecoderVariant.entries`, or in `Family.language_extras` if a plain decoder has no such part"
         )
 
 
