@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
+
+PACKED_ATTENTION_CAPABILITY = (9, 0)
+"""CUDA compute capability of the first GPUs on which cuDNN keeps packed documents apart (Hopper); an A100 has 8.0."""
 
 
 def local_device() -> torch.device:
@@ -17,6 +21,18 @@ def local_device() -> torch.device:
 def communication_backend(device: torch.device) -> str:
     """NCCL between GPUs, with gloo beside it for CPU tensors; gloo alone otherwise."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def packed_attention_missing() -> str:
+    """Why Transformer Engine has no attention over packed documents on this GPU; empty where it has."""
+    capability = torch.cuda.get_device_capability()
+    if capability >= PACKED_ATTENTION_CAPABILITY or importlib.util.find_spec("flash_attn") is not None:
+        return ""
+    needed, here = (".".join(map(str, numbers)) for numbers in (PACKED_ATTENTION_CAPABILITY, capability))
+    return (
+        f"this GPU has compute capability {here}, cuDNN's attention over packed documents needs {needed}, and the package flash-attn, "
+        "which Transformer Engine would take in its place, is not installed"
+    )
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_mm.platform import engines
+
 State = Literal["ok", "missing", "warning"]
 
 MIN_FREE_DISK = 50 * 2**30
@@ -117,7 +119,12 @@ def _check_torch() -> Iterator[Finding]:
 
 def _check_engine() -> Iterator[Finding]:
     importlib.import_module("megatron.core.pipeline_parallel")
-    yield Finding("megatron-core", "ok", _version("megatron-core"))
+    version = _version("megatron-core")
+    if engines.is_supported(version):
+        yield Finding("megatron-core", "ok", version)
+    else:
+        tested = " and ".join(f"{major}.{minor}" for major, minor in engines.ENGINES)
+        yield Finding("megatron-core", "warning", f"{version}: the tests run on {tested}, install one of these")
 
 
 def _check_transformer_engine() -> Iterator[Finding]:
@@ -130,9 +137,27 @@ def _check_transformer_engine() -> Iterator[Finding]:
     except Exception as error:  # a build for another torch or CUDA fails in its own ways
         yield Finding(name, "warning", f"installed but does not load ({_short(error)}); reinstall it, or uninstall it", instead)
         return
-    version = _version("transformer-engine")
-    yield Finding(name, "ok", version)
+    version, core = _version("transformer-engine"), _version("megatron-core")
+    if engines.is_supported(core) and not engines.goes_with(core, version):
+        wanted = engines.range_of(core)
+        yield Finding(name, "warning", f"{version}, but megatron-core {core} goes with {wanted}: it would run without some kernels", wanted)
+    else:
+        yield Finding(name, "ok", version)
+    yield _packed_attention()
     yield _fp8(version)
+
+
+def _packed_attention() -> Finding:
+    """Transformer Engine's attention on the first GPU."""
+    import torch
+
+    from megatron_mm.platform.device import packed_attention_missing
+
+    name, instead = "packed attention", "torch layers (--train.layers torch); no FP8"
+    if not torch.cuda.is_available():
+        return Finding(name, "missing", "needs a GPU", instead)
+    missing = packed_attention_missing()
+    return Finding(name, "missing", missing, instead) if missing else Finding(name, "ok", "by Transformer Engine")
 
 
 def _fp8(version: str) -> Finding:
@@ -153,8 +178,9 @@ def _fp8(version: str) -> Finding:
 
 
 def _check_apex() -> Iterator[Finding]:
+    """With Transformer Engine, whose fused Adam megatron-core prefers, apex would add the output layer's gradient fusion alone."""
     spec = _find("apex")
-    instead = "Transformer Engine's fused Adam" if _find("transformer_engine") else "torch's fused AdamW"
+    instead = "nothing is missed: Transformer Engine has a fused Adam" if _find("transformer_engine") else "torch's fused AdamW"
     if spec is None:
         yield Finding("apex (NVIDIA)", "missing", "not installed", instead)
         return
@@ -164,8 +190,10 @@ def _check_apex() -> Iterator[Finding]:
         yield Finding("apex (NVIDIA)", "warning", detail, instead)
         return
     built = _find("amp_C") is not None
-    detail = "with" if built else "built without"
-    yield Finding("apex (NVIDIA)", "ok" if built else "warning", f"{detail} fused kernels", "" if built else instead)
+    detail = "with fused kernels" if built else "built without fused kernels"
+    if built and _find("transformer_engine"):
+        detail += "; its Adam is not used, as Transformer Engine has one"
+    yield Finding("apex (NVIDIA)", "ok" if built else "warning", detail, "" if built else instead)
 
 
 def _check_dali() -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from megatron_mm.parallel.gradients import finalize_model_grads
 from megatron_mm.parallel.images import TensorParallelImages
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.parallel.topology import Topology, single_process_groups
+from megatron_mm.platform.device import packed_attention_missing
 from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
 from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients
 
@@ -25,13 +26,22 @@ logger = logging.getLogger(__name__)
 
 
 def choose_backend(experiment: Experiment, *, on_gpu: bool) -> Backend:
-    """The layer backend that `train.layers` asks for.
+    """The layer backend that `train.layers` asks for; auto takes plain PyTorch, and says so, on a GPU that lacks a kernel for the other.
 
-    Raises ValueError where Transformer Engine is asked for, or FP8 needs it, and it is not here; or is asked for in fp32, for which its
-    attention over packed documents has no kernel.
+    Raises ValueError where Transformer Engine is asked for, or FP8 needs it, and it or its attention over packed documents is not here; or
+    is asked for in fp32, for which that attention has no kernel.
     """
     train = experiment.train
     has_te = on_gpu and importlib.util.find_spec("transformer_engine") is not None
+    missing = packed_attention_missing() if has_te and train.layers != "torch" and train.precision != "fp32" else ""
+    if missing and (train.layers == "te" or train.precision == "fp8"):
+        raise ValueError(
+            f"train.layers is {train.layers} and train.precision {train.precision}, but {missing}: install it, or use "
+            "--train.layers torch and --train.precision bf16"
+        )
+    if missing:
+        logger.warning("layers are plain PyTorch's: %s", missing)
+        return "torch"
     if train.layers == "te" and not has_te:
         raise ValueError("train.layers is te, but Transformer Engine needs a GPU and its package: install it or use --train.layers torch")
     if train.precision == "fp8" and (not has_te or train.layers == "torch"):

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support.small import small_experiment
 from support.te import python_of_transformer_engine
 
@@ -169,6 +170,7 @@ def test_what_was_written_down_of_the_extension_is_what_a_compiled_one_has() -> 
 def te_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     here = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace() if name == "transformer_engine" else here(name))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
 
 @pytest.mark.usefixtures("te_is_installed")
@@ -199,6 +201,27 @@ def test_auto_takes_te_where_it_has_the_kernels(layers: str, precision: str, on_
 def test_what_a_backend_cannot_do_is_refused(layers: str, precision: str, on_gpu: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_backend(small_experiment(layers=layers, precision=precision), on_gpu=on_gpu)
+
+
+@pytest.mark.usefixtures("te_is_installed")
+@pytest.mark.parametrize("with_flash_attn", [False, True])
+def test_a_gpu_without_packed_attention_takes_torch_and_says_so(
+    with_flash_attn: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An A100: cuDNN has no such kernel for it, flash-attn has."""
+    here = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: (SimpleNamespace() if with_flash_attn else None) if name == "flash_attn" else here(name)
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    auto = choose_backend(small_experiment(layers="auto", precision="bf16"), on_gpu=True)
+    if with_flash_attn:
+        assert auto == "te" and not caplog.records
+        return
+    assert auto == "torch" and "compute capability 8.0" in caplog.text and "flash-attn" in caplog.text
+    for train in ({"layers": "te", "precision": "bf16"}, {"layers": "auto", "precision": "fp8"}):
+        with pytest.raises(ValueError, match=r"compute capability 8\.0, .* needs 9\.0, and the package flash-attn.*: install it, or use"):
+            choose_backend(small_experiment(**train), on_gpu=True)
 
 
 def _with(experiment: Experiment, **decoder: int) -> Experiment:

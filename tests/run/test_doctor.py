@@ -69,12 +69,46 @@ def test_fp8_needs_a_gpu_and_a_version_that_have_it(
     package(packages, "transformer_engine.pytorch")
     monkeypatch.setattr(doctor, "_version", lambda package: version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = doctor._check_transformer_engine()
-    assert next(found).state == "ok"
-    (fp8,) = found
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=0: capability)
+    monkeypatch.setattr(doctor.engines, "goes_with", lambda core, version: True)
+    engine, attention, fp8 = doctor._check_transformer_engine()
+    assert engine.state == "ok"
+    assert attention.name == "packed attention" and attention.state == ("ok" if capability == (9, 0) else "missing")
     assert (fp8.name, fp8.state) == ("FP8", state) and fp8.detail.startswith(detail)
     assert fp8.falls_back_to == ("" if state == "ok" else "bf16 (--train.precision bf16)")
+
+
+@pytest.mark.parametrize(
+    ("core", "engine", "state", "detail"),
+    [
+        ("0.16.1", "2.11.0", "ok", "2.11.0"),
+        ("0.16.1", "2.20.2", "warning", "2.20.2, but megatron-core 0.16.1 goes with >=2.9,<2.12: it would run without some kernels"),
+        ("0.19.2", "2.20.2", "ok", "2.20.2"),
+        ("0.19.2", "2.11.0", "warning", "2.11.0, but megatron-core 0.19.2 goes with >=2.20,<2.21: it would run without some kernels"),
+    ],
+)
+def test_versions_that_do_not_go_together_are_said(
+    packages: Path, monkeypatch: pytest.MonkeyPatch, core: str, engine: str, state: str, detail: str
+) -> None:
+    package(packages, "transformer_engine.pytorch")
+    monkeypatch.setattr(doctor, "_version", {"megatron-core": core, "transformer-engine": engine}.__getitem__)
+    found = next(doctor._check_transformer_engine())
+    assert (found.state, found.detail) == (state, detail)
+
+
+def test_an_engine_that_no_test_runs_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: "0.17.0")
+    (found,) = doctor._check_engine()
+    assert found.state == "warning" and found.detail == "0.17.0: the tests run on 0.16 and 0.19, install one of these"
+
+
+def test_apex_adds_little_to_transformer_engine(packages: Path) -> None:
+    package(packages, "transformer_engine.pytorch")
+    package(packages, "apex.optimizers")
+    (packages / "apex" / "optimizers" / "fused_adam.py").touch()
+    package(packages, "amp_C")
+    found = finding("apex (NVIDIA)")
+    assert (found.state, found.detail) == ("ok", "with fused kernels; its Adam is not used, as Transformer Engine has one")
 
 
 def test_the_unrelated_package_apex_is_recognised(packages: Path) -> None:

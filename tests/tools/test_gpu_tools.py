@@ -44,7 +44,8 @@ def gpu_check() -> ModuleType:
 def test_without_a_gpu_one_line_says_so(program: str) -> None:
     done = run(program, "--device", "cuda")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines() == [
+    # Where Transformer Engine is installed, torch remarks before that it finds no CUDA.
+    assert done.stderr.splitlines()[-1:] == [
         f"{Path(program).stem}: error: torch finds no GPU here: run it on a machine with one, or with --device cpu"
     ]
 

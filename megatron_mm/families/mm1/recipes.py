@@ -78,9 +78,9 @@ def mm1_1b() -> Experiment:
 
     `sbatch examples/mm1_1b.slurm`. Peak learning rate 8.6e-5 by equation (1).
 
-    Predicted (to 12%) on 32 H100: 2.58 s a step where the host keeps up, 4.2 s with the one that was measured; on A100-80GB 6.2 s; 42 GB.
+    Predicted (to 12%) on 32 H100: 2.52 s a step where the host keeps up, 4.0 s with the one that was measured; on A100-80GB 6.1 s; 42 GB.
     """
-    parallel = ParallelConfig(recompute="selective")
+    parallel = ParallelConfig()
     return _pretraining(
         "mm1_1b", decoder=DECODER_1B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=1
     )
@@ -89,9 +89,9 @@ def mm1_1b() -> Experiment:
 def mm1_3b() -> Experiment:
     """MM1 3B (2.914B without embeddings): tensor parallel 2 within a node. `sbatch examples/mm1_3b.slurm`.
 
-    Predicted (to 12%) on 64 H100: 2.21 s a step where the host keeps up, 4.4 s with the one that was measured; on A100-80GB 5.1 s; 33 GB.
+    Predicted (to 12%) on 64 H100: 2.16 s a step where the host keeps up, 4.1 s with the one that was measured; on A100-80GB 5.0 s; 33 GB.
     """
-    parallel = ParallelConfig(tensor=2, recompute="selective")
+    parallel = ParallelConfig(tensor=2)
     return _pretraining(
         "mm1_3b", decoder=DECODER_3B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=1
     )
@@ -100,9 +100,9 @@ def mm1_3b() -> Experiment:
 def mm1_7b() -> Experiment:
     """MM1 7B (6.845B without embeddings): tensor parallel 4 within a node. `sbatch examples/mm1_7b.slurm`.
 
-    Predicted (to 12%) on 128 H100: 2.21 s a step where the host keeps up, 4.9 s with the one that was measured; on A100-80GB 5.0 s; 29 GB.
+    Predicted (to 12%) on 128 H100: 2.17 s a step where the host keeps up, 4.6 s with the one that was measured; on A100-80GB 4.9 s; 29 GB.
     """
-    parallel = ParallelConfig(tensor=4, recompute="selective")
+    parallel = ParallelConfig(tensor=4)
     return _pretraining(
         "mm1_7b", decoder=DECODER_7B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=1
     )
@@ -114,10 +114,10 @@ def mm1_30b() -> Experiment:
     `sbatch examples/mm1_30b.slurm`. 52 heads divide by 4, not by 8, which sets the tensor-parallel degree. The first of the
     8 stages, which also holds the image encoder, has 5 layers, the last one 6 and the others 7 or 8. The layout is ours.
 
-    Predicted (to 12%) on 512 H100: 2.02 s a step where the host keeps up, 3.75 s with the one that was measured; 62 of 85 GB; 4.6 and 5.0 s
+    Predicted (to 12%) on 512 H100: 1.97 s a step where the host keeps up, 3.57 s with the one that was measured; 67 of 85 GB; 4.5 and 4.8 s
     on A100-80GB. `megatron-mm plan mm1_30b --num-gpus 512 --search` finds layouts of 1.65 and 1.84 s in 81 GB, in FP8 of 1.27 and 1.50 s.
     """
-    parallel = ParallelConfig(tensor=4, pipeline=4, virtual=2, stage_layers=(5, 7, 7, 8, 8, 8, 7, 6), recompute="selective")
+    parallel = ParallelConfig(tensor=4, pipeline=4, virtual=2, stage_layers=(5, 7, 7, 8, 8, 8, 7, 6))
     return _pretraining(
         "mm1_30b", decoder=DECODER_30B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=1
     )
@@ -141,9 +141,9 @@ def mm1_3b_moe() -> Experiment:
 
     `sbatch examples/mm1_3b_moe.slurm`.
 
-    Predicted (to 20%) on 128 H100: 1.74 s a step where the host keeps up, 2.7 s with the one that was measured; on A100-80GB 3.7 s; 50 GB.
+    Predicted (to 20%) on 128 H100: 1.73 s a step where the host keeps up, 2.5 s with the one that was measured; on A100-80GB 3.7 s; 50 GB.
     """
-    parallel = ParallelConfig(tensor=2, expert=32, recompute="selective")
+    parallel = ParallelConfig(tensor=2, expert=32)
     return _sparse(mm1_3b(), "mm1_3b_moe", moe=MoEConfig(num_experts=64, every_n_layers=2), parallel=parallel)
 
 
@@ -156,7 +156,7 @@ def mm1_7b_moe() -> Experiment:
 
     Predicted (to 20%) on 128 H100: 3.06 s a step where the host keeps up, 5.6 s with the one that was measured; on A100-80GB 6.6 s; 48 GB.
     """
-    parallel = ParallelConfig(tensor=4, expert=16, recompute="selective")
+    parallel = ParallelConfig(tensor=4, expert=16)
     return _sparse(mm1_7b(), "mm1_7b_moe", moe=MoEConfig(num_experts=32, every_n_layers=4), parallel=parallel)
 
 
@@ -165,7 +165,7 @@ def mm1_7b_moe() -> Experiment:
 
 def mm1_ablation() -> Experiment:
     """The ablations' base: 1.2B decoder, CLIP ViT-L/14 at 336 px, C-Abstractor with 144 tokens, 45/45/10 mixture."""
-    parallel = ParallelConfig(recompute="selective")
+    parallel = ParallelConfig()
     return _pretraining(
         "mm1_ablation", decoder=DECODER_1B, vision=VIT_L_14_336, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=1
     )

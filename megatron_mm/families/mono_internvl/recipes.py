@@ -71,7 +71,7 @@ def mono_internvl_2b_s1_1() -> Experiment:
         ),
         optimizer=OptimizerConfig(peak_lr=1e-4, min_lr=0.0, warmup_steps=2000, decay="constant", beta1=0.9, beta2=0.95, epsilon=1e-8),
         train=TrainConfig(steps=450_000, schedule_steps=450_000, global_batch_size=2048, micro_batch_size=2, freeze_policy="s1_1"),
-        parallel=ParallelConfig(recompute="selective"),
+        parallel=ParallelConfig(),
     )
 
 
@@ -106,7 +106,7 @@ def mono_internvl_2b_s1_3() -> Experiment:
         data=replace(stage.data, mixture={"captions": 0.539, "detection": 0.052, "ocr": 0.409}),
         optimizer=replace(stage.optimizer, peak_lr=5e-5, decay="cosine"),
         train=replace(stage.train, micro_batch_size=1),
-        parallel=ParallelConfig(tensor=2, recompute="selective"),
+        parallel=ParallelConfig(tensor=2),
     )
 
 
