@@ -154,7 +154,7 @@ def mm1_7b_moe() -> Experiment:
 
     `sbatch examples/mm1_7b_moe.slurm`.
 
-    Predicted (to 20%) on 128 H100: 3.06 s a step where the host keeps up, 5.6 s with the one that was measured; on A100-80GB 6.6 s; 48 GB.
+    Predicted (to 20%) on 128 H100: 3.00 s a step where the host keeps up, 5.3 s with the one that was measured; on A100-80GB 6.5 s; 48 GB.
     """
     parallel = ParallelConfig(tensor=4, expert=16)
     return _sparse(mm1_7b(), "mm1_7b_moe", moe=MoEConfig(num_experts=32, every_n_layers=4), parallel=parallel)

@@ -16,8 +16,8 @@ decoder's shape, and 5e-5 as S1.3's peak learning rate. Unverified, chosen by us
 epsilon, weight decay, clipping, sequence lengths, S2's 512 samples a batch and 14k steps, and that S1.3's attention is its four
 matrices without the norm before them. Ours: the layouts, the mixtures' names, and packing, where batches count sequences of whole samples
 instead of padded samples: a sequence that has room left takes another sample, so a batch holds at least the published number.
-Predicted (`megatron-mm plan`, to 12%) on 256 H100 where the host keeps up / with the one that was measured: 0.26 / 0.55 s a step in S1.1,
-0.34 / 0.55 s in S1.2, 0.94 / 2.4 s in S1.3, 0.51 / 0.67 s in S2, in 23, 26, 16 and 26 GB.
+Predicted (`megatron-mm plan`, to 12%) on 256 H100 where the host keeps up / with the one that was measured: 0.27 / 0.52 s a step in S1.1,
+0.33 / 0.52 s in S1.2, 0.93 / 2.3 s in S1.3, 0.50 / 0.64 s in S2, in 23, 26, 16 and 26 GB.
 """
 
 from __future__ import annotations
