@@ -95,8 +95,9 @@ def integer(word: str) -> int:
 
 
 def choices(word: str, known: Iterable[str]) -> str:
-    """`choose one of A, B, C`, and the one that was perhaps meant."""
-    return f"choose one of {', '.join(known)}{nearest(word, known)}"
+    """`choose one of A, B, C`, after the one that was perhaps meant."""
+    meant = nearest(word, known).removeprefix(": ")
+    return f"{f'{meant} ' if meant else ''}choose one of {', '.join(known)}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

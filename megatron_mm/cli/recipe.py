@@ -23,6 +23,8 @@ def recipe_of(given: argparse.Namespace) -> Experiment:
     from megatron_mm.config.references import is_reference
     from megatron_mm.families.recipes import RECIPES, get_recipe
 
+    if given.recipe.endswith(".py"):
+        raise ValueError(f"{given.recipe} is a file: name a function: {given.recipe}:FUNCTION")
     if given.recipe not in RECIPES and not is_reference(given.recipe):
         raise ValueError(f"unknown recipe {given.recipe!r}: {choices(given.recipe, RECIPES)}")
     return get_recipe(given.recipe)

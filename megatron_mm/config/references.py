@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ def is_reference(word: str) -> bool:
 def load_object(reference: str) -> Any:
     """What a reference names. Its file or module is run once, however often something of it is asked for.
 
-    Raises ValueError where there is no such file, module or name; what the file itself raises is passed on.
+    Raises ValueError where there is no such file, module or name, or where the file fails.
     """
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name:
@@ -47,7 +48,7 @@ def load_module(place: str) -> ModuleType:
             raise ValueError(f"there is no module {place!r}: install its package or put its folder on PYTHONPATH") from None
     path = Path(place).resolve()
     if not path.is_file():
-        raise ValueError(f"there is no file {path}: restore it, or name it by where it is now")
+        raise ValueError(f"there is no file {path}: give the path where it is")
     name = f"megatron_mm_extension_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -59,9 +60,13 @@ def load_module(place: str) -> ModuleType:
     sys.modules[name] = module  # before it runs: dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
-        raise
+        if not isinstance(error, Exception):
+            raise
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"extension {path} failed{where}: {type(error).__name__}: {error}") from error
     return module
 
 

@@ -56,8 +56,8 @@ class Monitor:
         )
 
     def log_eval(self, step: int, losses: dict[str, float]) -> None:
-        """Log held-out losses."""
-        if not self.is_main:
+        """Log held-out losses; nothing where there are none."""
+        if not self.is_main or not losses:
             return
         self._evaluations.write({"step": step, **losses})
         self._wandb.log({"train/step": step, **losses})

@@ -14,7 +14,7 @@ from megatron_mm.data.load.loader import Loader, RankView, StepBatch
 from megatron_mm.data.plan.balance import Costs
 from megatron_mm.data.plan.filling import Limits
 from megatron_mm.data.plan.plan import Plan, PlanState
-from megatron_mm.data.sources.index import open_split
+from megatron_mm.data.sources.index import GIVE_DATA, check_folder, open_split
 from megatron_mm.data.sources.source import Source
 from megatron_mm.data.text.chat import chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
@@ -32,9 +32,13 @@ TRAINING = "train"
 def open_tokenizer(experiment: Experiment) -> Tokenizer:
     """The experiment's SentencePiece model with the special tokens of its model family.
 
-    Raises ValueError that names the file where it is missing or is none.
+    Raises ValueError that names the data's folder, or the file, where it is missing or is none.
     """
-    return Tokenizer.open(experiment.data.tokenizer_path, special=family_of(experiment.model).special_tokens)
+    data = experiment.data
+    check_folder(data.path)
+    if not data.tokenizer_path.is_file() and data.tokenizer is None and not any((data.path / s).is_dir() for s in (TRAINING, HELD_OUT)):
+        raise ValueError(f"data.path {data.path} holds no data set, which has a folder {TRAINING!r}: {GIVE_DATA}")
+    return Tokenizer.open(data.tokenizer_path, special=family_of(experiment.model).special_tokens)
 
 
 def image_input(experiment: Experiment) -> ImageInput:
@@ -49,12 +53,16 @@ def image_input(experiment: Experiment) -> ImageInput:
 
 
 def open_sources(experiment: Experiment, *, split: str, check: bool = True) -> list[Source]:
-    """The sources of a split that the mixture names, each as `data.preprocessors` leave it. Raises ValueError where one is empty."""
+    """The sources of a split that the mixture names, each as `data.preprocessors` leave it. Raises ValueError where one is empty or
+    a preprocessor returns none."""
     data = experiment.data
     found: list[Source] = []
     for source in open_split(data.path, split, sources=data.sources, check=check):
         for reference in data.preprocessors:
-            source = load_object(reference)(source)
+            processed = load_object(reference)(source)
+            if processed is None:
+                raise ValueError(f"the preprocessor {reference} returns None for source {source.location}: let it return a source")
+            source = processed
         if len(source) == 0:
             raise ValueError(f"the preprocessors {list(data.preprocessors)} leave nothing of source {source.location}: drop one of them")
         found.append(source)

@@ -158,6 +158,8 @@ class Stopping(Hook):
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
         self.received: str | None = None
+        self.agreed = False
+        """Some process received a signal."""
         self.file = trainer.run_dir / STOPPED_FILE
         if trainer.topology.is_main:
             self.file.unlink(missing_ok=True)
@@ -177,7 +179,7 @@ class Stopping(Hook):
 
     def after_step(self, record: StepRecord) -> None:
         if any(record.told[self]):
-            self.trainer.should_stop = True
+            self.agreed = self.trainer.should_stop = True
             if self.trainer.topology.is_main:
                 logger.warning(
                     "stopping after step %d on %s; start the same command again to resume", record.step, self.received or "a signal"
@@ -187,7 +189,10 @@ class Stopping(Hook):
         """Last of all that can fail: the checkpoint is complete by now."""
         step, steps = self.trainer.state.step, self.trainer.experiment.train.steps
         if self.trainer.should_stop and not failed and step < steps and self.trainer.topology.is_main:
-            self.file.write_text(f"stopped after step {step} of {steps} on {self.received or 'a signal'}\n")
+            if self.agreed:
+                self.file.write_text(f"stopped after step {step} of {steps} on {self.received or 'a signal'}\n")
+            else:
+                logger.warning("stopped at step %d of %d by %s", step, steps, type(self.trainer.stopped_by).__name__)
         for number, handler in self.previous.items():
             signal.signal(number, signal.SIG_IGN)  # drops a signal that still waits
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {number} & self.unblocked)

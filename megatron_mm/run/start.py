@@ -151,7 +151,7 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
     Raises ValueError that names the thing and the fix.
     """
     experiment = with_absolute_references(experiment)
-    hooks = [load_object(name) for name in experiment.extra_hooks]
+    hooks = [_hook(name) for name in experiment.extra_hooks]
     check_shapes(experiment, topologies.world_size())
     tokenizer = open_tokenizer(experiment)
     rows = experiment.model.decoder.vocab_size
@@ -174,6 +174,14 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
         check_same_model(experiment, beginning, with_optimizer=False)
         check_same_tokenizer(experiment, beginning)
     return Checked(experiment, tokenizer, plan, hooks)
+
+
+def _hook(name: str) -> Callable[[Trainer], Hook]:
+    """What makes a hook of `extra_hooks`: a class, or a function of the trainer. Raises ValueError where it is neither."""
+    found: Callable[[Trainer], Hook] = load_object(name)
+    if not callable(found) or (isinstance(found, type) and not issubclass(found, Hook)):
+        raise ValueError(f"extra_hooks names {name}, which is no hook: derive the class from megatron_mm.training.trainer.Hook")
+    return found
 
 
 def with_absolute_references(experiment: Experiment) -> Experiment:

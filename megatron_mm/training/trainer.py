@@ -104,6 +104,8 @@ class Trainer:
         self.step = TrainingStep(experiment, topology, model, optimizer, num_sources=len(experiment.data.sources))
         self.should_stop = False
         """Set by a hook on all processes alike: the run ends after the step in hand."""
+        self.stopped_by: Hook | None = None
+        """The first hook that set it."""
         self.hooks = list(hooks(self))
 
     def fit(self) -> TrainState:
@@ -116,6 +118,8 @@ class Trainer:
                 record = self._one_step()
                 for hook in self.hooks:
                     hook.after_step(record)
+                    if self.should_stop and self.stopped_by is None:
+                        self.stopped_by = hook
             for hook in self.hooks:
                 hook.after_training()
             failed = False

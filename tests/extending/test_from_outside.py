@@ -4,7 +4,6 @@ docs/extending.md shows trains, resumes, evaluates and exports, without a change
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from support.small import packed_batch
 
 from megatron_mm.cli.main import main
-from megatron_mm.config import Experiment
+from megatron_mm.config import ConnectorConfig, Experiment
 from megatron_mm.config.references import load_module
 from megatron_mm.conversion.from_hf import convert_from_hf
 from megatron_mm.conversion.reader import CheckpointReader
@@ -27,6 +26,7 @@ from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of, register_family
 from megatron_mm.families.serialize import from_dict, load_experiment, to_dict
 from megatron_mm.models.chunk import document_bounds
+from megatron_mm.models.connectors import connector_of
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.run.data import make_plan
 from megatron_mm.training.build import build_model
@@ -133,6 +133,19 @@ def test_a_source_format(table: Path, tmp_path: Path) -> None:
         make_plan(load_experiment(tmp_path / "run" / "config.json"), split="train")
 
 
+def test_a_variant_of_the_layers(demo_data: Path, tmp_path: Path) -> None:
+    """The example's export is a Qwen3 to transformers, which computes what ours does."""
+    transformers = pytest.importorskip("transformers")
+    train(f"{EXAMPLES / 'qk_norm_decoder.py'}:debug_qk_norm", tmp_path / "run", demo_data, steps=2)
+    convert_to_hf(tmp_path / "run", tmp_path / "hf", part="language")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    ids = torch.arange(5, 37)[None]
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    assert torch.allclose(_logits(tmp_path / "run", ids), expected, atol=2e-5)
+
+
 def test_a_decoder_variant(demo_data: Path, tmp_path: Path) -> None:
     """transformers computes what ours does when it is told of the other activation, and only then."""
     transformers = pytest.importorskip("transformers")
@@ -178,7 +191,7 @@ def test_names_are_taken_once() -> None:
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("nowhere.py:recipe", r"there is no file .*nowhere.py: restore it"),
+        ("nowhere.py:recipe", r"there is no file .*nowhere.py: give the path where it is"),
         ("no.such.module:recipe", "there is no module 'no.such.module': install its package or put its folder on PYTHONPATH"),
         (f"{EXAMPLES / 'patch_family.py'}:debug_patch", "defines no 'debug_patch': did you mean debug_patches?"),
         (f"{EXAMPLES / 'patch_family.py'}:MEAN", "is no recipe: it gives tuple instead of an Experiment"),
@@ -190,16 +203,26 @@ def test_a_wrong_reference_says_what_is_wrong(reference: str, message: str) -> N
         get_recipe(reference)
 
 
-def test_what_a_file_raises_is_passed_on(tmp_path: Path) -> None:
+def test_a_kind_of_connector_needs_its_configuration() -> None:
+    load_module(str(EXAMPLES / "pixel_shuffle_connector.py"))
+    with pytest.raises(
+        ValueError, match=r"'pixel_shuffle' is configured by PixelShuffleConfig, but model.connector is a ConnectorConfig: set"
+    ):
+        connector_of(ConnectorConfig(kind="pixel_shuffle", num_tokens=16))
+    with pytest.raises(ValueError, match=r"connector.kind is 'strips', but must be one of .*: name its file in `extensions`"):
+        connector_of(ConnectorConfig(kind="strips", num_tokens=16))
+
+
+def test_what_a_file_raises_is_said_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import a_module_that_nobody_has\n")
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_nobody_has"):
+    with pytest.raises(ValueError, match=r"extension .*broken.py failed, line 1: ModuleNotFoundError: .*a_module_that_nobody_has"):
         load_module(str(tmp_path / "broken.py"))
 
 
 def test_a_lost_extension_is_named(tmp_path: Path) -> None:
     values = {**to_dict(get_recipe(PATCHES)), "extensions": [str(tmp_path / "gone.py")]}
     (tmp_path / "experiment.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"extensions of .*experiment.json: there is no file .*gone.py: restore it"):
+    with pytest.raises(ValueError, match=r"extensions of .*experiment.json: there is no file .*gone.py: give the path where it is"):
         load_experiment(tmp_path / "experiment.json")
 
 
@@ -213,12 +236,10 @@ def test_the_documentation_quotes_the_files() -> None:
 
 
 def test_the_documented_preprocessor(demo_data: Path) -> None:
-    text = (EXAMPLES.parents[1] / "docs" / "extending.md").read_text()
-    names: dict[str, Any] = {"np": np}
-    exec(textwrap.dedent(text[text.index("    class Large:") :]).replace("200", "100"), names)  # the demo's pictures are small
+    preprocessor = load_module(str(EXAMPLES / "large_images.py")).large_images
     source = open_source(demo_data / "train" / "pairs")
     sizes = source.image_sizes(slice(None))
-    kept = names["Large"](source)
+    kept = preprocessor(source)
     assert len(kept) == (np.minimum(sizes.widths, sizes.heights) >= 100).sum()
     assert 0 < len(kept) < len(source)
     assert kept.document(0) == source.document(int(kept.rows[0])) and kept.kind == "pairs"

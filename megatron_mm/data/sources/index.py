@@ -205,11 +205,19 @@ def _check_shards(source: Path, meta: dict[str, Any]) -> None:
         raise ValueError(f"{problems[0]}{more}: restore it or index {source} again")
 
 
+GIVE_DATA = "give --data.path DIR, a folder that `megatron-mm prepare` made or indexed"
+
+
+def check_folder(root: Path) -> None:
+    """Raise ValueError where there is no folder of that name."""
+    if not root.is_dir():
+        raise ValueError(f"data.path {root} is not a directory: {GIVE_DATA}")
+
+
 def open_split(root: Path, split: str, *, sources: list[str], check: bool = True) -> list[Source]:
     """Open the named sources of `root/split`, each in its format. Raises ValueError where the split or a source is missing or empty."""
     folder = root / split
-    if not root.is_dir():
-        raise ValueError(f"data path {root} does not exist: give --data.path the folder that `megatron-mm prepare` wrote")
+    check_folder(root)
     if not folder.is_dir():
         raise ValueError(f"data path {root} has no folder {split!r}; it has {sorted(p.name for p in root.iterdir())}")
     present = sorted(p.name for p in folder.iterdir() if p.is_dir())

@@ -30,10 +30,16 @@ def register_connector(kind: str, connector: Connector) -> None:
 
 
 def connector_of(config: ConnectorConfig) -> Connector:
-    """The kind of a config. Raises ValueError that lists all kinds where there is none of that name."""
+    """The kind of a config. Raises ValueError where there is none of that name, or where the config is not of the kind's class."""
     if config.kind not in CONNECTORS:
-        raise ValueError(f"connector.kind is {config.kind!r}, but must be one of {sorted(CONNECTORS)}")
-    return CONNECTORS[config.kind]
+        raise ValueError(f"connector.kind is {config.kind!r}, but must be one of {sorted(CONNECTORS)}: name its file in `extensions`")
+    connector = CONNECTORS[config.kind]
+    if not isinstance(config, connector.config):
+        raise ValueError(
+            f"connector.kind {config.kind!r} is configured by {connector.config.__name__}, but model.connector is a "
+            f"{type(config).__name__}: set connector={connector.config.__name__}(...) in a recipe, FILE.py:FUNCTION"
+        )
+    return connector
 
 
 def build_connector(config: ConnectorConfig, *, vision: VisionConfig, output_size: int, dtype: torch.dtype) -> nn.Module:
