@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mm.cli.command import Command, Group, Parser, integer, one_of
-from megatron_mm.cli.prepare_datasets import DATASET_COMMANDS, add_limits
+from megatron_mm.cli.prepare_datasets import DATASET_COMMANDS, add_keys, add_limits
 from megatron_mm.cli.prepare_look import LOOK_COMMANDS
 
 if TYPE_CHECKING:
     from megatron_mm.data.prepare.index import IndexOptions
+    from megatron_mm.data.text.keys import Keys
 
 
 def _demo_arguments(parser: Parser) -> None:
@@ -52,6 +54,7 @@ def _index_arguments(parser: Parser) -> None:
         help="dot of a name at which a sample's key ends (default: as most names ask for)",
         **one_of(("first", "last")),
     )
+    add_keys(parser, text=True, image=True, messages=True)
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="names of files to leave alone; may be repeated")
     parser.add_argument("--index-dir", type=Path, metavar="DIR", help="write indexes here, for read-only data: train with --data.path DIR")
     add_limits(parser)
@@ -67,6 +70,12 @@ def _read_arguments(parser: Parser) -> None:
     )
 
 
+def _keys(given: argparse.Namespace) -> Keys:
+    from megatron_mm.data.text.keys import Keys
+
+    return Keys(text=given.text_key, image=given.image_key, messages=given.messages_key)
+
+
 def _options(given: argparse.Namespace) -> IndexOptions:
     from megatron_mm.data.prepare.index import IndexOptions
 
@@ -77,6 +86,7 @@ def _options(given: argparse.Namespace) -> IndexOptions:
         key_ends=given.key_ends,
         max_rejected=given.max_rejected,
         max_dropped_images=given.max_dropped_images,
+        keys=_keys(given),
         ignore=tuple(given.ignore),
         verify=given.verify,
         index_dir=given.index_dir,
@@ -113,27 +123,38 @@ def _tokenizer_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--vocab-size", type=integer, default=49152, metavar="N", help="tokens, special ones included (default: %(default)s)"
     )
+    add_keys(parser, text=True, image=True, messages=True)
 
 
 def _tokenizer(given: argparse.Namespace) -> None:
     from megatron_mm.data.prepare.index import prepare_tokenizer
 
-    print(prepare_tokenizer(given.path, out=given.out or given.path / "tokenizer.model", vocab_size=given.vocab_size))
+    out = given.out or given.path / "tokenizer.model"
+    print(prepare_tokenizer(given.path, out=out, vocab_size=given.vocab_size, keys=_keys(given)))
 
 
-PREPARE = Group(
-    help="make, index or tokenize data",
-    commands={
-        "demo": Command(help="make a small data set of drawn scenes, its tokenizer and its index", run=_demo, arguments=_demo_arguments),
-        "index": Command(help="read every sample once: validity, token counts, image sizes", run=_index, arguments=_read_arguments),
-        "merge": Command(
-            help="write the index of shards that `prepare index --shards` has read (same options)", run=_merge, arguments=_index_arguments
-        ),
-        "store": Command(help="read an indexed source from an object store", run=_store, arguments=_store_arguments),
-        "tokenizer": Command(
-            help="train a SentencePiece tokenizer on the texts of a data set", run=_tokenizer, arguments=_tokenizer_arguments
-        ),
-        **DATASET_COMMANDS,
-        **LOOK_COMMANDS,
-    },
-)
+def _with_file_errors(command: Command) -> Command:
+    """A full disk, or a file that may not be written, is a line and not a traceback."""
+
+    def run(given: argparse.Namespace) -> None:
+        try:
+            command.run(given)
+        except OSError as error:
+            raise ValueError(f"{error.filename or 'a file'}: {error.strerror or error}; what was done before stays done") from error
+
+    return replace(command, run=run)
+
+
+_COMMANDS = {
+    "demo": Command(help="make a small data set of drawn scenes, its tokenizer and its index", run=_demo, arguments=_demo_arguments),
+    "index": Command(help="read every sample once: validity, token counts, image sizes", run=_index, arguments=_read_arguments),
+    "merge": Command(
+        help="write the index of shards that `prepare index --shards` has read (same options)", run=_merge, arguments=_index_arguments
+    ),
+    "store": Command(help="read an indexed source from an object store", run=_store, arguments=_store_arguments),
+    "tokenizer": Command(help="train a SentencePiece tokenizer on the texts of a data set", run=_tokenizer, arguments=_tokenizer_arguments),
+    **DATASET_COMMANDS,
+    **LOOK_COMMANDS,
+}
+
+PREPARE = Group(help="make, index or tokenize data", commands={name: _with_file_errors(command) for name, command in _COMMANDS.items()})

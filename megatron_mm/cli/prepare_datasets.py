@@ -38,7 +38,19 @@ def add_limits(parser: Parser) -> None:
     )
 
 
-def _arguments(*, images: bool | None, text_key: bool = False, image_key: bool = False, inputs: str = "files") -> Callable[[Parser], None]:
+def add_keys(parser: Parser, *, text: bool = False, image: bool = False, messages: bool = False) -> None:
+    """What fields and files are called."""
+    if text:
+        parser.add_argument("--text-key", metavar="FIELD", help="field with the text, or extension of its file; dots lead into objects")
+    if image:
+        parser.add_argument("--image-key", metavar="FIELD", help="field with the image or its path, or extension of its file")
+    if messages:
+        parser.add_argument("--messages-key", metavar="FIELD", help="field with the turns of a conversation")
+
+
+def _arguments(
+    *, images: bool | None, text_key: bool = False, image_key: bool = False, messages_key: bool = False, inputs: str = "files"
+) -> Callable[[Parser], None]:
     """Arguments of a layout.
 
     Args:
@@ -52,14 +64,7 @@ def _arguments(*, images: bool | None, text_key: bool = False, image_key: bool =
             parser.add_argument(
                 "--images", required=images, metavar="DIR", help="folder of images, as files or in tars; nothing is fetched from the web"
             )
-        if text_key:
-            parser.add_argument(
-                "--text-key",
-                metavar="FIELD",
-                help="field with the text; dots lead into objects",
-            )
-        if image_key:
-            parser.add_argument("--image-key", metavar="FIELD", help="field with the image or its path")
+        add_keys(parser, text=text_key, image=image_key, messages=messages_key)
         parser.add_argument("--shard-megabytes", type=integer, default=1024, metavar="N", help="size of a shard (default: %(default)s)")
         parser.add_argument("--workers", type=integer, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
         add_limits(parser)
@@ -71,7 +76,8 @@ def _convert(layout: str, **fixed: Any) -> Callable[[argparse.Namespace], None]:
     def run(given: argparse.Namespace) -> None:
         from megatron_mm.data.prepare.published.convert import Options, convert
 
-        named = {name: getattr(given, name) for name in ("images", "form", "annotations", "split", "texts") if hasattr(given, name)}
+        names = ("images", "form", "annotations", "split", "texts", "messages_key")
+        named = {name: getattr(given, name) for name in names if hasattr(given, name)}
         keys = {f"{name}s": (value,) for name in ("text_key", "image_key") if (value := getattr(given, name, None))}
         options = Options(getattr(given, "layout", layout), shard_bytes=given.shard_megabytes * 2**20, **{**named, **keys, **fixed})
         print(
@@ -136,7 +142,7 @@ DATASET_COMMANDS = {
     "llava": Command(
         help="conversations (LLaVA-mix-665k, ShareGPT, messages) and a folder of images",
         run=_convert("llava"),
-        arguments=_arguments(images=False, inputs="JSON, JSON lines or parquet"),
+        arguments=_arguments(images=False, image_key=True, messages_key=True, inputs="JSON, JSON lines or parquet"),
     ),
     "vqa": Command(help="questions and answers, or captions, of VQAv2's kind", run=_convert("tasks"), arguments=_vqa_arguments),
     "scienceqa": Command(help="ScienceQA", run=_convert("tasks", form="scienceqa"), arguments=_scienceqa_arguments),

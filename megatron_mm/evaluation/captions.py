@@ -11,8 +11,7 @@ from megatron_mm.data.load.texts import document_stream
 from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.plan.packing import document_images, supervised_tokens
 from megatron_mm.data.sources.source import Source
-from megatron_mm.data.text.chat import rendering_of
-from megatron_mm.data.text.documents import parse_document
+from megatron_mm.data.text.documents import read_items
 from megatron_mm.data.text.items import Text
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.generation import Prompt
@@ -50,7 +49,7 @@ def caption_tasks(index: Source, tokenizer: Tokenizer, image: ImageInput, *, cou
 
 
 def _caption_task(index: Source, row: int, tokenizer: Tokenizer, image: ImageInput, decoder: TileDecoder) -> CaptionTask:
-    items = parse_document(index.kind, index.document(row), is_json=False, rendering=rendering_of(index))
+    items = read_items(index, row)
     stream = document_stream(index, row, tokenizer, items, image=image)
     found = document_images(index, row, image)
     begin, end, tiles = int(found.starts[0]), int(found.ends[0]), int(found.tiles[0])

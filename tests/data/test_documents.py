@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -77,19 +78,17 @@ def test_several_images_before_one_sentence_keep_their_order() -> None:
         ("interleaved", b'{"texts": [null, null], "images": [null, "0.jpg"]}', "no text"),
         ("interleaved", b'{"text_list": [3], "image_info": []}', "malformed text_list list"),
         ("interleaved", b'{"text_list": ["a"]}', "malformed text_list list"),
-        (
-            "interleaved",
-            b'{"text_list": ["a"], "image_info": [{"image_name": "0.jpg", "matched_text_index": 1}]}',
-            "malformed text_list list",
-        ),
-        (
-            "interleaved",
-            b'{"text_list": ["a"], "image_info": [{"image_name": "0.jpg", "matched_text_index": -1}]}',
-            "malformed text_list list",
-        ),
     ],
 )
 def test_a_bad_document_has_its_reason(kind: Kind, data: bytes, reason: str) -> None:
     with pytest.raises(BadDocument) as caught:
         parse_document(kind, data, is_json=True)
     assert str(caught.value) == reason
+
+
+@pytest.mark.parametrize("info", [{"image_name": "0.jpg", "matched_text_index": 1}, {"image_name": "0.jpg", "matched_text_index": -1}, {}])
+def test_an_image_of_no_sentence_is_dropped_and_counted(info: dict[str, Any]) -> None:
+    dropped = Counter[str]()
+    data = json.dumps({"text_list": ["a"], "image_info": [{"image_name": None, "matched_text_index": None, **info}]}).encode()
+    assert parse_document("interleaved", data, is_json=True, dropped=dropped) == [Text("a")]
+    assert dropped == {"image without a name or a text that it belongs to": 1}

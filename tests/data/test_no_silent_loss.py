@@ -357,3 +357,16 @@ def test_a_tar_that_ends_early_is_told_from_one_that_is_damaged(tmp_path: Path) 
     shard.write_bytes(shard.read_bytes()[: header_of(shard, "3.txt") + 100])
     with pytest.raises(BrokenShard, match="it is truncated"):
         list(iterate_tar(shard))
+
+
+def test_shards_in_upper_case_are_shards_and_folders_and_dead_links_are_none(tmp_path: Path, tokenizer: Path) -> None:
+    members = {"1.png": picture(form="PNG"), "1.txt": b"a circle"}
+    write_tar(tmp_path / "a" / "0.TAR", members)
+    (tmp_path / "a" / "1.tar").mkdir()
+    assert prepare_index(tmp_path / "a", tokenizer=tokenizer).sources[f"{tmp_path.name}/a"].samples == 1
+    (tmp_path / "a" / "2.ndjson").write_text("{}")
+    with pytest.raises(ValueError, match=r"files that are not read: 2\.ndjson"):
+        prepare_index(tmp_path / "a", tokenizer=tokenizer)
+    (tmp_path / "a" / "2.tar").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"is a link to .*nothing, which does not exist"):
+        prepare_index(tmp_path / "a", tokenizer=tokenizer)

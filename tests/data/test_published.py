@@ -425,3 +425,65 @@ def test_inputs_that_are_nothing_are_named(tmp_path: Path) -> None:
         run("text", [tmp_path / "a.pdf"], tmp_path / "out")
     with pytest.raises(ValueError, match=r"folder of images .*none does not exist"):
         run("mmc4", [tmp_path / "a.pdf"], tmp_path / "out", images=str(tmp_path / "none"))
+
+
+# ----------------------------------------------------------------------------------------------------- what users really have
+
+
+def test_inputs_that_are_not_given_any_more_are_an_error(tmp_path: Path) -> None:
+    """Their shards may be all that is left of them, and are neither replaced nor taken for those of this call."""
+    for number in range(3):
+        (tmp_path / f"{number}.jsonl").write_text('{"text": "a red circle"}\n')
+    run("text", sorted(tmp_path.glob("*.jsonl")), tmp_path / "out")
+    for inputs in (["0.jsonl"], ["1.jsonl", "2.jsonl"]):
+        with pytest.raises(ValueError, match="which is not among the inputs of this call"):
+            run("text", [tmp_path / name for name in inputs], tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.jsonl"))) == 3
+
+
+def test_archives_are_known_by_their_first_bytes(tmp_path: Path) -> None:
+    lines = b'{"text": "a red circle"}\n'
+    (tmp_path / "plain.jsonl.gz").write_bytes(lines)
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(lines))
+    with zipfile.ZipFile(tmp_path / "mac.jsonl.zip", "w") as archive:
+        archive.writestr("mac.jsonl", lines)
+        archive.writestr("__MACOSX/._mac.jsonl", b"\0\5\26\7")
+    found = run("text", [tmp_path / name for name in ("plain.jsonl.gz", "packed.jsonl", "mac.jsonl.zip")], tmp_path / "out")
+    assert (found.samples, found.rejected) == (3, {})
+    (tmp_path / "empty.jsonl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match="it is empty"):
+        run("text", [tmp_path / "empty.jsonl.gz"], tmp_path / "out2")
+
+
+def test_an_image_of_mmc4_without_a_place_costs_itself(tmp_path: Path, demo_data: Path) -> None:
+    write_images(tmp_path / "images", ["0.jpg"])
+    infos = [
+        {"image_name": "0.jpg", "matched_text_index": 0},
+        {"image_name": "0.jpg", "matched_text_index": None},
+        {"image_name": None, "matched_text_index": 0},
+        {"image_name": "0.jpg", "matched_text_index": 7},
+    ]
+    rows = [{"text_list": ["a circle"], "image_info": infos}, {"text_list": ["a square"], "image_info": None}]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = run("mmc4", [tmp_path / "docs.jsonl"], tmp_path / "out", lose=0.8, images=str(tmp_path / "images"))
+    assert (found.samples, found.images, found.dropped) == (2, 1, {"image without a name or a text that it belongs to": 3})
+
+
+def test_fields_that_are_there_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"content": "a red circle", "id": 7}\n')
+    with pytest.raises(ValueError, match="The fields of the first one are content, id: --text-key"):
+        run("text", [tmp_path / "a.jsonl"], tmp_path / "out")
+
+
+def test_questions_do_not_become_captions(tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps({"data": [{"image_id": "1", "question": "what?", "answers": ["red"]}]}))
+    write_images(tmp_path / "images", ["1.jpg"])
+    with pytest.raises(ValueError, match="format textvqa has questions, which --as pairs would lose"):
+        run("pairs", [tmp_path / "q.json"], tmp_path / "out", form="textvqa", images=str(tmp_path / "images"))
+
+
+def test_images_beside_records_are_no_records(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["0.jpg"])
+    row = {"text_list": ["a circle"], "image_info": [{"image_name": "0.jpg", "matched_text_index": 0}]}
+    (tmp_path / "docs.jsonl").write_text(json.dumps(row))
+    assert run("mmc4", [tmp_path], tmp_path / "out", images=str(tmp_path / "images")).images == 1

@@ -19,8 +19,7 @@ import numpy as np
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.plan.plan import PackedSequence
 from megatron_mm.data.sources.source import Source
-from megatron_mm.data.text.chat import rendering_of
-from megatron_mm.data.text.documents import parse_document
+from megatron_mm.data.text.documents import read_items
 from megatron_mm.data.text.items import Item, encode_items
 from megatron_mm.data.text.tokenizer import Tokenizer
 
@@ -49,7 +48,6 @@ class TextReader:
 
     def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, image: ImageInput) -> None:
         self._sources, self._tokenizer, self._image = sources, tokenizer, image
-        self._renderings = [rendering_of(source) for source in sources]
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[int, int], Future[np.ndarray | None]] = OrderedDict()
         self._kept_tokens = 0
@@ -91,7 +89,7 @@ class TextReader:
         """A document's stream of token ids; None where its bytes cannot be used any more."""
         index = self._sources[source]
         try:
-            items = parse_document(index.kind, index.document(sample), is_json=False, rendering=self._renderings[source])
+            items = read_items(index, sample)
             return np.array(document_stream(index, sample, self._tokenizer, items, image=self._image), dtype=np.int32)
         except (OSError, ValueError) as error:
             logger.warning("unusable text in sample %d of %s: %s; it is left out", sample, index.name, error)

@@ -16,7 +16,8 @@ from megatron_mm.data.image_formats import is_image_name
 
 SPLITS = ("train", "heldout")
 SHARD_ENDINGS = (".tar", ".jsonl")
-_UNREAD = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip", ".7z", ".parquet", ".arrow", ".feather", ".lmdb")
+"""In lower or upper case."""
+_UNREAD = (".ndjson", ".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip", ".7z", ".parquet", ".arrow", ".feather", ".lmdb")
 """Endings of files that hold data; of these only those that `_belongs` knows are passed over."""
 _PERHAPS_UNREAD, _SMALL = (".json", ".txt", ".csv", ".tsv"), 2**20
 """Endings of files that hold data where they have so many bytes, and notes otherwise."""
@@ -85,7 +86,14 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _direct(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix in SHARD_ENDINGS and not p.name.startswith(".")) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        named = [entry for entry in entries if Path(entry.name).suffix.lower() in SHARD_ENDINGS and not entry.name.startswith(".")]
+    found = sorted(Path(entry.path) for entry in named if not entry.is_dir())
+    if broken := next((Path(entry.path) for entry in named if entry.is_symlink() and not os.path.exists(entry.path)), None):
+        raise ValueError(f"shard {broken} is a link to {os.readlink(broken)}, which does not exist: restore it or remove the link")
+    return found
 
 
 def _is_ours(folder: Path) -> bool:

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from megatron_mm.data.sources.shards import BrokenShard, KeyEnds
 from megatron_mm.data.sources.source import CHAT_KINDS, Kind
 from megatron_mm.data.text.chat import Rendering, chat_template
 from megatron_mm.data.text.items import BadDocument, Text
+from megatron_mm.data.text.keys import USUAL, Keys
 from megatron_mm.data.text.tokenizer import Tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class IndexOptions:
     """Share of samples that may be rejected, and of the shards' bytes that may be damaged."""
     max_dropped_images: float = MAX_REJECTED
     """Share of the images of documents that may be missing or bad."""
+    keys: Keys = USUAL
+    """What fields and files are called."""
     ignore: tuple[str, ...] = ()
     """Patterns of names of files that are left alone though they look like data."""
     verify: Verify = "full"
@@ -145,13 +148,18 @@ def prepare_index(
 
 def _reading(shards: Sequence[Path], model: Path, options: IndexOptions) -> Reading:
     """How a source is read. Raises ValueError where that is not clear, or where the tokenizer lacks tokens of the chat template."""
-    detected = detect_kind(shards, kind=options.kind, key_ends=options.key_ends)
+    detected = detect_kind(shards, kind=options.kind, key_ends=options.key_ends, keys=options.keys)
     prompt = options.caption_prompt if detected.kind == "pairs" else None
     if detected.kind in CHAT_KINDS or prompt is not None:
         _check_template(options.template, model)
     rendering = Rendering(chat_template(options.template), caption_prompt=prompt)
     return Reading(
-        detected.kind, rendering, key_ends=detected.key_ends, images_may_be_left_out=options.kind == "text", verify=options.verify
+        detected.kind,
+        rendering,
+        key_ends=detected.key_ends,
+        keys=options.keys,
+        images_may_be_left_out=options.kind == "text",
+        verify=options.verify,
     )
 
 
@@ -231,6 +239,7 @@ def _merge(job: _SourceJob) -> SourceSummary:
         "tokenizer": job.fingerprint,
         "chat_template": job.options.template if are_chats else None,
         "caption_prompt": job.reading.rendering.caption_prompt,
+        "keys": {name: key for name, key in asdict(job.reading.keys).items() if key is not None},
         "shards": {shard: header.size for shard, header in zip(shards, headers, strict=True)},
         "stamps": {shard: [header.modified, header.digest] for shard, header in zip(shards, headers, strict=True)},
         "rejected": summary.rejected,
@@ -260,7 +269,9 @@ def _merge(job: _SourceJob) -> SourceSummary:
 _HINTS = {
     "no image file": "files of a sample must follow one another in the tar (tar --sort=name); --kind says what the source holds",
     "no text file": "files of a sample must follow one another in the tar (tar --sort=name); --kind says what the source holds",
-    "JSON has no text or caption": "make shards of fields with other names: `megatron-mm prepare text|pairs --text-key FIELD`",
+    "JSON has no text or caption": "--text-key FIELD says which field it is",
+    "JSON has no items, texts or text_list": "--text-key, --image-key and --messages-key say what fields and files are called",
+    "JSON has no conversations": "--messages-key FIELD says which field they are",
     "image is not in the shard": "images that a document names lie in the same tar, as KEY.NAME",
 }
 """What is often the cause of a reason."""
@@ -306,23 +317,23 @@ def _check_template(name: str, model: Path) -> None:
         )
 
 
-def prepare_tokenizer(path: Path, *, out: Path, vocab_size: int) -> str:
+def prepare_tokenizer(path: Path, *, out: Path, vocab_size: int, keys: Keys = USUAL) -> str:
     """Train a tokenizer on the training texts under a path. Returns a line to print."""
     sources = [source for source in find_sources(path) if source.parent.name != "heldout"]
-    tokenizer = train_tokenizer(_all_texts(sources), out, vocab_size=vocab_size)
+    tokenizer = train_tokenizer(_all_texts(sources, keys), out, vocab_size=vocab_size)
     return f"{out}: {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}"
 
 
-def _all_texts(sources: list[Path]) -> Iterator[str]:
+def _all_texts(sources: list[Path], keys: Keys) -> Iterator[str]:
     plain = Rendering(chat_template("plain"))
     for source in sources:
         shards = shards_of(source)
-        detected = detect_kind(shards)
+        detected = detect_kind(shards, keys=keys)
         for shard in shards:
             try:
                 for sample in iterate_samples(shard, key_ends=detected.key_ends):
                     try:
-                        items = parse_member(detected.kind, document_of(detected.kind, sample), plain)
+                        items = parse_member(detected.kind, document_of(detected.kind, sample, keys), plain, keys=keys)
                         yield from (item.text for item in items if isinstance(item, Text))
                     except BadDocument:
                         continue  # counted when the source is indexed

@@ -16,6 +16,7 @@ from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
 from megatron_mm.data.sources.shards import BrokenShard, KeyEnds, Member, WebSample, iterate_jsonl, iterate_tar
 from megatron_mm.data.sources.source import Kind
 from megatron_mm.data.text.documents import document_kind, names_images
+from megatron_mm.data.text.keys import USUAL, Keys
 
 _SHARDS, _SAMPLES = 8, 64
 """How many shards are looked into, and how many samples of each."""
@@ -29,25 +30,26 @@ class Detected:
     key_ends: KeyEnds
 
 
-def detect_kind(shards: Sequence[Path], *, kind: Kind | None = None, key_ends: KeyEnds | None = None) -> Detected:
+def detect_kind(shards: Sequence[Path], *, kind: Kind | None = None, key_ends: KeyEnds | None = None, keys: Keys = USUAL) -> Detected:
     """What a source holds.
 
     Raises ValueError where most samples are texts but some have images, so that these would be lost.
 
     Args:
         kind, key_ends: what the user says, which nothing overrules.
+        keys: what fields and files are called.
     """
     looked_at = [shard for shard in shards[:: max(1, len(shards) // _SHARDS)][:_SHARDS] if shard.is_file()]
     if key_ends is None:
-        key_ends = "last" if _has_dotted_keys(looked_at) else "first"
+        key_ends = "last" if _has_dotted_keys(looked_at, keys) else "first"
     if kind is not None:
         return Detected(kind, key_ends)
     votes, with_images = Counter[Kind](), 0
     for sample in _first_samples(looked_at, key_ends):
-        found = _kind_of(sample)
+        found = _kind_of(sample, keys)
         if found is not None:
             votes[found] += 1
-            with_images += (found == "text" and _names_images(sample)) or (found in ("pairs", "interleaved") and _has_images(sample))
+            with_images += (found == "text" and _names_images(sample, keys)) or (found in ("pairs", "interleaved") and _has_images(sample))
     winner: Kind = votes.most_common(1)[0][0] if votes else "text"
     if winner == "text" and with_images:
         raise ValueError(
@@ -67,36 +69,39 @@ def _first_samples(shards: Sequence[Path], key_ends: KeyEnds) -> Iterator[WebSam
 
 def iterate_samples(shard: Path, *, key_ends: KeyEnds = "first") -> Iterator[WebSample]:
     """The samples of a shard of either form, damage passed over."""
-    if shard.suffix == ".jsonl":
+    if shard.suffix.lower() == ".jsonl":
         return (WebSample(key=line.name, members={"json": line}) for line in iterate_jsonl(shard))
     return iterate_tar(shard, skipped=lambda _: None, key_ends=key_ends)
 
 
-def _has_dotted_keys(shards: Sequence[Path]) -> bool:
+def _has_dotted_keys(shards: Sequence[Path], keys: Keys) -> bool:
     """Whether most samples would have neither text nor image at the first dot, but have both at the last: "v1.2_003.jpg"."""
     dotted = total = 0
+    named = {"json", "txt", *(key.lower() for key in (keys.text, keys.image) if key is not None)}
     for shard in shards:
-        if shard.suffix == ".jsonl":
+        if shard.suffix.lower() == ".jsonl":
             continue
         for sample in _first_samples([shard], "first"):
-            plain = any(extension in ("json", "txt") or (is_image_name(extension) and "." not in extension) for extension in sample.members)
+            plain = any(extension in named or (is_image_name(extension) and "." not in extension) for extension in sample.members)
             endings = {extension.rpartition(".")[2] for extension in sample.members}
             total += 1
             dotted += not plain and bool(endings & {"json", "txt"})
     return dotted > total / 2
 
 
-def _kind_of(sample: WebSample) -> Kind | None:
+def _kind_of(sample: WebSample, keys: Keys) -> Kind | None:
     """What a sample would be by itself; None where it says nothing."""
     document = _json_bytes(sample.members.get("json"))
-    found = document_kind(document) if document is not None else None
+    found = document_kind(document, keys) if document is not None else None
     if found in ("conversations", "tasks"):
         return found
+    if keys.image is not None and keys.image.lower() in sample.members:
+        return "pairs"
     if any(is_image_name(extension) and "." not in extension for extension in sample.members):
         return "pairs"
     if found == "interleaved" or any(is_image_name(extension) for extension in sample.members):
         return "interleaved"
-    return "text" if {"txt", "json"} & set(sample.members) else None
+    return "text" if {"txt", "json", (keys.text or "txt").lower()} & set(sample.members) else None
 
 
 def _json_bytes(member: Member | None) -> bytes | None:
@@ -112,6 +117,6 @@ def _has_images(sample: WebSample) -> bool:
     return any(is_image_name(extension) for extension in sample.members)
 
 
-def _names_images(sample: WebSample) -> bool:
+def _names_images(sample: WebSample, keys: Keys) -> bool:
     document = _json_bytes(sample.members.get("json"))
-    return document is not None and names_images(document)
+    return document is not None and names_images(document, keys)

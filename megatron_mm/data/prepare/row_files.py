@@ -24,7 +24,7 @@ from megatron_mm.data.prepare.samples import Losses, Reading, ShardRows
 from megatron_mm.data.sources.index_files import sampled_digest
 from megatron_mm.data.sources.rows import ITEM, SAMPLE
 
-READER_VERSION = 1
+READER_VERSION = 2
 """Of how shards are read. Raise it where the same shard would give other rows: all shards are then read again."""
 
 

@@ -26,6 +26,7 @@ from megatron_mm.data.sources.shards import (
     BESIDE_DAMAGE,
     LONG_LINE,
     KeyEnds,
+    Line,
     Member,
     WebSample,
     describe_damage,
@@ -37,6 +38,7 @@ from megatron_mm.data.sources.tar import DAMAGED, Skipped
 from megatron_mm.data.text.chat import Rendering
 from megatron_mm.data.text.documents import OWN_IMAGE, names_images, parse_document
 from megatron_mm.data.text.items import BadDocument, ImageReference, Item, encode_items
+from megatron_mm.data.text.keys import USUAL, Keys
 from megatron_mm.data.text.tokenizer import Tokenizer
 
 Verify = Literal["full", "header", "sample"]
@@ -56,6 +58,8 @@ class Reading:
     kind: Kind
     rendering: Rendering
     key_ends: KeyEnds = "first"
+    keys: Keys = USUAL
+    """What fields and files are called."""
     images_may_be_left_out: bool = False
     """The user has said that the source is of texts, so images beside them are no surprise."""
     verify: Verify = "full"
@@ -146,7 +150,7 @@ def iterate_shard(shard: Path, losses: Losses, key_ends: KeyEnds) -> Iterator[We
         else:
             losses.skipped[what.reason] += 1
 
-    if shard.suffix == ".jsonl":
+    if shard.suffix.lower() == ".jsonl":
         return (WebSample(key=line.name, members={"json": line}) for line in iterate_jsonl(shard, skipped=skipped))
     return iterate_tar(shard, skipped=skipped, key_ends=key_ends)
 
@@ -165,11 +169,11 @@ def check_sample(sample: WebSample, reading: Reading, tokenizer: Tokenizer) -> C
     """
     if reading.kind == "text" and not reading.images_may_be_left_out and any(is_image_name(e) for e in sample.members):
         raise BadDocument("text with images beside it")
-    document, dropped = document_of(reading.kind, sample), Counter[str]()
-    items = parse_member(reading.kind, document, reading.rendering, dropped=dropped)
-    if reading.kind == "text" and not reading.images_may_be_left_out and names_images(document.data):
+    document, dropped = document_of(reading.kind, sample, reading.keys), Counter[str]()
+    items = parse_member(reading.kind, document, reading.rendering, keys=reading.keys, dropped=dropped)
+    if reading.kind == "text" and not reading.images_may_be_left_out and names_images(document.data, reading.keys):
         raise BadDocument("text that names images")
-    first = [_pair_image(sample)] if reading.kind == "pairs" and reading.rendering.caption_prompt is None else []
+    first = [_pair_image(sample, reading.keys)] if reading.kind == "pairs" and reading.rendering.caption_prompt is None else []
     written = iter(encode_items(items, tokenizer))
     rows = [_image_row(image, counted=True, verify=reading.verify) for image in first]
     for item in items:
@@ -177,7 +181,7 @@ def check_sample(sample: WebSample, reading: Reading, tokenizer: Tokenizer) -> C
             rows.append((0, int(item.counted), len(next(written)), 0, 0, 0, 0))
             continue
         try:
-            rows.append(_image_row(_referenced(sample, item), counted=item.counted, verify=reading.verify))
+            rows.append(_image_row(_referenced(sample, item, reading.keys), counted=item.counted, verify=reading.verify))
         except BadDocument as reason:
             if reading.kind != "interleaved":
                 raise
@@ -200,9 +204,10 @@ def _read(member: Member) -> bytes:
         raise BadDocument("file cannot be read") from None
 
 
-def document_of(kind: Kind, sample: WebSample) -> Member:
+def document_of(kind: Kind, sample: WebSample, keys: Keys) -> Member:
     """The member that holds a sample's text. Raises BadDocument where there is none."""
-    for extension in ("txt", "json") if kind in ("pairs", "text") else ("json",):
+    named = "txt" if keys.text is None else keys.text.lower()
+    for extension in (named, "json") if kind in ("pairs", "text") else ("json",):
         if extension in sample.members:
             document = sample.members[extension]
             if document.size > MAX_FILE_BYTES:
@@ -211,13 +216,17 @@ def document_of(kind: Kind, sample: WebSample) -> Member:
     raise BadDocument("no text file")
 
 
-def parse_member(kind: Kind, document: Member, rendering: Rendering, *, dropped: Counter[str] | None = None) -> list[Item]:
+def parse_member(kind: Kind, document: Member, rendering: Rendering, *, keys: Keys, dropped: Counter[str] | None = None) -> list[Item]:
     """The items of a document (`parse_document`)."""
-    is_json = not document.name.lower().endswith(".txt")
-    return parse_document(kind, _read(document), is_json=is_json, rendering=rendering, dropped=dropped)
+    is_json = isinstance(document, Line) or document.name.lower().endswith(".json")
+    return parse_document(kind, _read(document), is_json=is_json, rendering=rendering, keys=keys, dropped=dropped)
 
 
-def _pair_image(sample: WebSample) -> Member:
+def _pair_image(sample: WebSample, keys: Keys) -> Member:
+    if keys.image is not None:
+        if keys.image.lower() not in sample.members:
+            raise BadDocument("no image file")
+        return sample.members[keys.image.lower()]
     for extension in IMAGE_EXTENSIONS:
         if extension in sample.members:
             return sample.members[extension]
@@ -227,9 +236,9 @@ def _pair_image(sample: WebSample) -> Member:
     raise BadDocument("no image file")
 
 
-def _referenced(sample: WebSample, reference: ImageReference) -> Member:
+def _referenced(sample: WebSample, reference: ImageReference, keys: Keys) -> Member:
     if reference.extension == OWN_IMAGE:
-        return _pair_image(sample)
+        return _pair_image(sample, keys)
     named = sample.members.get(reference.extension) or next(
         # A document may also give its files' whole names.
         (member for member in sample.members.values() if f"/{member.name}".lower().endswith(f"/{reference.extension}")),

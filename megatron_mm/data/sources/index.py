@@ -30,6 +30,7 @@ from megatron_mm.data.sources.rows import ITEM as ITEM
 from megatron_mm.data.sources.rows import SAMPLE as SAMPLE
 from megatron_mm.data.sources.source import SOURCE_FORMATS, DocumentSizes, ImageSizes, Items, Kind, Source
 from megatron_mm.data.sources.stores import ObjectStore, Store, store_of
+from megatron_mm.data.text.keys import USUAL, Keys
 
 SHARDS_CHECKED_AT_ONCE = 32
 """Threads that ask the file system about shards: one answer takes about as long as another hundred."""
@@ -59,6 +60,8 @@ class SourceIndex:
     """What asks for the captions of pairs; None where they are no chats."""
     size_rows: np.ndarray | None = None
     """[num_samples] of SIZES; None in indexes of version 2."""
+    keys: Keys = USUAL
+    """What the fields of the samples are called."""
     store: str | None = None
     """Address of the object store that holds the shards; None where they lie in `root`."""
 
@@ -171,6 +174,7 @@ def open_index(source: Path, *, check: bool = True) -> SourceIndex:
         size_rows=arrays.get("sizes.npy"),
         chat_template=meta["chat_template"],
         caption_prompt=meta.get("caption_prompt"),
+        keys=Keys(**meta.get("keys", {})),
         store=meta.get("store"),
     )
 

@@ -31,6 +31,7 @@ from typing import Any
 
 from megatron_mm.data.text.chat import Turn
 from megatron_mm.data.text.items import BadDocument, ImageReference
+from megatron_mm.data.text.keys import USUAL, Keys, field_of
 
 IMAGE_MARK = "<image>"
 _ASKS, _ANSWERS, _SYSTEM = ("human", "user"), ("gpt", "assistant", "model"), "system"
@@ -59,16 +60,21 @@ TASKS: dict[str, Task] = {
 }
 
 
-def is_conversation(fields: dict[str, Any]) -> bool:
+def is_conversation(fields: dict[str, Any], keys: Keys = USUAL) -> bool:
     """Whether a document is a conversation, by its fields."""
-    return any(isinstance(fields.get(name), list) for name in _LISTS)
+    return _listed(fields, keys) is not None
 
 
-def conversation_turns(fields: dict[str, Any]) -> list[Turn]:
+def _listed(fields: dict[str, Any], keys: Keys) -> list[Any] | None:
+    names = _LISTS if keys.messages is None else (keys.messages,)
+    return next((found for name in names if isinstance(found := field_of(fields, name), list)), None)
+
+
+def conversation_turns(fields: dict[str, Any], keys: Keys = USUAL) -> list[Turn]:
     """The turns of a conversation. Raises BadDocument."""
-    listed = next((fields[name] for name in _LISTS if isinstance(fields.get(name), list)), None)
+    listed = _listed(fields, keys)
     if listed is None:
-        raise BadDocument("JSON has no conversations")
+        raise BadDocument(f"JSON has no {keys.messages or 'conversations'}")
     try:
         spoken = [(turn.get("from", turn.get("role")), _words(turn.get("value", turn.get("content"))).strip()) for turn in listed]
     except (TypeError, AttributeError):
@@ -79,7 +85,7 @@ def conversation_turns(fields: dict[str, Any]) -> list[Turn]:
         raise BadDocument("conversation is not of questions with answers")
     if not all(answer for _, answer in answered):
         raise BadDocument("empty answer")
-    images = _images(fields)
+    images = _images(fields, keys)
     if sum(question.count(IMAGE_MARK) for _, question in asked) != len(images):
         raise BadDocument("images and <image> marks differ in number")
     left = iter(images)
@@ -157,9 +163,9 @@ def _letter(answer: object, count: int) -> str:
     raise BadDocument("answer is not one of the choices")
 
 
-def _images(fields: dict[str, Any]) -> list[ImageReference]:
+def _images(fields: dict[str, Any], keys: Keys = USUAL) -> list[ImageReference]:
     """The images that a sample names, one or several."""
-    named = fields.get("images", fields.get("image"))
+    named = fields.get("images", fields.get("image")) if keys.image is None else field_of(fields, keys.image)
     names = [] if named is None else named if isinstance(named, list) else [named]
     if not all(isinstance(name, str) for name in names):
         raise BadDocument("malformed image list")

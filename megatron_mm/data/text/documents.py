@@ -10,7 +10,7 @@
     conversations, tasks   KEY.json and the images that it names, or a line of a .jsonl (`data.text.conversations`)
 
 A .txt that is itself an object with `text` or `caption`, as some tools write it, gives that text; any other is taken as it is.
-The image "NAME" of a document KEY.json is the member KEY.NAME.
+The image "NAME" of a document KEY.json is the member KEY.NAME. `Keys` gives fields and files other names.
 """
 
 from __future__ import annotations
@@ -19,17 +19,29 @@ import json
 from collections import Counter
 from typing import Any
 
-from megatron_mm.data.sources.source import CHAT_KINDS, Kind
-from megatron_mm.data.text.chat import Rendering, Turn, render
+from megatron_mm.data.sources.source import CHAT_KINDS, Kind, Source
+from megatron_mm.data.text.chat import Rendering, Turn, render, rendering_of
 from megatron_mm.data.text.conversations import TASKS, conversation_turns, is_conversation, task_turns
 from megatron_mm.data.text.items import BadDocument, ImageReference, Item, Text
+from megatron_mm.data.text.keys import USUAL, Keys, field_of, keys_of
 
 OWN_IMAGE = ""
 """Stands for the image of a pair, whatever its extension."""
 
 
+def read_items(source: Source, row: int) -> list[Item]:
+    """The items of a sample of an opened source. Raises what `parse_document` and `Source.document` do."""
+    return parse_document(source.kind, source.document(row), is_json=False, rendering=rendering_of(source), keys=keys_of(source))
+
+
 def parse_document(
-    kind: Kind, data: bytes, *, is_json: bool, rendering: Rendering | None = None, dropped: Counter[str] | None = None
+    kind: Kind,
+    data: bytes,
+    *,
+    is_json: bool,
+    rendering: Rendering | None = None,
+    keys: Keys = USUAL,
+    dropped: Counter[str] | None = None,
 ) -> list[Item]:
     """The items of a document in reading order; of a pair, its caption alone, unless a prompt asks for it.
 
@@ -38,13 +50,15 @@ def parse_document(
     Args:
         is_json: the document must be JSON, as its name says; of all kinds but pairs and text it always must.
         rendering: how conversations and tasks are written, and pairs, if they are chats.
+        keys: what fields are called.
         dropped: counts entries of a document that are nothing, by reason.
     """
     try:
         decoded = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadDocument("text is not UTF-8") from None
-    items = _items(kind, decoded, is_json=is_json, rendering=rendering, dropped=Counter() if dropped is None else dropped)
+    dropped = Counter() if dropped is None else dropped
+    items = _items(kind, decoded, is_json=is_json, rendering=rendering, keys=keys, dropped=dropped)
     texts = [item.text for item in items if isinstance(item, Text)]
     if not texts:
         raise BadDocument("no text")
@@ -55,58 +69,60 @@ def parse_document(
     return items
 
 
-def _items(kind: Kind, decoded: str, *, is_json: bool, rendering: Rendering | None, dropped: Counter[str]) -> list[Item]:
+def _items(kind: Kind, decoded: str, *, is_json: bool, rendering: Rendering | None, keys: Keys, dropped: Counter[str]) -> list[Item]:
     if kind in CHAT_KINDS:
         assert rendering is not None, "conversations are rendered by a template"
         fields = _json(decoded)
-        return render(conversation_turns(fields) if kind == "conversations" else task_turns(fields), rendering.template)
+        return render(conversation_turns(fields, keys) if kind == "conversations" else task_turns(fields), rendering.template)
     if kind == "pairs" and rendering is not None and rendering.caption_prompt is not None:
-        caption = _plain_text(decoded, is_json=is_json)
+        caption = _plain_text(decoded, is_json=is_json, keys=keys)
         turn = Turn((ImageReference(OWN_IMAGE, counted=False), rendering.caption_prompt), caption)
         return render([turn], rendering.template) if caption else []
     if kind != "interleaved":
-        return [Text(text)] if (text := _plain_text(decoded, is_json=is_json)) else []
-    items = _interleaved(_json(decoded))
+        return [Text(text)] if (text := _plain_text(decoded, is_json=is_json, keys=keys)) else []
+    items = _interleaved(_json(decoded), keys, dropped)
     found = [item for item in items if item is not None and (not isinstance(item, Text) or item.text.strip())]
     if len(found) < len(items):
         dropped["empty entry"] += len(items) - len(found)
     return found
 
 
-def document_kind(data: bytes) -> Kind | None:
+def document_kind(data: bytes, keys: Keys = USUAL) -> Kind | None:
     """Whether a JSON document is a conversation, a task or interleaved, by its fields; None where it is none of these."""
     try:
         fields = _json(data.decode("utf-8-sig"))
     except (UnicodeDecodeError, BadDocument):
         return None
-    if is_conversation(fields):
+    if is_conversation(fields, keys):
         return "conversations"
     if isinstance(task := fields.get("task"), str) and task in TASKS:
         return "tasks"
-    return "interleaved" if any(isinstance(fields.get(name), list) for name in _FORMS) else None
+    return "interleaved" if any(isinstance(fields.get(name), list) for name in (*_FORMS, *filter(None, [keys.text]))) else None
 
 
 _IMAGE_FIELDS = ("image", "images", "image_info")
 
 
-def names_images(data: bytes) -> bool:
+def names_images(data: bytes, keys: Keys = USUAL) -> bool:
     """Whether a JSON document names images, so that it is more than its text."""
-    if b'"image' not in data:
+    if b'"image' not in data and keys.image is None:
         return False
     try:
         fields = _json(data.decode("utf-8-sig"))
     except (UnicodeDecodeError, BadDocument):
         return False
-    return any(isinstance(fields.get(name), str | list | dict) and fields[name] for name in _IMAGE_FIELDS)
+    names = (*_IMAGE_FIELDS, *([keys.image] if keys.image else []))
+    return any(isinstance(found := field_of(fields, name), str | list | dict) and bool(found) for name in names)
 
 
-def _plain_text(decoded: str, *, is_json: bool) -> str:
+def _plain_text(decoded: str, *, is_json: bool, keys: Keys) -> str:
     if is_json or decoded.lstrip().startswith("{"):
         try:
             fields = _json(decoded)
-            text = next((fields[name] for name in ("text", "caption") if isinstance(fields.get(name), str)), None)
+            names = ("text", "caption") if keys.text is None else (keys.text,)
+            text = next((found for name in names if isinstance(found := field_of(fields, name), str)), None)
             if text is None:
-                raise BadDocument("JSON has no text or caption")
+                raise BadDocument(f"JSON has no {' or '.join(names)}")
             return text.strip()
         except BadDocument:
             if is_json:
@@ -116,7 +132,9 @@ def _plain_text(decoded: str, *, is_json: bool) -> str:
 
 def _json(decoded: str) -> dict[str, Any]:
     try:
-        fields = json.loads(decoded)
+        fields = json.loads(decoded, object_pairs_hook=object_of)
+    except BadDocument:
+        raise
     except (ValueError, RecursionError):  # ValueError itself for a number of thousands of digits
         raise BadDocument("malformed JSON") from None
     if not isinstance(fields, dict):
@@ -124,14 +142,24 @@ def _json(decoded: str) -> dict[str, Any]:
     return fields
 
 
-def _interleaved(fields: dict[str, Any]) -> list[Item | None]:
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises BadDocument where it has a key twice with different values: one of them would be lost unseen."""
+    found = dict(pairs)
+    if len(found) < len(pairs) and any(found[key] != value for key, value in pairs):
+        raise BadDocument("JSON has a key twice")
+    return found
+
+
+def _interleaved(fields: dict[str, Any], keys: Keys, dropped: Counter[str]) -> list[Item | None]:
+    if keys.text is not None or keys.image is not None:
+        fields = {"texts": field_of(fields, keys.text or "texts"), "images": field_of(fields, keys.image or "images")}
     for name, parse in _FORMS.items():
         if isinstance(fields.get(name), list):
             try:
-                return parse(fields)
+                return parse(fields, dropped)
             except (KeyError, TypeError, AttributeError):
                 raise BadDocument(f"malformed {name} list") from None
-    raise BadDocument("JSON has no items, texts or text_list")
+    raise BadDocument("JSON has no items, texts or text_list" if keys == USUAL else f"JSON has no list {keys.text or 'texts'}")
 
 
 def _item(text: object, image: object) -> Item | None:
@@ -145,24 +173,26 @@ def _item(text: object, image: object) -> Item | None:
     raise TypeError("an item is a text or an image")
 
 
-def _own(fields: dict[str, Any]) -> list[Item | None]:
+def _own(fields: dict[str, Any], dropped: Counter[str]) -> list[Item | None]:
     return [_item(item.get("text"), item.get("image")) for item in fields["items"]]
 
 
-def _obelics(fields: dict[str, Any]) -> list[Item | None]:
+def _obelics(fields: dict[str, Any], dropped: Counter[str]) -> list[Item | None]:
     if len(fields["texts"]) != len(fields["images"]):
         raise TypeError("texts and images differ in length")
     return [_item(text, image) for text, image in zip(fields["texts"], fields["images"], strict=True)]
 
 
-def _mmc4(fields: dict[str, Any]) -> list[Item | None]:
+def _mmc4(fields: dict[str, Any], dropped: Counter[str]) -> list[Item | None]:
     texts = [_item(text, None) for text in fields["text_list"]]
     before: list[list[Item | None]] = [[] for _ in texts]
-    for info in fields["image_info"]:
-        if info["matched_text_index"] not in range(len(texts)):
-            raise TypeError("an image belongs to a text that is not there")
-        before[info["matched_text_index"]].append(_item(None, info["image_name"]))
+    for info in fields["image_info"] or []:
+        if info["matched_text_index"] not in range(len(texts)) or not isinstance(info["image_name"], str):
+            dropped[UNPLACED] += 1
+        else:
+            before[info["matched_text_index"]].append(_item(None, info["image_name"]))
     return [item for images, text in zip(before, texts, strict=True) for item in (*images, text)]
 
 
+UNPLACED = "image without a name or a text that it belongs to"
 _FORMS = {"items": _own, "texts": _obelics, "text_list": _mmc4}

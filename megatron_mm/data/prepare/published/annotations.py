@@ -24,7 +24,9 @@ from megatron_mm.data.prepare.published.records import BadRecord, Record, load_j
 Records = Iterator[Record | BadRecord]
 
 
-def read_annotations(form: str, questions: str, *, annotations: str | None = None, split: str | None = None) -> list[Record | BadRecord]:
+def read_annotations(
+    form: str, questions: str, *, annotations: str | None = None, split: str | None = None, as_captions: bool = False
+) -> list[Record | BadRecord]:
     """The records of a form's files.
 
     Raises ValueError where a file is not of that form.
@@ -32,11 +34,14 @@ def read_annotations(form: str, questions: str, *, annotations: str | None = Non
     Args:
         annotations: the file of answers, for forms that have one.
         split: of ScienceQA, the split that is wanted; None takes all.
+        as_captions: images and what describes them are wanted, and no questions.
     """
     if form not in FORMS:
         raise ValueError(f"format {form!r} is unknown: use one of {', '.join(FORMS)}")
     if (form in _TWO_FILES) != (annotations is not None):
         raise ValueError(f"format {form} {'needs' if form in _TWO_FILES else 'has no'} --annotations")
+    if as_captions and form not in CAPTIONS:
+        raise ValueError(f"format {form} has questions, which --as pairs would lose: only {' and '.join(CAPTIONS)} can be pairs")
     main = load_json(questions)
     try:
         if form in _TWO_FILES:
@@ -45,7 +50,7 @@ def read_annotations(form: str, questions: str, *, annotations: str | None = Non
             records = list(_scienceqa(main, split))
         else:
             records = list(FORMS[form](main))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{questions} is not a file of the format {form} ({error!r})") from None
     return sorted(records, key=lambda record: str(record.get("image") or "") if isinstance(record, dict) else "")
 
@@ -109,6 +114,9 @@ def _coco(data: Any) -> Records:
 
 
 def _scienceqa(data: Any, split: str | None) -> Records:
+    splits = sorted({str(entry.get("split", "")) for entry in data.values()})
+    if split is not None and split not in splits:
+        raise ValueError(f"no problem is of the split {split!r}: there are {', '.join(splits)}")
     for number, entry in data.items():
         if split is None or entry.get("split") == split:
             image = f"{entry.get('split', '')}/{number}/{entry['image']}" if entry.get("image") else None
@@ -135,4 +143,6 @@ FORMS: dict[str, Callable[..., Records]] = {
     "coco": _coco,
     "scienceqa": _scienceqa,
 }
+CAPTIONS = ("textcaps", "coco")
+"""Forms that describe images and ask nothing."""
 _TWO_FILES = ("vqav2", "okvqa")

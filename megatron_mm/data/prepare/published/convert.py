@@ -20,7 +20,7 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -30,10 +30,11 @@ from pathlib import Path
 from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
 from megatron_mm.data.prepare.published.annotations import read_annotations, scienceqa_record
 from megatron_mm.data.prepare.published.images import ImageStore, build_table, table_stamp
-from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS, IMAGE_KEYS, LAYOUTS, Context, LeftOut, OutSample
+from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS, IMAGE_KEYS, LAYOUTS, TEXT_KEYS, Context, LeftOut, OutSample
 from megatron_mm.data.prepare.published.records import BadRecord, DamagedFile, Record, TextDocuments, expand, iterate_records
 from megatron_mm.data.prepare.published.write import ShardWriter
 from megatron_mm.data.text.items import BadDocument
+from megatron_mm.data.text.keys import Keys
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class Options:
     """Fields that may hold the text, best first; empty takes the usual ones."""
     image_keys: tuple[str, ...] = ()
     """Fields that may hold or name the image."""
+    messages_key: str | None = None
+    """Field with the turns of a conversation; None takes the usual ones."""
     images: str | None = None
     """Folder of images."""
     form: str | None = None
@@ -70,6 +73,8 @@ class Converted:
     rejected: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    fields: str = ""
+    """Names of the fields of the first record that was rejected."""
     damaged: list[str] = field(default_factory=list)
     """Inputs that could not be read to their end, with the reason."""
     shards: list[str] = field(default_factory=list)
@@ -81,6 +86,7 @@ class Converted:
         for mine, more in ((self.rejected, other.rejected), (self.dropped, other.dropped), (self.left_out, other.left_out)):
             for reason, count in more.items():
                 mine[reason] = mine.get(reason, 0) + count
+        self.fields = self.fields or other.fields
         self.damaged += other.damaged
         self.shards += other.shards
 
@@ -110,7 +116,10 @@ def convert(
     tasks = list(enumerate(_inputs(inputs, options)))
     if not tasks:
         raise ValueError(f"there is no file to read in {', '.join(inputs)}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give --out the folder of a source, such as DATA/train/NAME")
     out.mkdir(parents=True, exist_ok=True)
+    _check_former(out, {path for _, path in tasks})
     table = None
     if options.images is not None:
         table = out / ".prepared" / "images.sqlite"
@@ -128,11 +137,28 @@ def convert(
     return total
 
 
+def _check_former(out: Path, inputs: Collection[str]) -> None:
+    """Raise ValueError where a folder holds shards of inputs that are not given any more: nothing could make them again. Shards that no
+    call of this command wrote are said."""
+    ours = set[str]()
+    for record in sorted((out / ".prepared").glob("[0-9]*.json")):
+        known = json.loads(record.read_text())
+        if known["input"] not in inputs:
+            raise ValueError(
+                f"{out} has {len(known['shards'])} shards of {known['input']}, which is not among the inputs of this call: give all inputs "
+                "of a source in one call, give another --out, or remove the folder to make it anew"
+            )
+        ours.update(known["shards"])
+    others = sorted(path.name for path in out.iterdir() if path.suffix in (".tar", ".jsonl") and path.name not in ours)
+    if others:
+        logger.warning("%s has %d shards that this command did not write (%s ...): they are indexed, too", out, len(others), others[0])
+
+
 def _inputs(inputs: Sequence[str], options: Options) -> list[str]:
     """What one worker does at a time: a file, or for pairs a folder of files."""
     if options.form is not None:
         return list(inputs)
-    files = expand(inputs)
+    files = expand(inputs, images=options.layout == "pairs")
     images = [file for file in files if options.layout == "pairs" and is_image_name(file.rpartition(".")[2].lower())]
     folders = sorted({os.path.dirname(file) for file in images})
     described = {os.path.basename(folder) for folder in folders}  # img2dataset writes 00000.parquet about the folder 00000
@@ -172,15 +198,16 @@ def _convert_input(arguments: tuple[int, str, Path, Options, Path | None]) -> Co
     dropped = Counter[str]()
     context = Context(
         images=store,
-        text_keys=options.text_keys or (CAPTION_KEYS if options.layout == "pairs" else ("text",)),
+        text_keys=options.text_keys or (CAPTION_KEYS if options.layout == "pairs" else TEXT_KEYS),
         image_keys=options.image_keys or IMAGE_KEYS,
+        keys=Keys(image=next(iter(options.image_keys), None), messages=options.messages_key),
         dropped=dropped,
     )
     found = Converted()
     rejected, left_out = Counter[str](), Counter[str]()
     writer = ShardWriter(out, prefix=f"{number:05d}", lines=options.layout == "text", shard_bytes=options.shard_bytes)
     try:
-        for sample in _samples(path, options, context, rejected, left_out):
+        for sample in _samples(path, options, context, rejected, left_out, found):
             writer.add(sample)
             found.samples += 1
             found.images += len(sample.images)
@@ -196,7 +223,9 @@ def _convert_input(arguments: tuple[int, str, Path, Options, Path | None]) -> Co
     return found
 
 
-def _samples(path: str, options: Options, context: Context, rejected: Counter[str], left_out: Counter[str]) -> Iterator[OutSample]:
+def _samples(
+    path: str, options: Options, context: Context, rejected: Counter[str], left_out: Counter[str], found: Converted
+) -> Iterator[OutSample]:
     """The samples of an input; every record that is none is counted."""
     layout = LAYOUTS[options.layout]
     for record in _records(path, options):
@@ -207,13 +236,16 @@ def _samples(path: str, options: Options, context: Context, rejected: Counter[st
             yield layout(record, context)
         except BadDocument as reason:
             rejected[str(reason)] += 1
+            found.fields = found.fields or ", ".join(map(str, list(record)[:12]))
         except LeftOut as reason:
             left_out[str(reason)] += 1
 
 
 def _records(path: str, options: Options) -> Iterable[Record | BadRecord]:
     if options.form is not None and not path.endswith(".parquet"):
-        joined = read_annotations(options.form, path, annotations=options.annotations, split=options.split)
+        joined = read_annotations(
+            options.form, path, annotations=options.annotations, split=options.split, as_captions=options.layout == "pairs"
+        )
         return joined if options.layout == "tasks" else map(_as_pair, joined)
     if os.path.isdir(path):
         return _folder_pairs(Path(path))
@@ -281,10 +313,15 @@ def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dr
     rejected = sum(total.rejected.values())
     again = f"The shards are in {out}; repair the inputs, or allow more with"
     share = max(rejected / max(1, rejected + total.samples), len(total.damaged) / inputs)
+    if not total.samples and not rejected:
+        raise ValueError(f"there is no sample in {inputs} inputs: {_listed(total.left_out) or 'they are empty'}")
+    usual = max(total.rejected, key=lambda reason: total.rejected[reason], default="")
+    fields = f". The fields of the first one are {total.fields}: --text-key, --image-key or --messages-key says which is wanted"
+    fields = fields if total.fields and usual in ("no text", "no image", "JSON has no conversations") else ""
     if not total.samples or share > max_rejected:
         raise ValueError(
             f"{rejected:,} of {rejected + total.samples:,} records ({share:.1%}) are rejected, more than --max-rejected {max_rejected:g}: "
-            f"{_listed(total.rejected) or 'there is none'}{_first(total.damaged)}. {again} --max-rejected"
+            f"{_listed(total.rejected)}{_first(total.damaged)}{fields}. {again} --max-rejected"
         )
     lost = sum(count for reason, count in total.dropped.items() if reason != "empty entry")
     if lost > max_dropped_images * (lost + total.images):

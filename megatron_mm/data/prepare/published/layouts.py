@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mm.data.prepare.published.images import ImageStore, image_extension
-from megatron_mm.data.prepare.published.records import Record, field_of, text_of
+from megatron_mm.data.prepare.published.records import Record, text_of
 from megatron_mm.data.text.conversations import conversation_turns, is_conversation
+from megatron_mm.data.text.documents import UNPLACED
 from megatron_mm.data.text.items import BadDocument
+from megatron_mm.data.text.keys import USUAL, Keys, field_of
 
 
 class LeftOut(Exception):
@@ -35,6 +37,8 @@ class Context:
     images: ImageStore | None = None
     text_keys: tuple[str, ...] = ("text",)
     image_keys: tuple[str, ...] = ()
+    keys: Keys = USUAL
+    """What the fields of conversations are called."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Counts images that documents lose."""
 
@@ -52,6 +56,7 @@ class OutSample:
 Layout = Callable[[Record, Context], OutSample]
 
 CAPTION_KEYS = ("caption", "text", "TEXT", "txt", "top_caption", "alt_text")
+TEXT_KEYS = ("text", "txt")
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "image", "image_path", "img", "image_bytes", "file_name")
 
 
@@ -101,22 +106,23 @@ def obelics(record: Record, context: Context) -> OutSample:
 def mmc4(record: Record, context: Context) -> OutSample:
     """A document of sentences and images that each match one. Raises BadDocument."""
     texts, infos = record.get("text_list"), record.get("image_info")
+    infos = [] if infos is None else infos
     if not isinstance(texts, list) or not isinstance(infos, list) or not all(isinstance(text, str) for text in texts):
         raise BadDocument("malformed text_list list")
     before: list[list[tuple[str | None, str | None]]] = [[] for _ in texts]
     for info in infos:
         index = info.get("matched_text_index") if isinstance(info, dict) else None
-        if not isinstance(index, int) or not 0 <= index < len(texts):
-            raise BadDocument("malformed text_list list")
-        before[index].append((None, _mmc4_name(info, context)))
+        name = _mmc4_name(info, context) if isinstance(info, dict) else None
+        if not isinstance(index, int) or not 0 <= index < len(texts) or name is None:
+            context.dropped[UNPLACED] += 1
+        else:
+            before[index].append((None, name))
     return _interleaved([entry for images, text in zip(before, texts, strict=True) for entry in (*images, (text, None))], context)
 
 
-def _mmc4_name(info: Record, context: Context) -> str:
-    """The name under which an image lies here: its file name, or its URL where only that is found."""
+def _mmc4_name(info: Record, context: Context) -> str | None:
+    """The name under which an image lies here: its file name, or its URL where only that is found. None where it has neither."""
     names = [info[key] for key in ("image_name", "raw_url") if isinstance(info.get(key), str)]
-    if not names:
-        raise BadDocument("malformed text_list list")
     for name in names[:-1]:
         if context.images is not None:
             try:
@@ -124,7 +130,7 @@ def _mmc4_name(info: Record, context: Context) -> str:
             except BadDocument:
                 continue
         return name
-    return names[-1]
+    return names[-1] if names else None
 
 
 def _interleaved(entries: Sequence[tuple[str | None, str | None]], context: Context) -> OutSample:
@@ -152,9 +158,9 @@ def _interleaved(entries: Sequence[tuple[str | None, str | None]], context: Cont
 
 def llava(record: Record, context: Context) -> OutSample:
     """A conversation and the images that it asks about. Raises BadDocument."""
-    if not is_conversation(record):
-        raise BadDocument("JSON has no conversations")
-    named = record.get("images", record.get("image"))
+    if not is_conversation(record, context.keys):
+        raise BadDocument(f"JSON has no {context.keys.messages or 'conversations'}")
+    named = record.get("images", record.get("image")) if context.keys.image is None else field_of(record, context.keys.image)
     values = [] if named is None else named if isinstance(named, list) else [named]
     images = []
     for number, value in enumerate(values):
@@ -162,7 +168,10 @@ def llava(record: Record, context: Context) -> OutSample:
         if data is None:
             raise BadDocument("no image")
         images.append((f"{number}.{image_extension(data)}", data))
-    fields = {key: record[key] for key in ("conversations", "messages") if isinstance(record.get(key), list)}
+    if context.keys.messages is None:
+        fields = {key: record[key] for key in ("conversations", "messages") if isinstance(record.get(key), list)}
+    else:
+        fields = {"conversations": field_of(record, context.keys.messages)}
     fields["images"] = [name for name, _ in images]
     conversation_turns(fields)  # raises here rather than when it is indexed
     return OutSample(_json(fields), is_json=True, images=tuple(images))

@@ -22,7 +22,9 @@ from typing import Any, BinaryIO, Literal, cast
 
 from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
 from megatron_mm.data.sources.shards import WebSample, iterate_tar
+from megatron_mm.data.text.documents import object_of
 from megatron_mm.data.text.items import BadDocument
+from megatron_mm.data.text.keys import field_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,29 +48,36 @@ class BadRecord:
     count: int = 1
 
 
-def expand(inputs: Iterable[str]) -> list[str]:
-    """Files of paths, patterns and folders, in order. Raises ValueError where one of them is nothing."""
+def expand(inputs: Iterable[str], *, images: bool = False) -> list[str]:
+    """Files of paths, patterns and folders, in order. Raises ValueError where one of them is nothing, or cannot be looked at.
+
+    Args:
+        images: images in folders are inputs, too.
+    """
     import fsspec
 
     found: list[str] = []
     for pattern in inputs:
-        system, path = fsspec.core.url_to_fs(pattern)
-        files = sorted(system.glob(path)) if any(mark in path for mark in "*?[") else [path] if system.exists(path) else []
+        try:
+            system, path = fsspec.core.url_to_fs(pattern.removeprefix("file://"))
+            files = sorted(system.glob(path)) if any(mark in path for mark in "*?[") else [path] if system.exists(path) else []
+            listed = [_readable(sorted(system.find(file)), file, images) if system.isdir(file) else [file] for file in files]
+        except Exception as error:  # each store has exceptions of its own, for missing credentials for example
+            raise ValueError(f"input {pattern} cannot be looked at: {error!r}") from None
         if not files:
             raise ValueError(f"input {pattern} does not exist")
-        for file in files:
-            inside = _readable(sorted(system.find(file)), file) if system.isdir(file) else [file]
-            found += [system.unstrip_protocol(name) if "://" in pattern else name for name in inside]
+        remote = "://" in pattern and not pattern.startswith("file://")
+        found += [system.unstrip_protocol(name) if remote else name for inside in listed for name in inside]
     return found
 
 
 _READ = (".parquet", ".arrow", ".feather", ".jsonl", ".json", ".ndjson", ".txt", ".tar")
 
 
-def _readable(files: list[str], folder: str) -> list[str]:
-    """The files of a folder that hold records or images; how many others there are is said."""
-    kept = [file for file in files if ending(file) in _READ or is_image_name(ending(file).lstrip("."))]
-    kept = [file for file in kept if not PurePosixPath(file).name.upper().startswith(("README", "LICENSE", "."))]
+def _readable(files: list[str], folder: str, images: bool) -> list[str]:
+    """The files of a folder that hold records, or images where these are wanted; how many others there are is said."""
+    kept = [file for file in files if ending(file) in _READ or (images and is_image_name(ending(file).lstrip(".")))]
+    kept = [file for file in kept if not _is_note(file.removeprefix(folder))]
     if len(kept) < len(files):
         others = Counter(ending(file) or "without ending" for file in set(files) - set(kept))
         logger.warning(
@@ -94,6 +103,8 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
         texts: what a record of a .txt is; it has the field `text`.
     """
     kind = ending(path)
+    if kind in (".tar", ".tgz") and ("://" in path or not path.lower().endswith(".tar")):
+        raise ValueError(f"{path}: tars are read where they lie on a disk and are not compressed: copy or unpack it first")
     try:
         if kind == ".parquet":
             yield from _parquet(path)
@@ -111,8 +122,8 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
             raise ValueError(
                 f"{path} is of no format that is read: .jsonl, .json, .txt (.gz, .zst, .zip, .bz2, .xz), .parquet, .arrow or .tar"
             )
-    except DamagedFile:
-        raise
+    except DamagedFile as error:
+        raise DamagedFile(f"{path}: {error}" if path not in str(error) else str(error)) from None
     except (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise DamagedFile(f"{path} cannot be read to its end: {error}") from None
 
@@ -126,27 +137,41 @@ def load_json(path: str) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PK\x03\x04": ".zip", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
+
+
 def open_streams(path: str) -> Iterator[BinaryIO]:
-    """The contents of a file, unpacked; of a .zip each of its files."""
+    """The contents of a file, unpacked, by its first bytes and not by its name; of a .zip each of its files. Raises DamagedFile where the
+    name promises an archive and there is none."""
     import fsspec
 
-    name = path.lower()
     with fsspec.open(path, "rb") as raw:
         file = cast(BinaryIO, raw)
-        if name.endswith(".zip"):
+        begin = file.read(6)
+        file.seek(0)
+        form = next((name for magic, name in _MAGIC.items() if begin.startswith(magic)), "")
+        if form == ".zip":
             with zipfile.ZipFile(file) as archive:
                 for info in archive.infolist():
-                    if not info.is_dir():
+                    if not info.is_dir() and not _is_note(info.filename):
                         with archive.open(info) as member:
                             yield cast(BinaryIO, member)
-        elif name.endswith(".gz"):
+        elif form == ".gz":
             yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
-        elif name.endswith(".zst"):
+        elif form == ".zst":
             yield cast(BinaryIO, io.BufferedReader(_ZstdStream(file), 2**20))
-        elif name.endswith((".bz2", ".xz")):
-            yield cast(BinaryIO, bz2.BZ2File(file) if name.endswith(".bz2") else lzma.LZMAFile(file))  # noqa: SIM115
+        elif form in (".bz2", ".xz"):
+            yield cast(BinaryIO, bz2.BZ2File(file) if form == ".bz2" else lzma.LZMAFile(file))  # noqa: SIM115
+        elif path.lower().endswith(".zip") or (not begin and path.lower().endswith(COMPRESSIONS)):
+            raise DamagedFile("it is empty" if not begin else "it is not a zip file")
         else:
             yield file
+
+
+def _is_note(name: str) -> bool:
+    """Whether a file below a folder or in an archive is no data: what macOS adds, hidden files, a README."""
+    path = PurePosixPath(name)
+    return any(part == "__MACOSX" or part.startswith(".") for part in path.parts) or path.name.upper().startswith(("README", "LICENSE"))
 
 
 class _ZstdStream(io.RawIOBase):
@@ -228,9 +253,11 @@ def _is_json(line: bytes) -> bool:
 
 def _parsed(line: bytes) -> Record | BadRecord:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=object_of)
     except UnicodeDecodeError:
         return BadRecord("text is not UTF-8")
+    except BadDocument as reason:
+        return BadRecord(str(reason))
     except (ValueError, RecursionError):
         return BadRecord("malformed JSON")
     return value if isinstance(value, dict) else BadRecord("record is not an object")
@@ -329,18 +356,6 @@ def _fields_of(sample: WebSample) -> Record | BadRecord:
             except UnicodeDecodeError:
                 fields[extension] = member.data
     return fields
-
-
-def field_of(record: Record, key: str) -> Any:
-    """A field by its name, or by the path to it: "meta.caption". None where there is none."""
-    if key in record:
-        return record[key]
-    value: Any = record
-    for name in key.split("."):
-        if not isinstance(value, dict) or name not in value:
-            return None
-        value = value[name]
-    return value
 
 
 def text_of(record: Record, keys: Iterable[str]) -> str:
