@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -37,6 +39,31 @@ def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
     """Of this process's parameters, each counted by one process of the model: a method whose name changed after 0.16."""
     before = getattr(optimizer, "get_main_grads_for_grad_norm", None)
     return optimizer.get_grads_for_grad_norm() if before is None else before()
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers that a chained one is made of: that of dense parameters, and that of experts where there are some."""
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def step_and_gather(optimizer: MegatronOptimizer) -> None:
+    """Update all weights, then gather each bucket of them over data parallelism once.
+
+    What upstream lacks: the optimizers of dense parameters and of experts each gather all buckets of the model after their own update, and
+    so those of the other: twice the bytes in a step of a sparse model, the first time with weights that are still to change. Where gathers
+    overlap the next forward pass, its hooks do them, once.
+    """
+    parts = parts_of(optimizer)
+    chunks: dict[int, Any] = {}
+    for part in parts:
+        if isinstance(part, DistributedOptimizer):
+            super(DistributedOptimizer, part).step_with_ready_grads()  # without the gathers that follow in its own
+            if not part.ddp_config.overlap_param_gather:
+                chunks.update((id(chunk), chunk) for chunk in part.model_chunks)
+        else:
+            part.step_with_ready_grads()
+    for chunk in chunks.values():
+        chunk.start_param_sync()
 
 
 def mlp_spec(submodules: MLPSubmodules) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from megatron_mm.config import Experiment, OptimizerConfig
@@ -70,7 +70,7 @@ def initialize_state(optimizer: MegatronOptimizer) -> None:
 
     The state comes into being with the first step: this makes one with a learning rate of 0, which changes nothing.
     """
-    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+    for part in engine.parts_of(optimizer):
         groups = part.optimizer.param_groups
         before = [(group["lr"], group["weight_decay"]) for group in groups]
         for group in groups:
@@ -93,7 +93,7 @@ def squared_grad_norm(optimizer: MegatronOptimizer, *, device: torch.device) -> 
     """
     optimizer.prepare_grads()
     total = torch.zeros([], dtype=torch.float64, device=device)
-    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+    for part in engine.parts_of(optimizer):
         grads = engine.gradients_for_norm(part)
         if grads:
             overflow = torch.zeros(1, dtype=torch.int, device=grads[0].device)
@@ -116,9 +116,9 @@ def update(optimizer: MegatronOptimizer, *, grad_norm: float, lr: float, weight_
     if not math.isfinite(grad_norm):
         return Update(grad_norm=grad_norm, skipped=True)
     if clip_grad_norm > 0:
-        for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        for part in engine.parts_of(optimizer):
             parameters = part.get_parameters()
             if parameters:
                 torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, torch.tensor(grad_norm))
-    optimizer.step_with_ready_grads()
+    engine.step_and_gather(optimizer)
     return Update(grad_norm=grad_norm, skipped=False)
