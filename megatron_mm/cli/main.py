@@ -21,6 +21,7 @@ from megatron_mm.cli.doctor import DOCTOR
 from megatron_mm.cli.eval import EVAL
 from megatron_mm.cli.plan import PLAN
 from megatron_mm.cli.prepare import PREPARE
+from megatron_mm.cli.report import REPORT
 from megatron_mm.cli.train import TRAIN
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ COMMANDS = Group(
         "prepare": PREPARE,
         "convert": CONVERT,
         "eval": EVAL,
+        "report": REPORT,
         "plan": PLAN,
         "doctor": DOCTOR,
     },

@@ -1,0 +1,29 @@
+"""`megatron-mm report`: one HTML page of one or several runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_mm.cli.command import Command, Parser
+
+
+def _arguments(parser: Parser) -> None:
+    parser.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="directory of a run; several are compared")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the page (default: report.html in the first run directory)")
+
+
+def _run(given: argparse.Namespace) -> None:
+    from megatron_mm.reporting.run_report import write_report
+
+    out = given.out or given.run_dirs[0] / "report.html"
+    for run in write_report(given.run_dirs, out):
+        damaged = f", {sum(run.damaged.values())} damaged lines left out" if run.damaged else ""
+        replaced = f", {run.metrics.replaced} lines of repeated steps replaced" if run.metrics.replaced else ""
+        print(f"{run.path}: {len(run.metrics.steps)} steps{replaced}{damaged}")
+    print(f"written to {out}")
+
+
+REPORT = Command(
+    help="write one HTML page of one or several runs: curves, evaluations, events, differences", run=_run, arguments=_arguments
+)
