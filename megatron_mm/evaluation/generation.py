@@ -1,41 +1,125 @@
-"""Greedy generation in the training layout, for a few captions now and then.
+"""Generation in the training layout: greedy, beam search, and likelihoods of given answers.
 
-The prompts go through megatron-core's pipeline schedule as the documents of one packed micro-batch, forward only and without a
-key/value cache: every new token costs a whole forward pass, in exchange for running under every layout that trains. For
-serious generation export the model (`megatron-mm convert to-hf`).
+Prompts of any lengths go through the layout that trains, with a key/value cache (`evaluation.passes`, `models.cache`); the tokens are those
+that passes over whole sequences give. Every process of a model calls with the same prompts; data-parallel ranks may have different ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_mm.config import FP8_MULTIPLE, Experiment
-from megatron_mm.data.batch import PackedBatch, documents_of_images
-from megatron_mm.data.plan.plan import image_owners
-from megatron_mm.families.registry import pipeline_rows
+from megatron_mm.config import Experiment
+from megatron_mm.evaluation.passes import Part, Passes, Prompt, Read, Wanted
 from megatron_mm.parallel.topology import Topology
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """What to continue."""
-
-    ids: list[int]
-    """Token ids, image places included."""
-    image_starts: list[int]
-    """Place of the first token of each image's features in ids."""
-    pixels: torch.Tensor
-    """[images, 3, H, W] uint8."""
+__all__ = ["Generator", "Prompt", "generate"]
 
 
-@torch.no_grad()
+class Generator:
+    """Continues prompts with one model."""
+
+    def __init__(self, experiment: Experiment, chunks: list[torch.nn.Module], topology: Topology, *, pad_id: int, cache: bool = True) -> None:
+        """
+        Args:
+            cache: as `Passes`.
+        """
+        self.chunks = chunks
+        self.passes = Passes(experiment, chunks, topology, pad_id=pad_id, cache=cache)
+
+    @torch.no_grad()
+    def greedy(self, prompts: list[Prompt], *, max_new_tokens: int, end_ids: Sequence[int]) -> list[list[int]]:
+        """The likeliest token after each, until one of end_ids or max_new_tokens; the new ids without the one that ended them."""
+        with self._evaluation_mode():
+            parts = self.passes.parts(prompts, new_tokens=max_new_tokens)
+            answers: list[list[int]] = [[] for _ in prompts]
+            rows = _numbered(parts)
+            done = [False] * len(prompts)
+            for number in range(max_new_tokens):
+                reads = self.passes.run(parts, [Wanted([1] * len(part.tokens)) for part in parts])
+                for part, part_rows, read in zip(parts, rows, reads, strict=True):
+                    tokens = read.ids[:, 0].tolist()
+                    part.extend([[token] for token in tokens])
+                    for row, token in zip(part_rows, tokens, strict=True):
+                        done[row] = done[row] or token in end_ids
+                        if not done[row]:
+                            answers[row].append(token)
+                if number + 1 == max_new_tokens or not self.passes.agree(int(not all(done))):
+                    break
+                rows = [_without_finished(part, part_rows, done) for part, part_rows in zip(parts, rows, strict=True)]
+            return answers
+
+    @torch.no_grad()
+    def beam(
+        self, prompts: list[Prompt], *, num_beams: int, max_new_tokens: int, end_ids: Sequence[int], length_penalty: float = 1.0
+    ) -> list[list[int]]:
+        """The continuation with the best sum of log-probabilities / (tokens ** length_penalty) that a beam search finds.
+
+        A beam ends with one of end_ids, which counts as a token; the search for a prompt ends when no open beam can become better than its
+        num_beams finished ones.
+        """
+        with self._evaluation_mode():
+            parts = self.passes.parts(prompts, new_tokens=max_new_tokens)
+            rows = _numbered(parts)
+            searches = [_Beams(num_beams, end_ids, length_penalty=length_penalty, max_new_tokens=max_new_tokens) for _ in prompts]
+            for _ in range(max_new_tokens):
+                reads = self.passes.run(parts, [Wanted([1] * len(part.tokens)) for part in parts], top=(1 + len(end_ids)) * num_beams)
+                for part, own, read in zip(parts, rows, reads, strict=True):
+                    _grow(part, [searches[row] for row in own], read)
+                if not self.passes.agree(int(any(not search.done for search in searches))):
+                    break
+            return [search.best() for search in searches]
+
+    @torch.no_grad()
+    def log_likelihoods(self, prompts: list[Prompt], choices: list[list[list[int]]]) -> list[list[float]]:
+        """Sum of the log-probabilities of each choice's tokens after its prompt. A prompt is computed once for all of its choices.
+
+        Args:
+            choices: for each prompt, the token ids of each of its choices; none is empty.
+        """
+        with self._evaluation_mode():
+            longest = max((len(choice) for of_prompt in choices for choice in of_prompt), default=0)
+            parts = self.passes.parts(prompts, new_tokens=longest)
+            rows = _numbered(parts)
+            firsts = [[[choice[0] for choice in choices[row]] for row in own] for own in rows]
+            wanted = [Wanted([1] * len(own), targets) for own, targets in zip(rows, firsts, strict=True)]
+            reads = self.passes.run(parts, wanted)
+            sums = {row: read.targets[i, : len(choices[row])].tolist() for own, read in zip(rows, reads, strict=True) for i, row in enumerate(own)}
+            for number in range(self.passes.agree(max(map(len, choices), default=0))):
+                following = [[(choices[row][number : number + 1] or [[0]])[0] for row in own] for own in rows]
+                if not self.passes.agree(int(any(len(choice) > 1 for part in following for choice in part))):
+                    continue
+                for row, value in self._following(parts, rows, following):
+                    if number < len(choices[row]):
+                        sums[row][number] += value
+            return [sums[row] for row in range(len(prompts))]
+
+    def _following(self, parts: list[Part], rows: list[list[int]], choices: list[list[list[int]]]) -> Iterator[tuple[int, float]]:
+        """For each prompt the log-probability of all tokens of a choice but the first. The parts are as before when all are taken."""
+        for part, own in zip(parts, choices, strict=True):
+            part.extend([choice[:-1] for choice in own])
+        counts = [[len(choice) - 1 for choice in own] for own in choices]
+        wanted = [Wanted(tails, [[t] for choice in own for t in choice[1:]]) for tails, own in zip(counts, choices, strict=True)]
+        reads = self.passes.run(parts, wanted)
+        for part, own, tails, read in zip(parts, rows, counts, reads, strict=True):
+            part.shorten(tails)
+            values = read.targets.flatten().split(tails)
+            yield from ((row, float(value.sum())) for row, value in zip(own, values, strict=True))
+
+    @contextlib.contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        training = [chunk.training for chunk in self.chunks]
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for chunk, mode in zip(self.chunks, training, strict=True):
+                chunk.train(mode)
+
+
 def generate(
     experiment: Experiment,
     chunks: list[torch.nn.Module],
@@ -45,99 +129,83 @@ def generate(
     max_new_tokens: int,
     eos_id: int,
     pad_id: int,
+    cache: bool = True,
 ) -> list[list[int]]:
-    """Continue prompts by the likeliest token until eos_id or max_new_tokens; every process calls it with the same prompts.
-
-    Returns the new ids of each prompt, without eos_id, on every process.
-    """
-    generated: list[list[int]] = [[] for _ in prompts]
-    finished = [False] * len(prompts)
-    for chunk in chunks:
-        chunk.eval()
-    try:
-        for _ in range(max_new_tokens):
-            batch = _pack([[*p.ids, *new] for p, new in zip(prompts, generated, strict=True)], prompts, topology, pad_id=pad_id)
-            last_places = batch.cu_seqlens[1 : len(prompts) + 1].long() - 1
-            tokens = _next_tokens(experiment, chunks, topology, batch, last_places)
-            for index, token in enumerate(tokens):
-                finished[index] = finished[index] or token == eos_id
-                if not finished[index]:
-                    generated[index].append(token)
-            if all(finished):
-                break
-    finally:
-        for chunk in chunks:
-            chunk.train()
-    return generated
-
-
-def _pack(documents: list[list[int]], prompts: list[Prompt], topology: Topology, *, pad_id: int) -> PackedBatch:
-    """All documents in one row, padded to a multiple of the tensor-parallel size, and of what FP8 products take."""
-    total = sum(len(document) for document in documents)
-    padding = -total % (FP8_MULTIPLE * topology.tensor_size)
-    ids = torch.tensor([token for document in documents for token in document] + [pad_id] * padding)
-    lengths = [len(document) for document in documents] + [padding] * bool(padding)
-    starts, offset = [], 0
-    for document, prompt in zip(documents, prompts, strict=True):
-        starts += [offset + start for start in prompt.image_starts]
-        offset += len(document)
-    image_starts = torch.tensor(starts, dtype=torch.int64)
-    owners = torch.from_numpy(image_owners(len(starts), topology.tensor_size))
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    pixels = torch.cat([prompt.pixels for prompt in prompts])
-    return PackedBatch(
-        token_ids=ids,
-        labels=ids,
-        loss_mask=torch.zeros(len(ids)),
-        is_token=torch.arange(len(ids)) < total,
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        source_ids=torch.zeros_like(ids),
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max(lengths),
-        image_starts=image_starts,
-        image_owners=owners,
-        image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
-        pixels=pixels[owners == topology.tensor_rank] if topology.is_first_stage else None,
-    ).to(topology.device)
-
-
-def _next_tokens(
-    experiment: Experiment, chunks: list[torch.nn.Module], topology: Topology, batch: PackedBatch, places: torch.Tensor
-) -> list[int]:
-    """The likeliest token after each place, known to every process."""
-    rows = pipeline_rows(experiment, batch)
-
-    def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Any, ...]:
-        return chunk(next(batches), pipeline_rows=rows, with_loss=False), lambda logits, non_loss_data=True: _likeliest(logits, places)
-
-    # The interleaved schedule wants as many micro-batches as stages; all but the first repeat it.
-    copies = topology.pipeline_size if topology.virtual_size > 1 else 1
-    iterators = [iter([batch] * copies) for _ in chunks]
-    found = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=copies,
-        seq_length=rows,
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
+    """`Generator.greedy`, for a few prompts that all processes have."""
+    return Generator(experiment, chunks, topology, pad_id=pad_id, cache=cache).greedy(
+        prompts, max_new_tokens=max_new_tokens, end_ids=[eos_id]
     )
-    tokens = torch.zeros(len(places), dtype=torch.int64, device=topology.device)
-    if topology.reports_loss and topology.data_rank == 0:
-        tokens += found[0]
-    dist.all_reduce(tokens)
-    return tokens.tolist()
 
 
-def _likeliest(logits_1tv: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """[places] ids, from the logits [1, t, vocabulary / tensor] that each tensor-parallel process has."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    best, ids = logits_1tv[0, places.to(logits_1tv.device)].float().max(dim=-1)
-    ids = ids + group.rank() * logits_1tv.shape[-1]
-    all_best = [torch.empty_like(best) for _ in range(group.size())]
-    all_ids = [torch.empty_like(ids) for _ in range(group.size())]
-    dist.all_gather(all_best, best, group=group)
-    dist.all_gather(all_ids, ids, group=group)
-    winner = torch.stack(all_best).argmax(dim=0)
-    return torch.stack(all_ids).gather(0, winner[None])[0]
+def _numbered(parts: list[Part]) -> list[list[int]]:
+    """The numbers of each part's prompts."""
+    numbers = iter(range(sum(len(part.prompts) for part in parts)))
+    return [[next(numbers) for _ in part.prompts] for part in parts]
+
+
+def _without_finished(part: Part, rows: list[int], done: list[bool]) -> list[int]:
+    """Drop finished sequences once they are half of a part or more; the rows that are left. One always is."""
+    kept = [place for place, row in enumerate(rows) if not done[row]] or [0]
+    if 2 * len(kept) > len(rows):
+        return rows
+    part.select(kept)
+    return [rows[place] for place in kept]
+
+
+class _Beams:
+    """The beam search of one prompt."""
+
+    def __init__(self, num_beams: int, end_ids: Sequence[int], *, length_penalty: float, max_new_tokens: int) -> None:
+        self.num_beams, self.end_ids = num_beams, end_ids
+        self.length_penalty, self.max_new_tokens = length_penalty, max_new_tokens
+        self.open: list[tuple[float, list[int]]] = [(0.0, [])]
+        self.finished: list[tuple[float, list[int]]] = []
+        self.done = False
+
+    def advance(self, ids: list[list[int]], log_probs: list[list[float]]) -> list[int]:
+        """Take the likeliest tokens of each open beam; from which of them the next open beams come."""
+        found = [
+            (score + more, beam, token)
+            for beam, (score, _) in enumerate(self.open)
+            for token, more in zip(ids[beam], log_probs[beam], strict=True)
+        ]
+        found.sort(key=lambda one: -one[0])
+        going: list[tuple[float, list[int]]] = []
+        origins = []
+        for place, (score, beam, token) in enumerate(found):
+            tokens = self.open[beam][1]
+            if token in self.end_ids:
+                if place < self.num_beams:
+                    self._finish(score, tokens, length=len(tokens) + 1)
+            elif len(going) < self.num_beams:
+                going.append((score, [*tokens, token]))
+                origins.append(beam)
+        if not self.done:
+            length = len(going[0][1])
+            best_open = going[0][0] / length**self.length_penalty
+            full = len(self.finished) == self.num_beams
+            self.done = length >= self.max_new_tokens or (full and min(score for score, _ in self.finished) >= best_open)
+        self.open = going
+        return origins
+
+    def _finish(self, score: float, tokens: list[int], *, length: int) -> None:
+        if self.done:
+            return
+        self.finished.append((score / length**self.length_penalty, tokens))
+        self.finished = sorted(self.finished, key=lambda one: -one[0])[: self.num_beams]
+
+    def best(self) -> list[int]:
+        candidates = [*self.finished, *((score / len(tokens) ** self.length_penalty, tokens) for score, tokens in self.open if tokens)]
+        return max(candidates, key=lambda one: one[0])[1]
+
+
+def _grow(part: Part, searches: list[_Beams], read: Read) -> None:
+    """One token more for all beams of a part, whose sequences are the prompts' open beams in order."""
+    ids, log_probs, first, rows, tokens = read.ids.tolist(), read.log_probs.tolist(), 0, [], []
+    for search in searches:
+        last = first + len(search.open)
+        rows += [first + origin for origin in search.advance(ids[first:last], log_probs[first:last])]
+        tokens += [[beam[-1]] for _, beam in search.open]
+        first = last
+    part.select(rows)
+    part.extend(tokens)

@@ -89,5 +89,12 @@ class HeldOut:
             max_new_tokens=config.max_new_tokens,
             eos_id=end,
             pad_id=self.tokenizer.pad_id,
+            cache=not _drops_tokens(self.experiment),
         )
         return [task.answered(self.tokenizer.decode(ids)) for task, ids in zip(tasks, answers, strict=True)]
+
+
+def _drops_tokens(experiment: Experiment) -> bool:
+    """Experts have room for a share of a micro-batch's tokens: a few new tokens alone would find another room than whole documents do."""
+    moe = experiment.model.decoder.moe
+    return moe is not None and moe.capacity_factor is not None

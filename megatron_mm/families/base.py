@@ -43,6 +43,9 @@ class Family(ABC, Generic[Config]):
     """Control tokens that the model needs, in the order in which they get ids after those of a tokenizer that lacks them."""
     takes_tiles: ClassVar[bool] = False
     """Images may be cut into tiles (`data.max_tiles`)."""
+    generates_with_cache: ClassVar[bool] = False
+    """Chunks take `cache` in `forward` (`models.cache.CacheStep`) and then compute new tokens alone. Without it generation computes all
+    tokens of a sequence for each new one."""
     language_mlps: ClassVar[tuple[str, ...]] = ("mlp",)
     """Our names of what the feed-forward of a plain language model's layer becomes: more than one where experts begin as copies of it."""
     language_extras: ClassVar[tuple[str, ...]] = ()

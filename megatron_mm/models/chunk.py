@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -14,20 +14,26 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_mm.config import DecoderConfig
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.image_input import ImageInput
+from megatron_mm.models.cache import CacheStep, Layout
 from megatron_mm.models.context import ChunkContext
 from megatron_mm.models.decoder import build_decoder, decoder_transformer_config
 from megatron_mm.parallel.replicated import mark_replicated, replicated_state
 from megatron_mm.platform.device import send
 
 
-def document_bounds(batch: PackedBatch) -> PackedSeqParams:
-    """The documents of a micro-batch, as attention wants to know them."""
-    return PackedSeqParams(
+def document_bounds(batch: PackedBatch, *, cache: CacheStep | None = None) -> Layout:
+    """The documents of a micro-batch, as attention wants to know them.
+
+    Args:
+        cache: where they are continued, in generation.
+    """
+    return Layout(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
+        cache=cache,
     )
 
 
@@ -98,13 +104,17 @@ class Chunk(MegatronModule):
         blank = send(torch.tensor(self.image.fill, dtype=torch.uint8), batch.pixels.device)
         return blank[None, :, None, None].expand(1, 3, self.image.size, self.image.size)
 
+    def embed_text(self, batch: PackedBatch) -> torch.Tensor:
+        """Token embeddings; this process's part of [t, 1, h]."""
+        return self.language.embedding(input_ids=batch.token_ids[None], position_ids=batch.position_ids[None])
+
     def embed(self, batch: PackedBatch, features_nkh: torch.Tensor) -> torch.Tensor:
         """Token embeddings with image features in their places; this process's part of [t, 1, h].
 
         Args:
             features_nkh: of all images of the micro-batch, `image.tokens` each.
         """
-        embedded_t1h = self.language.embedding(input_ids=batch.token_ids[None], position_ids=batch.position_ids[None])
+        embedded_t1h = self.embed_text(batch)
         rows, positions = image_token_rows(
             batch.image_starts, tokens_per_image=self.image.tokens, local=self.sharing.local_tokens(batch.num_tokens)
         )
@@ -116,7 +126,7 @@ class Chunk(MegatronModule):
         self,
         batch: PackedBatch,
         decoder_input: torch.Tensor | None,
-        layout: PackedSeqParams,
+        layout: Layout,
         *,
         context: torch.Tensor | None = None,
         with_loss: bool,
@@ -127,8 +137,10 @@ class Chunk(MegatronModule):
             decoder_input: embeddings, on the first stage.
             layout: document bounds, and what else the family's layers know of the micro-batch.
             context: what layers look at besides the hidden states.
-            with_loss: the last stage returns losses, or else logits.
+            with_loss: the last stage returns losses, or else logits; in generation those of `CacheStep.read`.
         """
+        if layout.cache is not None:
+            return self._decode_with_cache(batch, decoder_input, layout, layout.cache, context=context)
         return self.language(
             input_ids=batch.token_ids[None],
             position_ids=batch.position_ids[None],
@@ -139,6 +151,32 @@ class Chunk(MegatronModule):
             padding_mask=self._padding(batch),
             extra_block_kwargs=None if context is None else {"context": context},
         )
+
+    def _decode_with_cache(
+        self, batch: PackedBatch, decoder_input: torch.Tensor | None, layout: Layout, step: CacheStep, *, context: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`decode`, where documents are continued. megatron-core's GPTModel would count their positions from 0."""
+        language = self.language
+        # To rotary embeddings the row is one document, whose positions stand in the table that they get.
+        row = send(torch.tensor([0, batch.num_tokens], dtype=torch.int32), batch.token_ids.device)
+        layout.cu_seqlens_q = layout.cu_seqlens_kv = row
+        hidden_l1h = language.decoder(
+            hidden_states=decoder_input,
+            attention_mask=None,
+            rotary_pos_emb=language.rotary_pos_emb(step.cache.capacity).index_select(0, step.positions),
+            packed_seq_params=layout,
+            padding_mask=self._padding(batch),
+            **({} if context is None else {"context": context}),
+        )
+        if not self.post_process:
+            return hidden_l1h
+        if self.config.sequence_parallel:
+            hidden_l1h = gather_from_sequence_parallel_region(hidden_l1h, group=language.pg_collection.tp)
+        read_r1h = hidden_l1h.index_select(0, step.read)
+        local = self.sharing.local_tokens(len(read_r1h))
+        tied = language.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_r1v, _ = language.output_layer(read_r1h[local.start : local.stop], weight=tied)
+        return logits_r1v.transpose(0, 1)
 
     def _padding(self, batch: PackedBatch) -> torch.Tensor | None:
         """[1, t] bool, True for padding among this process's tokens, for the routers of sparse layers (`models.moe`)."""

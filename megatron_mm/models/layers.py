@@ -9,9 +9,10 @@ Shape legend: s tokens, b sequences (1 when packed), h width, t packed tokens, n
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_mm.models.cache import cache_of
 from megatron_mm.models.moe import Router
 from megatron_mm.platform.engine import mlp_spec, te_experts
 
@@ -80,6 +82,7 @@ class TorchDotProductAttention(torch.nn.Module):
         super().__init__()
         assert config.context_parallel_size == 1, "the torch backend has no context parallelism"
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        self.layer_number = layer_number
 
     def forward(
         self,
@@ -101,6 +104,9 @@ class TorchDotProductAttention(torch.nn.Module):
             Packed [t, n * d], or [s, b, n * d].
         """
         assert attention_bias is None, "the torch backend takes no attention bias"
+        cached = cache_of(packed_seq_params)
+        if cached is not None:
+            return cached.attend(self.layer_number, query, key, value, scale=self.scale)
         causal = attn_mask_type is AttnMaskType.causal
         if packed_seq_params is None:
             attended_bnsd = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), causal=causal)
@@ -143,9 +149,25 @@ def _torch_layer_spec(mask: AttnMaskType) -> ModuleSpec:
     )
 
 
+@functools.cache
+def _te_attention() -> type:
+    """Transformer Engine's core attention, which in generation attends to the cache as the torch backend does."""
+
+    class CachedAttention(te_layers.TEDotProductAttention):
+        def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+            cached = cache_of(options.get("packed_seq_params"))
+            if cached is None:
+                return super().forward(query, key, value, *arguments, **options)
+            scale = self.softmax_scale if self.softmax_scale is not None else 1.0 / math.sqrt(self.config.kv_channels)
+            return cached.attend(self.layer_number, query, key, value, scale=scale)
+
+    return CachedAttention
+
+
 def _te_layer_spec(mask: AttnMaskType) -> ModuleSpec:
     spec = get_gpt_layer_with_transformer_engine_spec()
     spec.submodules.self_attention.params = {"attn_mask_type": mask}
+    spec.submodules.self_attention.submodules.core_attention = _te_attention()
     spec.submodules.sharded_state_dict_keys_map = dict(_FUSED_NORM_NAMES)
     return spec
 

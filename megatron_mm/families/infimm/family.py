@@ -28,6 +28,7 @@ class InfiMMFamily(Family[InfiMMConfig]):
 
     config = InfiMMConfig
     recipes = recipes.RECIPES
+    generates_with_cache = True
     freeze_policies = {  # noqa: RUF012
         "pt": _BRIDGE,
         "mtt": _BRIDGE,

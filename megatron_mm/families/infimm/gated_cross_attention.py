@@ -39,12 +39,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.infimm.config import GatedConfig
+from megatron_mm.models.cache import CacheStep, Layout
 from megatron_mm.models.layers import PlainSubmodules
 from megatron_mm.platform.device import send
 
 
 @dataclass
-class MediaLayout(PackedSeqParams):
+class MediaLayout(Layout):
     """Which tokens look at which image. It travels with the document bounds to every layer of a micro-batch, recomputed ones included."""
 
     rows: torch.Tensor | None = None
@@ -55,6 +56,9 @@ class MediaLayout(PackedSeqParams):
     """[r, 1] in the model's type: 1; 0 for the one row that stands in where there is no image, so that all weights have a gradient."""
     in_media_document: torch.Tensor | None = None
     """[t, 1, 1] in the model's type: 1 for this process's tokens of documents with an image, else 0."""
+    images: torch.Tensor | None = None
+    """In generation. Where prompts are computed, [sequences]: the last image of each, among those of the micro-batch, or 0 where it has
+    none. Later, [runs]: the sequence whose last image a run looks at."""
 
 
 def media_layout(batch: PackedBatch, *, num_latents: int, local: range, dtype: torch.dtype) -> MediaLayout:
@@ -95,6 +99,48 @@ def media_layout(batch: PackedBatch, *, num_latents: int, local: range, dtype: t
     )
 
 
+_CACHED = ("latent_key", "latent_value")
+"""What generation keeps of each sequence: keys and values [sequences, k, a, d] of its last image."""
+
+
+def last_images(batch: PackedBatch, *, num_sequences: int) -> torch.Tensor:
+    """Of each of the first documents of a micro-batch its last image, [num_sequences]; 0 where it has none."""
+    found = torch.zeros(num_sequences, dtype=torch.int64)
+    begins = batch.cu_seqlens[:num_sequences].tolist()
+    for image, begin in enumerate(batch.image_documents[:, 0].tolist()):
+        found[begins.index(begin)] = image
+    return found
+
+
+def continued_media_layout(batch: PackedBatch, step: CacheStep, *, num_latents: int, local: range, dtype: torch.dtype) -> MediaLayout:
+    """The layout of new tokens of cached sequences: each looks at the last image of its sequence, whose keys and values are cached."""
+    device = batch.token_ids.device
+    runs = [(number, count) for number, count in enumerate(step.counts) if count and step.cache.images[number]]
+    looks = torch.tensor(step.cache.images)[torch.arange(len(step.counts)).repeat_interleave(torch.tensor(step.counts))]
+    rows = looks.nonzero().squeeze(1)
+    with_image = F.pad(looks.to(dtype), (0, batch.num_tokens - len(looks)))
+    lengths = torch.tensor([0, *(count for _, count in runs)])
+    return MediaLayout(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+        cache=step,
+        rows=send(rows, device),
+        runs=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=send(lengths.cumsum(0).int(), device),
+            cu_seqlens_kv=send((num_latents * torch.arange(len(runs) + 1)).int(), device),
+            max_seqlen_q=int(lengths.max()),
+            max_seqlen_kv=num_latents,
+        ),
+        looks=torch.ones(len(rows), 1, dtype=dtype, device=device),
+        in_media_document=send(with_image[local.start : local.stop, None, None], device),
+        images=send(torch.tensor([number for number, _ in runs], dtype=torch.int64), device),
+    )
+
+
 class GatedCrossAttention(MegatronModule):
     """One gated block: hidden states [t, 1, h] and latents [m, 1, v] -> hidden states."""
 
@@ -118,6 +164,7 @@ class GatedCrossAttention(MegatronModule):
         self.tp_group = pg_collection.tp
         inner = gated.num_attention_heads * gated.head_dim
         self.head_dim = gated.head_dim
+        self.layer_number = layer_number
         options = {"config": own, "init_method": own.init_method, "bias": False, "skip_bias_add": True, "is_expert": False}
         self.attention_norm = build_module(submodules.norm, config=own, hidden_size=own.hidden_size, eps=own.layernorm_epsilon)
         self.linear_q = build_module(submodules.column, own.hidden_size, inner, gather_output=False, **options)
@@ -157,16 +204,32 @@ class GatedCrossAttention(MegatronModule):
     def _attend(self, normed_t1h: torch.Tensor, latents_m1v: torch.Tensor, media: MediaLayout) -> torch.Tensor:
         assert media.rows is not None and media.runs is not None and media.looks is not None
         query_t1q, _ = self.linear_q(normed_t1h)
-        seen_m1q, _ = self.linear_kv(latents_m1v)
-        query_rad = query_t1q.squeeze(1).index_select(0, media.rows).unflatten(-1, (-1, self.head_dim))
-        # Keys and values of a head lie side by side, so that a process's part of the rows is whole heads of both.
-        key_mad, value_mad = seen_m1q.squeeze(1).unflatten(-1, (-1, 2, self.head_dim)).unbind(2)
-        attended_rq = self.core_attention(
-            query_rad, key_mad.contiguous(), value_mad.contiguous(), None, attn_mask_type=AttnMaskType.padding, packed_seq_params=media.runs
-        )
-        attended_t1q = torch.zeros_like(query_t1q).squeeze(1).index_copy(0, media.rows, attended_rq * media.looks).unsqueeze(1)
-        out_t1h, _ = self.linear_out(attended_t1q)
+        key_mad, value_mad = self._keys_values(latents_m1v, media)
+        attended_tq = torch.zeros_like(query_t1q).squeeze(1)
+        if len(media.rows):
+            query_rad = query_t1q.squeeze(1).index_select(0, media.rows).unflatten(-1, (-1, self.head_dim))
+            attended_rq = self.core_attention(
+                query_rad, key_mad, value_mad, None, attn_mask_type=AttnMaskType.padding, packed_seq_params=media.runs
+            )
+            attended_tq = attended_tq.index_copy(0, media.rows, attended_rq * media.looks)
+        out_t1h, _ = self.linear_out(attended_tq.unsqueeze(1))
         return out_t1h
+
+    def _keys_values(self, latents_m1v: torch.Tensor, media: MediaLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the runs look at, [m, a, d] each: from the latents, or of cached sequences."""
+        cache = None if media.cache is None else media.cache.cache
+        if cache is not None and cache.filled:
+            assert media.images is not None
+            key, value = (cache.kept(self.layer_number, name).index_select(0, media.images) for name in _CACHED)
+            return key.flatten(0, 1), value.flatten(0, 1)
+        seen_m1q, _ = self.linear_kv(latents_m1v)
+        # Keys and values of a head lie side by side, so that a process's part of the rows is whole heads of both.
+        seen = [part.contiguous() for part in seen_m1q.squeeze(1).unflatten(-1, (-1, 2, self.head_dim)).unbind(2)]
+        if cache is not None:
+            assert media.images is not None and media.runs is not None
+            for name, part in zip(_CACHED, seen, strict=True):
+                cache.keep(self.layer_number, name, part.unflatten(0, (-1, media.runs.max_seqlen_kv)).index_select(0, media.images))
+        return seen[0], seen[1]
 
 
 class GatedTransformerLayer(TransformerLayer):

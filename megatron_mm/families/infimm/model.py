@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.infimm.config import InfiMMConfig, image_input
-from megatron_mm.families.infimm.gated_cross_attention import gated_layer_spec, media_layout
+from megatron_mm.families.infimm.gated_cross_attention import continued_media_layout, gated_layer_spec, last_images, media_layout
+from megatron_mm.models.cache import CacheStep
 from megatron_mm.models.chunk import Chunk
 from megatron_mm.models.context import ChunkContext
 from megatron_mm.models.decoder import layers_of_chunk
@@ -24,6 +25,7 @@ from megatron_mm.models.eva import EvaTower
 from megatron_mm.models.layers import decoder_layer_spec, plain_submodules
 from megatron_mm.models.resampler import PerceiverResampler
 from megatron_mm.parallel.stages import attach, detach_states
+from megatron_mm.platform.device import send
 
 
 class InfiMMModel(Chunk):
@@ -47,31 +49,50 @@ class InfiMMModel(Chunk):
         """Take what the previous stage sent, until `forward` takes it apart."""
         self.received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def forward(self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True) -> torch.Tensor:
+    def forward(
+        self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True, cache: CacheStep | None = None
+    ) -> torch.Tensor:
         """Hidden states and latents for the next stage, or on the last stage the result.
 
         Args:
             batch: the micro-batch, its tensors on this process's device (`image_...` on the CPU).
             pipeline_rows: rows of what goes to the next stage, as `Family.pipeline_rows` says.
             with_loss: the last stage returns losses, or else logits.
+            cache: where documents are continued, in generation. Once it has what gated blocks need of the images, no latents travel.
 
         Returns:
             [pipeline_rows / tensor, 1, h] or [pipeline_rows, 1, h]; on the last stage per-token losses [1, t] in float32, or logits
             [1, t, vocabulary / tensor].
         """
+        if cache is not None and cache.cache.filled:
+            return self._continue(batch, cache)
         local = self.sharing.local_tokens(batch.num_tokens)
         num_latents = len(self.sharing.local_tokens(max(1, batch.num_images) * self.num_latents))
         decoder_input = None
         if self.pre_process:
-            decoder_input = self.language.embedding(input_ids=batch.token_ids[None], position_ids=batch.position_ids[None])
+            decoder_input = self.embed_text(batch)
             latents_m1v = self._encode(batch)
         else:
             assert self.received is not None, "a later stage receives before it runs"
             hidden, latents_m1v = detach_states(self.received, num_hidden=len(local), num_states=num_latents, width=self.latent_size)
             self.language.set_input_tensor(hidden)
         media = media_layout(batch, num_latents=self.num_latents, local=local, dtype=latents_m1v.dtype)
+        if cache is not None:
+            media.cache = cache
+            media.images = send(last_images(batch, num_sequences=cache.cache.num_sequences), batch.token_ids.device)
         out = self.decode(batch, decoder_input, media, context=latents_m1v, with_loss=with_loss)
         return out if self.post_process else attach(out, latents_m1v, rows=len(self.sharing.local_tokens(pipeline_rows)))
+
+    def _continue(self, batch: PackedBatch, cache: CacheStep) -> torch.Tensor:
+        """`forward` of tokens that follow on cached prompts."""
+        decoder_input = self.embed_text(batch) if self.pre_process else None
+        if not self.pre_process:
+            self.language.set_input_tensor(self.received)
+        media = continued_media_layout(
+            batch, cache, num_latents=self.num_latents, local=self.sharing.local_tokens(batch.num_tokens), dtype=self.config.params_dtype
+        )
+        none_01v = torch.empty(0, 1, self.latent_size, dtype=self.config.params_dtype, device=batch.token_ids.device)
+        return self.decode(batch, decoder_input, media, context=none_01v, with_loss=False)
 
     def _encode(self, batch: PackedBatch) -> torch.Tensor:
         """This process's part of the latents [m, 1, v] of all images of the micro-batch; zeros where there is none."""

@@ -24,6 +24,7 @@ class MM1Family(Family[MM1Config]):
 
     config = MM1Config
     recipes = recipes.RECIPES
+    generates_with_cache = True
 
     def build(self, model: MM1Config, context: ChunkContext) -> MM1Model:
         from megatron_mm.families.mm1.model import MM1Model

@@ -9,6 +9,7 @@ import torch
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.mm1.config import MM1Config, image_input
+from megatron_mm.models.cache import CacheStep
 from megatron_mm.models.chunk import Chunk, document_bounds
 from megatron_mm.models.connectors import build_connector
 from megatron_mm.models.context import ChunkContext
@@ -23,23 +24,28 @@ class MM1Model(Chunk):
         encoders = _encoders(config, context) if context.pre_process else {}
         super().__init__(config.decoder, context, image=image_input(config), encoders=encoders)
 
-    def forward(self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True) -> torch.Tensor:
+    def forward(
+        self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True, cache: CacheStep | None = None
+    ) -> torch.Tensor:
         """Hidden states for the next stage, or on the last stage the result.
 
         Args:
             batch: the micro-batch, its tensors on this process's device (`image_starts`, `image_owners` on the CPU).
             pipeline_rows: unused: hidden states are all that travels.
             with_loss: the last stage returns losses, or else logits.
+            cache: where documents are continued, in generation.
 
         Returns:
             [t / tensor, 1, h] or [t, 1, h] hidden states; on the last stage per-token losses [1, t] in float32, or logits
             [1, t, vocabulary / tensor].
         """
         decoder_input = None
-        if self.pre_process:
+        if self.pre_process and cache is not None and cache.cache.filled:
+            decoder_input = self.embed_text(batch)
+        elif self.pre_process:
             tokens_nkh = self.connector(self.vision(self.own_pixels(batch)))
             decoder_input = self.embed(batch, self.sharing.gather(tokens_nkh, owners=batch.image_owners))
-        return self.decode(batch, decoder_input, document_bounds(batch), with_loss=with_loss)
+        return self.decode(batch, decoder_input, document_bounds(batch, cache=cache), with_loss=with_loss)
 
 
 def _encoders(config: MM1Config, context: ChunkContext) -> dict[str, torch.nn.Module]:

@@ -27,6 +27,7 @@ class MonoInternVLFamily(Family[MonoInternVLConfig]):
 
     config = MonoInternVLConfig
     recipes = recipes.RECIPES
+    generates_with_cache = True
     freeze_policies = {  # noqa: RUF012
         "s1_1": _VISUAL,
         "s1_2": _VISUAL,

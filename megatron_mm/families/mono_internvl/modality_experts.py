@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -39,6 +38,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_mm.config import FP8_MULTIPLE
 from megatron_mm.data.batch import PackedBatch
+from megatron_mm.models.cache import Layout
 from megatron_mm.models.layers import Backend, decoder_layer_spec, plain_submodules
 from megatron_mm.platform.device import send
 
@@ -58,7 +58,7 @@ class Rows:
 
 
 @dataclass
-class ModalityLayout(PackedSeqParams):
+class ModalityLayout(Layout):
     """Which tokens are whose."""
 
     text: Rows | None = None

@@ -12,6 +12,7 @@ from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.mono_internvl.config import MonoInternVLConfig, image_input
 from megatron_mm.families.mono_internvl.modality_experts import modality_layer_spec, modality_layout
 from megatron_mm.families.mono_internvl.patch_embedding import PatchEmbedding, PatchProjector
+from megatron_mm.models.cache import CacheStep
 from megatron_mm.models.chunk import Chunk
 from megatron_mm.models.context import ChunkContext
 from megatron_mm.models.decoder import layers_of_chunk
@@ -26,13 +27,18 @@ class MonoInternVLModel(Chunk):
         super().__init__(config.decoder, context, image=image_input(config), encoders=encoders, layer_specs=specs)
         self.backend = context.backend
 
-    def forward(self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True) -> torch.Tensor:
+    def forward(
+        self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True, cache: CacheStep | None = None
+    ) -> torch.Tensor:
         """Hidden states for the next stage, or on the last stage the result; as `MM1Model.forward`."""
         decoder_input = None
-        if self.pre_process:
+        if self.pre_process and cache is not None and cache.cache.filled:
+            decoder_input = self.embed_text(batch)
+        elif self.pre_process:
             tokens = self.projector(self.patches(self.own_pixels(batch)))
             decoder_input = self.embed(batch, self.sharing.gather(tokens, owners=batch.image_owners))
         layout = modality_layout(batch, tokens_per_image=self.image.tokens, backend=self.backend)
+        layout.cache = cache
         return self.decode(batch, decoder_input, layout, with_loss=with_loss)
 
 

@@ -1,0 +1,258 @@
+"""Forward passes of generation through megatron-core's pipeline schedule: sequences in, what is wanted of the logits out.
+
+The sequences of a data-parallel rank are dealt into as many parts as there are pipeline stages, so that all stages have work; a part is a
+micro-batch with a cache of its own (`models.cache`). What the last stage reads of the logits is sent to all stages, so that every process
+of a model knows the next tokens. Where experts are spread over data-parallel ranks, these ranks make every pass together (`agree`).
+
+Shape legend: r places that are read, k likeliest tokens of each, q tokens asked for at each, v this process's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+
+from megatron_mm.config import Experiment
+from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.data.plan.plan import image_owners
+from megatron_mm.families.registry import family_of, pipeline_rows
+from megatron_mm.models.cache import CacheStep, KeyValueCache
+from megatron_mm.parallel.pipeline import PlannedMessages
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform.device import send
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to continue."""
+
+    ids: list[int]
+    """Token ids, image places included."""
+    image_starts: list[int]
+    """Place of the first token of each image's features in ids."""
+    pixels: torch.Tensor | None
+    """[images, 3, H, W] uint8; None where this process is on a later pipeline stage and nobody has read them."""
+
+
+class Part:
+    """Sequences that share a micro-batch: their tokens, and what of them is cached."""
+
+    def __init__(self, prompts: list[Prompt], *, capacity: int | None) -> None:
+        """
+        Args:
+            capacity: of the cache, tokens of a sequence; None computes all tokens in every pass.
+        """
+        self.prompts = prompts
+        self.tokens = [list(prompt.ids) for prompt in prompts]
+        self.cache = None if capacity is None else KeyValueCache(images=[bool(p.image_starts) for p in prompts], capacity=capacity)
+
+    def extend(self, new: Sequence[Sequence[int]]) -> None:
+        """Append tokens to each sequence."""
+        for tokens, more in zip(self.tokens, new, strict=True):
+            tokens.extend(more)
+
+    def shorten(self, counts: list[int]) -> None:
+        """Take back the last tokens of each sequence."""
+        self.tokens = [tokens[: len(tokens) - count] for tokens, count in zip(self.tokens, counts, strict=True)]
+        if self.cache is not None:
+            self.cache.forget(counts)
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with these sequences, in this order; one may stand several times."""
+        self.prompts, self.tokens = [self.prompts[row] for row in rows], [list(self.tokens[row]) for row in rows]
+        if self.cache is not None:
+            self.cache.select(rows)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a pass reads after the last tokens of a part's sequences."""
+
+    tails: list[int]
+    """At how many of its last places each sequence is read."""
+    targets: list[list[int]] = field(default_factory=list)
+    """For each place that is read, in order, tokens whose log-probability is asked for; empty where none is."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read of a part's logits, on the CPU."""
+
+    ids: torch.Tensor
+    """[r, k] int64: the likeliest tokens."""
+    log_probs: torch.Tensor
+    """[r, k] float64: their log-probabilities."""
+    targets: torch.Tensor
+    """[r, q] float64: those of the tokens that were asked for."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    batch: PackedBatch
+    step: CacheStep | None
+    rows: int
+    places: torch.Tensor
+    targets: torch.Tensor
+
+
+class Passes:
+    """Makes the passes of one process; every process of a model calls with the same sequences."""
+
+    def __init__(self, experiment: Experiment, chunks: list[torch.nn.Module], topology: Topology, *, pad_id: int, cache: bool = True) -> None:
+        """
+        Args:
+            cache: compute new tokens alone. Without it, or where the family has none (`Family.generates_with_cache`), every pass computes
+                all tokens.
+        """
+        self.experiment = experiment
+        self.chunks = chunks
+        self.topology = topology
+        self.pad_id = pad_id
+        self.cached = cache and family_of(experiment.model).generates_with_cache
+
+    def parts(self, prompts: list[Prompt], *, new_tokens: int) -> list[Part]:
+        """Deal prompts into parts, each a run of neighbours; a cache holds the longest of them and new_tokens more."""
+        count = max(1, min(self.topology.pipeline_size, len(prompts)))
+        bounds = [len(prompts) * number // count for number in range(count + 1)]
+        shares = [prompts[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+        return [Part(share, capacity=max(len(p.ids) for p in share) + new_tokens if self.cached else None) for share in shares]
+
+    def agree(self, number: int) -> int:
+        """The largest of the numbers of all processes that make passes together."""
+        if self.experiment.parallel.expert == 1:
+            return number
+        shared = torch.tensor(number, device=self.topology.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return int(shared)
+
+    def run(self, parts: list[Part], wanted: list[Wanted], *, top: int = 1) -> list[Read]:
+        """One pass over all that is new in each part; what was wanted of each.
+
+        Args:
+            top: how many of the likeliest tokens are read at each place.
+        """
+        work = [self._work(part, wish) for part, wish in zip(parts, wanted, strict=True)]
+        # The interleaved schedule wants a multiple of the stages: more of the same, which writes the same into the cache.
+        missing = -len(work) % self.topology.pipeline_size if self.topology.virtual_size > 1 else 0
+        todo = work + work[-1:] * missing
+        rows = [one.rows for one in todo]
+        iterators = [iter(todo) for _ in self.chunks]
+
+        def forward_step(works: Iterator[_Work], chunk: torch.nn.Module) -> tuple[Any, ...]:
+            one = next(works)
+            options = {} if one.step is None else {"cache": one.step}
+            logits_1rv = chunk(one.batch, pipeline_rows=one.rows, with_loss=False, **options)
+            return logits_1rv, lambda logits, non_loss_data=True: _read(logits[0].index_select(0, one.places), one.targets, top=top)
+
+        found = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(todo),
+            seq_length=max(rows),
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+            p2p_communicator=PlannedMessages(get_model_config(self.chunks[0]), rows=rows),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        for part, one in zip(parts, work, strict=True):
+            if part.cache is not None and one.step is not None:
+                part.cache.advance(one.step.counts)
+        return self._tell(work, found, top=top)
+
+    def _work(self, part: Part, wanted: Wanted) -> _Work:
+        cache, device = part.cache, self.topology.device
+        known = [0] * len(part.tokens) if cache is None else cache.lengths
+        new = [tokens[length:] for tokens, length in zip(part.tokens, known, strict=True)]
+        batch = self._pack(new, known, part.prompts if not any(known) else [])
+        ends = torch.tensor([len(tokens) for tokens in new]).cumsum(0).tolist()
+        read = [place for end, tail in zip(ends, wanted.tails, strict=True) for place in range(end - tail, end)]
+        places, step = torch.tensor(read, dtype=torch.int64), None
+        if cache is not None:
+            parts = self.experiment.parallel.tensor if self.experiment.parallel.sequence_parallel else 1
+            padded = read + [0] * (-len(read) % parts if read else parts)
+            step = CacheStep.plan(cache, [len(tokens) for tokens in new], row=batch.num_tokens, read=padded, device=device)
+            places = torch.arange(len(read))
+        rows = batch.num_tokens if cache is not None and cache.filled else pipeline_rows(self.experiment, batch)
+        width = max((len(asked) for asked in wanted.targets), default=0)
+        asked = [[*targets, *[0] * (width - len(targets))] for targets in wanted.targets] or [[] for _ in read]
+        targets = torch.tensor(asked, dtype=torch.int64).reshape(len(read), width)
+        return _Work(batch.to(device), step, rows, send(places, device), send(targets, device))
+
+    def _pack(self, new: list[list[int]], known: list[int], prompts: list[Prompt]) -> PackedBatch:
+        """The new tokens of all sequences in one row, padded to what the layout and the precision need; with prompts, their images."""
+        total = sum(map(len, new))
+        row = max(1, -(-total // self.experiment.token_multiple)) * self.experiment.token_multiple
+        lengths = [*map(len, new), *([row - total] if row > total else [])]
+        ids = torch.tensor([token for tokens in new for token in tokens] + [self.pad_id] * (row - total))
+        starts, offset = [], 0
+        for prompt, tokens in zip(prompts, new, strict=False):
+            starts += [offset + start for start in prompt.image_starts]
+            offset += len(tokens)
+        image_starts = torch.tensor(starts, dtype=torch.int64)
+        owners = torch.from_numpy(image_owners(len(starts), self.topology.tensor_size))
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+        positions = [torch.arange(length) + first for length, first in zip(lengths, [*known, 0], strict=False)]
+        return PackedBatch(
+            token_ids=ids,
+            labels=ids,
+            loss_mask=torch.zeros(row),
+            is_token=torch.arange(row) < total,
+            position_ids=torch.cat(positions),
+            source_ids=torch.zeros_like(ids),
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max(lengths),
+            image_starts=image_starts,
+            image_owners=owners,
+            image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
+            pixels=self._pixels(prompts, owners) if self.topology.is_first_stage else None,
+        )
+
+    def _pixels(self, prompts: list[Prompt], owners: torch.Tensor) -> torch.Tensor | None:
+        """Those of the images that this process encodes; None where no prompt is computed."""
+        if not prompts:
+            return None
+        pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
+        assert len(pixels) == len(prompts), "the first pipeline stage needs the pixels of all prompts"
+        return torch.cat(pixels)[owners == self.topology.tensor_rank]
+
+    def _tell(self, work: list[_Work], found: list[torch.Tensor], *, top: int) -> list[Read]:
+        """What the last stage has read of each part, on all stages."""
+        shapes = [(len(one.places), 2 * top + one.targets.shape[1]) for one in work]
+        told = torch.empty(sum(rows * width for rows, width in shapes), dtype=torch.float64, device=self.topology.device)
+        if self.topology.is_last_stage:
+            told = torch.cat([table.flatten() for table in found[: len(work)]])
+        if self.topology.pipeline_size > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast(told, src=dist.get_global_rank(group, group.size() - 1), group=group)
+        tables = [flat.view(shape) for flat, shape in zip(told.cpu().split([rows * width for rows, width in shapes]), shapes, strict=True)]
+        return [Read(table[:, :top].long(), table[:, top : 2 * top], table[:, 2 * top :]) for table in tables]
+
+
+def _read(logits_rv: torch.Tensor, targets_rq: torch.Tensor, *, top: int) -> torch.Tensor:
+    """[r, k ids + k log-probabilities + q log-probabilities] float64, the same on every process of the tensor-parallel group."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    logits, first = logits_rv.double(), group.rank() * logits_rv.shape[-1]
+    best, ids = logits.max(dim=-1, keepdim=True) if top == 1 else logits.topk(min(top, logits.shape[-1]), dim=-1)
+    own = targets_rq - first
+    here = (own >= 0) & (own < logits.shape[-1])
+    asked = logits.gather(1, own.clamp(0, logits.shape[-1] - 1)).masked_fill(~here, -torch.inf)
+    table = torch.cat([best, (ids + first).double(), logits.logsumexp(dim=-1, keepdim=True), asked], dim=-1)
+    tables = [torch.empty_like(table) for _ in range(group.size())]
+    dist.all_gather(tables, table, group=group)
+    k = best.shape[-1]
+    everywhere = torch.stack(tables)
+    values, order = torch.cat([one[:, :k] for one in tables], dim=-1).sort(dim=-1, descending=True, stable=True)
+    named = torch.cat([one[:, k : 2 * k] for one in tables], dim=-1).gather(1, order)
+    norm_r1 = everywhere[..., 2 * k : 2 * k + 1].logsumexp(dim=0)
+    wanted = everywhere[..., 2 * k + 1 :].max(dim=0).values
+    return torch.cat([named[:, :top], values[:, :top] - norm_r1, wanted - norm_r1], dim=-1)

@@ -1,0 +1,183 @@
+"""The key/value cache of generation: what a step computes anew are the new tokens of each sequence, and nothing else.
+
+A step is a packed micro-batch like any other, of the new tokens alone: whole prompts at first, then one token of each sequence. So there is
+no padding between sequences, on the left or on the right, and all families' layers run as they do in training. Worked example, two prompts
+of 3 and 2 tokens (capitals are cached, small letters are new, `_` fills the row up to what tensor parallelism needs):
+
+    step 1   a b c d e _        sequence 0 attends to a b c, sequence 1 to d e
+    step 2   f g                f attends to A B C f at position 3, g attends to D E g at position 2
+    step 3   h i                h attends to A B C F h ...
+
+Rotary positions are looked up by token. Attention within whole prompts is that of training, document by document; later steps attend to
+the cache, [sequences, heads, capacity, width], under a mask of what each sequence has. Each process caches the layers that it has and of
+these its heads. What gated blocks need of a sequence's last image is cached likewise (`KeyValueCache.keep`).
+
+megatron-core's own contexts do not fit: the static one (0.16 and 0.19) has one length for all sequences of a batch and takes no packed
+rows, on which the layers of InfiMM and Mono-InternVL rest; the dynamic one needs kernels for paged attention, which are GPU-only.
+
+Shape legend: t tokens of a step's row, b sequences, r real tokens of the row, n query heads, g key/value heads, d head width, c capacity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_mm.platform.device import send
+
+
+class KeyValueCache:
+    """Keys and values of some sequences, on one process. A pipeline's chunks on a process share it: their layers have other numbers."""
+
+    def __init__(self, *, images: list[bool], capacity: int) -> None:
+        """
+        Args:
+            images: of each sequence, whether its prompt has an image.
+            capacity: tokens that a sequence can get.
+        """
+        self.images = images
+        self.capacity = capacity
+        self.lengths = [0] * len(images)
+        """Tokens that each sequence has."""
+        self._kept: dict[tuple[int, str], torch.Tensor] = {}
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def filled(self) -> bool:
+        """The prompts have been computed."""
+        return any(self.lengths)
+
+    def keep(self, layer: int, name: str, value: torch.Tensor) -> None:
+        """Keep a layer's tensor [b, ...]."""
+        self._kept[layer, name] = value
+
+    def kept(self, layer: int, name: str) -> torch.Tensor:
+        return self._kept[layer, name]
+
+    def keys_values(self, layer: int, key_tgd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [b, g, c, d] of a layer; zeros at first, of the type of key_tgd."""
+        if (layer, "key") not in self._kept:
+            shape = (self.num_sequences, key_tgd.shape[1], self.capacity, key_tgd.shape[2])
+            for name in ("key", "value"):
+                self.keep(layer, name, key_tgd.new_zeros(shape))
+        return self.kept(layer, "key"), self.kept(layer, "value")
+
+    def advance(self, counts: list[int]) -> None:
+        """Count the tokens of a step that all chunks have computed."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        assert max(self.lengths) <= self.capacity, f"sequences of {max(self.lengths)} tokens in a cache of {self.capacity}"
+
+    def forget(self, counts: list[int]) -> None:
+        """Leave out the last tokens of each sequence, so that others can take their place."""
+        self.lengths = [length - count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def select(self, rows: list[int]) -> None:
+        """Become the cache of these sequences, in this order; one may stand several times."""
+        if rows == list(range(self.num_sequences)):
+            return
+        self.lengths, self.images = [self.lengths[row] for row in rows], [self.images[row] for row in rows]
+        index = torch.tensor(rows)
+        self._kept = {key: value.index_select(0, index.to(value.device)) for key, value in self._kept.items()}
+
+
+@dataclass
+class CacheStep:
+    """A step of generation: where its tokens belong. Made once a step; every layer gets it with the document bounds."""
+
+    cache: KeyValueCache
+    counts: list[int]
+    """New tokens of each sequence, in the order in which they lie in the row; 0 where it rests."""
+    sequences: torch.Tensor
+    """[r]: the sequence of each token."""
+    within: torch.Tensor
+    """[r]: number of each token among the new ones of its sequence."""
+    positions: torch.Tensor
+    """[t]: place of each token in its sequence; 0 for what fills the row."""
+    read: torch.Tensor
+    """[reads]: places in the row whose logits are wanted."""
+    mask: torch.Tensor | None
+    """[b, 1, new, keys] bool: what each new token attends to in the cache; None where whole prompts are computed."""
+
+    @classmethod
+    def plan(cls, cache: KeyValueCache, counts: list[int], *, row: int, read: list[int], device: torch.device) -> CacheStep:
+        """
+        Args:
+            row: tokens of the row, with what fills it.
+            read: places in the row whose logits are wanted.
+        """
+        assert not cache.filled or min(cache.lengths) > 0, "all prompts are computed in the first step"
+        taken, lengths = torch.tensor(counts), torch.tensor(cache.lengths)
+        sequences = torch.arange(len(counts)).repeat_interleave(taken)
+        within = torch.arange(len(sequences)) - (taken.cumsum(0) - taken)[sequences]
+        positions = F.pad(lengths[sequences] + within, (0, row - len(sequences)))
+        mask = None
+        if cache.filled:
+            new, keys = max(counts), int((lengths + taken).max())
+            last_seen = lengths[:, None] + torch.minimum(torch.arange(new)[None], (taken - 1).clamp(min=0)[:, None])
+            mask = send((torch.arange(keys) <= last_seen[..., None])[:, None], device)
+        return cls(
+            cache,
+            counts,
+            send(sequences, device),
+            send(within, device),
+            send(positions, device),
+            read=send(torch.tensor(read, dtype=torch.int64), device),
+            mask=mask,
+        )
+
+    def attend(self, layer: int, query_tnd: torch.Tensor, key_tgd: torch.Tensor, value_tgd: torch.Tensor, *, scale: float) -> torch.Tensor:
+        """Put keys and values into the cache, and attend to it.
+
+        Args:
+            layer: its number in the whole model.
+
+        Returns:
+            [t, n * d], zeros for what fills the row.
+        """
+        real = len(self.sequences)
+        keys_bgcd, values_bgcd = self.cache.keys_values(layer, key_tgd)
+        places = self.positions[:real]
+        keys_bgcd[self.sequences, :, places] = key_tgd[:real]
+        values_bgcd[self.sequences, :, places] = value_tgd[:real]
+        grouped = query_tnd.shape[1] != key_tgd.shape[1]
+        out_tnd = torch.zeros_like(query_tnd)
+        if self.mask is None:
+            first = 0
+            for count in self.counts:
+                own = slice(first, first + count)
+                document = (x[own].transpose(0, 1)[None] for x in (query_tnd, key_tgd, value_tgd))
+                attended = F.scaled_dot_product_attention(*document, is_causal=True, scale=scale, enable_gqa=grouped)
+                out_tnd[own] = attended[0].transpose(0, 1)
+                first += count
+        else:
+            query_bmnd = query_tnd.new_zeros(len(self.counts), self.mask.shape[2], *query_tnd.shape[1:])
+            query_bmnd[self.sequences, self.within] = query_tnd[:real]
+            seen = self.mask.shape[3]
+            attended = F.scaled_dot_product_attention(
+                query_bmnd.transpose(1, 2),
+                keys_bgcd[:, :, :seen],
+                values_bgcd[:, :, :seen],
+                attn_mask=self.mask,
+                scale=scale,
+                enable_gqa=grouped,
+            )
+            out_tnd[:real] = attended.transpose(1, 2)[self.sequences, self.within]
+        return out_tnd.flatten(1)
+
+
+@dataclass
+class Layout(PackedSeqParams):
+    """What layers know of a micro-batch: where documents begin (megatron-core's fields), and in generation where they are continued."""
+
+    cache: CacheStep | None = None
+
+
+def cache_of(layout: PackedSeqParams | None) -> CacheStep | None:
+    """The cache of a micro-batch, for attention."""
+    return getattr(layout, "cache", None)

@@ -1,0 +1,60 @@
+"""Generation with the key/value cache gives what passes over whole sequences give, in every family and layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.distributed import run_processes
+from support.generating import FAMILIES, answers
+
+LAYOUTS = {
+    "tensor 2": (2, {"tensor": 2}),
+    "tensor 2 without sequence parallelism": (2, {"tensor": 2, "sequence_parallel": False}),
+    "pipeline 2": (2, {"pipeline": 2}),
+    "pipeline 2 virtual 2": (2, {"pipeline": 2, "virtual": 2}),
+    "data 2": (2, {}),
+    "tensor 2 pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
+}
+
+
+def _same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Equal tokens; log-likelihoods to float32's accuracy: sums over up to four tokens of about 5 nats each."""
+    for name in ("greedy", "ended", "beam"):
+        assert found[name] == expected[name], name
+    for row, wanted in zip(found["likelihoods"], expected["likelihoods"], strict=True):
+        assert row == pytest.approx(wanted, abs=2e-5)
+
+
+def _both(family: str) -> list[dict[str, Any]]:
+    return [answers(family, {}, cache=cache) for cache in (True, False)]
+
+
+@pytest.fixture(scope="module")
+def without_cache() -> dict[str, dict[str, Any]]:
+    return {family: run_processes(answers, 1, family, {}, False)[0] for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", ["mm1_moe", "infimm", "mono_internvl"])
+def test_cached_generation_equals_whole_passes(family: str) -> None:
+    ((cached, whole),) = run_processes(_both, 1, family)
+    _same(cached, whole)
+    assert len({tuple(row) for row in cached["greedy"]}) > 1, "all prompts give the same answer, so nothing would be compared"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_generates_the_same(without_cache: dict[str, dict[str, Any]], family: str, layout: str) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    if family == "mm1_moe" and parallel.get("sequence_parallel") is False:
+        pytest.skip("experts need sequence parallelism")
+    for found in run_processes(answers, world_size, family, parallel):
+        _same(found, without_cache[family])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"expert": 2}, {"expert": 2, "tensor": 2}, {"expert": 2, "pipeline": 2}], ids=str)
+def test_experts_on_other_processes_generate_the_same(without_cache: dict[str, dict[str, Any]], parallel: dict[str, Any]) -> None:
+    for found in run_processes(answers, 4 if len(parallel) > 1 else 2, "mm1_moe", parallel):
+        _same(found, without_cache["mm1_moe"])
