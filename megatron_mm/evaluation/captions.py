@@ -35,6 +35,7 @@ class CaptionTask:
     true: str
 
     def answered(self, generated: str) -> CaptionSample:
+        assert self.prompt.pixels is not None
         whole = self.prompt.pixels[-1]  # of several tiles the last one is the thumbnail
         return CaptionSample(image=whole.permute(1, 2, 0).numpy(), true=self.true, generated=generated)
 

@@ -21,7 +21,9 @@ __all__ = ["Generator", "Prompt", "generate"]
 class Generator:
     """Continues prompts with one model."""
 
-    def __init__(self, experiment: Experiment, chunks: list[torch.nn.Module], topology: Topology, *, pad_id: int, cache: bool = True) -> None:
+    def __init__(
+        self, experiment: Experiment, chunks: list[torch.nn.Module], topology: Topology, *, pad_id: int, cache: bool = True
+    ) -> None:
         """
         Args:
             cache: as `Passes`.
@@ -86,7 +88,11 @@ class Generator:
             firsts = [[[choice[0] for choice in choices[row]] for row in own] for own in rows]
             wanted = [Wanted([1] * len(own), targets) for own, targets in zip(rows, firsts, strict=True)]
             reads = self.passes.run(parts, wanted)
-            sums = {row: read.targets[i, : len(choices[row])].tolist() for own, read in zip(rows, reads, strict=True) for i, row in enumerate(own)}
+            sums = {
+                row: read.targets[i, : len(choices[row])].tolist()
+                for own, read in zip(rows, reads, strict=True)
+                for i, row in enumerate(own)
+            }
             for number in range(self.passes.agree(max(map(len, choices), default=0))):
                 following = [[(choices[row][number : number + 1] or [[0]])[0] for row in own] for own in rows]
                 if not self.passes.agree(int(any(len(choice) > 1 for part in following for choice in part))):
@@ -103,10 +109,10 @@ class Generator:
         counts = [[len(choice) - 1 for choice in own] for own in choices]
         wanted = [Wanted(tails, [[t] for choice in own for t in choice[1:]]) for tails, own in zip(counts, choices, strict=True)]
         reads = self.passes.run(parts, wanted)
-        for part, own, tails, read in zip(parts, rows, counts, reads, strict=True):
+        for part, numbers, tails, read in zip(parts, rows, counts, reads, strict=True):
             part.shorten(tails)
             values = read.targets.flatten().split(tails)
-            yield from ((row, float(value.sum())) for row, value in zip(own, values, strict=True))
+            yield from ((row, float(value.sum())) for row, value in zip(numbers, values, strict=True))
 
     @contextlib.contextmanager
     def _evaluation_mode(self) -> Iterator[None]:

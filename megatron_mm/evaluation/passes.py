@@ -9,6 +9,7 @@ Shape legend: r places that are read, k likeliest tokens of each, q tokens asked
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +107,9 @@ class _Work:
 class Passes:
     """Makes the passes of one process; every process of a model calls with the same sequences."""
 
-    def __init__(self, experiment: Experiment, chunks: list[torch.nn.Module], topology: Topology, *, pad_id: int, cache: bool = True) -> None:
+    def __init__(
+        self, experiment: Experiment, chunks: list[torch.nn.Module], topology: Topology, *, pad_id: int, cache: bool = True
+    ) -> None:
         """
         Args:
             cache: compute new tokens alone. Without it, or where the family has none (`Family.generates_with_cache`), every pass computes
@@ -122,7 +125,7 @@ class Passes:
         """Deal prompts into parts, each a run of neighbours; a cache holds the longest of them and new_tokens more."""
         count = max(1, min(self.topology.pipeline_size, len(prompts)))
         bounds = [len(prompts) * number // count for number in range(count + 1)]
-        shares = [prompts[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+        shares = [prompts[begin:end] for begin, end in itertools.pairwise(bounds)]
         return [Part(share, capacity=max(len(p.ids) for p in share) + new_tokens if self.cached else None) for share in shares]
 
     def agree(self, number: int) -> int:

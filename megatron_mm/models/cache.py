@@ -151,8 +151,8 @@ class CacheStep:
             first = 0
             for count in self.counts:
                 own = slice(first, first + count)
-                document = (x[own].transpose(0, 1)[None] for x in (query_tnd, key_tgd, value_tgd))
-                attended = F.scaled_dot_product_attention(*document, is_causal=True, scale=scale, enable_gqa=grouped)
+                query, key, value = (x[own].transpose(0, 1)[None] for x in (query_tnd, key_tgd, value_tgd))
+                attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
                 out_tnd[own] = attended[0].transpose(0, 1)
                 first += count
         else:

@@ -10,7 +10,7 @@ from support.generating import FAMILIES, answers
 
 LAYOUTS = {
     "tensor 2": (2, {"tensor": 2}),
-    "tensor 2 without sequence parallelism": (2, {"tensor": 2, "sequence_parallel": False}),
+    "tensor 2 without sequence parallelism": (2, {"tensor": 2, "sequence": False}),
     "pipeline 2": (2, {"pipeline": 2}),
     "pipeline 2 virtual 2": (2, {"pipeline": 2, "virtual": 2}),
     "data 2": (2, {}),
@@ -47,7 +47,7 @@ def test_cached_generation_equals_whole_passes(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_generates_the_same(without_cache: dict[str, dict[str, Any]], family: str, layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
-    if family == "mm1_moe" and parallel.get("sequence_parallel") is False:
+    if family == "mm1_moe" and parallel.get("sequence") is False:
         pytest.skip("experts need sequence parallelism")
     for found in run_processes(answers, world_size, family, parallel):
         _same(found, without_cache[family])

@@ -68,7 +68,7 @@ def answers(family: str, parallel: dict[str, Any], cache: bool = True) -> dict[s
     prompts = prompts_of(experiment, family)
     turn = topology.data_rank
     prompts = prompts[turn:] + prompts[:turn]
-    (first, *_), *_ = generator.greedy(prompts, max_new_tokens=1, end_ids=[])
+    (first,) = generator.greedy(prompts, max_new_tokens=1, end_ids=[])[-turn]
     choices = [[[7, 8, 9], [10], [11, 12]], [[13, 14]], [[7], [8]], [[9, 9, 9, 9], [10, 11]], [[60, 61]]]
     choices = choices[turn:] + choices[:turn]
     found: dict[str, list[Any]] = {
