@@ -4,7 +4,8 @@
 
 The walk reads every member of every tar with Python's tarfile and does nothing with it; both use one process. Pictures are JPEGs of 640 x
 480, noise over gradients. For the memory, shards are links to three tiny ones under other names; each number is indexed by a process
-of its own, and once more with nothing changed. The peak of memory is of that process.
+of its own, and once more with nothing changed. Then others open the index, as the first process of a run does (it looks at each shard) and
+as all others do, and plan a batch. The peak of memory is of each process; what its imports alone take is given beside it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import shutil
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from megatron_mm.data.image_input import ImageInput
+from megatron_mm.data.plan.filling import Limits
+from megatron_mm.data.plan.plan import Plan
 from megatron_mm.data.prepare.index import IndexOptions, prepare_index
 from megatron_mm.data.sources.index import open_index
 from megatron_mm.data.sources.shards import TarWriter
@@ -63,6 +68,32 @@ def index_of_many(path: Path, connection: object) -> None:
     connection.send((*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))  # type: ignore[attr-defined]
 
 
+def open_of_many(path: Path, check: bool, connection: object) -> None:
+    """Open an index and plan a batch from it; sends seconds of both, and this process's peak of memory before and after, MB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    began = time.perf_counter()
+    index = open_index(path / "train" / "pairs", check=check)
+    opened = time.perf_counter()
+    plan = Plan(
+        [index], weights=[1.0], limits=Limits(4096, 16), image=ImageInput(size=378, fill=(0, 0, 0), tokens=144), packing_window=4096,
+        seed=0, global_batch_size=512, micro_batch_size=1,
+    )  # fmt: skip
+    plan.batch(plan.initial_state())
+    planned = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    connection.send((opened - began, planned - opened, before, peak))  # type: ignore[attr-defined]
+
+
+def in_a_process(function: Callable[..., None], *arguments: object) -> tuple[float, ...]:
+    """What a function sends from a process of its own."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=function, args=(*arguments, theirs))
+    process.start()
+    sent: tuple[float, ...] = ours.recv()
+    process.join()
+    return sent
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2000, help="pictures for the rate (default: %(default)s)")
@@ -93,17 +124,20 @@ def main() -> None:
             shutil.copy(model, many / "tokenizer.model")
             for number in range(count):
                 os.link(tiny[number % 3], many / "train" / "pairs" / f"{number:06d}.tar")
-            ours_end, theirs = multiprocessing.Pipe()
-            process = multiprocessing.get_context("spawn").Process(target=index_of_many, args=(many, theirs))
-            process.start()
-            first, again, peak = ours_end.recv()
-            process.join()
-            samples = len(open_index(many / "train" / "pairs"))
+            first, again, peak = in_a_process(index_of_many, many)
+            samples, meta = len(open_index(many / "train" / "pairs")), (many / "train" / "pairs" / "index" / "meta.json").stat().st_size
             print(
                 f"{count:7} shards, {samples} samples: {first:.1f} s ({1e3 * first / count:.2f} ms a shard), again with nothing changed "
-                f"{again:.1f} s; peak memory {peak:.0f} MB",
+                f"{again:.1f} s; peak memory {peak:.0f} MB; meta.json {meta} bytes",
                 flush=True,
             )
+            for who, check in (("first process", True), ("any other", False)):
+                opened, planned, before, peak = in_a_process(open_of_many, many, check)
+                print(
+                    f"{'':7} {who:14} opens in {1e3 * opened:8.1f} ms, plans a batch in {1e3 * planned:6.1f} ms; "
+                    f"peak memory {peak:.0f} MB (imports alone {before:.0f})",
+                    flush=True,
+                )
             shutil.rmtree(many)
 
 

@@ -52,7 +52,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def index_of(source: Path) -> tuple[bytes, ...]:
     """All that an index says."""
     index = open_index(source)
-    return (*(array.tobytes() for array in (index.sample_rows, index.item_rows, index.size_rows)), str(index.shards).encode())
+    return (*(array.tobytes() for array in (index.sample_rows, index.item_rows, index.size_rows)), str(list(index.shards)).encode())
 
 
 def test_only_new_and_changed_shards_are_read(tmp_path: Path, tokenizer: Path, reads: list[str]) -> None:

@@ -15,6 +15,9 @@ from megatron_mm.data.prepare.index import prepare_index
 from megatron_mm.data.sources.index import open_index, open_split
 from megatron_mm.data.sources.index_files import write_index
 from megatron_mm.data.sources.rows import ITEM, SAMPLE
+from megatron_mm.data.sources.shard_table import Shard, ShardTable
+
+ONE_SHARD = ShardTable.of([Shard("0.tar", 1)])
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def test_an_index_of_another_version_or_a_lost_shard_is_an_error(demo_data: Path
     meta = source / "index" / "meta.json"
     content = json.loads(meta.read_text())
     meta.write_text(json.dumps({**content, "version": 99}))
-    with pytest.raises(ValueError, match=r"meta.json has version 99, this program reads 2 and 3: run `megatron-mm prepare index .*` again"):
+    with pytest.raises(ValueError, match=r"meta.json has version 99, this program reads 2 and 3 and 4: run `megatron-mm prepare"):
         open_index(source)
     meta.write_text(json.dumps(content))
     (source / "00000.tar").unlink()
@@ -72,7 +75,7 @@ def test_an_index_of_another_version_or_a_lost_shard_is_an_error(demo_data: Path
 def test_a_source_whose_samples_are_all_gone_is_named(demo_data: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(demo_data / "train" / "pairs", tmp_path / "train" / "pairs"))
     meta = json.loads((source / "index" / "meta.json").read_text())
-    write_index(source, meta=meta, num_samples=0, num_items=0, parts=[])
+    write_index(source, meta=meta, shards=ShardTable.of([]), num_samples=0, num_items=0, parts=[])
     with pytest.raises(ValueError, match=r"pairs has no usable sample .*drop it from data.mixture"):
         open_split(tmp_path, "train", sources=["pairs"])
 
@@ -87,23 +90,32 @@ def arrays(source: Path) -> Path:
     return folder
 
 
-def as_version_2(source: Path) -> None:
+def as_version(number: int, source: Path) -> None:
     """The index as earlier versions wrote it."""
-    meta = json.loads((source / "index" / "meta.json").read_text())
-    for name in ("samples.npy", "items.npy"):
-        (arrays(source) / name).rename(source / "index" / name)
-    shutil.rmtree(arrays(source))
-    del meta["arrays"], meta["stamps"]
-    (source / "index" / "meta.json").write_text(json.dumps({**meta, "version": 2}))
+    meta, index = json.loads((source / "index" / "meta.json").read_text()), open_index(source)
+    shards = list(index.shards.shards())
+    meta["shards"] = {shard.name: shard.size for shard in shards}
+    for name in ("shards.npy", "names.npy"):
+        (arrays(source) / name).unlink()
+        del meta["arrays"]["files"][name]
+    if number == 3:
+        meta["stamps"] = {shard.name: [shard.modified, shard.digest] for shard in shards}
+    else:
+        for name in ("samples.npy", "items.npy"):
+            (arrays(source) / name).rename(source / "index" / name)
+        shutil.rmtree(arrays(source))
+        del meta["arrays"]
+    (source / "index" / "meta.json").write_text(json.dumps({**meta, "version": number}))
 
 
-def test_an_index_of_version_2_is_read(pairs: Path) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_index_of_an_earlier_version_is_read(pairs: Path, version: int) -> None:
     new = open_index(pairs)
     sizes, images = new.sizes(slice(3, 40)), new.image_sizes(slice(3, 40))
     document, image = new.document(5), new.image(5, 0)
-    as_version_2(pairs)
+    as_version(version, pairs)
     old = open_index(pairs)
-    assert old.size_rows is None and len(old) == len(new)
+    assert (old.size_rows is None) == (version == 2) and len(old) == len(new) and list(old.shards) == list(new.shards)
     assert (old.sizes(slice(3, 40)).text_tokens == sizes.text_tokens).all() and (
         old.image_sizes(slice(3, 40)).widths == images.widths
     ).all()
@@ -139,18 +151,35 @@ def test_rows_that_point_outside_are_an_error(pairs: Path, field: str) -> None:
     index = open_index(pairs)
     meta, samples = json.loads((pairs / "index" / "meta.json").read_text()), index.sample_rows.copy()
     samples[field][17] = 10**6 if field != "offset" else -1
-    write_index(pairs, meta=meta, num_samples=len(samples), num_items=len(index.item_rows), parts=[(samples, index.item_rows)])
+    write_index(
+        pairs, meta=meta, shards=index.shards, num_samples=len(samples), num_items=len(index.item_rows), parts=[(samples, index.item_rows)]
+    )
     with pytest.raises(ValueError, match=r"row 17 points outside"):
         open_index(pairs)
 
 
 @pytest.mark.parametrize("name", ["../secret.tar", "/etc/passwd", "a/../../b.tar"])
 def test_a_shard_outside_of_the_source_is_an_error(pairs: Path, name: str) -> None:
-    path = pairs / "index" / "meta.json"
-    meta = json.loads(path.read_text())
-    path.write_text(json.dumps({**meta, "shards": {name: 3}}))
+    index, meta = open_index(pairs), json.loads((pairs / "index" / "meta.json").read_text())
+    parts = [(index.sample_rows, index.item_rows)]
+    write_index(
+        pairs, meta=meta, shards=ShardTable.of([Shard(name, 3)] * 4), num_samples=len(index), num_items=len(index.item_rows), parts=parts
+    )
     with pytest.raises(ValueError, match=r"which is outside of"):
         open_index(pairs)
+    with pytest.raises(ValueError, match=r"which is outside of"):
+        open_index(pairs, check=False).document(0)
+
+
+def test_shards_are_mapped_and_meta_does_not_grow_with_them(tmp_path: Path, demo_data: Path) -> None:
+    """So a process of hundreds looks at the rows of what it reads."""
+    for number in range(300):
+        write_tar(tmp_path / "many" / f"{number:05d}.tar", {"1.txt": b"a circle"})
+    prepare_index(tmp_path / "many", tokenizer=demo_data / "tokenizer.model")
+    index = open_index(tmp_path / "many", check=False)
+    assert isinstance(index.shards, ShardTable) and isinstance(index.shards.rows.base, np.memmap)
+    assert len(index.shards) == 300 and index.shards[123] == "00123.tar" and index.shards[-1] == "00299.tar" and index.document(299)
+    assert (tmp_path / "many" / "index" / "meta.json").stat().st_size < 2000
 
 
 def test_another_shard_of_the_same_size_is_an_error_and_a_copy_is_not(pairs: Path) -> None:
@@ -170,7 +199,7 @@ def test_indexing_again_leaves_what_is_mapped_alone(pairs: Path) -> None:
     before = index.item_rows.tobytes()
     meta = json.loads((pairs / "index" / "meta.json").read_text())
     for remaining in (2, 2):
-        write_index(pairs, meta=meta, num_samples=1, num_items=1, parts=[(np.zeros(1, SAMPLE), np.zeros(1, ITEM))])
+        write_index(pairs, meta=meta, shards=ONE_SHARD, num_samples=1, num_items=1, parts=[(np.zeros(1, SAMPLE), np.zeros(1, ITEM))])
         assert len(list((pairs / "index").glob("arrays-*"))) == remaining
     assert index.item_rows.tobytes() == before
 
@@ -184,5 +213,5 @@ def test_a_full_disk_leaves_the_index_as_it_was(pairs: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        write_index(pairs, meta=meta, num_samples=2, num_items=2, parts=parts())
+        write_index(pairs, meta=meta, shards=ONE_SHARD, num_samples=2, num_items=2, parts=parts())
     assert sorted(path.relative_to(pairs) for path in pairs.rglob("*")) == files and len(open_index(pairs)) == 120

@@ -132,7 +132,7 @@ def test_the_number_of_workers_does_not_change_the_index(demo_data: Path, tmp_pa
     prepare_index(tmp_path, tokenizer=tokenizer, workers=1)
     files = [tmp_path / "pairs" / "index" / "meta.json", *sorted((tmp_path / "pairs" / "index").glob("arrays-*/*.npy"))]
     one = [file.read_bytes() for file in files]
-    assert len(one) == 4
+    assert len(one) == 6
     prepare_index(tmp_path, tokenizer=tokenizer, workers=2)
     assert [file.read_bytes() for file in files] == one
     samples = open_index(tmp_path / "pairs").sample_rows

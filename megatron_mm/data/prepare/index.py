@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from megatron_mm.data.prepare.samples import Losses, Reading, Verify, document_o
 from megatron_mm.data.prepare.shard_jobs import Progress, ShardJob, choose_shards, run_jobs
 from megatron_mm.data.sources.index import SHARDS_CHECKED_AT_ONCE
 from megatron_mm.data.sources.index_files import write_index
+from megatron_mm.data.sources.shard_table import Shard, ShardTable
 from megatron_mm.data.sources.shards import BrokenShard, KeyEnds
 from megatron_mm.data.sources.source import CHAT_KINDS, Kind
 from megatron_mm.data.text.chat import Rendering, chat_template
@@ -206,33 +207,56 @@ def _read_shards(job: _SourceJob, shards: Sequence[Path], *, workers: int) -> No
 
 
 def _read_so_far(job: _SourceJob) -> SourceSummary:
-    headers = [header for header in job.headers(job.shards) if header is not None]
-    left = len(job.shards) - len(headers)
-    logger.info("%s: %d of %d shards are read%s", job.source, len(headers), len(job.shards), "" if left else ": `prepare merge` is next")
-    return _summary(headers)[0]
+    totals, done = _Totals(), 0
+    for header in job.headers(job.shards):
+        if header is not None:
+            totals.add(header)
+            done += 1
+    complete = ": `prepare merge` is next" if done == len(job.shards) else ""
+    logger.info("%s: %d of %d shards are read%s", job.source, done, len(job.shards), complete)
+    return totals.summary
 
 
-def _summary(headers: Iterable[RowHeader]) -> tuple[SourceSummary, Losses]:
-    summary, losses = SourceSummary(), Losses()
-    for header in headers:
-        summary.samples += header.samples
-        summary.images += header.images
-        summary.text_tokens += header.text_tokens
-        losses.add(replace(losses_of(header), named=[]))
-    for name in ("rejected", "dropped", "skipped"):
-        setattr(summary, name, dict(sorted(getattr(losses, name).items())))
-    return summary, losses
+class _Totals:
+    """Adds up the headers of row files."""
+
+    def __init__(self) -> None:
+        self.samples = self.images = self.text_tokens = self.items = self.bytes = 0
+        self.losses = Losses()
+
+    def add(self, header: RowHeader) -> None:
+        """One more."""
+        self.samples += header.samples
+        self.images += header.images
+        self.text_tokens += header.text_tokens
+        self.items += header.items
+        self.bytes += header.size
+        self.losses.add(replace(losses_of(header), named=[]))
+
+    @property
+    def summary(self) -> SourceSummary:
+        """What is printed of them."""
+        losses = {name: dict(sorted(getattr(self.losses, name).items())) for name in ("rejected", "dropped", "skipped")}
+        return SourceSummary(self.samples, self.images, self.text_tokens, **losses)
 
 
 def _merge(job: _SourceJob) -> SourceSummary:
     """Write the index of a source from the row files of its shards, one at a time. Raises ValueError where one is missing."""
-    source, headers, shards = job.source, [], [shard.relative_to(job.source).as_posix() for shard in job.shards]
-    for shard, header in zip(shards, job.headers(job.shards), strict=True):
-        if header is None:
-            raise ValueError(f"shard {shard} of source {source} has not been read: run `megatron-mm prepare index` on it first (--shards)")
-        headers.append(header)
-    summary, losses = _summary(headers)
-    check_losses(source, summary, damage=losses.damaged_bytes / max(1, sum(header.size for header in headers)), options=job.options)
+    source, totals = job.source, _Totals()
+
+    def shards() -> Iterator[Shard]:
+        for shard, header in zip(job.shards, job.headers(job.shards), strict=True):
+            name = shard.relative_to(source).as_posix()
+            if header is None:
+                raise ValueError(
+                    f"shard {name} of source {source} has not been read: run `megatron-mm prepare index` on it first (--shards)"
+                )
+            totals.add(header)
+            yield Shard(name, header.size, header.modified, header.digest)
+
+    table = ShardTable.of(shards())
+    summary = totals.summary
+    check_losses(source, summary, damage=totals.losses.damaged_bytes / max(1, totals.bytes), options=job.options)
     are_chats = job.reading.kind in CHAT_KINDS or job.reading.rendering.caption_prompt is not None
     meta = {
         "kind": job.reading.kind,
@@ -240,8 +264,6 @@ def _merge(job: _SourceJob) -> SourceSummary:
         "chat_template": job.options.template if are_chats else None,
         "caption_prompt": job.reading.rendering.caption_prompt,
         "keys": {name: key for name, key in asdict(job.reading.keys).items() if key is not None},
-        "shards": {shard: header.size for shard, header in zip(shards, headers, strict=True)},
-        "stamps": {shard: [header.modified, header.digest] for shard, header in zip(shards, headers, strict=True)},
         "rejected": summary.rejected,
         "dropped": summary.dropped,
         "skipped": summary.skipped,
@@ -249,20 +271,19 @@ def _merge(job: _SourceJob) -> SourceSummary:
 
     def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         first_item = 0
-        for number, (shard, header) in enumerate(zip(job.shards, headers, strict=True)):
-            samples, items = read_rows(job.rows(shard), header)
+        for number, shard in enumerate(job.shards):
+            samples, items = read_rows(job.rows(shard))
             samples = samples.copy()
             samples["shard"] = number
             samples["first_item"] += first_item
             first_item += len(items)
             yield samples, items
 
-    num_items = sum(header.items for header in headers)
     if job.options.index_dir is not None:
         meta["root"] = str(source.resolve())
         job.home.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(job.model, job.options.index_dir / "tokenizer.model")
-    write_index(job.home, meta=meta, num_samples=summary.samples, num_items=num_items, parts=parts())
+    write_index(job.home, meta=meta, shards=table, num_samples=totals.samples, num_items=totals.items, parts=parts())
     return summary
 
 

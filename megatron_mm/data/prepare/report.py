@@ -16,6 +16,7 @@ import numpy as np
 from megatron_mm.data.prepare.find import find_sources
 from megatron_mm.data.sources.index import SourceIndex, open_index
 from megatron_mm.data.sources.index_files import META
+from megatron_mm.data.sources.shard_table import ShardTable
 
 _BLOCK = 1 << 20
 """Samples that are looked at together."""
@@ -118,8 +119,8 @@ def _source_report(index: SourceIndex, meta: dict[str, Any]) -> SourceReport:
         samples=len(index),
         images=num_images,
         text_tokens=tokens,
-        bytes=sum(meta["shards"].values()),
-        shards=len(meta["shards"]),
+        bytes=index.shards.bytes if isinstance(index.shards, ShardTable) else 0,
+        shards=len(index.shards),
         chat_template=index.chat_template,
         rejected=dict(meta["rejected"]),
         dropped=dict(meta.get("dropped", {})),

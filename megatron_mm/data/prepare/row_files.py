@@ -119,12 +119,13 @@ def current_header(path: Path, shard: Path, *, recipe: str) -> RowHeader | None:
     return header
 
 
-def read_rows(path: Path, header: RowHeader) -> tuple[np.ndarray, np.ndarray]:
+def read_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The SAMPLE and ITEM rows of a row file. Raises ValueError where they are damaged."""
+    header = read_header(path)
     with path.open("rb") as file:
         file.readline()
         data = file.read()
-    if zlib.crc32(data) != header.checksum:
+    if header is None or zlib.crc32(data) != header.checksum:
         raise ValueError(f"{path} is damaged: remove it and run `megatron-mm prepare index` again")
     cut = header.samples * SAMPLE.itemsize
     return np.frombuffer(data[:cut], SAMPLE), np.frombuffer(data[cut:], ITEM)

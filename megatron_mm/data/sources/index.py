@@ -2,32 +2,33 @@
 
 A source is a folder of shards of one kind. `prepare index` reads every sample once and writes, beside the shards,
 
-    <source>/index/meta.json            kind, tokenizer fingerprint, chat template and caption prompt, shard files with their sizes, counts
-                                        of rejected samples by reason
+    <source>/index/meta.json            kind, tokenizer fingerprint, chat template and caption prompt, counts of rejected samples by reason
     <source>/index/arrays-*/samples.npy one SAMPLE row for each valid sample, in shard order
                             items.npy   one ITEM row for each text, control token or image of each sample, in reading order
                             sizes.npy   one SIZES row for each sample: what planning reads
+                            shards.npy, names.npy   the shards (`shard_table`)
 
-The arrays are memory-mapped, so an index of a hundred million samples costs a rank no memory to open. Together they hold
-all that planning needs: the plan never opens a shard. (Indexes of version 2 lack sizes.npy and lie in `index` itself; they are read, too.)
+The arrays are memory-mapped, so an index of a hundred million samples in a hundred thousand shards costs a rank no time and no memory to
+open. Together they hold all that planning needs: the plan never opens a shard.
 """
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_mm.data.ranges import ranges
-from megatron_mm.data.sources.index_files import FORMAT_VERSION, META, map_arrays, sampled_digest, write_json
+from megatron_mm.data.sources.index_files import FORMAT_VERSION, META, NAMES, SHARDS, map_arrays, sampled_digest, write_json
 from megatron_mm.data.sources.rows import ITEM as ITEM
 from megatron_mm.data.sources.rows import SAMPLE as SAMPLE
+from megatron_mm.data.sources.shard_table import Shard, ShardTable
 from megatron_mm.data.sources.source import SOURCE_FORMATS, DocumentSizes, ImageSizes, Items, Kind, Source
 from megatron_mm.data.sources.stores import ObjectStore, Store, store_of
 from megatron_mm.data.text.keys import USUAL, Keys
@@ -45,7 +46,8 @@ class SourceIndex:
     kind: Kind
     root: Path
     """The folder of its shards, which is that of the index unless `prepare index --index-dir` wrote it; shard names are relative to it."""
-    shards: tuple[str, ...]
+    shards: Sequence[str]
+    """Names, relative to `root`."""
     tokenizer: str
     """Fingerprint of the tokenizer that counted the tokens."""
     rejected: dict[str, int]
@@ -152,21 +154,19 @@ def open_index(source: Path, *, check: bool = True) -> SourceIndex:
         raise ValueError(f"{meta_path} is damaged ({error}): {again} again") from None
     if version not in READ_VERSIONS:
         raise ValueError(f"{meta_path} has version {version}, this program reads {' and '.join(map(str, READ_VERSIONS))}: {again} again")
-    lacking = [name for name in _FIELDS if name not in meta]
-    if lacking or not isinstance(meta["shards"], dict):
+    lacking = [name for name in (*_FIELDS, *(["shards"] if version < 4 else [])) if name not in meta]
+    if lacking or not isinstance(meta.get("shards", {}), dict):
         raise ValueError(f"{meta_path} lacks {', '.join(lacking) or 'a table of shards'}: {again} again")
-    for shard in meta["shards"]:
-        if os.path.isabs(shard) or ".." in Path(shard).parts:
-            raise ValueError(f"{meta_path} names the shard {shard!r}, which is outside of {source}: {again} again")
     root = Path(meta.get("root", source))
-    if check:
-        _check_shards(root, meta)
     arrays = map_arrays(source / "index", meta, check=check)
+    shards = ShardTable.of_meta(meta) if version < 4 else ShardTable(arrays[SHARDS], arrays[NAMES])
+    if check:
+        _check_shards(root, shards, store=meta.get("store"))
     return SourceIndex(
         name=source.name,
         kind=meta["kind"],
         root=root,
-        shards=tuple(meta["shards"]),
+        shards=shards,
         tokenizer=meta["tokenizer"],
         rejected=meta["rejected"],
         sample_rows=arrays["samples.npy"],
@@ -179,31 +179,32 @@ def open_index(source: Path, *, check: bool = True) -> SourceIndex:
     )
 
 
-READ_VERSIONS = (2, FORMAT_VERSION)
-_FIELDS = ("kind", "tokenizer", "rejected", "shards", "chat_template")
+READ_VERSIONS = (2, 3, FORMAT_VERSION)
+_FIELDS = ("kind", "tokenizer", "rejected", "chat_template")
 
 
-def _check_shards(source: Path, meta: dict[str, Any]) -> None:
-    """Raise ValueError where a shard is gone, has another size, or was written again and has other contents (`stamps` of meta.json)."""
-    stamps, remote = meta.get("stamps", {}), store_of(source, meta.get("store"))
+def _check_shards(source: Path, shards: ShardTable, *, store: str | None) -> None:
+    """Raise ValueError where a shard is gone, has another size, or was written again and has other contents."""
+    remote = store_of(source, store)
 
-    def problem(shard: str) -> str | None:
-        path, size = source / shard, meta["shards"][shard]
+    def problem(shard: Shard) -> str | None:
+        path, size = source / shard.name, shard.size
         if isinstance(remote, ObjectStore):
-            return remote.problem(shard, size)
+            return remote.problem(shard.name, size)
         try:
             found = path.stat()
         except OSError:
             return f"shard {path} is missing, but had {size} bytes when it was indexed"
         if found.st_size != size:
             return f"shard {path} has {found.st_size} bytes, but had {size} when it was indexed"
-        modified, digest = stamps.get(shard, (None, None))
-        if modified not in (None, found.st_mtime_ns) and sampled_digest(path) != digest:
+        if shard.modified not in (None, found.st_mtime_ns) and sampled_digest(path) != shard.digest:
             return f"shard {path} has other contents than when it was indexed, though as many bytes"
         return None
 
+    listed, problems = shards.shards(), list[str]()
     with ThreadPoolExecutor(SHARDS_CHECKED_AT_ONCE) as threads:
-        problems = [text for text in threads.map(problem, meta["shards"], chunksize=64) if text is not None]
+        while part := list(islice(listed, 4096)):
+            problems += [text for text in threads.map(problem, part) if text is not None]
     if problems:
         more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}: restore it or index {source} again")
@@ -250,9 +251,10 @@ def move_to_store(source: Path, url: str) -> int:
     Raises ValueError where a shard is not there, or has another size than the one that was indexed.
     """
     path = source / "index" / META
-    open_index(source, check=False)
+    shards = open_index(source, check=False).shards
+    assert isinstance(shards, ShardTable), "the shards of an opened index"
     meta = json.loads(path.read_text())
     meta["store"] = url.rstrip("/")
-    _check_shards(source, meta)
+    _check_shards(source, shards, store=meta["store"])
     write_json(path, meta)
-    return len(meta["shards"])
+    return len(shards)

@@ -1,7 +1,7 @@
 """The files of an index: how they are written so that they are whole or absent, and checked before they are believed.
 
-    <source>/index/meta.json                  names the folder of the arrays; written last, by rename
-    <source>/index/arrays-<16 hex digits>/    samples.npy, items.npy, sizes.npy
+    <source>/index/meta.json                  names the folder of the arrays; written last, by rename; a kilobyte for any source
+    <source>/index/arrays-<16 hex digits>/    samples.npy, items.npy, sizes.npy, shards.npy, names.npy
 
 Arrays are never written over: a run that has mapped them goes on reading what it mapped. The folder that meta.json named before is kept
 until the next indexing, older ones are removed.
@@ -20,11 +20,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_mm.data.sources.rows import ITEM, SAMPLE, SIZES
+from megatron_mm.data.sources.rows import ITEM, SAMPLE, SHARD, SIZES
+from megatron_mm.data.sources.shard_table import ShardTable
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+"""Version 3 listed shards in meta.json; version 2 had its arrays beside it and no sizes.npy. Both are read."""
 META = "meta.json"
-ARRAYS = {"samples.npy": SAMPLE, "items.npy": ITEM, "sizes.npy": SIZES}
+SAMPLES, ITEMS, SIZE_COLUMNS, SHARDS, NAMES = "samples.npy", "items.npy", "sizes.npy", "shards.npy", "names.npy"
+ARRAYS = {SAMPLES: SAMPLE, ITEMS: ITEM, SIZE_COLUMNS: SIZES, SHARDS: SHARD, NAMES: np.dtype(np.uint8)}
 _PROBES, _PROBE_BYTES = 8, 4096
 _CHECKED_WHOLE, _CHECKED_ROWS = 1 << 20, 1 << 12
 """Rows of an array that are all checked when it is opened, and about how many of a larger one are: each may be a page to read."""
@@ -70,7 +73,13 @@ class ArrayFile:
 
 
 def write_index(
-    source: Path, *, meta: dict[str, Any], num_samples: int, num_items: int, parts: Iterable[tuple[np.ndarray, np.ndarray]]
+    source: Path,
+    *,
+    meta: dict[str, Any],
+    shards: ShardTable,
+    num_samples: int,
+    num_items: int,
+    parts: Iterable[tuple[np.ndarray, np.ndarray]],
 ) -> None:
     """Write a new index into `<source>/index`, which is whole or absent. Holds one part in memory at a time.
 
@@ -86,15 +95,23 @@ def write_index(
     partial = index / f"arrays-{os.urandom(8).hex()}.partial"
     partial.mkdir()
     try:
-        counts = {"samples.npy": num_samples, "items.npy": num_items, "sizes.npy": num_samples}
+        counts = {
+            SAMPLES: num_samples,
+            ITEMS: num_items,
+            SIZE_COLUMNS: num_samples,
+            SHARDS: len(shards.rows),
+            NAMES: len(shards.names),
+        }
         files = {name: ArrayFile(partial / name, dtype, counts[name]) for name, dtype in ARRAYS.items()}
         for samples, items in parts:
-            files["samples.npy"].append(samples)
-            files["items.npy"].append(items)
+            files[SAMPLES].append(samples)
+            files[ITEMS].append(items)
             sizes = np.empty(len(samples), SIZES)
             for column in SIZES.names or ():
                 sizes[column] = samples[column]
-            files["sizes.npy"].append(sizes)
+            files[SIZE_COLUMNS].append(sizes)
+        files[SHARDS].append(shards.rows)
+        files[NAMES].append(shards.names)
         for file in files.values():
             file.close()
         _sync(partial)
@@ -115,7 +132,7 @@ def _remove_older(index: Path, *, keep: tuple[str | None, ...]) -> None:
         if folder.name not in keep:
             shutil.rmtree(folder, ignore_errors=True)
     if keep[-1] is not None:  # so the arrays of version 2 are not those of before
-        for name in ("samples.npy", "items.npy"):
+        for name in (SAMPLES, ITEMS):
             (index / name).unlink(missing_ok=True)
 
 
@@ -168,10 +185,10 @@ def map_arrays(index: Path, meta: dict[str, Any], *, check: bool) -> dict[str, n
         check: look at rows and digests too, which one process of a run does.
     """
     if meta["version"] == 2:
-        expected: dict[str, Any] = {name: None for name in ("samples.npy", "items.npy")}
+        expected: dict[str, Any] = {name: None for name in (SAMPLES, ITEMS)}
         folder = index
     else:
-        expected, folder = meta["arrays"]["files"], index / meta["arrays"]["folder"]
+        expected, folder = _named_files(index, meta)
     arrays = {name: _map(folder / name, ARRAYS[name]) for name in expected}
     for name, entry in expected.items():
         if entry is not None and len(arrays[name]) != entry["rows"]:
@@ -179,8 +196,19 @@ def map_arrays(index: Path, meta: dict[str, Any], *, check: bool) -> dict[str, n
         if entry is not None and check and sampled_digest(folder / name) != entry["digest"]:
             raise ValueError(f"{folder / name} is not the file that was written: its digest differs from {index / META}; {_AGAIN}")
     if check:
-        _check_rows(folder, arrays["samples.npy"], num_items=len(arrays["items.npy"]), num_shards=len(meta["shards"]))
+        num_shards = len(arrays[SHARDS]) if SHARDS in arrays else len(meta["shards"])
+        _check_rows(folder, arrays[SAMPLES], num_items=len(arrays[ITEMS]), num_shards=num_shards)
     return arrays
+
+
+def _named_files(index: Path, meta: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+    """What meta.json says of each array, and the folder of the arrays. Raises ValueError where it does not."""
+    try:
+        files, folder = dict(meta["arrays"]["files"]), str(meta["arrays"]["folder"])
+        wanted = [name for name in ARRAYS if meta["version"] > 3 or name not in (SHARDS, NAMES)]
+        return {name: {"rows": files[name]["rows"], "digest": files[name]["digest"]} for name in wanted}, index / Path(folder).name
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index / META} does not say what the arrays are ({error!r}): {_AGAIN}") from None
 
 
 _AGAIN = "run `megatron-mm prepare index` again"

@@ -6,7 +6,7 @@ import numpy as np
 
 SAMPLE = np.dtype(
     [
-        ("shard", "<i4"),  # row of meta.json's `shards`
+        ("shard", "<i4"),  # row of shards.npy
         ("offset", "<i8"),  # where the bytes of the document (.txt, .json or a .jsonl line) begin in the shard
         ("size", "<i4"),  # how many bytes it has
         ("first_item", "<i8"),  # row of items.npy
@@ -16,6 +16,16 @@ SAMPLE = np.dtype(
     ]
 )
 """One sample. Its text is read from [offset, offset + size) of its shard."""
+
+SHARD = np.dtype(
+    [
+        ("name_end", "<i8"),  # place in names.npy after the last byte of its name, which begins where the one before ends
+        ("size", "<i8"),  # bytes
+        ("modified", "<i8"),  # when it was written last, nanoseconds; -1 where that is not known
+        ("digest", "S16"),  # of parts of it; empty where that is not known
+    ]
+)
+"""One shard (`data.sources.shard_table`)."""
 
 ITEM = np.dtype(
     [

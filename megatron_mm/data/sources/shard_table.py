@@ -1,0 +1,90 @@
+"""The shards of a source as an index lists them: names, sizes, and what tells one from another of the same size.
+
+    shards.npy   a SHARD row for each
+    names.npy    their names, relative to the source, one after another in UTF-8
+
+Both are memory-mapped like the other arrays of an index: a process that reads three of a hundred thousand shards looks at three rows.
+Indexes of before version 4 list shards in meta.json, and `of_meta` makes the same table of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+
+from megatron_mm.data.sources.rows import SHARD
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard when it was indexed."""
+
+    name: str
+    size: int
+    """Bytes."""
+    modified: int | None = None
+    """When it was written last, nanoseconds; None where that is not known."""
+    digest: str = ""
+    """Of parts of it (`index_files.sampled_digest`)."""
+
+
+class ShardTable(Sequence[str]):
+    """The names of shards, by number."""
+
+    def __init__(self, rows: np.ndarray, names: np.ndarray) -> None:
+        """
+        Args:
+            rows: [shards] of SHARD.
+            names: [bytes] uint8.
+        """
+        self.rows, self.names = rows, names
+
+    @classmethod
+    def of(cls, shards: Iterable[Shard]) -> ShardTable:
+        """A table to write."""
+        rows, names = [], bytearray()
+        for shard in shards:
+            names += shard.name.encode("utf-8", "surrogateescape")
+            rows.append((len(names), shard.size, -1 if shard.modified is None else shard.modified, shard.digest.encode()))
+        return cls(np.array(rows, SHARD), np.frombuffer(bytes(names), np.uint8))
+
+    @classmethod
+    def of_meta(cls, meta: dict[str, Any]) -> ShardTable:
+        """What meta.json of an older index says."""
+        stamps = meta.get("stamps", {})
+        return cls.of(Shard(name, size, *stamps.get(name, (None, ""))) for name, size in meta["shards"].items())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[str]: ...
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        """The name of a shard. Raises ValueError where it leads out of the source."""
+        if isinstance(number, slice):
+            return [self[one] for one in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        number %= len(self)
+        begin, end = int(self.rows["name_end"][number - 1]) if number else 0, int(self.rows["name_end"][number])
+        name = self.names[begin:end].tobytes().decode("utf-8", "surrogateescape")
+        if not name or name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"the index names the shard {name!r}, which is outside of its source: run `megatron-mm prepare index` again")
+        return name
+
+    def shards(self) -> Iterator[Shard]:
+        """All that is known of each shard. Raises ValueError as names do."""
+        for number, name in enumerate(self):
+            row = self.rows[number]
+            modified = int(row["modified"])
+            yield Shard(name, int(row["size"]), None if modified < 0 else modified, row["digest"].decode())
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return int(self.rows["size"].sum())
