@@ -26,7 +26,7 @@ def tokenizer(demo_data: Path) -> Path:
 
 
 def test_opening_a_split_names_what_is_missing(demo_data: Path, tmp_path: Path, tokenizer: Path) -> None:
-    with pytest.raises(ValueError, match=r"does not exist"):
+    with pytest.raises(ValueError, match=r"is not a directory"):
         open_split(tmp_path / "nowhere", "train", sources=["pairs"])
     with pytest.raises(ValueError, match=r"has no folder 'validation'; it has"):
         open_split(demo_data, "validation", sources=["pairs"])
