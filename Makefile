@@ -91,6 +91,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/plan_time.py
 	$(BIN)/python benchmarks/micro_batch_balance.py
 	$(BIN)/python benchmarks/padding.py
+	$(BIN)/python benchmarks/spread_encoder.py
 	$(BIN)/python benchmarks/checkpoint_save.py
 	$(BIN)/python benchmarks/loader_throughput.py
 	$(BIN)/python benchmarks/prepare_rate.py

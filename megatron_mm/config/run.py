@@ -46,6 +46,10 @@ class ParallelConfig:
     """Activations recomputed in the backward pass: none, the attention core, or whole layers."""
     recompute_encoder: Literal["none", "selective", "full"] | None = None
     """The same for the image tower, which keeps more than a decoder layer and costs less to run again; None means: as recompute."""
+    spread_encoder: bool = False
+    """Every pipeline rank holds the image encoder and encodes its share of a step's images before the pipeline begins; the first stage
+    gets the features and sends their gradients back. Then the encoder holds up no stage, and its state is sharded over all processes.
+    Each process keeps the encoder's weights, gradients, and activations of its share of a whole step."""
     collective_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run instead of hanging it."""
 
@@ -54,6 +58,14 @@ class ParallelConfig:
         require(
             self.virtual == 1 or self.pipeline > 1,
             f"parallel.virtual is {self.virtual}, but interleaving needs parallel.pipeline > 1: set one of them",
+        )
+        require(
+            not self.spread_encoder or self.pipeline > 1,
+            "parallel.spread_encoder is True, but parallel.pipeline is 1: there are no other stages to encode images",
+        )
+        require(
+            not self.spread_encoder or self.distributed_optimizer,
+            "parallel.spread_encoder is True, but parallel.distributed_optimizer is False: set one of them otherwise",
         )
         require(
             self.tensor % self.expert_tensor == 0,

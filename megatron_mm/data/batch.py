@@ -51,6 +51,9 @@ class PackedBatch:
     pixels: torch.Tensor | None
     """[num_owned, 3, H, W] uint8, RGB: this rank's images, in the order of `image_starts`; num_owned may be 0. The tower
     normalises them on its device. None on a rank that does not hold the encoder."""
+    image_stages: torch.Tensor | None = None
+    """[num_images] int64: the pipeline rank that encodes each image, where all of them do (`parallel.spread_encoder`); None where the
+    first does. `pixels` are then those of this pipeline rank."""
 
     @property
     def num_tokens(self) -> int:

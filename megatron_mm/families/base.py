@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_mm.hf.formats import AnyFormat
     from megatron_mm.hf.mapping import Entry
     from megatron_mm.models.context import ChunkContext
+    from megatron_mm.models.encoder import ImageEncoder
 
 Config = TypeVar("Config", bound=ModelConfig)
 Recipe = Callable[[], Experiment]
@@ -75,6 +76,13 @@ class Family(ABC, Generic[Config]):
     def build(self, model: Config, context: ChunkContext) -> MegatronModule:
         """Make one pipeline chunk. Its weights are allocated, not initialised; it has `config`, `set_input_tensor`, `pre_process`,
         `post_process`, `share_embeddings_and_output_weights`, `shared_embedding_or_output_weight`: `models.chunk.Chunk` brings all."""
+
+    def build_encoder(self, model: Config, context: ChunkContext) -> ImageEncoder:
+        """Make what lies between pixels and decoder, for every pipeline rank (`parallel.spread_encoder`).
+
+        Raises ValueError where the family has no encoder that could stand apart from its first stage.
+        """
+        raise ValueError(f"parallel.spread_encoder is True, but {self.name} models have no image encoder to spread: leave it out")
 
     @abstractmethod
     def image_input(self, model: Config) -> ImageInput:

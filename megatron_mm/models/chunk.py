@@ -17,7 +17,8 @@ from megatron_mm.data.image_input import ImageInput
 from megatron_mm.models.cache import CacheStep, Layout
 from megatron_mm.models.context import ChunkContext
 from megatron_mm.models.decoder import build_decoder, decoder_transformer_config
-from megatron_mm.parallel.replicated import mark_replicated, replicated_state
+from megatron_mm.models.encoder import ImageEncoder, encoder_state
+from megatron_mm.parallel.replicated import mark_replicated
 from megatron_mm.platform.device import send
 
 
@@ -40,20 +41,23 @@ def document_bounds(batch: PackedBatch, *, cache: CacheStep | None = None) -> La
 class Chunk(MegatronModule):
     """One pipeline chunk. `language` is its part of the decoder; the first stage also has what lies between pixels and decoder."""
 
+    encoder: ImageEncoder | None
+    """What `image_features` encodes with; on the first stage, or beside it (`parallel.spread_encoder`)."""
+
     def __init__(
         self,
         decoder: DecoderConfig,
         context: ChunkContext,
         *,
         image: ImageInput,
-        encoders: dict[str, torch.nn.Module],
+        encoders: dict[str, torch.nn.Module] | ImageEncoder | None,
         layer_specs: list[ModuleSpec] | None = None,
     ) -> None:
         """
         Args:
             image: how images enter the model.
             encoders: modules that every process of a tensor-parallel group has whole and runs on its own share of the images; none but on
-                the first stage.
+                the first stage. `image_features` takes an `ImageEncoder`.
             layer_specs: of this chunk's decoder layers; None takes the decoder's own.
         """
         transformer_config = decoder_transformer_config(decoder, context)
@@ -65,8 +69,11 @@ class Chunk(MegatronModule):
         self.post_process = context.post_process
         self.vp_stage = context.virtual_stage
         self.share_embeddings_and_output_weights = decoder.tied_embeddings
-        self.encoders = tuple(encoders)
-        for name, module in encoders.items():
+        parts = encoders.parts if isinstance(encoders, ImageEncoder) else encoders or {}
+        self.encoders = tuple(parts)
+        self.spread_encoder: object = None
+        self.__dict__["encoder"] = encoders if isinstance(encoders, ImageEncoder) else None  # no module of this one: its parts are
+        for name, module in parts.items():
             mark_replicated(module)
             self.add_module(name, module)
         self.language = build_decoder(decoder, context, transformer_config=transformer_config, layer_specs=layer_specs)
@@ -88,9 +95,19 @@ class Chunk(MegatronModule):
         (`decoder_transformer_config`), so these are left out: checkpoints are the same with and without Transformer Engine.
         """
         state = self.language.sharded_state_dict(f"{prefix}language.", sharded_offsets, metadata)
-        for name in self.encoders:
-            state.update(replicated_state(self.get_submodule(name), prefix=f"{prefix}{name}."))
+        state.update(encoder_state({name: self.get_submodule(name) for name in self.encoders}, prefix=prefix))
         return {name: entry for name, entry in state.items() if "._extra_state" not in name}
+
+    def image_features(self, batch: PackedBatch, encoded: torch.Tensor | None) -> torch.Tensor:
+        """Features of all images of a micro-batch, [num_images, tokens, width].
+
+        Args:
+            encoded: those of this process's share, [num_owned, tokens, width], where they are known already (`parallel.spread_encoder`).
+        """
+        if encoded is None:
+            assert self.encoder is not None, "a chunk whose parts are an ImageEncoder encodes"
+            encoded = self.encoder(self.own_pixels(batch))
+        return self.sharing.gather(encoded, owners=batch.image_owners)
 
     def own_pixels(self, batch: PackedBatch) -> torch.Tensor:
         """The images that this process encodes, [max(1, num_owned), 3, H, W].

@@ -65,8 +65,13 @@ class ChunkContext:
 
     @property
     def pre_process(self) -> bool:
-        """This chunk holds the encoder and the embeddings."""
+        """This chunk holds the embeddings."""
         return self.stage == 0
+
+    @property
+    def holds_encoder(self) -> bool:
+        """This chunk holds the image encoder."""
+        return self.pre_process and not self.parallel.spread_encoder
 
     @property
     def post_process(self) -> bool:

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed import finalize_model_grads as megatron_finalize
 
 _BUCKET_ELEMENTS = 1 << 25
 """Gradients that are added up in one message: 128 MiB of float32."""
 
 
-def finalize_model_grads(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
+class Beside(Protocol):
+    """A module beside the pipeline, whose backward pass follows the pipeline's (`training.spread_encoder`)."""
+
+    wrapped: DistributedDataParallel
+
+    def backward(self) -> None: ...
+
+
+def finalize_model_grads(
+    model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, *, beside: Beside | None = None, **kwargs: object
+) -> None:
     """megatron-core's reductions and per-token division, then the sum of the encoder's gradients over the tensor group.
 
     The order does not matter to the result (a sum of quotients is the quotient of the sum), and this one leaves
     megatron-core's own work in one piece.
     """
+    if beside is not None:
+        beside.backward()
     megatron_finalize(model, None, **kwargs)
+    if beside is not None:
+        beside.wrapped.finish_grad_sync()
     if num_tokens is not None:
-        _divide(model, num_tokens)
+        _divide(model if beside is None else [*model, beside.wrapped], num_tokens)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() > 1:
         encoder = (p for chunk in model for p in chunk.parameters() if getattr(p, "encodes_shares", False) and p.requires_grad)

@@ -19,7 +19,7 @@ def mark_replicated(module: torch.nn.Module) -> None:
 
 
 def replicated_state(module: torch.nn.Module, *, prefix: str) -> ShardedStateDict:
-    """The module's parameters for a checkpoint: copies, of which the first process of the group writes one."""
+    """The module's parameters for a checkpoint: copies, of which the first process that has one writes it."""
     state = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.nn.Parameter)}
     sharded = make_sharded_tensors_for_checkpoint(
         state,
@@ -28,6 +28,9 @@ def replicated_state(module: torch.nn.Module, *, prefix: str) -> ShardedStateDic
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
+    pipeline = parallel_state.get_pipeline_model_parallel_rank()
+    for entry in sharded.values():  # every pipeline rank may hold a copy
+        entry.replica_id = (pipeline, *entry.replica_id[1:])
     for name, layer in module.named_modules():
         if isinstance(layer, TransformerLayer):  # a layer's spec says which of its names differ from the checkpoint's
             names = layer.submodules_config.sharded_state_dict_keys_map

@@ -138,6 +138,15 @@ def single_process_groups() -> ProcessGroupCollection:
     return groups
 
 
+def replicated_groups() -> ProcessGroupCollection:
+    """Groups for a module that all processes of the run hold whole: data parallelism over all of them, and nothing else."""
+    groups, everybody = single_process_groups(), dist.group.WORLD
+    for name in ("dp", "dp_cp", "intra_dp_cp", "intra_dist_opt"):
+        setattr(groups, name, everybody)
+    groups.expt_dp = groups.intra_expt_dp = groups.cp
+    return groups
+
+
 @contextlib.contextmanager
 def pretend(parallel: ParallelConfig, *, pipeline_rank: int, seed: int = 0) -> Iterator[Topology]:
     """Stand on one pipeline stage of a layout without any other process, to build its model on the meta device.

@@ -167,6 +167,7 @@ class TrainingData:
         """
         plan = plan or make_plan(experiment, split=split, check=False)  # `start` has checked it
         data = experiment.data if split == TRAINING else replace(experiment.data, jpeg_quality=None)
+        spread = experiment.parallel.spread_encoder
         self._loader = Loader(
             plan,
             tokenizer=tokenizer,
@@ -177,7 +178,9 @@ class TrainingData:
                 tensor_rank=topology.tensor_rank,
                 tensor_size=topology.tensor_size,
                 needs_text=topology.is_first_stage or topology.is_last_stage,
-                needs_pixels=topology.is_first_stage,
+                needs_pixels=topology.is_first_stage or spread,
+                encoder_rank=topology.pipeline_rank if spread else 0,
+                encoder_size=topology.pipeline_size if spread else 1,
             ),
             start=PlanState.from_dict(cursor) if cursor is not None else plan.initial_state(),
             device=topology.device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from megatron_mm.families.serialize import to_dict
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.stages import layers_per_stage
 from megatron_mm.run.start import check_shapes
-from megatron_mm.training.build import build_chunks
+from megatron_mm.training.build import build_chunks, build_encoder
 from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
 
 PLANNED_STEPS = 2
@@ -53,20 +53,22 @@ def stage_parameters(experiment: Experiment) -> list[StageParameters]:
     names: list[str] = []
     for rank in range(parallel.pipeline):
         with topologies.pretend(parallel, pipeline_rank=rank) as topology:
+            encoder = build_encoder(experiment, topology)
             for virtual_stage, chunk in enumerate(build_chunks(experiment, topology)):
-                names += [name for name, _ in chunk.named_parameters()]
-                freeze(chunk, patterns)
+                modules = [chunk] if encoder is None or virtual_stage else [encoder, chunk]
+                for module in modules:
+                    names += [name for name, _ in module.named_parameters()]
+                    freeze(module, patterns)
                 stages[virtual_stage * parallel.pipeline + rank] = StageParameters(
-                    held=_count(chunk, only_trainable=False), trainable=_count(chunk, only_trainable=True)
+                    held=_count(modules, only_trainable=False), trainable=_count(modules, only_trainable=True)
                 )
     check_patterns(experiment, names)
     return [stages[stage] for stage in sorted(stages)]
 
 
-def _count(chunk: torch.nn.Module, *, only_trainable: bool) -> dict[str, int]:
-    counts = {
-        name: sum(p.numel() for p in part.parameters() if p.requires_grad or not only_trainable) for name, part in chunk.named_children()
-    }
+def _count(modules: Sequence[torch.nn.Module], *, only_trainable: bool) -> dict[str, int]:
+    parts = (part for module in modules for part in module.named_children())
+    counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad or not only_trainable) for name, part in parts}
     return {name: count for name, count in counts.items() if count}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from dataclasses import replace
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -13,14 +15,16 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_mm.config import Experiment
 from megatron_mm.families.registry import family_of
 from megatron_mm.models.context import ChunkContext, Kernels
+from megatron_mm.models.encoder import ImageEncoder
 from megatron_mm.models.layers import Backend
 from megatron_mm.parallel.gradients import finalize_model_grads
 from megatron_mm.parallel.images import TensorParallelImages
 from megatron_mm.parallel.initial_weights import initialize_weights
-from megatron_mm.parallel.topology import Topology, single_process_groups
+from megatron_mm.parallel.topology import Topology, replicated_groups, single_process_groups
 from megatron_mm.platform.device import packed_attention_missing
 from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
 from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients
+from megatron_mm.training.spread_encoder import SpreadEncoder, wrapped_modules
 
 logger = logging.getLogger(__name__)
 
@@ -63,26 +67,36 @@ def _choose(experiment: Experiment, topology: Topology) -> tuple[Backend, Kernel
 
 def build_chunks(experiment: Experiment, topology: Topology) -> list[MegatronModule]:
     """The pipeline chunks of this process, their weights allocated on its device and not initialised."""
-    parallel = experiment.parallel
-    on_gpu = topology.device.type == "cuda"
     family = family_of(experiment.model)
-    backend, kernels = _choose(experiment, topology)
     chunks = []
-    for virtual_stage in range(parallel.virtual):
-        context = ChunkContext(
-            parallel=parallel,
-            precision=experiment.train.precision,
-            backend=backend,
-            on_gpu=on_gpu,
-            sequence_length=experiment.data.sequence_length,
-            stage=virtual_stage * parallel.pipeline + topology.pipeline_rank,
-            encoder_groups=single_process_groups(),
-            sharing=TensorParallelImages(parallel_state.get_tensor_model_parallel_group(), sequence_parallel=parallel.sequence_parallel),
-            kernels=kernels,
-        )
+    for virtual_stage in range(experiment.parallel.virtual):
         with torch.device(topology.device):
-            chunks.append(family.build(experiment.model, context))
+            chunks.append(family.build(experiment.model, _context(experiment, topology, virtual_stage=virtual_stage)))
     return chunks
+
+
+def _context(experiment: Experiment, topology: Topology, *, virtual_stage: int) -> ChunkContext:
+    parallel = experiment.parallel
+    backend, kernels = _choose(experiment, topology)
+    return ChunkContext(
+        parallel=parallel,
+        precision=experiment.train.precision,
+        backend=backend,
+        on_gpu=topology.device.type == "cuda",
+        sequence_length=experiment.data.sequence_length,
+        stage=virtual_stage * parallel.pipeline + topology.pipeline_rank,
+        encoder_groups=single_process_groups(),
+        sharing=TensorParallelImages(parallel_state.get_tensor_model_parallel_group(), sequence_parallel=parallel.sequence_parallel),
+        kernels=kernels,
+    )
+
+
+def build_encoder(experiment: Experiment, topology: Topology) -> ImageEncoder | None:
+    """The image encoder of a process, where all pipeline ranks hold it; allocated and not initialised."""
+    if not experiment.parallel.spread_encoder:
+        return None
+    with torch.device(topology.device):
+        return family_of(experiment.model).build_encoder(experiment.model, _context(experiment, topology, virtual_stage=0))
 
 
 def build_model(experiment: Experiment, topology: Topology) -> list[DistributedDataParallel]:
@@ -91,11 +105,12 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
     Raises ValueError, on all processes, where the freeze policy has a pattern that matches nothing.
     """
     parallel = experiment.parallel
-    chunks = build_chunks(experiment, topology)
-    initialize_weights(chunks, seed=experiment.train.seed)
-    check_patterns(experiment, [name for chunk in chunks for name, _ in chunk.named_parameters()])
-    for chunk in chunks:
-        freeze(chunk, trainable_patterns(experiment))
+    chunks, encoder = build_chunks(experiment, topology), build_encoder(experiment, topology)
+    modules = chunks if encoder is None else [*chunks, encoder]
+    initialize_weights(modules, seed=experiment.train.seed)
+    check_patterns(experiment, [name for module in modules for name, _ in module.named_parameters()])
+    for module in modules:
+        freeze(module, trainable_patterns(experiment))
     on_gpu = topology.device.type == "cuda"
     gather_early = (
         parallel.overlap_param_gather and parallel.distributed_optimizer and on_gpu and (parallel.pipeline == 1 or parallel.virtual > 1)
@@ -110,10 +125,11 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
     for index, chunk in enumerate(chunks):
         # Later chunks have their whole backward pass to hide one large reduction in; buckets would only add messages.
         model.append(DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0))
+    spread = None if encoder is None else _spread(encoder, chunks[0], ddp, topology)
     if _choose(experiment, topology)[1].weight_gradients:
-        fuse_weight_gradients(model)
+        fuse_weight_gradients(wrapped_modules(model))
     config = chunks[0].config
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = partial(finalize_model_grads, beside=spread)
     if parallel.overlap_grad_reduce:
         config.no_sync_func = [chunk.no_sync for chunk in model] if len(model) > 1 else model[0].no_sync
     if parallel.overlap_grad_reduce and len(model) > 1:
@@ -121,3 +137,12 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
     if gather_early and len(model) > 1:
         config.param_sync_func = [chunk.start_param_sync for chunk in model]
     return model
+
+
+def _spread(encoder: ImageEncoder, first: MegatronModule, config: DistributedDataParallelConfig, topology: Topology) -> SpreadEncoder:
+    """Wrap the encoder for data parallelism over all processes and put it beside the first chunk, which encodes with it what nobody has."""
+    config = replace(config, overlap_grad_reduce=False, overlap_param_gather=False)  # its backward pass is the step's last
+    wrapped = DistributedDataParallel(config=encoder.config, ddp_config=config, module=encoder, pg_collection=replicated_groups())
+    spread = SpreadEncoder(wrapped, tensor_rank=topology.tensor_rank)
+    first.__dict__.update(encoder=encoder, spread_encoder=spread)
+    return spread

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, clip_grads, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from megatron_mm.config import Experiment, OptimizerConfig
+from megatron_mm.parallel.topology import replicated_groups
 from megatron_mm.platform import adam, engine
+from megatron_mm.training.spread_encoder import spread_encoder
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,31 @@ def build_optimizer(experiment: Experiment, model: list[DistributedDataParallel]
     adam.install()
     config = experiment.optimizer
     low_precision = experiment.train.precision != "fp32"
-    return get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.peak_lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.beta1,
-            adam_beta2=config.beta2,
-            adam_eps=config.epsilon,
-            clip_grad=config.clip_grad_norm,
-            bf16=low_precision,
-            params_dtype=torch.bfloat16 if low_precision else torch.float32,
-            use_distributed_optimizer=experiment.parallel.distributed_optimizer,
-            overlap_param_gather=model[0].ddp_config.overlap_param_gather,
-        ),
-        model,
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.peak_lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.epsilon,
+        clip_grad=config.clip_grad_norm,
+        bf16=low_precision,
+        params_dtype=torch.bfloat16 if low_precision else torch.float32,
+        use_distributed_optimizer=experiment.parallel.distributed_optimizer,
+        overlap_param_gather=model[0].ddp_config.overlap_param_gather,
     )
+    optimizer = get_megatron_optimizer(settings, model)
+    spread = spread_encoder(model)
+    if spread is None or not spread.trained:
+        return optimizer
+    encoder = get_megatron_optimizer(
+        replace(settings, overlap_param_gather=False), [spread.wrapped], use_gloo_process_groups=False, pg_collection=replicated_groups()
+    )
+    beside = engine.parts_of(encoder)
+    for part in beside:
+        part.beside_pipeline = True  # read by training.checkpoint.optimizer_state
+    return ChainedOptimizer([*engine.parts_of(optimizer), *beside])
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -23,6 +23,7 @@ from megatron_mm.platform.device import send
 from megatron_mm.training.loss import LossFunction, LossTotals, loss_function, micro_batch_iterator, own_losses
 from megatron_mm.training.optimizer import Update, learning_rate, squared_grad_norm, update
 from megatron_mm.training.routing import RoutingStats, own_records, routing_stats, weigh_tokens
+from megatron_mm.training.spread_encoder import spread_encoder, wrapped_modules
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class TrainingStep:
         self.model = model
         self.optimizer = optimizer
         self.num_sources = num_sources
+        self.spread_encoder = spread_encoder(model)
 
     def run(self, micro_batches: list[PackedBatch], *, step: int, tell: Callable[[], Sequence[float]] = tuple) -> StepResult:
         """Train on one global batch.
@@ -70,8 +72,8 @@ class TrainingStep:
         assert self.optimizer is not None, "training needs an optimizer"
         config = self.experiment.optimizer
         lr = learning_rate(step, config, schedule_steps=self.experiment.train.schedule_steps)
-        for chunk in self.model:
-            chunk.zero_grad_buffer()
+        for module in wrapped_modules(self.model):
+            module.zero_grad_buffer()
         self.optimizer.zero_grad()
         decoder = self.experiment.model.decoder
         weigh_tokens(decoder, self.model, micro_batches, device=self.topology.device)
@@ -96,7 +98,11 @@ class TrainingStep:
         """Forward, and backward, through all micro-batches; this process's part of the losses (`own_losses`)."""
         device = self.topology.device
         rows = [pipeline_rows(self.experiment, batch) for batch in micro_batches]
-        iterators = [zip(micro_batch_iterator(micro_batches, device), rows, strict=True) for _ in self.model]
+        encoded: list[torch.Tensor | None] = [None] * len(micro_batches)
+        if self.spread_encoder is not None:
+            encoded = self.spread_encoder.encode(micro_batches, device=device)
+            micro_batches = [replace(batch, pixels=None) for batch in micro_batches]
+        iterators = [zip(micro_batch_iterator(micro_batches, device), rows, encoded, strict=True) for _ in self.model]
         reported = get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -111,13 +117,14 @@ class TrainingStep:
         return own_losses(reported, contributes=self.topology.reports_loss, num_sources=self.num_sources, device=device)
 
     def _forward_step(
-        self, batches: Iterator[tuple[PackedBatch, int]], chunk: DistributedDataParallel
+        self, batches: Iterator[tuple[PackedBatch, int, torch.Tensor | None]], chunk: DistributedDataParallel
     ) -> tuple[torch.Tensor, LossFunction]:
-        batch, rows = next(batches)
-        return chunk(batch, pipeline_rows=rows), loss_function(batch, num_sources=self.num_sources)
+        batch, rows, encoded = next(batches)
+        images = {} if encoded is None else {"encoded": encoded}
+        return chunk(batch, pipeline_rows=rows, **images), loss_function(batch, num_sources=self.num_sources)
 
     def _evaluation_mode(self) -> _EvaluationMode:
-        return _EvaluationMode(self.model)
+        return _EvaluationMode(wrapped_modules(self.model))
 
 
 class _EvaluationMode:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from support.data_files import ALONE, blank_ranges, experiment, rot
 
+from megatron_mm.config import ParallelConfig
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.load.loader import StepBatch
 from megatron_mm.data.plan.plan import GlobalBatch, Plan, PlanState
@@ -25,8 +26,10 @@ from megatron_mm.parallel.topology import Topology
 from megatron_mm.run.data import TrainingData
 
 
-def load(path: Path, topology: Topology = ALONE, *, steps: int = 1, **data: Any) -> list[StepBatch]:
+def load(path: Path, topology: Topology = ALONE, *, steps: int = 1, parallel: ParallelConfig | None = None, **data: Any) -> list[StepBatch]:
     settings = experiment(path, **data)
+    if parallel is not None:
+        settings = replace(settings, parallel=parallel)
     loader = TrainingData(settings, topology, Tokenizer.open(settings.data.tokenizer_path))
     try:
         return [next(loader) for _ in range(steps)]
@@ -134,6 +137,23 @@ def test_every_process_gets_its_part(demo_data: Path) -> None:
             (match,) = [batch for batch in whole.micro_batches if torch.equal(batch.token_ids, a.token_ids)]
             assert a.pixels is not None and b.pixels is not None and match.pixels is not None
             assert torch.equal(a.pixels, match.pixels[a.image_owners == 0]) and torch.equal(b.pixels, match.pixels[a.image_owners == 1])
+
+
+def test_pipeline_ranks_share_the_images_of_a_step(demo_data: Path) -> None:
+    """Every image is decoded by one process, each rank has as many as any other, and all know who has which."""
+    (whole,) = load(demo_data)
+    parts: list[StepBatch] = []
+    for rank in range(3):
+        here = replace(ALONE, pipeline_size=3, pipeline_rank=rank, world_size=3)
+        (part,) = load(demo_data, here, parallel=ParallelConfig(pipeline=3, spread_encoder=True))
+        parts.append(part)
+    totals = [sum(len(batch.pixels) for batch in part.micro_batches if batch.pixels is not None) for part in parts]
+    assert max(totals) - min(totals) <= 1 and sum(totals) == sum(batch.num_images for batch in whole.micro_batches)
+    for full, *own in zip(whole.micro_batches, *(part.micro_batches for part in parts), strict=True):
+        for rank, batch in enumerate(own):
+            assert batch.image_stages is not None and batch.pixels is not None and full.pixels is not None
+            assert torch.equal(batch.image_stages, own[0].image_stages)
+            assert torch.equal(batch.pixels, full.pixels[batch.image_stages == rank])
 
 
 def test_a_middle_stage_reads_nothing_and_knows_the_integers(demo_data: Path, tmp_path: Path) -> None:

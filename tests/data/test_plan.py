@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_mm.config import Experiment
-from megatron_mm.data.plan.plan import GlobalBatch, PlanState, image_owners
+from megatron_mm.data.plan.plan import GlobalBatch, PlanState, encoding_stages, image_owners
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.run.data import make_plan
 
@@ -121,6 +121,18 @@ def test_micro_batches_and_ranks_cost_alike(demo_data: Path) -> None:
     assert sum(at_once) / len(at_once) < spread(naive), at_once
     assert spread([[i for group in rank for i in group] for rank in ranks]) < 1.02
     assert np.bincount(image_owners(7, 4), minlength=4).tolist() == [2, 2, 2, 1]
+
+
+def test_pipeline_ranks_encode_equal_shares() -> None:
+    """Of what each tensor-parallel rank has in a step; a micro-batch without images, and a step without any."""
+    found = encoding_stages([np.array([0, 1, 0]), np.array([], dtype=np.int64), np.array([0])], stages=2)
+    assert [stages.tolist() for stages in found] == [[0, 0, 0], [], [1]]
+    assert [stages.tolist() for stages in encoding_stages([np.array([], dtype=np.int64)] * 2, stages=4)] == [[], []]
+    owners = [image_owners(count, 4) for count in (7, 0, 16, 3, 11)]
+    stages = np.concatenate(encoding_stages(owners, stages=3))
+    for rank in range(4):
+        shares = np.bincount(stages[np.concatenate(owners) == rank], minlength=3)
+        assert shares.max() - shares.min() <= 1
 
 
 def test_long_documents_are_cut_between_images_and_nothing_is_lost(demo_data: Path) -> None:

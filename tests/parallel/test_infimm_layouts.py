@@ -28,6 +28,8 @@ MORE_LAYOUTS = [
     Layout(1, {"recompute": "selective"}, policy="ift"),
     Layout(2, {"tensor": 2, "sequence": False, "recompute": "full"}, policy="pt"),
     Layout(4, {"pipeline": 4}, policy="pt"),
+    Layout(8, {"tensor": 2, "pipeline": 2, "spread_encoder": True}, policy="ift"),
+    Layout(2, {"pipeline": 2, "spread_encoder": True}, policy="pt"),
     Layout(4, {"pipeline": 4, "stage_layers": (1, 1, 0, 2)}, policy="pt"),
     Layout(8, {"tensor": 2, "pipeline": 2, "virtual": 2, "recompute": "full"}, policy="pt"),
 ]

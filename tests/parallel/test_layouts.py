@@ -22,6 +22,7 @@ LAYOUTS = [
     Layout(2, {"pipeline": 2, "virtual": 2}, DEEP),
     Layout(2, {"distributed_optimizer": False}),
     Layout(8, {"tensor": 2, "pipeline": 2}),
+    Layout(2, {"pipeline": 2, "spread_encoder": True}),
     Layout(1, {"recompute": "full"}),
     Layout(2, {"tensor": 2}, FULL_HEADS),
 ]
@@ -33,6 +34,9 @@ MORE_LAYOUTS = [
     Layout(1, {"recompute": "selective"}),
     Layout(4, {"tensor": 2, "pipeline": 2}, UNTIED),
     Layout(4, {"tensor": 4}),
+    Layout(8, {"tensor": 2, "pipeline": 2, "spread_encoder": True}),
+    Layout(4, {"pipeline": 2, "virtual": 2, "spread_encoder": True, "recompute": "full"}, DEEP),
+    Layout(3, {"pipeline": 3, "spread_encoder": True}, DEEP),
     Layout(2, {"pipeline": 2, "stage_layers": (0, 4)}, DEEP),
     Layout(2, {"overlap_grad_reduce": False}),
     Layout(2, {"tensor": 2, "recompute": "full"}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from megatron_mm.config import ConnectorConfig, DecoderConfig, Experiment, ParallelConfig
 from megatron_mm.config.towers import VIT_TINY
 from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.data.plan.plan import encoding_stages
 from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel.topology import Topology
@@ -128,9 +129,32 @@ def packed_batch(
 
 def random_step(experiment: Experiment, topology: Topology, *, step: int) -> list[PackedBatch]:
     """This process's micro-batches of a step."""
+    return step_of(random_batch, experiment, topology, step=step)
+
+
+def step_of(batch: Callable[..., PackedBatch], experiment: Experiment, topology: Topology, *, step: int) -> list[PackedBatch]:
+    """This process's micro-batches of a step.
+
+    Args:
+        batch: (experiment, topology, number=...) -> micro-batch `number` of a run.
+    """
     count = experiment.num_micro_batches(topology.data_size)
     first = 1000 * step + topology.data_rank
-    return [random_batch(experiment, topology, number=first + index * topology.data_size) for index in range(count)]
+    spread = experiment.parallel.spread_encoder
+    with_pixels = replace(topology, pipeline_rank=0) if spread else topology
+    batches = [batch(experiment, with_pixels, number=first + index * topology.data_size) for index in range(count)]
+    return _spread_pixels(batches, topology) if spread else batches
+
+
+def _spread_pixels(batches: list[PackedBatch], topology: Topology) -> list[PackedBatch]:
+    """The micro-batches of a first stage as this pipeline rank has them where all encode (`parallel.spread_encoder`)."""
+    stages = encoding_stages([batch.image_owners.numpy() for batch in batches], stages=topology.pipeline_size)
+    spread = []
+    for batch, stage in zip(batches, map(torch.from_numpy, stages), strict=True):
+        assert batch.pixels is not None
+        mine = stage[batch.image_owners == topology.tensor_rank] == topology.pipeline_rank
+        spread.append(replace(batch, image_stages=stage, pixels=batch.pixels[mine]))
+    return spread
 
 
 def small_run(data: Path, *, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:

@@ -14,7 +14,7 @@ from megatron_mm.config.towers import EVA_TINY
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.infimm.config import GatedConfig, InfiMMConfig
 from megatron_mm.parallel.topology import Topology
-from support.small import packed_batch, small_experiment, tokens_of
+from support.small import packed_batch, small_experiment, step_of, tokens_of
 
 END_OF_CHUNK_ID, IMAGE_ID = 3, 4
 IMAGES_OF_MICRO_BATCHES = (0, 1, 6)
@@ -80,9 +80,7 @@ def infimm_batch(experiment: Experiment, topology: Topology, *, number: int, num
 
 def infimm_step(experiment: Experiment, topology: Topology, *, step: int) -> list[PackedBatch]:
     """This process's micro-batches of a step."""
-    count = experiment.num_micro_batches(topology.data_size)
-    first = 1000 * step + topology.data_rank
-    return [infimm_batch(experiment, topology, number=first + index * topology.data_size) for index in range(count)]
+    return step_of(infimm_batch, experiment, topology, step=step)
 
 
 def infimm_run(data: Path, *, parallel: dict[str, Any] | None = None, policy: str = "ift", **train: Any) -> Experiment:

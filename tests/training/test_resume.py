@@ -82,8 +82,9 @@ def test_metrics_have_every_step_once_with_the_promised_fields(straight: dict[in
         pytest.param(4, {"tensor": 4}, marks=pytest.mark.slow),
         pytest.param(2, {}, marks=pytest.mark.slow),
         (2, {"pipeline": 2, "virtual": 2}),
+        pytest.param(4, {"pipeline": 2, "spread_encoder": True}, marks=pytest.mark.slow),
     ],
-    ids=["one process", "tensor 4", "data 2", "pipeline 2 virtual 2"],
+    ids=["one process", "tensor 4", "data 2", "pipeline 2 virtual 2", "pipeline 2 spread encoder"],
 )
 def test_resume_on_another_layout_continues_the_curve(
     demo_data: Path, straight: dict[int, Path], half: dict[int, Path], tmp_path: Path, world_size: int, layout: Layout
@@ -94,6 +95,21 @@ def test_resume_on_another_layout_continues_the_curve(
     assert losses(run_dir) == pytest.approx(losses(straight[4]), rel=1e-5)
     for ours, theirs in zip(metrics(run_dir), metrics(straight[4]), strict=True):  # the same samples in every global batch
         assert (ours["tokens"], ours["images"], set(ours["losses"])) == (theirs["tokens"], theirs["images"], set(theirs["losses"]))
+
+
+@pytest.mark.slow
+def test_resume_of_a_run_whose_pipeline_ranks_all_encode(demo_data: Path, straight: dict[int, Path], tmp_path: Path) -> None:
+    """Exact on the same layout, and any other layout reads its checkpoint."""
+    spread: Layout = {"tensor": 2, "pipeline": 2, "spread_encoder": True}
+    without_stop, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run_processes(run, 4, demo_data, without_stop, spread, 20)
+    run_processes(run, 4, demo_data, stopped, spread, 10)
+    elsewhere = copy(stopped, tmp_path)
+    run_processes(run, 4, demo_data, stopped, spread, 20)
+    assert losses(stopped) == losses(without_stop)
+    run_processes(run, 2, demo_data, elsewhere, {"tensor": 2}, 20)
+    for run_dir in (stopped, elsewhere):
+        assert losses(run_dir) == pytest.approx(losses(straight[4]), rel=1e-5)
 
 
 def test_a_run_that_is_done_says_so_and_does_nothing(demo_data: Path, half: dict[int, Path], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from megatron_mm.data.load.decode import DecodedImages, make_decoder
 from megatron_mm.data.load.texts import TextReader, TextSharing
 from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.plan.layout import Layout, PlacedImage, SourceImage, lay_out, shuffled_images
-from megatron_mm.data.plan.plan import GlobalBatch, PackedSequence, Plan, PlanState
+from megatron_mm.data.plan.plan import GlobalBatch, PackedSequence, Plan, PlanState, encoding_stages
 from megatron_mm.data.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -48,11 +48,14 @@ class RankView:
     """It embeds tokens or computes the loss, so its batches have token ids."""
     needs_pixels: bool
     """It encodes images."""
+    encoder_rank: int = 0
+    encoder_size: int = 1
+    """Pipeline ranks that share the images of each tensor-parallel rank."""
 
     @property
     def reports_texts(self) -> bool:
         """Of all processes that read a text, the one that counts it if it is bad. Each image is read by one process anyway."""
-        return self.needs_pixels and self.tensor_rank == 0
+        return self.needs_pixels and self.tensor_rank == 0 and self.encoder_rank == 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class _Draft:
     """A micro-batch whose integers are known and whose bytes are being read."""
 
     layout: Layout
+    stages: np.ndarray | None
+    """[images]: `PackedBatch.image_stages`."""
     texts: list[Future[Any]] = field(default_factory=list)
     """Of the pieces' token ids, for each sequence; none where another process reads them."""
     shown: list[_Shown] = field(default_factory=list)
@@ -96,6 +101,7 @@ class _Read:
 
     plan: GlobalBatch
     layouts: list[Layout]
+    stages: list[np.ndarray | None]
     texts: np.ndarray
     """int32, for each micro-batch its token ids and then, for each piece, whether its text could be used. Not filled where another
     process reads."""
@@ -226,10 +232,14 @@ class Loader:
         """Plan a global batch and start to read and decode this process's part of it."""
         batch = self.plan.batch(state)
         drafts = [self._draft(sequences) for sequences in batch.micro_batches_of(self.view.data_rank, self.view.data_size)]
+        if self.view.encoder_size > 1:
+            found = encoding_stages([draft.layout.image_owners for draft in drafts], stages=self.view.encoder_size)
+            for draft, stages in zip(drafts, found, strict=True):
+                draft.stages = stages
         if self.view.needs_pixels:
             substitute = shuffled_images(self.plan, batch) if self.config.images == "shuffled" else {}
             for draft in drafts:
-                draft.shown = self._mine(draft.layout, substitute)
+                draft.shown = self._mine(draft, substitute)
                 if self.config.images != "blank":
                     for first in range(0, len(draft.shown), _READ_TOGETHER):
                         together = [shown.image for shown in draft.shown[first : first + _READ_TOGETHER]]
@@ -239,19 +249,21 @@ class Loader:
         return batch, drafts
 
     def _draft(self, sequences: list[PackedSequence]) -> _Draft:
-        draft = _Draft(lay_out(self.plan, sequences, tensor_size=self.view.tensor_size))
+        draft = _Draft(lay_out(self.plan, sequences, tensor_size=self.view.tensor_size), stages=None)
         if self._reads_texts:
             draft.texts = [self._readers.submit(self._reader.pieces, sequence) for sequence in sequences]
         return draft
 
-    def _mine(self, layout: Layout, substitute: dict[tuple[int, int, int], SourceImage]) -> list[_Shown]:
+    def _mine(self, draft: _Draft, substitute: dict[tuple[int, int, int], SourceImage]) -> list[_Shown]:
         """The images of a micro-batch that this process encodes, as far as it does.
 
         Args:
             substitute: what is shown in place of others.
         """
-        mine, first, shown = layout.image_owners == self.view.tensor_rank, 0, []
-        for placed in layout.images:
+        mine, first, shown = draft.layout.image_owners == self.view.tensor_rank, 0, []
+        if draft.stages is not None:
+            mine &= draft.stages == self.view.encoder_rank
+        for placed in draft.layout.images:
             image = placed.image
             tiles = np.flatnonzero(mine[first : first + image.tiles])  # neighbours
             if len(tiles):
@@ -287,7 +299,7 @@ class Loader:
             pixels.append(decoded)
         self._texts.check("texts", limit=self.config.max_bad_fraction)
         self._seen.check("images", limit=self.config.max_bad_fraction)
-        return _Read(batch, [draft.layout for draft in drafts], texts, pixels, bad)
+        return _Read(batch, [draft.layout for draft in drafts], [draft.stages for draft in drafts], texts, pixels, bad)
 
     def _collect_texts(self, draft: _Draft, out: np.ndarray, bad: Counter[str]) -> None:
         """Put the ids of a micro-batch into [tokens] int32 and behind them, for each piece, whether it could be read."""
@@ -308,10 +320,10 @@ class Loader:
         """Put what was read where the layouts say."""
         sizes = [len(layout.loss_mask) + len(layout.pieces) for layout in read.layouts]
         texts = np.split(read.texts, np.cumsum(sizes)[:-1])
-        parts = zip(read.layouts, texts, read.pixels, strict=True)
+        parts = zip(read.layouts, texts, read.pixels, read.stages, strict=True)
         return StepBatch([self._micro_batch(*part) for part in parts], read.plan, dict(read.bad))
 
-    def _micro_batch(self, layout: Layout, texts: np.ndarray, decoded: DecodedImages | None) -> PackedBatch:
+    def _micro_batch(self, layout: Layout, texts: np.ndarray, decoded: DecodedImages | None, stages: np.ndarray | None) -> PackedBatch:
         mask = layout.loss_mask
         ids = np.full(len(mask), self.tokenizer.pad_id, dtype=np.int64)
         if self.view.needs_text:
@@ -335,6 +347,7 @@ class Loader:
             image_owners=torch.from_numpy(layout.image_owners),
             image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
             pixels=decoded.pixels if decoded is not None else None,
+            image_stages=None if stages is None else torch.from_numpy(stages),
         )
         return batch.pinned() if self._pin else batch
 

@@ -211,6 +211,24 @@ def image_owners(num_images: int, tensor_size: int) -> np.ndarray:
     return np.arange(num_images, dtype=np.int64) % tensor_size
 
 
+def encoding_stages(owners: Sequence[np.ndarray], *, stages: int) -> list[np.ndarray]:
+    """The pipeline rank that encodes each image of a step, for each micro-batch.
+
+    What a tensor-parallel rank encodes in a step is cut in equal runs. Worked example: 2 stages, owners [0, 1, 0] and [0]: rank 0 has
+    images 0 and 2 of the first micro-batch and one of the second, so 0 and 2 go to stage 0 and the last to stage 1; rank 1 has one image,
+    for stage 0: [0, 0, 0] and [1].
+
+    Args:
+        owners: for each micro-batch of a data-parallel rank, the tensor-parallel rank of each image.
+    """
+    every = np.concatenate([np.zeros(0, dtype=np.int64), *owners])
+    result = np.zeros_like(every)
+    for rank in np.unique(every):
+        mine = np.flatnonzero(every == rank)
+        result[mine] = np.arange(len(mine)) * stages // len(mine)
+    return np.split(result, np.cumsum([len(part) for part in owners])[:-1])
+
+
 def tile_owners(num_tiles: int, tensor_size: int) -> np.ndarray:
     """The rank that encodes each tile of a micro-batch: [num_tiles]. Neighbours go to one rank, so that few images are decoded by two.
 

@@ -15,7 +15,7 @@ from megatron_mm.flops import StepWork, Trainable
 if TYPE_CHECKING:
     import torch
 
-    from megatron_mm.families.infimm.model import InfiMMModel
+    from megatron_mm.families.infimm.model import InfiMMEncoder, InfiMMModel
     from megatron_mm.hf.formats import AnyFormat
     from megatron_mm.hf.mapping import Entry
     from megatron_mm.models.context import ChunkContext
@@ -43,6 +43,11 @@ class InfiMMFamily(Family[InfiMMConfig]):
         from megatron_mm.families.infimm.model import InfiMMModel
 
         return InfiMMModel(model, context)
+
+    def build_encoder(self, model: InfiMMConfig, context: ChunkContext) -> InfiMMEncoder:
+        from megatron_mm.families.infimm.model import InfiMMEncoder
+
+        return InfiMMEncoder(model, context)
 
     def image_input(self, model: InfiMMConfig) -> ImageInput:
         return image_input(model)

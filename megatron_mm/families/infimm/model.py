@@ -20,7 +20,8 @@ from megatron_mm.families.infimm.gated_cross_attention import continued_media_la
 from megatron_mm.models.cache import CacheStep
 from megatron_mm.models.chunk import Chunk
 from megatron_mm.models.context import ChunkContext
-from megatron_mm.models.decoder import layers_of_chunk
+from megatron_mm.models.decoder import decoder_transformer_config, layers_of_chunk
+from megatron_mm.models.encoder import ImageEncoder
 from megatron_mm.models.eva import EvaTower
 from megatron_mm.models.layers import decoder_layer_spec, plain_submodules
 from megatron_mm.models.resampler import PerceiverResampler
@@ -32,7 +33,7 @@ class InfiMMModel(Chunk):
     """One pipeline chunk of InfiMM."""
 
     def __init__(self, config: InfiMMConfig, context: ChunkContext) -> None:
-        encoders = _encoders(config, context) if context.pre_process else {}
+        encoder = InfiMMEncoder(config, context) if context.holds_encoder else None
         gated_layers = config.gated.layers(config.decoder.num_layers)
         specs = []
         for layer in layers_of_chunk(config.decoder, context):
@@ -41,7 +42,7 @@ class InfiMMModel(Chunk):
                 block = plain_submodules(context.backend)
                 spec = gated_layer_spec(spec, block=block, gated=config.gated, latent_size=config.vision.hidden_size)
             specs.append(spec)
-        super().__init__(config.decoder, context, image=image_input(config), encoders=encoders, layer_specs=specs)
+        super().__init__(config.decoder, context, image=image_input(config), encoders=encoder, layer_specs=specs)
         self.num_latents, self.latent_size = config.resampler.num_latents, config.vision.hidden_size
         self.received: torch.Tensor | None = None
 
@@ -50,13 +51,20 @@ class InfiMMModel(Chunk):
         self.received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(
-        self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True, cache: CacheStep | None = None
+        self,
+        batch: PackedBatch,
+        *,
+        pipeline_rows: int = 0,
+        encoded: torch.Tensor | None = None,
+        with_loss: bool = True,
+        cache: CacheStep | None = None,
     ) -> torch.Tensor:
         """Hidden states and latents for the next stage, or on the last stage the result.
 
         Args:
             batch: the micro-batch, its tensors on this process's device (`image_...` on the CPU).
             pipeline_rows: rows of what goes to the next stage, as `Family.pipeline_rows` says.
+            encoded: see `Chunk.image_features`.
             with_loss: the last stage returns losses, or else logits.
             cache: where documents are continued, in generation. Once it has what gated blocks need of the images, no latents travel.
 
@@ -71,7 +79,7 @@ class InfiMMModel(Chunk):
         decoder_input = None
         if self.pre_process:
             decoder_input = self.embed_text(batch)
-            latents_m1v = self._encode(batch)
+            latents_m1v = self._latents(batch, encoded)
         else:
             assert self.received is not None, "a later stage receives before it runs"
             hidden, latents_m1v = detach_states(self.received, num_hidden=len(local), num_states=num_latents, width=self.latent_size)
@@ -94,11 +102,9 @@ class InfiMMModel(Chunk):
         none_01v = torch.empty(0, 1, self.latent_size, dtype=self.config.params_dtype, device=batch.token_ids.device)
         return self.decode(batch, decoder_input, media, context=none_01v, with_loss=False)
 
-    def _encode(self, batch: PackedBatch) -> torch.Tensor:
+    def _latents(self, batch: PackedBatch, encoded: torch.Tensor | None) -> torch.Tensor:
         """This process's part of the latents [m, 1, v] of all images of the micro-batch; zeros where there is none."""
-        with torch.no_grad():
-            features_nsv = self.vision(self.own_pixels(batch))
-        latents_nkv = self.sharing.gather(self.resampler(features_nsv), owners=batch.image_owners)
+        latents_nkv = self.image_features(batch, encoded)
         if batch.num_images == 0:
             latents_nkv = F.pad(latents_nkv, (0, 0, 0, 0, 0, 1))
         latents_m1v = latents_nkv.flatten(0, 1)[:, None]
@@ -106,6 +112,22 @@ class InfiMMModel(Chunk):
         return latents_m1v[local.start : local.stop]
 
 
-def _encoders(config: InfiMMConfig, context: ChunkContext) -> dict[str, torch.nn.Module]:
-    tower = EvaTower(config.vision, dtype=context.dtype)
-    return {"vision": tower, "resampler": PerceiverResampler(config.resampler, width=config.vision.hidden_size, dtype=context.dtype)}
+class InfiMMEncoder(ImageEncoder):
+    """Tower, without gradients -> resampler."""
+
+    def __init__(self, config: InfiMMConfig, context: ChunkContext) -> None:
+        width = config.vision.hidden_size
+        super().__init__(
+            decoder_transformer_config(config.decoder, context),
+            tokens=config.resampler.num_latents,
+            width=width,
+            dtype=context.dtype,
+            vision=EvaTower(config.vision, dtype=context.dtype),
+            resampler=PerceiverResampler(config.resampler, width=width, dtype=context.dtype),
+        )
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[n, 3, H, W] uint8 -> latents [n, k, v]."""
+        with torch.no_grad():
+            features_nsv = self.vision(pixels)
+        return self.resampler(features_nsv)

@@ -13,7 +13,7 @@ from megatron_mm.families.mm1.config import MM1Config, image_input
 from megatron_mm.flops import StepWork, Trainable
 
 if TYPE_CHECKING:
-    from megatron_mm.families.mm1.model import MM1Model
+    from megatron_mm.families.mm1.model import MM1Encoder, MM1Model
     from megatron_mm.hf.formats import AnyFormat
     from megatron_mm.hf.mapping import Entry
     from megatron_mm.models.context import ChunkContext
@@ -30,6 +30,11 @@ class MM1Family(Family[MM1Config]):
         from megatron_mm.families.mm1.model import MM1Model
 
         return MM1Model(model, context)
+
+    def build_encoder(self, model: MM1Config, context: ChunkContext) -> MM1Encoder:
+        from megatron_mm.families.mm1.model import MM1Encoder
+
+        return MM1Encoder(model, context)
 
     def image_input(self, model: MM1Config) -> ImageInput:
         return image_input(model)

@@ -13,6 +13,8 @@ from megatron_mm.models.cache import CacheStep
 from megatron_mm.models.chunk import Chunk, document_bounds
 from megatron_mm.models.connectors import build_connector
 from megatron_mm.models.context import ChunkContext
+from megatron_mm.models.decoder import decoder_transformer_config
+from megatron_mm.models.encoder import ImageEncoder
 from megatron_mm.models.layers import vision_layer_spec
 from megatron_mm.models.vision import VisionTower, vision_transformer_config
 
@@ -21,17 +23,24 @@ class MM1Model(Chunk):
     """One pipeline chunk of MM1."""
 
     def __init__(self, config: MM1Config, context: ChunkContext) -> None:
-        encoders = _encoders(config, context) if context.pre_process else {}
-        super().__init__(config.decoder, context, image=image_input(config), encoders=encoders)
+        encoder = MM1Encoder(config, context) if context.holds_encoder else None
+        super().__init__(config.decoder, context, image=image_input(config), encoders=encoder)
 
     def forward(
-        self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True, cache: CacheStep | None = None
+        self,
+        batch: PackedBatch,
+        *,
+        pipeline_rows: int = 0,
+        encoded: torch.Tensor | None = None,
+        with_loss: bool = True,
+        cache: CacheStep | None = None,
     ) -> torch.Tensor:
         """Hidden states for the next stage, or on the last stage the result.
 
         Args:
             batch: the micro-batch, its tensors on this process's device (`image_starts`, `image_owners` on the CPU).
             pipeline_rows: unused: hidden states are all that travels.
+            encoded: see `Chunk.image_features`.
             with_loss: the last stage returns losses, or else logits.
             cache: where documents are continued, in generation.
 
@@ -43,22 +52,35 @@ class MM1Model(Chunk):
         if self.pre_process and cache is not None and cache.cache.filled:
             decoder_input = self.embed_text(batch)
         elif self.pre_process:
-            tokens_nkh = self.connector(self.vision(self.own_pixels(batch)))
-            decoder_input = self.embed(batch, self.sharing.gather(tokens_nkh, owners=batch.image_owners))
+            decoder_input = self.embed(batch, self.image_features(batch, encoded))
         return self.decode(batch, decoder_input, document_bounds(batch, cache=cache), with_loss=with_loss)
 
 
-def _encoders(config: MM1Config, context: ChunkContext) -> dict[str, torch.nn.Module]:
-    tower = VisionTower(
-        config.vision,
-        layer_spec=vision_layer_spec(context.backend),
-        transformer_config=vision_transformer_config(
+class MM1Encoder(ImageEncoder):
+    """Tower -> connector."""
+
+    def __init__(self, config: MM1Config, context: ChunkContext) -> None:
+        tower = VisionTower(
             config.vision,
-            params_dtype=context.dtype,
-            recompute=context.parallel.recompute_encoder or context.parallel.recompute,
-            on_gpu=context.on_gpu,
-        ),
-        pg_collection=context.encoder_groups,
-    )
-    width = config.decoder.hidden_size
-    return {"vision": tower, "connector": build_connector(config.connector, vision=config.vision, output_size=width, dtype=context.dtype)}
+            layer_spec=vision_layer_spec(context.backend),
+            transformer_config=vision_transformer_config(
+                config.vision,
+                params_dtype=context.dtype,
+                recompute=context.parallel.recompute_encoder or context.parallel.recompute,
+                on_gpu=context.on_gpu,
+            ),
+            pg_collection=context.encoder_groups,
+        )
+        width = config.decoder.hidden_size
+        super().__init__(
+            decoder_transformer_config(config.decoder, context),
+            tokens=image_input(config).tokens,
+            width=width,
+            dtype=context.dtype,
+            vision=tower,
+            connector=build_connector(config.connector, vision=config.vision, output_size=width, dtype=context.dtype),
+        )
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[n, 3, H, W] uint8 -> image tokens [n, k, h]."""
+        return self.connector(self.vision(pixels))

@@ -34,6 +34,7 @@ from megatron_mm.training.checkpoint.load import load_chunk, load_strategy
 from megatron_mm.training.checkpoint.names import MANIFEST, TENSORS, completed_checkpoints
 from megatron_mm.training.checkpoint.optimizer_state import load_optimizer_state
 from megatron_mm.training.checkpoint.state import TrainState, restore_generators, run_state
+from megatron_mm.training.spread_encoder import wrapped_modules
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ class Checkpointer:
             sharded_strategy=load_strategy(checkpoint),
             strict=StrictHandling.RAISE_UNEXPECTED,
         )
-        for index, chunk in enumerate(self.model):
+        for index, chunk in enumerate(wrapped_modules(self.model)):
             load_chunk(chunk.module, loaded[f"model{index}"])
         load_optimizer_state(self.optimizer, loaded["optimizer"])
         adam.complete_groups(self.optimizer)

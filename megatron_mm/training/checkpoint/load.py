@@ -21,6 +21,7 @@ from megatron_mm.training.checkpoint.compatible import check_same_model
 from megatron_mm.training.checkpoint.integrity import verify
 from megatron_mm.training.checkpoint.names import TENSORS, belongs_to_model
 from megatron_mm.training.checkpoint.state import model_state
+from megatron_mm.training.spread_encoder import wrapped_modules
 
 _NAMED = 40
 """Tensors that an error names."""
@@ -41,7 +42,7 @@ def load_weights(experiment: Experiment, topology: Topology, model: list[Distrib
         sharded_strategy=load_strategy(checkpoint),
         strict=StrictHandling.RAISE_UNEXPECTED,
     )
-    for index, chunk in enumerate(model):
+    for index, chunk in enumerate(wrapped_modules(model)):
         load_chunk(chunk.module, loaded[f"model{index}"])
 
 

@@ -34,6 +34,9 @@ from megatron_mm.parallel.initial_weights import STATE_METADATA
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 """Master weights and the two moments of Adam."""
 
+_GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""By which megatron-core tells groups of parameters apart."""
+
 
 @dataclass(frozen=True)
 class Box:
@@ -85,7 +88,9 @@ def optimizer_state(optimizer: MegatronOptimizer, weights: dict[str, Any], *, lo
     if not all(isinstance(part, DistributedOptimizer) for part in parts):
         return optimizer.sharded_state_dict(weights, is_loading=loading, metadata=dict(STATE_METADATA))
     entries = {id(entry.data): entry for entry in nested_values(weights) if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
-    states = [_state_of_part(part, entries, loading=loading) for part in parts]
+    states = [_state_of_part(part, entries, loading=loading) for part in parts if not is_beside(part)]
+    for part in filter(is_beside, parts):
+        _merge(states[0], _state_of_part(part, entries, loading=loading))
     if len(states) == 1:
         return states[0]
     for number, state in enumerate(states):
@@ -99,8 +104,10 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -
     if not all(isinstance(part, DistributedOptimizer) for part in parts):
         optimizer.load_state_dict(loaded)
         return
-    states = [loaded] if len(parts) == 1 else [loaded[number] for number in range(len(parts))]
-    for part, state in zip(parts, states, strict=True):
+    own = [part for part in parts if not is_beside(part)]
+    beside = [part for part in parts if is_beside(part)]
+    states = [loaded] if len(own) == 1 else [loaded[number] for number in range(len(own))]
+    for part, state in zip([*own, *beside], [*states, *(states[:1] * len(beside))], strict=True):
         part.load_state_dict({name: value for name, value in state.items() if not name.startswith("param_state")})
 
 
@@ -115,12 +122,26 @@ def _state_of_part(part: DistributedOptimizer, entries: dict[int, Any], *, loadi
             tensors = part._get_main_param_and_optimizer_states(parameter)
             missing = [name for name in _STATES if name not in tensors]
             assert not missing, f"the optimizer has no {missing} yet: initialize_state makes them"
-            for piece in _pieces(entries[id(parameter)], parameter, run.start, run.end):
+            for piece in _pieces(entries[id(parameter)], parameter, run.start, run.end, is_copied=not is_beside(part)):
                 for name in _STATES:
                     key = f"optimizer.state.{name}.{piece.key}"
                     values = tensors[name].view(-1)[piece.first : piece.first + piece.numel]
                     runs[f"{key}{piece.offset}"] = piece.sharded(key, values)
     return {**state, "param_state": runs, "param_state_sharding_type": STATE_METADATA["distrib_optim_sharding_type"]}
+
+
+def is_beside(part: MegatronOptimizer) -> bool:
+    """A part whose parameters stand beside the pipeline and belong to no stage (`training.spread_encoder`). In checkpoints it is one with
+    the first part, so that they are the same with it and without."""
+    return getattr(part, "beside_pipeline", False)
+
+
+def _merge(state: dict[str, Any], other: dict[str, Any]) -> None:
+    """Add another part's pieces to a part's state, and those of its groups of parameters that the part lacks."""
+    state["param_state"].update(other["param_state"])
+    groups = state["optimizer"]["param_groups"]
+    known = {tuple(group.get(key) for key in _GROUP_KEYS) for group in groups}
+    groups += [g for g in other["optimizer"]["param_groups"] if tuple(g.get(key) for key in _GROUP_KEYS) not in known]
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,8 @@ class _Piece:
     """In the entry."""
     first: int
     """Number of its first element in the run."""
+    is_copied: bool
+    """Other tensor-parallel or pipeline ranks may have the same."""
 
     @property
     def key(self) -> str:
@@ -162,13 +185,15 @@ class _Piece:
             local_shape=shape,
             global_offset=self.offset,
             axis_fragmentations=None,  # boxes make no regular grid
-            replica_id=(pipeline, tensor, 0),
+            replica_id=(pipeline, tensor, 0) if self.is_copied else (0, 0, 0),
             prepend_axis_num=0,
             allow_shape_mismatch=False,
         )
 
 
-def _pieces(entry: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Parameter, begin: int, end: int) -> Iterator[_Piece]:
+def _pieces(
+    entry: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Parameter, begin: int, end: int, *, is_copied: bool
+) -> Iterator[_Piece]:
     """The boxes that elements [begin, end) of a parameter fill.
 
     A parameter may be several pieces of global tensors, such as both branches of a SwiGLU, each of consecutive elements.
@@ -182,5 +207,5 @@ def _pieces(entry: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Par
         first, last = max(begin, place), min(end, place + data.numel())
         done = first
         for box in boxes(data.shape, first - place, last - place):
-            yield _Piece(part, box, done - begin)
+            yield _Piece(part, box, done - begin, is_copied)
             done += box.numel

@@ -1,0 +1,112 @@
+"""What it buys to encode images on every pipeline rank: step time against the tower on the first stage, in one run.
+
+    .venv/bin/python benchmarks/spread_encoder.py
+
+Pipeline of 2 on gloo, one process a core, on demo data. The tower takes a large share of the work and micro-batches have between none and
+many images. The baseline gives the first stage as few decoder layers as makes it fastest of the splits that are tried. Steps alternate;
+medians and ratios to the baseline are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.config import Experiment, ParallelConfig
+from megatron_mm.data.prepare.demo import prepare_demo
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.run.data import TrainingData, open_tokenizer
+from megatron_mm.training.build import build_model
+from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.step import TrainingStep
+
+LAYERS = 8
+BASELINE = "tower on the first stage"
+KINDS = {
+    **{
+        f"{BASELINE}, {first} + {LAYERS - first} layers": ParallelConfig(pipeline=2, stage_layers=(first, LAYERS - first))
+        for first in (2, 3, 4)
+    },
+    "all ranks encode, 4 + 4 layers": ParallelConfig(pipeline=2, spread_encoder=True),
+}
+
+
+def settings(data: Path, parallel: ParallelConfig) -> Experiment:
+    base = get_recipe("debug_mm1")
+    decoder = replace(
+        base.model.decoder, hidden_size=384, ffn_hidden_size=1152, num_layers=LAYERS, num_attention_heads=6, num_query_groups=6, head_dim=64
+    )
+    vision = replace(base.model.vision, hidden_size=256, ffn_hidden_size=1024, num_layers=8)
+    return replace(
+        base,
+        model=replace(base.model, decoder=decoder, vision=vision),
+        parallel=parallel,
+        data=replace(base.data, path=data, sequence_length=512, max_images_per_sequence=16, decoder="pillow"),
+        train=replace(base.train, global_batch_size=8, micro_batch_size=1),
+    )
+
+
+def measure(data: Path, steps: int) -> dict[str, list[float]]:
+    """Seconds of the timed steps of each kind; called by both processes."""
+    torch.set_num_threads(1)
+    seconds: dict[str, list[float]] = {}
+    for name, parallel in KINDS.items():
+        experiment = settings(data, parallel)
+        topology = topologies.initialize(parallel, seed=1)
+        batches = TrainingData(experiment, topology, open_tokenizer(experiment))
+        try:
+            held = [next(batches).micro_batches for _ in range(3)]
+        finally:
+            batches.close()
+        model = build_model(experiment, topology)
+        step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=len(experiment.data.sources))
+        seconds[name] = []
+        for number in range(steps + 2):
+            dist.barrier()
+            began = time.perf_counter()
+            step.run(held[number % len(held)], step=number + 1)
+            dist.barrier()
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - began)
+        topologies.shutdown()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if "RANK" in os.environ:
+        seconds = measure(arguments.data, arguments.steps)
+        if os.environ["RANK"] == "0":
+            print(json.dumps(seconds))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        prepare_demo(data, samples=240)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+        options = ["--steps", str(arguments.steps), "--data", str(data)]
+        done = subprocess.run(
+            [*command, *options], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True
+        )
+    medians = {name: statistics.median(times) for name, times in json.loads(done.stdout.splitlines()[-1]).items()}
+    best = min(median for name, median in medians.items() if name.startswith(BASELINE))
+    for name, median in medians.items():
+        print(f"{name:42} {1e3 * median:8.0f} ms a step  {median / best:.3f} of the best baseline")
+
+
+if __name__ == "__main__":
+    main()
