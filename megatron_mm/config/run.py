@@ -291,7 +291,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """Console and Weights & Biases. `metrics.jsonl` in the run directory is always written."""
+    """Console, Weights & Biases, TensorBoard, Prometheus. `metrics.jsonl` in the run directory is always written."""
 
     console_interval: int = 10
     """Steps between console lines."""
@@ -305,9 +305,25 @@ class MonitorConfig:
     """Display name; None takes the run directory's name."""
     peak_tflops: float | None = None
     """Peak of one device in TFLOP/s for MFU; None takes the table in `megatron_mm.flops` (no MFU on a CPU)."""
+    detail_interval: int = 10
+    """Steps between looks at what costs more to know: norms by part, balance, the time by phase of all processes; 0 never looks."""
+    slow_process: float = 0.15
+    """A process is reported as slow where its own work in a step takes longer than its peers' by this part of the step."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files too, in `RUN_DIR/tensorboard` (needs the package tensorboard)."""
+    prometheus: int | None = None
+    """Port on which the main process answers Prometheus at `/metrics`; 0 takes a free one, None has no port."""
+    prometheus_host: str = "127.0.0.1"
+    """Address that it listens on: this machine alone, unless another is given."""
 
     def __post_init__(self) -> None:
         require_positive(self, "console_interval")
+        require(self.detail_interval >= 0, f"monitor.detail_interval is {self.detail_interval}, but must be at least 0")
+        require(self.slow_process > 0, f"monitor.slow_process is {self.slow_process}, but must be above 0")
+        require(
+            self.prometheus is None or 0 <= self.prometheus < 65536,
+            f"monitor.prometheus is {self.prometheus}, but a port is from 1 to 65535, or 0 for a free one",
+        )
 
 
 @dataclass(frozen=True)

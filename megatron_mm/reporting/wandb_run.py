@@ -1,25 +1,26 @@
 """A Weights & Biases run that can fail without the training noticing.
 
 The library may raise from any call once its service process has died, may wait for a network, and starts another directory for
-each offline start. So every call is wrapped, the first failure switches W&B off with one warning, the run id is kept in the run
-directory, and steps have an axis of their own, `train/step`.
+each offline start. So the first failure switches W&B off with one warning (`sinks.Sink`), and the run id is kept in the run directory.
+
+Steps have an axis of their own, `train/step`; tokens, images and hours are logged with everything under `axis/`, so that any chart may be
+drawn over them. A resume is a step in the curve `events/resume` and a line of the config's `resumes`; alerts are W&B's own.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_mm.config import Experiment
 from megatron_mm.evaluation.captions import CaptionSample
 from megatron_mm.families.serialize import to_dict
-
-logger = logging.getLogger(__name__)
+from megatron_mm.reporting.sinks import Sink
 
 RUN_ID_FILE = "wandb_run_id"
 _SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)[^/]*=|://[^/]*:[^/]*@|AKIA[0-9A-Z]{12}|hf_[A-Za-z0-9]{20}")
@@ -34,13 +35,18 @@ def redact(value: Any) -> Any:
     return "[redacted]" if isinstance(value, str) and _SECRET.search(value) else value
 
 
-class WandbRun:
+class WandbRun(Sink):
     """One run, resumed under the same id."""
 
+    name = "W&B"
+
     def __init__(self, experiment: Experiment, run_dir: Path, *, world_size: int) -> None:
+        super().__init__()
         self._run: Any = None
+        self._counts: Counter[str] = Counter()
         config = experiment.monitor
-        if config.wandb == "disabled":
+        self.is_on = config.wandb != "disabled"
+        if not self.is_on:
             return
         id_file = run_dir / RUN_ID_FILE
         if not id_file.is_file():
@@ -67,49 +73,30 @@ class WandbRun:
             self._run.define_metric("train/step")
             self._run.define_metric("*", step_metric="train/step")
 
-        self._guard("start", start)
+        self.attempt("start", start)
 
-    def _guard(self, what: str, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except Exception as error:  # whatever the library raises, training continues
-            logger.warning(
-                "W&B failed to %s (%s: %s) and is switched off; metrics.jsonl is still written", what, type(error).__name__, error
-            )
-            self._run = None
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log({"train/step": step, **values})
 
-    def log(self, values: dict[str, Any]) -> None:
-        """Log numbers; `train/step` is among them."""
-        if self._run is not None:
-            self._guard("log", lambda: self._run.log(values))
+    def event(self, step: int, kind: str, text: str, is_alert: bool) -> None:
+        self._counts[kind] += 1
+        self._run.log({"train/step": step, f"events/{kind}": self._counts[kind]})
+        if kind == "resume":
+            known = list(self._run.config.get("resumes") or [])
+            self._run.config.update({"resumes": [*known, f"step {step}: {text}"]}, allow_val_change=True)
+        if is_alert:
+            self._run.alert(title=kind, text=f"step {step}: {text}", level="WARN")
 
-    def log_captions(self, step: int, samples: list[CaptionSample]) -> None:
-        """Log a table of images, true captions and generated captions."""
-        if self._run is None:
-            return
+    def captions(self, step: int, samples: Sequence[CaptionSample]) -> None:
+        import wandb
 
-        def send() -> None:
-            import wandb
+        rows = [[wandb.Image(sample.image), sample.true, sample.generated] for sample in samples]
+        self._run.log({"train/step": step, "captions": wandb.Table(columns=["image", "true", "generated"], data=rows)})
 
-            rows = [[wandb.Image(sample.image), sample.true, sample.generated] for sample in samples]
-            self._run.log({"train/step": step, "captions": wandb.Table(columns=["image", "true", "generated"], data=rows)})
+    def picture(self, step: int, name: str, path: Path) -> None:
+        import wandb
 
-        self._guard("log captions", send)
-
-    def log_picture(self, step: int, name: str, path: Path) -> None:
-        """Log a picture file."""
-        if self._run is None:
-            return
-
-        def send() -> None:
-            import wandb
-
-            self._run.log({"train/step": step, name: wandb.Image(str(path))})
-
-        self._guard("log a picture", send)
+        self._run.log({"train/step": step, name: wandb.Image(str(path))})
 
     def finish(self, exit_code: int) -> None:
-        """End the run."""
-        if self._run is not None:
-            self._guard("finish", lambda: self._run.finish(exit_code=exit_code))
-            self._run = None
+        self._run.finish(exit_code=exit_code)

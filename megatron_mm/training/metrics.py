@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,26 @@ class StepMetrics:
     """Part of `seconds` spent waiting for data."""
     experts: dict[str, float] = field(default_factory=dict)
     """Sparse layers (`training.routing.RoutingStats.summary`); empty for a dense model."""
+    source_tokens: dict[str, float] = field(default_factory=dict)
+    """Supervised tokens of each source: those that its loss is the mean of."""
+    time: float = 0.0
+    """When the step ended, seconds since 1970."""
+    total_tokens: int = 0
+    """Since the beginning of training."""
+    total_images: int = 0
+    """Likewise."""
+    memory_gb: float = 0.0
+    """Of the main process, GB: the most that its GPU held so far, or what it has resident on a CPU."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of the step by phase on the main process (`training.phases`)."""
+    balance: float | None = None
+    """Work of the mean data-parallel rank over that of the busiest, planned FLOPs; in steps of `monitor.detail_interval`."""
+    grad_norms: dict[str, float] = field(default_factory=dict)
+    """By part of the model, before clipping; in steps of `monitor.detail_interval`."""
+    param_norms: dict[str, float] = field(default_factory=dict)
+    """Of trainable parameters by part, before the step; likewise."""
+    update_ratios: dict[str, float] = field(default_factory=dict)
+    """Norm of the step before's update over that of the parameters, by part; likewise."""
 
 
 def to_json(values: dict[str, Any]) -> str:
@@ -58,20 +81,45 @@ def to_json(values: dict[str, Any]) -> str:
 class MetricsFile:
     """A .jsonl file of steps that a resume appends to and in which no step stands twice."""
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Open to append after `resume_step`; later lines (of a run that died after its last checkpoint) are dropped."""
+    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+        """Open to append after `resume_step`; later lines (of a run that died after its last checkpoint) are dropped. None drops none."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
+        self._path = path
+        self._torn = False
+        """The file ends with a part of a line."""
+        self._lost = 0
+        """Lines that could not be written since the last one that could."""
+        if path.is_file() and resume_step is None:
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(0, size - 1))
+                self._torn = size > 0 and file.read() != b"\n"
+        elif path.is_file():
+            assert resume_step is not None
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
             partial = path.with_suffix(".partial")
             partial.write_text("".join(f"{line}\n" for line in kept))
             partial.replace(path)
-        self._file: TextIO = path.open("a")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, values: StepMetrics | dict[str, Any]) -> None:
-        """Append a line; it is with the operating system when this returns."""
-        self._file.write(to_json(values if isinstance(values, dict) else asdict(values)) + "\n")
-        self._file.flush()
+        """Append a line; it is with the operating system when this returns. A disk that does not take it costs the line, not the run."""
+        line = to_json(values if isinstance(values, dict) else asdict(values))
+        data = ("\n" * self._torn + line + "\n").encode()
+        try:
+            written = self._file.write(data)
+            if written < len(data):
+                self._torn = True
+                raise OSError(f"{written} of {len(data)} bytes were taken")
+        except OSError as error:
+            self._lost += 1
+            if self._lost == 1:
+                logger.warning("%s cannot be written (%s): training continues, and lines are lost until it can", self._path, error)
+            return
+        self._torn = False
+        if self._lost:
+            logger.warning("%s is written again; %d lines are lost", self._path, self._lost)
+            self._lost = 0
 
     def close(self) -> None:
         self._file.close()
@@ -85,8 +133,8 @@ def _step_of(line: str) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a metrics file; without those that a crash or a full disk has torn."""
+    return [json.loads(line) for line in path.read_text().splitlines() if math.isfinite(_step_of(line))]
 
 
 def draw_loss_curve(run_dir: Path) -> Path:

@@ -69,7 +69,7 @@ def test_wandb_has_everything_of_metrics_jsonl_and_a_resume_goes_on_with_the_sam
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
     deadline = time.monotonic() + 30  # a process of its own writes them, and may be a moment behind
-    while not all(run_ids(file) and len(history(file)) >= 6 for file in files) and time.monotonic() < deadline:
+    while not all(run_ids(file) and len(history(file)) >= 7 for file in files) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert run_ids(files[0]) == run_ids(files[1]) == {(run_dir / "wandb_run_id").read_text().strip()}
     logged = [entry for file in files for entry in history(file)]
@@ -77,14 +77,16 @@ def test_wandb_has_everything_of_metrics_jsonl_and_a_resume_goes_on_with_the_sam
     for line in lines(run_dir / "metrics.jsonl"):
         entry = steps[line["step"]]
         for name, value in line.items():
-            if name == "losses":
-                assert {source: entry[f"train/loss/{source}"] for source in value} == value
-            elif name == "experts":
-                assert {part: entry[f"train/experts/{part}"] for part in value} == value != {}
-            elif name == "bad_samples" or value is None:
-                continue
-            else:
+            if isinstance(value, dict):
+                group = "loss" if name == "losses" else name
+                assert {member: entry[f"train/{group}/{member}"] for member in value} == value
+            elif value is not None:
                 assert entry[f"train/{name}"] == value
+        assert line["experts"] and line["losses"]
+        assert entry["axis/tokens"] == line["total_tokens"] and entry["axis/hours"] >= 0
+    resumes = [entry["events/resume"] for entry in logged if "events/resume" in entry]
+    assert resumes == [1]
+    assert [entry["train/step"] for entry in logged if "events/resume" in entry] == [2]
     assert [entry["heldout/loss"] for entry in logged if "heldout/loss" in entry] == [0.5, 0.5]
     tables = [(entry["captions/ncols"], entry["captions/nrows"]) for entry in logged if "captions/nrows" in entry]
     assert tables == [(3, 1), (3, 1)]
