@@ -40,6 +40,14 @@ class Family(ABC, Generic[Config]):
     freeze_policies: ClassVar[Mapping[str, tuple[str, ...]]] = {"all": ("",)}
     """What `train.freeze_policy` may be, and what is trainable then: regular expressions, one of which matches the beginning of a trainable
     parameter's name."""
+    parts: ClassVar[Mapping[str, str]] = {
+        "experts": r"language\..*\.experts\.",
+        "decoder": r"language\.",
+        "tower": r"vision\.",
+        "connector": r"connector\.",
+    }
+    """Parts of the model whose norms are logged, each a regular expression: a parameter is of the first whose expression matches the
+    beginning of its name, or of `rest`."""
     special_tokens: ClassVar[tuple[str, ...]] = ("<pad>", "<image>")
     """Control tokens that the model needs, in the order in which they get ids after those of a tokenizer that lacks them."""
     takes_tiles: ClassVar[bool] = False
@@ -69,6 +77,10 @@ class Family(ABC, Generic[Config]):
         """Whether a parameter is trainable under a freeze policy, by its global name."""
         patterns = [re.compile(pattern) for pattern in self.trainable_patterns(policy)]
         return lambda name: any(pattern.match(name) for pattern in patterns)
+
+    def part_of(self, parameter: str) -> str:
+        """The part of a parameter by its global name."""
+        return next((part for part, pattern in self.parts.items() if re.match(pattern, parameter)), "rest")
 
     # ------------------------------------------------------------------------------------------------------------- model
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 import signal
+import sys
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing import resource_tracker
 from typing import Any
@@ -21,6 +23,8 @@ from megatron_mm.evaluation.heldout import HeldOut
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork, mfu, peak_tflops
 from megatron_mm.reporting.monitor import Monitor
+from megatron_mm.reporting.run_files import EXPERTS
+from megatron_mm.run.details import Norms, SlowProcesses, balance, is_due, memory_gb
 from megatron_mm.training.metrics import StepMetrics
 from megatron_mm.training.routing import RoutingStats, draw_expert_load
 from megatron_mm.training.trainer import Hook, StepRecord, Trainer
@@ -34,9 +38,10 @@ STOPPED_FILE = "stopped_early.txt"
 class Metrics(Hook):
     """metrics.jsonl, console and W&B."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, norms: Norms) -> None:
         super().__init__(trainer)
         experiment, topology = trainer.experiment, trainer.topology
+        self.norms = norms
         self.sources = experiment.data.sources
         device_name = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
         self.peak = experiment.monitor.peak_tflops or peak_tflops(device_name, experiment.train.precision)
@@ -51,6 +56,7 @@ class Metrics(Hook):
         model, policy = trainer.experiment.model, trainer.experiment.train.freeze_policy
         flops = family_of(model).step_flops(model, policy, work)
         tflops = flops / record.seconds / trainer.topology.world_size / 1e12
+        looks = is_due(record.step, trainer.experiment.monitor.detail_interval) and trainer.topology.is_main
         self.monitor.log_step(
             StepMetrics(
                 step=record.step,
@@ -70,6 +76,14 @@ class Metrics(Hook):
                 fill=plan.fill,
                 data_seconds=record.data_seconds,
                 experts=result.routing.summary() if result.routing is not None else {},
+                source_tokens=dict(zip(self.sources, result.losses.tokens, strict=True)),
+                time=time.time(),
+                total_tokens=trainer.state.tokens,
+                total_images=trainer.state.images,
+                memory_gb=memory_gb(trainer.topology.device),
+                phases=record.phases,
+                balance=balance(record.batch, data_size=trainer.topology.data_size) if looks else None,
+                **self.norms.of_step,
             )
         )
 
@@ -84,7 +98,15 @@ class Metrics(Hook):
         return {name: count for name, count in total.items() if count}
 
     def close(self, *, failed: bool) -> None:
-        self.monitor.close(exit_code=int(failed))
+        state, steps = self.trainer.state, self.trainer.experiment.train.steps
+        if failed:
+            error = sys.exception()
+            how = "failed", f"after step {state.step}: {type(error).__name__}: {error}" if error is not None else f"after step {state.step}"
+        elif state.step < steps:
+            how = "stop", f"stopped after step {state.step} of {steps}"
+        else:
+            how = "end", f"all {steps} steps are done"
+        self.monitor.close(exit_code=int(failed), events_of_end=[how])
 
 
 class Evaluation(Hook):
@@ -137,6 +159,8 @@ class ExpertLoad(Hook):
             step = self.trainer.state.step
             tokens = np.sum([stats.tokens_per_expert for stats in self.seen], axis=0)
             title = f"expert load, steps {step - len(self.seen) + 1} to {step}"
+            load = {"first_step": step - len(self.seen) + 1, "layers": list(self.seen[0].layers), "tokens": tokens.astype(int).tolist()}
+            self.monitor.log_details(EXPERTS, step, load)
             out = self.trainer.run_dir / "expert_load.png"
             self.monitor.log_picture(step, "expert_load", draw_expert_load(tokens, self.seen[0].layers, out, title=title))
         self.seen = []
@@ -244,9 +268,12 @@ def standard_hooks(
         extra: makes those that the experiment names. Like `more` they see a step after its metrics are written and before a checkpoint is,
             so that what they change is in it.
     """
-    metrics = Metrics(trainer)
+    norms = Norms(trainer)
+    metrics = Metrics(trainer, norms)
     return [
+        norms,
         metrics,
+        SlowProcesses(trainer, metrics.monitor),
         *more(trainer, metrics.monitor),
         *(make(trainer) for make in extra),
         Stopping(trainer),

@@ -24,6 +24,7 @@ from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment, load_extensions, save_experiment
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.reporting.events import listen
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.run.data import HELD_OUT, TRAINING, TrainingData, as_indexed, held_out_batches, image_input, make_plan, open_tokenizer
 from megatron_mm.run.hooks import standard_hooks
@@ -67,6 +68,7 @@ def start(
     Raises ValueError, before processes meet, where layout, batch, data or an earlier run in run_dir does not fit.
     """
     times = StartTimes()
+    listen()  # warnings from here on are events of the run
     checked = check(experiment, run_dir)
     experiment = checked.experiment
     examine(checked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from megatron_mm.parallel.topology import Topology
 from megatron_mm.platform.device import send
 from megatron_mm.training.loss import LossFunction, LossTotals, loss_function, micro_batch_iterator, own_losses
 from megatron_mm.training.optimizer import Update, learning_rate, squared_grad_norm, update
+from megatron_mm.training.phases import StepClock
 from megatron_mm.training.routing import RoutingStats, own_records, routing_stats, weigh_tokens
 from megatron_mm.training.spread_encoder import spread_encoder, wrapped_modules
 
@@ -50,7 +52,13 @@ class TrainingStep:
         optimizer: MegatronOptimizer | None,
         *,
         num_sources: int,
+        clock: StepClock | None = None,
     ) -> None:
+        """
+        Args:
+            clock: times the phases of a step; None times none.
+        """
+        self.clock = clock
         self.experiment = experiment
         self.topology = topology
         self.model = model
@@ -58,7 +66,7 @@ class TrainingStep:
         self.num_sources = num_sources
         self.spread_encoder = spread_encoder(model)
 
-    def run(self, micro_batches: list[PackedBatch], *, step: int, tell: Callable[[], Sequence[float]] = tuple) -> StepResult:
+    def run(self, micro_batches: list[PackedBatch], *, step: int, tell: Callable[[], Sequence[float] | torch.Tensor] = tuple) -> StepResult:
         """Train on one global batch.
 
         All that processes tell each other about a step (losses, the gradient's norm, what routers recorded, `tell`) is one message, and
@@ -67,7 +75,8 @@ class TrainingStep:
         Args:
             micro_batches: this process's.
             step: counted from 1.
-            tell: called when the passes are under way: numbers to be summed over all processes.
+            tell: called when the passes are under way and gradients ready: numbers to be summed over all processes, or a float64 tensor
+                of them on the device.
         """
         assert self.optimizer is not None, "training needs an optimizer"
         config = self.experiment.optimizer
@@ -80,13 +89,22 @@ class TrainingStep:
         device = self.topology.device
         losses = self._pass(micro_batches, forward_only=False)
         records = own_records(decoder, self.model, device=device)
-        norm = squared_grad_norm(self.optimizer, device=device)
-        told = send(torch.tensor(tuple(tell()), dtype=torch.float64), device)
-        losses_of, records_of, (squared_norm,), told_of = sum_over_processes(losses, records, norm[None], told)
+        with self._phase("optimizer"):
+            norm = squared_grad_norm(self.optimizer, device=device)
+        numbers = tell()
+        told = numbers if isinstance(numbers, torch.Tensor) else send(torch.tensor(tuple(numbers), dtype=torch.float64), device)
+        with self._phase("reduce"):
+            losses_of, records_of, (squared_norm,), told_of = sum_over_processes(losses, records, norm[None], told)
         routing = routing_stats(decoder, self.model, records_of)
         grad_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
-        done = update(self.optimizer, grad_norm=grad_norm, lr=lr, weight_decay=config.weight_decay, clip_grad_norm=config.clip_grad_norm)
+        with self._phase("optimizer"):
+            done = update(
+                self.optimizer, grad_norm=grad_norm, lr=lr, weight_decay=config.weight_decay, clip_grad_norm=config.clip_grad_norm
+            )
         return StepResult(losses=LossTotals(*losses_of.tolist()), update=done, lr=lr, routing=routing, told=tuple(told_of.tolist()))
+
+    def _phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.clock is None else self.clock.phase(name)
 
     def evaluate(self, micro_batches: list[PackedBatch]) -> LossTotals:
         """Losses of one global batch without training on it."""

@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.load.loader import StepBatch
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform.device import send
 from megatron_mm.training.checkpoint import Checkpointer, TrainState
+from megatron_mm.training.phases import StepClock
 from megatron_mm.training.step import StepResult, TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ class StepRecord:
     """Wall time of the whole step, the wait for data included."""
     data_seconds: float
     """Wall time of the wait for data."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of the step by phase on this process (`training.phases`)."""
     told: dict[Hook, tuple[float, ...]] = field(default_factory=dict)
     """What each hook told (`Hook.tell`), summed over all processes."""
 
@@ -56,8 +61,9 @@ class Hook:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
-    def tell(self, batch: StepBatch) -> tuple[float, ...]:
-        """Numbers to be summed over all processes in the step's one message: as many on each, at the end of the step on `batch`."""
+    def tell(self, batch: StepBatch) -> tuple[float, ...] | torch.Tensor:
+        """Numbers to be summed over all processes in the step's one message: as many on each, when the gradients of the step on `batch` are
+        ready. What the device computes is a float64 tensor, which nobody waits for."""
         return ()
 
     def after_step(self, record: StepRecord) -> None:
@@ -101,7 +107,9 @@ class Trainer:
         self.data = data
         self.checkpointer = checkpointer
         self.state = state
-        self.step = TrainingStep(experiment, topology, model, optimizer, num_sources=len(experiment.data.sources))
+        self.clock = StepClock(topology.device)
+        self.clock.watch(model)
+        self.step = TrainingStep(experiment, topology, model, optimizer, num_sources=len(experiment.data.sources), clock=self.clock)
         self.should_stop = False
         """Set by a hook on all processes alike: the run ends after the step in hand."""
         self.stopped_by: Hook | None = None
@@ -131,13 +139,14 @@ class Trainer:
 
     def _one_step(self) -> StepRecord:
         began = time.perf_counter()
+        self.clock.begin_step()
         batch = next(self.data)
         waited = time.perf_counter() - began
-        told: dict[Hook, tuple[float, ...]] = {}
+        told: dict[Hook, tuple[float, ...] | torch.Tensor] = {}
 
-        def tell() -> list[float]:
+        def tell() -> torch.Tensor:
             told.update((hook, hook.tell(batch)) for hook in self.hooks)
-            return [value for values in told.values() for value in values]
+            return _one_tensor(list(told.values()), self.topology.device)
 
         result = self.step.run(batch.micro_batches, step=self.state.step + 1, tell=tell)
         sums = iter(result.told)
@@ -147,11 +156,28 @@ class Trainer:
         state.tokens += batch.plan.num_tokens
         state.images += batch.plan.num_images
         state.skipped_steps += result.update.skipped
+        seconds = time.perf_counter() - began
         return StepRecord(
             step=state.step,
             result=result,
             batch=batch,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
             data_seconds=waited,
+            phases=self.clock.end_step(seconds=seconds, data=waited - batch.sharing_seconds, share=batch.sharing_seconds),
             told={hook: tuple(itertools.islice(sums, len(values))) for hook, values in told.items()},
         )
+
+
+def _one_tensor(told: Sequence[tuple[float, ...] | torch.Tensor], device: torch.device) -> torch.Tensor:
+    """What hooks told, one after another, [numbers] float64 on the device: numbers of the processor are sent there together."""
+    numbers = send(
+        torch.tensor([value for values in told if not isinstance(values, torch.Tensor) for value in values], dtype=torch.float64), device
+    )
+    parts, place = [], 0
+    for values in told:
+        if isinstance(values, torch.Tensor):
+            parts.append(values)
+        else:
+            parts.append(numbers[place : place + len(values)])
+            place += len(values)
+    return torch.cat(parts) if parts else numbers

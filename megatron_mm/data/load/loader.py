@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,8 @@ class StepBatch:
     plan: GlobalBatch
     bad: dict[str, int]
     """Texts and images of each source that failed; over all processes each counts once."""
+    sharing_seconds: float = 0.0
+    """Of the wait for this batch, the part in which texts went from one process to others."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +189,12 @@ class Loader:
         if isinstance(ready, BaseException):
             self._ready.put(ready)
             raise ready
+        sharing = 0.0
         if self._sharing is not None:  # here, where all processes ask for the same batch, and not in a thread, which ends when it likes
+            began = time.perf_counter()
             self._sharing.share(ready.texts)
-        batch, self.state = self._assemble(ready), ready.plan.next_state
+            sharing = time.perf_counter() - began
+        batch, self.state = replace(self._assemble(ready), sharing_seconds=sharing), ready.plan.next_state
         return batch
 
     @property

@@ -36,6 +36,12 @@ class InfiMMFamily(Family[InfiMMConfig]):
         "ift_frozen_language": _BRIDGE,
     }
     """The paper's three stages. Its IFT trains all but the tower; the model card keeps the language model frozen for Zephyr and Vicuna."""
+    parts = {  # noqa: RUF012
+        "cross-attention": r"language\..*\.gated\.",
+        "decoder": r"language\.",
+        "tower": r"vision\.",
+        "connector": r"resampler\.",
+    }
     special_tokens = (END_OF_CHUNK, IMAGE)
     language_extras = (r"language\.decoder\.layers\.\d+\.gated\..*",)
 

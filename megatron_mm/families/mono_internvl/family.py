@@ -35,6 +35,12 @@ class MonoInternVLFamily(Family[MonoInternVLConfig]):
         "s2": (r"patches\.(?!class_embedding)", r"projector\.", r"language\."),
     }
     """The stages of endogenous visual pre-training (table 1) and instruction tuning. The class embedding takes no part in anything."""
+    parts = {  # noqa: RUF012
+        "experts": r"language\..*\.mlp\.visual\.",
+        "decoder": r"language\.",
+        "tower": r"patches\.",
+        "connector": r"projector\.",
+    }
     special_tokens = SPECIAL_TOKENS
     takes_tiles = True
     language_mlps = tuple(f"mlp.{name}" for name in EXPERTS)

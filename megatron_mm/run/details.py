@@ -1,0 +1,235 @@
+"""What is measured of a step every `monitor.detail_interval` steps: norms by part, balance, and which process the others wait for."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_mm.data.load.loader import StepBatch
+from megatron_mm.families.registry import family_of
+from megatron_mm.reporting.monitor import Monitor
+from megatron_mm.reporting.run_files import PHASES as PHASES_FILE
+from megatron_mm.training.norms import NORMS, PartNorms
+from megatron_mm.training.optimizer import learning_rate
+from megatron_mm.training.phases import OWN_WORK, PHASES
+from megatron_mm.training.trainer import Hook, StepRecord, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether a step is one of those that are looked at: the first, and each `interval`-th."""
+    return interval > 0 and (step == 1 or step % interval == 0)
+
+
+class Norms(Hook):
+    """Norms by part of the model. Runs before the metrics of a step are written, which take `of_step`."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        family = family_of(trainer.experiment.model)
+        self.interval = trainer.experiment.monitor.detail_interval
+        self.parts = [*family.parts, "rest"]
+        self.norms = PartNorms(trainer.model, trainer.optimizer, parts=self.parts, part_of=family.part_of)
+        self.of_step: dict[str, dict[str, float]] = {}
+        """`grad_norms`, `param_norms` and `update_ratios` of the newest step; nothing where they were not measured."""
+        self._last_lr: float | None = None
+        """Of the step before, where it changed the weights and this process saw it."""
+
+    def tell(self, batch: StepBatch) -> tuple[float, ...] | torch.Tensor:
+        if not is_due(self.trainer.state.step + 1, self.interval):
+            return ()
+        return self.norms.squares(lr=self._last_lr, device=self.trainer.topology.device)
+
+    def after_step(self, record: StepRecord) -> None:
+        told = record.told[self]
+        self.of_step = self.norms.from_sums(told) if len(told) == len(NORMS) * len(self.parts) else {}
+        experiment = self.trainer.experiment
+        lr = learning_rate(record.step, experiment.optimizer, schedule_steps=experiment.train.schedule_steps)
+        self._last_lr = None if record.result.update.skipped else lr
+
+
+def balance(batch: StepBatch, *, data_size: int) -> float:
+    """Planned work of the mean data-parallel rank over that of the busiest one."""
+    plan = batch.plan
+    costs = [plan.batching.costs.of(work) for work in plan.works]
+    ranks = [sum(costs[i] for group in rank for i in group) for rank in plan.batching.micro_batches(plan.works, data_size)]
+    return sum(ranks) / len(ranks) / max(1, *ranks)
+
+
+# ----------------------------------------------------------------------------------------------------------- slow processes
+
+
+@dataclass(frozen=True)
+class Slow:
+    """The process that exceeds its peers most, in the phase in which it does."""
+
+    rank: int
+    phase: str
+    seconds: float
+    """By which its steps of the window take longer in that phase, on average."""
+
+
+_RANK_BITS, _PHASE_BITS = 20, 3
+_PASSES = ("forward", "backward")
+
+
+def pack(*, micros: int, rank: int, phase: int) -> int:
+    """One integer whose maximum over processes says how much, where and in what: 40 bits of microseconds are twelve days."""
+    return (max(0, min(micros, (1 << 40) - 1)) << (_RANK_BITS + _PHASE_BITS)) | (phase << _RANK_BITS) | rank
+
+
+def unpack(packed: int) -> Slow:
+    """The inverse of `pack`."""
+    rank, phase = packed & ((1 << _RANK_BITS) - 1), (packed >> _RANK_BITS) & ((1 << _PHASE_BITS) - 1)
+    return Slow(rank=rank, phase=OWN_WORK[phase], seconds=(packed >> (_RANK_BITS + _PHASE_BITS)) / 1e6)
+
+
+class SlowProcesses(Hook):
+    """Finds the process that the others wait for, and the phase in which it is slow; the means of all go to `phases.jsonl`.
+
+    Every `detail_interval` steps the mean seconds of each phase of each pipeline stage travel in the step's one message. Each process then
+    knows by how much it exceeds its peers, and the greatest excess of all is one more message of two integers. So nothing grows with the
+    number of processes.
+
+    Peers are the processes of the same pipeline stage: stages differ by what they hold. Within a tensor-parallel group all wait for the
+    slowest in every layer, and their forward and backward passes take as long; there the group is found, under the rank of one of them.
+    A process that has no peers is compared with its own earlier windows; one that is alone has nobody who waits for it.
+    """
+
+    EARLIER = 3
+    """Windows that a process without peers has behind it before it is compared with them."""
+
+    def __init__(self, trainer: Trainer, monitor: Monitor) -> None:
+        super().__init__(trainer)
+        config, topology = trainer.experiment.monitor, trainer.topology
+        self.monitor = monitor
+        self.interval, self.limit = config.detail_interval, config.slow_process
+        self.stages = topology.pipeline_size
+        self._sums = dict.fromkeys(PHASES, 0.0)
+        self._steps, self._seconds = 0, 0.0
+        self._earlier: dict[str, deque[float]] = {phase: deque(maxlen=20) for phase in OWN_WORK}
+        self._asked: tuple[torch.Tensor, dict[str, Any]] | None = None
+        """The message under way, and the line that waits for it."""
+        self._last: tuple[int, str] | None = None
+
+    def tell(self, batch: StepBatch) -> tuple[float, ...]:
+        if not self._due(self.trainer.state.step + 1):
+            return ()
+        table = np.zeros((self.stages, len(PHASES) + 1))
+        table[self.trainer.topology.pipeline_rank] = [*(self._sums[phase] / self._steps for phase in PHASES), 1.0]
+        return tuple(table.flatten().tolist())
+
+    def _due(self, step: int) -> bool:
+        return self.interval > 0 and step % self.interval == 0 and self._steps > 0
+
+    def after_step(self, record: StepRecord) -> None:
+        self._take_answer(record.step)
+        if record.told[self]:
+            self._ask(record)
+            self._sums, self._steps, self._seconds = dict.fromkeys(PHASES, 0.0), 0, 0.0
+        for phase in PHASES:
+            self._sums[phase] += record.phases.get(phase, 0.0)
+        self._steps += 1
+        self._seconds += record.seconds
+
+    def _ask(self, record: StepRecord) -> None:
+        """Compare with the peers, and send by how much this process exceeds them; nobody waits for the answer."""
+        table = np.array(record.told[self]).reshape(self.stages, len(PHASES) + 1)
+        sums = table[self.trainer.topology.pipeline_rank]
+        excess = {phase: self._excess(phase, sums[PHASES.index(phase)], int(sums[-1])) for phase in OWN_WORK}
+        phase = max(OWN_WORK, key=excess.__getitem__)
+        rank = self.trainer.topology.rank
+        packed = pack(micros=int(1e6 * excess[phase]), rank=rank, phase=OWN_WORK.index(phase))
+        memory = (int(memory_gb(self.trainer.topology.device) * 1e6) << _RANK_BITS) | rank
+        message = torch.tensor([packed, memory], dtype=torch.int64, device=self.trainer.topology.device)
+        dist.all_reduce(message, op=dist.ReduceOp.MAX)
+        stages = [
+            {name: round(float(row[n] / max(1.0, row[-1])), 6) for n, name in enumerate(PHASES)}  # means over processes
+            for row in table
+        ]
+        line = {"step": record.step, "steps": self._steps, "seconds": self._seconds / self._steps, "stages": stages}
+        self._asked = (message, line)
+
+    def _excess(self, phase: str, sum_of_stage: float, processes: int) -> float:
+        """Seconds of a step by which this process exceeds its peers in a phase; 0 where nothing is known of them."""
+        own = self._sums[phase] / self._steps
+        tensor = self.trainer.topology.tensor_size if phase in _PASSES else 1
+        peers = processes - tensor
+        if self.trainer.topology.world_size == 1:
+            return 0.0
+        if peers > 0:
+            return own - (sum_of_stage - tensor * own) / peers
+        earlier = self._earlier[phase]
+        usual = statistics.median(earlier) if len(earlier) >= self.EARLIER else own
+        earlier.append(own)
+        return own - usual
+
+    def _take_answer(self, step: int) -> None:
+        if self._asked is None:
+            return
+        (message, line), self._asked = self._asked, None
+        packed, memory = message.tolist()  # came with the step's message, or before
+        slow, fullest = unpack(packed), memory & ((1 << _RANK_BITS) - 1)
+        most = (memory >> _RANK_BITS) / 1e6
+        is_slow = slow.seconds > self.limit * line["seconds"]
+        told = {"rank": slow.rank, "phase": slow.phase, "seconds": round(slow.seconds, 6)}
+        details = {name: line[name] for name in ("steps", "seconds", "stages")}
+        details |= {"slow": told if is_slow else None, "greatest": told, "memory_gb": most, "memory_rank": fullest}
+        self.monitor.log_details(PHASES_FILE, line["step"], details)
+        self.monitor.log_values(
+            line["step"],
+            {
+                "slow/seconds": slow.seconds,
+                "slow/part_of_step": slow.seconds / line["seconds"],
+                "slow/rank": slow.rank,
+                "slow/phase": OWN_WORK.index(slow.phase),
+                "memory/most_gb": most,
+                "memory/most_rank": fullest,
+            },
+        )
+        if is_slow and self.trainer.topology.is_main and (slow.rank, slow.phase) != self._last:
+            logger.warning(
+                "rank %d is slow in %s: its steps up to %d took %.3f s longer there than %s (%.0f%% of a step)%s",
+                slow.rank,
+                slow.phase,
+                line["step"] - 1,
+                slow.seconds,
+                "its peers'" if self._has_peers(slow.phase) else "its earlier ones",
+                100 * slow.seconds / line["seconds"],
+                self._group_of(slow),
+                extra={"kind": "slow"},
+            )
+        self._last = (slow.rank, slow.phase) if is_slow else None
+
+    def _has_peers(self, phase: str) -> bool:
+        topology = self.trainer.topology
+        return topology.data_size > 1 or (topology.tensor_size > 1 and phase not in _PASSES)
+
+    def _group_of(self, slow: Slow) -> str:
+        size = self.trainer.topology.tensor_size
+        if size == 1 or slow.phase not in _PASSES:
+            return ""
+        first = slow.rank - slow.rank % size
+        return (
+            f"; ranks {first} to {first + size - 1}, its tensor-parallel group, wait for one another in every layer: any of them may be it"
+        )
+
+    def after_training(self) -> None:
+        self._take_answer(self.trainer.state.step)
+
+
+def memory_gb(device: torch.device) -> float:
+    """GB of this process: the most that its GPU held, or what it has resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import psutil
+
+    return psutil.Process().memory_info().rss / 1e9

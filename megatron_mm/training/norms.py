@@ -1,0 +1,134 @@
+"""Norms of gradients, parameters and updates by part of the model: tower, connector, decoder, experts.
+
+Each process adds up the squares of what it has, and each element counts once over all processes: a copy under tensor parallelism or a tied
+embedding is left out, as in the norm of the whole gradient (`training.optimizer.squared_grad_norm`). So the sums are the same in every
+layout, and travel in the step's one message. Nothing waits for the device here.
+
+The update of a step is not kept: it follows from the parameters after it and Adam's moments. With parameters p and direction u,
+
+    p_after = p_before - lr * decay * p_before - lr * u    so    p_before = (p_after + lr * u) / (1 - lr * decay)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+NORMS = ("grad_norms", "param_norms", "updates")
+"""What is measured, in the order of the sums."""
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A parameter of the optimizer (or its shard) of which this process counts."""
+
+    parameter: torch.Tensor
+    part: int
+    share: float
+    """1, or less where several processes have the same parameter and count a share each."""
+    optimizer: Any
+    """torch's, or like one."""
+    group: dict[str, Any]
+
+
+class PartNorms:
+    """Measures the parts of this process's model."""
+
+    def __init__(
+        self, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, parts: list[str], part_of: Callable[[str], str]
+    ):
+        """
+        Args:
+            parts: names of all parts, the same on every process.
+            part_of: the part of a parameter by its name.
+        """
+        self.parts = parts
+        names = _names(model, optimizer)
+        self._counted = [
+            _Counted(parameter, parts.index(part_of(names[id(parameter)])), share, inner, group)
+            for part, share in _parts_of(optimizer)
+            for inner in [part.optimizer]
+            if inner is not None
+            for group in inner.param_groups
+            for parameter in group["params"]
+            if parameter.numel()
+            and param_is_not_shared(parameter)
+            and param_is_not_tensor_parallel_duplicate(parameter, getattr(part, "tp_group", None))
+        ]
+
+    @torch.no_grad()
+    def squares(self, *, lr: float | None, device: torch.device) -> torch.Tensor:
+        """This process's parts of the squared norms: [len(NORMS) * parts] float64 on its device.
+
+        Called when the step's gradients are ready and the step has not been taken.
+
+        Args:
+            lr: learning rate of the step before; None where there was none, and updates are 0.
+        """
+        sums = torch.zeros(len(NORMS), len(self.parts), dtype=torch.float64, device=device)
+        for one in self._counted:
+            found = [one.parameter.grad, one.parameter, None if lr is None else _update(one, lr=lr)]
+            for row, tensor in enumerate(found):
+                if tensor is not None:
+                    sums[row, one.part] += torch.linalg.vector_norm(tensor.float()).double().square() * one.share
+        return sums.flatten()
+
+    def from_sums(self, sums: tuple[float, ...]) -> dict[str, dict[str, float]]:
+        """Norms by part from what all processes' `squares` sum to: of gradients, parameters, and updates over parameters."""
+        count = len(self.parts)
+        grads, params, updates = (
+            {name: value**0.5 for name, value in zip(self.parts, sums[row * count : (row + 1) * count], strict=True)}
+            for row in range(len(NORMS))
+        )
+        trainable = [name for name in self.parts if params[name] > 0]
+        return {
+            "grad_norms": {name: grads[name] for name in trainable},
+            "param_norms": {name: params[name] for name in trainable},
+            "update_ratios": {name: updates[name] / params[name] for name in trainable if updates[name] > 0},
+        }
+
+
+def _parts_of(optimizer: MegatronOptimizer) -> list[tuple[Any, float]]:
+    """megatron-core's optimizers, and which share each process counts of what it has (`squared_grad_norm`)."""
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [(part, part.get_grad_stats_parallel_group().size() / dist.get_world_size()) for part in parts]
+
+
+def _names(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[int, str]:
+    """Names by the identity of what the optimizer holds: the parameter itself, its fp32 copy, or its shard of that."""
+    names: dict[int, str] = {}
+    of_model = {parameter: name for chunk in model for name, parameter in chunk.module.named_parameters()}
+    for parameter, name in of_model.items():
+        names[id(parameter)] = name
+        main = getattr(parameter, "main_param", None)
+        if main is not None:
+            names[id(main)] = name
+    for part, _ in _parts_of(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            for parameter, (group, place) in part.model_param_group_index_map.items():
+                names[id(part.optimizer.param_groups[group]["params"][place])] = of_model[parameter]
+    return names
+
+
+def _update(one: _Counted, *, lr: float) -> torch.Tensor | None:
+    """What Adam's newest step added to a parameter; None before the first."""
+    state, group = one.optimizer.state.get(one.parameter, {}), one.group
+    step = group.get("step", 0)
+    if not step or "exp_avg" not in state:
+        return None
+    beta1, beta2 = group["betas"]
+    mean = state["exp_avg"].float() / (1.0 - beta1**step)
+    spread = (state["exp_avg_sq"].float() / (1.0 - beta2**step)).sqrt_().add_(group["eps"])
+    direction = mean.div_(spread)
+    after, decay = one.parameter.float(), lr * group["weight_decay"]
+    before = torch.add(after, direction, alpha=lr).div_(1.0 - decay)
+    return before.sub_(after)

@@ -1,0 +1,157 @@
+"""Where a step's time goes on this process: by phase, measured without waiting for the device.
+
+megatron-core starts and stops named timers around each forward pass, backward pass, message between stages and gradient reduction
+(`config.timers`), and `StepClock` takes the place of these timers. On a CPU a phase's time is the processor's clock. On a GPU it is between
+two events of the stream, which are read once the step's one message has come: the device has then passed them, so nothing waits. The
+update is still under way at that time, so on a GPU the `optimizer` of a step is that of the step before.
+
+    data        wait for this process's own images and texts
+    share       texts go from the process that read them to the others of its model copy
+    forward, backward   of all micro-batches; messages inside the layers (tensor and expert parallelism) are within them
+    p2p         wait for, and messages to, other pipeline stages. Where stages interleave on a GPU this overlaps with the passes and the
+                wait is in `other`
+    reduce      gradients over data parallelism, as far as the backward pass did not hide it, and the step's one message
+    optimizer   gradient norm, update, gather of parameters
+    other       the rest of the step
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.utils import get_model_config
+
+PHASES = ("data", "share", "forward", "backward", "p2p", "reduce", "optimizer", "other")
+OWN_WORK = ("data", "forward", "backward", "optimizer")
+"""Phases in which a process does not wait for another one, tensor and expert parallelism aside."""
+
+
+class StepClock:
+    """Adds up the seconds of the phases of a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._timers: dict[str, _Timer] = {phase: self._timer() for phase in PHASES}
+        self._nothing = _Nothing()
+
+    def watch(self, model: Sequence[torch.nn.Module]) -> None:
+        """Be the timers of these chunks' schedules."""
+        for chunk in model:
+            config = get_model_config(chunk)
+            config.timers = self
+            finalize = config.finalize_model_grads_func
+            if finalize is not None and not hasattr(finalize, "timed"):
+                config.finalize_model_grads_func = self._timed_reduction(finalize)
+
+    def _timed_reduction(self, finalize: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.phase("reduce"):
+                return finalize(*args, **kwargs)
+
+        timed.timed = True  # type: ignore[attr-defined]
+        return timed
+
+    def __call__(self, name: str, log_level: int | None = None) -> Any:
+        """The timer that megatron-core asks for by its name. Its own ones inside the reduction of gradients are part of ours."""
+        if name == "forward-compute":
+            return self._timers["forward"]
+        if name == "backward-compute":
+            return self._timers["backward"]
+        return self._timers["p2p"] if name.endswith(("-send", "-recv")) else self._nothing
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what happens inside."""
+        timer = self._timers[name]
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.stop()
+
+    def begin_step(self) -> None:
+        """Forget what was timed outside of steps, such as evaluations."""
+        for name, timer in self._timers.items():
+            timer.clear(keep_pending=name == "optimizer")
+
+    def end_step(self, *, seconds: float, data: float, share: float) -> dict[str, float]:
+        """Seconds of each phase of the step that has ended; they sum to `seconds`, unless phases of the device overlap with the host's."""
+        found = {name: timer.take() for name, timer in self._timers.items()}
+        found["data"], found["share"] = data, share
+        found["other"] = max(0.0, seconds - sum(found.values()))
+        return found
+
+    def _timer(self) -> _Timer:
+        return _EventTimer() if self._on_gpu else _Timer()
+
+
+class _Timer:
+    """Seconds between starts and stops, on the processor's clock."""
+
+    def __init__(self) -> None:
+        self._total, self._began = 0.0, 0.0
+
+    def start(self, barrier: bool = False) -> None:
+        self._began = time.perf_counter()
+
+    def stop(self, barrier: bool = False) -> None:
+        self._total += time.perf_counter() - self._began
+
+    def clear(self, *, keep_pending: bool) -> None:
+        self._total = 0.0
+
+    def take(self) -> float:
+        total, self._total = self._total, 0.0
+        return total
+
+
+class _EventTimer(_Timer):
+    """Seconds between events of the current stream, which are made once and used again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._free: list[Any] = []
+        self._open: Any = None
+        self._pairs: list[tuple[Any, Any]] = []
+
+    def _recorded(self) -> Any:
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self, barrier: bool = False) -> None:
+        self._open = self._recorded()
+
+    def stop(self, barrier: bool = False) -> None:
+        self._pairs.append((self._open, self._recorded()))
+
+    def clear(self, *, keep_pending: bool) -> None:
+        if not keep_pending:
+            self._free += [event for pair in self._pairs for event in pair]
+            self._pairs = []
+
+    def take(self) -> float:
+        """Of the pairs that the device has passed; the others are taken the next time."""
+        total, pending = 0.0, []
+        for begin, end in self._pairs:
+            if end.query():
+                total += begin.elapsed_time(end) / 1e3
+                self._free += [begin, end]
+            else:
+                pending.append((begin, end))
+        self._pairs = pending
+        return total
+
+
+class _Nothing:
+    """A timer that does not time."""
+
+    def start(self, barrier: bool = False) -> None:
+        pass
+
+    def stop(self, barrier: bool = False) -> None:
+        pass
