@@ -194,10 +194,11 @@ def test_the_images_of_captions_are_kept_once(tmp_path: Path) -> None:
 def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
     file.write(metrics(1))
-    disk, file._file = file._file, Path("/dev/full").open("ab", buffering=0)
-    for step in (2, 3):
-        file.write(metrics(step))
-    file._file.close()
+    disk = file._file
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        file._file = full
+        for step in (2, 3):
+            file.write(metrics(step))
     file._file = disk
     file.write(metrics(4))
     file.close()
