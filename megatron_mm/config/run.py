@@ -132,7 +132,8 @@ class DataConfig:
     as Pillow's `convert("RGB")` and with it the released processors of CLIP, InfiMM and Mono-InternVL (`data.image_transform`)."""
     jpeg_quality: tuple[int, int] | None = None
     """Augmentation of training images: each is encoded as JPEG of a random quality from the first to the second of these (0 to 100), and
-    decoded again by Pillow, before it is resized. None leaves images as they are."""
+    decoded again by Pillow, before it is resized; where images are cut into tiles each tile is, after that, with a quality of its own.
+    None leaves images as they are."""
     decode_threads: int = 4
     """Threads that decode images, per process."""
     read_threads: int = 4

@@ -195,18 +195,31 @@ def test_an_image_in_another_s_place_has_as_many_tiles() -> None:
     decoder.close()
 
 
-@pytest.mark.parametrize("tiling", [None, TILED.tiling])
-def test_artefacts_are_those_of_the_quality(tiling: Tiling | None) -> None:
-    image = replace(TILED, tiling=tiling)
-    decoder = TileDecoder(image, threads=1)
-    tiles = range(3 if tiling else 1)
-    wanted = EncodedTiles(picture(size=(100, 50), form="PNG"), width=100, height=50, tiles=tiles)
-    clean, poor, good = (decoder.decode([replace(wanted, quality=quality)]).pixels.float() for quality in (None, 10, 100))
+def degraded(image: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
-    image_of(100, 50).save(buffer, "JPEG", quality=10)
-    again = decoder.decode([replace(wanted, data=buffer.getvalue())]).pixels.float()
-    assert torch.equal(poor, again)
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer)
+
+
+def test_artefacts_of_an_image_that_is_not_cut_come_before_it_is_resized() -> None:
+    decoder = TileDecoder(replace(TILED, tiling=None), threads=1)
+    wanted = EncodedTiles(picture(size=(100, 50), form="PNG"), width=100, height=50, tiles=range(1))
+    clean, poor, good = (decoder.decode([replace(wanted, qualities=q)]).pixels.float() for q in ((), (10,), (100,)))
+    expected = np.asarray(degraded(image_of(100, 50), 10).resize((64, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert (poor[0].numpy() == expected).all()
     assert (poor - clean).abs().mean() > 1.3 * (good - clean).abs().mean()
+    decoder.close()
+
+
+def test_every_tile_has_its_own_artefacts_after_it_is_cut() -> None:
+    """The order of Mono-InternVL's training: resize, cut, thumbnail last, then each tile by itself through JPEG."""
+    decoder, qualities = TileDecoder(TILED, threads=1), (10, 80, 40)
+    wanted = EncodedTiles(picture(size=(100, 50), form="PNG"), width=100, height=50, tiles=range(3), qualities=qualities)
+    found = decoder.decode([wanted, replace(wanted, tiles=range(1, 3), qualities=qualities[1:])]).pixels
+    clean = cut_tiles(image_of(100, 50), TILED.tiling, TILED.size)  # type: ignore[arg-type]
+    expected = [np.asarray(degraded(Image.fromarray(t.transpose(1, 2, 0)), q)) for t, q in zip(clean, qualities, strict=True)]
+    assert (found[:3].numpy() == np.stack(expected).transpose(0, 3, 1, 2)).all()
+    assert torch.equal(found[3:], found[1:3])
     decoder.close()
 
 
@@ -254,11 +267,12 @@ def test_a_batch_of_tiled_images(demo_data: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiled")
-@pytest.mark.parametrize("images", ["true", "shuffled", "blank"])
-def test_the_tensor_ranks_share_the_tiles(demo_data: Path, images: str) -> None:
-    """Also of images of which two of them have a part; shuffled and blank images take the same places."""
-    data: dict[str, Any] = {"images": images, "mixture": {"pairs": 1.0}}
-    (whole,), (true,) = load(demo_data, **data), load(demo_data, mixture={"pairs": 1.0})
+@pytest.mark.parametrize(("images", "jpeg_quality"), [("true", None), ("true", (20, 90)), ("shuffled", None), ("blank", None)])
+def test_the_tensor_ranks_share_the_tiles(demo_data: Path, images: str, jpeg_quality: tuple[int, int] | None) -> None:
+    """Also of images of which two of them have a part; shuffled and blank images take the same places, and a tile has the same artefacts
+    wherever it is decoded."""
+    data: dict[str, Any] = {"images": images, "mixture": {"pairs": 1.0}, "jpeg_quality": jpeg_quality}
+    (whole,), (true,) = load(demo_data, **data), load(demo_data, mixture={"pairs": 1.0}, jpeg_quality=jpeg_quality)
     parts = [load(demo_data, replace(ALONE, tensor_size=3, tensor_rank=rank), **data)[0] for rank in range(3)]
     for number, batch in enumerate(whole.micro_batches):
         mine = [part.micro_batches[number] for part in parts]

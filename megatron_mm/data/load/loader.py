@@ -369,13 +369,14 @@ class Loader:
         return self._tile_decoder.decode([self._encoded(shown, blob) for shown, blob in zip(draft.shown, blobs, strict=True)])
 
     def _encoded(self, shown: _Shown, blob: bytes) -> EncodedTiles:
-        """An image with the size of the place that it stands in, and the quality that chance gives it there."""
-        quality = None
+        """An image with the size of the place that it stands in, and the quality that chance gives each of its tiles there, whichever
+        process decodes it."""
+        place, tiles, qualities = shown.placed.image, shown.tiles, ()
         if self.config.jpeg_quality is not None:
             least, most = self.config.jpeg_quality
-            quality = int(np.random.default_rng(shown.placed.seed).integers(least, most, endpoint=True))
-        place = shown.placed.image
-        return EncodedTiles(blob, width=place.width, height=place.height, tiles=shown.tiles, quality=quality)
+            drawn = np.random.default_rng(shown.placed.seed).integers(least, most, size=place.tiles, endpoint=True)
+            qualities = tuple(drawn[tiles.start : tiles.stop].tolist())
+        return EncodedTiles(blob, width=place.width, height=place.height, tiles=tiles, qualities=qualities)
 
     def _tally_images(self, decoded: list[_Shown], ok: np.ndarray, bad: Counter[str]) -> None:
         for shown, good in zip(decoded, ok.tolist(), strict=True):

@@ -32,8 +32,9 @@ class EncodedTiles:
     """What the plan counted its tiles from, pixels. An image of another size is squashed to it, so that it has as many."""
     tiles: range
     """Which of its tiles are wanted, one after another."""
-    quality: int | None = None
-    """Encode the image as JPEG of this quality, and decode it again, before it is resized."""
+    qualities: tuple[int, ...] = ()
+    """One for each of the wanted tiles: encode it as JPEG of this quality, and decode it again, after the image was resized and cut, as
+    Mono-InternVL's training does. An image that is not cut is encoded before it is resized. Empty leaves the pixels as they are."""
 
 
 class TileDecoder:
@@ -65,18 +66,24 @@ class TileDecoder:
     def _tiles(self, image: Image.Image, wanted: EncodedTiles) -> np.ndarray:
         transform, tiling = self.image.transform, self.image.tiling
         if tiling is None:
-            image = image if wanted.quality is None else _degraded(transform.rgb(image), wanted.quality)
-            return np.asarray(transform.square(image)).transpose(2, 0, 1)[None]
+            image = _degraded(transform.rgb(image), wanted.qualities[0]) if wanted.qualities else image
+            return _pixels(transform.square(image))[None]
         rgb = transform.rgb(image)
-        if wanted.quality is not None:
-            rgb = _degraded(rgb, wanted.quality)
         if rgb.size != (wanted.width, wanted.height):
             rgb = rgb.resize((wanted.width, wanted.height), Image.Resampling.BICUBIC)
-        return cut_tiles(rgb, tiling, self.image.size)[wanted.tiles.start : wanted.tiles.stop]
+        tiles = cut_tiles(rgb, tiling, self.image.size)[wanted.tiles.start : wanted.tiles.stop]
+        for tile, quality in zip(tiles, wanted.qualities, strict=bool(wanted.qualities)):
+            tile[:] = _pixels(_degraded(Image.fromarray(tile.transpose(1, 2, 0)), quality))
+        return tiles
 
     def close(self) -> None:
         """Stop the threads."""
         self._threads.shutdown()
+
+
+def _pixels(rgb: Image.Image) -> np.ndarray:
+    """[3, height, width] uint8."""
+    return np.asarray(rgb).transpose(2, 0, 1)
 
 
 def _degraded(rgb: Image.Image, quality: int) -> Image.Image:
