@@ -11,6 +11,7 @@ from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.registry import family_of
 from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
 from megatron_mm.hf.configs import Architecture, image_processor_config, language_model_config, vision_model_config, write_document
+from megatron_mm.hf.decoder_variants import check_decoder_alone, variant_of
 from megatron_mm.hf.decoders import internlm2_table, llama_table
 from megatron_mm.hf.mapping import Entry
 from megatron_mm.hf.tokenizer import export_tokenizer, generation_config
@@ -28,6 +29,7 @@ def language_table(experiment: Experiment, *, architecture: Architecture, vocab_
         raise ValueError(f"the decoder of {experiment.recipe} has visual experts, which Llama has not: leave out --part")
     if architecture == "internlm2" and decoder.tied_embeddings:
         raise ValueError(f"the decoder of {experiment.recipe} ties its output layer, which InternLM2 does not: use --architecture llama")
+    check_decoder_alone(decoder)
     table = internlm2_table if architecture == "internlm2" else llama_table
     return table(decoder, vocab_rows=vocab_rows)
 
@@ -58,6 +60,9 @@ def write_language_files(
             shutil.copyfile(tokenizer, out / "tokenizer.model")
             logger.info("the %d written rows lack those of special tokens, so tokenizer.model is written as it is, alone", rows)
     write_document(out / "config.json", config)
+    variant = variant_of(decoder)
+    for file in variant.modeling.files if variant.modeling and not variant.is_llama else ():
+        shutil.copyfile(file, out / file.name)
 
 
 def write_vision_files(experiment: Experiment, out: Path, *, dtype: str) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_mm.config import DecoderConfig, ModelConfig
 from megatron_mm.conversion.hf_reader import HfReader
 from megatron_mm.families.registry import FAMILIES, family_of
+from megatron_mm.hf.decoder_variants import DECODER_VARIANTS
+from megatron_mm.hf.field_tables import EXPORTED_ALONE
 from megatron_mm.hf.formats import FORMATS, AnyFormat, Naming, Part
 from megatron_mm.hf.mapping import Entry
+from megatron_mm.hf.preprocessing import image_settings, same_colours
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +62,14 @@ def open_source(path: Path, part: Part, model: ModelConfig, *, sequence_length: 
         logger.warning("%s has no %s beside it: only shapes are checked, not heads, norms or activations", path, known.config_file)
     else:
         _warn_of_limits(document, path, sequence_length=sequence_length)
-        settings = known.settings(document)
+        settings = _settings(document, name, known, where=reader.folder / known.config_file)
         tied = bool(settings.pop("tied_embeddings", tied))
-        _check_settings(
-            settings, ours, where=f"{path}/{known.config_file}", group={"language": "decoder.", "vision": "vision."}.get(part, "")
-        )
+        if settings.get("max_positions", settings.get("decoder.max_positions")) == sequence_length:  # an export of a recipe that has none
+            settings = {field: value for field, value in settings.items() if not field.endswith("max_positions")}
+        group = {"language": "decoder.", "vision": "vision."}.get(part, "")
+        _check_settings(settings, ours, where=str(reader.folder / known.config_file), group=group)
+    if part != "language":
+        _check_images(reader, model)
     if isinstance(ours, DecoderConfig) and ours.tied_embeddings and not tied:
         raise ValueError(f"{path} has an output layer of its own, but the recipe ties it: use --model.decoder.no-tied-embeddings")
     naming = Naming(prefix, tied, family_of(model).language_mlps)
@@ -88,12 +94,19 @@ def _detect(reader: HfReader, part: Part, known: Mapping[str, AnyFormat]) -> tup
 def _checked_document(reader: HfReader, name: str, known: AnyFormat) -> dict[str, Any] | None:
     """config.json, of a model type that the format knows. Raises ValueError for any other."""
     document = reader.config(known.config_file)
-    if document is not None and known.model_types and document.get("model_type") not in known.model_types:
+    if document is not None and known.model_types and document.get("model_type") not in (*known.model_types, *_own_types(document)):
         raise ValueError(
             f"{reader.path} has tensors named like those of {name}, but its {known.config_file} says model_type "
             f"{document.get('model_type')!r}, which computes something else; known are {list(known.model_types)}"
         )
     return document
+
+
+def _own_types(document: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a decoder's own modeling code calls itself, if a known decoder variant brings it."""
+    variant = document.get("decoder_variant")
+    known = DECODER_VARIANTS.get(variant) if isinstance(variant, str) else None
+    return (known.modeling.model_type,) if known and known.modeling else ()
 
 
 def _warn_of_limits(document: Mapping[str, Any], path: Path, *, sequence_length: int) -> None:
@@ -107,21 +120,58 @@ def _warn_of_limits(document: Mapping[str, Any], path: Path, *, sequence_length:
             logger.warning("%s has %s %d, but sequences have %d tokens: %s", path, name, limit, sequence_length, meaning)
 
 
+def _settings(document: dict[str, Any], name: str, known: AnyFormat, *, where: Path) -> dict[str, Any]:
+    """The fields of the recipe's part that must be equal. Raises ValueError where the document is no such configuration."""
+    try:
+        return known.settings(document)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{where} is no configuration of format {name} ({type(error).__name__}: {error}): get it again, or correct it"
+        ) from None
+
+
 def _check_settings(theirs: dict[str, Any], ours: Any, *, where: str, group: str) -> None:
+    """Raise ValueError for fields that differ; of those that change nothing in training say it."""
     differences = []
     for field, value in theirs.items():
         found: Any = ours
         for name in field.split("."):
-            found = getattr(found, name)
-        if found != value:
-            differences.append(f"{field} is {value} there and {found} in the recipe ({_option(f'{group}{field}', value)})")
+            found = getattr(found, name, None)
+        if found == value:
+            continue
+        line = f"{field} is {value} there and {found} in the recipe ({_option(f'{group}{field}', value)})"
+        if field.rpartition(".")[2] in EXPORTED_ALONE:
+            logger.warning("%s: %s: training is the same, and exports will say what the recipe does", where, line)
+        else:
+            differences.append(line)
     if differences:
         raise ValueError(f"{where} describes another model: {'; '.join(differences)}")
+
+
+def _check_images(reader: HfReader, model: ModelConfig) -> None:
+    """Raise ValueError where the source's images were normalised otherwise; say where they became square in another way."""
+    parts = [part.name for part in fields(model) if hasattr(getattr(model, part.name), "mean")]
+    try:
+        documents = image_settings(reader.config)
+    except ValueError as error:
+        raise ValueError(f"{reader.folder}: {error}") from None
+    for part in parts:
+        ours = getattr(model, part)
+        for file, found in documents.items():
+            settings = {name: value for name, value in found.items() if hasattr(ours, name)}
+            for name in ("mean", "std"):
+                if name in settings and same_colours(settings[name], getattr(ours, name)):
+                    del settings[name]
+            _check_settings(settings, ours, where=str(reader.folder / file), group=f"{part}.")
 
 
 def _option(field: str, value: Any) -> str:
     """The words on the command line that give a field of the model a value."""
     *parts, name = field.replace("_", "-").split(".")
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value))
     if isinstance(value, bool):
         return f"--model.{'.'.join([*parts, name if value else f'no-{name}'])}"
     return f"--model.{'.'.join([*parts, name])} {value}"

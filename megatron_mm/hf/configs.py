@@ -74,10 +74,11 @@ def language_model_config(
         "bias": False,
     }
     names = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "internlm2": "InternLM2ForCausalLM"}
+    own = None if variant_of(decoder).is_llama else variant_of(decoder).modeling
     return {
-        "architectures": [names[architecture]],
-        **(of_internlm2 if architecture == "internlm2" else {}),
-        "model_type": architecture,
+        "architectures": [own.architecture if own else names[architecture]],
+        **({"auto_map": dict(own.auto_map)} if own else of_internlm2 if architecture == "internlm2" else {}),
+        "model_type": own.model_type if own else architecture,
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5
         **decoder_config(decoder, sequence_length=sequence_length, vocab_rows=vocab_rows),

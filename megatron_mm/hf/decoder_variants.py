@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mm.config import DecoderConfig
@@ -19,19 +20,58 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
+def _same_config(config: TransformerConfig) -> TransformerConfig:
+    return config
+
+
+def _same_spec(spec: ModuleSpec, backend: str) -> ModuleSpec:
+    return spec
+
+
+def _no_entries(ours: str, theirs: str) -> list[Entry]:
+    return []
+
+
+@dataclass(frozen=True)
+class ModelingCode:
+    """Code for transformers that goes beside an exported decoder."""
+
+    files: tuple[Path, ...]
+    """Python files, copied beside the weights."""
+    architecture: str
+    """Class of the model with its head, such as ThreeNormsForCausalLM."""
+    auto_map: Mapping[str, str]
+    """transformers' automatic classes -> FILE.CLASS: AutoConfig and AutoModelForCausalLM."""
+    model_type: str
+    """`model_type` of its configuration class."""
+
+
 @dataclass(frozen=True)
 class DecoderVariant:
     """What differs; each part is a Llama's unless it is given."""
 
-    transformer_config: Callable[[TransformerConfig], TransformerConfig] = lambda config: config
+    transformer_config: Callable[[TransformerConfig], TransformerConfig] = _same_config
     """megatron-core's configuration of a Llama -> the variant's."""
-    layer_spec: Callable[[ModuleSpec, str], ModuleSpec] = lambda spec, backend: spec
+    layer_spec: Callable[[ModuleSpec, str], ModuleSpec] = _same_spec
     """(the spec of a Llama's layer, layer backend) -> the variant's. New norms must be marked with `init_value`, new matrices get
     `DecoderConfig.init_std`."""
-    entries: Callable[[str, str], list[Entry]] = lambda ours, theirs: []
+    entries: Callable[[str, str], list[Entry]] = _no_entries
     """(our prefix of a layer, theirs) -> how its additional tensors are called."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What config.json says of it, such as {"hidden_act": "gelu"}."""
+    llama_computes: bool | None = None
+    """Whether transformers' Llama computes the same when config.json has `settings`. None: yes where layers are a Llama's and `settings`
+    say what `transformer_config` changes, no anywhere else."""
+    modeling: ModelingCode | None = None
+    """Code that computes an exported decoder where transformers' Llama does not."""
+
+    @property
+    def is_llama(self) -> bool:
+        """transformers' Llama, told `settings`, computes the same."""
+        if self.llama_computes is not None:
+            return self.llama_computes
+        same_layers = self.layer_spec is _same_spec and self.entries is _no_entries
+        return same_layers and (self.transformer_config is _same_config or bool(self.settings))
 
 
 DECODER_VARIANTS: dict[str, DecoderVariant] = {"llama": DecoderVariant()}
@@ -53,16 +93,38 @@ def variant_of(config: DecoderConfig) -> DecoderVariant:
     return DECODER_VARIANTS[config.variant]
 
 
-def refuse_additional_tensors(config: DecoderConfig, *, code: str) -> None:
-    """Raise ValueError, with names, where the variant gives a layer tensors for which exported modeling code has no module.
+def check_exported_decoder(config: DecoderConfig, *, code: str) -> None:
+    """Raise ValueError where a whole model's modeling code, which computes a Llama, would compute something else.
 
     Args:
         code: whose modeling code it is, such as "an exported MM1".
     """
-    layers = (f"language.decoder.layers.{number}" for number in range(config.num_layers))
-    names = [entry.ours for layer in layers for entry in variant_of(config).entries(layer, layer)]
+    variant = variant_of(config)
+    names = [entry.ours for layer in _layers(config) for entry in variant.entries(layer, layer)]
     if names:
         raise ValueError(
             f"the modeling code of {code} has no module for {len(names)} tensors of the decoder variant {config.variant!r} ({names[0]}, "
-            "...): it would drop them and compute something else. Export with --part language, for modeling code of your own"
+            "...): it would drop them and compute something else. Export with --part language, with modeling code of your own"
         )
+    if not variant.is_llama:
+        raise ValueError(
+            f"the modeling code of {code} computes a Llama, and the decoder variant {config.variant!r} computes something else: "
+            f"{_DECLARE}. Or export with --part language, with modeling code of your own"
+        )
+
+
+def check_decoder_alone(config: DecoderConfig) -> None:
+    """Raise ValueError where a decoder alone would be loaded as a Llama and is none."""
+    variant = variant_of(config)
+    if not variant.is_llama and variant.modeling is None and "architectures" not in variant.settings:
+        raise ValueError(
+            f"transformers' Llama does not compute the decoder variant {config.variant!r}: give `DecoderVariant.modeling`, code that does, "
+            f"or name another class of transformers in `settings` (model_type, architectures). Or {_DECLARE}"
+        )
+
+
+_DECLARE = "if config.json can say all that differs, give `DecoderVariant.settings`, and llama_computes=True where layers differ, too"
+
+
+def _layers(config: DecoderConfig) -> list[str]:
+    return [f"language.decoder.layers.{number}" for number in range(config.num_layers)]

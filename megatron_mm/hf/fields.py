@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,8 @@ class ConfigField:
 
     path: str
     """Its name, with dots where it is in a part."""
+    kind: type | None = None
+    """What its values are in JSON: int, float (which an int is too), bool, str, list or dict; None is anything."""
     read: str = ""
     """The field of the recipe's model that must equal it, with dots."""
     convert: Callable[[Any], Any] = lambda value: value
@@ -33,26 +35,63 @@ class ConfigField:
     """Why it is not compared, or what it is."""
 
 
-def read_fields(document: Mapping[str, Any], fields: Iterable[ConfigField]) -> dict[str, Any]:
+def nested(part: str, fields: Iterable[ConfigField], *, ours: str) -> tuple[ConfigField, ...]:
+    """The fields of a part, as fields of the whole file.
+
+    Args:
+        part: the part's name there.
+        ours: the part of the recipe's model that it describes.
+    """
+    return tuple(replace(field, path=f"{part}.{field.path}", read=f"{ours}.{field.read}" if field.read else "") for field in fields)
+
+
+def read_fields(
+    document: Mapping[str, Any], fields: Iterable[ConfigField], *, also: Mapping[str, Any] | None = None, file: str = "config.json"
+) -> dict[str, Any]:
     """The fields of the recipe's model that must be equal, with their values.
 
-    Raises ValueError that lists every field with a value that our model does not compute.
+    Args:
+        also: values that are right, too, by their paths: those that a decoder variant explains.
+        file: name of the file that holds the document, for the log.
+
+    Raises ValueError that lists every field with a value of another type, or one that our model does not compute.
     """
     found, wrong, fields = {}, [], tuple(fields)
     for field in fields:
         given = _value(document, field.path)
         value = field.default if given is None else given
-        if field.must_be and value not in field.must_be:
-            allowed = " or ".join(repr(option) for option in field.must_be)
-            wrong.append(f"{field.path} is {value!r}, but our model computes {allowed}" + (f" ({field.note})" if field.note else ""))
+        if given is not None and field.kind is not None and not _is(given, field.kind):
+            wrong.append(f"{field.path} is {given!r}, but must be {_KINDS[field.kind]}")
+            continue
+        allowed = (*field.must_be, *([also[field.path]] if also and field.path in also else []))
+        if field.must_be and value not in allowed:
+            values = " or ".join(repr(option) for option in field.must_be)
+            wrong.append(f"{field.path} is {value!r}, but our model computes {values}" + (f" ({field.note})" if field.note else ""))
         if field.read and (given is not None or field.default is not None):
             found[field.read] = field.convert(value)
     if wrong:
-        raise ValueError(f"config.json describes another model: {'; '.join(wrong)}")
+        raise ValueError(f"it describes another model: {'; '.join(wrong)}")
     unknown = unknown_fields(document, fields)
     if unknown:
-        logger.warning("config.json has fields that are not known here and have no effect: %s", ", ".join(unknown))
+        logger.warning("%s has fields that are not known here and have no effect: %s", file, ", ".join(unknown))
     return found
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value of JSON is of a kind; true and false are no numbers."""
+    if kind in (int, float):
+        return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
+    return isinstance(value, Mapping if kind is dict else list | tuple if kind is list else kind)
 
 
 def unknown_fields(document: Mapping[str, Any], fields: Iterable[ConfigField]) -> list[str]:
@@ -72,7 +111,7 @@ def unknown_fields(document: Mapping[str, Any], fields: Iterable[ConfigField]) -
 def flat(document: Mapping[str, Any], *, prefix: str = "") -> Iterator[str]:
     """The names of all fields, with dots."""
     for name, value in document.items():
-        if isinstance(value, Mapping) and name.endswith(("config", "visual", "language")):
+        if isinstance(value, Mapping) and name.endswith(("config", "cfg", "visual", "language")):
             yield from flat(value, prefix=f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"

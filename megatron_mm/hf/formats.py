@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from megatron_mm.config import DecoderConfig, EvaConfig, VisionConfig
 from megatron_mm.hf.decoders import internlm2_table, llama_table
 from megatron_mm.hf.mapping import Entry
-from megatron_mm.hf.settings import clip_settings, decoder_settings, open_clip_settings
+from megatron_mm.hf.settings import clip_settings, decoder_settings, eva_settings, open_clip_settings
 from megatron_mm.hf.towers import clip_table, eva_table, open_clip_table
 
 Part = Literal["whole", "language", "vision"]
@@ -130,7 +130,7 @@ FORMATS: dict[str, AnyFormat] = {
         prefixes={"visual.": (EVA_ROTARY, r"logit_scale|text\..*"), "": (EVA_ROTARY,)},
         config=EvaConfig,
         table=lambda config, naming: eva_table(config, prefix=naming.prefix),
-        settings=lambda document: {},
+        settings=eva_settings,
         config_file="eva_config.json",
     ),
 }

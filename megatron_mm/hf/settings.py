@@ -1,6 +1,7 @@
 """What a configuration beside weights says, in the words of ours: config.json -> fields of a recipe's model that must be equal.
 
-Fields of nested parts are written with dots: `decoder.num_layers`. What a file leaves out has the default of the code that reads it.
+Fields of nested parts are written with dots: `decoder.num_layers`. What a file leaves out has the default of the code that reads it. The
+tables (`hf.field_tables`) say what becomes of each field; here is what takes several of them.
 """
 
 from __future__ import annotations
@@ -9,74 +10,104 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_mm.hf.decoder_variants import DECODER_VARIANTS
+from megatron_mm.hf.field_tables import CLIP_FIELDS, DECODER_FIELDS, EVA_FIELDS, OPEN_CLIP_FIELDS
+from megatron_mm.hf.fields import ConfigField, read_fields
 
 
-def decoder_settings(document: Mapping[str, Any]) -> dict[str, Any]:
+def decoder_settings(document: Mapping[str, Any], *, more: tuple[ConfigField, ...] = ()) -> dict[str, Any]:
     """A config.json of Llama's kind -> fields of a DecoderConfig. What is not given has Llama's defaults.
+
+    Args:
+        more: fields that a family's decoders have besides.
 
     Raises ValueError for a decoder that ours is not: biases, another activation, scaled rotary positions.
     """
-    heads, width = document.get("num_attention_heads", 32), document.get("hidden_size", 4096)
-    rotary = {**document, **(document.get("rope_parameters") or {})}
-    scaling = document.get("rope_scaling") or document.get("rope_parameters") or {}
+    fields = (*DECODER_FIELDS, *more)
+    found = read_fields(document, fields, also=explained_fields(document))
+    return {**found, **decoder_values(document)}
+
+
+def explained_fields(decoder: Mapping[str, Any], *, part: str = "") -> dict[str, Any]:
+    """Values that the decoder variant of a configuration explains, by their paths.
+
+    Args:
+        part: name of the part that describes the decoder, with a dot.
+    """
+    variant = decoder.get("decoder_variant")
+    settings = DECODER_VARIANTS[variant].settings if isinstance(variant, str) and variant in DECODER_VARIANTS else {}
+    return {f"{part}{name}": value for name, value in settings.items()}
+
+
+def decoder_values(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What takes several fields of a checked decoder. Raises ValueError for rotary positions that ours does not compute."""
+    heads, width = document.get("num_attention_heads") or 32, document.get("hidden_size") or 4096
+    parameters = document.get("rope_parameters") or {}
+    scaling = document.get("rope_scaling") or parameters
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    variant = document.get("decoder_variant", "llama")
-    explained = DECODER_VARIANTS[variant].settings if variant in DECODER_VARIANTS else {}
-    wrong = {
-        "hidden_act": document.get("hidden_act", "silu") not in ("silu", "swish"),
-        "attention_bias": bool(document.get("attention_bias", False)),
-        "mlp_bias": bool(document.get("mlp_bias", False)),
-        "bias": bool(document.get("bias", False)) and document.get("model_type") == "internlm2",
-        "rope_scaling": kind not in ("default", "dynamic"),  # dynamic changes nothing up to max_position_embeddings
-    }
+    by_layer = [name for name, value in scaling.items() if isinstance(value, Mapping)]
+    explained = "rope_scaling" in explained_fields(document)
+    # dynamic changes nothing up to max_position_embeddings
+    if not explained and (kind not in ("default", "dynamic") or by_layer or scaling.get("partial_rotary_factor", 1.0) != 1.0):
+        given = {name: document[name] for name in ("rope_scaling", "rope_parameters") if document.get(name)}
+        raise ValueError(f"the language model has {given}, but our decoder has plain rotary positions, or dynamic ones")
+    bases = {float(given["rope_theta"]) for given in (document, parameters) if given.get("rope_theta") is not None}
+    if len(bases) > 1:
+        raise ValueError(
+            f"the language model's part contradicts itself: rope_theta is {document['rope_theta']}, and in rope_parameters "
+            f"{parameters['rope_theta']}: correct one of them"
+        )
     found = {
-        name: document.get(name)
-        for name, is_wrong in wrong.items()
-        if is_wrong and not (name in explained and document.get(name) == explained[name])
-    }
-    if found:
-        raise ValueError(f"the language model's config.json has {found}, but our decoder has SiLU, no biases and plain rotary positions")
-    return {
-        "num_layers": document.get("num_hidden_layers", 32),
-        "hidden_size": width,
-        "ffn_hidden_size": document.get("intermediate_size", 11008),
-        "num_attention_heads": heads,
         "num_query_groups": document.get("num_key_value_heads") or heads,
         "head_dim": document.get("head_dim") or width // heads,
-        "rotary_base": float(rotary.get("rope_theta", 10000.0)),
-        "norm_epsilon": document.get("rms_norm_eps", 1e-6),
-        "tied_embeddings": document.get("tie_word_embeddings", False),
-        "variant": variant,
+        "rotary_base": bases.pop() if bases else 10000.0,
     }
+    return {**found, **({"rotary_scaling": float(scaling["factor"])} if kind == "dynamic" and "factor" in scaling else {})}
 
 
 def clip_settings(document: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a CLIP model or its tower -> fields of a VisionConfig. What is not given has CLIP's defaults."""
-    vision = document.get("vision_config") or document.get("vision_config_dict") or document
-    return {
-        "num_layers": vision.get("num_hidden_layers", 12),
-        "hidden_size": vision.get("hidden_size", 768),
-        "ffn_hidden_size": vision.get("intermediate_size", 3072),
-        "num_attention_heads": vision.get("num_attention_heads", 12),
-        "patch_size": vision.get("patch_size", 32),
-        "activation": vision.get("hidden_act", "quick_gelu"),
-        "norm_epsilon": vision.get("layer_norm_eps", 1e-5),
-    }
+    return read_fields(document.get("vision_config") or document.get("vision_config_dict") or document, CLIP_FIELDS)
 
 
 def open_clip_settings(document: Mapping[str, Any]) -> dict[str, Any]:
     """open_clip_config.json -> fields of a VisionConfig. What is not given has open_clip's defaults."""
-    model = document.get("model_cfg", document)
-    vision = model.get("vision_cfg", {})
-    width = vision.get("width", 768)
+    model = document.get("model_cfg") or document
+    found = read_fields(model, OPEN_CLIP_FIELDS, file="open_clip_config.json")
+    vision = model.get("vision_cfg") or {}
+    width, norms = vision.get("width", 768), dict(vision.get("norm_kwargs") or {})
+    epsilon = norms.pop("eps", 1e-5)
+    if norms:
+        raise ValueError(f"it describes another model: vision_cfg.norm_kwargs has {norms} besides eps")
     return {
-        "num_layers": vision.get("layers", 12),
-        "hidden_size": width,
+        **found,
         "ffn_hidden_size": int(width * vision.get("mlp_ratio", 4.0)),
         "num_attention_heads": width // vision.get("head_width", 64),
-        "patch_size": vision.get("patch_size", 16),
-        "activation": "quick_gelu" if model.get("quick_gelu", False) else "gelu",
-        "norm_epsilon": vision.get("norm_kwargs", {}).get("eps", 1e-5),
+        "norm_epsilon": epsilon,
+    }
+
+
+def eva_settings(document: Mapping[str, Any]) -> dict[str, Any]:
+    """EVA-CLIP's model configuration (`EVA02-CLIP-L-14-336.json` and its like) -> fields of an EvaConfig."""
+    visual = {**(document.get("vision_cfg") or {}), "embed_dim": document.get("embed_dim")}
+    return {**read_fields(visual, EVA_FIELDS, file="eva_config.json"), **eva_values(visual)}
+
+
+def eva_values(visual: Mapping[str, Any], *, part: str = "") -> dict[str, Any]:
+    """What takes several fields of a checked tower. Raises ValueError for a block that ours is not.
+
+    Args:
+        part: name of the part that describes the tower, with a dot.
+    """
+    for name, other in (("subln", "naiveswiglu"), ("intp_freq", "rope")):
+        if bool(visual.get(name, False)) != bool(visual.get(other, False)):
+            raise ValueError(
+                f"it describes another model: {part}{name} differs from {part}{other}, and our EVA tower has both or none of them"
+            )
+    width = visual.get("width", 768)
+    return {
+        "num_attention_heads": width // visual.get("head_width", 64),
+        "ffn_hidden_size": int(width * visual.get("mlp_ratio", 4.0)),
+        "rotary_grid": visual.get("pt_hw_seq_len", 16) if visual.get("rope", False) else None,
     }
 
 

@@ -124,9 +124,14 @@ def test_too_many_tokens_for_the_recipe(llama: Path, tmp_path: Path) -> None:
         ),
         ({"rms_norm_eps": 1e-6}, "norm_epsilon is 1e-06 there and 1e-05 in the recipe (--model.decoder.norm-epsilon 1e-06)"),
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, "rotary_base is 1000000.0 there and 500.0 in the recipe"),
-        ({"rope_parameters": {"rope_theta": 500.0, "rope_type": "llama3", "factor": 8.0}}, "has {'rope_scaling': None}"),
-        ({"attention_bias": True}, "has {'attention_bias': True}, but our decoder has SiLU, no biases"),
-        ({"hidden_act": "gelu"}, "has {'hidden_act': 'gelu'}"),
+        (
+            {"rope_parameters": {"rope_theta": 500.0, "rope_type": "llama3", "factor": 8.0}},
+            "config.json: the language model has {'rope_parameters': {",
+        ),
+        ({"attention_bias": True}, "config.json: it describes another model: attention_bias is True, but our model computes False"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but our model computes 'silu' or 'swish'"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers is '4', but must be a whole number"),
+        ({"rope_parameters": [1]}, "rope_parameters is [1], but must be an object"),
     ],
 )
 def test_another_computation_under_the_same_names(llama: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.trained import Trained, train_one_step
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megatron_mm.conversion.files import TensorInfo
+from megatron_mm.conversion.from_hf import convert_from_hf
 from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.to_hf import Export, convert_to_hf, parse_size, plan_shards, plan_tensors
 from megatron_mm.families.mm1.config import MM1Config
@@ -24,7 +27,7 @@ from megatron_mm.families.mm1.names import mm1_table
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment, save_experiment
-from megatron_mm.hf.decoder_variants import DECODER_VARIANTS, DecoderVariant
+from megatron_mm.hf.decoder_variants import DECODER_VARIANTS, DecoderVariant, ModelingCode
 from megatron_mm.hf.mapping import Direct, to_hf
 from megatron_mm.models.layers import norm_module
 
@@ -206,6 +209,67 @@ def test_values_that_float16_cannot_hold_are_named(tokenizer_path: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def own_code(folder: Path) -> ModelingCode:
+    """A Llama whose feed-forwards count twice."""
+    (folder / "modeling_twice.py").write_text(TWICE)
+    auto_map = {"AutoConfig": "modeling_twice.TwiceConfig", "AutoModelForCausalLM": "modeling_twice.TwiceForCausalLM"}
+    return ModelingCode((folder / "modeling_twice.py",), "TwiceForCausalLM", auto_map, "twice")
+
+
+TWICE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class TwiceConfig(LlamaConfig):
+    model_type = "twice"
+
+class TwiceForCausalLM(LlamaForCausalLM):
+    config_class = TwiceConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp.register_forward_hook(lambda module, given, made: 2 * made)
+"""
+
+
+class MLPTwice(MLP):
+    """A feed-forward that counts twice."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        made, bias = super().forward(*args, **kwargs)
+        return 2 * made, bias
+
+
+def with_mlps_that_count_twice(spec: ModuleSpec, backend: str) -> ModuleSpec:
+    submodules = spec.submodules
+    return replace(spec, submodules=replace(submodules, mlp=replace(submodules.mlp, module=MLPTwice)))
+
+
+def test_a_decoder_variant_of_other_layers_is_no_llama(tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a Llama's tensors and computes something else: it goes out alone, with code of its own, or not at all."""
+    silent = DecoderVariant(layer_spec=with_mlps_that_count_twice)
+    monkeypatch.setitem(DECODER_VARIANTS, "twice", silent)
+    trained = train_one_step(tokenizer_path, tmp_path / "run", variant="twice")
+    for recipe, name in (("debug_mm1", "MM1"), ("debug_infimm", "InfiMM"), ("debug_mono_internvl", "Mono-InternVL")):
+        model = get_recipe(recipe).model
+        with pytest.raises(ValueError, match=rf"exported {name} computes a Llama, and the decoder variant 'twice' computes something else"):
+            family_of(model).check_export(replace(model, decoder=replace(model.decoder, variant="twice")))
+    with pytest.raises(ValueError, match="computes a Llama, and the decoder variant 'twice' computes something else"):
+        convert_to_hf(trained.checkpoint, tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"Llama does not compute the decoder variant 'twice': give `DecoderVariant.modeling`"):
+        convert_to_hf(trained.checkpoint, tmp_path / "alone", part="language")
+    monkeypatch.setitem(DECODER_VARIANTS, "twice", replace(silent, modeling=own_code(tmp_path)))
+    convert_to_hf(trained.checkpoint, tmp_path / "alone", part="language", dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "alone", trust_remote_code=True)
+    first, last = trained.batch.cu_seqlens[1:3].tolist()
+    with torch.no_grad():
+        found = theirs(trained.batch.token_ids[None, first:last]).logits[0]
+        plain = LlamaForCausalLM.from_pretrained(tmp_path / "alone")(trained.batch.token_ids[None, first:last]).logits[0]
+    assert (found - trained.logits[1]).abs().max() < 2e-5 < 1e-2 < (plain - trained.logits[1]).abs().max()
+    again = convert_from_hf(trained.experiment, tmp_path / "again", language=tmp_path / "alone")
+    assert again.sources["language (llama)"] == sum(parameter.numel() for parameter in theirs.parameters())
+
+
 def test_a_decoder_variant_with_tensors_of_its_own(trained: Trained, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code of whole models does not know them; the decoder alone goes out with all of them, or not at all."""
     norm = "post_mlp_layernorm.weight"
@@ -226,9 +290,12 @@ def test_a_decoder_variant_with_tensors_of_its_own(trained: Trained, copy: Path,
     monkeypatch.setattr(
         CheckpointReader, "read", lambda self, name, row=None: torch.ones(128) if name in names else read(self, name, row=row)
     )
+    with pytest.raises(ValueError, match="Llama does not compute the decoder variant 'three_norms'"):
+        convert_to_hf(copy, tmp_path / "alone", part="language", verify=False)
+    monkeypatch.setitem(DECODER_VARIANTS, "three_norms", replace(complete, modeling=own_code(tmp_path)))
     convert_to_hf(copy, tmp_path / "alone", part="language", verify=False)
     assert torch.equal(read_all(tmp_path / "alone")[f"model.layers.2.{norm}"], torch.ones(128))
-    monkeypatch.setitem(DECODER_VARIANTS, "three_norms", forgets)
+    monkeypatch.setitem(DECODER_VARIANTS, "three_norms", replace(forgets, modeling=own_code(tmp_path)))
     with pytest.raises(ValueError, match=rf"would lose 3 tensors of the decoder of debug_mm1, .*: language.decoder.layers.0.{norm}, "):
         convert_to_hf(copy, tmp_path / "lost", part="language", verify=False)
     assert not (tmp_path / "out").exists() and not (tmp_path / "lost").exists()

@@ -49,18 +49,24 @@ class Trained:
 
 
 def train_one_step(
-    tokenizer_path: Path, run_dir: Path, *, moe: MoEConfig | None = None, change: Callable[[torch.nn.Module], None] = lambda module: None
+    tokenizer_path: Path,
+    run_dir: Path,
+    *,
+    moe: MoEConfig | None = None,
+    variant: str = "llama",
+    change: Callable[[torch.nn.Module], None] = lambda module: None,
 ) -> Trained:
     """Random weights, norms and biases too, so that nothing that is mixed up agrees by chance; then one training step.
 
     Args:
+        variant: of the decoder.
         change: what else is done to the model before it is saved.
 
     The process groups are gone when it returns, so that other tests can make theirs.
     """
     recipe = get_recipe("debug_mm1")
     assert isinstance(recipe.model, MM1Config)
-    config = replace(recipe.model, decoder=replace(recipe.model.decoder, num_layers=3, num_query_groups=2, moe=moe))
+    config = replace(recipe.model, decoder=replace(recipe.model.decoder, num_layers=3, num_query_groups=2, moe=moe, variant=variant))
     experiment = replace(
         recipe, model=config, data=replace(recipe.data, tokenizer=tokenizer_path), checkpoint=CheckpointConfig(asynchronous=False)
     )

@@ -94,9 +94,9 @@ class InfiMMFamily(Family[InfiMMConfig]):
         return infimm_table(model, vocab_rows=vocab_rows)
 
     def check_export(self, model: InfiMMConfig) -> None:
-        from megatron_mm.hf.decoder_variants import refuse_additional_tensors
+        from megatron_mm.hf.decoder_variants import check_exported_decoder
 
-        refuse_additional_tensors(model.decoder, code="an exported InfiMM")
+        check_exported_decoder(model.decoder, code="an exported InfiMM")
 
     def constants(self, model: InfiMMConfig) -> dict[str, torch.Tensor]:
         from megatron_mm.families.infimm.names import infimm_constants

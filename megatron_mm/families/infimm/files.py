@@ -17,8 +17,9 @@ from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.infimm.config import END_OF_CHUNK, IMAGE, InfiMMConfig
 from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
 from megatron_mm.hf.configs import Architecture, copy_code, language_model_config, write_document
-from megatron_mm.hf.fields import ConfigField, read_fields
-from megatron_mm.hf.settings import decoder_settings, under
+from megatron_mm.hf.field_tables import DECODER_FIELDS, EVA_FIELDS, SAME, TRAINING
+from megatron_mm.hf.fields import ConfigField, nested, read_fields
+from megatron_mm.hf.settings import decoder_values, eva_values, explained_fields, under
 from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_run_tokenizer
 
 
@@ -172,64 +173,32 @@ def _visual_config(vision: EvaConfig) -> dict[str, Any]:
     }
 
 
-_TRAINING = "of training alone"
-_SAME = "another way to compute the same"
 CONFIG_FIELDS = (
     ConfigField("architectures", note="Mistral or Llama: the tensors say which"),
     ConfigField("model_type", must_be=("infimm", "infimm-zephyr"), default="infimm"),
-    ConfigField("cross_attn_every_n_layers", read="gated.every_n_layers", default=2),
-    ConfigField("seq_length", note="not used by the authors' code"),
-    ConfigField("use_grad_checkpoint", note=_TRAINING),
-    ConfigField("freeze_llm", note=_TRAINING),
-    ConfigField("use_flash_attn", note=_SAME),
-    ConfigField("image_token_id", note="the tokenizer says it"),
-    ConfigField("eoc_token_id", note="the tokenizer says it"),
-    ConfigField("resampler_config.num_latents", read="resampler.num_latents"),
-    ConfigField("resampler_config.num_layers", read="resampler.num_layers"),
-    ConfigField("resampler_config.num_attention_heads", read="resampler.num_attention_heads"),
-    ConfigField("resampler_config.head_dim", read="resampler.head_dim"),
-    ConfigField("resampler_config.ffn_multiplier", read="resampler.ffn_multiplier"),
-    ConfigField("gated_config.num_attention_heads", read="gated.num_attention_heads"),
-    ConfigField("gated_config.head_dim", read="gated.head_dim"),
-    ConfigField("gated_config.ffn_multiplier", read="gated.ffn_multiplier"),
-    ConfigField("visual.image_size", read="vision.image_size", default=224),
-    ConfigField("visual.patch_size", read="vision.patch_size", default=16),
-    ConfigField("visual.width", read="vision.hidden_size", default=768),
-    ConfigField("visual.layers", read="vision.num_layers", default=12),
-    ConfigField("visual.head_width", note="with width the number of heads"),
-    ConfigField("visual.mlp_ratio", note="with width the width of the MLP"),
-    ConfigField("visual.embed_dim", read="vision.output_size"),
-    ConfigField("visual.naiveswiglu", read="vision.swiglu", default=False),
-    ConfigField("visual.subln", note="must equal naiveswiglu: EVA-02's block has both"),
-    ConfigField("visual.postnorm", read="vision.block", convert=lambda post: "post_norm" if post else "pre_norm", default=False),
-    ConfigField("visual.rope", note="with pt_hw_seq_len the grid of rotary positions"),
-    ConfigField("visual.pt_hw_seq_len", note="the grid of rotary positions"),
-    ConfigField("visual.intp_freq", note="must equal rope: positions are spread over the grid of pre-training"),
-    ConfigField("visual.global_average_pool", must_be=(False,), default=False),
-    ConfigField("visual.ls_init_value", must_be=(None, 0, 0.0), note="layer-scale"),
-    ConfigField("visual.qkv_bias", must_be=(True,), default=True),
-    ConfigField("visual.patch_dropout", note=_TRAINING),
-    ConfigField("visual.drop_path_rate", note=_TRAINING),
-    ConfigField("visual.eva_model_name", note="a name"),
-    ConfigField("visual.xattn", note=_SAME),
-    ConfigField("visual.fusedLN", note=_SAME),
-    ConfigField("language.*", note="as of any decoder"),
+    ConfigField("cross_attn_every_n_layers", kind=int, read="gated.every_n_layers", default=2),
+    ConfigField("seq_length", kind=int, note="not used by the authors' code"),
+    ConfigField("use_grad_checkpoint", kind=bool, note=TRAINING),
+    ConfigField("freeze_llm", kind=bool, note=TRAINING),
+    ConfigField("use_flash_attn", kind=bool, note=SAME),
+    ConfigField("image_token_id", kind=int, note="the tokenizer says it"),
+    ConfigField("eoc_token_id", kind=int, note="the tokenizer says it"),
+    ConfigField("resampler_config.num_latents", kind=int, read="resampler.num_latents", default=64),
+    ConfigField("resampler_config.num_layers", kind=int, read="resampler.num_layers", default=6),
+    ConfigField("resampler_config.num_attention_heads", kind=int, read="resampler.num_attention_heads", default=8),
+    ConfigField("resampler_config.head_dim", kind=int, read="resampler.head_dim", default=64),
+    ConfigField("resampler_config.ffn_multiplier", kind=int, read="resampler.ffn_multiplier", default=4),
+    ConfigField("gated_config.num_attention_heads", kind=int, read="gated.num_attention_heads", default=8),
+    ConfigField("gated_config.head_dim", kind=int, read="gated.head_dim", default=64),
+    ConfigField("gated_config.ffn_multiplier", kind=int, read="gated.ffn_multiplier", default=4),
+    *nested("visual", EVA_FIELDS, ours="vision"),
+    *nested("language", DECODER_FIELDS, ours="decoder"),
 )
 """What becomes of each field of a released config.json. Latents and heads are constants of the authors' code; our own writes them."""
 
 
 def infimm_settings(document: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a released InfiMM -> fields of an InfiMMConfig. Raises ValueError for a model that ours is not."""
-    visual, decoder = document["visual"], decoder_settings(document["language"])
-    for name, other in (("subln", "naiveswiglu"), ("intp_freq", "rope")):
-        if bool(visual.get(name, False)) != bool(visual.get(other, False)):
-            raise ValueError(
-                f"config.json describes another model: visual.{name} differs from visual.{other}, and our EVA tower has both or none"
-            )
-    width = visual.get("width", 768)
-    computed = {
-        "num_attention_heads": width // visual.get("head_width", 64),
-        "ffn_hidden_size": int(width * visual.get("mlp_ratio", 4.0)),
-        "rotary_grid": visual["pt_hw_seq_len"] if visual.get("rope", False) else None,
-    }
-    return {**read_fields(document, CONFIG_FIELDS), **under("vision", computed), **under("decoder", decoder)}
+    visual, language = document["visual"], document["language"]
+    found = read_fields(document, CONFIG_FIELDS, also=explained_fields(language, part="language."))
+    return {**found, **under("vision", eva_values(visual, part="visual.")), **under("decoder", decoder_values(language))}

@@ -12,8 +12,10 @@ from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
 from megatron_mm.hf.configs import copy_code, decoder_config, tower_config, write_document
-from megatron_mm.hf.decoder_variants import refuse_additional_tensors
-from megatron_mm.hf.settings import clip_settings, decoder_settings, under
+from megatron_mm.hf.decoder_variants import check_exported_decoder
+from megatron_mm.hf.field_tables import CLIP_FIELDS, DECODER_FIELDS, EXPERT_FIELDS
+from megatron_mm.hf.fields import ConfigField, nested, read_fields
+from megatron_mm.hf.settings import decoder_values, explained_fields, under
 from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_run_tokenizer
 
 _EXPORTED_CONNECTORS = ("average", "attention", "c_abstractor")
@@ -27,7 +29,7 @@ def check_mm1_export(model: MM1Config) -> None:
             f"an exported MM1 has code for the connectors {', '.join(_EXPORTED_CONNECTORS)}, not for {model.connector.kind!r}: add it to "
             "families/mm1/hf_code/modeling_mm1.py, or export with --part language or --part vision"
         )
-    refuse_additional_tensors(model.decoder, code="an exported MM1")
+    check_exported_decoder(model.decoder, code="an exported MM1")
 
 
 def write_mm1_files(
@@ -125,8 +127,27 @@ def _experts_config(decoder: DecoderConfig) -> dict[str, Any]:
     }
 
 
+_TIED = "tie_word_embeddings"
+CONFIG_FIELDS = (
+    ConfigField("architectures", must_be=(["MM1ForConditionalGeneration"],), default=["MM1ForConditionalGeneration"]),
+    ConfigField("model_type", must_be=("mm1",), default="mm1"),
+    ConfigField("image_token_id", kind=int, note="the tokenizer says it"),
+    ConfigField(_TIED, kind=bool, read="decoder.tied_embeddings", default=True),
+    ConfigField("connector_config.kind", kind=str, read="connector.kind", default="c_abstractor"),
+    ConfigField("connector_config.num_tokens", kind=int, read="connector.num_tokens", default=144),
+    ConfigField("connector_config.hidden_size", kind=int, read="connector.hidden_size", default=1024),
+    ConfigField("connector_config.depth", kind=int, read="connector.depth", default=3),
+    ConfigField("connector_config.num_attention_heads", kind=int, read="connector.num_attention_heads", default=16),
+    *nested("vision_config", CLIP_FIELDS, ours="vision"),
+    ConfigField(f"text_config.{_TIED}", kind=bool, note="that of the whole model counts"),
+    *nested("text_config", (field for field in DECODER_FIELDS if field.path != _TIED), ours="decoder"),
+    *nested("text_config", EXPERT_FIELDS, ours="decoder"),
+)
+"""What becomes of each field of an exported MM1's config.json."""
+
+
 def mm1_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of an exported MM1 -> fields of an MM1Config, with dots."""
-    text, vision = document["text_config"], clip_settings(document["vision_config"])
-    decoder = {**decoder_settings(text), "sparse_layers": tuple(text.get("sparse_layers") or ())}
-    return {**under("vision", vision), **under("connector", document["connector_config"]), **under("decoder", decoder)}
+    """config.json of an exported MM1 -> fields of an MM1Config, with dots. Raises ValueError for a model that ours is not."""
+    text = document["text_config"]
+    found = read_fields(document, CONFIG_FIELDS, also=explained_fields(text, part="text_config."))
+    return {**found, **under("decoder", decoder_values(text))}

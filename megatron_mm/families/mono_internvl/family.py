@@ -64,9 +64,9 @@ class MonoInternVLFamily(Family[MonoInternVLConfig]):
         return mono_internvl_table(model, vocab_rows=vocab_rows)
 
     def check_export(self, model: MonoInternVLConfig) -> None:
-        from megatron_mm.hf.decoder_variants import refuse_additional_tensors
+        from megatron_mm.hf.decoder_variants import check_exported_decoder
 
-        refuse_additional_tensors(model.decoder, code="an exported Mono-InternVL")
+        check_exported_decoder(model.decoder, code="an exported Mono-InternVL")
 
     def write_files(
         self, model: MonoInternVLConfig, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None = None

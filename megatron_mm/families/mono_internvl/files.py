@@ -15,8 +15,9 @@ from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.mono_internvl.config import SPECIAL_TOKENS, MonoInternVLConfig
 from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
 from megatron_mm.hf.configs import decoder_config, rotary_scaling, write_document
-from megatron_mm.hf.fields import ConfigField, read_fields
-from megatron_mm.hf.settings import decoder_settings, under
+from megatron_mm.hf.field_tables import DECODER_FIELDS
+from megatron_mm.hf.fields import ConfigField, nested, read_fields
+from megatron_mm.hf.settings import decoder_values, explained_fields, under
 from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_run_tokenizer
 
 
@@ -127,8 +128,8 @@ _CALLER = "whoever calls the model cuts the tiles"
 CONFIG_FIELDS = (
     ConfigField("architectures", must_be=(["InternVLChatModel"],), default=["InternVLChatModel"]),
     ConfigField("model_type", must_be=("internvl_chat",), default="internvl_chat"),
-    ConfigField("force_image_size", read="patches.image_size"),
-    ConfigField("downsample_ratio", read="patches.unshuffle", convert=_squares, default=0.5),
+    ConfigField("force_image_size", kind=int, read="patches.image_size"),
+    ConfigField("downsample_ratio", kind=float, read="patches.unshuffle", convert=_squares, default=0.5),
     ConfigField("ps_version", must_be=("v2",), default="v1", note="v1 transposes each tile"),
     ConfigField("select_layer", must_be=(-1,), default=-4, note="the patches themselves"),
     ConfigField("pad2square", must_be=(False,), default=False, note="tiles are stretched"),
@@ -140,12 +141,12 @@ CONFIG_FIELDS = (
     ConfigField("min_dynamic_patch", note=_CALLER),
     ConfigField("max_dynamic_patch", note=_CALLER),
     ConfigField("llm_config.architectures", must_be=(["InternLM2VEForCausalLM"],), note="one with visual experts"),
-    ConfigField("llm_config.*", note="as of any decoder"),
+    *nested("llm_config", (field for field in DECODER_FIELDS if field.path != "architectures"), ours="decoder"),
     ConfigField("vision_config.architectures", note="follows from model_type"),
     ConfigField("vision_config.model_type", must_be=("intern_vit_patch",), note="patches alone, no tower"),
-    ConfigField("vision_config.hidden_size", read="patches.hidden_size"),
-    ConfigField("vision_config.patch_size", read="patches.patch_size"),
-    ConfigField("vision_config.image_size", note="with patch_size the grid of positions"),
+    ConfigField("vision_config.hidden_size", kind=int, read="patches.hidden_size"),
+    ConfigField("vision_config.patch_size", kind=int, read="patches.patch_size"),
+    ConfigField("vision_config.image_size", kind=int, note="with patch_size the grid of positions"),
     ConfigField("vision_config.*", note="of tower layers, which a patch embedding has none of"),
 )
 """What becomes of each field of a released config.json."""
@@ -153,8 +154,8 @@ CONFIG_FIELDS = (
 
 def mono_internvl_settings(document: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a released Mono-InternVL -> fields of a MonoInternVLConfig. Raises ValueError for a model that ours is not."""
-    vision = document["vision_config"]
+    vision, language = document["vision_config"], document["llm_config"]
     document = {"force_image_size": vision["image_size"], **document}
+    found = read_fields(document, CONFIG_FIELDS, also=explained_fields(language, part="llm_config."))
     grid = vision["image_size"] // vision["patch_size"]
-    decoder = under("decoder", decoder_settings(document["llm_config"]))
-    return {**read_fields(document, CONFIG_FIELDS), "patches.position_grid": grid, **decoder}
+    return {**found, "patches.position_grid": grid, **under("decoder", decoder_values(language))}
