@@ -162,9 +162,19 @@ def _problems(source: Source, targets: dict[str, Target]) -> Iterable[str]:
         yield f"{where} lacks {len(missing)} tensors: {_some(missing)}"
     if unexpected:
         yield f"{where} has {len(unexpected)} tensors that are not known: {_some(unexpected)}"
+    quantised = [
+        f"{name} ({str(there[name].dtype).removeprefix('torch.')})" for name in sorted(wanted & there.keys()) if _is_quantised(there[name])
+    ]
+    if quantised:
+        yield f"{where} has {len(quantised)} weights of a type that training does not take: {_some(quantised)}: give the unquantised ones"
     for entry in source.entries:
         if all(name in there for name in entry.hf):
             yield from _shape_problems(entry, targets[entry.ours], [there[name] for name in entry.hf], where)
+
+
+def _is_quantised(info: TensorInfo) -> bool:
+    """Integers, or floats of 8 bits, whose scales stand elsewhere."""
+    return not info.dtype.is_floating_point or info.dtype.itemsize < 2
 
 
 def _shape_problems(entry: Entry, target: Target, found: list[TensorInfo], where: Path) -> Iterable[str]:
@@ -258,7 +268,14 @@ def _drawn(tensor: _Tensor, seed: int) -> list[torch.Tensor]:
 def _read(tensor: _Tensor) -> list[torch.Tensor]:
     assert tensor.entry is not None and tensor.source is not None
     reader = tensor.source.reader
-    found = tensor.entry.from_hf(tuple(reader.read(name) for name in tensor.entry.hf)).to(tensor.info.dtype)
+    given = {name: reader.read(name) for name in tensor.entry.hf}
+    for name, values in given.items():
+        if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():  # the sum is the cheaper question
+            count = int((~values.isfinite()).sum())
+            raise ValueError(
+                f"{reader.path}: {name} has {count} of {values.numel()} values that are not finite: get it again, or take an earlier one"
+            )
+    found = tensor.entry.from_hf(tuple(given.values())).to(tensor.info.dtype)
     return [found[None] if tensor.row is not None else found]
 
 

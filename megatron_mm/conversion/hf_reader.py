@@ -39,12 +39,15 @@ class HfReader:
         self._infos: dict[str, TensorInfo] = {}
         self._pickled: dict[str, torch.Tensor] = {}
         names: Counter[str] = Counter()
+        holders: dict[str, str] = {}
         for file in self.files:
-            names.update(self._open(file))
+            held = self._open(file)
+            names.update(held)
+            holders.update(dict.fromkeys(held, file.name))
         doubled = sorted(name for name, count in names.items() if count > 1)
         if doubled:
             raise ValueError(f"{path} holds {len(doubled)} tensors in more than one file: {_some(doubled)}")
-        _check_index(path, names)
+        _check_index(path, holders)
 
     @property
     def fingerprint(self) -> list[list[Any]]:
@@ -118,18 +121,26 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def _check_index(path: Path, names: Counter[str]) -> None:
-    """Raise ValueError where an index names tensors that its files do not hold, or not those that they do."""
+def _check_index(path: Path, holders: dict[str, str]) -> None:
+    """Raise ValueError where an index names tensors that its files do not hold, or not those that they do, or another file.
+
+    Args:
+        holders: each tensor's file.
+    """
     index = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path) if path.is_dir() else path
     if not index.name.endswith(".index.json"):
         return
-    listed = set(_weight_map(index))
-    missing, unexpected = sorted(listed - set(names)), sorted(set(names) - listed)
+    weight_map = _weight_map(index)
+    listed = set(weight_map)
+    missing, unexpected = sorted(listed - set(holders)), sorted(set(holders) - listed)
     if missing or unexpected:
         raise ValueError(
             f"{index} and its files do not agree: {len(missing)} tensors are in no file {_some(missing)}, "
             f"{len(unexpected)} are not in the index {_some(unexpected)}"
         )
+    elsewhere = [f"{name} is in {holders[name]}, not in {file}" for name, file in sorted(weight_map.items()) if holders[name] != file]
+    if elsewhere:
+        raise ValueError(f"{index} and its files do not agree: {_some(elsewhere)}: get it again")
 
 
 def _open_pickle(file: Path) -> dict[str, torch.Tensor]:

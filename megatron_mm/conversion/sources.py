@@ -83,12 +83,20 @@ def _detect(reader: HfReader, part: Part, known: Mapping[str, AnyFormat]) -> tup
     fitting = [(name, prefix) for name, prefix in found if known[name].part == part]
     if fitting:
         return fitting[0]
+    called = next(((name, next(iter(f.prefixes))) for name, f in known.items() if f.part == part and _calls_itself(reader, f)), None)
+    if called and not found:
+        return called  # the tensor by which it would be known is missing: what is missing is listed later
     formats = ", ".join(name for name, f in known.items() if f.part == part)
     if found:
         other = known[found[0][0]].part
         raise ValueError(f"{reader.path} is a checkpoint of format {found[0][0]}, which is read with --{other}, not with --{part}")
     some = ", ".join(sorted(names)[:4])
     raise ValueError(f"{reader.path} is none of the formats that --{part} reads ({formats}); its first tensors are {some}")
+
+
+def _calls_itself(reader: HfReader, known: AnyFormat) -> bool:
+    document = reader.config(known.config_file)
+    return bool(known.model_types) and document is not None and document.get("model_type") in known.model_types
 
 
 def _checked_document(reader: HfReader, name: str, known: AnyFormat) -> dict[str, Any] | None:
@@ -153,13 +161,16 @@ def _check_settings(theirs: dict[str, Any], ours: Any, *, where: str, group: str
 def _check_images(reader: HfReader, model: ModelConfig) -> None:
     """Raise ValueError where the source's images were normalised otherwise; say where they became square in another way."""
     parts = [part.name for part in fields(model) if hasattr(getattr(model, part.name), "mean")]
+    documents = {name: reader.config(name) for name in ("preprocessor_config.json", "processor_config.json", "open_clip_config.json")}
     try:
-        documents = image_settings(reader.config)
+        settings_of = image_settings(documents.get)
     except ValueError as error:
-        raise ValueError(f"{reader.folder}: {error}") from None
+        raise ValueError(f"{reader.folder}/{error}") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{reader.folder}: {', '.join(name for name, found in documents.items() if found)}: {error}: correct it") from None
     for part in parts:
         ours = getattr(model, part)
-        for file, found in documents.items():
+        for file, found in settings_of.items():
             settings = {name: value for name, value in found.items() if hasattr(ours, name)}
             for name in ("mean", "std"):
                 if name in settings and same_colours(settings[name], getattr(ours, name)):

@@ -132,6 +132,22 @@ def table_lines(fields: Iterable[ConfigField], written: Mapping[str, Any]) -> It
         yield f"| `{field.path}` | {read} | {must or '-'} | {'yes' if field.path in ours else '-'} |"
 
 
+def part_of(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of a configuration. Raises ValueError where it is missing or no object."""
+    part = document.get(name)
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{name} is {part!r}, but must be an object that describes this part of the model")
+    return part
+
+
+def number_in(document: Mapping[str, Any], name: str, *, where: str, default: float | None = None) -> float | None:
+    """A number of a part without a table of its own. Raises ValueError where it is something else."""
+    value = document.get(name)
+    if value is not None and not _is(value, float):
+        raise ValueError(f"{where}{name} is {value!r}, but must be {_KINDS[float]}")
+    return default if value is None else float(value)
+
+
 def _value(document: Mapping[str, Any], path: str) -> Any:
     found: Any = document
     for name in path.split("."):

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_mm.hf.fields import number_in
+
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _OPEN_CLIP_RESIZE = {"shortest": "crop", "squash": "squash", "longest": "pad"}
 _BICUBIC = 3
@@ -45,8 +47,8 @@ def _of_transformers(document: Mapping[str, Any]) -> dict[str, Any]:
     kind = str(document.get("image_processor_type") or document.get("feature_extractor_type") or "")
     is_clip = kind.startswith("CLIP")
     _require(document, "preprocessor_config.json", do_normalize=True, do_rescale=True, resample=_BICUBIC)
-    factor = document.get("rescale_factor", 1 / 255)
-    if not math.isclose(factor, 1 / 255, rel_tol=1e-4):
+    factor = number_in(document, "rescale_factor", where="preprocessor_config.json: ", default=1 / 255)
+    if factor is None or not math.isclose(factor, 1 / 255, rel_tol=1e-4):
         raise ValueError(f"preprocessor_config.json has rescale_factor {factor}, but pixels are divided by 255 here")
     found: dict[str, Any] = {}
     for name, theirs, default in (("mean", "image_mean", _CLIP_MEAN), ("std", "image_std", _CLIP_STD)):

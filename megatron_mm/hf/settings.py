@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_mm.hf.decoder_variants import DECODER_VARIANTS
 from megatron_mm.hf.field_tables import CLIP_FIELDS, DECODER_FIELDS, EVA_FIELDS, OPEN_CLIP_FIELDS
-from megatron_mm.hf.fields import ConfigField, read_fields
+from megatron_mm.hf.fields import ConfigField, number_in, part_of, read_fields
 
 
 def decoder_settings(document: Mapping[str, Any], *, more: tuple[ConfigField, ...] = ()) -> dict[str, Any]:
@@ -50,7 +50,8 @@ def decoder_values(document: Mapping[str, Any]) -> dict[str, Any]:
     if not explained and (kind not in ("default", "dynamic") or by_layer or scaling.get("partial_rotary_factor", 1.0) != 1.0):
         given = {name: document[name] for name in ("rope_scaling", "rope_parameters") if document.get(name)}
         raise ValueError(f"the language model has {given}, but our decoder has plain rotary positions, or dynamic ones")
-    bases = {float(given["rope_theta"]) for given in (document, parameters) if given.get("rope_theta") is not None}
+    stated = (number_in(document, "rope_theta", where=""), number_in(parameters, "rope_theta", where="rope_parameters."))
+    bases = {base for base in stated if base is not None}
     if len(bases) > 1:
         raise ValueError(
             f"the language model's part contradicts itself: rope_theta is {document['rope_theta']}, and in rope_parameters "
@@ -61,7 +62,8 @@ def decoder_values(document: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": document.get("head_dim") or width // heads,
         "rotary_base": bases.pop() if bases else 10000.0,
     }
-    return {**found, **({"rotary_scaling": float(scaling["factor"])} if kind == "dynamic" and "factor" in scaling else {})}
+    factor = number_in(scaling, "factor", where="rope_scaling.") if kind == "dynamic" else None
+    return {**found, **({} if factor is None else {"rotary_scaling": factor})}
 
 
 def clip_settings(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def open_clip_settings(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def eva_settings(document: Mapping[str, Any]) -> dict[str, Any]:
     """EVA-CLIP's model configuration (`EVA02-CLIP-L-14-336.json` and its like) -> fields of an EvaConfig."""
-    visual = {**(document.get("vision_cfg") or {}), "embed_dim": document.get("embed_dim")}
+    visual = {**part_of(document, "vision_cfg"), "embed_dim": document.get("embed_dim")}
     return {**read_fields(visual, EVA_FIELDS, file="eva_config.json"), **eva_values(visual)}
 
 

@@ -89,6 +89,42 @@ def test_index_and_files_must_agree(llama: Path, tmp_path: Path) -> None:
     assert "1 tensors are in no file (model.other.weight)" in message and "1 are not in the index (model.norm.weight)" in message
 
 
+def test_an_index_that_names_another_file(llama: Path, tmp_path: Path) -> None:
+    index = json.loads((llama / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    right = index["weight_map"]["model.norm.weight"]
+    wrong = next(file for file in files if file != right)
+    index["weight_map"]["model.norm.weight"] = wrong
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"do not agree: (model.norm.weight is in {right}, not in {wrong}): get it again" in refused(llama, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn])
+def test_quantised_weights_are_no_weights_to_train(llama: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.2.mlp.down_proj.weight"
+    edit_shard(llama, name, torch.ones(64, 96).to(dtype))
+    said = f"{llama} has 1 weights of a type that training does not take: {name} ({str(dtype).removeprefix('torch.')})"
+    assert said in refused(llama, tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_named(llama: Path, tmp_path: Path, value: float) -> None:
+    tensor = torch.ones(64, 96)
+    tensor[3, 5] = value
+    edit_shard(llama, "model.layers.2.mlp.down_proj.weight", tensor)
+    with pytest.raises(ValueError, match=r"down_proj.weight has 1 of 6144 values that are not finite: get it again"):
+        convert_from_hf(experiment(), tmp_path / "run", language=llama)
+    assert not (tmp_path / "run" / "checkpoints" / "step_00000000").exists()
+
+
+def test_a_model_without_the_tensor_by_which_it_is_known(llama: Path, tmp_path: Path) -> None:
+    """config.json says what it is, and then what it lacks is named."""
+    edit_shard(llama, "model.layers.0.self_attn.q_proj.weight", None)
+    assert f"{llama} lacks 1 tensors: model.layers.0.self_attn.q_proj.weight" in refused(llama, tmp_path)
+    edit_json(llama / "config.json", model_type="other")
+    assert "is none of the formats that --language reads" in refused(llama, tmp_path)
+
+
 def test_a_tensor_in_two_files_is_named(llama: Path, tmp_path: Path) -> None:
     first, second = sorted(llama.glob("*.safetensors"))[:2]
     name = next(iter(load_file(first)))
@@ -132,6 +168,11 @@ def test_too_many_tokens_for_the_recipe(llama: Path, tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but our model computes 'silu' or 'swish'"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers is '4', but must be a whole number"),
         ({"rope_parameters": [1]}, "rope_parameters is [1], but must be an object"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta is 'x', but must be a number"),
+        (
+            {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 500.0}},
+            "contradicts itself: rope_theta is 10000.0, and in rope_parameters",
+        ),
     ],
 )
 def test_another_computation_under_the_same_names(llama: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -18,7 +18,7 @@ from megatron_mm.families.infimm.config import END_OF_CHUNK, IMAGE, InfiMMConfig
 from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
 from megatron_mm.hf.configs import Architecture, copy_code, language_model_config, write_document
 from megatron_mm.hf.field_tables import DECODER_FIELDS, EVA_FIELDS, SAME, TRAINING
-from megatron_mm.hf.fields import ConfigField, nested, read_fields
+from megatron_mm.hf.fields import ConfigField, nested, part_of, read_fields
 from megatron_mm.hf.settings import decoder_values, eva_values, explained_fields, under
 from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_run_tokenizer
 
@@ -199,6 +199,6 @@ CONFIG_FIELDS = (
 
 def infimm_settings(document: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a released InfiMM -> fields of an InfiMMConfig. Raises ValueError for a model that ours is not."""
-    visual, language = document["visual"], document["language"]
+    visual, language = part_of(document, "visual"), part_of(document, "language")
     found = read_fields(document, CONFIG_FIELDS, also=explained_fields(language, part="language."))
     return {**found, **under("vision", eva_values(visual, part="visual.")), **under("decoder", decoder_values(language))}

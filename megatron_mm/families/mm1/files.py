@@ -14,7 +14,7 @@ from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
 from megatron_mm.hf.configs import copy_code, decoder_config, tower_config, write_document
 from megatron_mm.hf.decoder_variants import check_exported_decoder
 from megatron_mm.hf.field_tables import CLIP_FIELDS, DECODER_FIELDS, EXPERT_FIELDS
-from megatron_mm.hf.fields import ConfigField, nested, read_fields
+from megatron_mm.hf.fields import ConfigField, nested, part_of, read_fields
 from megatron_mm.hf.settings import decoder_values, explained_fields, under
 from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_run_tokenizer
 
@@ -148,6 +148,6 @@ CONFIG_FIELDS = (
 
 def mm1_settings(document: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of an exported MM1 -> fields of an MM1Config, with dots. Raises ValueError for a model that ours is not."""
-    text = document["text_config"]
+    text, _ = part_of(document, "text_config"), part_of(document, "vision_config")
     found = read_fields(document, CONFIG_FIELDS, also=explained_fields(text, part="text_config."))
     return {**found, **under("decoder", decoder_values(text))}

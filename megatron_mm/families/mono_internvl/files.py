@@ -16,7 +16,7 @@ from megatron_mm.families.mono_internvl.config import SPECIAL_TOKENS, MonoIntern
 from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
 from megatron_mm.hf.configs import decoder_config, rotary_scaling, write_document
 from megatron_mm.hf.field_tables import DECODER_FIELDS
-from megatron_mm.hf.fields import ConfigField, nested, read_fields
+from megatron_mm.hf.fields import ConfigField, nested, part_of, read_fields
 from megatron_mm.hf.settings import decoder_values, explained_fields, under
 from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_run_tokenizer
 
@@ -154,7 +154,7 @@ CONFIG_FIELDS = (
 
 def mono_internvl_settings(document: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a released Mono-InternVL -> fields of a MonoInternVLConfig. Raises ValueError for a model that ours is not."""
-    vision, language = document["vision_config"], document["llm_config"]
+    vision, language = part_of(document, "vision_config"), part_of(document, "llm_config")
     document = {"force_image_size": vision["image_size"], **document}
     found = read_fields(document, CONFIG_FIELDS, also=explained_fields(language, part="llm_config."))
     grid = vision["image_size"] // vision["patch_size"]
