@@ -111,10 +111,13 @@ def _checked_document(reader: HfReader, name: str, known: AnyFormat) -> dict[str
 
 
 def _own_types(document: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a decoder's own modeling code calls itself, if a known decoder variant brings it."""
+    """What an exported decoder of a known variant calls itself, where that is another class than a Llama."""
     variant = document.get("decoder_variant")
     known = DECODER_VARIANTS.get(variant) if isinstance(variant, str) else None
-    return (known.modeling.model_type,) if known and known.modeling else ()
+    if known is None:
+        return ()
+    own = (known.settings.get("model_type"), known.modeling.model_type if known.modeling else None)
+    return tuple(name for name in own if name)
 
 
 def _warn_of_limits(document: Mapping[str, Any], path: Path, *, sequence_length: int) -> None:

@@ -144,6 +144,9 @@ def test_a_variant_of_the_layers(demo_data: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = theirs(ids).logits
     assert torch.allclose(_logits(tmp_path / "run", ids), expected, atol=2e-5)
+    recipe = get_recipe(f"{EXAMPLES / 'qk_norm_decoder.py'}:debug_qk_norm")
+    again = convert_from_hf(recipe, tmp_path / "again", language=tmp_path / "hf")
+    assert again.sources["language (llama)"] == sum(p.numel() for p in theirs.parameters())
 
 
 def test_a_decoder_variant(demo_data: Path, tmp_path: Path) -> None:
