@@ -23,6 +23,7 @@ from megatron_mm.cli.plan import PLAN
 from megatron_mm.cli.prepare import PREPARE
 from megatron_mm.cli.report import REPORT
 from megatron_mm.cli.train import TRAIN
+from megatron_mm.cli.watch import WATCH
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ COMMANDS = Group(
         "prepare": PREPARE,
         "convert": CONVERT,
         "eval": EVAL,
+        "watch": WATCH,
         "report": REPORT,
         "plan": PLAN,
         "doctor": DOCTOR,

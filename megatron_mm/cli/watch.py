@@ -1,0 +1,38 @@
+"""`megatron-mm watch`: how a run stands, until it ends."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_mm.cli.command import Command, Parser
+
+
+def _seconds(word: str) -> float:
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 86400:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds above 0")
+    return seconds
+
+
+def _arguments(parser: Parser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="directory of the run, on this machine or a shared file system")
+    parser.add_argument("--interval", metavar="SECONDS", type=_seconds, default=2.0, help="seconds between looks (default: 2)")
+    parser.add_argument("--once", action="store_true", help="show it once and leave")
+
+
+def _run(given: argparse.Namespace) -> None:
+    from megatron_mm.reporting.progress import watch
+
+    try:
+        ended = watch(given.run_dir, interval=given.interval, once=given.once)
+    except KeyboardInterrupt:
+        return
+    if ended == "failed":
+        raise SystemExit(1)
+
+
+WATCH = Command(help="show how a run stands, until it ends", run=_run, arguments=_arguments)

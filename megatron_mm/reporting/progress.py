@@ -1,0 +1,249 @@
+"""How a run stands, from its files, for a terminal: `megatron-mm watch` from any machine that sees the run directory.
+
+Files are followed from their last megabyte on, so that a run of a million steps is watched as cheaply as a new one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_mm.reporting.charts import short
+from megatron_mm.reporting.run_files import CONFIG, EVALUATIONS, EVENTS, METRICS, PHASES
+
+_TAIL_BYTES = 1 << 20
+_KEPT = 600
+"""Steps that the line of the loss is drawn from, at most."""
+_QUIET_SECONDS = 120.0
+"""Without a new step for so long, and for ten steps' time, the display says so."""
+_ENDS = {
+    "end": "the run is finished",
+    "stop": "the run has stopped: start the same command again to resume",
+    "failed": "the run has failed",
+}
+"""Kinds of events that end a run."""
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+class Follower:
+    """The objects that are appended to a .jsonl file, from its end on; a file that was cut (by a resume) is read again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._place = -1
+        self._half = b""
+
+    def new(self) -> tuple[bool, list[dict[str, Any]]]:
+        """(whether what was read before counts no more, the new objects)."""
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError:
+            return False, []
+        again = self._place > size
+        with self.path.open("rb") as file:
+            if self._place < 0 or again:
+                self._place = max(0, size - _TAIL_BYTES)
+                self._half = b""
+                file.seek(self._place)
+                if self._place:
+                    file.readline()  # the rest of a line
+            else:
+                file.seek(self._place)
+            data = self._half + file.read()
+            self._place = file.tell()
+        *whole, self._half = data.split(b"\n")
+        return again, [found for line in whole if (found := _object(line)) is not None]
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+
+
+@dataclass
+class Progress:
+    """What is known of a run."""
+
+    run_dir: Path
+    steps: int | None = None
+    """`train.steps` of its newest start."""
+    recipe: str = ""
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    """The newest steps."""
+    held_out: dict[str, Any] = field(default_factory=dict)
+    phases: dict[str, Any] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._files = {name: Follower(self.run_dir / name) for name in (METRICS, EVALUATIONS, PHASES, EVENTS)}
+
+    def update(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Read what is new; returns new (steps, events)."""
+        self._read_config()
+        again, steps = self._files[METRICS].new()
+        if steps:
+            first = steps[0]["step"]
+            self.lines = [] if again else [line for line in self.lines if line["step"] < first]
+            self.lines = [*self.lines, *steps][-_KEPT:]
+        for name, attribute in ((EVALUATIONS, "held_out"), (PHASES, "phases")):
+            _, found = self._files[name].new()
+            if found:
+                setattr(self, attribute, found[-1])
+        _, events = self._files[EVENTS].new()
+        self.events = [*self.events, *events][-200:]
+        return steps, events
+
+    def _read_config(self) -> None:
+        try:
+            config = json.loads((self.run_dir / CONFIG).read_text())
+        except (OSError, json.JSONDecodeError):
+            return
+        self.steps, self.recipe = config.get("train", {}).get("steps"), str(config.get("recipe", ""))
+
+    @property
+    def ended(self) -> str | None:
+        """The kind of event that ended the run; None while it goes on. Without events: "end" once all steps are there."""
+        kinds = [event.get("kind") for event in self.events if event.get("kind") in (*_ENDS, "start", "resume")]
+        if kinds:
+            return kinds[-1] if kinds[-1] in _ENDS else None
+        return "end" if self.lines and self.steps is not None and self.lines[-1]["step"] >= self.steps else None
+
+    def display(self, *, width: int, now: float) -> Iterator[str]:
+        """Lines for a terminal."""
+        yield f"{self.run_dir.resolve().name}  {self.recipe}"
+        if not self.lines:
+            yield "no step yet"
+        else:
+            yield from self._of_steps(width, now)
+        for event in self.events[-5:]:
+            stamp = time.strftime("%H:%M:%S", time.localtime(event.get("time", 0)))
+            yield f"  {stamp} step {event['step']:,} {event.get('kind')}: {event.get('text')}"[:width]
+        if self.ended is not None:
+            yield _ENDS[self.ended]
+
+    def _of_steps(self, width: int, now: float) -> Iterator[str]:
+        last, recent = self.lines[-1], self.lines[-20:]
+        pace = _mean(recent, "seconds")
+        yield progress_bar(last["step"], self.steps, pace=pace, width=width, now=now)
+        held = self.held_out.get("heldout/loss")
+        held_out = f"   held out {held:.4f} at step {self.held_out['step']:,}" if isinstance(held, int | float) else ""
+        curve = sparkline([line.get("loss") for line in self.lines], width=min(40, max(8, width - 50)))
+        yield f"loss     {_number(last.get('loss'), '.4f')}   {curve}{held_out}"[:width]
+        used = f"   MFU {100 * _mean(recent, 'mfu'):.1f}%" if math.isfinite(_mean(recent, "mfu")) else ""
+        yield f"speed    {short(_mean(recent, 'tokens_per_s'))} tokens/s   {pace:.3g} s a step{used}   (mean of {len(recent)} steps)"
+        totals = [f"{short(last[f'total_{name}'])} {name}" for name in ("tokens", "images") if last.get(f"total_{name}")]
+        lost = f"skipped {last.get('skipped_steps', 0)}   bad {_total(last.get('bad_samples'))}"
+        yield f"seen     {'   '.join(totals) or 'not known'}   {lost}"
+        yield f"norms    gradient {_number(last.get('grad_norm'), '.3f')}   learning rate {_number(last.get('lr'), '.2e')}"
+        if last.get("phases"):
+            whole = sum(last["phases"].values()) or 1.0
+            shares = [f"{name} {100 * value / whole:.0f}%" for name, value in last["phases"].items() if value / whole >= 0.005]
+            yield f"time     {'   '.join(shares)}"[:width]
+        memory = [f"{last['memory_gb']:.3g} GB on the main process"] if last.get("memory_gb") else []
+        if "memory_gb" in self.phases:
+            memory.append(f"most {self.phases['memory_gb']:.3g} GB on rank {self.phases['memory_rank']}")
+        if memory:
+            yield f"memory   {'   '.join(memory)}"
+        slow = self.phases.get("slow")
+        if slow:
+            yield f"slow     rank {slow['rank']} in {slow['phase']}, by {slow['seconds']:.3g} s a step"
+        if last.get("time"):
+            quiet = now - last["time"]
+            late = "  no news: evaluating, saving, waiting, or gone" if quiet > max(_QUIET_SECONDS, 10 * pace) and not self.ended else ""
+            yield f"newest   {duration(quiet)} ago{late}"
+
+
+def progress_bar(step: int, steps: int | None, *, pace: float, width: int, now: float) -> str:
+    """`[####----] 50 of 100 steps, 50%, 3 min left, until 12:34`; `pace` in seconds a step."""
+    if not steps:
+        return f"step {step:,}"
+    part = min(1.0, step / steps)
+    cells = max(10, min(30, width - 60))
+    left = pace * (steps - step)
+    end = f", {duration(left)} left, until {time.strftime('%a %H:%M', time.localtime(now + left))}" if 0 < left < 1e8 else ""
+    return f"[{'#' * int(part * cells):-<{cells}}] {step:,} of {steps:,} steps, {100 * part:.1f}%{end}"
+
+
+def sparkline(values: list[Any], *, width: int) -> str:
+    """A line of block characters, each the mean of as many neighbours; a blank where none is finite."""
+    count = min(width, len(values))
+    means = []
+    for number in range(count):
+        part = values[number * len(values) // count : (number + 1) * len(values) // count]
+        finite = [value for value in part if isinstance(value, int | float) and math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
+    known = [value for value in means if math.isfinite(value)]
+    if not known:
+        return ""
+    least, span = min(known), (max(known) - min(known)) or 1.0
+    top = len(_BLOCKS) - 1
+    return "".join(_BLOCKS[round((value - least) / span * top)] if math.isfinite(value) else " " for value in means)
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 75 s is `75 s`, 7500 s is `2 h 5 min`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def _mean(lines: list[dict[str, Any]], name: str) -> float:
+    values = [value for line in lines if isinstance(value := line.get(name), int | float) and math.isfinite(value)]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "not finite"
+
+
+def _total(counts: Any) -> str:
+    return f"{sum(counts.values()):,}" if isinstance(counts, dict) else "0"
+
+
+def watch(run_dir: Path, *, interval: float, once: bool = False, out: TextIO | None = None) -> str | None:
+    """Show a run until it ends; returns the kind of event that ended it.
+
+    On a terminal the display is drawn again and again in its place. Elsewhere new events and, every `interval` seconds, the newest step are
+    a line each. Raises ValueError where run_dir is not a run directory.
+    """
+    if not any((run_dir / name).is_file() for name in (CONFIG, METRICS)):
+        raise ValueError(f"{run_dir} is no run directory: it has neither {METRICS} nor {CONFIG}")
+    out = sys.stdout if out is None else out
+    progress, drawn = Progress(run_dir), 0
+    while True:
+        steps, events = progress.update()
+        now = time.time()
+        if out.isatty() or once:
+            lines = list(progress.display(width=shutil.get_terminal_size().columns, now=now))
+            if drawn:
+                out.write(f"\x1b[{drawn}A\x1b[J")
+            out.write("\n".join(lines) + "\n")
+            drawn = len(lines)
+        else:
+            for event in events:
+                out.write(f"step {event['step']} {event.get('kind')}: {event.get('text')}\n")
+            if steps:
+                out.write(_one_line(progress, now) + "\n")
+        out.flush()
+        if once or progress.ended is not None:
+            return progress.ended
+        time.sleep(interval)
+
+
+def _one_line(progress: Progress, now: float) -> str:
+    last, recent = progress.lines[-1], progress.lines[-20:]
+    bar = progress_bar(last["step"], progress.steps, pace=_mean(recent, "seconds"), width=0, now=now).partition("] ")
+    return f"{bar[2] or bar[0]}  loss {_number(last.get('loss'), '.4f')}  {short(_mean(recent, 'tokens_per_s'))} tokens/s"

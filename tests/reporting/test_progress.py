@@ -1,0 +1,128 @@
+"""`megatron-mm watch` follows a run on a terminal and on a pipe, and ends with it."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.monitors import metrics
+
+from megatron_mm.cli.main import main
+from megatron_mm.reporting import progress
+from megatron_mm.reporting.progress import Follower, Progress, duration, sparkline, watch
+from megatron_mm.training.metrics import MetricsFile
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def new_run(run_dir: Path, *, steps: int) -> Path:
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(json.dumps({"recipe": "debug_mm1", "train": {"steps": steps}}))
+    event(run_dir, 0, "start", "started on 4 processes")
+    return run_dir
+
+
+def event(run_dir: Path, step: int, kind: str, text: str = "") -> None:
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "time": time.time(), "kind": kind, "text": text}) + "\n")
+
+
+def write_steps(run_dir: Path, *steps: int, **fields: Any) -> None:
+    file = MetricsFile(run_dir / "metrics.jsonl", resume_step=steps[0] - 1)
+    for step in steps:
+        file.write(metrics(step, time=time.time(), total_tokens=100 * step, phases={"forward": 0.4, "data": 0.1}, **fields))
+    file.close()
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_a_run_is_followed_until_it_ends(tmp_path: Path, stream: type[io.StringIO]) -> None:
+    run_dir, out = new_run(tmp_path / "run", steps=40), stream()
+
+    def train() -> None:
+        for step in range(1, 40):
+            write_steps(run_dir, step)
+            time.sleep(0.005)
+        event(run_dir, 39, "slow", "rank 3 is slow in forward")
+        write_steps(run_dir, 40)
+        event(run_dir, 40, "end", "all 40 steps are done")
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert watch(run_dir, interval=0.02, out=out) == "end"
+    thread.join()
+    text = out.getvalue()
+    assert "40 of 40 steps, 100.0%" in text and "rank 3 is slow in forward" in text
+    assert ("\x1b[" in text) == isinstance(out, Terminal)
+
+
+def test_a_run_that_fails_ends_with_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = new_run(tmp_path / "run", steps=10)
+    write_steps(run_dir, 1, 2)
+    event(run_dir, 2, "failed", "RuntimeError: gone")
+    with pytest.raises(SystemExit) as left:
+        main(["watch", str(run_dir)])
+    assert left.value.code == 1 and "failed: RuntimeError: gone" in capsys.readouterr().out
+
+
+def test_a_resumed_run_goes_on_and_one_of_an_earlier_version_ends_with_its_last_step(tmp_path: Path) -> None:
+    run_dir = new_run(tmp_path / "run", steps=10)
+    write_steps(run_dir, 1, 2, 3, 4)
+    event(run_dir, 4, "failed")
+    state = Progress(run_dir)
+    state.update()
+    assert state.ended == "failed"
+    event(run_dir, 2, "resume")
+    write_steps(run_dir, 3)  # the file is cut to step 2, and goes on
+    state.update()
+    assert state.ended is None and [line["step"] for line in state.lines] == [1, 2, 3]
+    (run_dir / "events.jsonl").unlink()
+    write_steps(run_dir, *range(4, 11))
+    old = Progress(run_dir)
+    old.update()
+    assert old.ended == "end"
+
+
+def test_the_display_tells_of_a_run_without_news(tmp_path: Path) -> None:
+    run_dir = new_run(tmp_path / "run", steps=100)
+    write_steps(run_dir, 1, 2, memory_gb=2.0, bad_samples={"pairs": 3})
+    state = Progress(run_dir)
+    state.update()
+    lines = list(state.display(width=120, now=time.time() + 3600))
+    assert any("2 of 100 steps, 2.0%, 49 s left" in line for line in lines)
+    assert any("60 min ago  no news" in line for line in lines)
+    assert any("forward 80%   data 20%" in line for line in lines) and any("bad 3" in line for line in lines)
+    assert not any("no news" in line for line in state.display(width=120, now=time.time() + 5))
+
+
+def test_half_a_line_waits_for_its_other_half_and_a_long_file_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_TAIL_BYTES", 100)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1000)) + '{"st')
+    follower = Follower(path)
+    again, found = follower.new()
+    assert not again and 1 < len(found) < 12 and found[-1] == {"step": 999}
+    with path.open("a") as file:
+        file.write('ep": 1000}\n')
+    assert follower.new() == (False, [{"step": 1000}])
+    path.write_text('{"step": 7}\nnothing\n')
+    assert follower.new() == (True, [{"step": 7}])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no run directory"):
+        watch(tmp_path, interval=1)
+
+
+def test_a_sparkline_is_of_means_and_a_duration_of_words() -> None:
+    assert sparkline([1.0, 1.0, 2.0, 2.0], width=2) == "▁█"
+    assert sparkline([None, float("nan")], width=4) == ""
+    assert sparkline([3.0] * 5, width=3) == "▁▁▁"
+    assert [duration(seconds) for seconds in (75, 600, 7500, 200_000)] == ["75 s", "10 min", "2 h 5 min", "2.3 days"]
