@@ -127,6 +127,9 @@ class DataConfig:
     """Tiles that an image is cut into at most, the thumbnail not counted, for models that look at tiles (Mono-InternVL); None cuts none."""
     min_tiles: int = 1
     """Tiles that an image is cut into at least, where max_tiles is given."""
+    low_resolution_demonstrations: float = 0.0
+    """Share of the images that are shown at low resolution, as an overview alone, of all images that are not the last of their document;
+    for models that show images as sub-images (MM1's fine-tuning). Which ones follows from train.seed."""
     to_rgb: Literal["white", "pillow"] = "white"
     """How images that are not 8-bit RGB become it: white lays what is transparent on white and takes the high byte of 16 bits; pillow does
     as Pillow's `convert("RGB")` and with it the released processors of CLIP, InfiMM and Mono-InternVL (`data.image_transform`)."""
@@ -167,6 +170,10 @@ class DataConfig:
         require(
             self.max_tiles is None or 0 < self.min_tiles <= self.max_tiles,
             f"data.min_tiles {self.min_tiles} and data.max_tiles {self.max_tiles} must be positive, and the first no more than the second",
+        )
+        require(
+            0 <= self.low_resolution_demonstrations <= 1,
+            f"data.low_resolution_demonstrations is {self.low_resolution_demonstrations}, but must lie between 0 and 1",
         )
         if self.jpeg_quality is not None:
             least, most = self.jpeg_quality

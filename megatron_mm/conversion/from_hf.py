@@ -37,7 +37,7 @@ from megatron_mm.conversion.target import Target, model_targets
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import save_experiment, to_dict
-from megatron_mm.hf.mapping import Direct, Entry
+from megatron_mm.hf.mapping import Direct, Entry, Positions
 from megatron_mm.platform.files import checksum_of
 from megatron_mm.training.checkpoint import TENSORS, completed_checkpoints
 
@@ -148,6 +148,7 @@ def _plan(targets: dict[str, Target], sources: list[Source]) -> list[_Tensor]:
             entry, source = found.get((target.name, row), (None, None))
             tensors.append(_Tensor(target, row, entry, source))
     _warn_of_rounding(tensors)
+    _tell_of_interpolation(tensors)
     return tensors
 
 
@@ -215,6 +216,15 @@ def _warn_of_rounding(tensors: list[_Tensor]) -> None:
                     str(theirs).removeprefix("torch."),
                     str(ours).removeprefix("torch."),
                 )
+
+
+def _tell_of_interpolation(tensors: list[_Tensor]) -> None:
+    """Positions of another image size."""
+    for tensor in tensors:
+        if isinstance(tensor.entry, Positions) and tensor.source is not None:
+            rows = tensor.source.reader.names()[tensor.entry.theirs].shape[tensor.entry.axes]
+            if rows != tensor.entry.num_rows:
+                logger.info("%s", tensor.entry.describe(rows))
 
 
 def _find_tokenizer(experiment: Experiment, sources: list[Source]) -> Path | None:

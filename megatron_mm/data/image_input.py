@@ -4,6 +4,8 @@ A model that looks at large images in tiles gets an image's tiles one after anot
 
     <img> CTX CTX CTX CTX | CTX CTX CTX CTX </img>      two tiles of four tokens between a token before and one after
 
+Tiles are those of a grid that suits the image's shape (`data.tiling`), or an overview and crops (`data.sub_images`).
+
 Shape legend: n images.
 """
 
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_mm.data.image_transform import ImageTransform, Resize, ToRgb
+from megatron_mm.data.sub_images import LowResolution, SubImages
 from megatron_mm.data.tiling import Tiling, tile_counts
 
 
@@ -41,7 +44,11 @@ class ImageInput:
     learn_before: bool = False
     """The tokens `before` count in the loss; no other token of an image does."""
     tiling: Tiling | None = None
-    """How images are cut into tiles; None makes one square of each."""
+    """How images are cut into tiles by their shape; None does not."""
+    sub_images: SubImages | None = None
+    """How images are shown as an overview and crops, which are tiles like any other here; None shows one square of each."""
+    low_resolution: LowResolution | None = None
+    """Which images are shown as their overviews alone, where there are `sub_images`; None for none."""
     resize: Resize = "squash"
     """How an image that is not cut into tiles becomes the square (`data.image_transform`)."""
     to_rgb: ToRgb = "white"
@@ -70,15 +77,43 @@ class ImageInput:
         return len(self.before) if self.learn_before else 0
 
     @property
+    def is_one_square(self) -> bool:
+        """Every image is one square, its only tile."""
+        return self.tiling is None and self.sub_images is None
+
+    @property
     def max_tiles(self) -> int:
         """Tiles that an image has at most."""
+        if self.sub_images is not None:
+            return self.sub_images.count
         return 1 if self.tiling is None else self.tiling.max_count
 
-    def num_tiles(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-        """Tiles of images of so many pixels: [n] int64."""
-        if self.tiling is None:
-            return np.ones(len(widths), dtype=np.int64)
-        return tile_counts(widths, heights, self.tiling, self.size)
+    @property
+    def whole_tile(self) -> int:
+        """Which of an image's tiles shows the whole of it: the first, or -1 for the last."""
+        return 0 if self.sub_images is not None and self.sub_images.overview_first else -1
+
+    def num_tiles(self, widths: np.ndarray, heights: np.ndarray, *, row: int | None = None) -> np.ndarray:
+        """Tiles of images of so many pixels: [n] int64.
+
+        Args:
+            row: of the document in its source, whose images they are; None shows all of them at full resolution.
+        """
+        if self.tiling is not None:
+            return tile_counts(widths, heights, self.tiling, self.size)
+        return self.num_sub_images(None if row is None else np.array([row]), np.array([len(widths)]))
+
+    def num_sub_images(self, rows: np.ndarray | None, num_images: np.ndarray) -> np.ndarray:
+        """Tiles of images that are not cut by their shape, one document after another: [images] int64.
+
+        Args:
+            rows: [documents] of their source; None shows all images at full resolution.
+            num_images: [documents] int64.
+        """
+        tiles = np.full(int(num_images.sum()), self.max_tiles, dtype=np.int64)
+        if self.low_resolution is not None and rows is not None:
+            tiles[self.low_resolution.chosen(rows, num_images)] = 1
+        return tiles
 
     def num_places(self, tiles: np.ndarray) -> np.ndarray:
         """Tokens of images of so many tiles: [n] int64."""

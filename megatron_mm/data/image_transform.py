@@ -22,7 +22,7 @@ EXIF orientation is never applied: no released processor of these families appli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -62,6 +62,10 @@ class ImageTransform:
     resize_first: bool = False
     """Resize before the conversion to RGB, in the picture's own mode, as open_clip's and InfiMM's processors do. Only `to_rgb` pillow
     can: a palette is then resized without interpolation."""
+
+    def enlarged(self, times: int) -> ImageTransform:
+        """The same to a square of so many times the side."""
+        return replace(self, size=times * self.size)
 
     def square(self, image: Image.Image) -> Image.Image:
         """The square of an opened picture of any mode."""

@@ -33,10 +33,12 @@ class CaptionTask:
 
     prompt: Prompt
     true: str
+    whole: int
+    """The tile that shows the whole image."""
 
     def answered(self, generated: str) -> CaptionSample:
         assert self.prompt.pixels is not None
-        whole = self.prompt.pixels[-1]  # of several tiles the last one is the thumbnail
+        whole = self.prompt.pixels[self.whole]
         return CaptionSample(image=whole.permute(1, 2, 0).numpy(), true=self.true, generated=generated)
 
 
@@ -56,10 +58,12 @@ def _caption_task(index: Source, row: int, tokenizer: Tokenizer, image: ImageInp
     begin, end, tiles = int(found.starts[0]), int(found.ends[0]), int(found.tiles[0])
     first_counted = int(supervised_tokens(index, row, image)[end:].argmax())
     sizes = index.items(row)
-    wanted = EncodedTiles(index.image(row, 0), width=int(sizes.widths[0]), height=int(sizes.heights[0]), tiles=range(tiles))
+    wanted = EncodedTiles(index.image(row, 0), width=int(sizes.widths[0]), height=int(sizes.heights[0]), tiles=range(tiles), count=tiles)
     prompt = Prompt(
         ids=stream[: end + first_counted],
         image_starts=[begin + len(image.before) + image.tokens * tile for tile in range(tiles)],
         pixels=decoder.decode([wanted]).pixels,
     )
-    return CaptionTask(prompt, true="".join(item.text for item in items if isinstance(item, Text) and item.counted).strip())
+    return CaptionTask(
+        prompt, true="".join(item.text for item in items if isinstance(item, Text) and item.counted).strip(), whole=image.whole_tile
+    )

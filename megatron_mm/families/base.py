@@ -55,6 +55,9 @@ class Family(ABC, Generic[Config]):
     generates_with_cache: ClassVar[bool] = False
     """Chunks take `cache` in `forward` (`models.cache.CacheStep`) and then compute new tokens alone. Without it generation computes all
     tokens of a sequence for each new one."""
+    adapts: ClassVar[tuple[str, ...]] = ()
+    """Fields of the model in which a run may differ from the weights that it begins with (`--init-from`): those that change how images
+    are shown. Learned positions of another image size are interpolated (`training.checkpoint.positions`)."""
     language_mlps: ClassVar[tuple[str, ...]] = ("mlp",)
     """Our names of what the feed-forward of a plain language model's layer becomes: more than one where experts begin as copies of it."""
     language_extras: ClassVar[tuple[str, ...]] = ()

@@ -206,6 +206,16 @@ class Positions(_OneToOne):
     axes: int = 0
     """Axes of length 1 in front on their side."""
 
+    @property
+    def num_rows(self) -> int:
+        """Of our table."""
+        return self.num_patches + self.class_token
+
+    def describe(self, rows: int) -> str:
+        """A line for the log about the interpolation of a table of so many rows."""
+        there, here = (math.isqrt(count - self.class_token) for count in (rows, self.num_rows))
+        return f"{self.ours}: positions of {there} x {there} patches are interpolated to {here} x {here} (bicubic)"
+
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (tensor[(None,) * self.axes],)
 

@@ -111,6 +111,7 @@ def _sequence(experiment: Experiment, rng: np.random.Generator, *, images: int |
     source = str(rng.choice(names, p=weights / weights.sum()))
     family = family_of(experiment.model)
     image = family.image_input(experiment.model)
+    squares = image.max_tiles  # an image, or its sub-images; grids of tiles are drawn as images
     room, pictures, lengths = data.sequence_length, data.max_images_per_sequence if images is None else images, []
     held = 0
     for _ in range(10_000):
@@ -118,7 +119,7 @@ def _sequence(experiment: Experiment, rng: np.random.Generator, *, images: int |
         text = 2 + int(rng.gamma(4.0, min(mean, data.sequence_length / 3) / 4.0))
         if source == "text":
             count = 0
-        elif source == "pairs":
+        elif source == "pairs" or squares > 1:
             count = 1
         else:
             count = 1 + int(rng.poisson(IMAGES_OF_DOCUMENT - 1))
@@ -126,12 +127,13 @@ def _sequence(experiment: Experiment, rng: np.random.Generator, *, images: int |
             count = int(rng.integers(max(1, data.max_images_per_sequence // 2), data.max_images_per_sequence + 1))
         if images is not None:
             count = min(images, max(count, 1))
-        count = min(count, pictures, max(0, (room - text) // (image.tokens + 2)))
-        size = min(room, text + count * (image.tokens + 2))
+        size_of_image = squares * image.tokens + 2
+        count = min(count, pictures // squares, max(0, (room - text) // size_of_image))
+        size = min(room, text + count * size_of_image)
         if size < 16 or (count == 0 and source in ("pairs",)):
             break
         lengths.append(size)
-        room, pictures, held = room - size, pictures - count, held + count
+        room, pictures, held = room - size, pictures - squares * count, held + squares * count
         if room < 32:
             break
     real = data.sequence_length - room

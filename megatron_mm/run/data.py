@@ -16,6 +16,7 @@ from megatron_mm.data.plan.filling import Limits
 from megatron_mm.data.plan.plan import Plan, PlanState
 from megatron_mm.data.sources.index import GIVE_DATA, check_folder, open_split
 from megatron_mm.data.sources.source import Source
+from megatron_mm.data.sub_images import LowResolution
 from megatron_mm.data.text.chat import chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.data.tiling import Tiling
@@ -42,9 +43,17 @@ def open_tokenizer(experiment: Experiment) -> Tokenizer:
 
 
 def image_input(experiment: Experiment) -> ImageInput:
-    """How images enter the experiment's model. Raises ValueError where it wants tiles and the model does not look at them."""
+    """How images enter the experiment's model. Raises ValueError where it wants tiles, or low resolution, and the model does not look at
+    images so."""
     family, data = family_of(experiment.model), experiment.data
     image = replace(family.image_input(experiment.model), to_rgb=data.to_rgb)
+    if data.low_resolution_demonstrations:
+        if image.sub_images is None:
+            raise ValueError(
+                f"data.low_resolution_demonstrations is {data.low_resolution_demonstrations}, but the model shows no sub-images, so "
+                "there is no lower resolution: leave it out, or give the model sub_images"
+            )
+        image = replace(image, low_resolution=LowResolution(data.low_resolution_demonstrations, experiment.train.seed))
     if data.max_tiles is None:
         return image
     if not family.takes_tiles:

@@ -251,6 +251,7 @@ def _warn_of_changes(experiment: Experiment, path: Path) -> None:
         "data.mixture": (before.data.mixture, experiment.data.mixture),
         "data.chat_template": (before.data.chat_template, experiment.data.chat_template),
         "data.caption_prompt": (before.data.caption_prompt, experiment.data.caption_prompt),
+        "data.low_resolution_demonstrations": (before.data.low_resolution_demonstrations, experiment.data.low_resolution_demonstrations),
         "data.sequence_length": (before.data.sequence_length, experiment.data.sequence_length),
         "data.packing_window": (before.data.packing_window, experiment.data.packing_window),
         "train.schedule_steps": (before.train.schedule_steps, experiment.train.schedule_steps),

@@ -52,6 +52,7 @@ def train_one_step(
     tokenizer_path: Path,
     run_dir: Path,
     *,
+    recipe: str = "debug_mm1",
     moe: MoEConfig | None = None,
     variant: str = "llama",
     change: Callable[[torch.nn.Module], None] = lambda module: None,
@@ -64,11 +65,11 @@ def train_one_step(
 
     The process groups are gone when it returns, so that other tests can make theirs.
     """
-    recipe = get_recipe("debug_mm1")
-    assert isinstance(recipe.model, MM1Config)
-    config = replace(recipe.model, decoder=replace(recipe.model.decoder, num_layers=3, num_query_groups=2, moe=moe, variant=variant))
+    base = get_recipe(recipe)
+    assert isinstance(base.model, MM1Config)
+    config = replace(base.model, decoder=replace(base.model.decoder, num_layers=3, num_query_groups=2, moe=moe, variant=variant))
     experiment = replace(
-        recipe, model=config, data=replace(recipe.data, tokenizer=tokenizer_path), checkpoint=CheckpointConfig(asynchronous=False)
+        base, model=config, data=replace(base.data, tokenizer=tokenizer_path), checkpoint=CheckpointConfig(asynchronous=False)
     )
     tokenizer = Tokenizer.open(tokenizer_path)
     batch = make_batch(config, tokenizer)

@@ -200,7 +200,7 @@ class Loader:
     @property
     def _whole_images(self) -> bool:
         """Images are one square each, and as they were written."""
-        return self.image.tiling is None and self.config.jpeg_quality is None
+        return self.image.is_one_square and self.config.jpeg_quality is None
 
     def close(self) -> None:
         """Stop the threads; waits for them."""
@@ -376,7 +376,7 @@ class Loader:
             least, most = self.config.jpeg_quality
             drawn = np.random.default_rng(shown.placed.seed).integers(least, most, size=place.tiles, endpoint=True)
             qualities = tuple(drawn[tiles.start : tiles.stop].tolist())
-        return EncodedTiles(blob, width=place.width, height=place.height, tiles=tiles, qualities=qualities)
+        return EncodedTiles(blob, width=place.width, height=place.height, tiles=tiles, count=place.tiles, qualities=qualities)
 
     def _tally_images(self, decoded: list[_Shown], ok: np.ndarray, bad: Counter[str]) -> None:
         for shown, good in zip(decoded, ok.tolist(), strict=True):

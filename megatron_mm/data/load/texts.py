@@ -114,7 +114,7 @@ def document_stream(index: Source, sample: int, tokenizer: Tokenizer, items: lis
     written = encode_items(items, tokenizer)
     if len(written) != len(rows) - rows.num_images:
         raise ValueError(f"{len(written)} texts, but {len(rows) - rows.num_images} in the index")
-    left, tiles = iter(written), iter(image.num_tiles(rows.widths, rows.heights).tolist())
+    left, tiles = iter(written), iter(image.num_tiles(rows.widths, rows.heights, row=sample).tolist())
     stream = [tokenizer.bos_id]
     for is_image, tokens in zip(rows.is_image.tolist(), rows.tokens.tolist(), strict=True):
         if is_image:

@@ -19,6 +19,7 @@ from PIL import Image
 from megatron_mm.data.image_formats import MAX_PIXELS, open_image
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.decode import DecodedImages
+from megatron_mm.data.sub_images import cut_sub_images
 from megatron_mm.data.tiling import cut_tiles
 
 
@@ -32,13 +33,15 @@ class EncodedTiles:
     """What the plan counted its tiles from, pixels. An image of another size is squashed to it, so that it has as many."""
     tiles: range
     """Which of its tiles are wanted, one after another."""
+    count: int | None = None
+    """Tiles that the plan counted, for images that are shown as sub-images; None takes all."""
     qualities: tuple[int, ...] = ()
     """One for each of the wanted tiles: encode it as JPEG of this quality, and decode it again, after the image was resized and cut, as
     Mono-InternVL's training does. An image that is not cut is encoded before it is resized. Empty leaves the pixels as they are."""
 
 
 class TileDecoder:
-    """Decodes images and cuts them into tiles; without tiling each is its own tile."""
+    """Decodes images and cuts them into tiles; one that is not cut is its own tile."""
 
     def __init__(self, image: ImageInput, *, threads: int) -> None:
         self.image = image
@@ -64,17 +67,26 @@ class TileDecoder:
         return False
 
     def _tiles(self, image: Image.Image, wanted: EncodedTiles) -> np.ndarray:
-        transform, tiling = self.image.transform, self.image.tiling
-        if tiling is None:
+        """[tiles, 3, size, size] uint8."""
+        transform = self.image.transform
+        if self.image.is_one_square:
             image = _degraded(transform.rgb(image), wanted.qualities[0]) if wanted.qualities else image
             return _pixels(transform.square(image))[None]
-        rgb = transform.rgb(image)
-        if rgb.size != (wanted.width, wanted.height):
-            rgb = rgb.resize((wanted.width, wanted.height), Image.Resampling.BICUBIC)
-        tiles = cut_tiles(rgb, tiling, self.image.size)[wanted.tiles.start : wanted.tiles.stop]
+        tiles = self._cut(image, wanted)
         for tile, quality in zip(tiles, wanted.qualities, strict=bool(wanted.qualities)):
             tile[:] = _pixels(_degraded(Image.fromarray(tile.transpose(1, 2, 0)), quality))
         return tiles
+
+    def _cut(self, image: Image.Image, wanted: EncodedTiles) -> np.ndarray:
+        """The wanted tiles as they are: [tiles, 3, size, size] uint8."""
+        transform, tiling, sub_images = self.image.transform, self.image.tiling, self.image.sub_images
+        if sub_images is not None:
+            return cut_sub_images(image, sub_images, transform, wanted=wanted.tiles, count=wanted.count or sub_images.count)
+        assert tiling is not None, "an image of several squares is cut by its shape or into sub-images"
+        rgb = transform.rgb(image)
+        if rgb.size != (wanted.width, wanted.height):
+            rgb = rgb.resize((wanted.width, wanted.height), Image.Resampling.BICUBIC)
+        return cut_tiles(rgb, tiling, self.image.size)[wanted.tiles.start : wanted.tiles.stop]
 
     def close(self) -> None:
         """Stop the threads."""

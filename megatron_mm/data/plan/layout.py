@@ -111,7 +111,7 @@ def lay_out(plan: Plan, sequences: list[PackedSequence], *, tensor_size: int) ->
     image = plan.image
     silent = ranges(firsts + image.silent_from, image.num_places(tiles) - image.silent_from)
     mask[silent - 1] = 0  # what comes next is an image's token
-    deal = image_owners if image.tiling is None else tile_owners
+    deal = image_owners if image.is_one_square else tile_owners
     return Layout(
         pieces=pieces,
         images=images,

@@ -33,9 +33,9 @@ def choose_sources(weights: Sequence[float], drawn: Sequence[int], count: int) -
 
 def stream_keys(seed: int, epoch: int, *, block: int | None = None) -> np.uint64:
     """The key of an epoch's order, or of the order in one of its blocks."""
-    key = _mix(np.array([epoch], dtype=np.uint64) + np.uint64(seed * int(_MIX) % 2**64))
+    key = mix(np.array([epoch], dtype=np.uint64) + np.uint64(seed * int(_MIX) % 2**64))
     if block is not None:
-        key = _mix(key ^ _mix(np.array([block], dtype=np.uint64)))
+        key = mix(key ^ mix(np.array([block], dtype=np.uint64)))
     return np.uint64(key[0])
 
 
@@ -62,11 +62,11 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray
     mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
     left, right = values >> shift, values & mask
     for number in range(_ROUNDS):
-        left, right = right, left ^ (_mix(right + keys + np.uint64(number)) & mask)
+        left, right = right, left ^ (mix(right + keys + np.uint64(number)) & mask)
     return (left << shift) | right
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix(values: np.ndarray) -> np.ndarray:
     """A bijective scrambling of 64 bits (SplitMix64's finaliser)."""
     with np.errstate(over="ignore"):
         values = (values + _MIX) * np.uint64(0xBF58476D1CE4E5B9)

@@ -124,13 +124,18 @@ def check_largest_image(limits: Limits, image: ImageInput) -> None:
         of_tiles = f" of {image.max_tiles} tiles" if image.max_tiles > 1 else ""
         raise ValueError(
             f"an image{of_tiles} takes {largest} tokens, more than data.sequence_length {limits.sequence_length}: raise that, or "
-            "lower data.max_tiles"
+            f"lower {_fewer_tiles(image)}"
         )
     if image.max_tiles > limits.max_images:
         raise ValueError(
             f"an image becomes up to {image.max_tiles} tiles, more than data.max_images_per_sequence {limits.max_images}: "
-            "raise it, or lower data.max_tiles"
+            f"raise it, or lower {_fewer_tiles(image)}"
         )
+
+
+def _fewer_tiles(image: ImageInput) -> str:
+    """The field that says how many tiles an image becomes."""
+    return "data.max_tiles" if image.sub_images is None else "model.sub_images.grid"
 
 
 def _split(images: DocumentImages, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
@@ -163,11 +168,11 @@ def _without_images(length: int) -> DocumentImages:
 def document_images(source: Source, row: int, image: ImageInput) -> DocumentImages:
     """The images of one document."""
     items = source.items(row)
-    sizes = _sizes(items, image)
+    sizes = _sizes(items, image, row)
     ends = 1 + np.cumsum(sizes)
     return DocumentImages(
         starts=(ends - sizes)[items.is_image],
-        tiles=image.num_tiles(items.widths, items.heights),
+        tiles=image.num_tiles(items.widths, items.heights, row=row),
         ends=ends[items.is_image],
         length=int(ends[-1]) + 1,
     )
@@ -179,11 +184,11 @@ def supervised_tokens(source: Source, row: int, image: ImageInput) -> np.ndarray
     `ImageInput.silent_from`'s matter."""
     items = source.items(row)
     supervises_eos = source.chat_template is None or chat_template(source.chat_template).supervises_eos
-    return np.concatenate([[False], np.repeat(items.supervised, _sizes(items, image)), items.supervised[-1:] & supervises_eos])
+    return np.concatenate([[False], np.repeat(items.supervised, _sizes(items, image, row)), items.supervised[-1:] & supervises_eos])
 
 
-def _sizes(items: Items, image: ImageInput) -> np.ndarray:
+def _sizes(items: Items, image: ImageInput, row: int) -> np.ndarray:
     """Tokens of each item: [items] int64."""
     sizes = items.tokens.copy()
-    sizes[items.is_image] = image.num_places(image.num_tiles(items.widths, items.heights))
+    sizes[items.is_image] = image.num_places(image.num_tiles(items.widths, items.heights, row=row))
     return sizes

@@ -60,12 +60,15 @@ def samples_of(source: Source, rows: np.ndarray, image: ImageInput) -> Samples:
 def document_tiles(source: Source, rows: np.ndarray | slice, image: ImageInput) -> np.ndarray:
     """Tiles of all images of each document: [rows] int64."""
     sizes = source.sizes(rows)
-    if image.tiling is None:
-        return sizes.num_images
-    images = source.image_sizes(rows)
-    totals = np.zeros(len(sizes), dtype=np.int64)
-    np.add.at(totals, images.document, image.num_tiles(images.widths, images.heights))
-    return totals
+    if image.tiling is not None:
+        images = source.image_sizes(rows)
+        document, tiles = images.document, image.num_tiles(images.widths, images.heights)
+    elif image.low_resolution is not None:
+        numbers = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        document, tiles = np.repeat(np.arange(len(sizes)), sizes.num_images), image.num_sub_images(numbers, sizes.num_images)
+    else:
+        return sizes.num_images * image.max_tiles
+    return np.bincount(document, weights=tiles, minlength=len(sizes)).astype(np.int64)
 
 
 class _Epoch:
@@ -100,7 +103,7 @@ class _Block:
         sizes = epoch.sizes[epoch.first_run[number] : epoch.first_run[number + 1]]
         self.starts = np.concatenate([[0], np.cumsum(sizes)])
         self.text_tokens, self.num_images = (np.empty(self.starts[-1], dtype=np.int32) for _ in range(2))
-        self.num_tiles = self.num_images if image.tiling is None else np.empty(self.starts[-1], dtype=np.int32)
+        self.num_tiles = self.num_images if image.is_one_square else np.empty(self.starts[-1], dtype=np.int32)
         self.loaded = 0
 
     def load(self, count: int) -> None:
@@ -110,7 +113,7 @@ class _Block:
             rows, mine = slice(first, first + size), slice(int(self.starts[number]), int(self.starts[number + 1]))
             sizes = self.source.sizes(rows)
             self.text_tokens[mine], self.num_images[mine] = sizes.text_tokens, sizes.num_images
-            if self.image.tiling is not None:
+            if not self.image.is_one_square:
                 self.num_tiles[mine] = document_tiles(self.source, rows, self.image)
             self.loaded = number + 1
 

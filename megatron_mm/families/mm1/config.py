@@ -9,6 +9,7 @@ from typing import ClassVar
 from megatron_mm.config import ConnectorConfig, ModelConfig, VisionConfig
 from megatron_mm.config.checks import require
 from megatron_mm.data.image_input import ImageInput, fill_colour
+from megatron_mm.data.sub_images import SubImages
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class MM1Config(ModelConfig):
     family: ClassVar[str] = "mm1"
     vision: VisionConfig
     connector: ConnectorConfig
+    sub_images: SubImages | None = None
+    """Show every image as an overview and crops, each of vision.image_size (section 4.1); None shows it as one square."""
 
     def __post_init__(self) -> None:
         if self.connector.pools_to_grid:
@@ -30,6 +33,12 @@ class MM1Config(ModelConfig):
 
 
 def image_input(config: MM1Config) -> ImageInput:
-    """An image is as many tokens as the connector makes."""
+    """An image, or each of its sub-images, is as many tokens as the connector makes."""
     vision = config.vision
-    return ImageInput(size=vision.image_size, tokens=config.connector.num_tokens, fill=fill_colour(vision.mean), resize=vision.resize)
+    return ImageInput(
+        size=vision.image_size,
+        tokens=config.connector.num_tokens,
+        fill=fill_colour(vision.mean),
+        resize=vision.resize,
+        sub_images=config.sub_images,
+    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.families.base import Family
-from megatron_mm.families.mm1 import recipes
+from megatron_mm.families.mm1 import fine_tuning, recipes
 from megatron_mm.families.mm1.config import MM1Config, image_input
 from megatron_mm.flops import StepWork, Trainable
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class MM1Family(Family[MM1Config]):
-    """CLIP tower -> connector -> image tokens inside the decoder's sequence. Everything is trained in one stage."""
+    """CLIP tower -> connector -> image tokens inside the decoder's sequence. Pre-training and fine-tuning train everything."""
 
     config = MM1Config
-    recipes = recipes.RECIPES
+    recipes = (*recipes.RECIPES, *fine_tuning.RECIPES)
+    adapts = ("vision.image_size", "sub_images")
     generates_with_cache = True
 
     def build(self, model: MM1Config, context: ChunkContext) -> MM1Model:

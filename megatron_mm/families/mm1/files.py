@@ -59,7 +59,7 @@ def write_mm1_files(
         "processor_config.json": {
             "processor_class": "MM1Processor",
             "auto_map": {"AutoProcessor": "processing_mm1.MM1Processor"},
-            "tokens_per_image": model.connector.num_tokens,
+            "tokens_per_image": model.connector.num_tokens,  # of one square
         },
     }
     for name, document in documents.items():
@@ -76,6 +76,7 @@ def _image_processor_config(model: MM1Config, *, to_rgb: str) -> dict[str, Any]:
         "image_std": list(model.vision.std),
         "resize": model.vision.resize,
         "to_rgb": to_rgb,
+        **({} if model.sub_images is None else {"sub_images": asdict(model.sub_images)}),
     }
 
 

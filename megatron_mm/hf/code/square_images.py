@@ -49,14 +49,15 @@ class SquareImageProcessor(BaseImageProcessor):
         pixels = np.stack([self._pixels(image) for image in images]) if images else np.zeros(shape, dtype=np.float32)
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
-    def _pixels(self, image: Any) -> np.ndarray:
+    def _pixels(self, image: Any, times: int = 1) -> np.ndarray:
+        """[3, times H, times W] float32."""
         if not isinstance(image, Image.Image):
             image = to_pil_image(image)
         fill = tuple(round(255 * channel) for channel in self.image_mean)
         own_mode = self.resize_first and self.to_rgb == "pillow" and self.resize != "pad"
         if not own_mode:
             image = image.convert("RGB") if self.to_rgb == "pillow" else on_white(image)
-        square = _RESIZES[self.resize](image, self.size["height"], fill)
+        square = _RESIZES[self.resize](image, times * self.size["height"], fill)
         scaled = np.asarray(square.convert("RGB"), dtype=np.float32) / 255
         normalised = (scaled - np.float32(self.image_mean)) / np.float32(self.image_std)
         return normalised.transpose(2, 0, 1)

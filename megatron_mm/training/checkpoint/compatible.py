@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.config import Experiment, ModelConfig
+from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment, to_dict
 from megatron_mm.training.checkpoint.integrity import read_manifest
 
@@ -17,9 +18,13 @@ _DESCRIPTIVE = ("decoder.max_positions", "decoder.attention_window", "decoder.ro
 
 def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer: bool = True) -> None:
     """Raise ValueError that names the differences where a checkpoint holds another model than the experiment's, or
-    (with_optimizer) another kind of optimizer state."""
+    (with_optimizer) another kind of optimizer state. Without the optimizer, images may be shown otherwise (`Family.adapts`)."""
     saved = load_experiment(checkpoint / "experiment.json")
-    if differences := model_differences(experiment.model, saved.model):
+    differences = model_differences(experiment.model, saved.model)
+    if not with_optimizer:
+        adapts = family_of(experiment.model).adapts
+        differences = [found for found in differences if not any(f"{found[0]}.".startswith(f"{name}.") for name in adapts)]
+    if differences:
         told = [f"model.{name} is {theirs!r} there and {ours!r} here" for name, ours, theirs in differences[:_DIFFERENCES]]
         more = f", and {len(differences) - len(told)} more settings differ" if len(differences) > len(told) else ""
         advice = "use another --run-dir, or" if with_optimizer else "use"

@@ -20,6 +20,7 @@ from megatron_mm.parallel.topology import Topology
 from megatron_mm.training.checkpoint.compatible import check_same_model
 from megatron_mm.training.checkpoint.integrity import verify
 from megatron_mm.training.checkpoint.names import TENSORS, belongs_to_model
+from megatron_mm.training.checkpoint.positions import Interpolation, stored_tensors
 from megatron_mm.training.checkpoint.state import model_state
 from megatron_mm.training.spread_encoder import wrapped_modules
 
@@ -28,7 +29,7 @@ _NAMED = 40
 
 
 def load_weights(experiment: Experiment, topology: Topology, model: list[DistributedDataParallel], checkpoint: Path) -> None:
-    """Load the weights alone, from any layout into any layout.
+    """Load the weights alone, from any layout into any layout; positions of another image size are interpolated.
 
     Raises ValueError where the checkpoint is of another model, lacks a tensor or has one too many, or is damaged.
     """
@@ -36,12 +37,18 @@ def load_weights(experiment: Experiment, topology: Topology, model: list[Distrib
     verify(checkpoint, topology)
     state = model_state(model)
     _check_names(state, checkpoint)
+    interpolation = Interpolation.needed(experiment, checkpoint)
+    interpolation.ask(state)
+    asked = {chunk: dict(entries) for chunk, entries in state.items()}
     loaded = dist_checkpointing.load(
         state,
         str(checkpoint / TENSORS),
         sharded_strategy=load_strategy(checkpoint),
         strict=StrictHandling.RAISE_UNEXPECTED,
     )
+    interpolation.answer(asked, loaded)
+    if topology.is_main:
+        interpolation.say()
     for index, chunk in enumerate(wrapped_modules(model)):
         load_chunk(chunk.module, loaded[f"model{index}"])
 
@@ -55,7 +62,7 @@ def _check_names(state: dict[str, Any], checkpoint: Path) -> None:
     names: list[set[str]] = [set()] * group.size()
     dist.all_gather_object(names, mine, group=group)
     wanted = set().union(*names)
-    stored = {name for name in dist_checkpointing.load_tensors_metadata(str(checkpoint / TENSORS)) if belongs_to_model(name)}
+    stored = {name for name in stored_tensors(checkpoint) if belongs_to_model(name)}
     for what, missed in (("lacks", wanted - stored), ("holds, beyond the model's,", stored - wanted)):
         if missed:
             named = ", ".join(sorted(missed)[:_NAMED]) + (", ..." if len(missed) > _NAMED else "")

@@ -228,9 +228,9 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
         """Logits, and the loss where labels are given.
 
         Args:
-            input_ids: [b, s], `num_tokens` image tokens in a row for each image.
+            input_ids: [b, s], `num_tokens` image tokens in a row for each image, and for each sub-image where images are shown so.
             pixel_values: normalised, as `MM1Processor` gives them: [b, max images of a sequence, 3, H, W], each sequence's
-                own images first; or [n, 3, H, W], the images of all sequences in order.
+                own images first; or [n, 3, H, W], the images of all sequences in order. A sub-image is an image here.
             labels: [b, s], -100 where nothing is to be predicted; not shifted.
         """
         kwargs.pop("return_dict", None)
