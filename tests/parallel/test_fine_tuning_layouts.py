@@ -48,6 +48,8 @@ MORE_LAYOUTS = [
     Layout(4, {"tensor": 2, "pipeline": 2}),
     Layout(4, {"tensor": 4, "recompute": "full"}),
     Layout(2, {"pipeline": 2, "recompute_encoder": "full"}),
+    Layout(2, {"pipeline": 2, "spread_encoder": True}),
+    Layout(4, {"tensor": 2, "pipeline": 2, "virtual": 2, "spread_encoder": True}),
     Layout(2, {"expert": 2}, EXPERTS),
     Layout(4, {"tensor": 2, "expert": 2}, EXPERTS),
 ]
