@@ -3,7 +3,7 @@
 int, float, str, Path    one word
 Literal["a", "b"]        one of the words
 bool                     nothing, which is True, or True or False
-tuple[int, ...]          words: --parallel.stage-layers 6 8 8 6
+tuple[int, ...]          words: --parallel.stage-layers 6 8 8 6; numbers also with commas, 6,8,8,6
 dict[str, float]         NAME=VALUE words
 ... | None               None, or as without it
 """
@@ -95,6 +95,8 @@ def parse_words(name: str, hint: Any, words: Sequence[str]) -> Any:
         return {key: parse_words(f"{name} {key}", arguments[1], [value]) for key, _, value in pairs}
     if typing.get_origin(kind) is tuple:
         several = len(arguments) == 2 and arguments[1] is Ellipsis
+        if arguments[0] in (int, float):
+            words = [part for word in words for part in word.split(",") if part]
         if not several and len(words) != len(arguments):
             raise ValueError(f"{name} takes {len(arguments)} words ({placeholder(hint)}), but has {len(words)}: {' '.join(words)!r}")
         kinds = [arguments[0]] * len(words) if several else arguments

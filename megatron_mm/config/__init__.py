@@ -29,6 +29,7 @@ from megatron_mm.config.run import (
     OptimizerConfig,
     ParallelConfig,
     Precision,
+    ProfileConfig,
     TrainConfig,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Precision",
+    "ProfileConfig",
     "ResamplerConfig",
     "TrainConfig",
     "VisionConfig",

@@ -335,6 +335,36 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A look into a few steps with torch's profiler, written to `RUN_DIR/profile`. Steps outside of it are not touched."""
+
+    steps: str | None = None
+    """Steps to profile, as FIRST:LAST, both included (10:13), or one; None profiles none."""
+    ranks: tuple[int, ...] = (0,)
+    """Processes to profile."""
+    memory: bool = True
+    """Follow memory too: a snapshot on a GPU, the operators' bytes in the trace elsewhere."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            words = self.steps.split(":")
+            require(
+                len(words) <= 2 and all(word.isdecimal() for word in words) and 0 < int(words[0]) <= int(words[-1]),
+                f"profile.steps is {self.steps!r}, but takes FIRST:LAST with 1 <= FIRST <= LAST, for example 10:13",
+            )
+
+    @property
+    def first(self) -> int | None:
+        """The first profiled step."""
+        return None if self.steps is None else int(self.steps.split(":")[0])
+
+    @property
+    def last(self) -> int | None:
+        """The last one."""
+        return None if self.steps is None else int(self.steps.split(":")[-1])
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Everything that determines a run."""
 
@@ -349,6 +379,7 @@ class Experiment:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     init_from: Path | None = None
     """A checkpoint, or the run directory of an earlier stage, whose weights this run begins with, with a fresh optimizer. A run that
     has a checkpoint of its own resumes from it."""

@@ -86,6 +86,9 @@ class PlanRatio(Hook):
             self.file = MetricsFile(trainer.run_dir / "plan.jsonl", resume_step=trainer.state.step)
         self.band = ERROR_BAND["dense" if trainer.experiment.model.decoder.moe is None else "moe"]
 
+    def predicted_seconds(self) -> dict[str, float]:
+        return dict(self.prediction.parts) if self.prediction is not None else {}
+
     def after_step(self, record: StepRecord) -> None:
         if self.prediction is None:
             return

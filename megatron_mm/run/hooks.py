@@ -25,6 +25,7 @@ from megatron_mm.flops import StepWork, mfu, peak_tflops
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.reporting.run_files import EXPERTS
 from megatron_mm.run.details import Norms, SlowProcesses, balance, is_due, memory_gb
+from megatron_mm.run.profiling import profile_hooks
 from megatron_mm.training.metrics import StepMetrics
 from megatron_mm.training.routing import RoutingStats, draw_expert_load
 from megatron_mm.training.trainer import Hook, StepRecord, Trainer
@@ -281,4 +282,5 @@ def standard_hooks(
         ExpertLoad(trainer, metrics.monitor),
         Checkpoints(trainer),
         GarbageCollection(trainer),
+        *profile_hooks(trainer),
     ]

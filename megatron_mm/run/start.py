@@ -203,7 +203,11 @@ def check_shapes(experiment: Experiment, world_size: int) -> None:
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, world_size)
     trainable_patterns(experiment)
     micro_batches = experiment.num_micro_batches(experiment.parallel.data_parallel_size(world_size))
-    parallel = experiment.parallel
+    parallel, profile = experiment.parallel, experiment.profile
+    if profile.steps is not None and not all(0 <= rank < world_size for rank in profile.ranks):
+        raise ValueError(
+            f"profile.ranks is {list(profile.ranks)}, but there are {world_size} processes: use ranks from 0 to {world_size - 1}"
+        )
     if parallel.virtual > 1 and micro_batches % parallel.pipeline:
         raise ValueError(
             f"the interleaved schedule needs micro-batches in multiples of parallel.pipeline {parallel.pipeline}, but a step has "

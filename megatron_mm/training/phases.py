@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,6 +86,11 @@ class StepClock:
         found["other"] = max(0.0, seconds - sum(found.values()))
         return found
 
+    def name_ranges(self, new: Callable[[str], Any] | None) -> None:
+        """Make each phase that is timed from here on a range of a trace: a context manager that `new(phase)` returns. None makes none."""
+        plain = {name: timer.timer if isinstance(timer, _Named) else timer for name, timer in self._timers.items()}
+        self._timers = plain if new is None else {name: _Named(timer, partial(new, name)) for name, timer in plain.items()}
+
     def _timer(self) -> _Timer:
         return _EventTimer() if self._on_gpu else _Timer()
 
@@ -145,6 +151,29 @@ class _EventTimer(_Timer):
                 pending.append((begin, end))
         self._pairs = pending
         return total
+
+
+class _Named(_Timer):
+    """A timer that opens a range while it runs."""
+
+    def __init__(self, timer: _Timer, new: Callable[[], Any]) -> None:
+        super().__init__()
+        self.timer, self._new, self._range = timer, new, contextlib.nullcontext()
+
+    def start(self, barrier: bool = False) -> None:
+        self._range = self._new()
+        self._range.__enter__()
+        self.timer.start()
+
+    def stop(self, barrier: bool = False) -> None:
+        self.timer.stop()
+        self._range.__exit__(None, None, None)
+
+    def clear(self, *, keep_pending: bool) -> None:
+        self.timer.clear(keep_pending=keep_pending)
+
+    def take(self) -> float:
+        return self.timer.take()
 
 
 class _Nothing:

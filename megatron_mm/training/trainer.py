@@ -69,6 +69,10 @@ class Hook:
     def after_step(self, record: StepRecord) -> None:
         """After every optimizer step; `record.told[self]` are the sums of what all processes told."""
 
+    def predicted_seconds(self) -> dict[str, float]:
+        """Seconds of a step by what takes them, of a hook that knows a prediction."""
+        return {}
+
     def after_training(self) -> None:
         """Once, when the last step is done or a stop was agreed; not after a failure."""
 
