@@ -67,7 +67,7 @@ nightly: test-all test-isa check
 
 # Everything that the tests have of Transformer Engine: its own Python over kernels written in PyTorch (tests/support/te), the slow ones too.
 test-te: $(STAMP)
-	$(BIN)/python -m pytest -q tests/models/test_te.py tests/tools/test_gpu_tools.py
+	$(BIN)/python -m pytest -q tests/models/test_te.py tests/models/test_te_options.py tests/tools/test_gpu_tools.py
 
 # The whole suite on both supported engines: the one of `make install`, and megatron-core 0.19 with Python 3.12 where that is.
 PYTHON312 ?= $(shell command -v python3.12)

@@ -75,7 +75,7 @@ class Models:
     def _decode(self, batch: PackedBatch, features: torch.Tensor, *, visual: bool) -> None:
         decoder_input = self.mono.embed(batch, features)
         routed = batch if visual else replace(batch, image_starts=batch.image_starts[:0])
-        layout = modality_layout(routed, tokens_per_image=TILE_TOKENS, backend="torch")
+        layout = modality_layout(routed, tokens_per_image=TILE_TOKENS, multiple=1)
         assert layout.visual is not None and layout.visual.count == (batch.num_images * TILE_TOKENS if visual else 0)
         self.mono.decode(batch, decoder_input, layout, with_loss=False)
 

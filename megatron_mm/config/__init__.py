@@ -2,6 +2,7 @@
 
     blocks.py      shapes of the blocks that families share; a family's own stand in its folder
     kernels.py     which fused kernels are taken
+    precision.py   number formats of gradients, optimizer state and FP8 products
     run.py         how it is cut, fed, trained, saved, evaluated, watched; `Experiment`
 
 A recipe (`megatron_mm.families.recipes`) is a function that returns a complete `Experiment`; the command line overrides its
@@ -19,8 +20,10 @@ from megatron_mm.config.blocks import (
     VisionConfig,
 )
 from megatron_mm.config.kernels import KernelConfig
+from megatron_mm.config.precision import PrecisionConfig
 from megatron_mm.config.run import (
     FP8_MULTIPLE,
+    FP8_MULTIPLES,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
@@ -35,6 +38,7 @@ from megatron_mm.config.run import (
 
 __all__ = [
     "FP8_MULTIPLE",
+    "FP8_MULTIPLES",
     "CheckpointConfig",
     "ConnectorConfig",
     "DataConfig",
@@ -49,6 +53,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Precision",
+    "PrecisionConfig",
     "ProfileConfig",
     "ResamplerConfig",
     "TrainConfig",

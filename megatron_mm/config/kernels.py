@@ -18,3 +18,7 @@ class KernelConfig:
     """Transformer Engine's loss: one kernel that writes the gradient over the logits, and no float32 copy of them."""
     token_permutation: bool | None = None
     """Transformer Engine gathers tokens for experts, and puts them back, by one kernel each."""
+    router: bool | None = None
+    """Transformer Engine chooses each token's experts and weighs them by one kernel."""
+    eva_tower: bool | None = None
+    """EVA towers turn queries and keys by Transformer Engine's rotary kernel, and compute their SwiGLU by a compiled one."""

@@ -9,11 +9,15 @@ from typing import ClassVar, Literal
 from megatron_mm.config.blocks import ModelConfig
 from megatron_mm.config.checks import require, require_positive
 from megatron_mm.config.kernels import KernelConfig
+from megatron_mm.config.precision import PrecisionConfig
 
 Precision = Literal["fp32", "bf16", "fp8"]
+RecomputeModule = Literal["core_attn", "mlp", "layernorm", "moe", "moe_act"]
 
 FP8_MULTIPLE = 16
 """FP8 matrix products take numbers of tokens and widths that are multiples of this."""
+FP8_MULTIPLES = {"tensorwise": FP8_MULTIPLE, "delayed": FP8_MULTIPLE, "blockwise": FP8_MULTIPLE, "mxfp8": 32}
+"""The same by `precision.fp8_recipe`: a scale of 32 values wants whole ones."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,21 @@ class ParallelConfig:
     """Gather updated parameters while the next forward pass already runs; needs distributed_optimizer, CUDA and pipeline 1
     or virtual > 1, and is ignored elsewhere."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass: none, the attention core, or whole layers."""
+    """Activations recomputed in the backward pass: none, those of `recompute_modules`, or whole layers."""
+    recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)
+    """What selective recompute computes again: the attention core, dense MLPs, norms, whole layers of experts, or the experts' activation.
+    Norms and the experts' activation cost little and need no second pass of a product."""
     recompute_encoder: Literal["none", "selective", "full"] | None = None
     """The same for the image tower, which keeps more than a decoder layer and costs less to run again; None means: as recompute."""
     spread_encoder: bool = False
     """Every pipeline rank holds the image encoder and encodes its share of a step's images before the pipeline begins; the first stage
     gets the features and sends their gradients back. Then the encoder holds up no stage, and its state is sharded over all processes.
     Each process keeps the encoder's weights, gradients, and activations of its share of a whole step."""
+    recompute_encoder_modules: tuple[RecomputeModule, ...] | None = None
+    """`recompute_modules` of the image tower; None means: those of recompute_modules that it has."""
+    max_expert_load: float | None = None
+    """Bound on the memory that a collapsing router may take: tokens that the experts of one process receive, in multiples of an equal
+    share. What is beyond goes to no expert, is counted as dropped, and warned of. None has no bound."""
     collective_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run instead of hanging it."""
 
@@ -70,6 +82,10 @@ class ParallelConfig:
         require(
             self.tensor % self.expert_tensor == 0,
             f"parallel.expert_tensor {self.expert_tensor} does not divide parallel.tensor {self.tensor}: use a divisor of it, or 1",
+        )
+        require(
+            self.max_expert_load is None or self.max_expert_load >= 1,
+            f"parallel.max_expert_load is {self.max_expert_load}, but processes with an equal share have 1: use 2 to 4, or None",
         )
         if self.stage_layers is not None:
             stages = self.pipeline * self.virtual
@@ -376,6 +392,7 @@ class Experiment:
     train: TrainConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -393,8 +410,13 @@ class Experiment:
     def token_multiple(self) -> int:
         """The tokens of a micro-batch are padded to a multiple of this: each process has an equal part of them under sequence parallelism,
         and FP8 products (16) and 16-bit tensor cores (8) want multiples of their own."""
-        of_process = {"fp32": 1, "bf16": 8, "fp8": FP8_MULTIPLE}[self.train.precision]
+        of_process = {"fp32": 1, "bf16": 8, "fp8": self.fp8_multiple}[self.train.precision]
         return of_process * (self.parallel.tensor if self.parallel.sequence_parallel else 1)
+
+    @property
+    def fp8_multiple(self) -> int:
+        """What sizes of FP8 products are multiples of."""
+        return FP8_MULTIPLES[self.precision.fp8_recipe]
 
     def num_micro_batches(self, data_parallel_size: int) -> int:
         """Micro-batches of one process in one step; with `train.fewest_micro_batches` the most that a step has.

@@ -39,6 +39,8 @@ class Kernels:
     weight_gradients: bool = False
     cross_entropy: bool = False
     token_permutation: bool = False
+    router: bool = False
+    eva_tower: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class ChunkContext:
     """Process groups of this process alone, for modules that it shares with nobody."""
     sharing: ImageSharing
     kernels: Kernels = Kernels()
+    fp8_recipe: str = "tensorwise"
+    """`config.PrecisionConfig.fp8_recipe`."""
 
     @property
     def dtype(self) -> torch.dtype:

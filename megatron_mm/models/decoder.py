@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +17,18 @@ from megatron_mm.config import DecoderConfig, ParallelConfig
 from megatron_mm.hf.decoder_variants import variant_of
 from megatron_mm.models.context import ChunkContext
 from megatron_mm.models.layers import decoder_layer_spec, norm_module
+from megatron_mm.models.moe import Router
 from megatron_mm.parallel.stages import layers_per_stage, pipeline_layout
 
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
-"""`parallel.recompute` in megatron-core's words."""
+
+def recompute_options(kind: str, modules: Sequence[str]) -> dict[str, Any]:
+    """`parallel.recompute` and `recompute_modules` in megatron-core's words."""
+    options: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": list(modules)},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
+    return options[kind]
 
 
 NO_INITIALIZATION: dict[str, Any] = {
@@ -59,8 +64,7 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
         pipeline_dtype=context.dtype,
         bf16=context.dtype is torch.bfloat16,
         fp8="hybrid" if context.precision == "fp8" else None,
-        # Scales from the tensor at hand, not from those of earlier steps: nothing to keep in a checkpoint, so a resume stays exact.
-        fp8_recipe="tensorwise",
+        fp8_recipe=context.fp8_recipe,
         attention_softmax_in_fp32=True,
         apply_rope_fusion=on_te,
         bias_activation_fusion=on_te,
@@ -82,10 +86,16 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
         batch_p2p_comm=context.on_gpu and not interleaved,
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
-        **RECOMPUTE[parallel.recompute],
+        **recompute_options(parallel.recompute, _recomputed(config, context)),
         **(_expert_options(config, context) if config.moe is not None else {}),
     )
     return variant_of(config).transformer_config(llama)
+
+
+def _recomputed(config: DecoderConfig, context: ChunkContext) -> list[str]:
+    """`recompute_modules` without those that this decoder lacks, which `training.options` has said or refused."""
+    lacking = {*(("moe", "moe_act") if config.moe is None else ()), *(("moe_act",) if context.backend != "te" else ())}
+    return [module for module in context.parallel.recompute_modules if module not in lacking]
 
 
 def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict[str, Any]:
@@ -105,6 +115,7 @@ def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict[str, A
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": context.backend == "te",
         "moe_permute_fusion": context.kernels.token_permutation,
+        "moe_router_fusion": context.kernels.router,
         "expert_tensor_parallel_size": parallel.expert_tensor,
     }
 
@@ -141,6 +152,9 @@ def build_decoder(
         rotary_base=config.rotary_base,
         vp_stage=context.virtual_stage,
     )
+    for module in decoder.modules():
+        if isinstance(module, Router):
+            module.max_load = context.parallel.max_expert_load
     output_std = config.init_std / math.sqrt(2 * config.num_layers)
     for name, parameter in decoder.named_parameters():
         if name.endswith(("norm.weight", "layer_norm_weight")):

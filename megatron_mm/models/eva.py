@@ -19,6 +19,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from megatron.core import jit
 from torch import nn
 
 from megatron_mm.config import EvaConfig
@@ -32,13 +33,11 @@ class EvaTower(nn.Module):
     with depth.
     """
 
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
-
-    def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, config: EvaConfig, *, dtype: torch.dtype, fused: bool = False) -> None:
         """
         Args:
             dtype: of the parameters, and of everything that is computed but rotations.
+            fused: turn by Transformer Engine's kernel, and compute the SwiGLU by a compiled one (`config.KernelConfig.eva_tower`).
         """
         super().__init__()
         self.config = config
@@ -46,7 +45,7 @@ class EvaTower(nn.Module):
         self.patch_embedding = _patch_convolution(config, dtype=dtype)
         self.class_embedding = _vector(width, std=width**-0.5, dtype=dtype)
         self.position_embedding = _vector(config.num_tokens, width, std=width**-0.5, dtype=dtype)
-        self.layers = nn.ModuleList(EvaLayer(config, dtype=dtype) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(EvaLayer(config, dtype=dtype, fused=fused) for _ in range(config.num_layers))
         self.norm = norm(width, epsilon=config.norm_epsilon, dtype=dtype)
         self.head = linear(width, config.output_size, dtype=dtype)
         for name, parameter in self.named_parameters():
@@ -54,8 +53,7 @@ class EvaTower(nn.Module):
                 parameter.init_std /= math.sqrt(2 * config.num_layers)  # type: ignore[attr-defined]
         self.normalize = PixelNormalization(config.mean, config.std)
         angles = rotary_angles(config)
-        self.register_buffer("cos", None if angles is None else angles.cos(), persistent=False)
-        self.register_buffer("sin", None if angles is None else angles.sin(), persistent=False)
+        self.turn = None if angles is None else (FusedTurn if fused else Turn)(angles)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode images.
@@ -74,30 +72,30 @@ class EvaTower(nn.Module):
         class_n1v = self.class_embedding.expand(pixels.shape[0], 1, -1)
         tokens_nsv = torch.cat([class_n1v, patches_npv], dim=1) + self.position_embedding
         for layer in self.layers:
-            tokens_nsv = layer(tokens_nsv, self.cos, self.sin)
+            tokens_nsv = layer(tokens_nsv, self.turn)
         return tokens_nsv
 
 
 class EvaLayer(nn.Module):
     """Attention and MLP, each with its norm before it or behind it: [n, s, v] -> [n, s, v]."""
 
-    def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, config: EvaConfig, *, dtype: torch.dtype, fused: bool) -> None:
         super().__init__()
         self.post_norm = config.block == "post_norm"
         self.attention_norm = norm(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype)
         self.attention = EvaAttention(config, dtype=dtype)
         self.mlp_norm = norm(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype)
-        self.mlp = (EvaSwiGLU if config.swiglu else EvaMLP)(config, dtype=dtype)
+        self.mlp = EvaSwiGLU(config, dtype=dtype, fused=fused) if config.swiglu else EvaMLP(config, dtype=dtype)
 
-    def forward(self, x_nsv: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x_nsv: torch.Tensor, turn: nn.Module | None) -> torch.Tensor:
         """
         Args:
-            cos, sin: of `rotary_angles`, [s, d / 2]; None without rotary positions.
+            turn: rotates queries and keys [n, s, a, d]; None without rotary positions.
         """
         if self.post_norm:
-            x_nsv = x_nsv + self.attention_norm(self.attention(x_nsv, cos, sin))
+            x_nsv = x_nsv + self.attention_norm(self.attention(x_nsv, turn))
             return x_nsv + self.mlp_norm(self.mlp(x_nsv))
-        x_nsv = x_nsv + self.attention(self.attention_norm(x_nsv), cos, sin)
+        x_nsv = x_nsv + self.attention(self.attention_norm(x_nsv), turn)
         return x_nsv + self.mlp(self.mlp_norm(x_nsv))
 
 
@@ -118,13 +116,13 @@ class EvaAttention(nn.Module):
         self.inner_norm = norm(width, epsilon=config.norm_epsilon, dtype=dtype) if config.swiglu else nn.Identity()
         self.output = linear(width, width, dtype=dtype)
 
-    def forward(self, x_nsv: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
-        """[n, s, v] -> [n, s, v]; cos and sin as in `EvaLayer.forward`."""
+    def forward(self, x_nsv: torch.Tensor, turn: nn.Module | None) -> torch.Tensor:
+        """[n, s, v] -> [n, s, v]; turn as in `EvaLayer.forward`."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q_nsad, k_nsad, v_nsad = F.linear(x_nsv, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        if turn is not None:
+            q_nsad, k_nsad = turn(q_nsad), turn(k_nsad)
         q_nasd, k_nasd, v_nasd = (x.transpose(1, 2) for x in (q_nsad, k_nsad, v_nsad))
-        if cos is not None and sin is not None:
-            q_nasd, k_nasd = turn(q_nasd, cos, sin), turn(k_nasd, cos, sin)
         attended_nsv = F.scaled_dot_product_attention(q_nasd, k_nasd, v_nasd).transpose(1, 2).flatten(2)
         return self.output(self.inner_norm(attended_nsv))
 
@@ -146,9 +144,10 @@ class EvaMLP(nn.Module):
 class EvaSwiGLU(nn.Module):
     """SiLU of one branch times the other, a LayerNorm of that, and a linear layer."""
 
-    def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, config: EvaConfig, *, dtype: torch.dtype, fused: bool) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.ffn_hidden_size
+        self.gated = jit.jit_fuser(_gated) if fused else _gated
         self.gate = linear(width, inner, dtype=dtype)
         self.up = linear(width, inner, dtype=dtype)
         self.inner_norm = norm(inner, epsilon=config.norm_epsilon, dtype=dtype)
@@ -156,7 +155,11 @@ class EvaSwiGLU(nn.Module):
 
     def forward(self, x_nsv: torch.Tensor) -> torch.Tensor:
         """[n, s, v] -> [n, s, v]."""
-        return self.down(self.inner_norm(F.silu(self.gate(x_nsv)) * self.up(x_nsv)))
+        return self.down(self.inner_norm(self.gated(self.gate(x_nsv), self.up(x_nsv))))
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
 
 
 def rotary_angles(config: EvaConfig) -> torch.Tensor | None:
@@ -180,14 +183,40 @@ def rotary_angles(config: EvaConfig) -> torch.Tensor | None:
     return torch.cat([torch.zeros(1, 2 * pairs), torch.cat([rows, columns], dim=1)])
 
 
-def turn(x_nasd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs of neighbouring channels 0-1, 2-3, ... of [n, a, s, d] by angles, in float32.
+class Turn(nn.Module):
+    """Turns the pairs of neighbouring channels 0-1, 2-3, ... of [n, s, a, d] by angles, in float32."""
 
-    Args:
-        cos, sin: [s, d / 2].
-    """
-    even, odd = x_nasd[..., 0::2].float(), x_nasd[..., 1::2].float()
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(3).to(x_nasd.dtype)
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, angles: torch.Tensor) -> None:
+        """
+        Args:
+            angles: [s, d / 2].
+        """
+        super().__init__()
+        self.register_buffer("cos", angles.cos()[:, None], persistent=False)
+        self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+
+    def forward(self, x_nsad: torch.Tensor) -> torch.Tensor:
+        even, odd = x_nsad[..., 0::2].float(), x_nsad[..., 1::2].float()
+        turned = torch.stack([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], dim=-1)
+        return turned.flatten(3).to(x_nsad.dtype)
+
+
+class FusedTurn(nn.Module):
+    """`Turn` by Transformer Engine's rotary kernel, which takes the angle of each channel: [s, 1, 1, d]."""
+
+    angles: torch.Tensor
+
+    def __init__(self, angles: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("angles", angles.repeat_interleave(2, dim=1)[:, None, None], persistent=False)
+
+    def forward(self, x_nsad: torch.Tensor) -> torch.Tensor:
+        from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
+
+        return apply_rotary_pos_emb(x_nsad, self.angles, tensor_format="bshd", interleaved=True, fused=True)
 
 
 def _vector(*shape: int, std: float, dtype: torch.dtype) -> nn.Parameter:

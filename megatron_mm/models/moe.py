@@ -21,6 +21,7 @@ Shape legend: t tokens of this process, e experts, h width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,8 +61,26 @@ class RoutingRecord:
         return torch.zeros(self.size, dtype=torch.float64, device=device) if sums is None else sums
 
 
+def within_load(weights_te: torch.Tensor, chosen_te: torch.Tensor, *, groups: int, most: int) -> torch.Tensor:
+    """Those of the choices that leave each of `groups` equal runs of experts at most `most`: the ones of the largest weights, [t, e] bool.
+
+    Worked example: 4 experts of 2 processes and at most 1 choice each. Tokens choose experts 0 and 1 (weights 0.7, 0.3), and 1 and 2 (0.6,
+    0.4). The first process has three choices, of which 0.7 stays; the second process has one, which stays.
+    """
+    rows, experts = chosen_te.shape
+    by_group = torch.where(chosen_te, weights_te.detach(), -1.0).view(rows, groups, experts // groups).transpose(0, 1).flatten(1)
+    if most >= by_group.shape[1]:
+        return chosen_te
+    kept = torch.zeros_like(by_group, dtype=torch.bool).scatter_(1, by_group.topk(most, dim=1, sorted=False).indices, True)
+    return kept.view(groups, rows, experts // groups).transpose(0, 1).flatten(1) & chosen_te
+
+
 class Router(TopKRouter):
     """Top-k softmax routing in float32; padding goes nowhere."""
+
+    max_load: float | None = None
+    """`ParallelConfig.max_expert_load`. Each process keeps to it with its own tokens, so that no process receives more than this multiple
+    of an equal share of all; nothing is asked of others."""
 
     shares: torch.Tensor
     """[e] float32: the share of all choices that fell on each expert in the step before."""
@@ -92,13 +111,20 @@ class Router(TopKRouter):
         """
         logits_te = self.gating(input).flatten(0, 1)
         real = torch.ones_like(logits_te[:, 0], dtype=torch.bool) if padding_mask is None else ~padding_mask.flatten()
-        weights_te, chosen_te = topk_routing_with_score_function(logits_te, self.topk, use_pre_softmax=False, score_function="softmax")
+        weights_te, chosen_te = topk_routing_with_score_function(
+            logits_te, self.topk, use_pre_softmax=False, score_function="softmax", fused=self.config.moe_router_fusion
+        )
         weights_te, chosen_te = weights_te * real[:, None], chosen_te & real[:, None]
         kept_te = chosen_te
         if self.config.moe_expert_capacity_factor is not None:
             weights_te, kept_te = apply_router_token_dropping(
                 weights_te, chosen_te, router_topk=self.topk, capacity_factor=self.config.moe_expert_capacity_factor, drop_policy="probs"
             )
+        if self.max_load is not None:
+            groups = self.config.expert_model_parallel_size
+            most = math.ceil(self.max_load * self.topk * len(logits_te) / groups)
+            kept_te = within_load(weights_te, kept_te, groups=groups, most=most)
+            weights_te = weights_te * kept_te
         # Under recompute the first pass has no gradients: losses and records belong to the second alone.
         if self.training and torch.is_grad_enabled():
             weights_te = self._with_losses(weights_te, logits_te, chosen_te, kept_te, real)

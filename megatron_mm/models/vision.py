@@ -10,6 +10,7 @@ Shape legend: n images, g patches along one side, p = g * g patches, s = p + 1 t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,17 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config import VisionConfig
-from megatron_mm.models.decoder import NO_INITIALIZATION, RECOMPUTE
+from megatron_mm.models.decoder import NO_INITIALIZATION, recompute_options
 from megatron_mm.models.layers import TorchNorm
 from megatron_mm.models.plain import PixelNormalization
 
+TOWER_MODULES = ("core_attn", "mlp", "layernorm")
+"""What selective recompute may name in a tower, which has no experts."""
 
-def vision_transformer_config(config: VisionConfig, *, params_dtype: torch.dtype, recompute: str, on_gpu: bool) -> TransformerConfig:
+
+def vision_transformer_config(
+    config: VisionConfig, *, params_dtype: torch.dtype, recompute: str, on_gpu: bool, recompute_modules: Sequence[str] = ("core_attn",)
+) -> TransformerConfig:
     """The tower's layers in megatron-core's words: LayerNorm, biases everywhere, nothing parallel, no dropout.
 
     The tower stays in params_dtype under FP8 training: its token counts (images x 730, say) are not the multiples of 16
@@ -33,6 +39,7 @@ def vision_transformer_config(config: VisionConfig, *, params_dtype: torch.dtype
 
     Args:
         recompute: as `ParallelConfig.recompute`.
+        recompute_modules: as `ParallelConfig.recompute_modules`; experts' are left out.
         on_gpu: allocate on the current CUDA device rather than on torch's default device.
     """
     # Looked up here, not when this module is imported: on a CPU platform.cpu replaces megatron-core's compiled activations.
@@ -58,7 +65,7 @@ def vision_transformer_config(config: VisionConfig, *, params_dtype: torch.dtype
         gradient_accumulation_fusion=False,
         use_cpu_initialization=not on_gpu,
         **NO_INITIALIZATION,
-        **RECOMPUTE[recompute],
+        **recompute_options(recompute, [module for module in recompute_modules if module in TOWER_MODULES]),
     )
 
 

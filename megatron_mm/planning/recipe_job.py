@@ -52,8 +52,10 @@ class Planned:
 def recompute_of(experiment: Experiment, *, encoder: bool = False) -> Recompute:
     """The recipe's recomputation in the planner's words; of the image tower or of the decoder."""
     parallel = experiment.parallel
-    kind = (parallel.recompute_encoder or parallel.recompute) if encoder else parallel.recompute
-    return frozenset({"full"}) if kind == "full" else frozenset({"core_attn"}) if kind == "selective" else frozenset()
+    kind, modules = parallel.recompute, parallel.recompute_modules
+    if encoder:
+        kind, modules = parallel.recompute_encoder or kind, parallel.recompute_encoder_modules or modules
+    return frozenset({"full"}) if kind == "full" else frozenset(modules) if kind == "selective" else frozenset()
 
 
 def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Software | None = None, work: Workload | None = None) -> Planned:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -40,3 +42,12 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def fp8_recipe_missing(recipe: str) -> str:
+    """Why this GPU and Transformer Engine have no FP8 products with scales of this kind (`PrecisionConfig.fp8_recipe`); empty where they
+    have."""
+    engine: Any = importlib.import_module("transformer_engine.pytorch")
+    ask = {"blockwise": engine.is_fp8_block_scaling_available, "mxfp8": engine.is_mxfp8_available}.get(recipe, engine.is_fp8_available)
+    available, reason = ask(return_reason=True)
+    return "" if available else f"Transformer Engine says: {reason} Use --precision.fp8-recipe tensorwise"

@@ -88,8 +88,27 @@ def install() -> None:
             log.addFilter(_Without(words))
     # megatron-core 0.19 hands queries, keys and values of one buffer over as views of it, which Transformer Engine finds out by itself.
     warnings.filterwarnings("ignore", message="Relying on pointer-based detection", category=DeprecationWarning)
+    if not getattr(MLP.forward, "copies_bias", False):
+        MLP.forward = _with_own_bias(MLP.forward)
     if not getattr(MoEAlltoAllTokenDispatcher.preprocess, "counts_routed_tokens", False):
         MoEAlltoAllTokenDispatcher.preprocess = _counting_routed_tokens(MoEAlltoAllTokenDispatcher.preprocess)
+
+
+def _with_own_bias(forward: Any) -> Any:
+    """`MLP.forward`, whose second output is the last layer's bias, for MLPs that are computed again in the backward pass.
+
+    What upstream lacks: the checkpoint function returns that parameter itself, which makes it an output of the checkpoint, whose backward
+    pass then runs into itself without end. A copy is an output like any other.
+    """
+
+    @functools.wraps(forward)
+    def own(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out, bias = forward(self, *args, **kwargs)
+        recomputed = self.config.recompute_granularity == "selective" and "mlp" in self.config.recompute_modules
+        return out, bias.clone() if recomputed and isinstance(bias, torch.nn.Parameter) else bias
+
+    own.copies_bias = True  # type: ignore[attr-defined]
+    return own
 
 
 class _Without(logging.Filter):

@@ -144,16 +144,36 @@ class ExpertLoad(Hook):
         super().__init__(trainer)
         self.monitor = monitor
         self.seen: list[RoutingStats] = []
+        self.warns_from = 0
 
     def after_step(self, record: StepRecord) -> None:
         if record.result.routing is not None:
             self.seen.append(record.result.routing)
+            self._warn_of_collapse(record.result.routing, step=record.step)
         interval = self.trainer.experiment.eval.interval
         if interval and record.step % interval == 0:
             self._draw()
 
     def after_training(self) -> None:
         self._draw()
+
+    def _warn_of_collapse(self, routing: RoutingStats, *, step: int) -> None:
+        """At most every 100 steps. (All that is dropped is counted in metrics.jsonl, as `dropped_tokens`.)"""
+        bound = self.trainer.experiment.parallel.max_expert_load
+        if bound is None or step < self.warns_from or not routing.dropped.sum() or not self.trainer.topology.is_main:
+            return
+        worst = int(routing.dropped.argmax())
+        logger.warning(
+            "step %d: %d of %d choices of experts went to none, %d of them in layer %d, where the experts of one process would have "
+            "received more than %g equal shares (parallel.max_expert_load): the router may be collapsing, see the load-balance loss",
+            step,
+            routing.dropped.sum(),
+            routing.chosen_per_expert.sum(),
+            routing.dropped[worst],
+            routing.layers[worst],
+            bound,
+        )
+        self.warns_from = step + 100
 
     def _draw(self) -> None:
         if self.seen and self.trainer.topology.is_main:

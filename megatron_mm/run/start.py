@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_mm.config import FP8_MULTIPLE, Experiment
+from megatron_mm.config import Experiment
 from megatron_mm.config.references import absolute, load_object
 from megatron_mm.data.plan.plan import Plan
 from megatron_mm.data.text.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.run.data import HELD_OUT, TRAINING, TrainingData, as_indexed, held_out_batches, image_input, make_plan, open_tokenizer
 from megatron_mm.run.hooks import standard_hooks
 from megatron_mm.run.start_times import LogStart, StartTimes
-from megatron_mm.training.build import build_model
+from megatron_mm.training.build import build_model, choose_backend
 from megatron_mm.training.checkpoint import (
     Checkpointer,
     TrainState,
@@ -41,7 +41,9 @@ from megatron_mm.training.checkpoint import (
     newest_described_checkpoint,
 )
 from megatron_mm.training.freezing import trainable_patterns
+from megatron_mm.training.kernels import choose_kernels
 from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.options import check_options
 from megatron_mm.training.trainer import Hook, Trainer
 
 logger = logging.getLogger(__name__)
@@ -155,6 +157,7 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
     experiment = with_absolute_references(experiment)
     hooks = [_hook(name) for name in experiment.extra_hooks]
     check_shapes(experiment, topologies.world_size())
+    _check_machine(experiment)
     tokenizer = open_tokenizer(experiment)
     rows = experiment.model.decoder.vocab_size
     if tokenizer.vocab_size > rows:
@@ -184,6 +187,13 @@ def _hook(name: str) -> Callable[[Trainer], Hook]:
     if not callable(found) or (isinstance(found, type) and not issubclass(found, Hook)):
         raise ValueError(f"extra_hooks names {name}, which is no hook: derive the class from megatron_mm.training.trainer.Hook")
     return found
+
+
+def _check_machine(experiment: Experiment) -> None:
+    """What this machine's kernels and packages cannot do. Raises ValueError; one process warns of options without effect."""
+    backend = choose_backend(experiment, on_gpu=torch.cuda.is_available())
+    choose_kernels(experiment, backend=backend)
+    check_options(experiment, backend=backend, warn=int(os.environ.get("RANK", "0")) == 0)
 
 
 def with_absolute_references(experiment: Experiment) -> Experiment:
@@ -237,10 +247,10 @@ def check_fp8(experiment: Experiment) -> None:
         **family_of(experiment.model).fp8_sizes(experiment.model, parallel),
     }
     for name, (size, degree) in parts.items():
-        if size % (FP8_MULTIPLE * degree):
+        if size % (experiment.fp8_multiple * degree):
             raise ValueError(
-                f"train.precision fp8 needs multiples of {FP8_MULTIPLE} on each process, but {name} is {size} and is cut into {degree}: "
-                "change it or use --train.precision bf16"
+                f"train.precision fp8 needs multiples of {experiment.fp8_multiple} on each process, but {name} is {size} and is cut into "
+                f"{degree}: change it or use --train.precision bf16"
             )
 
 

@@ -88,6 +88,7 @@ def _context(experiment: Experiment, topology: Topology, *, virtual_stage: int) 
         encoder_groups=single_process_groups(),
         sharing=TensorParallelImages(parallel_state.get_tensor_model_parallel_group(), sequence_parallel=parallel.sequence_parallel),
         kernels=kernels,
+        fp8_recipe=experiment.precision.fp8_recipe,
     )
 
 
@@ -116,7 +117,7 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
         parallel.overlap_param_gather and parallel.distributed_optimizer and on_gpu and (parallel.pipeline == 1 or parallel.virtual > 1)
     )
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=experiment.precision.gradients == "fp32",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=gather_early,
         use_distributed_optimizer=parallel.distributed_optimizer,

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import torch
 
-from megatron_mm.config import Experiment, KernelConfig
+from megatron_mm.config import EvaConfig, Experiment, KernelConfig
 from megatron_mm.models.context import Kernels
 from megatron_mm.models.layers import Backend
 
@@ -32,7 +32,14 @@ def _missing(experiment: Experiment, *, backend: Backend) -> dict[str, str]:
     no_te = "" if backend == "te" else "layers are plain PyTorch here, and it is Transformer Engine's"
     no_triton = no_te or ("" if importlib.util.find_spec("triton") is not None else "it is written in Triton, which is not installed")
     no_experts = "" if experiment.model.decoder.moe is not None else "the model has no experts"
-    return {"weight_gradients": no_te, "cross_entropy": no_triton, "token_permutation": no_triton or no_experts}
+    no_eva = "" if isinstance(getattr(experiment.model, "vision", None), EvaConfig) else "the model has no EVA tower"
+    return {
+        "weight_gradients": no_te,
+        "cross_entropy": no_triton,
+        "token_permutation": no_triton or no_experts,
+        "router": no_te or no_experts,
+        "eva_tower": no_te or no_eva,
+    }
 
 
 def fuse_weight_gradients(chunks: list[torch.nn.Module]) -> None:

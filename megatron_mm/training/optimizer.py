@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
-from megatron_mm.config import Experiment, OptimizerConfig
+from megatron_mm.config import Experiment, OptimizerConfig, PrecisionConfig
 from megatron_mm.parallel.topology import replicated_groups
 from megatron_mm.platform import adam, engine
 from megatron_mm.training.spread_encoder import spread_encoder
@@ -48,6 +49,7 @@ def build_optimizer(experiment: Experiment, model: list[DistributedDataParallel]
     config = experiment.optimizer
     low_precision = experiment.train.precision != "fp32"
     settings = MegatronOptimizerConfig(
+        **_moments(experiment.precision),
         optimizer="adam",
         lr=config.peak_lr,
         min_lr=config.min_lr,
@@ -72,6 +74,23 @@ def build_optimizer(experiment: Experiment, model: list[DistributedDataParallel]
     for part in beside:
         part.beside_pipeline = True  # read by training.checkpoint.optimizer_state
     return ChainedOptimizer([*engine.parts_of(optimizer), *beside])
+
+
+def _moments(precision: PrecisionConfig) -> dict[str, Any]:
+    """Formats of Adam's moments in megatron-core's words; nothing where both are fp32.
+
+    With `fp8_recipe` named, whatever it is, master weights stay megatron-core's own and gradients where they are: Transformer Engine's Adam
+    would keep 16-bit remainders of weights in its own state, which no other optimizer could resume from.
+    """
+    if not precision.low_precision_moments:
+        return {}
+    formats = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": formats[precision.exp_avg],
+        "exp_avg_sq_dtype": formats[precision.exp_avg_sq],
+        "fp8_recipe": "tensorwise",
+    }
 
 
 @torch.no_grad()

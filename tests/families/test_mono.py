@@ -174,14 +174,14 @@ def test_each_token_goes_through_one_network(topology: Topology, monkeypatch: py
 
 def test_img_and_its_end_are_text(topology: Topology) -> None:
     batch = packed(documents())
-    layout = modality_layout(batch, tokens_per_image=TILE_TOKENS, backend="torch")
+    layout = modality_layout(batch, tokens_per_image=TILE_TOKENS, multiple=1)
     assert torch.equal(layout.visual.tokens, (batch.token_ids == CONTEXT_ID).nonzero().squeeze(1))
     assert torch.equal(layout.text.tokens, (batch.token_ids != CONTEXT_ID).nonzero().squeeze(1))
 
 
 def test_rows_are_filled_up_for_kernels_that_want_multiples(topology: Topology) -> None:
     text_only = packed(documents()[1:2])
-    layout = modality_layout(text_only, tokens_per_image=TILE_TOKENS, backend="te")
+    layout = modality_layout(text_only, tokens_per_image=TILE_TOKENS, multiple=16)
     assert (len(layout.text.gather), layout.text.count) == (16, 11)
     assert (len(layout.visual.gather), layout.visual.count) == (16, 0)
 

@@ -133,7 +133,13 @@ class Trainee:
 
 def use_backend(backend: str) -> None:
     build.choose_backend = lambda experiment, *, on_gpu: backend  # type: ignore[assignment, return-value]
-    build.choose_kernels = lambda experiment, *, backend: Kernels(weight_gradients=backend == "te")  # the others are written in Triton
+    build.choose_kernels = lambda experiment, *, backend: kernels_of(backend)
+
+
+def kernels_of(backend: str) -> Kernels:
+    """Transformer Engine's, but for those that are written in Triton."""
+    on = backend == "te"
+    return Kernels(weight_gradients=on, router=on, eva_tower=on)
 
 
 def hide_nothing(chunk: torch.nn.Module) -> None:

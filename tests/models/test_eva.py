@@ -15,7 +15,7 @@ from megatron_mm.config import EvaConfig, ParallelConfig
 from megatron_mm.config.towers import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336, EVA_TINY
 from megatron_mm.hf.mapping import from_hf
 from megatron_mm.hf.towers import eva_table
-from megatron_mm.models.eva import EvaTower, rotary_angles, turn
+from megatron_mm.models.eva import EvaTower, Turn, rotary_angles
 from megatron_mm.parallel import topology
 from megatron_mm.parallel.replicated import replicated_state
 
@@ -94,7 +94,7 @@ def test_positions_are_turned_by_row_then_column() -> None:
     assert angles is not None
     torch.testing.assert_close(angles, torch.tensor(expected, dtype=torch.float32))
     quarter = torch.full((1, 1), torch.pi / 2)
-    turned = turn(torch.tensor([[[[3.0, 5.0]]]]), quarter.cos(), quarter.sin())
+    turned = Turn(quarter)(torch.tensor([[[[3.0, 5.0]]]]))
     torch.testing.assert_close(turned, torch.tensor([[[[-5.0, 3.0]]]]))
 
 

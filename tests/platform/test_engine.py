@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_mm.platform import engine
+from megatron_mm.platform import cpu, engine
 
 
 def test_a_save_is_written_by_megatron_core_itself() -> None:
@@ -88,3 +89,10 @@ def test_only_what_is_explained_is_left_out(caplog: pytest.LogCaptureFixture) ->
             log.warning(f"something else, and {words}: read the guide")
             log.warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"] * len(engine.EXPLAINED)
+
+
+def test_upstream_still_returns_a_bias_as_an_output_of_its_checkpoint() -> None:
+    cpu.install()
+    weight, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    checkpoint(lambda x: (x @ weight, bias), False, torch.ones(1, 2, requires_grad=True))
+    assert not bias.is_leaf, "megatron-core leaves parameters alone now: platform.engine may leave MLP.forward alone"

@@ -16,13 +16,19 @@ from megatron_mm.run.doctor import Finding, diagnose, report
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose packages are found before all others, and forgotten at the end."""
+    """A folder whose packages are found before all others, those that are loaded included, and forgotten at the end."""
     monkeypatch.syspath_prepend(tmp_path)
-    known = set(sys.modules)
+    loaded = {name: module for name, module in sys.modules.items() if _is_stood_in_for(name)}
+    for name in loaded:
+        del sys.modules[name]
     yield tmp_path
-    for name in set(sys.modules) - known:
-        if name.partition(".")[0] in ("transformer_engine", "apex"):
-            del sys.modules[name]
+    for name in [name for name in sys.modules if _is_stood_in_for(name)]:
+        del sys.modules[name]
+    sys.modules.update(loaded)
+
+
+def _is_stood_in_for(module: str) -> bool:
+    return module.partition(".")[0] in ("transformer_engine", "apex")
 
 
 def finding(name: str, path: Path = Path(".")) -> Finding:

@@ -9,6 +9,7 @@ import torch
 from support.small import small_experiment
 
 from megatron_mm.config import Experiment, KernelConfig, MoEConfig
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.models.context import Kernels
 from megatron_mm.training import kernels
 from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients
@@ -28,11 +29,13 @@ def sparse() -> Experiment:
 def test_what_can_run_is_taken(triton: bool) -> None:
     assert choose_kernels(small_experiment(), backend="torch") == Kernels()
     assert choose_kernels(small_experiment(), backend="te") == Kernels(weight_gradients=True, cross_entropy=triton)
-    assert choose_kernels(sparse(), backend="te") == Kernels(weight_gradients=True, cross_entropy=triton, token_permutation=triton)
+    expected = Kernels(weight_gradients=True, cross_entropy=triton, token_permutation=triton, router=True)
+    assert choose_kernels(sparse(), backend="te") == expected
+    assert choose_kernels(get_recipe("debug_infimm"), backend="te").eva_tower
 
 
 def test_one_that_is_not_wanted_is_not_taken(triton: bool) -> None:
-    without = replace(sparse(), kernels=KernelConfig(weight_gradients=False, token_permutation=False))
+    without = replace(sparse(), kernels=KernelConfig(weight_gradients=False, token_permutation=False, router=False))
     assert choose_kernels(without, backend="te") == Kernels(cross_entropy=triton)
 
 
@@ -43,6 +46,8 @@ def test_one_that_is_not_wanted_is_not_taken(triton: bool) -> None:
         ("weight_gradients", "torch", "layers are plain PyTorch here"),
         ("cross_entropy", "torch", "layers are plain PyTorch here"),
         ("token_permutation", "te", "the model has no experts"),
+        ("router", "te", "the model has no experts"),
+        ("eva_tower", "te", "the model has no EVA tower"),
     ],
 )
 @pytest.mark.usefixtures("triton")

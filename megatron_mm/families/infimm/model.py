@@ -122,7 +122,7 @@ class InfiMMEncoder(ImageEncoder):
             tokens=config.resampler.num_latents,
             width=width,
             dtype=context.dtype,
-            vision=EvaTower(config.vision, dtype=context.dtype),
+            vision=EvaTower(config.vision, dtype=context.dtype, fused=context.kernels.eva_tower),
             resampler=PerceiverResampler(config.resampler, width=width, dtype=context.dtype),
         )
 

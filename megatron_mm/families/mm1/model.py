@@ -67,6 +67,7 @@ class MM1Encoder(ImageEncoder):
                 config.vision,
                 params_dtype=context.dtype,
                 recompute=context.parallel.recompute_encoder or context.parallel.recompute,
+                recompute_modules=context.parallel.recompute_encoder_modules or context.parallel.recompute_modules,
                 on_gpu=context.on_gpu,
             ),
             pg_collection=context.encoder_groups,

@@ -124,8 +124,9 @@ def mm1_30b() -> Experiment:
 
 
 # -- Mixture of experts (section 3.4, "scaling via MoE"). Published: experts and which layers are sparse, top-2, load-balance loss
-# 0.01, router z-loss 0.001, everything else as the dense backbone, its learning rate included. Ours: nothing is dropped (the paper's
-# lineage uses a capacity factor; --model.decoder.moe.capacity-factor 2.0 is that), the layouts.
+# 0.01, router z-loss 0.001, everything else as the dense backbone, its learning rate included. Ours: experts have no capacity (the paper's
+# lineage uses a factor; --model.decoder.moe.capacity-factor 2.0 is that), so that nothing is dropped until one process would receive 8
+# equal shares of tokens, for which there would be no memory; the layouts.
 
 
 def _sparse(dense: Experiment, recipe: str, *, moe: MoEConfig, parallel: ParallelConfig) -> Experiment:
@@ -143,7 +144,7 @@ def mm1_3b_moe() -> Experiment:
 
     Predicted (to 20%) on 128 H100: 1.73 s a step where the host keeps up, 2.5 s with the one that was measured; on A100-80GB 3.7 s; 50 GB.
     """
-    parallel = ParallelConfig(tensor=2, expert=32)
+    parallel = ParallelConfig(tensor=2, expert=32, max_expert_load=8.0)
     return _sparse(mm1_3b(), "mm1_3b_moe", moe=MoEConfig(num_experts=64, every_n_layers=2), parallel=parallel)
 
 
@@ -156,7 +157,7 @@ def mm1_7b_moe() -> Experiment:
 
     Predicted (to 20%) on 128 H100: 3.00 s a step where the host keeps up, 5.3 s with the one that was measured; on A100-80GB 6.5 s; 48 GB.
     """
-    parallel = ParallelConfig(tensor=4, expert=16)
+    parallel = ParallelConfig(tensor=4, expert=16, max_expert_load=8.0)
     return _sparse(mm1_7b(), "mm1_7b_moe", moe=MoEConfig(num_experts=32, every_n_layers=4), parallel=parallel)
 
 

@@ -36,7 +36,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_mm.config import FP8_MULTIPLE
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.models.cache import Layout
 from megatron_mm.models.layers import Backend, decoder_layer_spec, plain_submodules
@@ -65,12 +64,15 @@ class ModalityLayout(Layout):
     visual: Rows | None = None
 
 
-def modality_layout(batch: PackedBatch, *, tokens_per_image: int, backend: Backend) -> ModalityLayout:
-    """The layout of a micro-batch; see the module's worked example. Padding counts as text."""
+def modality_layout(batch: PackedBatch, *, tokens_per_image: int, multiple: int) -> ModalityLayout:
+    """The layout of a micro-batch; see the module's worked example. Padding counts as text.
+
+    Args:
+        multiple: of which the layers want the tokens of each network: what FP8 products take on Transformer Engine's, none of which wants
+            no tokens, and 1 elsewhere.
+    """
     visual = torch.zeros(batch.num_tokens, dtype=torch.bool)
     visual[(batch.image_starts[:, None] + torch.arange(tokens_per_image)).flatten()] = True
-    # Transformer Engine's FP8 products want multiples of this, and none of its layers wants nothing.
-    multiple = FP8_MULTIPLE if backend == "te" else 1
     text_rows, visual_rows = (rows_of(mask, multiple=multiple, device=batch.token_ids.device) for mask in (~visual, visual))
     return ModalityLayout(
         qkv_format="thd",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_mm.config import FP8_MULTIPLES
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.mono_internvl.config import MonoInternVLConfig, image_input
 from megatron_mm.families.mono_internvl.modality_experts import modality_layer_spec, modality_layout
@@ -25,7 +26,7 @@ class MonoInternVLModel(Chunk):
         encoders = _encoders(config, context) if context.pre_process else {}
         specs = [modality_layer_spec(context.backend) for _ in layers_of_chunk(config.decoder, context)]
         super().__init__(config.decoder, context, image=image_input(config), encoders=encoders, layer_specs=specs)
-        self.backend = context.backend
+        self.multiple = FP8_MULTIPLES[context.fp8_recipe] if context.backend == "te" else 1
 
     def forward(
         self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True, cache: CacheStep | None = None
@@ -37,7 +38,7 @@ class MonoInternVLModel(Chunk):
         elif self.pre_process:
             tokens = self.projector(self.patches(self.own_pixels(batch)))
             decoder_input = self.embed(batch, self.sharing.gather(tokens, owners=batch.image_owners))
-        layout = modality_layout(batch, tokens_per_image=self.image.tokens, backend=self.backend)
+        layout = modality_layout(batch, tokens_per_image=self.image.tokens, multiple=self.multiple)
         layout.cache = cache
         return self.decode(batch, decoder_input, layout, with_loss=with_loss)
 

@@ -1,4 +1,5 @@
-"""FP8 tensors: rounding and scaling of whole tensors, by the tensor at hand (current) or by a scale that is given (delayed).
+"""FP8 tensors: rounding and scaling of whole tensors, by the tensor at hand (current) or by a scale that is given (delayed); scales of
+blocks are in `blocks.py`.
 
 Data are bytes of float8; `scale_inv` times their value is what they stand for. A tensor may be kept as it is (row-wise), with its last
 dimension first (column-wise, for products that need it so), or both.
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from support.te import blocks
 
 TEX: Any = None
 """The extension, for its enumerations."""
@@ -48,6 +51,8 @@ def value_of(tensor: Any) -> torch.Tensor:
     """What a tensor stands for: FP8 as float32, others as they are."""
     if not is_quantized(tensor):
         return tensor
+    if hasattr(tensor, "_rowwise_scale_inv"):
+        return tensor.dequantize(dtype=torch.float32)
     float8 = dtype_of(tensor._fp8_dtype)
     if tensor._data is not None:
         return tensor._data.view(float8).float() * tensor._scale_inv
@@ -82,10 +87,12 @@ def _largest(tensor: torch.Tensor) -> torch.Tensor:
 def quantize(tensor: Any, quantizer: Any, output: Any = None) -> Any:
     """Round to what the quantizer says, into `output` where it is given."""
     kind = type(quantizer).__name__
-    assert kind in ("Float8Quantizer", "Float8CurrentScalingQuantizer"), f"no kernel of {kind} here"
+    assert kind in ("Float8Quantizer", "Float8CurrentScalingQuantizer", "Float8BlockQuantizer"), f"no kernel of {kind} here"
     QUANTIZERS.add(kind)
     tensor = value_of(tensor).detach()
     float8 = dtype_of(quantizer.dtype)
+    if kind == "Float8BlockQuantizer":
+        return blocks.quantize(tensor, quantizer, output, float8=float8)
     largest = torch.finfo(float8).max
     scale = scale_for(tensor, quantizer, largest)
     data = (tensor.float() * scale).clamp(-largest, largest).to(float8).view(torch.uint8).contiguous()

@@ -59,6 +59,7 @@ class _Torch(cpu._TorchOnCpu):
     def __init__(self) -> None:
         super().__init__()
         self.cuda = _Cuda()
+        self.version = SimpleNamespace(**{**vars(torch.version), "cuda": "13.0"})
         for name in ("full", "rand", "randn"):
             setattr(self, name, cpu._on_cpu(getattr(torch, name)))
 

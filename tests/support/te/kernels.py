@@ -299,13 +299,56 @@ def _rotate(tensor_tnd: torch.Tensor, freqs: torch.Tensor, cu_seqlens: torch.Ten
     return torch.cat([(turned * angles.cos() + crossed).to(tensor_tnd.dtype), rest], -1)
 
 
+def _turn(tensor_nsad: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """Turn neighbouring channels by the angle of their place, which both have."""
+    angles = freqs.flatten(1)[: tensor_nsad.shape[1], None].float()
+    even, odd = tensor_nsad[..., 0::2].float(), tensor_nsad[..., 1::2].float()
+    cos, sin = angles.cos()[..., 0::2], angles.sin()[..., 0::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(3).to(tensor_nsad.dtype)
+
+
 def fused_rope_forward(input: torch.Tensor, freqs: torch.Tensor, qkv_format: Any, interleaved: bool, cu_seqlens: Any) -> torch.Tensor:
-    assert int(qkv_format) == int(TEX.NVTE_QKV_Format.NVTE_THD) and not interleaved
+    if interleaved:
+        assert int(qkv_format) == int(TEX.NVTE_QKV_Format.NVTE_BSHD) and freqs.dtype == torch.float32
+        return _turn(input, freqs)
+    assert int(qkv_format) == int(TEX.NVTE_QKV_Format.NVTE_THD)
     return _rotate(input, freqs, cu_seqlens, back=False)
 
 
-def fused_rope_backward(output_grads: torch.Tensor, freqs: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def fused_rope_backward(
+    output_grads: torch.Tensor, freqs: torch.Tensor, qkv_format: Any, interleaved: bool, cu_seqlens: Any
+) -> torch.Tensor:
+    if interleaved:
+        assert int(qkv_format) == int(TEX.NVTE_QKV_Format.NVTE_BSHD)
+        return _turn(output_grads, -freqs)
     return _rotate(output_grads, freqs, cu_seqlens, back=True)
+
+
+def _route(logits: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the chosen experts, others 0, and which are chosen."""
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(topk, dim=1).indices, True)
+    return logits.masked_fill(~chosen, -torch.inf).softmax(dim=1), chosen
+
+
+def fused_topk_with_score_function_fwd(
+    logits: torch.Tensor, topk: int, use_pre_softmax: bool, num_groups: Any, score_function: str, expert_bias: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    assert (use_pre_softmax, score_function) == (False, "softmax") and expert_bias is None and not num_groups
+    weights, chosen = _route(logits.float(), topk)
+    return weights.to(logits.dtype), chosen, weights
+
+
+def fused_topk_with_score_function_bwd_of_arguments(
+    routing_map: torch.Tensor, intermediate_output: torch.Tensor, grad_probs: torch.Tensor
+) -> torch.Tensor:
+    weights, gradient = intermediate_output, grad_probs * routing_map
+    return weights * (gradient - (weights * gradient).sum(dim=1, keepdim=True))
+
+
+def fused_topk_with_score_function_bwd(
+    routing_map: torch.Tensor, intermediate_output: torch.Tensor, grad_probs: torch.Tensor, grad_logits: torch.Tensor
+) -> None:
+    grad_logits.copy_(fused_topk_with_score_function_bwd_of_arguments(routing_map, intermediate_output, grad_probs))
 
 
 def fused_multi_row_padding(input: torch.Tensor, output: torch.Tensor, input_row_list: list[int], padded_input_row_list: list[int]) -> None:

@@ -1,0 +1,87 @@
+"""What `test_te_options.py` looks at: a small sparse MM1 on Transformer Engine's own Python (`support.te`) with one option at a time.
+
+    python te_options.py
+
+A program of its own, as megatron-core asks for Transformer Engine when it is imported. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import te_program  # installs Transformer Engine's Python first
+import torch
+from support.te import extension, fp8
+from support.te.extension import CALLS
+
+from megatron_mm.config import Experiment, ParallelConfig, PrecisionConfig
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.platform import adam
+from megatron_mm.training.options import check_options
+
+SUBJECT = te_program.SUBJECTS["mm1"]
+PARTS = ("core_attn", "mlp", "layernorm", "moe", "moe_act")
+
+
+def sparse(*, precision: str = "bf16", parallel: dict[str, Any] | None = None, **formats: Any) -> Experiment:
+    base = te_program._with_experts(SUBJECT.experiment(precision=precision))["experts"]
+    return replace(base, parallel=ParallelConfig(**(parallel or {})), precision=PrecisionConfig(**formats))
+
+
+def train(experiment: Experiment, folder: Path, *, first: int = 1, last: int = 3, keep: bool = False) -> dict[str, Any]:
+    """Losses of some steps, from the checkpoint in a folder where there is one; which kernels ran; formats of what is kept."""
+    check_options(experiment, backend="te")
+    CALLS.clear()
+    fp8.QUANTIZERS.clear()
+    trainee = te_program.Trainee(SUBJECT, experiment, "te", folder)
+    trainee.checkpointer.load_latest()
+    losses = run(trainee, first, last)
+    if keep:
+        trainee.save(last)
+    parts = trainee.step.optimizer.chained_optimizers
+    moments = {name: sorted({str(s[name].dtype) for p in parts for s in p.optimizer.state.values()}) for name in ("exp_avg", "exp_avg_sq")}
+    gradients = sorted({str(p.main_grad.dtype) for p in trainee.model[0].parameters() if hasattr(p, "main_grad")})
+    topologies.shutdown()
+    return {"losses": losses, "gradients": gradients, **moments, "quantizers": sorted(fp8.QUANTIZERS), "calls": dict(CALLS)}
+
+
+def run(trainee: te_program.Trainee, first: int, last: int) -> list[float]:
+    """Losses of steps. (`Trainee.train` evaluates each batch first, whose scales of earlier steps are others.)"""
+    batches = {number: SUBJECT.batches(trainee.experiment, trainee.topology, step=number) for number in range(first, last + 1)}
+    return [trainee.step.run(batches[number], step=number).losses.mean for number in batches]
+
+
+def main() -> None:
+    adam.install = lambda: None  # Transformer Engine's Adam, over a kernel that runs here
+    torch.set_num_threads(1)
+    assert extension.CALLS is CALLS
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found["plain"] = train(sparse(), folder / "plain", last=2, keep=True)
+        found["plain"]["losses"] += train(sparse(), folder / "plain", first=3, last=4)["losses"]
+        for part in PARTS:
+            found[part] = train(sparse(parallel={"recompute": "selective", "recompute_modules": (part,)}), folder / part)
+        found["fp8"] = train(sparse(precision="fp8"), folder / "fp8")
+        for part in ("layernorm", "moe_act"):
+            parallel = {"recompute": "selective", "recompute_modules": (part,)}
+            found[f"fp8 {part}"] = train(sparse(precision="fp8", parallel=parallel), folder / f"fp8_{part}")
+        for recipe in ("delayed", "blockwise"):
+            found[recipe] = train(sparse(precision="fp8", fp8_recipe=recipe), folder / recipe)
+        found["bf16 gradients"] = train(sparse(gradients="bf16"), folder / "gradients")
+        small = {"exp_avg": "bf16", "exp_avg_sq": "bf16"}
+        found["bf16 moments"] = train(sparse(**small), folder / "moments", last=2, keep=True)
+        found["bf16 moments"]["losses"] += train(sparse(**small), folder / "moments", first=3, last=4)["losses"]
+        found["bf16 moments, at once"] = train(sparse(**small), folder / "once", last=4)
+        found["bf16 moments from fp32"] = train(sparse(**small), folder / "plain", first=3, last=4)
+        found["fp32 moments from bf16"] = train(sparse(), folder / "moments", first=3, last=4)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Options of Transformer Engine's layers, FP8 and Adam, one at a time, on its own Python over kernels in PyTorch (`te_options.py`)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import pytest
+from test_te import program
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@functools.cache
+def found() -> dict[str, Any]:
+    return json.loads(program("te_options.py", timeout=380)[-1])
+
+
+@pytest.mark.parametrize("part", ["core_attn", "mlp", "layernorm", "moe", "moe_act"])
+def test_recompute_of_a_part_changes_nothing(part: str) -> None:
+    assert found()[part]["losses"] == found()["plain"]["losses"][:3]
+
+
+@pytest.mark.parametrize("part", ["layernorm", "moe_act"])
+def test_recompute_of_a_part_changes_nothing_in_fp8(part: str) -> None:
+    assert found()[f"fp8 {part}"]["losses"] == found()["fp8"]["losses"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "quantizer"),
+    [("fp8", "Float8CurrentScalingQuantizer"), ("delayed", "Float8Quantizer"), ("blockwise", "Float8BlockQuantizer")],
+)
+def test_fp8_takes_the_scales_that_are_asked_for(recipe: str, quantizer: str) -> None:
+    """And its losses are near those of bf16."""
+    assert found()[recipe]["quantizers"] == [quantizer]
+    assert found()[recipe]["losses"] == pytest.approx(found()["plain"]["losses"][:3], rel=1e-3)
+    assert found()[recipe]["losses"] != found()["plain"]["losses"][:3]
+
+
+def test_gradients_are_kept_in_bf16() -> None:
+    assert found()["bf16 gradients"]["gradients"] == ["torch.bfloat16"] and found()["plain"]["gradients"] == ["torch.float32"]
+    assert found()["bf16 gradients"]["losses"] == pytest.approx(found()["plain"]["losses"][:3], rel=1e-4)
+
+
+def test_moments_are_kept_in_bf16_and_a_resume_is_exact() -> None:
+    small = found()["bf16 moments"]
+    assert small["exp_avg"] == small["exp_avg_sq"] == ["torch.bfloat16"] and found()["plain"]["exp_avg"] == ["torch.float32"]
+    assert small["losses"] == found()["bf16 moments, at once"]["losses"]
+    assert small["losses"] == pytest.approx(found()["plain"]["losses"], rel=1e-4)
+
+
+def test_a_checkpoint_goes_on_with_moments_of_the_other_format() -> None:
+    plain, small = found()["plain"]["losses"], found()["bf16 moments"]["losses"]
+    to_bf16, to_fp32 = found()["bf16 moments from fp32"], found()["fp32 moments from bf16"]
+    assert to_bf16["exp_avg"] == ["torch.bfloat16"] and to_fp32["exp_avg"] == ["torch.float32"]
+    assert to_bf16["losses"] == pytest.approx(plain[2:], rel=1e-4) and to_fp32["losses"] == pytest.approx(small[2:], rel=1e-4)
+
+
+def test_the_routers_kernel_runs() -> None:
+    """(What it computes is held to plain PyTorch's by `test_te.test_losses_are_the_same`.)"""
+    calls = found()["plain"]["calls"]
+    assert calls["fused_topk_with_score_function_fwd"] > 0 and calls["fused_topk_with_score_function_bwd"] > 0

@@ -1,0 +1,45 @@
+"""FP8 tensors with a scale for each block: of 128 values of a row, or of 128 rows and columns (weights).
+
+The tensors are Transformer Engine's own, which also turns them back; here their data and scales are computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 128
+
+
+def quantize(tensor: torch.Tensor, quantizer: Any, output: Any, *, float8: torch.dtype) -> Any:
+    assert not quantizer.all_gather_usage, "no kernel of the compact format here"
+    if output is None:
+        output = quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device=torch.device("cpu"))
+    rows = tensor.detach().reshape(-1, tensor.shape[-1]).float()
+    for side, data, scales in (
+        (rows, output._rowwise_data, output._rowwise_scale_inv),
+        (rows.t(), output._columnwise_data, output._columnwise_scale_inv),
+    ):
+        if data is not None:
+            _fill(side, data, scales, quantizer, float8=float8)
+    return output
+
+
+def _fill(rows_rc: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, quantizer: Any, *, float8: torch.dtype) -> None:
+    """Round [r, c] by blocks into `data`; what blocks are divided by goes to `scales`: [c / 128, r] of rows, [r / 128, c / 128] of squares,
+    filled up to multiples of 4."""
+    largest, square = torch.finfo(float8).max, quantizer.block_scaling_dim == 2
+    (rows, columns), height = rows_rc.shape, BLOCK if square else 1
+    padded = F.pad(rows_rc, (0, -columns % BLOCK, 0, -rows % height))
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height))  # [r / height, height, c / 128, 128]
+    amax = blocks.abs().amax(dim=(1, 3)).clamp(min=quantizer.amax_epsilon)
+    scale = torch.where(amax > 0, largest / amax, torch.ones_like(amax))
+    if quantizer.force_pow_2_scales:
+        scale = torch.exp2(torch.floor(torch.log2(scale)))
+    rounded = (blocks * scale[:, None, :, None]).clamp(-largest, largest).flatten(2).flatten(0, 1)[:rows, :columns]
+    data.copy_(rounded.to(float8).view(torch.uint8).reshape(data.shape))
+    factors = 1 / scale if square else (1 / scale).t()
+    scales.zero_()
+    scales[: factors.shape[0], : factors.shape[1]] = factors

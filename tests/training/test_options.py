@@ -1,0 +1,79 @@
+"""Options are held against the machine, the layout and the model before a run starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.small import small_experiment
+
+from megatron_mm.config import Experiment, MoEConfig, PrecisionConfig
+from megatron_mm.run.start import check
+from megatron_mm.training.options import asked_for, check_options
+
+EXPERTS = MoEConfig(num_experts=4, every_n_layers=2)
+
+
+def experiment(*, sparse: bool = False, parallel: dict[str, Any] | None = None, precision: str = "bf16", **formats: Any) -> Experiment:
+    base = small_experiment(parallel=parallel, decoder={"moe": EXPERTS} if sparse else None, precision=precision)
+    return replace(base, precision=PrecisionConfig(**formats))
+
+
+def selective(*modules: str, **others: Any) -> dict[str, Any]:
+    return {"recompute": "selective", "recompute_modules": modules, **others}
+
+
+def test_defaults_ask_for_nothing() -> None:
+    assert list(asked_for(experiment(), backend="torch")) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "backend", "message"),
+    [
+        (experiment(exp_avg="bf16"), "torch", "precision.exp_avg is bf16, but only Transformer Engine's Adam"),
+        (experiment(sparse=True, parallel=selective("moe_act")), "torch", "parallel.recompute_modules is moe_act, but it is a part of"),
+        (
+            experiment(sparse=True, parallel=selective("moe_act"), precision="fp8", fp8_recipe="delayed"),
+            "te",
+            "parallel.recompute_modules is moe_act, but FP8 with delayed scales",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused(asked: Experiment, backend: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_mm.training.options.fp8_recipe_missing", lambda recipe: "")
+    with pytest.raises(ValueError, match=message):
+        check_options(asked, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("asked", "backend", "message"),
+    [
+        (experiment(precision="fp32", gradients="bf16"), "torch", "precision.gradients is bf16 and has no effect: gradients of fp32"),
+        (experiment(fp8_recipe="blockwise"), "torch", "precision.fp8_recipe is blockwise and has no effect: train.precision is bf16"),
+        (experiment(parallel={"recompute_modules": ("mlp",)}), "torch", "has no effect: parallel.recompute is none"),
+        (experiment(parallel=selective("moe")), "torch", "parallel.recompute_modules is moe and has no effect: the model has no experts"),
+        (experiment(parallel=selective("layernorm")), "te", "layernorm and has no effect: Transformer Engine's layers compute norms"),
+        (
+            experiment(sparse=True, parallel=selective("layernorm", recompute_encoder_modules=("layernorm",))),
+            "te",
+            "parallel.recompute_encoder_modules is layernorm and has no effect",
+        ),
+        (experiment(parallel={"max_expert_load": 2.0}), "torch", "max_expert_load is 2.0 and has no effect: the model has no experts"),
+        (experiment(sparse=True, parallel={"max_expert_load": 2.0, "expert": 2}), "torch", "one of 2 processes cannot receive more"),
+    ],
+)
+def test_what_has_no_effect_is_said(asked: Experiment, backend: Any, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    check_options(asked, backend=backend)
+    assert message in caplog.text
+
+
+def test_what_an_option_costs_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    check_options(experiment(gradients="bf16"), backend="torch")
+    assert "precision.gradients is bf16: every sum of gradients is rounded" in caplog.text
+
+
+def test_it_is_found_before_data_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="only Transformer Engine's Adam"):
+        check(experiment(exp_avg="bf16"), tmp_path)
