@@ -92,6 +92,21 @@ def test_what_pillow_accepts_dali_accepts(form: str, options: dict[str, Any]) ->
     assert all(dali or not ok for dali, ok in zip(of_dali[1], of_pillow[1], strict=True))
 
 
+@needs_dali
+@pytest.mark.parametrize("resizes", [False, True])
+def test_there_is_one_pipeline_for_batches_of_all_sizes_and_it_outlives_a_damaged_image(resizes: bool) -> None:
+    transform = ImageTransform(24, FILL, resize="pad")
+    with_dali = DaliDecoder(transform, threads=2, device=torch.device("cpu"), resizes=resizes)
+    good = [noise("JPEG", (90, 60)), noise("PNG", (50, 80)), picture("WEBP")]
+    expected = with_dali.decode(good).pixels
+    first = with_dali._pipeline
+    assert with_dali.decode([good[0], good[0][:400], good[1]]).ok.tolist() == [True, False, True]
+    for _ in range(2):
+        assert torch.equal(with_dali.decode(good).pixels, expected) and torch.equal(with_dali.decode(good[:1]).pixels, expected[:1])
+    assert with_dali._pipeline is first
+    with_dali.close()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_damaged_image_costs_itself_alone(backend: str) -> None:
     good = picture()

@@ -1,15 +1,18 @@
 """Image decoding: encoded bytes -> uint8 RGB squares, by the model family's transform (`data.image_transform`).
 
 DALI decodes ordinary JPEG, PNG and WebP; what DALI treats otherwise than Pillow (CMYK, 16-bit, palettes, transparency, GIF) goes to
-Pillow, as does a batch in which DALI meets a damaged image, because that ruins a whole DALI pipeline. On a CPU Pillow resizes what DALI
-has decoded, several times faster than DALI would.
+Pillow at the same time, and so does a batch in which DALI meets a damaged image, because DALI then gives none of the batch. On a CPU Pillow
+resizes what DALI has decoded, several times faster than DALI would. On a GPU only JPEG is decoded there; DALI decodes PNG and WebP in its
+threads on the CPU (`data.decode_threads`), and resizes them on the GPU.
+
+On a GPU all work is on a stream of its own, for which this thread waits: it neither waits for what training has queued nor holds it up.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -20,6 +23,7 @@ from PIL import Image
 
 from megatron_mm.data.image_formats import MAX_PIXELS, open_image
 from megatron_mm.data.image_transform import ImageTransform
+from megatron_mm.platform.device import send
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +60,13 @@ class PillowDecoder:
 
     def decode(self, blobs: Sequence[bytes]) -> DecodedImages:
         """See `ImageDecoder.decode`."""
+        return self.start(blobs)()
+
+    def start(self, blobs: Sequence[bytes]) -> Callable[[], DecodedImages]:
+        """`decode`, under way in the threads: what is returned waits for it."""
         pixels = self._room(len(blobs))
-        ok = list(self._threads.map(self._one, blobs, pixels))
-        return DecodedImages(torch.from_numpy(pixels), np.array(ok, dtype=bool))
+        found = self._threads.map(self._one, blobs, pixels)
+        return lambda: DecodedImages(torch.from_numpy(pixels), np.array(list(found), dtype=bool))
 
     def resize(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Squares [n, 3, size, size] uint8 of RGB images."""
@@ -102,44 +110,61 @@ class DaliDecoder:
         self.device = device
         self.resizes = device.type == "cuda" if resizes is None else resizes
         self._pillow = PillowDecoder(transform, threads=threads)
-        self._pipelines: dict[int, Any] = {}
+        self._pipeline: Any = None
+        self._largest = 0
+        """Images that the pipeline takes at once at most."""
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def decode(self, blobs: Sequence[bytes]) -> DecodedImages:
         """See `ImageDecoder.decode`."""
+        if self._stream is None:
+            return self._decode(blobs)
+        torch.cuda.set_device(self.device)  # each thread has a current device of its own, the first one unless it is set
+        with torch.cuda.stream(self._stream):
+            decoded = self._decode(blobs)
+            if decoded.pixels.is_cuda:
+                decoded.pixels.record_stream(torch.cuda.default_stream(self.device))  # which reads them later
+        self._stream.record_event().synchronize()
+        return decoded
+
+    def _decode(self, blobs: Sequence[bytes]) -> DecodedImages:
         plain = [index for index, blob in enumerate(blobs) if is_plain(blob)]
-        other = [index for index in range(len(blobs)) if index not in set(plain)]
+        other = sorted(set(range(len(blobs))) - set(plain))
+        rest = self._pillow.start([blobs[index] for index in other])
         decoded = self._with_dali([blobs[index] for index in plain])
         if decoded is None:
+            rest()
             return self._pillow.decode(blobs)
-        rest = self._pillow.decode([blobs[index] for index in other])
-        pixels = torch.empty((len(blobs), *decoded.shape[1:]), dtype=torch.uint8, device=decoded.device)
         ok = np.ones(len(blobs), dtype=bool)
-        pixels[plain] = decoded
-        pixels[other] = rest.pixels.to(decoded.device)
-        ok[other] = rest.ok
+        if not other:
+            return DecodedImages(decoded, ok)
+        of_pillow = rest()
+        pixels = torch.empty((len(blobs), *decoded.shape[1:]), dtype=torch.uint8, device=decoded.device)
+        for places, images in ((plain, decoded), (other, of_pillow.pixels)):
+            pixels.index_copy_(0, send(torch.tensor(places, dtype=torch.int64), pixels.device), send(images, pixels.device))
+        ok[other] = of_pillow.ok
         return DecodedImages(pixels, ok)
 
     def _with_dali(self, blobs: list[bytes]) -> torch.Tensor | None:
         """[n, 3, size, size]; None where DALI failed on one of them."""
         if not blobs:
             return torch.empty((0, 3, self.transform.size, self.transform.size), dtype=torch.uint8)
-        size = 1 << (len(blobs) - 1).bit_length()  # pipelines have a largest batch; few sizes mean few pipelines
+        if len(blobs) > self._largest:
+            self._largest = 1 << (len(blobs) - 1).bit_length()  # grows a few times at most
+            self._pipeline = self._build(self._largest)
+        pipeline = self._pipeline
         try:
-            if size not in self._pipelines:
-                self._pipelines[size] = self._build(size)
-            pipeline = self._pipelines[size]
             pipeline.feed_input("encoded", [np.frombuffer(blob, dtype=np.uint8) for blob in blobs])
             if self.resizes:
                 for name, values in _dali_arguments(self.transform, blobs).items():
                     pipeline.feed_input(name, values)
             (images,) = pipeline.run()
-            if self.resizes:
-                return torch.from_dlpack(images.as_tensor()).clone()
-            return self._pillow.resize([Image.fromarray(images.at(i)) for i in range(len(blobs))])
         except RuntimeError as error:
             logger.warning("DALI could not decode a batch (%s); Pillow decodes it image by image", str(error).splitlines()[0])
-            self._pipelines.pop(size, None)
             return None
+        if self.resizes:
+            return torch.from_dlpack(images.as_tensor()).clone()
+        return self._pillow.resize([Image.fromarray(images.at(i)) for i in range(len(blobs))])
 
     def _build(self, size: int) -> Any:
         from nvidia.dali import fn, pipeline_def, types
@@ -151,11 +176,19 @@ class DaliDecoder:
             num_threads=self.threads,
             device_id=self.device.index if on_gpu else None,
             prefetch_queue_depth=1,
-            exec_dynamic=False,
+            exec_dynamic=True,  # goes on after a batch that failed
         )
         def squares() -> Any:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
+            # Chroma is spread as on the CPU and by Pillow only where that is asked for; threads keep to the cores that the run was given.
+            images = fn.decoders.image(
+                encoded,
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=False,
+                jpeg_fancy_upsampling=True,
+                affine=False,
+            )
             if not self.resizes:
                 return images
             side = self.transform.size
@@ -175,7 +208,7 @@ class DaliDecoder:
 
     def close(self) -> None:
         """See `ImageDecoder.close`."""
-        self._pipelines.clear()
+        self._pipeline = None
         self._pillow.close()
 
 
