@@ -46,6 +46,10 @@ def main() -> None:
     run("Resume to the end", *train, "--train.steps", str(arguments.steps))
     checkpoint = run_dir / "checkpoints" / f"step_{arguments.steps:08d}"
     run("What it has learned from looking", *program, "eval", checkpoint, "--eval.samples", "0")
+    run(
+        "Ask it questions, with demonstrations and without",
+        *(*program, "evaluate", checkpoint, "--tasks", "drawn", "--shots", "0", "4", "8", "--limit", "60", "--monitor.wandb", "disabled"),
+    )
     run("Export to Hugging Face format", *program, "convert", "to-hf", checkpoint, model, "--dtype", "float32")
     captions = out / "captions.md"
     run("Caption held-out images with transformers alone", sys.executable, CAPTION_PROGRAM, model, data / "heldout" / "pairs", captions)
@@ -54,6 +58,7 @@ def main() -> None:
         ("run directory", run_dir),
         ("loss curve", run_dir / "loss_curve.png"),
         ("W&B offline run", run_dir / "wandb"),
+        ("benchmarks", run_dir / "evaluation"),
         ("exported model", model),
         ("captions", captions),
     ):

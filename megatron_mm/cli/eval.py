@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_mm.cli.command import Command, Parser
-from megatron_mm.config import Experiment
+from megatron_mm.cli.recipe import experiment_in
+from megatron_mm.config import Experiment, ParallelConfig
 
 
 def _arguments(parser: Parser) -> None:
@@ -20,6 +22,9 @@ def _arguments(parser: Parser) -> None:
 
 
 def _experiment(given: argparse.Namespace) -> Experiment:
+    found = experiment_in(given.checkpoint)
+    if found is not None:
+        return replace(found, parallel=ParallelConfig(distributed_optimizer=found.parallel.distributed_optimizer))
     from megatron_mm.run.evaluate import experiment_of
     from megatron_mm.training.checkpoint import find_checkpoint
 

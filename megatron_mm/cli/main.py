@@ -19,6 +19,7 @@ from megatron_mm.cli.command import Group, run
 from megatron_mm.cli.convert import CONVERT
 from megatron_mm.cli.doctor import DOCTOR
 from megatron_mm.cli.eval import EVAL
+from megatron_mm.cli.evaluate import EVALUATE
 from megatron_mm.cli.plan import PLAN
 from megatron_mm.cli.prepare import PREPARE
 from megatron_mm.cli.report import REPORT
@@ -34,6 +35,7 @@ COMMANDS = Group(
         "prepare": PREPARE,
         "convert": CONVERT,
         "eval": EVAL,
+        "evaluate": EVALUATE,
         "watch": WATCH,
         "report": REPORT,
         "plan": PLAN,

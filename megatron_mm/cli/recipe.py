@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from pathlib import Path
 
 from megatron_mm.cli.command import Parser, choices
 from megatron_mm.config import Experiment
@@ -35,3 +36,12 @@ def list_recipes() -> str:
     from megatron_mm.families.recipes import RECIPES
 
     return "recipes:\n" + textwrap.fill(", ".join(RECIPES), width=100, initial_indent="  ", subsequent_indent="  ")
+
+
+def experiment_in(path: Path) -> Experiment | None:
+    """The experiment of a checkpoint, or of the newest one of a run directory, found without torch; None where there is none."""
+    from megatron_mm.families.serialize import load_experiment
+
+    complete = sorted(path.glob("checkpoints/step_*/manifest.json"))
+    folder = complete[-1].parent if complete else path
+    return load_experiment(folder / "experiment.json") if (folder / "experiment.json").is_file() else None

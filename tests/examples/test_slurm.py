@@ -15,7 +15,8 @@ from megatron_mm.config import Experiment
 from megatron_mm.families.recipes import RECIPES, get_recipe
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted((ROOT / "examples").glob("*.slurm"))
+EVALUATE = ROOT / "examples" / "evaluate.slurm"
+SCRIPTS = sorted(set((ROOT / "examples").glob("*.slurm")) - {EVALUATE})
 JOB = {
     "SLURM_JOB_ID": "77",
     "SLURM_JOB_NUM_NODES": "2",
@@ -117,3 +118,30 @@ def test_a_mistake_ends_the_job_with_an_error(two_nodes: str, demo_data: Path, t
     done = start(ROOT / "examples" / "debug_mm1.slurm", "--parallel.pipeline", "3", **settings)
     assert done.returncode != 0
     assert 1 <= done.stderr.count("megatron-mm: error:") <= 2 and "cannot be cut into" in done.stderr
+
+
+def test_evaluation_takes_the_checkpoints_that_are_asked_for_and_comes_again(tmp_path: Path) -> None:
+    """Each once; a checkpoint without its manifest is not complete."""
+    run_dir, programs, log = tmp_path / "run", tmp_path / "bin", tmp_path / "log"
+    for step in (10, 20, 30, 40):
+        (run_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    for step in (10, 20, 30):
+        (run_dir / "checkpoints" / f"step_{step:08d}" / "manifest.json").write_text("{}")
+    programs.mkdir()
+    for name, body in {"srun": "", "sbatch": "", "squeue": "echo 12", "scontrol": "echo n1"}.items():
+        (programs / name).write_text(f'#!/bin/bash\necho "{name} $*" >>{log}\n{body}\n')
+        (programs / name).chmod(0o755)
+    options = {**JOB, "RUN_DIR": str(run_dir), "TASKS": "vqav2,gqa", "SHOTS": "0 4", "EVERY": "20", "WATCH": "12"}
+    options["PATH"] = f"{programs}:{os.environ['PATH']}"
+    done = start(EVALUATE, "--limit", "5", **options)
+    assert done.returncode == 0, done.stderr
+    lines = log.read_text().splitlines()
+    (ran,) = [line for line in lines if line.startswith("srun")]
+    assert f"evaluate {run_dir}/checkpoints/step_00000020 --tasks vqav2,gqa --shots 0 4 --limit 5" in ran
+    assert any(line.startswith("sbatch --begin=now+60minutes") for line in lines)
+    start(EVALUATE, **options)
+    assert log.read_text().count("srun") == 1
+    newest = {name: value for name, value in options.items() if name not in ("EVERY", "WATCH")}
+    start(EVALUATE, **newest)
+    assert "step_00000030" in log.read_text().splitlines()[-1]
+    assert "TASKS is not set" in start(EVALUATE, **JOB, RUN_DIR=str(run_dir)).stderr

@@ -1,0 +1,107 @@
+"""`megatron-mm evaluate`: benchmarks of a run or an exported model, few-shot and zero-shot; and pictures of several runs' results."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_mm.cli.command import Command, Parser, integer, one_of
+from megatron_mm.cli.recipe import experiment_in
+from megatron_mm.config import Experiment, ParallelConfig
+
+
+def _arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="RUN_OR_EXPORT",
+        type=Path,
+        help="RUN_DIR for its newest checkpoint, RUN_DIR/checkpoints/step_..., or a folder of `convert to-hf`; "
+        "with a run, --help lists every field",
+    )
+    parser.add_argument("--tasks", metavar="TASK,...", help="tasks and groups of tasks; see below")
+    parser.add_argument("--shots", nargs="+", type=integer, default=[0], metavar="N", help="numbers of demonstrations (default: 0)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="of the tasks' files, a folder for each (default: the run's data.path)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results (default: RUN_OR_EXPORT/evaluation)")
+    parser.add_argument("--limit", type=integer, metavar="N", help="items of a task, drawn by --seed (default: all)")
+    parser.add_argument("--seed", type=integer, default=0, metavar="N", help="of the demonstrations (default: 0)")
+    parser.add_argument("--batch-size", type=integer, default=16, metavar="N", help="items at once on a data-parallel rank (default: 16)")
+    parser.add_argument("--beams", type=integer, default=1, metavar="N", help="beams of a beam search (default: 1, greedy)")
+    parser.add_argument("--method", help="instead of the tasks' own", **one_of(["generate", "rank"]))
+    parser.add_argument(
+        "--form", metavar="TEXT", help="of prompts, instead of the tasks' own, such as '{image}Describe:' (docs/evaluation.md)"
+    )
+    parser.add_argument("--recipe", metavar="RECIPE", help="of an exported model")
+    parser.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="draw the results of several runs, instead of evaluating")
+
+
+def _experiment(given: argparse.Namespace) -> Experiment | None:
+    if given.target is None:
+        return None
+    if given.recipe is not None:
+        from megatron_mm.families.recipes import get_recipe
+
+        experiment = get_recipe(given.recipe)
+    else:
+        found = experiment_in(given.target)
+        if found is None:
+            return None
+        experiment = found
+    return replace(experiment, parallel=ParallelConfig(distributed_optimizer=experiment.parallel.distributed_optimizer))
+
+
+def _run(given: argparse.Namespace) -> None:
+    if given.compare is not None:
+        from megatron_mm.evaluation.compare import compare
+
+        for line in compare(given.compare, out=given.out or Path("comparison.png")):
+            print(line)
+        return
+    if given.target is None or not given.tasks:
+        raise ValueError("nothing to evaluate: give RUN_OR_EXPORT and --tasks, or --compare RUN RUN ...: see megatron-mm evaluate --help")
+    if min(given.shots) < 0 or given.batch_size < 1 or given.beams < 1 or (given.limit is not None and given.limit < 1):
+        raise ValueError("--shots must be 0 or more, --batch-size, --beams and --limit 1 or more")
+    from megatron_mm.evaluation.tasks.registry import tasks_of
+
+    tasks = tasks_of([name for name in given.tasks.split(",") if name])
+    from megatron_mm.evaluation.runner import Options
+    from megatron_mm.run.evaluate_tasks import evaluate_tasks, open_target, report
+
+    target = open_target(given.target, given.experiment if given.recipe is not None else None, out=given.out)
+    options = Options(
+        seed=given.seed, limit=given.limit, batch_size=given.batch_size, beams=given.beams, form=given.form, method=given.method
+    )
+    results = evaluate_tasks(
+        given.experiment,
+        target,
+        tasks,
+        shots=list(dict.fromkeys(given.shots)),
+        data=given.data or given.experiment.data.path,
+        out=given.out,
+        options=options,
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        for line in report(results, given.experiment, target):
+            print(line)
+
+
+def _notes() -> str:
+    from megatron_mm.evaluation.tasks.registry import GROUPS, TASKS
+
+    width = max(map(len, TASKS)) + 2
+    lines = [f"  {task.name:{width}}{task.title}; {task.metric}" for task in TASKS.values()]
+    groups = [f"  {name:{width}}{', '.join(members)}" for name, members in GROUPS.items()]
+    return "\n".join(
+        ["tasks:", *lines, "", "groups:", *groups, "", "Files that each needs, prompts and papers' figures: docs/evaluation.md"]
+    )
+
+
+EVALUATE = Command(
+    help="benchmarks, few-shot and zero-shot, of a run or an exported model",
+    run=_run,
+    arguments=_arguments,
+    experiment=_experiment,
+    notes=_notes,
+)

@@ -1,0 +1,137 @@
+"""Results of several runs side by side: MM1's figures 4 (connectors) and 5 (mixtures) of finished ablations.
+
+A panel for each number of demonstrations, and one for TextCore, and in each a bar a run: the mean over the few-shot tasks that all runs have
+at that number, captions by CIDEr-D and questions by accuracy, as the paper averages them. A run is labelled with what it has otherwise than
+the other runs: connector, image tokens, resolution, mixture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mm.evaluation.results import Result, read_results, textcore
+from megatron_mm.evaluation.tasks.registry import GROUPS, TEXTCORE
+
+_PANELS = 4
+_NAMES = {
+    "model.connector.kind": "",
+    "model.connector.num_tokens": "tokens ",
+    "model.vision.image_size": "px ",
+    "data.mixture": "",
+}
+"""Fields that ablations change, and what stands before their values; any other differing field of the model has its own name."""
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """A run's results at its newest evaluated checkpoint."""
+
+    run_dir: Path
+    config: dict[str, Any]
+    results: list[Result]
+
+    def of(self, shots: int) -> dict[str, float]:
+        """Scores of tasks that are no part of TextCore."""
+        return {result.task: result.score for result in self.results if result.shots == shots and result.task not in TEXTCORE}
+
+
+def read_run(run_dir: Path) -> RunResults:
+    """The results of a run. Raises ValueError where it has none."""
+    folder = run_dir / "evaluation"
+    found = [result for result in read_results(folder) if result.setting["limit"] is None] if folder.is_dir() else []
+    if not found:
+        raise ValueError(f"{run_dir} has no results of whole tasks in {folder}: run `megatron-mm evaluate {run_dir} --tasks ...` first")
+    newest = max(result.setting["model"]["step"] for result in found)
+    config = run_dir / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{run_dir} is no run directory: it has no {config.name}")
+    return RunResults(run_dir, json.loads(config.read_text()), [one for one in found if one.setting["model"]["step"] == newest])
+
+
+def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
+    """Draw the picture and its table (.json beside it); lines for the terminal."""
+    if len(run_dirs) < 2:
+        raise ValueError("--compare needs two runs or more")
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    labels = labels_of([run.config for run in runs], [run.run_dir.name for run in runs])
+    panels = panels_of(runs)
+    if not panels:
+        raise ValueError("the runs have no task and number of shots in common: evaluate all of them alike")
+    rows = {title: dict(zip(labels, values, strict=True)) for title, values in panels.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps({"runs": [str(path) for path in run_dirs], "panels": rows}, indent=2) + "\n")
+    _draw(panels, labels, out)
+    width = max(map(len, labels)) + 2
+    yield f"{'':{width}}" + "".join(f"{title:>28}" for title in panels)
+    for number, label in enumerate(labels):
+        yield f"{label:{width}}" + "".join(f"{values[number]:28.1f}" for values in panels.values())
+    yield f"{out}, {out.with_suffix('.json')}"
+
+
+def panels_of(runs: Sequence[RunResults]) -> dict[str, list[float]]:
+    """A title, and each run's mean over the tasks that all of them have."""
+    panels = {}
+    for shots in sorted({result.shots for run in runs for result in run.results}):
+        common = set.intersection(*(set(run.of(shots)) for run in runs))
+        if common:
+            what = "MM1's 7 tasks" if common == set(GROUPS["mm1"]) else f"{len(common)} tasks" if len(common) > 1 else min(common)
+            panels[f"{shots} shots, {what}"] = [sum(run.of(shots)[task] for task in common) / len(common) for run in runs]
+    cores = [textcore(run.results) for run in runs]
+    for shots in sorted(set.intersection(*map(set, cores))):
+        panels[f"TextCore, {shots} shots"] = [core[shots] for core in cores]
+    return panels
+
+
+def labels_of(configs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """What each run has otherwise than the others; its name where that tells runs not apart."""
+    flat = [_flat({"model": config["model"], "data.mixture": config["data"]["mixture"]}) for config in configs]
+    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if len({str(one.get(key)) for one in flat}) > 1]
+    known = [key for key in keys if key in _NAMES] or keys
+    labels = [", ".join(f"{_NAMES.get(key, key + ' ')}{_written(one.get(key))}" for key in known) for one in flat]
+    return labels if len(set(labels)) == len(labels) else [f"{name} {label}".strip() for name, label in zip(names, labels, strict=True)]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(item, dict) and name != "data.mixture":
+            found |= _flat(item, f"{name}.")
+        else:
+            found[name] = item
+    return found
+
+
+def _written(value: object) -> str:
+    """A mixture as percent of its sources."""
+    if isinstance(value, dict):
+        return "/".join(f"{100 * weight:.0f}% {source}" for source, weight in value.items() if weight)
+    return str(value)
+
+
+def _draw(panels: dict[str, list[float]], labels: Sequence[str], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(len(panels), _PANELS)
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(3.2 * columns, 1.2 + 2.8 * lines), squeeze=False)
+    colours = pyplot.colormaps["tab10"].colors
+    for place in axes.flat[len(panels) :]:
+        place.axis("off")
+    for place, (title, values) in zip(axes.flat, panels.items(), strict=False):
+        bars = place.bar(range(len(values)), values, color=[colours[n % len(colours)] for n in range(len(values))])
+        place.bar_label(bars, fmt="%.1f", fontsize=8)
+        place.set_title(title, fontsize=9)
+        place.set_xticks([])
+        place.margins(y=0.15)
+    figure.legend(bars, labels, loc="lower center", ncols=min(3, len(labels)), fontsize=8)
+    figure.tight_layout(rect=(0, 0.04 + 0.035 * -(-len(labels) // 3), 1, 1))
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)

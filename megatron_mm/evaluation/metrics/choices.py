@@ -1,0 +1,104 @@
+"""Scores of questions with given answers: accuracy, POPE's F1, MME's sums, MMBench's circular accuracy."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+from megatron_mm.evaluation.tasks.base import Answered
+
+MME_PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+
+def _is_right(one: Answered) -> bool:
+    return one.answer in one.example.answers
+
+
+def accuracy_scores(answered: Sequence[Answered]) -> dict[str, float]:
+    """Percent of right answers, in all and by category."""
+    found = {"score": _percent([_is_right(one) for one in answered])}
+    for category in sorted({one.example.category for one in answered} - {""}):
+        found[category] = _percent([_is_right(one) for one in answered if one.example.category == category])
+    return found
+
+
+def yes_or_no(answer: str) -> str:
+    """What an answer says: yes, no, or other. As MME's evaluation: the words themselves, or in the first four letters of an answer."""
+    plain = answer.lower().strip().replace(".", "")
+    if plain in ("yes", "y"):
+        return "yes"
+    if plain in ("no", "n"):
+        return "no"
+    begin = plain[:4] if len(plain) > 1 else ""
+    return "yes" if "yes" in begin else "no" if "no" in begin else "other"
+
+
+def pope_scores(answered: Sequence[Answered]) -> dict[str, float]:
+    """POPE (arXiv 2305.10355): means over its three samplings of the F1 of "yes", accuracy, precision, recall, part of yeses; percent.
+
+    As its evaluation does, an answer is no where its first sentence has the word no or not, and yes otherwise.
+    """
+    by_sampling: dict[str, list[Answered]] = defaultdict(list)
+    for one in answered:
+        by_sampling[one.example.category].append(one)
+    found: dict[str, list[float]] = defaultdict(list)
+    scores: dict[str, float] = {}
+    for sampling, group in sorted(by_sampling.items()):
+        pairs = [(pope_answer(one.answer), one.example.answers[0]) for one in group]
+        both, said = sum(pair == ("yes", "yes") for pair in pairs), sum(given == "yes" for given, _ in pairs)
+        true = sum(wanted == "yes" for _, wanted in pairs)
+        precision, recall = both / said if said else 0.0, both / true if true else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+        right = sum(given == wanted for given, wanted in pairs) / len(pairs)
+        for name, value in (("score", f1), ("accuracy", right), ("precision", precision), ("recall", recall), ("yes", said / len(pairs))):
+            found[name].append(100 * value)
+        scores[sampling or "all"] = 100 * f1
+    return {name: sum(values) / len(values) for name, values in found.items()} | scores
+
+
+def pope_answer(answer: str) -> str:
+    """An answer as POPE's evaluation reads it."""
+    words = answer.split(".")[0].replace(",", "").lower().split()
+    return "no" if any(word in ("no", "not") for word in words) else "yes"
+
+
+def mme_scores(answered: Sequence[Answered]) -> dict[str, float]:
+    """MME (arXiv 2306.13394): for each category accuracy + accuracy+ (both questions of an image right), percent, up to 200; perception and
+    cognition are sums over their categories, and the score is both."""
+    images: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for one in answered:
+        images[one.example.category][one.example.key.rpartition("#")[0]].append(yes_or_no(one.answer) == one.example.answers[0])
+    by_category = {
+        category: _percent([right for pair in pairs.values() for right in pair]) + _percent([all(pair) for pair in pairs.values()])
+        for category, pairs in images.items()
+    }
+    perception = sum(value for category, value in by_category.items() if category in MME_PERCEPTION)
+    cognition = sum(value for category, value in by_category.items() if category in MME_COGNITION)
+    return {"score": perception + cognition, "perception": perception, "cognition": cognition, **by_category}
+
+
+def circular_scores(answered: Sequence[Answered]) -> dict[str, float]:
+    """MMBench (arXiv 2307.06281): a question counts where it is right with its choices in every order that the file has; percent."""
+    questions: dict[int, list[Answered]] = defaultdict(list)
+    for one in answered:
+        questions[int(one.example.key) % 1_000_000].append(one)
+    right = [(all(map(_is_right, group)), group[0].example.category) for group in questions.values()]
+    found = {"score": _percent([ok for ok, _ in right]), "each order": _percent([_is_right(one) for one in answered])}
+    for category in sorted({category for _, category in right} - {""}):
+        found[category] = _percent([ok for ok, own in right if own == category])
+    return found
+
+
+_LETTER = re.compile(r"\b([A-Z])\b")
+
+
+def letter_of(answer: str) -> str:
+    """The first letter that stands alone in an answer; empty where none does."""
+    found = _LETTER.search(answer)
+    return found.group(1) if found else ""
+
+
+def _percent(values: Sequence[bool]) -> float:
+    return 100 * sum(values) / len(values) if values else float("nan")

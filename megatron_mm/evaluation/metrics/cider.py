@@ -1,0 +1,132 @@
+"""CIDEr-D (Vedantam et al., arXiv 1411.5726, section 6), as the COCO caption evaluation computes it.
+
+A caption is the counts of its 1- to 4-grams, weighed by how rare they are among the references (tf-idf: an n-gram of df of N images weighs
+log N - log max(1, df)). The score of an image is the mean over n and over its references of a cosine similarity whose counts are clipped at
+the reference's, times exp(-(difference in length)^2 / (2 * 6^2)), times 10; that of a data set is the mean over images. Papers give 100
+times that. The idf comes from the references of the very images that are scored: figures of a part of a data set (`--limit`) do not compare
+with those of all.
+
+Captions are tokenized as the COCO evaluation does: by Stanford's PTBTokenizer, in lower case, without punctuation. That is a Java program,
+which the package pycocoevalcap (`pip install 'megatron_mm[eval]'`) brings along; where it or Java is missing, `penn_words` does nearly the
+same, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_mm.evaluation.tasks.base import Answered
+
+logger = logging.getLogger(__name__)
+
+_LONGEST = 4
+_SIGMA = 6.0
+Counts = Counter[tuple[str, ...]]
+
+
+@functools.cache
+def has_official_tokenizer() -> bool:
+    """pycocoevalcap and Java are here."""
+    found = importlib.util.find_spec("pycocoevalcap") is not None and shutil.which("java") is not None
+    if not found:
+        logger.warning(
+            "captions are tokenized nearly as the COCO evaluation does, not exactly: install pycocoevalcap (pip install "
+            "'megatron_mm[eval]') and Java for figures to publish"
+        )
+    return found
+
+
+def tokenized(captions: Sequence[str]) -> list[list[str]]:
+    """Each caption's words."""
+    if not has_official_tokenizer():
+        return [penn_words(caption) for caption in captions]
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    found = PTBTokenizer().tokenize({0: [{"caption": " ".join(caption.split())} for caption in captions]})[0]
+    return [caption.split() for caption in found]
+
+
+_CLITICS = re.compile(r"(?<=\w)('s|'re|'ve|'d|'m|'ll|n't)\b")
+_WORD = re.compile(r"\w+(?:[-'.,/&]\w+)*|'\w+|[$&%#*=@/()]")
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-"}
+
+
+def penn_words(caption: str) -> list[str]:
+    """Words as PTBTokenizer has them, of captions of the usual kind: in lower case, clitics apart ("it's": it 's), no punctuation. It
+    differs where a full stop belongs to an abbreviation ("mr.")."""
+    apart = _CLITICS.sub(r" \1", caption.lower().replace("cannot", "can not"))
+    return [_BRACKETS.get(word, word) for word in _WORD.findall(apart)]
+
+
+def _counts(words: Sequence[str]) -> Counts:
+    return Counter(tuple(words[i : i + n]) for n in range(1, _LONGEST + 1) for i in range(len(words) - n + 1))
+
+
+class _Weights:
+    """tf-idf vectors under the references of a data set."""
+
+    def __init__(self, references: Sequence[Sequence[Counts]]) -> None:
+        self.images_with: Counter[tuple[str, ...]] = Counter()
+        for of_image in references:
+            self.images_with.update(set().union(*of_image))
+        self.log_images = math.log(len(references))
+
+    def vector(self, counts: Counts) -> dict[tuple[str, ...], float]:
+        return {gram: count * (self.log_images - math.log(max(1, self.images_with[gram]))) for gram, count in counts.items()}
+
+
+def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
+    """The score of each image, 0 to 10.
+
+    Args:
+        candidates: of each image, the words of its generated caption.
+        references: of each image, the words of its references.
+    """
+    counted = [[_counts(words) for words in of_image] for of_image in references]
+    weights = _Weights(counted)
+    scores = []
+    for words, of_image, texts in zip(candidates, counted, references, strict=True):
+        vector = weights.vector(_counts(words))
+        similar = [
+            _similarity(vector, weights.vector(counts), lengths=(len(words), len(text)))
+            for counts, text in zip(of_image, texts, strict=True)
+        ]
+        scores.append(10 * sum(similar) / len(similar))
+    return scores
+
+
+def _similarity(one: dict[tuple[str, ...], float], other: dict[tuple[str, ...], float], *, lengths: tuple[int, int]) -> float:
+    # The official code counts a caption's length in its 2-grams, one fewer than words.
+    difference = max(0, lengths[0] - 1) - max(0, lengths[1] - 1)
+    products, norms = [0.0] * _LONGEST, [[0.0] * _LONGEST, [0.0] * _LONGEST]
+    for number, vector in enumerate((one, other)):
+        for gram, weight in vector.items():
+            norms[number][len(gram) - 1] += weight**2
+    for gram, weight in one.items():
+        if gram in other:
+            products[len(gram) - 1] += min(weight, other[gram]) * other[gram]
+    cosines = [p / math.sqrt(a * b) if a and b else p for p, a, b in zip(products, *norms, strict=True)]
+    return sum(cosines) / _LONGEST * math.exp(-(difference**2) / (2 * _SIGMA**2))
+
+
+def caption_scores(answered: Sequence[Answered]) -> dict[str, float]:
+    """CIDEr-D times 100, of all images, and by category where there are several."""
+    texts = [text for one in answered for text in (one.answer, *one.example.answers)]
+    words = iter(tokenized(texts))
+    candidates, references = [], []
+    for one in answered:
+        candidates.append(next(words))
+        references.append([next(words) for _ in one.example.answers])
+    scores = cider_d(candidates, references)
+    found = {"score": 100 * sum(scores) / len(scores) if scores else math.nan}
+    for category in sorted({one.example.category for one in answered} - {""}):
+        own = [score for score, one in zip(scores, answered, strict=True) if one.example.category == category]
+        found[category] = 100 * sum(own) / len(own)
+    return found

@@ -1,0 +1,99 @@
+"""VQA accuracy, as the VQA challenge's own evaluation defines it (Antol et al., arXiv 1505.00468; visualqa.org/evaluation).
+
+    accuracy of an answer = mean over the annotators of min(1, how many of the OTHER annotators gave it / 3)
+
+With ten annotators of whom three gave the model's answer: for these three 2 others did, for the other seven 3, so
+(3 * 2/3 + 7 * 1) / 10 = 0.9. Answers are compared after normalisation, unless all annotators agree to the letter: then they are compared as
+they are, without case. The normalisation, in this order:
+
+1. Line breaks and tabs become spaces; spaces around are dropped.
+2. Every punctuation mark is dropped where it stands beside a space anywhere in the text, or where the text has a comma between digits; else
+   it becomes a space. A full stop is dropped unless a digit follows.
+3. Lower case; number words up to ten become digits ("none" is 0); the articles a, an, the are dropped; contractions get their apostrophe.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from megatron_mm.evaluation.tasks.base import Answered
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_FULL_STOP = re.compile(r"\.(?!\d)")
+_MOST_STOPS = 32
+"""The official code hands re.UNICODE (32) to `sub` as its count."""
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_NUMBERS = {
+    word: str(number) for number, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
+} | {"none": "0"}
+_ARTICLES = ("a", "an", "the")
+_APOSTROPHES = """
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd it'll ma'am
+    mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll
+    someone's something'd something'll that's there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all
+    you'd you'll you're you've
+"""
+_TWO_APOSTROPHES = """
+    couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've there'd've they'd've
+    we'd've who'd've wouldn't've you'd've
+"""
+_SPECIAL = {
+    "somebody'd": "somebodyd",  # as the official table has it
+    **dict.fromkeys(("ow's'at", "'ows'at", "'ow'sat"), "'ow's'at"),
+    **dict.fromkeys(("yall'll", "y'allll"), "y'all'll"),
+    **dict.fromkeys(("yall'd've", "y'alld've", "y'all'dve"), "y'all'd've"),
+}
+
+
+def _contractions() -> dict[str, str]:
+    """Contractions that lack an apostrophe -> with it. (The official table has some of "I" too, which no lower-case word meets.)"""
+    found = {word.replace("'", ""): word for word in _APOSTROPHES.split()} | _SPECIAL
+    for word in _TWO_APOSTROPHES.split():
+        first, second, third = word.split("'")
+        found |= {f"{first}{second}'{third}": word, f"{first}'{second}{third}": word}
+    return found
+
+
+_CONTRACTIONS = _contractions()
+
+
+def normalised(answer: str) -> str:
+    """An answer as answers are compared."""
+    text = _plain(answer)
+    beside_space = bool(_COMMA_IN_NUMBER.search(text))
+    out = text
+    for mark in _PUNCTUATION:
+        dropped = beside_space or f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if dropped else " ")
+    out = _FULL_STOP.sub("", out, count=_MOST_STOPS)
+    words = [_NUMBERS.get(word, word) for word in out.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _plain(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
+    """Accuracy in 0 to 1 of an answer among those of the annotators."""
+    given, answer = [_plain(reference) for reference in references], _plain(answer)
+    if len(set(given)) > 1:
+        given, answer = [normalised(reference) for reference in given], normalised(answer)
+    matches = [reference.lower() == answer.lower() for reference in given]
+    return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(matches)
+
+
+def vqa_scores(answered: Sequence[Answered]) -> dict[str, float]:
+    """VQA accuracy in percent."""
+    return {"score": _percent([vqa_accuracy(one.answer, one.example.answers) for one in answered])}
+
+
+def exact_match_scores(answered: Sequence[Answered]) -> dict[str, float]:
+    """Percent of answers that equal a reference, both normalised."""
+    return {"score": _percent([float(normalised(one.answer) in map(normalised, one.example.answers)) for one in answered])}
+
+
+def _percent(values: Sequence[float]) -> float:
+    return 100 * sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,211 @@
+"""Prompts: demonstrations and a question as token ids and images.
+
+Under a chat template (`data.chat_template` of the run: fine-tuned models) every demonstration is an exchange before the last question, in
+the words of multi-task training (`data.text.conversations`), which are those of InfiMM's model card and of LLaVA-1.5:
+
+    <image> What is it? Answer the question using a single word or phrase.  -> ball
+
+Without one (pre-trained models) a prompt is a document like those of interleaved training, of one form a task:
+
+    caption         {image}A photo of                                         caption
+    vqa, yes_no     {image}Question: {question} Short answer:                 answer
+    choice          {image}{context} Question: {question} A. ... B. ...  Answer:      letter
+    text            {question}                                                answer
+
+A demonstration ends with a line break and the next one follows. InfiMM writes each image `<|endofchunk|><image>`, so that its
+demonstrations end as in its training, and each looks at its own image alone. The words are ours, in the style of Flamingo and BLIP-2: the
+words that the papers used were not at hand. A form of one's own: `--form "{image}Describe: "`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_mm.data.image_formats import open_image
+from megatron_mm.data.image_input import ImageInput
+from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
+from megatron_mm.data.text.chat import ChatTemplate, Turn, render
+from megatron_mm.data.text.conversations import task_turns
+from megatron_mm.data.text.items import Control, ImageReference, Item, Text, encode_items
+from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.evaluation.passes import Prompt
+from megatron_mm.evaluation.tasks.base import LETTERS, Example, ImageSource, Task
+
+FORMS: dict[str, str] = {
+    "caption": "{image}A photo of",
+    "vqa": "{image}Question: {question} Short answer:",
+    "yes_no": "{image}Question: {question} Short answer:",
+    "choice": "{image}{context}Question: {question}\n{choices}\nAnswer:",
+    "text": "{question}",
+    # As the documents of `prepare demo` are.
+    "bare caption": "{image}",
+    "question before image": "{question}{image}",
+}
+"""By kind of task, or by name (`Task.form`)."""
+_SEPARATORS = {"bare caption": "", "question before image": "", "text": "\n\n"}
+"""Between demonstrations; else a line break."""
+
+
+class BadImage(ValueError):
+    """An image of an example cannot be read."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a task asks a model."""
+
+    form: str
+    """With {image}, {question}, {context}, {choices}; unused under a chat template."""
+    separator: str
+    template: ChatTemplate | None
+    task: str
+    """In `data.text.conversations.TASKS`."""
+
+    @classmethod
+    def of(cls, task: Task, template: ChatTemplate | None, *, form: str | None = None) -> Wording:
+        """
+        Args:
+            form: instead of the task's. Raises ValueError where it has braces of other names.
+        """
+        name = task.form or task.kind
+        wording = cls(FORMS[name] if form is None else form, _SEPARATORS.get(name, "\n"), template, task.prompt)
+        try:
+            wording._parts(Example("", (), "q", ("a",)), images=0)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"--form {wording.form!r}: {error} (it may have {{image}}, {{question}}, {{context}} and {{choices}})"
+            ) from None
+        return wording
+
+    def items(self, examples: Sequence[Example]) -> list[Item]:
+        """The items of a prompt, BOS left out: demonstrations with their answers, and last the question."""
+        if self.template is not None and examples[-1].images:
+            return _before_last_answer(render([self._turn(example) for example in examples], self.template))
+        items: list[Item] = []
+        for number, example in enumerate(examples):
+            for part in self._parts(example, images=len(example.images)):
+                _append(items, part)
+            if number < len(examples) - 1:
+                _append(items, f"{'' if isinstance(items[-1], ImageReference) else ' '}{example.answer}", continues=True)
+                _append(items, self.separator, continues=True)
+        return items
+
+    def answer_text(self, answer: str, *, after_text: bool) -> str:
+        """A choice as it follows a prompt."""
+        return f" {answer}" if after_text and self.template is None else answer
+
+    def _turn(self, example: Example) -> Turn:
+        fields: dict[str, object] = {"task": self.task, "images": ["image"] * len(example.images), "question": example.question}
+        if self.task == "scienceqa":
+            fields |= {"choices": list(example.choices), "answer": example.answer}
+            if example.context:
+                fields["context"] = example.context
+        else:
+            fields["answer"] = example.answer
+        (turn,) = task_turns(fields)
+        return turn
+
+    def _parts(self, example: Example, *, images: int) -> list[str | ImageReference]:
+        values = {
+            "image": "\0",
+            "question": example.question.replace("\0", ""),
+            "context": f"{example.context}\n" if example.context else "",
+            "choices": "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, example.choices, strict=False)),
+        }
+        first, *rest = self.form.format(**values).split("\0")
+        parts: list[str | ImageReference] = [first]
+        for text in rest:
+            parts += [*(ImageReference("image", counted=False) for _ in range(images)), text]
+        return [part for part in parts if part]
+
+
+def _append(items: list[Item], part: str | ImageReference, *, continues: bool = False) -> None:
+    """Add a part; texts that follow one another and belong together are one string to the tokenizer."""
+    if isinstance(part, ImageReference):
+        items.append(part)
+    elif part:
+        items.append(Text(part, counted=False, continues=continues and bool(items) and isinstance(items[-1], Text)))
+
+
+def _before_last_answer(items: list[Item]) -> list[Item]:
+    """A rendered conversation without its last answer."""
+    kept = list(items)
+    while isinstance(kept[-1], Text | Control) and kept[-1].counted:
+        kept.pop()
+    return kept
+
+
+class PromptBuilder:
+    """Makes prompts of examples, for one model."""
+
+    def __init__(self, tokenizer: Tokenizer, image: ImageInput, *, threads: int, with_pixels: bool) -> None:
+        """
+        Args:
+            image: how images enter the model.
+            with_pixels: decode images; without it their headers are read.
+        """
+        self.tokenizer = tokenizer
+        self.image = image
+        self.with_pixels = with_pixels
+        self._decoder = TileDecoder(image, threads=threads)
+
+    def close(self) -> None:
+        self._decoder.close()
+
+    def build(self, wording: Wording, examples: Sequence[Example]) -> Prompt:
+        """The prompt of demonstrations and, last, a question. Raises BadImage."""
+        items = wording.items(examples)
+        encoded = [self._header(source) for example in examples for source in example.images]
+        written, left = iter(encode_items(items, self.tokenizer)), iter(encoded)
+        ids, starts = [self.tokenizer.bos_id], []
+        for item in items:
+            if isinstance(item, ImageReference):
+                tiles = len(next(left).tiles)
+                first = len(ids) + len(self.image.before)
+                starts += [first + self.image.tokens * tile for tile in range(tiles)]
+                ids += self.image.ids(self.tokenizer.special_id, tiles=tiles)
+            else:
+                ids += next(written)
+        if not self.with_pixels:
+            return Prompt(ids, starts, None)
+        decoded = self._decoder.decode(encoded)
+        if not decoded.ok.all():
+            raise BadImage("an image cannot be decoded")
+        return Prompt(ids, starts, decoded.pixels)
+
+    def _header(self, source: ImageSource) -> EncodedTiles:
+        try:
+            data = source.read()
+            with open_image(data) as opened:
+                width, height = opened.size
+        except Exception as error:  # Pillow may raise anything on a damaged header
+            raise BadImage(f"{source.path or 'an image'}: {error}") from None
+        count = int(self.image.num_tiles(np.array([width]), np.array([height]))[0])
+        return EncodedTiles(data, width=width, height=height, tiles=range(count))
+
+    def end_ids(self, wording: Wording) -> list[int]:
+        """Tokens that end an answer: EOS or the chat template's, and whatever begins an image, as the next demonstration would."""
+        names = [*self.image.before, self.image.token]
+        if wording.template is not None:
+            names.append(wording.template.end_of_answer)
+        return list(dict.fromkeys([self.tokenizer.eos_id, *map(self.tokenizer.special_id, names)]))
+
+    def choice_ids(self, wording: Wording, examples: Sequence[Example], choices: Sequence[str]) -> list[list[int]]:
+        """Token ids of each choice as they follow the prompt of examples."""
+        items = wording.items(examples)
+        after_text = isinstance(items[-1], Text)
+        before = encode_items(items, self.tokenizer)
+        found = []
+        for choice in choices:
+            text = Text(wording.answer_text(choice, after_text=after_text), continues=after_text)
+            ids = encode_items([*items, text], self.tokenizer)
+            found.append(ids[-1] if ids[: len(before)] == before else encode_items([text], self.tokenizer)[0])
+        return found
+
+
+def cut_answer(text: str) -> str:
+    """An answer without what a base model writes on after it: up to the first line break."""
+    return text.strip().split("\n")[0].strip()

@@ -1,0 +1,79 @@
+"""Figures that the papers' authors publish, to stand beside results. Nothing is here that was not found in the source that it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_MM1 = (
+    "MM1, arXiv 2403.09611, multimodal pre-training evaluation and fine-tuned models; figures as an article about the paper gives them "
+    "(the paper itself was not at hand: compare before you cite)"
+)
+_INFIMM_PT = "InfiMM's model card (Infi-MM/infimm-zephyr), table PreTraining Evaluation"
+_INFIMM_IFT = "InfiMM's model card (Infi-MM/infimm-zephyr), table IFT Evaluation"
+_MONO = "Mono-InternVL's README (OpenGVLab/Mono-InternVL), table Performance"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published figure."""
+
+    model: str
+    value: float
+    source: str
+
+
+_MM1_TASKS = ("coco_caption", "nocaps", "textcaps", "vqav2", "textvqa", "vizwiz", "okvqa")
+_FEW_SHOT: dict[tuple[str, str, int], dict[str, float]] = {
+    # recipe begins with, model, shots
+    ("mm1_3b", "MM1-3B", 0): dict(zip(_MM1_TASKS, (73.5, 55.6, 63.3, 46.2, 29.4, 15.6, 26.1), strict=True)),
+    ("mm1_3b", "MM1-3B", 8): dict(zip(_MM1_TASKS, (114.6, 104.7, 88.8, 63.6, 44.6, 46.4, 48.4), strict=True)),
+    ("mm1_7b", "MM1-7B", 8): dict(zip(_MM1_TASKS, (116.3, 106.6, 88.2, 63.6, 46.3, 45.3, 51.4), strict=True)),
+    ("mm1_30b", "MM1-30B", 8): dict(zip(_MM1_TASKS, (123.1, 111.6, 92.9, 70.9, 49.4, 49.9, 58.3), strict=True)),
+}
+_SFT = {
+    ("mm1_3b_sft", "MM1-3B-Chat"): {"vqav2": 82.0, "textvqa": 71.9, "scienceqa": 69.4, "mmmu": 33.9, "mmbench": 67.8, "pope": 87.4},
+    ("mm1_3b_moe_sft", "MM1-3B-MoE-Chat"): {"vqav2": 82.5, "textvqa": 72.9, "scienceqa": 76.1, "mmmu": 38.6, "mmbench": 70.8, "pope": 87.6},
+    ("mm1_7b_sft", "MM1-7B-Chat"): {"vqav2": 82.8, "textvqa": 72.8, "scienceqa": 72.6, "mmmu": 37.0, "mmbench": 72.3, "pope": 86.6},
+    ("mm1_7b_moe_sft", "MM1-7B-MoE-Chat"): {"vqav2": 83.4, "textvqa": 73.8, "scienceqa": 74.4, "mmmu": 40.9, "mmbench": 72.7, "pope": 87.8},
+    ("mm1_30b_sft", "MM1-30B-Chat"): {"vqav2": 83.7, "textvqa": 73.5, "scienceqa": 81.0, "mmmu": 44.7, "mmbench": 75.1, "pope": 87.6},
+}
+_INFIMM_TASKS = ("coco_caption", "vqav2", "textvqa", "okvqa")
+_INFIMM = {
+    ("infimm_zephyr_7b_pt", "InfiMM-Zephyr-7B", 0): (78.8, 33.7, 15.2, 17.1),
+    ("infimm_zephyr_7b_pt", "InfiMM-Zephyr-7B", 4): (108.6, 59.1, 34.3, 50.5),
+    ("infimm_llama_13b_pt", "InfiMM-Llama2-13B", 0): (85.4, 51.6, 24.2, 26.4),
+    ("infimm_llama_13b_pt", "InfiMM-Llama2-13B", 4): (125.2, 66.1, 38.2, 55.5),
+    ("infimm_vicuna_13b_pt", "InfiMM-Vicuna-13B", 0): (69.6, 60.4, 32.8, 49.2),
+    ("infimm_vicuna_13b_pt", "InfiMM-Vicuna-13B", 4): (118.1, 64.2, 38.4, 53.7),
+}
+_INFIMM_CHAT = {
+    ("infimm_zephyr_7b_ift", "InfiMM-Zephyr-7B"): {"scienceqa": 71.1, "mme": 1733.0, "mmbench": 59.7, "mmmu": 39.4},
+    ("infimm_llama_13b_ift", "InfiMM-Llama-13B"): {"scienceqa": 73.0, "mme": 1782.1, "mmbench": 66.4, "mmmu": 39.1},
+    ("infimm_vicuna_13b_ift", "InfiMM-Vicuna-13B"): {"scienceqa": 74.0, "mme": 1784.7, "mmbench": 66.7, "mmmu": 37.6},
+}
+"""MME is the sum of perception and cognition, which the card gives apart."""
+_MONO_2B = {"mmmu": 33.7, "mme": 1875.0, "mmbench": 65.5, "seed": 67.4, "textvqa": 72.6, "scienceqa": 93.6, "gqa": 59.5}
+"""MMBench is of its test split, which is not public: `mmbench` here evaluates dev."""
+
+
+def _figures() -> dict[tuple[str, str, int], Published]:
+    found: dict[tuple[str, str, int], Published] = {}
+    for (recipe, model, shots), scores in _FEW_SHOT.items():
+        found |= {(recipe, task, shots): Published(model, value, _MM1) for task, value in scores.items()}
+    for (recipe, model), scores in _SFT.items():
+        found |= {(recipe, task, 0): Published(model, value, _MM1) for task, value in scores.items()}
+    for (recipe, model, shots), values in _INFIMM.items():
+        found |= {(recipe, task, shots): Published(model, v, _INFIMM_PT) for task, v in zip(_INFIMM_TASKS, values, strict=True)}
+    for (recipe, model), scores in _INFIMM_CHAT.items():
+        found |= {(recipe, task, 0): Published(model, value, _INFIMM_IFT) for task, value in scores.items()}
+    found |= {("mono_internvl_2b_s2", task, 0): Published("Mono-InternVL-2B", value, _MONO) for task, value in _MONO_2B.items()}
+    return found
+
+
+FIGURES = _figures()
+"""By recipe, task and number of demonstrations."""
+
+
+def published(recipe: str, task: str, shots: int) -> Published | None:
+    """What is published of the model that a recipe trains; None where nothing was found."""
+    return FIGURES.get((recipe, task, shots))

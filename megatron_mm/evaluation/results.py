@@ -1,0 +1,119 @@
+"""Results of tasks: JSON files, a table with published figures beside them, and TextCore's average."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mm.evaluation.published import Published, published
+from megatron_mm.evaluation.tasks.registry import TEXTCORE
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task came to."""
+
+    task: str
+    title: str
+    metric: str
+    scores: dict[str, float]
+    """The main one is "score"."""
+    setting: dict[str, Any]
+    """Task, shots, model (name, checkpoint, step), seed, limit, method, beams, wording."""
+    num_items: int
+    """That were answered."""
+    bad_items: int
+    """Left out, because an image of theirs could not be read."""
+    demonstrations: dict[str, list[str]]
+    """Keys of the training examples that were shown, by item; of the first 1,000 items."""
+    example_prompt: str
+    seconds: float
+
+    @property
+    def shots(self) -> int:
+        return int(self.setting["shots"])
+
+    @property
+    def score(self) -> float:
+        return self.scores["score"]
+
+    @staticmethod
+    def name_of(setting: dict[str, Any]) -> str:
+        limit = f"_limit{setting['limit']}" if setting["limit"] is not None else ""
+        return f"{setting['model']['checkpoint']}_{setting['task']}_{setting['shots']}shot{limit}"
+
+    def write(self, out: Path) -> Path:
+        """Write NAME.json into a folder, at once or not at all."""
+        path = out / f"{self.name_of(self.setting)}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+        return path
+
+
+def read_results(folder: Path) -> list[Result]:
+    """The results in a folder. Raises ValueError that names a file which is none."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found.append(Result(**json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is no result of megatron-mm evaluate ({error}): remove it") from None
+    return found
+
+
+def textcore(results: Sequence[Result]) -> dict[int, float]:
+    """MM1's average over its text-only tasks, by shots, where all of them have a result."""
+    by_shots: dict[int, dict[str, float]] = {}
+    for result in results:
+        if result.task in TEXTCORE:
+            by_shots.setdefault(result.shots, {})[result.task] = result.score
+    return {shots: sum(found.values()) / len(found) for shots, found in by_shots.items() if set(found) == set(TEXTCORE)}
+
+
+def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
+    """Lines for the terminal: a row a task, a column a number of shots, and what the papers publish of the recipe's model."""
+    shots = sorted({result.shots for result in results})
+    tasks = list(dict.fromkeys(result.task for result in results))
+    of = {(result.task, result.shots): result for result in results}
+    width = max((len(of_task.title) for of_task in results), default=0) + 2
+    yield f"{'':{width}}" + "".join(f"{f'{n} shots':>12}" for n in shots) + "   metric"
+    sources: dict[str, None] = {}
+    for task in tasks:
+        row = [of.get((task, n)) for n in shots]
+        first = next(result for result in row if result is not None)
+        cells = "".join(f"{'-' if result is None else f'{result.score:.1f}':>12}" for result in row)
+        yield f"{first.title:{width}}{cells}   {first.metric}"
+        figures = [published(recipe, task, n) for n in shots]
+        if any(figures):
+            cells = "".join(f"{'-' if figure is None else f'{figure.value:g}':>12}" for figure in figures)
+            yield f"{'  published':{width}}{cells}   {_model(figures)}"
+            sources |= {figure.source: None for figure in figures if figure is not None}
+        bad = sum(result.bad_items for result in row if result is not None)
+        if bad:
+            yield f"  {bad} items of {task} were left out: their images cannot be read"
+        if any(result is not None and result.setting["limit"] is not None for result in row):
+            yield f"  of {task} only {first.num_items} items: not to be compared with figures of all"
+    for number, average in textcore(results).items():
+        yield f"{'TextCore, average':{width}}{average:12.1f}   {number} shots"
+    for source in sources:
+        yield f"published: {source}"
+
+
+def _model(figures: Sequence[Published | None]) -> str:
+    return ", ".join(dict.fromkeys(figure.model for figure in figures if figure is not None))
+
+
+def metric_names(results: Sequence[Result]) -> dict[str, float]:
+    """The scores under the names that they have in W&B."""
+    found = {}
+    for result in results:
+        limit = "" if result.setting["limit"] is None else f"_limit{result.setting['limit']}"
+        for name, value in result.scores.items():
+            part = "" if name == "score" else "/" + re.sub(r"[^\w.-]+", "_", name)
+            found[f"evaluation/{result.task}/{result.shots}shot{limit}{part}"] = value
+    return found

@@ -1,0 +1,274 @@
+"""Evaluation of a model on tasks: demonstrations, batches over data-parallel ranks, answers written as they come, scores.
+
+Results lie in one folder:
+
+    SETTING.json           a task's score, how it came about, and which demonstrations were drawn      (`results.Result`)
+    items/SETTING/         rank_0.jsonl, rank_1.jsonl, ...: a line an item, as soon as it is answered; setting.json
+
+An evaluation that was interrupted goes on with the items that no line has, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_mm.evaluation.generation import Generator, Prompt
+from megatron_mm.evaluation.metrics.choices import letter_of
+from megatron_mm.evaluation.prompts import BadImage, PromptBuilder, Wording, cut_answer
+from megatron_mm.evaluation.results import Result
+from megatron_mm.evaluation.tasks.base import LETTERS, Answered, Example, Task
+from megatron_mm.parallel.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+_TELL_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of an evaluation besides tasks and shots."""
+
+    seed: int = 0
+    """Of the demonstrations."""
+    limit: int | None = None
+    """Items of a task; None for all. Of more they are drawn by seed."""
+    batch_size: int = 16
+    """Items that a model answers at once."""
+    beams: int = 1
+    """1 is greedy."""
+    form: str | None = None
+    """Of prompts, instead of the task's (`evaluation.prompts`)."""
+    method: Literal["generate", "rank"] | None = None
+    """Instead of the task's."""
+
+
+class TaskRunner:
+    """Evaluates one model; every method is called by all processes together."""
+
+    def __init__(self, generator: Generator, builder: PromptBuilder, topology: Topology, *, out: Path, options: Options) -> None:
+        self.generator = generator
+        self.builder = builder
+        self.topology = topology
+        self.out = out
+        self.options = options
+
+    def run(self, task: Task, *, shots: int, data: Path, wording: Wording, model: dict[str, Any]) -> Result:
+        """Evaluate a task. Raises ValueError that names files which are missing or damaged.
+
+        Args:
+            data: folder of the tasks' files.
+            model: what is evaluated, for the record: its name, checkpoint and step.
+        """
+        examples = _drawn(task.examples(data), self.options.limit, seed=self.options.seed)
+        pool = task.training_examples(data) if shots else []
+        if len(pool) < shots:
+            raise ValueError(f"task {task.name} has {len(pool)} training examples, too few for --shots {shots}")
+        method = self.options.method or task.method
+        setting = {
+            "task": task.name,
+            "shots": shots,
+            "model": model,
+            "seed": self.options.seed,
+            "limit": self.options.limit,
+            "method": method,
+            "beams": self.options.beams,
+            "wording": wording.form if wording.template is None else f"chat template, task {wording.task}",
+        }
+        began = time.monotonic()
+        items = _Items(self.out, setting, self.topology)
+        left = [example for example in examples if example.key not in items.done]
+        mine = left[self.topology.data_rank :: self.topology.data_size]
+        job = _Job(task, wording, method, shots, pool)
+        self._answer(job, mine, rounds=-(-len(left) // (self.topology.data_size * self.options.batch_size)), items=items)
+        answers = items.gather()
+        result = self._result(task, examples, answers, setting, job, seconds=time.monotonic() - began)
+        if self.topology.is_main:
+            result.write(self.out)
+        return result
+
+    def _answer(self, job: _Job, mine: list[Example], *, rounds: int, items: _Items) -> None:
+        """Answer this rank's items. All data-parallel ranks take the same number of rounds: experts on other ranks need everybody."""
+        began, size, last_told = time.monotonic(), self.options.batch_size, 0.0
+        for number in range(rounds):
+            batch = mine[number * size : (number + 1) * size]
+            shown = [job.demonstrations(example, seed=self.options.seed) for example in batch]
+            prompts, good = self._prompts(job, batch, shown)
+            asked = [(batch[place], shown[place]) for place in good]
+            answers = self._ask(job, asked, [prompts[place] for place in good])
+            said = dict(zip(good, answers, strict=True))
+            for place, example in enumerate(batch):
+                keys = [one.key for one in shown[place]]
+                items.write({"key": example.key, "answer": said.get(place), "demonstrations": keys})
+            last_told = self._tell_progress(job, began, number, rounds, last_told=last_told)
+
+    def _tell_progress(self, job: _Job, began: float, number: int, rounds: int, *, last_told: float) -> float:
+        """Log how far this is, every ten seconds and at the end; when it was told last."""
+        now = time.monotonic()
+        if not self.topology.is_main or (number + 1 < rounds and now - last_told < _TELL_SECONDS):
+            return last_told
+        pace = (now - began) / (number + 1)
+        left = time.strftime("%H:%M:%S", time.gmtime(pace * (rounds - number - 1)))
+        logger.info("%s, %d shots: batch %d of %d, %s left", job.task.name, job.shots, number + 1, rounds, left)
+        return now
+
+    def _prompts(self, job: _Job, batch: list[Example], shown: list[list[Example]]) -> tuple[dict[int, Prompt], list[int]]:
+        """Prompts of a batch, and the places of those that all processes of the model could make."""
+        made: dict[int, Prompt] = {}
+        for place, example in enumerate(batch):
+            try:
+                made[place] = self.builder.build(job.wording, [*shown[place], example])
+            except BadImage as error:
+                logger.warning("%s, item %s is left out: %s", job.task.name, example.key, error)
+        bad = torch.tensor([float(place not in made) for place in range(len(batch))], device=self.topology.device)
+        if len(batch):
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
+        return made, [place for place, one in enumerate(bad.tolist()) if not one]
+
+    def _ask(self, job: _Job, asked: list[tuple[Example, list[Example]]], prompts: list[Prompt]) -> list[str]:
+        """The model's answers. A rank without an item answers an empty prompt where experts are spread over ranks."""
+        builder, wording = self.builder, job.wording
+        if not prompts:
+            if self.generator.passes.experiment.parallel.expert == 1:
+                return []
+            prompts = [Prompt([builder.tokenizer.bos_id], [], torch.empty(0, 3, builder.image.size, builder.image.size, dtype=torch.uint8))]
+        if job.method == "rank":
+            texts = [job.choices(example) for example, _ in asked]
+            choices = [
+                builder.choice_ids(wording, [*demonstrations, example], text)
+                for (example, demonstrations), text in zip(asked, texts, strict=True)
+            ] or [[[0]]]
+            scores = self.generator.log_likelihoods(prompts, choices)
+            if job.by_length:
+                scores = [[s / max(1, len(t)) for s, t in zip(row, text, strict=True)] for row, text in zip(scores, texts, strict=False)]
+            return [LETTERS[row.index(max(row))] for row in scores[: len(asked)]]
+        end_ids, new = builder.end_ids(wording), job.task.max_new_tokens
+        if self.options.beams > 1:
+            found = self.generator.beam(prompts, num_beams=self.options.beams, max_new_tokens=new, end_ids=end_ids)
+        else:
+            found = self.generator.greedy(prompts, max_new_tokens=new, end_ids=end_ids)
+        return [job.read(builder.tokenizer.decode(ids)) for ids in found[: len(asked)]]
+
+    def _result(
+        self, task: Task, examples: list[Example], answers: dict[str, Any], setting: dict[str, Any], job: _Job, *, seconds: float
+    ) -> Result:
+        answered = [Answered(e, answers[e.key]["answer"]) for e in examples if answers.get(e.key, {}).get("answer") is not None]
+        scores = task.score(answered) if answered else {"score": float("nan")}
+        first = job.wording.items([*job.demonstrations(examples[0], seed=self.options.seed), examples[0]])
+        return Result(
+            task=task.name,
+            title=task.title,
+            metric=task.metric,
+            scores={name: round(value, 4) for name, value in scores.items()},
+            setting=setting,
+            num_items=len(answered),
+            bad_items=len(examples) - len(answered),
+            demonstrations={e.key: answers[e.key]["demonstrations"] for e in examples[:1000] if e.key in answers and job.shots},
+            example_prompt=_spelled(first),
+            seconds=round(seconds, 1),
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A task as it is asked here."""
+
+    task: Task
+    wording: Wording
+    method: str
+    shots: int
+    pool: list[Example]
+
+    @property
+    def by_length(self) -> bool:
+        """Choices of several words are compared by likelihood per letter, or longer ones would never win."""
+        return self.task.kind == "text"
+
+    def demonstrations(self, example: Example, *, seed: int) -> list[Example]:
+        """Drawn from the pool for each item by its own key, so that they depend neither on the number of processes nor on other items."""
+        if not self.shots:
+            return []
+        drawn = random.Random(f"{seed}/{self.task.name}/{example.key}").sample(range(len(self.pool)), min(self.shots + 1, len(self.pool)))
+        return [self.pool[row] for row in drawn if self.pool[row].key != example.key or self.task.kind == "text"][: self.shots]
+
+    def choices(self, example: Example) -> list[str]:
+        if self.task.kind == "yes_no":
+            return ["yes", "no"]
+        return list(example.choices) if self.task.kind == "text" else list(LETTERS[: len(example.choices)])
+
+    def read(self, text: str) -> str:
+        """A generated text as an answer."""
+        answer = cut_answer(text)
+        return letter_of(answer) if self.task.kind == "choice" else answer
+
+
+class _Items:
+    """The answers of a setting, on disk."""
+
+    def __init__(self, out: Path, setting: dict[str, Any], topology: Topology) -> None:
+        name = Result.name_of(setting)
+        digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:8]
+        self.folder = out / "items" / f"{name}_{digest}"
+        self.topology = topology
+        if topology.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "setting.json").write_text(json.dumps(setting, indent=2) + "\n")
+        self.done = set(self.gather())
+        if self.done and topology.is_main:
+            logger.info("%s: %d items were answered before", name, len(self.done))
+        self.writes = topology.tensor_rank == 0 and topology.is_first_stage
+        self._file = _append_to(self.folder / f"rank_{topology.data_rank}.jsonl") if self.writes else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    def gather(self) -> dict[str, Any]:
+        """All rows by key, as the first process reads them, on every process."""
+        dist.barrier()
+        found: list[dict[str, Any]] = [{row["key"]: row for row in self._rows()} if self.topology.is_main else {}]
+        dist.broadcast_object_list(found, src=0, device=self.topology.device)
+        return found[0]
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for path in sorted(self.folder.glob("rank_*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    yield json.loads(line)
+                except ValueError:  # the last line of a process that was killed
+                    logger.warning("%s has half a line: its item is answered again", path)
+
+
+def _append_to(path: Path) -> TextIO:
+    """A file of lines to append to, without the half line that a process may have left which was killed."""
+    if path.is_file():
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(path, whole)
+    return path.open("a", encoding="utf-8")
+
+
+def _drawn(examples: list[Example], limit: int | None, *, seed: int) -> list[Example]:
+    if limit is None or limit >= len(examples):
+        return examples
+    rows = sorted(random.Random(f"{seed}/items").sample(range(len(examples)), limit))
+    return [examples[row] for row in rows]
+
+
+def _spelled(items: Sequence[Any]) -> str:
+    """Items as a reader sees them."""
+    return "".join(getattr(item, "text", None) or getattr(item, "token", None) or "<image>" for item in items)

@@ -1,0 +1,159 @@
+"""What a benchmark is: examples read from its published files, a way to ask, and a way to score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["caption", "vqa", "choice", "yes_no", "text"]
+"""How a task asks (`evaluation.prompts`)."""
+Method = Literal["generate", "rank"]
+"""How answers come about: generated, or the likeliest of the choices."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """An encoded image: a file, or its bytes."""
+
+    path: Path | None = None
+    data: bytes | None = None
+
+    def read(self) -> bytes:
+        """Its bytes. Raises OSError where the file cannot be read."""
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        return self.path.read_bytes()
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question about images, and what its answers are."""
+
+    key: str
+    """Unique in its split."""
+    images: tuple[ImageSource, ...] = ()
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    """All reference answers; captions; of a choice, the letter of the right one."""
+    shown: str = ""
+    """The answer that a demonstration gives; empty takes the first one."""
+    choices: tuple[str, ...] = ()
+    context: str = ""
+    category: str = ""
+    """For scores by category."""
+
+    @property
+    def answer(self) -> str:
+        return self.shown or self.answers[0]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An example and what the model said."""
+
+    example: Example
+    answer: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of a task, as its publisher gives it."""
+
+    files: tuple[str, ...]
+    """Below the task's folder, or beside it (`../coco_caption/...`); the first words of an error where one is missing."""
+    read: Callable[[Path], list[Example]]
+    """Reads the examples from the task's folder. Raises DamagedFile."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark."""
+
+    name: str
+    title: str
+    kind: Kind
+    metric: str
+    """Name of the main score, with its unit."""
+    score: Callable[[Sequence[Answered]], dict[str, float]]
+    """Scores of answers by name; the main one is under "score"."""
+    evaluated: Split
+    demonstrations: Split | None
+    """Where demonstrations are drawn from; None where the task is zero-shot alone."""
+    published_at: str
+    """Where its files are published."""
+    method: Method = "generate"
+    max_new_tokens: int = 10
+    prompt: str = "vqa"
+    """The task of multi-task training (`data.text.conversations.TASKS`) whose words ask, under a chat template."""
+    form: str = ""
+    """The form of its prompts (`evaluation.prompts.FORMS`); empty takes its kind's."""
+    folder: str = ""
+    """Of its files below the data folder; empty takes its name."""
+    images: tuple[str, ...] = field(default=())
+    """Folders of images, for the documentation."""
+
+    def path(self, data: Path) -> Path:
+        return data / (self.folder or self.name)
+
+    def examples(self, data: Path) -> list[Example]:
+        """What is evaluated. Raises ValueError that names the files and where they are published."""
+        return self._read(self.evaluated, data)
+
+    def training_examples(self, data: Path) -> list[Example]:
+        """What demonstrations are drawn from. Raises ValueError as `examples` does."""
+        if self.demonstrations is None:
+            raise ValueError(f"task {self.name} has no training split: evaluate it with --shots 0")
+        return self._read(self.demonstrations, data)
+
+    def _read(self, split: Split, data: Path) -> list[Example]:
+        folder = self.path(data)
+        missing = [
+            name for name in split.files if not list(folder.glob(name) if "*" in name else [p for p in [folder / name] if p.exists()])
+        ]
+        advice = f"put {', '.join(split.files)} into {folder} ({self.published_at})"
+        if missing:
+            raise ValueError(f"task {self.name} needs {folder / missing[0]}, which does not exist: {advice}")
+        try:
+            found = split.read(folder)
+        except DamagedFile as error:
+            raise ValueError(f"task {self.name}: {error}: restore it, or {advice}") from None
+        if not found:
+            raise ValueError(f"task {self.name}: {', '.join(split.files)} in {folder} hold no example: {advice}")
+        return found
+
+
+class DamagedFile(ValueError):
+    """A published file that is not what it should be; the message names it and says what is wrong."""
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises DamagedFile."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedFile(f"{path} cannot be read as JSON ({error})") from None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """A file of one JSON value a line. Raises DamagedFile."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DamagedFile(f"{path} cannot be read as JSON lines ({error})") from None
+
+
+def parsed(path: Path, rows: Callable[[], list[Example]]) -> list[Example]:
+    """The examples that `rows` makes of a file's contents. Raises DamagedFile where a field is missing or of another type."""
+    try:
+        return rows()
+    except DamagedFile:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise DamagedFile(f"{path} is not as published ({type(error).__name__}: {error})") from None
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -1,0 +1,260 @@
+"""Questions with given answers: ScienceQA, MMMU, SEED-Bench, MMBench (the likeliest letter), POPE and MME (yes or no)."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_mm.evaluation.metrics.choices import accuracy_scores, circular_scores, mme_scores, pope_scores
+from megatron_mm.evaluation.tasks.base import LETTERS, DamagedFile, Example, ImageSource, Split, Task, parsed, read_json, read_json_lines
+
+
+def scienceqa(folder: Path, *, split: str) -> list[Example]:
+    """Of a split, the questions with an image."""
+
+    def rows() -> list[Example]:
+        problems = read_json(folder / "problems.json")
+        found = []
+        for key in read_json(folder / "pid_splits.json")[split]:
+            row = problems[key]
+            if row["image"]:
+                image = ImageSource(folder / "images" / split / key / row["image"])
+                letter = LETTERS[row["answer"]]
+                found.append(
+                    Example(
+                        key,
+                        (image,),
+                        row["question"],
+                        (letter,),
+                        choices=tuple(row["choices"]),
+                        context=row["hint"],
+                        category=row["subject"],
+                    )
+                )
+        return found
+
+    return parsed(folder / "problems.json", rows)
+
+
+def mmmu(folder: Path, *, split: str) -> list[Example]:
+    """The multiple-choice questions of all subjects, from the Hugging Face data set's parquet files: SUBJECT/SPLIT-*.parquet."""
+    found = []
+    for path in sorted(folder.glob(f"*/{split}-*.parquet")):
+        found += _mmmu_subject(path)
+    return found
+
+
+def _mmmu_subject(path: Path) -> list[Example]:
+    import pyarrow
+    import pyarrow.parquet
+
+    def rows() -> list[Example]:
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise DamagedFile(f"{path} cannot be read as parquet ({error})") from None
+        return [_mmmu_row(row, subject=path.parent.name) for row in table.to_pylist() if row["question_type"] == "multiple-choice"]
+
+    return parsed(path, rows)
+
+
+def _mmmu_row(row: dict[str, Any], *, subject: str) -> Example:
+    images = [row[f"image_{number}"] for number in range(1, 8) if row.get(f"image_{number}")]
+    choices = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
+    return Example(
+        key=row["id"],
+        images=tuple(ImageSource(data=image["bytes"]) for image in images),
+        question=row["question"],
+        answers=(row["answer"],),
+        choices=tuple(map(str, choices)),
+        category=subject,
+    )
+
+
+def seed(path: Path, folder: Path) -> list[Example]:
+    """The questions about images, not those about videos."""
+
+    def rows() -> list[Example]:
+        fields = read_json(path)
+        names = {number: name for name, number in fields.get("question_type", {}).items()}
+        return [
+            Example(
+                key=str(row["question_id"]),
+                images=(ImageSource(folder / row["data_id"]),),
+                question=row["question"],
+                answers=(row["answer"],),
+                choices=tuple(row[f"choice_{letter}"] for letter in "abcd"),
+                category=str(names.get(row["question_type_id"], row["question_type_id"])),
+            )
+            for row in fields["questions"]
+            if row.get("data_type", "image") == "image"
+        ]
+
+    return parsed(path, rows)
+
+
+def mmbench(path: Path) -> list[Example]:
+    """The .tsv: pictures in base64; a row whose number is 1,000,000 more is the same question with its choices in another order, and may
+    name the row that has its picture."""
+
+    def rows() -> list[Example]:
+        csv.field_size_limit(sys.maxsize)
+        with path.open(encoding="utf-8", newline="") as file:
+            table = list(csv.DictReader(file, delimiter="\t"))
+        pictures = {row["index"]: row["image"] for row in table}
+        found = []
+        for row in table:
+            encoded = row["image"] if len(row["image"]) > 64 else pictures[row["image"]]
+            choices = tuple(row[letter] for letter in "ABCD" if row.get(letter))
+            found.append(
+                Example(
+                    key=row["index"],
+                    images=(ImageSource(data=base64.b64decode(encoded)),),
+                    question=row["question"],
+                    answers=(row["answer"],),
+                    choices=choices,
+                    context=row.get("hint") or "",
+                    category=row["category"],
+                )
+            )
+        return found
+
+    return parsed(path, rows)
+
+
+_POPE = tuple(f"coco_pope_{sampling}.json" for sampling in ("random", "popular", "adversarial"))
+
+
+def pope(folder: Path) -> list[Example]:
+    found = []
+    for name in _POPE:
+        sampling = name.removeprefix("coco_pope_").removesuffix(".json")
+
+        def rows(name: str = name, sampling: str = sampling) -> list[Example]:
+            return [
+                Example(
+                    key=f"{sampling}/{row['question_id']}",
+                    images=(ImageSource(folder / "val2014" / row["image"]),),
+                    question=row["text"],
+                    answers=(row["label"].lower(),),
+                    category=sampling,
+                )
+                for row in read_json_lines(folder / name)
+            ]
+
+        found += parsed(folder / name, rows)
+    return found
+
+
+_IMAGE_TYPES = (".jpg", ".png", ".jpeg")
+
+
+def mme(folder: Path) -> list[Example]:
+    """A folder a category, in which NAME.txt has two lines `QUESTION <tab> Yes|No` about NAME.jpg or .png; text and images side by side, or
+    in `questions_answers_YN` and `images`."""
+    found: list[Example] = []
+    for category in sorted(path for path in folder.iterdir() if path.is_dir()):
+        texts = category / "questions_answers_YN" if (category / "questions_answers_YN").is_dir() else category
+        images = category / "images" if (category / "images").is_dir() else category
+        for path in sorted(texts.glob("*.txt")):
+            found += _mme_image(path, images, category=category.name)
+    return found
+
+
+def _mme_image(path: Path, images: Path, *, category: str) -> list[Example]:
+    def rows() -> list[Example]:
+        picture = next((file for kind in _IMAGE_TYPES if (file := images / (path.stem + kind)).is_file()), images / f"{path.stem}.jpg")
+        pairs = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [
+            Example(
+                key=f"{category}/{path.stem}#{number}",
+                images=(ImageSource(picture),),
+                question=question.strip(),
+                answers=(answer.strip().lower().rstrip("."),),
+                category=category,
+            )
+            for number, (question, answer) in enumerate(pairs)
+        ]
+
+    return parsed(path, rows)
+
+
+_SCIENCEQA = ("problems.json", "pid_splits.json")
+
+SCIENCEQA = Task(
+    name="scienceqa",
+    title="ScienceQA (test, questions with an image)",
+    kind="choice",
+    metric="accuracy, %",
+    score=accuracy_scores,
+    evaluated=Split(_SCIENCEQA, lambda folder: scienceqa(folder, split="test")),
+    demonstrations=Split(_SCIENCEQA, lambda folder: scienceqa(folder, split="train")),
+    published_at="github.com/lupantech/ScienceQA, data/scienceqa, and its images",
+    method="rank",
+    prompt="scienceqa",
+    images=("images",),
+)
+MMMU = Task(
+    name="mmmu",
+    title="MMMU (validation, multiple choice)",
+    kind="choice",
+    metric="accuracy, %",
+    score=accuracy_scores,
+    evaluated=Split(("*/validation-*.parquet",), lambda folder: mmmu(folder, split="validation")),
+    demonstrations=Split(("*/dev-*.parquet",), lambda folder: mmmu(folder, split="dev")),
+    published_at="the Hugging Face data set MMMU/MMMU: a folder for each subject",
+    method="rank",
+    prompt="scienceqa",
+)
+SEED = Task(
+    name="seed",
+    title="SEED-Bench (images)",
+    kind="choice",
+    metric="accuracy, %",
+    score=accuracy_scores,
+    evaluated=Split(("SEED-Bench.json",), lambda folder: seed(folder / "SEED-Bench.json", folder / "SEED-Bench-image")),
+    demonstrations=None,
+    published_at="the Hugging Face data set AILab-CVC/SEED-Bench: SEED-Bench.json and SEED-Bench-image.zip",
+    method="rank",
+    prompt="scienceqa",
+    images=("SEED-Bench-image",),
+)
+MMBENCH = Task(
+    name="mmbench",
+    title="MMBench (English, dev)",
+    kind="choice",
+    metric="circular accuracy, %",
+    score=circular_scores,
+    evaluated=Split(("MMBench_DEV_EN.tsv",), lambda folder: mmbench(folder / "MMBench_DEV_EN.tsv")),
+    demonstrations=None,
+    published_at="github.com/open-compass/MMBench: MMBench_DEV_EN.tsv",
+    method="rank",
+    prompt="scienceqa",
+)
+POPE = Task(
+    name="pope",
+    title="POPE (COCO; random, popular, adversarial)",
+    kind="yes_no",
+    metric="F1, %",
+    score=pope_scores,
+    evaluated=Split(_POPE, pope),
+    demonstrations=None,
+    published_at="github.com/AoiDragon/POPE, output/coco; images of cocodataset.org: val2014.zip",
+    images=("val2014",),
+)
+MME = Task(
+    name="mme",
+    title="MME (perception and cognition)",
+    kind="yes_no",
+    metric="perception + cognition, of 2800",
+    score=mme_scores,
+    evaluated=Split(("*/",), mme),
+    demonstrations=None,
+    published_at="MME_Benchmark_release_version (its authors send it; github.com/BradyFU/Awesome-Multimodal-Large-Language-Models)",
+    images=("CATEGORY/images",),
+)
+TASKS = (SCIENCEQA, MMMU, SEED, MMBENCH, POPE, MME)

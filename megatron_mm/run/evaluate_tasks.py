@@ -1,0 +1,179 @@
+"""`megatron-mm evaluate`: a run's checkpoint, in any layout, or an exported model, on benchmarks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mm.config import Experiment
+from megatron_mm.data.text.chat import chat_template
+from megatron_mm.evaluation.generation import Generator
+from megatron_mm.evaluation.prompts import PromptBuilder, Wording
+from megatron_mm.evaluation.results import Result, metric_names, table
+from megatron_mm.evaluation.runner import Options, TaskRunner
+from megatron_mm.evaluation.tasks.base import Task
+from megatron_mm.families.registry import family_of
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.reporting.wandb_run import WandbRun
+from megatron_mm.run.data import image_input, open_tokenizer
+from megatron_mm.training.build import build_chunks
+from megatron_mm.training.checkpoint import find_checkpoint, load_weights
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "evaluation"
+"""Of results, in the run directory or the exported model."""
+_DECODE_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is evaluated."""
+
+    path: Path
+    """A run directory, a checkpoint, or an exported model."""
+    checkpoint: Path
+    is_export: bool
+
+    @property
+    def folder(self) -> Path:
+        """The run directory or the exported model."""
+        return self.path if self.is_export else self.checkpoint.parents[1]
+
+    @property
+    def name(self) -> str:
+        """How results call it."""
+        return "export" if self.is_export else self.checkpoint.name
+
+
+def is_export(path: Path) -> bool:
+    """A folder that `convert to-hf` has written, or a released model."""
+    return (path / "config.json").is_file() and bool(list(path.glob("*.safetensors*")))
+
+
+def open_target(path: Path, recipe: Experiment | None, *, out: Path | None) -> Target:
+    """The checkpoint of a run or of an exported model; the weights of the latter become one below its results, once.
+
+    Raises ValueError where there is none, and where the recipe of an exported model is not given or does not fit.
+    """
+    if not is_export(path):
+        return Target(path, find_checkpoint(path), is_export=False)
+    if recipe is None:
+        raise ValueError(f"{path} is an exported model: name its recipe, such as --recipe mm1_3b")
+    weights = (out or path / FOLDER) / "weights"
+    if int(os.environ.get("RANK", "0")) == 0 and not list(weights.glob("checkpoints/step_*/manifest.json")):
+        from megatron_mm.conversion.from_hf import convert_from_hf
+
+        logger.info("%s: reading the exported weights into %s", path, weights)
+        convert_from_hf(recipe, weights, whole=path)
+    return Target(path, _wait_for(weights), is_export=True)
+
+
+def _wait_for(weights: Path, *, minutes: float = 120) -> Path:
+    """The checkpoint that the first process of a machine or cluster converts."""
+    for _ in range(int(60 * minutes)):
+        try:
+            return find_checkpoint(weights)
+        except ValueError:
+            time.sleep(1)
+    raise ValueError(f"no checkpoint appeared in {weights} within {minutes:.0f} minutes: see what the first process says")
+
+
+def for_evaluation(experiment: Experiment, checkpoint: Path) -> Experiment:
+    """The experiment as it is evaluated: in bf16 in the place of FP8, whose products want rows in multiples of 16; with room for all tokens
+    in every expert; with the checkpoint's own tokenizer."""
+    train = replace(experiment.train, precision="bf16") if experiment.train.precision == "fp8" else experiment.train
+    model, moe = experiment.model, experiment.model.decoder.moe
+    if moe is not None and moe.capacity_factor is not None:
+        logger.info("every expert has room for all tokens, though training used a capacity factor of %s", moe.capacity_factor)
+        model = replace(model, decoder=replace(model.decoder, moe=replace(moe, capacity_factor=None)))
+    own = checkpoint / "tokenizer.model"
+    data = replace(experiment.data, tokenizer=own) if own.is_file() else experiment.data
+    return replace(experiment, train=train, model=model, data=data)
+
+
+class BareChunk(torch.nn.Module):
+    """A pipeline chunk where training has a data-parallel wrapper: without gradients, and without memory for them."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.config = module.config
+        module.requires_grad_(False)
+
+    def forward(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        return self.module(*arguments, **options)
+
+
+def load_model(experiment: Experiment, topology: Topology, checkpoint: Path) -> list[torch.nn.Module]:
+    """The chunks of this process with a checkpoint's weights, from any layout.
+
+    Args:
+        experiment: as the checkpoint has it; it is built as `for_evaluation` says.
+    """
+    chunks = [BareChunk(chunk) for chunk in build_chunks(for_evaluation(experiment, checkpoint), topology)]
+    load_weights(experiment, topology, chunks, checkpoint)
+    for chunk in chunks:
+        chunk.eval()
+    return list(chunks)
+
+
+def evaluate_tasks(
+    experiment: Experiment, target: Target, tasks: Sequence[Task], *, shots: Sequence[int], data: Path, out: Path | None, options: Options
+) -> list[Result]:
+    """Evaluate a checkpoint on tasks in the layout of the experiment; results are in out, in order of tasks and shots.
+
+    Raises ValueError, before the model is built, where a task's files are missing or damaged or a layout does not fit.
+    """
+    family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
+    built = for_evaluation(experiment, target.checkpoint)
+    tokenizer = open_tokenizer(built)
+    template = None if experiment.data.chat_template is None else chat_template(experiment.data.chat_template)
+    wordings = [Wording.of(task, template, form=options.form) for task in tasks]
+    for task in tasks:  # what is missing is found now, not after hours
+        task.examples(data)
+        if max(shots):
+            task.training_examples(data)
+    topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
+    out = out or target.folder / FOLDER
+    builder = PromptBuilder(tokenizer, image_input(built), threads=_DECODE_THREADS, with_pixels=topology.is_first_stage)
+    try:
+        chunks = load_model(experiment, topology, target.checkpoint)
+        runner = TaskRunner(Generator(built, chunks, topology, pad_id=tokenizer.pad_id), builder, topology, out=out, options=options)
+        model = {"name": target.folder.name, "recipe": experiment.recipe, "checkpoint": target.name, "step": _step(target)}
+        results = [
+            runner.run(task, shots=count, data=data, wording=wording, model=model)
+            for task, wording in zip(tasks, wordings, strict=True)
+            for count in shots
+        ]
+        if topology.is_main and not target.is_export:
+            log_to_wandb(experiment, target, results, world_size=topology.world_size)
+        return results
+    finally:
+        builder.close()
+        topologies.shutdown()
+
+
+def log_to_wandb(experiment: Experiment, target: Target, results: Sequence[Result], *, world_size: int) -> None:
+    """Log scores in the run's own W&B run, at the checkpoint's step."""
+    run = WandbRun(experiment, target.folder, world_size=world_size)
+    run.log({"train/step": _step(target), **metric_names(results)})
+    run.finish(0)
+
+
+def _step(target: Target) -> int:
+    return 0 if target.is_export else int(target.checkpoint.name.removeprefix("step_"))
+
+
+def report(results: Sequence[Result], experiment: Experiment, target: Target) -> Iterator[str]:
+    """Lines for the terminal."""
+    yield f"{target.checkpoint if not target.is_export else target.path}"
+    yield from table(results, recipe=experiment.recipe)

@@ -1,0 +1,79 @@
+"""Pictures of several runs' results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.evaluation.compare import compare
+from megatron_mm.evaluation.results import Result, read_results, table, textcore
+from megatron_mm.evaluation.tasks.registry import GROUPS, TEXTCORE
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.families.serialize import save_experiment
+
+
+def _result(task: str, shots: int, score: float, *, step: int = 10, limit: int | None = None) -> Result:
+    model = {"name": "run", "recipe": "mm1_3b", "checkpoint": f"step_{step:08d}", "step": step}
+    setting = {"task": task, "shots": shots, "model": model, "limit": limit}
+    return Result(task, task, "%", {"score": score}, setting, 5, 0, {}, "", 1.0)
+
+
+def _run(folder: Path, recipe: str, scores: dict[tuple[str, int], float]) -> Path:
+    (folder / "evaluation").mkdir(parents=True)
+    save_experiment(get_recipe(recipe), folder / "config.json")
+    for (task, shots), score in scores.items():
+        _result(task, shots, score).write(folder / "evaluation")
+        _result(task, shots, 0.0, step=5).write(folder / "evaluation")
+        _result(task, shots, 99.0, limit=3).write(folder / "evaluation")
+    return folder
+
+
+def test_ablations_are_drawn_with_what_they_change(tmp_path: Path) -> None:
+    """The newest checkpoint counts, and parts of tasks do not; the mean is over the tasks that all runs have."""
+    mm1 = {(task, 4): 10.0 for task in GROUPS["mm1"]}
+    text = {(task, 0): 50.0 for task in TEXTCORE}
+    first = _run(tmp_path / "a", "mm1_ablation_average_64", {**mm1, **text, ("vqav2", 4): 17.0})
+    second = _run(tmp_path / "b", "mm1_ablation_attention_144", {**mm1, **text, ("gqa", 4): 1.0})
+    out = tmp_path / "figure.png"
+    lines = list(compare([first, second], out=out))
+    assert out.stat().st_size > 5000
+    panels = json.loads(out.with_suffix(".json").read_text())["panels"]
+    average, attention = panels["4 shots, MM1's 7 tasks"].items()
+    assert average == ("average, tokens 64", 11.0) and attention == ("attention, tokens 144", 10.0)
+    assert set(panels["TextCore, 0 shots"].values()) == {50.0}
+    assert "average, tokens 64" in lines[1]
+    other = _run(tmp_path / "c", "mm1_ablation_mix_66_33_0", mm1)
+    mixed = _run(tmp_path / "d", "mm1_ablation_mix_100_0_0", mm1)
+    list(compare([other, mixed], out=out))
+    assert all("% " in label for label in json.loads(out.with_suffix(".json").read_text())["panels"]["4 shots, MM1's 7 tasks"])
+
+
+def test_runs_without_results_are_refused(tmp_path: Path) -> None:
+    run = _run(tmp_path / "a", "mm1_ablation", {("vqav2", 0): 1.0})
+    with pytest.raises(ValueError, match="has no results of whole tasks"):
+        list(compare([run, tmp_path], out=tmp_path / "x.png"))
+    with pytest.raises(ValueError, match="two runs or more"):
+        list(compare([run], out=tmp_path / "x.png"))
+
+
+def test_the_table_has_published_figures_beside_results() -> None:
+    rows = [_result("coco_caption", 8, 100.0), _result("coco_caption", 0, 50.0), _result("gqa", 0, 40.0)]
+    lines = list(table(rows, recipe="mm1_3b"))
+    assert "50.0" in lines[1] and "100.0" in lines[1]
+    assert "published" in lines[2] and "73.5" in lines[2] and "114.6" in lines[2] and "MM1-3B" in lines[2]
+    assert any(line.startswith("published: MM1, arXiv 2403.09611") for line in lines)
+    assert not any("published" in line for line in table(rows, recipe="debug_mm1"))
+
+
+def test_textcore_needs_all_of_its_tasks() -> None:
+    whole = [_result(task, 0, float(number)) for number, task in enumerate(TEXTCORE)]
+    assert textcore(whole) == {0: sum(range(len(TEXTCORE))) / len(TEXTCORE)}
+    assert textcore(whole[1:]) == {}
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"x\.json is no result"):
+        read_results(tmp_path)

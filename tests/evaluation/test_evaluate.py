@@ -1,0 +1,157 @@
+"""`megatron-mm evaluate` end to end: prompts, batches, resumes, bad images, every family, layouts and exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.distributed import run_processes
+from support.published_files import write_all
+from support.small import small_run
+from support.small_infimm import infimm_run
+from support.small_mono import mono_run
+
+from megatron_mm.config import Experiment, ParallelConfig
+from megatron_mm.data.text.chat import chat_template
+from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.evaluation.prompts import PromptBuilder, Wording
+from megatron_mm.evaluation.results import Result, read_results, table
+from megatron_mm.evaluation.runner import Options
+from megatron_mm.evaluation.tasks.registry import TASKS
+from megatron_mm.families.registry import family_of
+from megatron_mm.families.serialize import load_experiment
+from megatron_mm.run.evaluate_tasks import evaluate_tasks, open_target
+from megatron_mm.run.start import start
+
+RUNS: dict[str, Callable[..., Experiment]] = {"mm1": small_run, "infimm": infimm_run, "mono_internvl": mono_run}
+
+
+def _train(family: str, data: Path, run_dir: Path) -> None:
+    start(RUNS[family](data, steps=2, schedule_steps=4), run_dir)
+
+
+def _evaluate(
+    path: Path, files: Path, out: Path, tasks: list[str], shots: list[int], parallel: dict[str, Any], recipe: Experiment | None = None
+) -> list[Result]:
+    target = open_target(path, recipe, out=out)
+    experiment = replace(load_experiment(target.checkpoint / "experiment.json"), parallel=ParallelConfig(**parallel))
+    options = Options(batch_size=3)
+    return evaluate_tasks(experiment, target, [TASKS[name] for name in tasks], shots=shots, data=files, out=out, options=options)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write_all(data := tmp_path_factory.mktemp("tasks") / "data")
+    return data
+
+
+@pytest.fixture(scope="module")
+def mm1(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_processes(_train, 1, "mm1", demo_data, run_dir := tmp_path_factory.mktemp("mm1") / "run")
+    return run_dir
+
+
+def _lines(out: Path) -> list[dict[str, Any]]:
+    """The whole lines of all items."""
+    texts = [line for path in sorted(out.glob("items/*/rank_*.jsonl")) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in texts if line.endswith("}")]
+
+
+def test_an_evaluation_resumes_and_a_bad_image_costs_an_item(mm1: Path, files: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(files, tmp_path / "data"))
+    (data / "vqav2" / "val2014" / "COCO_val2014_000000000001.jpg").write_bytes(b"no image")
+    tasks = ["vqav2", "scienceqa"]
+    out = tmp_path / "results"
+    ((result, choice),) = run_processes(_evaluate, 1, mm1, data, out, tasks, [1], {})
+    assert (result.num_items, result.bad_items, choice.num_items) == (2, 1, 2)
+    assert set(result.demonstrations) == {"0", "1", "2"} and all(len(shown) == 1 for shown in result.demonstrations.values())
+    assert result.example_prompt == (
+        f"<image>Question: What colour is square {result.demonstrations['0'][0]}? Short answer: red\n"
+        "<image>Question: What colour is square 0? Short answer:"
+    )
+    assert choice.example_prompt.endswith("<image>Look.\nQuestion: Which?\nA. cat\nB. dog\nAnswer:")
+    written = read_results(out)
+    assert {one.task: one.scores for one in written} == {"vqav2": result.scores, "scienceqa": choice.scores}
+    assert any("1 items of vqav2 were left out" in line for line in table(written, recipe="mm1_3b"))
+    # Interrupted: of one task half a line is left, which is answered again; nothing else is.
+    kept = next(out.glob("items/*vqav2*/rank_0.jsonl"))
+    first, *_ = kept.read_text().splitlines()
+    kept.write_text(first + "\n" + '{"key": "2", "ans')
+    lines = len(_lines(out))
+    ((again, _),) = run_processes(_evaluate, 1, mm1, data, out, tasks, [1], {})
+    assert len(_lines(out)) == lines + 2, "only the items without a whole line are answered again"
+    assert again.scores == result.scores and again.demonstrations == result.demonstrations
+
+
+def test_prompts_of_chats_are_those_of_training(files: Path, demo_data: Path) -> None:
+    """Demonstrations are exchanges in the words of multi-task training; the prompt ends where the answer begins."""
+    experiment = infimm_run(demo_data)
+    family = family_of(experiment.model)
+    image = family.image_input(experiment.model)
+    tokenizer = Tokenizer.open(demo_data / "tokenizer.model", special=family.special_tokens)
+    builder = PromptBuilder(tokenizer, image, threads=1, with_pixels=True)
+    task = TASKS["vizwiz"]
+    shown, asked = task.training_examples(files)[0], task.examples(files)[0]
+    wording = Wording.of(task, chat_template("vicuna"))
+    prompt = builder.build(wording, [shown, asked])
+    text = tokenizer.decode(prompt.ids)
+    sentence = (
+        "When the provided information is insufficient, respond with 'Unanswerable'. Answer the question using a single word or phrase."
+    )
+    assert text.count(sentence) == 2 and "ASSISTANT: red" in text and text.endswith("ASSISTANT:")
+    assert len(prompt.image_starts) == 2 and prompt.pixels is not None and len(prompt.pixels) == 2
+    assert prompt.ids[prompt.image_starts[1] - 1 : prompt.image_starts[1] + 1] == image.ids(tokenizer.special_id, tiles=1)
+    assert tokenizer.eos_id in builder.end_ids(wording) and image.ids(tokenizer.special_id, tiles=1)[0] in builder.end_ids(wording)
+    base = builder.build(Wording.of(task, None), [asked])
+    (yes, no) = builder.choice_ids(Wording.of(task, None), [asked], ["yes", "no"])
+    whole = tokenizer.decode([*base.ids, *yes])
+    assert whole.endswith("Short answer: yes") and yes != no
+    builder.close()
+
+
+def test_a_form_with_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--form '{picture}': .*it may have {image}, {question}"):
+        Wording.of(TASKS["vqav2"], None, form="{picture}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", RUNS)
+def test_every_family_is_evaluated_alike_in_every_layout(family: str, demo_data: Path, tmp_path: Path) -> None:
+    run_processes(_train, 1, family, demo_data, run_dir := tmp_path / "run")
+    tasks = ["drawn_vqa", "drawn_caption"]
+    expected = run_processes(_evaluate, 1, run_dir, demo_data, tmp_path / "one", tasks, [0, 2], {})[0]
+    for number, (size, parallel) in enumerate([(4, {"tensor": 2, "pipeline": 2}), (2, {})]):
+        found = run_processes(_evaluate, size, run_dir, demo_data, tmp_path / f"{number}", tasks, [0, 2], parallel, timeout=240)
+        assert [one.scores for one in found[0]] == [one.scores for one in expected]
+        assert _answers(tmp_path / f"{number}") == _answers(tmp_path / "one")
+
+
+def _answers(out: Path) -> dict[str, Any]:
+    return {
+        f"{path.parent.name}/{row['key']}": row["answer"]
+        for path in out.glob("items/*/rank_*.jsonl")
+        for row in map(json.loads, path.open())
+    }
+
+
+def _export(run_dir: Path, out: Path) -> None:
+    from megatron_mm.conversion.to_hf import convert_to_hf
+
+    convert_to_hf(run_dir, out, dtype="float32")
+
+
+@pytest.mark.slow
+def test_an_exported_model_gives_what_its_run_gives(mm1: Path, demo_data: Path, tmp_path: Path) -> None:
+    run_processes(_export, 1, mm1, export := tmp_path / "export")
+    recipe = load_experiment(mm1 / "config.json")
+    tasks = ["drawn_vqa"]
+    (expected,) = run_processes(_evaluate, 1, mm1, demo_data, tmp_path / "run_results", tasks, [2], {})[0]
+    with pytest.raises(ValueError, match="is an exported model: name its recipe"):
+        open_target(export, None, out=None)
+    (found,) = run_processes(_evaluate, 1, export, demo_data, tmp_path / "export_results", tasks, [2], {}, recipe)[0]
+    assert found.scores == expected.scores and found.setting["model"]["checkpoint"] == "export"

@@ -1,0 +1,119 @@
+"""Metrics against published worked examples, and against the libraries of the field where they are installed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from megatron_mm.evaluation.metrics import cider
+from megatron_mm.evaluation.metrics.choices import circular_scores, letter_of, mme_scores, pope_answer, pope_scores, yes_or_no
+from megatron_mm.evaluation.metrics.vqa import normalised, vqa_accuracy
+from megatron_mm.evaluation.tasks.base import Answered, Example
+
+
+@pytest.mark.parametrize(
+    ("given_by", "accuracy"),
+    [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],
+)
+def test_vqa_accuracy_is_that_of_the_challenge(given_by: int, accuracy: float) -> None:
+    """visualqa.org/evaluation: averaged over the ten subsets of nine annotators. Three of ten: (3 * 2/3 + 7 * 1) / 10."""
+    assert vqa_accuracy("red", ["red"] * given_by + ["blue"] * (10 - given_by)) == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("The red, ball.", "red ball"),
+        ("Two dogs", "2 dogs"),
+        ("none", "0"),
+        ("dont know", "don't know"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("black/white", "black white"),
+        ("yes!", "yes"),
+        (" A\nman ", "man"),
+    ],
+)
+def test_answers_are_normalised_as_the_challenge_does(answer: str, expected: str) -> None:
+    assert normalised(answer) == expected
+
+
+def test_where_all_annotators_agree_answers_are_compared_as_they_are() -> None:
+    assert vqa_accuracy("The ball", ["ball"] * 10) == 0.0
+    assert vqa_accuracy("The ball", ["ball"] * 9 + ["a ball"]) == 1.0
+    assert vqa_accuracy("STOP", ["stop"] * 10) == 1.0
+
+
+WORDS = ("a", "the", "man", "dog", "red", "ball", "on", "with")
+
+
+def _captions(number: int) -> tuple[list[list[str]], list[list[list[str]]]]:
+    rng = random.Random(number)
+    made = [[rng.choices(WORDS, k=rng.randint(2, 9)) for _ in range(rng.randint(1, 5))] for _ in range(20)]
+    return [rng.choices(WORDS, k=rng.randint(0, 9)) for _ in range(20)], made
+
+
+def test_cider_d_of_the_only_reference_of_an_image_is_ten() -> None:
+    """Two images with nothing in common: every n-gram weighs log 2, and all four cosines are 1."""
+    texts = [["a", "red", "ball", "here"], ["some", "blue", "dog", "there"]]
+    assert cider.cider_d(texts, [[text] for text in texts]) == pytest.approx([10.0, 10.0])
+    # Half of the words: 1-grams 1/2, 2-grams 1/3, the others 0, no difference in length.
+    half = ["a", "red", "cat", "sat"]
+    assert cider.cider_d([half, texts[1]], [[text] for text in texts])[0] == pytest.approx(10 * (1 / 2 + 1 / 3) / 4)
+
+
+def test_cider_d_is_that_of_pycocoevalcap() -> None:
+    library = pytest.importorskip("pycocoevalcap.cider.cider")
+    candidates, references = _captions(1)
+    wanted = {number: [" ".join(text) for text in texts] for number, texts in enumerate(references)}
+    given = {number: [" ".join(text)] for number, text in enumerate(candidates)}
+    _, scores = library.Cider().compute_score(wanted, given)
+    assert cider.cider_d(candidates, references) == pytest.approx(list(scores), abs=1e-9)
+
+
+PENN = {
+    "A man riding a wave on top of a surfboard.": "a man riding a wave on top of a surfboard",
+    "Two dogs' toys aren't on the floor, it's messy!": "two dogs toys are n't on the floor it 's messy",
+    'a black-and-white cat (sleeping) on a "couch"': "a black-and-white cat -lrb- sleeping -rrb- on a couch",
+    "cannot you see 1,000 birds?": "can not you see 1,000 birds",
+    "a woman's hand holding a $5 bill & a half-eaten hot-dog": "a woman 's hand holding a $ 5 bill & a half-eaten hot-dog",
+}
+"""Captions, and what Stanford's PTBTokenizer makes of them."""
+
+
+@pytest.mark.parametrize("caption", PENN)
+def test_words_are_those_of_the_penn_treebank_tokenizer(caption: str) -> None:
+    assert " ".join(cider.penn_words(caption)) == PENN[caption]
+
+
+def test_the_official_tokenizer_is_used_where_it_is() -> None:
+    if not cider.has_official_tokenizer():
+        pytest.skip("no pycocoevalcap, or no Java")
+    assert [" ".join(words) for words in cider.tokenized(list(PENN))] == list(PENN.values())
+
+
+def _yes_no(pairs: list[tuple[str, str]], category: str) -> list[Answered]:
+    return [Answered(Example(f"{category}/{n}", answers=(true,), category=category), said) for n, (said, true) in enumerate(pairs)]
+
+
+def test_pope_is_the_f1_of_yes() -> None:
+    """Two of three yeses found, one false alarm: precision 2/3, recall 2/3."""
+    found = pope_scores(_yes_no([("Yes.", "yes"), ("yes, there is", "yes"), ("No", "yes"), ("Yes", "no"), ("not here", "no")], "random"))
+    assert found["score"] == pytest.approx(200 / 3) and found["accuracy"] == 60.0
+    assert pope_answer("There is no dog. Yes") == "no"
+
+
+def test_mme_adds_accuracy_and_accuracy_of_whole_images() -> None:
+    """One image right in both questions, one in one of two: 75 + 50."""
+    answers = [("a#0", "Yes", "yes"), ("a#1", "no", "no"), ("b#0", "yes.", "yes"), ("b#1", "Yes", "no")]
+    found = mme_scores([Answered(Example(f"count/{key}", answers=(true,), category="count"), said) for key, said, true in answers])
+    assert found["perception"] == 125.0 and found["cognition"] == 0.0
+    assert [yes_or_no(text) for text in ("Y", "No, it", "maybe", "")] == ["yes", "no", "other", "other"]
+
+
+def test_mmbench_counts_a_question_that_is_right_in_every_order() -> None:
+    rows = [("1", "A", "A"), ("1000001", "B", "B"), ("2", "A", "A"), ("1000002", "A", "C")]
+    found = circular_scores([Answered(Example(key, answers=(true,)), said) for key, said, true in rows])
+    assert found["score"] == 50.0 and found["each order"] == 75.0
+    assert letter_of("The answer is C.") == "C" and letter_of("none") == ""
