@@ -1,7 +1,7 @@
 """Results of several runs side by side: MM1's figures 4 (connectors) and 5 (mixtures) of finished ablations.
 
-A panel for each number of demonstrations, and one for TextCore, and in each a bar a run: the mean over the few-shot tasks that all runs have
-at that number, captions by CIDEr-D and questions by accuracy, as the paper averages them. A run is labelled with what it has otherwise than
+A panel for each number of demonstrations, and one for TextCore, and in each a bar a run: the mean over the tasks that all runs have at
+that number, captions by CIDEr-D and questions by accuracy, as the paper averages them. A run is labelled with what it has unlike
 the other runs: connector, image tokens, resolution, mixture.
 """
 
@@ -122,11 +122,10 @@ def _draw(panels: dict[str, list[float]], labels: Sequence[str], out: Path) -> N
     columns = min(len(panels), _PANELS)
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(3.2 * columns, 1.2 + 2.8 * lines), squeeze=False)
-    colours = pyplot.colormaps["tab10"].colors
     for place in axes.flat[len(panels) :]:
         place.axis("off")
     for place, (title, values) in zip(axes.flat, panels.items(), strict=False):
-        bars = place.bar(range(len(values)), values, color=[colours[n % len(colours)] for n in range(len(values))])
+        bars = place.bar(range(len(values)), values, color=[f"C{number % 10}" for number in range(len(values))])
         place.bar_label(bars, fmt="%.1f", fontsize=8)
         place.set_title(title, fontsize=9)
         place.set_xticks([])

@@ -165,8 +165,8 @@ def evaluate_tasks(
 def log_to_wandb(experiment: Experiment, target: Target, results: Sequence[Result], *, world_size: int) -> None:
     """Log scores in the run's own W&B run, at the checkpoint's step."""
     run = WandbRun(experiment, target.folder, world_size=world_size)
-    run.log({"train/step": _step(target), **metric_names(results)})
-    run.finish(0)
+    run.attempt("log", lambda: run.log(_step(target), metric_names(results)))
+    run.attempt("finish", lambda: run.finish(0))
 
 
 def _step(target: Target) -> int:
