@@ -31,7 +31,8 @@ class ParallelConfig:
     virtual: int = 1
     """Model chunks on each pipeline stage (interleaved schedule); 1 is plain 1F1B."""
     expert: int = 1
-    """Expert-parallel degree, taken out of the data-parallel size; 1 for a dense model."""
+    """Expert-parallel degree, taken out of the data-parallel size; 1 for a dense model. Groups on several nodes send tokens over the network,
+    those on one node more gradients: a run says how much of each before it starts."""
     expert_tensor: int = 1
     """Tensor-parallel degree inside each expert, a divisor of tensor; 1 keeps experts whole. More than 1 needs GPUs."""
     sequence: bool | None = None
@@ -59,6 +60,8 @@ class ParallelConfig:
     Each process keeps the encoder's weights, gradients, and activations of its share of a whole step."""
     recompute_encoder_modules: tuple[RecomputeModule, ...] | None = None
     """`recompute_modules` of the image tower; None means: those of recompute_modules that it has."""
+    expert_dispatch: Literal["alltoall", "deepep", "hybridep"] = "alltoall"
+    """How tokens go to the experts of other processes: all-to-all, or the kernels of the package deep_ep."""
     max_expert_load: float | None = None
     """Bound on the memory that a collapsing router may take: tokens that the experts of one process receive, in multiples of an equal
     share. What is beyond goes to no expert, is counted as dropped, and warned of. None has no bound."""

@@ -112,12 +112,19 @@ def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict[str, A
         "moe_aux_loss_coeff": moe.load_balance_loss,
         "moe_z_loss_coeff": moe.z_loss,
         "moe_expert_capacity_factor": moe.capacity_factor,
-        "moe_token_dispatcher_type": "alltoall",
+        **_dispatch_options(parallel),
         "moe_grouped_gemm": context.backend == "te",
         "moe_permute_fusion": context.kernels.token_permutation,
         "moe_router_fusion": context.kernels.router,
         "expert_tensor_parallel_size": parallel.expert_tensor,
     }
+
+
+def _dispatch_options(parallel: ParallelConfig) -> dict[str, Any]:
+    """`parallel.expert_dispatch` in megatron-core's words, which knows no group of one process there."""
+    if parallel.expert_dispatch == "alltoall" or parallel.expert * parallel.expert_tensor == 1:
+        return {"moe_token_dispatcher_type": "alltoall"}
+    return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": parallel.expert_dispatch}
 
 
 def layers_of_chunk(config: DecoderConfig, context: ChunkContext) -> range:

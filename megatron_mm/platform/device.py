@@ -51,3 +51,14 @@ def fp8_recipe_missing(recipe: str) -> str:
     ask = {"blockwise": engine.is_fp8_block_scaling_available, "mxfp8": engine.is_mxfp8_available}.get(recipe, engine.is_fp8_available)
     available, reason = ask(return_reason=True)
     return "" if available else f"Transformer Engine says: {reason} Use --precision.fp8-recipe tensorwise"
+
+
+def dispatch_missing(name: str) -> str:
+    """Why tokens cannot go to experts by DeepEP or HybridEP here (`ParallelConfig.expert_dispatch`); empty where they can."""
+    if not torch.cuda.is_available():
+        return "its kernels need GPUs: use --parallel.expert-dispatch alltoall"
+    if importlib.util.find_spec("deep_ep") is None:
+        return "the package deep_ep is not installed: install it, or use --parallel.expert-dispatch alltoall"
+    if name == "hybridep" and not hasattr(importlib.import_module("deep_ep"), "HybridEPBuffer"):
+        return "the installed deep_ep has no HybridEPBuffer: install its hybrid-ep branch, or use --parallel.expert-dispatch deepep"
+    return ""

@@ -18,7 +18,7 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, _DeepepManager
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 SAVE_OPTIONS: dict[str, Any] = (
@@ -88,10 +88,28 @@ def install() -> None:
             log.addFilter(_Without(words))
     # megatron-core 0.19 hands queries, keys and values of one buffer over as views of it, which Transformer Engine finds out by itself.
     warnings.filterwarnings("ignore", message="Relying on pointer-based detection", category=DeprecationWarning)
+    if not getattr(_DeepepManager.setup_metadata, "masks_unrouted", False):
+        _DeepepManager.setup_metadata = _sending_nothing_nowhere(_DeepepManager.setup_metadata)
     if not getattr(MLP.forward, "copies_bias", False):
         MLP.forward = _with_own_bias(MLP.forward)
     if not getattr(MoEAlltoAllTokenDispatcher.preprocess, "counts_routed_tokens", False):
         MoEAlltoAllTokenDispatcher.preprocess = _counting_routed_tokens(MoEAlltoAllTokenDispatcher.preprocess)
+
+
+def _sending_nothing_nowhere(setup_metadata: Any) -> Any:
+    """`_DeepepManager.setup_metadata`, for tokens that go to fewer than top-k experts.
+
+    What upstream lacks: without a capacity factor it sends a token to its top-k experts by weight, whatever the weights are; and so padding,
+    which has none, to the first experts. HybridEP and all-to-all read which experts are chosen.
+    """
+
+    @functools.wraps(setup_metadata)
+    def masking(self: Any, routing_map: torch.Tensor, probs: torch.Tensor) -> None:
+        setup_metadata(self, routing_map, probs)
+        self.token_indices = self.token_indices.masked_fill(self.token_probs == 0, -1)
+
+    masking.masks_unrouted = True  # type: ignore[attr-defined]
+    return masking
 
 
 def _with_own_bias(forward: Any) -> Any:

@@ -14,7 +14,9 @@ from typing import Any
 from megatron_mm.config import Experiment
 from megatron_mm.models.layers import Backend
 from megatron_mm.models.vision import TOWER_MODULES
-from megatron_mm.platform.device import fp8_recipe_missing
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.nodes import expert_traffic, gpus_per_node, nodes_of_expert_group
+from megatron_mm.platform.device import dispatch_missing, fp8_recipe_missing
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def asked_for(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
     """The options that differ from their defaults, in the order of the configuration."""
     yield from _recompute(experiment, backend=backend)
     yield from _experts(experiment)
+    yield from _dispatch(experiment, backend=backend)
     yield from _precision(experiment, backend=backend)
 
 
@@ -96,6 +99,10 @@ def _recompute_useless(module: str, *, part: str, sparse: bool, backend: Backend
 
 def _experts(experiment: Experiment) -> Iterator[Option]:
     parallel = experiment.parallel
+    world_size, gpus = topologies.world_size(), gpus_per_node()
+    nodes = nodes_of_expert_group(parallel, world_size=world_size, gpus=gpus)
+    if experiment.model.decoder.moe is not None and nodes > 1:
+        yield Option("parallel.expert", parallel.expert, costs=_spread(experiment, nodes=nodes, world_size=world_size, gpus=gpus))
     if parallel.max_expert_load is not None:
         useless = ""
         if experiment.model.decoder.moe is None:
@@ -105,6 +112,37 @@ def _experts(experiment: Experiment) -> Iterator[Option]:
         elif parallel.max_expert_load >= parallel.expert:
             useless = f"one of {parallel.expert} processes cannot receive more than {parallel.expert} equal shares"
         yield Option("parallel.max_expert_load", parallel.max_expert_load, useless=useless)
+
+
+def _spread(experiment: Experiment, *, nodes: int, world_size: int, gpus: int) -> str:
+    """What it costs that experts of a group lie on several nodes, beside the largest degree that keeps them on one."""
+    degree = experiment.parallel.expert
+    within = max(d for d in range(1, degree) if degree % d == 0 and (d == 1 or gpus % (d * experiment.parallel.expert_tensor) == 0))
+    here, there = (expert_traffic(experiment, expert=d, world_size=world_size, gpus=gpus) for d in (degree, within))
+    sent = [
+        f"{traffic.tokens / 1e9:.1f} GB of tokens and {traffic.weights / 1e9:.1f} GB of gradients and weights" for traffic in (here, there)
+    ]
+    return (
+        f"each group of experts lies on {nodes} nodes of {gpus} GPUs; a step sends up to {sent[0]} a GPU over the network. With "
+        f"--parallel.expert {within} on one node it would be {sent[1]}, and {(there.held - here.held) / 1e9:.1f} GB more of memory"
+    )
+
+
+def _dispatch(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
+    parallel = experiment.parallel
+    if parallel.expert_dispatch == "alltoall":
+        return
+    useless = ""
+    if experiment.model.decoder.moe is None:
+        useless = "the model has no experts"
+    elif parallel.expert * parallel.expert_tensor == 1:
+        useless = "every process has all experts, and tokens go to no other"
+    yield Option(
+        "parallel.expert_dispatch",
+        parallel.expert_dispatch,
+        impossible="" if useless else dispatch_missing(parallel.expert_dispatch),
+        useless=useless,
+    )
 
 
 def _precision(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:

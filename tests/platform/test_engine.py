@@ -13,7 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, _DeepepManager
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_mm.platform import cpu, engine
@@ -96,3 +96,15 @@ def test_upstream_still_returns_a_bias_as_an_output_of_its_checkpoint() -> None:
     weight, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
     checkpoint(lambda x: (x @ weight, bias), False, torch.ones(1, 2, requires_grad=True))
     assert not bias.is_leaf, "megatron-core leaves parameters alone now: platform.engine may leave MLP.forward alone"
+
+
+def test_deepep_sends_padding_nowhere() -> None:
+    """Of 2 tokens with 2 choices of 3 experts each, one is padding."""
+    routing_map = torch.tensor([[1, 0, 1], [0, 0, 0]], dtype=torch.bool)
+    weights = torch.tensor([[0.25, 0.0, 0.75], [0.0, 0.0, 0.0]])
+    state = SimpleNamespace(num_experts=3, router_topk=2, capacity_factor=None)
+    inspect.unwrap(_DeepepManager.setup_metadata)(state, routing_map, weights)
+    assert -1 not in state.token_indices[1], "megatron-core masks it now: platform.engine may leave DeepEP alone"
+    engine.install()
+    _DeepepManager.setup_metadata(state, routing_map, weights)
+    assert state.token_indices.tolist() == [[2, 0], [-1, -1]] and state.token_probs[0].tolist() == [0.75, 0.25]

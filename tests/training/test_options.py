@@ -10,6 +10,7 @@ import pytest
 from support.small import small_experiment
 
 from megatron_mm.config import Experiment, MoEConfig, PrecisionConfig
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.run.start import check
 from megatron_mm.training.options import asked_for, check_options
 
@@ -34,6 +35,7 @@ def test_defaults_ask_for_nothing() -> None:
     [
         (experiment(exp_avg="bf16"), "torch", "precision.exp_avg is bf16, but only Transformer Engine's Adam"),
         (experiment(sparse=True, parallel=selective("moe_act")), "torch", "parallel.recompute_modules is moe_act, but it is a part of"),
+        (experiment(sparse=True, parallel={"expert": 2, "expert_dispatch": "deepep"}), "te", "deepep, but its kernels need GPUs"),
         (
             experiment(sparse=True, parallel=selective("moe_act"), precision="fp8", fp8_recipe="delayed"),
             "te",
@@ -61,6 +63,7 @@ def test_what_cannot_run_is_refused(asked: Experiment, backend: Any, message: st
             "parallel.recompute_encoder_modules is layernorm and has no effect",
         ),
         (experiment(parallel={"max_expert_load": 2.0}), "torch", "max_expert_load is 2.0 and has no effect: the model has no experts"),
+        (experiment(sparse=True, parallel={"expert_dispatch": "deepep"}), "te", "deepep and has no effect: every process has all experts"),
         (experiment(sparse=True, parallel={"max_expert_load": 2.0, "expert": 2}), "torch", "one of 2 processes cannot receive more"),
     ],
 )
@@ -77,3 +80,18 @@ def test_what_an_option_costs_is_said(caplog: pytest.LogCaptureFixture) -> None:
 def test_it_is_found_before_data_is_opened(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only Transformer Engine's Adam"):
         check(experiment(exp_avg="bf16"), tmp_path)
+
+
+def test_experts_on_several_nodes_are_said_with_what_they_send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "128")
+    check_options(get_recipe("mm1_3b_moe"), backend="te")
+    assert "parallel.expert is 32: each group of experts lies on 4 nodes of 8 GPUs" in caplog.text
+    assert "7.9 GB of tokens and 8.7 GB of gradients and weights" in caplog.text and "--parallel.expert 8 on one node" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "72")
+    check_options(get_recipe("mm1_3b_moe"), backend="te")
+    assert "lies on 2 nodes of 72 GPUs" in caplog.text, "the third group of 32 begins on one and ends on another"
+    caplog.clear()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    check_options(get_recipe("mm1_3b_moe"), backend="te")
+    assert "lies on" not in caplog.text

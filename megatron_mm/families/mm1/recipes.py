@@ -138,7 +138,9 @@ def _sparse(dense: Experiment, recipe: str, *, moe: MoEConfig, parallel: Paralle
 def mm1_3b_moe() -> Experiment:
     """MM1 3B-MoE, 64B in all and 4.0B at work on a token: 64 experts in every second layer.
 
-    128 GPUs as tensor 2 x data 64, two experts of a layer on each GPU.
+    128 GPUs as tensor 2 x data 64, two experts of a layer on each GPU. Groups of 32 lie on four nodes of 8: with so few tokens a step (512
+    sequences) that sends less over the network than groups of 8 or 16, of whose experts there are more copies to reduce
+    (`parallel.nodes.expert_traffic`: 16.5, 43.5 and 25.5 GB a GPU), and takes less memory.
 
     `sbatch examples/mm1_3b_moe.slurm`.
 
@@ -151,7 +153,8 @@ def mm1_3b_moe() -> Experiment:
 def mm1_7b_moe() -> Experiment:
     """MM1 7B-MoE, 47B in all and 8.4B at work on a token: 32 experts in every fourth layer.
 
-    128 GPUs as tensor 4 x data 32, two experts of a layer on each GPU.
+    128 GPUs as tensor 4 x data 32, two experts of a layer on each GPU. Groups of 16 lie on two nodes of 8, and send 18.0 GB a GPU and step over
+    the network; groups of 8 would send 29.4 GB (`parallel.nodes.expert_traffic`).
 
     `sbatch examples/mm1_7b_moe.slurm`.
 
