@@ -1,7 +1,8 @@
 """Other loaders, as their documentation shows them, on the same JPEGs for `loader_throughput.py`: squares of uint8 in batches.
 
-Measured where the package is installed (`pip install webdataset litdata`). They decode with Pillow, as this program's CPU path does,
-in as many worker processes as our loader has decoding threads. megatron-energon is not measured.
+Measured where the package is installed (`pip install webdataset litdata megatron-energon`). They decode with Pillow, as this program's CPU
+path does, in as many worker processes as our loader has decoding threads. DALI reads and decodes by itself, on as many threads of its CPU
+backend.
 """
 
 from __future__ import annotations
@@ -94,9 +95,99 @@ if importlib.util.find_spec("litdata") is not None:
             return square(super().__getitem__(number)["jpg"], size=self.size)
 
 
-PEERS: dict[str, Callable[..., Iterator[int]]] = {"webdataset": webdataset, "litdata": litdata}
+def energon(path: Path, blobs: list[bytes], *, size: int, workers: int, batch: int) -> Iterator[int]:
+    """megatron-energon's loader on the same tars, which it prepares first; the captions are left alone."""
+    from megatron.energon import SampleDecoder, WorkerConfig, get_loader, get_train_dataset
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
+    folder = path / "energon"
+    if not folder.exists():
+        folder.mkdir()
+        tars = sorted((path / "train" / "pairs").glob("*.tar"))
+        for tar in tars:
+            (folder / tar.name).symlink_to(tar)
+        BaseWebdatasetFactory.prepare_dataset(folder, [tar.name for tar in tars], split_parts_ratio=[("train", 1.0)], workers=1)
+        (folder / ".nv-meta" / "dataset.yaml").write_text(_ENERGON)
+    workers_of = WorkerConfig(rank=0, world_size=1, num_workers=workers)
+    dataset = get_train_dataset(
+        folder,
+        worker_config=workers_of,
+        batch_size=batch,
+        batch_drop_last=True,
+        shuffle_buffer_size=100,
+        max_samples_per_sequence=100,
+        task_encoder=_energon_encoder(size, SampleDecoder(image_decode="pilrgb")),
+    )
+    return _batches(get_loader(dataset, worker_config=workers_of))
+
+
+_ENERGON = """sample_type:
+  __module__: megatron.energon
+  __class__: CaptioningSample
+field_map:
+  image: jpg
+  caption: txt
+"""
+
+
+def _energon_encoder(side: int, decoding: Any) -> Any:
+    from megatron.energon import DefaultTaskEncoder
+
+    class Encoder(DefaultTaskEncoder):  # type: ignore[misc]
+        decoder = decoding
+
+        def encode_sample(self, sample: Any) -> torch.Tensor:
+            rgb = sample.image.resize((side, side), Image.Resampling.BICUBIC)
+            return torch.from_numpy(np.asarray(rgb).transpose(2, 0, 1).copy())
+
+        def batch(self, samples: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack(samples)
+
+        def encode_batch(self, batch: torch.Tensor) -> torch.Tensor:
+            return batch
+
+    return Encoder()
+
+
+def dali(path: Path, blobs: list[bytes], *, size: int, workers: int, batch: int) -> Iterator[int]:
+    """A pipeline of DALI on the CPU: its reader of webdatasets, its decoder and its resizing."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    tars = sorted(map(str, (path / "train" / "pairs").glob("*.tar")))
+
+    @pipeline_def(batch_size=batch, num_threads=workers, device_id=None, prefetch_queue_depth=2)  # type: ignore[untyped-decorator]
+    def pipeline() -> Any:
+        jpg = fn.readers.webdataset(paths=tars, ext=["jpg"], missing_component_behavior="error", random_shuffle=True)
+        images = fn.decoders.image(jpg, device="cpu", output_type=types.RGB)
+        squares = fn.resize(images, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
+        return fn.transpose(squares, perm=[2, 0, 1])
+
+    made = pipeline()
+    made.build()
+
+    def batches() -> Iterator[int]:
+        while True:
+            yield int(made.run()[0].as_tensor().shape()[0])
+
+    return batches()
+
+
+PEERS: dict[str, tuple[str, Callable[..., Iterator[int]]]] = {
+    "dali": ("nvidia.dali", dali),
+    "webdataset": ("webdataset", webdataset),
+    "energon": ("megatron.energon", energon),
+    "litdata": ("litdata", litdata),
+}
+"""What to import of each, and how it is driven."""
 
 
 def installed() -> dict[str, Callable[..., Iterator[int]]]:
     """The peers that can be measured here."""
-    return {name: peer for name, peer in PEERS.items() if importlib.util.find_spec(name) is not None}
+    return {name: peer for name, (module, peer) in PEERS.items() if _is_there(module)}
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False

@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/loader_throughput.py [--threads 2] [--decoder pillow]
 
-The loader plans, reads byte ranges, decodes and lays out batches; the baseline decodes bytes that lie in memory and does nothing
-else. Where webdataset and litdata are installed they are measured in turn with it (`loader_peers.py`). Pictures are JPEGs of photographic
-size; all resize to --image-size.
+The loader plans, reads byte ranges, decodes and lays out batches; the baseline decodes bytes that lie in memory and does nothing else.
+Other loaders that are installed are measured in turn with it (`loader_peers.py`): DALI's own pipeline against the loader with DALI, the
+others, which decode with Pillow, against the loader with Pillow. Pictures are JPEGs of photographic size; all resize to --image-size.
 """
 
 from __future__ import annotations
@@ -125,17 +125,19 @@ def main() -> None:
                 f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
                 flush=True,
             )
-        data = DataConfig(path=path, decoder="pillow", decode_threads=arguments.threads, read_threads=2)
         for name, peer in installed().items():
+            backend = "dali" if name == "dali" else "pillow"
+            data = DataConfig(path=path, decoder=backend, decode_threads=arguments.threads, read_threads=2)
             rounds = []
             for _ in range(arguments.rounds):
                 batches = peer(path, blobs, size=arguments.image_size, workers=arguments.threads, batch=14)
                 theirs = rate(batches, images=10 * 4 * 14, warm_up=8 * 14)
+                del batches  # and its worker processes
                 rounds.append((loader_rate(path, data, image_size=arguments.image_size, steps=10), theirs))
             ratios = sorted(ours / theirs for ours, theirs in rounds)
             loader, theirs = (statistics.median(rates) for rates in zip(*rounds, strict=True))
             print(
-                f"pillow   loader {loader:7.0f} images/s   {name:20} {theirs:7.0f} images/s   "
+                f"{backend:8} loader {loader:7.0f} images/s   {name:20} {theirs:7.0f} images/s   "
                 f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
                 flush=True,
             )
