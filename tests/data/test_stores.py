@@ -16,8 +16,10 @@ import pytest
 import torch
 from support.data_files import ALONE, experiment
 
+from megatron_mm.data.prepare.index import prepare_index
+from megatron_mm.data.prepare.published.convert import Options, convert
 from megatron_mm.data.sources import stores
-from megatron_mm.data.sources.index import move_to_store, open_index
+from megatron_mm.data.sources.index import move_to_store, open_index, open_split
 from megatron_mm.data.sources.stores import ObjectStore, RangeCache, cache_of_environment
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.run.data import TrainingData
@@ -236,3 +238,12 @@ def test_training_reads_the_same_batches_from_a_store_through_faults(gate: Gate,
     upload("s3://data/train/text", {"00000.jsonl": b"another"})
     with pytest.raises(ValueError, match=r"s3://data/train/text/00000.jsonl has 7 bytes, but had \d+ when it was indexed"):
         open_index(data / "train" / "text")
+
+
+def test_an_index_in_a_store_is_an_error_that_says_what_to_copy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^s3://bucket/data is not on a disk of this machine: an index is mapped .*aws s3 sync"):
+        open_split(Path("s3://bucket/data"), "train", sources=["pairs"])
+    with pytest.raises(ValueError, match=r"^s3://bucket/data is not on a disk .*Copy the shards"):
+        prepare_index(Path("s3://bucket/data"))
+    with pytest.raises(ValueError, match=r"^gs://bucket/out is not on a disk"):
+        convert(["a.jsonl"], Path("gs://bucket/out"), options=Options("text"))

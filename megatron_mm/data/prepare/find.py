@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from megatron_mm.data.image_formats import is_image_name
+from megatron_mm.data.sources.stores import check_local
 
 SPLITS = ("train", "heldout")
 SHARD_ENDINGS = (".tar", ".jsonl")
@@ -28,6 +29,9 @@ def find_sources(path: Path) -> list[Path]:
 
     Raises ValueError where there is none, or where shards lie both in a folder and below it, so that some would not be read.
     """
+    check_local(
+        path, instead="`prepare` indexes files. Copy the shards to a disk, part by part if need be (--shards), then `prepare store`"
+    )
     if not path.is_dir():
         raise ValueError(f"data path {path} does not exist")
     found = _candidates(path.resolve())

@@ -36,6 +36,17 @@ CACHE_VARIABLE = "MEGATRON_MM_CACHE"
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+def check_local(path: Path, *, instead: str) -> None:
+    """Raise ValueError where a path is the address of an object store, which `Path` writes as s3:/bucket/...
+
+    Args:
+        instead: what to do.
+    """
+    found = re.match(r"([a-z][a-z0-9+.-]+):/+(?=[^/])", str(path))
+    if found is not None:
+        raise ValueError(f"{found[1]}://{str(path)[found.end() :]} is not on a disk of this machine: {instead}")
+
+
 class Store(Protocol):
     """Where the shards of a source lie."""
 

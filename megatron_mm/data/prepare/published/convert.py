@@ -33,6 +33,7 @@ from megatron_mm.data.prepare.published.images import ImageStore, build_table, t
 from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS, IMAGE_KEYS, LAYOUTS, TEXT_KEYS, Context, LeftOut, OutSample
 from megatron_mm.data.prepare.published.records import BadRecord, DamagedFile, Record, TextDocuments, expand, iterate_records
 from megatron_mm.data.prepare.published.write import ShardWriter
+from megatron_mm.data.sources.stores import check_local
 from megatron_mm.data.text.items import BadDocument
 from megatron_mm.data.text.keys import Keys
 
@@ -113,6 +114,8 @@ def convert(
         inputs: paths, folders, patterns, or URLs that fsspec reads.
         out: the source's folder, such as DATA/train/obelics.
     """
+    for folder in filter(None, (str(out), options.images)):
+        check_local(Path(folder), instead="give a folder here; shards may be copied to a store once they are indexed (`prepare store`)")
     tasks = list(enumerate(_inputs(inputs, options)))
     if not tasks:
         raise ValueError(f"there is no file to read in {', '.join(inputs)}")
