@@ -2,8 +2,9 @@
 
     blocks.py      shapes of the blocks that families share; a family's own stand in its folder
     kernels.py     which fused kernels are taken
+    parallel.py    how it is cut over processes
     precision.py   number formats of gradients, optimizer state and FP8 products
-    run.py         how it is cut, fed, trained, saved, evaluated, watched; `Experiment`
+    run.py         how it is fed, trained, saved, evaluated, watched; `Experiment`
 
 A recipe (`megatron_mm.families.recipes`) is a function that returns a complete `Experiment`; the command line overrides its
 fields (`--train.steps 100`); the resolved result is written to the run directory as JSON and can be read back.
@@ -20,6 +21,7 @@ from megatron_mm.config.blocks import (
     VisionConfig,
 )
 from megatron_mm.config.kernels import KernelConfig
+from megatron_mm.config.parallel import ParallelConfig
 from megatron_mm.config.precision import PrecisionConfig
 from megatron_mm.config.run import (
     FP8_MULTIPLE,
@@ -30,7 +32,6 @@ from megatron_mm.config.run import (
     Experiment,
     MonitorConfig,
     OptimizerConfig,
-    ParallelConfig,
     Precision,
     ProfileConfig,
     TrainConfig,

@@ -1,9 +1,9 @@
 """Where expert-parallel groups lie on nodes, and what that sends over the network.
 
-megatron-core numbers a pipeline stage's processes with expert tensor parallelism first and expert parallelism next: a group of both is a run
-of consecutive processes. A group on one node exchanges tokens over NVLink. A group on several sends them over the network, and in return
-each process holds fewer experts, whose gradients and weights go over the network once a step. Which is less depends on the tokens of a step:
-with many the exchange of tokens is more, with few the gradients are.
+megatron-core numbers a pipeline stage's processes with expert tensor parallelism first and expert parallelism next: a group of both is a
+run of consecutive processes. A group on one node exchanges tokens over NVLink. A group on several sends them over the network, and in
+return each process holds fewer experts, whose gradients and weights go over the network once a step. Which is less depends on the tokens
+of a step: with many the exchange of tokens is more, with few the gradients are.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def install() -> None:
 def _sending_nothing_nowhere(setup_metadata: Any) -> Any:
     """`_DeepepManager.setup_metadata`, for tokens that go to fewer than top-k experts.
 
-    What upstream lacks: without a capacity factor it sends a token to its top-k experts by weight, whatever the weights are; and so padding,
+    What upstream lacks: without a capacity factor it sends a token to its top-k experts by weight, whatever the weights are; and padding,
     which has none, to the first experts. HybridEP and all-to-all read which experts are chosen.
     """
 

@@ -153,8 +153,8 @@ def mm1_3b_moe() -> Experiment:
 def mm1_7b_moe() -> Experiment:
     """MM1 7B-MoE, 47B in all and 8.4B at work on a token: 32 experts in every fourth layer.
 
-    128 GPUs as tensor 4 x data 32, two experts of a layer on each GPU. Groups of 16 lie on two nodes of 8, and send 18.0 GB a GPU and step over
-    the network; groups of 8 would send 29.4 GB (`parallel.nodes.expert_traffic`).
+    128 GPUs as tensor 4 x data 32, two experts of a layer on each GPU. Groups of 16 lie on two nodes of 8, and send 18.0 GB a GPU and step
+    over the network; groups of 8 would send 29.4 GB (`parallel.nodes.expert_traffic`).
 
     `sbatch examples/mm1_7b_moe.slurm`.
 
