@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mm.cli.command import Command, Parser, integer, one_of
 from megatron_mm.cli.recipe import list_recipes, recipe_of
 from megatron_mm.config import Experiment
-from megatron_mm.planning.hardware import GPUS, MICRO, OURS
+from megatron_mm.planning.hardware import GPUS, MICRO, OURS, with_host
 
 if TYPE_CHECKING:
     from megatron_mm.planning.recipe_job import Planned
@@ -26,7 +25,7 @@ def _arguments(parser: Parser) -> None:
         "--host-microseconds",
         type=float,
         metavar="X",
-        help="time of the host for a module around a matrix product (default: 300, as measured; 40 hides the host behind the device)",
+        help="time of the host for one pass of a module around a matrix product, and all its other times in proportion (default: 250)",
     )
     parser.add_argument("--images", type=integer, metavar="N", help="images of every sequence, instead of what the data says")
     parser.add_argument("--timeline", type=Path, metavar="FILE.png", help="draw the simulated pipeline")
@@ -71,7 +70,7 @@ def _plan(given: argparse.Namespace) -> None:
     loads = Workloads(experiment, plan=plan, images=given.images)
     software = OURS
     if given.host_microseconds is not None:
-        software = replace(OURS, module_seconds=given.host_microseconds * MICRO)
+        software = with_host(OURS, given.host_microseconds * MICRO / OURS.module_seconds)
     if given.search:
         result = search(experiment, gpu, given.num_gpus, loads=loads, software=software)
         for line in table(result):

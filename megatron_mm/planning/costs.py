@@ -80,28 +80,34 @@ class Costs:
 
     def kernels(self, kernels: tuple[Kernel, ...]) -> Seconds:
         """One after another; messages that the stack hides cost what sticks out."""
-        product = attention = moved = messages = beside = 0.0
-        host = 0.0
+        product = attention = moved = messages = beside = ring = host = 0.0
+        software = self.software
         for kernel in kernels:
             if isinstance(kernel, Product):
                 product += self.product(kernel)
-                module = self.software.module_seconds * (self.software.fp8_module if kernel.fp8 else 1.0)
-                host += module + (kernel.count - 1) * self.software.kernel_seconds
+                module = software.module_seconds * (software.fp8_module if kernel.fp8 else 1.0)
+                host += kernel.passes * module + (kernel.count - 1) * software.kernel_seconds
             elif isinstance(kernel, Attention):
                 attention += self.attention(kernel)
-                host += self.software.module_seconds
+                host += software.module_seconds
             elif isinstance(kernel, Stream):
                 moved += self.stream(kernel)
-                host += kernel.kernels * self.software.kernel_seconds
+                host += kernel.kernels * software.kernel_seconds * (software.expert_operations if kernel.of_experts else 1.0)
             elif isinstance(kernel, Message):
                 seconds = self.network.seconds(kernel)
+                if kernel.kind == "ring":
+                    ring += seconds
+                    host += 2 * software.message_seconds * (self.network.groups[kernel.group].size - 1)
+                    continue
                 hidden = self._hidden(kernel)
                 beside += seconds * hidden
                 messages += seconds * (1 - hidden)
-                host += self.software.kernel_seconds
+                host += software.message_seconds
         # What is hidden cannot exceed what it hides under.
         messages += max(0.0, beside - 0.9 * product)
-        return Seconds(product, attention, moved, messages, host)
+        # Keys and values travel under attention to those that came before.
+        messages += max(0.0, ring - attention) + software.interference * min(ring, attention)
+        return Seconds(product, attention, moved, messages, host * self.gpu.host)
 
     def _hidden(self, message: Message) -> float:
         if message.beside_product:

@@ -1,235 +1,23 @@
-"""A decoder's layers, embedding and output as blocks: kernels of one process for one micro-batch.
+"""A decoder's layers, embedding and output as blocks: kernels of one process for one micro-batch, and what they keep.
 
-Shape legend: t tokens of the micro-batch on this process's context share, r rows of them between tensor-parallel layers (t / tensor under
-sequence parallelism), h width.
+Shape legend: as in layer_sections.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from megatron_mm.config import DecoderConfig
-from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Product, Stream
+from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
+from megatron_mm.planning.kernels import Block, Kernel, Message, Product, Stream
+from megatron_mm.planning.layer_sections import (
+    CHECKPOINT_OPERATIONS,
+    LATENT_OPERATIONS,
+    attention_section,
+    expert_section,
+    linear,
+    mlp_section,
+    tensor_messages,
+    tensors_of_layer,
+)
 from megatron_mm.planning.layout import Layout
-
-Recompute = frozenset[str]
-"""What is recomputed: "full" (whole layers) or modules: "core_attn", "mlp", "layernorm", "moe", "moe_act"."""
-
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """A decoder as kernels see it."""
-
-    num_layers: int
-    hidden_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    gated: bool
-    vocab: int
-    experts: int = 0
-    top_k: int = 0
-    expert_ffn: int = 0
-    shared_ffn: int = 0
-    sparse_layers: tuple[int, ...] = ()
-    capacity: float = 1.0
-    """Tokens that the fullest process's experts get, of the mean."""
-    tied: bool = False
-    dropout: bool = False
-    causal: bool = True
-
-    @classmethod
-    def of(cls, decoder: DecoderConfig, *, imbalance: float = 1.0) -> DecoderShape:
-        moe = decoder.moe
-        return cls(
-            num_layers=decoder.num_layers,
-            hidden_size=decoder.hidden_size,
-            heads=decoder.num_attention_heads,
-            kv_heads=decoder.num_query_groups,
-            head_dim=decoder.head_dim,
-            ffn=decoder.ffn_hidden_size,
-            gated=True,
-            vocab=decoder.vocab_size,
-            experts=moe.num_experts if moe else 0,
-            top_k=moe.top_k if moe else 0,
-            expert_ffn=decoder.ffn_hidden_size if moe else 0,
-            sparse_layers=decoder.sparse_layers,
-            capacity=imbalance if moe else 1.0,
-            tied=decoder.tied_embeddings,
-        )
-
-    @property
-    def branches(self) -> int:
-        return 2 if self.gated else 1
-
-    def mlp_parameters(self, ffn: int) -> float:
-        return (self.branches + 1) * self.hidden_size * ffn
-
-    @property
-    def attention_parameters(self) -> float:
-        return self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-
-    def parameters(self) -> float:
-        """Of the whole model, norms left out."""
-        sparse = len(self.sparse_layers)
-        total = self.num_layers * self.attention_parameters + (self.num_layers - sparse) * self.mlp_parameters(self.ffn)
-        expert = (
-            self.experts * self.mlp_parameters(self.expert_ffn) + self.mlp_parameters(self.shared_ffn) + self.hidden_size * self.experts
-        )
-        return total + sparse * expert + self.vocab * self.hidden_size * (1 if self.tied else 2)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A micro-batch on one context share."""
-
-    tokens: float
-    """t: computed, padding included."""
-    pairs: float
-    """Causal query-key pairs (half of the sum of squared lengths) on this process."""
-    length: float
-    """Mean length of the document that a token is in."""
-
-    @classmethod
-    def whole(cls, *, sequences: float, length: float, context: int = 1) -> Tokens:
-        """Sequences of one document each."""
-        return cls(tokens=sequences * length / context, pairs=sequences * length * length / 2 / context, length=length)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the backward pass computes for a block."""
-
-    weights: bool = True
-    inputs: bool = True
-    """Gradients of its inputs: something before it is trainable."""
-
-
-def linear(rows: float, cols: float, inner: float, *, fp8: bool, trained: Trained, count: int = 1) -> tuple[list[Kernel], list[Kernel]]:
-    """Kernels of a linear layer, forward and backward; in FP8 with the casts of its input and of the gradient of its output."""
-    forward: list[Kernel] = [Product(rows, cols, inner, count, fp8)]
-    backward: list[Kernel] = []
-    if trained.inputs:
-        backward.append(Product(rows, inner, cols, count, fp8))
-    if trained.weights:
-        backward.append(Product(cols, inner, rows, count, fp8))
-    if fp8:
-        # read 2 bytes (once more for the largest value), write 1 and its transpose; weights likewise, once a micro-batch
-        forward.append(Stream(count * (8 * rows * inner + 6 * cols * inner), kernels=3))
-        if backward:
-            backward.append(Stream(count * 8 * rows * cols, kernels=2))
-    return forward, backward
-
-
-def _tensor_messages(layout: Layout, size: float, *, trained: Trained, entering: bool) -> tuple[list[Kernel], list[Kernel]]:
-    """Messages around a tensor-parallel pair of linears: before its first (entering) or after its last."""
-    if layout.tensor == 1:
-        return [], []
-    if not layout.sequence:
-        whole: list[Kernel] = [Message("all_reduce", size, "tensor")]
-        return ([], whole) if entering else (whole, [])
-    gather, scatter = Message("all_gather", size, "tensor"), Message("reduce_scatter", size, "tensor")
-    if not entering:
-        return [scatter], [gather]
-    again = [Message("all_gather", size, "tensor", beside_product=True)] if trained.weights else []
-    return [gather], [*again, scatter]
-
-
-def attention_section(
-    shape: DecoderShape, layout: Layout, tokens: Tokens, *, fp8: bool, trained: Trained
-) -> tuple[list[Kernel], list[Kernel], Attention, Attention]:
-    """Norm, projections, rotary positions, core attention, residual: (forward, backward, core forward, core backward)."""
-    t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
-    rows = t / tp if layout.sequence else t
-    q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
-    masks = 2 * rows * h if shape.dropout else 0.0
-    core = Attention(tokens.pairs, tokens.length, shape.heads / tp, shape.head_dim, causal=shape.causal, dropout=shape.dropout)
-    core_back = Attention(
-        tokens.pairs, tokens.length, shape.heads / tp, shape.head_dim, backward=True, causal=shape.causal, dropout=shape.dropout
-    )
-    enter, enter_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=True)
-    leave, leave_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=False)
-    qkv, qkv_back = linear(t, q + 2 * kv, h, fp8=fp8, trained=trained)
-    out, out_back = linear(t, h, q, fp8=fp8, trained=trained)
-    context: list[Kernel] = []
-    context_back: list[Kernel] = []
-    if layout.context > 1:
-        # keys and values of the other shares pass by; what attention to each share gives is joined in float32
-        turns = layout.context - 1
-        context = [
-            Message("all_gather", 2 * 2 * t * kv * layout.context, "context", beside_product=True),
-            Stream(10 * turns * t * q, turns),
-        ]
-        back = Message("all_gather", 2 * 4 * t * kv * layout.context, "context", beside_product=True)
-        context_back = [*context[:1], back, Stream(12 * turns * t * (q + 2 * kv), 2 * turns)]
-    forward = [
-        Stream(4 * rows * h),
-        *enter,
-        *qkv,
-        Stream(4 * t * (q + kv), kernels=2),
-        *context,
-        core,
-        *out,
-        *leave,
-        Stream(6 * rows * h + masks),
-    ]
-    backward = [
-        Stream(4 * rows * h + masks),
-        *leave_back,
-        *out_back,
-        core_back,
-        *context_back,
-        Stream(4 * t * (q + kv), kernels=2),
-        *enter_back,
-    ]
-    backward += [*qkv_back, Stream(8 * rows * h, kernels=2)]
-    return forward, backward, core, core_back
-
-
-def mlp_section(
-    shape: DecoderShape, layout: Layout, tokens: Tokens, *, ffn: float, fp8: bool, trained: Trained, with_messages: bool = True
-) -> tuple[list[Kernel], list[Kernel]]:
-    """Norm, two linears around an activation, residual."""
-    t, h, tp, b = tokens.tokens, shape.hidden_size, layout.tensor, shape.branches
-    rows = t / tp if layout.sequence else t
-    enter, enter_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=True) if with_messages else ([], [])
-    leave, leave_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=False) if with_messages else ([], [])
-    first, first_back = linear(t, b * ffn / tp, h, fp8=fp8, trained=trained)
-    second, second_back = linear(t, h, ffn / tp, fp8=fp8, trained=trained)
-    forward = [Stream(4 * rows * h), *enter, *first, Stream(2 * (b + 1) * t * ffn / tp), *second, *leave, Stream(6 * rows * h)]
-    backward = [Stream(4 * rows * h), *leave_back, *second_back, Stream(2 * (2 * b + 1) * t * ffn / tp), *enter_back, *first_back]
-    return forward, [*backward, Stream(8 * rows * h, kernels=2)]
-
-
-def expert_section(
-    shape: DecoderShape, layout: Layout, tokens: Tokens, *, fp8: bool, trained: Trained
-) -> tuple[list[Kernel], list[Kernel]]:
-    """Norm, router, permutation, exchange, grouped products, exchange back, residual."""
-    t, h, b, ffn = tokens.tokens, shape.hidden_size, shape.branches, shape.expert_ffn / layout.expert_tensor
-    local = t / layout.tensor if layout.sequence else t
-    routed = local * shape.top_k * shape.capacity
-    sent = 2 * routed * h
-    here = max(1, shape.experts // layout.expert)
-    arrived = routed * layout.expert_tensor
-    exchange: list[Kernel] = [Message("all_to_all", sent, "expert", copies=shape.top_k)] if layout.expert > 1 else []
-    spread: list[Kernel] = [Message("all_gather", sent * layout.expert_tensor, "expert_tensor")] if layout.expert_tensor > 1 else []
-    gather: list[Kernel] = [Message("reduce_scatter", sent * layout.expert_tensor, "expert_tensor")] if layout.expert_tensor > 1 else []
-    first, first_back = linear(arrived / here, b * ffn, h, fp8=fp8, trained=trained, count=here)
-    second, second_back = linear(arrived / here, h, ffn, fp8=fp8, trained=trained, count=here)
-    router: list[Kernel] = [Product(local, shape.experts, h), Stream(12 * local * shape.experts, kernels=180)]
-    permute = Stream(4 * routed * h, kernels=20)
-    sort = Stream(4 * arrived * h, kernels=10)
-    activation, activation_back = Stream(2 * (b + 1) * arrived * ffn), Stream(2 * (2 * b + 1) * arrived * ffn)
-    shared: list[Kernel] = []
-    shared_back: list[Kernel] = []
-    if shape.shared_ffn:
-        shared, shared_back = mlp_section(shape, layout, tokens, ffn=shape.shared_ffn, fp8=fp8, trained=trained)
-    forward = [Stream(4 * local * h), *router, permute, *exchange, *spread, sort, *first, activation, *second, sort, *gather, *exchange]
-    forward += [permute, Stream(6 * local * h), *shared]
-    backward = [Stream(4 * local * h), permute, *exchange, *spread, sort, *second_back, activation_back, *first_back, sort, *gather]
-    backward += [*exchange, permute, *router, Stream(8 * local * h, kernels=2), *shared_back]
-    return forward, backward
 
 
 def decoder_layer(
@@ -253,6 +41,8 @@ def decoder_layer(
     t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
     rows = t / tp if layout.sequence else t
     kept = saved_by_layer(shape, layout, tokens, sparse=sparse, unfused=unfused)
+    extra = (Stream(0.0, kernels=CHECKPOINT_OPERATIONS),) * len(recompute)
+    forward, backward = (*forward, *extra), (*extra, *backward)
     if "full" in recompute:
         return _finish(
             shape, layout, sparse, trained, forward, (*forward, *backward), kept={"input": 2 * rows * h}, transient=sum(kept.values())
@@ -268,6 +58,11 @@ def decoder_layer(
         backward = (*(k for i, k in enumerate(k for k in forward if isinstance(k, Product)) if i % 2 == 0), *backward)
         outputs = t * (shape.heads + 2 * shape.kv_heads) * shape.head_dim / tp + 2 * rows * h + t * shape.branches * shape.ffn / tp
         kept = {"input": 2 * rows * h, "attention output": kept["attention output"], "products": outputs}
+    if "mla_up_proj" in recompute and shape.latents is not None:
+        widths = (shape.latents.keys, shape.latents.queries)
+        again = [kernel for kernel in attention if isinstance(kernel, Product) and kernel.inner in widths]
+        backward = (*again, Stream(0.0, kernels=LATENT_OPERATIONS), *backward)
+        kept["qkv"] -= 2 * t * (shape.heads / tp) * (2 * shape.latents.key_dim + shape.latents.value)
     if "layernorm" in recompute:
         backward = (Stream(8 * rows * h, kernels=2), *backward)
         kept.pop("norms", None)
@@ -287,11 +82,16 @@ def saved_by_layer(shape: DecoderShape, layout: Layout, tokens: Tokens, *, spars
     t, h, tp, b = tokens.tokens, shape.hidden_size, layout.tensor, shape.branches
     rows = t / tp if layout.sequence else t
     q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
+    qkv, inner = q + 2 * kv, q
+    if shape.latents is not None:
+        small, heads = shape.latents, shape.heads / tp
+        qkv = heads * (2 * small.key_dim + small.value) + 2 * (small.queries + small.keys + small.rotary)
+        inner = heads * small.value
     kept = {
         "input": 4 * rows * h,
         "norms": 4 * rows * h,
-        "qkv": 2 * t * (q + 2 * kv),
-        "attention output": 2 * t * q + 4 * t * shape.heads / tp,
+        "qkv": 2 * t * qkv,
+        "attention output": 2 * t * inner + 4 * t * shape.heads / tp,
     }
     if unfused:
         kept["scores"] = 2 * tokens.pairs * 2.5 * 2 * shape.heads / tp
@@ -336,6 +136,7 @@ def _finish(
         frozen_parameters=0.0 if trained.weights else dense + experts,
         saved=sum(kept.values()),
         transient=transient,
+        tensors=tensors_of_layer(shape, layout, sparse=sparse) if trained.weights else 0,
     )
 
 
@@ -366,7 +167,7 @@ def output(
         copies: the loss keeps several of them.
     """
     t, h, v = tokens.tokens, shape.hidden_size, shape.vocab / layout.tensor
-    enter, enter_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=True)
+    enter, enter_back = tensor_messages(layout, 2 * t * h, trained=trained, entering=True)
     product, product_back = linear(t, v, h, fp8=False, trained=trained)
     logits = t * v
     count = v * h if owns_table else 0.0

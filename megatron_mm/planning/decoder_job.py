@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_mm.planning.decoder_block import DecoderShape, Recompute, Tokens, Trained, decoder_layer, embedding, output
+from megatron_mm.planning.decoder_block import decoder_layer, embedding, output
+from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
 from megatron_mm.planning.hardware import Gpu, Software
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.kernels import Block

@@ -11,8 +11,10 @@ from dataclasses import replace
 from megatron_mm.config import ConnectorConfig, EvaConfig, ResamplerConfig, VisionConfig
 from megatron_mm.families.mono_internvl.config import PatchEmbeddingConfig
 from megatron_mm.flops import FlopCount, Trainable
-from megatron_mm.planning.decoder_block import DecoderShape, Recompute, Tokens, Trained, decoder_layer, linear
+from megatron_mm.planning.decoder_block import decoder_layer
+from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
 from megatron_mm.planning.kernels import Attention, Block, Kernel, Product, Stream
+from megatron_mm.planning.layer_sections import linear
 from megatron_mm.planning.layout import Layout
 
 ALONE = Layout(gpus=1, sequence=False)

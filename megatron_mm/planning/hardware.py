@@ -50,6 +50,8 @@ class Gpu:
     """InfiniBand or RoCE rate that one GPU has to itself."""
     efficiency: Efficiency
     multiprocessors: int = 132
+    host: float = 1.0
+    """Time that the processor of its usual machine takes for the same Python, of an H100's."""
 
     def with_power(self, watts: float, *, usual: float = 700.0) -> Gpu:
         """The same chip under a lower power limit: products run at a clock that grows with the root of the power."""
@@ -66,7 +68,7 @@ class Gpu:
 
 
 H100 = Gpu("h100-sxm", 989, 1979, 85.0, 3.35, 450, 8, 50, HOPPER)
-A100 = Gpu("a100-80g", 312, 0, 85.0, 2.04, 300, 8, 25, AMPERE, multiprocessors=108)
+A100 = Gpu("a100-80g", 312, 0, 85.0, 2.04, 300, 8, 25, AMPERE, multiprocessors=108, host=1.7)
 
 GPUS: dict[str, Gpu] = {
     "h100-sxm": H100,
@@ -86,7 +88,7 @@ MEASURED_GPUS: dict[str, Gpu] = {
     "gb200": Gpu("gb200", 2500, 5000, 191.0, 8.0, 900, 72, 50, BLACKWELL, multiprocessors=148),
     "b300": Gpu("b300", 2250, 4500, 280.0, 8.0, 900, 8, 100, BLACKWELL, multiprocessors=148),
     "gb300": Gpu("gb300", 2500, 5000, 280.0, 8.0, 900, 72, 100, BLACKWELL, multiprocessors=148),
-    "v100": Gpu("v100", 125, 0, 34.0, 0.9, 150, 8, 12.5, VOLTA, multiprocessors=80),
+    "v100": Gpu("v100", 125, 0, 34.0, 0.9, 150, 8, 12.5, VOLTA, multiprocessors=80, host=2.0),
 }
 """Kinds that published measurements may name besides."""
 
@@ -113,10 +115,16 @@ class Software:
     """fused (cuDNN or FlashAttention 3), flash2, triton (the first FlashAttention's kernels), or unfused (scores in memory)."""
     moved: float = 1.0
     """Bytes that element-wise kernels move, of those of fused ones."""
-    kernel_seconds: float = 7 * MICRO
-    """Time of the host to launch an element-wise kernel or a message."""
-    module_seconds: float = 40 * MICRO
-    """Time of the host in the module around a matrix product."""
+    kernel_seconds: float = 25 * MICRO
+    """Time of the host for an operation of torch: Python, autograd, allocator, launch."""
+    module_seconds: float = 250 * MICRO
+    """Time of the host in one pass of the module around a matrix product or attention, forward or backward."""
+    message_seconds: float = 80 * MICRO
+    """Time of the host to start a collective."""
+    tensor_seconds: float = 50 * MICRO
+    """Time of the host for a parameter tensor in a step: its gradient's hook, copies from and to master weights."""
+    step_seconds: float = 12e-3
+    """Time of the host between steps: batch to the device, loss back, learning rate, timers."""
     fp8_module: float = 1.0
     """Host time of such a module in FP8, of that in bf16."""
     hides_tensor_messages: float = 0.0
@@ -132,11 +140,17 @@ class Software:
     """The loss keeps several float32 copies of the logits."""
     hides_expert_messages: float = 0.0
     """Part of the exchange of experts that runs under products."""
+    expert_operations: float = 1.0
+    """Operations around experts (router, permutation, sorting), of those of megatron-core's unfused ones."""
     sends_once: bool = False
     """A token goes to a machine once, however many of its experts are there (DeepEP, HybridEP)."""
 
 
 MEGATRON = Software("megatron-core with Transformer Engine")
+_FLAT = Software("", kernel_seconds=8 * MICRO, module_seconds=40 * MICRO, tensor_seconds=10 * MICRO, step_seconds=4e-3)
+"""Plain modules, gradients of a whole layer in one tensor, an optimizer that takes all tensors at once."""
+_COMPILED = replace(_FLAT, kernel_seconds=4 * MICRO, module_seconds=10 * MICRO, message_seconds=20 * MICRO)
+
 STACKS: dict[str, Software] = {
     "megatron": MEGATRON,
     "nemo": replace(MEGATRON, name="NeMo", hides_tensor_messages=0.7, gradient_bytes=2),
@@ -144,23 +158,28 @@ STACKS: dict[str, Software] = {
     "megatron-2021": Software(
         "Megatron-LM before FlashAttention", attention="unfused", moved=1.45, hides_data_messages=False, shards_optimizer=False
     ),
-    "llm-foundry": Software(
-        "Composer and FSDP, eager",
+    "llm-foundry": replace(
+        _FLAT,
+        name="Composer and FSDP, eager",
         attention="triton",
         moved=1.95,
-        kernel_seconds=8 * MICRO,
         gradient_bytes=2,
         interference=0.3,
         copies_logits=True,
     ),
-    "fsdp-eager": Software(
-        "FSDP, eager", attention="flash2", moved=2.6, kernel_seconds=8 * MICRO, gradient_bytes=2, interference=0.3, copies_logits=True
+    "fsdp-eager": replace(_FLAT, name="FSDP, eager", attention="flash2", moved=2.6, gradient_bytes=2, interference=0.3, copies_logits=True),
+    "fsdp-compiled": replace(
+        _COMPILED, name="FSDP, compiled", attention="flash2", moved=1.1, gradient_bytes=2, interference=0.2, copies_logits=True
     ),
-    "fsdp-compiled": Software("FSDP, compiled", attention="flash2", moved=1.1, gradient_bytes=2, interference=0.2, copies_logits=True),
-    "jax": Software("JAX and XLA", moved=1.0, gradient_bytes=2, hides_tensor_messages=0.5),
+    "jax": replace(_COMPILED, name="JAX and XLA", moved=1.0, gradient_bytes=2, hides_tensor_messages=0.5),
 }
 """What the published measurements ran on."""
 
-OURS = replace(MEGATRON, name="this trainer with Transformer Engine", module_seconds=300 * MICRO, fp8_module=2.0)
-"""This trainer's steps of mm1_1b on one H200 (docs/planning.md): with one sequence a micro-batch the host limits them, and these are the
-times of a module that give the measured steps in bf16 and in FP8. The machine was a virtual one; a faster host shifts the limit."""
+OURS = replace(MEGATRON, name="this trainer with Transformer Engine", fp8_module=1.5)
+"""This trainer. The factor of FP8 modules is that of its own steps of mm1_1b (`benchmarks/planning_own_runs.py`)."""
+
+
+def with_host(software: Software, factor: float) -> Software:
+    """The same on a host that takes `factor` times as long for everything."""
+    names = ("kernel_seconds", "module_seconds", "message_seconds", "tensor_seconds", "step_seconds")
+    return replace(software, **{name: factor * getattr(software, name) for name in names})

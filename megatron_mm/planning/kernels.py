@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 Group = Literal["tensor", "context", "expert", "expert_tensor", "data", "expert_data", "pipeline"]
@@ -17,6 +17,8 @@ class Product:
     inner: float
     count: int = 1
     fp8: bool = False
+    passes: float = 1.0
+    """Of the module around it: the two products of a linear layer's backward pass are half a pass each."""
 
     @property
     def flops(self) -> float:
@@ -30,7 +32,7 @@ class Attention:
     pairs: float
     length: float
     heads: float
-    head_dim: int
+    head_dim: float
     causal: bool = True
     backward: bool = False
     dropout: bool = False
@@ -47,13 +49,16 @@ class Stream:
 
     bytes: float
     kernels: int = 1
+    of_experts: bool = False
+    """Of routing and permutation, which some stacks fuse."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """A collective over a group. `bytes`: of the whole gathered or scattered tensor; of what one process sends in an all-to-all."""
+    """A collective over a group. `bytes`: of the whole gathered or scattered tensor; of what one process sends in an all-to-all; of what
+    one process passes on at each turn of a ring."""
 
-    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "ring"]
     bytes: float
     group: Group
     beside_product: bool = False
@@ -83,4 +88,5 @@ class Block:
     """The same where the whole block is recomputed: its input."""
     transient: float = 0.0
     """Bytes that only live while it runs."""
-    tags: tuple[str, ...] = field(default=())
+    tensors: int = 0
+    """Trainable parameter tensors."""

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_mm.planning.decoder_block import DecoderShape, Recompute
+from megatron_mm.planning import functional_tests
 from megatron_mm.planning.decoder_job import decoder_job
+from megatron_mm.planning.decoder_shape import DecoderShape, Latents, Recompute
 from megatron_mm.planning.hardware import STACKS, Software, gpu_named
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.layout import Layout
@@ -68,10 +69,12 @@ def read_measurements(path: Path) -> Iterator[Measurement | Skipped]:
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.DictReader(file)
         names = {(name or "").strip().lower() for name in reader.fieldnames or ()}
-        if not {"gpu", "hidden", "layers"} <= names:
+        tests = names >= functional_tests.COLUMNS
+        if not tests and not {"gpu", "hidden", "layers"} <= names:
             raise ValueError(f"{path} has the columns {sorted(names)}, but measurements need at least gpu, layers and hidden")
         for number, raw in enumerate(reader, start=2):
             cells = {(name or "").strip().lower(): (value or "").strip() for name, value in raw.items() if isinstance(value, str)}
+            cells = functional_tests.columns_of(cells) if tests else cells
             label = cells.get("id") or f"line {number}"
             try:
                 yield _measurement(cells, label)
@@ -105,6 +108,8 @@ _LARGEST = {"layers": 2000, "vpp": 200, "experts": 10_000, "seq": 1e8, "vocab": 
 
 
 def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
+    if cells.get("unplanned"):
+        raise _Unusable(cells["unplanned"])
     gpu = gpu_named(cells.get("gpu", ""))
     if gpu is None:
         raise _Unusable(f"unknown GPU {cells.get('gpu', '')!r}")
@@ -179,7 +184,7 @@ def _flops(shape: DecoderShape, length: int) -> float:
     products = shape.num_layers * shape.attention_parameters + (shape.num_layers - sparse) * shape.mlp_parameters(shape.ffn)
     products += sparse * (shape.top_k * shape.mlp_parameters(shape.expert_ffn) + shape.mlp_parameters(shape.shared_ffn))
     products += shape.vocab * shape.hidden_size
-    return 3 * (2 * products + 2 * shape.num_layers * shape.heads * shape.head_dim * length)
+    return 3 * (2 * products + 2 * shape.num_layers * shape.heads * shape.score_dim * length)
 
 
 def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
@@ -210,14 +215,37 @@ def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
         top_k=top_k,
         expert_ffn=expert_ffn if experts else 0,
         shared_ffn=(count(cells, "shared_ffn") or 0) if experts else 0,
-        sparse_layers=tuple(range(layers)) if experts > 1 else (),
+        sparse_layers=tuple(range(_dense_layers(cells), layers)) if experts > 1 else (),
+        latents=_latents(cells, hidden),
+        tied=cells.get("tied") == "1",
         dropout=cells.get("model", "").lower().startswith("gpt") and software.attention != "unfused",
         capacity=1.0 if re.search(r"token-drop|cf\s*=\s*1\b|force|balanc", cells.get("notes", "").lower()) else 1.08,
     )
 
 
+def _latents(cells: Mapping[str, str], hidden: int) -> Latents | None:
+    """Of models that have latent attention, by their names or a row's notes; the large ones compress queries too."""
+    text = " ".join(cells.get(name, "") for name in ("model", "notes")).lower()
+    if not re.search(r"\bmla\b|moonlight|kimi|deepseek[-_ ]?(v[23]|r1(?!-distill))", text):
+        return None
+    return Latents(queries=1536 if hidden >= 5120 else 0)
+
+
+def _dense_layers(cells: Mapping[str, str]) -> int:
+    """Layers without experts, before all others, as notes have it: "26 MLA+MoE + 1 dense layer"."""
+    found = re.search(r"(\d+) dense layer", cells.get("notes", "").lower())
+    return int(found.group(1)) if found else 0
+
+
 def software_of(cells: Mapping[str, str]) -> Software:
-    """The stack that a source ran, by its words."""
+    """The stack that a source ran, by its words, and what a row says of it."""
+    stack = _stack(cells)
+    if "unfused attention" in cells.get("notes", ""):
+        stack = replace(stack, attention="unfused")
+    return replace(stack, hides_data_messages=cells["overlap"] == "1") if cells.get("overlap") else stack
+
+
+def _stack(cells: Mapping[str, str]) -> Software:
     text = " ".join(cells.get(name, "") for name in ("source", "ref", "notes")).lower()
     arxiv = re.search(r"arxiv\s*:?\s*(\d{4})\.", text)
     if re.search(r"llm-foundry|mosaic|composer", text):
@@ -232,10 +260,10 @@ def software_of(cells: Mapping[str, str]) -> Software:
         return (
             STACKS["bridge"]
             if not re.search(r"hybridep|deepep|ep overlap", text)
-            else replace(STACKS["bridge"], hides_expert_messages=0.8, sends_once=True)
+            else replace(STACKS["bridge"], hides_expert_messages=0.8, sends_once=True, expert_operations=0.25)
         )
     if re.search(r"hybridep|deepep|ep overlap", text):
-        return replace(STACKS["megatron"], hides_expert_messages=0.8, sends_once=True)
+        return replace(STACKS["megatron"], hides_expert_messages=0.8, sends_once=True, expert_operations=0.25)
     if arxiv and arxiv.group(1) < "2206":
         return STACKS["megatron-2021"]
     if re.search(r"dgxc|nemo", text):
@@ -257,6 +285,7 @@ def _layouts(cells: Mapping[str, str], shape: DecoderShape, gpus: int, software:
     notes, source = cells.get("notes", "").lower(), cells.get("source", "").lower()
     fsdp = cells.get("fsdp", "")
     sharding = "optimizer" if software.shards_optimizer else "none"
+    sharding = cells.get("sharding") or sharding
     if fsdp and fsdp not in ("0", "1"):
         sharding = "gradients" if "grad" in fsdp.lower() else "full"
     layout = Layout(
@@ -267,6 +296,7 @@ def _layouts(cells: Mapping[str, str], shape: DecoderShape, gpus: int, software:
         expert_tensor=_expert_tensor(cells, shape, tensor, gpus // pipeline),
         context=context,
         sequence=tensor > 1
+        and cells.get("sequence") != "0"
         and "no sp" not in cells.get("recompute", "").lower()
         and not re.search(r"2104\.04473|sc21", cells.get("ref", "").lower()),
         sharding=sharding,  # type: ignore[arg-type]

@@ -44,6 +44,8 @@ class Network:
             return 0.0
         if message.kind == "all_to_all":
             return self._all_to_all(message.bytes, members, copies=message.copies)
+        if message.kind == "ring":
+            return self._ring(message.bytes, members)
         once = self._gather(message.bytes, members)
         return 2 * once - self._latency(members) if message.kind == "all_reduce" else once
 
@@ -67,6 +69,12 @@ class Network:
         if self.sends_once and machines > 1:
             between *= (1 - (1 - 1 / machines) ** copies) * machines / copies
         return max(inside, between) + self._latency(members)
+
+    def _ring(self, passed: float, members: Members) -> float:
+        """Every process passes on to its neighbour, size - 1 times; the slowest neighbours are those on two machines."""
+        near = members.per_machine(self.gpu.nvlink_domain) == members.size
+        rate = self.gpu.nvlink_gb_s * NVLINK_RATE if near else self.gpu.nic_gb_s * NIC_RATE
+        return (members.size - 1) * (passed / (rate * GIGA) + (NVLINK_LATENCY if near else NIC_LATENCY))
 
     def send(self, size: float) -> float:
         """One message to the next pipeline stage."""

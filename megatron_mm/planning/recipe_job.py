@@ -12,23 +12,13 @@ from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import Trainable
-from megatron_mm.planning.decoder_block import (
-    DecoderShape,
-    Recompute,
-    Tokens,
-    Trained,
-    _tensor_messages,
-    attention_section,
-    decoder_layer,
-    embedding,
-    linear,
-    output,
-    saved_by_layer,
-)
+from megatron_mm.planning.decoder_block import decoder_layer, embedding, output, saved_by_layer
+from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
 from megatron_mm.planning.encoder_blocks import connector_block, patches_block, projector_block, resampler_block, tower_blocks
 from megatron_mm.planning.hardware import OURS, Gpu, Software
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Stream
+from megatron_mm.planning.layer_sections import attention_section, linear, tensor_messages
 from megatron_mm.planning.layout import Layout
 from megatron_mm.planning.workload import MicroBatch, Workload, Workloads
 
@@ -243,8 +233,8 @@ def _gated_block(model: InfiMMConfig, context: _LayerContext) -> Block:
     inner, wide = gated.num_attention_heads * gated.head_dim / tp, gated.ffn_multiplier * h / tp
     latents = max(1, context.micro.images) * model.resampler.num_latents
     trained = context.chain.trained(f"language.decoder.layers.{context.layer}.gated.linear_q.weight")
-    enter, enter_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=True)
-    leave, leave_back = _tensor_messages(layout, 2 * t * h, trained=trained, entering=False)
+    enter, enter_back = tensor_messages(layout, 2 * t * h, trained=trained, entering=True)
+    leave, leave_back = tensor_messages(layout, 2 * t * h, trained=trained, entering=False)
     forward: list[Kernel] = [Stream(16 * rows * h, kernels=8), *enter, *enter]
     backward: list[Kernel] = [Stream(24 * rows * h, kernels=12), *enter_back, *enter_back]
     for shape in ((t, inner, h), (latents, 2 * inner, model.vision.hidden_size), (t, h, inner), (t, wide, h), (t, h, wide)):
@@ -288,8 +278,8 @@ def _modality_layer(model: MonoInternVLConfig, context: _LayerContext) -> Block:
     rows = tokens.tokens / tp if layout.sequence else tokens.tokens
     attends = chain.trained(f"{name}.self_attention.linear_qkv.weight")
     forward, backward, core, _ = attention_section(shape, layout, tokens, fp8=context.fp8, trained=attends)
-    enter, enter_back = _tensor_messages(layout, 2 * tokens.tokens * h, trained=attends, entering=True)
-    leave, leave_back = _tensor_messages(layout, 2 * tokens.tokens * h, trained=attends, entering=False)
+    enter, enter_back = tensor_messages(layout, 2 * tokens.tokens * h, trained=attends, entering=True)
+    leave, leave_back = tensor_messages(layout, 2 * tokens.tokens * h, trained=attends, entering=False)
     visual = min(tokens.tokens, context.micro.images * model.patches.num_tokens)
     mlp: list[Kernel] = [Stream(12 * rows * h, kernels=6), *enter]
     mlp_back: list[Kernel] = [Stream(16 * rows * h, kernels=8), *leave_back]

@@ -17,8 +17,6 @@ from megatron_mm.planning.pipeline import PipelineResult, PipelineTimes, simulat
 JITTER = 0.0035
 """For each doubling of the machines: everybody waits for the slowest."""
 BUCKET_PARAMETERS = 40e6
-STEP_OVERHEAD = 4e-3
-"""Seconds of the host between steps: batch to the device, loss back, learning rate."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +61,15 @@ class StepModel:
         result, extra = self._simulate(times, keep_events=keep_events)
         reduced, tails = self._reduction(result)
         optimizer = self._optimizer()
+        between = self._between_steps()
         exposed_gather = self._exposed_gather(gathers)
         end = max(reduced) + extra
         machines = math.ceil(layout.gpus / job.gpu.nvlink_domain)
         shared = self.costs.network.seconds(Message("all_reduce", 4 * job.replicated_parameters, "tensor"))
         end += shared
-        total = end + optimizer + exposed_gather + STEP_OVERHEAD
+        total = end + optimizer + exposed_gather + between
         jitter = total * JITTER * math.log2(machines) if machines > 1 else 0.0
-        parts = self._parts(forward, backward, end, max(tails) + shared, optimizer, exposed_gather, jitter)
+        parts = self._parts(forward, backward, end, max(tails) + shared, optimizer, exposed_gather, jitter, between)
         memory = memory_of_ranks(job, result)
         stages = tuple(self._mean_of(forward, backward, stage) for stage in range(layout.stages))
         return Prediction(total + jitter, parts, memory, result, stages)
@@ -84,6 +83,8 @@ class StepModel:
             alike.setdefault(id(block), []).append(block)
         for same in alike.values():
             total = total + self.seconds(same[0], backward=backward).times(len(same))
+        if self.job.layout.pipeline > 1:  # what comes from the stage before and goes to the next
+            total = total + Seconds(launch=2 * self.job.software.message_seconds * self.job.gpu.host)
         return total
 
     def seconds(self, block: Block, *, backward: bool) -> Seconds:
@@ -231,6 +232,16 @@ class StepModel:
             most = max(most, sum(dense / copies + experts / expert_copies for dense, experts in held))
         return self.costs.optimizer(most) + 100e-6 * math.log2(max(2, layout.gpus))
 
+    def _between_steps(self) -> float:
+        """Of the host, on the rank with most parameter tensors."""
+        layout, software = self.job.layout, self.job.software
+        stages = self.job.kinds[0]
+        tensors = [
+            sum(block.tensors for chunk in range(layout.virtual) for block in stages[chunk * layout.pipeline + rank])
+            for rank in range(layout.pipeline)
+        ]
+        return (software.step_seconds + max(tensors) * software.tensor_seconds) * self.job.gpu.host
+
     # -- report
 
     def _parts(
@@ -242,6 +253,7 @@ class StepModel:
         optimizer: float,
         gather: float,
         jitter: float,
+        between: float,
     ) -> dict[str, float]:
         layout = self.job.layout
         count = len(self.job.micro_batches)
@@ -256,7 +268,7 @@ class StepModel:
             "attention": busiest.attention,
             "element-wise kernels": busiest.moved,
             "messages of layers": busiest.messages,
-            "host": host + STEP_OVERHEAD,
+            "host": host + between,
             "pipeline bubble": max(0.0, end - tail - best),
             "gradient reduction": tail,
             "optimizer": optimizer,

@@ -10,7 +10,7 @@ import pytest
 from megatron_mm.cli.main import main
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.flops import StepWork
-from megatron_mm.planning.hardware import GPUS, STACKS
+from megatron_mm.planning.hardware import GPUS, OURS, with_host
 from megatron_mm.planning.kernels import Attention, Block, Product
 from megatron_mm.planning.recipe_job import plan_recipe
 from megatron_mm.planning.step import StepModel
@@ -72,7 +72,7 @@ def test_directions_are_right() -> None:
             train=replace(experiment.train, precision=changes.get("precision", "bf16")),  # type: ignore[arg-type]
             parallel=replace(experiment.parallel, recompute=changes.get("recompute", "none")),  # type: ignore[arg-type]
         )
-        return StepModel(plan_recipe(experiment, GPUS[gpu], gpus, software=STACKS["megatron"]).job).predict().seconds
+        return StepModel(plan_recipe(experiment, GPUS[gpu], gpus, software=with_host(OURS, 0.1)).job).predict().seconds
 
     assert seconds(128) < seconds(64)
     assert seconds(precision="fp8") < seconds() < seconds(recompute="full")

@@ -1,0 +1,85 @@
+"""The planner against this project's own steps on a GPU: predicted / measured time and memory of every case that `gpu_bench.py` ran.
+
+    python benchmarks/planning_own_runs.py [--results benchmarks/results/h200_20261126/*.jsonl]
+
+The baseline of each row is the measured step; nothing is run here. One process, so no messages and no pipeline: this shows what products,
+attention, kernels, the host and memory are worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from gpu_steps import MICRO_BATCHES, MODELS, Case, full_batch, on_one_process
+
+from megatron_mm.flops import StepWork
+from megatron_mm.planning.hardware import GPUS, OURS, with_host
+from megatron_mm.planning.recipe_job import plan_recipe
+from megatron_mm.planning.step import Prediction, StepModel
+from megatron_mm.planning.workload import MicroBatch, Workload
+
+RESULTS = sorted((Path(__file__).parent / "results" / "h200_20261126").glob("gpu_bench_[st]*.jsonl"))
+"""The first file is left out: its peaks add up over the cases."""
+GIB = 2**30
+HOST = 1.6
+"""The host of that virtual machine, of the ones that the planner's times are of: chosen on the first table's plain bf16 rows."""
+
+
+def predict(model: str, case: Case) -> Prediction:
+    """Of a step of the benchmark on one H200."""
+    settings = on_one_process(MODELS[model][0](), case)
+    batch = full_batch(settings)
+    lengths = batch.cu_seqlens.diff()
+    squares, tokens, images = int((lengths.long() ** 2).sum()), batch.num_tokens, batch.num_images
+    whole = StepWork(num_tokens=MICRO_BATCHES * tokens, sum_squared_lengths=MICRO_BATCHES * squares, num_images=MICRO_BATCHES * images)
+    work = Workload((MicroBatch(tokens, tokens, squares, images),) * MICRO_BATCHES, whole, drawn=True)
+    return StepModel(plan_recipe(settings, GPUS["h200"], 1, work=work, software=with_host(OURS, HOST)).job).predict()
+
+
+def case_of(name: str) -> Case | None:
+    """The case of a row, by its name; None for layers that the planner has no times of."""
+    if not name.startswith("te "):
+        return None
+    words = name.replace(",", "").split()
+    case = Case("te", words[1], recompute=words[words.index("recompute") + 1])
+    return replace(case, micro_batch_size=2) if "micro-batches of 2" in name else case
+
+
+def rows(paths: list[Path]) -> Iterator[tuple[str, str, float, float]]:
+    """(model, case, seconds, peak bytes) of every measured case that is planned for."""
+    for path in paths:
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            if row.get("part") in MODELS and "ms" in row and "peak_gib" in row and "blockwise" not in row["case"]:
+                yield row["part"], row["case"], row["ms"] / 1e3, row["peak_gib"] * GIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, nargs="*", default=RESULTS)
+    given = parser.parse_args()
+    times, peaks = [], []
+    print(
+        "| model | case | measured s | predicted / measured | measured GiB | predicted / measured | limit |\n|---|---|---|---|---|---|---|"
+    )
+    for model, name, seconds, peak in rows(given.results):
+        case = case_of(name)
+        if case is None:
+            continue
+        predicted = predict(model, case)
+        times.append(predicted.seconds / seconds)
+        peaks.append(max(use.allocated for use in predicted.memory) / peak)
+        cells = (model, name, f"{seconds:.3f}", f"{times[-1]:.2f}", f"{peak / GIB:.1f}", f"{peaks[-1]:.2f}", predicted.limit)
+        print("| " + " | ".join(cells) + " |")
+    for name, ratios in (("step time", times), ("memory", peaks)):
+        errors = sorted(abs(ratio - 1) for ratio in ratios)
+        print(f"{name}: median {100 * statistics.median(errors):.1f}%, largest {100 * errors[-1]:.1f}% of {len(errors)} rows")
+
+
+if __name__ == "__main__":
+    main()

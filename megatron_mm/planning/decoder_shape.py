@@ -1,0 +1,130 @@
+"""A decoder, its tokens and what is trained, as kernels see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mm.config import DecoderConfig
+
+Recompute = frozenset[str]
+"""What is recomputed: "full" (whole layers) or modules: "core_attn", "mlp", "layernorm", "moe", "moe_act"."""
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Multi-head latent attention: queries, keys and values come out of narrow latents. The sizes that all DeepSeek models share."""
+
+    queries: int = 0
+    """Width of the queries' latent; 0: none."""
+    keys: int = 512
+    """Of the latent of keys and values."""
+    rotary: int = 64
+    """Of a head, with positions: one such key for all heads."""
+    plain: int = 128
+    """Of a head, without positions."""
+    value: int = 128
+
+    @property
+    def key_dim(self) -> int:
+        return self.rotary + self.plain
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """A decoder as kernels see it."""
+
+    num_layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    gated: bool
+    vocab: int
+    experts: int = 0
+    top_k: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    sparse_layers: tuple[int, ...] = ()
+    capacity: float = 1.0
+    """Tokens that the fullest process's experts get, of the mean."""
+    tied: bool = False
+    dropout: bool = False
+    causal: bool = True
+    latents: Latents | None = None
+
+    @classmethod
+    def of(cls, decoder: DecoderConfig, *, imbalance: float = 1.0) -> DecoderShape:
+        moe = decoder.moe
+        return cls(
+            num_layers=decoder.num_layers,
+            hidden_size=decoder.hidden_size,
+            heads=decoder.num_attention_heads,
+            kv_heads=decoder.num_query_groups,
+            head_dim=decoder.head_dim,
+            ffn=decoder.ffn_hidden_size,
+            gated=True,
+            vocab=decoder.vocab_size,
+            experts=moe.num_experts if moe else 0,
+            top_k=moe.top_k if moe else 0,
+            expert_ffn=decoder.ffn_hidden_size if moe else 0,
+            sparse_layers=decoder.sparse_layers,
+            capacity=imbalance if moe else 1.0,
+            tied=decoder.tied_embeddings,
+        )
+
+    @property
+    def branches(self) -> int:
+        return 2 if self.gated else 1
+
+    def mlp_parameters(self, ffn: int) -> float:
+        return (self.branches + 1) * self.hidden_size * ffn
+
+    @property
+    def score_dim(self) -> float:
+        """Width of a head that a query-key pair costs: of queries and keys half, of values half."""
+        return self.head_dim if self.latents is None else (self.latents.key_dim + self.latents.value) / 2
+
+    @property
+    def attention_parameters(self) -> float:
+        if self.latents is not None:
+            small, wide, heads = self.latents, self.hidden_size, self.heads
+            queries = small.queries * (wide + heads * small.key_dim) if small.queries else wide * heads * small.key_dim
+            keys = wide * (small.keys + small.rotary) + small.keys * heads * (small.plain + small.value)
+            return queries + keys + heads * small.value * wide
+        return self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+
+    def parameters(self) -> float:
+        """Of the whole model, norms left out."""
+        sparse = len(self.sparse_layers)
+        total = self.num_layers * self.attention_parameters + (self.num_layers - sparse) * self.mlp_parameters(self.ffn)
+        expert = (
+            self.experts * self.mlp_parameters(self.expert_ffn) + self.mlp_parameters(self.shared_ffn) + self.hidden_size * self.experts
+        )
+        return total + sparse * expert + self.vocab * self.hidden_size * (1 if self.tied else 2)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A micro-batch on one context share."""
+
+    tokens: float
+    """t: computed, padding included."""
+    pairs: float
+    """Causal query-key pairs (half of the sum of squared lengths) on this process."""
+    length: float
+    """Mean length of the document that a token is in."""
+
+    @classmethod
+    def whole(cls, *, sequences: float, length: float, context: int = 1) -> Tokens:
+        """Sequences of one document each."""
+        return cls(tokens=sequences * length / context, pairs=sequences * length * length / 2 / context, length=length)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the backward pass computes for a block."""
+
+    weights: bool = True
+    inputs: bool = True
+    """Gradients of its inputs: something before it is trainable."""

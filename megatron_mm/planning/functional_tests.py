@@ -1,0 +1,78 @@
+"""Megatron-LM's functional tests as measurements: a row of benchmarks/anchors/megatron_ci_memory.csv in the columns of throughput.csv.
+
+They are small models whose steps the host limits, on machines of eight GPUs: what no published throughput shows. The planner's times of
+the host come from them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+COLUMNS = {"test", "plat", "num-layers", "hidden-size"}
+"""By which such a file is known."""
+
+_NAMES = {
+    "layers": "num-layers",
+    "hidden": "hidden-size",
+    "heads": "num-attention-heads",
+    "kv_heads": "num-query-groups",
+    "ffn": "ffn-hidden-size",
+    "moe_ffn": "ffn-hidden-size",
+    "seq": "seq-length",
+    "mbs": "micro-batch-size",
+    "gbs": "global-batch-size",
+    "tp": "tensor-model-parallel-size",
+    "pp": "pipeline-model-parallel-size",
+    "cp": "context-parallel-size",
+    "ep": "expert-model-parallel-size",
+    "experts": "num-experts",
+    "topk": "moe-router-topk",
+    "gpu": "plat",
+    "step_time_s": "it_med",
+}
+GPT2_VOCABULARY = 50257
+"""Padded up to a multiple of 128 times the tensor-parallel size."""
+GPUS = 8
+"""Of a machine: those whose name says "release" ran on more, and how many is not known."""
+
+
+def columns_of(row: Mapping[str, str]) -> dict[str, str]:
+    """The same row in the columns of throughput.csv, with Megatron-LM's defaults where an argument is not given.
+
+    Columns that throughput.csv lacks: `sharding` (of the optimizer), `sequence` (parallelism), `tied` (embeddings), `overlap` (of the
+    reduction), `unplanned` (why a row cannot be planned).
+    """
+    cells = {name: row.get(source, "") for name, source in _NAMES.items()}
+    name = row.get("test", "")
+    if not re.match(r"(gpt|moe|mixtral)/", name) or "grpo" in name:
+        return {**cells, "unplanned": "it does not train a plain decoder"}
+    if "release" in name or "fsdp" in name:
+        return {**cells, "unplanned": "how many GPUs it ran on is not known"}
+    if re.search(r"cudagraph|mtp|offload|a2a_ovlp|muon|op_fuser|frozen|tp_comm|tp_overlap|nondeterministic", name):
+        return {**cells, "unplanned": "it tests something that is not planned for"}
+    tensor = int(cells["tp"] or 1)
+    unit = 128 * tensor
+    stage_layers, each = int(cells["layers"] or 0) // int(cells["pp"] or 1), row.get("num-layers-per-virtual-pipeline-stage", "")
+    sharded = row.get("use-distributed-optimizer") == "true"
+    etp = re.search(r"etp(\d+)", name)
+    memory = row.get("memmax", "")
+    return {
+        **cells,
+        "id": "|".join((name, row.get("plat", ""), row.get("env", ""))),
+        "source": "Megatron-LM functional tests",
+        "model": "gpt of the functional tests",
+        "n_gpus": str(GPUS),
+        "vpp": str(stage_layers // int(each)) if each else "1",
+        "etp": etp.group(1) if etp else "",
+        "gated_mlp": "1" if row.get("swiglu") == "true" else "0",
+        "vocab": row.get("vocab-size") or str(-(-GPT2_VOCABULARY // unit) * unit),
+        "recompute": row.get("recompute-granularity") or "none",
+        "precision": "fp8" if row.get("fp8-format") else "bf16",
+        "mem_gib": str(float(memory) * 1e9 / 2**30) if memory else "",
+        "sharding": "optimizer" if sharded else "none",
+        "sequence": "1" if row.get("sequence-parallel") == "true" else "0",
+        "tied": "0" if "untie" in name else "1",
+        "overlap": "1" if "overlap_grad_reduce" in name else "0",
+        "notes": "unfused attention" if row.get("transformer-impl") == "local" else "",
+    }
