@@ -162,7 +162,7 @@ class Costs:
 
     def optimizer(self, parameters: float) -> float:
         """Adam on so many parameters of this process: norm of gradients, master weights and moments read and written, weights written."""
-        return 42 * parameters / (self.gpu.memory_tb_s * TERA * self.gpu.efficiency.memory)
+        return (18 + 2 * self.software.optimizer_bytes) * parameters / (self.gpu.memory_tb_s * TERA * self.gpu.efficiency.memory)
 
     @property
     def memory_bytes(self) -> float:

@@ -40,12 +40,20 @@ def decoder_layer(
     forward, backward = (*attention, *mlp), (*mlp_back, *attention_back)
     t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
     rows = t / tp if layout.sequence else t
-    kept = saved_by_layer(shape, layout, tokens, sparse=sparse, unfused=unfused)
+    kept = saved_by_layer(shape, layout, tokens, sparse=sparse, fp8=fp8, unfused=unfused)
     extra = (Stream(0.0, kernels=CHECKPOINT_OPERATIONS),) * len(recompute)
     forward, backward = (*forward, *extra), (*extra, *backward)
     if "full" in recompute:
         return _finish(
-            shape, layout, sparse, trained, forward, (*forward, *backward), kept={"input": 2 * rows * h}, transient=sum(kept.values())
+            shape,
+            layout,
+            sparse,
+            trained,
+            forward,
+            (*forward, *backward),
+            kept={"input": 2 * rows * h},
+            transient=sum(kept.values()),
+            fp8=fp8,
         )
     if "core_attn" in recompute:
         backward = (core, *backward)
@@ -69,11 +77,13 @@ def decoder_layer(
     if "moe_act" in recompute and sparse:
         backward = (Stream(2 * (shape.branches + 1) * t * shape.top_k / tp * shape.expert_ffn), *backward)
         kept.pop("mlp activation", None)
-    return _finish(shape, layout, sparse, trained, forward, backward, kept=kept, transient=0.0)
+    return _finish(shape, layout, sparse, trained, forward, backward, kept=kept, transient=0.0, fp8=fp8)
 
 
-def saved_by_layer(shape: DecoderShape, layout: Layout, tokens: Tokens, *, sparse: bool, unfused: bool = False) -> dict[str, float]:
-    """Bytes that a layer keeps for its backward pass in bf16, by what they are.
+def saved_by_layer(
+    shape: DecoderShape, layout: Layout, tokens: Tokens, *, sparse: bool, fp8: bool = False, unfused: bool = False
+) -> dict[str, float]:
+    """Bytes that a layer keeps for its backward pass, by what they are: 2 of a number, and in FP8 1 of what products take in.
 
     As Transformer Engine's modules keep them (module/layernorm_linear.py: input, its norm's statistics, and the normalised input that the
     weight's gradient needs; module/linear.py: input; attention: queries, keys, values, output and one number for each row; the activation:
@@ -82,28 +92,33 @@ def saved_by_layer(shape: DecoderShape, layout: Layout, tokens: Tokens, *, spars
     t, h, tp, b = tokens.tokens, shape.hidden_size, layout.tensor, shape.branches
     rows = t / tp if layout.sequence else t
     q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
+    taken = 1 if fp8 else 2
     qkv, inner = q + 2 * kv, q
+    if shape.rotary:  # values are a view of what the projection made, which is kept whole beside the turned queries and keys
+        qkv += q + kv
     if shape.latents is not None:
         small, heads = shape.latents, shape.heads / tp
         qkv = heads * (2 * small.key_dim + small.value) + 2 * (small.queries + small.keys + small.rotary)
         inner = heads * small.value
     kept = {
         "input": 4 * rows * h,
-        "norms": 4 * rows * h,
+        "norms": 2 * taken * rows * h,
         "qkv": 2 * t * qkv,
-        "attention output": 2 * t * inner + 4 * t * shape.heads / tp,
+        "attention output": (3 if fp8 else 2) * t * inner + 4 * t * shape.heads / tp,
     }
+    if shape.dropout:
+        kept["masks"] = 2 * rows * h
     if unfused:
         kept["scores"] = 2 * tokens.pairs * 2.5 * 2 * shape.heads / tp
     if not sparse:
-        return {**kept, "mlp hidden": 2 * b * t * shape.ffn / tp, "mlp activation": 2 * t * shape.ffn / tp}
+        return {**kept, "mlp hidden": 2 * b * t * shape.ffn / tp, "mlp activation": taken * t * shape.ffn / tp}
     local = t / tp if layout.sequence else t
     arrived = local * shape.top_k * shape.capacity * layout.expert_tensor
     ffn = shape.expert_ffn / layout.expert_tensor
-    kept["mlp permuted"] = 2 * 2 * local * shape.top_k * shape.capacity * h + 2 * arrived * h
+    kept["mlp permuted"] = 2 * local * shape.top_k * shape.capacity * h + taken * arrived * h
     kept["mlp router"] = 12 * local * shape.experts
     kept["mlp hidden"] = 2 * b * arrived * ffn + 2 * b * t * shape.shared_ffn / tp
-    kept["mlp activation"] = 2 * arrived * ffn + 2 * t * shape.shared_ffn / tp
+    kept["mlp activation"] = taken * (arrived * ffn + t * shape.shared_ffn / tp)
     return kept
 
 
@@ -117,6 +132,7 @@ def _finish(
     *,
     kept: dict[str, float],
     transient: float,
+    fp8: bool,
 ) -> Block:
     dense = shape.attention_parameters / layout.tensor + 2 * shape.hidden_size
     experts = 0.0
@@ -137,6 +153,7 @@ def _finish(
         saved=sum(kept.values()),
         transient=transient,
         tensors=tensors_of_layer(shape, layout, sparse=sparse) if trained.weights else 0,
+        fp8_parameters=dense + experts if fp8 else 0.0,
     )
 
 
@@ -163,7 +180,8 @@ def output(
 
     Args:
         owns_table: the output layer's table is not the embedding's on the same process.
-        fused: the loss is computed without a float32 copy of the logits.
+        fused: the loss is computed without a float32 copy of the logits; else one is kept, beside those in bf16 while it is made
+            (core/tensor_parallel/cross_entropy.py).
         copies: the loss keeps several of them.
     """
     t, h, v = tokens.tokens, shape.hidden_size, shape.vocab / layout.tensor
@@ -178,5 +196,5 @@ def output(
         parameters=count if trained.weights else 0.0,
         frozen_parameters=0.0 if trained.weights else count,
         saved=(2 if fused else 4) * logits + 4 * t * h / layout.tensor,
-        transient=(2 if fused else 12 if copies else 8) * logits,
+        transient=(1 if fused else 12 if copies else 2) * logits,
     )

@@ -48,7 +48,15 @@ def decoder_job(
             blocks.insert(0, embedding(shape, layout, tokens, trained=trained))
         if stage == len(counts) - 1:
             blocks.append(
-                output(shape, layout, tokens, trained=trained, owns_table=not shape.tied or len(counts) > 1, copies=software.copies_logits)
+                output(
+                    shape,
+                    layout,
+                    tokens,
+                    trained=trained,
+                    owns_table=not shape.tied or len(counts) > 1,
+                    fused=software.fuses_loss,
+                    copies=software.copies_logits,
+                )
             )
         stages.append(tuple(blocks))
     rows = tokens.tokens / layout.tensor if layout.sequence else tokens.tokens

@@ -51,6 +51,8 @@ class DecoderShape:
     tied: bool = False
     dropout: bool = False
     causal: bool = True
+    rotary: bool = True
+    """Queries and keys are turned, into tensors of their own."""
     latents: Latents | None = None
 
     @classmethod

@@ -35,6 +35,7 @@ def tower_blocks(vision: VisionConfig | EvaConfig, *, images: int, trained: Trai
         gated=gated,
         vocab=0,
         causal=False,
+        rotary=isinstance(vision, EvaConfig),
     )
     batch = Tokens(tokens=images * tokens, pairs=images * tokens**2, length=tokens)
     layer = decoder_layer(shape, ALONE, batch, sparse=False, fp8=False, recompute=recompute, trained=trained)

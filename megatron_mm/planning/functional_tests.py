@@ -40,8 +40,8 @@ GPUS = 8
 def columns_of(row: Mapping[str, str]) -> dict[str, str]:
     """The same row in the columns of throughput.csv, with Megatron-LM's defaults where an argument is not given.
 
-    Columns that throughput.csv lacks: `sharding` (of the optimizer), `sequence` (parallelism), `tied` (embeddings), `overlap` (of the
-    reduction), `unplanned` (why a row cannot be planned).
+    Columns that throughput.csv lacks: `state_gb` (allocated between steps), `sharding` (of the optimizer), `sequence` (parallelism),
+    `tied` (embeddings), `overlap` (of the reduction), `unplanned` (why a row cannot be planned).
     """
     cells = {name: row.get(source, "") for name, source in _NAMES.items()}
     name = row.get("test", "")
@@ -69,6 +69,7 @@ def columns_of(row: Mapping[str, str]) -> dict[str, str]:
         "vocab": row.get("vocab-size") or str(-(-GPT2_VOCABULARY // unit) * unit),
         "recompute": row.get("recompute-granularity") or "none",
         "precision": "fp8" if row.get("fp8-format") else "bf16",
+        "state_gb": row.get("mem", ""),
         "mem_gib": str(float(memory) * 1e9 / 2**30) if memory else "",
         "sharding": "optimizer" if sharded else "none",
         "sequence": "1" if row.get("sequence-parallel") == "true" else "0",

@@ -30,6 +30,8 @@ AMPERE = Efficiency(product=0.82, product_fp8=0.0, attention=0.58, memory=0.80)
 HOPPER = Efficiency(product=0.655, product_fp8=0.67, attention=0.56, memory=0.80)
 BLACKWELL = Efficiency(product=0.70, product_fp8=0.62, attention=0.50, memory=0.80)
 """No run of a Blackwell GPU was at hand: Hopper's numbers, carried over."""
+ADA, CDNA = HOPPER, HOPPER
+"""Nor one of Ada or of AMD's CDNA."""
 VOLTA = Efficiency(product=0.70, product_fp8=0.0, attention=0.30, memory=0.80)
 
 
@@ -88,21 +90,33 @@ MEASURED_GPUS: dict[str, Gpu] = {
     "gb200": Gpu("gb200", 2500, 5000, 191.0, 8.0, 900, 72, 50, BLACKWELL, multiprocessors=148),
     "b300": Gpu("b300", 2250, 4500, 280.0, 8.0, 900, 8, 100, BLACKWELL, multiprocessors=148),
     "gb300": Gpu("gb300", 2500, 5000, 280.0, 8.0, 900, 72, 100, BLACKWELL, multiprocessors=148),
+    "h100-pcie": replace(H100, name="h100-pcie", bf16_tflops=756, fp8_tflops=1513, memory_tb_s=2.0, nvlink_gb_s=26, multiprocessors=114),
+    "h100-nvl": replace(H100, name="h100-nvl", bf16_tflops=835, fp8_tflops=1671, memory_gb=100, memory_tb_s=3.9, nvlink_gb_s=26),
+    "l40s": Gpu("l40s", 362, 733, 48.0, 0.864, 26, 8, 25, ADA, multiprocessors=142),
+    "mi300x": Gpu("mi300x", 1307, 2615, 206.0, 5.3, 448, 8, 50, CDNA, multiprocessors=304),
+    "mi325x": Gpu("mi325x", 1307, 2615, 275.0, 6.0, 448, 8, 50, CDNA, multiprocessors=304),
+    "mi355x": Gpu("mi355x", 2500, 5000, 309.0, 8.0, 538, 8, 50, CDNA, multiprocessors=256),
     "v100": Gpu("v100", 125, 0, 34.0, 0.9, 150, 8, 12.5, VOLTA, multiprocessors=80, host=2.0),
 }
 """Kinds that published measurements may name besides."""
 
 
+_CHIPS = sorted({name.split("-")[0] for name in MEASURED_GPUS}, key=len, reverse=True)
+
+
 def gpu_named(text: str) -> Gpu | None:
-    """The GPU that a published table means: "H100", "A100-40GB", "NVIDIA H100 80GB HBM3"; None for one that nobody here knows."""
-    name = text.strip().lower().replace("_", "-")
+    """The GPU that a published table means: "H100", "A100-40GB", "NVIDIA H100 80GB HBM3", "8xB200"; None for one that nobody here knows."""
+    name = re.sub(r"[\s_()/]+", "-", text.strip().lower())
     if name in MEASURED_GPUS:
         return MEASURED_GPUS[name]
-    for chip in ("gb300", "gb200", "gh200", "b300", "b200", "h200", "h100", "h800", "h20", "a800", "a100", "v100"):
-        if re.search(rf"(^|[^a-z0-9]){chip}([^0-9]|$)", name):
-            if chip == "a100":
-                return MEASURED_GPUS["a100-40g" if re.search(r"\b40\s*g", name.replace("-", " ")) else "a100-80g"]
-            return MEASURED_GPUS.get(chip, H100)
+    for chip in _CHIPS:
+        if not re.search(rf"(^|[^a-z0-9]|\dx){chip}([^0-9]|$)", name):
+            continue
+        if chip == "a100":
+            return MEASURED_GPUS["a100-40g" if re.search(r"(?<!\d)40-?g", name) else "a100-80g"]
+        if chip == "h100":
+            return MEASURED_GPUS[next((kind for kind in ("h100-pcie", "h100-nvl") if kind[5:] in name.replace("nvlink", "")), "h100-sxm")]
+        return MEASURED_GPUS[chip]
     return None
 
 
@@ -136,6 +150,12 @@ class Software:
     """Of a gradient that is reduced."""
     interference: float = 0.12
     """Part of the time of a hidden message that the kernels beside it lose to it."""
+    optimizer_bytes: int = 12
+    """Of a trainable parameter: float32 master weights and two float32 moments."""
+    fp8_weights: bool = False
+    """Weights are kept in FP8 alone; else their FP8 copies, as they are and transposed, are kept beside those in bf16."""
+    fuses_loss: bool = False
+    """The loss keeps no float32 copy of the logits."""
     copies_logits: bool = False
     """The loss keeps several float32 copies of the logits."""
     hides_expert_messages: float = 0.0
@@ -147,14 +167,14 @@ class Software:
 
 
 MEGATRON = Software("megatron-core with Transformer Engine")
-_FLAT = Software("", kernel_seconds=8 * MICRO, module_seconds=40 * MICRO, tensor_seconds=10 * MICRO, step_seconds=4e-3)
-"""Plain modules, gradients of a whole layer in one tensor, an optimizer that takes all tensors at once."""
+_FLAT = Software("", kernel_seconds=8 * MICRO, module_seconds=40 * MICRO, tensor_seconds=10 * MICRO, step_seconds=4e-3, fp8_weights=True)
+"""Plain modules, a layer's gradients in one tensor, an optimizer that takes all tensors at once; weights are cast where they are used."""
 _COMPILED = replace(_FLAT, kernel_seconds=4 * MICRO, module_seconds=10 * MICRO, message_seconds=20 * MICRO)
 
 STACKS: dict[str, Software] = {
     "megatron": MEGATRON,
-    "nemo": replace(MEGATRON, name="NeMo", hides_tensor_messages=0.7, gradient_bytes=2),
-    "bridge": replace(MEGATRON, name="Megatron-Bridge", gradient_bytes=2, hides_tensor_messages=0.7),
+    "nemo": replace(MEGATRON, name="NeMo", hides_tensor_messages=0.7, gradient_bytes=2, fp8_weights=True, fuses_loss=True),
+    "bridge": replace(MEGATRON, name="Megatron-Bridge", gradient_bytes=2, hides_tensor_messages=0.7, fp8_weights=True, fuses_loss=True),
     "megatron-2021": Software(
         "Megatron-LM before FlashAttention", attention="unfused", moved=1.45, hides_data_messages=False, shards_optimizer=False
     ),

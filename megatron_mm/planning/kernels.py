@@ -82,6 +82,8 @@ class Block:
     expert_parameters: float = 0.0
     """Of this process, reduced over the experts' data-parallel group."""
     frozen_parameters: float = 0.0
+    fp8_parameters: float = 0.0
+    """Those that products take in FP8."""
     saved: float = 0.0
     """Bytes kept for the backward pass."""
     saved_recomputed: float = 0.0

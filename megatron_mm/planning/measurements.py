@@ -39,6 +39,10 @@ class Measurement:
     """Candidates where the source leaves something out; one where it does not."""
     step_seconds: float | None
     memory_bytes: float | None
+    state_bytes: float | None
+    """Allocated between steps: weights, gradients and optimizer state."""
+    memory_of_last_rank: bool
+    """Megatron's trainers log what the last process has; others the most of any."""
     flops_per_gpu: float
     """Of a step, causal attention counted half, recomputation not."""
     peak: float
@@ -135,7 +139,10 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
             seconds = batch * length / gpus / tokens
     elif seconds is None and tokens:
         seconds = batch * length / gpus / tokens
-    fp8 = "fp8" in cells.get("precision", "").lower() or "float8" in cells.get("precision", "").lower()
+    fp8 = _is_fp8(cells, assumed)
+    if re.search(r"fp32|tf32|float32|single", cells.get("precision", "").lower()):
+        gpu = replace(gpu, bf16_tflops=gpu.bf16_tflops / 2)  # on tensor cores
+        software = replace(software, moved=2 * software.moved)
     if seconds is None:
         reported = number(cells, "tflops_causal_half")
         seconds = _flops(shape, length) * batch * length / gpus / (reported * 1e12) if reported else None
@@ -161,7 +168,8 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
                 )
     if not jobs:
         raise _Unusable(f"batch of {batch} on a data-parallel size of {layouts[0].data}")
-    memory = number(cells, "mem_gib")
+    memory, notes = number(cells, "mem_gib"), cells.get("notes", "")
+    unit = 1e9 if re.search(r"\bGB\b", re.sub(r"\d+\s*GB", "", notes)) else GIB
     model, source = cells.get("model", ""), cells.get("source", "") or "unnamed source"
     return Measurement(
         row=label,
@@ -171,11 +179,22 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
         group="|".join((source, model, cells.get("gpu", ""), cells.get("precision", ""))),
         jobs=tuple(jobs),
         step_seconds=seconds if seconds and seconds > 0 else None,
-        memory_bytes=memory * GIB if memory else None,
+        memory_bytes=memory * unit if memory else None,
+        state_bytes=(number(cells, "state_gb") or 0.0) * 1e9 or None,
+        memory_of_last_rank=bool(re.search(r"megatron|nemo|bridge", software.name.lower())),
         flops_per_gpu=_flops(shape, length) * batch * length / gpus,
         peak=gpu.bf16_tflops * 1e12,
         assumed=tuple(assumed),
     )
+
+
+def _is_fp8(cells: Mapping[str, str], assumed: list[str]) -> bool:
+    """Whether products run in FP8; so are those of narrower formats taken, which no run here has shown."""
+    precision = cells.get("precision", "").lower()
+    if re.search(r"fp4|float4|int4|int8|fp6", precision):
+        assumed.append("precision")
+        return True
+    return bool(re.search(r"fp8|float8|e4m3|hybrid", precision))
 
 
 def _flops(shape: DecoderShape, length: int) -> float:
@@ -214,9 +233,10 @@ def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
         experts=experts if experts > 1 else 0,
         top_k=top_k,
         expert_ffn=expert_ffn if experts else 0,
-        shared_ffn=(count(cells, "shared_ffn") or 0) if experts else 0,
+        shared_ffn=_shared_ffn(cells, hidden, expert_ffn) if experts else 0,
         sparse_layers=tuple(range(_dense_layers(cells), layers)) if experts > 1 else (),
         latents=_latents(cells, hidden),
+        rotary=is_gated,
         tied=cells.get("tied") == "1",
         dropout=cells.get("model", "").lower().startswith("gpt") and software.attention != "unfused",
         capacity=1.0 if re.search(r"token-drop|cf\s*=\s*1\b|force|balanc", cells.get("notes", "").lower()) else 1.08,
@@ -231,6 +251,14 @@ def _latents(cells: Mapping[str, str], hidden: int) -> Latents | None:
     return Latents(queries=1536 if hidden >= 5120 else 0)
 
 
+def _shared_ffn(cells: Mapping[str, str], hidden: int, expert_ffn: int) -> int:
+    """All models with latent attention have shared experts, the small ones two, the large ones one."""
+    given = count(cells, "shared_ffn")
+    if given is None and cells.get("shared_ffn", "") in ("", "-") and _latents(cells, hidden):
+        return expert_ffn * (1 if hidden >= 5120 else 2)
+    return given or 0
+
+
 def _dense_layers(cells: Mapping[str, str]) -> int:
     """Layers without experts, before all others, as notes have it: "26 MLA+MoE + 1 dense layer"."""
     found = re.search(r"(\d+) dense layer", cells.get("notes", "").lower())
@@ -242,6 +270,10 @@ def software_of(cells: Mapping[str, str]) -> Software:
     stack = _stack(cells)
     if "unfused attention" in cells.get("notes", ""):
         stack = replace(stack, attention="unfused")
+    if stack.name == STACKS["bridge"].name and _latents(cells, 0):
+        stack = replace(
+            stack, optimizer_bytes=6
+        )  # its recipes of these keep moments in bf16, and the rest of fp32 weights beside bf16 ones
     return replace(stack, hides_data_messages=cells["overlap"] == "1") if cells.get("overlap") else stack
 
 
@@ -286,6 +318,8 @@ def _layouts(cells: Mapping[str, str], shape: DecoderShape, gpus: int, software:
     fsdp = cells.get("fsdp", "")
     sharding = "optimizer" if software.shards_optimizer else "none"
     sharding = cells.get("sharding") or sharding
+    if "fsdp" in software.name.lower() and cells.get("dp"):
+        sharding = "full"
     if fsdp and fsdp not in ("0", "1"):
         sharding = "gradients" if "grad" in fsdp.lower() else "full"
     layout = Layout(

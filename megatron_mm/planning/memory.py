@@ -29,7 +29,12 @@ class MemoryUse:
     @property
     def allocated(self) -> float:
         """What the framework's allocator counts (torch.cuda.max_memory_allocated)."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.transient
+        return self.state + self.activations + self.transient
+
+    @property
+    def state(self) -> float:
+        """What is allocated between steps."""
+        return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> float:
@@ -50,8 +55,9 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
         frozen = sum(block.frozen_parameters for block in blocks)
         largest = max((block.parameters + block.frozen_parameters for block in blocks), default=0.0)
         transient = max((block.transient for kind in job.kinds for stage in stages for block in kind[stage]), default=0.0)
-        # master weights and two moments in float32
-        state = 12 * (dense / (copies if layout.sharding != "none" else 1) + experts / (expert_copies if layout.sharding != "none" else 1))
+        state = software.optimizer_bytes * (
+            dense / (copies if layout.sharding != "none" else 1) + experts / (expert_copies if layout.sharding != "none" else 1)
+        )
         if layout.sharding == "full" and layout.pipeline > 1:
             # gathered once a step and kept for all micro-batches; gradients are scattered after the last
             weights, gradients = 2 * (dense + frozen) * (1 + 1 / copies), 4 * dense * (1 + 1 / copies)
@@ -61,6 +67,8 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
         else:
             weights = 2 * (dense + experts + frozen)
             gradients = software.gradient_bytes * (dense / (copies if layout.sharding == "gradients" else 1) + experts)
+        if not software.fp8_weights:
+            weights += 2 * sum(block.fp8_parameters for block in blocks)
         uses.append(MemoryUse(weights, gradients, state, result.saved_bytes[rank], transient))
     return tuple(uses)
 

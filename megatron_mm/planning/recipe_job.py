@@ -296,12 +296,20 @@ def _modality_layer(model: MonoInternVLConfig, context: _LayerContext) -> Block:
     size = shape.attention_parameters / tp
     trainable, frozen = trainable + size * attends.weights, frozen + size * (not attends.weights)
     forward, backward = [*forward, *mlp, *leave], [*mlp_back, *enter_back, *backward]
-    kept = sum(saved_by_layer(shape, layout, tokens, sparse=False).values())
+    kept = sum(saved_by_layer(shape, layout, tokens, sparse=False, fp8=context.fp8).values())
     if "full" in context.recompute:
         backward, kept = [*forward, *backward], 2 * rows * h
     elif "core_attn" in context.recompute:
         backward = [core, *backward]
-    return Block(name="layer", forward=tuple(forward), backward=tuple(backward), parameters=trainable, frozen_parameters=frozen, saved=kept)
+    return Block(
+        name="layer",
+        forward=tuple(forward),
+        backward=tuple(backward),
+        parameters=trainable,
+        frozen_parameters=frozen,
+        saved=kept,
+        fp8_parameters=trainable + frozen if context.fp8 else 0.0,
+    )
 
 
 _FAMILIES: dict[type, Callable[[Any, _Chain, int, Recompute], _Parts]] = {

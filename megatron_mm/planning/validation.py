@@ -19,6 +19,8 @@ class Compared:
     """Predicted / measured step time."""
     memory: float | None
     """Predicted / published memory."""
+    state: float | None
+    """The same of what is allocated between steps."""
     held_out: bool
     limit: str
 
@@ -34,9 +36,10 @@ def compare(rows: Sequence[Measurement]) -> list[Compared]:
     for row in rows:
         predicted = row.predict()
         seconds = predicted.seconds / row.step_seconds if row.step_seconds else None
-        allocated = max(use.allocated for use in predicted.memory)
-        memory = allocated / row.memory_bytes if row.memory_bytes else None
-        result.append(Compared(row, seconds, memory, groups[row.source].index(row.group) % 2 == 1, predicted.limit))
+        use = predicted.memory[-1] if row.memory_of_last_rank else max(predicted.memory, key=lambda use: use.allocated)
+        memory = use.allocated / row.memory_bytes if row.memory_bytes else None
+        state = use.state / row.state_bytes if row.state_bytes else None
+        result.append(Compared(row, seconds, memory, state, groups[row.source].index(row.group) % 2 == 1, predicted.limit))
     return result
 
 
@@ -100,6 +103,9 @@ def _memory(rows: Sequence[Compared], indent: str = "") -> Iterator[str]:
         ratios = [row.memory for row in rows if row.memory is not None and row.measured.kind == kind]
         if ratios:
             yield indent + summary(f"memory {kind}", ratios)
+        ratios = [row.state for row in rows if row.state is not None and row.measured.kind == kind]
+        if ratios:
+            yield indent + summary(f"memory between steps {kind}", ratios)
 
 
 def _guess(rows: Sequence[Compared]) -> Iterator[str]:
