@@ -13,8 +13,9 @@ from megatron_mm.planning.kernels import Attention, Kernel, Message, Product, St
 from megatron_mm.planning.layout import Layout
 
 ROUTER_OPERATIONS, PERMUTE_OPERATIONS, SORT_OPERATIONS = 50, 10, 8
-"""Operations of torch in megatron-core's router (probabilities, top-k, losses, counts), permutation and sorting by expert, of one pass; a
-test holds a sparse layer to what is traced."""
+"""Operations of torch in megatron-core's router (probabilities, top-k, losses, counts), permutation and sorting by expert, of one pass:
+what its functional tests with experts need at the time of an operation that those without have. The torch backend is traced to run 0.6 of
+them (`tests/planning/test_host.py`); the rest stands for waiting until the split sizes have come back to the host."""
 LATENT_OPERATIONS = 30
 """Of latent attention besides: rotary positions on part of each head, pieces that are cut and joined."""
 CHECKPOINT_OPERATIONS = 8

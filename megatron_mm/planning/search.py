@@ -15,6 +15,7 @@ from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.families.registry import family_of
 from megatron_mm.planning.costs import Seconds
 from megatron_mm.planning.hardware import OURS, Gpu, Software
+from megatron_mm.planning.job import Job
 from megatron_mm.planning.kernels import Block
 from megatron_mm.planning.memory import fits
 from megatron_mm.planning.recipe_job import Planned, plan_recipe
@@ -139,6 +140,8 @@ def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, s
             parts = _Parts.of(one, gpu, gpus, work, software)
         except ValueError:
             continue
+        if not fits(parts.least_bytes / pipeline, gpu):
+            continue
         for virtual in VIRTUAL if pipeline > 1 else (1,):
             if pipeline * virtual > MOST_STAGES or (virtual > 1 and (parts.count % pipeline or pipeline * virtual > decoder.num_layers)):
                 continue
@@ -168,6 +171,8 @@ class _Parts:
     last: tuple[float, float]
     count: int
     num_layers: int
+    least_bytes: float
+    """Of all pipeline ranks together at some moment, however layers are dealt to them."""
 
     @classmethod
     def of(cls, experiment: Experiment, gpu: Gpu, gpus: int, work: Workload, software: Software) -> _Parts:
@@ -192,6 +197,7 @@ class _Parts:
             last=(last[0].busy, last[1].busy),
             count=len(order),
             num_layers=layers,
+            least_bytes=_least_bytes(planned.job),
         )
 
     def splits(self, pipeline: int, virtual: int) -> Iterator[tuple[int, ...]]:
@@ -242,6 +248,18 @@ class _Parts:
             worst = max(worst, before + busy * self.count)
             before += split[rank] * layer + (sum(self.first) if rank == 0 else 0.0)
         return 0.98 * worst
+
+
+def _least_bytes(job: Job) -> float:
+    """State of all ranks, and what they keep of micro-batches when the first comes back: rank r then holds `pipeline` - r of them."""
+    layout, software = job.layout, job.software
+    blocks = list(itertools.chain(*job.kinds[-1]))
+    dense, experts = sum(block.parameters for block in blocks), sum(block.expert_parameters for block in blocks)
+    state = 2 * (dense + experts + sum(block.frozen_parameters for block in blocks)) + software.gradient_bytes * (dense + experts)
+    if layout.sharding != "none":
+        state += software.optimizer_bytes * (dense / layout.data + experts / layout.expert_data)
+    held = (min(layout.pipeline, len(job.micro_batches)) + 1) / 2
+    return state + held * sum(block.saved for block in blocks)
 
 
 def _around(wanted: float, least: int) -> list[int]:

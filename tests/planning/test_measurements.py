@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.cli.main import main
+from megatron_mm.planning.hardware import gpu_named
 from megatron_mm.planning.measurements import Measurement, Skipped, read_measurements
 from megatron_mm.planning.validation import report
 
@@ -52,6 +53,45 @@ def test_a_file_of_something_else_is_an_error(tmp_path: Path) -> None:
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="at least gpu, layers and hidden"):
         list(read_measurements(path))
+
+
+def test_models_with_latent_attention_have_its_sizes(tmp_path: Path) -> None:
+    """Moonlight-16B: 15.96B parameters, of which a row gives neither the latents nor the shared experts."""
+    names, rows = _rows()
+    found = [row for row in rows if row["model"].startswith("moonlight")]
+    jobs = [row.jobs[0] for row in read_measurements(_write(tmp_path / "rows.csv", names, found[:1])) if isinstance(row, Measurement)]
+    blocks = [block for stage in jobs[0].kinds[0] for block in stage]
+    parameters = sum(2 * block.parameters + 8 * block.expert_parameters for block in blocks)  # tensor 2, expert 8
+    assert parameters == pytest.approx(15.96e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100-sxm"), ("8xB200", "b200"), ("GB200 NVL72", "gb200"), ("A100-SXM4-40GB", "a100-40g"),
+     ("H100_80GB", "h100-sxm"), ("DGX H100 (NVLink)", "h100-sxm"), ("H100 PCIe", "h100-pcie"), ("MI300X", "mi300x")],
+)  # fmt: skip
+def test_names_of_gpus(text: str, name: str) -> None:
+    gpu = gpu_named(text)
+    assert gpu is not None and gpu.name == name
+
+
+def test_changes_of_a_row_have_the_right_sign(tmp_path: Path) -> None:
+    """Recomputation and longer sequences cost, FP8 and more GPUs save, whatever row they are changed in."""
+    names, rows = _rows()
+    for row in (rows[2], next(row for row in rows if row["model"] == "llama3-70B" and row["tp"] == "4" and row["gbs"] == "128")):
+        plain = {**row, "recompute": "none", "precision": "bf16", "gpu": "H100"}
+        changed = [
+            {**plain, "precision": "FP8"},
+            plain,
+            {**plain, "recompute": "full"},
+            {**plain, "seq": str(2 * int(row["seq"]))},
+            {**plain, "n_gpus": str(2 * int(row["n_gpus"])), "dp": str(2 * int(row["dp"])), "grad_accum": ""},
+        ]
+        read = [r for r in read_measurements(_write(tmp_path / "rows.csv", names, changed)) if isinstance(r, Measurement)]
+        fp8, base, full, longer, more = (r.predict().seconds for r in read)
+        assert fp8 < base < full < 1.5 * base
+        assert 1.9 * base < longer
+        assert 0.5 * base < more < base
 
 
 def _errors(capsys: pytest.CaptureFixture[str], path: Path) -> dict[str, float]:

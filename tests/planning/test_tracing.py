@@ -81,7 +81,7 @@ FULL_SIZE = [name for name in RECIPES if not name.startswith(("debug", "mm1_abla
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", FULL_SIZE)
 def test_every_recipe_runs_at_full_size_without_a_device(recipe: str) -> None:
-    """Forward, backward and update on every pipeline rank; and the planner's memory is what is traced, to 15%."""
+    """Forward, backward and update on every pipeline rank; and the planner's memory is what is traced, to 8%."""
     gpus = next((number for name, number in GPUS_OF.items() if recipe.startswith(name)), 64)
     experiment = get_recipe(recipe)
     planned = plan_recipe(experiment, GPUS["h100-sxm"], gpus)
@@ -90,4 +90,4 @@ def test_every_recipe_runs_at_full_size_without_a_device(recipe: str) -> None:
     assert [trace.pipeline_rank for trace in traces] == list(range(experiment.parallel.pipeline))
     for trace, use in zip(traces, prediction.memory, strict=True):
         assert trace.flops > 0 and trace.phase_peaks["update"] > 0
-        assert use.allocated == pytest.approx(trace.peak_bytes, rel=0.15)
+        assert use.allocated == pytest.approx(trace.peak_bytes, rel=0.08)

@@ -1,7 +1,8 @@
 """Stand-ins for kernels while a step is traced: they allocate and save what the kernels do, and compute nothing.
 
 Two sets. `torch_kernels` are what the torch backend runs on a CPU: attention document by document, as
-`torch.nn.functional.scaled_dot_product_attention` keeps it. `te_kernels` are Transformer Engine's: see `TE_SAVES`.
+`torch.nn.functional.scaled_dot_product_attention` keeps it. `te_kernels` are Transformer Engine's (`te_saves.TE_SAVES`), and
+megatron-core's fused SwiGLU, which keeps its input (core/fusions/fused_bias_swiglu.py, SwiGLUFunction).
 """
 
 from __future__ import annotations
@@ -16,20 +17,6 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_mm.models import layers as layer_modules
 from megatron_mm.planning.tracing.recorder import Recorder
-
-TE_SAVES: dict[str, str] = {
-    "LayerNormLinear": "input, normalised input (for the weight's gradient), mean or 1/rms of each row in fp32, weight "
-    "(pytorch/module/layernorm_linear.py, _LayerNormLinear.forward)",
-    "Linear": "input, weight (pytorch/module/linear.py, _Linear.forward); with sequence parallelism the cut input, gathered again in the "
-    "backward pass",
-    "DotProductAttention": "queries, keys, values, output, one fp32 log-sum-exp for each row and head, random state "
-    "(pytorch/attention/dot_product_attention/backends.py, FusedAttnFunc.forward)",
-    "RMSNorm, LayerNorm": "input, weight, mean or 1/rms of each row in fp32 (pytorch/ops/basic/rmsnorm.py, layer_norm.py)",
-    "GroupedLinear": "inputs of all experts, weights (pytorch/module/grouped_linear.py, _GroupedLinear.forward)",
-    "apply_rotary_pos_emb": "frequencies; the rotation's gradient is a rotation (pytorch/attention/rope.py, FusedRoPEFunc)",
-    "SwiGLU (megatron-core's fused kernel)": "its input (core/fusions/fused_bias_swiglu.py, SwiGLUFunction)",
-}
-"""What Transformer Engine's modules keep from the forward to the backward pass, and where its source says so (release 2.9)."""
 
 
 @contextlib.contextmanager

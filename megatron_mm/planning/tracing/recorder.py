@@ -62,6 +62,12 @@ class Volume:
     """Bytes of messages (the larger side of a gather or a scatter), FLOPs of products."""
 
 
+def _runs_on_a_device(func: Any) -> bool:
+    aliases = [result.alias_info for result in func._schema.returns]
+    views = any(alias is not None and not alias.is_write for alias in aliases)
+    return not views and "empty" not in func.__name__ and func._overloadpacket is not aten._local_scalar_dense
+
+
 class Recorder(TorchDispatchMode):
     """Stands around a run; `phase` and `part` say what it is doing and are set from outside."""
 
@@ -87,6 +93,8 @@ class Recorder(TorchDispatchMode):
         self.messages: dict[MessageKey, Volume] = {}
         self.products: dict[ProductKey, Volume] = {}
         self.operations = 0
+        self.launches: Counter[tuple[str, str]] = Counter()
+        """Operations that a device would run, by phase and part: no views, no empty tensors."""
         self.guessed: Counter[str] = Counter()
         """Numbers that a device would have given back, by operation: they are ones here."""
         self._at_peak = False
@@ -160,6 +168,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.operations += 1
+        if _runs_on_a_device(func):
+            self.launches[self.phase, self.part] += 1
         if func.namespace == "c10d":
             return self._message(func, args, kwargs)
         packet = func._overloadpacket

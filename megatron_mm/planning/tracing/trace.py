@@ -52,6 +52,8 @@ class Trace:
     products: list[tuple[str, list[list[int]], str, str, int, float]]
     """(operation, shapes, phase, part, number, FLOPs)."""
     flops: float
+    launches: dict[str, int]
+    """Operations that a device would run, by `phase|part`."""
     guessed: dict[str, int]
     seconds: float
 
@@ -164,6 +166,7 @@ def _report(recorder: Recorder, topology: Topology, *, built: int, seconds: floa
             for key, v in recorder.products.items()
         ],
         flops=recorder.flops,
+        launches={"|".join(label): number for label, number in recorder.launches.items()},
         guessed=dict(recorder.guessed),
         seconds=seconds,
     )

@@ -1,0 +1,65 @@
+"""What Transformer Engine's modules keep from the forward to the backward pass, and where its source says so.
+
+A test reads the source of the release that the tests run on (2.11.0) and compares the names that the line passes to
+`prepare_for_saving` or `save_for_backward`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RELEASE = "2.11.0"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One module."""
+
+    file: str
+    """Below transformer_engine/pytorch."""
+    line: int
+    """Where the call begins that keeps the tensors."""
+    names: tuple[str, ...]
+    """Its arguments, as the source has them."""
+    bytes: str
+    """What that is of a bf16 layer, and in FP8."""
+
+
+TE_SAVES: dict[str, Saved] = {
+    "LayerNormLinear": Saved(
+        "module/layernorm_linear.py",
+        466,
+        ("inputmat", "weightmat", "weight", "bias", "ln_weight", "ln_out", "mu", "rsigma"),
+        "the input and the normalised input, 2 bytes of a number each (the second 1 in FP8: the weight's gradient takes it), and one or two "
+        "fp32 numbers of a row. Under sequence parallelism the normalised input is kept cut, and gathered again in the backward pass. "
+        "`weightmat` is the weight itself, in FP8 its copy",
+    ),
+    "Linear": Saved(
+        "module/linear.py",
+        433,
+        ("saved_inputmat", "weightmat", "weight", "bias"),
+        "the input, 2 bytes of a number (1 in FP8)",
+    ),
+    "GroupedLinear": Saved(
+        "module/grouped_linear.py",
+        250,
+        ("inputmats", "weights_fp8", "weights", "biases"),
+        "the inputs of all experts of the process, 2 bytes of a number (1 in FP8)",
+    ),
+    "FusedAttention": Saved(
+        "attention/dot_product_attention/backends.py",
+        1323,
+        ("fp8_tensors", "qkvo_tensors", "cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded", "aux_ctx_tensors"),
+        "queries, keys, values and the output, 2 bytes of a number each; an fp32 log-sum-exp of each row and head, the random state",
+    ),
+    "RMSNorm": Saved("ops/basic/rmsnorm.py", 202, ("x", "rstdevs"), "the input and an fp32 number of a row"),
+    "LayerNorm": Saved("ops/basic/layer_norm.py", 221, ("x", "means", "rstdevs"), "the input and two fp32 numbers of a row"),
+    "rotary positions": Saved(
+        "attention/rope.py",
+        152,
+        ("freqs", "cu_seqlens", "start_positions"),
+        "frequencies alone: the gradient is a rotation back. What it returns is new, so attention keeps turned queries and keys beside the "
+        "projection's output, of which its values are a view",
+    ),
+    "parallel cross-entropy": Saved("cross_entropy.py", 62, ("inp.detach()",), "the logits, over which the gradient is written"),
+}
