@@ -30,7 +30,7 @@ TE_SAVES: dict[str, Saved] = {
         "module/layernorm_linear.py",
         466,
         ("inputmat", "weightmat", "weight", "bias", "ln_weight", "ln_out", "mu", "rsigma"),
-        "the input and the normalised input, 2 bytes of a number each (the second 1 in FP8: the weight's gradient takes it), and one or two "
+        "the input and the normalised input, 2 bytes of a number each (the second 1 in FP8: the weight gradient takes it), and one or two "
         "fp32 numbers of a row. Under sequence parallelism the normalised input is kept cut, and gathered again in the backward pass. "
         "`weightmat` is the weight itself, in FP8 its copy",
     ),
