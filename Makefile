@@ -97,6 +97,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/prepare_rate.py
 	$(BIN)/python benchmarks/long_texts.py
 	$(BIN)/python benchmarks/trainer_overhead.py --data build/bench_data
+	$(BIN)/python benchmarks/monitoring.py --data build/bench_data
 	$(BIN)/python benchmarks/moe_step.py --data build/bench_data
 	$(BIN)/python benchmarks/frozen_stages.py --data build/bench_data
 	$(BIN)/python benchmarks/conversion_speed.py
