@@ -21,6 +21,28 @@ _MOST_IMAGE_BYTES = 2_000_000
 _MOST_EVENTS = 300
 
 
+def benchmarks(run: RunFiles) -> str:
+    """Scores of `megatron-mm evaluate`: a row for each task and number of shots, a column for each evaluated step."""
+    rows: dict[tuple[str, int, str], dict[int, str]] = {}
+    for result in run.results:
+        try:
+            setting = result["setting"]
+            part = "" if setting["limit"] is None else f", {result['num_items']} items"
+            key = f"{result['title']}{part}", int(setting["shots"]), str(result["metric"])
+            rows.setdefault(key, {})[int(setting["model"]["step"])] = f"{result['scores']['score']:.1f}"
+        except (KeyError, TypeError, ValueError):
+            continue  # of another version
+    if not rows:
+        return missing("No benchmarks: `megatron-mm evaluate RUN_DIR --tasks ...` writes them.")
+    steps = sorted({step for scores in rows.values() for step in scores})[-6:]
+    lines = [
+        [html.escape(title), str(shots), *(scores.get(step, "–") for step in steps), html.escape(metric)]
+        for (title, shots, metric), scores in sorted(rows.items())
+    ]
+    header = ["task", "shots", *(f"step {step:,}" for step in steps), "metric"]
+    return "<h3>Benchmarks</h3>" + table(header, lines, numbers=range(1, len(header) - 1))
+
+
 def captions(run: RunFiles) -> str:
     """The newest captions of held-out images, with what was said of them at earlier evaluations."""
     if not run.captions.lines:

@@ -25,6 +25,8 @@ import numpy as np
 METRICS, EVALUATIONS, PLAN = "metrics.jsonl", "eval.jsonl", "plan.jsonl"
 PHASES, EXPERTS, CAPTIONS, EVENTS = "phases.jsonl", "experts.jsonl", "captions.jsonl", "events.jsonl"
 CONFIG = "config.json"
+RESULTS = "evaluation"
+"""Folder of `megatron-mm evaluate`'s results, a JSON file each."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ class RunFiles:
     experts: Objects
     captions: Objects
     events: Objects
+    results: list[dict[str, Any]]
+    """Of `megatron-mm evaluate`."""
 
     @property
     def damaged(self) -> dict[str, int]:
@@ -208,7 +212,7 @@ def read_run(path: Path, *, name: str | None = None) -> RunFiles:
     return RunFiles(
         path=path,
         name=name or path.resolve().name,
-        config=_config(path / CONFIG),
+        config=_json(path / CONFIG),
         metrics=read_lines(path / METRICS),
         evaluations=read_lines(path / EVALUATIONS),
         plan=read_lines(path / PLAN),
@@ -216,10 +220,11 @@ def read_run(path: Path, *, name: str | None = None) -> RunFiles:
         experts=read_objects(path / EXPERTS, replaces=True),
         captions=read_objects(path / CAPTIONS, replaces=True),
         events=read_objects(path / EVENTS, replaces=False),
+        results=[found for file in sorted((path / RESULTS).glob("*.json")) if "task" in (found := _json(file))],
     )
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_mm.reporting import page
 from megatron_mm.reporting.charts import Mark, Series, line_chart, short, stacked_chart
 from megatron_mm.reporting.page import Section, charts, missing
-from megatron_mm.reporting.report_details import captions, configuration, events, experts, files
+from megatron_mm.reporting.report_details import benchmarks, captions, configuration, events, experts, files
 from megatron_mm.reporting.run_files import Curve, RunFiles, read_run
 
 PHASES = ("data", "forward", "backward", "p2p", "reduce", "optimizer", "other")
@@ -170,7 +170,7 @@ def _evaluation(runs: Sequence[RunFiles]) -> str:
             body = (
                 page.table(titles, rows, numbers=range(len(titles))) + '<p class="note">held-out loss by source, the last evaluations</p>'
             )
-        parts.append(head + (body or missing("No evaluation has been written.")) + captions(run))
+        parts.append(head + (body or missing("No evaluation has been written.")) + benchmarks(run) + captions(run))
     return "".join(parts)
 
 

@@ -50,6 +50,11 @@ def full_run(run_dir: Path, *, seed: int = 1, steps: int = 30) -> Path:
     file.close()
     write_lines(run_dir / "eval.jsonl", [{"step": s, "heldout/loss": 2 / s, "heldout/loss/pairs": 1 / s} for s in (10, 20, 30)])
     write_lines(run_dir / "plan.jsonl", [{"step": s, "plan/ratio": 1.1} for s in range(1, 20)])
+    setting = {"shots": 0, "limit": None, "model": {"step": 30}}
+    result = {"task": "vqav2", "title": "VQAv2", "metric": "accuracy", "scores": {"score": 51.25}, "setting": setting, "num_items": 9}
+    (run_dir / "evaluation").mkdir()
+    (run_dir / "evaluation" / "step_30_vqav2_0shot.json").write_text(json.dumps(result))
+    (run_dir / "evaluation" / "torn.json").write_text('{"task": "coco"')
     slow = {"rank": 3, "phase": "forward", "seconds": 0.9, "others": 0.2}
     write_lines(
         run_dir / "phases.jsonl", [{"step": s, "steps": 10, "stages": [{"forward": 0.2}, {"forward": 0.3}], "slow": slow} for s in (10, 20)]
@@ -133,8 +138,17 @@ def test_the_page_has_every_section_of_a_full_run_and_refers_to_nothing_outside(
     main(["report", str(run_dir)])
     page = (run_dir / "report.html").read_text()
     assert 'class="missing"' not in page.replace(".missing", "")
-    for title in ("Training loss", "Held-out loss by source", "Main process", "pipeline stage 1", "Gradient norm by part", "Expert load",
-                  "Load imbalance", "Measured / predicted", "Captions at step 20", "rank 3 is slow in forward", "All "):  # fmt: skip
+    titles = [
+        "Training loss",
+        "Held-out loss by source",
+        "Main process",
+        "pipeline stage 1",
+        "Gradient norm by part",
+        "Expert load",
+        "All ",
+    ]
+    titles += ["Load imbalance", "Measured / predicted", "Captions at step 20", "rank 3 is slow in forward", "VQAv2</td>", ">51.2<"]
+    for title in titles:
         assert title in page, title
     assert "a &lt;red&gt; cross" in page and "a red &amp; blue cross" in page
     assert 'src="data:image/png;base64,' + base64.b64encode((run_dir / "captions" / "a.png").read_bytes()).decode() in page
