@@ -20,7 +20,7 @@ CAPTION_TOKENS = 90
 DOCUMENT_TOKENS = 700
 """Mean text tokens of an interleaved or a text document, drawn likewise."""
 IMAGES_OF_DOCUMENT = 3.0
-"""Mean images of an interleaved document, at least one."""
+"""Mean images of an interleaved document, at least one; of models that show sub-images every document has one."""
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,9 @@ def test_losses_equal_those_of_one_process(layout: Layout, losses: Any) -> None:
     assert alone[-1] < 0.9 * alone[0], "something was learned"
 
 
-def test_positions_are_interpolated_as_conversion_does_it(demo_data: Path, tmp_path: Path, pretrained: Any) -> None:
+def test_positions_are_interpolated_as_conversion_does_it(
+    demo_data: Path, tmp_path: Path, pretrained: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """By --init-from and by from-hf of the export: the same numbers, all other weights untouched, and a line in the log."""
     settings, run_dir = replace(fine_tuning(demo_data, steps=1), init_from=pretrained(None)), pretrained(None)
     (begun,) = run_processes(_begin, 1, settings, tmp_path / "begun")
@@ -142,7 +144,9 @@ def test_positions_are_interpolated_as_conversion_does_it(demo_data: Path, tmp_p
         else:
             assert torch.equal(weights[name], stored), name
     convert_to_hf(run_dir, tmp_path / "export")
-    converted = convert_from_hf(settings, tmp_path / "imported", whole=tmp_path / "export")
+    with caplog.at_level(logging.INFO, logger="megatron_mm"):
+        converted = convert_from_hf(settings, tmp_path / "imported", whole=tmp_path / "export")
+    assert sum("positions of 4 x 4 patches are interpolated to 6 x 6 (bicubic)" in record.message for record in caplog.records) == 2
     imported = CheckpointReader(converted.checkpoint)
     assert all(torch.equal(imported.read(name), weights[name]) for name in imported.names())
 
