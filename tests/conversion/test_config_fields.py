@@ -280,7 +280,7 @@ def test_nothing_of_the_released_code_is_unknown(tokenizer_path: Path) -> None:
         ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, r"vision.mean|mean is \(0.5, 0.5, 0.5\) there and"),
         ("preprocessor_config.json", {"image_std": "1"}, "image_std is '1', but must be three numbers"),
         ("preprocessor_config.json", {"do_normalize": False}, "do_normalize False, but training has True"),
-        ("preprocessor_config.json", {"rescale_factor": 1}, "rescale_factor 1, but pixels are divided by 255"),
+        ("preprocessor_config.json", {"rescale_factor": 1}, "rescale_factor 1.0, but pixels are divided by 255"),
         ("preprocessor_config.json", {"resample": 2}, "resample 2, but training has 3"),
         ("open_clip_config.json", {"std": [1.0, 1.0, 1.0]}, r"std is \(1.0, 1.0, 1.0\) there and .*--model.vision.std 1.0 1.0 1.0\)"),
         ("open_clip_config.json", {"interpolation": "bilinear"}, "interpolation is 'bilinear', but images are resized bicubically"),
