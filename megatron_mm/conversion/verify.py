@@ -6,6 +6,7 @@ Tensors are compared one after another; logits are computed by transformers on a
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ def verify(first: Path, second: Path, *, prompt: str | None = None, threads: int
         found = _compare(HfReader(a), HfReader(b))
         if prompt is None:
             return found
+        for path, folder in ((first, a), (second, b)):
+            _check_code(path, folder)
         ids, logits = _ids(a, prompt), []
         for which, folder in (("the first", a), ("the second", b)):
             model, not_loaded = _load(folder)
@@ -126,6 +129,19 @@ def _compare(first: HfReader, second: HfReader) -> Verification:
         different.append(Different(name, (float(x.norm()), float(y.norm())), largest))
     only_in_first, only_in_second = ([name for name in one if name not in other] for one, other in ((a, b), (b, a)))
     return Verification(equal, only_in_first, only_in_second, shapes, different)
+
+
+def _check_code(path: Path, folder: Path) -> None:
+    """Raise ValueError where config.json names modeling code that is not beside it, as for models whose authors' code does not travel."""
+    config = folder / "config.json"
+    named = json.loads(config.read_text()).get("auto_map", {}).values() if config.is_file() else ()
+    files = sorted({f"{name.rpartition('--')[2].partition('.')[0]}.py" for name in named if isinstance(name, str)})
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(
+            f"{path}: its Hugging Face model needs {', '.join(missing)}, which no export carries (its README.md says where they are from): "
+            "compare two exports that have these files beside them, or leave out --prompt"
+        )
 
 
 def _ids(folder: Path, prompt: str) -> torch.Tensor:

@@ -100,10 +100,20 @@ def tokenizer_config(
 
 def write_tokenizer(tokenizer: Tokenizer, config: dict[str, Any], out: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json into the directory, and the chat template where processors look for it."""
-    tokenizer.save(str(out / "tokenizer.json"))
+    (out / "tokenizer.json").write_text(_readable_by_all(tokenizer.to_str()))
     if "chat_template" in config:
         (out / "chat_template.jinja").write_text(config["chat_template"])
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _readable_by_all(text: str) -> str:
+    """tokenizer.json with each merge as one string, "a b": versions before 0.20 read nothing else, and later ones read it too. The authors'
+    code of Mono-InternVL needs transformers 4.37, whose tokenizers is 0.15."""
+    document = json.loads(text)
+    pairs = document["model"]["merges"]
+    if not any(" " in piece for pair in pairs for piece in pair):  # SentencePiece writes spaces otherwise
+        document["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def export_tokenizer(

@@ -141,6 +141,30 @@ def test_who_fits_the_authors_classes() -> None:
     assert infimm.fits_authors_code(zephyr) and not infimm.fits_authors_code(llama)  # type: ignore[arg-type]
     fewer = replace(zephyr, resampler=replace(zephyr.resampler, num_latents=32))  # type: ignore[attr-defined, call-arg]
     assert not infimm.fits_authors_code(fewer)  # type: ignore[arg-type]
+    smaller = replace(zephyr, vision=replace(zephyr.vision, image_size=224))  # type: ignore[attr-defined, call-arg]
+    assert not infimm.fits_authors_code(smaller), "their processor has the side of images as a constant"  # type: ignore[arg-type]
+
+
+def test_what_the_authors_code_asks_for(tokenizer_path: Path, tmp_path: Path) -> None:
+    """Files that name its classes alone: with ours beside them their quickstart would take our processor. Their slow tokenizer reads
+    tokenizer.model, which knows no tokens of images."""
+    recipe = get_recipe("infimm_zephyr_7b_ift")
+    recipe = replace(recipe, data=replace(recipe.data, chat_template="zephyr"))
+    ids = Tokenizer.open(tokenizer_path, special=family_of(recipe.model).special_tokens)
+    family_of(recipe.model).write_files(recipe.model, tmp_path, experiment=recipe, tokenizer=tokenizer_path, dtype="bfloat16")
+    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "authors_code").iterdir()}
+    assert set(found) == {"config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"}
+    assert all(
+        "processing_infimm." not in json.dumps(document) and "modeling_infimm." not in json.dumps(document) for document in found.values()
+    )
+    added = {entry["content"]: int(index) for index, entry in found["tokenizer_config.json"]["added_tokens_decoder"].items()}
+    assert added == {name: ids.special_id(name) for name in ("<s>", "</s>", "<|endofchunk|>", "<image>")}
+    assert (
+        found["tokenizer_config.json"]["tokenizer_class"] == "LlamaTokenizer"
+        and "<|user|>" in found["tokenizer_config.json"]["chat_template"]
+    )
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert all(isinstance(merge, str) for merge in document["model"]["merges"]), "tokenizers of transformers 4.37 reads nothing else"
 
 
 OPEN_CLIP = {

@@ -57,6 +57,15 @@ def test_what_transformers_does_not_load_is_a_failure(trained: Trained, tmp_path
     assert "does not load the second: model.layers.0.extra.weight (unexpected)" in out
 
 
+def test_modeling_code_that_is_not_there(exported: Export, tmp_path: Path) -> None:
+    """Mono-InternVL's, for example: its authors' code does not travel."""
+    folder = Path(shutil.copytree(exported.path, tmp_path / "a"))
+    (folder / "modeling_mm1.py").unlink()
+    assert verify(folder, exported.path).passed
+    with pytest.raises(ValueError, match=r"a: its Hugging Face model needs modeling_mm1.py, which no export carries \(its README.md says"):
+        verify(folder, exported.path, prompt="a red circle")
+
+
 def test_an_export_is_ready_to_publish(exported: Export) -> None:
     card, config = (exported.path / "README.md").read_text(), json.loads((exported.path / "config.json").read_text())
     assert "AutoProcessor.from_pretrained" in card and "| steps | 1 of 400 |" in card and config["architectures"]

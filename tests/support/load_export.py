@@ -44,7 +44,11 @@ def main(folder: Path, case: Path) -> None:
         done.append(name)
     for name in ("AutoTokenizer", *(["AutoProcessor"] if (folder / "processor_config.json").is_file() else [])):
         if (folder / "tokenizer_config.json").is_file():
-            getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+            found = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+            if (folder / "chat_template.jinja").is_file():
+                chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nwhat?"}]}]
+                prompt = found.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+                assert "<image>" in prompt and "what?" in prompt, f"{name}: {prompt}"
             done.append(name)
     print(f"transformers {transformers.__version__}: {', '.join(done)}")
 

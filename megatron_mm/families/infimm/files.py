@@ -1,11 +1,12 @@
 """What an exported InfiMM needs besides its weights: configuration, tokenizer, processor, and modeling code of our own.
 
-Weights have the released names and config.json the released fields, so the authors' code reads them too where its constants suit them: of a
-Mistral with 64 latents and 8 heads of 64. The two files that name its classes are then in `authors_code/`.
+Weights have the released names and config.json the released fields, so the authors' code reads them too where its constants suit them
+(`authors.py`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from megatron_mm.config import EvaConfig, Experiment
 from megatron_mm.config.towers import EVA02_L_14_336
 from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.families.infimm.authors import AUTHORS_FILES, AUTHORS_PACKAGES, fits_authors_code, write_authors_files
 from megatron_mm.families.infimm.config import END_OF_CHUNK, IMAGE, InfiMMConfig
 from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
 from megatron_mm.hf.configs import Architecture, copy_code, language_model_config, write_document
@@ -50,54 +52,27 @@ def write_infimm_files(
     write_document(out / "processor_config.json", {"processor_class": "InfiMMProcessor", "auto_map": processor})
     copy_code(out, Path(__file__).with_name("hf_code"), _CODE)
     if fits_authors_code(model):
-        (out / "authors_code").mkdir()
-        write_document(out / "authors_code" / "config.json", {**config, **_AUTHORS})
-        images = {"auto_map": {"AutoProcessor": "processing_infimm_zephyr.InfiMMZephyrProcessor"}, "image_size": model.vision.image_size}
-        write_document(out / "authors_code" / "preprocessor_config.json", images)
+        written = json.loads((out / "tokenizer_config.json").read_text())
+        write_authors_files(model, out / "authors_code", config=config, ids=ids, tokenizer_config=written)
 
 
 _CODE = ("configuration_infimm.py", "modeling_infimm.py", "processing_infimm.py")
-_AUTHORS = {
-    "architectures": ["InfiMMZephyrModel"],
-    "auto_map": {
-        "AutoConfig": "configuration_infimm_zephyr.InfiMMConfig",
-        "AutoModelForCausalLM": "modeling_infimm_zephyr.InfiMMZephyrModel",
-    },
-    "model_type": "infimm-zephyr",
-}
-"""What the authors' config.json says of its code."""
-AUTHORS_FILES = (
-    "configuration_infimm_zephyr.py",
-    "modeling_infimm_zephyr.py",
-    "processing_infimm_zephyr.py",
-    "eva_vit.py",
-    "flamingo.py",
-    "flamingo_lm.py",
-    "helpers.py",
-    "utils.py",
-)
-"""Files of Infi-MM/infimm-zephyr that its classes need."""
-
-
-def fits_authors_code(model: InfiMMConfig) -> bool:
-    """Whether the authors' classes can hold the model: they are a Mistral with constants for latents and heads."""
-    resampler, gated = model.resampler, model.gated
-    constants = (resampler.num_latents, resampler.num_layers, resampler.num_attention_heads, resampler.head_dim, resampler.ffn_multiplier)
-    is_mistral = model.decoder.num_query_groups < model.decoder.num_attention_heads
-    return is_mistral and constants == (64, 6, 8, 64, 4) and (gated.num_attention_heads, gated.head_dim, gated.ffn_multiplier) == (8, 64, 4)
 
 
 def card_notes(model: InfiMMConfig) -> list[str]:
     """How the model is loaded, for its README.md."""
     lines = ["", "A prompt writes each image as `<image>`; the processor makes `<|endofchunk|><image>` of it."]
     if not fits_authors_code(model):
-        return [*lines, "The authors' own classes cannot hold this model: they are a Mistral with 64 latents and 8 heads of 64."]
-    files = ", ".join(f"`{name}`" for name in AUTHORS_FILES)
+        return [
+            *lines,
+            "The authors' own classes cannot hold this model: they are a Mistral with 64 latents, 8 heads of 64, images cropped to 336 px.",
+        ]
+    files, packages = (", ".join(f"`{name}`" for name in names) for names in (AUTHORS_FILES, AUTHORS_PACKAGES))
     return [
         *lines,
         "",
-        "The quickstart of Infi-MM/infimm-zephyr, with its code (transformers 4.37): put these files of that model here, and the two",
-        f"of `authors_code/` in the place of those of the same name: {files}.",
+        "For the quickstart of Infi-MM/infimm-zephyr, with its authors' code: copy this directory, put these files of that model into the",
+        f"copy ({files}), and all of `authors_code/` in the place of those of the same name. It needs {packages}.",
     ]
 
 

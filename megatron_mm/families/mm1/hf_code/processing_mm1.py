@@ -67,11 +67,18 @@ class MM1Processor(ProcessorMixin):
         tokenizer_class = "AutoTokenizer"
         valid_kwargs = ["tokens_per_image"]
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, tokens_per_image: int = 144, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        tokens_per_image: int = 144,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.tokens_per_image = tokens_per_image
         self.image_token = "<image>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        super().__init__(image_processor, tokenizer, **kwargs)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, low_resolution: bool | list[bool] = False, **kwargs: Any
