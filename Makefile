@@ -103,6 +103,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/conversion_speed.py
 	$(BIN)/python benchmarks/routed_experts.py
 	$(BIN)/python benchmarks/monolithic.py
+	$(BIN)/python benchmarks/generation.py
 
 # On a machine with a GPU, in an environment that has torch's CUDA build, Transformer Engine and DALI (a container, say).
 GPU_PYTHON ?= python3

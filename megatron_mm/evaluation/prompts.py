@@ -83,7 +83,7 @@ class Wording:
     def items(self, examples: Sequence[Example]) -> list[Item]:
         """The items of a prompt, BOS left out: demonstrations with their answers, and last the question."""
         if self.template is not None and examples[-1].images:
-            return _before_last_answer(render([self._turn(example) for example in examples], self.template))
+            return before_last_answer(render([self._turn(example) for example in examples], self.template))
         items: list[Item] = []
         for number, example in enumerate(examples):
             for part in self._parts(example, images=len(example.images)):
@@ -130,7 +130,7 @@ def _append(items: list[Item], part: str | ImageReference, *, continues: bool = 
         items.append(Text(part, counted=False, continues=continues and bool(items) and isinstance(items[-1], Text)))
 
 
-def _before_last_answer(items: list[Item]) -> list[Item]:
+def before_last_answer(items: list[Item]) -> list[Item]:
     """A rendered conversation without its last answer."""
     kept = list(items)
     while isinstance(kept[-1], Text | Control) and kept[-1].counted:

@@ -155,3 +155,32 @@ def test_an_exported_model_gives_what_its_run_gives(mm1: Path, demo_data: Path, 
         open_target(export, None, out=None)
     (found,) = run_processes(_evaluate, 1, export, demo_data, tmp_path / "export_results", tasks, [2], {}, recipe)[0]
     assert found.scores == expected.scores and found.setting["model"]["checkpoint"] == "export"
+
+
+def _with_lmms_eval(run_dir: Path) -> tuple[list[str], list[tuple[float, bool]]]:
+    from lmms_eval.api.instance import Instance
+    from PIL import Image
+
+    from megatron_mm.run.lmms_eval_model import MegatronMM
+
+    model = MegatronMM(str(run_dir), batch_size=2)
+    documents = [{"image": Image.new("RGB", (20, 30), colour)} for colour in ("red", "blue", "green")]
+    model.task_dict = {"task": {"test": documents}}
+    metadata = {"task": "task", "doc_id": 0, "repeats": 1}
+
+    def visuals(document: dict[str, Any]) -> list[Any]:
+        return [document["image"]]
+
+    asked = [("what colour? <image>", {"max_new_tokens": 4, "until": ["\n"]}, visuals, number, "task", "test") for number in range(3)]
+    ranked = [(text, target, visuals, 0, "task", "test") for text in ("what colour?",) for target in (" red", " blue")]
+    return (
+        model.generate_until([Instance("generate_until", one, number, metadata) for number, one in enumerate(asked)]),
+        model.loglikelihood([Instance("loglikelihood", one, number, metadata) for number, one in enumerate(ranked)]),
+    )
+
+
+@pytest.mark.slow
+def test_lmms_eval_asks_a_run(mm1: Path) -> None:
+    pytest.importorskip("lmms_eval")
+    ((answers, likelihoods),) = run_processes(_with_lmms_eval, 1, mm1)
+    assert len(answers) == 3 and all(value < 0 for value, _ in likelihoods)
