@@ -1,16 +1,36 @@
-"""`megatron-mm doctor`: what this machine has, and what stands in for what it lacks."""
+"""`megatron-mm doctor`: what this machine has, and what stands in for what it lacks; with --node, whether it is fit to join a run."""
 
 from __future__ import annotations
 
 import argparse
+import socket
+from pathlib import Path
 
-from megatron_mm.cli.command import Command
+from megatron_mm.cli.command import Command, Parser
+
+
+def _arguments(parser: Parser) -> None:
+    parser.add_argument("--node", action="store_true", help="only look whether this node is fit to join a run; exit code 1 where not")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --node: GPUs that it should have")
+    parser.add_argument(
+        "--min-gb-per-s", type=float, default=0.0, metavar="X", help="with --node: least speed of an all-reduce in the node"
+    )
+    parser.add_argument("--path", type=Path, default=Path("."), metavar="DIR", help="with --node: where the run will write (default: here)")
 
 
 def _run(given: argparse.Namespace) -> None:
-    from megatron_mm.run.doctor import report
+    if not given.node:
+        from megatron_mm.run.doctor import report
 
-    print(report())
+        print(report())
+        return
+    from megatron_mm.run.node_check import check_node
+
+    findings = check_node(gpus=given.gpus, min_gb_per_s=given.min_gb_per_s, path=given.path)
+    for finding in findings:
+        print(f"{socket.gethostname()}  {finding}", flush=True)
+    if not all(finding.fit for finding in findings):
+        raise SystemExit(1)
 
 
-DOCTOR = Command(help="what this machine has, and what falls back to what", run=_run)
+DOCTOR = Command(help="what this machine has, and what falls back to what; --node: is it fit to join a run", run=_run, arguments=_arguments)

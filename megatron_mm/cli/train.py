@@ -36,11 +36,15 @@ def _run(given: argparse.Namespace) -> None:
         raise ValueError("no run directory given: add --run-dir DIR")
     from megatron_mm.planning.watch import examine, plan_hooks
     from megatron_mm.run.start import start
+    from megatron_mm.run.watchdog import EXIT_LOST, LostContact, end_process
 
-    if given.force:
-        start(given.experiment, given.run_dir, more_hooks=plan_hooks)
-    else:
-        start(given.experiment, given.run_dir, examine=examine, more_hooks=plan_hooks)
+    try:
+        if given.force:
+            start(given.experiment, given.run_dir, more_hooks=plan_hooks)
+        else:
+            start(given.experiment, given.run_dir, examine=examine, more_hooks=plan_hooks)
+    except LostContact:  # one process has said it for all
+        end_process(EXIT_LOST)
 
 
 TRAIN = Command(help="train a recipe, or resume a run", run=_run, arguments=_arguments, experiment=recipe_of, notes=list_recipes)

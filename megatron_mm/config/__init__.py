@@ -4,7 +4,8 @@
     kernels.py     which fused kernels are taken
     parallel.py    how it is cut over processes
     precision.py   number formats of gradients, optimizer state and FP8 products
-    run.py         how it is fed, trained, saved, evaluated, watched; `Experiment`
+    train.py       how long it trains, what it does about faults, its checkpoints
+    run.py         how it is fed, optimized, evaluated, watched; `Experiment`
 
 A recipe (`megatron_mm.families.recipes`) is a function that returns a complete `Experiment`; the command line overrides its
 fields (`--train.steps 100`); the resolved result is written to the run directory as JSON and can be read back.
@@ -26,16 +27,14 @@ from megatron_mm.config.precision import PrecisionConfig
 from megatron_mm.config.run import (
     FP8_MULTIPLE,
     FP8_MULTIPLES,
-    CheckpointConfig,
     DataConfig,
     EvalConfig,
     Experiment,
     MonitorConfig,
     OptimizerConfig,
-    Precision,
     ProfileConfig,
-    TrainConfig,
 )
+from megatron_mm.config.train import CheckpointConfig, Precision, TrainConfig
 
 __all__ = [
     "FP8_MULTIPLE",

@@ -1,18 +1,17 @@
-"""How a model is cut, fed, trained, saved, evaluated and watched; and `Experiment`, which is all of it."""
+"""How a model is cut, fed, optimized, evaluated and watched; and `Experiment`, which is all of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from megatron_mm.config.blocks import ModelConfig
 from megatron_mm.config.checks import require, require_positive
 from megatron_mm.config.kernels import KernelConfig
 from megatron_mm.config.parallel import ParallelConfig
 from megatron_mm.config.precision import PrecisionConfig
-
-Precision = Literal["fp32", "bf16", "fp8"]
+from megatron_mm.config.train import CheckpointConfig, TrainConfig
 
 FP8_MULTIPLE = 16
 """FP8 matrix products take numbers of tokens and widths that are multiples of this."""
@@ -136,61 +135,6 @@ class OptimizerConfig:
         require_positive(self, "peak_lr", "epsilon")
         require(0 <= self.min_lr <= self.peak_lr, f"min_lr {self.min_lr} must lie between 0 and peak_lr {self.peak_lr}")
         require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}, but must be at least 0")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long, in which batches and in which precision."""
-
-    renamed: ClassVar[dict[str, str]] = {"policy": "freeze_policy"}
-    """Fields of earlier versions and their names now: checkpoints and command lines that have the earlier ones are read as before."""
-
-    steps: int
-    """Optimizer steps after which the run ends, counted from the beginning of training (not from a resume)."""
-    schedule_steps: int
-    """Length of the learning-rate schedule, steps; independent of `steps`, so that stopping early does not change it."""
-    global_batch_size: int
-    """Sequences of one optimizer step, over all processes."""
-    micro_batch_size: int = 1
-    """Full sequences that one process handles at once: a budget of their tokens and images. Padding is not computed, so a micro-batch may
-    hold more sequences where these are short."""
-    fewest_micro_batches: bool = False
-    """Make as few micro-batches as the budget allows, rather than micro_batch_size sequences on average: fewer and fuller ones, for layouts
-    without pipeline stages, where fewer micro-batches leave no process idle."""
-    precision: Precision = "bf16"
-    """fp32; bf16 with fp32 master weights and gradients; fp8 is bf16 with FP8 matrix products (Transformer Engine)."""
-    seed: int = 1234
-    """Seed of the initial weights, the sample order and everything else that is random."""
-    freeze_policy: str = "all"
-    """Which parameters are trainable, by a name of the model family's. Frozen ones have no gradient and no optimizer state."""
-    layers: Literal["auto", "te", "torch"] = "auto"
-    """Layer backend: Transformer Engine or plain PyTorch; auto takes te on a GPU where its package is, except in fp32."""
-    deterministic: bool = False
-    """Use deterministic algorithms where PyTorch has them; bit-identical reruns on a GPU, slower."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "steps", "schedule_steps", "global_batch_size", "micro_batch_size")
-        require(
-            self.global_batch_size % self.micro_batch_size == 0,
-            f"train.global_batch_size {self.global_batch_size} is not a multiple of train.micro_batch_size {self.micro_batch_size}",
-        )
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When checkpoints are written and how many are kept."""
-
-    interval: int = 1000
-    """Steps between checkpoints; one is always written at the end of the run."""
-    keep: int = 3
-    """Newest complete checkpoints that stay."""
-    asynchronous: bool = True
-    """Write in a separate process while training continues."""
-    timeout_minutes: float = 30.0
-    """An asynchronous save that takes longer is given up with an error in the log; training continues."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "interval", "keep", "timeout_minutes")
 
 
 @dataclass(frozen=True)

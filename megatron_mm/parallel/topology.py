@@ -78,21 +78,33 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Topology:
     timeout = timedelta(minutes=parallel.collective_timeout_minutes)
     if not dist.is_initialized():
         if "RANK" in os.environ:
-            dist.init_process_group(communication_backend(device), timeout=timeout)
+            store, rank, size = _meet(timeout)
+            dist.init_process_group(communication_backend(device), store=store, rank=rank, world_size=size, timeout=timeout)
         else:
             dist.init_process_group(communication_backend(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel.data_parallel_size(dist.get_world_size())
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor,
-        distributed_timeout_minutes=max(1, round(parallel.collective_timeout_minutes)),
-    )
+    if not parallel_state.model_parallel_is_initialized():  # it is where a run begins again in the same processes
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+            distributed_timeout_minutes=max(1, round(parallel.collective_timeout_minutes)),
+        )
     topology = _current(parallel, device=device)
     seed_everything(seed + 100 * topology.pipeline_rank + 10_000 * topology.data_rank)
     return topology
+
+
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """torchrun's store, this process's rank, and the number of processes.
+
+    torchrun keeps its store when it starts the processes again within a job, and with it the addresses at which gloo's processes of before
+    listened (torch 2.13). So each start has names of its own in it.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, size
 
 
 def _current(parallel: ParallelConfig, *, device: torch.device) -> Topology:

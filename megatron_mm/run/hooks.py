@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import signal
 import sys
 import time
@@ -19,12 +20,15 @@ import numpy as np
 import torch
 
 from megatron_mm.data.load.loader import StepBatch
+from megatron_mm.evaluation.heldout import SPLIT as HELD_OUT
 from megatron_mm.evaluation.heldout import HeldOut
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork, mfu, peak_tflops
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.reporting.run_files import EXPERTS
 from megatron_mm.run.details import Norms, SlowProcesses, balance, is_due, memory_gb
+from megatron_mm.run.fault_hooks import HoldsRunDirectory, LossSpikes, NonFiniteSteps, ReplicaChecksums
+from megatron_mm.run.lock import RunLock
 from megatron_mm.run.profiling import profile_hooks
 from megatron_mm.training.metrics import StepMetrics
 from megatron_mm.training.routing import RoutingStats, draw_expert_load
@@ -132,9 +136,16 @@ class Evaluation(Hook):
     def _evaluate(self) -> None:
         step = self.last_step = self.trainer.state.step
         if self.config.batches:
-            self.monitor.log_eval(step, self.heldout.losses(self.trainer.step))
+            losses = self.heldout.losses(self.trainer.step)
+            self.monitor.log_eval(step, losses)
+            self._remember_best(losses.get(f"{HELD_OUT}/loss"))
         if self.config.samples:
             self.monitor.log_captions(step, self.heldout.captions(self.trainer.model))
+
+    def _remember_best(self, loss: float | None) -> None:
+        state = self.trainer.state
+        if self.trainer.experiment.checkpoint.best and loss is not None and loss < (state.best_heldout or math.inf):
+            state.best_heldout, state.best_step = loss, state.step
 
 
 class ExpertLoad(Hook):
@@ -245,16 +256,26 @@ class Stopping(Hook):
 
 
 class Checkpoints(Hook):
-    """A checkpoint every `checkpoint.interval` steps and at the end."""
+    """A checkpoint every `checkpoint.interval` steps, at the end, and where the held-out loss is the lowest so far, if asked for."""
 
     def after_step(self, record: StepRecord) -> None:
-        self.trainer.checkpointer.poll()
-        if record.step % self.trainer.experiment.checkpoint.interval == 0:
-            self.trainer.checkpointer.save(self.trainer.state)
+        config, checkpointer, state = self.trainer.experiment.checkpoint, self.trainer.checkpointer, self.trainer.state
+        checkpointer.poll()
+        if record.step % config.interval == 0 or state.best_step == record.step:
+            checkpointer.save(state)
+        elif config.memory is not None and record.step % config.memory_interval == 0:
+            checkpointer.keep_in_memory(state)
 
     def after_training(self) -> None:
-        self.trainer.checkpointer.save(self.trainer.state)
-        self.trainer.checkpointer.finish()
+        checkpointer, step = self.trainer.checkpointer, self.trainer.state.step
+        checkpointer.save(self.trainer.state)
+        checkpointer.finish()
+        if checkpointer.saved_step != step:
+            raise RuntimeError(
+                f"the last checkpoint, of step {step}, could not be written (the reason stands above): make room and start the same "
+                f"command again, which repeats the steps since {checkpointer.saved_step or 0}"
+            )
+        checkpointer.close()
 
 
 class GarbageCollection(Hook):
@@ -281,6 +302,7 @@ def standard_hooks(
     heldout: HeldOut,
     more: Callable[[Trainer, Monitor], Sequence[Hook]] = lambda trainer, monitor: [],
     extra: Sequence[Callable[[Trainer], Hook]] = (),
+    lock: RunLock | None = None,
 ) -> list[Hook]:
     """The hooks of every run, in the order in which they see a step: a stop is known before a checkpoint is due.
 
@@ -288,16 +310,21 @@ def standard_hooks(
         more: makes hooks that a command adds.
         extra: makes those that the experiment names. Like `more` they see a step after its metrics are written and before a checkpoint is,
             so that what they change is in it.
+        lock: of the run directory, on the first process.
     """
     norms = Norms(trainer)
     metrics = Metrics(trainer, norms)
     return [
         norms,
+        HoldsRunDirectory(trainer, lock),
         metrics,
         SlowProcesses(trainer, metrics.monitor),
         *more(trainer, metrics.monitor),
         *(make(trainer) for make in extra),
         Stopping(trainer),
+        NonFiniteSteps(trainer),
+        LossSpikes(trainer),
+        *([ReplicaChecksums(trainer)] if trainer.experiment.train.checksum_interval else []),
         Evaluation(trainer, metrics.monitor, heldout),
         ExpertLoad(trainer, metrics.monitor),
         Checkpoints(trainer),

@@ -5,6 +5,8 @@ One straight way: check -> open the data once -> processes meet -> model -> opti
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -28,7 +30,10 @@ from megatron_mm.reporting.events import listen
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.run.data import HELD_OUT, TRAINING, TrainingData, as_indexed, held_out_batches, image_input, make_plan, open_tokenizer
 from megatron_mm.run.hooks import standard_hooks
+from megatron_mm.run.lock import RunLock
+from megatron_mm.run.roll_back import RollBack, go_back, leave_out
 from megatron_mm.run.start_times import LogStart, StartTimes
+from megatron_mm.run.watchdog import Watchdog, is_lost_contact
 from megatron_mm.training.build import build_model, choose_backend
 from megatron_mm.training.checkpoint import (
     Checkpointer,
@@ -44,6 +49,7 @@ from megatron_mm.training.freezing import trainable_patterns
 from megatron_mm.training.kernels import choose_kernels
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.options import check_options
+from megatron_mm.training.progress import Progress
 from megatron_mm.training.trainer import Hook, Trainer
 
 logger = logging.getLogger(__name__)
@@ -75,14 +81,36 @@ def start(
     experiment = checked.experiment
     examine(checked)
     times.lap("data opened and checked")
-    if int(os.environ.get("RANK", "0")) == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _warn_of_changes(experiment, run_dir / CONFIG_FILE)
-        save_experiment(experiment, run_dir / CONFIG_FILE)
-    try:
-        return assemble(checked, run_dir, more_hooks=more_hooks, times=times).fit()
-    finally:
-        topologies.shutdown()
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    lock = RunLock(run_dir) if is_main else None
+    with lock or contextlib.nullcontext():
+        if is_main:
+            _warn_of_changes(experiment, run_dir / CONFIG_FILE)
+            save_experiment(experiment, run_dir / CONFIG_FILE)
+        try:
+            topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
+            times.lap("process groups")
+            progress = Progress()
+            with Watchdog(run_dir, progress, topology, seconds=experiment.train.watchdog) as watchdog:
+                try:
+                    while True:
+                        try:
+                            with progress.patient(60 * experiment.checkpoint.timeout_minutes):
+                                trainer = assemble(checked, run_dir, more_hooks=more_hooks, times=times, lock=lock, progress=progress)
+                            return trainer.fit()
+                        except RollBack as error:
+                            roll_back = error.with_traceback(None)
+                        trainer.checkpointer.close()
+                        del trainer  # and with it the memory of the model
+                        gc.collect()
+                        go_back(run_dir, roll_back, train=experiment.train)
+                        times = StartTimes(launched=False)
+                except RuntimeError as error:
+                    if is_lost_contact(error):
+                        raise watchdog.lost_contact(error) from error
+                    raise
+        finally:
+            topologies.shutdown()
 
 
 @dataclass(frozen=True)
@@ -99,15 +127,21 @@ class Checked:
 
 
 def assemble(
-    checked: Checked, run_dir: Path, *, more_hooks: MoreHooks = lambda trainer, monitor, plan: [], times: StartTimes | None = None
+    checked: Checked,
+    run_dir: Path,
+    *,
+    more_hooks: MoreHooks = lambda trainer, monitor, plan: [],
+    times: StartTimes | None = None,
+    lock: RunLock | None = None,
+    progress: Progress | None = None,
 ) -> Trainer:
     """Join the other processes, build the model, load the run's newest checkpoint where it has one, and attach the hooks.
 
     Raises ValueError where the checkpoint does not fit the experiment.
     """
     experiment, tokenizer, times = checked.experiment, checked.tokenizer, times or StartTimes()
-    topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
-    times.lap("process groups")
+    topology, progress = topologies.initialize(experiment.parallel, seed=experiment.train.seed), progress or Progress()
+    progress.enter("start")
     if experiment.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     model = build_model(experiment, topology)
@@ -116,8 +150,8 @@ def assemble(
     times.lap("model and weights")
     optimizer = build_optimizer(experiment, model)  # after the weights: it copies them
     times.lap("optimizer")
-    checkpointer = Checkpointer(experiment, topology, run_dir, model, optimizer)
-    state = checkpointer.load_latest() or TrainState()
+    checkpointer = Checkpointer(experiment, topology, run_dir, model, optimizer, progress=progress)
+    state = leave_out(checkpointer.load_latest() or TrainState(), run_dir, topology=topology)
     times.lap("checkpoint")
     data = TrainingData(experiment, topology, tokenizer, plan=checked.plan, cursor=state.plan)
     heldout = HeldOut(experiment, topology, tokenizer, image=image_input(experiment), batches=held_out_batches)
@@ -135,7 +169,9 @@ def assemble(
             heldout=heldout,
             more=lambda trainer, monitor: more_hooks(trainer, monitor, checked.plan),
             extra=checked.extra_hooks,
+            lock=lock,
         ),
+        progress=progress,
     )
     times.lap("data and hooks")
     trainer.hooks.append(LogStart(trainer, times))

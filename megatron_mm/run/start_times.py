@@ -13,12 +13,14 @@ logger = logging.getLogger(__name__)
 
 
 class StartTimes:
-    """Seconds of each part of the start, in order. The first one, imports, counts from the launch of this process."""
+    """Seconds of each part of the start, in order. The first one, imports, counts from the launch of this process, unless the run begins
+    again within it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, launched: bool = True) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.monotonic()
-        self._add("imports", process_age())
+        if launched:
+            self._add("imports", process_age())
 
     def lap(self, part: str) -> None:
         """What was done since the last call is this part of the start."""

@@ -24,6 +24,7 @@ from megatron_mm.platform.device import send
 from megatron_mm.training.loss import LossFunction, LossTotals, loss_function, micro_batch_iterator, own_losses
 from megatron_mm.training.optimizer import Update, learning_rate, squared_grad_norm, update
 from megatron_mm.training.phases import StepClock
+from megatron_mm.training.progress import Progress
 from megatron_mm.training.routing import RoutingStats, own_records, routing_stats, weigh_tokens
 from megatron_mm.training.spread_encoder import spread_encoder, wrapped_modules
 
@@ -53,10 +54,12 @@ class TrainingStep:
         *,
         num_sources: int,
         clock: StepClock | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """
         Args:
             clock: times the phases of a step; None times none.
+            progress: kept up to date, for a watchdog.
         """
         self.clock = clock
         self.experiment = experiment
@@ -65,6 +68,7 @@ class TrainingStep:
         self.optimizer = optimizer
         self.num_sources = num_sources
         self.spread_encoder = spread_encoder(model)
+        self.progress = progress or Progress()
 
     def run(self, micro_batches: list[PackedBatch], *, step: int, tell: Callable[[], Sequence[float] | torch.Tensor] = tuple) -> StepResult:
         """Train on one global batch.
@@ -87,7 +91,9 @@ class TrainingStep:
         decoder = self.experiment.model.decoder
         weigh_tokens(decoder, self.model, micro_batches, device=self.topology.device)
         device = self.topology.device
+        self.progress.enter("forward and backward")
         losses = self._pass(micro_batches, forward_only=False)
+        self.progress.enter("sums over all processes")
         records = own_records(decoder, self.model, device=device)
         with self._phase("optimizer"):
             norm = squared_grad_norm(self.optimizer, device=device)
@@ -96,6 +102,7 @@ class TrainingStep:
         with self._phase("reduce"):
             losses_of, records_of, (squared_norm,), told_of = sum_over_processes(losses, records, norm[None], told)
         routing = routing_stats(decoder, self.model, records_of)
+        self.progress.enter("optimizer")
         grad_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
         with self._phase("optimizer"):
             done = update(
@@ -137,6 +144,7 @@ class TrainingStep:
     def _forward_step(
         self, batches: Iterator[tuple[PackedBatch, int, torch.Tensor | None]], chunk: DistributedDataParallel
     ) -> tuple[torch.Tensor, LossFunction]:
+        self.progress.beat()
         batch, rows, encoded = next(batches)
         images = {} if encoded is None else {"encoded": encoded}
         return chunk(batch, pipeline_rows=rows, **images), loss_function(batch, num_sources=self.num_sources)

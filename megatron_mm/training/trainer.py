@@ -20,6 +20,7 @@ from megatron_mm.parallel.topology import Topology
 from megatron_mm.platform.device import send
 from megatron_mm.training.checkpoint import Checkpointer, TrainState
 from megatron_mm.training.phases import StepClock
+from megatron_mm.training.progress import Progress
 from megatron_mm.training.step import StepResult, TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -95,12 +96,14 @@ class Trainer:
         checkpointer: Checkpointer,
         state: TrainState,
         hooks: Callable[[Trainer], Sequence[Hook]] = lambda trainer: (),
+        progress: Progress | None = None,
     ) -> None:
         """
         Args:
             model: this process's pipeline chunks.
             data: stands where `state` does.
             state: where the run stands; the trainer moves it on.
+            progress: kept up to date, for a watchdog.
             hooks: makes the hooks, in the order in which they see a step, once everything else of the trainer is there.
         """
         self.experiment = experiment
@@ -113,7 +116,16 @@ class Trainer:
         self.state = state
         self.clock = StepClock(topology.device)
         self.clock.watch(model)
-        self.step = TrainingStep(experiment, topology, model, optimizer, num_sources=len(experiment.data.sources), clock=self.clock)
+        self.progress = progress or Progress()
+        self.step = TrainingStep(
+            experiment,
+            topology,
+            model,
+            optimizer,
+            num_sources=len(experiment.data.sources),
+            clock=self.clock,
+            progress=self.progress,
+        )
         self.should_stop = False
         """Set by a hook on all processes alike: the run ends after the step in hand."""
         self.stopped_by: Hook | None = None
@@ -129,10 +141,12 @@ class Trainer:
             while self.state.step < self.experiment.train.steps and not self.should_stop:
                 record = self._one_step()
                 for hook in self.hooks:
+                    self.progress.enter(type(hook).__name__)
                     hook.after_step(record)
                     if self.should_stop and self.stopped_by is None:
                         self.stopped_by = hook
             for hook in self.hooks:
+                self.progress.enter(f"{type(hook).__name__} at the end")
                 hook.after_training()
             failed = False
         finally:
@@ -144,6 +158,7 @@ class Trainer:
     def _one_step(self) -> StepRecord:
         began = time.perf_counter()
         self.clock.begin_step()
+        self.progress.enter("wait for data", step=self.state.step + 1)
         batch = next(self.data)
         waited = time.perf_counter() - began
         told: dict[Hook, tuple[float, ...] | torch.Tensor] = {}
@@ -160,6 +175,7 @@ class Trainer:
         state.tokens += batch.plan.num_tokens
         state.images += batch.plan.num_images
         state.skipped_steps += result.update.skipped
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.update.skipped else 0
         seconds = time.perf_counter() - began
         return StepRecord(
             step=state.step,

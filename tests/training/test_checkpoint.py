@@ -21,10 +21,11 @@ import torch
 from support.distributed import run_processes
 from support.small import small_run
 
-from megatron_mm.config import DecoderConfig, Experiment
+from megatron_mm.config import CheckpointConfig, DecoderConfig, Experiment
 from megatron_mm.platform.files import checksum_of
 from megatron_mm.run.start import start
 from megatron_mm.training.checkpoint import completed_checkpoints, find_checkpoint, integrity
+from megatron_mm.training.checkpoint.names import superseded
 
 
 def experiment(data: Path, steps: int, **checkpoint: Any) -> Experiment:
@@ -62,6 +63,19 @@ def test_the_newest_checkpoints_are_kept(demo_data: Path, run_dir: Path) -> None
     run_processes(train, 2, demo_data, run_dir, 7, {"interval": 1, "keep": 2})
     assert [path.name for path in completed_checkpoints(run_dir)] == ["step_00000006", "step_00000007"]
     assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+def test_the_newest_checkpoints_and_every_kth_are_kept(demo_data: Path, run_dir: Path) -> None:
+    run_processes(train, 2, demo_data, run_dir, 7, {"interval": 1, "keep": 2, "keep_every": 4})
+    assert [path.name for path in completed_checkpoints(run_dir)] == ["step_00000004", "step_00000006", "step_00000007"]
+
+
+def test_what_is_kept_beside_the_newest() -> None:
+    paths = [Path(f"step_{step:08d}") for step in (2, 4, 6, 8, 10)]
+    assert superseded(paths, keep=2, keep_every=0) == paths[:3]
+    assert superseded(paths, keep=2, keep_every=4) == [paths[0], paths[2]]
+    with pytest.raises(ValueError, match=r"keep_every is 5, but must be a multiple of checkpoint.interval 2"):
+        CheckpointConfig(interval=2, keep_every=5)
 
 
 def test_an_asynchronous_checkpoint_is_of_the_step_it_was_begun_at(finished: Path) -> None:

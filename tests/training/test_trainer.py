@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from support.distributed import run_processes
 from support.small import small_run
 
@@ -41,3 +42,31 @@ def test_skipped_steps_are_counted_on_all_processes_and_over_a_resume(demo_data:
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["skipped"] for line in lines] == [False, True, True, False, False, False]
     assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 2, 2, 2]
+
+
+def _train_until_error(data: Path, run_dir: Path, steps: int, limit: int) -> str:
+    """The error that ends a run of this process, whose first process's weights hold a NaN from step 2 on."""
+    run = TrainingStep.run
+
+    def poisoned(self: TrainingStep, micro_batches: list[PackedBatch], *, step: int, **others: Any) -> StepResult:
+        if step == 2 and os.environ["RANK"] == "0":
+            with torch.no_grad():
+                next(self.model[0].parameters()).fill_(float("nan"))
+        return run(self, micro_batches, step=step, **others)
+
+    TrainingStep.run = poisoned  # type: ignore[method-assign]
+    experiment = small_run(data, steps=steps, schedule_steps=20, max_skipped_in_a_row=limit)
+    try:
+        start(replace(experiment, checkpoint=replace(experiment.checkpoint, interval=3)), run_dir)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_ends_on_all_processes_after_so_many_skipped_steps_in_a_row(demo_data: Path, tmp_path: Path) -> None:
+    errors = run_processes(_train_until_error, 2, demo_data, tmp_path, 20, 4)
+    assert all("not finite in 4 steps in a row, 2 to 5 (the last one: loss nan" in error for error in errors), errors
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000003"], "complete, for the run waits for it"
+    state = json.loads((tmp_path / "checkpoints" / "step_00000003" / "state.json").read_text())
+    assert (state["skipped_steps"], state["skipped_in_a_row"]) == (2, 2)
+    assert run_processes(_train_until_error, 1, demo_data, tmp_path / "never", 5, 0) == [""]

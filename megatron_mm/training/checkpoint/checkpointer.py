@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
 import time
 import uuid
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +22,62 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_mm.config import CheckpointConfig, Experiment
 from megatron_mm.families.serialize import save_experiment
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.platform import adam, engine
+from megatron_mm.platform import adam, engine, first_writer
 from megatron_mm.platform.files import sync_to_disk
 from megatron_mm.training.checkpoint import integrity
 from megatron_mm.training.checkpoint.compatible import check_same_model, same_layout
+from megatron_mm.training.checkpoint.copies import Copies
 from megatron_mm.training.checkpoint.fallback import newest_whole_checkpoint
-from megatron_mm.training.checkpoint.integrity import merge_checksums, read_manifest, verify
+from megatron_mm.training.checkpoint.integrity import agree, merge_checksums, read_manifest, verify
 from megatron_mm.training.checkpoint.load import load_chunk, load_strategy
-from megatron_mm.training.checkpoint.names import MANIFEST, TENSORS, completed_checkpoints
+from megatron_mm.training.checkpoint.memory import MemoryCopy
+from megatron_mm.training.checkpoint.names import (
+    BEST,
+    MANIFEST,
+    TENSORS,
+    completed_checkpoints,
+    newest_checkpoint,
+    point_to,
+    step_of,
+    superseded,
+)
 from megatron_mm.training.checkpoint.optimizer_state import load_optimizer_state
 from megatron_mm.training.checkpoint.state import TrainState, restore_generators, run_state
+from megatron_mm.training.progress import Progress
 from megatron_mm.training.spread_encoder import wrapped_modules
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Save:
+    """One that is under way."""
+
+    step: int
+    best_step: int | None
+    """Whose held-out loss is the lowest so far."""
+    partial: Path
+    began: float
+    """By the monotonic clock."""
 
 
 class Checkpointer:
     """Saves and loads one run's checkpoints; every method is called by all processes together."""
 
     def __init__(
-        self, experiment: Experiment, topology: Topology, run_dir: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer
+        self,
+        experiment: Experiment,
+        topology: Topology,
+        run_dir: Path,
+        model: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        *,
+        progress: Progress | None = None,
     ) -> None:
         self.experiment = experiment
         self.config: CheckpointConfig = experiment.checkpoint
@@ -51,9 +85,17 @@ class Checkpointer:
         self.folder = run_dir / "checkpoints"
         self.model = model
         self.optimizer = optimizer
+        self.progress = progress or Progress()
         self.queue = AsyncCallsQueue(persistent=False)
-        self.started_at: float | None = None
+        self.under_way: Save | None = None
         self.saved_step: int | None = None
+        """Of the newest complete checkpoint."""
+        self.failed_saves = 0
+        memory = experiment.checkpoint.memory
+        self.memory = MemoryCopy(experiment, topology, run_dir, model, optimizer) if memory is not None else None
+        copy_to = experiment.checkpoint.copy_to
+        self.copies = Copies(copy_to, superseded=self._superseded) if copy_to is not None and topology.is_main else None
+        first_writer.install()
         if topology.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in [*self.folder.glob(".partial-*"), *self.folder.glob(".removed-*")]:
@@ -64,11 +106,22 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------------------------------- save
 
     def save(self, state: TrainState) -> None:
-        """Begin to save; `poll` finishes an asynchronous save. A save that is still under way is waited for first."""
+        """Begin to save; `poll` finishes an asynchronous save. A save that is still under way is waited for first.
+
+        A save that fails (a full disk, say) is an error in the log of the first process, and nothing is left of it: `saved_step` stays what
+        it was.
+        """
         self.finish()
         if self.saved_step == state.step:
             return
-        step, partial = state.step, self._fresh_directory(state)  # the state moves on while the files are written
+        with self.progress.patient(60 * self.config.timeout_minutes):
+            self._save(state)
+
+    def _save(self, state: TrainState) -> None:
+        step = state.step  # the state moves on while the files are written
+        partial = self._fresh_directory(state)
+        if partial is None:
+            return
         async_request = dist_checkpointing.save(
             run_state(self.model, self.optimizer, self.topology, loading=False),
             str(partial / TENSORS),
@@ -79,74 +132,154 @@ class Checkpointer:
             validate_access_integrity=True,
             **engine.SAVE_OPTIONS,
         )
+        if self._failed(first_writer.take_problems(), partial, step=step):
+            return
         request = _with_checksums(async_request, partial, rank=self.topology.rank)
         request.add_finalize_fn(lambda: self._complete(partial, step=step))
-        self.started_at, self.saved_step = time.monotonic(), step
+        self.under_way = Save(step, state.best_step, partial, time.monotonic())
         if self.config.asynchronous:
             self.queue.schedule_async_request(request)
         else:
-            request.execute_sync()
+            with self._giving_up():
+                request.execute_sync()
 
     def poll(self) -> None:
         """Finish a save whose files are written; give one up that takes too long. Cheap where nothing is under way."""
-        if self.queue.get_num_unfinalized_calls() == 0 or self.started_at is None:
+        save = self.under_way
+        if save is None or self.queue.get_num_unfinalized_calls() == 0:
             return
-        self.queue.maybe_finalize_async_calls(blocking=False)
-        late = torch.tensor(float(time.monotonic() - self.started_at > 60 * self.config.timeout_minutes), device=self.topology.device)
+        with self._giving_up():
+            self.queue.maybe_finalize_async_calls(blocking=False)
+        late = torch.tensor(float(time.monotonic() - save.began > 60 * self.config.timeout_minutes), device=self.topology.device)
         dist.all_reduce(late, op=dist.ReduceOp.MAX)
         if late.item() and self.queue.get_num_unfinalized_calls():
-            logger.error(
-                "the checkpoint of step %s was not written within %s minutes and is given up", self.saved_step, self.config.timeout_minutes
-            )
             for call in self.queue.async_calls:
                 call.async_caller.close(abort=True)
             self.queue = AsyncCallsQueue(persistent=False)
-            self.saved_step = None
+            self._give_up(f"it was not written within {self.config.timeout_minutes} minutes", save.partial, step=save.step)
+
+    def keep_in_memory(self, state: TrainState) -> None:
+        """Copy the state to the nodes' memory, where `checkpoint.memory` asks for it."""
+        if self.memory is not None:
+            self.memory.save(state)
+
+    def close(self) -> None:
+        """At the end of training: wait for the second copy of the last checkpoint, and free the nodes' memory."""
+        if self.copies is not None:
+            self.copies.finish(seconds=60 * self.config.timeout_minutes, beat=self.progress.beat)
+            self._drop_superseded()
+        if self.memory is not None:
+            self.memory.remove()
 
     def finish(self) -> None:
         """Wait for a save that is under way."""
         while self.queue.get_num_unfinalized_calls():
             self.poll()
+            self.progress.beat()
             time.sleep(0.02)
 
-    def _fresh_directory(self, state: TrainState) -> Path:
+    def _fresh_directory(self, state: TrainState) -> Path | None:
+        """None, on all processes, where it cannot be made."""
         name = [f".partial-step_{state.step:08d}-{uuid.uuid4().hex[:8]}"]
         dist.broadcast_object_list(name, src=0)
-        partial = self.folder / name[0]
+        partial, problems = self.folder / name[0], []
         if self.topology.is_main:
-            (partial / TENSORS).mkdir(parents=True)
-            save_experiment(self.experiment, partial / "experiment.json")
-            (partial / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-            if self.experiment.data.tokenizer_path.is_file():
-                shutil.copyfile(self.experiment.data.tokenizer_path, partial / "tokenizer.model")
+            try:
+                (partial / TENSORS).mkdir(parents=True)
+                save_experiment(self.experiment, partial / "experiment.json")
+                (partial / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
+                if self.experiment.data.tokenizer_path.is_file():
+                    shutil.copyfile(self.experiment.data.tokenizer_path, partial / "tokenizer.model")
+            except OSError as error:
+                problems.append(str(error))
+        return None if self._failed(problems, partial, step=state.step) else partial
+
+    # ------------------------------------------------------------------------------------------------------------- fail
+
+    def _failed(self, problems: Sequence[str], partial: Path, *, step: int) -> bool:
+        """Whether the first process has problems; known on all of them, and the save given up."""
+        found = torch.tensor(float(bool(problems)), device=self.topology.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        if found.item():
+            self._give_up("; ".join(problems), partial, step=step)
+        return bool(found.item())
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Inside, where a process could not write its files, megatron-core raises on all of them."""
+        try:
+            yield
+        except CheckpointException as error:
+            save, self.under_way = self.under_way, None
+            assert save is not None
+            reasons = [str(reason[0] if isinstance(reason, tuple) else reason) for reason in error.failures.values()]
+            self._give_up("; ".join(dict.fromkeys(reasons)), save.partial, step=save.step)
+
+    def _give_up(self, reason: str, partial: Path, *, step: int) -> None:
+        self.under_way = None
+        self.failed_saves += 1
+        if self.topology.is_main:
+            logger.error(
+                "the checkpoint of step %d is given up: %s. Training continues; the newest checkpoint is of step %s",
+                step,
+                reason,
+                "none" if self.saved_step is None else self.saved_step,
+            )
+            shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
-        return partial
+
+    # --------------------------------------------------------------------------------------------------------- complete
 
     def _complete(self, partial: Path, *, step: int) -> None:
-        """Give a finished save its name, once all parts are there, and drop the oldest checkpoints beyond `keep`."""
-        if self.topology.is_main:
-            files = merge_checksums(partial / TENSORS)
-            manifest = partial / MANIFEST
-            content = {
-                "step": step,
-                "world_size": self.topology.world_size,
-                "files": files,
-                "descriptions": integrity.sum_descriptions(partial),
-            }
-            manifest.write_text(json.dumps(content, indent=1) + "\n")
-            sync_to_disk(manifest)
-            final = self.folder / f"step_{step:08d}"
-            if final.exists():  # saved again after a resume from an older checkpoint
-                final.rename(self.folder / f".removed-{uuid.uuid4().hex[:8]}")
-            partial.rename(final)
-            sync_to_disk(self.folder)
-            seconds = time.monotonic() - (self.started_at or time.monotonic())
-            logger.info("checkpoint %s written in %.1f s", final, seconds)
-            for old in completed_checkpoints(self.folder.parent)[: -self.config.keep]:
+        """Give a finished save its name, once all parts are there, and drop what `keep` and `keep_every` do not hold."""
+        problems = first_writer.take_problems()
+        if self.topology.is_main and not problems:
+            try:
+                self._name(partial, step=step)
+            except (OSError, RuntimeError) as error:
+                problems.append(str(error))
+        if not self._failed(problems, partial, step=step):
+            self.saved_step = step
+        self.under_way = None
+
+    def _name(self, partial: Path, *, step: int) -> None:
+        files = merge_checksums(partial / TENSORS)
+        manifest = partial / MANIFEST
+        content = {
+            "step": step,
+            "world_size": self.topology.world_size,
+            "files": files,
+            "descriptions": integrity.sum_descriptions(partial),
+        }
+        manifest.write_text(json.dumps(content, indent=1) + "\n")
+        sync_to_disk(manifest)
+        final = self.folder / f"step_{step:08d}"
+        if final.exists():  # saved again after a resume from an older checkpoint
+            final.rename(self.folder / f".removed-{uuid.uuid4().hex[:8]}")
+        partial.rename(final)
+        sync_to_disk(self.folder)
+        save = self.under_way
+        assert save is not None
+        logger.info("checkpoint %s written in %.1f s", final, time.monotonic() - save.began)
+        if save.best_step == step:
+            point_to(self.folder / BEST, final)
+        if self.copies is not None:
+            self.copies.add(final)
+        self._drop_superseded()
+
+    def _drop_superseded(self) -> None:
+        kept = self.copies.busy if self.copies is not None else set()
+        for old in self._superseded(completed_checkpoints(self.folder.parent)):
+            if old not in kept:
                 old.rename(self.folder / f".removed-{uuid.uuid4().hex[:8]}")
-            for removed in self.folder.glob(".removed-*"):
-                shutil.rmtree(removed, ignore_errors=True)
-        dist.barrier()
+        for removed in self.folder.glob(".removed-*"):
+            shutil.rmtree(removed, ignore_errors=True)
+
+    def _superseded(self, checkpoints: list[Path]) -> list[Path]:
+        """Of checkpoints here, or of their copies elsewhere."""
+        best = (self.folder / BEST).resolve().name
+        found = superseded(checkpoints, keep=self.config.keep, keep_every=self.config.keep_every)
+        return [path for path in found if path.name != best]
 
     # ------------------------------------------------------------------------------------------------------------- load
 
@@ -155,8 +288,30 @@ class Checkpointer:
 
         Raises ValueError where the checkpoint is of another model, or all are damaged.
         """
-        newest = newest_whole_checkpoint(self.folder.parent, self.topology)
+        if self.memory is not None:
+            checkpoint = newest_checkpoint(self.folder.parent)
+            state = self.memory.load_latest(newer_than=-1 if checkpoint is None else step_of(checkpoint))
+            if state is not None:
+                if self.topology.is_main:
+                    logger.info("resumed from the copy of step %d in %s", state.step, self.config.memory)
+                return state
+        newest = newest_whole_checkpoint(self.folder.parent, self.topology) or self._fetched()
         return None if newest is None else self._load(newest)
+
+    def _fetched(self) -> Path | None:
+        """The newest copy, brought back where the run has no checkpoint of its own."""
+        if self.config.copy_to is None:
+            return None
+        problem = ""
+        if self.copies is not None and (names := self.copies.complete()):
+            logger.warning("%s has no checkpoint: fetching %s from %s", self.folder, names[-1], self.config.copy_to)
+            try:
+                with self.progress.patient(60 * self.config.timeout_minutes):
+                    self.copies.fetch(names[-1], self.folder)
+            except Exception as error:  # a store raises what it likes
+                problem = f"{names[-1]} cannot be fetched from {self.config.copy_to}: {error}"
+        agree(problem, world_size=self.topology.world_size, device=self.topology.device)
+        return newest_checkpoint(self.folder.parent)
 
     def load(self, checkpoint: Path) -> TrainState:
         """Load one checkpoint. Raises ValueError where it is of another model, or damaged."""
@@ -194,6 +349,9 @@ def _with_checksums(request: AsyncRequest, partial: Path, *, rank: int) -> Async
     def write_and_sum(*args: Any, **kwargs: Any) -> None:
         if write is not None:
             write(*args, **kwargs)
-        integrity.write_checksums(partial, rank=rank)
+        try:
+            integrity.write_checksums(partial, rank=rank)
+        except OSError as error:  # whoever names the checkpoint misses the checksums, and says so
+            logger.error("rank %d: the checksums of its checkpoint files cannot be written: %s", rank, error)
 
     return request._replace(async_fn=write_and_sum, finalize_fns=list(request.finalize_fns))

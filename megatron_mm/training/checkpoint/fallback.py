@@ -42,7 +42,8 @@ def newest_whole_checkpoint(run_dir: Path, topology: Topology) -> Path | None:
             logger.error("%s", problem)
             logger.error("resuming from %s instead; %s is renamed %s%s", candidate, damaged, DAMAGED, damaged.name)
         if topology.is_main and problems:
-            _set_aside(candidates[:number])
+            for damaged in candidates[:number]:
+                set_aside(damaged, prefix=DAMAGED)
         dist.barrier()
         return candidate
     if problems:
@@ -68,12 +69,11 @@ def newest_described_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
-def _set_aside(damaged: list[Path]) -> None:
-    for path in damaged:
-        to = path.with_name(DAMAGED + path.name)
-        number = 1
-        while to.exists():
-            number += 1
-            to = path.with_name(f"{DAMAGED}{path.name}-{number}")
-        path.rename(to)
-        sync_to_disk(path.parent)
+def set_aside(checkpoint: Path, *, prefix: str) -> None:
+    """Rename a checkpoint so that no run loads it and none removes it."""
+    to, number = checkpoint.with_name(prefix + checkpoint.name), 1
+    while to.exists():
+        number += 1
+        to = checkpoint.with_name(f"{prefix}{checkpoint.name}-{number}")
+    checkpoint.rename(to)
+    sync_to_disk(checkpoint.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,6 +12,8 @@ TENSORS = "tensors"
 """Folder of a checkpoint that holds megatron-core's distributed checkpoint."""
 MANIFEST = "manifest.json"
 """File of a checkpoint with size and CRC-32 of every file in `TENSORS`; written last, so a folder that has it is complete."""
+BEST = "best"
+"""Beside the checkpoints: a link to the one with the lowest held-out loss, where `checkpoint.best` asks for it."""
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|generators\.")
 """How the names of a checkpoint's other tensors begin. A model with experts has an optimizer for them beside the other."""
 
@@ -33,6 +36,27 @@ def find_checkpoint(path: Path) -> Path:
 def completed_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted(path.parent for path in (run_dir / "checkpoints").glob(f"step_*/{MANIFEST}"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was made after, by its name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def point_to(link: Path, checkpoint: Path) -> None:
+    """Make, or turn, a link to a checkpoint beside it, at once."""
+    aside = link.with_name(f".{link.name}-new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(checkpoint.name)
+    aside.rename(link)
+
+
+def superseded(checkpoints: Sequence[Path], *, keep: int, keep_every: int) -> list[Path]:
+    """Of a run's checkpoints, oldest first, those that need not stay: not among the newest `keep`, nor of a multiple of `keep_every`.
+
+    Steps 2, 4, 6, 8 and 10 with keep 2 and keep_every 4: 2 and 6 may go.
+    """
+    return [path for path in checkpoints[:-keep] if not keep_every or step_of(path) % keep_every]
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

@@ -27,6 +27,14 @@ class TrainState:
     """The plan's cursor, as `PlanState.to_dict` gives it; None before the first step."""
     skipped_steps: int = 0
     """Steps whose gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Those of them that came last, without another step between or after them."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last steps that were not skipped, oldest first, to tell a spike by."""
+    best_heldout: float | None = None
+    """The lowest held-out loss so far, where `checkpoint.best` asks for it."""
+    best_step: int | None = None
+    """The step that it is of."""
     tokens: int = 0
     """Tokens trained on, padding not counted."""
     images: int = 0

@@ -1,0 +1,87 @@
+"""What this process last asked the others for, noted for a thread that looks on.
+
+NCCL's flight recorder knows this of NCCL alone, and gloo has none. So torch.distributed's functions note their name before they run: a
+name, a count and the group's size, less than a microsecond each. megatron-core keeps some of them under names of its own, which are
+replaced likewise.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+NAMES = (
+    *("all_reduce", "broadcast", "barrier", "send", "recv", "isend", "irecv", "batch_isend_irecv", "broadcast_object_list"),
+    *("all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter", "reduce_scatter_tensor", "all_to_all_single"),
+    *("all_to_all", "gather", "scatter", "reduce", "_all_gather_base", "_reduce_scatter_base"),
+)
+"""Functions of torch.distributed that are noted."""
+
+
+@dataclass
+class Noted:
+    """The last of them."""
+
+    name: str = "none"
+    count: int = 0
+    """Calls so far, this one counted."""
+    group: Any = None
+    """None is all processes."""
+    running: bool = False
+    """The call has not returned; what an asynchronous one began may take longer."""
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "none"
+        try:
+            size = f" of {dist.get_world_size(self.group)} processes"
+        except (ValueError, RuntimeError):  # the group is gone
+            size = ""
+        return f"{self.name}{size}, number {self.count}{'' if self.running else ' (returned)'}"
+
+
+LAST = Noted()
+"""Of this process."""
+
+
+def install() -> None:
+    """Note calls from here on; again and again does nothing more."""
+    if hasattr(dist.all_reduce, "noted"):
+        return
+    replaced: dict[Any, Callable[..., Any]] = {}
+    for name in NAMES:
+        function = getattr(dist, name, None) or getattr(distributed_c10d, name, None)
+        if function is not None:
+            replaced[function] = _noting(function, name)
+    for module in [module for name, module in sys.modules.items() if name.startswith(("torch.distributed", "megatron.core"))]:
+        for name, value in list(vars(module).items()):
+            if callable(value) and _hashable(value) and value in replaced:
+                setattr(module, name, replaced[value])
+
+
+def _noting(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def noting(*arguments: Any, **named: Any) -> Any:
+        LAST.name, LAST.group, LAST.running = name, named.get("group"), True
+        LAST.count += 1
+        try:
+            return function(*arguments, **named)
+        finally:
+            LAST.running = False
+
+    noting.noted = True  # type: ignore[attr-defined]
+    return noting
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True

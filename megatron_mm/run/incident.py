@@ -1,0 +1,149 @@
+"""Where all processes of a run stood when it stopped, and what that says about who is to blame."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+_WAITING = ("distributed_c10d.py", "p2p_communication.py", "param_and_grad_buffer.py", "parallel/sums.py", "parallel/text_sharing.py")
+"""Files in which a process waits for others, where one of them is near the top of its stack."""
+_NEAR = 4
+"""Frames that are near the top."""
+_PY_SPY_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Here:
+    """A process of a run."""
+
+    rank: int
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, process {self.pid})"
+
+
+@dataclass(frozen=True)
+class Standing(Here):
+    """Where a process stands."""
+
+    step: int
+    phase: str
+    seconds: float
+    """Since it last made progress."""
+    since: float
+    """When that was, seconds since 1970."""
+    last_collective: str
+    frames: list[str] = field(default_factory=list)
+    """Of its main thread, the innermost first: FILE:LINE FUNCTION."""
+    problem: str = ""
+    """The error that ended it; empty where it hangs."""
+
+    @property
+    def waits_for_others(self) -> bool:
+        return bool(self.problem) or any(place in frame for frame in self.frames[:_NEAR] for place in _WAITING)
+
+    @property
+    def where(self) -> str:
+        """What is the same for processes that stand at the same place."""
+        return f"step {self.step}, {self.phase}; last collective: {self.last_collective}; in {self.frames[0] if self.frames else '?'}"
+
+
+def write(value: Here, path: Path) -> None:
+    """A reader sees all of it or nothing."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(asdict(value)) + "\n")
+    partial.rename(path)
+
+
+def frames_of(thread: int) -> list[str]:
+    """The Python frames of a thread, the innermost first; paths as they are in their packages."""
+    found: list[str] = []
+    frame = sys._current_frames().get(thread)
+    while frame is not None and len(found) < 40:
+        parts = frame.f_code.co_filename.split(os.sep)
+        found.append(f"{'/'.join(parts[-3:])}:{frame.f_lineno} {frame.f_code.co_name}")
+        frame = frame.f_back
+    return found
+
+
+def read_folder(folder: Path) -> tuple[list[Standing], list[Here]]:
+    """What processes have written of where they stand, by rank; and the ones that have written nothing since they started."""
+    standings = [Standing(**json.loads(path.read_text())) for path in sorted(folder.glob("rank-*.json"))]
+    ranks = {standing.rank for standing in standings}
+    everybody = [Here(**json.loads(path.read_text())) for path in sorted(folder.glob("rank-*.here"))]
+    return standings, [here for here in everybody if here.rank not in ranks]
+
+
+def report(standings: Sequence[Standing], silent: Sequence[Here], *, folder: Path) -> str:
+    """Who is to blame, as far as that can be told, in the first line; then where everybody stands."""
+    lost = [standing for standing in standings if standing.problem]
+    step = max((standing.step for standing in standings), default=0)
+    longest = max((standing.seconds for standing in standings), default=0.0)
+    what = f"contact with other processes was lost in step {step}" if lost else f"no progress for {longest:.0f} s in step {step}"
+    lines = [f"{what}: {_blame(standings, silent, lost=bool(lost))}", "where the processes stand:"]
+    groups: dict[str, list[Standing]] = {}
+    for standing in standings:
+        groups.setdefault(standing.where, []).append(standing)
+    lines += [f"  {_ranks([s.rank for s in group])}: {where}" for where, group in sorted(groups.items(), key=lambda item: len(item[1]))]
+    if silent:
+        lines.append(f"  {_ranks([here.rank for here in silent])}: nothing was heard of {'it' if len(silent) == 1 else 'them'}")
+    if lost:
+        lines.append(f"  the error of {lost[0]}: {lost[0].problem}")
+    lines.append(f"stacks of all threads: {folder}. Start the same command again to resume from the newest checkpoint")
+    return "\n".join(lines)
+
+
+def _blame(standings: Sequence[Standing], silent: Sequence[Here], *, lost: bool) -> str:
+    if silent:
+        said = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
+        return f"{said} {'has' if len(silent) == 1 else 'have'} {'ended' if lost else 'ended, or stopped altogether'}"
+    busy = [standing for standing in standings if not standing.waits_for_others]
+    if busy and len(busy) < len(standings):
+        said = "; ".join(f"{standing} hangs in {_short(standing)}" for standing in busy[:8])
+        return f"{said}. The others wait for {'it' if len(busy) == 1 else 'them'}"
+    if len(standings) == 1 or not standings:
+        return "; ".join(f"{standing} hangs in {_short(standing)}" for standing in standings)
+    places = {(standing.step, standing.phase, standing.last_collective.partition(",")[0]) for standing in standings}
+    if len(places) > 1:
+        first = min(standings, key=lambda standing: standing.since)
+        return f"all wait for one another, and {first} has waited longest, in {_short(first)}"
+    return f"all wait for one another in the same place ({_short(standings[0])}): the network, or a device, does not answer"
+
+
+def _short(standing: Standing) -> str:
+    own = next((frame for frame in standing.frames if "megatron_mm" in frame), standing.frames[0] if standing.frames else "?")
+    return f"step {standing.step}, phase {standing.phase!r} ({own}), last collective {standing.last_collective}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """ "rank 3", "ranks 0-2, 5"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    said = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {said}"
+
+
+def spy_on(silent: Sequence[Here], folder: Path) -> None:
+    """Write down the stacks of processes of this host that do not do so themselves, where py-spy is installed and may look."""
+    program = shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    for here in silent if program else ():
+        if here.host == socket.gethostname():
+            command = [str(program), "dump", "--nonblocking", "--pid", str(here.pid)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=_PY_SPY_SECONDS, check=False)
+            except subprocess.TimeoutExpired:
+                continue
+            (folder / f"rank-{here.rank:05d}.stacks").write_text(done.stdout + done.stderr)

@@ -1,0 +1,56 @@
+"""torchrun whose store listens on one address alone: `python -m megatron_mm.run.launcher`, with torchrun's options.
+
+What torch lacks: the store through which processes meet listens on every address of its node, whatever `--master-addr` says, and whoever
+reaches it can read and change what is in it. This gives it a socket that is bound to the address where the processes meet.
+"""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous
+from torch.distributed.run import main
+
+
+class BoundStore(dist.TCPStore):
+    """A TCPStore that listens, where it is the one that does, on the address of its host name alone."""
+
+    def __init__(
+        self,
+        host_name: str,
+        port: int,
+        world_size: int | None = None,
+        is_master: bool = False,
+        timeout: timedelta = timedelta(seconds=300),
+        wait_for_workers: bool = True,
+        multi_tenant: bool = False,
+        **others: Any,
+    ) -> None:
+        if is_master and others.get("master_listen_fd") is None:
+            listener = _listen(host_name, port)
+            port = listener.getsockname()[1]
+            others["master_listen_fd"] = listener.detach()
+        super().__init__(host_name, port, world_size, is_master, timeout, wait_for_workers, multi_tenant, **others)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+    listener.listen(4096)
+    return listener
+
+
+def install() -> None:
+    """Give torchrun's rendezvous, and what else makes a store in this process, the bound one."""
+    for module in (static_tcp_rendezvous, c10d_rendezvous_backend, dist):
+        module.TCPStore = BoundStore  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    install()
+    main()

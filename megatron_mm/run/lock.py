@@ -1,0 +1,221 @@
+"""One run directory, one run: the lock that a run holds while it is there.
+
+`RUN_DIR/running.lock` is made by the first process of a run before it writes anything else, with an exclusive create, and removed when the
+run ends, however it ends, unless the process is killed. It says who holds it. A thread of the holder touches it every `BEAT_SECONDS`; the
+file system's own clock counts, so nodes may disagree about the time. flock is not used: shared file systems often keep it to one node.
+
+A lock that was left behind is taken over. When it is one:
+
+    holder ...                                             is gone when
+    in an earlier attempt of the same Slurm job            at once: Slurm ends a job before it requeues it
+    started by the same torchrun                           at once: torchrun ends its processes before it starts them again
+    on the same machine (host, boot, process namespace)    no process has its number and start time, or it is a zombie
+    anywhere else                                          the last beat is older than `STALE_SECONDS`
+
+Of a holder elsewhere nobody knows at once. The new run watches the file: one more beat, and it refuses; none until the last is old, and
+none during two beats' time by its own clock (a file system's may have jumped), and it takes over. A run whose lock was taken over (its node
+stood still for minutes) ends before it writes a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = "running.lock"
+"""In the run directory."""
+BEAT_SECONDS = 15.0
+"""Between two touches of the lock."""
+STALE_SECONDS = 240.0
+"""After the last touch; a holder elsewhere is taken for dead then."""
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _process_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process of this machine was started, in clock ticks since boot; None where there is none, or a zombie."""
+    fields = _first_line(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return None if len(fields) < 20 or fields[0] in "ZX" else fields[19]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock; its fields are the lock's content."""
+
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    started: str | None = field(default_factory=lambda: _start_of(os.getpid()))
+    """Clock ticks from boot to the process's start: another process may get the same number later."""
+    machine: str = field(default_factory=lambda: f"{_first_line('/proc/sys/kernel/random/boot_id')} {_process_namespace()}")
+    """Within which process numbers are comparable: a boot, and a process namespace of it."""
+    job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))
+    attempt: str = field(default_factory=lambda: os.environ.get("SLURM_RESTART_COUNT", "0"))
+    """Times that Slurm has requeued the job."""
+    launch: str = field(default_factory=lambda: os.environ.get("TORCHELASTIC_RUN_ID", "none"))
+    """torchrun's name for what it has started, which stays the same when it starts the processes again; "none" where it has none."""
+    since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Differs between any two runs."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}{f', Slurm job {self.job}' if self.job else ''}, since {self.since}"
+
+    def is_gone(self, *, asker: Holder) -> bool | None:
+        """Whether the holder has ended, as the asker knows it; None where that cannot be known from there."""
+        if self.job is not None and self.job == asker.job and self.attempt != asker.attempt:
+            return True
+        if self.launch != "none" and (self.launch, self.job) == (asker.launch, asker.job):
+            return True
+        if (self.host, self.machine) == (asker.host, asker.machine):
+            return self.started is None or _start_of(self.pid) != self.started
+        return None
+
+
+class RunLock:
+    """Holds a run directory, from `acquire` to `release`; only the first process of a run has one."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / LOCK_FILE
+        self.me = Holder()
+        self.taken_by: str | None = None
+        """Who holds the lock now where it was taken over from this run."""
+        self._released = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Makes the run directory, for its owner alone, where there is none. Raises ValueError that names the holder where another run
+        is in it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        said, seen, since = False, None, time.monotonic()
+        while not self._create():
+            found = _read(self.path)
+            if found is None:
+                continue  # released just now
+            holder, beat, age = found
+            token = holder.token if holder else ""
+            gone = holder.is_gone(asker=self.me) if holder else None
+            if gone or (gone is None and age > STALE_SECONDS and time.monotonic() - since > 2 * BEAT_SECONDS):
+                logger.warning("taking over %s, which %s left behind (last beat %.0f s ago)", self.path, holder or "nobody", age)
+                self._remove_stale(token)
+                seen, since = None, time.monotonic()
+                continue
+            if gone is False or (seen is not None and seen != (token, beat)):
+                raise ValueError(
+                    f"run directory {self.path.parent} is in use by {holder or 'a run that has just started'} (last beat {age:.0f} s ago): "
+                    "wait for it or end it, or use another --run-dir"
+                )
+            seen = (token, beat)
+            if not said:
+                wait = max(STALE_SECONDS - age, 2 * BEAT_SECONDS)
+                logger.warning("%s is held by %s: waiting up to %.0f s for a sign of life", self.path, holder, wait)
+                said = True
+            time.sleep(min(1.0, BEAT_SECONDS / 4))
+        self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Remove the lock, if it is still this run's."""
+        self._released.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if _token(self.path) == self.me.token:
+                self.path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        try:
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w") as file:
+            file.write(json.dumps(asdict(self.me), indent=1) + "\n")
+            file.flush()
+            os.fsync(descriptor)
+        return True
+
+    def _remove_stale(self, token: str) -> None:
+        """Rename first: of two runs that take over at once only one succeeds. What the slower one may catch is the faster one's new lock,
+        which it gives back."""
+        aside = self.path.with_name(f".{LOCK_FILE}-{uuid.uuid4().hex[:8]}")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return
+        if _token(aside) != token:
+            os.link(aside, self.path)
+        aside.unlink()
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            try:
+                holder = _holder(self.path.read_text())
+                if holder is not None and holder.token != self.me.token:
+                    self.taken_by = str(holder)
+                    return
+                os.utime(self.path)
+            except FileNotFoundError:
+                self.taken_by = "nobody (the file was removed)"
+                return
+            except OSError as error:
+                logger.warning("%s cannot be touched: %s", self.path, error)
+
+
+def _holder(text: str) -> Holder | None:
+    try:
+        values = json.loads(text)
+        return Holder(**values) if isinstance(values, Mapping) else None
+    except (json.JSONDecodeError, TypeError):
+        return None
+
+
+def _token(path: Path) -> str | None:
+    """Of a lock's holder: "" where it does not say who holds it, None where there is no lock."""
+    try:
+        holder = _holder(path.read_text())
+    except FileNotFoundError:
+        return None
+    return holder.token if holder else ""
+
+
+def _read(path: Path) -> tuple[Holder | None, float, float] | None:
+    """A lock's holder (None where it is not written yet), its last beat, and the seconds since then by the file system's clock."""
+    probe = path.with_name(f".{LOCK_FILE}-{uuid.uuid4().hex[:8]}")
+    try:
+        text, beat = path.read_text(), path.stat().st_mtime
+        probe.touch()
+        return _holder(text), beat, probe.stat().st_mtime - beat
+    except FileNotFoundError:
+        return None
+    finally:
+        probe.unlink(missing_ok=True)

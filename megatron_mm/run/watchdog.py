@@ -1,0 +1,243 @@
+"""Finds a process that hangs, or has died, says where the run stands, and ends all of them so that the launcher starts them again.
+
+Every process has a thread that looks at its `training.progress.Progress`. No process gets far without the others, so when one hangs all of
+them stand still within a step's time: in a healthy run the threads talk to nobody. When one has seen no progress for `train.watchdog`
+seconds it writes down where its process stands, with the Python stacks of all its threads:
+
+    RUN_DIR/watchdog/START/rank-00002.json, rank-00002.stacks     START: of this start of the processes, the same for all of them
+    RUN_DIR/watchdog/START/report.txt                             who hangs and where everybody stands, written by one of them
+
+Then it waits until all have written, or some time has passed (a stopped process writes nothing), and ends with `EXIT_HUNG`. If the run goes
+on in the meantime, nothing happens.
+
+Where a process dies, its neighbours' messages fail at once, and they end likewise with `EXIT_LOST` and one report (`lost_contact`).
+Messages of NCCL may wait instead: torchrun then asks for an end with SIGTERM, which a run answers after its step, and a process that makes
+no progress `ASKED_SECONDS` after that counts as having lost contact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform import collectives
+from megatron_mm.run.incident import Here, Standing, frames_of, read_folder, report, spy_on, write
+from megatron_mm.training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "watchdog"
+"""In the run directory."""
+EXIT_HUNG = 75
+"""Exit code of a process that hung, or waited for one that did: a temporary failure, worth another try (EX_TEMPFAIL)."""
+EXIT_LOST = 76
+"""Exit code of a process that lost contact with another one."""
+ASKED_SECONDS = 20.0
+"""Without progress after a SIGTERM, until a process takes the others for dead."""
+LOST_SECONDS = 3.0
+"""That one which lost contact waits for others to say so, too."""
+KEPT = 5
+"""Folders of earlier starts that stay."""
+_MESSAGE_FAILED = (
+    "connection closed by peer",
+    "connection reset",
+    "connection refused",
+    "broken pipe",
+    "timed out waiting",
+    "nccl",
+    "gloo",
+)
+"""In the text of an error, in lower case, where a message to another process failed."""
+
+
+class LostContact(RuntimeError):
+    """Another process does not answer. The text is for the log; it is empty on all processes but one."""
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error says that another process does not answer, and not that this one did something wrong."""
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
+        type(error) is RuntimeError and any(words in str(error).lower() for words in _MESSAGE_FAILED)
+    )
+
+
+class Watchdog:
+    """Looks on from `__enter__` to `__exit__`; made by all processes together once they have met."""
+
+    def __init__(self, run_dir: Path, progress: Progress, topology: Topology, *, seconds: float) -> None:
+        """
+        Args:
+            seconds: without progress until a process counts as hung; 0 notices only processes that end.
+        """
+        name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"]
+        dist.broadcast_object_list(name, src=0)
+        self.folder = run_dir / FOLDER / name[0]
+        self.progress, self.topology, self.seconds = progress, topology, seconds
+        self.patience = min(max(10.0, seconds / 4), 120.0)
+        """Seconds that one which has written waits for the others."""
+        self._me = Here(topology.rank, socket.gethostname(), os.getpid())
+        self._stopped = threading.Event()
+        self._main = threading.get_ident()
+        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
+        self._signals: tuple[int, int] | None = None
+        if topology.is_main:
+            _forget_old(run_dir / FOLDER)
+            self.folder.mkdir(parents=True)
+        dist.barrier()
+        write(self._me, self.folder / f"{self._name}.here")
+
+    def __enter__(self) -> Watchdog:
+        if not self.seconds:
+            return self
+        collectives.install()
+        if threading.current_thread() is threading.main_thread():
+            self._signals = os.pipe2(os.O_NONBLOCK)  # a signal's handler waits for the main thread, which may hang; this does not
+            signal.set_wakeup_fd(self._signals[1], warn_on_full_buffer=False)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+        if self._signals is not None:
+            signal.set_wakeup_fd(-1)
+            for descriptor in self._signals:
+                os.close(descriptor)
+        if self.topology.is_main and not (self.folder / "report.txt").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty
+                self.folder.parent.rmdir()
+
+    # ------------------------------------------------------------------------------------------------------- in a thread
+
+    def _look(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        asked_at: float | None = None
+        while not self._stopped.wait(min(5.0, self.seconds / 10)):
+            since, now = self.progress.marked, time.monotonic()
+            if asked_at is None and self._asked_to_end():
+                asked_at = now
+            if asked_at is not None and now - max(since, asked_at) > max(ASKED_SECONDS, self.progress.patience):
+                self._tell("no answer after a signal to end")
+                self._end(EXIT_LOST)
+            if now - since <= max(self.seconds, self.progress.patience):
+                continue
+            self._write("")
+            if self._gather(self.patience, while_marked=since) is not None:
+                self._end(EXIT_HUNG)
+            logger.warning("step %d: progress again after %.0f s without any", self.progress.step, time.monotonic() - since)
+            for suffix in ("json", "stacks"):
+                (self.folder / f"{self._name}.{suffix}").unlink(missing_ok=True)
+
+    def _asked_to_end(self) -> bool:
+        if signal.SIGTERM in signal.sigpending():
+            return True
+        with contextlib.suppress(BlockingIOError):
+            return self._signals is not None and signal.SIGTERM in os.read(self._signals[0], 4096)
+        return False
+
+    # --------------------------------------------------------------------------------------------------------- reporting
+
+    @property
+    def _name(self) -> str:
+        return f"rank-{self.topology.rank:05d}"
+
+    def lost_contact(self, error: BaseException) -> LostContact:
+        """What to raise where a message to another process failed."""
+        self._stopped.set()
+        return LostContact(self._tell(str(error).strip().split("\n")[0]))
+
+    def _tell(self, problem: str) -> str:
+        self._write(problem)
+        return self._gather(LOST_SECONDS) or ""
+
+    def _write(self, problem: str) -> None:
+        """Where this process stands, and its stacks."""
+        progress = self.progress
+        standing = Standing(
+            **vars(self._me),
+            step=progress.step,
+            phase=progress.phase,
+            seconds=round(time.monotonic() - progress.marked, 1),
+            since=time.time() - (time.monotonic() - progress.marked),
+            last_collective=str(collectives.LAST),
+            frames=frames_of(self._main),
+            problem=problem,
+        )
+        try:
+            with (self.folder / f"{self._name}.stacks").open("w") as file:
+                faulthandler.dump_traceback(file=file, all_threads=True)
+            write(standing, self.folder / f"{self._name}.json")
+        except OSError as error:
+            logger.error("the watchdog cannot write to %s (%s): %s", self.folder, error, standing)
+
+    def _gather(self, seconds: float, *, while_marked: float | None = None) -> str | None:
+        """Wait until all have written, or for so many seconds; one of them reports. What this one reported, or "" where another did; None
+        where the run goes on in the meantime."""
+        path, deadline, said = self.folder / "report.txt", time.monotonic() + seconds, ""
+        while not path.exists():
+            if while_marked is not None and self.progress.marked != while_marked:
+                return None
+            if self.topology.is_main and len(list(self.folder.glob("rank-*.json"))) == self.topology.world_size:
+                said = self._report(path)
+            elif time.monotonic() > deadline + (0 if self.topology.is_main else 1):
+                said = self._report(path)
+                break
+            time.sleep(0.1)
+        time.sleep(0.5)  # the launcher ends all of them with the first: let each see that the report is there
+        return said
+
+    def _report(self, path: Path) -> str:
+        """Print what is known of all processes and keep it; only the first that gets here does."""
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        except FileExistsError:
+            return ""
+        except OSError:  # nothing can be written; it can still be said
+            descriptor = os.open(os.devnull, os.O_WRONLY)
+        standings, silent = read_folder(self.folder)
+        text = report(standings, silent, folder=self.folder)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text + "\n")
+        print(f"megatron-mm: error: {text}", file=sys.stderr, flush=True)
+        if not any(standing.problem for standing in standings):
+            spy_on(silent, self.folder)
+        return text
+
+    @staticmethod
+    def _end(code: int) -> NoReturn:
+        end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """Without clean-up, which would wait for processes that never answer."""
+    for child in multiprocessing.active_children():  # writers of a checkpoint that nobody will complete
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _forget_old(folder: Path) -> None:
+    """All but the newest few that have a report: the others ended well, or were killed altogether."""
+    earlier = sorted(folder.glob("*/")) if folder.is_dir() else []
+    told = [path for path in earlier if (path / "report.txt").exists()]
+    for path in set(earlier) - set(told[-KEPT:]):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,145 @@
+"""A second copy of every checkpoint, in another directory or an object store, made in the background by the first process.
+
+A copy has the same files under the same names. Every file is read back from there and must have the size and CRC-32 that it was written
+with; only then `manifest.json` follows, so a folder that has one is a whole copy, as it is in a run directory. A copy that fails is an
+error in the log and is tried again with the next checkpoint. A run that has no checkpoint of its own left fetches the newest copy when it
+starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import shutil
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from megatron_mm.platform.files import BLOCK_BYTES, checksum_of, sync_to_disk
+from megatron_mm.training.checkpoint.integrity import read_manifest
+from megatron_mm.training.checkpoint.names import MANIFEST, TENSORS
+
+logger = logging.getLogger(__name__)
+
+
+class Copies:
+    """Copies checkpoints one after another in a thread; on the first process alone."""
+
+    def __init__(self, target: str, *, superseded: Callable[[list[Path]], list[Path]]) -> None:
+        """
+        Args:
+            target: a directory or URL.
+            superseded: of checkpoints, oldest first, those that need not stay.
+
+        Raises ValueError where there is no such store.
+        """
+        try:
+            self.store, self.root = fsspec.core.url_to_fs(target)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"checkpoint.copy_to {target} cannot be opened: {error}") from error
+        self.target = target
+        self.superseded = superseded
+        self.busy: set[Path] = set()
+        """Checkpoints that are to be copied: they must not be removed yet."""
+        self._waiting: queue.Queue[Path | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="copies of checkpoints", daemon=True)
+        self._thread.start()
+
+    def add(self, checkpoint: Path) -> None:
+        """Copy a checkpoint once those before it are. One that still waits when a newer one comes is left out."""
+        while not self._waiting.empty():
+            self.busy.discard(self._waiting.get_nowait() or checkpoint)
+        self.busy.add(checkpoint)
+        self._waiting.put(checkpoint)
+
+    def finish(self, *, seconds: float, beat: Callable[[], None]) -> None:
+        """Wait for what is under way, for so long at most."""
+        deadline = time.monotonic() + seconds
+        while self.busy and time.monotonic() < deadline:
+            beat()
+            time.sleep(0.05)
+        if self.busy:
+            logger.error("the copy of %s was not made within %.0f s and is given up", ", ".join(p.name for p in self.busy), seconds)
+
+    def complete(self) -> list[str]:
+        """Names of the whole copies, oldest first."""
+        if not self.store.exists(self.root):
+            return []
+        names = [path.rstrip("/").rpartition("/")[2] for path in self.store.ls(self.root, detail=False)]
+        return sorted(name for name in names if name.startswith("step_") and self.store.exists(f"{self.root}/{name}/{MANIFEST}"))
+
+    def fetch(self, name: str, folder: Path) -> Path:
+        """Bring a copy back. Raises OSError or ValueError where it cannot be read, or is not what was copied."""
+        partial = folder / f".partial-{name}-{uuid.uuid4().hex[:8]}"
+        (partial / TENSORS).mkdir(parents=True)
+        try:
+            self._get(f"{self.root}/{name}/{MANIFEST}", partial / MANIFEST)
+            for file, (size, checksum) in _files(partial).items():
+                self._get(f"{self.root}/{name}/{file}", partial / file)
+                if (partial / file).stat().st_size != size or checksum_of(partial / file) != checksum:
+                    raise ValueError(f"{self.target}/{name}/{file} is not what was copied there: restore it or remove {self.target}/{name}")
+                sync_to_disk(partial / file)
+            final = folder / name
+            partial.rename(final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return final
+
+    # -------------------------------------------------------------------------------------------------------- in a thread
+
+    def _work(self) -> None:
+        while (checkpoint := self._waiting.get()) is not None:
+            began = time.monotonic()
+            try:
+                size = self._copy(checkpoint)
+                logger.info(
+                    "checkpoint %s copied to %s: %.3g GB in %.1f s", checkpoint.name, self.target, size / 1e9, time.monotonic() - began
+                )
+                self._drop()
+            except Exception as error:  # a store raises what it likes; training continues
+                logger.error("checkpoint %s was not copied to %s: %s: %s", checkpoint.name, self.target, type(error).__name__, error)
+            finally:
+                self.busy.discard(checkpoint)
+
+    def _copy(self, checkpoint: Path) -> int:
+        """Bytes that were copied."""
+        to, total = f"{self.root}/{checkpoint.name}", 0
+        if self.store.exists(to):
+            self.store.rm(to, recursive=True)  # of an attempt before
+        self.store.makedirs(f"{to}/{TENSORS}", exist_ok=True)
+        for file, (size, checksum) in _files(checkpoint).items():
+            self.store.put_file(str(checkpoint / file), f"{to}/{file}")
+            found = self._checksum(f"{to}/{file}")
+            if found != (size, checksum):
+                raise OSError(f"{file} was read back as {found[0]} bytes with CRC-32 {found[1]:08x}, expected {size} with {checksum:08x}")
+            total += size
+        self.store.put_file(str(checkpoint / MANIFEST), f"{to}/{MANIFEST}")
+        return total
+
+    def _drop(self) -> None:
+        for old in self.superseded([Path(name) for name in self.complete()]):
+            self.store.rm(f"{self.root}/{old.name}", recursive=True)
+
+    def _checksum(self, path: str) -> tuple[int, int]:
+        size = checksum = 0
+        with self.store.open(path, "rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                size, checksum = size + len(block), zlib.crc32(block, checksum)
+        return size, checksum
+
+    def _get(self, path: str, to: Path) -> None:
+        self.store.get_file(path, str(to))
+
+
+def _files(checkpoint: Path) -> dict[str, Any]:
+    """Size and CRC-32 of every file of a checkpoint but the manifest, by its path in it."""
+    manifest = read_manifest(checkpoint)
+    described = manifest.get("descriptions", {})
+    return {**described, **{f"{TENSORS}/{name}": entry for name, entry in manifest["files"].items()}}

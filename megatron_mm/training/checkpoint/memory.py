@@ -1,0 +1,158 @@
+"""A copy of the training state in each node's memory, for processes that are started again on the same nodes.
+
+Every process writes what it has (weights, its share of the optimizer, generators) to a file of its own under `checkpoint.memory`, usually
+in /dev/shm: seconds of copying, and nothing that crosses the network or reaches a disk. Two generations alternate, so that a process which
+dies in the middle of one leaves the one before. A start takes the newest step that all processes have, if it is newer than the newest
+checkpoint and was made by the same run in the same layout: bit for bit what a checkpoint of that step would give. Where a node was
+replaced, a process finds nothing, and all read the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_mm.config import Experiment
+from megatron_mm.families.serialize import to_dict
+from megatron_mm.parallel.topology import Topology
+from megatron_mm.training.checkpoint.load import load_chunk
+from megatron_mm.training.checkpoint.state import TrainState, generator_state, restore_generators
+from megatron_mm.training.spread_encoder import wrapped_modules
+
+logger = logging.getLogger(__name__)
+
+_GENERATIONS = ("a", "b")
+
+
+class MemoryCopy:
+    """This process's part of the copies; every method is called by all processes together."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        topology: Topology,
+        run_dir: Path,
+        model: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+    ) -> None:
+        assert experiment.checkpoint.memory is not None
+        self.topology, self.model, self.optimizer = topology, model, optimizer
+        self.made_by = _made_by(experiment, topology, run_dir)
+        """What a copy must have been made by, to be of use."""
+        self.folder = _folder(experiment.checkpoint.memory, run_dir)
+        self.next = 0
+        self.saved_step: int | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Write the state of this step over the older generation. A full memory costs the copy, and is said."""
+        began = time.monotonic()
+        final = self._path(_GENERATIONS[self.next])
+        content = {
+            "state": json.dumps(asdict(state)),
+            "made_by": self.made_by,
+            "weights": [chunk.module.state_dict() for chunk in wrapped_modules(self.model)],
+            "optimizer": [_tensors(part) for part in _parts(self.optimizer)],
+            "generators": {name: entry.data for name, entry in generator_state(self.topology).items()},
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            final.unlink(missing_ok=True)
+            partial = final.with_suffix(".partial")
+            torch.save(content, partial)
+            partial.rename(final)
+        except (OSError, RuntimeError) as error:
+            logger.error("rank %d: no copy of step %d in %s: %s", self.topology.rank, state.step, self.folder, error)
+            final.with_suffix(".partial").unlink(missing_ok=True)
+            return
+        self.next, self.saved_step = 1 - self.next, state.step
+        logger.debug("copy of step %d in %s after %.2f s", state.step, self.folder, time.monotonic() - began)
+
+    def load_latest(self, *, newer_than: int) -> TrainState | None:
+        """Take the newest copy that all processes have; None where there is none, or none that is newer than a checkpoint's step."""
+        found = {step: path for path in map(self._path, _GENERATIONS) if (step := self._step_of(path)) is not None}
+        newest = torch.tensor(float(max(found, default=-1)), dtype=torch.float64, device=self.topology.device)
+        dist.all_reduce(newest, op=dist.ReduceOp.MIN)
+        step = int(newest.item())
+        complete = torch.tensor(float(step in found and step > newer_than), device=self.topology.device)
+        dist.all_reduce(complete, op=dist.ReduceOp.MIN)
+        if not complete.item():
+            return None
+        content = torch.load(found[step], map_location="cpu", weights_only=True, mmap=True)
+        for chunk, weights in zip(wrapped_modules(self.model), content["weights"], strict=True):
+            load_chunk(chunk.module, weights)
+        for part, saved in zip(_parts(self.optimizer), content["optimizer"], strict=True):
+            _restore(part, saved)
+        restore_generators(content["generators"])
+        self.next = 1 - [self._path(name) for name in _GENERATIONS].index(found[step])
+        self.saved_step = step
+        return TrainState(**json.loads(content["state"]))
+
+    def remove(self) -> None:
+        """Free the memory."""
+        for name in _GENERATIONS:
+            self._path(name).unlink(missing_ok=True)
+        dist.barrier()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, generation: str) -> Path:
+        return self.folder / f"rank-{self.topology.rank:05d}-{generation}.pt"
+
+    def _step_of(self, path: Path) -> int | None:
+        """None where there is no such copy, or it is of no use."""
+        if not path.is_file():
+            return None
+        try:
+            content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+            return json.loads(content["state"])["step"] if content["made_by"] == self.made_by else None
+        except Exception as error:  # cut off, or of another version: the checkpoint is there
+            logger.warning("rank %d: the copy %s is of no use: %s", self.topology.rank, path, error)
+            return None
+
+
+def _folder(memory: Path, run_dir: Path) -> Path:
+    """Of one run among those that share a node."""
+    return memory / f"{run_dir.name}-{zlib.crc32(str(run_dir.resolve()).encode()):08x}"
+
+
+def _made_by(experiment: Experiment, topology: Topology, run_dir: Path) -> str:
+    layout = {"model": to_dict(experiment.model), "parallel": to_dict(experiment.parallel), "policy": experiment.train.freeze_policy}
+    return json.dumps(
+        {**layout, "world_size": topology.world_size, "run_dir": str(run_dir.resolve()), "v": torch.__version__}, sort_keys=True
+    )
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def _tensors(part: Any) -> dict[str, Any]:
+    """The state of an optimizer on this process."""
+    if not isinstance(part, DistributedOptimizer):
+        return {"state": part.state_dict()}
+    return {"state": part.state_dict(), "runs": [part._get_main_param_and_optimizer_states(parameter) for parameter in _parameters(part)]}
+
+
+def _restore(part: Any, saved: dict[str, Any]) -> None:
+    part.load_state_dict(saved["state"])  # of the distributed optimizer without tensors, which this allocates
+    if isinstance(part, DistributedOptimizer):
+        for parameter, tensors in zip(_parameters(part), saved["runs"], strict=True):
+            for name, values in part._get_main_param_and_optimizer_states(parameter).items():
+                values.copy_(tensors[name])
+
+
+def _parameters(part: DistributedOptimizer) -> list[torch.nn.Parameter]:
+    return [
+        parameter for buffer in part.gbuf_ranges for buckets in buffer.values() for bucket in buckets for parameter in bucket["param_map"]
+    ]

@@ -1,0 +1,75 @@
+"""A hook that makes one process of a run fail in a given way at a given step; named in `--extra-hooks` by its file.
+
+What it does comes from the environment: FAULT is "KIND RANK STEP", and FAULT_ONCE a file that is made first, so that a restart is spared.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_mm.data.load.loader import Loader, StepBatch
+from megatron_mm.training.trainer import Hook, StepRecord, Trainer
+
+SMALL_FILE_BYTES = 4096
+"""Of a disk that takes no more than this in one file."""
+
+
+class Faulty(Hook):
+    """KIND is
+
+    kill, stop            SIGKILL, SIGSTOP
+    hang                  the main thread sleeps
+    collective            one that nobody else joins
+    loader                no batch comes any more
+    term                  SIGTERM: stop with a checkpoint
+    full_disk             files cannot grow beyond a few kilobytes, for four steps
+    killed_while_saving   SIGKILL as soon as a checkpoint is begun
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        kind, rank, step = os.environ["FAULT"].split()
+        self.kind, self.step = kind, int(step)
+        self.once = Path(os.environ["FAULT_ONCE"])
+        self.armed = trainer.topology.rank == int(rank) and not self.once.exists()
+
+    def after_step(self, record: StepRecord) -> None:
+        if not self.armed:
+            return
+        if self.kind == "full_disk" and record.step == self.step + 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        if self.kind == "killed_while_saving" and record.step >= self.step and self._saving():
+            self.once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if record.step == self.step:
+            self._fail()
+
+    def _saving(self) -> bool:
+        return any((self.trainer.run_dir / "checkpoints").glob(".partial-*"))
+
+    def _fail(self) -> None:
+        if self.kind in ("none", "killed_while_saving"):
+            return
+        self.once.touch()
+        if self.kind in ("kill", "stop", "term"):
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[self.kind])
+        elif self.kind == "hang":
+            time.sleep(1000)
+        elif self.kind == "collective":
+            dist.barrier()
+        elif self.kind == "loader":
+            Loader.__next__ = _never  # type: ignore[method-assign]
+        elif self.kind == "full_disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE_BYTES, resource.RLIM_INFINITY))
+
+
+def _never(loader: Any) -> StepBatch:
+    time.sleep(1000)
+    raise AssertionError

@@ -1,0 +1,115 @@
+"""What docs/security.md claims."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.config import CheckpointConfig
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {"conversion/reader.py": {"pickle.loads"}, "conversion/verify.py": {"trust_remote_code"}}
+"""A pickle that `training.safe_pickle` has looked through; the model's own code, which `convert verify --prompt` is asked to run."""
+
+
+def _called(node: ast.Call) -> str:
+    return ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "megatron_mm").rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nothing_from_outside_is_unpickled_or_run(path: Path) -> None:
+    allowed = ALLOWED.get(path.relative_to(ROOT / "megatron_mm").as_posix(), set())
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name, given = _called(node), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if name == "torch.load":
+            assert given.get("weights_only") == "True", f"line {node.lineno}"
+        if name in ("np.load", "numpy.load"):
+            assert given.get("allow_pickle") == "False", f"line {node.lineno}"
+        forbidden = ("pickle.load", "pickle.loads", "eval", "exec", "os.system", "yaml.load", "marshal.loads", "shelve.open")
+        assert name not in forbidden or name in allowed, f"line {node.lineno}: {name}"
+        assert given.get("shell") != "True", f"line {node.lineno}"
+        assert given.get("trust_remote_code") != "True" or "trust_remote_code" in allowed, f"line {node.lineno}"
+
+
+SECRETS = {
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "AWS_SECRET_ACCESS_KEY": "s3cr3t-of-a-store",
+    "HF_TOKEN": "hf_" + "x" * 30,
+}
+
+
+@pytest.mark.slow
+def test_no_secret_of_the_environment_is_written_and_the_run_is_private(demo_data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    options = ["--train.steps", "2", "--eval.interval", "0", "--train.watchdog", "300", "--monitor.wandb", "offline"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_mm",
+        "train",
+        "debug_mm1",
+        "--run-dir",
+        str(run_dir),
+        "--data.path",
+        str(demo_data),
+        *options,
+    ]
+    before = os.umask(0)
+    try:
+        done = subprocess.run(command, env={**os.environ, **SECRETS}, capture_output=True, timeout=120, check=False)
+    finally:
+        os.umask(before)
+    assert done.returncode == 0, done.stderr.decode()
+    assert run_dir.stat().st_mode & 0o777 == 0o700
+    written = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert len(written) > 8
+    for path in written:
+        content = path.read_bytes()
+        assert not any(secret.encode() in content for secret in SECRETS.values()), path
+    assert not any(secret.encode() in done.stdout + done.stderr for secret in SECRETS.values())
+
+
+def test_a_password_in_a_url_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"checkpoint\.copy_to holds a password"):
+        CheckpointConfig(copy_to="s3://key:secret@bucket/run")
+    CheckpointConfig(copy_to="s3://bucket/run")
+
+
+_LISTENING = """
+import glob, json, os, sys, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+dist.all_reduce(torch.ones(1))
+if dist.get_rank() == 0:
+    mine = set()
+    for pid in (os.getpid(), os.getppid()):
+        for link in glob.glob(f"/proc/{pid}/fd/*"):
+            try:
+                mine.add(os.readlink(link))
+            except OSError:
+                pass
+    rows = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}").readlines()[1:]]
+    print(json.dumps([row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine]), flush=True)
+dist.barrier()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meeting", [["--standalone"], ["--nnodes=1", "--node-rank=0", "--master-addr=127.0.0.1", "--master-port=0"]])
+def test_the_launcher_listens_on_the_address_where_processes_meet_alone(meeting: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "listening.py"
+    script.write_text(_LISTENING)
+    if "--master-port=0" in meeting:
+        meeting = [*meeting[:-1], f"--master-port={20000 + os.getpid() % 10000}"]
+    command = [sys.executable, "-m", "megatron_mm.run.launcher", "--nproc-per-node=2", *meeting, str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True, cwd=ROOT, env=environment)
+    addresses = json.loads(done.stdout)
+    assert addresses and all(address.startswith("0100007F:") for address in addresses), addresses

@@ -1,0 +1,188 @@
+"""A small run that meets one fault after another, in a random order, and must end with the weights of a run that met none.
+
+    make test-faults                                      # or: python tools/fault_drill.py --out build/faults [--seed 2] [--faults 8]
+
+Each start of the disturbed run has one fault drawn for it, with the process and the step; then the same command is started again, as a
+cluster would do. Weights, optimizer and losses must be the undisturbed run's bit for bit. With `--change-layout` each start takes another
+layout, and they must agree to 1e-5 relative.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megatron_mm.data.prepare.demo import prepare_demo
+from megatron_mm.training.checkpoint import completed_checkpoints
+
+ROOT = Path(__file__).parents[1]
+FAULTS = ("kill", "stop", "hang", "collective", "loader", "term", "full disk", "damaged checkpoint", "second run", "killed while saving")
+LAYOUTS = ({"parallel.tensor": 2}, {"parallel.pipeline": 2}, {})
+"""On two processes."""
+STEPS, INTERVAL = 24, 3
+WATCHDOG_SECONDS = 20.0
+TIMEOUT = 300
+TOLERANCE = 1e-5
+
+
+def command(data: Path, run_dir: Path, layout: dict[str, int]) -> list[str]:
+    options = {
+        "run-dir": run_dir,
+        "data.path": data,
+        "data.sequence-length": 64,
+        "train.steps": STEPS,
+        "train.global-batch-size": 4,
+        "train.watchdog": WATCHDOG_SECONDS,
+        "checkpoint.interval": INTERVAL,
+        "eval.interval": 0,
+        "monitor.wandb": "disabled",
+        "extra-hooks": f"{ROOT / 'tests' / 'support' / 'faulty.py'}:Faulty",
+        **layout,
+    }
+    launcher = [sys.executable, "-m", "megatron_mm.run.launcher", "--standalone", "--nproc-per-node", "2"]
+    return [
+        *launcher,
+        "-m",
+        "megatron_mm",
+        "train",
+        "debug_mm1",
+        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+    ]
+
+
+def start(words: list[str], log: Path, fault: str, once: Path) -> tuple[int, float]:
+    """Exit code and seconds of one start of the run."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "FAULT": fault,
+        "FAULT_ONCE": str(once),
+    }
+    began = time.monotonic()
+    with log.open("a") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        try:
+            return process.wait(timeout=TIMEOUT), time.monotonic() - began
+        finally:
+            process.kill()
+
+
+def disturb(data: Path, run_dir: Path, *, count: int, seed: int, change_layout: bool) -> list[str]:
+    """Start the run until it is done; the faults that it met."""
+    chance, met = random.Random(seed), []
+    kinds = [kind for _ in range(count) for kind in chance.sample(FAULTS, len(FAULTS))][:count]
+    log, once = run_dir.parent / "log", run_dir.parent / "fault"
+    for kind in [*kinds, "none"]:
+        steps = _steps(run_dir)
+        rank, step = chance.randrange(2), min(STEPS - 1, steps + chance.randint(1, 4))
+        layout = chance.choice(LAYOUTS) if change_layout else LAYOUTS[0]
+        once.unlink(missing_ok=True)
+        words = command(data, run_dir, layout)
+        if kind == "damaged checkpoint":
+            _damage(run_dir)
+        if kind == "second run":
+            code, seconds = _two(words, log, once)
+        else:
+            code, seconds = start(words, log, f"{kind.replace(' ', '_')} {rank} {step}", once)
+        where = f"process {rank} in step {step}" if once.exists() else "the whole run"
+        met.append(kind)
+        print(f"{kind} ({where}): exit code {code} after {seconds:.0f} s, {_steps(run_dir)} of {STEPS} steps done", flush=True)
+        if _steps(run_dir) == STEPS and code == 0:
+            return met
+    raise SystemExit(f"the run did not end: see {log}")
+
+
+def _two(words: list[str], log: Path, once: Path) -> tuple[int, float]:
+    """The run, and another one on the same directory, which must be refused."""
+    first = subprocess.Popen([sys.executable, __file__, "--only", json.dumps([words, str(log), str(once)])], env=os.environ)
+    run_dir = Path(words[words.index("--run-dir") + 1])
+    began = time.monotonic()
+    while not (run_dir / "running.lock").exists() and first.poll() is None:
+        time.sleep(0.1)
+    other = run_dir.parent / "second.log"
+    code, _ = start(words, other, "none 0 0", once)
+    assert code != 0 and "is in use by" in other.read_text(), f"two runs at once: see {other}"
+    return first.wait(), time.monotonic() - began
+
+
+def _damage(run_dir: Path) -> None:
+    """Flip a byte in the newest checkpoint, where there is another one."""
+    found = completed_checkpoints(run_dir)
+    if len(found) > 1:
+        path = max((found[-1] / "tensors").glob("*.distcp"), key=lambda path: path.stat().st_size)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+def _steps(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint but the generators: weights and optimizer."""
+    folder = str(completed_checkpoints(run_dir)[-1] / "tensors")
+    sizes = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {
+        name: torch.zeros(entry.size, dtype=entry.properties.dtype)
+        for name, entry in sizes.items()
+        if hasattr(entry, "size") and not name.startswith("generators")
+    }
+    dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    return state
+
+
+def compare(one: Path, other: Path, *, exactly: bool) -> float:
+    """The largest relative difference of a tensor; raises SystemExit where it is too large."""
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys(), "not the same tensors"
+    worst = max(float((a[name] - b[name]).double().norm() / (a[name].double().norm() + 1e-12)) for name in a)
+    losses = [[json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] for run_dir in (one, other)]
+    if exactly and (worst > 0 or losses[0] != losses[1]):
+        raise SystemExit(f"weights or losses differ: by {worst:.3g} at most")
+    if any(abs(x - y) > TOLERANCE * abs(x) for x, y in zip(*losses, strict=True)):
+        raise SystemExit(f"losses differ by more than {TOLERANCE} relative")
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/faults"))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--faults", type=int, default=len(FAULTS), help="how many the run meets")
+    parser.add_argument("--change-layout", action="store_true")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.only:
+        words, log, once = json.loads(given.only)
+        raise SystemExit(start(words, Path(log), "none 0 0", Path(once))[0])
+    shutil.rmtree(given.out, ignore_errors=True)
+    given.out.mkdir(parents=True)
+    data = given.out / "data"
+    prepare_demo(data, samples=240)
+    undisturbed = given.out / "undisturbed"
+    code, seconds = start(command(data, undisturbed, LAYOUTS[0]), given.out / "log", "none 0 0", given.out / "fault")
+    assert code == 0, f"the undisturbed run failed: see {given.out / 'log'}"
+    print(f"undisturbed: {STEPS} steps, {seconds:.0f} s", flush=True)
+    met = disturb(data, given.out / "disturbed", count=given.faults, seed=given.seed, change_layout=given.change_layout)
+    worst = compare(undisturbed, given.out / "disturbed", exactly=not given.change_layout)
+    same = "bit-identical" if worst == 0 else f"tensors within {worst:.2g} relative"
+    print(f"seed {given.seed}: after {len(met) - 1} faults weights, optimizer and losses are the undisturbed run's: {same}")
+
+
+if __name__ == "__main__":
+    main()
