@@ -75,7 +75,8 @@ def batches(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     return [set().union(*of_step) for of_step in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize(("kind", "from_step"), [pytest.param("spike", 5, marks=pytest.mark.slow), ("nan", 7)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "from_step"), [("spike", 5), ("nan", 7)])
 def test_a_run_goes_back_leaves_the_data_out_and_a_resume_sees_the_same(
     kind: str, from_step: int, batches: list[set[int]], demo_data: Path, tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def _flips_a_bit(data: Path, run_dir: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_in_a_copy_of_a_weight_names_its_rank(demo_data: Path, tmp_path: Path) -> None:
     errors = run_processes(_flips_a_bit, 3, demo_data, tmp_path / "found")
     assert errors == [errors[0]] * 3

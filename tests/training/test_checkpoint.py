@@ -65,6 +65,7 @@ def test_the_newest_checkpoints_are_kept(demo_data: Path, run_dir: Path) -> None
     assert not list((run_dir / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_and_every_kth_are_kept(demo_data: Path, run_dir: Path) -> None:
     run_processes(train, 2, demo_data, run_dir, 7, {"interval": 1, "keep": 2, "keep_every": 4})
     assert [path.name for path in completed_checkpoints(run_dir)] == ["step_00000004", "step_00000006", "step_00000007"]

@@ -90,6 +90,8 @@ class Checkpointer:
         self.under_way: Save | None = None
         self.saved_step: int | None = None
         """Of the newest complete checkpoint."""
+        self.sound_step = 0
+        """The last one whose gradient was finite, when the newest save began."""
         self.failed_saves = 0
         memory = experiment.checkpoint.memory
         self.memory = MemoryCopy(experiment, topology, run_dir, model, optimizer) if memory is not None else None
@@ -119,6 +121,7 @@ class Checkpointer:
 
     def _save(self, state: TrainState) -> None:
         step = state.step  # the state moves on while the files are written
+        self.sound_step = step - state.skipped_in_a_row
         partial = self._fresh_directory(state)
         if partial is None:
             return
@@ -276,10 +279,10 @@ class Checkpointer:
             shutil.rmtree(removed, ignore_errors=True)
 
     def _superseded(self, checkpoints: list[Path]) -> list[Path]:
-        """Of checkpoints here, or of their copies elsewhere."""
-        best = (self.folder / BEST).resolve().name
+        """Of checkpoints here, or of their copies elsewhere. While steps are skipped the newest one from before them stays: to go back to."""
+        kept = {(self.folder / BEST).resolve().name, *[path.name for path in checkpoints if step_of(path) <= self.sound_step][-1:]}
         found = superseded(checkpoints, keep=self.config.keep, keep_every=self.config.keep_every)
-        return [path for path in found if path.name != best]
+        return [path for path in found if path.name not in kept]
 
     # ------------------------------------------------------------------------------------------------------------- load
 
