@@ -46,14 +46,14 @@ KINDS = {
 def settings(data: Path, parallel: ParallelConfig) -> Experiment:
     base = get_recipe("debug_mm1")
     decoder = replace(
-        base.model.decoder, hidden_size=384, ffn_hidden_size=1152, num_layers=LAYERS, num_attention_heads=6, num_query_groups=6, head_dim=64
+        base.model.decoder, hidden_size=192, ffn_hidden_size=576, num_layers=LAYERS, num_attention_heads=6, num_query_groups=6, head_dim=32
     )
-    vision = replace(base.model.vision, hidden_size=256, ffn_hidden_size=1024, num_layers=8)
+    vision = replace(base.model.vision, hidden_size=192, ffn_hidden_size=768, num_layers=8)
     return replace(
         base,
         model=replace(base.model, decoder=decoder, vision=vision),
         parallel=parallel,
-        data=replace(base.data, path=data, sequence_length=512, max_images_per_sequence=16, decoder="pillow"),
+        data=replace(base.data, path=data, sequence_length=384, max_images_per_sequence=16, decoder="pillow"),
         train=replace(base.train, global_batch_size=8, micro_batch_size=1),
     )
 

@@ -10,6 +10,10 @@ from megatron_mm.config.checks import require, require_positive
 RecomputeModule = Literal["core_attn", "mlp", "layernorm", "moe", "moe_act"]
 
 
+IMAGES_AT_ONCE = 16
+"""Images that go through the encoder together at most, where every pipeline rank encodes."""
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """How the model is cut over the processes; the data-parallel size is what is left of the world size."""

@@ -92,6 +92,11 @@ class Family(ABC, Generic[Config]):
         """Make one pipeline chunk. Its weights are allocated, not initialised; it has `config`, `set_input_tensor`, `pre_process`,
         `post_process`, `share_embeddings_and_output_weights`, `shared_embedding_or_output_weight`: `models.chunk.Chunk` brings all."""
 
+    @property
+    def spreads_encoder(self) -> bool:
+        """`build_encoder` makes one."""
+        return type(self).build_encoder is not Family.build_encoder
+
     def build_encoder(self, model: Config, context: ChunkContext) -> ImageEncoder:
         """Make what lies between pixels and decoder, for every pipeline rank (`parallel.spread_encoder`).
 

@@ -10,6 +10,26 @@ from megatron_mm.planning.layout import Layout
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What every process does before the pipeline begins, and the backward pass of it after the pipeline: `parallel.spread_encoder`."""
+
+    blocks: tuple[Block, ...] = ()
+    """For the images that go through the encoder together."""
+    times: int = 0
+    """How often, in a step."""
+    message_bytes: float = 0.0
+    """Features of a process's share of a step, which go to the first stage."""
+
+    @property
+    def parameters(self) -> float:
+        return sum(block.parameters for block in self.blocks)
+
+    @property
+    def frozen_parameters(self) -> float:
+        return sum(block.frozen_parameters for block in self.blocks)
+
+
+@dataclass(frozen=True)
 class Job:
     """What is planned: the work of each micro-batch on each stage of a layout, on a GPU, under a software stack."""
 
@@ -25,3 +45,4 @@ class Job:
     overlap_parameter_gather: bool = True
     replicated_parameters: float = 0.0
     """Trainable parameters that every process of a tensor-parallel group has whole: their gradients are summed over it after the step."""
+    beside: Beside = Beside()

@@ -69,7 +69,14 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
             gradients = software.gradient_bytes * (dense / (copies if layout.sharding == "gradients" else 1) + experts)
         if not software.fp8_weights:
             weights += 2 * sum(block.fp8_parameters for block in blocks)
-        uses.append(MemoryUse(weights, gradients, state, result.saved_bytes[rank], transient))
+        activations = result.saved_bytes[rank]
+        beside = job.beside  # its activations stay from before the pipeline until after it
+        weights += 2 * (beside.parameters + beside.frozen_parameters)
+        gradients += software.gradient_bytes * beside.parameters
+        state += software.optimizer_bytes * beside.parameters / layout.gpus
+        activations += beside.times * sum(block.saved for block in beside.blocks)
+        transient = max([transient, *(block.transient for block in beside.blocks)])
+        uses.append(MemoryUse(weights, gradients, state, activations, transient))
     return tuple(uses)
 
 

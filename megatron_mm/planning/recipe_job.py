@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_mm.config import Experiment
+from megatron_mm.config import Experiment, ModelConfig
+from megatron_mm.config.parallel import IMAGES_AT_ONCE
 from megatron_mm.families.infimm.config import InfiMMConfig
 from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
@@ -16,7 +17,7 @@ from megatron_mm.planning.decoder_block import decoder_layer, embedding, output,
 from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
 from megatron_mm.planning.encoder_blocks import connector_block, patches_block, projector_block, resampler_block, tower_blocks
 from megatron_mm.planning.hardware import OURS, Gpu, Software
-from megatron_mm.planning.job import Job
+from megatron_mm.planning.job import Beside, Job
 from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Stream
 from megatron_mm.planning.layer_sections import attention_section, linear, tensor_messages
 from megatron_mm.planning.layout import Layout
@@ -74,9 +75,25 @@ def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Softwa
         hidden_bytes=2 * rows * shape.hidden_size / (tensor if layout.sequence else 1),
         overlap_parameter_gather=early,
         replicated_parameters=_replicated(blocks[0][0]) if tensor > 1 else 0.0,
+        beside=_beside(experiment, layout, work) if experiment.parallel.spread_encoder else Beside(),
     )
     flops = family.step_flops(experiment.model, experiment.train.freeze_policy, work.whole)
     return Planned(experiment, job, work, flops)
+
+
+def _beside(experiment: Experiment, layout: Layout, work: Workload) -> Beside:
+    """The encoder on every process, for its share of the images of a step."""
+    model = experiment.model
+    images = -(-sum(micro.images for micro in work.micro_batches) // (layout.tensor * layout.pipeline))
+    times = max(1, -(-images // IMAGES_AT_ONCE))
+    at_once = max(1, -(-images // times))
+    chain = _Chain(family_of(model).trainable(experiment.train.freeze_policy))
+    blocks = _blocks_of(model)(model, chain, at_once, recompute_of(experiment, encoder=True)).encoders
+    if isinstance(model, InfiMMConfig):
+        numbers = model.resampler.num_latents * model.vision.hidden_size
+    else:
+        numbers = family_of(model).image_input(model).tokens * model.decoder.hidden_size
+    return Beside(blocks, times, message_bytes=2.0 * images * numbers)
 
 
 _ENCODERS = ("patches", "tower layer", "connector", "resampler", "projector")
@@ -131,17 +148,14 @@ def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch) -> tuple[
     recompute = recompute_of(experiment)
     own = -(-micro.images // layout.tensor)
     image_tokens = family.image_input(model).tokens
-    build = _FAMILIES.get(type(model))
-    if build is None:
-        raise ValueError(f"the planner knows no blocks of {model.family} models: add them to planning.recipe_job, or trace a run of it")
-    parts = build(model, chain, max(1, own), recompute_of(experiment, encoder=True))
+    parts = _blocks_of(model)(model, chain, max(1, own), recompute_of(experiment, encoder=True))
     blocks: list[tuple[Block, ...]] = []
     gather = Message("all_gather", 2.0 * micro.images * image_tokens * shape.hidden_size, "tensor")
     inputs = _Chain(chain.trainable).trained("language.embedding.word_embeddings.weight")
     chain.has_gradient = chain.has_gradient or inputs.weights
     table = embedding(shape, layout, tokens, trained=inputs)
     joined = replace(table, forward=(*table.forward, gather)) if layout.tensor > 1 else table
-    first = (*parts.encoders, joined)
+    first = (joined,) if experiment.parallel.spread_encoder else (*parts.encoders, joined)
     fp8 = experiment.train.precision == "fp8"
     counts, number = layout.layers(shape.num_layers), 0
     cache: dict[Any, tuple[Block, ...]] = {}
@@ -158,6 +172,14 @@ def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch) -> tuple[
             own_blocks.append(output(shape, layout, tokens, trained=chain.trained(name), owns_table=not shape.tied or len(counts) > 1))
         blocks.append(tuple(own_blocks))
     return tuple(blocks)
+
+
+def _blocks_of(model: ModelConfig) -> Callable[..., _Parts]:
+    """What makes a family's blocks. Raises ValueError where the planner knows none."""
+    build = _FAMILIES.get(type(model))
+    if build is None:
+        raise ValueError(f"the planner knows no blocks of {model.family} models: add them to planning.recipe_job, or trace a run of it")
+    return build
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,14 @@ def _work(loads: Workloads, experiment: Experiment, data_size: int) -> Workload:
 def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, software: Software) -> Iterator[Candidate]:
     """Every layout that model, batch and number of GPUs allow."""
     decoder = experiment.model.decoder
-    base = replace(experiment.parallel, virtual=1, stage_layers=None)
+    base = replace(experiment.parallel, virtual=1, stage_layers=None, spread_encoder=False)
     experts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if decoder.moe and decoder.moe.num_experts % n == 0] or [1]
-    degrees = itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), experts, (1, 2, 4, 8) if decoder.moe else (1,), MICRO_BATCHES, RECOMPUTE)
-    for tensor, pipeline, expert, expert_tensor, size, (recompute, encoder) in degrees:
+    degrees = itertools.product(
+        (1, 2, 4, 8), (1, 2, 4, 8, 16), experts, (1, 2, 4, 8) if decoder.moe else (1,), MICRO_BATCHES, RECOMPUTE, (False, True)
+    )
+    for tensor, pipeline, expert, expert_tensor, size, (recompute, encoder), spread in degrees:
+        if spread and (pipeline == 1 or not family_of(experiment.model).spreads_encoder):
+            continue
         if tensor % expert_tensor or gpus % (tensor * pipeline) or tensor > gpu.nvlink_domain or pipeline > decoder.num_layers:
             continue
         try:
@@ -131,6 +135,7 @@ def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, s
                 expert_tensor=expert_tensor,
                 recompute=recompute,  # type: ignore[arg-type]
                 recompute_encoder=encoder,  # type: ignore[arg-type]
+                spread_encoder=spread,
             )
             one = replace(experiment, parallel=parallel, train=replace(experiment.train, micro_batch_size=size))
             work = _work(loads, one, parallel.data_parallel_size(gpus))
@@ -169,6 +174,8 @@ class _Parts:
     """(forward, backward) of what the first stage has besides layers."""
     layer: tuple[float, float]
     last: tuple[float, float]
+    beside: float
+    """What all do before and after the pipeline."""
     count: int
     num_layers: int
     least_bytes: float
@@ -195,6 +202,7 @@ class _Parts:
             first=(first[0].busy, first[1].busy),
             layer=(layer[0].busy / layers, layer[1].busy / layers),
             last=(last[0].busy, last[1].busy),
+            beside=sum(model.beside_seconds()),
             count=len(order),
             num_layers=layers,
             least_bytes=_least_bytes(planned.job),
@@ -247,7 +255,7 @@ class _Parts:
             busy += sum(self.first) * (rank == 0) + sum(self.last) * (last_stage in stages)
             worst = max(worst, before + busy * self.count)
             before += split[rank] * layer + (sum(self.first) if rank == 0 else 0.0)
-        return 0.98 * worst
+        return 0.98 * (worst + self.beside)
 
 
 def _least_bytes(job: Job) -> float:
@@ -291,6 +299,7 @@ def options(parallel: ParallelConfig, *, micro_batch_size: int) -> str:
     words += [f"--parallel.recompute-encoder {parallel.recompute_encoder}"] if parallel.recompute_encoder is not None else []
     words += [f"--parallel.expert {parallel.expert}"] if parallel.expert > 1 else []
     words += [f"--parallel.expert-tensor {parallel.expert_tensor}"] if parallel.expert_tensor > 1 else []
+    words += ["--parallel.spread-encoder True"] if parallel.spread_encoder else []
     if parallel.stage_layers is not None:
         words.append(f"--parallel.stage-layers {' '.join(map(str, parallel.stage_layers))}")
     return " ".join([*words, f"--train.micro-batch-size {micro_batch_size}"])

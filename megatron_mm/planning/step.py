@@ -63,18 +63,24 @@ class StepModel:
         optimizer = self._optimizer()
         between = self._between_steps()
         exposed_gather = self._exposed_gather(gathers)
-        end = max(reduced) + extra
+        beside, exchanged = self._beside()
+        end = max(reduced) + extra + beside.total + exchanged
         machines = math.ceil(layout.gpus / job.gpu.nvlink_domain)
         shared = self.costs.network.seconds(Message("all_reduce", 4 * job.replicated_parameters, "tensor"))
         end += shared
         total = end + optimizer + exposed_gather + between
         jitter = total * JITTER * math.log2(machines) if machines > 1 else 0.0
-        parts = self._parts(forward, backward, end, max(tails) + shared, optimizer, exposed_gather, jitter, between)
+        parts = self._parts(forward, backward, end, max(tails) + shared + exchanged, optimizer, exposed_gather, jitter, between, beside)
         memory = memory_of_ranks(job, result)
         stages = tuple(self._mean_of(forward, backward, stage) for stage in range(layout.stages))
         return Prediction(total + jitter, parts, memory, result, stages)
 
     # -- passes
+
+    def beside_seconds(self) -> tuple[float, float]:
+        """What all ranks do before and after the pipeline, and the messages of it."""
+        passes, exchanged = self._beside()
+        return passes.busy, exchanged
 
     def _stage(self, blocks: Sequence[Block], *, backward: bool) -> Seconds:
         total = Seconds()
@@ -86,6 +92,18 @@ class StepModel:
         if self.job.layout.pipeline > 1:  # what comes from the stage before and goes to the next
             total = total + Seconds(launch=2 * self.job.software.message_seconds * self.job.gpu.host)
         return total
+
+    def _beside(self) -> tuple[Seconds, float]:
+        """What processes do before and after the pipeline, and seconds of its messages: features to the first stage, one rank after
+        another, their gradients back, and the reduction and gather of the encoder's weights, which hide under nothing."""
+        beside, network = self.job.beside, self.costs.network
+        if not beside.times:
+            return Seconds(), 0.0
+        passes = self._stage(beside.blocks, backward=False) + self._stage(beside.blocks, backward=True)
+        exchanged = 2 * (self.job.layout.pipeline - 1) * network.send(beside.message_bytes)
+        exchanged += network.seconds(Message("reduce_scatter", self.job.software.gradient_bytes * beside.parameters, "data"))
+        exchanged += network.seconds(Message("all_gather", 2 * beside.parameters, "data"))
+        return passes.times(beside.times), exchanged
 
     def seconds(self, block: Block, *, backward: bool) -> Seconds:
         """Of one block, its weights' own messages included."""
@@ -254,6 +272,7 @@ class StepModel:
         gather: float,
         jitter: float,
         between: float,
+        beside: Seconds,
     ) -> dict[str, float]:
         layout = self.job.layout
         count = len(self.job.micro_batches)
@@ -263,6 +282,9 @@ class StepModel:
             seconds = count * sum(part.total for part in passes)
             if seconds > best:
                 busiest, best, host = sum(passes, Seconds()).times(count), seconds, count * sum(part.host for part in passes)
+        best += beside.total
+        host += beside.host
+        busiest = busiest + beside
         return {
             "products": busiest.product,
             "attention": busiest.attention,

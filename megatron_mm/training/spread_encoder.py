@@ -22,11 +22,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_mm.config.parallel import IMAGES_AT_ONCE
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.models.encoder import ImageEncoder
-
-AT_ONCE = 16
-"""Images that go through the encoder together at most."""
 
 
 @dataclass
@@ -123,7 +121,7 @@ class SpreadEncoder:
     def _pixels(self, batches: Sequence[PackedBatch], device: torch.device) -> Iterator[torch.Tensor]:
         """This process's images of all micro-batches, a few at a time, on its device."""
         found = [batch.pixels for batch in batches if batch.pixels is not None and len(batch.pixels)]
-        for pixels in torch.cat(found).split(AT_ONCE) if found else ():
+        for pixels in torch.cat(found).split(IMAGES_AT_ONCE) if found else ():
             yield pixels.to(device, non_blocking=True)
 
     def _stages(self, batch: PackedBatch) -> torch.Tensor:

@@ -77,3 +77,15 @@ def test_directions_are_right() -> None:
     assert seconds(128) < seconds(64)
     assert seconds(precision="fp8") < seconds() < seconds(recompute="full")
     assert seconds(gpu="b200") < seconds(gpu="h200") < seconds(gpu="a100-80g")
+
+
+def test_an_encoder_on_every_rank_takes_the_load_off_the_first() -> None:
+    """The same work, a step without the tower's wait, and memory that is even; its weights on every rank."""
+    base = get_recipe("mm1_30b")
+    plain = replace(base, parallel=replace(base.parallel, stage_layers=None))
+    spread = replace(plain, parallel=replace(plain.parallel, spread_encoder=True))
+    before, after = (StepModel(plan_recipe(one, GPUS["h100-sxm"], 512).job).predict() for one in (plain, spread))
+    assert after.seconds < before.seconds
+    assert after.peak_bytes < before.peak_bytes and after.memory[-1].weights > before.memory[-1].weights
+    assert after.parts["products"] < before.parts["products"]
+    assert sum(after.parts.values()) == pytest.approx(after.seconds, rel=1e-6)
