@@ -12,8 +12,10 @@ import torch.distributed as dist
 from support.distributed import run_processes
 from support.small import random_step, small_experiment
 
+from megatron_mm.families.registry import family_of
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.training.build import build_model
+from megatron_mm.training.norms import PartNorms
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 
@@ -40,7 +42,10 @@ def reads_of_a_step(parallel: dict[str, Any], decoder: dict[str, Any]) -> tuple[
     experiment = small_experiment(parallel=parallel, decoder=decoder)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     model = build_model(experiment, topology)
-    step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=2)
+    optimizer = build_optimizer(experiment, model)
+    step = TrainingStep(experiment, topology, model, optimizer, num_sources=2)
+    family = family_of(experiment.model)
+    norms = PartNorms(model, optimizer, parts=[*family.parts, "rest"], part_of=family.part_of)
     step.run(random_step(experiment, topology, step=1), step=1)
     found: Counter[str] = Counter()
     world_messages = 0
@@ -67,7 +72,7 @@ def reads_of_a_step(parallel: dict[str, Any], decoder: dict[str, Any]) -> tuple[
         dist.all_reduce = counted
         for name, original in originals.items():
             setattr(torch.Tensor, name, counting(name, original))
-        step.run(random_step(experiment, topology, step=2), step=2, tell=lambda: [1.0, 2.0])
+        step.run(random_step(experiment, topology, step=2), step=2, tell=lambda: norms.squares(lr=1e-3, device=topology.device))
     finally:
         dist.all_reduce = all_reduce
         for name, original in originals.items():
