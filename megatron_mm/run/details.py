@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import statistics
 from collections import deque
@@ -14,11 +15,12 @@ import torch.distributed as dist
 
 from megatron_mm.data.load.loader import StepBatch
 from megatron_mm.families.registry import family_of
+from megatron_mm.platform import message_times
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.reporting.run_files import PHASES as PHASES_FILE
 from megatron_mm.training.norms import NORMS, PartNorms
 from megatron_mm.training.optimizer import learning_rate
-from megatron_mm.training.phases import OWN_WORK, PHASES
+from megatron_mm.training.phases import OWN_WORK, PASSES, PHASES
 from megatron_mm.training.trainer import Hook, StepRecord, Trainer
 
 logger = logging.getLogger(__name__)
@@ -78,7 +80,8 @@ class Slow:
 
 
 _RANK_BITS, _PHASE_BITS = 20, 3
-_PASSES = ("forward", "backward")
+_COLUMNS = (*PHASES, *(f"own {phase}" for phase in PASSES), "processes")
+"""What the processes of a stage sum up."""
 
 
 def pack(*, micros: int, rank: int, phase: int) -> int:
@@ -99,9 +102,10 @@ class SlowProcesses(Hook):
     knows by how much it exceeds its peers, and the greatest excess of all is one more message of two integers. So nothing grows with the
     number of processes.
 
-    Peers are the processes of the same pipeline stage: stages differ by what they hold. Within a tensor-parallel group all wait for the
-    slowest in every layer, and their forward and backward passes take as long; there the group is found, under the rank of one of them.
-    A process that has no peers is compared with its own earlier windows; one that is alone has nobody who waits for it.
+    Peers are the processes of the same pipeline stage: stages differ by what they hold. Processes that share layers (tensor and expert
+    parallelism) wait for the slowest in each, so their passes take as long; there the last step of a window is run with a timer in these
+    messages, and what is compared is the time of its passes outside of them. A process that has no peers is compared with its own earlier
+    windows; one that is alone has nobody who waits for it.
     """
 
     EARLIER = 3
@@ -116,6 +120,11 @@ class SlowProcesses(Hook):
         self._sums = dict.fromkeys(PHASES, 0.0)
         self._steps, self._seconds = 0, 0.0
         self._earlier: dict[str, deque[float]] = {phase: deque(maxlen=20) for phase in OWN_WORK}
+        self._shares_layers = topology.tensor_size > 1 or trainer.experiment.parallel.expert > 1
+        self._timing: contextlib.ExitStack | None = None
+        """Messages inside layers are timed in the step that comes."""
+        self._own = dict.fromkeys(PASSES, 0.0)
+        """Seconds of the passes of the step in which they were, without these messages."""
         self._asked: tuple[torch.Tensor, dict[str, Any]] | None = None
         """The message under way, and the line that waits for it."""
         self._last: tuple[int, str] | None = None
@@ -123,8 +132,9 @@ class SlowProcesses(Hook):
     def tell(self, batch: StepBatch) -> tuple[float, ...]:
         if not self._due(self.trainer.state.step + 1):
             return ()
-        table = np.zeros((self.stages, len(PHASES) + 1))
-        table[self.trainer.topology.pipeline_rank] = [*(self._sums[phase] / self._steps for phase in PHASES), 1.0]
+        table = np.zeros((self.stages, len(_COLUMNS)))
+        means = (self._sums[phase] / self._steps for phase in PHASES)
+        table[self.trainer.topology.pipeline_rank] = [*means, *self._own.values(), 1.0]
         return tuple(table.flatten().tolist())
 
     def _due(self, step: int) -> bool:
@@ -132,6 +142,7 @@ class SlowProcesses(Hook):
 
     def after_step(self, record: StepRecord) -> None:
         self._take_answer(record.step)
+        self._take_waits(record)
         if record.told[self]:
             self._ask(record)
             self._sums, self._steps, self._seconds = dict.fromkeys(PHASES, 0.0), 0, 0.0
@@ -139,12 +150,22 @@ class SlowProcesses(Hook):
             self._sums[phase] += record.phases.get(phase, 0.0)
         self._steps += 1
         self._seconds += record.seconds
+        if self._shares_layers and self.interval > 0 and (record.step + 2) % self.interval == 0:
+            self._timing = contextlib.ExitStack()
+            self._timing.enter_context(message_times.timed(self.trainer.clock.wait_timer()))
+
+    def _take_waits(self, record: StepRecord) -> None:
+        if self._timing is not None:
+            self._timing.close()
+            self._timing = None
+            waits = self.trainer.clock.take_waits()
+            self._own = {name: record.phases[name] - waits[name] for name in PASSES}
 
     def _ask(self, record: StepRecord) -> None:
         """Compare with the peers, and send by how much this process exceeds them; nobody waits for the answer."""
-        table = np.array(record.told[self]).reshape(self.stages, len(PHASES) + 1)
-        sums = table[self.trainer.topology.pipeline_rank]
-        excess = {phase: self._excess(phase, sums[PHASES.index(phase)], int(sums[-1])) for phase in OWN_WORK}
+        table = np.array(record.told[self]).reshape(self.stages, len(_COLUMNS))
+        sums = dict(zip(_COLUMNS, table[self.trainer.topology.pipeline_rank].tolist(), strict=True))
+        excess = {phase: self._excess(phase, sums) for phase in OWN_WORK}
         phase = max(OWN_WORK, key=excess.__getitem__)
         rank = self.trainer.topology.rank
         packed = pack(micros=int(1e6 * excess[phase]), rank=rank, phase=OWN_WORK.index(phase))
@@ -158,15 +179,20 @@ class SlowProcesses(Hook):
         line = {"step": record.step, "steps": self._steps, "seconds": self._seconds / self._steps, "stages": stages}
         self._asked = (message, line)
 
-    def _excess(self, phase: str, sum_of_stage: float, processes: int) -> float:
-        """Seconds of a step by which this process exceeds its peers in a phase; 0 where nothing is known of them."""
-        own = self._sums[phase] / self._steps
-        tensor = self.trainer.topology.tensor_size if phase in _PASSES else 1
-        peers = processes - tensor
+    def _excess(self, phase: str, sums: dict[str, float]) -> float:
+        """Seconds of a step by which this process exceeds its peers in a phase; 0 where nothing is known of them.
+
+        Args:
+            sums: over the processes of its stage.
+        """
         if self.trainer.topology.world_size == 1:
             return 0.0
+        own, whole = self._sums[phase] / self._steps, sums[phase]
+        if self._shares_layers and phase in PASSES:
+            own, whole = self._own[phase], sums[f"own {phase}"]
+        peers = round(sums["processes"]) - 1
         if peers > 0:
-            return own - (sum_of_stage - tensor * own) / peers
+            return own - (whole - own) / peers
         earlier = self._earlier[phase]
         usual = statistics.median(earlier) if len(earlier) >= self.EARLIER else own
         earlier.append(own)
@@ -197,33 +223,23 @@ class SlowProcesses(Hook):
         )
         if is_slow and self.trainer.topology.is_main and (slow.rank, slow.phase) != self._last:
             logger.warning(
-                "rank %d is slow in %s: its steps up to %d took %.3f s longer there than %s (%.0f%% of a step)%s",
+                "rank %d is slow in %s: its steps up to %d took %.3f s longer there than %s (%.0f%% of a step)",
                 slow.rank,
                 slow.phase,
                 line["step"] - 1,
                 slow.seconds,
-                "its peers'" if self._has_peers(slow.phase) else "its earlier ones",
+                "its peers'" if self.trainer.topology.world_size > self.stages else "its earlier ones",
                 100 * slow.seconds / line["seconds"],
-                self._group_of(slow),
                 extra={"kind": "slow"},
             )
         self._last = (slow.rank, slow.phase) if is_slow else None
 
-    def _has_peers(self, phase: str) -> bool:
-        topology = self.trainer.topology
-        return topology.data_size > 1 or (topology.tensor_size > 1 and phase not in _PASSES)
-
-    def _group_of(self, slow: Slow) -> str:
-        size = self.trainer.topology.tensor_size
-        if size == 1 or slow.phase not in _PASSES:
-            return ""
-        first = slow.rank - slow.rank % size
-        return (
-            f"; ranks {first} to {first + size - 1}, its tensor-parallel group, wait for one another in every layer: any of them may be it"
-        )
-
     def after_training(self) -> None:
         self._take_answer(self.trainer.state.step)
+
+    def close(self, *, failed: bool) -> None:
+        if self._timing is not None:
+            self._timing.close()
 
 
 def memory_gb(device: torch.device) -> float:

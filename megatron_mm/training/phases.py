@@ -27,7 +27,8 @@ import torch
 from megatron.core.utils import get_model_config
 
 PHASES = ("data", "share", "forward", "backward", "p2p", "reduce", "optimizer", "other")
-OWN_WORK = ("data", "forward", "backward", "optimizer")
+PASSES = ("forward", "backward")
+OWN_WORK = ("data", *PASSES, "optimizer")
 """Phases in which a process does not wait for another one, tensor and expert parallelism aside."""
 
 
@@ -38,6 +39,7 @@ class StepClock:
         self._on_gpu = device.type == "cuda"
         self._timers: dict[str, _Timer] = {phase: self._timer() for phase in PHASES}
         self._nothing = _Nothing()
+        self._waits: dict[str, _Timer] = {name: self._timer() for name in PASSES}
 
     def watch(self, model: Sequence[torch.nn.Module]) -> None:
         """Be the timers of these chunks' schedules."""
@@ -86,6 +88,14 @@ class StepClock:
         found["other"] = max(0.0, seconds - sum(found.values()))
         return found
 
+    def wait_timer(self) -> PassWaits:
+        """A timer of what passes wait for (`platform.message_times`): it counts for the pass that is under way."""
+        return PassWaits(self._timers, self._waits)
+
+    def take_waits(self) -> dict[str, float]:
+        """Seconds of the step that has ended, by pass, in which `wait_timer` ran."""
+        return {name: timer.take() for name, timer in self._waits.items()}
+
     def name_ranges(self, new: Callable[[str], Any] | None) -> None:
         """Make each phase that is timed from here on a range of a trace: a context manager that `new(phase)` returns. None makes none."""
         plain = {name: timer.timer if isinstance(timer, _Named) else timer for name, timer in self._timers.items()}
@@ -100,12 +110,15 @@ class _Timer:
 
     def __init__(self) -> None:
         self._total, self._began = 0.0, 0.0
+        self.is_running = False
 
     def start(self, barrier: bool = False) -> None:
+        self.is_running = True
         self._began = time.perf_counter()
 
     def stop(self, barrier: bool = False) -> None:
         self._total += time.perf_counter() - self._began
+        self.is_running = False
 
     def clear(self, *, keep_pending: bool) -> None:
         self._total = 0.0
@@ -130,10 +143,12 @@ class _EventTimer(_Timer):
         return event
 
     def start(self, barrier: bool = False) -> None:
+        self.is_running = True
         self._open = self._recorded()
 
     def stop(self, barrier: bool = False) -> None:
         self._pairs.append((self._open, self._recorded()))
+        self.is_running = False
 
     def clear(self, *, keep_pending: bool) -> None:
         if not keep_pending:
@@ -163,10 +178,12 @@ class _Named(_Timer):
     def start(self, barrier: bool = False) -> None:
         self._range = self._new()
         self._range.__enter__()
+        self.is_running = True
         self.timer.start()
 
     def stop(self, barrier: bool = False) -> None:
         self.timer.stop()
+        self.is_running = False
         self._range.__exit__(None, None, None)
 
     def clear(self, *, keep_pending: bool) -> None:
@@ -174,6 +191,24 @@ class _Named(_Timer):
 
     def take(self) -> float:
         return self.timer.take()
+
+
+class PassWaits:
+    """Runs the timer of the waits of the pass that is under way; outside of passes none."""
+
+    def __init__(self, passes: dict[str, _Timer], waits: dict[str, _Timer]) -> None:
+        self._passes, self._waits = passes, waits
+        self._running: _Timer | None = None
+
+    def start(self) -> None:
+        self._running = next((self._waits[name] for name in PASSES if self._passes[name].is_running), None)
+        if self._running is not None:
+            self._running.start()
+
+    def stop(self) -> None:
+        if self._running is not None:
+            self._running.stop()
+            self._running = None
 
 
 class _Nothing:
