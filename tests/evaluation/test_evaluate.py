@@ -119,6 +119,24 @@ def test_a_form_with_an_unknown_name_is_refused() -> None:
         Wording.of(TASKS["vqav2"], None, form="{picture}")
 
 
+def _train_on_chats(family: str, data: Path, run_dir: Path) -> None:
+    experiment = RUNS[family](data, steps=2, schedule_steps=4)
+    start(replace(experiment, data=replace(experiment.data, mixture={"conversations": 1.0})), run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["infimm", "mono_internvl"])
+def test_fine_tuned_stages_are_asked_in_their_chat_template(family: str, demo_data: Path, files: Path, tmp_path: Path) -> None:
+    """InfiMM's instruction tuning and Mono-InternVL's: the template is the one that the run's data was indexed with."""
+    run_processes(_train_on_chats, 1, family, demo_data, run_dir := tmp_path / "run")
+    tasks = ["vqav2", "scienceqa", "pope"]
+    vqa, science, pope = run_processes(_evaluate, 1, run_dir, files, tmp_path / "results", tasks, [0], {})[0]
+    assert vqa.setting["wording"] == "chat template, task vqa"
+    assert vqa.example_prompt == "<image>What colour is square 0?\nAnswer the question using a single word or phrase.\n"
+    assert science.example_prompt.endswith("A. cat\nB. dog\nAnswer with the option's letter from the given choices directly.\n")
+    assert pope.num_items == 6 and set(pope.scores) >= {"score", "accuracy", "adversarial"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", RUNS)
 def test_every_family_is_evaluated_alike_in_every_layout(family: str, demo_data: Path, tmp_path: Path) -> None:
