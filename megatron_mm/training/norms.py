@@ -23,6 +23,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
+from megatron_mm.training.spread_encoder import wrapped_modules
+
 NORMS = ("grad_norms", "param_norms", "updates")
 """What is measured, in the order of the sums."""
 
@@ -106,7 +108,7 @@ def _parts_of(optimizer: MegatronOptimizer) -> list[tuple[Any, float]]:
 def _names(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[int, str]:
     """Names by the identity of what the optimizer holds: the parameter itself, its fp32 copy, or its shard of that."""
     names: dict[int, str] = {}
-    of_model = {parameter: name for chunk in model for name, parameter in chunk.module.named_parameters()}
+    of_model = {parameter: name for chunk in wrapped_modules(model) for name, parameter in chunk.module.named_parameters()}
     for parameter, name in of_model.items():
         names[id(parameter)] = name
         main = getattr(parameter, "main_param", None)
