@@ -41,6 +41,9 @@ class ParallelConfig:
     overlap_param_gather: bool = True
     """Gather updated parameters while the next forward pass already runs; needs distributed_optimizer, CUDA and pipeline 1
     or virtual > 1, and is ignored elsewhere."""
+    overlap_tensor: bool = False
+    """Exchange parts of a sequence between tensor-parallel processes while products run on other parts, through Transformer Engine's user
+    buffers. These have one size: every micro-batch is padded to `micro_batch_size` full sequences."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, those of `recompute_modules`, or whole layers."""
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)

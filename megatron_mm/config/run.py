@@ -253,7 +253,9 @@ class Experiment:
     @property
     def token_multiple(self) -> int:
         """The tokens of a micro-batch are padded to a multiple of this: each process has an equal part of them under sequence parallelism,
-        and FP8 products (16) and 16-bit tensor cores (8) want multiples of their own."""
+        and FP8 products (16) and 16-bit tensor cores (8) want multiples of their own. With user buffers all have one size."""
+        if self.parallel.overlap_tensor and self.parallel.sequence_parallel:
+            return self.train.micro_batch_size * self.data.sequence_length
         of_process = {"fp32": 1, "bf16": 8, "fp8": self.fp8_multiple}[self.train.precision]
         return of_process * (self.parallel.tensor if self.parallel.sequence_parallel else 1)
 

@@ -50,6 +50,9 @@ class Family(ABC, Generic[Config]):
     beginning of its name, or of `rest`."""
     special_tokens: ClassVar[tuple[str, ...]] = ("<pad>", "<image>")
     """Control tokens that the model needs, in the order in which they get ids after those of a tokenizer that lacks them."""
+    plain_layers: ClassVar[bool] = False
+    """Decoder layers are attention and MLP alone, each of which all tokens of a micro-batch go through: user buffers know no others
+    (`parallel.overlap_tensor`)."""
     takes_tiles: ClassVar[bool] = False
     """Images may be cut into tiles (`data.max_tiles`)."""
     generates_with_cache: ClassVar[bool] = False

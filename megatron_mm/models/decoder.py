@@ -77,6 +77,7 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
         # -- parallelism
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel,
+        tp_comm_overlap=on_te and parallel.overlap_tensor and parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if interleaved else None,
         pipeline_model_parallel_layout=pipeline_layout(parallel, num_layers=config.num_layers) if parallel.pipeline > 1 else None,

@@ -62,3 +62,13 @@ def dispatch_missing(name: str) -> str:
     if name == "hybridep" and not hasattr(importlib.import_module("deep_ep"), "HybridEPBuffer"):
         return "the installed deep_ep has no HybridEPBuffer: install its hybrid-ep branch, or use --parallel.expert-dispatch deepep"
     return ""
+
+
+def user_buffers_missing() -> str:
+    """Why Transformer Engine cannot overlap tensor-parallel exchanges with products here (`ParallelConfig.overlap_tensor`); empty where it
+    can."""
+    importlib.import_module("transformer_engine.pytorch")  # loads its extension
+    extension: Any = importlib.import_module("transformer_engine_torch")
+    if extension.device_supports_multicast() or os.environ.get("UB_SKIPMC") == "1":
+        return ""
+    return "this GPU or its driver has no multicast over NVLink: leave it out, or set UB_SKIPMC=1 to try without"

@@ -7,6 +7,7 @@ difference is gone from all supported versions.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import logging
 import warnings
@@ -64,6 +65,21 @@ def step_and_gather(optimizer: MegatronOptimizer) -> None:
             part.step_with_ready_grads()
     for chunk in chunks.values():
         chunk.start_param_sync()
+
+
+def make_user_buffers(*, tokens: int, width: int, tensor: int, fp8: bool) -> None:
+    """Allocate what Transformer Engine's layers exchange through (`ParallelConfig.overlap_tensor`); called by all processes before a model
+    is built. A later call replaces them.
+
+    Args:
+        tokens, width: of the hidden states of a micro-batch, all tensor-parallel processes together.
+    """
+    module: Any = importlib.import_module("transformer_engine.pytorch.module.base")
+    modes = module.UserBufferQuantizationMode
+    module.destroy_ub()
+    module.initialize_ub(
+        [tokens, width], tensor, quantization_modes=[modes.FP8 if fp8 else modes.NONE], dtype=torch.bfloat16, bootstrap_backend="gloo"
+    )
 
 
 def mlp_spec(submodules: MLPSubmodules) -> Any:

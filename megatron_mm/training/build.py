@@ -21,6 +21,7 @@ from megatron_mm.parallel.gradients import finalize_model_grads
 from megatron_mm.parallel.images import TensorParallelImages
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.parallel.topology import Topology, replicated_groups, single_process_groups
+from megatron_mm.platform import engine
 from megatron_mm.platform.device import packed_attention_missing
 from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
 from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients
@@ -100,12 +101,25 @@ def build_encoder(experiment: Experiment, topology: Topology) -> ImageEncoder | 
         return family_of(experiment.model).build_encoder(experiment.model, _context(experiment, topology, virtual_stage=0))
 
 
+def _make_user_buffers(experiment: Experiment, topology: Topology) -> None:
+    """What `parallel.overlap_tensor` needs beside layers that use it."""
+    parallel = experiment.parallel
+    if parallel.overlap_tensor and parallel.sequence_parallel and _choose(experiment, topology)[0] == "te":
+        engine.make_user_buffers(
+            tokens=experiment.token_multiple,
+            width=experiment.model.decoder.hidden_size,
+            tensor=parallel.tensor,
+            fp8=experiment.train.precision == "fp8",
+        )
+
+
 def build_model(experiment: Experiment, topology: Topology) -> list[DistributedDataParallel]:
     """The chunks of this process with their initial weights, wrapped so that gradients are reduced over data parallelism.
 
     Raises ValueError, on all processes, where the freeze policy has a pattern that matches nothing.
     """
     parallel = experiment.parallel
+    _make_user_buffers(experiment, topology)
     chunks, encoder = build_chunks(experiment, topology), build_encoder(experiment, topology)
     modules = chunks if encoder is None else [*chunks, encoder]
     initialize_weights(modules, seed=experiment.train.seed)

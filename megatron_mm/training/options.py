@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mm.config import Experiment
+from megatron_mm.families.registry import family_of
 from megatron_mm.models.layers import Backend
 from megatron_mm.models.vision import TOWER_MODULES
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.nodes import expert_traffic, gpus_per_node, nodes_of_expert_group
-from megatron_mm.platform.device import dispatch_missing, fp8_recipe_missing
+from megatron_mm.platform.device import dispatch_missing, fp8_recipe_missing, user_buffers_missing
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,39 @@ def check_options(experiment: Experiment, *, backend: Backend, warn: bool = True
 
 def asked_for(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
     """The options that differ from their defaults, in the order of the configuration."""
+    yield from _overlap(experiment, backend=backend)
     yield from _recompute(experiment, backend=backend)
     yield from _experts(experiment)
     yield from _dispatch(experiment, backend=backend)
     yield from _precision(experiment, backend=backend)
+
+
+def _overlap(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
+    if not experiment.parallel.overlap_tensor:
+        return
+    useless = "" if experiment.parallel.sequence_parallel else "sequences are not cut over tensor-parallel processes"
+    yield Option(
+        "parallel.overlap_tensor",
+        True,
+        impossible="" if useless else _overlap_impossible(experiment, backend=backend),
+        useless=useless,
+        costs="micro-batches are padded to full sequences; what `fill` in metrics.jsonl lacks to 1 is computed for nothing",
+    )
+
+
+def _overlap_impossible(experiment: Experiment, *, backend: Backend) -> str:
+    parallel, gpus = experiment.parallel, gpus_per_node()
+    if backend != "te":
+        return "user buffers are Transformer Engine's, and layers are plain PyTorch here: leave it out"
+    if not family_of(experiment.model).plain_layers or experiment.model.decoder.moe is not None:
+        return "this model's layers exchange other numbers of tokens beside those of a micro-batch: leave it out"
+    if gpus % parallel.tensor:
+        return f"tensor-parallel groups of {parallel.tensor} lie on several nodes of {gpus} GPUs: use a divisor of that"
+    if experiment.train.precision == "fp8" and experiment.precision.fp8_recipe not in ("tensorwise", "delayed"):
+        return f"user buffers hold FP8 with one scale, not {experiment.precision.fp8_recipe}: use --precision.fp8-recipe tensorwise"
+    if experiment.eval.interval and experiment.eval.samples:
+        return "captions of held-out images are written token by token, in other sizes: use --eval.samples 0"
+    return user_buffers_missing()
 
 
 def _recompute(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:

@@ -7,6 +7,7 @@ A program of its own, as megatron-core asks for Transformer Engine when it is im
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tempfile
@@ -16,12 +17,14 @@ from typing import Any
 
 import te_program  # installs Transformer Engine's Python first
 import torch
+from support import distributed
 from support.te import extension, fp8
 from support.te.extension import CALLS
 
 from megatron_mm.config import Experiment, ParallelConfig, PrecisionConfig
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.platform import adam
+from megatron_mm.training import build
 from megatron_mm.training.options import check_options
 
 SUBJECT = te_program.SUBJECTS["mm1"]
@@ -56,6 +59,21 @@ def run(trainee: te_program.Trainee, first: int, last: int) -> list[float]:
     return [trainee.step.run(batches[number], step=number).losses.mean for number in batches]
 
 
+def user_buffers(precision: str) -> dict[str, Any]:
+    """What each of two tensor-parallel processes allocates, and which of its layers exchange through it, by name."""
+    base = SUBJECT.experiment(precision=precision)
+    experiment = replace(base, parallel=ParallelConfig(tensor=2, overlap_tensor=True), eval=replace(base.eval, samples=0))
+    check_options(experiment, backend="te")
+    te_program.use_backend("te")
+    topology = topologies.initialize(experiment.parallel, seed=1)
+    (model,) = build.build_model(experiment, topology)
+    flags = ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop")
+    layers = {name: module.ub_name for name, module in model.named_modules() if any(getattr(module, flag, False) for flag in flags)}
+    made = importlib.import_module("transformer_engine.pytorch.module.base")._ub_communicators
+    topologies.shutdown()
+    return {"layers": layers, "buffers": {name: [list(buffer.args[0]), str(buffer.args[1])] for (name, _), buffer in made.items()}}
+
+
 def main() -> None:
     adam.install = lambda: None  # Transformer Engine's Adam, over a kernel that runs here
     torch.set_num_threads(1)
@@ -80,6 +98,8 @@ def main() -> None:
         found["bf16 moments, at once"] = train(sparse(**small), folder / "once", last=4)
         found["bf16 moments from fp32"] = train(sparse(**small), folder / "plain", first=3, last=4)
         found["fp32 moments from bf16"] = train(sparse(), folder / "moments", first=3, last=4)
+    distributed._PRELOADED.clear()  # processes begin with this file, and so with Transformer Engine
+    found["user buffers"] = {precision: distributed.run_processes(user_buffers, 2, precision)[0] for precision in ("bf16", "fp8")}
     print(json.dumps(found))
 
 

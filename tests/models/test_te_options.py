@@ -12,6 +12,9 @@ from test_te import program
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
+PRODUCTS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
 @functools.cache
 def found() -> dict[str, Any]:
     return json.loads(program("te_options.py", timeout=380)[-1])
@@ -61,3 +64,14 @@ def test_the_routers_kernel_runs() -> None:
     """(What it computes is held to plain PyTorch's by `test_te.test_losses_are_the_same`.)"""
     calls = found()["plain"]["calls"]
     assert calls["fused_topk_with_score_function_fwd"] > 0 and calls["fused_topk_with_score_function_bwd"] > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_layers_exchange_through_user_buffers_of_one_size(precision: str) -> None:
+    """All products of both decoder layers, and none of the tower's, which is not cut; what kernels do with the buffers needs a GPU."""
+    seen = found()["user buffers"][precision]
+    layers = {f"module.language.decoder.layers.{layer}.{name}" for layer in (0, 1) for name in PRODUCTS}
+    assert set(seen["layers"]) == layers and set(seen["layers"].values()) == {"qkv", "proj", "fc1", "fc2"}
+    assert {"qkv_fprop", "proj_fprop", "fc1_fprop", "fc2_fprop", "qkv_dgrad", "fc1_dgrad"} <= set(seen["buffers"])
+    assert {tuple(shape) for shape, _ in seen["buffers"].values()} == {(96, 64)}, "a micro-batch's tokens and their width"
+    assert ("torch.uint8" in {kind for _, kind in seen["buffers"].values()}) == (precision == "fp8")

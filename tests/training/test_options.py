@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from support.small import small_experiment
 
-from megatron_mm.config import Experiment, MoEConfig, PrecisionConfig
+from megatron_mm.config import Experiment, MoEConfig, ParallelConfig, PrecisionConfig
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.run.start import check
 from megatron_mm.training.options import asked_for, check_options
 
+OVERLAPPED = ParallelConfig(tensor=2, overlap_tensor=True)
 EXPERTS = MoEConfig(num_experts=4, every_n_layers=2)
 
 
@@ -35,6 +36,11 @@ def test_defaults_ask_for_nothing() -> None:
     [
         (experiment(exp_avg="bf16"), "torch", "precision.exp_avg is bf16, but only Transformer Engine's Adam"),
         (experiment(sparse=True, parallel=selective("moe_act")), "torch", "parallel.recompute_modules is moe_act, but it is a part of"),
+        (experiment(parallel={"tensor": 2, "overlap_tensor": True}), "torch", "overlap_tensor is True, but user buffers are"),
+        (experiment(sparse=True, parallel={"tensor": 2, "overlap_tensor": True}), "te", "layers exchange other numbers of tokens"),
+        (replace(get_recipe("debug_infimm"), parallel=OVERLAPPED), "te", "layers exchange other numbers of tokens"),
+        (experiment(parallel={"tensor": 3, "overlap_tensor": True}), "te", "groups of 3 lie on several nodes of 8 GPUs"),
+        (experiment(parallel={"tensor": 2, "overlap_tensor": True}), "te", "captions of held-out images .*: use --eval.samples 0"),
         (experiment(sparse=True, parallel={"expert": 2, "expert_dispatch": "deepep"}), "te", "deepep, but its kernels need GPUs"),
         (
             experiment(sparse=True, parallel=selective("moe_act"), precision="fp8", fp8_recipe="delayed"),
@@ -63,6 +69,7 @@ def test_what_cannot_run_is_refused(asked: Experiment, backend: Any, message: st
             "parallel.recompute_encoder_modules is layernorm and has no effect",
         ),
         (experiment(parallel={"max_expert_load": 2.0}), "torch", "max_expert_load is 2.0 and has no effect: the model has no experts"),
+        (experiment(parallel={"overlap_tensor": True}), "te", "overlap_tensor is True and has no effect: sequences are not cut"),
         (experiment(sparse=True, parallel={"expert_dispatch": "deepep"}), "te", "deepep and has no effect: every process has all experts"),
         (experiment(sparse=True, parallel={"max_expert_load": 2.0, "expert": 2}), "torch", "one of 2 processes cannot receive more"),
     ],
@@ -95,3 +102,8 @@ def test_experts_on_several_nodes_are_said_with_what_they_send(monkeypatch: pyte
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     check_options(get_recipe("mm1_3b_moe"), backend="te")
     assert "lies on" not in caplog.text
+
+
+def test_micro_batches_have_one_size_with_user_buffers() -> None:
+    whole = experiment(parallel={"tensor": 2, "overlap_tensor": True})
+    assert whole.token_multiple == 96 and experiment(parallel={"tensor": 2}).token_multiple == 16

@@ -23,6 +23,7 @@ class MM1Family(Family[MM1Config]):
     """CLIP tower -> connector -> image tokens inside the decoder's sequence. Pre-training and fine-tuning train everything."""
 
     config = MM1Config
+    plain_layers = True
     recipes = (*recipes.RECIPES, *fine_tuning.RECIPES)
     adapts = ("vision.image_size", "sub_images")
     generates_with_cache = True

@@ -41,13 +41,18 @@ def extension(version: str) -> types.ModuleType:
         "CommOverlapHelper",
         "FP8TensorMeta",
     ):
-        setattr(module, name, type(name, (), {}))
+        setattr(module, name, type(name, (), {"__init__": _record_arguments}))
     fp8.bind(module)
     kernels.bind(module)
     own = {**kernels.KERNELS, **fp8.KERNELS}
     for name, parameters in record["functions"].items():
         setattr(module, name, _function(name, parameters, [own[n] for n in (name, f"{name}_of_arguments") if n in own]))
     return module
+
+
+def _record_arguments(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Of a class that allocates what processes exchange through: what it was made of, and nothing else."""
+    self.args, self.kwargs = args, kwargs
 
 
 def _function(name: str, parameters: list[str] | None, candidates: list[Callable[..., Any]]) -> Callable[..., Any]:

@@ -403,6 +403,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     if isinstance(kernel, types.FunctionType) and kernel.__module__ == __name__ and not name.startswith("_")
 } | {
     "multi_tensor_scale_tensor": multi_tensor_scale,
+    "device_supports_multicast": lambda: True,
+    "ubuf_built_with_mpi": lambda: False,
     "get_cudnn_version": lambda: 91900,
     "get_cublasLt_version": lambda: 130100,
     "get_num_cublas_streams": lambda: 4,
