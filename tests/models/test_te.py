@@ -155,6 +155,17 @@ def test_stages_of_every_recipe_at_full_size(precision: str) -> None:
     check_stages(precision, *(name for name in RECIPES if not name.startswith("debug")))
 
 
+@pytest.mark.slow
+def test_forward_passes_stay_on_the_gpu() -> None:
+    """Every family in bf16 and FP8 on tensors that say they are on a GPU: all weights and buffers, and no operation that mixes devices."""
+    seen = json.loads(program("te_fake_cuda.py")[-1])
+    refused = seen.pop("mixed devices")
+    assert "cuda:0" in refused and "cpu" in refused
+    assert seen.keys() == {f"{family} {precision}" for family in ("mm1", "infimm", "mono_internvl") for precision in ("bf16", "fp8")}
+    for devices, logits in seen.values():
+        assert devices == ["cuda:0"] and len(logits) == 4 and all(shape.endswith("128] on cuda:0") for shape in logits)
+
+
 def test_what_was_written_down_of_the_extension_is_what_a_compiled_one_has() -> None:
     """Where one is installed: the same functions, the same parameters where it names them and as many where not, the same enumerations."""
     lines = program("te_interface.py")

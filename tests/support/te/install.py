@@ -74,8 +74,12 @@ def python_of_transformer_engine() -> str | None:
     return fitting[-1] if fitting else None
 
 
-def install() -> types.ModuleType:
-    """Import Transformer Engine over the kernels written in PyTorch; returns the extension that it calls."""
+def install(*, on_cpu: bool = True) -> types.ModuleType:
+    """Import Transformer Engine over the kernels written in PyTorch; returns the extension that it calls.
+
+    Args:
+        on_cpu: send what is asked of a GPU to the CPU; who does not brings a GPU, or tensors that say they are on one.
+    """
     assert not any(name.startswith("megatron.core") for name in sys.modules), "megatron-core looked for Transformer Engine already"
     version = python_of_transformer_engine()
     assert version is not None, "no transformer-engine here: run `make test-te`, or pip install --no-deps transformer-engine"
@@ -87,7 +91,8 @@ def install() -> types.ModuleType:
         warnings.simplefilter("ignore")
         importlib.import_module("transformer_engine.common").load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
         importlib.import_module("transformer_engine.pytorch")
-    to_cpu()
+    if on_cpu:
+        to_cpu()
     return module
 
 
