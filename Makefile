@@ -3,6 +3,7 @@
 # make test-all    the slow tests too
 # make test-te     of these, those of Transformer Engine's layers
 # make test-matrix the whole suite on both supported versions of megatron-core
+# make test-faults  a small run that meets one fault after another ends as an undisturbed one does
 # make test-isa    the tests that compare numbers, with the kernels of older and newer processors in turn
 # make test-transformers   exports in the oldest and newest transformers supported, and in an inference engine
 # make nightly     all of it: test-all, test-isa, check
@@ -19,7 +20,7 @@ TE_PYTHON := build/transformer_engine
 # One thread a process: several processes share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-all test-te test-matrix test-isa test-transformers nightly check bench gpu-check gpu-bench clean
+.PHONY: install demo test test-all test-faults test-te test-matrix test-isa test-transformers nightly check bench gpu-check gpu-bench clean
 
 install: $(STAMP)
 
@@ -41,6 +42,12 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q tests
+
+# Killed, stopped and hanging processes, a full disk, a damaged checkpoint, a second run, in a random order (SEED=2 for another one).
+SEED ?= 1
+test-faults: $(STAMP)
+	$(BIN)/python tools/fault_drill.py --out build/faults --seed $(SEED)
+	$(BIN)/python tools/fault_drill.py --out build/faults --seed $(SEED) --faults 4 --change-layout
 
 # What compares numbers, with the kernels of SSE4, AVX2 and AVX-512: no result may depend on them. Those that the processor lacks are skipped.
 ISA_TESTS := tests/models tests/families tests/platform tests/test_golden_runs.py tests/parallel/test_gradients.py tests/parallel/test_images.py \
@@ -93,6 +100,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/padding.py
 	$(BIN)/python benchmarks/spread_encoder.py
 	$(BIN)/python benchmarks/checkpoint_save.py
+	$(BIN)/python benchmarks/restart_time.py
 	$(BIN)/python benchmarks/loader_throughput.py
 	$(BIN)/python benchmarks/prepare_rate.py
 	$(BIN)/python benchmarks/long_texts.py

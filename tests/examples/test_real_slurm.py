@@ -161,3 +161,35 @@ def test_a_stage_that_fails_takes_the_later_ones_out_of_the_queue(cluster: Slurm
     wait_until(lambda: all(ended(cluster, each) for each in (job, *others)), "all jobs end")
     assert cluster.state(job) == "FAILED" and "neither a complete checkpoint nor a run directory" in output(tmp_path / "runs")
     assert [cluster.state(each) for each in others] == ["CANCELLED"] * 3
+
+
+@pytest.fixture
+def spare_cluster() -> Iterator[SlurmCluster]:
+    with slurm_cluster(nodes=3, cpus=2) as running:
+        yield running
+
+
+def test_an_unfit_node_is_left_out_and_a_failed_run_starts_again_within_the_job(
+    spare_cluster: SlurmCluster, demo_data: Path, tmp_path: Path
+) -> None:
+    """Of three nodes the first is unfit; on the other two a process is killed in step 5."""
+    run_dir, python = tmp_path / "run", tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        '[[ "$*" != *"doctor --node"* || $SLURMD_NODENAME != n1 ]] || { echo "n1  BAD  work: a GPU is gone"; exit 1; }\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    settings = ("--train.steps", "8", "--checkpoint.interval", "2", "--eval.interval", "0", "--monitor.wandb", "disabled")
+    faulty = ("--extra-hooks", f"{ROOT / 'tests' / 'support' / 'faulty.py'}:Faulty")
+    environment = {"NODES": "2", "PYTHON": str(python), "FAULT": "kill 1 5", "FAULT_ONCE": str(tmp_path / "once")}
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    job = submit(spare_cluster, run_dir, *settings, *faulty, data=demo_data, options=("--nodes=3", "--no-kill"), **environment, **path)
+    wait_until(lambda: ended(spare_cluster, job), "the job ends", seconds=400)
+    said = output(run_dir)
+    assert spare_cluster.state(job) == "COMPLETED", said
+    assert "node n1 is left out" in said and "on n2 n3" in said
+    assert "starting again within the job, 1 of 3" in said and "the run is done" in said
+    assert steps(run_dir) == list(range(1, 9))
+    logs = "".join(path.read_text() for path in (run_dir / "logs").glob("*-node-*.log"))
+    assert logs.count("contact with other processes was lost") == 1 and "resumed from" in logs

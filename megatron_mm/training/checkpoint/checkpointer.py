@@ -279,7 +279,7 @@ class Checkpointer:
             shutil.rmtree(removed, ignore_errors=True)
 
     def _superseded(self, checkpoints: list[Path]) -> list[Path]:
-        """Of checkpoints here, or of their copies elsewhere. While steps are skipped the newest one from before them stays: to go back to."""
+        """Of checkpoints here, or of their copies elsewhere. While steps are skipped the newest one from before them stays."""
         kept = {(self.folder / BEST).resolve().name, *[path.name for path in checkpoints if step_of(path) <= self.sound_step][-1:]}
         found = superseded(checkpoints, keep=self.config.keep, keep_every=self.config.keep_every)
         return [path for path in found if path.name not in kept]
