@@ -30,7 +30,7 @@ FAULTS = ("kill", "stop", "hang", "collective", "loader", "term", "full disk", "
 LAYOUTS = ({"parallel.tensor": 2}, {"parallel.pipeline": 2}, {})
 """On two processes."""
 STEPS, INTERVAL = 24, 3
-WATCHDOG_SECONDS = 20.0
+WATCHDOG_SECONDS = 30.0
 TIMEOUT = 300
 TOLERANCE = 1e-5
 

@@ -169,6 +169,7 @@ def spare_cluster() -> Iterator[SlurmCluster]:
         yield running
 
 
+@pytest.mark.timeout(900)
 def test_an_unfit_node_is_left_out_and_a_failed_run_starts_again_within_the_job(
     spare_cluster: SlurmCluster, demo_data: Path, tmp_path: Path
 ) -> None:

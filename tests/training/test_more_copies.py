@@ -32,6 +32,7 @@ class _DiesAfter(Hook):
 
     def after_step(self, record: StepRecord) -> None:
         if record.step == self.step + 1:
+            self.trainer.checkpointer.finish()
             raise _Killed
 
 
@@ -62,10 +63,10 @@ def test_a_restart_resumes_from_memory_bit_for_bit(distributed: bool, demo_data:
     parallel = {"tensor": 2, "distributed_optimizer": distributed}
     options = {"interval": 4, "memory": memory, "memory_interval": 1}
     once, again = tmp_path / "once", tmp_path / "again"
-    run_processes(_run_in, 4, demo_data, once, 9, {"interval": 100}, parallel)
-    run_processes(_run_in, 4, demo_data, again, 9, options, parallel, 6)
+    run_processes(_run_in, 2, demo_data, once, 9, {"interval": 100}, parallel)
+    run_processes(_run_in, 2, demo_data, again, 9, options, parallel, 6)
     assert [path.name for path in completed_checkpoints(again)] == ["step_00000004"]
-    said = run_processes(_run_in, 4, demo_data, again, 9, options, parallel)[0]
+    said = run_processes(_run_in, 2, demo_data, again, 9, options, parallel)[0]
     assert said == [f"resumed from the copy of step 6 in {memory}"]
     assert _losses(again) == _losses(once)
     assert not list(memory.iterdir()), "the memory is free at the end"
