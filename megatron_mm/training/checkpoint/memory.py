@@ -79,6 +79,7 @@ class MemoryCopy:
         self.next, self.saved_step = 1 - self.next, state.step
         logger.debug("copy of step %d in %s after %.2f s", state.step, self.folder, time.monotonic() - began)
 
+    @torch.no_grad()
     def load_latest(self, *, newer_than: int) -> TrainState | None:
         """Take the newest copy that all processes have; None where there is none, or none that is newer than a checkpoint's step."""
         found = {step: path for path in map(self._path, _GENERATIONS) if (step := self._step_of(path)) is not None}
