@@ -101,6 +101,7 @@ def _document(batch: PackedBatch, begin: int, end: int, pictures: dict[int, str]
 
 def _token(token: int, learned: bool, tokenizer: Tokenizer) -> str:
     text, is_special = tokenizer.piece(token)
+    text = "\u21b5" if text == "<0x0A>" else text
     classes = " ".join(["token", *(["learned"] if learned else []), *(["special"] if is_special else [])])
     return f'<span class="{classes}" title="{token}">{html.escape(text)}</span>'
 

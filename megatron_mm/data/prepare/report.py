@@ -164,24 +164,43 @@ def draw_report(found: DataReport, out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (tokens, images, losses) = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    sources = dict(reversed(found.sources.items()))  # the first one comes on top
+    height = max(4.5, 1.2 + 0.35 * len(sources))
+    figure, (tokens, images, losses) = plt.subplots(1, 3, figsize=(18, height), layout="constrained", width_ratios=[1.2, 1, 1])
     edges = np.array(found.token_edges)
     for name, source in found.sources.items():
         counts = np.array(source.token_histogram)
         line = "-" if name.startswith("train") else "--"
         used = slice(max(0, int(np.argmax(counts > 0)) - 1), len(counts) - int(np.argmax(counts[::-1] > 0)) + 1)
         tokens.plot(edges[1:][used], (np.cumsum(counts) / max(1, counts.sum()))[used], line, drawstyle="steps-post", label=name)
-        numbers = list(source.images_of_a_sample)
-        shares = [count / max(1, source.samples) for count in source.images_of_a_sample.values()]
-        images.plot([int(n.rstrip("+")) for n in numbers], shares, line, marker="o", label=name)
     tokens.set(xscale="log", xlabel="text tokens", ylabel="share of samples with so many or fewer", ylim=(0, 1.02))
-    images.set(xlabel="images of a sample (10: 10 or more)", ylabel="share of samples", ylim=(0, 1.02))
-    names = list(found.sources)
-    shares = [100 * sum(s.rejected.values()) / max(1, sum(s.rejected.values()) + s.samples) for s in found.sources.values()]
-    losses.barh(names, shares)
-    losses.set(xlabel="samples rejected, %", xlim=(0, max(1.0, 1.1 * max(shares))))
-    tokens.legend(fontsize=8)
+    tokens.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    numbers = [str(n) for n in range(10)] + ["10+"]
+    by_number = {n: [100 * source.images_of_a_sample.get(n, 0) / max(1, source.samples) for source in sources.values()] for n in numbers}
+    _stack(images, list(sources), by_number, colours=matplotlib.colormaps["viridis"](np.linspace(0.95, 0.1, len(numbers))))
+    images.set(xlabel="samples by their number of images, %", xlim=(0, 100))
+    reasons = sorted({reason for source in sources.values() for reason in source.rejected})
+    seen = [max(1, source.samples + sum(source.rejected.values())) for source in sources.values()]
+    by_reason = {r: [100 * s.rejected.get(r, 0) / n for s, n in zip(sources.values(), seen, strict=True)] for r in reasons}
+    _stack(losses, list(sources), by_reason, colours=matplotlib.colormaps["tab20"](np.arange(len(reasons)) % 20))
+    if not reasons:
+        losses.barh(list(sources), [0.0] * len(sources))
+        losses.text(0.5, 0.5, "none", transform=losses.transAxes, ha="center", va="center", fontsize=14, color="grey")
+        losses.set_xlim(0, 1)
+    losses.set(xlabel="samples rejected, % by reason")
+    losses.tick_params(labelleft=False)
     figure.suptitle(found.path)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def _stack(axes: Any, names: list[str], parts: dict[str, list[float]], *, colours: Any) -> None:
+    """A bar for each name, of the parts that are not zero everywhere."""
+    left = np.zeros(len(names))
+    for (part, shares), colour in zip(parts.items(), colours, strict=True):
+        if any(shares):
+            axes.barh(names, shares, left=left, color=colour, label=part)
+            left += np.array(shares)
+    if any(left):
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -16,12 +16,13 @@ images, so that samples with the same image lie together and share its bytes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from megatron_mm.data.prepare.published.records import BadRecord, Record, load_json
 
 Records = Iterator[Record | BadRecord]
+_MALFORMED = "malformed entry"
 
 
 def read_annotations(
@@ -52,75 +53,104 @@ def read_annotations(
             records = list(FORMS[form](main))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{questions} is not a file of the format {form} ({error!r})") from None
+    if records and all(isinstance(record, BadRecord) and record.reason == _MALFORMED for record in records):
+        raise ValueError(f"{questions} is not a file of the format {form}: no entry of it is")
     return sorted(records, key=lambda record: str(record.get("image") or "") if isinstance(record, dict) else "")
+
+
+def _each(entries: Iterable[Any], records_of: Callable[[Any], Records]) -> Records:
+    """The records of every entry; one that is not as its form says costs itself and not the file."""
+    for entry in entries:
+        try:
+            yield from records_of(entry)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError):
+            yield BadRecord(_MALFORMED)
 
 
 def _vqa(questions: Any, annotations: Any) -> Records:
     subset = annotations.get("data_subtype", questions.get("data_subtype", ""))
     answers = {entry["question_id"]: entry for entry in annotations["annotations"]}
-    for entry in questions["questions"]:
+
+    def record(entry: Any) -> Records:
         found = answers.pop(entry["question_id"], None)
         if found is None:
             yield BadRecord("question without answer")
-            continue
+            return
         image = entry.get("image") or (f"COCO_{subset}_{entry['image_id']:012d}.jpg" if subset else f"{entry['image_id']}.jpg")
         answer = found.get("multiple_choice_answer") or _usual([a["answer"] for a in found["answers"]])
         yield {"task": "vqa", "question": entry["question"], "answer": answer, "image": image}
+
+    yield from _each(questions["questions"], record)
     if answers:
         yield BadRecord("answer without question", len(answers))
 
 
 def _textvqa(data: Any) -> Records:
-    for entry in data["data"]:
+    def record(entry: Any) -> Records:
         if not entry.get("answers"):
             yield BadRecord("question without answer")
         else:
             yield {"task": "vqa", "question": entry["question"], "answer": _usual(entry["answers"]), "image": f"{entry['image_id']}.jpg"}
 
+    yield from _each(data["data"], record)
+
 
 def _textcaps(data: Any) -> Records:
-    for entry in data["data"]:
+    def record(entry: Any) -> Records:
         if not entry.get("reference_strs"):
             yield BadRecord("image without caption")
         for caption in entry.get("reference_strs") or []:
             yield {"task": "caption", "answer": caption, "image": f"{entry['image_id']}.jpg"}
 
+    yield from _each(data["data"], record)
+
 
 def _gqa(data: Any) -> Records:
-    for entry in data.values():
+    def record(entry: Any) -> Records:
         yield {"task": "vqa", "question": entry["question"], "answer": entry.get("answer"), "image": f"{entry['imageId']}.jpg"}
+
+    yield from _each(data.values(), record)
 
 
 def _vizwiz(data: Any) -> Records:
-    for entry in data:
+    def record(entry: Any) -> Records:
         if not entry.get("answers"):
             yield BadRecord("question without answer")
-            continue
-        answer = _usual([a["answer"] for a in entry["answers"]])
-        yield {"task": "vizwiz", "question": entry["question"], "answer": answer, "image": entry["image"]}
+        else:
+            answer = _usual([a["answer"] for a in entry["answers"]])
+            yield {"task": "vizwiz", "question": entry["question"], "answer": answer, "image": entry["image"]}
+
+    yield from _each(data, record)
 
 
 def _coco(data: Any) -> Records:
     files = {entry["id"]: entry["file_name"] for entry in data["images"]}
     with_captions = set()
-    for entry in data["annotations"]:
+
+    def record(entry: Any) -> Records:
         if entry["image_id"] not in files:
             yield BadRecord("caption of an image that is not listed")
-            continue
+            return
         with_captions.add(entry["image_id"])
         yield {"task": "caption", "answer": entry["caption"], "image": files[entry["image_id"]]}
+
+    yield from _each(data["annotations"], record)
     if len(with_captions) < len(files):
         yield BadRecord("image without caption", len(files) - len(with_captions))
 
 
 def _scienceqa(data: Any, split: str | None) -> Records:
-    splits = sorted({str(entry.get("split", "")) for entry in data.values()})
+    splits = sorted({str(entry.get("split", "")) for entry in data.values() if isinstance(entry, dict)})
     if split is not None and split not in splits:
         raise ValueError(f"no problem is of the split {split!r}: there are {', '.join(splits)}")
-    for number, entry in data.items():
+
+    def record(problem: tuple[str, Any]) -> Records:
+        number, entry = problem
         if split is None or entry.get("split") == split:
             image = f"{entry.get('split', '')}/{number}/{entry['image']}" if entry.get("image") else None
             yield scienceqa_record({**entry, "image": image})
+
+    yield from _each(data.items(), record)
 
 
 def scienceqa_record(entry: Record) -> Record:
