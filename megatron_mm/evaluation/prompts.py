@@ -82,7 +82,7 @@ class Wording:
 
     def items(self, examples: Sequence[Example]) -> list[Item]:
         """The items of a prompt, BOS left out: demonstrations with their answers, and last the question."""
-        if self.template is not None and examples[-1].images:
+        if self.template is not None and examples[-1].images:  # tasks of text alone are for the language model as it is
             return before_last_answer(render([self._turn(example) for example in examples], self.template))
         items: list[Item] = []
         for number, example in enumerate(examples):
@@ -93,9 +93,11 @@ class Wording:
                 _append(items, self.separator, continues=True)
         return items
 
-    def answer_text(self, answer: str, *, after_text: bool) -> str:
-        """A choice as it follows a prompt."""
-        return f" {answer}" if after_text and self.template is None else answer
+    def answer_text(self, answer: str, example: Example, *, after_text: bool) -> str:
+        """A choice as it follows a prompt: with the space that the template, or a form that ends in text, has before it."""
+        if self.template is not None and example.images:
+            return f"{self.template.prompt_end[1]}{answer}"
+        return f" {answer}" if after_text else answer
 
     def _turn(self, example: Example) -> Turn:
         fields: dict[str, object] = {"task": self.task, "images": ["image"] * len(example.images), "question": example.question}
@@ -200,7 +202,7 @@ class PromptBuilder:
         before = encode_items(items, self.tokenizer)
         found = []
         for choice in choices:
-            text = Text(wording.answer_text(choice, after_text=after_text), continues=after_text)
+            text = Text(wording.answer_text(choice, examples[-1], after_text=after_text), continues=after_text)
             ids = encode_items([*items, text], self.tokenizer)
             found.append(ids[-1] if ids[: len(before)] == before else encode_items([text], self.tokenizer)[0])
         return found

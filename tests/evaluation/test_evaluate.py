@@ -111,6 +111,9 @@ def test_prompts_of_chats_are_those_of_training(files: Path, demo_data: Path) ->
     (yes, no) = builder.choice_ids(Wording.of(task, None), [asked], ["yes", "no"])
     whole = tokenizer.decode([*base.ids, *yes])
     assert whole.endswith("Short answer: yes") and yes != no
+    ((letter,),) = [builder.choice_ids(wording, [asked], ["A"])]
+    one = builder.build(wording, [asked])
+    assert tokenizer.decode([*one.ids, *letter]).endswith("ASSISTANT: A"), "the template has a space before its answers"
     builder.close()
 
 
