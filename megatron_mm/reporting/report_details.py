@@ -33,7 +33,7 @@ def benchmarks(run: RunFiles) -> str:
         except (KeyError, TypeError, ValueError):
             continue  # of another version
     if not rows:
-        return missing("No benchmarks: `megatron-mm evaluate RUN_DIR --tasks ...` writes them.")
+        return missing("No benchmarks: megatron-mm evaluate RUN_DIR --tasks ... writes them.")
     steps = sorted({step for scores in rows.values() for step in scores})[-6:]
     lines = [
         [html.escape(title), str(shots), *(scores.get(step, "–") for step in steps), html.escape(metric)]
