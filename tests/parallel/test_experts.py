@@ -238,3 +238,14 @@ def test_the_heat_map_is_drawn(tmp_path: Path) -> None:
     stats = RoutingStats((1, 3), np.ones(2), np.ones(2), np.ones(2), np.array([[1.0, 6.0], [2.0, 2.0]]), np.array([[0.0, 4.0], [2.0, 2.0]]))
     assert stats.imbalance.tolist() == [2.0, 1.0] and stats.dropped.tolist() == [3.0, 0.0]
     assert draw_expert_load(stats.tokens_per_expert, stats.layers, tmp_path / "x.png", title="t").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_collapsed_router_sends_no_process_more_than_its_bound() -> None:
+    """All tokens want the two experts of the first process: with a bound of 1.5 equal shares, 0.5 of 2 go nowhere, and training goes on."""
+    collapsed = (9.0, 9.0, 0.0, 0.0)
+    bounded = run_processes(train, 2, {"expert": 2, "max_expert_load": 1.5}, EXPERTS, 0, collapsed)[0]
+    free = run_processes(train, 2, {"expert": 2}, EXPERTS, 0, collapsed)[0]
+    chosen, kept = free.tokens_per_expert.sum(), bounded.tokens_per_expert
+    assert kept.sum() == pytest.approx(0.75 * chosen, rel=0.05) and (kept[:, :2].sum(), kept[:, 2:].sum()) == (kept.sum(), 0)
+    assert all(step["dropped_tokens"] > 0 for step in bounded.routing) and all(math.isfinite(loss) for loss in bounded.losses)
