@@ -25,13 +25,17 @@ from megatron_mm.families.infimm.files import infimm_config, infimm_settings
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of
 
+EXPORTED: dict[str, dict[str, Any]] = {"infimm": {"attention_window": 512}, "mono_internvl": {"rotary_scaling": 2.0}}
+"""Fields of decoders that exports alone have."""
 SMALL = {"infimm": small_infimm, "mono_internvl": small_mono}
 
 
 def small(family: str, tokenizer: Path | None = None, *, precision: str = "fp32") -> Experiment:
     """Of the shapes of `hf_models`' decoders, with room for the tokenizer."""
-    settings = SMALL[family](decoder={"vocab_size": 416, "head_dim": 16, "rotary_base": 500.0})
-    return replace(settings, data=replace(settings.data, tokenizer=tokenizer), train=replace(settings.train, precision=precision))
+    decoder = {"vocab_size": 416, "head_dim": 16, "rotary_base": 500.0, "max_positions": 4096, **EXPORTED[family]}
+    settings = SMALL[family](decoder=decoder)
+    data = replace(settings.data, tokenizer=tokenizer, max_tiles=6 if family == "mono_internvl" else None, to_rgb="pillow")
+    return replace(settings, data=data, train=replace(settings.train, precision=precision))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,21 @@ def test_released_names_and_back(
         torch.testing.assert_close(exported[name], value)
     made = convert_from_hf(settings, tmp_path / "again", whole=tmp_path / "hf")
     assert not made.drawn and same(stored(tmp_path / "again"), before)
+    convert_to_hf(tmp_path / "again", tmp_path / "hf again", shard_size="60KB")
+    first, again = documents(tmp_path / "hf"), documents(tmp_path / "hf again")
+    assert first == again and {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json"} <= first.keys()
+    config = json.loads(first["config.json"])
+    if family == "infimm":
+        assert (config["language"]["sliding_window"], config["language"]["max_position_embeddings"]) == (512, 4096)
+        assert config["language"]["pad_token_id"] == config["eos_token_id"]
+    else:
+        assert config["llm_config"]["rope_scaling"] == {"type": "dynamic", "factor": 2.0} and config["max_dynamic_patch"] == 6
+        assert config["use_thumbnail"] is True and config["select_layer"] == -1 and config["template"] == "internlm2-chat"
+
+
+def documents(folder: Path) -> dict[str, str]:
+    """All files but weights and README.md, which says how many steps were trained."""
+    return {path.name: path.read_text() for path in folder.glob("*") if path.suffix in (".json", ".jinja", ".py")}
 
 
 def reference(settings: Experiment) -> torch.nn.Module:
