@@ -20,10 +20,12 @@ from support.converted import written
 from support.references import infimm_reference
 from support.small_infimm import small_infimm
 from support.trained import Trained
+from transformers import AutoModelForCausalLM
 
 import megatron_mm
 from megatron_mm.config import DecoderConfig, Experiment
 from megatron_mm.conversion.to_hf import Export, convert_to_hf
+from megatron_mm.conversion.verify import verify
 
 LOADER = Path(__file__).parents[1] / "support" / "load_export.py"
 VERSIONS = Path(megatron_mm.__path__[0]).parent / "build" / "transformers"
@@ -95,6 +97,21 @@ def test_every_class_under_the_installed_transformers(case: tuple[Path, Path]) -
     assert "AutoModelForCausalLM, AutoTokenizer, AutoProcessor" in load_in_a_process(case, first=None).replace(
         "AutoModelForImageTextToText, ", ""
     ).replace(", AutoModelForImageTextToText", "")
+
+
+def test_verify_of_a_run_of_infimm_and_its_decoder_alone(case: tuple[Path, Path], tmp_path: Path) -> None:
+    """The whole model through its exported code, and the decoder as transformers' own class, which sees no images."""
+    folder, run_dir = case[0], case[0].parent / "run"
+    if not run_dir.is_dir():
+        pytest.skip("MM1's is in test_verify.py")
+    found = verify(run_dir, folder, prompt="a red circle")
+    assert found.passed and found.logits == 0
+    alone = convert_to_hf(run_dir, tmp_path / "alone", part="language").path
+    decoder, whole = (AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval() for path in (alone, folder))
+    assert type(decoder).__name__ == "LlamaForCausalLM"
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert (decoder(ids).logits - whole(ids).logits).abs().max() < 1e-5, "without images the gated blocks do nothing"
 
 
 @pytest.mark.slow
