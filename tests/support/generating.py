@@ -37,6 +37,10 @@ def trained(family: str, parallel: dict[str, Any], *, steps: int = 3) -> tuple[E
     random_step = {"infimm": small_infimm.infimm_step, "mono_internvl": small_mono.mono_step}.get(family, small.random_step)
     for number in range(1, steps + 1):
         step.run(random_step(experiment, topology, step=number), step=number)
+    with torch.no_grad():  # gated blocks begin closed: what they look at would not be seen
+        for name, parameter in ((name, parameter) for chunk in model for name, parameter in chunk.named_parameters()):
+            if name.endswith(("attention_gate", "ffn_gate")):
+                parameter.fill_(1.0)
     return experiment, topology, model
 
 
