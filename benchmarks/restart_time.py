@@ -31,7 +31,7 @@ def run(data: Path, folder: Path, *extra: str) -> tuple[float, float, int]:
         "--run-dir": run_dir,
         "--data.path": data,
         "--train.steps": STEPS,
-        "--train.global-batch-size": 2,
+        "--train.global-batch-size": 4,
         "--parallel.tensor": 2,
         "--checkpoint.interval": INTERVAL,
         "--eval.interval": 0,
@@ -44,7 +44,7 @@ def run(data: Path, folder: Path, *extra: str) -> tuple[float, float, int]:
     fault = {"FAULT": f"kill 1 {FAILS_AFTER}", "FAULT_ONCE": str(once)}
     launched = time.time()
     with (folder / "log").open("w") as log:
-        subprocess.run(words, env={**environment, **fault}, stdout=log, stderr=subprocess.STDOUT, check=True, timeout=600)
+        subprocess.run(words, env={**environment, **fault}, stdout=log, stderr=subprocess.STDOUT, check=True, timeout=900)
     ended = {line["step"]: line["time"] for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())}
     failed = once.stat().st_mtime
     after = min(step for step, seconds in ended.items() if seconds > failed)

