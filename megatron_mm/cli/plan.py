@@ -10,6 +10,7 @@ from megatron_mm.cli.command import Command, Parser, integer, one_of
 from megatron_mm.cli.recipe import list_recipes, recipe_of
 from megatron_mm.config import Experiment
 from megatron_mm.planning.hardware import GPUS, MICRO, OURS, with_host
+from megatron_mm.planning.memory import USABLE, USABLE_BY_RECIPES
 
 if TYPE_CHECKING:
     from megatron_mm.planning.recipe_job import Planned
@@ -21,6 +22,14 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument("--num-gpus", type=integer, metavar="N", help="GPUs of the run")
     parser.add_argument("--price", type=float, metavar="X", help="of a GPU for an hour: adds the cost of the run")
     parser.add_argument("--search", action="store_true", help="find the layout with the shortest step, and show the ten best")
+    parser.add_argument(
+        "--usable-memory",
+        type=float,
+        default=USABLE,
+        metavar="X",
+        help=f"with --search: part of the GPU's memory that a layout may take (default: {USABLE}; the recipes' layouts keep to "
+        f"{USABLE_BY_RECIPES})",
+    )
     parser.add_argument(
         "--host-microseconds",
         type=float,
@@ -72,7 +81,7 @@ def _plan(given: argparse.Namespace) -> None:
     if given.host_microseconds is not None:
         software = with_host(OURS, given.host_microseconds * MICRO / OURS.module_seconds)
     if given.search:
-        result = search(experiment, gpu, given.num_gpus, loads=loads, software=software)
+        result = search(experiment, gpu, given.num_gpus, loads=loads, software=software, usable=given.usable_memory)
         for line in table(result):
             print(line)
         print()

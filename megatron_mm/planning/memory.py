@@ -16,6 +16,10 @@ USABLE = 0.96
 """Of the device's memory, up to which a layout is said to fit."""
 
 
+USABLE_BY_RECIPES = 0.90
+"""The same for the layouts of the recipes, which leave room for what is not foreseen."""
+
+
 @dataclass(frozen=True)
 class MemoryUse:
     """Bytes of one process at the peak of a step."""
@@ -80,6 +84,6 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
     return tuple(uses)
 
 
-def fits(peak_bytes: float, gpu: Gpu) -> bool:
+def fits(peak_bytes: float, gpu: Gpu, *, usable: float = USABLE) -> bool:
     """Whether a step with this peak is said to run."""
-    return peak_bytes <= USABLE * gpu.memory_gb * 1e9
+    return peak_bytes <= usable * gpu.memory_gb * 1e9

@@ -17,7 +17,7 @@ from megatron_mm.planning.costs import Seconds
 from megatron_mm.planning.hardware import OURS, Gpu, Software
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.kernels import Block
-from megatron_mm.planning.memory import fits
+from megatron_mm.planning.memory import USABLE, fits
 from megatron_mm.planning.recipe_job import Planned, plan_recipe
 from megatron_mm.planning.step import Prediction, StepModel
 from megatron_mm.planning.workload import Workload, Workloads
@@ -70,6 +70,7 @@ def search(
     exhaustive: bool = False,
     loads: Workloads | None = None,
     software: Software = OURS,
+    usable: float = USABLE,
 ) -> SearchResult:
     """The layouts of an experiment with the shortest steps.
 
@@ -78,6 +79,7 @@ def search(
         exhaustive: simulate everything, to check what the bounds leave out.
         loads: what is worked on; drawn where not given.
         software: the stack that it runs on.
+        usable: part of the GPU's memory that a layout may take.
 
     Raises ValueError where no layout fits.
     """
@@ -91,7 +93,7 @@ def search(
         planned = _plan(candidate.experiment, gpu, gpus, loads, software)
         prediction = StepModel(planned.job).predict()
         simulated += 1
-        if not fits(prediction.peak_bytes, gpu):
+        if not fits(prediction.peak_bytes, gpu, usable=usable):
             too_large += 1
             continue
         best = sorted([*best, Found(planned, prediction)], key=lambda found: found.seconds)[:keep]

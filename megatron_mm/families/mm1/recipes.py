@@ -74,52 +74,53 @@ def _pretraining(
 
 
 def mm1_1b() -> Experiment:
-    """MM1 1.2B (1.195B without embeddings): one node of 8 GPUs and up, data parallel.
+    """MM1 1.2B (1.195B without embeddings): one node of 8 GPUs and up, data parallel, two sequences a micro-batch.
 
     `sbatch examples/mm1_1b.slurm`. Peak learning rate 8.6e-5 by equation (1).
 
-    Predicted (to 12%) on 32 H100: 2.52 s a step where the host keeps up, 4.0 s with the one that was measured; on A100-80GB 6.1 s; 42 GB.
+    Predicted on 32 H100: 2.43 s a step (to 12%), 44% of the bf16 peak, 61 GB; as many A100-80GB: 5.76 s.
     """
     parallel = ParallelConfig()
     return _pretraining(
-        "mm1_1b", decoder=DECODER_1B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=1
+        "mm1_1b", decoder=DECODER_1B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=2
     )
 
 
 def mm1_3b() -> Experiment:
-    """MM1 3B (2.914B without embeddings): tensor parallel 2 within a node. `sbatch examples/mm1_3b.slurm`.
+    """MM1 3B (2.914B without embeddings): 64 GPUs, data parallel. `sbatch examples/mm1_3b.slurm`.
 
-    Predicted (to 12%) on 64 H100: 2.16 s a step where the host keeps up, 4.1 s with the one that was measured; on A100-80GB 5.0 s; 33 GB.
+    Predicted on 64 H100: 1.95 s a step (to 12%), 45% of the bf16 peak, 57 GB; as many A100-80GB: 4.54 s.
     """
-    parallel = ParallelConfig(tensor=2)
+    parallel = ParallelConfig()
     return _pretraining(
         "mm1_3b", decoder=DECODER_3B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=1
     )
 
 
 def mm1_7b() -> Experiment:
-    """MM1 7B (6.845B without embeddings): tensor parallel 4 within a node. `sbatch examples/mm1_7b.slurm`.
+    """MM1 7B (6.845B without embeddings): 128 GPUs as tensor 2 x data 64, two sequences a micro-batch. `sbatch examples/mm1_7b.slurm`.
 
-    Predicted (to 12%) on 128 H100: 2.17 s a step where the host keeps up, 4.6 s with the one that was measured; on A100-80GB 4.9 s; 29 GB.
+    Predicted on 128 H100: 1.77 s a step (to 12%), 47% of the bf16 peak, 65 GB; as many A100-80GB: 4.15 s.
     """
-    parallel = ParallelConfig(tensor=4)
+    parallel = ParallelConfig(tensor=2)
     return _pretraining(
-        "mm1_7b", decoder=DECODER_7B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=1
+        "mm1_7b", decoder=DECODER_7B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=2
     )
 
 
 def mm1_30b() -> Experiment:
-    """MM1 30B (29.963B without embeddings): 512 GPUs as tensor 4 x pipeline 4 x virtual 2 x data 32.
+    """MM1 30B (29.963B without embeddings): 512 GPUs as tensor 4 x pipeline 2 x virtual 2 x data 64.
 
     `sbatch examples/mm1_30b.slurm`. 52 heads divide by 4, not by 8, which sets the tensor-parallel degree. The first of the
-    8 stages, which also holds the image encoder, has 5 layers, the last one 6 and the others 7 or 8. The layout is ours.
+    four stages, which also holds the image encoder, has 10 layers, the others 15 or 16; a micro-batch is two sequences, and the encoder's
+    layers run again in the backward pass. The layout is ours.
 
-    Predicted (to 12%) on 512 H100: 1.97 s a step where the host keeps up, 3.57 s with the one that was measured; 67 of 85 GB; 4.5 and 4.8 s
-    on A100-80GB. `megatron-mm plan mm1_30b --num-gpus 512 --search` finds layouts of 1.65 and 1.84 s in 81 GB, in FP8 of 1.27 and 1.50 s.
+    Predicted on 512 H100: 1.95 s a step (to 12%), 39% of the bf16 peak, 64 GB; as many A100-80GB: 4.45 s. `megatron-mm plan mm1_30b
+    --num-gpus 512 --search` finds 1.88 s in 81 GB, and in FP8 1.56 s.
     """
-    parallel = ParallelConfig(tensor=4, pipeline=4, virtual=2, stage_layers=(5, 7, 7, 8, 8, 8, 7, 6))
+    parallel = ParallelConfig(tensor=4, pipeline=2, virtual=2, stage_layers=(10, 15, 16, 15), recompute_encoder="full")
     return _pretraining(
-        "mm1_30b", decoder=DECODER_30B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=1
+        "mm1_30b", decoder=DECODER_30B, vision=VIT_H_14_378, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=2
     )
 
 
@@ -138,29 +139,30 @@ def _sparse(dense: Experiment, recipe: str, *, moe: MoEConfig, parallel: Paralle
 def mm1_3b_moe() -> Experiment:
     """MM1 3B-MoE, 64B in all and 4.0B at work on a token: 64 experts in every second layer.
 
-    128 GPUs as tensor 2 x data 64, two experts of a layer on each GPU. Groups of 32 lie on four nodes of 8: with so few tokens a step (512
+    128 GPUs, data parallel, two experts of a layer on each GPU. Groups of 32 lie on four nodes of 8: with so few tokens a step (512
     sequences) that sends less over the network than groups of 8 or 16, of whose experts there are more copies to reduce
     (`parallel.nodes.expert_traffic`: 16.5, 43.5 and 25.5 GB a GPU), and takes less memory.
 
     `sbatch examples/mm1_3b_moe.slurm`.
 
-    Predicted (to 20%) on 128 H100: 1.73 s a step where the host keeps up, 2.5 s with the one that was measured; on A100-80GB 3.7 s; 50 GB.
+    Predicted on 128 H100: 1.43 s a step (to 20%), 37% of the bf16 peak, 73 GB; as many A100-80GB: 3.28 s.
     """
-    parallel = ParallelConfig(tensor=2, expert=32, max_expert_load=8.0)
+    parallel = ParallelConfig(expert=32, max_expert_load=8.0)
     return _sparse(mm1_3b(), "mm1_3b_moe", moe=MoEConfig(num_experts=64, every_n_layers=2), parallel=parallel)
 
 
 def mm1_7b_moe() -> Experiment:
     """MM1 7B-MoE, 47B in all and 8.4B at work on a token: 32 experts in every fourth layer.
 
-    128 GPUs as tensor 4 x data 32, two experts of a layer on each GPU. Groups of 16 lie on two nodes of 8, and send 18.0 GB a GPU and step
-    over the network; groups of 8 would send 29.4 GB (`parallel.nodes.expert_traffic`).
+    128 GPUs as tensor 2 x data 64, an expert of a layer on each GPU, two sequences a micro-batch. Groups of 32 lie on four nodes of 8, and
+    send 12.3 GB a GPU and step over the network; groups of 8 would send 29.4 GB (`parallel.nodes.expert_traffic`). The image
+    encoder's layers run again in the backward pass.
 
     `sbatch examples/mm1_7b_moe.slurm`.
 
-    Predicted (to 20%) on 128 H100: 3.00 s a step where the host keeps up, 5.3 s with the one that was measured; on A100-80GB 6.5 s; 48 GB.
+    Predicted on 128 H100: 2.33 s a step (to 20%), 41% of the bf16 peak, 66 GB; as many A100-80GB: 5.45 s.
     """
-    parallel = ParallelConfig(tensor=4, expert=16, max_expert_load=8.0)
+    parallel = ParallelConfig(tensor=2, expert=32, max_expert_load=8.0, recompute_encoder="full")
     return _sparse(mm1_7b(), "mm1_7b_moe", moe=MoEConfig(num_experts=32, every_n_layers=4), parallel=parallel)
 
 
