@@ -71,6 +71,7 @@ def search(
     loads: Workloads | None = None,
     software: Software = OURS,
     usable: float = USABLE,
+    spread: bool = True,
 ) -> SearchResult:
     """The layouts of an experiment with the shortest steps.
 
@@ -80,11 +81,12 @@ def search(
         loads: what is worked on; drawn where not given.
         software: the stack that it runs on.
         usable: part of the GPU's memory that a layout may take.
+        spread: also layouts in which all pipeline ranks encode images.
 
     Raises ValueError where no layout fits.
     """
     loads = loads or Workloads(experiment)
-    candidates = sorted(_candidates(experiment, gpu, gpus, loads, software), key=lambda candidate: candidate.bound)
+    candidates = sorted(_candidates(experiment, gpu, gpus, loads, software, spread=spread), key=lambda candidate: candidate.bound)
     best: list[Found] = []
     simulated = too_large = 0
     for candidate in candidates:
@@ -115,16 +117,22 @@ def _work(loads: Workloads, experiment: Experiment, data_size: int) -> Workload:
     return loads.of(data_size=data_size, micro_batch_size=size, token_multiple=multiple)
 
 
-def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, software: Software) -> Iterator[Candidate]:
+def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, software: Software, *, spread: bool) -> Iterator[Candidate]:
     """Every layout that model, batch and number of GPUs allow."""
     decoder = experiment.model.decoder
     base = replace(experiment.parallel, virtual=1, stage_layers=None, spread_encoder=False)
     experts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if decoder.moe and decoder.moe.num_experts % n == 0] or [1]
     degrees = itertools.product(
-        (1, 2, 4, 8), (1, 2, 4, 8, 16), experts, (1, 2, 4, 8) if decoder.moe else (1,), MICRO_BATCHES, RECOMPUTE, (False, True)
+        (1, 2, 4, 8),
+        (1, 2, 4, 8, 16),
+        experts,
+        (1, 2, 4, 8) if decoder.moe else (1,),
+        MICRO_BATCHES,
+        RECOMPUTE,
+        (False, True)[: 1 + spread],
     )
-    for tensor, pipeline, expert, expert_tensor, size, (recompute, encoder), spread in degrees:
-        if spread and (pipeline == 1 or not family_of(experiment.model).spreads_encoder):
+    for tensor, pipeline, expert, expert_tensor, size, (recompute, encoder), all_encode in degrees:
+        if all_encode and (pipeline == 1 or not family_of(experiment.model).spreads_encoder):
             continue
         if tensor % expert_tensor or gpus % (tensor * pipeline) or tensor > gpu.nvlink_domain or pipeline > decoder.num_layers:
             continue
@@ -137,7 +145,7 @@ def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, s
                 expert_tensor=expert_tensor,
                 recompute=recompute,  # type: ignore[arg-type]
                 recompute_encoder=encoder,  # type: ignore[arg-type]
-                spread_encoder=spread,
+                spread_encoder=all_encode,
             )
             one = replace(experiment, parallel=parallel, train=replace(experiment.train, micro_batch_size=size))
             work = _work(loads, one, parallel.data_parallel_size(gpus))

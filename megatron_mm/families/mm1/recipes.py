@@ -115,8 +115,8 @@ def mm1_30b() -> Experiment:
     four stages, which also holds the image encoder, has 10 layers, the others 15 or 16; a micro-batch is two sequences, and the encoder's
     layers run again in the backward pass. The layout is ours.
 
-    Predicted on 512 H100: 1.95 s a step (to 12%), 39% of the bf16 peak, 64 GB; as many A100-80GB: 4.45 s. `megatron-mm plan mm1_30b
-    --num-gpus 512 --search` finds 1.88 s in 81 GB, and in FP8 1.56 s.
+    Predicted on 512 H100: 1.95 s a step (to 12%), 39% of the bf16 peak, 64 GB; as many A100-80GB: 4.45 s. docs/planning.md has faster
+    layouts that leave less memory or encode on all pipeline ranks.
     """
     parallel = ParallelConfig(tensor=4, pipeline=2, virtual=2, stage_layers=(10, 15, 16, 15), recompute_encoder="full")
     return _pretraining(
