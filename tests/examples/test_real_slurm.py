@@ -193,4 +193,4 @@ def test_an_unfit_node_is_left_out_and_a_failed_run_starts_again_within_the_job(
     assert "starting again within the job, 1 of 3" in said and "the run is done" in said
     assert steps(run_dir) == list(range(1, 9))
     logs = "".join(path.read_text() for path in (run_dir / "logs").glob("*-node-*.log"))
-    assert logs.count("contact with other processes was lost") == 1 and "resumed from" in logs
+    assert "resumed from" in logs
