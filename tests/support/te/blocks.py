@@ -5,6 +5,7 @@ The tensors are Transformer Engine's own, which also turns them back; here their
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ BLOCK = 128
 
 
 def quantize(tensor: torch.Tensor, quantizer: Any, output: Any, *, float8: torch.dtype) -> Any:
-    assert not quantizer.all_gather_usage, "no kernel of the compact format here"
+    assert not getattr(quantizer, "all_gather_usage", False), "no kernel of the compact format here"
     if output is None:
-        output = quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device=torch.device("cpu"))
+        output = _empty(tensor, quantizer)
     rows = tensor.detach().reshape(-1, tensor.shape[-1]).float()
     for side, data, scales in (
         (rows, output._rowwise_data, output._rowwise_scale_inv),
@@ -25,6 +26,29 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any, *, float8: torch
         if data is not None:
             _fill(side, data, scales, quantizer, float8=float8)
     return output
+
+
+def _empty(tensor: torch.Tensor, quantizer: Any) -> Any:
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
+
+    columns, square = tensor.shape[-1], quantizer.block_scaling_dim == 2
+    rows = tensor.numel() // columns
+    parts: dict[str, Any] = {}
+    for side, wanted, shape, (r, c) in (
+        ("rowwise", quantizer.rowwise_usage, tensor.shape, (rows, columns)),
+        ("columnwise", quantizer.columnwise_usage, (columns, *tensor.shape[:-1]), (columns, rows)),
+    ):
+        scales = (-(-r // BLOCK), _by_four(-(-c // BLOCK))) if square else (-(-c // BLOCK), _by_four(r))
+        parts[f"{side}_data"] = torch.empty(shape, dtype=torch.uint8) if wanted else None
+        parts[f"{side}_scale_inv"] = torch.empty(scales) if wanted else None
+    if hasattr(quantizer, "all_gather_usage"):  # before 2.20
+        parts["data_format"] = importlib.import_module("transformer_engine_torch").Float8BlockScaleTensorFormat.GEMM_READY
+    kind = {"fp8_dtype": quantizer.dtype, "quantizer": quantizer, "is_2D_scaled": square}
+    return Float8BlockwiseQTensor(shape=tensor.shape, dtype=tensor.dtype, requires_grad=False, **kind, **parts)
+
+
+def _by_four(size: int) -> int:
+    return -(-size // 4) * 4
 
 
 def _fill(rows_rc: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, quantizer: Any, *, float8: torch.dtype) -> None:
