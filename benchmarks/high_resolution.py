@@ -8,7 +8,7 @@ on the same scenes in the same order, with the same tokens and FLOPs. Once the p
 pixels a side (`--reduced`) first, so that the crops are as large but show no more. Both are exported, and transformers answers the question
 about scenes that neither has seen. Chance is 10% for the digit; low resolution shows row, column (50% each) and colour (25%) as well.
 
-350 steps are too few: row, column and some colours were learned by then, digits with neither resolution.
+350 steps are too few: training losses were alike by then.
 """
 
 from __future__ import annotations
