@@ -43,6 +43,7 @@ def command(data: Path, run_dir: Path, layout: dict[str, int]) -> list[str]:
         "data.sequence-length": 64,
         "train.steps": STEPS,
         "train.global-batch-size": 4,
+        "train.micro-batch-size": 2,
         "train.watchdog": WATCHDOG_SECONDS,
         "checkpoint.interval": INTERVAL,
         "eval.interval": 0,
