@@ -109,15 +109,23 @@ def disturb(data: Path, run_dir: Path, *, count: int, seed: int, change_layout: 
 
 def _two(words: list[str], log: Path, once: Path) -> tuple[int, float]:
     """The run, and another one on the same directory, which must be refused."""
-    first = subprocess.Popen([sys.executable, __file__, "--only", json.dumps([words, str(log), str(once)])], env=os.environ)
     run_dir = Path(words[words.index("--run-dir") + 1])
+    lock, left_behind = run_dir / "running.lock", _text(run_dir / "running.lock")
+    first = subprocess.Popen([sys.executable, __file__, "--only", json.dumps([words, str(log), str(once)])], env=os.environ)
     began = time.monotonic()
-    while not (run_dir / "running.lock").exists() and first.poll() is None:
+    while _text(lock) in ("", left_behind) and first.poll() is None:
         time.sleep(0.1)
     other = run_dir.parent / "second.log"
     code, _ = start(words, other, "none 0 0", once)
     assert code != 0 and "is in use by" in other.read_text(), f"two runs at once: see {other}"
     return first.wait(), time.monotonic() - began
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def _damage(run_dir: Path) -> None:
