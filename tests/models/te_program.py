@@ -211,16 +211,23 @@ def look_at(subject: Subject, experiment: Experiment, backend: str) -> Seen:
 def distances(one: Seen, other: Seen) -> dict[str, list[float]]:
     """Norm of the difference over the norm, for each micro-batch: of the logits, and of the tensor whose gradient is farthest off.
 
-    A gradient that is zero in both is as it should be, and so is rounding of less than a millionth of the largest one.
+    A gradient that is zero in both is as it should be, and so is rounding of less than a millionth of the largest one. The gradient of a
+    single number (a gate) is a sum over all tokens whose terms may cancel: all such are compared together.
     """
     found: dict[str, list[float]] = {"logits": [], "gradients": []}
     for index in range(len(one.images)):
         found["logits"].append(_distance(one.logits[index], other.logits[index], floor=0.0))
-        ones, others = one.gradients[index], other.gradients[index]
+        ones, others = _numbers_together(one.gradients[index]), _numbers_together(other.gradients[index])
         assert ones.keys() == others.keys(), set(ones) ^ set(others)
         floor = 1e-6 * max(float(gradient.norm()) for gradient in others.values())
         found["gradients"].append(max(_distance(ones[name], others[name], floor=floor) for name in ones))
     return found
+
+
+def _numbers_together(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    numbers = [gradient.flatten() for gradient in gradients.values() if gradient.numel() == 1]
+    tensors = {name: gradient for name, gradient in gradients.items() if gradient.numel() > 1}
+    return {**tensors, **({"numbers": torch.cat(numbers)} if numbers else {})}
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor, *, floor: float) -> float:
