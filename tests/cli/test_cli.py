@@ -239,7 +239,7 @@ def test_dry_run_shows_configuration_stages_and_plan(demo_data: Path, capsys: py
 def test_dry_run_of_the_30b_needs_neither_data_nor_processes(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["train", "mm1_30b", "--dry-run", "--data.path", "/nowhere"])
     out = capsys.readouterr().out
-    assert "16 processes = tensor 4 x pipeline 4 x data 1" in out
+    assert "8 processes = tensor 4 x pipeline 2 x data 1" in out
     assert "vision 631,371,520, connector 69,599,040" in out
     assert "no plan: data path /nowhere does not exist" in out
 
