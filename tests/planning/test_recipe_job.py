@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.cli.main import main
+from megatron_mm.config import ParallelConfig
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.flops import StepWork
 from megatron_mm.planning.hardware import GPUS, OURS, with_host
@@ -82,7 +83,8 @@ def test_directions_are_right() -> None:
 def test_an_encoder_on_every_rank_takes_the_load_off_the_first() -> None:
     """The same work, a step without the tower's wait, and memory that is even; its weights on every rank."""
     base = get_recipe("mm1_30b")
-    plain = replace(base, parallel=replace(base.parallel, stage_layers=None))
+    layout = ParallelConfig(tensor=4, pipeline=4, virtual=2)
+    plain = replace(base, parallel=layout, train=replace(base.train, micro_batch_size=1))
     spread = replace(plain, parallel=replace(plain.parallel, spread_encoder=True))
     before, after = (StepModel(plan_recipe(one, GPUS["h100-sxm"], 512).job).predict() for one in (plain, spread))
     assert after.seconds < before.seconds

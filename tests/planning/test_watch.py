@@ -18,7 +18,8 @@ from megatron_mm.planning.watch import WINDOW, PlanRatio, check_fits, predict
 def test_a_layout_that_cannot_fit_is_refused() -> None:
     experiment = get_recipe("mm1_30b")
     check_fits(experiment, world_size=512, gpu=GPUS["h100-sxm"])
-    whole = replace(experiment, parallel=replace(experiment.parallel, tensor=1, pipeline=1, virtual=1, stage_layers=None))
+    alone = replace(experiment.parallel, tensor=1, pipeline=1, virtual=1, stage_layers=None)
+    whole = replace(experiment, parallel=alone, train=replace(experiment.train, micro_batch_size=1))
     with pytest.raises(ValueError, match=r"would need .* GB of the 85 GB .* --force"):
         check_fits(whole, world_size=512, gpu=GPUS["h100-sxm"])
 

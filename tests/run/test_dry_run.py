@@ -18,7 +18,7 @@ def changed(experiment: Experiment, **parts: dict[str, Any]) -> Experiment:
 
 def test_only_the_bridge_of_infimm_is_trainable_in_pretraining() -> None:
     """Half of 16 gated blocks' matrices on a process of tensor 2, their norms and gates and the resampler whole."""
-    (stage,) = stage_parameters(get_recipe("infimm_zephyr_7b_pt"))
+    (stage,) = stage_parameters(changed(get_recipe("infimm_zephyr_7b_pt"), parallel={"tensor": 2}))
     width, tower, inner = 4096, 1024, 512
     block = (2 * width * inner + 2 * inner * tower + 8 * width * width) // 2 + 4 * width + 2
     layer = 2 * (2 * tower) + 4 * inner * tower + 2 * tower + 8 * tower * tower
