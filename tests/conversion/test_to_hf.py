@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +242,12 @@ class MLPTwice(MLP):
 
 
 def with_mlps_that_count_twice(spec: ModuleSpec, backend: str) -> ModuleSpec:
-    submodules = spec.submodules
-    return replace(spec, submodules=replace(submodules, mlp=replace(submodules.mlp, module=MLPTwice)))
+    mlp: Any = spec.submodules.mlp  # a ModuleSpec in megatron-core 0.16, a function in 0.19
+    if isinstance(mlp, partial):
+        mlp = partial(MLPTwice.as_mlp_submodule, **mlp.keywords)  # type: ignore[attr-defined]
+    else:
+        mlp = replace(mlp, module=MLPTwice)
+    return replace(spec, submodules=replace(spec.submodules, mlp=mlp))
 
 
 def test_a_decoder_variant_of_other_layers_is_no_llama(tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
