@@ -243,11 +243,9 @@ class MLPTwice(MLP):
 
 def with_mlps_that_count_twice(spec: ModuleSpec, backend: str) -> ModuleSpec:
     mlp: Any = spec.submodules.mlp  # a ModuleSpec in megatron-core 0.16, a function in 0.19
-    if isinstance(mlp, partial):
-        mlp = partial(MLPTwice.as_mlp_submodule, **mlp.keywords)  # type: ignore[attr-defined]
-    else:
-        mlp = replace(mlp, module=MLPTwice)
-    return replace(spec, submodules=replace(spec.submodules, mlp=mlp))
+    build: Any = MLPTwice
+    twice = partial(build.as_mlp_submodule, **mlp.keywords) if isinstance(mlp, partial) else replace(mlp, module=MLPTwice)
+    return replace(spec, submodules=replace(spec.submodules, mlp=twice))
 
 
 def test_a_decoder_variant_of_other_layers_is_no_llama(tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
