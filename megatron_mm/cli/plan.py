@@ -72,10 +72,10 @@ def _plan(given: argparse.Namespace) -> None:
     from megatron_mm.planning.search import search
     from megatron_mm.planning.step import StepModel
     from megatron_mm.planning.workload import Workloads
-    from megatron_mm.run.data import TRAINING, make_plan
+    from megatron_mm.run.data import TRAINING, has_data, make_plan
 
     experiment, gpu = given.experiment, GPUS[given.gpu]
-    plan = make_plan(experiment, split=TRAINING) if experiment.data.path.is_dir() else None
+    plan = make_plan(experiment, split=TRAINING) if has_data(experiment) else None
     loads = Workloads(experiment, plan=plan, images=given.images)
     software = OURS
     if given.host_microseconds is not None:

@@ -42,6 +42,15 @@ def open_tokenizer(experiment: Experiment) -> Tokenizer:
     return Tokenizer.open(data.tokenizer_path, special=family_of(experiment.model).special_tokens)
 
 
+def has_data(experiment: Experiment) -> bool:
+    """Whether there is a data set at the experiment's path.
+
+    A folder that somebody named and that holds none counts, so that opening it says what is wrong; the default's does not.
+    """
+    path = experiment.data.path
+    return (path / TRAINING).is_dir() or (path.is_dir() and path != DataConfig().path)
+
+
 def image_input(experiment: Experiment) -> ImageInput:
     """How images enter the experiment's model. Raises ValueError where it wants tiles, or low resolution, and the model does not look at
     images so."""

@@ -90,12 +90,14 @@ def _total(parts: dict[str, int]) -> str:
 
 
 def _plan(experiment: Experiment) -> Iterator[str]:
-    from megatron_mm.run.data import make_plan
+    from megatron_mm.run.data import TRAINING, has_data, make_plan
 
-    if not experiment.data.path.is_dir():
-        yield f"no plan: data path {experiment.data.path} does not exist (give --data.path)"
+    if not has_data(experiment):
+        data = experiment.data.path
+        missing = "holds no data set" if data.is_dir() else "does not exist"
+        yield f"no plan: data path {data} {missing} (give --data.path)"
         return
-    plan = make_plan(experiment, split="train")
+    plan = make_plan(experiment, split=TRAINING)
     state = plan.initial_state()
     for step in range(1, PLANNED_STEPS + 1):
         batch = plan.batch(state)

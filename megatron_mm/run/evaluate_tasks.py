@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import time
@@ -20,6 +22,7 @@ from megatron_mm.evaluation.results import Result, metric_names, table
 from megatron_mm.evaluation.runner import Options, TaskRunner
 from megatron_mm.evaluation.tasks.base import Task
 from megatron_mm.families.registry import family_of
+from megatron_mm.families.serialize import to_dict
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.reporting.wandb_run import WandbRun
@@ -68,13 +71,20 @@ def open_target(path: Path, recipe: Experiment | None, *, out: Path | None) -> T
         return Target(path, find_checkpoint(path), is_export=False)
     if recipe is None:
         raise ValueError(f"{path} is an exported model: name its recipe, such as --recipe mm1_3b")
-    weights = (out or path / FOLDER) / "weights"
+    weights = (out or path / FOLDER) / f"weights_{_digest(recipe)}"  # a copy for each form that they are read in
     if int(os.environ.get("RANK", "0")) == 0 and not list(weights.glob("checkpoints/step_*/manifest.json")):
         from megatron_mm.conversion.from_hf import convert_from_hf
 
         logger.info("%s: reading the exported weights into %s", path, weights)
         convert_from_hf(recipe, weights, whole=path)
     return Target(path, _wait_for(weights), is_export=True)
+
+
+def _digest(experiment: Experiment) -> str:
+    """Of the settings that change answers: the model, its images, the words around a question, and the number format."""
+    data = experiment.data
+    settings = [to_dict(experiment)["model"], data.to_rgb, data.min_tiles, data.max_tiles, data.chat_template, experiment.train.precision]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _wait_for(weights: Path, *, minutes: float = 120) -> Path:
@@ -133,6 +143,8 @@ def evaluate_tasks(
 
     Raises ValueError, before the model is built, where a task's files are missing or damaged or a layout does not fit.
     """
+    if experiment.data.images != "true":
+        raise ValueError(f"data.images is {experiment.data.images}, but benchmarks are asked about true images alone: leave it out")
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
     built = for_evaluation(experiment, target.checkpoint)
     tokenizer = open_tokenizer(built)
@@ -149,6 +161,7 @@ def evaluate_tasks(
         chunks = load_model(experiment, topology, target.checkpoint)
         runner = TaskRunner(Generator(built, chunks, topology, pad_id=tokenizer.pad_id), builder, topology, out=out, options=options)
         model = {"name": target.folder.name, "recipe": experiment.recipe, "checkpoint": target.name, "step": _step(target)}
+        model["settings"] = _digest(experiment)  # answers of other settings are not taken for these
         results = [
             runner.run(task, shots=count, data=data, wording=wording, model=model)
             for task, wording in zip(tasks, wordings, strict=True)

@@ -199,17 +199,17 @@ class ExpertLoad(Hook):
 
 
 class Stopping(Hook):
-    """SIGTERM or SIGUSR1 ends the run after the step in hand, on all processes after the same one, with a checkpoint.
+    """SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) ends the run after the step in hand, on all processes after the same one, with a checkpoint.
 
     Slurm sends USR1 some time before the limit. Signals reach processes at different steps, so whether to stop is agreed upon.
     A run that ends this way with steps left says so in `STOPPED_FILE`, which is what `examples/launch.sh` requeues on.
 
     Slurm signals every process of a job, and the helpers that a checkpoint's writers need would die of it in the middle of a
-    save. So this thread blocks both signals: what it starts inherits that across exec, which a handler would not survive. A
+    save. So this thread blocks these signals: what it starts inherits that across exec, which a handler would not survive. A
     signal then either waits until `tell` looks, or is taken by a thread that was there before and runs the handler.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
@@ -220,7 +220,7 @@ class Stopping(Hook):
         if trainer.topology.is_main:
             self.file.unlink(missing_ok=True)
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        self.unblocked = set(self.SIGNALS) - signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        self.unblocked = set(self.SIGNALS) - signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGINT})
         resource_tracker.ensure_running()  # it unblocks SIGTERM here when it starts, so not in the first save
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
 
@@ -236,6 +236,8 @@ class Stopping(Hook):
     def after_step(self, record: StepRecord) -> None:
         if any(record.told[self]):
             self.agreed = self.trainer.should_stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends it at once, without a checkpoint
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT} & self.unblocked)
             if self.trainer.topology.is_main:
                 logger.warning(
                     "stopping after step %d on %s; start the same command again to resume", record.step, self.received or "a signal"

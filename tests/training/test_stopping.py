@@ -61,6 +61,13 @@ def _term_to_the_second() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _interrupt_once() -> None:
+    """Ctrl-C, which a terminal sends to all; a second one would end the run at once."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler and "INTERRUPTED" not in os.environ:
+        os.environ["INTERRUPTED"] = "1"
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_signals_to_everything_break_no_save_and_the_next_start_goes_on(demo_data: Path, tmp_path: Path) -> None:
     stopped = run_processes(_train, 2, demo_data, tmp_path, MANY, _both_to_everything)
     step = stopped[0][0]
@@ -80,3 +87,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(demo_data: Path, 
     stopped = run_processes(_train, 2, demo_data, tmp_path, MANY, _term_to_the_second)
     assert stopped == [(stopped[0][0], [True] * 3)] * 2 and stopped[0][0] < MANY
     assert (tmp_path / STOPPED_FILE).exists()
+
+
+def test_an_interrupt_stops_with_a_checkpoint(demo_data: Path, tmp_path: Path) -> None:
+    ((step, _),) = run_processes(_train, 1, demo_data, tmp_path, MANY, _interrupt_once)
+    assert step < MANY and completed_checkpoints(tmp_path)[-1].name == f"step_{step:08d}"
+    assert (tmp_path / STOPPED_FILE).read_text() == f"stopped after step {step} of {MANY} on SIGINT\n"
