@@ -146,7 +146,7 @@ def _check_former(out: Path, inputs: Collection[str]) -> None:
     ours = set[str]()
     for record in sorted((out / ".prepared").glob("[0-9]*.json")):
         known = json.loads(record.read_text())
-        if known["input"] not in inputs:
+        if known["shards"] and known["input"] not in inputs:
             raise ValueError(
                 f"{out} has {len(known['shards'])} shards of {known['input']}, which is not among the inputs of this call: give all inputs "
                 "of a source in one call, give another --out, or remove the folder to make it anew"
@@ -315,13 +315,19 @@ def _finished(record_of_work: Path, stamp: str, out: Path) -> Converted | None:
 def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dropped_images: float) -> None:
     rejected = sum(total.rejected.values())
     again = f"The shards are in {out}; repair the inputs, or allow more with"
-    share = max(rejected / max(1, rejected + total.samples), len(total.damaged) / inputs)
+    share, damaged = rejected / max(1, rejected + total.samples), len(total.damaged)
     if not total.samples and not rejected:
         raise ValueError(f"there is no sample in {inputs} inputs: {_listed(total.left_out) or 'they are empty'}")
     usual = max(total.rejected, key=lambda reason: total.rejected[reason], default="")
     fields = f". The fields of the first one are {total.fields}: --text-key, --image-key or --messages-key says which is wanted"
-    fields = fields if total.fields and usual in ("no text", "no image", "JSON has no conversations") else ""
-    if not total.samples or share > max_rejected:
+    too_many = not total.samples or share > max_rejected
+    fields = fields if too_many and total.fields and usual in ("no text", "no image", "JSON has no conversations") else ""
+    if not too_many and damaged > max_rejected * inputs:
+        raise ValueError(
+            f"{damaged:,} of {inputs:,} inputs are damaged, more than --max-rejected {max_rejected:g}: {total.damaged[0].rstrip('.')}. "
+            f"{again} --max-rejected"
+        )
+    if too_many:
         raise ValueError(
             f"{rejected:,} of {rejected + total.samples:,} records ({share:.1%}) are rejected, more than --max-rejected {max_rejected:g}: "
             f"{_listed(total.rejected)}{_first(total.damaged)}{fields}. {again} --max-rejected"
