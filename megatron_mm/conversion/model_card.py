@@ -115,8 +115,10 @@ def _prompts(experiment: Experiment) -> Iterator[str]:
     if name is None:
         yield "The model continues documents and has seen no chat template. Each text is tokenized by itself between images."
         return
-    yield f"Chats are written with the template `{name}`: `apply_chat_template(messages, add_generation_prompt=True)` gives the tokens of"
-    yield f"training. An answer ends with `{CHAT_TEMPLATES[name].end_of_answer}`."
+    call = "apply_chat_template(messages, add_generation_prompt=True, tokenize=True)"
+    yield f"Chats are written with the template `{name}`: `{call}` gives the tokens of training."
+    yield "Where the text that it gives without `tokenize` begins with `<s>`, pass `add_special_tokens=False` with it."
+    yield f"An answer ends with `{CHAT_TEMPLATES[name].end_of_answer}`."
     if experiment.data.caption_prompt is not None:
         yield f"Captions were asked for with `{experiment.data.caption_prompt}`."
 

@@ -69,6 +69,22 @@ class MM1Family(Family[MM1Config]):
 
         write_mm1_files(model, out, experiment=experiment, tokenizer=tokenizer, dtype=dtype, vocab_rows=vocab_rows)
 
+    def card_notes(self, model: MM1Config, out: Path, *, part: str) -> list[str]:
+        if part != "whole":
+            return []
+        return [
+            "",
+            "`<image>` stands where an image does:",
+            "",
+            "```python",
+            "from PIL import Image",
+            "",
+            'inputs = processor(images=[Image.open("picture.jpg")], text="<image>", return_tensors="pt")',
+            'new = model.generate(**inputs, max_new_tokens=40)[0, inputs["input_ids"].shape[1] :]',
+            "print(processor.decode(new, skip_special_tokens=True))",
+            "```",
+        ]
+
     def formats(self) -> dict[str, AnyFormat]:
         from megatron_mm.families.mm1.names import FORMATS
 
