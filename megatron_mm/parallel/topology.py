@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,14 +85,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Topology:
             dist.init_process_group(communication_backend(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel.data_parallel_size(dist.get_world_size())
     if not parallel_state.model_parallel_is_initialized():  # it is where a run begins again in the same processes
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
-            expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=parallel.expert_tensor,
-            distributed_timeout_minutes=max(1, round(parallel.collective_timeout_minutes)),
-        )
+        make_groups(parallel, distributed_timeout_minutes=max(1, round(parallel.collective_timeout_minutes)))
     topology = _current(parallel, device=device)
     seed_everything(seed + 100 * topology.pipeline_rank + 10_000 * topology.data_rank)
     return topology
@@ -105,6 +99,18 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, size
+
+
+def make_groups(parallel: ParallelConfig, **options: Any) -> None:
+    """megatron-core's process groups of a layout; `options` are its own."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        **options,
+    )
 
 
 def _current(parallel: ParallelConfig, *, device: torch.device) -> Topology:
@@ -173,14 +179,7 @@ def pretend(parallel: ParallelConfig, *, pipeline_rank: int, seed: int = 0) -> I
     world_size = parallel.model_parallel_size * parallel.expert
     dist.init_process_group("fake", store=FakeStore(), rank=pipeline_rank * (world_size // parallel.pipeline), world_size=world_size)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
-            expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=parallel.expert_tensor,
-            create_gloo_process_groups=False,
-        )
+        make_groups(parallel, create_gloo_process_groups=False)
         seed_everything(seed)
         yield _current(parallel, device=torch.device("meta"))
     finally:

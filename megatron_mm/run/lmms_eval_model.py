@@ -134,7 +134,7 @@ class MegatronMM(lmms):
         return found
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("conversations of several rounds")
+        raise NotImplementedError("questions are answered one at a time: leave tasks of several rounds out")
 
     def _prompt(self, example: Example) -> Prompt:
         return self.builder.build(self.request, [example])

@@ -64,6 +64,8 @@ class SpreadEncoder:
         """
         self.wrapped = wrapped
         self.tensor_rank = tensor_rank
+        self.trained = any(parameter.requires_grad for parameter in wrapped.module.parameters())
+        """Some parameter is trainable, so that gradients travel back; the same on all processes."""
         self._waiting: _Encoded | None = None
 
     @property
@@ -98,11 +100,6 @@ class SpreadEncoder:
         leaves = [part.detach().clone().requires_grad_(needed) for part in placed.split([len(part) for part in stages])]
         self._waiting = _Encoded(own, leaves, order, counts) if torch.is_grad_enabled() else None
         return list(leaves)
-
-    @property
-    def trained(self) -> bool:
-        """Some parameter of the encoder is trainable, so that gradients travel back; the same on all processes."""
-        return any(parameter.requires_grad for parameter in self.encoder.parameters())
 
     def backward(self) -> None:
         """After the pipeline's last backward pass: bring gradients to who encoded, and run the encoder's own backward pass."""

@@ -99,11 +99,10 @@ def test_every_class_under_the_installed_transformers(case: tuple[Path, Path]) -
     ).replace(", AutoModelForImageTextToText", "")
 
 
+@pytest.mark.parametrize("case", ["infimm_mistral", "infimm_llama"], indirect=True)
 def test_verify_of_a_run_of_infimm_and_its_decoder_alone(case: tuple[Path, Path], tmp_path: Path) -> None:
     """The whole model through its exported code, and the decoder as transformers' own class, which sees no images."""
     folder, run_dir = case[0], case[0].parent / "run"
-    if not run_dir.is_dir():
-        pytest.skip("MM1's is in test_verify.py")
     found = verify(run_dir, folder, prompt="a red circle")
     assert found.passed and found.logits == 0
     alone = convert_to_hf(run_dir, tmp_path / "alone", part="language").path

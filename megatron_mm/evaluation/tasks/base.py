@@ -69,6 +69,15 @@ class Split:
     """Reads the examples from the task's folder. Raises DamagedFile."""
 
 
+def annotated(file: str, read: Callable[[Path, Path], list[Example]], images: str) -> Split:
+    """A split of one file of annotations and a folder of images, both in the task's folder.
+
+    Args:
+        read: (file, images) -> examples.
+    """
+    return Split((file,), lambda folder: read(folder / file, folder / images))
+
+
 @dataclass(frozen=True)
 class Task:
     """A benchmark."""

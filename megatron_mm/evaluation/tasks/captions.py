@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_mm.evaluation.metrics.cider import caption_scores
-from megatron_mm.evaluation.tasks.base import Example, ImageSource, Split, Task, parsed, read_json
+from megatron_mm.evaluation.tasks.base import Example, ImageSource, Split, Task, annotated, parsed, read_json
 
 _KARPATHY = "dataset_coco.json"
 
@@ -85,9 +85,7 @@ NOCAPS = Task(
     kind="caption",
     metric=_METRIC,
     score=caption_scores,
-    evaluated=Split(
-        ("nocaps_val_4500_captions.json",), lambda folder: coco_style(folder / "nocaps_val_4500_captions.json", folder / "images")
-    ),
+    evaluated=annotated("nocaps_val_4500_captions.json", coco_style, "images"),
     # NoCaps has no training split: its makers train on COCO's captions.
     demonstrations=Split(
         (f"../coco_caption/{_KARPATHY}",),
@@ -104,10 +102,8 @@ TEXTCAPS = Task(
     kind="caption",
     metric=_METRIC,
     score=caption_scores,
-    evaluated=Split(("TextCaps_0.1_val.json",), lambda folder: textcaps(folder / "TextCaps_0.1_val.json", folder / "train_images")),
-    demonstrations=Split(
-        ("TextCaps_0.1_train.json",), lambda folder: textcaps(folder / "TextCaps_0.1_train.json", folder / "train_images")
-    ),
+    evaluated=annotated("TextCaps_0.1_val.json", textcaps, "train_images"),
+    demonstrations=annotated("TextCaps_0.1_train.json", textcaps, "train_images"),
     published_at="textvqa.org/textcaps: TextCaps_0.1_{train,val}.json and train_val_images.zip",
     max_new_tokens=30,
     prompt="caption",

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.evaluation.metrics.choices import accuracy_scores, circular_scores, mme_scores, pope_scores
-from megatron_mm.evaluation.tasks.base import LETTERS, DamagedFile, Example, ImageSource, Split, Task, parsed, read_json, read_json_lines
+from megatron_mm.evaluation.tasks.base import (
+    LETTERS,
+    DamagedFile,
+    Example,
+    ImageSource,
+    Split,
+    Task,
+    annotated,
+    parsed,
+    read_json,
+    read_json_lines,
+)
 
 
 def scienceqa(folder: Path, *, split: str) -> list[Example]:
@@ -216,7 +227,7 @@ SEED = Task(
     kind="choice",
     metric="accuracy, %",
     score=accuracy_scores,
-    evaluated=Split(("SEED-Bench.json",), lambda folder: seed(folder / "SEED-Bench.json", folder / "SEED-Bench-image")),
+    evaluated=annotated("SEED-Bench.json", seed, "SEED-Bench-image"),
     demonstrations=None,
     published_at="the Hugging Face data set AILab-CVC/SEED-Bench: SEED-Bench.json and SEED-Bench-image.zip",
     method="rank",

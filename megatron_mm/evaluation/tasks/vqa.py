@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_mm.evaluation.metrics.vqa import exact_match_scores, vqa_scores
-from megatron_mm.evaluation.tasks.base import Example, ImageSource, Split, Task, parsed, read_json
+from megatron_mm.evaluation.tasks.base import Example, ImageSource, Split, Task, annotated, parsed, read_json
 
 
 def most_frequent(answers: tuple[str, ...]) -> str:
@@ -108,10 +108,8 @@ TEXTVQA = Task(
     kind="vqa",
     metric=_METRIC,
     score=vqa_scores,
-    evaluated=Split(("TextVQA_0.5.1_val.json",), lambda folder: textvqa(folder / "TextVQA_0.5.1_val.json", folder / "train_images")),
-    demonstrations=Split(
-        ("TextVQA_0.5.1_train.json",), lambda folder: textvqa(folder / "TextVQA_0.5.1_train.json", folder / "train_images")
-    ),
+    evaluated=annotated("TextVQA_0.5.1_val.json", textvqa, "train_images"),
+    demonstrations=annotated("TextVQA_0.5.1_train.json", textvqa, "train_images"),
     published_at="textvqa.org: TextVQA_0.5.1_{train,val}.json and train_val_images.zip",
     images=("train_images",),
 )
@@ -121,8 +119,8 @@ VIZWIZ = Task(
     kind="vqa",
     metric=_METRIC,
     score=vqa_scores,
-    evaluated=Split(("val.json",), lambda folder: vizwiz(folder / "val.json", folder / "val")),
-    demonstrations=Split(("train.json",), lambda folder: vizwiz(folder / "train.json", folder / "train")),
+    evaluated=annotated("val.json", vizwiz, "val"),
+    demonstrations=annotated("train.json", vizwiz, "train"),
     published_at="vizwiz.org, visual question answering: annotations (train.json, val.json) and images (train.zip, val.zip)",
     prompt="vizwiz",
     images=("train", "val"),
@@ -133,12 +131,8 @@ GQA = Task(
     kind="vqa",
     metric="accuracy, %",
     score=exact_match_scores,
-    evaluated=Split(
-        ("testdev_balanced_questions.json",), lambda folder: gqa(folder / "testdev_balanced_questions.json", folder / "images")
-    ),
-    demonstrations=Split(
-        ("train_balanced_questions.json",), lambda folder: gqa(folder / "train_balanced_questions.json", folder / "images")
-    ),
+    evaluated=annotated("testdev_balanced_questions.json", gqa, "images"),
+    demonstrations=annotated("train_balanced_questions.json", gqa, "images"),
     published_at="cs.stanford.edu/people/dorarad/gqa: questions 1.2 and images.zip",
     images=("images",),
 )

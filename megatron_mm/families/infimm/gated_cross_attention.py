@@ -24,7 +24,7 @@ h decoder width, r tokens that look at an image, a heads of this process, d head
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,27 @@ def media_layout(batch: PackedBatch, *, num_latents: int, local: range, dtype: t
     runs = runs or [torch.zeros(1, dtype=torch.int64)]
     lengths = torch.tensor([0, *(len(run) for run in runs)])
     rows = torch.cat(runs)
+    looks = torch.full((len(rows), 1), float(real), dtype=dtype, device=device)
+    return _layout_of(batch, rows, lengths, with_image, looks, num_latents=num_latents, local=local)
+
+
+def _layout_of(
+    batch: PackedBatch,
+    rows: torch.Tensor,
+    lengths: torch.Tensor,
+    with_image: torch.Tensor,
+    looks: torch.Tensor,
+    *,
+    num_latents: int,
+    local: range,
+) -> MediaLayout:
+    """A layout of what is on the processor.
+
+    Args:
+        lengths: [runs + 1]: 0, and the tokens of each run.
+        with_image: [t]: 1 for tokens of documents with an image.
+    """
+    device = batch.token_ids.device
     return MediaLayout(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -90,11 +111,11 @@ def media_layout(batch: PackedBatch, *, num_latents: int, local: range, dtype: t
         runs=PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=send(lengths.cumsum(0).int(), device),
-            cu_seqlens_kv=send((num_latents * torch.arange(len(runs) + 1)).int(), device),
+            cu_seqlens_kv=send((num_latents * torch.arange(len(lengths))).int(), device),
             max_seqlen_q=int(lengths.max()),
             max_seqlen_kv=num_latents,
         ),
-        looks=torch.full((len(rows), 1), float(real), dtype=dtype, device=device),
+        looks=looks,
         in_media_document=send(with_image[local.start : local.stop, None, None], device),
     )
 
@@ -120,25 +141,10 @@ def continued_media_layout(batch: PackedBatch, step: CacheStep, *, num_latents: 
     rows = looks.nonzero().squeeze(1)
     with_image = F.pad(looks.to(dtype), (0, batch.num_tokens - len(looks)))
     lengths = torch.tensor([0, *(count for _, count in runs)])
-    return MediaLayout(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-        cache=step,
-        rows=send(rows, device),
-        runs=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=send(lengths.cumsum(0).int(), device),
-            cu_seqlens_kv=send((num_latents * torch.arange(len(runs) + 1)).int(), device),
-            max_seqlen_q=int(lengths.max()),
-            max_seqlen_kv=num_latents,
-        ),
-        looks=torch.ones(len(rows), 1, dtype=dtype, device=device),
-        in_media_document=send(with_image[local.start : local.stop, None, None], device),
-        images=send(torch.tensor([number for number, _ in runs], dtype=torch.int64), device),
+    layout = _layout_of(
+        batch, rows, lengths, with_image, torch.ones(len(rows), 1, dtype=dtype, device=device), num_latents=num_latents, local=local
     )
+    return replace(layout, cache=step, images=send(torch.tensor([number for number, _ in runs], dtype=torch.int64), device))
 
 
 class GatedCrossAttention(MegatronModule):

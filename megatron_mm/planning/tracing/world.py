@@ -31,14 +31,7 @@ def stand_in_world(experiment: Experiment, *, rank: int, world_size: int) -> Top
     cpu.install()
     parallel = experiment.parallel
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor,
-        create_gloo_process_groups=False,
-    )
+    topologies.make_groups(parallel, create_gloo_process_groups=False)
     for name in [name for name in vars(parallel_state) if name.endswith("_GLOO")]:
         # gloo's groups need real sockets: the fake ones stand for them
         setattr(parallel_state, name, getattr(parallel_state, name.removesuffix("_GLOO")))
