@@ -37,11 +37,14 @@ $(STAMP): setup.py pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --out demo_output
 
+# Two test files at a time, which is what two cores carry (many tests start several processes of their own): WORKERS=4 on a larger machine.
+WORKERS ?= 2
+PYTEST = python -m pytest -q -n $(WORKERS) --dist loadfile
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(BIN)/$(PYTEST) -m "not slow" tests
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/$(PYTEST) tests
 
 # Killed, stopped and hanging processes, a full disk, a damaged checkpoint, a second run, in a random order (SEED=2 for another one).
 SEED ?= 1
@@ -74,7 +77,7 @@ nightly: test-all test-isa check
 
 # Everything that the tests have of Transformer Engine: its own Python over kernels written in PyTorch (tests/support/te), the slow ones too.
 test-te: $(STAMP)
-	$(BIN)/python -m pytest -q tests/models/test_te.py tests/models/test_te_options.py tests/tools/test_gpu_tools.py
+	$(BIN)/$(PYTEST) tests/models/test_te.py tests/models/test_te_options.py tests/tools/test_gpu_tools.py
 
 # The whole suite on both supported engines: the one of `make install`, and megatron-core 0.19 with Python 3.12 where that is.
 PYTHON312 ?= $(shell command -v python3.12)
@@ -84,8 +87,8 @@ test-matrix: $(STAMP)
 	test -x $(VENV312)/bin/python || { $(PYTHON312) -m venv $(VENV312) && $(VENV312)/bin/python -m pip install --quiet torch==2.11.0 && \
 	    $(VENV312)/bin/python -m pip install --quiet megatron-core==0.19.2 -e '.[dev]' && \
 	    $(VENV312)/bin/python -m pip install --quiet --no-deps --target $(TE_PYTHON)/2.20.2 transformer-engine==2.20.2 einops; }
-	$(BIN)/python -m pytest -q tests
-	PYTHONPATH=. $(VENV312)/bin/python -m pytest -q tests
+	$(BIN)/$(PYTEST) tests
+	PYTHONPATH=. $(VENV312)/bin/$(PYTEST) tests
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

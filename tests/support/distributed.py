@@ -116,8 +116,13 @@ def _child(
 
 
 def _free_port() -> int:
-    """A port that nobody listens on, below those that the system gives to outgoing connections: one of these could take it in between."""
-    for port in random.sample(range(20000, 32000), 100):
+    """A port that nobody listens on, below those that the system gives to outgoing connections: one of these could take it in between.
+
+    Test processes that run side by side (pytest-xdist) each have ports of their own.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in random.SystemRandom().sample(range(20000 + worker, 32000, workers), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
