@@ -59,7 +59,7 @@ def make_data(path: Path, *, images: int, size: tuple[int, int]) -> None:
     prepare_index(path)
 
 
-def loader_rate(path: Path, data: DataConfig, *, image_size: int, steps: int) -> float:
+def loader_rate(path: Path, data: DataConfig, *, image_size: int, steps: int, device: torch.device = CPU) -> float:
     """Images per second over `steps` batches, the first one not counted."""
     tokenizer = Tokenizer.open(data.tokenizer_path)
     plan = Plan(
@@ -73,7 +73,7 @@ def loader_rate(path: Path, data: DataConfig, *, image_size: int, steps: int) ->
         micro_batch_size=1,
     )
     view = RankView(data_rank=0, data_size=1, tensor_rank=0, tensor_size=1, needs_text=True, needs_pixels=True)
-    loader = Loader(plan, tokenizer=tokenizer, data=data, view=view, start=plan.initial_state(), device=CPU)
+    loader = Loader(plan, tokenizer=tokenizer, data=data, view=view, start=plan.initial_state(), device=device)
     for _ in range(data.prefetch_steps + 1):  # what was decoded ahead of the clock
         next(loader)
     began, images = time.perf_counter(), 0
@@ -84,9 +84,9 @@ def loader_rate(path: Path, data: DataConfig, *, image_size: int, steps: int) ->
     return images / seconds
 
 
-def bare_rate(blobs: list[bytes], data: DataConfig, *, image_size: int, batch: int, images: int) -> float:
+def bare_rate(blobs: list[bytes], data: DataConfig, *, image_size: int, batch: int, images: int, device: torch.device = CPU) -> float:
     """Images per second of the decoder alone, in batches of the same size."""
-    decoder = make_decoder(data.decoder, ImageTransform(image_size, fill=FILL), threads=data.decode_threads, device=CPU)
+    decoder = make_decoder(data.decoder, ImageTransform(image_size, fill=FILL), threads=data.decode_threads, device=device)
     decoder.decode(blobs[:batch])
     began, done = time.perf_counter(), 0
     while done < images:
