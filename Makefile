@@ -99,6 +99,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	test -d build/bench_data || $(BIN)/python -m megatron_mm prepare demo --out build/bench_data
 	$(BIN)/python benchmarks/plan_time.py
+	$(BIN)/python benchmarks/start_time.py
 	$(BIN)/python benchmarks/micro_batch_balance.py
 	$(BIN)/python benchmarks/padding.py
 	$(BIN)/python benchmarks/spread_encoder.py

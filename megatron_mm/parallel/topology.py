@@ -102,8 +102,10 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def make_groups(parallel: ParallelConfig, **options: Any) -> None:
-    """megatron-core's process groups of a layout; `options` are its own."""
+    """megatron-core's process groups of a layout; `options` are its own. Without the gloo groups that it would make beside those of data
+    parallelism: it sends optimizer state through them, and here nobody sends that."""
     parallel_state.initialize_model_parallel(
+        create_gloo_process_groups=False,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
@@ -179,7 +181,7 @@ def pretend(parallel: ParallelConfig, *, pipeline_rank: int, seed: int = 0) -> I
     world_size = parallel.model_parallel_size * parallel.expert
     dist.init_process_group("fake", store=FakeStore(), rank=pipeline_rank * (world_size // parallel.pipeline), world_size=world_size)
     try:
-        make_groups(parallel, create_gloo_process_groups=False)
+        make_groups(parallel)
         seed_everything(seed)
         yield _current(parallel, device=torch.device("meta"))
     finally:

@@ -201,12 +201,20 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
             f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
             "raise it, or use a smaller tokenizer"
         )
-    # One process looks at the shards. Until it has, the others wait for it to join them; if it finds something, the launcher ends them.
+    # One process looks at shards and checkpoints. Until it has, the others wait for it to join them; if it finds something, the launcher
+    # ends them.
     is_main = int(os.environ.get("RANK", "0")) == 0
     plan = make_plan(experiment, split=TRAINING, check=is_main)
     experiment = as_indexed(experiment, plan.indexes)
+    if is_main:
+        _check_for_all(experiment, run_dir)
+    return Checked(experiment, tokenizer, plan, hooks)
+
+
+def _check_for_all(experiment: Experiment, run_dir: Path) -> None:
+    """What one process of a run finds out for the others."""
     if experiment.eval.interval and (experiment.data.path / HELD_OUT).is_dir():
-        make_plan(experiment, split=HELD_OUT, check=is_main)  # found now, not after the first thousand steps
+        make_plan(experiment, split=HELD_OUT)  # found now, not after the first thousand steps
     newest = newest_described_checkpoint(run_dir)
     if newest is not None:
         check_same_model(experiment, newest)
@@ -214,7 +222,6 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
         beginning = find_checkpoint(experiment.init_from)
         check_same_model(experiment, beginning, with_optimizer=False)
         check_same_tokenizer(experiment, beginning)
-    return Checked(experiment, tokenizer, plan, hooks)
 
 
 def _hook(name: str) -> Callable[[Trainer], Hook]:

@@ -63,7 +63,7 @@ def build_optimizer(experiment: Experiment, model: list[DistributedDataParallel]
         use_distributed_optimizer=experiment.parallel.distributed_optimizer,
         overlap_param_gather=model[0].ddp_config.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(settings, model)
+    optimizer = get_megatron_optimizer(settings, model, use_gloo_process_groups=False)
     spread = spread_encoder(model)
     if spread is None or not spread.trained:
         return optimizer

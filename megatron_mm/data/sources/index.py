@@ -15,6 +15,7 @@ open. Together they hold all that planning needs: the plan never opens a shard.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from megatron_mm.data.text.keys import USUAL, Keys
 
 SHARDS_CHECKED_AT_ONCE = 32
 """Threads that ask the file system about shards: one answer takes about as long as another hundred."""
+_SHARDS_A_TURN = 64
+"""That a thread asks about one after another."""
 
 
 @dataclass(frozen=True)
@@ -189,23 +192,28 @@ def _check_shards(source: Path, shards: ShardTable, *, store: str | None) -> Non
     remote = store_of(source, store)
 
     def problem(shard: Shard) -> str | None:
-        path, size = source / shard.name, shard.size
+        path, size = f"{source}/{shard.name}", shard.size
         if isinstance(remote, ObjectStore):
             return remote.problem(shard.name, size)
         try:
-            found = path.stat()
+            found = os.stat(path)
         except OSError:
             return f"shard {path} is missing, but had {size} bytes when it was indexed"
         if found.st_size != size:
             return f"shard {path} has {found.st_size} bytes, but had {size} when it was indexed"
-        if shard.modified not in (None, found.st_mtime_ns) and sampled_digest(path) != shard.digest:
+        if shard.modified not in (None, found.st_mtime_ns) and sampled_digest(Path(path)) != shard.digest:
             return f"shard {path} has other contents than when it was indexed, though as many bytes"
         return None
 
+    def problems_of(some: list[Shard]) -> list[str]:
+        return [text for shard in some if (text := problem(shard)) is not None]
+
     listed, problems = shards.shards(), list[str]()
+    parts = iter(lambda: list(islice(listed, _SHARDS_A_TURN)), [])
     with ThreadPoolExecutor(SHARDS_CHECKED_AT_ONCE) as threads:
-        while part := list(islice(listed, 4096)):
-            problems += [text for text in threads.map(problem, part) if text is not None]
+        while some := list(islice(parts, SHARDS_CHECKED_AT_ONCE)):
+            for found in threads.map(problems_of, some):
+                problems += found
     if problems:
         more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}: restore it or index {source} again")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_mm.config import Experiment
 from megatron_mm.parallel import topology as topologies
@@ -31,10 +30,7 @@ def stand_in_world(experiment: Experiment, *, rank: int, world_size: int) -> Top
     cpu.install()
     parallel = experiment.parallel
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    topologies.make_groups(parallel, create_gloo_process_groups=False)
-    for name in [name for name in vars(parallel_state) if name.endswith("_GLOO")]:
-        # gloo's groups need real sockets: the fake ones stand for them
-        setattr(parallel_state, name, getattr(parallel_state, name.removesuffix("_GLOO")))
+    topologies.make_groups(parallel)
     topologies.seed_everything(1)
     return topologies._current(parallel, device=META)
 
