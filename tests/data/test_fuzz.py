@@ -23,7 +23,8 @@ from support.data_files import picture, write_tar
 from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.load.decode import PillowDecoder
 from megatron_mm.data.prepare.published.layouts import LAYOUTS, Context, LeftOut
-from megatron_mm.data.prepare.published.records import BadRecord, DamagedFile, iterate_records
+from megatron_mm.data.prepare.published.losses import BadRecord, DamagedFile
+from megatron_mm.data.prepare.published.records import iterate_records
 from megatron_mm.data.prepare.samples import Losses, Reading, ShardRows, check_image, iterate_shard, read_shard
 from megatron_mm.data.sources.shards import read_range
 from megatron_mm.data.sources.tar import EndMarker, Skipped, TarFile, walk_tar

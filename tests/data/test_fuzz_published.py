@@ -15,7 +15,8 @@ from support.data_files import picture
 from megatron_mm.data.prepare.published.annotations import FORMS, read_annotations
 from megatron_mm.data.prepare.published.images import ImageStore
 from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS, IMAGE_KEYS, LAYOUTS, Context, LeftOut
-from megatron_mm.data.prepare.published.records import BadRecord, DamagedFile, iterate_records
+from megatron_mm.data.prepare.published.losses import BadRecord, DamagedFile
+from megatron_mm.data.prepare.published.records import iterate_records
 from megatron_mm.data.text.items import BadDocument
 
 RECORDS: dict[str, Any] = {

@@ -370,3 +370,11 @@ def test_shards_in_upper_case_are_shards_and_folders_and_dead_links_are_none(tmp
     (tmp_path / "a" / "2.tar").symlink_to(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"is a link to .*nothing, which does not exist"):
         prepare_index(tmp_path / "a", tokenizer=tokenizer)
+
+
+def test_samples_without_their_other_half_say_how_files_end(tmp_path: Path, demo_data: Path) -> None:
+    """Gzipped members, names of other tools, files that do not follow one another: the error shows what there is."""
+    files = {f"{number}.{ending}": b"x" for ending in ("img.png", "json.gz") for number in range(3)}
+    write_tar(tmp_path / "train" / "odd" / "0.tar", files)
+    with pytest.raises(ValueError, match=r"--text-key and --image-key say.*end with \.img\.png \(3\), \.json\.gz \(3\)"):
+        prepare_index(tmp_path / "train" / "odd", tokenizer=demo_data / "tokenizer.model")

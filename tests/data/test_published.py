@@ -20,7 +20,8 @@ from support.data_files import picture, write_tar
 from megatron_mm.cli import main as cli
 from megatron_mm.data.prepare.index import IndexOptions, prepare_index
 from megatron_mm.data.prepare.published.convert import Converted, Options, convert
-from megatron_mm.data.prepare.published.records import DamagedFile, iterate_records
+from megatron_mm.data.prepare.published.losses import DamagedFile
+from megatron_mm.data.prepare.published.records import iterate_records
 from megatron_mm.data.sources.index import SourceIndex, open_index
 from megatron_mm.data.sources.shards import iterate_jsonl, iterate_tar
 
@@ -489,3 +490,191 @@ def test_images_beside_records_are_no_records(tmp_path: Path) -> None:
     row = {"text_list": ["a circle"], "image_info": [{"image_name": "0.jpg", "matched_text_index": 0}]}
     (tmp_path / "docs.jsonl").write_text(json.dumps(row))
     assert run("mmc4", [tmp_path], tmp_path / "out", images=str(tmp_path / "images")).images == 1
+
+
+# ------------------------------------------------------------------------------------------------ odd but legal, and damaged
+
+CONVERSATION = [{"from": "human", "value": "which one?"}, {"from": "gpt", "value": "the red one"}]
+
+
+def table_with_a_bad_text(rows: int, *, bad: int) -> pyarrow.Table:
+    """A column of strings of which one is no UTF-8, and one of times that Python's datetime cannot hold."""
+    values = pyarrow.array([b"a red circle" if row != bad else b"\xc3\x28" for row in range(rows)], pyarrow.binary())
+    times = pyarrow.array([10**18 + 1] * rows, pyarrow.timestamp("ns"))
+    return pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), rows, values.buffers()), "when": times, "id": range(rows)})
+
+
+@pytest.mark.parametrize("ending", ["parquet", "PARQUET", "arrow"])
+def test_one_bad_text_of_a_table_costs_its_row(tmp_path: Path, ending: str) -> None:
+    table, path = table_with_a_bad_text(300, bad=150), tmp_path / f"a.{ending}"
+    if ending == "arrow":
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pyarrow.parquet.write_table(table, path)
+    found = run("text", [path], tmp_path / "out", lose=0.05)
+    assert (found.samples, found.rejected) == (299, {"text is not UTF-8": 1})
+    assert found.examples == [f"text is not UTF-8: {path}, record 151 (id 150)"]
+
+
+def test_lost_records_and_images_are_listed(tmp_path: Path) -> None:
+    """All of them in a file, the first three of each reason in the summary."""
+    images = write_images(tmp_path / "images", ["0.jpg"])
+    lines = [{"texts": ["a", None, None], "images": [None, f"{number}.jpg", "0.jpg"], "id": number} for number in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*map(json.dumps, lines), "{", '{"texts": 3, "url": "http://x/9"}']))
+    found = run("obelics", [tmp_path / "a.jsonl"], tmp_path / "out", images=str(images), lose=0.9)
+    assert found.rejected == {"malformed JSON": 1, "malformed texts list": 1} and found.dropped == {"image not found": 4}
+    listed = [json.loads(line) for line in (tmp_path / "out" / ".prepared" / "00000.rejected.jsonl").read_text().splitlines()]
+    assert [line["record"] for line in listed] == [2, 3, 4, 5, 6, 7]
+    assert listed[0] == {"record": 2, "reason": "image not found", "what": "1.jpg", "id": "1"}
+    assert listed[-1] == {"record": 7, "reason": "malformed texts list", "url": "http://x/9"}
+    assert sum("image not found" in line for line in found.named()) == 3 and "record 7 (url http://x/9)" in str(found)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"texts": ["a"], "images": [None]}))
+    assert run("obelics", [tmp_path / "a.jsonl"], tmp_path / "out", images=str(images)).examples == []
+    assert not (tmp_path / "out" / ".prepared" / "00000.rejected.jsonl").exists()
+
+
+def test_too_many_rejected_names_some(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"txt": "", "id": "first"}\n{"text": "x"}')
+    with pytest.raises(ValueError, match=r"no text: 1.*\n  no text: .*a\.jsonl, record 1 \(id first\)"):
+        run("text", [tmp_path / "a.jsonl"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("data", [b"\xef\xbb\xbf" + json.dumps([{"text": "a"}, {"text": "b"}], indent=2).replace("\n", "\r\n").encode()])
+def test_a_list_with_a_byte_order_mark(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(data)
+    assert run("text", [tmp_path / "a.json"], tmp_path / "out").samples == 2
+
+
+def test_json_that_is_damaged_in_the_middle(tmp_path: Path) -> None:
+    """Of a list, what stands before the damage is used; of lines, all but the damaged ones, whichever these are."""
+    (tmp_path / "list.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}, {"text": "c"}])[:-6])
+    found = run("text", [tmp_path / "list.json"], tmp_path / "list", lose=1)
+    assert found.samples == 2 and "damaged after 2 records" in found.damaged[0]
+    (tmp_path / "lines.jsonl").write_text('{"text": "cut\n{"text": "cut, too\n{"text": "a"}\n{"text": "b"}\n')
+    found = run("text", [tmp_path / "lines.jsonl"], tmp_path / "lines", lose=1)
+    assert found.samples == 2 and found.rejected == {"malformed JSON": 2}
+    (tmp_path / "byte.json").write_bytes(b'[{"text": "a"}, {"text": "caf\xe9"}, {"text": "c"}]')
+    found = run("text", [tmp_path / "byte.json"], tmp_path / "byte", lose=1)
+    assert found.samples == 2 and found.rejected == {"text is not UTF-8": 1}
+    (tmp_path / "wide.json").write_bytes(json.dumps([{"text": "a"}]).encode("utf-16"))
+    with pytest.raises(ValueError, match=r"UTF-16.*iconv"):
+        run("text", [tmp_path / "wide.json"], tmp_path / "wide")
+
+
+def test_zstd_with_a_long_window(tmp_path: Path) -> None:
+    """As `zstd --long=31` writes it."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(b'{"text": "a"}\n') + packer.flush())
+    assert run("text", [tmp_path / "a.jsonl.zst"], tmp_path / "out").samples == 1
+
+
+def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
+    """`save_to_disk`: what it says about the data is no record, and results of `map` are no further ones."""
+    folder = tmp_path / "saved" / "train"
+    folder.mkdir(parents=True)
+    table = pyarrow.table({"text": ["a", "b"]})
+    for name in ("data-00000-of-00001.arrow", "cache-0123456789abcdef.arrow"):
+        with pyarrow.OSFile(str(folder / name), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    for note in ("state.json", "dataset_info.json", "../dataset_dict.json"):
+        (folder / note).write_text(json.dumps({"text": "about it"}))
+    assert run("text", [tmp_path / "saved"], tmp_path / "out").samples == 2
+
+
+def test_links_are_followed_and_broken_ones_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "b.txt").write_text("b")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a")
+    (tmp_path / "in" / "far").symlink_to(tmp_path / "far")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "gone.txt").symlink_to(tmp_path / "nowhere")
+    found = run("text", [tmp_path / "in"], tmp_path / "out", lose=0.5)
+    assert found.samples == 2 and found.rejected == {"damaged input file": 1} and "gone.txt" in found.damaged[0]
+    images = write_images(tmp_path / "pictures", ["COCO_1.jpg", "gone.jpg"])
+    (images / "COCO_1.txt").write_text("a cross")
+    (images / "gone.jpg").unlink()
+    (images / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    found = run("pairs", [images], tmp_path / "pairs", lose=0.5)
+    assert found.samples == 1 and found.rejected == {"image file cannot be read": 1}
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "train2014").symlink_to(images)
+    (tmp_path / "q.jsonl").write_text(json.dumps({"image": "COCO_1.jpg", "caption": "a cross"}))
+    assert run("pairs", [tmp_path / "q.jsonl"], tmp_path / "named", images=str(tmp_path / "linked")).samples == 1
+
+
+@pytest.mark.parametrize(
+    ("named", "lies"),
+    [
+        ("train2017/1.jpg", "coco/train2017/1.jpg"),
+        ("coco/train2017/1.jpg", "train2017/1.jpg"),
+        ("/coco/1.jpg", "coco/1.jpg"),
+        ("./coco//1.jpg", "coco/1.jpg"),
+        ("coco/1.jpg", "1.jpg"),
+        ("1.jpg", "coco/1.jpg"),
+    ],
+)
+def test_an_image_is_found_by_the_end_of_its_path(tmp_path: Path, named: str, lies: str) -> None:
+    images = write_images(tmp_path / "images", [lies])
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": named, "caption": "a cross"}))
+    assert run("pairs", [tmp_path / "a.jsonl"], tmp_path / "out", images=str(images)).samples == 1
+
+
+@pytest.mark.parametrize(("named", "lies"), [("train/1/image.png", "train/2/image.png"), ("vg/1.jpg", "coco/1.jpg")])
+def test_an_image_of_another_folder_is_another_image(tmp_path: Path, named: str, lies: str) -> None:
+    images = write_images(tmp_path / "images", [lies])
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": named, "caption": "a cross"}))
+    with pytest.raises(ValueError, match=f"image of that name lies in another folder: 1(?s:.*)record 1 .image {named}"):
+        run("pairs", [tmp_path / "a.jsonl"], tmp_path / "out", images=str(images))
+
+
+def test_conversations_with_odd_turns(tmp_path: Path) -> None:
+    """As they occur in LLaVA's mix and in what was made of it."""
+    entries = [
+        {"id": 0, "image": "", "conversations": CONVERSATION},
+        {"id": 1, "image": None, "conversations": CONVERSATION},
+        {"id": 2, "conversations": [{"from": "gpt", "value": "hello"}, *CONVERSATION]},
+        {"id": 3, "conversations": [*CONVERSATION, {"from": "human", "value": "thanks"}]},
+        {"id": 4, "messages": [{"role": "system", "content": "be kind"}, {"role": "assistant", "content": "hi"}]},
+        {"id": 5, "video": "a.mp4", "conversations": CONVERSATION},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    found = run("llava", [tmp_path / "a.json"], tmp_path / "out", lose=0.5)
+    assert found.samples == 4 and found.dropped == {"turn without its question or answer": 3}
+    assert found.rejected == {"conversation about a video or a sound": 1, "conversation is not of questions with answers": 1}
+    assert [[turn["value"] for turn in document["conversations"]] for document in documents(tmp_path / "out")] == 4 * [
+        ["which one?", "the red one"]
+    ]
+
+
+def test_question_files_in_folders_and_tables(tmp_path: Path, demo_data: Path) -> None:
+    """GQA's training questions are ten files; question sets are republished as parquet, images and all."""
+    images = write_images(tmp_path / "images", ["1.jpg", "2.jpg"])
+    for number in (1, 2):
+        content = {f"0{number}": {"imageId": str(number), "question": "what?", "answer": "a cross"}}
+        (tmp_path / "gqa").mkdir(exist_ok=True)
+        (tmp_path / "gqa" / f"train_all_questions_{number}.json").write_text(json.dumps(content))
+    assert run("tasks", [tmp_path / "gqa"], tmp_path / "a", form="gqa", images=str(images)).samples == 2
+    assert run("tasks", [tmp_path / "gqa" / "*.json"], tmp_path / "b", form="gqa", images=str(images)).samples == 2
+    rows = {
+        "question": ["what?", "what?"],
+        "image": [{"bytes": picture(), "path": "1.jpg"}] * 2,
+        "answers": [["red", "blue", "red"], [None, "red", "red"]],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
+    assert run("tasks", [tmp_path / "t.parquet"], tmp_path / "c", form="textvqa").samples == 2
+    assert [document["answer"] for document in documents(tmp_path / "c")] == ["red", "red"]
+    assert indexed(tmp_path / "c", demo_data).kind == "tasks"
+    with pytest.raises(ValueError, match=r"not a file of the format coco.*such as \{'category_id': 1"):
+        (tmp_path / "instances.json").write_text(json.dumps({"images": [], "annotations": [{"category_id": 1}]}))
+        run("tasks", [tmp_path / "instances.json"], tmp_path / "d", form="coco", images=str(images))
+
+
+def test_an_empty_answer_or_caption_is_found_at_once(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", ["1.jpg"])
+    captions = [{"image_id": 1, "caption": "a cross"}, {"image_id": 1, "caption": "\n"}]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": captions}))
+    found = run("tasks", [tmp_path / "coco.json"], tmp_path / "out", form="coco", images=str(images), lose=0.5)
+    assert (found.samples, found.rejected) == (1, {"task without answer": 1})

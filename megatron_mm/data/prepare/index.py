@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mm.data.prepare.find import check_files, find_sources, shards_of
-from megatron_mm.data.prepare.kinds import detect_kind, iterate_samples
+from megatron_mm.data.prepare.kinds import detect_kind, file_endings, iterate_samples
 from megatron_mm.data.prepare.row_files import RowHeader, current_header, losses_of, read_rows, recipe_of, row_file_of
 from megatron_mm.data.prepare.samples import Losses, Reading, Verify, document_of, parse_member
 from megatron_mm.data.prepare.shard_jobs import Progress, ShardJob, choose_shards, run_jobs
@@ -256,7 +256,7 @@ def _merge(job: _SourceJob) -> SourceSummary:
 
     table = ShardTable.of(shards())
     summary = totals.summary
-    check_losses(source, summary, damage=totals.losses.damaged_bytes / max(1, totals.bytes), options=job.options)
+    check_losses(source, summary, damage=totals.losses.damaged_bytes / max(1, totals.bytes), options=job.options, shards=job.shards)
     are_chats = job.reading.kind in CHAT_KINDS or job.reading.rendering.caption_prompt is not None
     meta = {
         "kind": job.reading.kind,
@@ -287,9 +287,8 @@ def _merge(job: _SourceJob) -> SourceSummary:
     return summary
 
 
+_NO_FILE = ("no image file", "no text file")
 _HINTS = {
-    "no image file": "files of a sample must follow one another in the tar (tar --sort=name); --kind says what the source holds",
-    "no text file": "files of a sample must follow one another in the tar (tar --sort=name); --kind says what the source holds",
     "JSON has no text or caption": "--text-key FIELD says which field it is",
     "JSON has no items, texts or text_list": "--text-key, --image-key and --messages-key say what fields and files are called",
     "JSON has no conversations": "--messages-key FIELD says which field they are",
@@ -298,22 +297,36 @@ _HINTS = {
 """What is often the cause of a reason."""
 
 
-def check_losses(source: Path, summary: SourceSummary, *, damage: float, options: IndexOptions) -> None:
+def _hints(summary: SourceSummary, shards: Sequence[Path]) -> str:
+    """What to do about the reasons that most rejected samples have."""
+    most = sum(summary.rejected.values()) / 2
+    hints = [f"{reason}: {hint}" for reason, hint in _HINTS.items() if summary.rejected.get(reason, 0) > most]
+    if sum(summary.rejected.get(reason, 0) for reason in _NO_FILE) > most:
+        found = ", ".join(f".{name} ({count})" for name, count in file_endings(shards).most_common(6))
+        hints.append(
+            f"a sample lacks its image or its text: its files must follow one another in the tar (tar --sort=name), and --text-key and "
+            f"--image-key say how their names end. The first files end with {found}"
+        )
+    return "".join(f". {hint}" for hint in hints)
+
+
+def check_losses(source: Path, summary: SourceSummary, *, damage: float, options: IndexOptions, shards: Sequence[Path] = ()) -> None:
     """Raise ValueError where no sample of a source is usable, or where more is lost than the user allows.
 
     Args:
         damage: share of the shards' bytes that are damaged.
+        shards: of the source, for what an error says about them.
     """
     rejected = sum(summary.rejected.values())
-    hint = "".join(f". {reason}: {text}" for reason, text in _HINTS.items() if summary.rejected.get(reason, 0) > rejected / 2)
     if not summary.samples:
-        raise ValueError(f"source {source} has no usable sample (rejected: {summary.rejected or 'it is empty'}): repair or remove it{hint}")
+        found = f"rejected: {summary.rejected or 'it is empty'}"
+        raise ValueError(f"source {source} has no usable sample ({found}): repair or remove it{_hints(summary, shards)}")
     share = max(rejected / (rejected + summary.samples), damage)
     if share > options.max_rejected:
         raise ValueError(
             f"{share:.1%} of source {source} would be lost, more than --max-rejected {options.max_rejected:g}: {rejected} samples rejected "
             f"({_listed(summary.rejected)}), {summary.samples} usable, {damage:.1%} of its bytes damaged. "
-            f"Repair it or allow more with --max-rejected{hint}"
+            f"Repair it or allow more with --max-rejected{_hints(summary, shards)}"
         )
     lost = sum(count for reason, count in summary.dropped.items() if reason != "empty entry")
     if lost > options.max_dropped_images * (lost + summary.images):

@@ -74,6 +74,11 @@ def iterate_samples(shard: Path, *, key_ends: KeyEnds = "first") -> Iterator[Web
     return iterate_tar(shard, skipped=lambda _: None, key_ends=key_ends)
 
 
+def file_endings(shards: Sequence[Path]) -> Counter[str]:
+    """How the names of the first files of a source's first shards end, from the first dot on."""
+    return Counter(extension for sample in _first_samples(shards[:_SHARDS], "first") for extension in sample.members)
+
+
 def _has_dotted_keys(shards: Sequence[Path], keys: Keys) -> bool:
     """Whether most samples would have neither text nor image at the first dot, but have both at the last: "v1.2_003.jpg"."""
     dotted = total = 0

@@ -34,7 +34,7 @@ from megatron_mm.data.text.items import BadDocument, ImageReference
 from megatron_mm.data.text.keys import USUAL, Keys, field_of
 
 IMAGE_MARK = "<image>"
-_ASKS, _ANSWERS, _SYSTEM = ("human", "user"), ("gpt", "assistant", "model"), "system"
+ASKS, ANSWERS, SYSTEM = ("human", "user"), ("gpt", "assistant", "model"), "system"
 _LISTS = ("conversations", "messages")
 
 
@@ -76,12 +76,12 @@ def conversation_turns(fields: dict[str, Any], keys: Keys = USUAL) -> list[Turn]
     if listed is None:
         raise BadDocument(f"JSON has no {keys.messages or 'conversations'}")
     try:
-        spoken = [(turn.get("from", turn.get("role")), _words(turn.get("value", turn.get("content"))).strip()) for turn in listed]
+        spoken = [(speaker(turn), _words(turn.get("value", turn.get("content"))).strip()) for turn in listed]
     except (TypeError, AttributeError):
         raise BadDocument("malformed conversations list") from None
-    system = spoken.pop(0)[1] if spoken and spoken[0][0] == _SYSTEM else ""
+    system = spoken.pop(0)[1] if spoken and spoken[0][0] == SYSTEM else ""
     asked, answered = spoken[::2], spoken[1::2]
-    if not spoken or len(spoken) % 2 or any(who not in _ASKS for who, _ in asked) or any(who not in _ANSWERS for who, _ in answered):
+    if not spoken or len(spoken) % 2 or any(who not in ASKS for who, _ in asked) or any(who not in ANSWERS for who, _ in answered):
         raise BadDocument("conversation is not of questions with answers")
     if not all(answer for _, answer in answered):
         raise BadDocument("empty answer")
@@ -91,6 +91,11 @@ def conversation_turns(fields: dict[str, Any], keys: Keys = USUAL) -> list[Turn]
     left = iter(images)
     turns = [Turn(_with_images(question, left), answer) for (_, question), (_, answer) in zip(asked, answered, strict=True)]
     return [replace(turns[0], system=system), *turns[1:]]
+
+
+def speaker(turn: Any) -> Any:
+    """Who speaks in a turn: of `ASKS`, `ANSWERS`, `SYSTEM`, or anything else that the data says. None where the turn is no object."""
+    return turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
 
 
 def _words(content: object) -> str:
@@ -166,7 +171,7 @@ def _letter(answer: object, count: int) -> str:
 def _images(fields: dict[str, Any], keys: Keys = USUAL) -> list[ImageReference]:
     """The images that a sample names, one or several."""
     named = fields.get("images", fields.get("image")) if keys.image is None else field_of(fields, keys.image)
-    names = [] if named is None else named if isinstance(named, list) else [named]
+    names = [] if named in (None, "") else named if isinstance(named, list) else [named]
     if not all(isinstance(name, str) for name in names):
         raise BadDocument("malformed image list")
     return [ImageReference(name.lower(), counted=False) for name in names]

@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from megatron_mm.data.prepare.published.records import BadRecord, Record, load_json
+from megatron_mm.data.prepare.published.losses import BadRecord, Record
+from megatron_mm.data.prepare.published.records import load_json
 
 Records = Iterator[Record | BadRecord]
 _MALFORMED = "malformed entry"
@@ -39,13 +40,13 @@ def read_annotations(
     """
     if form not in FORMS:
         raise ValueError(f"format {form!r} is unknown: use one of {', '.join(FORMS)}")
-    if (form in _TWO_FILES) != (annotations is not None):
-        raise ValueError(f"format {form} {'needs' if form in _TWO_FILES else 'has no'} --annotations")
+    if (form in TWO_FILES) != (annotations is not None):
+        raise ValueError(f"format {form} {'needs' if form in TWO_FILES else 'has no'} --annotations")
     if as_captions and form not in CAPTIONS:
         raise ValueError(f"format {form} has questions, which --as pairs would lose: only {' and '.join(CAPTIONS)} can be pairs")
     main = load_json(questions)
     try:
-        if form in _TWO_FILES:
+        if form in TWO_FILES:
             records = list(_vqa(main, load_json(str(annotations))))
         elif form == "scienceqa":
             records = list(_scienceqa(main, split))
@@ -54,7 +55,8 @@ def read_annotations(
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{questions} is not a file of the format {form} ({error!r})") from None
     if records and all(isinstance(record, BadRecord) and record.reason == _MALFORMED for record in records):
-        raise ValueError(f"{questions} is not a file of the format {form}: no entry of it is")
+        (first,) = (record.what for record in records[:1] if isinstance(record, BadRecord))
+        raise ValueError(f"{questions} is not a file of the format {form}: no entry of it is, such as {first} ...")
     return sorted(records, key=lambda record: str(record.get("image") or "") if isinstance(record, dict) else "")
 
 
@@ -64,7 +66,7 @@ def _each(entries: Iterable[Any], records_of: Callable[[Any], Records]) -> Recor
         try:
             yield from records_of(entry)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError):
-            yield BadRecord(_MALFORMED)
+            yield BadRecord(_MALFORMED, what=str(entry)[:120])
 
 
 def _vqa(questions: Any, annotations: Any) -> Records:
@@ -74,7 +76,7 @@ def _vqa(questions: Any, annotations: Any) -> Records:
     def record(entry: Any) -> Records:
         found = answers.pop(entry["question_id"], None)
         if found is None:
-            yield BadRecord("question without answer")
+            yield BadRecord("question without answer", what=f"question_id {entry['question_id']}")
             return
         image = entry.get("image") or (f"COCO_{subset}_{entry['image_id']:012d}.jpg" if subset else f"{entry['image_id']}.jpg")
         answer = found.get("multiple_choice_answer") or _usual([a["answer"] for a in found["answers"]])
@@ -88,7 +90,7 @@ def _vqa(questions: Any, annotations: Any) -> Records:
 def _textvqa(data: Any) -> Records:
     def record(entry: Any) -> Records:
         if not entry.get("answers"):
-            yield BadRecord("question without answer")
+            yield BadRecord("question without answer", what=f"image_id {entry.get('image_id')}")
         else:
             yield {"task": "vqa", "question": entry["question"], "answer": _usual(entry["answers"]), "image": f"{entry['image_id']}.jpg"}
 
@@ -98,7 +100,7 @@ def _textvqa(data: Any) -> Records:
 def _textcaps(data: Any) -> Records:
     def record(entry: Any) -> Records:
         if not entry.get("reference_strs"):
-            yield BadRecord("image without caption")
+            yield BadRecord("image without caption", what=f"image_id {entry.get('image_id')}")
         for caption in entry.get("reference_strs") or []:
             yield {"task": "caption", "answer": caption, "image": f"{entry['image_id']}.jpg"}
 
@@ -115,7 +117,7 @@ def _gqa(data: Any) -> Records:
 def _vizwiz(data: Any) -> Records:
     def record(entry: Any) -> Records:
         if not entry.get("answers"):
-            yield BadRecord("question without answer")
+            yield BadRecord("question without answer", what=str(entry.get("image")))
         else:
             answer = _usual([a["answer"] for a in entry["answers"]])
             yield {"task": "vizwiz", "question": entry["question"], "answer": answer, "image": entry["image"]}
@@ -129,14 +131,14 @@ def _coco(data: Any) -> Records:
 
     def record(entry: Any) -> Records:
         if entry["image_id"] not in files:
-            yield BadRecord("caption of an image that is not listed")
+            yield BadRecord("caption of an image that is not listed", what=f"image_id {entry['image_id']}")
             return
         with_captions.add(entry["image_id"])
         yield {"task": "caption", "answer": entry["caption"], "image": files[entry["image_id"]]}
 
     yield from _each(data["annotations"], record)
-    if len(with_captions) < len(files):
-        yield BadRecord("image without caption", len(files) - len(with_captions))
+    for number in (number for number in files if number not in with_captions):
+        yield BadRecord("image without caption", what=files[number])
 
 
 def _scienceqa(data: Any, split: str | None) -> Records:
@@ -159,6 +161,25 @@ def scienceqa_record(entry: Record) -> Record:
     return {"task": "scienceqa", "context": entry.get("hint") or None, **{name: entry.get(name) for name in names}}
 
 
+def row_records(form: str, row: Record) -> Records:
+    """The tasks of a row of a parquet or arrow file, which has questions, answers and images in one, as such data sets are republished."""
+    if form == "scienceqa":
+        yield scienceqa_record(row)
+        return
+    image = row.get("image")
+    if form in CAPTIONS:
+        captions: Any = next((row[name] for name in ("reference_strs", "captions", "caption", "sentences", "answer") if row.get(name)), [])
+        for caption in captions if isinstance(captions, list) else [captions]:
+            yield {"task": "caption", "answer": caption, "image": image}
+        if not captions:
+            yield BadRecord("image without caption")
+        return
+    answers = row.get("answers") or []
+    spoken = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers if answer is not None]
+    answer = row.get("multiple_choice_answer") or row.get("answer") or _usual(spoken)
+    yield {"task": "vizwiz" if form == "vizwiz" else "vqa", "question": row.get("question"), "answer": answer, "image": image}
+
+
 def _usual(answers: list[Any]) -> Any:
     return Counter(answers).most_common(1)[0][0] if answers else None
 
@@ -175,4 +196,4 @@ FORMS: dict[str, Callable[..., Records]] = {
 }
 CAPTIONS = ("textcaps", "coco")
 """Forms that describe images and ask nothing."""
-_TWO_FILES = ("vqav2", "okvqa")
+TWO_FILES = ("vqav2", "okvqa")

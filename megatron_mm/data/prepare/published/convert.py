@@ -5,6 +5,7 @@ places, which is what training does. It costs the disk once. Tars of img2dataset
 
     OUT/00000-00000.tar ...    shard 0 of input 0; .jsonl for texts
     OUT/.prepared/00000.json   input 0 is done: its size and date, its shards and what was lost
+    OUT/.prepared/00000.rejected.jsonl   what it lost, a line for each record or image (`losses`)
     OUT/.prepared/images.sqlite  where images lie (`images`)
 
 An input is done again only where it or the options have changed, and its shards are renamed into place when they are whole, so the same
@@ -28,10 +29,13 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
-from megatron_mm.data.prepare.published.annotations import read_annotations, scienceqa_record
+from megatron_mm.data.prepare.published.annotations import TWO_FILES, read_annotations, row_records
+from megatron_mm.data.prepare.published.files import ending
 from megatron_mm.data.prepare.published.images import ImageStore, build_table, table_stamp
+from megatron_mm.data.prepare.published.inputs import expand
 from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS, IMAGE_KEYS, LAYOUTS, TEXT_KEYS, Context, LeftOut, OutSample
-from megatron_mm.data.prepare.published.records import BadRecord, DamagedFile, Record, TextDocuments, expand, iterate_records
+from megatron_mm.data.prepare.published.losses import NO_IMAGES, BadRecord, DamagedFile, LossList, Record
+from megatron_mm.data.prepare.published.records import TABLES, TextDocuments, iterate_records
 from megatron_mm.data.prepare.published.write import ShardWriter
 from megatron_mm.data.sources.stores import check_local
 from megatron_mm.data.text.items import BadDocument
@@ -76,6 +80,8 @@ class Converted:
     left_out: dict[str, int] = field(default_factory=dict)
     fields: str = ""
     """Names of the fields of the first record that was rejected."""
+    examples: list[str] = field(default_factory=list)
+    """Of what is rejected or dropped, the first few of each reason and input."""
     damaged: list[str] = field(default_factory=list)
     """Inputs that could not be read to their end, with the reason."""
     shards: list[str] = field(default_factory=list)
@@ -88,6 +94,7 @@ class Converted:
             for reason, count in more.items():
                 mine[reason] = mine.get(reason, 0) + count
         self.fields = self.fields or other.fields
+        self.examples += other.examples
         self.damaged += other.damaged
         self.shards += other.shards
 
@@ -96,7 +103,21 @@ class Converted:
         for what, counts in (("rejected", self.rejected), ("dropped from samples", self.dropped), ("left out", self.left_out)):
             if counts:
                 lines.append(f"{what}: {_listed(counts)}")
-        return "\n".join([*lines, *(f"damaged: {line}" for line in self.damaged)])
+        return "\n".join([*lines, *(f"damaged: {line}" for line in self.damaged), *self.named()])
+
+    def named(self) -> list[str]:
+        """Lines about some of what is lost: the first few of each reason."""
+        chosen, seen = list[str](), Counter[str]()
+        for example in self.examples:
+            reason = example.partition(": ")[0]
+            seen[reason] += 1
+            if seen[reason] <= _EXAMPLES:
+                chosen.append(example)
+        return [f"  {line}" for line in sorted(chosen, key=lambda line: line.partition(": ")[0])]
+
+
+_EXAMPLES = 3
+"""Losses of each reason that the summary names."""
 
 
 def _listed(counts: dict[str, int]) -> str:
@@ -136,6 +157,8 @@ def convert(
                 "%d of %d inputs, %d samples, %.0f/s, %.0f s left",
                 *(done, len(tasks), total.samples, total.samples / max(seconds, 1e-9), seconds / done * (len(tasks) - done)),
             )
+    if total.examples:
+        logger.info("every record and image that is lost, with its reason: %s", out / ".prepared" / "*.rejected.jsonl")
     _check(total, len(tasks), out, max_rejected, max_dropped_images)
     return total
 
@@ -159,9 +182,11 @@ def _check_former(out: Path, inputs: Collection[str]) -> None:
 
 def _inputs(inputs: Sequence[str], options: Options) -> list[str]:
     """What one worker does at a time: a file, or for pairs a folder of files."""
+    files = expand(inputs, images=options.layout == "pairs" and options.form is None)
     if options.form is not None:
-        return list(inputs)
-    files = expand(inputs, images=options.layout == "pairs")
+        if options.form in TWO_FILES and len(files) > 1:
+            raise ValueError(f"format {options.form} takes one file of questions and one of answers at a time, but {len(files)} are given")
+        return files
     images = [file for file in files if options.layout == "pairs" and is_image_name(file.rpartition(".")[2].lower())]
     folders = sorted({os.path.dirname(file) for file in images})
     described = {os.path.basename(folder) for folder in folders}  # img2dataset writes 00000.parquet about the folder 00000
@@ -198,27 +223,26 @@ def _convert_input(arguments: tuple[int, str, Path, Options, Path | None]) -> Co
     for old in out.glob(f"{number:05d}-*"):
         old.unlink()
     store = ImageStore(Path(options.images), table=table) if options.images is not None else None
-    dropped = Counter[str]()
     context = Context(
         images=store,
         text_keys=options.text_keys or (CAPTION_KEYS if options.layout == "pairs" else TEXT_KEYS),
         image_keys=options.image_keys or IMAGE_KEYS,
         keys=Keys(image=next(iter(options.image_keys), None), messages=options.messages_key),
-        dropped=dropped,
     )
-    found = Converted()
-    rejected, left_out = Counter[str](), Counter[str]()
+    found, rejected, left_out = Converted(), Counter[str](), Counter[str]()
+    lost = LossList(out / ".prepared" / f"{number:05d}.rejected.jsonl", of=path)
     writer = ShardWriter(out, prefix=f"{number:05d}", lines=options.layout == "text", shard_bytes=options.shard_bytes)
     try:
-        for sample in _samples(path, options, context, rejected, left_out, found):
+        for sample in _samples(path, options, context, rejected, left_out, lost, found):
             writer.add(sample)
             found.samples += 1
             found.images += len(sample.images)
     except DamagedFile as error:
         found.damaged.append(str(error))
         rejected["damaged input file"] += 1
-    found.shards = writer.close()
-    found.rejected, found.dropped, found.left_out = dict(rejected), dict(dropped), dict(left_out)
+    lost.close()
+    found.shards, found.examples = writer.close(), lost.examples
+    found.rejected, found.dropped, found.left_out = dict(rejected), dict(context.dropped.counts), dict(left_out)
     record_of_work.parent.mkdir(exist_ok=True)
     partial = record_of_work.with_suffix(".partial")
     partial.write_text(json.dumps({"input": path, "stamp": stamp, **asdict(found)}, indent=1))
@@ -227,35 +251,44 @@ def _convert_input(arguments: tuple[int, str, Path, Options, Path | None]) -> Co
 
 
 def _samples(
-    path: str, options: Options, context: Context, rejected: Counter[str], left_out: Counter[str], found: Converted
+    path: str, options: Options, context: Context, rejected: Counter[str], left_out: Counter[str], lost: LossList, found: Converted
 ) -> Iterator[OutSample]:
-    """The samples of an input; every record that is none is counted."""
-    layout = LAYOUTS[options.layout]
+    """The samples of an input; every record that is none is counted and written down."""
+    layout, number = LAYOUTS[options.layout], 0
     for record in _records(path, options):
+        number += record.count if isinstance(record, BadRecord) else 1
         if isinstance(record, BadRecord):
             rejected[record.reason] += record.count
+            lost.add(number, record.reason, what=record.what, count=record.count)
             continue
         try:
-            yield layout(record, context)
+            sample = layout(record, context)
         except BadDocument as reason:
             rejected[str(reason)] += 1
+            lost.add(number, str(reason), record=record)
             found.fields = found.fields or ", ".join(map(str, list(record)[:12]))
+            continue
         except LeftOut as reason:
             left_out[str(reason)] += 1
+            continue
+        finally:
+            for why, name in context.dropped.taken():
+                lost.add(number, why, what=name, record=record)
+        yield sample
 
 
 def _records(path: str, options: Options) -> Iterable[Record | BadRecord]:
-    if options.form is not None and not path.endswith(".parquet"):
-        joined = read_annotations(
-            options.form, path, annotations=options.annotations, split=options.split, as_captions=options.layout == "pairs"
-        )
+    form = options.form
+    if form is not None and ending(path) not in TABLES:
+        joined = read_annotations(form, path, annotations=options.annotations, split=options.split, as_captions=options.layout == "pairs")
         return joined if options.layout == "tasks" else map(_as_pair, joined)
     if os.path.isdir(path):
         return _folder_pairs(Path(path))
     records = iterate_records(path, texts=options.texts)
-    if options.form == "scienceqa":
-        return (record if isinstance(record, BadRecord) else scienceqa_record(record) for record in records)
-    return records
+    if form is None:
+        return records
+    tasks = chain.from_iterable([record] if isinstance(record, BadRecord) else row_records(form, record) for record in records)
+    return tasks if options.layout == "tasks" else map(_as_pair, tasks)
 
 
 def _as_pair(record: Record | BadRecord) -> Record | BadRecord:
@@ -265,22 +298,26 @@ def _as_pair(record: Record | BadRecord) -> Record | BadRecord:
 
 def _folder_pairs(folder: Path) -> Iterator[Record | BadRecord]:
     """Pairs of a folder of files: NAME.jpg with NAME.txt, or with the `caption` or `text` of NAME.json."""
-    images = {p for p in folder.iterdir() if p.is_file() and is_image_name(p.suffix.lower().lstrip(".")) and not p.name.startswith(".")}
+    named = [p for p in sorted(folder.iterdir()) if is_image_name(p.suffix.lower().lstrip(".")) and not p.name.startswith(".")]
+    images = [p for p in named if not p.is_dir()]
     stems = {image.stem for image in images}
-    for image in sorted(images):
-        if image.stat().st_size > MAX_FILE_BYTES:
-            yield BadRecord(f"image file of more than {MAX_FILE_BYTES // 2**20} MiB")
-            continue
+    for image in images:
         text, described = image.with_suffix(".txt"), image.with_suffix(".json")
-        fields: Record = {"image": image.read_bytes()}
         try:
+            if image.stat().st_size > MAX_FILE_BYTES:
+                yield BadRecord(f"image file of more than {MAX_FILE_BYTES // 2**20} MiB", what=str(image))
+                continue
+            fields: Record = {"image": image.read_bytes(), "file_name": image.name}
             if text.is_file():
-                fields["caption"] = text.read_text("utf-8-sig")
+                fields["caption"] = text.read_bytes()
             elif described.is_file():
                 loaded = json.loads(described.read_text("utf-8-sig"))
                 fields = {**{key: loaded.get(key) for key in CAPTION_KEYS}, **fields}
+        except OSError:  # a link into nowhere, a file that may not be read
+            yield BadRecord("image file cannot be read", what=str(image))
+            continue
         except (ValueError, AttributeError, RecursionError):
-            yield BadRecord("text is not UTF-8" if text.is_file() else "malformed JSON")
+            yield BadRecord("malformed JSON", what=str(described))
             continue
         yield fields
     alone = sum(1 for p in folder.iterdir() if p.suffix == ".txt" and p.stem not in stems and not p.name.upper().startswith("README"))
@@ -295,7 +332,10 @@ def _stamp(path: str, options: Options, table: Path | None) -> str:
     facts = [path, json.dumps(asdict(options), sort_keys=True), str(table_stamp(table) if table is not None else None)]
     for file in filter(None, (path, options.annotations)):
         system, name = fsspec.core.url_to_fs(file)
-        details = system.info(name)
+        try:
+            details = system.info(name)
+        except FileNotFoundError:  # a link into nowhere, which is found damaged when it is read
+            details = {}
         facts.append(str([details.get(key) for key in ("size", "mtime", "ETag", "etag", "LastModified")]))
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
@@ -318,6 +358,7 @@ def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dr
     share, damaged = rejected / max(1, rejected + total.samples), len(total.damaged)
     if not total.samples and not rejected:
         raise ValueError(f"there is no sample in {inputs} inputs: {_listed(total.left_out) or 'they are empty'}")
+    examples = "".join(f"\n{line}" for line in total.named())
     usual = max(total.rejected, key=lambda reason: total.rejected[reason], default="")
     fields = f". The fields of the first one are {total.fields}: --text-key, --image-key or --messages-key says which is wanted"
     too_many = not total.samples or share > max_rejected
@@ -325,18 +366,18 @@ def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dr
     if not too_many and damaged > max_rejected * inputs:
         raise ValueError(
             f"{damaged:,} of {inputs:,} inputs are damaged, more than --max-rejected {max_rejected:g}: {total.damaged[0].rstrip('.')}. "
-            f"{again} --max-rejected"
+            f"{again} --max-rejected{examples}"
         )
     if too_many:
         raise ValueError(
             f"{rejected:,} of {rejected + total.samples:,} records ({share:.1%}) are rejected, more than --max-rejected {max_rejected:g}: "
-            f"{_listed(total.rejected)}{_first(total.damaged)}{fields}. {again} --max-rejected"
+            f"{_listed(total.rejected)}{_first(total.damaged)}{fields}. {again} --max-rejected{examples}"
         )
-    lost = sum(count for reason, count in total.dropped.items() if reason != "empty entry")
+    lost = sum(count for reason, count in total.dropped.items() if reason not in NO_IMAGES)
     if lost > max_dropped_images * (lost + total.images):
         raise ValueError(
             f"{lost:,} of {lost + total.images:,} images are missing or bad, more than --max-dropped-images {max_dropped_images:g}: "
-            f"{_listed(total.dropped)}. {again} --max-dropped-images"
+            f"{_listed(total.dropped)}. {again} --max-dropped-images{examples}"
         )
 
 

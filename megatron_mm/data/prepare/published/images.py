@@ -1,14 +1,16 @@
 """Where the images of a published data set lie: a folder of files, or of tars such as img2dataset writes. Never the web.
 
 Documents name an image by a path, by a file name alone or by its URL. A path below the folder is looked up by itself; for everything else
-the folder is walked once and a table of names is written (SQLite, so that it takes disk and not memory: about 40 bytes a name). An image
-is found by
+the folder is walked once, links to other folders included, and a table of names is written (SQLite, so that it takes disk and not memory:
+about 40 bytes a name). An image is found by
 
-    its path, its file name, or its file name without extension
+    its path, or the end of it: "train2017/1.jpg" of "coco/train2017/1.jpg"; or its file name without extension
+    a longer path than its own, as that begins with folders that are not there: "coco/train2017/1.jpg" where "train2017/1.jpg" lies
     the URL in the .json beside it (img2dataset)
     the SHA-256, SHA-1 or MD5 of its URL, in hexadecimal, as file name
 
-A file name that two files share finds neither: one of them would be the wrong picture.
+Nothing else is the image that is meant. A name that two files share finds neither: one of them would be the wrong picture; and neither does
+"vg/1.jpg" find "coco/1.jpg".
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
-from megatron_mm.data.sources.shards import iterate_tar, read_range
+from megatron_mm.data.prepare.published.inputs import walk_files
+from megatron_mm.data.sources.shards import BrokenShard, iterate_tar, read_range
 from megatron_mm.data.text.items import BadDocument
 
 logger = logging.getLogger(__name__)
@@ -55,7 +58,7 @@ class ImageStore:
         """A file by its path below the root; what leads out of it is not followed."""
         if "://" in name or "\0" in name:
             return None
-        path = Path(os.path.normpath(self.root / name))
+        path = Path(os.path.normpath(self.root / name.lstrip("/")))
         try:
             if not path.is_relative_to(self.root) or not path.is_file():
                 return None
@@ -67,32 +70,50 @@ class ImageStore:
 
     def _from_table(self, name: str) -> bytes | None:
         assert self._table is not None
-        for key in _lookups(name):
-            row = self._table.execute("SELECT file, offset, size FROM images WHERE key = ?", (_digest(key),)).fetchone()
+        elsewhere = False
+        for key, is_rest in _lookups(name):
+            row = self._table.execute("SELECT file, offset, size, is_whole FROM images WHERE key = ?", (_digest(key),)).fetchone()
             if row is None:
                 continue
-            file, offset, size = row
+            file, offset, size, is_whole = row
+            if is_rest and not is_whole:
+                elsewhere = True
+                continue
             if file == _AMBIGUOUS:
                 raise BadDocument("several images of that name")
             if size > MAX_FILE_BYTES:
                 raise BadDocument(f"image file of more than {MAX_FILE_BYTES // 2**20} MiB")
-            return read_range(self.root / self._path(file), offset, size)
+            try:
+                return read_range(self.root / self._path(file), offset, size)
+            except (OSError, ValueError):
+                raise BadDocument("image file cannot be read") from None
+        if elsewhere:
+            raise BadDocument("image of that name lies in another folder")
         return None
 
     def _path(self, file: int) -> str:
         if file not in self._files:
             assert self._table is not None
-            (self._files[file],) = self._table.execute("SELECT path FROM files WHERE number = ?", (file,)).fetchone()
+            (path,) = self._table.execute("SELECT path FROM files WHERE number = ?", (file,)).fetchone()
+            self._files[file] = os.fsdecode(path)
         return self._files[file]
 
 
-def _lookups(name: str) -> Iterator[str]:
-    yield name
+def _lookups(name: str) -> Iterator[tuple[str, bool]]:
+    """Keys under which an image may be known, and whether a key is a part of the name that has to be the image's whole path."""
+    yield name, False
     if "://" in name:
         data = name.encode("utf-8", "surrogateescape")
-        yield from (hashlib.new(kind, data, usedforsecurity=False).hexdigest() for kind in ("sha256", "sha1", "md5"))
-    else:
-        yield PurePosixPath(name).name
+        yield from ((hashlib.new(kind, data, usedforsecurity=False).hexdigest(), False) for kind in ("sha256", "sha1", "md5"))
+        return
+    tails = _tails(os.path.normpath(name).lstrip("/"))
+    yield from ((tail, tail != whole) for tail in tails for whole in tails[:1])
+
+
+def _tails(path: str) -> list[str]:
+    """A path and its ends, longest first: a/b/c, b/c, c."""
+    parts = path.split("/")
+    return ["/".join(parts[number:]) for number in range(len(parts))]
 
 
 def _digest(key: str) -> bytes:
@@ -114,13 +135,13 @@ def build_table(root: Path, table: Path) -> int:
         connection = sqlite3.connect(partial)
         connection.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
-            "CREATE TABLE images (key BLOB PRIMARY KEY, file INT, offset INT, size INT) WITHOUT ROWID;"
-            "CREATE TABLE files (number INT PRIMARY KEY, path TEXT);"
+            "CREATE TABLE images (key BLOB PRIMARY KEY, file INT, offset INT, size INT, is_whole INT) WITHOUT ROWID;"
+            "CREATE TABLE files (number INT PRIMARY KEY, path BLOB);"
             "CREATE TABLE stamp (value TEXT);"
         )
         connection.execute("INSERT INTO stamp VALUES (?)", (stamp,))
         logger.info("%s: looking for images; this happens once", root)
-        for number, path in enumerate(_all_files(root)):
+        for number, path in enumerate(walk_files(root)):
             _add_file(connection, root, path, number)
             if number % 10_000 == 9_999:
                 connection.commit()
@@ -133,15 +154,20 @@ def build_table(root: Path, table: Path) -> int:
     return int(count)
 
 
+_TABLE_VERSION = "2"
+
+
 def listing_stamp(root: Path) -> str:
     """Changes where a file is added to a folder or removed from it, or a tar is written."""
-    digest = hashlib.sha256()
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        digest.update(f"{folder} {os.stat(folder).st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-        for name in sorted(name for name in files if name.endswith(".tar")):
-            found = os.stat(os.path.join(folder, name))
-            digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256(_TABLE_VERSION.encode())
+    folder = None
+    for path in walk_files(root):
+        if path.parent != folder:
+            folder = path.parent
+            digest.update(f"{folder} {os.stat(folder).st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        if path.name.endswith(".tar") and path.is_file():
+            found = path.stat()
+            digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -156,38 +182,49 @@ def table_stamp(table: Path) -> str | None:
         return None
 
 
-def _all_files(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))
-
-
 def _add_file(connection: sqlite3.Connection, root: Path, path: Path, number: int) -> None:
+    """Add the images of a file. One that cannot be read is none."""
     ending = path.suffix.lower().lstrip(".")
-    if ending == "tar":
-        for sample in iterate_tar(path, skipped=lambda skipped: logger.warning("%s: %s at byte %d", path, skipped.reason, skipped.offset)):
-            images = [member for extension, member in sample.members.items() if is_image_name(extension)]
-            described = sample.members.get("json")
-            url = _url(described.data) if described is not None and described.size <= MAX_FILE_BYTES and len(images) == 1 else None
-            for image in images:
-                _insert(connection, image.name, url, (number, image.offset, image.size))
-    elif is_image_name(ending):
-        described_by = path.with_suffix(".json")
-        url = _url(described_by.read_bytes()) if described_by.is_file() else None
-        _insert(connection, path.relative_to(root).as_posix(), url, (number, 0, path.stat().st_size))
-    else:
+    if path.name.startswith(".") or not (ending == "tar" or is_image_name(ending)):
         return
-    connection.execute("INSERT INTO files VALUES (?, ?)", (number, path.relative_to(root).as_posix()))
+    try:
+        if ending == "tar":
+            _add_tar(connection, path, number)
+        else:
+            described_by = path.with_suffix(".json")
+            url = _url(described_by.read_bytes()) if described_by.is_file() else None
+            _insert(connection, path.relative_to(root).as_posix(), url, (number, 0, path.stat().st_size))
+    except (OSError, BrokenShard) as error:  # a link into nowhere, a file that may not be read
+        logger.warning("%s", error)
+        return
+    connection.execute("INSERT INTO files VALUES (?, ?)", (number, os.fsencode(path.relative_to(root))))
+
+
+def _add_tar(connection: sqlite3.Connection, path: Path, number: int) -> None:
+    for sample in iterate_tar(path, skipped=lambda skipped: logger.warning("%s: %s at byte %d", path, skipped.reason, skipped.offset)):
+        images = [member for extension, member in sample.members.items() if is_image_name(extension)]
+        described = sample.members.get("json")
+        url = _url(described.data) if described is not None and described.size <= MAX_FILE_BYTES and len(images) == 1 else None
+        for image in images:
+            _insert(connection, image.name, url, (number, image.offset, image.size))
+
+
+# A whole path is worth more than the end of another; of two that are worth as much none is taken.
+_INSERT = f"""
+INSERT INTO images VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET
+    file = CASE WHEN excluded.is_whole > is_whole THEN excluded.file WHEN excluded.is_whole = is_whole THEN {_AMBIGUOUS} ELSE file END,
+    offset = CASE WHEN excluded.is_whole > is_whole THEN excluded.offset ELSE offset END,
+    size = CASE WHEN excluded.is_whole > is_whole THEN excluded.size ELSE size END,
+    is_whole = max(is_whole, excluded.is_whole)
+"""
 
 
 def _insert(connection: sqlite3.Connection, path: str, url: str | None, place: tuple[int, int, int]) -> None:
-    name = PurePosixPath(path)
-    for key in {path, name.name, name.stem}:
-        connection.execute(
-            "INSERT INTO images VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET file = ?", (_digest(key), *place, _AMBIGUOUS)
-        )
+    tails = _tails(os.path.normpath(path).lstrip("/"))
+    for key in {*tails, PurePosixPath(path).stem}:
+        connection.execute(_INSERT, (_digest(key), *place, key == tails[0]))
     if url:  # fetched twice, it is still the same picture
-        connection.execute("INSERT INTO images VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING", (_digest(url), *place))
+        connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, 1) ON CONFLICT (key) DO NOTHING", (_digest(url), *place))
 
 
 def _url(data: bytes) -> str | None:
@@ -205,6 +242,8 @@ _MAGIC = (
     (b"BM", "bmp"),
     (b"II*\0", "tif"),
     (b"MM\0*", "tif"),
+    (b"II+\0", "tif"),
+    (b"MM\0+", "tif"),
 )
 
 
@@ -215,6 +254,6 @@ def image_extension(data: bytes) -> str:
             return extension
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
+    if data[4:8] == b"ftyp" and {data[at : at + 4] for at in range(8, min(len(data), 64), 4)} & {b"avif", b"avis"}:
         return "avif"
     raise BadDocument("image of a format that is not read" if data else "image is empty")

@@ -13,14 +13,14 @@ A sample is a document in the form that `data.text.documents` reads, and the ima
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mm.data.prepare.published.images import ImageStore, image_extension
-from megatron_mm.data.prepare.published.records import Record, text_of
-from megatron_mm.data.text.conversations import conversation_turns, is_conversation
+from megatron_mm.data.prepare.published.losses import EMPTY, UNANSWERED, Dropped, Record
+from megatron_mm.data.prepare.published.records import text_of
+from megatron_mm.data.text.conversations import ANSWERS, ASKS, SYSTEM, conversation_turns, is_conversation, speaker, task_turns
 from megatron_mm.data.text.documents import UNPLACED
 from megatron_mm.data.text.items import BadDocument
 from megatron_mm.data.text.keys import USUAL, Keys, field_of
@@ -39,8 +39,8 @@ class Context:
     image_keys: tuple[str, ...] = ()
     keys: Keys = USUAL
     """What the fields of conversations are called."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Counts images that documents lose."""
+    dropped: Dropped = field(default_factory=Dropped)
+    """Images that documents lose."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,19 @@ def pair(record: Record, context: Context) -> OutSample:
             raise LeftOut(f"not fetched by img2dataset: {status}")
         raise BadDocument("no image")
     caption = text_of(record, context.text_keys)
-    return OutSample(caption.encode("utf-8", "surrogatepass"), is_json=False, images=((image_extension(image), image),))
+    return OutSample(caption.encode(), is_json=False, images=((image_extension(image), image),))
 
 
 def _image_bytes(value: Any, context: Context) -> bytes | None:
     """An image that a field holds or names; None where the field is empty. Raises BadDocument."""
     if isinstance(value, dict):  # Hugging Face's image feature
-        value = value.get("bytes") or value.get("path")
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, list) and len(value) == 1:
         return _image_bytes(value[0], context)
     if isinstance(value, bytes | bytearray):
-        return bytes(value) or None
+        if not value:
+            raise BadDocument("image is empty")
+        return bytes(value)
     if isinstance(value, str) and value:
         if context.images is None:
             raise BadDocument("image is named, and no --images folder is given")
@@ -114,7 +116,7 @@ def mmc4(record: Record, context: Context) -> OutSample:
         index = info.get("matched_text_index") if isinstance(info, dict) else None
         name = _mmc4_name(info, context) if isinstance(info, dict) else None
         if not isinstance(index, int) or not 0 <= index < len(texts) or name is None:
-            context.dropped[UNPLACED] += 1
+            context.dropped.add(UNPLACED, str(name))
         else:
             before[index].append((None, name))
     return _interleaved([entry for images, text in zip(before, texts, strict=True) for entry in (*images, (text, None))], context)
@@ -142,7 +144,7 @@ def _interleaved(entries: Sequence[tuple[str | None, str | None]], context: Cont
                 data = context.images.read(image) if context.images is not None else b""
                 extension = image_extension(data)
             except BadDocument as reason:
-                context.dropped[str(reason)] += 1
+                context.dropped.add(str(reason), image)
                 continue
             name = f"{len(images)}.{extension}"
             images.append((name, data))
@@ -150,7 +152,7 @@ def _interleaved(entries: Sequence[tuple[str | None, str | None]], context: Cont
         elif text is not None and text.strip():
             items.append({"text": text})
         else:
-            context.dropped["empty entry"] += 1
+            context.dropped.add(EMPTY)
     if not any("text" in item for item in items):
         raise BadDocument("no text")
     return OutSample(_json({"items": items}), is_json=True, images=tuple(images))
@@ -160,8 +162,10 @@ def llava(record: Record, context: Context) -> OutSample:
     """A conversation and the images that it asks about. Raises BadDocument."""
     if not is_conversation(record, context.keys):
         raise BadDocument(f"JSON has no {context.keys.messages or 'conversations'}")
+    if any(record.get(field) for field in _NOT_READ):
+        raise BadDocument("conversation about a video or a sound")
     named = record.get("images", record.get("image")) if context.keys.image is None else field_of(record, context.keys.image)
-    values = [] if named is None else named if isinstance(named, list) else [named]
+    values = [] if named in (None, "") else named if isinstance(named, list) else [named]
     images = []
     for number, value in enumerate(values):
         data = _image_bytes(value, context)
@@ -169,12 +173,29 @@ def llava(record: Record, context: Context) -> OutSample:
             raise BadDocument("no image")
         images.append((f"{number}.{image_extension(data)}", data))
     if context.keys.messages is None:
-        fields = {key: record[key] for key in ("conversations", "messages") if isinstance(record.get(key), list)}
+        fields = {key: _answered(record[key], context) for key in ("conversations", "messages") if isinstance(record.get(key), list)}
     else:
-        fields = {"conversations": field_of(record, context.keys.messages)}
+        fields = {"conversations": _answered(field_of(record, context.keys.messages), context)}
     fields["images"] = [name for name, _ in images]
     conversation_turns(fields)  # raises here rather than when it is indexed
     return OutSample(_json(fields), is_json=True, images=tuple(images))
+
+
+_NOT_READ = ("video", "videos", "audio", "audios")
+"""Fields of what no model here looks at or listens to."""
+
+
+def _answered(turns: list[Any], context: Context) -> list[Any]:
+    """The turns without an answer that comes before any question, as LLaVA's own loader leaves it out, and without a last question that
+    nobody answers."""
+    kept, first = list(turns), 1 if turns and speaker(turns[0]) == SYSTEM else 0
+    if speaker(kept[first] if len(kept) > first else None) in ANSWERS:
+        del kept[first]
+    if kept and speaker(kept[-1]) in ASKS:
+        del kept[-1]
+    for _ in range(len(turns) - len(kept)):
+        context.dropped.add(UNANSWERED)
+    return kept
 
 
 def task(record: Record, context: Context) -> OutSample:
@@ -182,7 +203,9 @@ def task(record: Record, context: Context) -> OutSample:
     data = _image_bytes(record.get("image"), context)
     images = () if data is None else ((f"0.{image_extension(data)}", data),)
     fields = {key: value for key, value in record.items() if key != "image" and value not in (None, "")}
-    return OutSample(_json({**fields, "images": [name for name, _ in images]}), is_json=True, images=images)
+    fields["images"] = [name for name, _ in images]
+    task_turns(fields)  # raises here rather than when it is indexed
+    return OutSample(_json(fields), is_json=True, images=images)
 
 
 def text(record: Record, context: Context) -> OutSample:

@@ -1,0 +1,105 @@
+"""Opens published files wherever fsspec reads, unpacked by their first bytes: .gz, .zst, .zip, .bz2, .xz or none of these.
+
+Truncated archives are damaged files: a zstd stream that is cut off looks to its usual readers like one that ends.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zipfile
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from megatron_mm.data.prepare.published.losses import DamagedFile
+
+COMPRESSIONS = (".gz", ".zst", ".zip", ".bz2", ".xz")
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PK\x03\x04": ".zip", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
+_ZSTD_WINDOW = 2**31
+"""Largest window that is unpacked: `zstd --long=31` writes such files, which zstd's own limit of 128 MiB refuses."""
+
+
+def ending(path: str) -> str:
+    """How a file ends, compression left out: ".jsonl" of "a.jsonl.zst"."""
+    name = PurePosixPath(path).name.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return PurePosixPath(name).suffix
+
+
+def is_note(name: str) -> bool:
+    """Whether a file below a folder or in an archive is no data: what macOS adds, hidden files, a README, what Hugging Face's `datasets`
+    writes about a data set."""
+    path = PurePosixPath(name)
+    if any(part == "__MACOSX" or part.startswith(".") for part in path.parts):
+        return True
+    return path.name in DATASETS_NOTES or path.name.upper().startswith(("README", "LICENSE"))
+
+
+DATASETS_NOTES = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+"""Files that `datasets.save_to_disk` writes beside its .arrow files."""
+
+
+def open_streams(path: str) -> Iterator[BinaryIO]:
+    """The contents of a file, unpacked, by its first bytes and not by its name; of a .zip each of its files. Raises DamagedFile where the
+    name promises an archive and there is none."""
+    import fsspec
+
+    with fsspec.open(path, "rb") as raw:
+        file = cast(BinaryIO, raw)
+        begin = file.read(6)
+        file.seek(0)
+        form = next((name for magic, name in _MAGIC.items() if begin.startswith(magic)), "")
+        if form == ".zip":
+            with zipfile.ZipFile(file) as archive:
+                for info in archive.infolist():
+                    if not info.is_dir() and not is_note(info.filename):
+                        with archive.open(info) as member:
+                            yield cast(BinaryIO, member)
+        elif form == ".gz":
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
+        elif form == ".zst":
+            yield cast(BinaryIO, io.BufferedReader(_ZstdStream(file), 2**20))
+        elif form in (".bz2", ".xz"):
+            yield cast(BinaryIO, bz2.BZ2File(file) if form == ".bz2" else lzma.LZMAFile(file))  # noqa: SIM115
+        elif path.lower().endswith(".zip") or (not begin and path.lower().endswith(COMPRESSIONS)):
+            raise DamagedFile("it is empty" if not begin else "it is not a zip file")
+        else:
+            yield file
+
+
+class _ZstdStream(io.RawIOBase):
+    """All frames of a zstd file. Raises EOFError where the last one is cut off."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        import zstandard
+
+        self._file, self._left, self._pending = file, b"", b""
+        self._frames = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+        self._frame: Any = None
+        self._error = zstandard.ZstdError
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._pending:
+            data = self._left or self._file.read(2**18)
+            self._left = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("its last zstd frame is cut off")
+                return 0
+            self._frame = self._frame or self._frames.decompressobj()
+            try:
+                self._pending = self._frame.decompress(data)
+            except self._error as error:
+                raise OSError(str(error)) from None
+            if self._frame.eof:
+                self._left, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._pending))
+        buffer[:count], self._pending = self._pending[:count], self._pending[count:]
+        return count

@@ -1,0 +1,85 @@
+"""Rows of parquet and arrow files as records.
+
+One value that cannot be turned into Python's costs at most its own row. Text of which the bytes are no UTF-8 comes as bytes, so that
+only a record that needs it is lost; times beyond what Python knows, which no sample needs, come as None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_mm.data.prepare.published.losses import BadRecord, DamagedFile, Record
+
+ROWS = 256
+"""Rows that are in memory at once."""
+
+
+def parquet_records(path: str) -> Iterator[Record | BadRecord]:
+    """Rows of a parquet file; those of a row group that is damaged are counted, and the next group is read. Raises DamagedFile."""
+    import fsspec
+    import pyarrow
+    import pyarrow.parquet
+
+    with fsspec.open(path, "rb") as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise DamagedFile(f"{path} is not a parquet file that can be read: {error}") from None
+        for group in range(table.num_row_groups):
+            rows, given = table.metadata.row_group(group).num_rows, 0
+            try:
+                for batch in table.iter_batches(batch_size=ROWS, row_groups=[group]):
+                    given += batch.num_rows
+                    yield from rows_of(batch)
+            except (pyarrow.ArrowException, OSError, ValueError):
+                yield BadRecord("damaged parquet row group", max(1, rows - given))
+
+
+def arrow_records(path: str) -> Iterator[Record | BadRecord]:
+    """Rows of an arrow file of either form: one with a table of contents, or a stream as Hugging Face's `datasets` writes. Raises
+    DamagedFile."""
+    import fsspec
+    import pyarrow
+    import pyarrow.ipc
+
+    with fsspec.open(path, "rb") as file:
+        begin = file.read(6)
+        file.seek(0)
+        try:
+            reader = pyarrow.ipc.open_file(file) if begin == b"ARROW1" else pyarrow.ipc.open_stream(file)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if begin == b"ARROW1" else iter(reader)
+            for batch in batches:
+                for start in range(0, batch.num_rows, ROWS):
+                    yield from rows_of(batch.slice(start, ROWS))
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise DamagedFile(f"{path} cannot be read to its end: {error}") from None
+
+
+def rows_of(batch: Any) -> Iterator[Record | BadRecord]:
+    """The rows of a record batch."""
+    try:
+        found: list[Record] = batch.to_pylist()
+    except Exception:  # pyarrow, datetime and codecs each raise their own
+        yield from (_row(batch, number) for number in range(batch.num_rows))
+        return
+    yield from found
+
+
+def _row(batch: Any, number: int) -> Record | BadRecord:
+    import pyarrow
+
+    record: Record = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            record[name] = column[number].as_py()
+        except UnicodeDecodeError:
+            if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+                return BadRecord(NOT_UTF8)
+            record[name] = column[number].as_buffer().to_pybytes()
+        except Exception:
+            record[name] = None
+    return record
+
+
+NOT_UTF8 = "text is not UTF-8"
