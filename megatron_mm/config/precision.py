@@ -20,6 +20,10 @@ class PrecisionConfig:
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     """Scales of FP8 products under `train.precision fp8`: of whole tensors as they are; of whole tensors, from earlier steps; of blocks of
     128; or of 32 values each (Blackwell GPUs)."""
+    fp8_weights: bool = False
+    """Under `train.precision fp8` the weights of FP8 products are FP8 themselves: one copy in place of a bf16 and an FP8 one, and a byte in
+    place of two for each when updated weights are gathered over data parallelism. The optimizer's fp32 master weights are as ever.
+    Checkpoints hold the rounded weights as bf16, and the master weights, which a resume takes."""
 
     @property
     def low_precision_moments(self) -> bool:

@@ -62,6 +62,8 @@ class ChunkContext:
     kernels: Kernels = Kernels()
     fp8_recipe: str = "tensorwise"
     """`config.PrecisionConfig.fp8_recipe`."""
+    fp8_weights: bool = False
+    """`config.PrecisionConfig.fp8_weights`."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -65,6 +65,7 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
         bf16=context.dtype is torch.bfloat16,
         fp8="hybrid" if context.precision == "fp8" else None,
         fp8_recipe=context.fp8_recipe,
+        fp8_param=context.fp8_weights and context.precision == "fp8" and on_te,
         attention_softmax_in_fp32=True,
         apply_rope_fusion=on_te,
         bias_activation_fusion=on_te,

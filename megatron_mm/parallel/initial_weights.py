@@ -16,6 +16,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_mm.platform import fp8_weights
+
 STATE_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
 """How checkpoints name things: each layer by its own number, optimizer state by parameter, so that any layout can read it."""
 
@@ -30,20 +32,28 @@ def initialize_weights(chunks: list[MegatronModule], *, seed: int) -> None:
     """
     for chunk in chunks:
         reached: set[int] = set()
-        state = chunk.sharded_state_dict(metadata=dict(STATE_METADATA))
+        state = fp8_weights.with_values(chunk.sharded_state_dict(metadata=dict(STATE_METADATA)))
         for entry in nested_values(state):
-            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and isinstance(entry.data, torch.nn.Parameter):
-                reached.add(id(entry.data))
-                _initialize(entry, seed=seed)
+            weight = fp8_weights.weight_of(entry.data) if isinstance(entry, ShardedTensor | ShardedTensorFactory) else None
+            if isinstance(weight, torch.nn.Parameter):
+                reached.add(id(weight))
+                _initialize(entry, weight, seed=seed)
         missed = [name for name, parameter in chunk.named_parameters() if id(parameter) not in reached]
         assert not missed, f"parameters without a global name: {missed}"
 
 
-def _initialize(entry: ShardedTensor | ShardedTensorFactory, *, seed: int) -> None:
-    rule = initial_value(entry.key, entry.data)
+def _initialize(entry: ShardedTensor | ShardedTensorFactory, weight: torch.nn.Parameter, *, seed: int) -> None:
+    """Set a weight, whose values `entry` gives a global name: its own memory, or values that an FP8 weight is made of."""
+    rule = initial_value(entry.key, weight)
     if rule.constant is not None:
         entry.data.fill_(rule.constant)
-        return
+    else:
+        _draw_into(entry, rule, seed=seed)
+    if entry.data is not weight:
+        fp8_weights.set_values(weight, entry.data)
+
+
+def _draw_into(entry: ShardedTensor | ShardedTensorFactory, rule: InitialValue, *, seed: int) -> None:
     pieces = {"piece": entry}
     apply_factories(pieces)  # a SwiGLU's two branches are one global matrix, of which a process holds two pieces
     for piece in nested_values(pieces):

@@ -90,6 +90,7 @@ def _context(experiment: Experiment, topology: Topology, *, virtual_stage: int) 
         sharing=TensorParallelImages(parallel_state.get_tensor_model_parallel_group(), sequence_parallel=parallel.sequence_parallel),
         kernels=kernels,
         fp8_recipe=experiment.precision.fp8_recipe,
+        fp8_weights=experiment.precision.fp8_weights,
     )
 
 
@@ -135,6 +136,7 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=gather_early,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        fp8_param_gather=chunks[0].config.fp8_param,
     )
     model = []
     for index, chunk in enumerate(chunks):

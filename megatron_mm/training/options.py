@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,13 @@ from megatron_mm.models.vision import TOWER_MODULES
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.nodes import expert_traffic, gpus_per_node, nodes_of_expert_group
 from megatron_mm.platform.device import dispatch_missing, fp8_recipe_missing, user_buffers_missing
+from megatron_mm.training.freezing import trainable_patterns
 
 logger = logging.getLogger(__name__)
+
+FP8_WEIGHT_RECIPES = ("tensorwise", "blockwise")
+"""Scales that weights which are FP8 themselves may have: those of earlier steps are in no checkpoint, and those of 32 values would take
+another way of gathering weights."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,14 @@ def _precision(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
     for name in ("exp_avg", "exp_avg_sq"):
         if getattr(precision, name) == "bf16":
             yield Option(f"precision.{name}", "bf16", impossible=_moments_impossible(experiment, backend=backend))
+    if precision.fp8_weights:
+        yield Option(
+            "precision.fp8_weights",
+            True,
+            impossible=_fp8_weights_impossible(experiment) if train.precision == "fp8" else "",
+            useless="" if train.precision == "fp8" else f"train.precision is {train.precision}",
+            costs="checkpoints hold the rounded weights beside the master weights: a resume is exact, an export is of the rounded ones",
+        )
     if precision.fp8_recipe != "tensorwise":
         yield Option(
             "precision.fp8_recipe",
@@ -198,6 +212,24 @@ def _precision(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
             if precision.fp8_recipe == "delayed"
             else "",
         )
+
+
+def _fp8_weights_impossible(experiment: Experiment) -> str:
+    if not experiment.parallel.distributed_optimizer:
+        return "only the distributed optimizer makes FP8 weights of its master weights: use --parallel.distributed-optimizer True"
+    if experiment.precision.fp8_recipe not in FP8_WEIGHT_RECIPES:
+        return f"weights are not kept with scales of the recipe {experiment.precision.fp8_recipe}: use --precision.fp8-recipe tensorwise"
+    patterns = trainable_patterns(experiment)
+    frozen = [name for name in _OF_THE_DECODER if not any(re.match(pattern, name) for pattern in patterns)]
+    if frozen:
+        return (
+            f"freeze policy {experiment.train.freeze_policy!r} freezes weights of the decoder, and of these the optimizer has no master "
+            "weights to save: leave it out"
+        )
+    return ""
+
+
+_OF_THE_DECODER = tuple(f"language.decoder.layers.0.{name}.weight" for name in ("self_attention.linear_qkv", "mlp.text.linear_fc1"))
 
 
 def _moments_impossible(experiment: Experiment, *, backend: Backend) -> str:

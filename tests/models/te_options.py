@@ -7,6 +7,7 @@ A program of its own, as megatron-core asks for Transformer Engine when it is im
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -74,6 +75,44 @@ def user_buffers(precision: str) -> dict[str, Any]:
     return {"layers": layers, "buffers": {name: [list(buffer.args[0]), str(buffer.args[1])] for (name, _), buffer in made.items()}}
 
 
+def gather_one_by_one() -> None:
+    """Weights over data parallelism: gloo, which puts together what waits for nothing, mixes up tensors of different types."""
+    buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    together = buffers._coalescing_manager
+    buffers._coalescing_manager = lambda *args, async_ops=False, **kwargs: (
+        together(*args, async_ops=True, **kwargs) if async_ops else contextlib.nullcontext()
+    )
+
+
+def fp8_weights(folder: Path) -> dict[str, Any]:
+    """Losses of four steps with weights of either kind, at once and with a stop in the middle, where the kind may change."""
+    found: dict[str, Any] = {}
+    gather_one_by_one()
+    for recipe in ("tensorwise", "blockwise"):
+        bf16, own = (sparse(precision="fp8", fp8_recipe=recipe, fp8_weights=wanted) for wanted in (False, True))
+        losses = {"bf16": train(bf16, folder / f"{recipe}_bf16", last=4)["losses"]}
+        losses["fp8"] = train(own, folder / f"{recipe}_fp8", last=2, keep=True)["losses"]
+        losses["fp8"] += train(own, folder / f"{recipe}_fp8", first=3, last=4)["losses"]
+        losses["bf16 from fp8"] = train(bf16, folder / f"{recipe}_fp8", first=3, last=4)["losses"]
+        found[recipe] = losses
+    return found
+
+
+def fp8_weights_of_two(kept: bool, folder: str) -> dict[str, Any]:
+    """The same of two data-parallel processes, which gather weights of a byte each; and how those are kept."""
+    adam.install = lambda: None
+    gather_one_by_one()
+    experiment = sparse(precision="fp8", fp8_weights=kept)
+    trainee = te_program.Trainee(SUBJECT, experiment, "te", Path(folder))
+    losses = run(trainee, 1, 3)
+    buffers = trainee.model[0].buffers + trainee.model[0].expert_parallel_buffers
+    gathered: dict[str, int] = {}
+    for buffer in buffers:
+        gathered[str(buffer.param_data.dtype)] = gathered.get(str(buffer.param_data.dtype), 0) + buffer.param_data.numel()
+    topologies.shutdown()
+    return {"losses": losses, "gathered": gathered}
+
+
 def main() -> None:
     adam.install = lambda: None  # Transformer Engine's Adam, over a kernel that runs here
     torch.set_num_threads(1)
@@ -91,6 +130,7 @@ def main() -> None:
             found[f"fp8 {part}"] = train(sparse(precision="fp8", parallel=parallel), folder / f"fp8_{part}")
         for recipe in ("delayed", "blockwise"):
             found[recipe] = train(sparse(precision="fp8", fp8_recipe=recipe), folder / recipe)
+        found["fp8 weights"] = fp8_weights(folder)
         found["bf16 gradients"] = train(sparse(gradients="bf16"), folder / "gradients")
         small = {"exp_avg": "bf16", "exp_avg_sq": "bf16"}
         found["bf16 moments"] = train(sparse(**small), folder / "moments", last=2, keep=True)
@@ -100,6 +140,10 @@ def main() -> None:
         found["fp32 moments from bf16"] = train(sparse(), folder / "moments", first=3, last=4)
     distributed._PRELOADED.clear()  # processes begin with this file, and so with Transformer Engine
     found["user buffers"] = {precision: distributed.run_processes(user_buffers, 2, precision)[0] for precision in ("bf16", "fp8")}
+    with tempfile.TemporaryDirectory() as name:
+        found["fp8 weights of two"] = {
+            str(kept): distributed.run_processes(fp8_weights_of_two, 2, kept, f"{name}/{kept}")[0] for kept in (False, True)
+        }
     print(json.dumps(found))
 
 

@@ -41,6 +41,20 @@ def test_fp8_takes_the_scales_that_are_asked_for(recipe: str, quantizer: str) ->
     assert found()[recipe]["losses"] != found()["plain"]["losses"][:3]
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_weights_that_are_fp8_themselves_change_nothing(recipe: str) -> None:
+    """bf16 weights are rounded to the same ones in each step. A resume begins with the master weights, whichever kind was saved."""
+    losses = found()["fp8 weights"][recipe]
+    assert losses["fp8"] == losses["bf16"] and losses["bf16 from fp8"] == losses["bf16"][2:]
+
+
+def test_fp8_weights_are_gathered_as_bytes() -> None:
+    bf16, own = (found()["fp8 weights of two"][kept] for kept in ("False", "True"))
+    assert own["losses"] == bf16["losses"]
+    assert bf16["gathered"].keys() == {"torch.bfloat16"} and own["gathered"].keys() == {"torch.bfloat16", "torch.uint8"}
+    assert own["gathered"]["torch.uint8"] > 0.4 * bf16["gathered"]["torch.bfloat16"]
+
+
 def test_gradients_are_kept_in_bf16() -> None:
     assert found()["bf16 gradients"]["gradients"] == ["torch.bfloat16"] and found()["plain"]["gradients"] == ["torch.float32"]
     assert found()["bf16 gradients"]["losses"] == pytest.approx(found()["plain"]["losses"][:3], rel=1e-4)

@@ -15,6 +15,7 @@ from megatron_mm.run.start import check
 from megatron_mm.training.options import asked_for, check_options
 
 OVERLAPPED = ParallelConfig(tensor=2, overlap_tensor=True)
+FP8_TRAIN = replace(get_recipe("mono_internvl_2b_s1_1").train, precision="fp8")
 EXPERTS = MoEConfig(num_experts=4, every_n_layers=2)
 
 
@@ -47,6 +48,17 @@ def test_defaults_ask_for_nothing() -> None:
             "te",
             "parallel.recompute_modules is moe_act, but FP8 with delayed scales",
         ),
+        (experiment(precision="fp8", fp8_weights=True, fp8_recipe="delayed"), "te", "fp8_weights is True, but weights are not kept with"),
+        (
+            experiment(precision="fp8", fp8_weights=True, parallel={"distributed_optimizer": False}),
+            "te",
+            "fp8_weights is True, but only the distributed optimizer",
+        ),
+        (
+            replace(get_recipe("mono_internvl_2b_s1_1"), train=FP8_TRAIN, precision=PrecisionConfig(fp8_weights=True)),
+            "te",
+            "fp8_weights is True, but freeze policy 's1_1' freezes weights of the decoder",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(asked: Experiment, backend: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +71,7 @@ def test_what_cannot_run_is_refused(asked: Experiment, backend: Any, message: st
     ("asked", "backend", "message"),
     [
         (experiment(precision="fp32", gradients="bf16"), "torch", "precision.gradients is bf16 and has no effect: gradients of fp32"),
+        (experiment(fp8_weights=True), "te", "precision.fp8_weights is True and has no effect: train.precision is bf16"),
         (experiment(fp8_recipe="blockwise"), "torch", "precision.fp8_recipe is blockwise and has no effect: train.precision is bf16"),
         (experiment(parallel={"recompute_modules": ("mlp",)}), "torch", "has no effect: parallel.recompute is none"),
         (experiment(parallel=selective("moe")), "torch", "parallel.recompute_modules is moe and has no effect: the model has no experts"),

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_mm.config import CheckpointConfig, Experiment
 from megatron_mm.families.serialize import save_experiment
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.platform import adam, engine, first_writer
+from megatron_mm.platform import adam, engine, first_writer, fp8_weights
 from megatron_mm.platform.files import sync_to_disk
 from megatron_mm.training.checkpoint import integrity
 from megatron_mm.training.checkpoint.compatible import check_same_model, same_layout
@@ -336,6 +336,8 @@ class Checkpointer:
             load_chunk(chunk.module, loaded[f"model{index}"])
         load_optimizer_state(self.optimizer, loaded["optimizer"])
         adam.complete_groups(self.optimizer)
+        if self.experiment.train.precision == "fp8":
+            fp8_weights.round_master_weights(self.optimizer)
         if alike:
             restore_generators(loaded["generators"])
         state = TrainState(**json.loads((checkpoint / "state.json").read_text()))

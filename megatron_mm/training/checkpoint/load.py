@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_mm.config import Experiment
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform import fp8_weights
 from megatron_mm.training.checkpoint.compatible import check_same_model
 from megatron_mm.training.checkpoint.integrity import verify
 from megatron_mm.training.checkpoint.names import TENSORS, belongs_to_model
@@ -72,6 +73,9 @@ def _check_names(state: dict[str, Any], checkpoint: Path) -> None:
 def load_chunk(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
     """Copy weights into a pipeline chunk; every weight must be there. What Transformer Engine would keep beside them is not saved."""
     missing, unexpected = chunk.load_state_dict(state, strict=False)
+    for name, weight in chunk.named_parameters():
+        if fp8_weights.is_fp8(weight):
+            fp8_weights.set_values(weight, state[name])
     missing = [name for name in missing if "._extra_state" not in name]
     assert not missing and not unexpected, f"the checkpoint lacks {missing} and has {unexpected}"
 

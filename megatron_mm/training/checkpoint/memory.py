@@ -27,6 +27,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_mm.config import Experiment
 from megatron_mm.families.serialize import to_dict
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform import fp8_weights
 from megatron_mm.training.checkpoint.load import load_chunk
 from megatron_mm.training.checkpoint.state import TrainState, generator_state, restore_generators
 from megatron_mm.training.spread_encoder import wrapped_modules
@@ -49,6 +50,7 @@ class MemoryCopy:
     ) -> None:
         assert experiment.checkpoint.memory is not None
         self.topology, self.model, self.optimizer = topology, model, optimizer
+        self.precision = experiment.train.precision
         self.made_by = _made_by(experiment, topology, run_dir)
         """What a copy must have been made by, to be of use."""
         self.folder = _folder(experiment.checkpoint.memory, run_dir)
@@ -62,7 +64,7 @@ class MemoryCopy:
         content = {
             "state": json.dumps(asdict(state)),
             "made_by": self.made_by,
-            "weights": [chunk.module.state_dict() for chunk in wrapped_modules(self.model)],
+            "weights": [_weights(chunk.module) for chunk in wrapped_modules(self.model)],
             "optimizer": [_tensors(part) for part in _parts(self.optimizer)],
             "generators": {name: entry.data for name, entry in generator_state(self.topology).items()},
         }
@@ -95,6 +97,8 @@ class MemoryCopy:
             load_chunk(chunk.module, weights)
         for part, saved in zip(_parts(self.optimizer), content["optimizer"], strict=True):
             _restore(part, saved)
+        if self.precision == "fp8":
+            fp8_weights.round_master_weights(self.optimizer)
         restore_generators(content["generators"])
         self.next = 1 - [self._path(name) for name in _GENERATIONS].index(found[step])
         self.saved_step = step
@@ -132,6 +136,10 @@ def _made_by(experiment: Experiment, topology: Topology, run_dir: Path) -> str:
     return json.dumps(
         {**layout, "world_size": topology.world_size, "run_dir": str(run_dir.resolve()), "v": torch.__version__}, sort_keys=True
     )
+
+
+def _weights(chunk: torch.nn.Module) -> dict[str, Any]:
+    return {name: fp8_weights.values_of(value) if torch.is_tensor(value) else value for name, value in chunk.state_dict().items()}
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

@@ -30,6 +30,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_mm.parallel.initial_weights import STATE_METADATA
+from megatron_mm.platform.fp8_weights import weight_of
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 """Master weights and the two moments of Adam."""
@@ -87,7 +88,9 @@ def optimizer_state(optimizer: MegatronOptimizer, weights: dict[str, Any], *, lo
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     if not all(isinstance(part, DistributedOptimizer) for part in parts):
         return optimizer.sharded_state_dict(weights, is_loading=loading, metadata=dict(STATE_METADATA))
-    entries = {id(entry.data): entry for entry in nested_values(weights) if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
+    entries = {
+        id(weight_of(entry.data)): entry for entry in nested_values(weights) if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    }
     states = [_state_of_part(part, entries, loading=loading) for part in parts if not is_beside(part)]
     for part in filter(is_beside, parts):
         _merge(states[0], _state_of_part(part, entries, loading=loading))
@@ -122,7 +125,7 @@ def _state_of_part(part: DistributedOptimizer, entries: dict[int, Any], *, loadi
             tensors = part._get_main_param_and_optimizer_states(parameter)
             missing = [name for name in _STATES if name not in tensors]
             assert not missing, f"the optimizer has no {missing} yet: initialize_state makes them"
-            for piece in _pieces(entries[id(parameter)], parameter, run.start, run.end, is_copied=not is_beside(part)):
+            for piece in _pieces(entries[id(parameter)], run.start, run.end, is_copied=not is_beside(part)):
                 for name in _STATES:
                     key = f"optimizer.state.{name}.{piece.key}"
                     values = tensors[name].view(-1)[piece.first : piece.first + piece.numel]
@@ -191,19 +194,18 @@ class _Piece:
         )
 
 
-def _pieces(
-    entry: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Parameter, begin: int, end: int, *, is_copied: bool
-) -> Iterator[_Piece]:
+def _pieces(entry: ShardedTensor | ShardedTensorFactory, begin: int, end: int, *, is_copied: bool) -> Iterator[_Piece]:
     """The boxes that elements [begin, end) of a parameter fill.
 
     A parameter may be several pieces of global tensors, such as both branches of a SwiGLU, each of consecutive elements.
     """
+    whole = entry.data
     parts: dict[str, Any] = {"entry": replace(entry) if isinstance(entry, ShardedTensor) else entry}
     apply_factories(parts)
     for part in nested_values(parts):
         data = part.data
-        assert data.is_contiguous() and data.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr(), part.key
-        place = data.storage_offset() - parameter.storage_offset()
+        assert data.is_contiguous() and data.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr(), part.key
+        place = data.storage_offset() - whole.storage_offset()
         first, last = max(begin, place), min(end, place + data.numel())
         done = first
         for box in boxes(data.shape, first - place, last - place):

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_mm.parallel.initial_weights import STATE_METADATA
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform import fp8_weights
 from megatron_mm.training.checkpoint.optimizer_state import optimizer_state
 from megatron_mm.training.spread_encoder import wrapped_modules
 
@@ -47,7 +48,8 @@ def model_state(model: list[DistributedDataParallel]) -> dict[str, Any]:
     """The weights of this process's chunks, `model0`, `model1`, ..., each a piece of a global tensor; last the encoder's, where it stands
     beside them."""
     modules = wrapped_modules(model)
-    return {f"model{i}": module.module.sharded_state_dict(metadata=dict(STATE_METADATA)) for i, module in enumerate(modules)}
+    states = (module.module.sharded_state_dict(metadata=dict(STATE_METADATA)) for module in modules)
+    return {f"model{i}": fp8_weights.with_values(state) for i, state in enumerate(states)}
 
 
 def run_state(

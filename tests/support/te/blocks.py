@@ -67,3 +67,26 @@ def _fill(rows_rc: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, quant
     factors = 1 / scale if square else (1 / scale).t()
     scales.zero_()
     scales[: factors.shape[0], : factors.shape[1]] = factors
+
+
+def _places(count: int, w: int, start_offset: int, block_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of blocks, of consecutive elements of a matrix of width w."""
+    place = start_offset + torch.arange(count)
+    return place // w // block_len, place % w // block_len
+
+
+def fp8_block_scaling_compute_partial_amax(tensor: torch.Tensor, amax: torch.Tensor, w: int, start_offset: int, block_len: int) -> None:
+    """Largest values of a matrix's blocks, as far as a run of its elements says."""
+    places = _places(tensor.numel(), w, start_offset, block_len)
+    flat = places[0] * amax.shape[1] + places[1]
+    amax.view(-1).scatter_reduce_(0, flat, tensor.detach().abs().float().view(-1), "amax")
+
+
+def fp8_block_scaling_partial_cast(
+    inp: torch.Tensor, out: torch.Tensor, scale: torch.Tensor, w: int, start_offset: int, block_len: int, out_dtype: Any
+) -> None:
+    """Round a run of a matrix's elements with the scales of their blocks."""
+    float8 = {"kFloat8E4M3": torch.float8_e4m3fn, "kFloat8E5M2": torch.float8_e5m2}[out_dtype.name]
+    largest = torch.finfo(float8).max
+    scaled = inp.detach().float().view(-1) * scale[_places(inp.numel(), w, start_offset, block_len)]
+    out.copy_(scaled.clamp(-largest, largest).to(float8).view(torch.uint8))

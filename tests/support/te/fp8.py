@@ -70,7 +70,8 @@ def first_dimension_last(data: torch.Tensor) -> torch.Tensor:
 def scale_for(tensor: torch.Tensor, quantizer: Any, largest: float) -> torch.Tensor:
     """[1] float32: what the tensor is multiplied with before it is rounded."""
     if type(quantizer).__name__ == "Float8Quantizer":  # delayed: from earlier steps; this step's largest value is noted for later ones
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, _largest(tensor).reshape(quantizer.amax.shape)))
+        if quantizer.amax.numel():  # none where master weights are rounded, whose scale is known
+            quantizer.amax.copy_(torch.maximum(quantizer.amax, _largest(tensor).reshape(quantizer.amax.shape)))
         return quantizer.scale.reshape(1)
     amax = _largest(tensor)
     if quantizer.with_amax_reduction:
@@ -192,5 +193,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "create_empty_quantized_tensor": create_empty_quantized_tensor,
     "fp8_transpose": fp8_transpose,
     "compute_amax": compute_amax,
+    "fp8_block_scaling_compute_partial_amax": blocks.fp8_block_scaling_compute_partial_amax,
+    "fp8_block_scaling_partial_cast": blocks.fp8_block_scaling_partial_cast,
     "fused_amax_and_scale_update_after_reduction": fused_amax_and_scale_update_after_reduction,
 }

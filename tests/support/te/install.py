@@ -118,6 +118,8 @@ def to_cpu() -> None:
     generators: Any = sys.modules["transformer_engine.pytorch.distributed"]
     generators._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     generators._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    quantized: Any = importlib.import_module("transformer_engine.pytorch.tensor").QuantizedTensor
+    quantized.type = cpu._for_megatron(cpu._parameter_type, torch.Tensor.type)  # FP8 weights are parameters of this class
     torch.Tensor.is_cuda = property(lambda self: _asked_by_te(sys._getframe(1)))  # type: ignore[assignment, method-assign]
     for name in ("cuda", "to"):
         setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name), name))

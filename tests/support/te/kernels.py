@@ -374,6 +374,16 @@ def multi_tensor_scale(tensor_lists: list[list[torch.Tensor]], scale: Any) -> No
         target.copy_(source * scale)
 
 
+def multi_tensor_compute_scale_and_scale_inv(
+    tensor_lists: list[list[torch.Tensor]], max_fp8: float, force_pow_2_scales: bool, epsilon: float
+) -> None:
+    """Of (largest values, scales, their inverses)."""
+    for amax, scale, inverse in zip(*tensor_lists, strict=True):
+        made = torch.where(amax > 0, max_fp8 / amax.clamp(min=epsilon), torch.ones_like(amax))
+        scale.copy_(torch.exp2(torch.floor(torch.log2(made))) if force_pow_2_scales else made)
+        inverse.copy_(1 / scale)
+
+
 def multi_tensor_adam(
     tensor_lists: list[list[torch.Tensor]],
     lr: float,

@@ -1,0 +1,66 @@
+"""Weights that are FP8 tensors of Transformer Engine (`PrecisionConfig.fp8_weights`), for code that handles weights by name.
+
+Such a tensor says it is bf16, but holds a byte for each number and a scale. There is no memory in it that initial values could be drawn into
+or that a checkpoint could take pieces of. So a model's state gets a bf16 tensor of its values in its place (`with_values`); what comes back
+is rounded again (`set_values`). Where an optimizer is there, its fp32 master weights are the precise ones: `round_master_weights` makes all
+weights of them, as the end of each step does, so that a resume begins with the weights that the run had.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_mm.platform.engine import parts_of
+
+
+def is_fp8(weight: Any) -> bool:
+    return isinstance(weight, torch.Tensor) and is_float8tensor(weight)
+
+
+@torch.no_grad()
+def values_of(weight: torch.Tensor) -> torch.Tensor:
+    """What a weight stands for: [...] bf16 of its own where it is an FP8 tensor, else the weight itself."""
+    return dequantize_fp8_tensor(weight.detach()) if is_fp8(weight) else weight
+
+
+def with_values(state: dict[str, Any]) -> dict[str, Any]:
+    """The same state of a module, pieces of global tensors by name, with values in place of FP8 weights. `weight_of` finds those again."""
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and is_fp8(entry.data):
+            values = values_of(entry.data)
+            values.fp8_weight = entry.data  # type: ignore[attr-defined]
+            entry.data = values
+    return state
+
+
+def weight_of(data: Any) -> Any:
+    """The FP8 weight whose values these are; other tensors themselves."""
+    return getattr(data, "fp8_weight", data)
+
+
+@torch.no_grad()
+def set_values(weight: torch.Tensor, values: torch.Tensor) -> None:
+    """Give an FP8 weight values in bf16, rounded. Master weights that are still to be made of it begin with the values as they are."""
+    weight.copy_(values)
+    precise = getattr(weight, "get_high_precision_init_val", lambda: None)()
+    if precise is not None:
+        precise.copy_(values)
+
+
+def round_master_weights(optimizer: MegatronOptimizer) -> None:
+    """Make weights of the master weights that a checkpoint gave; called by all processes. The checkpoint's own may have been FP8 ones."""
+    chunks: dict[int, Any] = {}
+    for part in parts_of(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            part._copy_main_params_to_model_params()
+            if not part.ddp_config.overlap_param_gather:  # else the next forward pass gathers them
+                chunks.update((id(chunk), chunk) for chunk in part.model_chunks)
+    for chunk in chunks.values():
+        chunk.start_param_sync()
