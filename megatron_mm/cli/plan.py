@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mm.cli.command import Command, Parser, integer, one_of
+from megatron_mm.cli.command import Command, Parser, choices, integer
 from megatron_mm.cli.recipe import list_recipes, recipe_of
 from megatron_mm.config import Experiment
-from megatron_mm.planning.hardware import GPUS, MICRO, OURS, with_host
+from megatron_mm.planning.hardware import GPUS, MICRO, OURS, gpu_named, with_host
 from megatron_mm.planning.memory import USABLE, USABLE_BY_RECIPES
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def _arguments(parser: Parser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a recipe; its fields are options, as for train")
-    parser.add_argument("--gpu", default="h100-sxm", help="kind of GPU (default: h100-sxm)", **one_of(list(GPUS)))
+    known = "{" + ",".join(GPUS) + "}"
+    parser.add_argument("--gpu", type=_gpu, default="h100-sxm", metavar=known, help="kind of GPU (default: h100-sxm)")
     parser.add_argument("--num-gpus", type=integer, metavar="N", help="GPUs of the run")
     parser.add_argument("--price", type=float, metavar="X", help="of a GPU for an hour: adds the cost of the run")
     parser.add_argument("--search", action="store_true", help="find the layout with the shortest step, and show the ten best")
@@ -45,6 +46,14 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument("--memory-timeline", type=Path, metavar="FILE.png", help="with --trace: draw memory over the step")
     parser.add_argument("--measurements", type=Path, metavar="FILE.csv", help="compare predictions with published step times instead")
     parser.add_argument("--every-row", action="store_true", help="with --measurements: a line for each row")
+
+
+def _gpu(word: str) -> str:
+    """The name of a kind of GPU, of the ways in which people write it: h100, H100-SXM, a100."""
+    found = gpu_named(word)
+    if found is None or found.name not in GPUS:
+        raise argparse.ArgumentTypeError(f"unknown {word!r}: {choices(word, GPUS)}")
+    return found.name
 
 
 def _experiment(given: argparse.Namespace) -> Experiment | None:

@@ -27,8 +27,6 @@ BACKWARD_ATTENTION = 0.86
 """Rate of the backward pass, of the forward pass's."""
 DROPOUT_ATTENTION = 0.78
 """Rate with dropout of scores: a random number for each pair."""
-HEAD_OF_64 = 0.72
-"""Rate of heads of 64, of that of heads of 128."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,8 @@ class Costs:
         ramp = ATTENTION_RAMP[kind] if attention.causal else ATTENTION_RAMP[kind] * 0.4
         rate *= attention.length / (attention.length + ramp)
         if attention.head_dim < 128:
-            rate *= HEAD_OF_64 + (1 - HEAD_OF_64) * max(0, attention.head_dim - 64) / 64
+            least = gpu.efficiency.head_of_64
+            rate *= least + (1 - least) * max(0, attention.head_dim - 64) / 64
         if attention.backward:
             rate *= BACKWARD_ATTENTION
         if attention.dropout:
@@ -161,8 +160,10 @@ class Costs:
         return moved / (self.gpu.memory_tb_s * TERA * self.gpu.efficiency.memory) + KERNEL_GAP * stream.kernels
 
     def optimizer(self, parameters: float) -> float:
-        """Adam on so many parameters of this process: norm of gradients, master weights and moments read and written, weights written."""
-        return (18 + 2 * self.software.optimizer_bytes) * parameters / (self.gpu.memory_tb_s * TERA * self.gpu.efficiency.memory)
+        """Adam on so many parameters of this process: norm of gradients (copied into float32 where they are not), master weights and
+        moments read and written, weights written."""
+        copied = 6 if self.software.gradient_bytes < 4 else 0
+        return (18 + copied + 2 * self.software.optimizer_bytes) * parameters / (self.gpu.memory_tb_s * TERA * self.gpu.efficiency.memory)
 
     @property
     def memory_bytes(self) -> float:

@@ -182,7 +182,7 @@ def output(
         owns_table: the output layer's table is not the embedding's on the same process.
         fused: the loss is computed without a float32 copy of the logits; else one is kept, beside those in bf16 while it is made
             (core/tensor_parallel/cross_entropy.py).
-        copies: the loss keeps several of them.
+        copies: the loss is plain torch's: its backward pass has the logits in bf16 beside their log-softmax and two gradients in float32.
     """
     t, h, v = tokens.tokens, shape.hidden_size, shape.vocab / layout.tensor
     enter, enter_back = tensor_messages(layout, 2 * t * h, trained=trained, entering=True)
@@ -196,5 +196,5 @@ def output(
         parameters=count if trained.weights else 0.0,
         frozen_parameters=0.0 if trained.weights else count,
         saved=(2 if fused else 4) * logits + 4 * t * h / layout.tensor,
-        transient=(1 if fused else 12 if copies else 2) * logits,
+        transient=(1 if fused else 10 if copies else 2) * logits,
     )

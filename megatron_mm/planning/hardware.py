@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from megatron_mm.config.precision import PrecisionConfig
+
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 
 
@@ -24,14 +26,20 @@ class Efficiency:
     """Fused attention's forward pass, of the bf16 peak, long sequences, causal half counted."""
     memory: float
     """Kernels that only move data, of the memory rate."""
+    product_fp4: float = 0.0
+    """FP4 matrix products, of the FP4 peak."""
+    head_of_64: float = 0.72
+    """Rate of attention with heads of 64, of that with heads of 128: half of the products for each exponential, which has units of its
+    own."""
 
 
-AMPERE = Efficiency(product=0.82, product_fp8=0.0, attention=0.58, memory=0.80)
+AMPERE = Efficiency(product=0.82, product_fp8=0.0, attention=0.58, memory=0.80, head_of_64=0.97)
 HOPPER = Efficiency(product=0.655, product_fp8=0.67, attention=0.56, memory=0.80)
-BLACKWELL = Efficiency(product=0.70, product_fp8=0.62, attention=0.50, memory=0.80)
-"""No run of a Blackwell GPU was at hand: Hopper's numbers, carried over."""
+BLACKWELL = Efficiency(product=0.52, product_fp8=0.56, attention=0.50, memory=0.80, product_fp4=0.43)
+BLACKWELL_ULTRA = Efficiency(product=0.68, product_fp8=0.72, attention=0.50, memory=0.80, product_fp4=0.43)
+"""Of few runs (benchmarks/anchors/chosen_on.csv): GB200, and GB300 under its power limit of 1400 W."""
 ADA, CDNA = HOPPER, HOPPER
-"""Nor one of Ada or of AMD's CDNA."""
+"""No run of Ada or of AMD's CDNA was at hand: Hopper's numbers, carried over."""
 VOLTA = Efficiency(product=0.70, product_fp8=0.0, attention=0.30, memory=0.80)
 
 
@@ -52,6 +60,7 @@ class Gpu:
     """InfiniBand or RoCE rate that one GPU has to itself."""
     efficiency: Efficiency
     multiprocessors: int = 132
+    fp4_tflops: float = 0.0
     host: float = 1.0
     """Time that the processor of its usual machine takes for the same Python, of an H100's."""
 
@@ -64,6 +73,7 @@ class Gpu:
                 self.efficiency,
                 product=self.efficiency.product * scale,
                 product_fp8=self.efficiency.product_fp8 * scale,
+                product_fp4=self.efficiency.product_fp4 * scale,
                 attention=self.efficiency.attention * scale,
             ),
         )
@@ -75,7 +85,7 @@ A100 = Gpu("a100-80g", 312, 0, 85.0, 2.04, 300, 8, 25, AMPERE, multiprocessors=1
 GPUS: dict[str, Gpu] = {
     "h100-sxm": H100,
     "h200": replace(H100, name="h200", memory_gb=150.0, memory_tb_s=4.8),
-    "b200": Gpu("b200", 2250, 4500, 191.0, 8.0, 900, 8, 50, BLACKWELL, multiprocessors=148),
+    "b200": Gpu("b200", 2250, 4500, 191.0, 8.0, 900, 8, 50, BLACKWELL, multiprocessors=148, fp4_tflops=9000),
     "a100-80g": A100,
 }
 """What `--gpu` takes."""
@@ -87,9 +97,11 @@ MEASURED_GPUS: dict[str, Gpu] = {
     "a800": replace(A100, name="a800", nvlink_gb_s=200),
     "h20": replace(H100, name="h20", bf16_tflops=148, fp8_tflops=296, memory_gb=100, memory_tb_s=4.0, multiprocessors=78),
     "gh200": replace(H100, name="gh200", memory_gb=100.0, memory_tb_s=4.0),
-    "gb200": Gpu("gb200", 2500, 5000, 191.0, 8.0, 900, 72, 50, BLACKWELL, multiprocessors=148),
-    "b300": Gpu("b300", 2250, 4500, 280.0, 8.0, 900, 8, 100, BLACKWELL, multiprocessors=148),
-    "gb300": Gpu("gb300", 2500, 5000, 280.0, 8.0, 900, 72, 100, BLACKWELL, multiprocessors=148),
+    "gb200": Gpu("gb200", 2500, 5000, 199.0, 8.0, 900, 72, 50, BLACKWELL, multiprocessors=148, fp4_tflops=10000),
+    "b300": Gpu("b300", 2250, 4500, 288.0, 8.0, 900, 8, 100, BLACKWELL_ULTRA, multiprocessors=148, fp4_tflops=13500).with_power(
+        1100, usual=1400
+    ),
+    "gb300": Gpu("gb300", 2500, 5000, 288.0, 8.0, 900, 72, 100, BLACKWELL_ULTRA, multiprocessors=148, fp4_tflops=15000),
     "h100-pcie": replace(H100, name="h100-pcie", bf16_tflops=756, fp8_tflops=1513, memory_tb_s=2.0, nvlink_gb_s=26, multiprocessors=114),
     "h100-nvl": replace(H100, name="h100-nvl", bf16_tflops=835, fp8_tflops=1671, memory_gb=100, memory_tb_s=3.9, nvlink_gb_s=26),
     "l40s": Gpu("l40s", 362, 733, 48.0, 0.864, 26, 8, 25, ADA, multiprocessors=142),
@@ -185,7 +197,7 @@ STACKS: dict[str, Software] = {
         moved=1.95,
         gradient_bytes=2,
         interference=0.3,
-        copies_logits=True,
+        fuses_loss=True,
     ),
     "fsdp-eager": replace(_FLAT, name="FSDP, eager", attention="flash2", moved=2.6, gradient_bytes=2, interference=0.3, copies_logits=True),
     "fsdp-compiled": replace(
@@ -197,6 +209,13 @@ STACKS: dict[str, Software] = {
 
 OURS = replace(MEGATRON, name="this trainer with Transformer Engine", fp8_module=1.5)
 """This trainer. The factor of FP8 modules is that of its own steps of mm1_1b (`benchmarks/planning_own_runs.py`)."""
+
+
+def with_precision(software: Software, precision: PrecisionConfig, *, single: bool = False) -> Software:
+    """The same with an experiment's formats of gradients and moments. `single`: it trains in float32, where gradients are float32 too."""
+    moments = sum(2 if format == "bf16" else 4 for format in (precision.exp_avg, precision.exp_avg_sq))
+    gradients = 2 if precision.gradients == "bf16" and not single else 4
+    return replace(software, gradient_bytes=gradients, optimizer_bytes=4 + moments)
 
 
 def with_host(software: Software, factor: float) -> Software:

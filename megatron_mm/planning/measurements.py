@@ -16,12 +16,16 @@ from pathlib import Path
 from megatron_mm.planning import functional_tests
 from megatron_mm.planning.decoder_job import decoder_job
 from megatron_mm.planning.decoder_shape import DecoderShape, Latents, Recompute
-from megatron_mm.planning.hardware import STACKS, Software, gpu_named
+from megatron_mm.planning.hardware import Software, gpu_named
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.layout import Layout
+from megatron_mm.planning.published_software import has_latents, software_of
 from megatron_mm.planning.step import Prediction, StepModel
 
 GIB = 2**30
+MADE_TO_FIT = 1.2
+"""Of a GPU's memory: a run that needs no more was made to fit by what costs little time (bf16 gradients and moments, FP8 weights,
+recomputed norms) before its authors gave a third of the time for recomputing everything."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,9 @@ class Measurement:
     assumed: tuple[str, ...]
 
     def predict(self) -> Prediction:
-        """The fastest candidate that fits; where none fits, the smallest."""
+        """The fastest candidate that fits, or could be made to; where none fits, the smallest."""
         predictions = [(StepModel(job).predict(), job) for job in self.jobs]
-        fitting = [p for p, job in predictions if p.peak_bytes <= job.gpu.memory_gb * 1e9]
+        fitting = [p for p, job in predictions if p.peak_bytes <= MADE_TO_FIT * job.gpu.memory_gb * 1e9]
         if fitting:
             return min(fitting, key=lambda p: p.seconds)
         return min((p for p, _ in predictions), key=lambda p: p.peak_bytes)
@@ -140,6 +144,10 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
     elif seconds is None and tokens:
         seconds = batch * length / gpus / tokens
     fp8 = _is_fp8(cells, assumed)
+    if re.search(r"fp4|float4|int4", cells.get("precision", "").lower()) and gpu.fp4_tflops:
+        # products in FP4 take the place of those in FP8
+        rates = replace(gpu.efficiency, product_fp8=gpu.efficiency.product_fp4)
+        gpu = replace(gpu, fp8_tflops=gpu.fp4_tflops, efficiency=rates)
     if re.search(r"fp32|tf32|float32|single", cells.get("precision", "").lower()):
         gpu = replace(gpu, bf16_tflops=gpu.bf16_tflops / 2)  # on tensor cores
         software = replace(software, moved=2 * software.moved)
@@ -169,7 +177,8 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
     if not jobs:
         raise _Unusable(f"batch of {batch} on a data-parallel size of {layouts[0].data}")
     memory, notes = number(cells, "mem_gib"), cells.get("notes", "")
-    unit = 1e9 if re.search(r"\bGB\b", re.sub(r"\d+\s*GB", "", notes)) else GIB
+    prints_gb = "bridge" in cells.get("source", "").lower() or re.search(r"\bGB\b", re.sub(r"\d+\s*GB", "", notes))
+    unit = 1e9 if prints_gb else GIB  # Megatron-Bridge's logs count 1e9 bytes
     model, source = cells.get("model", ""), cells.get("source", "") or "unnamed source"
     return Measurement(
         row=label,
@@ -245,10 +254,7 @@ def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
 
 def _latents(cells: Mapping[str, str], hidden: int) -> Latents | None:
     """Of models that have latent attention, by their names or a row's notes; the large ones compress queries too."""
-    text = " ".join(cells.get(name, "") for name in ("model", "notes")).lower()
-    if not re.search(r"\bmla\b|moonlight|kimi|deepseek[-_ ]?(v[23]|r1(?!-distill))", text):
-        return None
-    return Latents(queries=1536 if hidden >= 5120 else 0)
+    return Latents(queries=1536 if hidden >= 5120 else 0) if has_latents(cells) else None
 
 
 def _shared_ffn(cells: Mapping[str, str], hidden: int, expert_ffn: int) -> int:
@@ -263,46 +269,6 @@ def _dense_layers(cells: Mapping[str, str]) -> int:
     """Layers without experts, before all others, as notes have it: "26 MLA+MoE + 1 dense layer"."""
     found = re.search(r"(\d+) dense layer", cells.get("notes", "").lower())
     return int(found.group(1)) if found else 0
-
-
-def software_of(cells: Mapping[str, str]) -> Software:
-    """The stack that a source ran, by its words, and what a row says of it."""
-    stack = _stack(cells)
-    if "unfused attention" in cells.get("notes", ""):
-        stack = replace(stack, attention="unfused")
-    if stack.name == STACKS["bridge"].name and _latents(cells, 0):
-        stack = replace(
-            stack, optimizer_bytes=6
-        )  # its recipes of these keep moments in bf16, and the rest of fp32 weights beside bf16 ones
-    return replace(stack, hides_data_messages=cells["overlap"] == "1") if cells.get("overlap") else stack
-
-
-def _stack(cells: Mapping[str, str]) -> Software:
-    text = " ".join(cells.get(name, "") for name in ("source", "ref", "notes")).lower()
-    arxiv = re.search(r"arxiv\s*:?\s*(\d{4})\.", text)
-    if re.search(r"llm-foundry|mosaic|composer", text):
-        return STACKS["llm-foundry"]
-    if re.search(r"torchtitan|fsdp2", text):
-        return STACKS[
-            "fsdp-compiled" if "compile" in text or "float8" in text or "fp8" in cells.get("precision", "").lower() else "fsdp-eager"
-        ]
-    if re.search(r"maxtext|jax|axlearn|levanter|paxml", text):
-        return STACKS["jax"]
-    if re.search(r"bridge", text):
-        return (
-            STACKS["bridge"]
-            if not re.search(r"hybridep|deepep|ep overlap", text)
-            else replace(STACKS["bridge"], hides_expert_messages=0.8, sends_once=True, expert_operations=0.25)
-        )
-    if re.search(r"hybridep|deepep|ep overlap", text):
-        return replace(STACKS["megatron"], hides_expert_messages=0.8, sends_once=True, expert_operations=0.25)
-    if arxiv and arxiv.group(1) < "2206":
-        return STACKS["megatron-2021"]
-    if re.search(r"dgxc|nemo", text):
-        return STACKS["nemo"]
-    if cells.get("fsdp"):
-        return STACKS["fsdp-compiled"]
-    return STACKS["megatron"]
 
 
 def _layouts(cells: Mapping[str, str], shape: DecoderShape, gpus: int, software: Software) -> tuple[list[Layout], list[str]]:
@@ -351,10 +317,12 @@ def _layouts(cells: Mapping[str, str], shape: DecoderShape, gpus: int, software:
 
 
 def _expert_tensor(cells: Mapping[str, str], shape: DecoderShape, tensor: int, gpus_of_stage: int) -> int:
-    """megatron-core cuts experts like the rest unless told; where that takes more GPUs than there are, they are whole."""
+    """megatron-core cuts experts like the rest unless told (as Megatron-Bridge does); where that takes more GPUs than there are, they are
+    whole."""
     if not shape.experts:
         return 1
-    degree = min(tensor, count(cells, "etp") or (1 if "w/ folding" in cells.get("notes", "").lower() else tensor))
+    whole = "w/ folding" in cells.get("notes", "").lower() or "bridge" in cells.get("source", "").lower()
+    degree = min(tensor, count(cells, "etp") or (1 if whole else tensor))
     return degree if (count(cells, "ep") or 1) * degree <= gpus_of_stage else 1
 
 

@@ -29,11 +29,13 @@ class MemoryUse:
     optimizer: float
     activations: float
     transient: float
+    update: float = 0.0
+    """What only lives while the optimizer steps, when activations are gone."""
 
     @property
     def allocated(self) -> float:
         """What the framework's allocator counts (torch.cuda.max_memory_allocated)."""
-        return self.state + self.activations + self.transient
+        return self.state + max(self.activations + self.transient, self.update)
 
     @property
     def state(self) -> float:
@@ -59,9 +61,7 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
         frozen = sum(block.frozen_parameters for block in blocks)
         largest = max((block.parameters + block.frozen_parameters for block in blocks), default=0.0)
         transient = max((block.transient for kind in job.kinds for stage in stages for block in kind[stage]), default=0.0)
-        state = software.optimizer_bytes * (
-            dense / (copies if layout.sharding != "none" else 1) + experts / (expert_copies if layout.sharding != "none" else 1)
-        )
+        owned = dense / (copies if layout.sharding != "none" else 1) + experts / (expert_copies if layout.sharding != "none" else 1)
         if layout.sharding == "full" and layout.pipeline > 1:
             # gathered once a step and kept for all micro-batches; gradients are scattered after the last
             weights, gradients = 2 * (dense + frozen) * (1 + 1 / copies), 4 * dense * (1 + 1 / copies)
@@ -77,10 +77,12 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
         beside = job.beside  # its activations stay from before the pipeline until after it
         weights += 2 * (beside.parameters + beside.frozen_parameters)
         gradients += software.gradient_bytes * beside.parameters
-        state += software.optimizer_bytes * beside.parameters / layout.gpus
+        owned += beside.parameters / layout.gpus
         activations += beside.times * sum(block.saved for block in beside.blocks)
         transient = max([transient, *(block.transient for block in beside.blocks)])
-        uses.append(MemoryUse(weights, gradients, state, activations, transient))
+        # gradients that are not kept in float32 are copied into it for the update (megatron-core's distributed optimizer)
+        copied = 4 * owned if software.gradient_bytes < 4 and layout.sharding in ("none", "optimizer") else 0.0
+        uses.append(MemoryUse(weights, gradients, software.optimizer_bytes * owned, activations, transient, copied))
     return tuple(uses)
 
 

@@ -16,7 +16,7 @@ from megatron_mm.flops import Trainable
 from megatron_mm.planning.decoder_block import decoder_layer, embedding, output, saved_by_layer
 from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
 from megatron_mm.planning.encoder_blocks import connector_block, patches_block, projector_block, resampler_block, tower_blocks
-from megatron_mm.planning.hardware import OURS, Gpu, Software
+from megatron_mm.planning.hardware import OURS, Gpu, Software, with_precision
 from megatron_mm.planning.job import Beside, Job
 from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Stream
 from megatron_mm.planning.layer_sections import attention_section, linear, tensor_messages
@@ -57,7 +57,7 @@ def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Softwa
     family = family_of(experiment.model)
     family.check_layout(experiment.model, experiment.parallel, gpus)
     layout = Layout.of(experiment.parallel, gpus)
-    stack = software or OURS
+    stack = with_precision(software or OURS, experiment.precision, single=experiment.train.precision == "fp32")
     if work is None:
         work = Workloads(experiment).of(data_size=layout.data)
     kinds, order = _kinds(work.micro_batches)

@@ -117,7 +117,7 @@ def infimm_zephyr_7b_pt() -> Experiment:
 
     32 GPUs, data parallel. `sbatch examples/infimm_zephyr_7b.slurm`.
 
-    Predicted on 32 H100: 0.84 s a step (to 12%), 48% of the bf16 peak, 54 GB; as many A100-80GB: 2.04 s.
+    Predicted on 32 H100: 0.84 s a step (to 12%), 48% of the bf16 peak, 54 GB; as many A100-80GB: 2.03 s.
     """
     return _pretraining("infimm_zephyr_7b", decoder=ZEPHYR_7B, vision=EVA02_L_14_336, every_n_layers=2)
 

@@ -48,7 +48,7 @@ def _fine_tuning(pretrained: Experiment, *, parallel: ParallelConfig, micro_batc
 def mm1_3b_sft() -> Experiment:
     """Fine-tuning of `mm1_3b`: 64 GPUs as tensor 2 x data 32.
 
-    Predicted on 64 H100: 1.01 s a step (to 12%), 38% of the bf16 peak, 41 GB; as many A100-80GB: 2.23 s.
+    Predicted on 64 H100: 1.01 s a step (to 12%), 38% of the bf16 peak, 41 GB; as many A100-80GB: 2.14 s.
     """
     return _fine_tuning(recipes.mm1_3b(), parallel=ParallelConfig(tensor=2), micro_batch_size=2)
 
@@ -56,7 +56,7 @@ def mm1_3b_sft() -> Experiment:
 def mm1_7b_sft() -> Experiment:
     """Fine-tuning of `mm1_7b`: 64 GPUs as tensor 4 x data 16.
 
-    Predicted on 64 H100: 1.44 s a step (to 12%), 41% of the bf16 peak, 48 GB; as many A100-80GB: 3.36 s.
+    Predicted on 64 H100: 1.44 s a step (to 12%), 41% of the bf16 peak, 48 GB; as many A100-80GB: 3.27 s.
     """
     return _fine_tuning(recipes.mm1_7b(), parallel=ParallelConfig(tensor=4), micro_batch_size=4)
 
@@ -67,7 +67,7 @@ def mm1_30b_sft() -> Experiment:
     `sbatch examples/mm1_30b_sft.slurm --init-from /scratch/runs/mm1_30b`. Layers of the image tower run again in the backward pass: at 2304
     patches an image what they keep would not fit beside four stages' micro-batches.
 
-    Predicted on 128 H100: 3.89 s a step (to 12%), 23% of the bf16 peak, 50 GB; as many A100-80GB: 8.21 s.
+    Predicted on 128 H100: 3.89 s a step (to 12%), 23% of the bf16 peak, 50 GB; as many A100-80GB: 8.00 s.
     """
     layout = ParallelConfig(tensor=4, pipeline=4, virtual=2, stage_layers=(5, 7, 7, 8, 8, 8, 7, 6), recompute_encoder="full")
     return _fine_tuning(recipes.mm1_30b(), parallel=layout, micro_batch_size=2)
@@ -76,7 +76,7 @@ def mm1_30b_sft() -> Experiment:
 def mm1_3b_moe_sft() -> Experiment:
     """Fine-tuning of `mm1_3b_moe`: 128 GPUs as tensor 2 x data 64, two experts of a layer on each GPU.
 
-    Predicted on 128 H100: 0.69 s a step (to 20%), 32% of the bf16 peak, 58 GB; as many A100-80GB: 1.40 s.
+    Predicted on 128 H100: 0.69 s a step (to 20%), 32% of the bf16 peak, 58 GB; as many A100-80GB: 1.36 s.
     """
     return _fine_tuning(recipes.mm1_3b_moe(), parallel=ParallelConfig(tensor=2, expert=32), micro_batch_size=2)
 
@@ -84,7 +84,7 @@ def mm1_3b_moe_sft() -> Experiment:
 def mm1_7b_moe_sft() -> Experiment:
     """Fine-tuning of `mm1_7b_moe`: 64 GPUs as tensor 4 x data 16, two experts of a layer on each GPU.
 
-    Predicted on 64 H100: 2.41 s a step (to 20%), 27% of the bf16 peak, 59 GB; as many A100-80GB: 4.89 s.
+    Predicted on 64 H100: 2.41 s a step (to 20%), 27% of the bf16 peak, 59 GB; as many A100-80GB: 4.81 s.
     """
     return _fine_tuning(recipes.mm1_7b_moe(), parallel=ParallelConfig(tensor=4, expert=16), micro_batch_size=2)
 

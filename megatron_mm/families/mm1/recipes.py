@@ -78,7 +78,7 @@ def mm1_1b() -> Experiment:
 
     `sbatch examples/mm1_1b.slurm`. Peak learning rate 8.6e-5 by equation (1).
 
-    Predicted on 32 H100: 2.43 s a step (to 12%), 44% of the bf16 peak, 61 GB; as many A100-80GB: 5.76 s.
+    Predicted on 32 H100: 2.43 s a step (to 12%), 44% of the bf16 peak, 61 GB; as many A100-80GB: 5.66 s.
     """
     parallel = ParallelConfig()
     return _pretraining(
@@ -89,7 +89,7 @@ def mm1_1b() -> Experiment:
 def mm1_3b() -> Experiment:
     """MM1 3B (2.914B without embeddings): 64 GPUs, data parallel. `sbatch examples/mm1_3b.slurm`.
 
-    Predicted on 64 H100: 1.95 s a step (to 12%), 45% of the bf16 peak, 57 GB; as many A100-80GB: 4.54 s.
+    Predicted on 64 H100: 1.95 s a step (to 12%), 45% of the bf16 peak, 57 GB; as many A100-80GB: 4.49 s.
     """
     parallel = ParallelConfig()
     return _pretraining(
@@ -100,7 +100,7 @@ def mm1_3b() -> Experiment:
 def mm1_7b() -> Experiment:
     """MM1 7B (6.845B without embeddings): 128 GPUs as tensor 2 x data 64, two sequences a micro-batch. `sbatch examples/mm1_7b.slurm`.
 
-    Predicted on 128 H100: 1.77 s a step (to 12%), 47% of the bf16 peak, 65 GB; as many A100-80GB: 4.15 s.
+    Predicted on 128 H100: 1.77 s a step (to 12%), 47% of the bf16 peak, 65 GB; as many A100-80GB: 4.13 s.
     """
     parallel = ParallelConfig(tensor=2)
     return _pretraining(
@@ -145,7 +145,7 @@ def mm1_3b_moe() -> Experiment:
 
     `sbatch examples/mm1_3b_moe.slurm`.
 
-    Predicted on 128 H100: 1.43 s a step (to 20%), 37% of the bf16 peak, 73 GB; as many A100-80GB: 3.28 s.
+    Predicted on 128 H100: 1.43 s a step (to 20%), 37% of the bf16 peak, 73 GB; as many A100-80GB: 3.25 s.
     """
     parallel = ParallelConfig(expert=32, max_expert_load=8.0)
     return _sparse(mm1_3b(), "mm1_3b_moe", moe=MoEConfig(num_experts=64, every_n_layers=2), parallel=parallel)
@@ -160,7 +160,7 @@ def mm1_7b_moe() -> Experiment:
 
     `sbatch examples/mm1_7b_moe.slurm`.
 
-    Predicted on 128 H100: 2.33 s a step (to 20%), 41% of the bf16 peak, 66 GB; as many A100-80GB: 5.45 s.
+    Predicted on 128 H100: 2.33 s a step (to 20%), 41% of the bf16 peak, 66 GB; as many A100-80GB: 5.42 s.
     """
     parallel = ParallelConfig(tensor=2, expert=32, max_expert_load=8.0, recompute_encoder="full")
     return _sparse(mm1_7b(), "mm1_7b_moe", moe=MoEConfig(num_experts=32, every_n_layers=4), parallel=parallel)
