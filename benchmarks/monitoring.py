@@ -20,9 +20,10 @@ import numpy as np
 
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.run.details import Norms, SlowProcesses, is_due
 from megatron_mm.run.hooks import Metrics
+from megatron_mm.run.slow_processes import SlowProcesses
 from megatron_mm.run.start import assemble, check
+from megatron_mm.run.step_measures import Norms, is_due
 from megatron_mm.training.trainer import Trainer
 
 WARM_UP = 3

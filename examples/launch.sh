@@ -85,7 +85,8 @@ export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 # After a SIGTERM torchrun kills its processes when this many seconds have passed: time to finish the step and the checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
-# Compiled kernels go to the node's own disk: hundreds of processes would write them to one home folder at once.
+# Compiled kernels go to the node's own disk: hundreds of processes would write them to one home folder at once. They are code that is
+# run, so a folder that somebody else made under that name is not used.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -u)}
 # Text reaches the log when it is written, not when a buffer is full: a killed process takes its buffer with it.
 export PYTHONUNBUFFERED=1
@@ -184,6 +185,7 @@ start() { # one attempt at the run; sets `status`
     # torchrun would die of the USR1 that is meant for the trainers; an ignored signal stays ignored across exec.
     # shellcheck disable=SC2016 # SLURM_NODEID and SLURM_STEP_ID are those of each node
     srun "${step_options[@]}" bash -c 'trap "" USR1; echo "${SLURM_STEP_ID:-0}" >"$1"
+        (umask 077 && mkdir -p "$TRITON_CACHE_DIR") && [ -O "$TRITON_CACHE_DIR" ] || TRITON_CACHE_DIR=$(mktemp -d)
         launcher=("${@:3:$2}"); exec "${launcher[@]}" --node-rank="$SLURM_NODEID" "${@:$2 + 3}"' \
         launch "$prefix-step" "${#torchrun[@]}" "${torchrun[@]}" "${train[@]}" &
     local step=$!

@@ -12,9 +12,17 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.config import CheckpointConfig
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.families.serialize import load_experiment, to_dict
+from megatron_mm.training.checkpoint.copies import Copies
+from megatron_mm.training.checkpoint.memory import _check_private
 
 ROOT = Path(__file__).parents[1]
-ALLOWED = {"conversion/reader.py": {"pickle.loads"}, "conversion/verify.py": {"trust_remote_code"}}
+ALLOWED = {
+    "conversion/reader.py": {"pickle.loads"},
+    "training/safe_pickle.py": {"pickle.loads"},
+    "conversion/verify.py": {"trust_remote_code"},
+}
 """A pickle that `training.safe_pickle` has looked through; the model's own code, which `convert verify --prompt` is asked to run."""
 
 
@@ -113,3 +121,71 @@ def test_the_launcher_listens_on_the_address_where_processes_meet_alone(meeting:
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True, cwd=ROOT, env=environment)
     addresses = json.loads(done.stdout)
     assert addresses and all(address.startswith("0100007F:") for address in addresses), addresses
+
+
+# ------------------------------------------------------------------------------------------------- what a checkpoint may name
+
+
+def _checkpoint(folder: Path, **values: object) -> Path:
+    """The configuration of a checkpoint in a run directory."""
+    path = folder / "checkpoints" / "step_00000001" / "experiment.json"
+    path.parent.mkdir(parents=True)
+    experiment = to_dict(get_recipe("debug_mm1"))
+    data = {**experiment["data"], "preprocessors": values.pop("preprocessors", [])}
+    path.write_text(json.dumps({**experiment, **values, "data": data}))
+    return path
+
+
+def _code(path: Path) -> Path:
+    """Python that leaves a trace where it is run."""
+    path.write_text(f"from pathlib import Path\nPath({str(path.with_suffix('.ran'))!r}).touch()\n")
+    return path
+
+
+@pytest.mark.parametrize("field", ["extensions", "preprocessors"])
+@pytest.mark.parametrize("where", ["in the checkpoint", "in the run directory", "relative", "of everybody"])
+def test_a_checkpoint_brings_no_code_along(field: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    places = {
+        "in the checkpoint": run / "checkpoints" / "step_00000001" / "code.py",
+        "in the run directory": run / "code.py",
+        "relative": Path("code.py"),
+        "of everybody": tmp_path / "everybody.py",
+    }
+    code = places[where]
+    word = str(code) if field == "extensions" else f"{code}:something"
+    path = _checkpoint(run, **{field: [word]})
+    _code(code)
+    if where == "of everybody":
+        code.chmod(0o666)
+    with pytest.raises(ValueError, match=r"experiment.json names .*\.py, Python that would be run"):
+        load_experiment(path)
+    assert not code.with_suffix(".ran").exists()
+
+
+def test_a_checkpoint_of_ones_own_runs_ones_own_files(tmp_path: Path) -> None:
+    code = _code(tmp_path / "mine.py")
+    load_experiment(_checkpoint(tmp_path / "run", extensions=[str(code)]))
+    assert code.with_suffix(".ran").exists()
+
+
+def test_a_copy_is_not_written_outside_its_folder(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere" / "step_00000002"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "manifest.json").write_text(json.dumps({"files": {"../../../stolen": [1, 0]}}))
+    copies = Copies(str(tmp_path / "elsewhere"), superseded=lambda checkpoints: [])
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match=r"names the file \.\./\.\./\.\./stolen, which is outside its folder"):
+        copies.fetch("step_00000002", tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_folder_in_shared_memory_must_be_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "copies").mkdir(mode=0o700)
+    _check_private(tmp_path / "copies")
+    (tmp_path / "copies").chmod(0o755)
+    (tmp_path / "link").symlink_to(tmp_path / "copies")
+    for path in (tmp_path / "copies", tmp_path / "link"):
+        with pytest.raises(PermissionError, match="is not a folder of this user alone"):
+            _check_private(path)

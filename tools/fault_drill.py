@@ -96,7 +96,7 @@ def disturb(data: Path, run_dir: Path, *, count: int, seed: int, change_layout: 
         if kind == "damaged checkpoint":
             _damage(run_dir)
         if kind == "second run":
-            code, seconds = _two(words, log, once)
+            code, seconds = _two(words, log, once, step=step)
         else:
             code, seconds = start(words, log, f"{kind.replace(' ', '_')} {rank} {step}", once)
         where = f"process {rank} in step {step}" if once.exists() else "the whole run"
@@ -107,25 +107,20 @@ def disturb(data: Path, run_dir: Path, *, count: int, seed: int, change_layout: 
     raise SystemExit(f"the run did not end: see {log}")
 
 
-def _two(words: list[str], log: Path, once: Path) -> tuple[int, float]:
-    """The run, and another one on the same directory, which must be refused."""
-    run_dir = Path(words[words.index("--run-dir") + 1])
-    lock, left_behind = run_dir / "running.lock", _text(run_dir / "running.lock")
-    first = subprocess.Popen([sys.executable, __file__, "--only", json.dumps([words, str(log), str(once)])], env=os.environ)
+def _two(words: list[str], log: Path, once: Path, *, step: int) -> tuple[int, float]:
+    """The run, and while it waits after a step another one on the same directory, which must be refused."""
+    other, go = once.with_name("second.log"), once.with_suffix(".go")
+    go.unlink(missing_ok=True)
+    first = subprocess.Popen(
+        [sys.executable, __file__, "--only", json.dumps([words, str(log), f"pause 0 {step}", str(once)])], env=os.environ
+    )
     began = time.monotonic()
-    while _text(lock) in ("", left_behind) and first.poll() is None:
+    while not once.exists() and first.poll() is None:
         time.sleep(0.1)
-    other = run_dir.parent / "second.log"
     code, _ = start(words, other, "none 0 0", once)
-    assert code != 0 and "is in use by" in other.read_text(), f"two runs at once: see {other}"
+    go.touch()
+    assert code == 2 and "is in use by" in other.read_text(), f"two runs at once: see {other}"
     return first.wait(), time.monotonic() - began
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return ""
 
 
 def _damage(run_dir: Path) -> None:
@@ -186,8 +181,8 @@ def main() -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only:
-        words, log, once = json.loads(given.only)
-        raise SystemExit(start(words, Path(log), "none 0 0", Path(once))[0])
+        words, log, fault, once = json.loads(given.only)
+        raise SystemExit(start(words, Path(log), fault, Path(once))[0])
     shutil.rmtree(given.out, ignore_errors=True)
     given.out.mkdir(parents=True)
     data = given.out / "data"

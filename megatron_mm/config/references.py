@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -49,7 +50,7 @@ def load_module(place: str) -> ModuleType:
     path = Path(place).resolve()
     if not path.is_file():
         raise ValueError(f"there is no file {path}: give the path where it is")
-    name = f"megatron_mm_extension_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = _module_name(path)
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -68,6 +69,47 @@ def load_module(place: str) -> ModuleType:
         where = f", line {lines[-1]}" if lines else ""
         raise ValueError(f"extension {path} failed{where}: {type(error).__name__}: {error}") from error
     return module
+
+
+def _module_name(path: Path) -> str:
+    """Of the module that a file becomes."""
+    return f"megatron_mm_extension_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
+def check_own(word: str, *, named_in: Path) -> None:
+    """Raise ValueError where code that a saved configuration names may be somebody else's: a checkpoint that was downloaded could bring its
+    own, or name a file that another user of the machine left somewhere.
+
+    What was run already in this process was named by the user. Otherwise it lies outside the folder (run directory or checkpoint) of the
+    configuration, has a whole path, belongs to this user or to root, and only these may write to it.
+    """
+    place = word.rpartition(":")[0] if is_reference(word) else word
+    is_file = place.endswith(".py")
+    if not is_file and place in sys.modules:
+        return
+    path = Path(place) if is_file else _origin(place)
+    if path is None or (is_file and _module_name(path.resolve()) in sys.modules):
+        return
+    folder = named_in.resolve().parent
+    folder = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+    run = f"{named_in} names {place}, Python that would be run"
+    if not path.is_absolute():
+        raise ValueError(f"{run}, without its whole path: write where it is")
+    if path.resolve().is_relative_to(folder):
+        raise ValueError(f"{run}, and brings it along: look at it, and if you trust it move it out of {folder} and write where it is")
+    if path.is_file():
+        found = path.stat()
+        if found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o002:
+            raise ValueError(f"{run}, and which other users of this machine can change: make it your own (chown, chmod o-w), or remove it")
+
+
+def _origin(module: str) -> Path | None:
+    """The file of a module that was not imported yet; None where there is none."""
+    try:
+        found = importlib.util.find_spec(module.partition(".")[0])  # of a package inside another this would run the outer one
+    except (ImportError, ValueError):
+        return None
+    return Path(found.origin).absolute() if found is not None and found.origin not in (None, "built-in", "frozen") else None
 
 
 def absolute(word: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_mm.config import ConnectorConfig, ModelConfig
 from megatron_mm.config.checks import require
-from megatron_mm.config.references import load_module
+from megatron_mm.config.references import check_own, load_module
 from megatron_mm.config.run import Experiment
 from megatron_mm.families.registry import FAMILIES
 
@@ -78,8 +78,12 @@ def save_experiment(experiment: Experiment, path: Path) -> None:
 
 
 def load_experiment(path: Path) -> Experiment:
-    """Read what `save_experiment` wrote, after running its extensions. Raises ValueError that names the file and the field."""
+    """Read what `save_experiment` wrote, after running its extensions. Raises ValueError that names the file and the field, and where code
+    that it names is not the user's (`references.check_own`)."""
     values = json.loads(path.read_text())
+    places = [*values.get("extensions", ()), *values.get("extra_hooks", ()), *values.get("data", {}).get("preprocessors", ())]
+    for place in places:
+        check_own(place, named_in=path)
     load_extensions(values.get("extensions", ()), where=str(path))
     return from_dict(Experiment, values, where=str(path))
 

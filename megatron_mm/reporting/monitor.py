@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ class Monitor:
         self.experiment = experiment
         self._began, self._first_step, self._last_step = time.monotonic(), resume_step, resume_step
         self._axes: dict[str, float] = {}
+        self._said_nothing_held_out = False
         if not is_main:
             return
         self._metrics = MetricsFile(run_dir / METRICS, resume_step=resume_step)
@@ -94,7 +96,7 @@ class Monitor:
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (steps - metrics.step))) if pace * (steps - metrics.step) < 86400 else "days"
         used = "" if metrics.mfu is None else f"  MFU {100 * metrics.mfu:.1f}%"
         return (
-            f"step {metrics.step}/{steps}  loss {metrics.loss:.4f}  grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
+            f"step {metrics.step}/{steps}  loss {_loss(metrics)}  grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
             f"{metrics.tokens_per_s:,.0f} tokens/s  {metrics.tflops:.3g} TFLOP/s{used}  {left} left"
         )
 
@@ -122,9 +124,22 @@ class Monitor:
         """Log held-out losses."""
         if not self.is_main:
             return
+        if not losses:
+            self._say_nothing_held_out(step)
+            return
         self._evaluations.write({"step": step, **losses})
         self._tell(step, losses)
         logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+
+    def _say_nothing_held_out(self, step: int) -> None:
+        """Once: a run without held-out data is none that failed."""
+        if not self._said_nothing_held_out:
+            logger.info(
+                "step %d: no held-out loss, because %s has no folder heldout (--eval.interval 0 leaves evaluations out)",
+                step,
+                self.experiment.data.path,
+            )
+        self._said_nothing_held_out = True
 
     def log_captions(self, step: int, samples: list[CaptionSample]) -> None:
         """Log a table of images with true and generated captions; each image is kept once, in `captions/`."""
@@ -168,6 +183,11 @@ class Monitor:
         if (self.run_dir / METRICS).stat().st_size:
             self._sinks.tell("picture", self._last_step, "loss_curve", draw_loss_curve(self.run_dir))
         self._sinks.close(exit_code=exit_code)
+
+
+def _loss(metrics: StepMetrics) -> str:
+    """Of a step without a supervised token it is not a number, and nothing is wrong."""
+    return f"{metrics.loss:.4f}" if any(metrics.source_tokens.values()) or math.isfinite(metrics.loss) else "none (no supervised tokens)"
 
 
 _GROUPS = {"losses": "loss"}

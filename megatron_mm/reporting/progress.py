@@ -23,6 +23,8 @@ _KEPT = 600
 """Steps that the line of the loss is drawn from, at most."""
 _QUIET_SECONDS = 120.0
 """Without a new step for so long, and for ten steps' time, the display says so."""
+_WIDTH_OF_A_FILE = 1000
+"""Characters of a line where nobody's terminal cuts it."""
 _ENDS = {
     "end": "the run is finished",
     "stop": "the run has stopped: start the same command again to resume",
@@ -127,7 +129,7 @@ class Progress:
             yield from self._of_steps(width, now)
         for event in self.events[-5:]:
             stamp = time.strftime("%H:%M:%S", time.localtime(event.get("time", 0)))
-            yield f"  {stamp} step {event['step']:,} {event.get('kind')}: {event.get('text')}"[:width]
+            yield _printable(f"  {stamp} step {event['step']:,} {event.get('kind')}: {event.get('text')}")[:width]
         if self.ended is not None:
             yield _ENDS[self.ended]
 
@@ -138,7 +140,7 @@ class Progress:
         held = self.held_out.get("heldout/loss")
         held_out = f"   held out {held:.4f} at step {self.held_out['step']:,}" if isinstance(held, int | float) else ""
         curve = sparkline([line.get("loss") for line in self.lines], width=min(40, max(8, width - 50)))
-        yield f"loss     {_number(last.get('loss'), '.4f')}   {curve}{held_out}"[:width]
+        yield f"loss     {_loss(last)}   {curve}{held_out}"[:width]
         used = f"   MFU {100 * _mean(recent, 'mfu'):.1f}%" if math.isfinite(_mean(recent, "mfu")) else ""
         yield f"speed    {short(_mean(recent, 'tokens_per_s'))} tokens/s   {pace:.3g} s a step{used}   (mean of {len(recent)} steps)"
         totals = [f"{short(last[f'total_{name}'])} {name}" for name in ("tokens", "images") if last.get(f"total_{name}")]
@@ -149,16 +151,16 @@ class Progress:
             whole = sum(last["phases"].values()) or 1.0
             shares = [f"{name} {100 * value / whole:.0f}%" for name, value in last["phases"].items() if value / whole >= 0.005]
             yield f"time     {'   '.join(shares)}"[:width]
-        memory = [f"{last['memory_gb']:.3g} GB on the main process"] if last.get("memory_gb") else []
-        if "memory_gb" in self.phases:
-            memory.append(f"most {self.phases['memory_gb']:.3g} GB on rank {self.phases['memory_rank']}")
+        memory = [f"{last['memory_gb']:.3g} GB on rank 0"] if last.get("memory_gb") else []
+        if self.phases.get("memory_gb", 0.0) > last.get("memory_gb", 0.0):  # looked at some steps ago
+            memory.append(f"most, {self.phases['memory_gb']:.3g} GB, on rank {self.phases['memory_rank']}")
         if memory:
             yield f"memory   {'   '.join(memory)}"
         slow = self.phases.get("slow")
         if slow:
             yield f"slow     rank {slow['rank']} in {slow['phase']}, by {slow['seconds']:.3g} s a step"
         if last.get("time"):
-            quiet = now - last["time"]
+            quiet = max(0.0, now - last["time"])  # by two machines' clocks
             late = "  no news: evaluating, saving, waiting, or gone" if quiet > max(_QUIET_SECONDS, 10 * pace) and not self.ended else ""
             yield f"newest   {duration(quiet)} ago{late}"
 
@@ -205,6 +207,18 @@ def _mean(lines: list[dict[str, Any]], name: str) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def _loss(line: dict[str, Any]) -> str:
+    """Of a step without a supervised token there is none, and nothing is wrong."""
+    if line.get("loss") is None and line.get("source_tokens") and not any(line["source_tokens"].values()):
+        return "none (no supervised tokens)"
+    return _number(line.get("loss"), ".4f")
+
+
+def _printable(text: str) -> str:
+    """What a file says without what a terminal would take for a command: names in it come from data."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else "not finite"
 
@@ -227,14 +241,15 @@ def watch(run_dir: Path, *, interval: float, once: bool = False, out: TextIO | N
         steps, events = progress.update()
         now = time.time()
         if out.isatty() or once:
-            lines = list(progress.display(width=shutil.get_terminal_size().columns, now=now))
+            width = shutil.get_terminal_size().columns if out.isatty() else _WIDTH_OF_A_FILE
+            lines = list(progress.display(width=width, now=now))
             if drawn:
                 out.write(f"\x1b[{drawn}A\x1b[J")
             out.write("\n".join(lines) + "\n")
             drawn = len(lines)
         else:
             for event in events:
-                out.write(f"step {event['step']} {event.get('kind')}: {event.get('text')}\n")
+                out.write(_printable(f"step {event['step']} {event.get('kind')}: {event.get('text')}") + "\n")
             if steps:
                 out.write(_one_line(progress, now) + "\n")
         out.flush()
@@ -246,4 +261,4 @@ def watch(run_dir: Path, *, interval: float, once: bool = False, out: TextIO | N
 def _one_line(progress: Progress, now: float) -> str:
     last, recent = progress.lines[-1], progress.lines[-20:]
     bar = progress_bar(last["step"], progress.steps, pace=_mean(recent, "seconds"), width=0, now=now).partition("] ")
-    return f"{bar[2] or bar[0]}  loss {_number(last.get('loss'), '.4f')}  {short(_mean(recent, 'tokens_per_s'))} tokens/s"
+    return f"{bar[2] or bar[0]}  loss {_loss(last)}  {short(_mean(recent, 'tokens_per_s'))} tokens/s"

@@ -1,7 +1,7 @@
 """Places that a run's metrics go to besides its own files, none of which can end or slow it.
 
-Everything for them waits in one queue that a thread of its own works off. A place that fails is switched off with one warning; a place that
-hangs fills the queue, and what does not fit is left out and counted. metrics.jsonl has everything all the same.
+Each has a queue, and a thread that starts it and works the queue off. A place that fails is switched off with one warning; a place that
+hangs fills its queue, and what does not fit is left out and counted. metrics.jsonl has everything all the same.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,13 @@ from megatron_mm.evaluation.captions import CaptionSample
 logger = logging.getLogger(__name__)
 
 _QUEUE = 1000
-"""Calls that wait at most."""
+"""Calls that wait for a place at most."""
 _CLOSE_SECONDS = 60.0
-"""How long the end of a run waits for the queue."""
+"""How long the end of a run waits for all of them."""
 
 
 class Sink:
-    """One such place. Its methods run in the thread of `Sinks`; whatever they raise switches it off."""
+    """One such place. Its methods run in a thread of its own; whatever they raise switches it off."""
 
     name: str
     """As warnings call it."""
@@ -40,10 +41,15 @@ class Sink:
         try:
             call()
         except Exception as error:  # whatever a library raises, training continues
+            if not self.is_on:
+                return  # given up already, and said so
             self.is_on = False
             logger.warning(
                 "%s failed to %s (%s: %s) and is switched off; metrics.jsonl is still written", self.name, what, type(error).__name__, error
             )
+
+    def start(self) -> None:
+        """Before everything else."""
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Numbers of a step."""
@@ -61,48 +67,67 @@ class Sink:
         """The run has ended."""
 
 
-class Sinks:
-    """All of a run's places behind one queue."""
+class _Worker:
+    """One place, its queue, and the thread that works it off."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self.sinks = list(sinks)
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
         self.left_out = 0
         self._queue: queue.Queue[tuple[str, tuple[Any, ...]] | None] = queue.Queue(_QUEUE)
-        self._thread = threading.Thread(target=self._work, name="monitor", daemon=True)
-        if self.sinks:
-            self._thread.start()
+        self._thread = threading.Thread(target=self._work, name=f"monitor: {sink.name}", daemon=True)
+        self._thread.start()
 
-    def tell(self, method: str, *arguments: Any) -> None:
-        """Have a method of every place called soon; returns at once."""
-        if not self.sinks:
-            return
+    def tell(self, method: str, arguments: tuple[Any, ...]) -> None:
         try:
             self._queue.put_nowait((method, arguments))
         except queue.Full:
             self.left_out += 1
             if self.left_out == 1:
-                names = ", ".join(sink.name for sink in self.sinks)
-                logger.warning("%s are behind by %d messages: what follows is left out there, and in metrics.jsonl alone", names, _QUEUE)
+                logger.warning(
+                    "%s is behind by %d messages: what follows is left out there, and in metrics.jsonl alone", self.sink.name, _QUEUE
+                )
 
     def _work(self) -> None:
+        self.sink.attempt("start", self.sink.start)
         while (item := self._queue.get()) is not None:
             method, arguments = item
-            for sink in self.sinks:
-                sink.attempt(method, partial(getattr(sink, method), *arguments))
+            self.sink.attempt(method, partial(getattr(self.sink, method), *arguments))
 
-    def close(self, *, exit_code: int) -> None:
-        """Work the queue off and end all places; gives up on one that hangs."""
-        if not self.sinks:
-            return
-        self.tell("finish", exit_code)
+    def end(self, deadline: float) -> None:
+        """Wait for the queue's end until then."""
         try:
-            self._queue.put(None, timeout=_CLOSE_SECONDS)
+            self._queue.put(None, timeout=max(0.01, deadline - time.monotonic()))
         except queue.Full:
             pass
         else:
-            self._thread.join(_CLOSE_SECONDS)
-        if self._thread.is_alive():
-            names = ", ".join(sink.name for sink in self.sinks if sink.is_on)
-            logger.warning("%s did not take the last metrics within %.0f s: metrics.jsonl has them", names, _CLOSE_SECONDS)
+            self._thread.join(max(0.01, deadline - time.monotonic()))
+        if self._thread.is_alive() and self.sink.is_on:
+            self.sink.is_on = False
+            logger.warning("%s did not take the last metrics within %.0f s: metrics.jsonl has them", self.sink.name, _CLOSE_SECONDS)
         if self.left_out:
-            logger.warning("%d messages to %s were left out", self.left_out, ", ".join(sink.name for sink in self.sinks))
+            logger.warning("%d messages to %s were left out", self.left_out, self.sink.name)
+
+
+class Sinks:
+    """All of a run's places."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self.sinks = list(sinks)
+        self._workers = [_Worker(sink) for sink in self.sinks]
+
+    @property
+    def left_out(self) -> int:
+        """Messages that did not fit."""
+        return sum(worker.left_out for worker in self._workers)
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Have a method of every place called soon; returns at once."""
+        for worker in self._workers:
+            worker.tell(method, arguments)
+
+    def close(self, *, exit_code: int) -> None:
+        """Work the queues off and end all places; gives up on those that hang."""
+        self.tell("finish", exit_code)
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for worker in self._workers:
+            worker.end(deadline)

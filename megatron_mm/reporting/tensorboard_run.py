@@ -19,14 +19,14 @@ class TensorBoardRun(Sink):
 
     def __init__(self, run_dir: Path, *, resume_step: int) -> None:
         super().__init__()
+        self.run_dir, self.resume_step = run_dir, resume_step
         self._writer: Any = None
 
-        def start() -> None:
-            from torch.utils.tensorboard import SummaryWriter
+    def start(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(run_dir / FOLDER), purge_step=resume_step + 1 if resume_step else None, max_queue=1000)
-
-        self.attempt("start", start)
+        purge = self.resume_step + 1 if self.resume_step else None
+        self._writer = SummaryWriter(str(self.run_dir / FOLDER), purge_step=purge, max_queue=1000)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():

@@ -9,6 +9,7 @@ drawn over them. A resume is a step in the curve `events/resume` and a line of t
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import uuid
@@ -22,7 +23,11 @@ from megatron_mm.evaluation.captions import CaptionSample
 from megatron_mm.families.serialize import to_dict
 from megatron_mm.reporting.sinks import Sink
 
+logger = logging.getLogger(__name__)
+
 RUN_ID_FILE = "wandb_run_id"
+_INIT_SECONDS = 60
+"""That W&B's server is waited for, in a thread."""
 _SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)[^/]*=|://[^/]*:[^/]*@|AKIA[0-9A-Z]{12}|hf_[A-Za-z0-9]{20}")
 
 
@@ -42,38 +47,54 @@ class WandbRun(Sink):
 
     def __init__(self, experiment: Experiment, run_dir: Path, *, world_size: int) -> None:
         super().__init__()
+        self.experiment, self.run_dir, self.world_size = experiment, run_dir, world_size
         self._run: Any = None
         self._counts: Counter[str] = Counter()
-        config = experiment.monitor
-        self.is_on = config.wandb != "disabled"
-        if not self.is_on:
-            return
-        id_file = run_dir / RUN_ID_FILE
-        if not id_file.is_file():
-            id_file.write_text(uuid.uuid4().hex[:8] + "\n")
+        self.is_on = experiment.monitor.wandb != "disabled"
 
-        def start() -> None:
+    def start(self) -> None:
+        """Takes as long as the network does. What cannot be sent from the start on is kept in the run directory instead."""
+        mode = self.experiment.monitor.wandb
+        try:
+            self._run = self._init(mode)
+        except Exception as error:  # whatever the library raises
+            if mode != "online":
+                raise
             import wandb
 
-            before = os.umask(0o077)  # what W&B stores is for its owner alone
-            try:
-                self._run = wandb.init(
-                    project=config.project,
-                    entity=config.entity,
-                    name=config.run_name or run_dir.name,
-                    id=id_file.read_text().strip(),
-                    resume="allow",
-                    mode=config.wandb,
-                    dir=str(run_dir),
-                    config=redact({**to_dict(experiment), "world_size": world_size}),
-                    settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False, init_timeout=60),
-                )
-            finally:
-                os.umask(before)
-            self._run.define_metric("train/step")
-            self._run.define_metric("*", step_metric="train/step")
+            wandb.teardown()  # its service holds the run that it could not start
+            self._run = self._init("offline")
+            logger.warning(
+                "W&B cannot be reached (%s): this start is kept in %s, and `wandb sync` sends it later",
+                str(error).strip().partition("\n")[0],
+                self.run_dir / "wandb",
+            )
+        self._run.define_metric("train/step")
+        self._run.define_metric("*", step_metric="train/step")
 
-        self.attempt("start", start)
+    def _init(self, mode: Any) -> Any:
+        import wandb
+
+        id_file = self.run_dir / RUN_ID_FILE
+        if not id_file.is_file():
+            id_file.write_text(uuid.uuid4().hex[:8] + "\n")
+        config = self.experiment.monitor
+        settings = {"console": "off", "silent": True, "disable_git": True, "save_code": False, "init_timeout": _INIT_SECONDS}
+        before = os.umask(0o077)  # what W&B stores is for its owner alone
+        try:
+            return wandb.init(
+                project=config.project,
+                entity=config.entity,
+                name=config.run_name or self.run_dir.name,
+                id=id_file.read_text().strip(),
+                resume="allow",
+                mode=mode,
+                dir=str(self.run_dir),
+                config=redact({**to_dict(self.experiment), "world_size": self.world_size}),
+                settings=wandb.Settings(**settings),
+            )
+        finally:
+            os.umask(before)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         self._run.log({"train/step": step, **values})

@@ -26,10 +26,11 @@ from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork, mfu, peak_tflops
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.reporting.run_files import EXPERTS
-from megatron_mm.run.details import Norms, SlowProcesses, balance, is_due, memory_gb
 from megatron_mm.run.fault_hooks import HoldsRunDirectory, LossSpikes, NonFiniteSteps, ReplicaChecksums
 from megatron_mm.run.lock import RunLock
 from megatron_mm.run.profiling import profile_hooks
+from megatron_mm.run.slow_processes import SlowProcesses
+from megatron_mm.run.step_measures import Norms, balance, is_due, memory_gb
 from megatron_mm.training.metrics import StepMetrics
 from megatron_mm.training.routing import RoutingStats, draw_expert_load
 from megatron_mm.training.trainer import Hook, StepRecord, Trainer

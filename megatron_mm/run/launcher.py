@@ -2,15 +2,19 @@
 
 What torch lacks: the store through which processes meet listens on every address of its node, whatever `--master-addr` says, and whoever
 reaches it can read and change what is in it. This gives it a socket that is bound to the address where the processes meet.
+
+And where processes fail it ends with the exit code of the first that did, without a traceback of torch's: they have said why themselves.
 """
 
 from __future__ import annotations
 
 import socket
+import sys
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous
 from torch.distributed.run import main
 
@@ -51,6 +55,18 @@ def install() -> None:
         module.TCPStore = BoundStore  # type: ignore[attr-defined]
 
 
-if __name__ == "__main__":
+def launch() -> None:
+    """torchrun's main. Raises SystemExit with the exit code of the first process that failed; 128 and the signal's number where it was
+    killed, as a shell says it."""
     install()
-    main()
+    try:
+        main()
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        code = first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
+        print(f"launcher: process {rank} was the first to end, with exit code {code}", file=sys.stderr, flush=True)
+        raise SystemExit(code) from None
+
+
+if __name__ == "__main__":
+    launch()

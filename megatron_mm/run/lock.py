@@ -13,7 +13,10 @@ A lock that was left behind is taken over. When it is one:
     anywhere else                                          the last beat is older than `STALE_SECONDS`
 
 Of a holder elsewhere nobody knows at once. The new run watches the file: one more beat, and it refuses; none until the last is old, and
-none during two beats' time by its own clock (a file system's may have jumped), and it takes over. A run whose lock was taken over (its node
+none during two beats' time by its own clock (a file system's may have jumped), and it takes over. It does so, too, after `STALE_SECONDS`
+by its own clock without a beat, whatever the file system says of the last one's age, which may lie in the future.
+
+A run whose lock was taken over (its node
 stood still for minutes) ends before it writes a checkpoint.
 """
 
@@ -125,7 +128,8 @@ class RunLock:
             holder, beat, age = found
             token = holder.token if holder else ""
             gone = holder.is_gone(asker=self.me) if holder else None
-            if gone or (gone is None and age > STALE_SECONDS and time.monotonic() - since > 2 * BEAT_SECONDS):
+            waited = time.monotonic() - since
+            if gone or (gone is None and waited > (2 * BEAT_SECONDS if age > STALE_SECONDS else STALE_SECONDS)):
                 logger.warning("taking over %s, which %s left behind (last beat %.0f s ago)", self.path, holder or "nobody", age)
                 self._remove_stale(token)
                 seen, since = None, time.monotonic()
@@ -137,7 +141,7 @@ class RunLock:
                 )
             seen = (token, beat)
             if not said:
-                wait = max(STALE_SECONDS - age, 2 * BEAT_SECONDS)
+                wait = min(max(STALE_SECONDS - age, 2 * BEAT_SECONDS), STALE_SECONDS)
                 logger.warning("%s is held by %s: waiting up to %.0f s for a sign of life", self.path, holder, wait)
                 said = True
             time.sleep(min(1.0, BEAT_SECONDS / 4))

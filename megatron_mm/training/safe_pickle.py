@@ -3,6 +3,9 @@
 torch's distributed checkpoint describes its tensors in a pickle (`.metadata`), and megatron-core writes what is not a tensor
 as another (`common.pt`). A pickle can call anything it names; these may name nothing but the types that such a description is
 made of. The check unpickles into stand-ins that do nothing, so that not even an allowed type is made.
+
+What such a description says is looked at next. An entry that is no tensor would be unpickled by torch when it is read, and a file outside
+the folder would be read as a tensor's: this program writes neither.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 _DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2"}
 _STORAGES = {"FloatStorage", "BFloat16Storage", "HalfStorage", "DoubleStorage", "LongStorage", "IntStorage", "ByteStorage", "BoolStorage"}
@@ -45,13 +50,34 @@ _ALLOWED: dict[str, set[str]] = {
 
 def check_pickles(folder: Path) -> None:
     """Raise ValueError that names file and object where a pickle under `folder` names something it has no business to name."""
-    _check(folder / ".metadata", (folder / ".metadata").read_bytes())
+    described = (folder / ".metadata").read_bytes()
+    _check(folder / ".metadata", described)
+    _check_description(folder / ".metadata", described)
     common = folder / "common.pt"
     if common.is_file():
-        with zipfile.ZipFile(common) as archive:
-            for name in archive.namelist():
-                if name.endswith(".pkl"):
-                    _check(common, archive.read(name))
+        try:
+            with zipfile.ZipFile(common) as archive:
+                pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # what zipfile raises
+            raise ValueError(f"checkpoint file {common} is damaged ({error}): restore it or remove the checkpoint") from None
+        for content in pickles:
+            _check(common, content)
+
+
+def _check_description(path: Path, data: bytes) -> None:
+    """Whether a description, whose names are allowed, is one of tensors in files beside it."""
+    metadata = pickle.loads(data)
+    if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
+        raise ValueError(f"checkpoint file {path} describes no tensors: restore it or remove the checkpoint")
+    for name, entry in metadata.state_dict_metadata.items():
+        if type(entry) is not TensorStorageMetadata:
+            raise ValueError(
+                f"checkpoint file {path} says that {name} is no tensor but a pickle, which loading it would run; this program did not "
+                "write it: remove it"
+            )
+    for info in metadata.storage_data.values():
+        if PurePosixPath(info.relative_path).name != info.relative_path:
+            raise ValueError(f"checkpoint file {path} names the file {info.relative_path}, which is outside its folder: remove it")
 
 
 def _check(path: Path, data: bytes) -> None:

@@ -92,7 +92,7 @@ def test_a_mistake_fails_the_job_with_its_message(cluster: SlurmCluster, demo_da
     job = submit(cluster, tmp_path / "run", "--train.stepz", "3", script="mm1_1b", data=demo_data, options=options)
     wait_until(lambda: ended(cluster, job), "the job ends")
     assert cluster.state(job) == "FAILED" and cluster.job(job)["Restarts"] == "0"
-    assert "exit code 1: megatron-mm: error: unknown option --train.stepz: did you mean --train.steps?" in output(tmp_path / "run")
+    assert "exit code 2: megatron-mm: error: unknown option --train.stepz: did you mean --train.steps?" in output(tmp_path / "run")
 
 
 STAGES = ("s1_1", "s1_2", "s1_3", "s2")

@@ -102,6 +102,18 @@ def test_the_display_tells_of_a_run_without_news(tmp_path: Path) -> None:
     assert not any("no news" in line for line in state.display(width=120, now=time.time() + 5))
 
 
+def test_on_a_pipe_no_line_is_cut_and_no_character_is_a_command(tmp_path: Path) -> None:
+    run_dir, out = new_run(tmp_path / "run", steps=100), io.StringIO()
+    write_steps(run_dir, 1, loss=float("nan"), losses={}, source_tokens={"pairs": 0, "text": 0}, memory_gb=2.0)
+    (run_dir / "phases.jsonl").write_text('{"step": 1, "memory_gb": 1.5, "memory_rank": 3}\n')
+    event(run_dir, 1, "warning", "blank image in \x1b]0;owned\x07 " + "x" * 200)
+    watch(run_dir, interval=1, once=True, out=out)
+    text = out.getvalue()
+    assert "x" * 200 in text and "\x1b" not in text and "\x07" not in text
+    assert "loss     none (no supervised tokens)" in text
+    assert "2 GB on rank 0" in text and "rank 3" not in text, "what was the most some steps ago is not"
+
+
 def test_half_a_line_waits_for_its_other_half_and_a_long_file_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_TAIL_BYTES", 100)
     path = tmp_path / "metrics.jsonl"

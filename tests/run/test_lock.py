@@ -20,6 +20,7 @@ from support.small import small_run
 from megatron_mm.run import lock as locks
 from megatron_mm.run.lock import LOCK_FILE, Holder, RunLock
 from megatron_mm.run.start import start
+from megatron_mm.training.trainer import Trainer
 
 _HOLD = """
 import sys, time
@@ -88,6 +89,21 @@ def test_a_holder_on_another_machine_is_believed_while_it_beats(tmp_path: Path, 
         assert time.monotonic() - began > locks.STALE_SECONDS / 2, "who has been heard of lately is waited for"
 
 
+@pytest.mark.parametrize("jump", [-86400.0, 86400.0], ids=["a day back", "a day ahead"])
+def test_a_file_system_whose_clock_jumps_fools_nobody(tmp_path: Path, holding: list[Holding], jump: float) -> None:
+    """A holder elsewhere that lives is believed, and one that is gone is not waited for until its last beat is in the past."""
+    holding.append(Holding(tmp_path, "elsewhere"))
+    now = time.time() + jump
+    os.utime(tmp_path / LOCK_FILE, (now, now))
+    with pytest.raises(ValueError, match=r"is in use by process \d+ on node7"):
+        RunLock(tmp_path).acquire()
+    holding[0].kill()
+    os.utime(tmp_path / LOCK_FILE, (now, now))
+    began = time.monotonic()
+    with RunLock(tmp_path):
+        assert time.monotonic() - began < 3 * locks.STALE_SECONDS
+
+
 @pytest.mark.parametrize(
     "environment",
     [{"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "77", "TORCHELASTIC_RUN_ID": "one"}],
@@ -124,6 +140,30 @@ def test_of_several_runs_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> N
         winner.communicate()
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == winner.pid
         (tmp_path / LOCK_FILE).unlink()
+
+
+def _clock_jumps(data: Path, run_dir: Path) -> int:
+    """A day ahead after step 2 on the second process alone, then two days back; the watchdog has eight seconds."""
+    true, ahead = time.time, [0.0]
+    time.time = lambda: true() + ahead[0]  # type: ignore[assignment]
+    one_step = Trainer._one_step
+
+    def jumping(self: Trainer) -> Any:
+        if self.topology.rank == 1 or self.state.step > 4:
+            ahead[0] = {2: 86400.0, 4: -86400.0}.get(self.state.step, ahead[0])
+        return one_step(self)
+
+    Trainer._one_step = jumping  # type: ignore[method-assign]
+    experiment = small_run(data, steps=8, schedule_steps=20, watchdog=8.0)
+    return start(replace(experiment, checkpoint=replace(experiment.checkpoint, interval=2)), run_dir).step
+
+
+def test_a_clock_that_jumps_changes_nothing(demo_data: Path, tmp_path: Path) -> None:
+    """The clock of the machine is everybody's, so what reads it is replaced."""
+    assert run_processes(_clock_jumps, 2, demo_data, tmp_path) == [8, 8]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9)) and all(0 < line["seconds"] < 100 for line in lines)
+    assert (tmp_path / "checkpoints" / "step_00000008").is_dir() and not (tmp_path / "watchdog").exists()
 
 
 def _loses_its_lock(data: Path, run_dir: Path) -> str:

@@ -16,8 +16,9 @@ from support.small import small_run
 
 from megatron_mm.families.mm1.model import MM1Model
 from megatron_mm.run.data import TrainingData
-from megatron_mm.run.details import is_due, pack, unpack
+from megatron_mm.run.slow_processes import Slow, SlowProcesses, _Window, pack, unpack
 from megatron_mm.run.start import start
+from megatron_mm.run.step_measures import is_due
 from megatron_mm.training.phases import OWN_WORK, PHASES
 from megatron_mm.training.trainer import Trainer
 
@@ -55,6 +56,7 @@ def train(data: Path, run_dir: Path, parallel: dict[str, Any], steps: int, delay
         return next_batch(self)
 
     Trainer._one_step, MM1Model.forward, TrainingData.__next__ = counted_step, slow_forward, slow_next
+    SlowProcesses.WINDOWS, SlowProcesses.LEAST_SECONDS = 1, 0.0
     experiment = small_run(data, parallel=parallel, steps=steps, schedule_steps=40, global_batch_size=4)
     start(replace(experiment, monitor=replace(experiment.monitor, detail_interval=INTERVAL, slow_process=0.02)), run_dir)
     return missed
@@ -99,7 +101,32 @@ def test_a_stage_of_one_process_is_compared_with_its_earlier_windows(demo_data: 
     run_processes(train, 2, demo_data, tmp_path, {"pipeline": 2}, 21, [("forward", 1, range(16, 20))])
     windows = found(tmp_path)
     assert windows[20] == (1, "forward")
-    assert any("than its earlier ones" in text for text in events(tmp_path))
+    assert any("than before (" in text for text in events(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        ([(1, 0.4), (1, 0.5), (1, 0.3)], [False, False, True]),
+        ([(1, 0.4), (0, 0.5), (1, 0.4), (1, 0.3)], [False] * 4),  # now this one, now that one
+        ([(1, 0.4), (1, 0.05), (1, 0.4), (1, 0.3)], [False] * 4),  # too little to matter in between
+        ([(2, 0.3)] * 5, [False, False, True, True, True]),
+    ],
+)
+def test_only_who_is_the_slowest_again_and_again_is_slow(windows: list[tuple[int, float]], expected: list[bool]) -> None:
+    hook = object.__new__(SlowProcesses)
+    hook.limit, hook._streak = 0.15, []
+    found = [hook._is_slow(_Window(Slow(rank, "forward", excess), steps=10, step_seconds=3.0)) for rank, excess in windows]
+    assert found == [False] * len(windows), "a tenth of a step is not worth a word"
+    hook._streak = []
+    assert [hook._is_slow(_Window(Slow(rank, "forward", 3 * excess), steps=10, step_seconds=3.0)) for rank, excess in windows] == expected
+
+
+def test_half_a_minute_of_short_steps_is_no_reason_to_warn() -> None:
+    hook = object.__new__(SlowProcesses)
+    hook.limit, hook._streak = 0.15, []
+    found = [hook._is_slow(_Window(Slow(1, "forward", 0.1), steps=10, step_seconds=0.2)) for _ in range(40)]
+    assert found.index(True) == 29, "30 windows of 2 s"
 
 
 def test_a_packed_excess_is_ordered_by_its_seconds() -> None:

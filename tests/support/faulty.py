@@ -29,6 +29,7 @@ class Faulty(Hook):
     collective            one that nobody else joins
     loader                no batch comes any more
     term                  SIGTERM: stop with a checkpoint
+    pause                 none: it waits until there is a file FAULT_ONCE.go
     full_disk             files cannot grow beyond a few kilobytes, for four steps
     killed_while_saving   SIGKILL as soon as a checkpoint is begun
     """
@@ -62,6 +63,10 @@ class Faulty(Hook):
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[self.kind])
         elif self.kind == "hang":
             time.sleep(1000)
+        elif self.kind == "pause":
+            while not self.once.with_suffix(".go").exists():
+                self.trainer.progress.beat()
+                time.sleep(0.1)
         elif self.kind == "collective":
             dist.barrier()
         elif self.kind == "loader":

@@ -20,6 +20,7 @@ import pytest
 import torch
 from support.distributed import run_processes
 from support.small import small_run
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_mm.config import CheckpointConfig, DecoderConfig, Experiment
 from megatron_mm.platform.files import checksum_of
@@ -167,13 +168,52 @@ def _poison(name: str) -> Any:
             torch.save({"content": _Dangerous()}, path)
         else:
             path.write_bytes(pickle.dumps(_Dangerous()))
-        manifest = tensors.parent / "manifest.json"  # whoever changes the pickle can change the checksum too
-        content = json.loads(manifest.read_text())
-        content["files"][name] = [path.stat().st_size, checksum_of(path)]
-        manifest.write_text(json.dumps(content))
+        _sum_again(path)
         return path
 
     return poison
+
+
+def _sum_again(path: Path) -> None:
+    """Whoever changes a file can change its checksum too."""
+    manifest = path.parents[1] / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"][path.name] = [path.stat().st_size, checksum_of(path)]
+    manifest.write_text(json.dumps(content))
+
+
+def _pickle_for_a_tensor(tensors: Path) -> Path:
+    """The description says that an optimizer's tensor is an object, which torch unpickles from the place where the tensor was."""
+    path = tensors / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    name = next(name for name in metadata.state_dict_metadata if name.startswith("optimizer.") and "exp_avg" in name)
+    entry = BytesStorageMetadata()
+    entry.size = metadata.state_dict_metadata[name].size
+    metadata.state_dict_metadata[name] = entry
+    (place,) = [index for index in metadata.storage_data if index.fqn == name][:1]
+    info = metadata.storage_data[place]
+    metadata.storage_data[MetadataIndex(name)] = replace(info, relative_path="more.distcp", offset=0)
+    torch.save(_Dangerous(), tensors / "more.distcp")
+    path.write_bytes(pickle.dumps(metadata))
+    _sum_again(tensors / "more.distcp")
+    _sum_again(path)
+    return path
+
+
+def _file_elsewhere(tensors: Path) -> Path:
+    path = tensors / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    place, info = next(iter(metadata.storage_data.items()))
+    metadata.storage_data[place] = replace(info, relative_path="../../../../secret")
+    path.write_bytes(pickle.dumps(metadata))
+    _sum_again(path)
+    return path
+
+
+def _no_archive(tensors: Path) -> Path:
+    (tensors / "common.pt").write_bytes(b"not an archive")
+    _sum_again(tensors / "common.pt")
+    return tensors / "common.pt"
 
 
 @pytest.mark.parametrize(
@@ -184,8 +224,20 @@ def _poison(name: str) -> Any:
         (_remove, "is missing"),
         (_poison(".metadata"), "mkdir"),
         (_poison("common.pt"), "mkdir"),
+        (_pickle_for_a_tensor, "is no tensor but a pickle"),
+        pytest.param(_file_elsewhere, "which is outside its folder", marks=pytest.mark.slow),
+        pytest.param(_no_archive, "is damaged", marks=pytest.mark.slow),
     ],
-    ids=["flipped byte", "truncated", "removed", "malicious metadata", "malicious common"],
+    ids=[
+        "flipped byte",
+        "truncated",
+        "removed",
+        "malicious metadata",
+        "malicious common",
+        "a pickle in a tensor's place",
+        "a file elsewhere",
+        "no archive",
+    ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(
     demo_data: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, reason: str
@@ -224,10 +276,11 @@ def test_a_damaged_checkpoint_costs_its_steps_and_not_the_run(demo_data: Path, r
     bad_bytes = path.read_bytes()
 
     logs = run_processes(train_and_log, 2, demo_data, run_dir, 6)
-    for log in logs:
-        assert f"{path} is damaged (its CRC-32 is " in log and ", expected " in log
-        assert f"{damaged / 'state.json'} is damaged" in log
-        assert f"resuming from {checkpoints / 'step_00000002'} instead" in log
+    log, other = logs
+    assert f"step_00000004 is damaged and left out: checkpoint file {path} is damaged (its CRC-32 is " in log and ", expected " in log
+    assert f"{damaged / 'state.json'} is damaged" in log and "restore it" not in log, "the run has mended it already"
+    assert log.count("The run resumes from step_00000002 and repeats the steps in between") == 2
+    assert "The run resumes" not in other, "one process speaks for all"
     assert len(losses(undisturbed)) == 6 and losses(run_dir) == losses(undisturbed)
     assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     kept = ["damaged-step_00000004", "damaged-step_00000005", "step_00000002", "step_00000006"]

@@ -116,10 +116,18 @@ def test_training_goes_on_when_wandb_cannot_start(
     ]
 
 
+def started(watched: Monitor) -> Any:
+    """The library's run, once its thread has begun it."""
+    deadline = time.monotonic() + 60
+    while not watched._wandb._counts and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return watched._wandb._run
+
+
 def test_training_goes_on_when_wandb_fails_in_the_middle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     watched = monitor(tmp_path / "run")
     watched.log_step(metrics(1))
-    run = watched._wandb._run
+    run = started(watched)
 
     def fail(*_: Any) -> None:
         raise BrokenPipeError("service is gone")
@@ -134,13 +142,15 @@ def test_training_goes_on_when_wandb_fails_in_the_middle(tmp_path: Path, caplog:
 
 
 _KILLED = """
-import logging, sys
+import logging, sys, time
 from pathlib import Path
 import psutil
 from support.monitors import metrics, monitor
 logging.basicConfig(level="WARNING", format="%(message)s", stream=sys.stdout)
 watched = monitor(Path(sys.argv[1]))
 watched.log_step(metrics(1))
+while not watched._wandb._counts:
+    time.sleep(0.02)
 service = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("wandb")]
 assert service, "W&B runs without a service process"
 for process in service:

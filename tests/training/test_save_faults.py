@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -157,3 +158,27 @@ def test_a_failure_of_one_writer_is_one_of_all(how: str, reason: str, demo_data:
     assert [end for end, _ in ended] == ["", ""]
     assert "the checkpoint of step 4 is given up" in ended[0][1] and reason in ended[0][1]
     assert _names(tmp_path) == ["step_00000002", "step_00000006"] and _steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+_FULL_SHARED_MEMORY = """
+mount -t tmpfs -o size=64k tmpfs /dev/shm && { head -c 65536 /dev/zero >/dev/shm/filler || true; } && exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_a_full_shared_memory_costs_copies_there_and_no_checkpoint(demo_data: Path, tmp_path: Path) -> None:
+    """In a mount namespace of its own: nobody else sees that /dev/shm."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("only root may have a file system of its own")
+    run_dir = tmp_path / "run"
+    options = ["--run-dir", str(run_dir), "--data.path", str(demo_data), "--train.steps", "4", "--train.global-batch-size", "4"]
+    options += ["--checkpoint.interval", "2", "--eval.interval", "0", "--monitor.wandb", "disabled"]
+    options += ["--checkpoint.memory", "/dev/shm/copies", "--checkpoint.memory-interval", "1"]
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_mm", "train", "debug_mm1", *options]
+    own = ["unshare", "-m", "--propagation", "private", "sh", "-c", _FULL_SHARED_MEMORY, "sh"]
+    done = subprocess.run([*own, *command], capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    assert _names(run_dir) == ["step_00000002", "step_00000004"] and _steps(run_dir) == [1, 2, 3, 4]
+    assert "no copy of step 1 in /dev/shm/copies" in done.stderr and "too little room" in done.stderr
+    again = subprocess.run([*command, "--train.steps", "5"], capture_output=True, text=True, timeout=250, check=False)
+    assert again.returncode == 0 and "resumed from" in again.stderr, "it can be loaded"

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_mm.config import CheckpointConfig, Experiment
 from megatron_mm.families.serialize import save_experiment
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.platform import adam, engine, first_writer, fp8_weights
+from megatron_mm.platform import adam, engine, first_writer, fp8_weights, writer_locks
 from megatron_mm.platform.files import sync_to_disk
 from megatron_mm.training.checkpoint import integrity
 from megatron_mm.training.checkpoint.compatible import check_same_model, same_layout
@@ -350,10 +350,13 @@ class Checkpointer:
 def _with_checksums(request: AsyncRequest, partial: Path, *, rank: int) -> AsyncRequest:
     """The same request, whose process also writes the checksums of the files it wrote, off the training process."""
     write = request.async_fn
+    if no_locks := writer_locks.problem():
+        logger.warning("rank %d: /dev/shm takes no locks (%s), so one process writes its checkpoint files: make room there", rank, no_locks)
 
     def write_and_sum(*args: Any, **kwargs: Any) -> None:
         if write is not None:
-            write(*args, **kwargs)
+            with writer_locks.threads_where_there_are_no_locks():
+                write(*args, **kwargs)
         try:
             integrity.write_checksums(partial, rank=rank)
         except OSError as error:  # whoever names the checkpoint misses the checksums, and says so

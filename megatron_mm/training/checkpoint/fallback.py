@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.platform.files import sync_to_disk
-from megatron_mm.training.checkpoint.integrity import check_descriptions, verify
+from megatron_mm.training.checkpoint.integrity import ADVICE, check_descriptions, verify
 from megatron_mm.training.checkpoint.names import completed_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ DAMAGED = "damaged-"
 def newest_whole_checkpoint(run_dir: Path, topology: Topology) -> Path | None:
     """The newest checkpoint of a run whose files are what was written; None where the run has none. Called by all processes together.
 
-    Newer ones are logged on every process, by file and reason, and set aside. Raises ValueError, on all processes, where no checkpoint is
+    Newer ones are logged, by file and reason, and set aside. Raises ValueError, on all processes, where no checkpoint is
     whole.
     """
     names = [[path.name for path in completed_checkpoints(run_dir)]]
@@ -38,9 +38,16 @@ def newest_whole_checkpoint(run_dir: Path, topology: Topology) -> Path | None:
         except ValueError as error:
             problems.append(str(error))
             continue
-        for damaged, problem in zip(candidates[:number], problems, strict=True):
-            logger.error("%s", problem)
-            logger.error("resuming from %s instead; %s is renamed %s%s", candidate, damaged, DAMAGED, damaged.name)
+        for damaged, problem in zip(candidates[:number], problems, strict=True) if topology.is_main else ():
+            logger.error(
+                "checkpoint %s is damaged and left out: %s. The run resumes from %s and repeats the steps in between. The damaged folder "
+                "is kept as %s%s: look at the disk, then delete it",
+                damaged.name,
+                problem.partition(ADVICE)[0],
+                candidate.name,
+                DAMAGED,
+                damaged.name,
+            )
         if topology.is_main and problems:
             for damaged in candidates[:number]:
                 set_aside(damaged, prefix=DAMAGED)
@@ -63,7 +70,7 @@ def newest_described_checkpoint(run_dir: Path) -> Path | None:
         try:
             check_descriptions(candidate)
         except (ValueError, OSError) as error:
-            logger.warning("%s", error)
+            logger.warning("looking at the checkpoint before it: %s", str(error).partition(ADVICE)[0])
         else:
             return candidate
     return None

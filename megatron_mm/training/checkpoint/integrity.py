@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from megatron_mm.platform.files import checksum_of, sync_to_disk
 from megatron_mm.training.checkpoint.names import MANIFEST, TENSORS
 from megatron_mm.training.safe_pickle import check_pickles
 
+ADVICE = ": restore it or remove"
+"""What follows where an error says what is damaged, for whoever has no other checkpoint."""
+
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint: its step, the number of processes that wrote it, and `files`, name -> [size in bytes, CRC-32].
@@ -23,11 +26,14 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text())
+        for name in [*manifest["files"], *manifest.get("descriptions", {})]:
+            if PurePosixPath(name).name != name:  # a copy is fetched to where these names say
+                raise ValueError(f"checkpoint file {path} names the file {name}, which is outside its folder: remove {checkpoint}")
         if isinstance(manifest["files"], dict):
             return manifest
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         pass
-    raise ValueError(f"checkpoint file {path} is damaged: restore it or remove {checkpoint}")
+    raise ValueError(f"checkpoint file {path} is not the JSON that this program writes: restore it or remove {checkpoint}")
 
 
 def verify(checkpoint: Path, topology: Topology) -> None:

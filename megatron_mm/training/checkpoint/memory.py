@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import stat
 import time
 import zlib
 from dataclasses import asdict
@@ -70,12 +72,15 @@ class MemoryCopy:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _check_private(self.folder)
             final.unlink(missing_ok=True)
             partial = final.with_suffix(".partial")
             torch.save(content, partial)
             partial.rename(final)
         except (OSError, RuntimeError) as error:
-            logger.error("rank %d: no copy of step %d in %s: %s", self.topology.rank, state.step, self.folder, error)
+            full = isinstance(error, RuntimeError)  # torch's archive says only that a position is not what it should be
+            reason = f"there is too little room ({shutil.disk_usage(self.folder).free / 1e9:.3g} GB free)" if full else error
+            logger.error("rank %d: no copy of step %d in %s: %s", self.topology.rank, state.step, self.folder, reason)
             final.with_suffix(".partial").unlink(missing_ok=True)
             return
         self.next, self.saved_step = 1 - self.next, state.step
@@ -119,6 +124,7 @@ class MemoryCopy:
         if not path.is_file():
             return None
         try:
+            _check_private(self.folder)
             content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
             return json.loads(content["state"])["step"] if content["made_by"] == self.made_by else None
         except Exception as error:  # cut off, or of another version: the checkpoint is there
@@ -129,6 +135,16 @@ class MemoryCopy:
 def _folder(memory: Path, run_dir: Path) -> Path:
     """Of one run among those that share a node."""
     return memory / f"{run_dir.name}-{zlib.crc32(str(run_dir.resolve()).encode()):08x}"
+
+
+def _check_private(folder: Path) -> None:
+    """Raise PermissionError where a folder is not this user's alone: everybody may make one of that name in /dev/shm."""
+    found = folder.lstat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077 or not stat.S_ISDIR(found.st_mode):
+        raise PermissionError(
+            f"{folder} is not a folder of this user alone (owner {found.st_uid}, mode {found.st_mode & 0o777:o}): remove it, or give "
+            "another checkpoint.memory"
+        )
 
 
 def _made_by(experiment: Experiment, topology: Topology, run_dir: Path) -> str:

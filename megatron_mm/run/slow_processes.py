@@ -1,4 +1,4 @@
-"""What is measured of a step every `monitor.detail_interval` steps: norms by part, balance, and which process the others wait for."""
+"""Finds the process that the others wait for, from the time by phase of all."""
 
 from __future__ import annotations
 
@@ -14,59 +14,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm.data.load.loader import StepBatch
-from megatron_mm.families.registry import family_of
 from megatron_mm.platform import message_times
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.reporting.run_files import PHASES as PHASES_FILE
-from megatron_mm.training.norms import NORMS, PartNorms
-from megatron_mm.training.optimizer import learning_rate
+from megatron_mm.run.step_measures import memory_gb
 from megatron_mm.training.phases import OWN_WORK, PASSES, PHASES
 from megatron_mm.training.trainer import Hook, StepRecord, Trainer
 
 logger = logging.getLogger(__name__)
-
-
-def is_due(step: int, interval: int) -> bool:
-    """Whether a step is one of those that are looked at: the first, and each `interval`-th."""
-    return interval > 0 and (step == 1 or step % interval == 0)
-
-
-class Norms(Hook):
-    """Norms by part of the model. Runs before the metrics of a step are written, which take `of_step`."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer)
-        family = family_of(trainer.experiment.model)
-        self.interval = trainer.experiment.monitor.detail_interval
-        self.parts = [*family.parts, "rest"]
-        self.norms = PartNorms(trainer.model, trainer.optimizer, parts=self.parts, part_of=family.part_of)
-        self.of_step: dict[str, dict[str, float]] = {}
-        """`grad_norms`, `param_norms` and `update_ratios` of the newest step; nothing where they were not measured."""
-        self._last_lr: float | None = None
-        """Of the step before, where it changed the weights and this process saw it."""
-
-    def tell(self, batch: StepBatch) -> tuple[float, ...] | torch.Tensor:
-        if not is_due(self.trainer.state.step + 1, self.interval):
-            return ()
-        return self.norms.squares(lr=self._last_lr, device=self.trainer.topology.device)
-
-    def after_step(self, record: StepRecord) -> None:
-        told = record.told[self]
-        self.of_step = self.norms.from_sums(told) if len(told) == len(NORMS) * len(self.parts) else {}
-        experiment = self.trainer.experiment
-        lr = learning_rate(record.step, experiment.optimizer, schedule_steps=experiment.train.schedule_steps)
-        self._last_lr = None if record.result.update.skipped else lr
-
-
-def balance(batch: StepBatch, *, data_size: int) -> float:
-    """Planned work of the mean data-parallel rank over that of the busiest one."""
-    plan = batch.plan
-    costs = [plan.batching.costs.of(work) for work in plan.works]
-    ranks = [sum(costs[i] for group in rank for i in group) for rank in plan.batching.micro_batches(plan.works, data_size)]
-    return sum(ranks) / len(ranks) / max(1, *ranks)
-
-
-# ----------------------------------------------------------------------------------------------------------- slow processes
 
 
 @dataclass(frozen=True)
@@ -77,6 +32,16 @@ class Slow:
     phase: str
     seconds: float
     """By which its steps of the window take longer in that phase, on average."""
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Steps between two looks."""
+
+    slow: Slow
+    steps: int
+    step_seconds: float
+    """Of a step, on average."""
 
 
 _RANK_BITS, _PHASE_BITS = 20, 3
@@ -106,10 +71,15 @@ class SlowProcesses(Hook):
     parallelism) wait for the slowest in each, so their passes take as long; there the last step of a window is run with a timer in these
     messages, and what is compared is the time of its passes outside of them. A process that has no peers is compared with its own earlier
     windows; one that is alone has nobody who waits for it.
+
+    Any process is the slowest of some window: another program ran, a batch was long. What is reported is a process that was the slowest of
+    `WINDOWS` windows in a row which took `LEAST_SECONDS` together, in each of them by more than `monitor.slow_process` of a step.
     """
 
     EARLIER = 3
     """Windows that a process without peers has behind it before it is compared with them."""
+    WINDOWS = 3
+    LEAST_SECONDS = 60.0
 
     def __init__(self, trainer: Trainer, monitor: Monitor) -> None:
         super().__init__(trainer)
@@ -127,7 +97,10 @@ class SlowProcesses(Hook):
         """Seconds of the passes of the step in which they were, without these messages."""
         self._asked: tuple[torch.Tensor, dict[str, Any]] | None = None
         """The message under way, and the line that waits for it."""
-        self._last: tuple[int, str] | None = None
+        self._streak: list[_Window] = []
+        """The newest windows in a row whose slowest process was the same, by more than the limit."""
+        self._said: int | None = None
+        """Rank whose streak was reported."""
 
     def tell(self, batch: StepBatch) -> tuple[float, ...]:
         if not self._due(self.trainer.state.step + 1):
@@ -205,8 +178,8 @@ class SlowProcesses(Hook):
         packed, memory = message.tolist()  # came with the step's message, or before
         slow, fullest = unpack(packed), memory & ((1 << _RANK_BITS) - 1)
         most = (memory >> _RANK_BITS) / 1e6
-        is_slow = slow.seconds > self.limit * line["seconds"]
         told = {"rank": slow.rank, "phase": slow.phase, "seconds": round(slow.seconds, 6)}
+        is_slow = self._is_slow(_Window(slow, steps=line["steps"], step_seconds=line["seconds"]))
         details = {name: line[name] for name in ("steps", "seconds", "stages")}
         details |= {"slow": told if is_slow else None, "greatest": told, "memory_gb": most, "memory_rank": fullest}
         self.monitor.log_details(PHASES_FILE, line["step"], details)
@@ -221,18 +194,34 @@ class SlowProcesses(Hook):
                 "memory/most_rank": fullest,
             },
         )
-        if is_slow and self.trainer.topology.is_main and (slow.rank, slow.phase) != self._last:
-            logger.warning(
-                "rank %d is slow in %s: its steps up to %d took %.3f s longer there than %s (%.0f%% of a step)",
-                slow.rank,
-                slow.phase,
-                line["step"] - 1,
-                slow.seconds,
-                "its peers'" if self.trainer.topology.world_size > self.stages else "its earlier ones",
-                100 * slow.seconds / line["seconds"],
-                extra={"kind": "slow"},
-            )
-        self._last = (slow.rank, slow.phase) if is_slow else None
+        if is_slow and self._said != slow.rank and self.trainer.topology.is_main:
+            self._report(line["step"] - 1)
+        self._said = slow.rank if is_slow else None
+
+    def _is_slow(self, window: _Window) -> bool:
+        """Whether the slowest process of a window has been so for long enough, and by enough."""
+        if self._streak and self._streak[-1].slow.rank != window.slow.rank:
+            self._streak = []
+        self._streak = [*self._streak[-1000:], window] if window.slow.seconds > self.limit * window.step_seconds else []
+        seconds = sum(each.steps * each.step_seconds for each in self._streak)
+        return len(self._streak) >= self.WINDOWS and seconds >= self.LEAST_SECONDS
+
+    def _report(self, step: int) -> None:
+        steps = sum(window.steps for window in self._streak)
+        excess = sum(window.steps * window.slow.seconds for window in self._streak) / steps
+        whole = sum(window.steps * window.step_seconds for window in self._streak) / steps
+        newest = self._streak[-1].slow
+        logger.warning(
+            "rank %d is slow in %s: in steps %d to %d it took %.3g s a step longer there than %s (%.0f%% of a step)",
+            newest.rank,
+            newest.phase,
+            step - steps + 1,
+            step,
+            excess,
+            "its peers" if self.trainer.topology.world_size > self.stages else "before",
+            100 * excess / whole,
+            extra={"kind": "slow"},
+        )
 
     def after_training(self) -> None:
         self._take_answer(self.trainer.state.step)
@@ -240,12 +229,3 @@ class SlowProcesses(Hook):
     def close(self, *, failed: bool) -> None:
         if self._timing is not None:
             self._timing.close()
-
-
-def memory_gb(device: torch.device) -> float:
-    """GB of this process: the most that its GPU held, or what it has resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import psutil
-
-    return psutil.Process().memory_info().rss / 1e9

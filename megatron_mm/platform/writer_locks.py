@@ -1,0 +1,38 @@
+"""Checkpoint writers that need no shared memory.
+
+What upstream lacks: megatron-core 0.16 writes a checkpoint's files in processes that share two queues, and the queues' locks lie in
+/dev/shm. Where that is full (another job on the node filled it, or a container has too little) no checkpoint could be written at all, on a
+disk with any amount of room. There the same function writes with threads in place of these processes: slower, and complete.
+(megatron-core 0.19 has no such queues.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.dummy
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+
+def problem() -> str:
+    """Why this process can make no lock that processes share; empty where it can."""
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+@contextlib.contextmanager
+def threads_where_there_are_no_locks() -> Iterator[None]:
+    """Inside, megatron-core's writer takes threads where this process can make no such lock. Logs nothing: the caller may be a fork."""
+    before = filesystem_async.mp
+    if problem():
+        filesystem_async.mp = SimpleNamespace(get_context=lambda method=None: multiprocessing.dummy)
+    try:
+        yield
+    finally:
+        filesystem_async.mp = before
