@@ -1,81 +1,78 @@
-"""MM1's fine-tuning on true high-resolution pictures against the same pictures at low resolution.
+"""What true resolution is worth to MM1's fine-tuning: marks that low resolution does not show.
 
     .venv/bin/python benchmarks/high_resolution.py --out build/high_resolution
 
-Drawn scenes of 48 x 48 px with one small digit, 8 x 12 px, in a quadrant on a noisy ground; conversations ask what is there, as in
-"top left red 7". `debug_mm1_sft` with smaller images, an overview of 24 px and four crops of 24 px, and half its decoder is trained twice,
-on the same scenes in the same order, with the same tokens and FLOPs. Once the pictures are as drawn; once they were reduced to so many
-pixels a side (`--reduced`) first, so that the crops are as large but show no more. Both are exported, and transformers answers the question
-about scenes that neither has seen. Chance is 10% for the digit; low resolution shows row, column (50% each) and colour (25%) as well.
+Scenes of 48 x 48 px with a small mark of one-pixel lines in one of four quarters; a conversation asks "what is it?", and the answer is
+rows, columns or squares. Lines are as much lighter as darker than the ground and fade at the mark's edge: reduced to 24 px, which is what
+one square image of the tower shows, nothing is left of them. Digits are the other kind of mark (`--marks digits`), of 3 x 5 px; half of a
+digit's pixels still tell something.
 
-350 steps are too few: training losses were alike by then.
+A `debug_mm1` is trained on the demo's data at 32 px, and fine-tuned by `debug_mm1_sft` with an overview and four crops of 24 px, positions
+interpolated, twice: on the scenes as drawn, and on the same scenes in the same order, reduced first, so that crops are as large but show no
+more. Tokens and FLOPs are equal. Both are exported, and transformers answers the question about scenes that neither has seen.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from megatron_mm.conversion.to_hf import convert_to_hf
-from megatron_mm.data.prepare.index import prepare_index, prepare_tokenizer
+from megatron_mm.data.prepare.demo import prepare_demo
+from megatron_mm.data.prepare.index import prepare_index
 from megatron_mm.data.sources.shards import TarWriter
 
-SIDE = 48
-QUESTION = "what is there?"
-ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
-COLOURS = {"red": (200, 20, 20), "green": (20, 130, 40), "blue": (30, 40, 210), "black": (20, 20, 20)}
-SEGMENTS = ("1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011")
-"""Seven-segment digits: top, upper left, upper right, middle, lower left, lower right, bottom."""
-KINDS = ("true", "reduced")
+Marks = Literal["lines", "digits"]
+
+SIDE, LOW = 48, 24
+"""Of a scene, and of what one square image of the tower shows of it, pixels."""
+QUESTION = "what is it?"
+LINES = ("rows", "columns", "squares")
+_SIZE = 12
+"""Of a mark of lines, pixels; positions are multiples of a patch's 4 pixels."""
+_FONT = (  # digits of 3 x 5 px, row by row
+    *("111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001"),
+    *("111100111001111", "111100111101111", "111001001001001", "111101111101111", "111101111001111"),
+)
+ANSWERS: dict[Marks, tuple[str, ...]] = {"lines": LINES, "digits": tuple(map(str, range(10)))}
 
 
-def draw(rng: random.Random) -> tuple[Image.Image, tuple[str, ...]]:
-    """A scene and the words that say what is there, the digit last."""
-    image = Image.new("RGB", (SIDE, SIDE), tuple(rng.randint(200, 250) for _ in range(3)))
-    pen, digit, (w, h) = ImageDraw.Draw(image), rng.randint(0, 9), (6, 10)
-    column, row, colour = rng.randint(0, 1), rng.randint(0, 1), rng.choice(list(COLOURS))
-    x, y = (SIDE // 2 * place + middle + rng.randint(-2, 2) for place, middle in ((column, 8), (row, 6)))
-    lines = (
-        (x, y, x + w, y),
-        (x, y, x, y + h // 2),
-        (x + w, y, x + w, y + h // 2),
-        (x, y + h // 2, x + w, y + h // 2),
-        (x, y + h // 2, x, y + h),
-        (x + w, y + h // 2, x + w, y + h),
-        (x, y + h, x + w, y + h),
-    )
-    for line, on in zip(lines, SEGMENTS[digit], strict=True):
-        if on == "1":
-            pen.rectangle((line[0], line[1], line[2] + 1, line[3] + 1), fill=COLOURS[colour])
-    noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 5, (SIDE, SIDE, 3))
-    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8)), (ROWS[row], COLUMNS[column], colour, str(digit))
+def draw(rng: random.Random, marks: Marks) -> tuple[Image.Image, str]:
+    """A scene, and the answer."""
+    pixels = np.full((SIDE, SIDE), rng.uniform(110, 140))
+    answer = rng.choice(ANSWERS[marks])
+    mark = _lines(answer) * rng.uniform(70, 100) if marks == "lines" else _digit(answer) * -rng.uniform(60, 100)
+    top, left = (SIDE // 2 * rng.randint(0, 1) + 4 + 4 * rng.randint(0, 2) for _ in range(2))
+    pixels[top : top + mark.shape[0], left : left + mark.shape[1]] += mark
+    pixels += np.random.default_rng(rng.getrandbits(32)).normal(0, 4, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGB"), answer
 
 
-def write(data: Path, *, side: int, scenes: int, seed: int) -> None:
-    """The scenes as conversations, indexed."""
-    folder = data / "train" / "conversations"
-    folder.mkdir(parents=True)
-    rng = random.Random(seed)
-    tar = TarWriter(folder / "00000.tar")
-    for number in range(scenes):
-        image, answer = draw(rng)
-        turns = [{"role": "user", "content": f"<image>\n{QUESTION}"}, {"role": "assistant", "content": " ".join(answer)}]
-        tar.add(f"{number:06d}.0.png", encoded(image, side=side))
-        tar.add(f"{number:06d}.json", json.dumps({"image": "0.png", "messages": turns}).encode())
-    tar.close()
+def _lines(kind: str) -> np.ndarray:
+    """[size, size] of -1 to 1, fading at the edge."""
+    y, x = np.mgrid[:_SIZE, :_SIZE]
+    sign = 1 - 2 * ({"rows": y, "columns": x, "squares": x + y}[kind] % 2)
+    fade = np.minimum(1, 2 * np.sin(np.pi * (np.arange(_SIZE) + 0.5) / _SIZE) ** 2)
+    return sign * np.outer(fade, fade)
+
+
+def _digit(digit: str) -> np.ndarray:
+    """[5, 3] of 0 and 1."""
+    return np.array([float(dot) for dot in _FONT[int(digit)]]).reshape(5, 3)
 
 
 def encoded(image: Image.Image, *, side: int) -> bytes:
@@ -85,87 +82,128 @@ def encoded(image: Image.Image, *, side: int) -> bytes:
     return buffer.getvalue()
 
 
-def prepare(out: Path, *, sides: dict[str, int], scenes: int) -> None:
-    """Both data sets, with one tokenizer."""
-    words = out / "words" / "train" / "text"
-    words.mkdir(parents=True)
-    answers = itertools.product(ROWS, COLUMNS, COLOURS, map(str, range(10)))
-    lines = [f"{QUESTION} {' '.join(answer)}" for answer in answers] * 4
-    (words / "0.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    prepare_tokenizer(out / "words", out=out / "tokenizer.model", vocab_size=310)
-    for kind, side in sides.items():
-        write(out / kind, side=side, scenes=scenes, seed=1)
-        shutil.copyfile(out / "tokenizer.model", out / kind / "tokenizer.model")
-        prepare_index(out / kind)
+def write(data: Path, *, marks: Marks, side: int, scenes: int, tokenizer: Path) -> None:
+    """The scenes as conversations, indexed."""
+    folder = data / "train" / "conversations"
+    folder.mkdir(parents=True)
+    rng, tar = random.Random(1), TarWriter(folder / "00000.tar")
+    for number in range(scenes):
+        image, answer = draw(rng, marks)
+        turns = [{"role": "user", "content": f"<image>\n{QUESTION}"}, {"role": "assistant", "content": answer}]
+        tar.add(f"{number:06d}.0.png", encoded(image, side=side))
+        tar.add(f"{number:06d}.json", json.dumps({"image": "0.png", "messages": turns}).encode())
+    tar.close()
+    shutil.copyfile(tokenizer, data / "tokenizer.model")
+    prepare_index(data)
 
 
-def train(out: Path, kind: str, *, steps: int) -> subprocess.Popen[bytes]:
-    options = {
-        "--run-dir": out / f"run_{kind}",
-        "--data.path": out / kind,
+def start(recipe: str, run_dir: Path, data: Path, *, steps: int, batch: int, options: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """A training run on one thread."""
+    settings = {
+        "--run-dir": run_dir,
+        "--data.path": data,
         "--train.steps": steps,
         "--train.schedule-steps": steps,
-        "--train.global-batch-size": 16,
-        "--model.vision.image-size": 24,
-        "--model.connector.num-tokens": 9,
-        "--model.decoder.num-layers": 2,
-        "--optimizer.peak-lr": 2e-3,
+        "--train.global-batch-size": batch,
         "--eval.interval": 0,
         "--checkpoint.interval": 100_000,
         "--monitor.wandb": "disabled",
         "--monitor.console-interval": 20,
+        **options,
     }
-    words = [str(word) for pair in options.items() for word in pair]
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_mm", "train", "debug_mm1_sft", *words]
+    words = [str(word) for pair in settings.items() for word in pair]
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_mm", "train", recipe, *words]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def finish(runs: Sequence[subprocess.Popen[bytes]], *, timeout: float | None) -> None:
+    try:
+        codes = [run.wait(timeout) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert not any(codes), f"runs ended with exit codes {codes}"
+
+
 @torch.no_grad()
-def share_right(out: Path, kind: str, *, side: int, scenes: int) -> list[float]:
-    """Of row, column, colour and digit in the exported model's answers about unseen scenes."""
+def share_right(export: Path, *, marks: Marks, side: int, scenes: int) -> float:
+    """Of an exported model's answers about unseen scenes."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    export = out / f"export_{kind}"
-    convert_to_hf(out / f"run_{kind}", export)
     processor: Any = AutoProcessor.from_pretrained(export, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(export, trust_remote_code=True).eval()
-    rng, right = random.Random(2), np.zeros(4)
-    for _ in range(scenes):
-        image, answer = draw(rng)
-        shown = Image.open(io.BytesIO(encoded(image, side=side)))
-        inputs = processor(images=shown, text=f"<image>\n{QUESTION}\n", return_tensors="pt")
-        new = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        said = processor.decode(new, skip_special_tokens=True).split()
-        right += [said[place : place + 1] == [word] for place, word in enumerate(answer)]
-    return (right / scenes).tolist()
+    rng, right = random.Random(2), 0
+    for first in range(0, scenes, 25):
+        asked = [draw(rng, marks) for _ in range(min(25, scenes - first))]
+        images = [Image.open(io.BytesIO(encoded(image, side=side))) for image, _ in asked]
+        inputs = processor(images=images, text=[f"<image>\n{QUESTION}\n"] * len(asked), return_tensors="pt")
+        new = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        said = [processor.decode(row, skip_special_tokens=True).strip() for row in new]
+        right += sum(word == answer for word, (_, answer) in zip(said, asked, strict=True))
+    return right / scenes
 
 
-def final_loss(run_dir: Path) -> float:
-    """Mean of the last 20 steps."""
-    losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").open()]
-    last = losses[-20:]
-    return sum(last) / len(last)
+@dataclass(frozen=True)
+class Found:
+    """Shares of right answers."""
+
+    true: float
+    """Fine-tuned on scenes as drawn, and asked about such."""
+    true_asked_low: float
+    """The same model, asked about reduced scenes."""
+    low: float
+    """Fine-tuned on reduced scenes, and asked about such."""
+
+
+def compare(
+    out: Path,
+    *,
+    marks: Marks = "lines",
+    steps: int = 100,
+    scenes: int = 4000,
+    asked: int = 300,
+    pretraining_steps: int = 100,
+    timeout: float | None = None,
+) -> Found:
+    """Pre-train, fine-tune twice, export, and ask.
+
+    Args:
+        timeout: of each round of training, seconds.
+    """
+    prepare_demo(out / "demo", samples=1000)
+    first = start("debug_mm1", out / "pretrained", out / "demo", steps=pretraining_steps, batch=4, options={})
+    for name, side in (("true", SIDE), ("low", LOW)):  # while that runs
+        write(out / name, marks=marks, side=side, scenes=scenes, tokenizer=out / "demo" / "tokenizer.model")
+    finish([first], timeout=timeout)
+    options = {
+        "--init-from": out / "pretrained",
+        "--model.vision.image-size": LOW,
+        "--optimizer.peak-lr": 2e-3,
+        "--train.micro-batch-size": 8,
+    }
+    runs = [start("debug_mm1_sft", out / f"run_{name}", out / name, steps=steps, batch=16, options=options) for name in ("true", "low")]
+    finish(runs, timeout=timeout)
+    for name in ("true", "low"):
+        convert_to_hf(out / f"run_{name}", out / f"export_{name}")
+    pairs = (("true", SIDE), ("true", LOW), ("low", LOW))
+    return Found(*(share_right(out / f"export_{name}", marks=marks, side=side, scenes=asked) for name, side in pairs))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/high_resolution"))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--scenes", type=int, default=12_000, help="of training")
+    parser.add_argument("--marks", choices=list(ANSWERS), default="lines")
+    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning")
+    parser.add_argument("--scenes", type=int, default=4000, help="of training")
     parser.add_argument("--asked", type=int, default=300, help="scenes that the exported models are asked about")
-    parser.add_argument("--reduced", type=int, default=6, help="side of a reduced picture, pixels")
     given = parser.parse_args()
-    sides = dict(zip(KINDS, (SIDE, given.reduced), strict=True))
     shutil.rmtree(given.out, ignore_errors=True)
-    prepare(given.out, sides=sides, scenes=given.scenes)
-    runs = [train(given.out, kind, steps=given.steps) for kind in KINDS]
-    assert [run.wait() for run in runs] == [0, 0], "a run failed"
-    found = {kind: share_right(given.out, kind, side=side, scenes=given.asked) for kind, side in sides.items()}
-    print("answers right                           row  column  colour   digit     loss")
-    for kind, side in sides.items():
-        shares = "".join(f"{100 * share:7.1f}%" for share in found[kind])
-        print(f"{f'pictures of {side} px':35} {shares}  {final_loss(given.out / f'run_{kind}'):7.3f}")
-    print(f"ratio of right digits, true to reduced: {found['true'][-1] / max(found['reduced'][-1], 1e-9):.2f}")
+    found = compare(given.out, marks=given.marks, steps=given.steps, scenes=given.scenes, asked=given.asked)
+    print("fine-tuned on   asked about     right")
+    for trained, side, share in ((SIDE, SIDE, found.true), (SIDE, LOW, found.true_asked_low), (LOW, LOW, found.low)):
+        print(f"{f'{trained} px':15} {f'{side} px':12} {100 * share:7.1f}%")
+    print(f"chance                       {100 / len(ANSWERS[given.marks]):7.1f}%")
+    print(f"ratio of right answers, true to low resolution: {found.true / max(found.low, 1e-9):.2f}")
 
 
 if __name__ == "__main__":

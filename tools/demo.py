@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 CAPTION_PROGRAM = Path(__file__).with_name("caption_with_transformers.py")
+PICTURE_PROGRAM = Path(__file__).with_name("readme_pictures.py")
 
 
 def run(title: str, *command: str | Path) -> None:
@@ -53,14 +54,16 @@ def main() -> None:
     run("Export to Hugging Face format", *program, "convert", "to-hf", checkpoint, model, "--dtype", "float32")
     captions = out / "captions.md"
     run("Caption held-out images with transformers alone", sys.executable, CAPTION_PROGRAM, model, data / "heldout" / "pairs", captions)
+    pictures = out / "pictures"
+    run("Draw its losses and captions, as README.md shows them", sys.executable, PICTURE_PROGRAM, out, pictures)
     print(f"\nAll of it took {time.monotonic() - began:.0f} s.")
     for name, path in (
         ("run directory", run_dir),
-        ("loss curve", run_dir / "loss_curve.png"),
         ("W&B offline run", run_dir / "wandb"),
         ("benchmarks", run_dir / "evaluation"),
         ("exported model", model),
         ("captions", captions),
+        ("pictures", pictures),
     ):
         print(f"  {name:16} {path}")
 

@@ -33,6 +33,13 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument(
         "--form", metavar="TEXT", help="of prompts, instead of the tasks' own, such as '{image}Describe:' (docs/evaluation.md)"
     )
+    parser.add_argument(
+        "--text-demonstrations",
+        type=integer,
+        default=0,
+        metavar="N",
+        help="demonstrations without images for --shots 0, as Flamingo's zero-shot has two (default: 0)",
+    )
     parser.add_argument("--recipe", metavar="RECIPE", help="of an exported model")
     parser.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="draw the results of several runs, instead of evaluating")
 
@@ -61,8 +68,13 @@ def _run(given: argparse.Namespace) -> None:
         return
     if given.target is None or not given.tasks:
         raise ValueError("nothing to evaluate: give RUN_OR_EXPORT and --tasks, or --compare RUN RUN ...: see megatron-mm evaluate --help")
-    if min(given.shots) < 0 or given.batch_size < 1 or given.beams < 1 or (given.limit is not None and given.limit < 1):
-        raise ValueError("--shots must be 0 or more, --batch-size, --beams and --limit 1 or more")
+    if (
+        min(*given.shots, given.text_demonstrations, 0) < 0
+        or given.batch_size < 1
+        or given.beams < 1
+        or (given.limit is not None and given.limit < 1)
+    ):
+        raise ValueError("--shots and --text-demonstrations must be 0 or more, --batch-size, --beams and --limit 1 or more")
     from megatron_mm.evaluation.tasks.registry import tasks_of
 
     tasks = tasks_of([name for name in given.tasks.split(",") if name])
@@ -71,7 +83,13 @@ def _run(given: argparse.Namespace) -> None:
 
     target = open_target(given.target, given.experiment if given.recipe is not None else None, out=given.out)
     options = Options(
-        seed=given.seed, limit=given.limit, batch_size=given.batch_size, beams=given.beams, form=given.form, method=given.method
+        seed=given.seed,
+        limit=given.limit,
+        batch_size=given.batch_size,
+        beams=given.beams,
+        form=given.form,
+        method=given.method,
+        text_demonstrations=given.text_demonstrations,
     )
     results = evaluate_tasks(
         given.experiment,
@@ -83,7 +101,7 @@ def _run(given: argparse.Namespace) -> None:
         options=options,
     )
     if int(os.environ.get("RANK", "0")) == 0:
-        for line in report(results, given.experiment, target):
+        for line in report(results, given.experiment, target, out=given.out):
             print(line)
 
 

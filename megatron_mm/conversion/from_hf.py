@@ -90,6 +90,7 @@ def convert_from_hf(
     language: Path | None = None,
     vision: Path | None = None,
     threads: int = 4,
+    resize_positions: bool = True,
 ) -> Import:
     """Write RUN_DIR/checkpoints/step_00000000 with weights of Hugging Face checkpoints.
 
@@ -98,6 +99,8 @@ def convert_from_hf(
         whole: an exported model of the same family.
         language, vision: checkpoints of the decoder and the image tower alone.
         threads: that read and write at once.
+        resize_positions: interpolate learned positions of another image size; without it they are an error, since the recipe is of
+            another model.
 
     Raises ValueError, before anything is written, where a source is damaged or is not what the model needs.
     """
@@ -109,7 +112,7 @@ def convert_from_hf(
         raise ValueError(f"{run_dir} has checkpoints already: give another directory")
     length = experiment.data.sequence_length
     sources = [open_source(path, part, experiment.model, sequence_length=length) for part, path in paths.items()]
-    tensors = _plan(model_targets(experiment), sources)
+    tensors = _plan(model_targets(experiment), sources, resize_positions=resize_positions)
     tokenizer = _find_tokenizer(experiment, sources)
     lanes = _lanes(tensors, seed=experiment.train.seed)
     fingerprint = {
@@ -131,7 +134,7 @@ def convert_from_hf(
     return _summary(folder / CHECKPOINT, tensors)
 
 
-def _plan(targets: dict[str, Target], sources: list[Source]) -> list[_Tensor]:
+def _plan(targets: dict[str, Target], sources: list[Source], *, resize_positions: bool) -> list[_Tensor]:
     """Where each tensor comes from. Raises one ValueError for all that does not fit."""
     found: dict[tuple[str, int | None], tuple[Entry | None, Source | None]] = {}
     problems: list[str] = []
@@ -148,7 +151,12 @@ def _plan(targets: dict[str, Target], sources: list[Source]) -> list[_Tensor]:
             entry, source = found.get((target.name, row), (None, None))
             tensors.append(_Tensor(target, row, entry, source))
     _warn_of_rounding(tensors)
-    _tell_of_interpolation(tensors)
+    for line in _interpolations(tensors):
+        if not resize_positions:
+            raise ValueError(
+                f"the weights are of a model of another image size than the recipe's ({line}): name the recipe that they were made with"
+            )
+        logger.info("%s", line)
     return tensors
 
 
@@ -218,13 +226,13 @@ def _warn_of_rounding(tensors: list[_Tensor]) -> None:
                 )
 
 
-def _tell_of_interpolation(tensors: list[_Tensor]) -> None:
-    """Positions of another image size."""
+def _interpolations(tensors: list[_Tensor]) -> Iterable[str]:
+    """A line for each tensor of positions of another image size."""
     for tensor in tensors:
         if isinstance(tensor.entry, Positions) and tensor.source is not None:
             rows = tensor.source.reader.names()[tensor.entry.theirs].shape[tensor.entry.axes]
             if rows != tensor.entry.num_rows:
-                logger.info("%s", tensor.entry.describe(rows))
+                yield tensor.entry.describe(rows)
 
 
 def _find_tokenizer(experiment: Experiment, sources: list[Source]) -> Path | None:

@@ -77,6 +77,11 @@ class ImageInput:
         return len(self.before) if self.learn_before else 0
 
     @property
+    def squares(self) -> str:
+        """What the squares are called that an image becomes: images, tiles or sub-images."""
+        return "sub-images" if self.sub_images is not None else "images" if self.is_one_square else "tiles"
+
+    @property
     def is_one_square(self) -> bool:
         """Every image is one square, its only tile."""
         return self.tiling is None and self.sub_images is None

@@ -2,7 +2,10 @@
 
 A panel for each number of demonstrations, and one for TextCore, and in each a bar a run: the mean over the tasks that all runs have at
 that number, captions by CIDEr-D and questions by accuracy, as the paper averages them. A run is labelled with what it has unlike
-the other runs: connector, image tokens, resolution, mixture.
+the other runs: connector, image tokens, resolution, mixture, and its step where runs were evaluated after different numbers of steps.
+
+Only like is compared with like: results of a part of a task (`--limit`) never count, and tasks that the runs were asked in different ways
+(seed, prompts, method, beams, number of items) are refused.
 """
 
 from __future__ import annotations
@@ -34,17 +37,26 @@ class RunResults:
     config: dict[str, Any]
     results: list[Result]
 
+    @property
+    def step(self) -> int:
+        return int(self.results[0].setting["model"]["step"])
+
     def of(self, shots: int) -> dict[str, float]:
         """Scores of tasks that are no part of TextCore."""
         return {result.task: result.score for result in self.results if result.shots == shots and result.task not in TEXTCORE}
 
 
 def read_run(run_dir: Path) -> RunResults:
-    """The results of a run. Raises ValueError where it has none."""
+    """The results of a run. Raises ValueError where it has none of whole tasks."""
     folder = run_dir / "evaluation"
-    found = [result for result in read_results(folder) if result.setting["limit"] is None] if folder.is_dir() else []
+    every = read_results(folder) if folder.is_dir() else []
+    found = [result for result in every if result.setting["limit"] is None]
     if not found:
-        raise ValueError(f"{run_dir} has no results of whole tasks in {folder}: run `megatron-mm evaluate {run_dir} --tasks ...` first")
+        limits = ", ".join(sorted({f"--limit {result.setting['limit']}" for result in every}))
+        only = f" ({len(every)} results are of {limits}, which are not compared)" if every else ""
+        raise ValueError(
+            f"{run_dir} has no results of whole tasks in {folder}{only}: run `megatron-mm evaluate {run_dir} --tasks ...` first"
+        )
     newest = max(result.setting["model"]["step"] for result in found)
     config = run_dir / "config.json"
     if not config.is_file():
@@ -57,7 +69,10 @@ def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
     if len(run_dirs) < 2:
         raise ValueError("--compare needs two runs or more")
     runs = [read_run(run_dir) for run_dir in run_dirs]
+    check_asked_alike(runs)
     labels = labels_of([run.config for run in runs], [run.run_dir.name for run in runs])
+    if len({run.step for run in runs}) > 1:
+        labels = [f"{label}, step {run.step}" for label, run in zip(labels, runs, strict=True)]
     panels = panels_of(runs)
     if not panels:
         raise ValueError("the runs have no task and number of shots in common: evaluate all of them alike")
@@ -70,6 +85,29 @@ def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
     for number, label in enumerate(labels):
         yield f"{label:{width}}" + "".join(f"{values[number]:28.1f}" for values in panels.values())
     yield f"{out}, {out.with_suffix('.json')}"
+
+
+def check_asked_alike(runs: Sequence[RunResults]) -> None:
+    """Raise ValueError where runs were asked a task that they have in common in different ways."""
+    asked = [{(result.task, result.shots): _how_asked(result) for result in run.results} for run in runs]
+    first = runs[0]
+    for task, shots in sorted(set.intersection(*map(set, asked))):
+        for run, ways in zip(runs[1:], asked[1:], strict=True):
+            here, there = asked[0][task, shots], ways[task, shots]
+            unlike = [
+                f"{name} is {here[name]!r} in {first.run_dir} and {there[name]!r} in {run.run_dir}"
+                for name in here
+                if here[name] != there[name]
+            ]
+            if unlike:
+                what = f"{task} with {shots} shots was not evaluated alike: {'; '.join(unlike)}"
+                raise ValueError(f"{what}: evaluate both runs with the same options and files")
+
+
+def _how_asked(result: Result) -> dict[str, Any]:
+    """What two results of a task must share to be compared."""
+    settings = {name: result.setting.get(name) for name in ("seed", "method", "beams", "wording", "text_demonstrations")}
+    return {**settings, "number of items": result.num_items + result.bad_items}
 
 
 def panels_of(runs: Sequence[RunResults]) -> dict[str, list[float]]:

@@ -40,7 +40,7 @@ class Generator:
             rows = _numbered(parts)
             done = [False] * len(prompts)
             for number in range(max_new_tokens):
-                reads = self.passes.run(parts, [Wanted([1] * len(part.tokens)) for part in parts])
+                reads = self.passes.run(parts, [Wanted([1] * len(part.tokens)) for part in parts], with_log_probs=False)
                 for part, part_rows, read in zip(parts, rows, reads, strict=True):
                     tokens = read.ids[:, 0].tolist()
                     part.extend([[token] for token in tokens])

@@ -11,6 +11,7 @@ import torch
 from megatron_mm.config import Experiment
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.sources.index import open_split
+from megatron_mm.data.sources.source import Source
 from megatron_mm.data.text.chat import chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.captions import CaptionSample, caption_tasks
@@ -71,10 +72,23 @@ class HeldOut:
         by_source = {f"{SPLIT}/loss/{name}": loss for name, loss in total.by_source(self.sources).items()}
         return {f"{SPLIT}/loss": total.mean, **by_source}
 
+    def why_no_captions(self) -> str:
+        """Why `captions` would be none; empty where there will be some."""
+        if not self.experiment.eval.samples:
+            return "--eval.samples is 0"
+        pairs = self._pairs()
+        if pairs is None:
+            return f"none of the sources {', '.join(self.sources)} in {self.experiment.data.path / SPLIT} is of kind pairs"
+        return "" if len(pairs) else f"the source {pairs.name} in {self.experiment.data.path / SPLIT} is empty"
+
+    def _pairs(self) -> Source | None:
+        """The first held-out source of image-text pairs."""
+        indexes = open_split(self.experiment.data.path, SPLIT, sources=self.sources, check=False) if self.present else []
+        return next((index for index in indexes if index.kind == "pairs"), None)
+
     def captions(self, model: list[torch.nn.Module]) -> list[CaptionSample]:
         """Generated captions of the first `eval.samples` held-out pairs; none where there are no pairs."""
-        indexes = open_split(self.experiment.data.path, SPLIT, sources=self.sources, check=False) if self.present else []
-        pairs = next((index for index in indexes if index.kind == "pairs"), None)
+        pairs = self._pairs()
         if pairs is None:
             return []
         config = self.experiment.eval

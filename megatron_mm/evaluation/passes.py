@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -23,7 +24,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch, documents_of_images
-from megatron_mm.data.plan.plan import image_owners
+from megatron_mm.data.plan.plan import tile_owners
 from megatron_mm.families.registry import family_of, pipeline_rows
 from megatron_mm.models.cache import CacheStep, KeyValueCache
 from megatron_mm.parallel.pipeline import PlannedMessages
@@ -40,7 +41,8 @@ class Prompt:
     image_starts: list[int]
     """Place of the first token of each image's features in ids."""
     pixels: torch.Tensor | None
-    """[images, 3, H, W] uint8; None where this process is on a later pipeline stage and nobody has read them."""
+    """[images, 3, H, W] uint8, of which this process looks at those that it encodes alone (`Passes.shares`); None where it is on a later
+    pipeline stage and nobody has read them."""
 
 
 class Part:
@@ -119,14 +121,28 @@ class Passes:
         self.chunks = chunks
         self.topology = topology
         self.pad_id = pad_id
+        self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.cached = cache and family_of(experiment.model).generates_with_cache
 
     def parts(self, prompts: list[Prompt], *, new_tokens: int) -> list[Part]:
         """Deal prompts into parts, each a run of neighbours; a cache holds the longest of them and new_tokens more."""
+        return [
+            Part(share, capacity=max(len(p.ids) for p in share) + new_tokens if self.cached else None) for share in self._dealt(prompts)
+        ]
+
+    def _dealt(self, prompts: list[Prompt]) -> list[list[Prompt]]:
         count = max(1, min(self.topology.pipeline_size, len(prompts)))
         bounds = [len(prompts) * number // count for number in range(count + 1)]
-        shares = [prompts[begin:end] for begin, end in itertools.pairwise(bounds)]
-        return [Part(share, capacity=max(len(p.ids) for p in share) + new_tokens if self.cached else None) for share in shares]
+        return [prompts[begin:end] for begin, end in itertools.pairwise(bounds)]
+
+    def shares(self, prompts: list[Prompt]) -> list[range]:
+        """Which images of each prompt this process encodes, and so has to decode, when these prompts make a call together."""
+        parts = self._dealt(prompts) if prompts else []
+        return [
+            share
+            for part in parts
+            for share in own_images([len(p.image_starts) for p in part], rank=self.topology.tensor_rank, size=self.topology.tensor_size)
+        ]
 
     def agree(self, number: int) -> int:
         """The largest of the numbers of all processes that make passes together."""
@@ -136,11 +152,12 @@ class Passes:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return int(shared)
 
-    def run(self, parts: list[Part], wanted: list[Wanted], *, top: int = 1) -> list[Read]:
+    def run(self, parts: list[Part], wanted: list[Wanted], *, top: int = 1, with_log_probs: bool = True) -> list[Read]:
         """One pass over all that is new in each part; what was wanted of each.
 
         Args:
             top: how many of the likeliest tokens are read at each place.
+            with_log_probs: without them logits stand in their places, which greedy search does not look at.
         """
         work = [self._work(part, wish) for part, wish in zip(parts, wanted, strict=True)]
         # The interleaved schedule wants a multiple of the stages: more of the same, which writes the same into the cache.
@@ -153,7 +170,9 @@ class Passes:
             one = next(works)
             options = {} if one.step is None else {"cache": one.step}
             logits_1rv = chunk(one.batch, pipeline_rows=one.rows, with_loss=False, **options)
-            return logits_1rv, lambda logits, non_loss_data=True: _read(logits[0].index_select(0, one.places), one.targets, top=top)
+            return logits_1rv, lambda logits, non_loss_data=True: _read(
+                logits[0].index_select(0, one.places), one.targets, top=top, with_log_probs=with_log_probs
+            )
 
         found = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -165,7 +184,7 @@ class Passes:
             forward_only=True,
             collect_non_loss_data=True,
             p2p_communicator=PlannedMessages(get_model_config(self.chunks[0]), rows=rows),
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            pg_collection=self.groups,
         )
         for part, one in zip(parts, work, strict=True):
             if part.cache is not None and one.step is not None:
@@ -202,7 +221,7 @@ class Passes:
             starts += [offset + start for start in prompt.image_starts]
             offset += len(tokens)
         image_starts = torch.tensor(starts, dtype=torch.int64)
-        owners = torch.from_numpy(image_owners(len(starts), self.topology.tensor_size))
+        owners = torch.from_numpy(tile_owners(len(starts), self.topology.tensor_size))
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
         positions = [torch.arange(length) + first for length, first in zip(lengths, [*known, 0], strict=False)]
         return PackedBatch(
@@ -241,21 +260,51 @@ class Passes:
         return [Read(table[:, :top].long(), table[:, top : 2 * top], table[:, 2 * top :]) for table in tables]
 
 
-def _read(logits_rv: torch.Tensor, targets_rq: torch.Tensor, *, top: int) -> torch.Tensor:
-    """[r, k ids + k log-probabilities + q log-probabilities] float64, the same on every process of the tensor-parallel group."""
+def own_images(counts: Sequence[int], *, rank: int, size: int) -> list[range]:
+    """Which images of each sequence of a part a process of a tensor-parallel group encodes.
+
+    Worked example: sequences of 1, 3 and 1 images, two processes: rank 0 has the first three, 0 of sequence 0, 0 and 1 of sequence 1.
+
+    Args:
+        counts: images of each sequence.
+    """
+    owners = tile_owners(sum(counts), size)
+    first, end = (int(bound) for bound in np.searchsorted(owners, (rank, rank + 1)))
+    begins = np.cumsum([0, *counts])[:-1].tolist()
+    return [range(min(max(first - begin, 0), count), min(max(end - begin, 0), count)) for begin, count in zip(begins, counts, strict=True)]
+
+
+def _read(logits_rv: torch.Tensor, targets_rq: torch.Tensor, *, top: int, with_log_probs: bool) -> torch.Tensor:
+    """[r, k ids + k log-probabilities + q log-probabilities] float64, the same on every process of the tensor-parallel group.
+
+    Args:
+        with_log_probs: else the likeliest tokens alone are known, and their logits stand in the place of log-probabilities.
+    """
     group = parallel_state.get_tensor_model_parallel_group()
     logits, first = logits_rv.double(), group.rank() * logits_rv.shape[-1]
     best, ids = logits.max(dim=-1, keepdim=True) if top == 1 else logits.topk(min(top, logits.shape[-1]), dim=-1)
-    own = targets_rq - first
-    here = (own >= 0) & (own < logits.shape[-1])
-    asked = logits.gather(1, own.clamp(0, logits.shape[-1] - 1)).masked_fill(~here, -torch.inf)
-    table = torch.cat([best, (ids + first).double(), logits.logsumexp(dim=-1, keepdim=True), asked], dim=-1)
-    tables = [torch.empty_like(table) for _ in range(group.size())]
-    dist.all_gather(tables, table, group=group)
+    columns = [best, (ids + first).double()]
+    if with_log_probs:
+        own = targets_rq - first
+        here = (own >= 0) & (own < logits.shape[-1])
+        asked = logits.gather(1, own.clamp(0, logits.shape[-1] - 1)).masked_fill(~here, -torch.inf)
+        columns += [logits.logsumexp(dim=-1, keepdim=True), asked]
+    tables = _from_all(torch.cat(columns, dim=-1), group)
     k = best.shape[-1]
-    everywhere = torch.stack(tables)
     values, order = torch.cat([one[:, :k] for one in tables], dim=-1).sort(dim=-1, descending=True, stable=True)
     named = torch.cat([one[:, k : 2 * k] for one in tables], dim=-1).gather(1, order)
+    if not with_log_probs:
+        return torch.cat([named[:, :top], values[:, :top]], dim=-1)
+    everywhere = torch.stack(tables)
     norm_r1 = everywhere[..., 2 * k : 2 * k + 1].logsumexp(dim=0)
     wanted = everywhere[..., 2 * k + 1 :].max(dim=0).values
     return torch.cat([named[:, :top], values[:, :top] - norm_r1, wanted - norm_r1], dim=-1)
+
+
+def _from_all(table: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """The tables of all processes of a group, in order."""
+    if group.size() == 1:
+        return [table]
+    tables = [torch.empty_like(table) for _ in range(group.size())]
+    dist.all_gather(tables, table, group=group)
+    return tables

@@ -12,17 +12,22 @@ Without one (pre-trained models) a prompt is a document like those of interleave
     choice          {image}{context} Question: {question} A. ... B. ...  Answer:      letter
     text            {question}                                                answer
 
-A demonstration ends with a line break and the next one follows. InfiMM writes each image `<|endofchunk|><image>`, so that its
-demonstrations end as in its training, and each looks at its own image alone. The words are ours, in the style of Flamingo and BLIP-2: the
-words that the papers used were not at hand. A form of one's own: `--form "{image}Describe: "`.
+A demonstration ends with a line break and the next one follows. The words are ours, in the style of Flamingo and BLIP-2: the words that the
+papers used were not at hand. A form of one's own: `--form "{image}Describe: "`.
+
+InfiMM, a Flamingo, is asked as OpenFlamingo asks (`Family.prompt_forms`): `{image}Output:caption` and `{image}Question:{question} Short
+answer:answer`. It writes each image `<|endofchunk|><image>`, so that its demonstrations end as in its training, and each looks at its own
+image alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
+import torch
 
 from megatron_mm.data.image_formats import open_image
 from megatron_mm.data.image_input import ImageInput
@@ -60,18 +65,27 @@ class Wording:
     form: str
     """With {image}, {question}, {context}, {choices}; unused under a chat template."""
     separator: str
+    """Between a demonstration and one that begins with an image; a line break where none does."""
     template: ChatTemplate | None
     task: str
     """In `data.text.conversations.TASKS`."""
+    space: str = " "
+    """Before an answer."""
 
     @classmethod
-    def of(cls, task: Task, template: ChatTemplate | None, *, form: str | None = None) -> Wording:
+    def of(
+        cls, task: Task, template: ChatTemplate | None, *, form: str | None = None, family_forms: Mapping[str, str] = MappingProxyType({})
+    ) -> Wording:
         """
         Args:
             form: instead of the task's. Raises ValueError where it has braces of other names.
+            family_forms: `Family.prompt_forms`.
         """
         name = task.form or task.kind
-        wording = cls(FORMS[name] if form is None else form, _SEPARATORS.get(name, "\n"), template, task.prompt)
+        if form is None and name in family_forms:
+            wording = cls(family_forms[name], "", template, task.prompt, space="")
+        else:
+            wording = cls(FORMS[name] if form is None else form, _SEPARATORS.get(name, "\n"), template, task.prompt)
         try:
             wording._parts(Example("", (), "q", ("a",)), images=0)
         except (KeyError, IndexError, ValueError) as error:
@@ -89,15 +103,15 @@ class Wording:
             for part in self._parts(example, images=len(example.images)):
                 _append(items, part)
             if number < len(examples) - 1:
-                _append(items, f"{'' if isinstance(items[-1], ImageReference) else ' '}{example.answer}", continues=True)
-                _append(items, self.separator, continues=True)
+                _append(items, f"{'' if isinstance(items[-1], ImageReference) else self.space}{example.answer}", continues=True)
+                _append(items, self.separator if examples[number + 1].images else self.separator or "\n", continues=True)
         return items
 
     def answer_text(self, answer: str, example: Example, *, after_text: bool) -> str:
         """A choice as it follows a prompt: with the space that the template, or a form that ends in text, has before it."""
         if self.template is not None and example.images:
             return f"{self.template.prompt_end[1]}{answer}"
-        return f" {answer}" if after_text else answer
+        return f"{self.space}{answer}" if after_text else answer
 
     def _turn(self, example: Example) -> Turn:
         fields: dict[str, object] = {"task": self.task, "images": ["image"] * len(example.images), "question": example.question}
@@ -140,6 +154,14 @@ def before_last_answer(items: list[Item]) -> list[Item]:
     return kept
 
 
+@dataclass(frozen=True)
+class Written:
+    """A prompt whose images have not been decoded."""
+
+    prompt: Prompt
+    images: list[EncodedTiles]
+
+
 class PromptBuilder:
     """Makes prompts of examples, for one model."""
 
@@ -158,7 +180,15 @@ class PromptBuilder:
         self._decoder.close()
 
     def build(self, wording: Wording, examples: Sequence[Example]) -> Prompt:
-        """The prompt of demonstrations and, last, a question. Raises BadImage."""
+        """The prompt of demonstrations and, last, a question, with the pixels of all of its images. Raises BadImage."""
+        written = self.write(wording, examples)
+        prompt, ok = self.with_images(written, range(len(written.prompt.image_starts)))
+        if not ok:
+            raise BadImage("an image cannot be decoded")
+        return prompt
+
+    def write(self, wording: Wording, examples: Sequence[Example]) -> Written:
+        """The same without pixels: of images the headers are read. Raises BadImage."""
         items = wording.items(examples)
         encoded = [self._header(source) for example in examples for source in example.images]
         written, left = iter(encode_items(items, self.tokenizer)), iter(encoded)
@@ -171,12 +201,24 @@ class PromptBuilder:
                 ids += self.image.ids(self.tokenizer.special_id, tiles=tiles)
             else:
                 ids += next(written)
+        return Written(Prompt(ids, starts, None), encoded)
+
+    def with_images(self, written: Written, wanted: range) -> tuple[Prompt, bool]:
+        """A prompt with the pixels of some of its squares, and whether they could be decoded; others are left as they are, since another
+        process encodes them."""
+        prompt = written.prompt
         if not self.with_pixels:
-            return Prompt(ids, starts, None)
-        decoded = self._decoder.decode(encoded)
-        if not decoded.ok.all():
-            raise BadImage("an image cannot be decoded")
-        return Prompt(ids, starts, decoded.pixels)
+            return prompt, True
+        size = self.image.size
+        pixels = torch.empty(len(prompt.image_starts), 3, size, size, dtype=torch.uint8)
+        begin, cut = 0, []
+        for image in written.images:
+            tiles = range(max(0, min(wanted.start - begin, len(image.tiles))), max(0, min(wanted.stop - begin, len(image.tiles))))
+            cut += [replace(image, tiles=tiles, count=len(image.tiles))] if tiles else []
+            begin += len(image.tiles)
+        decoded = self._decoder.decode(cut)
+        pixels[wanted.start : wanted.stop] = decoded.pixels
+        return replace(prompt, pixels=pixels), bool(decoded.ok.all())
 
     def _header(self, source: ImageSource) -> EncodedTiles:
         try:

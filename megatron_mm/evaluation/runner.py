@@ -17,7 +17,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -27,7 +27,7 @@ from megatron.core import parallel_state
 
 from megatron_mm.evaluation.generation import Generator, Prompt
 from megatron_mm.evaluation.metrics.choices import letter_of
-from megatron_mm.evaluation.prompts import BadImage, PromptBuilder, Wording, cut_answer
+from megatron_mm.evaluation.prompts import BadImage, PromptBuilder, Wording, Written, cut_answer
 from megatron_mm.evaluation.results import Result
 from megatron_mm.evaluation.tasks.base import LETTERS, Answered, Example, Task
 from megatron_mm.parallel.topology import Topology
@@ -53,6 +53,8 @@ class Options:
     """Of prompts, instead of the task's (`evaluation.prompts`)."""
     method: Literal["generate", "rank"] | None = None
     """Instead of the task's."""
+    text_demonstrations: int = 0
+    """Demonstrations without their images where there are none with them: Flamingo's and OpenFlamingo's zero-shot have two."""
 
 
 class TaskRunner:
@@ -73,7 +75,8 @@ class TaskRunner:
             model: what is evaluated, for the record: its name, checkpoint and step.
         """
         examples = _drawn(task.examples(data), self.options.limit, seed=self.options.seed)
-        pool = task.training_examples(data) if shots else []
+        blind = 0 if shots else self.options.text_demonstrations
+        pool = task.training_examples(data) if shots or blind else []
         if len(pool) < shots:
             raise ValueError(f"task {task.name} has {len(pool)} training examples, too few for --shots {shots}")
         method = self.options.method or task.method
@@ -86,12 +89,13 @@ class TaskRunner:
             "method": method,
             "beams": self.options.beams,
             "wording": wording.form if wording.template is None else f"chat template, task {wording.task}",
+            **({"text_demonstrations": blind} if blind else {}),
         }
         began = time.monotonic()
         items = _Items(self.out, setting, self.topology)
         left = [example for example in examples if example.key not in items.done]
         mine = left[self.topology.data_rank :: self.topology.data_size]
-        job = _Job(task, wording, method, shots, pool)
+        job = _Job(task, wording, method, shots or blind, pool, blind=blind > 0)
         self._answer(job, mine, rounds=-(-len(left) // (self.topology.data_size * self.options.batch_size)), items=items)
         answers = items.gather()
         result = self._result(task, examples, answers, setting, job, seconds=time.monotonic() - began)
@@ -106,9 +110,8 @@ class TaskRunner:
             batch = mine[number * size : (number + 1) * size]
             shown = [job.demonstrations(example, seed=self.options.seed) for example in batch]
             prompts, good = self._prompts(job, batch, shown)
-            asked = [(batch[place], shown[place]) for place in good]
-            answers = self._ask(job, asked, [prompts[place] for place in good])
-            said = dict(zip(good, answers, strict=True))
+            answers = self._ask(job, [(batch[place], shown[place]) for place in prompts], list(prompts.values()))
+            said = {place: answer for place, answer in zip(prompts, answers, strict=True) if place in good}
             for place, example in enumerate(batch):
                 keys = [one.key for one in shown[place]]
                 items.write({"key": example.key, "answer": said.get(place), "demonstrations": keys})
@@ -125,17 +128,33 @@ class TaskRunner:
         return now
 
     def _prompts(self, job: _Job, batch: list[Example], shown: list[list[Example]]) -> tuple[dict[int, Prompt], list[int]]:
-        """Prompts of a batch, and the places of those that all processes of the model could make."""
-        made: dict[int, Prompt] = {}
+        """Prompts of a batch, and the places of those whose images can be read. Each image is decoded by the one process of a
+        tensor-parallel group that encodes it; whether that failed, all processes of the model learn."""
+        written: dict[int, Written] = {}
         for place, example in enumerate(batch):
             try:
-                made[place] = self.builder.build(job.wording, [*shown[place], example])
+                written[place] = self.builder.write(job.wording, [*shown[place], example])
             except BadImage as error:
-                logger.warning("%s, item %s is left out: %s", job.task.name, example.key, error)
-        bad = torch.tensor([float(place not in made) for place in range(len(batch))], device=self.topology.device)
-        if len(batch):
+                self._tell_left_out(job, example, error)
+        known = self._good_everywhere([place in written for place in range(len(batch))])
+        made, decoded = {}, [True] * len(batch)
+        for place, share in zip(known, self.generator.passes.shares([written[place].prompt for place in known]), strict=True):
+            made[place], decoded[place] = self.builder.with_images(written[place], share)
+            if not decoded[place]:
+                self._tell_left_out(job, batch[place], "an image cannot be decoded")
+        whole = self._good_everywhere(decoded)
+        # Those that failed are asked with what was decoded, so that every process has the prompts that the shares were made for.
+        return made, [place for place in known if place in whole]
+
+    def _tell_left_out(self, job: _Job, example: Example, why: object) -> None:
+        logger.warning("%s, item %s is left out: %s", job.task.name, example.key, why)
+
+    def _good_everywhere(self, good: list[bool]) -> list[int]:
+        """The places that are good on all processes of the model."""
+        bad = torch.tensor([float(not one) for one in good], device=self.topology.device)
+        if len(good):
             dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
-        return made, [place for place, one in enumerate(bad.tolist()) if not one]
+        return [place for place, one in enumerate(bad.tolist()) if not one]
 
     def _ask(self, job: _Job, asked: list[tuple[Example, list[Example]]], prompts: list[Prompt]) -> list[str]:
         """The model's answers. A rank without an item answers an empty prompt where experts are spread over ranks."""
@@ -190,6 +209,8 @@ class _Job:
     method: str
     shots: int
     pool: list[Example]
+    blind: bool = False
+    """Demonstrations are shown without their images."""
 
     @property
     def by_length(self) -> bool:
@@ -201,7 +222,8 @@ class _Job:
         if not self.shots:
             return []
         drawn = random.Random(f"{seed}/{self.task.name}/{example.key}").sample(range(len(self.pool)), min(self.shots + 1, len(self.pool)))
-        return [self.pool[row] for row in drawn if self.pool[row].key != example.key or self.task.kind == "text"][: self.shots]
+        shown = [self.pool[row] for row in drawn if self.pool[row].key != example.key or self.task.kind == "text"][: self.shots]
+        return [replace(one, images=()) for one in shown] if self.blind else shown
 
     def choices(self, example: Example) -> list[str]:
         if self.task.kind == "yes_no":

@@ -58,6 +58,9 @@ class Family(ABC, Generic[Config]):
     generates_with_cache: ClassVar[bool] = False
     """Chunks take `cache` in `forward` (`models.cache.CacheStep`) and then compute new tokens alone. Without it generation computes all
     tokens of a sequence for each new one."""
+    prompt_forms: ClassVar[Mapping[str, str]] = {}
+    """Forms of few-shot prompts by kind of task, for models without a chat template, instead of those of `evaluation.prompts`. An answer
+    follows its form without a space, and the next demonstration's image ends it."""
     adapts: ClassVar[tuple[str, ...]] = ()
     """Fields of the model in which a run may differ from the weights that it begins with (`--init-from`): those that change how images
     are shown. Learned positions of another image size are interpolated (`training.checkpoint.positions`)."""

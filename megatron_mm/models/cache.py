@@ -9,7 +9,7 @@ of 3 and 2 tokens (capitals are cached, small letters are new, `_` fills the row
     step 3   h i                h attends to A B C F h ...
 
 Rotary positions are looked up by token. Attention within whole prompts is that of training, document by document; later steps attend to
-the cache, [sequences, heads, capacity, width], under a mask of what each sequence has. Each process caches the layers that it has and of
+the cache, [sequences, capacity, heads, width], under a mask of what each sequence has. Each process caches the layers that it has and of
 these its heads. What gated blocks need of a sequence's last image is cached likewise (`KeyValueCache.keep`).
 
 megatron-core's own contexts do not fit: the static one (0.16 and 0.19) has one length for all sequences of a batch and takes no packed
@@ -61,9 +61,9 @@ class KeyValueCache:
         return self._kept[layer, name]
 
     def keys_values(self, layer: int, key_tgd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [b, g, c, d] of a layer; zeros at first, of the type of key_tgd."""
+        """Keys and values [b, c, g, d] of a layer; zeros at first, of the type of key_tgd."""
         if (layer, "key") not in self._kept:
-            shape = (self.num_sequences, key_tgd.shape[1], self.capacity, key_tgd.shape[2])
+            shape = (self.num_sequences, self.capacity, *key_tgd.shape[1:])
             for name in ("key", "value"):
                 self.keep(layer, name, key_tgd.new_zeros(shape))
         return self.kept(layer, "key"), self.kept(layer, "value")
@@ -103,6 +103,8 @@ class CacheStep:
     """[reads]: places in the row whose logits are wanted."""
     mask: torch.Tensor | None
     """[b, 1, new, keys] bool: what each new token attends to in the cache; None where whole prompts are computed."""
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    """[t, 1, 1, d] each: cosines and sines of the tokens' rotary angles, for all layers."""
 
     @classmethod
     def plan(cls, cache: KeyValueCache, counts: list[int], *, row: int, read: list[int], device: torch.device) -> CacheStep:
@@ -131,6 +133,12 @@ class CacheStep:
             mask=mask,
         )
 
+    _additive: torch.Tensor | None = None
+
+    def rotate_by(self, angles_t11d: torch.Tensor, *, dtype: torch.dtype) -> None:
+        """Keep what layers rotate queries and keys by."""
+        self.rotary = (angles_t11d.cos().to(dtype), angles_t11d.sin().to(dtype))
+
     def attend(self, layer: int, query_tnd: torch.Tensor, key_tgd: torch.Tensor, value_tgd: torch.Tensor, *, scale: float) -> torch.Tensor:
         """Put keys and values into the cache, and attend to it.
 
@@ -141,13 +149,13 @@ class CacheStep:
             [t, n * d], zeros for what fills the row.
         """
         real = len(self.sequences)
-        keys_bgcd, values_bgcd = self.cache.keys_values(layer, key_tgd)
-        places = self.positions[:real]
-        keys_bgcd[self.sequences, :, places] = key_tgd[:real]
-        values_bgcd[self.sequences, :, places] = value_tgd[:real]
+        keys_bcgd, values_bcgd = self.cache.keys_values(layer, key_tgd)
+        places = (self.sequences, self.positions[:real])
+        keys_bcgd.index_put_(places, key_tgd[:real])
+        values_bcgd.index_put_(places, value_tgd[:real])
         grouped = query_tnd.shape[1] != key_tgd.shape[1]
-        out_tnd = torch.zeros_like(query_tnd)
         if self.mask is None:
+            out_tnd = torch.zeros_like(query_tnd)
             first = 0
             for count in self.counts:
                 own = slice(first, first + count)
@@ -155,19 +163,28 @@ class CacheStep:
                 attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
                 out_tnd[own] = attended[0].transpose(0, 1)
                 first += count
+            return out_tnd.flatten(1)
+        one_each = real == len(query_tnd) == len(self.counts) and self.mask.shape[2] == 1
+        if one_each:  # the row is a batch of single tokens as it is
+            query_bmnd = query_tnd[:, None]
         else:
             query_bmnd = query_tnd.new_zeros(len(self.counts), self.mask.shape[2], *query_tnd.shape[1:])
             query_bmnd[self.sequences, self.within] = query_tnd[:real]
-            seen = self.mask.shape[3]
-            attended = F.scaled_dot_product_attention(
-                query_bmnd.transpose(1, 2),
-                keys_bgcd[:, :, :seen],
-                values_bgcd[:, :, :seen],
-                attn_mask=self.mask,
-                scale=scale,
-                enable_gqa=grouped,
-            )
-            out_tnd[:real] = attended.transpose(1, 2)[self.sequences, self.within]
+        seen = self.mask.shape[3]
+        if self._additive is None:  # torch would make it of the mask in every layer
+            self._additive = torch.zeros_like(self.mask, dtype=query_tnd.dtype).masked_fill_(~self.mask, -torch.inf)
+        attended_bnmd = F.scaled_dot_product_attention(
+            query_bmnd.transpose(1, 2),
+            keys_bcgd[:, :seen].transpose(1, 2),
+            values_bcgd[:, :seen].transpose(1, 2),
+            attn_mask=self._additive,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        if one_each:
+            return attended_bnmd.flatten(1)
+        out_tnd = torch.zeros_like(query_tnd)
+        out_tnd[:real] = attended_bnmd.transpose(1, 2)[self.sequences, self.within]
         return out_tnd.flatten(1)
 
 

@@ -177,10 +177,12 @@ class Chunk(MegatronModule):
         # To rotary embeddings the row is one document, whose positions stand in the table that they get.
         row = send(torch.tensor([0, batch.num_tokens], dtype=torch.int32), batch.token_ids.device)
         layout.cu_seqlens_q = layout.cu_seqlens_kv = row
+        angles_t11d = language.rotary_pos_emb(step.cache.capacity).index_select(0, step.positions)
+        step.rotate_by(angles_t11d, dtype=self.config.params_dtype)
         hidden_l1h = language.decoder(
             hidden_states=decoder_input,
             attention_mask=None,
-            rotary_pos_emb=language.rotary_pos_emb(step.cache.capacity).index_select(0, step.positions),
+            rotary_pos_emb=angles_t11d,
             packed_seq_params=layout,
             padding_mask=self._padding(batch),
             **({} if context is None else {"context": context}),

@@ -29,9 +29,10 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_mm.models.cache import cache_of
+from megatron_mm.models.inference import DecoderLayer
 from megatron_mm.models.moe import Router
 from megatron_mm.platform.engine import mlp_spec, te_experts
 
@@ -131,7 +132,7 @@ _FUSED_NORM_NAMES = {
 
 def _torch_layer_spec(mask: AttnMaskType) -> ModuleSpec:
     return ModuleSpec(
-        module=TransformerLayer,
+        module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=TorchNorm,
             self_attention=ModuleSpec(

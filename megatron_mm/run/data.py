@@ -36,9 +36,10 @@ def open_tokenizer(experiment: Experiment) -> Tokenizer:
     Raises ValueError that names the data's folder, or the file, where it is missing or is none.
     """
     data = experiment.data
-    check_folder(data.path)
-    if not data.tokenizer_path.is_file() and data.tokenizer is None and not any((data.path / s).is_dir() for s in (TRAINING, HELD_OUT)):
-        raise ValueError(f"data.path {data.path} holds no data set, which has a folder {TRAINING!r}: {GIVE_DATA}")
+    if data.tokenizer is None:  # a named one needs no data: benchmarks of a model that came without any
+        check_folder(data.path)
+        if not data.tokenizer_path.is_file() and not any((data.path / s).is_dir() for s in (TRAINING, HELD_OUT)):
+            raise ValueError(f"data.path {data.path} holds no data set, which has a folder {TRAINING!r}: {GIVE_DATA}")
     return Tokenizer.open(data.tokenizer_path, special=family_of(experiment.model).special_tokens)
 
 

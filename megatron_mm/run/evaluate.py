@@ -31,6 +31,8 @@ class Evaluated:
     """By what the model saw: `heldout/loss` and `heldout/loss/SOURCE`, nats per token."""
     captions: list[CaptionSample]
     """Of the first `eval.samples` held-out pairs."""
+    no_captions: str = ""
+    """Why there are none."""
 
     def report(self) -> Iterator[str]:
         """Lines for the terminal."""
@@ -45,7 +47,7 @@ class Evaluated:
             else "the true images do not lower the loss: the model gets nothing from them"
         )
         if not self.captions:
-            yield "no captions: there are no pairs among the sources of data.mixture, or eval.samples is 0"
+            yield f"no captions: {self.no_captions}"
         for sample in self.captions:
             yield f"true: {sample.true:44} generated: {sample.generated}"
 
@@ -81,6 +83,7 @@ def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
         step = TrainingStep(experiment, topology, model, optimizer=None, num_sources=len(experiment.data.sources))
         heldout = HeldOut(experiment, topology, tokenizer, image=image_input(experiment), batches=held_out_batches)
         losses = {images: heldout.losses(step, images=images) for images in IMAGES}
-        return Evaluated(losses=losses, captions=heldout.captions(model) if experiment.eval.samples else [])
+        why = heldout.why_no_captions()
+        return Evaluated(losses=losses, captions=[] if why else heldout.captions(model), no_captions=why)
     finally:
         topologies.shutdown()

@@ -76,7 +76,7 @@ def open_target(path: Path, recipe: Experiment | None, *, out: Path | None) -> T
         from megatron_mm.conversion.from_hf import convert_from_hf
 
         logger.info("%s: reading the exported weights into %s", path, weights)
-        convert_from_hf(recipe, weights, whole=path)
+        convert_from_hf(recipe, weights, whole=path, resize_positions=False)
     return Target(path, _wait_for(weights), is_export=True)
 
 
@@ -149,10 +149,11 @@ def evaluate_tasks(
     built = for_evaluation(experiment, target.checkpoint)
     tokenizer = open_tokenizer(built)
     template = None if experiment.data.chat_template is None else chat_template(experiment.data.chat_template)
-    wordings = [Wording.of(task, template, form=options.form) for task in tasks]
+    forms = family_of(experiment.model).prompt_forms
+    wordings = [Wording.of(task, template, form=options.form, family_forms=forms) for task in tasks]
     for task in tasks:  # what is missing is found now, not after hours
         task.examples(data)
-        if max(shots):
+        if max(shots) or options.text_demonstrations:
             task.training_examples(data)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     out = out or target.folder / FOLDER
@@ -186,7 +187,13 @@ def _step(target: Target) -> int:
     return 0 if target.is_export else int(target.checkpoint.name.removeprefix("step_"))
 
 
-def report(results: Sequence[Result], experiment: Experiment, target: Target) -> Iterator[str]:
+def report(results: Sequence[Result], experiment: Experiment, target: Target, *, out: Path | None) -> Iterator[str]:
     """Lines for the terminal."""
     yield f"{target.checkpoint if not target.is_export else target.path}"
     yield from table(results, recipe=experiment.recipe)
+    folder = out or target.folder / FOLDER
+    names = sorted({Result.name_of(result.setting) for result in results})
+    yield (
+        f"results: {folder / names[0]}.json" if len(names) == 1 else f"results: {len(names)} files, {folder}/{target.name}_TASK_Nshot.json"
+    )
+    yield f"answers: {folder / 'items'}"

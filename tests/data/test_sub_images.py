@@ -118,7 +118,9 @@ def test_without_sub_images_there_is_no_lower_resolution(demo_data: Path) -> Non
     with pytest.raises(ValueError, match=r"low_resolution_demonstrations is 0.6, but the model shows no sub-images"):
         image_input(settings_on(demo_data, sub_images=None))
     assert image_input(settings_on(demo_data, sub_images=None, low_resolution_demonstrations=0.0)).is_one_square
-    with pytest.raises(ValueError, match=r"10 tiles, more than data.max_images_per_sequence 9: raise it, or lower model.sub_images.grid"):
+    with pytest.raises(
+        ValueError, match=r"10 sub-images, more than data.max_images_per_sequence 9: raise it, or lower model.sub_images.grid"
+    ):
         make_plan(settings_on(demo_data, sub_images=SubImages(grid=3), max_images_per_sequence=9), split="train")
     with pytest.raises(ValueError, match=r"sub_images.grid is 1"):
         SubImages(grid=1)

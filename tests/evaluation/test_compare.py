@@ -58,6 +58,25 @@ def test_runs_without_results_are_refused(tmp_path: Path) -> None:
         list(compare([run], out=tmp_path / "x.png"))
 
 
+def test_unlike_results_are_not_compared(tmp_path: Path) -> None:
+    """Parts of tasks, and tasks that were asked in other words; other steps are said in the labels."""
+    runs = [
+        _run(tmp_path / name, recipe, {("vqav2", 0): 1.0}) for name, recipe in (("a", "mm1_ablation"), ("b", "mm1_ablation_attention_64"))
+    ]
+    _result("vqav2", 0, 2.0, step=20).write(runs[1] / "evaluation")
+    lines = list(compare(runs, out=tmp_path / "x.png"))
+    assert "step 10" in lines[1] and "step 20" in lines[2]
+    asked = _result("vqav2", 0, 2.0, step=20)
+    asked.setting["wording"] = "{image}Question: {question}"
+    asked.write(runs[1] / "evaluation")
+    with pytest.raises(ValueError, match=r"vqav2 with 0 shots was not evaluated alike: wording is None in .*a and '{image}Question"):
+        list(compare(runs, out=tmp_path / "x.png"))
+    for path in (runs[1] / "evaluation").glob("step*shot.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"has no results of whole tasks .*1 results are of --limit 3, which are not compared"):
+        list(compare(runs, out=tmp_path / "x.png"))
+
+
 def test_the_table_has_published_figures_beside_results() -> None:
     rows = [_result("coco_caption", 8, 100.0), _result("coco_caption", 0, 50.0), _result("gqa", 0, 40.0)]
     lines = list(table(rows, recipe="mm1_3b"))

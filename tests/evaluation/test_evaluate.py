@@ -19,6 +19,7 @@ from support.small_mono import mono_run
 from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.data.text.chat import chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.evaluation.passes import own_images
 from megatron_mm.evaluation.prompts import PromptBuilder, Wording
 from megatron_mm.evaluation.results import Result, read_results, table
 from megatron_mm.evaluation.runner import Options
@@ -111,10 +112,21 @@ def test_prompts_of_chats_are_those_of_training(files: Path, demo_data: Path) ->
     (yes, no) = builder.choice_ids(Wording.of(task, None), [asked], ["yes", "no"])
     whole = tokenizer.decode([*base.ids, *yes])
     assert whole.endswith("Short answer: yes") and yes != no
+    flamingo = Wording.of(task, None, family_forms=family.prompt_forms)
+    few = tokenizer.decode(builder.build(flamingo, [shown, asked]).ids)
+    assert few.count("Question:What is it? Short answer:") == 2 and "Short answer:red" in few, "OpenFlamingo's form"
     ((letter,),) = [builder.choice_ids(wording, [asked], ["A"])]
     one = builder.build(wording, [asked])
     assert tokenizer.decode([*one.ids, *letter]).endswith("ASSISTANT: A"), "the template has a space before its answers"
     builder.close()
+
+
+def test_each_image_is_decoded_by_one_process() -> None:
+    counts, size = [1, 3, 0, 2, 5], 3
+    shares = [own_images(counts, rank=rank, size=size) for rank in range(size)]
+    for number, count in enumerate(counts):
+        assert sorted(image for of_rank in shares for image in of_rank[number]) == list(range(count))
+    assert [sum(map(len, of_rank)) for of_rank in shares] == [4, 4, 3]
 
 
 def test_a_form_with_an_unknown_name_is_refused() -> None:

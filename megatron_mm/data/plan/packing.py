@@ -121,14 +121,14 @@ def check_largest_image(limits: Limits, image: ImageInput) -> None:
     """Raise ValueError where an image may be too large for any sequence."""
     largest = image.places_around + image.tokens * image.max_tiles
     if largest > limits.sequence_length:
-        of_tiles = f" of {image.max_tiles} tiles" if image.max_tiles > 1 else ""
+        of_tiles = f" of {image.max_tiles} {image.squares}" if image.max_tiles > 1 else ""
         raise ValueError(
             f"an image{of_tiles} takes {largest} tokens, more than data.sequence_length {limits.sequence_length}: raise that, or "
             f"lower {_fewer_tiles(image)}"
         )
     if image.max_tiles > limits.max_images:
         raise ValueError(
-            f"an image becomes up to {image.max_tiles} tiles, more than data.max_images_per_sequence {limits.max_images}: "
+            f"an image becomes up to {image.max_tiles} {image.squares}, more than data.max_images_per_sequence {limits.max_images}: "
             f"raise it, or lower {_fewer_tiles(image)}"
         )
 

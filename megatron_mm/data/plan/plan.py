@@ -191,7 +191,7 @@ class Plan:
 
     def describe(self, batch: GlobalBatch) -> Iterator[str]:
         """Lines about a global batch, for a person."""
-        pictures = "images" if self.image.is_one_square else "tiles"
+        pictures = self.image.squares
         micro_batches = batch.micro_batches_of(0, 1)
         yield (
             f"  {len(batch.sequences)} sequences, {batch.num_tokens:,} tokens, {batch.num_images:,} {pictures}, "

@@ -83,7 +83,7 @@ def circular_scores(answered: Sequence[Answered]) -> dict[str, float]:
     """MMBench (arXiv 2307.06281): a question counts where it is right with its choices in every order that the file has; percent."""
     questions: dict[int, list[Answered]] = defaultdict(list)
     for one in answered:
-        questions[int(one.example.key) % 1_000_000].append(one)
+        questions[int(one.example.key.partition("~")[0]) % 1_000_000].append(one)
     right = [(all(map(_is_right, group)), group[0].example.category) for group in questions.values()]
     found = {"score": _percent([ok for ok, _ in right]), "each order": _percent([_is_right(one) for one in answered])}
     for category in sorted({category for _, category in right} - {""}):

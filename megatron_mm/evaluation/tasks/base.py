@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+logger = logging.getLogger(__name__)
+
+_IMAGES_LOOKED_FOR = 64
+"""Before a task begins, of those in files."""
 Kind = Literal["caption", "vqa", "choice", "yes_no", "text"]
 """How a task asks (`evaluation.prompts`)."""
 Method = Literal["generate", "rank"]
@@ -132,7 +137,36 @@ class Task:
             raise ValueError(f"task {self.name}: {error}: restore it, or {advice}") from None
         if not found:
             raise ValueError(f"task {self.name}: {', '.join(split.files)} in {folder} hold no example: {advice}")
-        return found
+        self._check_images(found, folder)
+        return self._with_own_keys(found)
+
+    def _check_images(self, examples: list[Example], folder: Path) -> None:
+        """Raise ValueError where no image is there, as far as one looks: a folder is missing or has another name. (Single missing ones cost
+        their items.)"""
+        paths = [image.path for example in examples[:: len(examples) // _IMAGES_LOOKED_FOR + 1] for image in example.images if image.path]
+        if paths and not any(path.is_file() for path in paths):
+            raise ValueError(
+                f"task {self.name}: none of {len(paths)} images that were looked for exists; the first is {paths[0]}: put the images into "
+                f"{', '.join(str(folder / name) for name in self.images) or folder} ({self.published_at})"
+            )
+
+    def _with_own_keys(self, examples: list[Example]) -> list[Example]:
+        """The examples under keys that no other has, since answers are kept by key. Repeated ones are left out, and counted."""
+        kept: dict[str, Example] = {}
+        repeated, renamed = 0, 0
+        for example in examples:
+            key, number = example.key, 1
+            while key in kept and replace(kept[key], key=example.key) != example:
+                number += 1
+                key = f"{example.key}~{number}"
+            repeated += key in kept
+            renamed += number > 1 and key not in kept
+            kept.setdefault(key, example if number == 1 else replace(example, key=key))
+        if repeated:
+            logger.warning("task %s: %d examples stand twice in its files and count once", self.name, repeated)
+        if renamed:
+            logger.warning("task %s: %d examples have the number of another one: they count as numbers of their own", self.name, renamed)
+        return list(kept.values())
 
 
 class DamagedFile(ValueError):
@@ -155,13 +189,27 @@ def read_json_lines(path: Path) -> list[Any]:
         raise DamagedFile(f"{path} cannot be read as JSON lines ({error})") from None
 
 
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet file. Raises DamagedFile."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DamagedFile(f"{path} cannot be read as parquet ({error})") from None
+    return rows
+
+
 def parsed(path: Path, rows: Callable[[], list[Example]]) -> list[Example]:
     """The examples that `rows` makes of a file's contents. Raises DamagedFile where a field is missing or of another type."""
     try:
         return rows()
     except DamagedFile:
         raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except KeyError as error:
+        raise DamagedFile(f"{path} is not as published: something in it lacks {error}") from None
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
         raise DamagedFile(f"{path} is not as published ({type(error).__name__}: {error})") from None
 
 

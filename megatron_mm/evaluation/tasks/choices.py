@@ -5,14 +5,22 @@ from __future__ import annotations
 import ast
 import base64
 import csv
+import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mm.evaluation.metrics.choices import accuracy_scores, circular_scores, mme_scores, pope_scores
+from megatron_mm.evaluation.metrics.choices import (
+    MME_COGNITION,
+    MME_PERCEPTION,
+    accuracy_scores,
+    circular_scores,
+    mme_scores,
+    pope_scores,
+)
 from megatron_mm.evaluation.tasks.base import (
     LETTERS,
-    DamagedFile,
     Example,
     ImageSource,
     Split,
@@ -21,7 +29,10 @@ from megatron_mm.evaluation.tasks.base import (
     parsed,
     read_json,
     read_json_lines,
+    read_parquet,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def scienceqa(folder: Path, *, split: str) -> list[Example]:
@@ -60,15 +71,8 @@ def mmmu(folder: Path, *, split: str) -> list[Example]:
 
 
 def _mmmu_subject(path: Path) -> list[Example]:
-    import pyarrow
-    import pyarrow.parquet
-
     def rows() -> list[Example]:
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise DamagedFile(f"{path} cannot be read as parquet ({error})") from None
-        return [_mmmu_row(row, subject=path.parent.name) for row in table.to_pylist() if row["question_type"] == "multiple-choice"]
+        return [_mmmu_row(row, subject=path.parent.name) for row in read_parquet(path) if row["question_type"] == "multiple-choice"]
 
     return parsed(path, rows)
 
@@ -110,7 +114,7 @@ def seed(path: Path, folder: Path) -> list[Example]:
 
 def mmbench(path: Path) -> list[Example]:
     """The .tsv: pictures in base64; a row whose number is 1,000,000 more is the same question with its choices in another order, and may
-    name the row that has its picture."""
+    name the row that has its picture. Files without such rows (the first version of the benchmark) get them here, one a choice."""
 
     def rows() -> list[Example]:
         csv.field_size_limit(sys.maxsize)
@@ -132,9 +136,28 @@ def mmbench(path: Path) -> list[Example]:
                     category=row["category"],
                 )
             )
-        return found
+        return found if any(int(row["index"]) >= _NEXT_ORDER for row in table) else [turned for one in found for turned in _turned(one)]
 
     return parsed(path, rows)
+
+
+_NEXT_ORDER = 1_000_000
+"""What MMBench adds to a question's number for each further order of its choices."""
+
+
+def _turned(example: Example) -> list[Example]:
+    """A question with its choices in every rotation, the given one first."""
+    choices, count = example.choices, len(example.choices)
+    right = LETTERS.index(example.answers[0])
+    return [
+        replace(
+            example,
+            key=str(int(example.key) + turn * _NEXT_ORDER),
+            choices=choices[turn:] + choices[:turn],
+            answers=(LETTERS[(right - turn) % count],),
+        )
+        for turn in range(count)
+    ]
 
 
 _POPE = tuple(f"coco_pope_{sampling}.json" for sampling in ("random", "popular", "adversarial"))
@@ -166,14 +189,37 @@ _IMAGE_TYPES = (".jpg", ".png", ".jpeg")
 
 def mme(folder: Path) -> list[Example]:
     """A folder a category, in which NAME.txt has two lines `QUESTION <tab> Yes|No` about NAME.jpg or .png; text and images side by side, or
-    in `questions_answers_YN` and `images`."""
+    in `questions_answers_YN` and `images`. Or the parquet files that lmms-lab made of them."""
     found: list[Example] = []
+    for table in sorted(folder.glob("*/test-*.parquet")):
+        found += _mme_table(table)
     for category in sorted(path for path in folder.iterdir() if path.is_dir()):
         texts = category / "questions_answers_YN" if (category / "questions_answers_YN").is_dir() else category
         images = category / "images" if (category / "images").is_dir() else category
         for path in sorted(texts.glob("*.txt")):
             found += _mme_image(path, images, category=category.name)
+    absent = {*MME_PERCEPTION, *MME_COGNITION} - {example.category for example in found}
+    if found and absent:
+        logger.warning(
+            "MME in %s lacks %d of its 14 categories (%s): sums are of the others", folder, len(absent), ", ".join(sorted(absent))
+        )
     return found
+
+
+def _mme_table(path: Path) -> list[Example]:
+    def rows() -> list[Example]:
+        return [
+            Example(
+                key=f"{row['question_id']}#{number}",
+                images=(ImageSource(data=row["image"]["bytes"]),),
+                question=row["question"].strip(),
+                answers=(row["answer"].strip().lower().rstrip("."),),
+                category=row["category"],
+            )
+            for number, row in enumerate(read_parquet(path))
+        ]
+
+    return parsed(path, rows)
 
 
 def _mme_image(path: Path, images: Path, *, category: str) -> list[Example]:

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_mm.evaluation.metrics.vqa import exact_match_scores, vqa_scores
-from megatron_mm.evaluation.tasks.base import Example, ImageSource, Split, Task, annotated, parsed, read_json
+from megatron_mm.evaluation.tasks.base import DamagedFile, Example, ImageSource, Split, Task, annotated, parsed, read_json
 
 
 def most_frequent(answers: tuple[str, ...]) -> str:
@@ -18,7 +18,13 @@ def coco_vqa(questions: Path, annotations: Path, images: Path, *, split: str) ->
     """VQAv2 and OK-VQA: questions in one file, ten answers of each in another, COCO's images of 2014."""
 
     def rows() -> list[Example]:
+        asked = read_json(questions)["questions"]
         answers = {row["question_id"]: tuple(a["answer"] for a in row["answers"]) for row in read_json(annotations)["annotations"]}
+        without = [row["question_id"] for row in asked if row["question_id"] not in answers]
+        if without:
+            raise DamagedFile(
+                f"{annotations} has no answers to {len(without)} of the {len(asked)} questions of {questions}, such as {without[0]}"
+            )
         return [
             Example(
                 key=str(row["question_id"]),
@@ -27,7 +33,7 @@ def coco_vqa(questions: Path, annotations: Path, images: Path, *, split: str) ->
                 answers=answers[row["question_id"]],
                 shown=most_frequent(answers[row["question_id"]]),
             )
-            for row in read_json(questions)["questions"]
+            for row in asked
         ]
 
     return parsed(questions, rows)

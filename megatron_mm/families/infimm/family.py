@@ -43,6 +43,12 @@ class InfiMMFamily(Family[InfiMMConfig]):
         "connector": r"resampler\.",
     }
     special_tokens = (END_OF_CHUNK, IMAGE)
+    prompt_forms = {  # noqa: RUF012
+        "caption": "{image}Output:",
+        "vqa": "{image}Question:{question} Short answer:",
+        "yes_no": "{image}Question:{question} Short answer:",
+    }
+    """Those of OpenFlamingo's evaluation; the authors' own are not published."""
     language_extras = (r"language\.decoder\.layers\.\d+\.gated\..*",)
 
     def build(self, model: InfiMMConfig, context: ChunkContext) -> InfiMMModel:

@@ -35,11 +35,12 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.infimm.config import GatedConfig
 from megatron_mm.models.cache import CacheStep, Layout
+from megatron_mm.models.inference import DecoderLayer
 from megatron_mm.models.layers import PlainSubmodules
 from megatron_mm.platform.device import send
 
@@ -238,7 +239,7 @@ class GatedCrossAttention(MegatronModule):
         return seen[0], seen[1]
 
 
-class GatedTransformerLayer(TransformerLayer):
+class GatedTransformerLayer(DecoderLayer):
     """A decoder layer with a gated block before it; the latents come as megatron-core's `context`."""
 
     def __init__(

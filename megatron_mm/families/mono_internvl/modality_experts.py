@@ -34,10 +34,11 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.models.cache import Layout
+from megatron_mm.models.inference import DecoderLayer
 from megatron_mm.models.layers import Backend, decoder_layer_spec, plain_submodules
 from megatron_mm.platform.device import send
 
@@ -138,7 +139,7 @@ class ModalityExperts(MegatronModule):
         }
 
 
-class ModalityTransformerLayer(TransformerLayer):
+class ModalityTransformerLayer(DecoderLayer):
     """A decoder layer whose feed-forward network depends on a token's modality."""
 
     def __init__(
