@@ -5,8 +5,9 @@
 The batch is MM1's, from made-up lengths (see `plan_time.py`), dealt to 32 ranks; costs are mm1_30b's FLOPs. The baseline is the version
 before micro-batches were balanced by cost: sequences by number, most images first, and every one computed to its full length. There a
 micro-batch costs what its padded tokens do, so the baseline is given twice: as it was, all alike and all padding computed, and the same
-micro-batches without padding. `images` and `attention` say the same of images and of attention's part of the cost, `of ranks` of that part
-summed over a rank's micro-batches.
+micro-batches without padding. `images` and `attention` say the same of images and of attention's part of the cost, `of ranks` of that
+part summed over a rank's micro-batches. `at best` is what `attention` would be if the same micro-batches were dealt by attention alone:
+sorted by it and cut into rounds, which no other way of dealing them beats.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Level:
     """The same of images."""
     attention: float
     """The same of attention's cost."""
+    at_best: float
+    """The same of attention's cost, of the same micro-batches sorted by it."""
     of_ranks: float
     """Attention's cost of a rank's whole share of the batch."""
 
@@ -69,6 +72,8 @@ def imbalance(ranks: list[list[list[int]]], works: list[Work], costs: Costs) -> 
         for of in (costs.of, lambda work: work.images, lambda work: work.squares)
     )
     over = [float(load.max(axis=0).sum() / load.mean(axis=0).sum()) for load in (cost, images, squares)]
+    by_attention = np.sort(squares.ravel()).reshape(-1, len(ranks))
+    over.append(float(by_attention.max(axis=1).sum() / by_attention.mean(axis=1).sum()))
     total = squares.sum(axis=1)
     return Level((cost.max(axis=0) / cost.mean(axis=0)).tolist(), *over, float(total.max() / total.mean()))
 
@@ -80,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     costs = costs_of(get_recipe("mm1_30b"))
     kinds: tuple[Kind, ...] = ("interleaved", "pairs", "text")
-    heads = ("worst k", "mean k", "all k", "images", "attention", "of ranks")
+    heads = ("worst k", "mean k", "all k", "images", "attention", "at best", "of ranks")
     print(f"attention is {100 * attention_share(costs):.1f}% of the cost of a full text of {LENGTH} tokens")
     print(f"{'micro-batch':>12} {'':32}" + "".join(f" {head:>9}" for head in heads) + f" {'micro-batches':>14}")
     with tempfile.TemporaryDirectory() as root:
@@ -128,7 +133,7 @@ def measure(indexes: Sequence[Source], costs: Costs, *, batches: int) -> None:
             state = batch.next_state
         for plan, measured in found.items():
             of_k = [ratio for level, _ in measured for ratio in level.of_k]
-            fields = ("all_k", "images", "attention", "of_ranks")
+            fields = ("all_k", "images", "attention", "at_best", "of_ranks")
             means = (statistics.mean(getattr(level, name) for level, _ in measured) for name in fields)
             counts = sorted({count for _, count in measured})
             numbers = "".join(f" {number:9.4f}" for number in (max(of_k), statistics.mean(of_k), *means))

@@ -34,7 +34,12 @@ TEMPLATES = ("plain", "zephyr", "llama2", "vicuna", "internlm2")
 
 
 def _index_arguments(parser: Parser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="data set (with split folders), one split, or one source folder")
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="data set (with split folders), one split, or one source folder; or its address in an object store",
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: PATH/tokenizer.model)")
     parser.add_argument(
         "--chat-template", default="plain", help="how conversations and tasks are written (default: %(default)s)", **one_of(TEMPLATES)

@@ -97,7 +97,7 @@ def _convert(layout: str, **fixed: Any) -> Callable[[argparse.Namespace], None]:
 
 
 def _vqa_arguments(parser: Parser) -> None:
-    _arguments(images=True, inputs="a file of questions or captions")(parser)
+    _arguments(images=False, inputs="a file of questions or captions")(parser)
     parser.add_argument("--format", dest="form", required=True, help="what the file is", **one_of(FORMS))
     parser.add_argument("--annotations", metavar="FILE", help="the file of answers, of vqav2 and okvqa")
     parser.add_argument(

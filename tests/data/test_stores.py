@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import shutil
 import socket
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 import torch
 from support.data_files import ALONE, experiment
 
-from megatron_mm.data.prepare.index import prepare_index
+from megatron_mm.data.prepare.index import IndexOptions, prepare_index, prepare_tokenizer
 from megatron_mm.data.prepare.published.convert import Options, convert
 from megatron_mm.data.sources import stores
 from megatron_mm.data.sources.index import move_to_store, open_index, open_split
@@ -240,10 +241,65 @@ def test_training_reads_the_same_batches_from_a_store_through_faults(gate: Gate,
         open_index(data / "train" / "text")
 
 
+def test_shards_are_indexed_in_a_store(gate: Gate, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through faults, with the result that the same files have; what is known is not read again, what has changed is."""
+    data, out, files, scratch = Path("s3://lake/mine"), tmp_path / "index", tmp_path / "files", tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    for name in ("pairs", "text"):
+        shutil.copytree(demo_data / "train" / name, files / "train" / name)
+    shutil.copyfile(demo_data / "tokenizer.model", files / "tokenizer.model")
+    upload("s3://lake/mine", {path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()})
+    upload("s3://lake/mine", {"train/pairs/00000_stats.json": b"{}", "train/pairs/.nv-meta/index.sqlite": b"x"})
+    with pytest.raises(ValueError, match=r"^s3://lake/mine is not on a disk of this machine: give --index-dir"):
+        prepare_index(data)
+    gate.faults = ["503", "ok", "cut", "ok", "reset"] * 3
+    summary = prepare_index(data, options=IndexOptions(index_dir=out))
+    local = prepare_index(files, options=IndexOptions(index_dir=tmp_path / "local"))
+    assert summary.sources == local.sources
+    for name in ("train/pairs", "train/text"):
+        found, expected = open_index(out / name), open_index(tmp_path / "local" / name)
+        assert found.store == f"s3://lake/mine/{name}" and list(found.shards) == list(expected.shards)
+        assert (found.sample_rows == expected.sample_rows).all() and (found.item_rows == expected.item_rows).all()
+        assert found.document(0) == expected.document(0)
+    for one, other in zip(load(out), load(tmp_path / "local"), strict=True):
+        assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.pixels, other.pixels)
+    gate.seen.clear()
+    prepare_index(data, options=IndexOptions(index_dir=out))
+    assert gate.seen["ranges"] == 1 + sum(len(open_index(out / name).shards) for name in summary.sources), "tokenizer and beginnings"
+    upload("s3://lake/mine", {"train/text/00000.jsonl": b'{"text": "a red cross"}\n{"text": "broken'})
+    changed = prepare_index(data / "train" / "text", tokenizer=files / "tokenizer.model", options=loose(out)).sources["train/text"]
+    assert changed.rejected == {"malformed JSON": 1}
+    assert not list(scratch.iterdir()), "nothing stays"
+
+
+def loose(index_dir: Path) -> IndexOptions:
+    return IndexOptions(index_dir=index_dir, max_rejected=0.9)
+
+
+def test_parts_of_a_store_are_merged(gate: Gate, demo_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = demo_data / "train" / "pairs"
+    shard = next(path for path in source.iterdir() if path.suffix == ".tar").read_bytes()
+    upload("s3://lake/train/two", {"0.tar": shard, "1.tar": shard[: len(shard) // 2]})
+    options, model = loose(tmp_path / "index"), demo_data / "tokenizer.model"
+    for part in ("0/2", "1/2"):
+        prepare_index(Path("s3://lake/train/two"), tokenizer=model, options=options, shards=part)
+    merged = prepare_index(Path("s3://lake/train/two"), tokenizer=model, options=options, merge_only=True)
+    assert merged.sources["train/two"].rejected["broken shard"] == 1 and len(open_index(tmp_path / "index" / "train" / "two").shards) == 2
+    assert "shard s3://lake/train/two/1.tar ends without an end marker" in caplog.text and "mirror" not in caplog.text
+    with pytest.raises(ValueError, match=r"source s3://lake/train/two .*would be lost"):
+        prepare_index(Path("s3://lake/train/two"), tokenizer=model, options=IndexOptions(index_dir=tmp_path / "other", max_rejected=0))
+    with pytest.raises(ValueError, match=r"s3://lake/nothing holds no object"):
+        prepare_index(Path("s3://lake/nothing"), options=options)
+    gate.faults = ["503"] * 40
+    with pytest.raises(OSError, match=r"s3://lake/train/two/\d.tar cannot be read after 6 attempts"):
+        prepare_index(Path("s3://lake/train/two"), tokenizer=model, options=IndexOptions(index_dir=tmp_path / "third"))
+
+
 def test_an_index_in_a_store_is_an_error_that_says_what_to_copy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^s3://bucket/data is not on a disk of this machine: an index is mapped .*aws s3 sync"):
         open_split(Path("s3://bucket/data"), "train", sources=["pairs"])
-    with pytest.raises(ValueError, match=r"^s3://bucket/data is not on a disk .*Copy the shards"):
-        prepare_index(Path("s3://bucket/data"))
+    with pytest.raises(ValueError, match=r"^s3://bucket/data is not on a disk .*copy it to a disk"):
+        prepare_tokenizer(Path("s3://bucket/data"), out=tmp_path / "tokenizer.model", vocab_size=100)
     with pytest.raises(ValueError, match=r"^gs://bucket/out is not on a disk"):
         convert(["a.jsonl"], Path("gs://bucket/out"), options=Options("text"))

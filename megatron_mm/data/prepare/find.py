@@ -29,9 +29,7 @@ def find_sources(path: Path) -> list[Path]:
 
     Raises ValueError where there is none, or where shards lie both in a folder and below it, so that some would not be read.
     """
-    check_local(
-        path, instead="`prepare` indexes files. Copy the shards to a disk, part by part if need be (--shards), then `prepare store`"
-    )
+    check_local(path, instead="copy it to a disk. `prepare index` alone takes addresses, with --index-dir")
     if not path.is_dir():
         raise ValueError(f"data path {path} does not exist")
     found = _candidates(path.resolve())

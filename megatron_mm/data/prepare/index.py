@@ -8,13 +8,15 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from megatron_mm.data.prepare.find import check_files, find_sources, shards_of
-from megatron_mm.data.prepare.kinds import detect_kind, file_endings, iterate_samples
+from megatron_mm.data.prepare.kinds import detect_kind, file_endings, first_shards, iterate_samples
+from megatron_mm.data.prepare.mirror import Mirror, mirrored
 from megatron_mm.data.prepare.row_files import RowHeader, current_header, losses_of, read_rows, recipe_of, row_file_of
 from megatron_mm.data.prepare.samples import Losses, Reading, Verify, document_of, parse_member
 from megatron_mm.data.prepare.shard_jobs import Progress, ShardJob, choose_shards, run_jobs
@@ -23,6 +25,7 @@ from megatron_mm.data.sources.index_files import write_index
 from megatron_mm.data.sources.shard_table import Shard, ShardTable
 from megatron_mm.data.sources.shards import BrokenShard, KeyEnds
 from megatron_mm.data.sources.source import CHAT_KINDS, Kind
+from megatron_mm.data.sources.stores import address_of
 from megatron_mm.data.text.chat import Rendering, chat_template
 from megatron_mm.data.text.items import BadDocument, Text
 from megatron_mm.data.text.keys import USUAL, Keys
@@ -107,8 +110,8 @@ def prepare_index(
     shards: str | None = None,
     merge_only: bool = False,
 ) -> Summary:
-    """Index every source under a path. The result does not depend on the number of workers. Shards that were read before, in the same way
-    and unchanged since, are not read again.
+    """Index every source under a path, or under the address of an object store (`mirror`). The result does not depend on the number of
+    workers. Shards that were read before, in the same way and unchanged since, are not read again.
 
     Raises ValueError where there is no shard, no tokenizer, a source without one usable sample or with too many that are not, files that
     would not be read, or a tokenizer that lacks control tokens of the chat template, or an empty prompt.
@@ -121,6 +124,27 @@ def prepare_index(
     options = options or IndexOptions(template=template, caption_prompt=caption_prompt)
     if options.caption_prompt is not None and not options.caption_prompt.strip():
         raise ValueError("the caption prompt is empty: leave --caption-prompt out where nothing asks for captions")
+    address = address_of(path)
+    if address is None:
+        return _prepare(path, tokenizer, options, workers, shards, merge_only)
+    if options.index_dir is None:
+        raise ValueError(f"{address} is not on a disk of this machine: give --index-dir DIR for its index, and train with --data.path DIR")
+    with mirrored(address) as mirror:
+        try:
+            return _prepare(mirror.path_of(address), tokenizer, options, workers, shards, merge_only, mirror)
+        except ValueError as error:
+            raise ValueError(mirror.shown(str(error))) from None
+
+
+def _prepare(
+    path: Path,
+    tokenizer: Path | None,
+    options: IndexOptions,
+    workers: int,
+    shards: str | None,
+    merge_only: bool,
+    mirror: Mirror | None = None,
+) -> Summary:
     began = time.monotonic()
     sources = find_sources(path)
     model = tokenizer or next(
@@ -133,12 +157,13 @@ def prepare_index(
     for source in sources:
         found = shards_of(source)
         check_files(source, found, ignore=options.ignore)
-        reading = _reading(found, model, options)
+        with mirror.beginnings(first_shards(found)) if mirror is not None else nullcontext():
+            reading = _reading(found, model, options)
         kinds.add(reading.kind)
         home = source if options.index_dir is None else options.index_dir / source.resolve().parent.name / source.name
         if home == source and not os.access(source, os.W_OK):
             raise ValueError(f"source {source} cannot be written to: give --index-dir DIR, and train with --data.path DIR")
-        job = _SourceJob(source, home, found, model, fingerprint, reading, options)
+        job = _SourceJob(source, home, found, model, fingerprint, reading, options, mirror)
         if not merge_only:
             _read_shards(job, found if shards is None else [found[n] for n in choose_shards(shards, len(found))], workers=workers)
         summaries[f"{source.parent.name}/{source.name}"] = _merge(job) if shards is None else _read_so_far(job)
@@ -176,6 +201,13 @@ class _SourceJob:
     fingerprint: str
     reading: Reading
     options: IndexOptions
+    mirror: Mirror | None = None
+    """Where its shards are objects of a store."""
+
+    @property
+    def shown(self) -> str:
+        """What messages call the source."""
+        return str(self.source) if self.mirror is None else self.mirror.url_of(self.source)
 
     @property
     def recipe(self) -> str:
@@ -197,9 +229,9 @@ def _read_shards(job: _SourceJob, shards: Sequence[Path], *, workers: int) -> No
     """Write the row files that are missing."""
     missing = [shard for shard, header in zip(shards, job.headers(shards), strict=True) if header is None]
     if len(missing) < len(shards):
-        logger.info("%s: %d of %d shards are unchanged since they were read", job.source, len(shards) - len(missing), len(shards))
-    progress = Progress(len(missing), of=str(job.source))
-    jobs = [ShardJob(job.source, shard, job.rows(shard), job.model, job.reading, job.recipe) for shard in missing]
+        logger.info("%s: %d of %d shards are unchanged since they were read", job.shown, len(shards) - len(missing), len(shards))
+    progress = Progress(len(missing), of=job.shown)
+    jobs = [ShardJob(job.source, shard, job.rows(shard), job.model, job.reading, job.recipe, job.mirror) for shard in missing]
     for _, header in run_jobs(jobs, workers=workers):
         for line in header.losses["named"]:
             logger.warning(line)
@@ -213,7 +245,7 @@ def _read_so_far(job: _SourceJob) -> SourceSummary:
             totals.add(header)
             done += 1
     complete = ": `prepare merge` is next" if done == len(job.shards) else ""
-    logger.info("%s: %d of %d shards are read%s", job.source, done, len(job.shards), complete)
+    logger.info("%s: %d of %d shards are read%s", job.shown, done, len(job.shards), complete)
     return totals.summary
 
 
@@ -280,7 +312,10 @@ def _merge(job: _SourceJob) -> SourceSummary:
             yield samples, items
 
     if job.options.index_dir is not None:
-        meta["root"] = str(source.resolve())
+        if job.mirror is None:
+            meta["root"] = str(source.resolve())
+        else:
+            meta["store"] = job.shown
         job.home.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(job.model, job.options.index_dir / "tokenizer.model")
     write_index(job.home, meta=meta, shards=table, num_samples=totals.samples, num_items=totals.items, parts=parts())
@@ -304,8 +339,8 @@ def _hints(summary: SourceSummary, shards: Sequence[Path]) -> str:
     if sum(summary.rejected.get(reason, 0) for reason in _NO_FILE) > most:
         found = ", ".join(f".{name} ({count})" for name, count in file_endings(shards).most_common(6))
         hints.append(
-            f"a sample lacks its image or its text: its files must follow one another in the tar (tar --sort=name), and --text-key and "
-            f"--image-key say how their names end. The first files end with {found}"
+            "a sample lacks its image or its text: its files must follow one another in the tar (tar --sort=name), and --text-key and "
+            "--image-key say how their names end" + (f". The first files end with {found}" if found else "")
         )
     return "".join(f". {hint}" for hint in hints)
 

@@ -39,7 +39,7 @@ def detect_kind(shards: Sequence[Path], *, kind: Kind | None = None, key_ends: K
         kind, key_ends: what the user says, which nothing overrules.
         keys: what fields and files are called.
     """
-    looked_at = [shard for shard in shards[:: max(1, len(shards) // _SHARDS)][:_SHARDS] if shard.is_file()]
+    looked_at = [shard for shard in first_shards(shards) if shard.is_file()]
     if key_ends is None:
         key_ends = "last" if _has_dotted_keys(looked_at, keys) else "first"
     if kind is not None:
@@ -59,6 +59,11 @@ def detect_kind(shards: Sequence[Path], *, kind: Kind | None = None, key_ends: K
     return Detected(winner, key_ends)
 
 
+def first_shards(shards: Sequence[Path]) -> Sequence[Path]:
+    """The shards of a source whose first samples tell what it holds."""
+    return shards[:: max(1, len(shards) // _SHARDS)][:_SHARDS]
+
+
 def _first_samples(shards: Sequence[Path], key_ends: KeyEnds) -> Iterator[WebSample]:
     for shard in shards:
         try:
@@ -76,7 +81,7 @@ def iterate_samples(shard: Path, *, key_ends: KeyEnds = "first") -> Iterator[Web
 
 def file_endings(shards: Sequence[Path]) -> Counter[str]:
     """How the names of the first files of a source's first shards end, from the first dot on."""
-    return Counter(extension for sample in _first_samples(shards[:_SHARDS], "first") for extension in sample.members)
+    return Counter(extension for sample in _first_samples(first_shards(shards), "first") for extension in sample.members)
 
 
 def _has_dotted_keys(shards: Sequence[Path], keys: Keys) -> bool:

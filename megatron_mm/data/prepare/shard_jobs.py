@@ -17,11 +17,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import connection
 from pathlib import Path
 
+from megatron_mm.data.prepare.mirror import Mirror
 from megatron_mm.data.prepare.row_files import RowHeader, write_row_file
 from megatron_mm.data.prepare.samples import Reading, read_shard
 from megatron_mm.data.text.tokenizer import Tokenizer
@@ -42,6 +44,8 @@ class ShardJob:
     tokenizer: Path
     reading: Reading
     recipe: str
+    mirror: Mirror | None = None
+    """Where the shard is an object of a store."""
 
 
 def run_jobs(jobs: Sequence[ShardJob], *, workers: int) -> Iterator[tuple[ShardJob, RowHeader]]:
@@ -73,8 +77,11 @@ def run_jobs(jobs: Sequence[ShardJob], *, workers: int) -> Iterator[tuple[ShardJ
 
 
 def _read(job: ShardJob) -> RowHeader:
-    rows = read_shard(job.shard, number=0, reading=job.reading, tokenizer=_tokenizer(job.tokenizer))
-    return write_row_file(job.rows, job.shard, rows, recipe=job.recipe)
+    with job.mirror.filled(job.shard) if job.mirror is not None else nullcontext():
+        rows = read_shard(job.shard, number=0, reading=job.reading, tokenizer=_tokenizer(job.tokenizer))
+        if job.mirror is not None:
+            rows.losses.named = [job.mirror.shown(line) for line in rows.losses.named]
+        return write_row_file(job.rows, job.shard, rows, recipe=job.recipe)
 
 
 @cache

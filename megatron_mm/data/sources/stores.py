@@ -42,9 +42,15 @@ def check_local(path: Path, *, instead: str) -> None:
     Args:
         instead: what to do.
     """
+    address = address_of(path)
+    if address is not None:
+        raise ValueError(f"{address} is not on a disk of this machine: {instead}")
+
+
+def address_of(path: Path) -> str | None:
+    """The address of an object store that a path is, which `Path` writes as s3:/bucket/...; None where it is a path of this machine."""
     found = re.match(r"([a-z][a-z0-9+.-]+):/+(?=[^/])", str(path))
-    if found is not None:
-        raise ValueError(f"{found[1]}://{str(path)[found.end() :]} is not on a disk of this machine: {instead}")
+    return None if found is None else f"{found[1]}://{str(path)[found.end() :]}"
 
 
 class Store(Protocol):
@@ -116,6 +122,11 @@ class ObjectStore:
         except OSError as error:
             return str(error)
         return None if found == size else f"{self.url}/{name} has {found} bytes, but had {size} when it was indexed"
+
+    def listed(self) -> dict[str, dict[str, Any]]:
+        """What the store says of every object below this address, by its path without the protocol. Raises OSError."""
+        found: dict[str, dict[str, Any]] = self._retrying(self.url, lambda path: self._files.find(path, detail=True))
+        return found
 
     def _read_once(self, path: str, offset: int, size: int) -> bytes:
         data: bytes = self._files.cat_file(path, start=offset, end=offset + size)

@@ -1,0 +1,127 @@
+"""Shards in an object store, indexed without a copy of them all: a folder of empty files that look like them.
+
+    prepare index s3://bucket/data --index-dir DIR
+
+lists the objects and makes, in a temporary folder, a file of the same path, size and time for each, with a hole in place of contents, so
+that it takes no disk. All that asks for names, sizes and times works as with files. A shard's bytes are put into its file when its turn
+comes, in ranges that are tried again after faults (`sources.stores`), and taken out when its rows are written: the disk holds as many
+shards as there are workers. To see what a source holds, the first megabytes of a few shards are enough.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megatron_mm.data.sources.stores import ObjectStore
+
+logger = logging.getLogger(__name__)
+
+_RANGE = 32 * 2**20
+"""Bytes of one read of a shard."""
+_BEGIN = 8 * 2**20
+"""Bytes of a shard that tell what a source holds."""
+_TOKENIZER = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """Empty files in the place of objects."""
+
+    scratch: Path
+    """Folder that holds them, under the paths of the objects without their protocol."""
+    protocol: str
+    """Such as s3."""
+
+    def path_of(self, url: str) -> Path:
+        """Where an object or a folder of the store lies here."""
+        return self.scratch / url.partition("://")[2].strip("/")
+
+    def url_of(self, path: Path) -> str:
+        """What an object or a folder here is called in the store."""
+        return f"{self.protocol}://{path.relative_to(self.scratch).as_posix()}"
+
+    def shown(self, text: str) -> str:
+        """A message with addresses in the place of paths here."""
+        return text.replace(f"{self.scratch}/", f"{self.protocol}://")
+
+    @contextmanager
+    def beginnings(self, files: Sequence[Path]) -> Iterator[None]:
+        """Let files hold the first megabytes of their objects and nothing else, as long as they are needed. Raises OSError."""
+        before = [file.stat() for file in files]
+        for file, found in zip(files, before, strict=True):
+            os.truncate(file, min(found.st_size, _BEGIN))
+            _fill(file, self.url_of(file))
+        yield
+        for file, found in zip(files, before, strict=True):
+            _make_empty(file, found.st_size, found.st_mtime_ns)
+
+    @contextmanager
+    def filled(self, file: Path) -> Iterator[None]:
+        """Put an object's bytes into its file as long as they are needed. Raises OSError where they cannot be read."""
+        _fill(file, self.url_of(file))
+        try:
+            yield
+        finally:
+            found = file.stat()
+            _make_empty(file, found.st_size, found.st_mtime_ns)
+
+
+@contextmanager
+def mirrored(url: str) -> Iterator[Mirror]:
+    """A mirror of all objects below an address, hidden ones and indexes left out. Raises ValueError where there are none, OSError where the
+    store does not answer."""
+    with tempfile.TemporaryDirectory(prefix="megatron_mm_mirror_") as scratch:
+        mirror = Mirror(Path(scratch).resolve(), url.partition("://")[0])
+        listed = ObjectStore(url).listed()
+        root = mirror.path_of(url)
+        for name, details in listed.items():
+            file = mirror.scratch / name
+            inside = PurePosixPath(os.path.relpath(file, root)).parts
+            if ".." in inside or any(part.startswith(".") or part == "index" for part in inside) or details.get("type") == "directory":
+                continue
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _make_empty(file, int(details["size"]), _written(details))
+            if file.name == _TOKENIZER:
+                _fill(file, mirror.url_of(file))
+        if not root.is_dir():
+            raise ValueError(f"{url} holds no object: give the address of a data set, such as s3://bucket/data, of a split or of a source")
+        logger.info("%s: %d objects", url, len(listed))
+        yield mirror
+
+
+def _written(details: dict[str, Any]) -> int:
+    """When an object was written, nanoseconds; where the store does not say, a number that another object has not."""
+    for key in ("LastModified", "last_modified", "updated", "mtime", "created"):
+        found = details.get(key)
+        if isinstance(found, datetime):
+            return int(found.timestamp() * 1e6) * 1000
+        if isinstance(found, int | float):
+            return int(found * 1e6) * 1000
+    tag = str(details.get("ETag") or details.get("etag") or details.get("md5Hash") or "")
+    return int(hashlib.sha256(tag.encode()).hexdigest()[:7], 16) * 10**9
+
+
+def _make_empty(file: Path, size: int, written: int) -> None:
+    """A file of holes."""
+    with file.open("wb") as opened:
+        opened.truncate(size)
+    os.utime(file, ns=(written, written))
+
+
+def _fill(file: Path, url: str) -> None:
+    """Put an object's bytes into its file, as many as that has."""
+    folder, _, name = url.rpartition("/")
+    store, found = ObjectStore(folder), file.stat()
+    with file.open("r+b") as opened:
+        for begin in range(0, found.st_size, _RANGE):
+            opened.write(store.read(name, begin, min(_RANGE, found.st_size - begin)))
+    os.utime(file, ns=(found.st_mtime_ns, found.st_mtime_ns))
