@@ -30,6 +30,7 @@ from megatron_mm.data.load.decode import DaliDecoder, ImageDecoder, PillowDecode
 CPU = torch.device("cpu")
 FILL = (122, 116, 104)
 TRANSFORMS: tuple[tuple[Resize, int], ...] = (("squash", 378), ("crop", 224), ("pad", 336))
+PARTS = ("pixels", "damaged", "training", "loader", "rates")
 BATCH = 28
 """Images of a micro-batch of two sequences."""
 
@@ -237,16 +238,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(16, os.cpu_count() or 1), help="decoding threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of each rate, in turn (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each rate (default: %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
     given = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device("cuda", 0) if given.device == "cuda" else CPU
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     print(f"{name}, torch {torch.__version__}, {os.cpu_count()} cores")
-    compare_pixels(device, threads=given.threads)
-    damaged(device, threads=given.threads)
-    beside_training(device, threads=given.threads)
-    whole_loader(device, threads=given.threads, rounds=given.rounds)
-    rates(device, threads=given.threads, rounds=given.rounds, seconds=given.seconds)
+    work: dict[str, Callable[[], None]] = {
+        "pixels": lambda: compare_pixels(device, threads=given.threads),
+        "damaged": lambda: damaged(device, threads=given.threads),
+        "training": lambda: beside_training(device, threads=given.threads),
+        "loader": lambda: whole_loader(device, threads=given.threads, rounds=given.rounds),
+        "rates": lambda: rates(device, threads=given.threads, rounds=given.rounds, seconds=given.seconds),
+    }
+    for part in given.parts:
+        work[part]()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from megatron_mm.platform.device import pinned
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -68,8 +70,9 @@ class PackedBatch:
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._moving().items()})  # type: ignore[arg-type]
 
     def pinned(self) -> PackedBatch:
-        """The same batch in memory that a GPU reads by itself, so that the copy of `to` blocks nobody."""
-        return replace(self, **{name: value.pin_memory() for name, value in self._moving().items()})  # type: ignore[arg-type]
+        """The same batch in memory that a GPU reads by itself, so that the copy of `to` blocks nobody. Pixels that were decoded on the GPU
+        stay there."""
+        return replace(self, **{name: pinned(value) for name, value in self._moving().items()})  # type: ignore[arg-type]
 
     def _moving(self) -> dict[str, torch.Tensor]:
         return {

@@ -38,10 +38,13 @@ def packed_attention_missing() -> str:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on a device, without waiting for what the device still does: by way of pinned memory on a GPU."""
-    if device.type == "cuda" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    """A tensor on a device, without waiting for what the device still does: from the CPU to a GPU by way of pinned memory."""
+    return (pinned(tensor) if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the CPU in memory that a GPU reads by itself; one that is pinned already or lies on a device stays as it is."""
+    return tensor.pin_memory() if tensor.device.type == "cpu" and not tensor.is_pinned() else tensor
 
 
 def fp8_recipe_missing(recipe: str) -> str:

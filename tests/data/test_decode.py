@@ -12,6 +12,7 @@ from PIL import Image
 
 from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.load.decode import DaliDecoder, ImageDecoder, has_dali, is_plain, make_decoder
+from megatron_mm.platform.device import pinned, send
 
 FILL = (122, 116, 104)
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
@@ -245,3 +246,16 @@ def test_exif_orientation_is_not_applied(backend: str) -> None:
     turned, plain = picture("JPEG", exif=exif), picture("JPEG")
     decoded = decoder(backend).decode([turned, plain]).pixels
     assert torch.equal(decoded[0], decoded[1])
+
+
+def test_a_jpeg_without_its_end_goes_to_pillow() -> None:
+    """The GPU's decoder takes it as whole."""
+    whole = picture("JPEG")
+    assert is_plain(whole) and is_plain(whole + bytes(8))
+    assert not any(is_plain(whole[:-cut]) for cut in (1, 2, 20, len(whole) // 2))
+
+
+def test_pixels_of_dali_and_of_pillow_meet_on_a_device() -> None:
+    """What lies on a device already is sent there without a detour; only tensors of the CPU are pinned."""
+    there = torch.empty(2, dtype=torch.uint8, device="meta")
+    assert pinned(there) is there and send(there, torch.device("meta")) is there

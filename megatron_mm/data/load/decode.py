@@ -5,6 +5,9 @@ Pillow at the same time, and so does a batch in which DALI meets a damaged image
 resizes what DALI has decoded, several times faster than DALI would. On a GPU only JPEG is decoded there; DALI decodes PNG and WebP in its
 threads on the CPU (`data.decode_threads`), and resizes them on the GPU.
 
+A JPEG whose end is missing goes to Pillow, which says whether it is whole: the GPU's decoder fills the rest of a cut one with grey and says
+nothing.
+
 On a GPU all work is on a stream of its own, for which this thread waits: it neither waits for what training has queued nor holds it up.
 """
 
@@ -237,9 +240,16 @@ def _position(begin: int, room: int) -> float:
     return begin / room if room else 0.0
 
 
+_JPEG_BEGIN, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_BEHIND = 64
+"""Bytes behind the end of a JPEG that some writers leave, mostly zeros."""
+
+
 def is_plain(blob: bytes) -> bool:
-    """Whether DALI decodes an image as Pillow does: 8-bit grey or RGB JPEG, PNG or WebP,
-    neither transparent nor animated."""
+    """Whether DALI decodes an image as Pillow does: 8-bit grey or RGB JPEG, PNG or WebP, neither transparent nor animated, and a JPEG
+    only with its end."""
+    if blob.startswith(_JPEG_BEGIN) and _JPEG_END not in blob[-_BEHIND:]:
+        return False
     try:
         with open_image(blob) as image:
             usual = image.width * image.height <= MAX_PIXELS and getattr(image, "n_frames", 1) == 1

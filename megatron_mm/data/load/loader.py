@@ -28,6 +28,7 @@ from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.plan.layout import Layout, PlacedImage, SourceImage, lay_out, shuffled_images
 from megatron_mm.data.plan.plan import GlobalBatch, PackedSequence, Plan, PlanState, encoding_stages
 from megatron_mm.data.text.tokenizer import Tokenizer
+from megatron_mm.platform.device import pinned
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,7 @@ class Loader:
         plan.image.ids(tokenizer.special_id, tiles=1)  # raises here and not in a thread
         self._texts, self._seen = _Tally(), _Tally()
         self._readers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
+        self._device = device
         self._pin = device.type == "cuda"
         self._decoder = make_decoder(data.decoder, plan.image.transform, threads=data.decode_threads, device=device)
         self._tile_decoder = TileDecoder(plan.image, threads=data.decode_threads)
@@ -358,7 +360,14 @@ class Loader:
         return batch.pinned() if self._pin else batch
 
     def _pixels(self, draft: _Draft) -> DecodedImages:
-        """This process's images of a micro-batch, in its own thread."""
+        """This process's images of a micro-batch, in its own thread, which pins them too: of all that is pinned they take longest."""
+        decoded = self._decoded(draft)
+        if not self._pin:
+            return decoded
+        torch.cuda.set_device(self._device)  # each thread has a current device of its own, the first one unless it is set
+        return replace(decoded, pixels=pinned(decoded.pixels))
+
+    def _decoded(self, draft: _Draft) -> DecodedImages:
         if self.config.images == "blank":
             colour = torch.tensor(self.image.fill, dtype=torch.uint8)[None, :, None, None]
             count = sum(len(shown.tiles) for shown in draft.shown)
