@@ -4,7 +4,7 @@
 
 Each start of the disturbed run has one fault drawn for it, with the process and the step; then the same command is started again, as a
 cluster would do. Weights, optimizer and losses must be the undisturbed run's bit for bit. With `--change-layout` each start takes another
-layout, and they must agree to 1e-5 relative.
+layout, and they must agree to 1e-5 relative, but for what is nothing but rounding (`ROUNDING`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ STEPS, INTERVAL = 24, 3
 WATCHDOG_SECONDS = 30.0
 TIMEOUT = 300
 TOLERANCE = 1e-5
+ROUNDING = "linear_qkv.bias"
+"""Ends of names. The keys' part of this bias has no gradient, because softmax does not see what all keys have in common: Adam scales its
+rounding up to whole steps."""
 
 
 def command(data: Path, run_dir: Path, layout: dict[str, int]) -> list[str]:
@@ -161,12 +164,17 @@ def compare(one: Path, other: Path, *, exactly: bool) -> float:
     """The largest relative difference of a tensor; raises SystemExit where it is too large."""
     a, b = tensors(one), tensors(other)
     assert a.keys() == b.keys(), "not the same tensors"
-    worst = max(float((a[name] - b[name]).double().norm() / (a[name].double().norm() + 1e-12)) for name in a)
+    names = [name for name in a if exactly or not name.endswith(ROUNDING)]
+    differences = {name: float((a[name] - b[name]).double().norm() / (a[name].double().norm() + 1e-12)) for name in names}
+    odd = max(names, key=differences.__getitem__)
+    worst = differences[odd]
     losses = [_losses(run_dir) for run_dir in (one, other)]
     pairs = [(losses[0][step], losses[1][step]) for step in losses[1]]
     assert len(pairs) > STEPS // 2, "hardly a loss was written"
     if exactly and (worst > 0 or any(x != y for x, y in pairs)):
         raise SystemExit(f"weights or losses differ: by {worst:.3g} at most")
+    if worst > TOLERANCE:
+        raise SystemExit(f"{odd} differs by {worst:.3g} relative, more than {TOLERANCE}")
     if any(abs(x - y) > TOLERANCE * abs(x) for x, y in pairs):
         raise SystemExit(f"losses differ by more than {TOLERANCE} relative")
     return worst

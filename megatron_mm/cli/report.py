@@ -18,7 +18,7 @@ def _run(given: argparse.Namespace) -> None:
 
     out = given.out or given.run_dirs[0] / "report.html"
     for run in write_report(given.run_dirs, out):
-        damaged = f", {sum(run.damaged.values())} damaged lines left out" if run.damaged else ""
+        damaged = f", damaged lines left out: {sum(run.damaged.values())}" if run.damaged else ""
         replaced = f", {run.metrics.replaced} lines of repeated steps replaced" if run.metrics.replaced else ""
         print(f"{run.path}: {len(run.metrics.steps)} steps{replaced}{damaged}")
     print(f"written to {out}")

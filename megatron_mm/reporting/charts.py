@@ -140,18 +140,27 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def line_chart(series: Sequence[Series], *, title: str, unit: str = "", marks: Sequence[Mark] = (), from_zero: bool = False) -> str:
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    unit: str = "",
+    marks: Sequence[Mark] = (),
+    from_zero: bool = False,
+    most: float | None = None,
+) -> str:
     """Lines over steps as an HTML figure; nothing where no series has a value.
 
     Args:
         unit: of the values, in a few words.
         from_zero: the axis of the values begins at 0.
+        most: that values can have, where the axis ends.
     """
     series = [one for one in series if np.isfinite(one.curve.values).any()]
     if not series:
         return ""
     drawn = [_few(one.curve) for one in series]
-    x, y = _axes(drawn, from_zero=from_zero)
+    x, y = _axes(drawn, from_zero=from_zero, limit=most)
     parts = [*_grid(x, y), *_marks(marks, x)]
     for number, (one, points) in enumerate(zip(series, drawn, strict=True)):
         dash = ' stroke-dasharray="5 4"' if one.dashed else ""
@@ -222,7 +231,7 @@ def heat_map(values: np.ndarray, *, title: str, rows: Sequence[str], row_title: 
 # ----------------------------------------------------------------------------------------------------------------- parts
 
 
-def _axes(drawn: Sequence[_Drawn], *, from_zero: bool) -> tuple[_Axis, _Axis]:
+def _axes(drawn: Sequence[_Drawn], *, from_zero: bool, limit: float | None) -> tuple[_Axis, _Axis]:
     steps = np.concatenate([points.steps for points in drawn])
     values = np.concatenate([part[np.isfinite(part)] for points in drawn for part in (points.least, points.most)])
     least, most = float(values.min()), float(values.max())
@@ -232,6 +241,7 @@ def _axes(drawn: Sequence[_Drawn], *, from_zero: bool) -> tuple[_Axis, _Axis]:
     else:
         room = 0.05 * (most - least) or 0.05 * abs(most) or 1.0
         least, most = (min(0.0, least) if from_zero or 0 <= least < room else least - room), most + room
+        most = most if limit is None else min(most, max(limit, most - room))
     first, last = float(steps.min()), float(steps.max())
     if first == last:
         first, last = first - 0.5, last + 0.5
@@ -245,6 +255,7 @@ def _grid(x: _Axis, y: _Axis) -> Iterable[str]:
         yield f'<text x="{LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{short(value)}</text>'
     for value in x.ticks():
         yield f'<text x="{float(x.place(value)):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{short(value)}</text>'
+    yield f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">step</text>'
     yield f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
 
 
@@ -302,10 +313,10 @@ def _figure(title: str, unit: str, parts: Sequence[str], series: Sequence[Series
             for one, points in zip(series, drawn, strict=True)
         ],
     }
-    scale = ", logarithmic" if y.log else ""
+    about = ", ".join(filter(None, [unit, "logarithmic" if y.log else ""]))
     return (
         f"<figure class=\"chart\" data-chart='{_attribute(json.dumps(data, separators=(',', ':')))}'>"
-        f'<figcaption>{html.escape(title)} <span class="unit">{html.escape(unit + scale)}</span></figcaption>'
+        f'<figcaption>{html.escape(title)} <span class="unit">{html.escape(about)}</span></figcaption>'
         f'<div class="plot"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}'
         f'<path class="cursor" d=""/></svg><div class="tip" hidden></div></div>'
         f'<div class="legend">{legend}</div></figure>'

@@ -110,7 +110,8 @@ class Progress:
             config = json.loads((self.run_dir / CONFIG).read_text())
         except (OSError, json.JSONDecodeError):
             return
-        self.steps, self.recipe = config.get("train", {}).get("steps"), str(config.get("recipe", ""))
+        if isinstance(config, dict) and isinstance(config.get("train"), dict):
+            self.steps, self.recipe = config["train"].get("steps"), str(config.get("recipe", ""))
 
     @property
     def ended(self) -> str | None:
@@ -128,7 +129,9 @@ class Progress:
         else:
             yield from self._of_steps(width, now)
         for event in self.events[-5:]:
-            stamp = time.strftime("%H:%M:%S", time.localtime(event.get("time", 0)))
+            stamp = (
+                time.strftime("%H:%M:%S", time.localtime(_mean([event], "time"))) if math.isfinite(_mean([event], "time")) else "--:--:--"
+            )
             yield _printable(f"  {stamp} step {event['step']:,} {event.get('kind')}: {event.get('text')}")[:width]
         if self.ended is not None:
             yield _ENDS[self.ended]
@@ -147,17 +150,18 @@ class Progress:
         lost = f"skipped {last.get('skipped_steps', 0)}   bad {_total(last.get('bad_samples'))}"
         yield f"seen     {'   '.join(totals) or 'not known'}   {lost}"
         yield f"norms    gradient {_number(last.get('grad_norm'), '.3f')}   learning rate {_number(last.get('lr'), '.2e')}"
-        if last.get("phases"):
+        if isinstance(last.get("phases"), dict) and last["phases"]:
             whole = sum(last["phases"].values()) or 1.0
             shares = [f"{name} {100 * value / whole:.0f}%" for name, value in last["phases"].items() if value / whole >= 0.005]
             yield f"time     {'   '.join(shares)}"[:width]
-        memory = [f"{last['memory_gb']:.3g} GB on rank 0"] if last.get("memory_gb") else []
-        if self.phases.get("memory_gb", 0.0) > last.get("memory_gb", 0.0):  # looked at some steps ago
-            memory.append(f"most, {self.phases['memory_gb']:.3g} GB, on rank {self.phases['memory_rank']}")
+        mine, most = (_mean([line], "memory_gb") for line in (last, self.phases))
+        memory = [f"{mine:.3g} GB on rank 0"] if mine > 0 else []
+        if not most <= mine and math.isfinite(most):  # looked at some steps ago
+            memory.append(f"most, {most:.3g} GB, on rank {self.phases.get('memory_rank')}")
         if memory:
             yield f"memory   {'   '.join(memory)}"
         slow = self.phases.get("slow")
-        if slow:
+        if isinstance(slow, dict):
             yield f"slow     rank {slow['rank']} in {slow['phase']}, by {slow['seconds']:.3g} s a step"
         if last.get("time"):
             quiet = max(0.0, now - last["time"])  # by two machines' clocks

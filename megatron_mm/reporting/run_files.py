@@ -194,7 +194,8 @@ class RunFiles:
     @property
     def planned_steps(self) -> int | None:
         """`train.steps` of the newest start."""
-        steps = self.config.get("train", {}).get("steps")
+        train = self.config.get("train")
+        steps = train.get("steps") if isinstance(train, dict) else None
         return steps if isinstance(steps, int) else None
 
     def restarts(self) -> list[int]:

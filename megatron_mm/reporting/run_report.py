@@ -16,9 +16,9 @@ from megatron_mm.reporting.page import Section, charts, missing
 from megatron_mm.reporting.report_details import benchmarks, captions, configuration, events, experts, files
 from megatron_mm.reporting.run_files import Curve, RunFiles, read_run
 
-PHASES = ("data", "forward", "backward", "p2p", "reduce", "optimizer", "other")
+PHASES = ("data", "share", "forward", "backward", "p2p", "reduce", "optimizer", "other")
 """Phases of a step in the order in which they are drawn."""
-_PHASE_NAMES = {"data": "wait for data", "p2p": "wait for other stages", "reduce": "gradient reduction"}
+_PHASE_NAMES = {"data": "wait for data", "share": "texts to other ranks", "p2p": "wait for other stages", "reduce": "gradient reduction"}
 MOST_EVENTS = 60
 """Vertical lines of a chart at most."""
 
@@ -49,9 +49,17 @@ def report(runs: Sequence[RunFiles]) -> str:
         ("configuration", "Configuration", configuration),
         ("files", "Files read", files),
     )
-    sections = [Section(anchor, title, make(runs)) for anchor, title, make in makers]
+    sections = [Section(anchor, title, _or_why_not(make, runs)) for anchor, title, make in makers]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
     return page.page(title, "".join(_summary(run, number, len(runs)) for number, run in enumerate(runs)), sections)
+
+
+def _or_why_not(make: Callable[[Sequence[RunFiles]], str], runs: Sequence[RunFiles]) -> str:
+    """A section; of files that are not as this version writes them it says what is wrong, and the others are there."""
+    try:
+        return make(runs)
+    except Exception as error:  # files of another version, or changed by hand
+        return missing(f"This section cannot be shown, because a file is not as this version writes it: {type(error).__name__}: {error}")
 
 
 # --------------------------------------------------------------------------------------------------------------- summary
@@ -62,7 +70,7 @@ def _summary(run: RunFiles, number: int, count: int) -> str:
     done, planned = int(steps[-1]) if len(steps) else 0, run.planned_steps
     seconds = metrics.curve("seconds").values
     values = [
-        ("steps", f"{done:,}" + (f" of {planned:,}" if planned else "")),
+        (f"of {planned:,} steps" if planned else "steps", f"{done:,}"),
         ("loss", _number(metrics.curve("loss").last)),
         ("held-out loss", _number(run.evaluations.curve("heldout/loss").last)),
         ("tokens", short(_total(run, "tokens"))),
@@ -116,7 +124,16 @@ def marks(run: RunFiles) -> list[Mark]:
     return found[:MOST_EVENTS]
 
 
-def _of_runs(runs: Sequence[RunFiles], name: str, *, title: str, unit: str = "", from_zero: bool = False, scale: float = 1.0) -> str:
+def _of_runs(
+    runs: Sequence[RunFiles],
+    name: str,
+    *,
+    title: str,
+    unit: str = "",
+    from_zero: bool = False,
+    scale: float = 1.0,
+    most: float | None = None,
+) -> str:
     """A number of metrics.jsonl, a line for each run."""
     series = [
         Series(run.name, Curve(curve.steps, curve.values * scale), number)
@@ -124,7 +141,7 @@ def _of_runs(runs: Sequence[RunFiles], name: str, *, title: str, unit: str = "",
         if len(curve := run.metrics.curve(name))
     ]
     lines = marks(runs[0]) if len(runs) == 1 else ()
-    return line_chart(series, title=title, unit=unit, marks=lines, from_zero=from_zero)
+    return line_chart(series, title=title, unit=unit, marks=lines, from_zero=from_zero, most=most)
 
 
 def _by_part(run: RunFiles, curves: dict[str, Curve], *, title: str, unit: str = "", several: bool, from_zero: bool = False) -> str:
@@ -154,7 +171,10 @@ def _losses(runs: Sequence[RunFiles]) -> str:
             for run in runs
         ),
     )
-    return found or missing("No step has been written yet.")
+    lines = [mark.kind for run in runs for mark in marks(run)] if not several else []
+    said = [text for kind, text in (("resume", "green: the run was resumed"), ("alert", "red: a warning")) if kind in lines]
+    note = f'<p class="note">Vertical lines on all charts: {", ".join(said)} (Events says which)</p>' if said else ""
+    return found + note if found else missing("No step has been written yet.")
 
 
 def _evaluation(runs: Sequence[RunFiles]) -> str:
@@ -248,8 +268,10 @@ def _data(runs: Sequence[RunFiles]) -> str:
     ]
     parts.append(
         charts(
-            _of_runs(runs, "fill", title="Fill", unit="percent of a batch that is not padding", scale=100),
-            _of_runs(runs, "balance", title="Balance", unit="percent: mean data-parallel rank's work / the busiest one's", scale=100),
+            _of_runs(runs, "fill", title="Fill", unit="percent of a batch that is not padding", scale=100, most=100),
+            _of_runs(
+                runs, "balance", title="Balance", unit="percent: mean data-parallel rank's work / the busiest one's", scale=100, most=100
+            ),
             line_chart(shares, title="Wait for data", unit="percent of the step, main process", from_zero=True),
             _of_runs(runs, "images", title="Images of a step", from_zero=True),
             *(

@@ -166,6 +166,20 @@ def test_a_run_of_an_earlier_version_has_a_page_that_says_what_it_lacks(tmp_path
     assert "2 lines of repeated steps replaced" in capsys.readouterr().out
 
 
+def test_files_that_are_not_as_they_should_be_cost_their_sections_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = full_run(tmp_path / "run")
+    write_lines(run_dir / "captions.jsonl", [{"step": 1, "samples": 4}])
+    write_lines(run_dir / "phases.jsonl", [{"step": 1, "stages": 7, "slow": "x", "memory_gb": "y"}])
+    write_lines(run_dir / "events.jsonl", [{"step": 1, "time": "x", "kind": 3}])
+    (run_dir / "config.json").write_text('{"train": 5}')
+    main(["report", str(run_dir)])
+    page = (run_dir / "report.html").read_text()
+    assert page.count("This section cannot be shown, because a file is not as this version writes it") == 2
+    assert "Training loss" in page and "Gradient norm by part" in page and "Expert load" in page
+    main(["watch", str(run_dir), "--once"])
+    assert "loss     0.0667" in capsys.readouterr().out
+
+
 def test_two_runs_share_their_charts_and_their_differences_are_listed(tmp_path: Path) -> None:
     first, second = full_run(tmp_path / "a", seed=1), full_run(tmp_path / "b", seed=2, steps=20)
     main(["report", str(first), str(second), "--out", str(tmp_path / "page.html")])
