@@ -25,6 +25,7 @@ from megatron_mm.cli.prepare import PREPARE
 from megatron_mm.cli.report import REPORT
 from megatron_mm.cli.train import TRAIN
 from megatron_mm.cli.watch import WATCH
+from megatron_mm.platform import engines
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     _configure_logging()
     try:
+        if arguments[:1] != ["doctor"]:  # which has the same to say, among other things
+            engines.check(engines.installed())
         run(COMMANDS, arguments, program="megatron-mm")
     except (ValueError, FileNotFoundError) as error:
         _fail(error)
+    except (AssertionError, AttributeError, ImportError, NotImplementedError, TypeError) as error:
+        if remark := engines.remark(engines.installed()):
+            error.add_note(f"megatron-mm: {remark}")
+        raise
     except KeyboardInterrupt:
         print("megatron-mm: interrupted: start the same command again to resume", file=sys.stderr, flush=True)
         os._exit(130)  # as a shell would say it

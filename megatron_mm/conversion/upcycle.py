@@ -104,7 +104,7 @@ def load_dense(topology: Topology, model: list[DistributedDataParallel], dense: 
     loaded = dist_checkpointing.load(
         dict(wanted),
         str(dense / TENSORS),
-        sharded_strategy=load_strategy(dense),
+        sharded_strategy=load_strategy(),
         validate_access_integrity=False,  # several processes read the same parts
         strict=StrictHandling.RAISE_UNEXPECTED,
     )

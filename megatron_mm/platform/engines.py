@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 
-ENGINES = {(0, 16): ((2, 9), (2, 12)), (0, 19): ((2, 20), (2, 21))}
+ENGINES = {(0, 16): ((2, 9), (2, 12)), (0, 17): ((2, 20), (2, 21)), (0, 18): ((2, 20), (2, 21)), (0, 19): ((2, 20), (2, 21))}
 """Versions of megatron-core that the tests run on, and of Transformer Engine that go with each: from the first on, before the second. 0.16
-declares its own range; with a later one it continues without some kernels and says nothing. 0.19 declares none: the range is what was run.
-pyproject.toml says the same to pip."""
+declares its own range; with a later one it continues without some kernels and says nothing. Later ones declare none: the range is what was
+run. pyproject.toml says the same to pip; docs/gpu.md says what was run with what."""
 
 
 def is_supported(megatron_core: str) -> bool:
@@ -42,3 +43,37 @@ def numbers(version: str) -> tuple[int, int]:
     """
     major, minor = (int(number) for number in re.findall(r"\d+", version)[:2])
     return major, minor
+
+
+def mismatch(megatron_core: str, transformer_engine: str) -> str:
+    """What is wrong with a pair of versions; empty where they go together, or the engine is none of ours."""
+    if not is_supported(megatron_core) or goes_with(megatron_core, transformer_engine):
+        return ""
+    wanted = range_of(megatron_core)
+    return f"{transformer_engine}, but megatron-core {megatron_core} goes with {wanted}: it would run without some kernels"
+
+
+def installed(package: str = "megatron-core") -> str | None:
+    """The version that is here; None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check(version: str | None) -> None:
+    """Raise ValueError for a megatron-core that lacks what is used of it. One that is newer than all that was tried is left to be tried:
+    `remark` says so where it fails."""
+    if version is not None and numbers(version) < min(ENGINES):
+        raise ValueError(f"megatron-core {version} is too old for megatron_mm, which runs on {_SPAN}: pip install '{_WANTED}'")
+
+
+def remark(version: str | None) -> str:
+    """What to say beside any error on a version that nobody has tried; empty on the others."""
+    if version is None or is_supported(version):
+        return ""
+    return f"megatron-core {version} has not been tried with megatron_mm, whose tests run on {_SPAN}: pip install '{_WANTED}'"
+
+
+_SPAN = f"{'.'.join(map(str, min(ENGINES)))} to {'.'.join(map(str, max(ENGINES)))}"
+_WANTED = f"megatron-core>={'.'.join(map(str, min(ENGINES)))},<{max(ENGINES)[0]}.{max(ENGINES)[1] + 1}"

@@ -123,8 +123,7 @@ def _check_engine() -> Iterator[Finding]:
     if engines.is_supported(version):
         yield Finding("megatron-core", "ok", version)
     else:
-        tested = " and ".join(f"{major}.{minor}" for major, minor in engines.ENGINES)
-        yield Finding("megatron-core", "warning", f"{version}: the tests run on {tested}, install one of these")
+        yield Finding("megatron-core", "warning", engines.remark(version))
 
 
 def _check_transformer_engine() -> Iterator[Finding]:
@@ -138,9 +137,8 @@ def _check_transformer_engine() -> Iterator[Finding]:
         yield Finding(name, "warning", f"installed but does not load ({_short(error)}); reinstall it, or uninstall it", instead)
         return
     version, core = _version("transformer-engine"), _version("megatron-core")
-    if engines.is_supported(core) and not engines.goes_with(core, version):
-        wanted = engines.range_of(core)
-        yield Finding(name, "warning", f"{version}, but megatron-core {core} goes with {wanted}: it would run without some kernels", wanted)
+    if mismatch := engines.mismatch(core, version):
+        yield Finding(name, "warning", mismatch, engines.range_of(core))
     else:
         yield Finding(name, "ok", version)
     yield _packed_attention()

@@ -24,8 +24,10 @@ from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.heldout import HeldOut
 from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment, load_extensions, save_experiment
+from megatron_mm.models.layers import Backend
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform import engines
 from megatron_mm.reporting.events import listen
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.run.data import HELD_OUT, TRAINING, TrainingData, as_indexed, held_out_batches, image_input, make_plan, open_tokenizer
@@ -234,9 +236,21 @@ def _hook(name: str) -> Callable[[Trainer], Hook]:
 
 def _check_machine(experiment: Experiment) -> None:
     """What this machine's kernels and packages cannot do. Raises ValueError; one process warns of options without effect."""
+    is_main = int(os.environ.get("RANK", "0")) == 0
     backend = choose_backend(experiment, on_gpu=torch.cuda.is_available())
     choose_kernels(experiment, backend=backend)
-    check_options(experiment, backend=backend, warn=int(os.environ.get("RANK", "0")) == 0)
+    check_options(experiment, backend=backend, warn=is_main)
+    if is_main:
+        _warn_of_versions(backend)
+
+
+def _warn_of_versions(backend: Backend) -> None:
+    """Of engines that nobody tried, alone or with each other. (One that is too old is refused by the command line.)"""
+    core, transformer_engine = engines.installed(), engines.installed("transformer-engine")
+    if remark := engines.remark(core):
+        logger.warning(remark)
+    if backend == "te" and core is not None and transformer_engine is not None and (wrong := engines.mismatch(core, transformer_engine)):
+        logger.warning("Transformer Engine is %s", wrong)
 
 
 def with_absolute_references(experiment: Experiment) -> Experiment:

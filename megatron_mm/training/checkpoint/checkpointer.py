@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -129,7 +129,7 @@ class Checkpointer:
             run_state(self.model, self.optimizer, self.topology, loading=False),
             str(partial / TENSORS),
             sharded_strategy=FullyParallelSaveStrategyWrapper(
-                get_default_save_sharded_strategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
+                TorchDistSaveShardedStrategy("torch_dist", 1), parallel_state.get_data_parallel_group(with_context_parallel=True)
             ),
             async_sharded_save=True,
             validate_access_integrity=True,
@@ -329,7 +329,7 @@ class Checkpointer:
         loaded = dist_checkpointing.load(
             run_state(self.model, self.optimizer, self.topology, loading=True, generators=alike),
             str(checkpoint / TENSORS),
-            sharded_strategy=load_strategy(checkpoint),
+            sharded_strategy=load_strategy(),
             strict=StrictHandling.RAISE_UNEXPECTED,
         )
         for index, chunk in enumerate(wrapped_modules(self.model)):

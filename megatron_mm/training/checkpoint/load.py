@@ -10,8 +10,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 
@@ -44,7 +44,7 @@ def load_weights(experiment: Experiment, topology: Topology, model: list[Distrib
     loaded = dist_checkpointing.load(
         state,
         str(checkpoint / TENSORS),
-        sharded_strategy=load_strategy(checkpoint),
+        sharded_strategy=load_strategy(),
         strict=StrictHandling.RAISE_UNEXPECTED,
     )
     interpolation.answer(asked, loaded)
@@ -80,8 +80,8 @@ def load_chunk(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
     assert not missing and not unexpected, f"the checkpoint lacks {missing} and has {unexpected}"
 
 
-def load_strategy(checkpoint: Path) -> FullyParallelLoadStrategyWrapper:
+def load_strategy() -> FullyParallelLoadStrategyWrapper:
     """Reads each stored tensor once for all data-parallel processes that want it."""
     return FullyParallelLoadStrategyWrapper(
-        get_default_load_sharded_strategy(str(checkpoint / TENSORS)), parallel_state.get_data_parallel_group(with_context_parallel=True)
+        TorchDistLoadShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
     )

@@ -66,7 +66,9 @@ class _Torch(cpu._TorchOnCpu):
 
 def python_of_transformer_engine() -> str | None:
     """The version that this interpreter, or the folder that `make` fills, has of Transformer Engine's Python; None where there is none that
-    goes with the installed megatron-core."""
+    goes with the installed megatron-core. TE_VERSION in the environment names one of the folder's in place of any other."""
+    if asked := os.environ.get("TE_VERSION"):
+        return asked
     if importlib.util.find_spec("transformer_engine") is not None:
         return importlib.metadata.version("transformer-engine")
     core = importlib.metadata.version("megatron-core")
@@ -83,7 +85,7 @@ def install(*, on_cpu: bool = True) -> types.ModuleType:
     assert not any(name.startswith("megatron.core") for name in sys.modules), "megatron-core looked for Transformer Engine already"
     version = python_of_transformer_engine()
     assert version is not None, "no transformer-engine here: run `make test-te`, or pip install --no-deps transformer-engine"
-    if importlib.util.find_spec("transformer_engine") is None:
+    if "TE_VERSION" in os.environ or importlib.util.find_spec("transformer_engine") is None:
         sys.path.insert(0, str(FOLDER / version))
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # leaves out the search for compiled libraries
     module = sys.modules["transformer_engine_torch"] = extension.extension(version)

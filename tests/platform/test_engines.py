@@ -1,0 +1,56 @@
+"""Versions that go together, and what is said of others."""
+
+from __future__ import annotations
+
+import doctest
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.cli import main as program
+from megatron_mm.platform import engines
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def test_examples() -> None:
+    assert doctest.testmod(engines).failed == 0
+
+
+def test_an_engine_that_is_too_old_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything of it is imported."""
+    monkeypatch.setattr(engines, "installed", lambda package="megatron-core": "0.14.0")
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as left:
+        program.main(["train", "debug_mm1"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        "megatron-mm: error: megatron-core 0.14.0 is too old for megatron_mm, which runs on 0.16 to 0.19: "
+        "pip install 'megatron-core>=0.16,<0.20'\n"
+    )
+
+
+def test_what_fails_on_an_engine_that_is_newer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried; whatever goes wrong may come from it."""
+
+    def fail(*unused: object, **also_unused: object) -> None:
+        raise ImportError("cannot import name 'GPTModel'")
+
+    monkeypatch.setattr(engines, "installed", lambda package="megatron-core": "0.21.3")
+    monkeypatch.setattr(program, "run", fail)
+    with pytest.raises(ImportError, match="GPTModel") as error:
+        program.main(["train", "debug_mm1"])
+    (note,) = error.value.__notes__
+    assert note.startswith("megatron-mm: megatron-core 0.21.3 has not been tried") and note.endswith("'megatron-core>=0.16,<0.20'")
+    assert engines.remark("0.18.2") == engines.remark(None) == ""
+
+
+def test_pip_is_told_the_same() -> None:
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    cores = [line for line in project["dependencies"] if line.startswith("megatron-core")]
+    first, last = min(engines.ENGINES), max(engines.ENGINES)
+    assert any(f">={first[0]}.{first[1]}" in core for core in cores) and any(f"<{last[0]}.{last[1] + 1};" in core for core in cores)
+    ranges = {line.partition("]")[2].partition(";")[0] for line in project["optional-dependencies"]["gpu"] if "transformer" in line}
+    assert ranges == {engines.range_of(f"{major}.{minor}") for major, minor in engines.ENGINES}
