@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_mm.cli.main import PrintableFormatter
 from megatron_mm.config import CheckpointConfig
-from megatron_mm.families.recipes import get_recipe
+from megatron_mm.families.recipes import RECIPES, get_recipe
 from megatron_mm.families.serialize import load_experiment, to_dict
+from megatron_mm.run.start import _check_no_secrets
 from megatron_mm.training.checkpoint.copies import Copies
 from megatron_mm.training.checkpoint.memory import _check_private
 
@@ -89,6 +93,38 @@ def test_a_password_in_a_url_is_refused() -> None:
     with pytest.raises(ValueError, match=r"checkpoint\.copy_to holds a password"):
         CheckpointConfig(copy_to="s3://key:secret@bucket/run")
     CheckpointConfig(copy_to="s3://bucket/run")
+
+
+@pytest.mark.parametrize(
+    ("value", "refused"),
+    [
+        ("https://user:pass@host/data", True),
+        ("https://host/data?X-Amz-Signature=0123", True),
+        ("s3://bucket/AKIA0123456789ABCDEF", True),
+        ("hf_" + "x" * 34, True),
+        ("s3://bucket/data", False),
+        ("/data/keys=1/token", False),
+    ],
+)
+def test_no_option_may_hold_a_credential(value: str, refused: bool) -> None:
+    recipe = get_recipe("debug_mm1")
+    experiment = replace(recipe, monitor=replace(recipe.monitor, run_name=value))
+    if not refused:
+        _check_no_secrets(experiment)
+        return
+    with pytest.raises(ValueError, match=r"^monitor.run_name holds what looks like a password") as error:
+        _check_no_secrets(experiment)
+    assert value not in str(error.value)
+
+
+def test_no_recipe_looks_as_if_it_held_a_credential() -> None:
+    for name in RECIPES:
+        _check_no_secrets(get_recipe(name))
+
+
+def test_the_log_has_no_commands_for_a_terminal() -> None:
+    record = logging.LogRecord("megatron_mm", logging.WARNING, "", 0, "blank image in %s", ("a\x1b]0;owned\x07\x9b\n\tä",), None)
+    assert PrintableFormatter("%(message)s").format(record) == "blank image in a?]0;owned??\n\tä"
 
 
 _LISTENING = """

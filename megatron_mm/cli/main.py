@@ -82,10 +82,19 @@ def _fail(error: Exception) -> NoReturn:
     os._exit(2)  # not sys.exit: clean-up could wait for processes that never answer
 
 
+class PrintableFormatter(logging.Formatter):
+    """Names of files and texts come from data: what a terminal would take for a command is written as `?`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in super().format(record))
+
+
 def _configure_logging() -> None:
     rank = int(os.environ.get("RANK", "0"))
     prefix = f"[rank {rank}] " if rank else ""
-    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {prefix}%(levelname)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter(f"%(asctime)s {prefix}%(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("megatron_mm").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed|apex")
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)  # it warns of layers that are not its own

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,13 +24,14 @@ from megatron_mm.data.plan.plan import Plan
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.heldout import HeldOut
 from megatron_mm.families.registry import family_of
-from megatron_mm.families.serialize import load_experiment, load_extensions, save_experiment
+from megatron_mm.families.serialize import load_experiment, load_extensions, save_experiment, to_dict
 from megatron_mm.models.layers import Backend
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.platform import engines
 from megatron_mm.reporting.events import listen
 from megatron_mm.reporting.monitor import Monitor
+from megatron_mm.reporting.report_details import flat
 from megatron_mm.run.data import HELD_OUT, TRAINING, TrainingData, as_indexed, held_out_batches, image_input, make_plan, open_tokenizer
 from megatron_mm.run.hooks import standard_hooks
 from megatron_mm.run.lock import RunLock
@@ -57,6 +59,12 @@ from megatron_mm.training.trainer import Hook, Trainer
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+_SECRET = re.compile(
+    r"://[^/\s]*:[^/\s]*@|[?&][\w-]*(key|token|secret|passw|signature|credential)[\w-]*="
+    r"|\bAKIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30}",
+    re.IGNORECASE,
+)
+"""A URL with a password or a signature in it, keys of S3 and of the Hugging Face hub."""
 
 MoreHooks = Callable[[Trainer, Monitor, Plan], Sequence[Hook]]
 """Makes hooks of a run from its trainer, its monitor and the plan of its training data."""
@@ -192,6 +200,7 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
 
     Raises ValueError that names the thing and the fix.
     """
+    _check_no_secrets(experiment)
     experiment = with_absolute_references(experiment)
     hooks = [_hook(name) for name in experiment.extra_hooks]
     check_shapes(experiment, topologies.world_size())
@@ -224,6 +233,16 @@ def _check_for_all(experiment: Experiment, run_dir: Path) -> None:
         beginning = find_checkpoint(experiment.init_from)
         check_same_model(experiment, beginning, with_optimizer=False)
         check_same_tokenizer(experiment, beginning)
+
+
+def _check_no_secrets(experiment: Experiment) -> None:
+    """Options stand in the run's files and in every checkpoint. Raises ValueError that names the field, and not its value."""
+    for name, value in flat(to_dict(experiment)):
+        if _SECRET.search(value):
+            raise ValueError(
+                f"{name} holds what looks like a password or a key, which would stand in the run's files: give it in the environment, "
+                "or in the store's own configuration"
+            )
 
 
 def _hook(name: str) -> Callable[[Trainer], Hook]:
