@@ -212,10 +212,12 @@ OURS = replace(MEGATRON, name="this trainer with Transformer Engine", fp8_module
 
 
 def with_precision(software: Software, precision: PrecisionConfig, *, single: bool = False) -> Software:
-    """The same with an experiment's formats of gradients and moments. `single`: it trains in float32, where gradients are float32 too."""
+    """The same with an experiment's formats of gradients, moments and weights. `single`: it trains in float32, where gradients are float32
+    too."""
     moments = sum(2 if format == "bf16" else 4 for format in (precision.exp_avg, precision.exp_avg_sq))
     gradients = 2 if precision.gradients == "bf16" and not single else 4
-    return replace(software, gradient_bytes=gradients, optimizer_bytes=4 + moments)
+    fp8_weights = software.fp8_weights or precision.fp8_weights
+    return replace(software, gradient_bytes=gradients, optimizer_bytes=4 + moments, fp8_weights=fp8_weights)
 
 
 def with_host(software: Software, factor: float) -> Software:

@@ -16,7 +16,7 @@ from megatron_mm.flops import Trainable
 from megatron_mm.planning.decoder_block import decoder_layer, embedding, output, saved_by_layer
 from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
 from megatron_mm.planning.encoder_blocks import connector_block, patches_block, projector_block, resampler_block, tower_blocks
-from megatron_mm.planning.hardware import OURS, Gpu, Software, with_precision
+from megatron_mm.planning.hardware import OURS, STACKS, Gpu, Software, with_precision
 from megatron_mm.planning.job import Beside, Job
 from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Stream
 from megatron_mm.planning.layer_sections import attention_section, linear, tensor_messages
@@ -49,6 +49,17 @@ def recompute_of(experiment: Experiment, *, encoder: bool = False) -> Recompute:
     return frozenset({"full"}) if kind == "full" else frozenset(modules) if kind == "selective" else frozenset()
 
 
+def _software_of(experiment: Experiment, software: Software) -> Software:
+    """The stack with what the experiment chooses of it: formats, messages under products, how tokens go to experts."""
+    parallel = experiment.parallel
+    stack = with_precision(software, experiment.precision, single=experiment.train.precision == "fp32")
+    if parallel.overlap_tensor:
+        stack = replace(stack, hides_tensor_messages=STACKS["nemo"].hides_tensor_messages)
+    if parallel.expert_dispatch != "alltoall":  # a token goes to a machine once, and permutation is part of it
+        stack = replace(stack, sends_once=True, expert_operations=0.5)
+    return replace(stack, hides_data_messages=parallel.overlap_grad_reduce)
+
+
 def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Software | None = None, work: Workload | None = None) -> Planned:
     """The job of a recipe on some GPUs.
 
@@ -57,7 +68,7 @@ def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Softwa
     family = family_of(experiment.model)
     family.check_layout(experiment.model, experiment.parallel, gpus)
     layout = Layout.of(experiment.parallel, gpus)
-    stack = with_precision(software or OURS, experiment.precision, single=experiment.train.precision == "fp32")
+    stack = _software_of(experiment, software or OURS)
     if work is None:
         work = Workloads(experiment).of(data_size=layout.data)
     kinds, order = _kinds(work.micro_batches)
@@ -69,7 +80,7 @@ def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Softwa
     job = Job(
         layout=layout,
         gpu=gpu,
-        software=replace(stack, hides_data_messages=experiment.parallel.overlap_grad_reduce),
+        software=stack,
         kinds=blocks,
         micro_batches=order,
         hidden_bytes=2 * rows * shape.hidden_size / (tensor if layout.sequence else 1),

@@ -197,9 +197,12 @@ class StepModel:
         if self.job.layout.sharding != "optimizer":
             return 0.0
         dense, experts = self._held[stage]
-        network = self.costs.network
-        return network.seconds(Message("all_gather", 2 * dense, "data")) + network.seconds(
-            Message("all_gather", 2 * experts, "expert_data")
+        network, width = self.costs.network, 2.0
+        if self.job.software.fp8_weights and dense + experts:  # one byte for each weight of an FP8 product
+            in_fp8 = sum(block.fp8_parameters for block in self.job.kinds[0][stage] if block.parameters + block.expert_parameters)
+            width = 2 - in_fp8 / (dense + experts)
+        return network.seconds(Message("all_gather", width * dense, "data")) + network.seconds(
+            Message("all_gather", width * experts, "expert_data")
         )
 
     def _gathers_early(self) -> bool:

@@ -103,7 +103,8 @@ class PlanRatio(Hook):
         if not self.warned and len(self.seconds) == WINDOW and abs(ratio - 1) > self.band:
             self.warned = True
             logger.warning(
-                "steps take %.2f times the predicted %.3f s, beyond the error band of %.0f%%: a slow GPU, a shared network, late data?",
+                "steps take %.2f times the predicted %.3f s, beyond the error band of %.0f%%: a host that is slower than those of the "
+                "published runs (plan --host-microseconds), a slow GPU, a shared network, late data?",
                 ratio,
                 self.prediction.seconds,
                 100 * self.band,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from megatron_mm.flops import StepWork
 from megatron_mm.planning.hardware import GPUS, OURS, with_host
 from megatron_mm.planning.kernels import Attention, Block, Product
 from megatron_mm.planning.recipe_job import plan_recipe
-from megatron_mm.planning.step import StepModel
+from megatron_mm.planning.step import Prediction, StepModel
 from megatron_mm.planning.workload import MicroBatch, Workload
 
 
@@ -91,3 +92,21 @@ def test_an_encoder_on_every_rank_takes_the_load_off_the_first() -> None:
     assert after.peak_bytes < before.peak_bytes and after.memory[-1].weights > before.memory[-1].weights
     assert after.parts["products"] < before.parts["products"]
     assert sum(after.parts.values()) == pytest.approx(after.seconds, rel=1e-6)
+
+
+def test_formats_of_gradients_moments_and_weights_count() -> None:
+    """In memory by what each takes of a parameter (config/precision.py), and in the messages of data parallelism."""
+    experiment = get_recipe("mm1_7b")
+    experiment = replace(experiment, train=replace(experiment.train, precision="fp8"))
+
+    def predict(**formats: Any) -> Prediction:
+        one = replace(experiment, precision=replace(experiment.precision, **formats))
+        return StepModel(plan_recipe(one, GPUS["h100-sxm"], 128).job).predict()
+
+    plain, gradients = predict(), predict(gradients="bf16")
+    moments, weights = predict(exp_avg="bf16", exp_avg_sq="bf16"), predict(fp8_weights=True)
+    assert gradients.memory[0].gradients == plain.memory[0].gradients / 2
+    assert gradients.memory[0].update == plain.memory[0].optimizer / 3 and plain.memory[0].update == 0
+    assert moments.memory[0].optimizer == plain.memory[0].optimizer * 8 / 12
+    assert weights.memory[0].weights < 0.6 * plain.memory[0].weights
+    assert gradients.seconds < plain.seconds and moments.seconds < plain.seconds and weights.seconds <= plain.seconds
