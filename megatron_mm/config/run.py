@@ -12,6 +12,7 @@ from megatron_mm.config.kernels import KernelConfig
 from megatron_mm.config.parallel import ParallelConfig
 from megatron_mm.config.precision import PrecisionConfig
 from megatron_mm.config.train import CheckpointConfig, TrainConfig
+from megatron_mm.platform.local_copies import local_folder
 
 FP8_MULTIPLE = 16
 """FP8 matrix products take numbers of tokens and widths that are multiples of this."""
@@ -104,8 +105,13 @@ class DataConfig:
         return [name for name, weight in self.mixture.items() if weight > 0]
 
     @property
+    def folder(self) -> Path:
+        """The data set's folder on this machine: `path`, or the copy of its indexes where that is the address of an object store."""
+        return local_folder(self.path)
+
+    @property
     def tokenizer_path(self) -> Path:
-        return self.tokenizer if self.tokenizer is not None else self.path / "tokenizer.model"
+        return self.tokenizer if self.tokenizer is not None else self.folder / "tokenizer.model"
 
 
 @dataclass(frozen=True)

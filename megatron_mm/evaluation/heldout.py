@@ -45,7 +45,7 @@ class HeldOut:
         self.experiment = experiment
         self.topology = topology
         self.tokenizer = tokenizer
-        self.present = (experiment.data.path / SPLIT).is_dir()
+        self.present = (experiment.data.folder / SPLIT).is_dir()
         self.sources = experiment.data.sources
         self.image = image
         self.batches = batches
@@ -83,7 +83,7 @@ class HeldOut:
 
     def _pairs(self) -> Source | None:
         """The first held-out source of image-text pairs."""
-        indexes = open_split(self.experiment.data.path, SPLIT, sources=self.sources, check=False) if self.present else []
+        indexes = open_split(self.experiment.data.folder, SPLIT, sources=self.sources, check=False) if self.present else []
         return next((index for index in indexes if index.kind == "pairs"), None)
 
     def captions(self, model: list[torch.nn.Module]) -> list[CaptionSample]:

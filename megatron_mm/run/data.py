@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from megatron_mm.config import DataConfig, Experiment
@@ -15,6 +16,7 @@ from megatron_mm.data.plan.balance import Costs
 from megatron_mm.data.plan.filling import Limits
 from megatron_mm.data.plan.plan import Plan, PlanState
 from megatron_mm.data.sources.index import GIVE_DATA, check_folder, open_split
+from megatron_mm.data.sources.index_copies import data_folder
 from megatron_mm.data.sources.source import Source
 from megatron_mm.data.sub_images import LowResolution
 from megatron_mm.data.text.chat import chat_template
@@ -37,8 +39,9 @@ def open_tokenizer(experiment: Experiment) -> Tokenizer:
     """
     data = experiment.data
     if data.tokenizer is None:  # a named one needs no data: benchmarks of a model that came without any
-        check_folder(data.path)
-        if not data.tokenizer_path.is_file() and not any((data.path / s).is_dir() for s in (TRAINING, HELD_OUT)):
+        folder = local_data(data)
+        check_folder(folder)
+        if not data.tokenizer_path.is_file() and not any((folder / s).is_dir() for s in (TRAINING, HELD_OUT)):
             raise ValueError(f"data.path {data.path} holds no data set, which has a folder {TRAINING!r}: {GIVE_DATA}")
     return Tokenizer.open(data.tokenizer_path, special=family_of(experiment.model).special_tokens)
 
@@ -48,8 +51,13 @@ def has_data(experiment: Experiment) -> bool:
 
     A folder that somebody named and that holds none counts, so that opening it says what is wrong; the default's does not.
     """
-    path = experiment.data.path
-    return (path / TRAINING).is_dir() or (path.is_dir() and path != DataConfig().path)
+    folder = local_data(experiment.data)
+    return (folder / TRAINING).is_dir() or (folder.is_dir() and folder != DataConfig().path)
+
+
+def local_data(data: DataConfig) -> Path:
+    """The data set's folder on this machine. Of one in an object store the indexes are copied first (`data.sources.index_copies`)."""
+    return data_folder(data.path, sources=data.sources, tokenizer=data.tokenizer is None)
 
 
 def image_input(experiment: Experiment) -> ImageInput:
@@ -76,7 +84,7 @@ def open_sources(experiment: Experiment, *, split: str, check: bool = True) -> l
     a preprocessor returns none."""
     data = experiment.data
     found: list[Source] = []
-    for source in open_split(data.path, split, sources=data.sources, check=check):
+    for source in open_split(local_data(data), split, sources=data.sources, check=check):
         for reference in data.preprocessors:
             processed = load_object(reference)(source)
             if processed is None:

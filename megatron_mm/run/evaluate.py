@@ -13,7 +13,7 @@ from megatron_mm.evaluation.heldout import SPLIT, HeldOut
 from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.run.data import held_out_batches, image_input, open_tokenizer
+from megatron_mm.run.data import held_out_batches, image_input, local_data, open_tokenizer
 from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import check_same_tokenizer, load_weights
 from megatron_mm.training.step import TrainingStep
@@ -71,7 +71,7 @@ def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
 
     Raises ValueError where there is no held-out split, or checkpoint, layout or data do not fit.
     """
-    if not (experiment.data.path / SPLIT).is_dir():
+    if not (local_data(experiment.data) / SPLIT).is_dir():
         raise ValueError(f"data path {experiment.data.path} has no {SPLIT} folder: give --data.path")
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
     check_same_tokenizer(experiment, checkpoint)

@@ -224,7 +224,7 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
 
 def _check_for_all(experiment: Experiment, run_dir: Path) -> None:
     """What one process of a run finds out for the others."""
-    if experiment.eval.interval and (experiment.data.path / HELD_OUT).is_dir():
+    if experiment.eval.interval and (experiment.data.folder / HELD_OUT).is_dir():
         make_plan(experiment, split=HELD_OUT)  # found now, not after the first thousand steps
     newest = newest_described_checkpoint(run_dir)
     if newest is not None:

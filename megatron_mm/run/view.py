@@ -10,7 +10,7 @@ import torch
 
 from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.data.sources.index import COPY_INDEX, open_index
+from megatron_mm.data.sources.index import MAPPED, open_index
 from megatron_mm.data.sources.stores import check_local
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.reporting.sequence_page import PageNotes, sequence_page
@@ -65,7 +65,7 @@ def with_sources_of(experiment: Experiment, path: Path, *, split: str) -> Experi
 
     Raises ValueError where the split has no indexed source.
     """
-    check_local(path, instead=COPY_INDEX)
+    check_local(path, instead=MAPPED)
     folder = path / split
     present = sorted(p.name for p in folder.iterdir() if (p / "index").is_dir()) if folder.is_dir() else []
     if not present:

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from support.data_files import ALONE, experiment
 
 from megatron_mm.data.prepare.index import IndexOptions, prepare_index, prepare_tokenizer
 from megatron_mm.data.prepare.published.convert import Options, convert
-from megatron_mm.data.sources import stores
+from megatron_mm.data.sources import index_copies, stores
 from megatron_mm.data.sources.index import move_to_store, open_index, open_split
 from megatron_mm.data.sources.stores import ObjectStore, RangeCache, cache_of_environment
-from megatron_mm.data.text.tokenizer import Tokenizer
-from megatron_mm.run.data import TrainingData
+from megatron_mm.platform.local_copies import CACHE_VARIABLE
+from megatron_mm.run.data import TrainingData, open_tokenizer
 
 pytest.importorskip("moto.server")
 pytest.importorskip("s3fs")
@@ -200,19 +200,19 @@ def test_ranges_are_kept_on_the_disk_up_to_a_limit(gate: Gate, tmp_path: Path) -
 
 
 def test_the_cache_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(stores.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     assert cache_of_environment() is None
-    monkeypatch.setenv(stores.CACHE_VARIABLE, f"{tmp_path}/c:3GB")
+    monkeypatch.setenv(CACHE_VARIABLE, f"{tmp_path}/c:3GB")
     found = cache_of_environment()
     assert found is not None and (found.folder, found.limit) == (tmp_path / "c", 3 * 10**9)
-    monkeypatch.setenv(stores.CACHE_VARIABLE, "200")
+    monkeypatch.setenv(CACHE_VARIABLE, "200")
     with pytest.raises(ValueError, match=r"MEGATRON_MM_CACHE=200 is not FOLDER:SIZE"):
         cache_of_environment()
 
 
 def load(path: Path) -> list[Any]:
     settings = experiment(path, mixture={"pairs": 0.5, "text": 0.5})
-    loader = TrainingData(settings, ALONE, Tokenizer.open(settings.data.tokenizer_path))
+    loader = TrainingData(settings, ALONE, open_tokenizer(settings))
     try:
         return [batch for _ in range(2) for batch in next(loader).micro_batches]
     finally:
@@ -294,6 +294,59 @@ def test_parts_of_a_store_are_merged(gate: Gate, demo_data: Path, tmp_path: Path
     gate.faults = ["503"] * 40
     with pytest.raises(OSError, match=r"s3://lake/train/two/\d.tar cannot be read after 6 attempts"):
         prepare_index(Path("s3://lake/train/two"), tokenizer=model, options=IndexOptions(index_dir=tmp_path / "third"))
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], None]:
+    """A cache of this machine, and a call after which this process is like one that has just begun."""
+    monkeypatch.setenv(CACHE_VARIABLE, f"{tmp_path / 'cache'}:100MB")
+    index_copies._copied.cache_clear()
+    return index_copies._copied.cache_clear
+
+
+def test_an_index_in_a_store_is_copied_once_for_a_machine(
+    gate: Gate, demo_data: Path, tmp_path: Path, fresh: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = tmp_path / "files"
+    for name in ("pairs", "text"):
+        shutil.copytree(demo_data / "train" / name, files / "train" / name, ignore=shutil.ignore_patterns("*.rows"))
+    shutil.copyfile(demo_data / "tokenizer.model", files / "tokenizer.model")
+    upload("s3://pool/mine", {path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()})
+    expected, address = load(files), Path("s3://pool/mine")
+    gate.faults = ["503", "ok", "cut", "ok", "reset"] * 4
+    for one, other in zip(load(address), expected, strict=True):
+        assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.pixels, other.pixels)
+    (home,) = (path for path in (tmp_path / "cache" / "indexes").iterdir() if path.is_dir())
+    assert experiment(address).data.folder == home and not list(home.rglob("*.tar"))
+    assert open_index(home / "train" / "pairs").store == "s3://pool/mine/train/pairs"
+    fresh()
+    gate.seen.clear()
+    assert index_copies.data_folder(address, sources=["pairs", "text"]) == home
+    assert gate.seen["ranges"] == 3, "what is there is not read again: two of meta.json, and the tokenizer"
+    (files / "train" / "text" / "00000.jsonl").write_text('{"text": "a red cross"}\n')
+    prepare_index(files / "train" / "text", tokenizer=files / "tokenizer.model")
+    upload("s3://pool/mine", {path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()})
+    fresh()
+    index_copies.data_folder(address, sources=["pairs", "text"])
+    assert len(open_index(home / "train" / "text")) == 1 and len(list((home / "train" / "text" / "index").glob("arrays-*"))) == 1
+    fresh()
+    monkeypatch.setenv(CACHE_VARIABLE, f"{tmp_path / 'small'}:0MB")
+    with pytest.raises(
+        ValueError, match=r"index of s3://pool/mine/train/pairs has 0\.\d\d GB, more than what MEGATRON_MM_CACHE has room for"
+    ):
+        index_copies.data_folder(address, sources=["pairs"])
+
+
+def test_what_is_no_index_in_a_store(gate: Gate, fresh: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    upload("s3://pool/none", {"train/pairs/0.tar": CONTENT})
+    with pytest.raises(ValueError, match=r"s3://pool/none has no index of the sources pairs: run .*--index-dir"):
+        index_copies.data_folder(Path("s3://pool/none"), sources=["pairs"])
+    upload("s3://pool/none", {"train/pairs/index/meta.json": b"{}"})
+    with pytest.raises(ValueError, match=r"s3://pool/none/train/pairs/index/meta.json does not say"):
+        index_copies.data_folder(Path("s3://pool/none"), sources=["pairs"])
+    monkeypatch.delenv(CACHE_VARIABLE)
+    with pytest.raises(ValueError, match=r"^s3://pool/none is not on a disk of this machine: set MEGATRON_MM_CACHE"):
+        index_copies.data_folder(Path("s3://pool/none"), sources=["pairs"])
 
 
 def test_an_index_in_a_store_is_an_error_that_says_what_to_copy(tmp_path: Path) -> None:

@@ -25,11 +25,11 @@ from megatron_mm.data.sources.index_files import write_index
 from megatron_mm.data.sources.shard_table import Shard, ShardTable
 from megatron_mm.data.sources.shards import BrokenShard, KeyEnds
 from megatron_mm.data.sources.source import CHAT_KINDS, Kind
-from megatron_mm.data.sources.stores import address_of
 from megatron_mm.data.text.chat import Rendering, chat_template
 from megatron_mm.data.text.items import BadDocument, Text
 from megatron_mm.data.text.keys import USUAL, Keys
 from megatron_mm.data.text.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm.platform.local_copies import address_of
 
 logger = logging.getLogger(__name__)
 

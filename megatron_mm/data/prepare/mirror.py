@@ -25,8 +25,6 @@ from megatron_mm.data.sources.stores import ObjectStore
 
 logger = logging.getLogger(__name__)
 
-_RANGE = 32 * 2**20
-"""Bytes of one read of a shard."""
 _BEGIN = 8 * 2**20
 """Bytes of a shard that tell what a source holds."""
 _TOKENIZER = "tokenizer.model"
@@ -122,6 +120,5 @@ def _fill(file: Path, url: str) -> None:
     folder, _, name = url.rpartition("/")
     store, found = ObjectStore(folder), file.stat()
     with file.open("r+b") as opened:
-        for begin in range(0, found.st_size, _RANGE):
-            opened.write(store.read(name, begin, min(_RANGE, found.st_size - begin)))
+        store.copy(name, found.st_size, opened)
     os.utime(file, ns=(found.st_mtime_ns, found.st_mtime_ns))

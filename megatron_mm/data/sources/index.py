@@ -33,6 +33,7 @@ from megatron_mm.data.sources.shard_table import Shard, ShardTable
 from megatron_mm.data.sources.source import SOURCE_FORMATS, DocumentSizes, ImageSizes, Items, Kind, Source
 from megatron_mm.data.sources.stores import ObjectStore, Store, check_local, store_of
 from megatron_mm.data.text.keys import USUAL, Keys
+from megatron_mm.platform.local_copies import COPY_INDEX
 
 SHARDS_CHECKED_AT_ONCE = 32
 """Threads that ask the file system about shards: one answer takes about as long as another hundred."""
@@ -146,7 +147,7 @@ def open_index(source: Path, *, check: bool = True) -> SourceIndex:
     Args:
         check: look at every shard and at the arrays' contents, which one process of a run does (`run.data`).
     """
-    check_local(source, instead=COPY_INDEX)
+    check_local(source, instead=MAPPED)
     meta_path = source / "index" / META
     again = f"run `megatron-mm prepare index {source.parent.parent}`"
     if not meta_path.is_file():
@@ -219,16 +220,13 @@ def _check_shards(source: Path, shards: ShardTable, *, store: str | None) -> Non
         raise ValueError(f"{problems[0]}{more}: restore it or index {source} again")
 
 
-COPY_INDEX = (
-    "an index is mapped from a disk. Copy it and the tokenizer (aws s3 sync s3://bucket/data DIR --exclude '*' --include '*/index/*' "
-    "--include tokenizer.model --exclude '*/index/shards/*') and give DIR; shards stay where they are: `megatron-mm prepare store`"
-)
+MAPPED = f"an index is mapped from a disk: {COPY_INDEX}"
 GIVE_DATA = "give --data.path DIR, a folder that `megatron-mm prepare` made or indexed"
 
 
 def check_folder(root: Path) -> None:
     """Raise ValueError where there is no folder of that name."""
-    check_local(root, instead=COPY_INDEX)
+    check_local(root, instead=MAPPED)
     if not root.is_dir():
         raise ValueError(f"data.path {root} is not a directory: {GIVE_DATA}")
 

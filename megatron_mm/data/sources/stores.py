@@ -14,15 +14,15 @@ import hashlib
 import logging
 import os
 import random
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from megatron_mm.data.sources.shards import read_range
+from megatron_mm.platform.local_copies import address_of, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ FIRST_WAIT = 0.4
 """Seconds before the second attempt; twice as long before each further one, and up to half of that more or less by chance."""
 TIMEOUT = 30
 """Seconds without an answer after which an attempt has failed."""
-CACHE_VARIABLE = "MEGATRON_MM_CACHE"
-_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+_RANGE = 32 * 2**20
+"""Bytes of one read of an object that is wanted whole."""
 
 
 def check_local(path: Path, *, instead: str) -> None:
@@ -45,12 +45,6 @@ def check_local(path: Path, *, instead: str) -> None:
     address = address_of(path)
     if address is not None:
         raise ValueError(f"{address} is not on a disk of this machine: {instead}")
-
-
-def address_of(path: Path) -> str | None:
-    """The address of an object store that a path is, which `Path` writes as s3:/bucket/...; None where it is a path of this machine."""
-    found = re.match(r"([a-z][a-z0-9+.-]+):/+(?=[^/])", str(path))
-    return None if found is None else f"{found[1]}://{str(path)[found.end() :]}"
 
 
 class Store(Protocol):
@@ -118,10 +112,19 @@ class ObjectStore:
     def problem(self, name: str, size: int) -> str | None:
         """What is wrong with a shard that should have so many bytes; None where nothing is."""
         try:
-            found = int(self._retrying(f"{self.url}/{name}", lambda path: self._files.info(path)["size"]))
+            found = self.size(name)
         except OSError as error:
             return str(error)
         return None if found == size else f"{self.url}/{name} has {found} bytes, but had {size} when it was indexed"
+
+    def size(self, name: str) -> int:
+        """Bytes of an object. Raises OSError, FileNotFoundError where it is not there."""
+        return int(self._retrying(f"{self.url}/{name}", lambda path: self._files.info(path)["size"]))
+
+    def copy(self, name: str, size: int, file: BinaryIO) -> None:
+        """Write so many bytes of an object into a file. Raises OSError."""
+        for begin in range(0, size, _RANGE):
+            file.write(self.read(name, begin, min(_RANGE, size - begin)))
 
     def listed(self) -> dict[str, dict[str, Any]]:
         """What the store says of every object below this address, by its path without the protocol. Raises OSError."""
@@ -195,7 +198,7 @@ class RangeCache:
 
     def _make_room(self, limit: int) -> int:
         """Remove the least recently read files until a tenth of the limit is free; returns the bytes of what is left."""
-        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.glob("*/*"))
+        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.glob("??/*"))  # not the indexes
         used = sum(size for _, size, _ in files)
         for _, size, path in files:
             if used <= min(limit, self.limit * 9 // 10):
@@ -224,14 +227,13 @@ class _Locked:
 
 
 def cache_of_environment() -> RangeCache | None:
-    """What MEGATRON_MM_CACHE asks for. Raises ValueError where it is not FOLDER:NUMBER and MB, GB or TB."""
-    text = os.environ.get(CACHE_VARIABLE, "")
-    if not text:
-        return None
-    found = re.fullmatch(r"(.+):(\d+)(MB|GB|TB)", text)
+    """What MEGATRON_MM_CACHE asks for, less what copies of indexes take of it. Raises ValueError where it is not FOLDER:NUMBER and MB, GB
+    or TB."""
+    found = cache_folder()
     if found is None:
-        raise ValueError(f"{CACHE_VARIABLE}={text} is not FOLDER:SIZE, such as /local/cache:200GB")
-    return RangeCache(Path(found[1]), int(found[2]) * _UNITS[found[3]])
+        return None
+    indexes = sum(path.stat().st_size for path in (found.path / "indexes").rglob("*") if path.is_file())
+    return RangeCache(found.path, max(0, found.limit - indexes))
 
 
 def store_of(source: Path, url: str | None) -> Store:

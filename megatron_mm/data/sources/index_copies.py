@@ -1,0 +1,136 @@
+"""Indexes in an object store, copied to the local cache of each machine, where a run maps them: `--data.path s3://bucket/data`.
+
+    s3://bucket/data/tokenizer.model                         CACHE/indexes/<digest of the address>/tokenizer.model
+                     train/pairs/index/meta.json      ->                                           train/pairs/index/meta.json
+                                       arrays-.../*                                                                  arrays-.../*
+                     train/pairs/00000.tar ...               stay there and are read as ranges
+
+The first process of a machine copies and the others wait for it. An array folder is named after its contents, so one that is there
+already is not read again. What the cache may hold (MEGATRON_MM_CACHE) counts for indexes and ranges together; data sets that were not
+used for longest go first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from megatron_mm.data.sources.index_files import ARRAYS, META, write_json
+from megatron_mm.data.sources.stores import ObjectStore
+from megatron_mm.platform.local_copies import CACHE_VARIABLE, CacheFolder, address_of, cache_folder, local_folder
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER = "tokenizer.model"
+_USED = ".used"
+
+
+def data_folder(path: Path, *, sources: Sequence[str], tokenizer: bool = True) -> Path:
+    """The folder of a data set on this machine; of one in an object store its indexes are copied first.
+
+    Raises ValueError where there is no index or no room, OSError where the store does not answer.
+
+    Args:
+        sources: those that are wanted, of the splits that have them.
+        tokenizer: the data set's own is wanted.
+    """
+    address = address_of(path)
+    return path if address is None else _copied(address, tuple(sources), tokenizer)
+
+
+@cache  # once in each process
+def _copied(address: str, sources: tuple[str, ...], tokenizer: bool) -> Path:
+    found = cache_folder()
+    home = local_folder(Path(address))  # which says that there is no cache
+    assert found is not None, "a cache, since there is a folder in it"
+    home.mkdir(parents=True, exist_ok=True)
+    with (found.path / "indexes" / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if tokenizer:
+            _copy(ObjectStore(address), _TOKENIZER, home / _TOKENIZER)
+        any_source = False
+        for split in ("train", "heldout"):
+            for name in sources:
+                any_source |= _copy_index(f"{address}/{split}/{name}", home / split / name, found)
+        (home / _USED).touch()
+        os.utime(home / _USED)
+    if not any_source:
+        raise ValueError(
+            f"{address} has no index of the sources {', '.join(sources)}: run `megatron-mm prepare index {address} --index-dir DIR` and "
+            "give DIR, or upload the folders `index` that it writes"
+        )
+    return home
+
+
+def _copy_index(address: str, source: Path, cache_to: CacheFolder) -> bool:
+    """Copy the index of a source; whether there is one. Raises ValueError where it is of another version, or there is no room."""
+    store = ObjectStore(f"{address}/index")
+    try:
+        text = store.read(META, 0, store.size(META))
+    except FileNotFoundError:
+        return False
+    try:
+        meta = json.loads(text)
+        folder, files = Path(meta["arrays"]["folder"]).name, [name for name in ARRAYS if name in meta["arrays"]["files"]]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{address}/index/{META} does not say what the arrays are: run `megatron-mm prepare index` again") from None
+    if "root" in meta and "store" not in meta:
+        raise ValueError(
+            f"the shards of {address} are files in {meta['root']}: `megatron-mm prepare store` says where they are in the store"
+        )
+    index = source / "index"
+    sizes = {name: store.size(f"{folder}/{name}") for name in files}
+    if not all((index / folder / name).is_file() and (index / folder / name).stat().st_size == size for name, size in sizes.items()):
+        _make_room(cache_to, sum(sizes.values()), keep=source.parents[1], of=address)
+        partial = index / f"{folder}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        logger.info("%s: its index, %.1f MB, is copied to %s", address, sum(sizes.values()) / 1e6, index)
+        for name, size in sizes.items():
+            with (partial / name).open("wb") as file:
+                store.copy(f"{folder}/{name}", size, file)
+                file.flush()
+                os.fsync(file.fileno())
+        shutil.rmtree(index / folder, ignore_errors=True)
+        partial.rename(index / folder)
+    write_json(index / META, {"store": address, **meta})
+    for old in index.glob("arrays-*"):
+        if old.name != folder:
+            shutil.rmtree(old, ignore_errors=True)  # a run that has mapped them keeps them
+    return True
+
+
+def _copy(store: ObjectStore, name: str, to: Path) -> None:
+    """Copy a small object, if there is one."""
+    try:
+        data = store.read(name, 0, store.size(name))
+    except FileNotFoundError:
+        return
+    if not to.is_file() or to.read_bytes() != data:
+        partial = to.with_name(f"{to.name}.partial")
+        partial.write_bytes(data)
+        partial.replace(to)
+
+
+def _make_room(cache_to: CacheFolder, needed: int, *, keep: Path, of: str) -> None:
+    """Remove data sets that were not used for longest until there is room. Raises ValueError where there is none."""
+    others = [folder for folder in (cache_to.path / "indexes").iterdir() if folder.is_dir() and folder != keep]
+    others.sort(key=lambda folder: (folder / _USED).stat().st_mtime if (folder / _USED).is_file() else 0.0)
+    while bytes_in(cache_to.path / "indexes") + needed > cache_to.limit and others:
+        shutil.rmtree(others.pop(0), ignore_errors=True)
+    if bytes_in(keep) + needed > cache_to.limit:
+        raise ValueError(
+            f"the index of {of} has {needed / 1e9:.2f} GB, more than what {CACHE_VARIABLE} has room for ({cache_to.limit / 1e9:.2f} GB): "
+            "give more"
+        )
+
+
+def bytes_in(folder: Path) -> int:
+    """Of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,65 @@
+"""Where what lies in an object store is kept on this machine: MEGATRON_MM_CACHE=/local/dir:200GB."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+CACHE_VARIABLE = "MEGATRON_MM_CACHE"
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """A folder on a local disk."""
+
+    path: Path
+    limit: int
+    """Bytes of all that is kept in it."""
+
+    def data_set(self, address: str) -> Path:
+        """The folder of the indexes of a data set in a store."""
+        return self.path / "indexes" / hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
+def cache_folder() -> CacheFolder | None:
+    """What MEGATRON_MM_CACHE asks for; None where it is not set. Raises ValueError where it is not FOLDER:NUMBER and MB, GB or TB."""
+    text = os.environ.get(CACHE_VARIABLE, "")
+    if not text:
+        return None
+    found = re.fullmatch(r"(.+):(\d+)(MB|GB|TB)", text)
+    if found is None:
+        raise ValueError(f"{CACHE_VARIABLE}={text} is not FOLDER:SIZE, such as /local/cache:200GB")
+    return CacheFolder(Path(found[1]), int(found[2]) * _UNITS[found[3]])
+
+
+def address_of(path: Path) -> str | None:
+    """The address of an object store that a path is, which `Path` writes as s3:/bucket/...; None where it is a path of this machine."""
+    found = re.match(r"([a-z][a-z0-9+.-]+):/+(?=[^/])", str(path))
+    return None if found is None else f"{found[1]}://{str(path)[found.end() :]}"
+
+
+def local_folder(path: Path) -> Path:
+    """A folder of this machine: the path, or where the copy of a data set's indexes lies that a path in an object store names.
+
+    Raises ValueError where there is no cache to copy them to.
+    """
+    address = address_of(path)
+    if address is None:
+        return path
+    cache = cache_folder()
+    if cache is None:
+        raise ValueError(
+            f"{address} is not on a disk of this machine: set {CACHE_VARIABLE}=/local/dir:200GB, and its indexes are copied there, "
+            f"or {COPY_INDEX}"
+        )
+    return cache.data_set(address)
+
+
+COPY_INDEX = (
+    "copy index and tokenizer (aws s3 sync s3://bucket/data DIR --exclude '*' --include '*/index/*' --include tokenizer.model "
+    "--exclude '*/index/shards/*') and give DIR; shards stay where they are: `megatron-mm prepare store`"
+)
