@@ -104,6 +104,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/padding.py
 	$(BIN)/python benchmarks/spread_encoder.py
 	$(BIN)/python benchmarks/checkpoint_save.py
+	$(BIN)/python benchmarks/checkpoint_load.py
 	$(BIN)/python benchmarks/restart_time.py
 	$(BIN)/python benchmarks/loader_throughput.py
 	$(BIN)/python benchmarks/prepare_rate.py

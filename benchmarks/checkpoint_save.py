@@ -2,10 +2,12 @@
 
     .venv/bin/python benchmarks/checkpoint_save.py --processes 4
 
-A model of about 30M parameters on data-parallel gloo processes. The baseline is megatron-core's "fully reshardable" state of the
-distributed optimizer, which gathers whole parameters on every process before they are written; both write the same tensors in the same
-format. "Plain copy" is a copy, in memory, of the bytes that this process writes. Memory is the peak of the process's resident set while it
-saves (sampled every millisecond) above what it was before.
+A model of about 30M parameters on data-parallel gloo processes; each kind saves three times, and the last save counts (the first two find
+out who writes what). Baselines of the same run: megatron-core's "fully reshardable" state of the distributed optimizer, which gathers whole
+parameters on every process before they are written, and a plan that is made anew for each save; all write the same tensors in the same
+format. "Plain copy" is a copy, in memory, of the bytes that this process writes, by all processes at the same time. Memory is the peak of
+the process's resident set while it saves (sampled every millisecond) above what it was before. Times of the clock are how long `save` keeps
+a process from training; with more processes than cores they are mostly waits for a turn, and the processor's time says more.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +36,11 @@ from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.initial_weights import STATE_METADATA
 from megatron_mm.training.build import build_model
-from megatron_mm.training.checkpoint import Checkpointer, TrainState, optimizer_state, state
+from megatron_mm.training.checkpoint import Checkpointer, TrainState, optimizer_state, save_plan, state
 from megatron_mm.training.optimizer import build_optimizer, initialize_state
+
+SAVES = 3
+GATHERING, ANEW, OURS = "gathering (baseline)", "own runs, planned anew", "own runs"
 
 
 def experiment() -> Experiment:
@@ -88,8 +95,29 @@ class Gathered:
         return call
 
 
+class NoPlans(save_plan.SavePlans):
+    """The baseline: who writes what is found out for each save."""
+
+    def must_be_made(self, state: dict[str, Any]) -> bool:
+        return True
+
+
+def timed(function: Callable[[], object]) -> dict[str, float]:
+    """Seconds of the clock and of this process's processor, all processes beginning together."""
+    dist.barrier()
+    began, processor = time.perf_counter(), time.process_time()
+    function()
+    return {"clock": time.perf_counter() - began, "processor": time.process_time() - processor}
+
+
+def plain_copy(written: int) -> dict[str, float]:
+    """Of so many bytes into memory that this process has not touched yet, as a save's is."""
+    source = torch.zeros(written, dtype=torch.uint8)
+    return timed(source.clone)
+
+
 def measure(folder: Path) -> dict[str, dict[str, float]]:
-    """On one process; both kinds of saves in turn, twice, of which the second counts."""
+    """On one process; each kind of saves in turn."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     settings = experiment()
@@ -99,27 +127,27 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
     initialize_state(optimizer)
     gathered, found = Gathered(), {}
     ours = optimizer_state.optimizer_state
-    for repetition in range(2):
-        for name, make in (("gathering (baseline)", gathering), ("own runs", ours)):
-            state.optimizer_state = make
-            checkpointer = Checkpointer(settings, topology, folder / name.split()[0], model, optimizer)
-            dist.barrier()
+    kinds = {GATHERING: (gathering, NoPlans), ANEW: (ours, NoPlans), OURS: (ours, save_plan.SavePlans)}
+    for number, (name, (make, plans)) in enumerate(kinds.items()):
+        state.optimizer_state = make
+        checkpointer = Checkpointer(settings, topology, folder / f"run_{number}", model, optimizer)
+        checkpointer.plans = plans()
+        for step in range(1, SAVES + 1):
             gathered.bytes = 0
             memory = PeakMemory()
-            began = time.perf_counter()
-            checkpointer.save(TrainState(step=repetition + 1))
-            blocked = time.perf_counter() - began
+            blocked = timed(partial(checkpointer.save, TrainState(step=step)))
             checkpointer.finish()
             peak = memory.stop()
-            (tensors,) = (folder / name.split()[0] / "checkpoints").glob(f"step_{repetition + 1:08d}/tensors")
-            written = sum(path.stat().st_size for path in tensors.glob(f"__{topology.rank}_*.distcp"))
-            source = torch.zeros(written, dtype=torch.uint8)
-            source.clone()
-            began = time.perf_counter()
-            source.clone()
-            copied = time.perf_counter() - began
-            found[name] = {"gathered": gathered.bytes, "written": written, "blocked": blocked, "copy": copied, "memory": peak}
-            dist.barrier()
+        (tensors,) = (folder / f"run_{number}" / "checkpoints").glob(f"step_{SAVES:08d}/tensors")
+        written = sum(path.stat().st_size for path in tensors.glob(f"__{topology.rank}_*.distcp"))
+        found[name] = {
+            "gathered": gathered.bytes,
+            "written": written,
+            "memory": peak,
+            **{f"blocked {key}": value for key, value in blocked.items()},
+            **{f"copy {key}": value for key, value in plain_copy(written).items()},
+        }
+        dist.barrier()
     topologies.shutdown()
     return found
 
@@ -140,16 +168,13 @@ def main() -> None:
         ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"{arguments.processes} processes, MB a process (largest of all): gathered  written  peak memory   ms: blocked  plain copy")
-    worst = {name: {key: max(rank[name][key] for rank in ranks) for key in ranks[0][name]} for name in ranks[0]}
-    for name, of in worst.items():
-        print(
-            f"  {name:36} {of['gathered'] / 1e6:18.1f} {of['written'] / 1e6:8.1f} {of['memory'] / 1e6:12.1f} "
-            f"{1e3 * of['blocked']:13.0f} {1e3 * of['copy']:11.1f}"
-        )
-    baseline, ours = worst["gathering (baseline)"], worst["own runs"]
-    print(f"blocked, own runs / gathering: {ours['blocked'] / baseline['blocked']:.2f}; memory {ours['memory'] / baseline['memory']:.2f}")
-    print(f"own runs: memory / written {ours['memory'] / ours['written']:.2f}")
+    print(f"{arguments.processes} processes, MB and ms of the costliest process; clock (processor)")
+    print(f"  {'':28}{'gathered':>10}{'written':>10}{'memory':>10}{'blocked':>18}{'plain copy':>18}{'ratio':>16}")
+    for name in ranks[0]:
+        of = {key: max(rank[name][key] for rank in ranks) for key in ranks[0][name]}
+        times = "".join(f"{1e3 * of[f'{what} clock']:9.0f} ({1e3 * of[f'{what} processor']:6.0f})" for what in ("blocked", "copy"))
+        ratio = "".join(f"{of[f'blocked {clock}'] / of[f'copy {clock}']:8.2f}" for clock in ("clock", "processor"))
+        print(f"  {name:28}{of['gathered'] / 1e6:10.1f}{of['written'] / 1e6:10.1f}{of['memory'] / 1e6:10.1f}{times}{ratio}")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,10 @@ class Family(ABC, Generic[Config]):
 
         Raises ValueError where the family has no encoder that could stand apart from its first stage.
         """
-        raise ValueError(f"parallel.spread_encoder is True, but {self.name} models have no image encoder to spread: leave it out")
+        raise ValueError(self._no_encoder())
+
+    def _no_encoder(self) -> str:
+        return f"parallel.spread_encoder is True, but {self.name} models have no image encoder to spread: leave it out"
 
     @abstractmethod
     def image_input(self, model: Config) -> ImageInput:
@@ -126,6 +129,8 @@ class Family(ABC, Generic[Config]):
         """Raise ValueError where a layout on a number of processes cannot hold the model."""
         from megatron_mm.models.decoder import check_decoder_layout
 
+        if parallel.spread_encoder and not self.spreads_encoder:
+            raise ValueError(self._no_encoder())
         check_decoder_layout(model.decoder, parallel, world_size)
 
     def pipeline_rows(self, model: Config, parallel: ParallelConfig, num_tokens: int, num_images: int) -> int:

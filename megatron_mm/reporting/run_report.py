@@ -16,7 +16,7 @@ from megatron_mm.reporting.page import Section, charts, missing
 from megatron_mm.reporting.report_details import benchmarks, captions, configuration, events, experts, files
 from megatron_mm.reporting.run_files import Curve, RunFiles, read_run
 
-PHASES = ("data", "share", "forward", "backward", "p2p", "reduce", "optimizer", "other")
+PHASES = ("data", "share", "encoder", "forward", "backward", "p2p", "reduce", "optimizer", "other")
 """Phases of a step in the order in which they are drawn."""
 _PHASE_NAMES = {"data": "wait for data", "share": "texts to other ranks", "p2p": "wait for other stages", "reduce": "gradient reduction"}
 MOST_EVENTS = 60

@@ -22,6 +22,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_mm.data.load.loader import StepBatch
 from megatron_mm.training.phases import PHASES
+from megatron_mm.training.spread_encoder import wrapped_modules
 from megatron_mm.training.trainer import Batches, Hook, StepRecord, Trainer
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,11 @@ _WHOLE = re.compile(r"vision|connector|resampler|patches|projector|language\.emb
 """Modules beside layers that have a range of their own, by the beginning of their whole name."""
 _ROWS = 12
 _PLANNED: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("forward and backward", ("forward", "backward"), ("products", "attention", "element-wise kernels", "messages of layers", "host")),
+    (
+        "forward and backward",
+        ("encoder", "forward", "backward"),
+        ("products", "attention", "element-wise kernels", "messages of layers", "host"),
+    ),
     ("waits for other stages, other", ("p2p", "other"), ("pipeline bubble", "jitter")),
     ("gradient reduction", ("reduce",), ("gradient reduction",)),
     ("optimizer", ("optimizer",), ("optimizer", "parameter gather")),
@@ -186,7 +191,7 @@ class NamedRanges:
         """Begin to name."""
         self.trainer.clock.name_ranges(self._label)
         self._data, self.trainer.data = self.trainer.data, _NamedData(self.trainer.data, self._new)
-        for chunk in self.trainer.model:
+        for chunk in wrapped_modules(self.trainer.model):
             for name, module in chunk.module.named_modules():
                 if _LAYER.fullmatch(name) or _WHOLE.fullmatch(name):
                     self._follow(module, self._title(name, module), backward=_LAYER.fullmatch(name) is not None)

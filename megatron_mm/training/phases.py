@@ -7,6 +7,7 @@ update is still under way at that time, so on a GPU the `optimizer` of a step is
 
     data        wait for this process's own images and texts
     share       texts go from the process that read them to the others of its model copy
+    encoder     forward and backward of the image encoder, where it stands beside the pipeline (`training.spread_encoder`)
     forward, backward   of all micro-batches; messages inside the layers (tensor and expert parallelism) are within them
     p2p         wait for, and messages to, other pipeline stages. Where stages interleave on a GPU this overlaps with the passes and the
                 wait is in `other`
@@ -26,9 +27,11 @@ from typing import Any
 import torch
 from megatron.core.utils import get_model_config
 
-PHASES = ("data", "share", "forward", "backward", "p2p", "reduce", "optimizer", "other")
+from megatron_mm.training.spread_encoder import spread_encoder
+
+PHASES = ("data", "share", "encoder", "forward", "backward", "p2p", "reduce", "optimizer", "other")
 PASSES = ("forward", "backward")
-OWN_WORK = ("data", *PASSES, "optimizer")
+OWN_WORK = ("data", "encoder", *PASSES, "optimizer")
 """Phases in which a process does not wait for another one, tensor and expert parallelism aside."""
 
 
@@ -46,12 +49,19 @@ class StepClock:
         for chunk in model:
             config = get_model_config(chunk)
             config.timers = self
+            spread = spread_encoder([chunk])
+            if spread is not None:
+                spread.phase = self.phase
             finalize = config.finalize_model_grads_func
             if finalize is not None and not hasattr(finalize, "timed"):
                 config.finalize_model_grads_func = self._timed_reduction(finalize)
 
     def _timed_reduction(self, finalize: Any) -> Any:
+        beside = getattr(finalize, "keywords", {}).get("beside")
+
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if beside is not None:
+                beside.backward()  # its work and its messages are phases of their own; the reduction then finds it done
             with self.phase("reduce"):
                 return finalize(*args, **kwargs)
 

@@ -14,7 +14,8 @@ first micro-batch and [2] with the second, as leaves of the graph. After the pip
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_mm.config.parallel import IMAGES_AT_ONCE
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.models.encoder import ImageEncoder
+from megatron_mm.platform.device import send
 
 
 @dataclass
@@ -36,7 +38,7 @@ class _Encoded:
     leaves: list[torch.Tensor]
     """On the first stage, for each micro-batch, all features of this tensor-parallel rank's share."""
     order: torch.Tensor
-    """On the first stage: for each of these, its place among the features of pipeline ranks 0, 1, ... one after another."""
+    """On the first stage, on the device: for each of these, its place among the features of pipeline ranks 0, 1, ... one after another."""
     counts: list[int]
     """Images that each pipeline rank encoded for this tensor-parallel rank."""
 
@@ -66,6 +68,8 @@ class SpreadEncoder:
         self.tensor_rank = tensor_rank
         self.trained = any(parameter.requires_grad for parameter in wrapped.module.parameters())
         """Some parameter is trainable, so that gradients travel back; the same on all processes."""
+        self.phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
+        """Times what happens inside (`training.phases`)."""
         self._waiting: _Encoded | None = None
 
     @property
@@ -85,41 +89,48 @@ class SpreadEncoder:
             None on other stages.
         """
         group = parallel_state.get_pipeline_model_parallel_group()
-        own = [self.encoder(pixels) for pixels in self._pixels(batches, device)]
+        with self.phase("encoder"):
+            own = [self.encoder(pixels) for pixels in self._pixels(batches, device)]
         stages = [self._stages(batch) for batch in batches]
         every = torch.cat(stages)
         counts = torch.bincount(every, minlength=group.size()).tolist()
-        features = self._gather(own, counts, group, device)
+        with self.phase("p2p"):
+            features = self._gather(own, counts, group, device)
         if features is None:
             self._waiting = _Encoded(own, [], every, counts) if torch.is_grad_enabled() else None
             return [None] * len(batches)
         order = torch.empty_like(every)
         order[every.argsort(stable=True)] = torch.arange(len(every))
-        placed = features.index_select(0, order.to(device))
+        order = send(order, device)
+        placed = features.index_select(0, order)
         needed = torch.is_grad_enabled() and self.trained
         leaves = [part.detach().clone().requires_grad_(needed) for part in placed.split([len(part) for part in stages])]
         self._waiting = _Encoded(own, leaves, order, counts) if torch.is_grad_enabled() else None
         return list(leaves)
 
     def backward(self) -> None:
-        """After the pipeline's last backward pass: bring gradients to who encoded, and run the encoder's own backward pass."""
+        """After the pipeline's last backward pass: bring gradients to who encoded, and run the encoder's own backward pass. Does nothing
+        when called again."""
         encoded, self._waiting = self._waiting, None
         if encoded is None or not self.trained:
             return
         group = parallel_state.get_pipeline_model_parallel_group()
-        gradients = self._scatter(encoded, group)
+        with self.phase("p2p"):
+            gradients = self._scatter(encoded, group)
         at = 0
-        for features in encoded.own:
-            features.backward(gradients[at : at + len(features)])
-            at += len(features)
+        with self.phase("encoder"):
+            for features in encoded.own:
+                features.backward(gradients[at : at + len(features)])
+                at += len(features)
 
     # ------------------------------------------------------------------------------------------------------------- messages
 
     def _pixels(self, batches: Sequence[PackedBatch], device: torch.device) -> Iterator[torch.Tensor]:
         """This process's images of all micro-batches, a few at a time, on its device."""
-        found = [batch.pixels for batch in batches if batch.pixels is not None and len(batch.pixels)]
-        for pixels in torch.cat(found).split(IMAGES_AT_ONCE) if found else ():
-            yield pixels.to(device, non_blocking=True)
+        shares = [batch.pixels for batch in batches if batch.pixels is not None and len(batch.pixels)]
+        # Each from its own pinned memory: put together before, they would lie in memory that a copy to the device waits for.
+        found = [pixels.to(device, non_blocking=True) for pixels in shares]
+        yield from torch.cat(found).split(IMAGES_AT_ONCE) if found else ()
 
     def _stages(self, batch: PackedBatch) -> torch.Tensor:
         """[num_owned]: the pipeline rank that encodes each image of this tensor-parallel rank's."""
@@ -147,7 +158,7 @@ class SpreadEncoder:
             return gradients
         found = torch.cat([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in encoded.leaves])
         ordered = torch.empty_like(found)
-        ordered[encoded.order.to(device)] = found
+        ordered.index_copy_(0, encoded.order, found)
         parts = ordered.split(encoded.counts)
         _run(
             [

@@ -110,6 +110,7 @@ MORE_LAYOUTS = [
     (4, {"tensor": 2, "expert": 2}),
     (2, {"pipeline": 2, "virtual": 2}),
     (2, {"expert": 2, "recompute": "full"}),
+    (4, {"pipeline": 2, "expert": 2, "spread_encoder": True}),
 ]
 
 

@@ -37,6 +37,8 @@ MORE_LAYOUTS = [
     Layout(8, {"tensor": 2, "pipeline": 2, "spread_encoder": True}),
     Layout(4, {"pipeline": 2, "virtual": 2, "spread_encoder": True, "recompute": "full"}, DEEP),
     Layout(3, {"pipeline": 3, "spread_encoder": True}, DEEP),
+    Layout(2, {"pipeline": 2, "stage_layers": (3, 1), "spread_encoder": True}, DEEP),
+    Layout(2, {"pipeline": 2, "spread_encoder": True, "overlap_grad_reduce": False}),
     Layout(2, {"pipeline": 2, "stage_layers": (0, 4)}, DEEP),
     Layout(2, {"overlap_grad_reduce": False}),
     Layout(2, {"tensor": 2, "recompute": "full"}),

@@ -25,6 +25,7 @@ ON_THE_PROCESSOR = {
     ("megatron_mm.parallel.images", "gather"): "who encodes which image",
     ("megatron.core.tensor_parallel.random", "fork"): "whether the processor's own generator has moved",
     ("megatron_mm.models.chunk", "image_token_rows"): "where images lie",
+    ("megatron_mm.training.spread_encoder", "encode"): "how many images each pipeline rank encodes, of the plan",
     # What stands in for Transformer Engine's kernels, which take the same on the device:
     ("megatron_mm.models.layers", "<genexpr>"): "document lengths, in PyTorch's attention",
     ("megatron.core.models.common.embeddings.rope_utils", "_apply_rotary_pos_emb_thd"): "document lengths, in rotary positions",
@@ -82,7 +83,12 @@ def reads_of_a_step(parallel: dict[str, Any], decoder: dict[str, Any]) -> tuple[
 
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
-    [(1, {}), pytest.param(4, {"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow), pytest.param(2, {}, marks=pytest.mark.slow)],
+    [
+        (1, {}),
+        pytest.param(4, {"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(2, {"pipeline": 2, "spread_encoder": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_reads_one_message(world_size: int, parallel: dict[str, Any]) -> None:
     for found, messages in run_processes(reads_of_a_step, world_size, parallel, {}):

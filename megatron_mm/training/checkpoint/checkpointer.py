@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -34,7 +32,7 @@ from megatron_mm.training.checkpoint.compatible import check_same_model, same_la
 from megatron_mm.training.checkpoint.copies import Copies
 from megatron_mm.training.checkpoint.fallback import newest_whole_checkpoint
 from megatron_mm.training.checkpoint.integrity import agree, merge_checksums, read_manifest, verify
-from megatron_mm.training.checkpoint.load import load_chunk, load_strategy
+from megatron_mm.training.checkpoint.load import load_chunk, load_strategy, shared_metadata
 from megatron_mm.training.checkpoint.memory import MemoryCopy
 from megatron_mm.training.checkpoint.names import (
     BEST,
@@ -47,6 +45,7 @@ from megatron_mm.training.checkpoint.names import (
     superseded,
 )
 from megatron_mm.training.checkpoint.optimizer_state import load_optimizer_state
+from megatron_mm.training.checkpoint.save_plan import SavePlans
 from megatron_mm.training.checkpoint.state import TrainState, restore_generators, run_state
 from megatron_mm.training.progress import Progress
 from megatron_mm.training.spread_encoder import wrapped_modules
@@ -93,6 +92,7 @@ class Checkpointer:
         self.sound_step = 0
         """The last one whose gradient was finite, when the newest save began."""
         self.failed_saves = 0
+        self.plans = SavePlans()
         memory = experiment.checkpoint.memory
         self.memory = MemoryCopy(experiment, topology, run_dir, model, optimizer) if memory is not None else None
         copy_to = experiment.checkpoint.copy_to
@@ -103,7 +103,9 @@ class Checkpointer:
             for stale in [*self.folder.glob(".partial-*"), *self.folder.glob(".removed-*")]:
                 logger.warning("removing %s, left behind by a run that was stopped while it saved", stale.name)
                 shutil.rmtree(stale, ignore_errors=True)
-        dist.barrier()
+        name = [uuid.uuid4().hex[:8]]
+        dist.broadcast_object_list(name, src=0)  # and none goes on before the folder is there
+        self._run, self._saves = name[0], 0
 
     # ------------------------------------------------------------------------------------------------------------- save
 
@@ -122,17 +124,18 @@ class Checkpointer:
     def _save(self, state: TrainState) -> None:
         step = state.step  # the state moves on while the files are written
         self.sound_step = step - state.skipped_in_a_row
-        partial = self._fresh_directory(state)
-        if partial is None:
+        tensors = run_state(self.model, self.optimizer, self.topology, loading=False)
+        partial, problems = self._fresh_directory(state)
+        failed, anew = self._any(bool(problems), self.plans.must_be_made(tensors))
+        if failed:
+            self._give_up("; ".join(problems), partial, step=step)
             return
         async_request = dist_checkpointing.save(
-            run_state(self.model, self.optimizer, self.topology, loading=False),
+            tensors,
             str(partial / TENSORS),
-            sharded_strategy=FullyParallelSaveStrategyWrapper(
-                TorchDistSaveShardedStrategy("torch_dist", 1), parallel_state.get_data_parallel_group(with_context_parallel=True)
-            ),
+            sharded_strategy=self.plans.strategy_for(tensors, anew=anew),
             async_sharded_save=True,
-            validate_access_integrity=True,
+            validate_access_integrity=False,  # `SavePlans` says who validates
             **engine.SAVE_OPTIONS,
         )
         if self._failed(first_writer.take_problems(), partial, step=step):
@@ -153,9 +156,8 @@ class Checkpointer:
             return
         with self._giving_up():
             self.queue.maybe_finalize_async_calls(blocking=False)
-        late = torch.tensor(float(time.monotonic() - save.began > 60 * self.config.timeout_minutes), device=self.topology.device)
-        dist.all_reduce(late, op=dist.ReduceOp.MAX)
-        if late.item() and self.queue.get_num_unfinalized_calls():
+        (late,) = self._any(time.monotonic() - save.began > 60 * self.config.timeout_minutes)
+        if late and self.queue.get_num_unfinalized_calls():
             for call in self.queue.async_calls:
                 call.async_caller.close(abort=True)
             self.queue = AsyncCallsQueue(persistent=False)
@@ -181,11 +183,11 @@ class Checkpointer:
             self.progress.beat()
             time.sleep(0.02)
 
-    def _fresh_directory(self, state: TrainState) -> Path | None:
-        """None, on all processes, where it cannot be made."""
-        name = [f".partial-step_{state.step:08d}-{uuid.uuid4().hex[:8]}"]
-        dist.broadcast_object_list(name, src=0)
-        partial, problems = self.folder / name[0], []
+    def _fresh_directory(self, state: TrainState) -> tuple[Path, list[str]]:
+        """The folder of a save, which the first process makes, and what is in the way of that."""
+        self._saves += 1
+        partial = self.folder / f".partial-step_{state.step:08d}-{self._run}-{self._saves}"
+        problems: list[str] = []
         if self.topology.is_main:
             try:
                 (partial / TENSORS).mkdir(parents=True)
@@ -195,17 +197,22 @@ class Checkpointer:
                     shutil.copyfile(self.experiment.data.tokenizer_path, partial / "tokenizer.model")
             except OSError as error:
                 problems.append(str(error))
-        return None if self._failed(problems, partial, step=state.step) else partial
+        return partial, problems
 
     # ------------------------------------------------------------------------------------------------------------- fail
 
     def _failed(self, problems: Sequence[str], partial: Path, *, step: int) -> bool:
         """Whether the first process has problems; known on all of them, and the save given up."""
-        found = torch.tensor(float(bool(problems)), device=self.topology.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        if found.item():
+        (failed,) = self._any(bool(problems))
+        if failed:
             self._give_up("; ".join(problems), partial, step=step)
-        return bool(found.item())
+        return failed
+
+    def _any(self, *flags: bool) -> list[bool]:
+        """Each flag: whether it is set on any process."""
+        found = torch.tensor(flags, dtype=torch.float32, device=self.topology.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return [value > 0 for value in found.tolist()]
 
     @contextlib.contextmanager
     def _giving_up(self) -> Iterator[None]:
@@ -326,12 +333,13 @@ class Checkpointer:
         check_same_model(self.experiment, checkpoint)
         same_size = read_manifest(checkpoint)["world_size"] == self.topology.world_size
         alike = same_size and same_layout(self.experiment, checkpoint)
-        loaded = dist_checkpointing.load(
-            run_state(self.model, self.optimizer, self.topology, loading=True, generators=alike),
-            str(checkpoint / TENSORS),
-            sharded_strategy=load_strategy(),
-            strict=StrictHandling.RAISE_UNEXPECTED,
-        )
+        with shared_metadata(checkpoint, self.topology):
+            loaded = dist_checkpointing.load(
+                run_state(self.model, self.optimizer, self.topology, loading=True, generators=alike),
+                str(checkpoint / TENSORS),
+                sharded_strategy=load_strategy(),
+                strict=StrictHandling.RAISE_UNEXPECTED,
+            )
         for index, chunk in enumerate(wrapped_modules(self.model)):
             load_chunk(chunk.module, loaded[f"model{index}"])
         load_optimizer_state(self.optimizer, loaded["optimizer"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_mm.config import Experiment
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.platform import fp8_weights
+from megatron_mm.platform import fp8_weights, part_reader
 from megatron_mm.training.checkpoint.compatible import check_same_model
-from megatron_mm.training.checkpoint.integrity import verify
+from megatron_mm.training.checkpoint.integrity import agree, verify
 from megatron_mm.training.checkpoint.names import TENSORS, belongs_to_model
 from megatron_mm.training.checkpoint.positions import Interpolation, stored_tensors
 from megatron_mm.training.checkpoint.state import model_state
@@ -37,16 +39,17 @@ def load_weights(experiment: Experiment, topology: Topology, model: list[Distrib
     check_same_model(experiment, checkpoint, with_optimizer=False)
     verify(checkpoint, topology)
     state = model_state(model)
-    _check_names(state, checkpoint)
-    interpolation = Interpolation.needed(experiment, checkpoint)
-    interpolation.ask(state)
-    asked = {chunk: dict(entries) for chunk, entries in state.items()}
-    loaded = dist_checkpointing.load(
-        state,
-        str(checkpoint / TENSORS),
-        sharded_strategy=load_strategy(),
-        strict=StrictHandling.RAISE_UNEXPECTED,
-    )
+    with shared_metadata(checkpoint, topology):
+        _check_names(state, checkpoint)
+        interpolation = Interpolation.needed(experiment, checkpoint)
+        interpolation.ask(state)
+        asked = {chunk: dict(entries) for chunk, entries in state.items()}
+        loaded = dist_checkpointing.load(
+            state,
+            str(checkpoint / TENSORS),
+            sharded_strategy=load_strategy(),
+            strict=StrictHandling.RAISE_UNEXPECTED,
+        )
     interpolation.answer(asked, loaded)
     if topology.is_main:
         interpolation.say()
@@ -80,8 +83,31 @@ def load_chunk(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
     assert not missing and not unexpected, f"the checkpoint lacks {missing} and has {unexpected}"
 
 
+@contextlib.contextmanager
+def shared_metadata(checkpoint: Path, topology: Topology) -> Iterator[None]:
+    """Inside, processes know what the first one has read of where a checkpoint's pieces lie, and do not read it themselves: it grows with
+    the number of processes that wrote it.
+
+    Called by all processes together. Raises ValueError, on all of them, where it cannot be read.
+    """
+    part_reader.install()
+    folder, found, problem = checkpoint / TENSORS, [b""], ""
+    if topology.is_main:
+        try:
+            found = [(folder / part_reader.METADATA).read_bytes()]
+        except OSError as error:
+            problem = f"checkpoint {checkpoint} cannot be read ({error}): restore it or remove it"
+    agree(problem, world_size=topology.world_size, device=topology.device)
+    dist.broadcast_object_list(found, src=0)
+    part_reader.give_metadata(folder, found[0])
+    try:
+        yield
+    finally:
+        part_reader.give_metadata(folder, None)
+
+
 def load_strategy() -> FullyParallelLoadStrategyWrapper:
-    """Reads each stored tensor once for all data-parallel processes that want it."""
+    """Reads each stored element once for all data-parallel processes that want it."""
     return FullyParallelLoadStrategyWrapper(
         TorchDistLoadShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
     )

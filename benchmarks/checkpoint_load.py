@@ -1,0 +1,126 @@
+"""What a load costs each process: bytes read from storage, time, and memory, after a change of the number of processes.
+
+    .venv/bin/python benchmarks/checkpoint_load.py --writers 1 --readers 4
+
+The model of `checkpoint_save.py` on data-parallel gloo processes. The baseline is torch's reader, which reads a stored piece whole for
+each box that a process wants of it (`platform.part_reader` says why that is more than once). Both load the same checkpoint into the same
+memory; bytes are those of all processes together, over the bytes of the checkpoint. Memory is the largest peak of a process's resident
+set while it loads, above what it was before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from checkpoint_save import PeakMemory, experiment
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
+
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.platform import part_reader
+from megatron_mm.training.build import build_model
+from megatron_mm.training.checkpoint import Checkpointer, TrainState
+from megatron_mm.training.optimizer import build_optimizer, initialize_state
+
+KINDS = ("torch's reader (baseline)", "parts of pieces")
+
+
+class CountingFile(io.FileIO):
+    """Counts what is read of the files of all its instances."""
+
+    total = 0
+
+    def readinto(self, buffer: Any) -> Any:
+        count = super().readinto(buffer)
+        CountingFile.total += count or 0
+        return count
+
+
+@contextlib.contextmanager
+def counted_stream(self: FileSystem, path: Path, mode: str) -> Iterator[Any]:
+    with io.BufferedReader(CountingFile(os.fspath(path))) as file:
+        yield file
+
+
+def run(folder: Path, *, loads: bool) -> dict[str, Any]:
+    """On one process: save, or load twice of each kind, of which the second counts."""
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    settings = experiment()
+    topology = topologies.initialize(settings.parallel, seed=1)
+    model = build_model(settings, topology)
+    optimizer = build_optimizer(settings, model)
+    initialize_state(optimizer)
+    checkpointer = Checkpointer(settings, topology, folder, model, optimizer)
+    found: dict[str, Any] = {}
+    if not loads:
+        checkpointer.save(TrainState(step=1))
+        checkpointer.finish()
+    else:
+        part_reader.install()
+        FileSystem.create_stream = counted_stream  # type: ignore[method-assign,assignment]
+        ours = CachedMetadataFileSystemReader.read_data
+        for name, read in [*zip(KINDS, (FileSystemReader.read_data, ours), strict=True)] * 2:
+            CachedMetadataFileSystemReader.read_data = read  # type: ignore[method-assign]
+            part_reader._read_parts.reads_parts = True  # type: ignore[attr-defined]
+            read.reads_parts = True  # type: ignore[attr-defined]
+            dist.barrier()
+            CountingFile.total, memory = 0, PeakMemory()
+            began, processor = time.perf_counter(), time.process_time()
+            checkpointer.load(folder / "checkpoints" / "step_00000001")
+            found[name] = {"clock": time.perf_counter() - began, "processor": time.process_time() - processor}
+            found[name] |= {"memory": memory.stop(), "read": CountingFile.total}
+    topologies.shutdown()
+    return found
+
+
+def launch(folder: Path, processes: int, *, loads: bool) -> list[dict[str, Any]]:
+    """What each process found."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), __file__]
+    words += ["--folder", str(folder), *(["--loads"] if loads else [])]
+    subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--writers", type=int, default=1, help="processes that save (default: %(default)s)")
+    parser.add_argument("--readers", type=int, default=4, help="processes that load (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--loads", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.folder is not None:
+        found = run(arguments.folder, loads=arguments.loads)
+        (arguments.folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        launch(folder, arguments.writers, loads=False)
+        stored = sum(path.stat().st_size for path in folder.glob("checkpoints/*/tensors/*.distcp"))
+        ranks = launch(folder, arguments.readers, loads=True)
+    print(
+        f"{arguments.writers} processes wrote {stored / 1e6:.0f} MB, {arguments.readers} load them: MB, of the checkpoint, peak MB, s (cpu)"
+    )
+    for kind in KINDS:
+        read = sum(rank[kind]["read"] for rank in ranks)
+        worst = {key: max(rank[kind][key] for rank in ranks) for key in ("memory", "clock", "processor")}
+        times = f"{worst['clock']:8.2f} ({worst['processor']:.2f})"
+        print(f"  {kind:28}{read / 1e6:10.1f}{read / stored:8.2f}{worst['memory'] / 1e6:10.1f}{times}")
+
+
+if __name__ == "__main__":
+    main()

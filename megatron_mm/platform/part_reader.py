@@ -1,0 +1,132 @@
+"""Reads of a checkpoint file no more than what a process wants of it.
+
+What upstream lacks: torch's reader of distributed checkpoints reads a stored piece whole for each box that is wanted of it (torch 2.13,
+`FileSystemReader.read_data`). After a change of layout a process wants a few boxes of a large piece, and its neighbours want others: the
+piece is read once for each box. Here the bytes from the first to the last element of a box are read, and nothing else, as long as the piece
+lies in its file as it does in memory; a piece that does not is read whole.
+
+Worked example: of a stored piece of 4 rows and 3 columns the box of rows 1 and 2 is elements 3 to 8, 24 bytes in fp32. Of a box of
+columns 1 and 2 in all rows, elements 1 to 11 are read, and those between are left out.
+
+Also here: the description of all pieces (`.metadata`), which every process would read from the file, may be given instead
+(`give_metadata`).
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import pickle
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType
+from torch.futures import Future
+
+METADATA = ".metadata"
+"""Name of the file that describes all pieces."""
+_given: dict[str, bytes] = {}
+
+
+def install() -> None:
+    """Does nothing when called again."""
+    if not hasattr(CachedMetadataFileSystemReader.read_data, "reads_parts"):
+        _read_parts.reads_parts = True  # type: ignore[attr-defined]
+        CachedMetadataFileSystemReader.read_data = _read_parts
+        FileSystemReader.read_metadata = _given_or_read(FileSystemReader.read_metadata)  # type: ignore[method-assign]
+
+
+def give_metadata(folder: Path, data: bytes | None) -> None:
+    """What the file `METADATA` of a folder holds, so that it is not read; None forgets it."""
+    if data is None:
+        _given.pop(os.path.abspath(folder), None)
+    else:
+        _given[os.path.abspath(folder)] = data
+
+
+def _given_or_read(read: Any) -> Any:
+    @functools.wraps(read)
+    def metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        data = _given.get(os.path.abspath(self.path))
+        if data is None:
+            return read(self, *args, **kwargs)
+        found = pickle.loads(data)  # the bytes of a file whose pickles were checked
+        if found.storage_meta is None:
+            found.storage_meta = StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+    return metadata
+
+
+def _read_parts(self: Any, plan: Any, planner: Any) -> Any:
+    """`FileSystemReader.read_data`."""
+    wanted: dict[str, dict[Any, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for item in plan.items:
+        wanted[self.storage_data[item.storage_index].relative_path][item.storage_index].append(item)
+    for name, pieces in wanted.items():
+        with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as file:
+            for index, items in sorted(pieces.items(), key=lambda entry: self.storage_data[entry[0]].offset):
+                stored = self.storage_data[index]
+                if items[0].type == LoadItemType.BYTE_IO:
+                    file.seek(stored.offset)
+                    planner.load_bytes(items[0], io.BytesIO(file.read(stored.length)))
+                    continue
+                piece = _Piece(self._slice_file(file, stored), file, stored.offset)
+                for item in items:
+                    values = piece.box(item.storage_offsets, item.lengths)
+                    target = planner.resolve_tensor(item).detach()
+                    assert target.size() == values.size(), f"{index}: {target.size()} is wanted of {values.size()}"
+                    target.copy_(values)
+                    planner.commit_tensor(item, target)
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done
+
+
+class _Piece:
+    """A stored tensor in its file."""
+
+    def __init__(self, view: Any, file: Any, offset: int) -> None:
+        """
+        Args:
+            view: of the file's bytes of this piece.
+            offset: where they begin in the file.
+        """
+        self.view, self.file = view, file
+        tensor = torch.load(view, map_location="meta", weights_only=True)  # its description, without its elements
+        self.tensor = tensor
+        self.begin = offset + tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
+        self.whole: torch.Tensor | None = None
+
+    def box(self, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """The elements of a box, [*lengths]."""
+        if not self.tensor.is_contiguous() or self.whole is not None:
+            return self._of_whole(offsets, lengths)
+        if 0 in lengths:
+            return torch.empty(tuple(lengths), dtype=self.tensor.dtype)
+        strides, size = self.tensor.stride(), self.tensor.itemsize
+        first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+        last = first + sum((length - 1) * stride for length, stride in zip(lengths, strides, strict=True))
+        data = bytearray((last + 1 - first) * size)
+        self.file.seek(self.begin + first * size)
+        read = self.file.readinto(data)
+        if read != len(data):
+            raise OSError(f"{getattr(self.file, 'name', 'a checkpoint file')} ends {len(data) - read} bytes too early")
+        return torch.frombuffer(data, dtype=self.tensor.dtype).as_strided(tuple(lengths), strides)
+
+    def _of_whole(self, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        if self.whole is None:
+            self.view.seek(0)
+            self.whole = torch.load(self.view, map_location="cpu", weights_only=True)
+        found = self.whole
+        for dimension, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+            found = found.narrow(dimension, offset, length)
+        return found

@@ -1,0 +1,73 @@
+"""Who writes what of a checkpoint: agreed once, and used again by every later save of a run.
+
+Three things have to be found out before a process can stage its bytes: which copy of a tensor is written (data-parallel ranks have the same
+weights, and share the work), what each process writes into which file, and where in the checkpoint everything then is. All of them follow
+from names, shapes and offsets, which stay the same from save to save. Without this each save would let every process gather the
+descriptions of all pieces of all others, twice, and wait for the slowest of them.
+
+    first save     weights are dealt to data-parallel ranks (a message among those); the first process gathers all plans, and validates that
+                   pieces fill their tensors, each element once
+    second save    the plan is made again, and is the same
+    later saves    nothing is said of pieces at all
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, apply_factories
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+    determine_main_replica_uniform_distribution,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+_NOTHING_TO_DEAL: Any = ()
+"""Of a single data-parallel rank, which writes all that it has."""
+
+
+class SavePlans:
+    """The save strategy of a run, and what it was made for."""
+
+    def __init__(self) -> None:
+        self._strategy: FullyParallelSaveStrategyWrapper | None = None
+        self._structure: list[tuple[Any, ...]] | None = None
+
+    def must_be_made(self, state: dict[str, Any]) -> bool:
+        """There is no plan yet, or this process's state looks otherwise now."""
+        return self._strategy is None or structure_of(state) != self._structure
+
+    def strategy_for(self, state: dict[str, Any], *, anew: bool) -> FullyParallelSaveStrategyWrapper:
+        """megatron-core's strategy for this state of a run. Called by all processes together.
+
+        Args:
+            anew: `must_be_made`, on any process.
+        """
+        if self._strategy is None or anew:
+            self._structure = structure_of(state)
+            self._strategy = _new_strategy(state)
+        return self._strategy
+
+
+def structure_of(state: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What a plan follows from: name, type and place of each piece of this process."""
+    return [
+        (entry.key, entry.dtype, entry.local_shape, entry.global_shape, entry.global_offset, entry.replica_id)
+        if isinstance(entry, ShardedTensor)
+        else (entry.key, getattr(entry, "replica_id", None))
+        for entry in nested_values(state)
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory | ShardedObject)
+    ]
+
+
+def _new_strategy(state: dict[str, Any]) -> FullyParallelSaveStrategyWrapper:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    base = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
+    strategy = FullyParallelSaveStrategyWrapper(base, group, do_cache_distribution=True)
+    apply_factories(state)  # in place, as the save itself would do next
+    # With a distribution of its own the strategy would validate on every process what the first one validates when it puts plans together
+    # (torch's `_validate_global_plan`).
+    strategy.cached_distribution = determine_main_replica_uniform_distribution(state, group) or _NOTHING_TO_DEAL
+    return strategy

@@ -1,0 +1,76 @@
+"""Who writes what is agreed once: later saves of a run send nothing about it, and hold what they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.distributed import run_processes
+from support.small import random_step, small_experiment
+
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.training.build import build_model
+from megatron_mm.training.checkpoint import Checkpointer, TrainState
+from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.step import TrainingStep
+
+GATHERS = ("all_gather_object", "gather_object", "all_gather", "gather")
+
+
+def save_and_load(folder: Path, parallel: dict[str, Any]) -> tuple[list[int], bool]:
+    """Gathers of each of four saves, with a step before each; whether the last one loads as what it was saved of."""
+    experiment = small_experiment(parallel=parallel, global_batch_size=8)
+    topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
+    model = build_model(experiment, topology)
+    optimizer = build_optimizer(experiment, model)
+    step = TrainingStep(experiment, topology, model, optimizer, num_sources=2)
+    checkpointer = Checkpointer(experiment, topology, folder, model, optimizer)
+    gathers = 0
+
+    def counting(collective: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal gathers
+            gathers += 1
+            return collective(*args, **kwargs)
+
+        return call
+
+    originals = {name: getattr(dist, name) for name in GATHERS}
+    of_saves = []
+    for number in range(1, 5):
+        step.run(random_step(experiment, topology, step=number), step=number)
+        for name, original in originals.items():
+            setattr(dist, name, counting(original))
+        gathers = 0
+        checkpointer.save(TrainState(step=number))
+        of_saves.append(gathers)
+        for name, original in originals.items():
+            setattr(dist, name, original)
+        checkpointer.finish()
+    expected = [parameter.detach().clone() for chunk in model for parameter in chunk.parameters()]
+    result = step.run(random_step(experiment, topology, step=5), step=5)
+    checkpointer.load(folder / "checkpoints" / "step_00000004")
+    found = [parameter.detach() for chunk in model for parameter in chunk.parameters()]
+    same = all(map(torch.equal, expected, found))
+    again = step.run(random_step(experiment, topology, step=5), step=5)
+    return of_saves, same and again.losses == result.losses and again.update == result.update
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (2, {}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        pytest.param(4, {"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"pipeline": 2, "spread_encoder": True}, marks=pytest.mark.slow),
+        pytest.param(2, {"distributed_optimizer": False}, marks=pytest.mark.slow),
+    ],
+)
+def test_later_saves_agree_on_nothing(tmp_path: Path, world_size: int, parallel: dict[str, Any]) -> None:
+    for gathers, exact in run_processes(save_and_load, world_size, tmp_path, parallel):
+        assert gathers[0] > 0, "the first save finds out who writes what"
+        assert gathers[2:] == [0, 0]
+        assert exact
