@@ -6,15 +6,19 @@ are not there, a tensor that is in two files, a file that is cut off. Code that 
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from megatron_mm.conversion.files import Place, TensorInfo, read_safetensors_header, read_tensor
+
+T = TypeVar("T")
 
 WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -25,6 +29,8 @@ WEIGHT_FILES = (
     "open_clip_pytorch_model.bin",
 )
 """What weights are looked for in a directory, the first one that is there counts."""
+_WRAPPERS = ("state_dict", "model", "module")
+"""Under which names training programs put tensors into a file beside other things, which are not read."""
 
 
 class HfReader:
@@ -64,6 +70,20 @@ class HfReader:
             return self._pickled[name].clone(memory_format=torch.contiguous_format)
         return read_tensor(self._places[name], self._infos[name])
 
+    def below(self, prefix: str, *, also: Collection[str] = ()) -> HfReader:
+        """The same checkpoint with the tensors below a prefix alone, named without it.
+
+        Args:
+            also: names outside of it that stay, as they are.
+        """
+
+        def named(tensors: Mapping[str, T]) -> dict[str, T]:
+            return {name.removeprefix(prefix): found for name, found in tensors.items() if name.startswith(prefix) or name in also}
+
+        view = copy.copy(self)
+        view._infos, view._places, view._pickled = named(self._infos), named(self._places), named(self._pickled)
+        return view
+
     def config(self, name: str = "config.json") -> dict[str, Any] | None:
         """A JSON document beside the weights; None where it is not there. Raises ValueError where it cannot be read."""
         file = self.folder / name
@@ -98,7 +118,12 @@ def _weight_files(path: Path) -> list[Path]:
     else:
         there = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
         if not there:
-            raise ValueError(f"{path} holds no weights: looked for {', '.join(WEIGHT_FILES)}")
+            others = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+            shards = [name for name in others if "-of-" in name]
+            if shards:
+                raise ValueError(f"{path} holds shards {_some(shards)} without their index {_index_of(shards[0])}: get it, too")
+            hint = f"; to read one of {_some(others)}, give the file itself" if others else ""
+            raise ValueError(f"{path} holds no weights: looked for {', '.join(WEIGHT_FILES)}{hint}")
         found = there[0]
     if not found.name.endswith(".index.json"):
         return [found]
@@ -109,6 +134,11 @@ def _weight_files(path: Path) -> list[Path]:
         if not (found.parent / name).is_file():
             raise ValueError(f"{found} names the file {name}, which is not there: get it again")
     return [found.parent / name for name in names]
+
+
+def _index_of(shard: str) -> str:
+    """`model-00001-of-00002.safetensors` -> `model.safetensors.index.json`."""
+    return f"{shard.rpartition('-of-')[0].rpartition('-')[0]}{Path(shard).suffix}.index.json"
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -150,8 +180,9 @@ def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file} cannot be read as a file of nothing but tensors, and nothing else is loaded ({reason})") from None
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
+    for wrapper in _WRAPPERS:
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
     others = sorted(str(name) for name, value in found.items() if not isinstance(value, torch.Tensor)) if isinstance(found, dict) else [""]
     if others:
         raise ValueError(f"{file} should hold tensors by name, but holds something else {_some(others)}")

@@ -45,8 +45,8 @@ def open_source(path: Path, part: Part, model: ModelConfig, *, sequence_length: 
 
     Raises ValueError where its format is unknown or is one of another part, or its settings are not the recipe's.
     """
-    reader = HfReader(path)
     formats = all_formats()
+    reader = _unwrapped(HfReader(path), part, formats)
     name, prefix = _detect(reader, part, formats)
     known = formats[name]
     ours = model if part == "whole" else getattr(model, {"language": "decoder", "vision": "vision"}[part], None)
@@ -56,7 +56,7 @@ def open_source(path: Path, part: Part, model: ModelConfig, *, sequence_length: 
         raise ValueError(
             f"{path} is a checkpoint of format {name}, which {model.family} models cannot take as --{part}: choose another recipe"
         )
-    document = _checked_document(reader, name, known)
+    document = _checked_document(reader, name, known, part)
     tied = part == "language" and not _has_head(reader, prefix)
     if document is None:
         logger.warning("%s has no %s beside it: only shapes are checked, not heads, norms or activations", path, known.config_file)
@@ -74,6 +74,36 @@ def open_source(path: Path, part: Part, model: ModelConfig, *, sequence_length: 
         raise ValueError(f"{path} has an output layer of its own, but the recipe ties it: use --model.decoder.no-tied-embeddings")
     naming = Naming(prefix, tied, family_of(model).language_mlps)
     return Source(part, reader, name, known.table(ours, naming), (*known.prefixes[prefix], *_unused_head(prefix, tied)))
+
+
+_HEADS = ("lm_head.weight", "output.weight")
+_PARTS: dict[Part, tuple[str, ...]] = {
+    "language": ("text_config", "llm_config", "language_config"),
+    "vision": ("vision_config",),
+    "whole": (),
+}
+"""Which part of a larger model's config.json describes it."""
+
+
+def _unwrapped(reader: HfReader, part: Part, known: Mapping[str, AnyFormat]) -> HfReader:
+    """The reader of what stands below a prefix that no format knows, such as `module.` of a training program, or `language_model.` of a
+    larger model. Says which tensors are not read then."""
+    names = reader.names()
+    signatures = {f"{prefix}{f.signature}": f.part for f in known.values() for prefix in f.prefixes}
+    if signatures.keys() & names.keys():
+        return reader
+    wanted = sorted((signature for signature, of in signatures.items() if of == part), key=len, reverse=True)
+    for signature in wanted:
+        outer = next((name.removesuffix(signature) for name in names if name.endswith(f".{signature}")), None)
+        if outer is None:
+            continue
+        inside = reader.below(outer)
+        heads = () if set(_HEADS) & inside.names().keys() else set(_HEADS) & names.keys()
+        others = len(names) - len(inside.names()) - len(heads)
+        if others:
+            logger.info("%s: tensors below %s are read, %d others are not", reader.path, outer.removesuffix("."), others)
+        return reader.below(outer, also=heads)
+    return reader
 
 
 def _detect(reader: HfReader, part: Part, known: Mapping[str, AnyFormat]) -> tuple[str, str]:
@@ -99,9 +129,12 @@ def _calls_itself(reader: HfReader, known: AnyFormat) -> bool:
     return bool(known.model_types) and document is not None and document.get("model_type") in known.model_types
 
 
-def _checked_document(reader: HfReader, name: str, known: AnyFormat) -> dict[str, Any] | None:
-    """config.json, of a model type that the format knows. Raises ValueError for any other."""
+def _checked_document(reader: HfReader, name: str, known: AnyFormat, part: Part) -> dict[str, Any] | None:
+    """config.json, or its part about what is read, of a model type that the format knows. Raises ValueError for any other."""
     document = reader.config(known.config_file)
+    if document is not None and known.model_types and document.get("model_type") not in known.model_types:
+        inner = next((document[field] for field in _PARTS[part] if isinstance(document.get(field), dict)), None)
+        document = inner if inner is not None and inner.get("model_type") in known.model_types else document
     if document is not None and known.model_types and document.get("model_type") not in (*known.model_types, *_own_types(document)):
         raise ValueError(
             f"{reader.path} has tensors named like those of {name}, but its {known.config_file} says model_type "
@@ -192,7 +225,7 @@ def _option(field: str, value: Any) -> str:
 
 
 def _has_head(reader: HfReader, prefix: str) -> bool:
-    return any(f"{prefix.removesuffix('model.')}{head}" in reader.names() for head in ("lm_head.weight", "output.weight"))
+    return any(f"{prefix.removesuffix('model.')}{head}" in reader.names() for head in _HEADS)
 
 
 def _unused_head(prefix: str, tied: bool) -> tuple[str, ...]:

@@ -119,10 +119,15 @@ def image_processor_config(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def copy_code(out: Path, folder: Path, names: Iterable[str]) -> None:
-    """Put a family's modeling code, and what families share of it, beside exported weights."""
-    shared = Path(__file__).with_name("code") / "square_images.py"
-    for path in (*(folder / name for name in names), shared):
+def copy_code(out: Path, folder: Path, names: Iterable[str], *, shared: Iterable[str]) -> None:
+    """Put modeling code beside exported weights.
+
+    Args:
+        folder: holds the family's own.
+        names: files of it.
+        shared: files of `hf/code`, which families share.
+    """
+    for path in (*(folder / name for name in names), *(Path(__file__).with_name("code") / name for name in shared)):
         shutil.copyfile(path, out / path.name)
 
 

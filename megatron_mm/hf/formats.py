@@ -73,7 +73,8 @@ def _internlm2(config: DecoderConfig, naming: Naming) -> list[Entry]:
 
 
 EVA_ROTARY = r".*\.?rope\.freqs_(cos|sin)"
-ROTARY = r".*\.rotary_emb\.inv_freq"
+ROTARY = r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+"""Buffers that earlier versions of transformers saved: they follow from config.json."""
 _CLIP_TEXT = (r"text_model\..*", r"logit_scale", r"(visual|text)_projection\.weight", r"vision_model\.embeddings\.position_ids")
 _OPEN_CLIP_TEXT = (
     r"visual\.proj|text_projection|positional_embedding|attn_mask|logit_scale|logit_bias",

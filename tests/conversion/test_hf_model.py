@@ -22,8 +22,6 @@ from megatron_mm.conversion.to_hf import Export
 from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.load.decode import PillowDecoder
 from megatron_mm.families.mm1.files import hf_config
-from megatron_mm.families.mm1.hf_code.configuration_mm1 import MM1Config as HfConfig
-from megatron_mm.families.mm1.hf_code.modeling_mm1 import MM1ForConditionalGeneration
 from megatron_mm.families.mm1.model import MM1Model
 from megatron_mm.families.mm1.names import mm1_table
 from megatron_mm.hf.mapping import to_hf
@@ -70,7 +68,12 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_variants_have_the_training_models_logits(
-    variant: dict[str, Any], trained: Trained, one_process: Topology, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch
+    variant: dict[str, Any],
+    trained: Trained,
+    model: PreTrainedModel,
+    one_process: Topology,
+    processor: ProcessorMixin,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tensors converted in memory, loaded into the Hugging Face class."""
     config = trained.config
@@ -82,7 +85,7 @@ def test_variants_have_the_training_models_logits(
     )
     ours = build(replace(trained.experiment, model=config), one_process)
     values = hf_config(config, dtype="float32", ids=trained.tokenizer, sequence_length=256)
-    hf = MM1ForConditionalGeneration(HfConfig.from_dict(values)).eval()
+    hf = type(model)(type(model.config).from_dict(values)).eval()
     state = to_hf(mm1_table(config), dict(ours.named_parameters()))
     missing, unexpected = hf.load_state_dict(state, strict=False)
     assert unexpected == [] and missing == (["lm_head.weight"] if config.decoder.tied_embeddings else [])
@@ -154,11 +157,24 @@ def test_image_counts_must_agree(model: PreTrainedModel, processor: ProcessorMix
 
 def test_images_of_all_kinds(processor: ProcessorMixin) -> None:
     rgb = to_pillow(make_images(num_images=1, size=24)[0])
-    kinds = [rgb, rgb.convert("L"), rgb.convert("CMYK"), rgb.convert("P"), rgb.convert("RGBA"), np.asarray(rgb)]
-    pixels = processor(images=kinds, text="<image>" * len(kinds), return_tensors="pt")["pixel_values"]
-    assert pixels.shape == (1, len(kinds), 3, 32, 32) and pixels.isfinite().all()
-    torch.testing.assert_close(pixels[0, 4], pixels[0, 0])
-    torch.testing.assert_close(pixels[0, 5], pixels[0, 0])
+    array, grey = np.asarray(rgb), np.asarray(rgb.convert("L"))
+    kinds = [rgb, rgb.convert("RGBA"), array, array.transpose(2, 0, 1), torch.tensor(array) / 255, np.asarray(rgb.convert("RGBA"))]
+    kinds += [rgb.convert("L"), grey, grey[None], grey[..., None], rgb.convert("CMYK"), rgb.convert("P"), array[:1, :1], array[:1]]
+    pixels = processor(images=kinds, text="<image>" * len(kinds), return_tensors="pt")["pixel_values"][0]
+    assert pixels.shape == (len(kinds), 3, 32, 32) and pixels.isfinite().all()
+    assert all(torch.equal(pixels[0], same) for same in pixels[1:6]), "the same picture, given otherwise"
+    assert all(torch.equal(pixels[6], same) for same in pixels[7:10]), "the same grey picture"
+    assert np.array_equal(processor(images=np.stack([array, array]))["pixel_values"][1, 0], pixels[0]), "a batch in one array"
+    assert torch.equal(pixels[12, :, 0, 0], pixels[12, :, -1, -1]) and not torch.equal(pixels[13, :, 0, 0], pixels[13, :, 0, -1])
+
+
+def test_what_is_no_image_is_an_error(processor: ProcessorMixin) -> None:
+    with pytest.raises(ValueError, match=r"an image is a str, but must be a Pillow image or an array: open files with PIL\.Image\.open"):
+        processor(images="cat.png", text="<image>")
+    with pytest.raises(ValueError, match=r"an image has shape \(0, 0, 3\)"):
+        processor(images=np.zeros((0, 0, 3), dtype=np.uint8), text="<image>")
+    with pytest.raises(ValueError, match="neither a prompt nor an image"):
+        processor()
 
 
 def test_pixels_are_the_training_decoders(processor: ProcessorMixin) -> None:
@@ -204,7 +220,8 @@ def test_save_and_load_again(model: PreTrainedModel, processor: ProcessorMixin, 
 def test_exported_code_stands_alone() -> None:
     """What travels with a checkpoint imports the standard library, NumPy, Pillow, torch and transformers."""
     files = list((Path(megatron_mm.__path__[0]) / "families").glob("*/hf_code/*_*.py"))
-    assert files
+    files += (Path(megatron_mm.__path__[0]) / "hf" / "code").glob("*_*.py")
+    assert len(files) == 16
     for path in files:
         imports = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level == 0}
         imports |= {alias.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for alias in node.names}

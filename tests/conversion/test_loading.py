@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.converted import written
-from support.references import infimm_reference
+from support.references import infimm_reference, mono_reference
 from support.small_infimm import small_infimm
+from support.small_mono import small_mono
 from support.trained import Trained
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +40,7 @@ def infimm(tokenizer_path: Path, *, groups: int) -> Experiment:
     return replace(settings, model=replace(settings.model, decoder=decoder), data=data)
 
 
-@pytest.fixture(scope="module", params=["mm1", "infimm_mistral", "infimm_llama"])
+@pytest.fixture(scope="module", params=["mm1", "infimm_mistral", "infimm_llama", "mono_internvl"])
 def case(request: pytest.FixtureRequest, tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An export, and inputs with the logits that they should give."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -47,10 +48,13 @@ def case(request: pytest.FixtureRequest, tokenizer_path: Path, tmp_path_factory:
         exported: Export = request.getfixturevalue("exported")
         save_file(mm1_case(request.getfixturevalue("trained"), exported.path), folder / "case.safetensors")
         return exported.path, folder / "case.safetensors"
-    settings = infimm(tokenizer_path, groups=2 if request.param == "infimm_mistral" else 4)
+    if request.param == "mono_internvl":
+        settings, make_case = mono(tokenizer_path), mono_case
+    else:
+        settings, make_case = infimm(tokenizer_path, groups=2 if request.param == "infimm_mistral" else 4), infimm_case
     written(settings, folder / "run")
     convert_to_hf(folder / "run", folder / "model")
-    save_file(infimm_case(settings, folder / "model"), folder / "case.safetensors")
+    save_file(make_case(settings, folder / "model"), folder / "case.safetensors")
     return folder / "model", folder / "case.safetensors"
 
 
@@ -77,6 +81,26 @@ def infimm_case(settings: Experiment, path: Path) -> dict[str, torch.Tensor]:
     ids = torch.randint(10, 300, (2, 20), generator=generator)
     for row, place in ((0, 3), (0, 9), (1, 5)):
         ids[row, place], ids[row, place + 1] = config["eoc_token_id"], config["image_token_id"]
+    pixels = torch.randn(2, 2, 3, size, size, generator=generator)
+    with torch.no_grad():
+        logits = torch.stack([reference(ids[0], pixels[0]), reference(ids[1], pixels[1, :1])])
+    return {"input_ids": ids, "pixel_values": pixels, "logits": logits}
+
+
+def mono(tokenizer_path: Path) -> Experiment:
+    settings = small_mono(decoder={"vocab_size": 416})
+    return replace(settings, data=replace(settings.data, tokenizer=tokenizer_path, chat_template="vicuna", max_tiles=6))
+
+
+def mono_case(settings: Experiment, path: Path) -> dict[str, torch.Tensor]:
+    """Two sequences with two tiles and one, by the plain reference."""
+    config, generator = json.loads((path / "config.json").read_text()), torch.Generator().manual_seed(0)
+    reference = mono_reference(settings.model, image_token=config["image_token_id"])  # type: ignore[arg-type]
+    reference.load_state_dict(load_file(path / "model.safetensors"))
+    size, tokens = config["force_image_size"], settings.model.patches.num_tokens
+    ids = torch.randint(10, 300, (2, 2 * tokens + 9), generator=generator)
+    for row, place in ((0, 3), (0, 5 + tokens), (1, 4)):
+        ids[row, place : place + tokens] = config["image_token_id"]
     pixels = torch.randn(2, 2, 3, size, size, generator=generator)
     with torch.no_grad():
         logits = torch.stack([reference(ids[0], pixels[0]), reference(ids[1], pixels[1, :1])])

@@ -50,13 +50,14 @@ def write_infimm_files(
     write_document(out / "generation_config.json", generation_config(ids, never=never, rows=rows))
     write_document(out / "preprocessor_config.json", {**_images(model, to_rgb=experiment.data.to_rgb), "auto_map": processor})
     write_document(out / "processor_config.json", {"processor_class": "InfiMMProcessor", "auto_map": processor})
-    copy_code(out, Path(__file__).with_name("hf_code"), _CODE)
+    copy_code(out, Path(__file__).with_name("hf_code"), _CODE, shared=_SHARED_CODE)
     if fits_authors_code(model):
         written = json.loads((out / "tokenizer_config.json").read_text())
         write_authors_files(model, out / "authors_code", config=config, ids=ids, tokenizer_config=written)
 
 
 _CODE = ("configuration_infimm.py", "modeling_infimm.py", "processing_infimm.py")
+_SHARED_CODE = ("square_images.py", "image_prompts.py")
 
 
 def card_notes(model: InfiMMConfig) -> list[str]:

@@ -20,6 +20,7 @@ from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_r
 
 _EXPORTED_CONNECTORS = ("average", "attention", "c_abstractor")
 _CODE = ("configuration_mm1.py", "modeling_mm1.py", "processing_mm1.py")
+_SHARED_CODE = ("square_images.py", "image_prompts.py", "image_tokens.py")
 
 
 def check_mm1_export(model: MM1Config) -> None:
@@ -64,7 +65,7 @@ def write_mm1_files(
     }
     for name, document in documents.items():
         write_document(out / name, document)
-    copy_code(out, Path(__file__).with_name("hf_code"), _CODE)
+    copy_code(out, Path(__file__).with_name("hf_code"), _CODE, shared=_SHARED_CODE)
 
 
 def _image_processor_config(model: MM1Config, *, to_rgb: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What an exported Mono-InternVL needs besides its weights: the configuration of the authors' code, and the tokenizer.
+"""What an exported Mono-InternVL needs besides its weights: configuration, tokenizer, processor, and modeling code of our own.
 
-The code itself is not ours and does not travel with them: `from_pretrained` takes it from a released checkpoint of the same architecture,
-whose Python files belong beside the exported ones.
+Weights have the released names and config.json the released fields, so the authors' code reads them too: `authors_code/` holds the files
+that name its classes. That code (OpenGVLab/Mono-InternVL-2B, transformers 4.37) does not travel with the weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_mm.config import Experiment
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.families.mono_internvl.config import SPECIAL_TOKENS, MonoInternVLConfig
 from megatron_mm.hf.chat_templates import chat_control_tokens, exported_template
-from megatron_mm.hf.configs import decoder_config, rotary_scaling, write_document
+from megatron_mm.hf.configs import copy_code, decoder_config, rotary_scaling, write_document
 from megatron_mm.hf.field_tables import DECODER_FIELDS
 from megatron_mm.hf.fields import ConfigField, nested, part_of, read_fields
 from megatron_mm.hf.settings import decoder_values, explained_fields, under
@@ -27,14 +27,54 @@ def write_mono_internvl_files(
     """Configuration, tokenizer and image settings: see `Family.write_files`."""
     rows, template = vocab_rows or model.decoder.vocab_size, experiment.data.chat_template
     ids = open_run_tokenizer(tokenizer, special=SPECIAL_TOKENS, rows=rows)
-    write_document(out / "config.json", mono_internvl_config(model, experiment, ids, dtype=dtype, vocab_rows=vocab_rows))
+    config = mono_internvl_config(model, experiment, ids, dtype=dtype, vocab_rows=vocab_rows)
+    write_document(out / "config.json", config)
     length = model.decoder.max_positions or experiment.data.sequence_length
     special = (*SPECIAL_TOKENS, *chat_control_tokens(template))
-    jinja = exported_template(template)  # `chat` of the authors' code writes an image's tiles in the place of <image>
-    export_tokenizer(tokenizer, out, ids=ids, special=special, longest=length, chat_template=jinja)
+    processor = {
+        "AutoImageProcessor": "processing_mono_internvl.MonoInternVLImageProcessor",
+        "AutoProcessor": "processing_mono_internvl.MonoInternVLProcessor",
+    }
+    export_tokenizer(
+        tokenizer,
+        out,
+        ids=ids,
+        special=special,
+        longest=length,
+        chat_template=exported_template(template),  # the processor writes an image's tiles in the place of <image>
+        processor={"processor_class": "MonoInternVLProcessor", "auto_map": {"AutoProcessor": processor["AutoProcessor"]}},
+    )
     stops = [ids.eos_id, *(ids.special_id(token) for token in reversed(chat_control_tokens(template)))]
     never = (ids.bos_id, *(ids.special_id(name) for name in SPECIAL_TOKENS[:3]))
     write_document(out / "generation_config.json", {**generation_config(ids, never=never, rows=rows), "eos_token_id": stops})
+    write_document(out / "preprocessor_config.json", {**_image_config(model, experiment), "auto_map": processor})
+    pieces = {"processor_class": "MonoInternVLProcessor", "auto_map": processor, "tokens_per_image": model.patches.num_tokens}
+    write_document(out / "processor_config.json", pieces)
+    copy_code(out, Path(__file__).with_name("hf_code"), _CODE, shared=_SHARED_CODE)
+    _write_authors_files(model, out / "authors_code", config=config)
+
+
+_CODE = ("configuration_mono_internvl.py", "modeling_mono_internvl.py", "processing_mono_internvl.py")
+_SHARED_CODE = ("square_images.py", "image_prompts.py", "image_tokens.py")
+
+
+def _image_config(model: MonoInternVLConfig, experiment: Experiment) -> dict[str, Any]:
+    """preprocessor_config.json of the processor that cuts tiles."""
+    return {
+        "image_processor_type": "MonoInternVLImageProcessor",
+        "size": {"height": model.patches.image_size, "width": model.patches.image_size},
+        "image_mean": list(model.patches.mean),
+        "image_std": list(model.patches.std),
+        "to_rgb": experiment.data.to_rgb,
+        "min_tiles": experiment.data.min_tiles,
+        "max_tiles": experiment.data.max_tiles or 1,
+    }
+
+
+def _write_authors_files(model: MonoInternVLConfig, out: Path, *, config: dict[str, Any]) -> None:
+    """What names the authors' classes, in the place of our files of the same name."""
+    out.mkdir()
+    write_document(out / "config.json", {**config, "auto_map": _AUTHORS_CLASSES})
     side = {"height": model.patches.image_size, "width": model.patches.image_size}
     images = {
         "image_processor_type": "CLIPImageProcessor",
@@ -50,6 +90,11 @@ def write_mono_internvl_files(
     write_document(out / "preprocessor_config.json", images)  # of one tile: `load_image` of the released quickstart cuts them
 
 
+_AUTHORS_CLASSES = {
+    "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+    "AutoModel": "modeling_internvl_chat.InternVLChatModel",
+    "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
+}
 AUTHORS_FILES = (
     "configuration_intern_vit.py",
     "configuration_internlm2.py",
@@ -67,9 +112,11 @@ def card_notes() -> list[str]:
     files = ", ".join(f"`{name}`" for name in AUTHORS_FILES)
     return [
         "",
-        "The modeling code is its authors' (transformers 4.37.2) and does not travel with the weights. Put these files of",
-        f"OpenGVLab/Mono-InternVL-2B here: {files}.",
-        "The quickstart of that model then runs: `load_image` cuts the tiles, `model.chat` writes the conversation.",
+        "A prompt writes each image as `<image>`; the processor cuts the image into tiles and writes their tokens in its place.",
+        "",
+        "For the quickstart of OpenGVLab/Mono-InternVL-2B (`model.chat`), with its authors' code: copy this directory, put these files of",
+        f"that model into the copy ({files}), and all of `authors_code/` in the place of those of the same name.",
+        "It needs transformers==4.37.2.",
     ]
 
 
@@ -82,13 +129,17 @@ def mono_internvl_config(
     return {
         "architectures": ["InternVLChatModel"],
         "auto_map": {
-            "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
-            "AutoModel": "modeling_internvl_chat.InternVLChatModel",
-            "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
+            "AutoConfig": "configuration_mono_internvl.MonoInternVLConfig",
+            "AutoModel": "modeling_mono_internvl.InternVLChatModel",
+            "AutoModelForCausalLM": "modeling_mono_internvl.InternVLChatModel",
+            "AutoModelForImageTextToText": "modeling_mono_internvl.InternVLChatModel",
         },
         "model_type": "internvl_chat",
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5
+        "image_token_id": ids.special_id("<IMG_CONTEXT>"),
+        "bos_token_id": ids.bos_id,
+        "eos_token_id": ids.eos_id,
         "downsample_ratio": 1 / patches.unshuffle,
         "dynamic_image_size": True,
         "force_image_size": patches.image_size,
@@ -126,6 +177,7 @@ def _squares(downsample_ratio: float) -> int:
 
 _CALLER = "whoever calls the model cuts the tiles"
 CONFIG_FIELDS = (
+    ConfigField("image_token_id", kind=int, note="the tokenizer says it"),
     ConfigField("architectures", must_be=(["InternVLChatModel"],), default=["InternVLChatModel"]),
     ConfigField("model_type", must_be=("internvl_chat",), default="internvl_chat"),
     ConfigField("force_image_size", kind=int, read="patches.image_size"),

@@ -42,25 +42,60 @@ class SquareImageProcessor(BaseImageProcessor):
         self.to_rgb = to_rgb
         self.resize_first = resize_first
 
-    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """One image or a list (Pillow, NumPy or torch) -> `pixel_values` [n, 3, H, W] float32."""
+    def preprocess(self, images: Any, return_tensors: str | None = None, low_resolution: Any = False, **kwargs: Any) -> BatchFeature:
+        """One image or a list (Pillow, NumPy or torch) -> `pixel_values` [squares of all images, 3, H, W] float32.
+
+        Args:
+            low_resolution: show an image of several squares as its overview alone; one answer for all images, or one for each.
+        """
         images = images if isinstance(images, list | tuple) else [images]
+        low = [low_resolution] * len(images) if isinstance(low_resolution, bool) else list(low_resolution)
         shape = (0, 3, self.size["height"], self.size["width"])
-        pixels = np.stack([self._pixels(image) for image in images]) if images else np.zeros(shape, dtype=np.float32)
+        squares = [square for image, is_low in zip(images, low, strict=True) for square in self.squares(image, is_low)]
+        pixels = np.stack(squares) if squares else np.zeros(shape, dtype=np.float32)
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+    def squares(self, image: Any, low_resolution: bool = False) -> list[np.ndarray]:
+        """What an image (Pillow, NumPy or torch) becomes: one square [3, H, W] float32, or several in a family that shows more of it."""
+        return [self._pixels(image)]
 
     def _pixels(self, image: Any, times: int = 1) -> np.ndarray:
         """[3, times H, times W] float32."""
-        if not isinstance(image, Image.Image):
-            image = to_pil_image(image)
+        image = to_pillow(image)
         fill = tuple(round(255 * channel) for channel in self.image_mean)
         own_mode = self.resize_first and self.to_rgb == "pillow" and self.resize != "pad"
         if not own_mode:
             image = image.convert("RGB") if self.to_rgb == "pillow" else on_white(image)
         square = _RESIZES[self.resize](image, times * self.size["height"], fill)
-        scaled = np.asarray(square.convert("RGB"), dtype=np.float32) / 255
+        return self._normalised(square)
+
+    def _normalised(self, image: Image.Image) -> np.ndarray:
+        """[3, height, width] float32."""
+        scaled = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
         normalised = (scaled - np.float32(self.image_mean)) / np.float32(self.image_std)
         return normalised.transpose(2, 0, 1)
+
+
+def to_pillow(image: Any) -> Image.Image:
+    """A Pillow image of one that is Pillow's already, or an array of NumPy or torch: [height, width] grey, or with 1, 3 or 4 channels first
+    or last; integers from 0 to 255, or floats from 0 to 1.
+
+    Raises ValueError for anything else, and for an image without pixels.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if not hasattr(image, "shape"):
+        raise ValueError(f"an image is a {type(image).__name__}, but must be a Pillow image or an array: open files with PIL.Image.open")
+    array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise ValueError(f"an image has shape {array.shape}, but must be [height, width] or have 1, 3 or 4 channels first or last")
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if array.ndim == 2:
+        array = array[..., None]
+    colours = (array.shape[0] in (3, 4), array.shape[-1] in (3, 4))
+    first = colours[0] if any(colours) else array.shape[-1] != 1  # where both could be, as transformers decides
+    return to_pil_image(array, input_data_format="channels_first" if first else "channels_last")
 
 
 def on_white(image: Image.Image) -> Image.Image:

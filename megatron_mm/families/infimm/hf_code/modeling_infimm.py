@@ -232,7 +232,8 @@ class InfiMMLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.gated_cross_attn_layer is not None and self.media is not None:
-            hidden_states = self.gated_cross_attn_layer(hidden_states, *self.media)
+            media = (part.to(hidden_states.device) for part in self.media)  # layers may lie on several devices
+            hidden_states = self.gated_cross_attn_layer(hidden_states, *media)
         return self.decoder_layer(hidden_states, *args, **kwargs)
 
 
@@ -259,7 +260,6 @@ class InfiMMForConditionalGeneration(InfiMMPreTrainedModel, GenerationMixin):
         )
         parts = {"vision_encoder": EvaTower(config.visual), "perceiver": Perceiver(config), "lang_encoder": language}
         self.model = nn.ModuleDict(parts)
-        self._encoded: tuple[torch.Tensor, torch.Tensor] | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -271,9 +271,16 @@ class InfiMMForConditionalGeneration(InfiMMPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.model["lang_encoder"].get_output_embeddings()
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model["lang_encoder"].set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.model["lang_encoder"].model
+
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Latents: normalised pixels [n, 3, H, W] -> [n, l, v]."""
-        return self.model["perceiver"](self.model["vision_encoder"](pixel_values))
+        pixels = pixel_values.to(self.model["perceiver"].latents)
+        return self.model["perceiver"](self.model["vision_encoder"](pixels))
 
     def forward(
         self,
@@ -282,6 +289,7 @@ class InfiMMForConditionalGeneration(InfiMMPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         image_numbers: torch.LongTensor | None = None,
+        image_latents: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given.
@@ -291,11 +299,14 @@ class InfiMMForConditionalGeneration(InfiMMPreTrainedModel, GenerationMixin):
             pixel_values: normalised, [b, t, 3, H, W], each sequence's own images first.
             labels: [b, s], -100 where nothing is to be predicted; not shifted.
             image_numbers: [b, s], which image each token looks at, from 1; 0 for none. Counted in input_ids where it is not given.
+            image_latents: [b, t, l, v] in the place of pixel_values: `get_image_features` of these, so that they are not encoded again.
         """
         kwargs.pop("return_dict", None)
         if image_numbers is None:
             image_numbers = (input_ids == self.config.image_token_id).cumsum(dim=1)
-        media = None if pixel_values is None else self._media(pixel_values, image_numbers)
+        if image_latents is None and pixel_values is not None:
+            image_latents = self._encode(pixel_values)
+        media = None if image_latents is None else _media(image_latents, image_numbers)
         for layer in self.model["lang_encoder"].model.layers:
             layer.media = media
         try:
@@ -304,17 +315,16 @@ class InfiMMForConditionalGeneration(InfiMMPreTrainedModel, GenerationMixin):
             for layer in self.model["lang_encoder"].model.layers:
                 layer.media = None
 
-    def _media(self, pixel_values: torch.Tensor, image_numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Latents [b, t * l, v], who looks at which [b, s, t * l], and which sequences have images [b]."""
-        if self._encoded is None or self._encoded[0] is not pixel_values:  # once for all steps of a generation
-            pixels = pixel_values.to(self.model["perceiver"].latents)
-            latents = self.get_image_features(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-            self._encoded = (pixel_values, latents) if not torch.is_grad_enabled() else None
-        else:
-            latents = self._encoded[1]
-        numbers = torch.arange(1, latents.shape[1] + 1, device=latents.device).repeat_interleave(latents.shape[2])
-        mask = image_numbers[:, :, None] == numbers
-        return latents.flatten(1, 2), mask, image_numbers[:, -1] > 0
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[b, t, 3, H, W] -> [b, t, l, v]."""
+        return self.get_image_features(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
+
+    @torch.no_grad()
+    def generate(self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers', with the images encoded once for all steps."""
+        if pixel_values is not None:
+            kwargs["image_latents"] = self._encode(pixel_values)
+        return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """With a cache a step has the last token alone: which image it looks at is counted in the whole text."""
@@ -322,3 +332,10 @@ class InfiMMForConditionalGeneration(InfiMMPreTrainedModel, GenerationMixin):
         numbers = (input_ids == self.config.image_token_id).cumsum(dim=1)
         inputs["image_numbers"] = numbers[:, -inputs["input_ids"].shape[1] :]
         return inputs
+
+
+def _media(latents: torch.Tensor, image_numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Latents [b, t, l, v] of all images in a row [b, t * l, v], who looks at which [b, s, t * l], and which sequences have images [b]."""
+    numbers = torch.arange(1, latents.shape[1] + 1, device=latents.device).repeat_interleave(latents.shape[2])
+    mask = image_numbers[:, :, None].to(latents.device) == numbers
+    return latents.flatten(1, 2), mask, (image_numbers[:, -1] > 0).to(latents.device)

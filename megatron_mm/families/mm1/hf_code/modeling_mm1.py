@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .configuration_mm1 import MM1Config
+from .image_tokens import ImageTokens
 
 try:  # before transformers 5 the tower is a class of its own, with the same parameter names
     from transformers.models.clip.modeling_clip import CLIPVisionTransformer as VisionTower
@@ -177,13 +178,17 @@ class MM1SparseMLP(nn.Module):
 CONNECTORS = {"average": MM1AverageConnector, "attention": MM1AttentionConnector, "c_abstractor": MM1CAbstractor}
 
 
-class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
+class MM1ForConditionalGeneration(ImageTokens, MM1PreTrainedModel, GenerationMixin):
     """MM1 with its language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: MM1Config) -> None:
         super().__init__(config)
+        if (
+            getattr(config.vision_config, "_attn_implementation", None) is None
+        ):  # from 4.52 to 4.57 transformers sets it for whole models alone
+            config.vision_config._attn_implementation = config._attn_implementation
         self.vision = VisionTower(config.vision_config)
         self.connector = CONNECTORS[config.connector_config["kind"]](config)
         self.language_model = LlamaModel(config.text_config)
@@ -207,9 +212,15 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.language_model
 
+    @property
+    def tokens_per_square(self) -> int:
+        return self.config.connector_config["num_tokens"]
+
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Image tokens: normalised pixels [n, 3, H, W] -> [n, k, h]."""
-        hidden = self.vision(pixel_values).last_hidden_state  # before the final norm, class token first
+        hidden = self.vision(
+            pixel_values.to(self.vision.post_layernorm.weight)
+        ).last_hidden_state  # before the final norm, class token first
         return self.connector(self.vision.post_layernorm(hidden)[:, 1:])
 
     def forward(
@@ -235,9 +246,7 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
         """
         kwargs.pop("return_dict", None)
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-            if pixel_values is not None:
-                inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values)
+            inputs_embeds = self.embed_with_images(input_ids, pixel_values)
         elif pixel_values is not None:
             raise ValueError("pixel_values need input_ids to say where the images stand: give input_ids, not inputs_embeds")
         outputs = self.language_model(
@@ -261,27 +270,3 @@ class MM1ForConditionalGeneration(MM1PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _with_images(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Token embeddings [b, s, h] with image features in the places of image tokens."""
-        is_image = input_ids == self.config.image_token_id
-        tokens_per_image = self.config.connector_config["num_tokens"]
-        if pixel_values.ndim == 5:  # rows of images, the shorter ones padded
-            num_images = is_image.sum(dim=1) // tokens_per_image
-            present = torch.arange(pixel_values.shape[1], device=num_images.device) < num_images[:, None]
-            pixel_values = pixel_values[present.to(pixel_values.device)]
-        if is_image.sum() != pixel_values.shape[0] * tokens_per_image:
-            raise ValueError(
-                f"input_ids hold {int(is_image.sum())} image tokens, but {pixel_values.shape[0]} images of {tokens_per_image} tokens "
-                "are given: write <image> once for each image and let MM1Processor expand it"
-            )
-        features = self.get_image_features(pixel_values.to(self.vision.post_layernorm.weight))
-        return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.device, inputs_embeds.dtype))
-
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Pixels go with the step whose tokens hold image tokens: the first one, or every one without a cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        step_ids = inputs.get("input_ids")
-        if inputs.get("pixel_values") is not None and (step_ids is None or not (step_ids == self.config.image_token_id).any()):
-            inputs["pixel_values"] = None
-        return inputs

@@ -1,0 +1,1 @@
+"""Code that an exported Mono-InternVL carries, for transformers."""

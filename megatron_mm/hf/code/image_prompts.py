@@ -1,0 +1,113 @@
+"""Prompts with `<image>` in them and their images -> inputs of a model. Part of the checkpoint: imports NumPy and transformers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import transformers
+from transformers.image_processing_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+
+class ImagePromptProcessor(ProcessorMixin):
+    """Prompts with `<image>` in them and their images -> `input_ids`, `attention_mask`, `pixel_values`.
+
+    Each `<image>` is written as the model's training documents write an image; `<s>` comes first, as there. A caption prompt is `<image>`
+    alone. Sequences are padded on the left where there are several.
+    """
+
+    image_token = "<image>"
+    if int(transformers.__version__.split(".")[0]) < 5:  # later versions find the parts by the names in __init__
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    def image_text(self, squares: int) -> str:
+        """What an image of so many squares of pixels is written as."""
+        raise NotImplementedError
+
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, low_resolution: bool | list[bool] = False, **kwargs: Any
+    ) -> BatchFeature:
+        """Inputs for the model.
+
+        Args:
+            images: one image, a list in the order of the `<image>`s of all prompts, or a list of such lists, one a prompt.
+            text: a prompt or several; without any, `<image>` for each image.
+            low_resolution: show images of several squares as their overviews alone, as demonstrations may be; one answer for all, or one
+                for each image in the order of the `<image>`s.
+            kwargs: for the tokenizer (`padding`, `max_length`, ...); `return_tensors` for all outputs.
+
+        Returns:
+            `input_ids`, `attention_mask` [b, s]; with images `pixel_values` [b, most squares of a prompt, 3, H, W], zeros where one has
+            fewer.
+
+        Raises ValueError where there is neither a prompt nor an image, where the prompts do not hold as many `<image>` as there are images,
+        or where low_resolution has another number.
+        """
+        flat = _flat(images)
+        prompts = [text] if isinstance(text, str) else list(text) if text is not None else [self.image_token] * len(flat)
+        if not prompts:
+            raise ValueError("there is neither a prompt nor an image: give text, images or both")
+        counts = [prompt.count(self.image_token) for prompt in prompts]
+        if sum(counts) != len(flat):
+            raise ValueError(f"the prompts hold {sum(counts)} times {self.image_token}, but {len(flat)} images are given: make them equal")
+        low = [low_resolution] * len(flat) if isinstance(low_resolution, bool) else list(low_resolution)
+        if len(low) != len(flat):
+            raise ValueError(f"low_resolution has {len(low)} answers, but {len(flat)} images are given: give one for each, or one for all")
+        return_tensors = kwargs.pop("return_tensors", None)
+        kwargs.setdefault("padding", len(prompts) > 1)
+        squares = [self.image_processor.squares(image, is_low) for image, is_low in zip(flat, low, strict=True)]
+        left = iter(squares)
+        of_prompts = [[next(left) for _ in range(count)] for count in counts]
+        written = [
+            _replaced(prompt, self.image_token, [len(of_image) for of_image in own], self.image_text)
+            for prompt, own in zip(prompts, of_prompts, strict=True)
+        ]
+        inputs = dict(self.tokenizer(written, return_token_type_ids=False, **kwargs))
+        if flat:
+            inputs["pixel_values"] = _padded([[square for of_image in own for square in of_image] for own in of_prompts])
+        return BatchFeature(inputs, tensor_type=return_tensors)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """As the tokenizer's."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """As the tokenizer's."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _replaced(prompt: str, token: str, squares: list[int], image_text: Callable[[int], str]) -> str:
+    """A prompt with what the images are written as in the places of their token."""
+    first, *rest = prompt.split(token)
+    return first + "".join(image_text(count) + text for count, text in zip(squares, rest, strict=True))
+
+
+def _padded(rows: list[list[np.ndarray]]) -> np.ndarray:
+    """Each prompt's squares, zeros behind them: [b, most squares of a prompt, 3, H, W] float32."""
+    shape = next(square for row in rows for square in row).shape
+    out = np.zeros((len(rows), max(map(len, rows)), *shape), dtype=np.float32)
+    for place, row in zip(out, rows, strict=True):
+        for number, square in enumerate(row):
+            place[number] = square
+    return out
+
+
+def _flat(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    if getattr(images, "ndim", 0) == 4:  # a batch in one array
+        return list(images)
+    if not isinstance(images, list | tuple):
+        return [images]
+    return [image for item in images for image in _flat(item)]
