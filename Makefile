@@ -5,7 +5,7 @@
 # make test-matrix the whole suite on both supported versions of megatron-core
 # make test-faults  a small run that meets one fault after another ends as an undisturbed one does
 # make test-isa    the tests that compare numbers, with the kernels of older and newer processors in turn
-# make test-transformers   exports in the oldest and newest transformers supported, and in an inference engine
+# make test-transformers   exports in old and new versions of transformers, and in an inference engine
 # make nightly     all of it: test-all, test-isa, check
 # make check       format, lint, types
 # make bench       benchmarks that need no GPU
@@ -63,13 +63,17 @@ test-isa: $(STAMP)
 OLDEST_TRANSFORMERS := 4.50.0
 build/transformers/$(OLDEST_TRANSFORMERS):
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==$(OLDEST_TRANSFORMERS) tokenizers==0.21.1 huggingface-hub==0.30.2 requests urllib3 idna certifi charset_normalizer
+# The last of version 4, which loads attention in another way than both.
+LAST_TRANSFORMERS_4 := 4.57.6
+build/transformers/$(LAST_TRANSFORMERS_4):
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==$(LAST_TRANSFORMERS_4) tokenizers==0.22.2 huggingface-hub==0.36.0 requests urllib3 idna certifi charset_normalizer
 build/transformers/newest:
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers tokenizers huggingface-hub
 	mv $@ build/transformers/$$(ls -d $@/transformers-*.dist-info | sed 's/.*transformers-\(.*\).dist-info/\1/')
 build/engines:
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ ctranslate2
-test-transformers: $(STAMP) build/transformers/$(OLDEST_TRANSFORMERS) build/engines
-	test -n "$$(ls build/transformers | grep -v $(OLDEST_TRANSFORMERS))" || $(MAKE) build/transformers/newest
+test-transformers: $(STAMP) build/transformers/$(OLDEST_TRANSFORMERS) build/transformers/$(LAST_TRANSFORMERS_4) build/engines
+	test -n "$$(ls build/transformers | grep -v -e $(OLDEST_TRANSFORMERS) -e $(LAST_TRANSFORMERS_4))" || $(MAKE) build/transformers/newest
 	$(BIN)/python -m pytest -q tests/conversion/test_loading.py tests/conversion/test_engines.py
 
 # For the night, before a release, and after a change of torch, megatron-core or Transformer Engine (CONTRIBUTING.md).

@@ -42,6 +42,11 @@ def main(folder: Path, case: Path) -> None:
         assert torch.equal(with_cache, without) and with_cache.shape[1] == row["input_ids"].shape[1] + 5
         assert with_cache[0, row["input_ids"].shape[1]] == expected[-1, -1].argmax(), "the first new token is the likeliest"
         done.append(name)
+    if "auto_map" in config:
+        with tempfile.TemporaryDirectory() as saved, torch.no_grad():
+            model.save_pretrained(saved)  # with its code
+            again = getattr(transformers, names[-1]).from_pretrained(saved, trust_remote_code=True).eval()
+            assert float((again(**inputs).logits - found).abs().max()) < TOLERANCE, "saved and loaded again"
     for name in ("AutoTokenizer", *(["AutoProcessor"] if (folder / "processor_config.json").is_file() else [])):
         if (folder / "tokenizer_config.json").is_file():
             found = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)

@@ -64,3 +64,7 @@ _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _VISUAL = {"rope": False, "pt_hw_seq_len": 16, "naiveswiglu": False, "postnorm": False}
 _RESAMPLER = {"num_latents": 64, "num_layers": 6, "num_attention_heads": 8, "head_dim": 64, "ffn_multiplier": 4}
 _GATED = {"num_attention_heads": 8, "head_dim": 64, "ffn_multiplier": 4}
+
+
+# So that `save_pretrained` writes this file, too, in every version of transformers.
+InfiMMConfig.register_for_auto_class()

@@ -339,3 +339,7 @@ def _media(latents: torch.Tensor, image_numbers: torch.Tensor) -> tuple[torch.Te
     numbers = torch.arange(1, latents.shape[1] + 1, device=latents.device).repeat_interleave(latents.shape[2])
     mask = image_numbers[:, :, None].to(latents.device) == numbers
     return latents.flatten(1, 2), mask, (image_numbers[:, -1] > 0).to(latents.device)
+
+
+# So that `save_pretrained` writes this file, too, in every version of transformers.
+InfiMMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")

@@ -30,3 +30,8 @@ class InfiMMProcessor(ImagePromptProcessor):
 
     def image_text(self, squares: int) -> str:
         return self.written
+
+
+# So that `save_pretrained` writes this file, too, in every version of transformers.
+InfiMMImageProcessor.register_for_auto_class("AutoImageProcessor")
+InfiMMProcessor.register_for_auto_class("AutoProcessor")

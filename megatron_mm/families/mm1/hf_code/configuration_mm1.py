@@ -57,3 +57,7 @@ def _made(kind: type, config: Any) -> Any:
     if isinstance(config, kind):
         return config
     return kind(**{key: value for key, value in (config or {}).items() if key != "model_type"})
+
+
+# So that `save_pretrained` writes this file, too, in every version of transformers.
+MM1Config.register_for_auto_class()

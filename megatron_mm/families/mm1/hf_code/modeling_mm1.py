@@ -48,6 +48,8 @@ class MM1PreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.position_embedding, std=0.02)
         elif isinstance(module, MM1AttentionConnector):
             nn.init.normal_(module.queries, std=0.02)
+        elif "position_ids" in module._buffers:  # the tower's; transformers 5.0 leaves them to whoever holds the tower
+            module.position_ids.copy_(torch.arange(module.position_ids.shape[-1]))
 
 
 class MM1AverageConnector(nn.Module):
@@ -270,3 +272,7 @@ class MM1ForConditionalGeneration(ImageTokens, MM1PreTrainedModel, GenerationMix
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+# So that `save_pretrained` writes this file, too, in every version of transformers.
+MM1ForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")

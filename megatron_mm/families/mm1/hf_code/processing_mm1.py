@@ -58,3 +58,8 @@ class MM1Processor(ImagePromptProcessor):
 
     def image_text(self, squares: int) -> str:
         return self.image_token * (self.tokens_per_image * squares)
+
+
+# So that `save_pretrained` writes this file, too, in every version of transformers.
+MM1ImageProcessor.register_for_auto_class("AutoImageProcessor")
+MM1Processor.register_for_auto_class("AutoProcessor")

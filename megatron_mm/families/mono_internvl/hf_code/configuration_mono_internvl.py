@@ -57,3 +57,7 @@ class MonoInternVLConfig(PretrainedConfig):
 
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+# So that `save_pretrained` writes this file, too, in every version of transformers.
+MonoInternVLConfig.register_for_auto_class()

@@ -270,3 +270,7 @@ class InternVLChatModel(ImageTokens, MonoInternVLPreTrainedModel, GenerationMixi
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+# So that `save_pretrained` writes this file, too, in every version of transformers.
+InternVLChatModel.register_for_auto_class("AutoModelForCausalLM")

@@ -74,3 +74,8 @@ class MonoInternVLProcessor(ImagePromptProcessor):
 
     def image_text(self, squares: int) -> str:
         return f"<img>{'<IMG_CONTEXT>' * (self.tokens_per_image * squares)}</img>"
+
+
+# So that `save_pretrained` writes this file, too, in every version of transformers.
+MonoInternVLImageProcessor.register_for_auto_class("AutoImageProcessor")
+MonoInternVLProcessor.register_for_auto_class("AutoProcessor")
