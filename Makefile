@@ -2,7 +2,8 @@
 # make test        install what the tests need and run them
 # make test-all    the slow tests too
 # make test-te     of these, those of Transformer Engine's layers
-# make test-matrix the whole suite on both supported versions of megatron-core
+# make test-matrix the whole suite on the oldest and the newest supported megatron-core
+# make test-engines what differs between versions of megatron-core, on all of them
 # make test-faults  a small run that meets one fault after another ends as an undisturbed one does
 # make test-isa    the tests that compare numbers, with the kernels of older and newer processors in turn
 # make test-transformers   exports in old and new versions of transformers, and in an inference engine
@@ -20,7 +21,7 @@ TE_PYTHON := build/transformer_engine
 # One thread a process: several processes share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-all test-faults test-te test-matrix test-isa test-transformers nightly check bench gpu-check gpu-bench clean
+.PHONY: install demo test test-all test-faults test-te test-matrix test-engines test-isa test-transformers nightly check bench gpu-check gpu-bench clean
 
 install: $(STAMP)
 
@@ -83,16 +84,33 @@ nightly: test-all test-isa check
 test-te: $(STAMP)
 	$(BIN)/$(PYTEST) tests/models/test_te.py tests/models/test_te_options.py tests/tools/test_gpu_tools.py
 
-# The whole suite on both supported engines: the one of `make install`, and megatron-core 0.19 with Python 3.12 where that is.
+# The whole suite on two engines: the one of `make install`, and megatron-core 0.19 with Python 3.12 (VENV312=... names an environment that has
+# it; PYTEST_ADDOPTS="-k ..." takes some of the tests).
 PYTHON312 ?= $(shell command -v python3.12)
 VENV312 ?= .venv312
-test-matrix: $(STAMP)
-	@test -n "$(PYTHON312)$(wildcard $(VENV312)/bin/python)" || { echo "test-matrix: error: no python3.12 here: set PYTHON312=..." >&2; exit 2; }
-	test -x $(VENV312)/bin/python || { $(PYTHON312) -m venv $(VENV312) && $(VENV312)/bin/python -m pip install --quiet torch==2.11.0 && \
-	    $(VENV312)/bin/python -m pip install --quiet megatron-core==0.19.2 -e '.[dev]' && \
-	    $(VENV312)/bin/python -m pip install --quiet --no-deps --target $(TE_PYTHON)/2.20.2 transformer-engine==2.20.2 einops; }
+$(VENV312)/bin/python:
+	@test -n "$(PYTHON312)" || { echo "make: error: no python3.12 here: set PYTHON312=..." >&2; exit 2; }
+	$(PYTHON312) -m venv $(VENV312)
+	$@ -m pip install --quiet torch==2.11.0
+	$@ -m pip install --quiet megatron-core==0.19.2 -e '.[dev]'
+	$@ -m pip install --quiet --no-deps --target $(TE_PYTHON)/2.20.2 transformer-engine==2.20.2 einops
+
+test-matrix: $(STAMP) | $(VENV312)/bin/python
 	$(BIN)/$(PYTEST) tests
 	PYTHONPATH=. $(VENV312)/bin/$(PYTEST) tests
+
+# Other versions of megatron-core, each in a folder of its own before the installed one: what differs between them, losses and gradient norms of
+# the debug recipes, and Transformer Engine's layers.
+ENGINES311 ?= 0.16.0
+ENGINES312 ?= 0.17.0 0.17.1 0.18.0 0.18.2 0.19.0
+ENGINE_TESTS := tests/platform tests/test_golden_runs.py tests/training/test_options.py tests/training/test_kernels.py tests/models/test_te.py
+test-engines: $(STAMP) | $(VENV312)/bin/python
+	set -e; for engine in $(ENGINES311:%=$(BIN)/%) $(ENGINES312:%=$(VENV312)/bin/%); do \
+	    python=$${engine%/*}/python; folder=build/megatron_core/$${engine##*/}; echo "megatron-core $${engine##*/}"; \
+	    test -d $$folder || $$python -m pip install --quiet --no-deps --target $$folder megatron-core==$${engine##*/}; \
+	    PYTHONPATH=$$folder:. $$python -m megatron_mm doctor | grep megatron-core; \
+	    PYTHONPATH=$$folder:. $$python -m pytest -q -m "not slow" $(ENGINE_TESTS); \
+	done
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

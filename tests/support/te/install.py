@@ -72,7 +72,11 @@ def python_of_transformer_engine() -> str | None:
     if importlib.util.find_spec("transformer_engine") is not None:
         return importlib.metadata.version("transformer-engine")
     core = importlib.metadata.version("megatron-core")
-    fitting = [folder.name for folder in sorted(FOLDER.glob("*.*")) if engines.goes_with(core, folder.name)]
+    fitting = [
+        folder.name
+        for folder in sorted(FOLDER.glob("*.*"), key=lambda folder: engines.numbers(folder.name))
+        if engines.goes_with(core, folder.name)
+    ]
     return fitting[-1] if fitting else None
 
 
