@@ -1,31 +1,64 @@
 """Predicted step times of MM1 against GPUs, images and sequence length: tables for docs/planning.md.
 
-    python benchmarks/planning_curves.py [--moe]
+    python benchmarks/planning_curves.py [--search] [--moe]
 
-Everything here is predicted, with the error band that `megatron-mm plan` states; the layout of each row is the one that the search finds
-for it, with a host that keeps up. The baseline of each table is its first row: the ratio beside each row is to that one's speed per GPU.
+Everything here is predicted, with the error band that `megatron-mm plan` states and the host of published runs. The layout of each row is
+the fastest that fits of a few (`FEW`), or with `--search` the one that the search finds, which takes an hour on two cores. The baseline
+of each table is its first row: the ratio beside each row is to that one's speed per GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_mm.config import Experiment
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.planning import search as searching
-from megatron_mm.planning.hardware import GPUS, STACKS
+from megatron_mm.planning.hardware import GPUS, OURS
+from megatron_mm.planning.memory import fits
+from megatron_mm.planning.recipe_job import plan_recipe
 from megatron_mm.planning.report import mfu
 from megatron_mm.planning.search import Found, search
+from megatron_mm.planning.step import StepModel
 from megatron_mm.planning.workload import Workloads
 
 H100 = GPUS["h100-sxm"]
+FEW = ((4, 2, 2), (8, 1, 1))
+"""Tensor, pipeline and virtual degrees of the dense model."""
+FEW_SPARSE = ((1, 1, 1), (2, 1, 1))
+"""Of the sparse model, whose experts are spread as its recipe says."""
+
+
+def best_of_few(experiment: Experiment, gpus: int, *, images: int | None = None) -> Found | None:
+    """The fastest of a few layouts, with the largest of two micro-batches that they take; None where none fits."""
+    found = []
+    for tensor, pipeline, virtual in FEW if experiment.model.decoder.moe is None else FEW_SPARSE:
+        parallel = replace(
+            experiment.parallel,
+            tensor=tensor,
+            pipeline=pipeline,
+            virtual=virtual,
+            stage_layers=experiment.parallel.stage_layers if pipeline == experiment.parallel.pipeline else None,
+        )
+        data, batch = gpus // (tensor * pipeline), experiment.train.global_batch_size
+        sizes = [size for size in (2, 1) if batch % (size * data) == 0 and batch // (size * data) >= pipeline]
+        if not sizes:
+            continue
+        one = replace(experiment, parallel=parallel, train=replace(experiment.train, micro_batch_size=sizes[0]))
+        loads = Workloads(one, images=images)
+        planned = plan_recipe(one, H100, gpus, work=loads.of(data_size=data), software=OURS)
+        prediction = StepModel(planned.job).predict()
+        if fits(prediction.peak_bytes, H100):
+            found.append(Found(planned, prediction))
+    return min(found, key=lambda one: one.seconds, default=None)
 
 
 def best(experiment: Experiment, gpus: int, *, images: int | None = None) -> Found | None:
     """The best layout, or None where none fits."""
     try:
-        return search(experiment, H100, gpus, keep=1, loads=Workloads(experiment, images=images), software=STACKS["megatron"]).best[0]
+        return search(experiment, H100, gpus, keep=1, loads=Workloads(experiment, images=images)).best[0]
     except ValueError:
         return None
 
@@ -44,12 +77,15 @@ def line(label: str, found: Found | None, baseline: Found | None) -> None:
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def table(title: str, rows: list[tuple[str, Experiment, int, int | None]]) -> None:
+Choose = Callable[..., Found | None]
+
+
+def table(title: str, rows: list[tuple[str, Experiment, int, int | None]], *, choose: Choose) -> None:
     """A table of (label, experiment, GPUs, images of a sequence)."""
     print(f"\n{title}\n\n| | step, s | of bf16 peak | tokens/s a GPU | ratio | layout |\n|---|---|---|---|---|---|", flush=True)
     baseline = None
     for label, experiment, gpus, images in rows:
-        found = best(experiment, gpus, images=images)
+        found = choose(experiment, gpus, images=images)
         baseline = baseline or found
         line(label, found, baseline)
 
@@ -63,19 +99,18 @@ def with_length(experiment: Experiment, length: int) -> Experiment:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--moe", action="store_true", help="the sparse model's table, which takes longer")
+    parser.add_argument("--search", action="store_true", help="search the layout of each row")
+    parser.add_argument("--moe", action="store_true", help="the sparse model's table alone")
     given = parser.parse_args()
+    choose: Choose = best if given.search else best_of_few
     searching.MICRO_BATCHES = (1, 2)  # the others are never the best here
-    dense = get_recipe("mm1_30b")
-    if given.moe:
-        sparse = get_recipe("mm1_3b_moe")
-        table("3B-MoE (64B), batch 512", [(f"{gpus} GPUs", sparse, gpus, None) for gpus in (64, 128, 256, 512, 1024)])
-        return
-    table("30B, batch 512", [(f"{gpus} GPUs", dense, gpus, None) for gpus in (64, 128, 256, 512, 1024, 2048, 4096)])
-    table("30B on 512 GPUs, images of every sequence", [(f"{images}", dense, 512, images) for images in (0, 4, 8, 16)])
-    table(
-        "30B on 512 GPUs, sequence length", [(f"{length}", with_length(dense, length), 512, None) for length in (4096, 8192, 16384, 32768)]
-    )
+    dense, sparse = get_recipe("mm1_30b"), get_recipe("mm1_3b_moe")
+    if not given.moe:
+        table("30B, batch 512", [(f"{gpus} GPUs", dense, gpus, None) for gpus in (64, 256, 512, 1024, 2048, 4096)], choose=choose)
+        table("30B on 512 GPUs, images of every sequence", [(f"{images}", dense, 512, images) for images in (0, 4, 8, 16)], choose=choose)
+        lengths = [(f"{length}", with_length(dense, length), 512, None) for length in (4096, 8192, 16384, 32768)]
+        table("30B on 512 GPUs, sequence length", lengths, choose=choose)
+    table("3B-MoE (64B), batch 512", [(f"{gpus} GPUs", sparse, gpus, None) for gpus in (64, 128, 256, 512, 1024)], choose=choose)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def report(path: Path, *, every_row: bool = False) -> Iterator[str]:
     yield f"step time, |predicted / measured - 1|, all rows of {path.name}"
     yield from _by_kind(timed)
     yield from _memory(compared)
-    for half, name in ((False, "rows that constants were chosen on"), (True, "held-out rows")):
+    halves = ("first half of the groups (of throughput.csv: the half that constants may be chosen on)", "second half, held out")
+    for half, name in zip((False, True), halves, strict=True):
         yield f"\n{name}"
         yield from _by_kind([row for row in timed if row.held_out is half], indent="  ")
     yield "\na constant-MFU guess instead (the median MFU of the first half, by GPU and precision)"
@@ -78,11 +79,11 @@ def report(path: Path, *, every_row: bool = False) -> Iterator[str]:
         yield from _by_kind(own, indent="  ")
         yield from _memory([row for row in compared if row.measured.source == source], indent="  ")
     if every_row:
-        yield "\nrow  predicted / measured  memory  held out  model  layout  limit  assumed"
+        yield "\nrow  predicted / measured  memory  half  model  layout  limit  assumed"
         for row in compared:
             ratio = "-" if row.seconds is None else f"{row.seconds:.3f}"
             memory = "-" if row.memory is None else f"{row.memory:.3f}"
-            held = "held out" if row.held_out else "chosen on"
+            held = "second" if row.held_out else "first"
             measured = row.measured
             where = f"{measured.model}  {measured.jobs[0].layout}  {row.limit}  {' '.join(measured.assumed)}"
             yield f"{measured.row}  {ratio}  {memory}  {held}  {where}"

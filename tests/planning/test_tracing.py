@@ -66,6 +66,7 @@ LAYOUTS: list[tuple[str, dict[str, int], int]] = [
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("recipe", "parallel", "world_size"), LAYOUTS)
 def test_every_layout_sends_what_it_is_traced_to_send(recipe: str, parallel: dict[str, int], world_size: int) -> None:
     experiment = _experiment(recipe, **parallel)
@@ -79,6 +80,7 @@ FULL_SIZE = [name for name in RECIPES if not name.startswith(("debug", "mm1_abla
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("recipe", FULL_SIZE)
 def test_every_recipe_runs_at_full_size_without_a_device(recipe: str) -> None:
     """Forward, backward and update on every pipeline rank; and the planner's memory is what is traced, to 8%."""
