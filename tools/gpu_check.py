@@ -307,9 +307,23 @@ def check_optimizer(data: Path, device: torch.device) -> Iterator[Checked | Skip
         yield Checked(f"{what}, through a checkpoint: loss", distance(run_on(data, pair), straight), 1e-5)
 
 
-def run_on(data: Path, kinds: list[type]) -> list[float]:
-    """Losses of a run in parts of 3 steps, each part with its own kind of Adam, from the checkpoint of the part before."""
-    settings = experiment(data, precision="fp32", layers="torch")
+def check_fp8_weights(data: Path, device: torch.device) -> Iterator[Checked | Skipped]:
+    """Weights that are FP8 themselves against bf16 ones, which are rounded to the same: losses, and those of a run with a stop."""
+    if device.type != "cuda" or importlib.util.find_spec("transformer_engine") is None:
+        yield Skipped("FP8 weights", "needs a GPU with Transformer Engine")
+        return
+    bf16 = experiment(data, precision="fp8", layers="te", recipe="debug_mm1_moe")
+    own = replace(bf16, precision=replace(bf16.precision, fp8_weights=True))
+    yield Checked(f"FP8 weights against bf16 ones: loss of {STEPS} steps", distance(train(own).losses, train(bf16).losses), 1e-4)
+    adam.install()
+    here = megatron_optimizer.Adam
+    once, stopped = (run_on(data, [here] * parts, settings=own, steps=6 // parts) for parts in (1, 2))
+    yield Checked("FP8 weights, through a checkpoint: loss", distance(stopped, once), 1e-5)
+
+
+def run_on(data: Path, kinds: list[type], *, settings: Experiment | None = None, steps: int = 3) -> list[float]:
+    """Losses of a run in parts of some steps, each part with its own kind of Adam, from the checkpoint of the part before."""
+    settings = settings or experiment(data, precision="fp32", layers="torch")
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         for part, kind in enumerate(kinds):
@@ -322,12 +336,12 @@ def run_on(data: Path, kinds: list[type]) -> list[float]:
                 assert (checkpointer.load_latest() is None) == (part == 0)
                 step = TrainingStep(settings, topology, model, optimizer, num_sources=len(settings.data.sources))
                 batches = TrainingData(settings, topology, open_tokenizer(settings))
-                for number in range(1, 3 * part + 4):
+                for number in range(1, steps * (part + 1) + 1):
                     micro_batches = next(batches).micro_batches
-                    if number > 3 * part:
+                    if number > steps * part:
                         losses.append(step.run(micro_batches, step=number).losses.mean)
                 batches.close()
-                checkpointer.save(TrainState(step=3 * part + 3))
+                checkpointer.save(TrainState(step=steps * (part + 1)))
                 checkpointer.finish()
             finally:
                 topologies.shutdown()
@@ -349,6 +363,7 @@ CHECKS: dict[str, Callable[[Path, torch.device], Iterator[Checked | Skipped]]] =
     **{f"layers of {recipe}": partial(check_layers, recipe=recipe) for recipe in RECIPES},
     "decoders": check_decoders,
     "optimizer": check_optimizer,
+    "FP8 weights": check_fp8_weights,
 }
 
 
