@@ -21,7 +21,7 @@ def _arguments(parser: Parser) -> None:
         help="RUN_DIR for its newest checkpoint, RUN_DIR/checkpoints/step_..., or a folder of `convert to-hf`; "
         "with a run, --help lists every field",
     )
-    parser.add_argument("--tasks", metavar="TASK,...", help="tasks and groups of tasks; see below")
+    parser.add_argument("--tasks", metavar="TASK,...", help="tasks and groups of tasks, see below, or FILE.py:TASK")
     parser.add_argument("--shots", nargs="+", type=integer, default=[0], metavar="N", help="numbers of demonstrations (default: 0)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="of the tasks' files, a folder for each (default: the run's data.path)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results (default: RUN_OR_EXPORT/evaluation)")

@@ -22,6 +22,8 @@ from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.conversion.to_hf import convert_to_hf
 from megatron_mm.data.plan.plan import Plan
 from megatron_mm.data.sources.index import open_source
+from megatron_mm.evaluation.tasks.base import Answered
+from megatron_mm.evaluation.tasks.registry import tasks_of
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of, register_family
 from megatron_mm.families.serialize import from_dict, load_experiment, to_dict
@@ -246,3 +248,20 @@ def test_the_documented_preprocessor(demo_data: Path) -> None:
     assert len(kept) == (np.minimum(sizes.widths, sizes.heights) >= 100).sum()
     assert 0 < len(kept) < len(source)
     assert kept.document(0) == source.document(int(kept.rows[0])) and kept.kind == "pairs"
+
+
+def test_a_benchmark_is_read_from_its_files(tmp_path: Path) -> None:
+    place = f"{EXAMPLES / 'colour_task.py'}:COLOURS"
+    (task, known) = tasks_of([place, "vqav2"])
+    assert (task.name, known.name) == ("colours", "vqav2")
+    folder = tmp_path / "colours"
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(folder / "images" / "1.png")
+    (folder / "test.jsonl").write_text('{"image": "1.png", "colour": "red"}\n')
+    (example,) = task.examples(tmp_path)
+    assert example.answer == "red" and task.score([Answered(example, "Red.")])["score"] == 100
+    (folder / "test.jsonl").write_text('{"image": "1.png"}\n')
+    with pytest.raises(ValueError, match=r"task colours: .*test\.jsonl is not as published: something in it lacks 'colour'"):
+        task.examples(tmp_path)
+    with pytest.raises(ValueError, match=r"colour_task\.py:read is a function, but must be a Task"):
+        tasks_of([f"{EXAMPLES / 'colour_task.py'}:read"])

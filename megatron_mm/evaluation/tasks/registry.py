@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_mm.config.references import is_reference, load_object
 from megatron_mm.evaluation.tasks import captions, choices, drawn, text, vqa
 from megatron_mm.evaluation.tasks.base import Task
 
@@ -19,9 +20,27 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def tasks_of(names: list[str]) -> list[Task]:
-    """The tasks of names and groups, each once. Raises ValueError that lists the names where there is none of that name."""
-    wanted = [one for name in names for one in GROUPS.get(name, (name,))]
-    for name in wanted:
-        if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}, or one of the groups {', '.join(GROUPS)}")
-    return [TASKS[name] for name in dict.fromkeys(wanted)]
+    """The tasks of names, groups, and of tasks in files of the user's (FILE.py:TASK or MODULE:TASK), each once.
+
+    Raises ValueError that lists the names where there is none of that name, where a file holds no such task, and where two tasks have the
+    same name.
+    """
+    wanted = dict.fromkeys(one for name in names for one in GROUPS.get(name, (name,)))
+    found = [_task_of_file(name) if is_reference(name) else _known(name) for name in wanted]
+    for task in found:
+        if sum(task.name == other.name for other in found) > 1 or TASKS.get(task.name, task) is not task:
+            raise ValueError(f"two tasks are called {task.name!r}: give yours another name")
+    return found
+
+
+def _known(name: str) -> Task:
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}, or one of the groups {', '.join(GROUPS)}")
+    return TASKS[name]
+
+
+def _task_of_file(reference: str) -> Task:
+    task = load_object(reference)
+    if not isinstance(task, Task):
+        raise ValueError(f"{reference} is a {type(task).__name__}, but must be a Task of megatron_mm.evaluation.tasks.base")
+    return task
