@@ -23,7 +23,7 @@ from megatron.core import jit
 from torch import nn
 
 from megatron_mm.config import EvaConfig
-from megatron_mm.models.plain import PixelNormalization, linear, norm
+from megatron_mm.models.plain import ImageConvolution, PixelNormalization, linear, norm
 
 
 class EvaTower(nn.Module):
@@ -227,6 +227,6 @@ def _vector(*shape: int, std: float, dtype: torch.dtype) -> nn.Parameter:
 
 def _patch_convolution(config: EvaConfig, *, dtype: torch.dtype) -> nn.Conv2d:
     patch, device = config.patch_size, torch.get_default_device()
-    layer = nn.utils.skip_init(nn.Conv2d, 3, config.hidden_size, patch, stride=patch, dtype=dtype, device=device)
+    layer = nn.utils.skip_init(ImageConvolution, 3, config.hidden_size, patch, stride=patch, dtype=dtype, device=device)
     layer.weight.init_std = (3 * patch**2) ** -0.5
     return layer

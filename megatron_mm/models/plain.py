@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+_IMAGES_TOGETHER = 8
+"""On a GPU convolutions see multiples of so many images."""
 
 
 def linear(input_size: int, output_size: int, *, bias: bool = True, dtype: torch.dtype) -> nn.Linear:
@@ -19,6 +23,24 @@ def norm(size: int, *, dtype: torch.dtype, epsilon: float = 1e-5) -> nn.LayerNor
     layer = nn.LayerNorm(size, eps=epsilon, dtype=dtype)
     layer.weight.init_value = 1.0  # type: ignore[attr-defined]
     return layer
+
+
+class ImageConvolution(nn.Conv2d):
+    """A convolution over [n, channels, H, W] for any n.
+
+    cuDNN prepares itself for each new number of images, and every micro-batch has another one: on an H200 the steps of MM1 1.2B that met
+    a new number took 1.2 to 1.9 s longer. So on a GPU n is filled up with zeros to a multiple of eight, and what they give is cut off.
+    """
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        number = len(images)
+        if _fills_up(images) and (missing := -number % _IMAGES_TOGETHER):
+            return super().forward(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)))[:number]
+        return super().forward(images)
+
+
+def _fills_up(images: torch.Tensor) -> bool:
+    return images.is_cuda
 
 
 class PixelNormalization(nn.Module):

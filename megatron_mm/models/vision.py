@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mm.config import VisionConfig
 from megatron_mm.models.decoder import NO_INITIALIZATION, recompute_options
 from megatron_mm.models.layers import TorchNorm
-from megatron_mm.models.plain import PixelNormalization
+from megatron_mm.models.plain import ImageConvolution, PixelNormalization
 
 TOWER_MODULES = ("core_attn", "mlp", "layernorm")
 """What selective recompute may name in a tower, which has no experts."""
@@ -97,7 +97,7 @@ class VisionTower(torch.nn.Module):
         patch = config.patch_size
         device = torch.get_default_device()  # skip_init knows nothing of `with torch.device(...)`
         self.patch_embedding = torch.nn.utils.skip_init(
-            torch.nn.Conv2d, 3, width, patch, stride=patch, bias=False, dtype=dtype, device=device
+            ImageConvolution, 3, width, patch, stride=patch, bias=False, dtype=dtype, device=device
         )
         self.class_embedding = torch.nn.Parameter(torch.empty(width, dtype=dtype))
         self.position_embedding = torch.nn.Parameter(torch.empty(config.num_patches + 1, width, dtype=dtype))

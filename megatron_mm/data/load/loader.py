@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from megatron_mm.config import DataConfig
-from megatron_mm.data.batch import PackedBatch, documents_of_images
+from megatron_mm.data.batch import PackedBatch
+from megatron_mm.data.load.assemble import batch_without_texts, put_texts
 from megatron_mm.data.load.decode import DecodedImages, make_decoder
 from megatron_mm.data.load.texts import TextReader, TextSharing
 from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
@@ -105,11 +106,11 @@ class _Read:
 
     plan: GlobalBatch
     layouts: list[Layout]
-    stages: list[np.ndarray | None]
+    micro_batches: list[PackedBatch]
+    """With their texts, unless these are shared between processes."""
     texts: np.ndarray
     """int32, for each micro-batch its token ids and then, for each piece, whether its text could be used. Not filled where another
     process reads."""
-    pixels: list[DecodedImages | None]
     bad: Counter[str]
 
 
@@ -128,6 +129,11 @@ class _Tally:
                     f"{count} of {self.read[name]} {what} of source {name} failed, more than data.max_bad_fraction {limit}: "
                     "repair the source, or raise the limit"
                 )
+
+
+def _lengths(layouts: list[Layout]) -> list[int]:
+    """Of the parts of `_Read.texts`."""
+    return [len(layout.loss_mask) + len(layout.pieces) for layout in layouts]
 
 
 class Loader:
@@ -196,8 +202,9 @@ class Loader:
             began = time.perf_counter()
             self._sharing.share(ready.texts)
             sharing = time.perf_counter() - began
-        batch, self.state = replace(self._assemble(ready), sharing_seconds=sharing), ready.plan.next_state
-        return batch
+            self._put_texts(ready)
+        self.state = ready.plan.next_state
+        return StepBatch(ready.micro_batches, ready.plan, dict(ready.bad), sharing_seconds=sharing)
 
     @property
     def _whole_images(self) -> bool:
@@ -221,6 +228,8 @@ class Loader:
 
     def _work(self, state: PlanState) -> None:
         try:
+            if self._pin:
+                torch.cuda.set_device(self._device)  # each thread has a current device of its own, the first one unless it is set
             ahead = self._begin(state)
             while not self._stopped.is_set():
                 batch, drafts = ahead
@@ -295,19 +304,25 @@ class Loader:
     def _finish(self, batch: GlobalBatch, drafts: list[_Draft]) -> _Read:
         """Wait for the bytes of a global batch. Raises ValueError where too many samples of a source are bad."""
         bad = Counter[str]()
-        sizes = [len(draft.layout.loss_mask) + len(draft.layout.pieces) for draft in drafts]
+        layouts = [draft.layout for draft in drafts]
+        sizes = _lengths(layouts)
         texts = np.zeros(sum(sizes), dtype=np.int32)
-        pixels: list[DecodedImages | None] = []
+        micro_batches: list[PackedBatch] = []
         for draft, part in zip(drafts, np.split(texts, np.cumsum(sizes)[:-1]), strict=True):
             if self._reads_texts:
                 self._collect_texts(draft, part, bad)
             decoded: DecodedImages | None = draft.pixels.result() if draft.pixels is not None else None
             if decoded is not None:
                 self._tally_images(draft.shown, decoded.ok, bad)
-            pixels.append(decoded)
+            pixels = decoded.pixels if decoded is not None else None
+            micro = batch_without_texts(draft.layout, pixels=pixels, stages=draft.stages, pad_id=self.tokenizer.pad_id)
+            micro_batches.append(micro.pinned() if self._pin else micro)
         self._texts.check("texts", limit=self.config.max_bad_fraction)
         self._seen.check("images", limit=self.config.max_bad_fraction)
-        return _Read(batch, [draft.layout for draft in drafts], [draft.stages for draft in drafts], texts, pixels, bad)
+        read = _Read(batch, layouts, micro_batches, texts, bad)
+        if self._sharing is None:
+            self._put_texts(read)
+        return read
 
     def _collect_texts(self, draft: _Draft, out: np.ndarray, bad: Counter[str]) -> None:
         """Put the ids of a micro-batch into [tokens] int32 and behind them, for each piece, whether it could be read."""
@@ -324,47 +339,20 @@ class Loader:
             else:
                 ids[piece.place : piece.stop] = stream
 
-    def _assemble(self, read: _Read) -> StepBatch:
-        """Put what was read where the layouts say."""
-        sizes = [len(layout.loss_mask) + len(layout.pieces) for layout in read.layouts]
-        texts = np.split(read.texts, np.cumsum(sizes)[:-1])
-        parts = zip(read.layouts, texts, read.pixels, read.stages, strict=True)
-        return StepBatch([self._micro_batch(*part) for part in parts], read.plan, dict(read.bad))
-
-    def _micro_batch(self, layout: Layout, texts: np.ndarray, decoded: DecodedImages | None, stages: np.ndarray | None) -> PackedBatch:
-        mask = layout.loss_mask
-        ids = np.full(len(mask), self.tokenizer.pad_id, dtype=np.int64)
-        if self.view.needs_text:
-            ids[:], usable = texts[: len(mask)], texts[len(mask) :]
-            for piece, good in zip(layout.pieces, usable.tolist(), strict=True):
-                if not good:
-                    mask[piece.place : piece.stop] = 0
-        labels = np.roll(ids, -1)
-        labels[mask == 0] = self.tokenizer.pad_id
-        cu_seqlens, image_starts = torch.from_numpy(layout.cu_seqlens), torch.from_numpy(layout.image_starts)
-        batch = PackedBatch(
-            token_ids=torch.from_numpy(ids),
-            labels=torch.from_numpy(labels),
-            loss_mask=torch.from_numpy(mask),
-            is_token=torch.from_numpy(layout.is_token),
-            position_ids=torch.from_numpy(layout.position_ids),
-            source_ids=torch.from_numpy(layout.source_ids),
-            cu_seqlens=cu_seqlens,
-            max_seqlen=int(cu_seqlens.diff().max()),
-            image_starts=image_starts,
-            image_owners=torch.from_numpy(layout.image_owners),
-            image_documents=documents_of_images(image_starts, cu_seqlens=cu_seqlens),
-            pixels=decoded.pixels if decoded is not None else None,
-            image_stages=None if stages is None else torch.from_numpy(stages),
-        )
-        return batch.pinned() if self._pin else batch
+    def _put_texts(self, read: _Read) -> None:
+        """Put what was read of the texts into the micro-batches."""
+        if not self.view.needs_text:
+            return
+        parts = np.split(read.texts, np.cumsum(_lengths(read.layouts))[:-1])
+        for batch, layout, texts in zip(read.micro_batches, read.layouts, parts, strict=True):
+            put_texts(batch, layout, texts, pad_id=self.tokenizer.pad_id)
 
     def _pixels(self, draft: _Draft) -> DecodedImages:
         """This process's images of a micro-batch, in its own thread, which pins them too: of all that is pinned they take longest."""
         decoded = self._decoded(draft)
         if not self._pin:
             return decoded
-        torch.cuda.set_device(self._device)  # each thread has a current device of its own, the first one unless it is set
+        torch.cuda.set_device(self._device)  # as in `_work`
         return replace(decoded, pixels=pinned(decoded.pixels))
 
     def _decoded(self, draft: _Draft) -> DecodedImages:

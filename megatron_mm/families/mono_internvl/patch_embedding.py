@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_mm.families.mono_internvl.config import PatchEmbeddingConfig
-from megatron_mm.models.plain import PixelNormalization, linear, norm
+from megatron_mm.models.plain import ImageConvolution, PixelNormalization, linear, norm
 
 
 class PatchEmbedding(nn.Module):
@@ -34,7 +34,7 @@ class PatchEmbedding(nn.Module):
         self.config = config
         width, patch = config.hidden_size, config.patch_size
         device = torch.get_default_device()  # skip_init knows nothing of `with torch.device(...)`
-        self.projection = nn.utils.skip_init(nn.Conv2d, 3, width, patch, stride=patch, dtype=dtype, device=device)
+        self.projection = nn.utils.skip_init(ImageConvolution, 3, width, patch, stride=patch, dtype=dtype, device=device)
         self.projection.weight.init_std = (3 * patch**2) ** -0.5
         self.class_embedding = nn.Parameter(torch.empty(width, dtype=dtype))
         self.position_embedding = nn.Parameter(torch.empty(config.position_grid**2 + 1, width, dtype=dtype))

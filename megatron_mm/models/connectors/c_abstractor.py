@@ -19,7 +19,7 @@ from megatron_mm.config import ConnectorConfig, VisionConfig
 from megatron_mm.hf.mapping import Direct, Entry, Positions
 from megatron_mm.models.connectors.base import Connector
 from megatron_mm.models.connectors.pooling import GridPool, to_grid
-from megatron_mm.models.plain import linear, norm
+from megatron_mm.models.plain import ImageConvolution, linear, norm
 
 
 class CAbstractor(nn.Module):
@@ -91,7 +91,7 @@ def _reg_stage(input_size: int, output_size: int, *, depth: int, dtype: torch.dt
 
 def _depthwise(size: int, *, dtype: torch.dtype) -> nn.Conv2d:
     device = torch.get_default_device()
-    layer = nn.utils.skip_init(nn.Conv2d, size, size, 3, padding=1, groups=size, bias=False, dtype=dtype, device=device)
+    layer = nn.utils.skip_init(ImageConvolution, size, size, 3, padding=1, groups=size, bias=False, dtype=dtype, device=device)
     layer.weight.init_std = 1 / 3  # each channel sees its 3 x 3 neighbours and nothing else
     return layer
 
