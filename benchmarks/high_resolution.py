@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/high_resolution.py --out build/high_resolution
 
-Scenes of 48 x 48 px with a small mark of one-pixel lines in one of four quarters; a conversation asks "what is it?", and the answer is
-rows, columns or squares. Lines are as much lighter as darker than the ground and fade at the mark's edge: reduced to 24 px, which is what
-one square image of the tower shows, nothing is left of them. Digits are the other kind of mark (`--marks digits`), of 3 x 5 px; half of a
-digit's pixels still tell something.
+Scenes of 48 x 48 px with a small mark of one-pixel lines in one of four quarters, 8 x 8 px; a conversation asks "what is it?", and the
+answer is rows, columns or squares. Reduced to 24 px, which is what one square image of the tower shows, each of them is the same grey: two
+pixels by two, half of them dark. Digits are the other kind of mark (`--marks digits`), of 3 x 5 px; half of their pixels still tell
+something.
 
 A `debug_mm1` is trained on the demo's data at 32 px, and fine-tuned by `debug_mm1_sft` with an overview and four crops of 24 px, positions
 interpolated, twice: on the scenes as drawn, and on the same scenes in the same order, reduced first, so that crops are as large but show no
@@ -35,6 +35,7 @@ from megatron_mm.conversion.to_hf import convert_to_hf
 from megatron_mm.data.prepare.demo import prepare_demo
 from megatron_mm.data.prepare.index import prepare_index
 from megatron_mm.data.sources.shards import TarWriter
+from megatron_mm.training.checkpoint import find_checkpoint
 
 Marks = Literal["lines", "digits"]
 
@@ -42,7 +43,7 @@ SIDE, LOW = 48, 24
 """Of a scene, and of what one square image of the tower shows of it, pixels."""
 QUESTION = "what is it?"
 LINES = ("rows", "columns", "squares")
-_SIZE = 12
+_SIZE = 8
 """Of a mark of lines, pixels; positions are multiples of a patch's 4 pixels."""
 _FONT = (  # digits of 3 x 5 px, row by row
     *("111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001"),
@@ -53,21 +54,19 @@ ANSWERS: dict[Marks, tuple[str, ...]] = {"lines": LINES, "digits": tuple(map(str
 
 def draw(rng: random.Random, marks: Marks) -> tuple[Image.Image, str]:
     """A scene, and the answer."""
-    pixels = np.full((SIDE, SIDE), rng.uniform(110, 140))
-    answer = rng.choice(ANSWERS[marks])
-    mark = _lines(answer) * rng.uniform(70, 100) if marks == "lines" else _digit(answer) * -rng.uniform(60, 100)
+    ground, ink, answer = rng.randint(180, 240), rng.randint(0, 90), rng.choice(ANSWERS[marks])
+    pixels = np.full((SIDE, SIDE, 3), float(ground))
+    mark = _lines(answer) if marks == "lines" else _digit(answer)
     top, left = (SIDE // 2 * rng.randint(0, 1) + 4 + 4 * rng.randint(0, 2) for _ in range(2))
-    pixels[top : top + mark.shape[0], left : left + mark.shape[1]] += mark
+    pixels[top : top + mark.shape[0], left : left + mark.shape[1]] += (ink - ground) * mark[..., None]
     pixels += np.random.default_rng(rng.getrandbits(32)).normal(0, 4, pixels.shape)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGB"), answer
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), answer
 
 
 def _lines(kind: str) -> np.ndarray:
-    """[size, size] of -1 to 1, fading at the edge."""
+    """[size, size] of 0 and 1."""
     y, x = np.mgrid[:_SIZE, :_SIZE]
-    sign = 1 - 2 * ({"rows": y, "columns": x, "squares": x + y}[kind] % 2)
-    fade = np.minimum(1, 2 * np.sin(np.pi * (np.arange(_SIZE) + 0.5) / _SIZE) ** 2)
-    return sign * np.outer(fade, fade)
+    return ({"rows": y, "columns": x, "squares": x + y}[kind] % 2).astype(float)
 
 
 def _digit(digit: str) -> np.ndarray:
@@ -76,9 +75,9 @@ def _digit(digit: str) -> np.ndarray:
 
 
 def encoded(image: Image.Image, *, side: int) -> bytes:
-    """A scene reduced to so many pixels, or as it is."""
+    """A scene reduced to so many pixels, each the mean of what it covers, or as it is."""
     buffer = io.BytesIO()
-    (image if side == SIDE else image.resize((side, side), Image.Resampling.BICUBIC)).save(buffer, "PNG")
+    (image if side == SIDE else image.resize((side, side), Image.Resampling.BOX)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -162,21 +161,23 @@ def compare(
     steps: int = 100,
     scenes: int = 4000,
     asked: int = 300,
-    pretraining_steps: int = 100,
+    pretrained: Path | None = None,
     timeout: float | None = None,
 ) -> Found:
     """Pre-train, fine-tune twice, export, and ask.
 
     Args:
+        pretrained: a run of debug_mm1 to begin with, instead of 100 steps here.
         timeout: of each round of training, seconds.
     """
-    prepare_demo(out / "demo", samples=1000)
-    first = start("debug_mm1", out / "pretrained", out / "demo", steps=pretraining_steps, batch=4, options={})
-    for name, side in (("true", SIDE), ("low", LOW)):  # while that runs
-        write(out / name, marks=marks, side=side, scenes=scenes, tokenizer=out / "demo" / "tokenizer.model")
-    finish([first], timeout=timeout)
+    if pretrained is None:
+        prepare_demo(out / "demo", samples=1000)
+        pretrained = out / "pretrained"
+        finish([start("debug_mm1", pretrained, out / "demo", steps=100, batch=4, options={})], timeout=timeout)
+    for name, side in (("true", SIDE), ("low", LOW)):
+        write(out / name, marks=marks, side=side, scenes=scenes, tokenizer=find_checkpoint(pretrained) / "tokenizer.model")
     options = {
-        "--init-from": out / "pretrained",
+        "--init-from": pretrained,
         "--model.vision.image-size": LOW,
         "--optimizer.peak-lr": 2e-3,
         "--train.micro-batch-size": 8,
@@ -196,9 +197,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of fine-tuning")
     parser.add_argument("--scenes", type=int, default=4000, help="of training")
     parser.add_argument("--asked", type=int, default=300, help="scenes that the exported models are asked about")
+    parser.add_argument("--pretrained", type=Path, metavar="RUN", help="a run of debug_mm1 to begin with (default: 100 steps of one)")
     given = parser.parse_args()
     shutil.rmtree(given.out, ignore_errors=True)
-    found = compare(given.out, marks=given.marks, steps=given.steps, scenes=given.scenes, asked=given.asked)
+    options = {"marks": given.marks, "steps": given.steps, "scenes": given.scenes, "asked": given.asked, "pretrained": given.pretrained}
+    found = compare(given.out, **options)
     print("fine-tuned on   asked about     right")
     for trained, side, share in ((SIDE, SIDE, found.true), (SIDE, LOW, found.true_asked_low), (LOW, LOW, found.low)):
         print(f"{f'{trained} px':15} {f'{side} px':12} {100 * share:7.1f}%")

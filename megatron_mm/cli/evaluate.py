@@ -54,9 +54,20 @@ def _experiment(given: argparse.Namespace) -> Experiment | None:
     else:
         found = experiment_in(given.target)
         if found is None:
+            _say_what_is_missing(given.target)
             return None
         experiment = found
     return replace(experiment, parallel=ParallelConfig(distributed_optimizer=experiment.parallel.distributed_optimizer))
+
+
+def _say_what_is_missing(target: Path) -> None:
+    """Raise ValueError where a target cannot be evaluated as it is given."""
+    from megatron_mm.run.evaluate_tasks import is_export
+    from megatron_mm.training.checkpoint import find_checkpoint
+
+    if is_export(target):
+        raise ValueError(f"{target} is an exported model: name its recipe, such as --recipe mm1_3b")
+    find_checkpoint(target)
 
 
 def _run(given: argparse.Namespace) -> None:
