@@ -41,6 +41,29 @@ def test_what_differs_is_said(trained: Trained, tmp_path: Path, capsys: pytest.C
     assert ended.value.code == 1 and "1 only in the second: more" in capsys.readouterr().out
 
 
+def test_the_same_tensors_under_another_configuration(trained: Trained, tmp_path: Path) -> None:
+    first = convert_to_hf(trained.checkpoint, tmp_path / "a", dtype="float32").path
+    second = Path(shutil.copytree(first, tmp_path / "b"))
+    config = json.loads((second / "config.json").read_text())
+    text = config["text_config"]
+    text["rope_theta"] = text["rope_parameters"]["rope_theta"] = 7.0
+    (second / "config.json").write_text(json.dumps(config))
+    assert verify(first, second).passed
+    found = verify(first, second, prompt="a red circle left of the blue star")
+    assert found.same_tensors and not found.passed and "compare the two config.json" in "\n".join(report(found))
+
+
+def test_weights_of_another_type(trained: Trained, tmp_path: Path) -> None:
+    """Rounded is the same; changed beyond that is not."""
+    rounded = convert_to_hf(trained.checkpoint, tmp_path / "b", dtype="bfloat16").path
+    found = verify(trained.checkpoint, rounded, prompt="a red circle")
+    assert found.passed and (found.num_equal, found.num_rounded) == (0, len(load_file(rounded / "model.safetensors")))
+    tensors = load_file(rounded / "model.safetensors")
+    tensors["language_model.norm.weight"] *= 1.1
+    save_file(tensors, rounded / "model.safetensors", metadata={"format": "pt"})
+    assert [tensor.name for tensor in verify(trained.checkpoint, rounded).different] == ["language_model.norm.weight"]
+
+
 def test_what_transformers_does_not_load_is_a_failure(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both are the same, so only the loading tells."""
     folder = convert_to_hf(trained.checkpoint, tmp_path / "a", part="language", dtype="float32").path
@@ -58,7 +81,7 @@ def test_what_transformers_does_not_load_is_a_failure(trained: Trained, tmp_path
 
 
 def test_modeling_code_that_is_not_there(exported: Export, tmp_path: Path) -> None:
-    """Mono-InternVL's, for example: its authors' code does not travel."""
+    """That of an InternLM2 alone, for example: its authors' code does not travel."""
     folder = Path(shutil.copytree(exported.path, tmp_path / "a"))
     (folder / "modeling_mm1.py").unlink()
     assert verify(folder, exported.path).passed
