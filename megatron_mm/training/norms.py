@@ -2,7 +2,8 @@
 
 Each process adds up the squares of what it has, and each element counts once over all processes: a copy under tensor parallelism or a tied
 embedding is left out, as in the norm of the whole gradient (`training.optimizer.squared_grad_norm`). So the sums are the same in every
-layout, and travel in the step's one message. Nothing waits for the device here.
+layout, and travel in the step's one message. Nothing waits for the device here, and small parameters are measured many at a time: on a GPU
+what counts is the number of kernels.
 
 The update of a step is not kept: it follows from the parameters after it and Adam's moments. With parameters p and direction u,
 
@@ -11,7 +12,8 @@ The update of a step is not kept: it follows from the parameters after it and Ad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +44,10 @@ class _Counted:
     group: dict[str, Any]
 
 
+_TOGETHER = 1 << 26
+"""Elements that are measured at a time, unless one parameter has more: updates take memory for some copies of them."""
+
+
 class PartNorms:
     """Measures the parts of this process's model."""
 
@@ -55,7 +61,7 @@ class PartNorms:
         """
         self.parts = parts
         names = _names(model, optimizer)
-        self._counted = [
+        counted = [
             _Counted(parameter, parts.index(part_of(names[id(parameter)])), share, inner, group)
             for part, share in _parts_of(optimizer)
             for inner in [part.optimizer]
@@ -66,6 +72,7 @@ class PartNorms:
             and param_is_not_shared(parameter)
             and param_is_not_tensor_parallel_duplicate(parameter, getattr(part, "tp_group", None))
         ]
+        self._together = list(_measured_together(counted))
 
     @torch.no_grad()
     def squares(self, *, lr: float | None, device: torch.device) -> torch.Tensor:
@@ -77,11 +84,13 @@ class PartNorms:
             lr: learning rate of the step before; None where there was none, and updates are 0.
         """
         sums = torch.zeros(len(NORMS), len(self.parts), dtype=torch.float64, device=device)
-        for one in self._counted:
-            found = [one.parameter.grad, one.parameter, None if lr is None else _update(one, lr=lr)]
-            for row, tensor in enumerate(found):
-                if tensor is not None:
-                    sums[row, one.part] += torch.linalg.vector_norm(tensor.float()).double().square() * one.share
+        for some in self._together:
+            parameters = [one.parameter for one in some]
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            for row, tensors in enumerate((gradients, parameters, [] if lr is None else _updates(some, lr=lr))):
+                if tensors:
+                    norms = torch.stack(torch._foreach_norm([tensor.float() for tensor in tensors]))
+                    sums[row, some[0].part] += norms.double().square().sum() * some[0].share
         return sums.flatten()
 
     def from_sums(self, sums: tuple[float, ...]) -> dict[str, dict[str, float]]:
@@ -97,6 +106,18 @@ class PartNorms:
             "param_norms": {name: params[name] for name in trainable},
             "update_ratios": {name: updates[name] / params[name] for name in trainable if updates[name] > 0},
         }
+
+
+def _measured_together(counted: list[_Counted]) -> Iterator[list[_Counted]]:
+    """The same in lists of neighbours that are of one part, share and parameter group, with at most `_TOGETHER` elements."""
+    for _, alike in itertools.groupby(counted, key=lambda one: (one.part, one.share, id(one.group))):
+        some: list[_Counted] = []
+        for one in alike:
+            if some and sum(other.parameter.numel() for other in some) + one.parameter.numel() > _TOGETHER:
+                yield some
+                some = []
+            some.append(one)
+        yield some
 
 
 def _parts_of(optimizer: MegatronOptimizer) -> list[tuple[Any, float]]:
@@ -121,16 +142,21 @@ def _names(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -
     return names
 
 
-def _update(one: _Counted, *, lr: float) -> torch.Tensor | None:
-    """What Adam's newest step added to a parameter; None before the first."""
-    state, group = one.optimizer.state.get(one.parameter, {}), one.group
+def _updates(some: list[_Counted], *, lr: float) -> list[torch.Tensor]:
+    """What Adam's newest step added to parameters of one group; of those alone that have taken one."""
+    group = some[0].group
     step = group.get("step", 0)
-    if not step or "exp_avg" not in state:
-        return None
+    states = [(one.parameter, state) for one in some if "exp_avg" in (state := one.optimizer.state.get(one.parameter, {}))]
+    if not step or not states:
+        return []
     beta1, beta2 = group["betas"]
-    mean = state["exp_avg"].float() / (1.0 - beta1**step)
-    spread = (state["exp_avg_sq"].float() / (1.0 - beta2**step)).sqrt_().add_(group["eps"])
-    direction = mean.div_(spread)
-    after, decay = one.parameter.float(), lr * group["weight_decay"]
-    before = torch.add(after, direction, alpha=lr).div_(1.0 - decay)
-    return before.sub_(after)
+    directions = list(torch._foreach_div([state["exp_avg"].float() for _, state in states], 1.0 - beta1**step))
+    spreads = list(torch._foreach_div([state["exp_avg_sq"].float() for _, state in states], 1.0 - beta2**step))
+    torch._foreach_sqrt_(spreads)
+    torch._foreach_add_(spreads, group["eps"])
+    torch._foreach_div_(directions, spreads)
+    after = [parameter.float() for parameter, _ in states]
+    before = list(torch._foreach_add(after, directions, alpha=lr))
+    torch._foreach_div_(before, 1.0 - lr * group["weight_decay"])
+    torch._foreach_sub_(before, after)
+    return before

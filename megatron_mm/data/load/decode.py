@@ -5,10 +5,11 @@ Pillow at the same time, and so does a batch in which DALI meets a damaged image
 resizes what DALI has decoded, several times faster than DALI would. On a GPU only JPEG is decoded there; DALI decodes PNG and WebP in its
 threads on the CPU (`data.decode_threads`), and resizes them on the GPU.
 
-A JPEG whose end is missing goes to Pillow, which says whether it is whole: the GPU's decoder fills the rest of a cut one with grey and says
-nothing.
+A JPEG whose end is missing goes to Pillow, which says whether it is whole: the GPU's decoder took a cut one as whole.
 
-On a GPU all work is on a stream of its own, for which this thread waits: it neither waits for what training has queued nor holds it up.
+On a GPU our work is on a stream of its own, for which this thread waits. Inside DALI something still waits for what training has queued
+when a batch begins: on an H200 28 JPEGs took 4.9 ms on an idle GPU and 320 ms behind 309 ms of matrix products, which took 4% longer
+meanwhile. So batches are decoded ahead (`data.prefetch_steps`).
 """
 
 from __future__ import annotations
