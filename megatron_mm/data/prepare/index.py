@@ -6,20 +6,21 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from megatron_mm.data.prepare.find import check_files, find_sources, shards_of
-from megatron_mm.data.prepare.kinds import detect_kind, file_endings, first_shards, iterate_samples
+from megatron_mm.data.prepare.kinds import detect_kind, first_shards, iterate_samples
 from megatron_mm.data.prepare.mirror import Mirror, mirrored
 from megatron_mm.data.prepare.row_files import RowHeader, current_header, losses_of, read_rows, recipe_of, row_file_of
 from megatron_mm.data.prepare.samples import Losses, Reading, Verify, document_of, parse_member
 from megatron_mm.data.prepare.shard_jobs import Progress, ShardJob, choose_shards, run_jobs
+from megatron_mm.data.prepare.summary import SourceSummary, Summary, check_losses
 from megatron_mm.data.sources.index import SHARDS_CHECKED_AT_ONCE
 from megatron_mm.data.sources.index_files import write_index
 from megatron_mm.data.sources.shard_table import Shard, ShardTable
@@ -61,42 +62,6 @@ class IndexOptions:
     """How much of each image is decoded."""
     index_dir: Path | None = None
     """Where indexes are written, as INDEX_DIR/SPLIT/SOURCE; None writes each into its source's folder."""
-
-
-@dataclass
-class SourceSummary:
-    """What `prepare index` found in a source."""
-
-    samples: int = 0
-    images: int = 0
-    text_tokens: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)
-    """Samples by reason."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Images and entries that samples lost, by reason."""
-    skipped: dict[str, int] = field(default_factory=dict)
-    """Files that belong to no sample, by reason."""
-
-
-@dataclass
-class Summary:
-    """What `prepare` did, by source."""
-
-    sources: dict[str, SourceSummary]
-    seconds: float
-
-    def __str__(self) -> str:
-        lines = [f"{'source':24} {'samples':>9} {'images':>9} {'text tokens':>12}  rejected"]
-        for name, source in self.sources.items():
-            lines.append(f"{name:24} {source.samples:9,} {source.images:9,} {source.text_tokens:12,}  {_listed(source.rejected) or 'none'}")
-            for what, counts in (("dropped from samples", source.dropped), ("files skipped", source.skipped)):
-                if counts:
-                    lines.append(f"{'':56}  {what}: {_listed(counts)}")
-        return "\n".join([*lines, f"in {self.seconds:.1f} s"])
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
 
 
 def prepare_index(
@@ -288,7 +253,8 @@ def _merge(job: _SourceJob) -> SourceSummary:
 
     table = ShardTable.of(shards())
     summary = totals.summary
-    check_losses(source, summary, damage=totals.losses.damaged_bytes / max(1, totals.bytes), options=job.options, shards=job.shards)
+    limits = {"max_rejected": job.options.max_rejected, "max_dropped_images": job.options.max_dropped_images}
+    check_losses(source, summary, damage=totals.losses.damaged_bytes / max(1, totals.bytes), **limits, shards=job.shards)
     are_chats = job.reading.kind in CHAT_KINDS or job.reading.rendering.caption_prompt is not None
     meta = {
         "kind": job.reading.kind,
@@ -320,55 +286,6 @@ def _merge(job: _SourceJob) -> SourceSummary:
         shutil.copyfile(job.model, job.options.index_dir / "tokenizer.model")
     write_index(job.home, meta=meta, shards=table, num_samples=totals.samples, num_items=totals.items, parts=parts())
     return summary
-
-
-_NO_FILE = ("no image file", "no text file")
-_HINTS = {
-    "JSON has no text or caption": "--text-key FIELD says which field it is",
-    "JSON has no items, texts or text_list": "--text-key, --image-key and --messages-key say what fields and files are called",
-    "JSON has no conversations": "--messages-key FIELD says which field they are",
-    "image is not in the shard": "images that a document names lie in the same tar, as KEY.NAME",
-}
-"""What is often the cause of a reason."""
-
-
-def _hints(summary: SourceSummary, shards: Sequence[Path]) -> str:
-    """What to do about the reasons that most rejected samples have."""
-    most = sum(summary.rejected.values()) / 2
-    hints = [f"{reason}: {hint}" for reason, hint in _HINTS.items() if summary.rejected.get(reason, 0) > most]
-    if sum(summary.rejected.get(reason, 0) for reason in _NO_FILE) > most:
-        found = ", ".join(f".{name} ({count})" for name, count in file_endings(shards).most_common(6))
-        hints.append(
-            "a sample lacks its image or its text: its files must follow one another in the tar (tar --sort=name), and --text-key and "
-            "--image-key say how their names end" + (f". The first files end with {found}" if found else "")
-        )
-    return "".join(f". {hint}" for hint in hints)
-
-
-def check_losses(source: Path, summary: SourceSummary, *, damage: float, options: IndexOptions, shards: Sequence[Path] = ()) -> None:
-    """Raise ValueError where no sample of a source is usable, or where more is lost than the user allows.
-
-    Args:
-        damage: share of the shards' bytes that are damaged.
-        shards: of the source, for what an error says about them.
-    """
-    rejected = sum(summary.rejected.values())
-    if not summary.samples:
-        found = f"rejected: {summary.rejected or 'it is empty'}"
-        raise ValueError(f"source {source} has no usable sample ({found}): repair or remove it{_hints(summary, shards)}")
-    share = max(rejected / (rejected + summary.samples), damage)
-    if share > options.max_rejected:
-        raise ValueError(
-            f"{share:.1%} of source {source} would be lost, more than --max-rejected {options.max_rejected:g}: {rejected} samples rejected "
-            f"({_listed(summary.rejected)}), {summary.samples} usable, {damage:.1%} of its bytes damaged. "
-            f"Repair it or allow more with --max-rejected{_hints(summary, shards)}"
-        )
-    lost = sum(count for reason, count in summary.dropped.items() if reason != "empty entry")
-    if lost > options.max_dropped_images * (lost + summary.images):
-        raise ValueError(
-            f"{lost} of {lost + summary.images} images of source {source} are missing or bad, more than --max-dropped-images "
-            f"{options.max_dropped_images:g} ({_listed(summary.dropped)}): add them, or allow more with --max-dropped-images"
-        )
 
 
 def _check_template(name: str, model: Path) -> None:

@@ -1,0 +1,96 @@
+"""What `prepare index` found in the sources of a data set, and whether too much of one is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_mm.data.prepare.kinds import file_endings
+
+
+@dataclass
+class SourceSummary:
+    """What `prepare index` found in a source."""
+
+    samples: int = 0
+    images: int = 0
+    text_tokens: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Samples by reason."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Images and entries that samples lost, by reason."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Files that belong to no sample, by reason."""
+
+
+@dataclass
+class Summary:
+    """What `prepare` did, by source."""
+
+    sources: dict[str, SourceSummary]
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [f"{'source':24} {'samples':>9} {'images':>9} {'text tokens':>12}  rejected"]
+        for name, source in self.sources.items():
+            lines.append(f"{name:24} {source.samples:9,} {source.images:9,} {source.text_tokens:12,}  {_listed(source.rejected) or 'none'}")
+            for what, counts in (("dropped from samples", source.dropped), ("files skipped", source.skipped)):
+                if counts:
+                    lines.append(f"{'':56}  {what}: {_listed(counts)}")
+        return "\n".join([*lines, f"in {self.seconds:.1f} s"])
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
+
+
+_NO_FILE = ("no image file", "no text file")
+_HINTS = {
+    "JSON has no text or caption": "--text-key FIELD says which field it is",
+    "JSON has no items, texts or text_list": "--text-key, --image-key and --messages-key say what fields and files are called",
+    "JSON has no conversations": "--messages-key FIELD says which field they are",
+    "image is not in the shard": "images that a document names lie in the same tar, as KEY.NAME",
+}
+"""What is often the cause of a reason."""
+
+
+def _hints(summary: SourceSummary, shards: Sequence[Path]) -> str:
+    """What to do about the reasons that most rejected samples have."""
+    most = sum(summary.rejected.values()) / 2
+    hints = [f"{reason}: {hint}" for reason, hint in _HINTS.items() if summary.rejected.get(reason, 0) > most]
+    if sum(summary.rejected.get(reason, 0) for reason in _NO_FILE) > most:
+        found = ", ".join(f".{name} ({count})" for name, count in file_endings(shards).most_common(6))
+        hints.append(
+            "a sample lacks its image or its text: its files must follow one another in the tar (tar --sort=name), and --text-key and "
+            "--image-key say how their names end" + (f". The first files end with {found}" if found else "")
+        )
+    return "".join(f". {hint}" for hint in hints)
+
+
+def check_losses(
+    source: Path, summary: SourceSummary, *, damage: float, max_rejected: float, max_dropped_images: float, shards: Sequence[Path] = ()
+) -> None:
+    """Raise ValueError where no sample of a source is usable, or where more is lost than the user allows.
+
+    Args:
+        damage: share of the shards' bytes that are damaged.
+        shards: of the source, for what an error says about them.
+    """
+    rejected = sum(summary.rejected.values())
+    if not summary.samples:
+        found = f"rejected: {summary.rejected or 'it is empty'}"
+        raise ValueError(f"source {source} has no usable sample ({found}): repair or remove it{_hints(summary, shards)}")
+    share = max(rejected / (rejected + summary.samples), damage)
+    if share > max_rejected:
+        raise ValueError(
+            f"{share:.1%} of source {source} would be lost, more than --max-rejected {max_rejected:g}: {rejected} samples rejected "
+            f"({_listed(summary.rejected)}), {summary.samples} usable, {damage:.1%} of its bytes damaged. "
+            f"Repair it or allow more with --max-rejected{_hints(summary, shards)}"
+        )
+    lost = sum(count for reason, count in summary.dropped.items() if reason != "empty entry")
+    if lost > max_dropped_images * (lost + summary.images):
+        raise ValueError(
+            f"{lost} of {lost + summary.images} images of source {source} are missing or bad, more than --max-dropped-images "
+            f"{max_dropped_images:g} ({_listed(summary.dropped)}): add them, or allow more with --max-dropped-images"
+        )
