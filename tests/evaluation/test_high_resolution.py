@@ -29,6 +29,7 @@ def test_reduced_lines_are_all_alike() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2700)
 def test_true_resolution_is_learned_from_and_low_resolution_is_not(tmp_path: Path) -> None:
     """The same scenes, tokens and steps, as drawn and reduced to what one square image of the tower shows; chance is a third."""
     found = compare(tmp_path, steps=140, asked=120, timeout=900)
