@@ -10,10 +10,10 @@ of each table is its first row: the ratio beside each row is to that one's speed
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from megatron_mm.config import Experiment
+from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.planning import search as searching
 from megatron_mm.planning.hardware import GPUS, OURS
@@ -25,34 +25,45 @@ from megatron_mm.planning.step import StepModel
 from megatron_mm.planning.workload import Workloads
 
 H100 = GPUS["h100-sxm"]
-FEW = ((4, 2, 2), (8, 1, 1))
+FEW = ((4, 2, 2), (4, 2, 1), (4, 1, 1), (2, 2, 2))
 """Tensor, pipeline and virtual degrees of the dense model."""
 FEW_SPARSE = ((1, 1, 1), (2, 1, 1))
 """Of the sparse model, whose experts are spread as its recipe says."""
 
 
 def best_of_few(experiment: Experiment, gpus: int, *, images: int | None = None) -> Found | None:
-    """The fastest of a few layouts, with the largest of two micro-batches that they take; None where none fits."""
-    found = []
-    for tensor, pipeline, virtual in FEW if experiment.model.decoder.moe is None else FEW_SPARSE:
-        parallel = replace(
-            experiment.parallel,
-            tensor=tensor,
-            pipeline=pipeline,
-            virtual=virtual,
-            stage_layers=experiment.parallel.stage_layers if pipeline == experiment.parallel.pipeline else None,
-        )
-        data, batch = gpus // (tensor * pipeline), experiment.train.global_batch_size
-        sizes = [size for size in (2, 1) if batch % (size * data) == 0 and batch // (size * data) >= pipeline]
-        if not sizes:
-            continue
-        one = replace(experiment, parallel=parallel, train=replace(experiment.train, micro_batch_size=sizes[0]))
-        loads = Workloads(one, images=images)
-        planned = plan_recipe(one, H100, gpus, work=loads.of(data_size=data), software=OURS)
-        prediction = StepModel(planned.job).predict()
-        if fits(prediction.peak_bytes, H100):
-            found.append(Found(planned, prediction))
-    return min(found, key=lambda one: one.seconds, default=None)
+    """The fastest of a few layouts that fit, with decoder layers recomputed only where nothing fits without; None where nothing does."""
+    for recompute in (experiment.parallel.recompute, "full"):
+        found = [
+            one
+            for degrees in (FEW if experiment.model.decoder.moe is None else FEW_SPARSE)
+            for stage_layers in {experiment.parallel.stage_layers, None}
+            for one in _with(
+                replace(experiment.parallel, recompute=recompute, stage_layers=stage_layers), degrees, experiment, gpus, images
+            )
+            if fits(one.prediction.peak_bytes, H100)
+        ]
+        if found:
+            return min(found, key=lambda one: one.seconds)
+    return None
+
+
+def _with(
+    parallel: ParallelConfig, degrees: tuple[int, int, int], experiment: Experiment, gpus: int, images: int | None
+) -> Iterator[Found]:
+    """The layout with these degrees and one or two sequences a micro-batch, where the batch and the stages allow it."""
+    tensor, pipeline, virtual = degrees
+    if parallel.stage_layers is not None and len(parallel.stage_layers) != pipeline * virtual:
+        return
+    parallel = replace(parallel, tensor=tensor, pipeline=pipeline, virtual=virtual)
+    data, batch = gpus // (tensor * pipeline), experiment.train.global_batch_size
+    for size in (2, 1):
+        left = batch % (size * data) or (virtual > 1 and batch // (size * data) % pipeline)  # interleaving goes by groups
+        if not left:
+            one = replace(experiment, parallel=parallel, train=replace(experiment.train, micro_batch_size=size))
+            work = Workloads(one, images=images).of(data_size=data)
+            planned = plan_recipe(one, H100, gpus, work=work, software=OURS)
+            yield Found(planned, StepModel(planned.job).predict())
 
 
 def best(experiment: Experiment, gpus: int, *, images: int | None = None) -> Found | None:

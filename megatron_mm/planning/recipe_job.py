@@ -154,7 +154,7 @@ def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch) -> tuple[
     family = family_of(model)
     shape = DecoderShape.of(model.decoder, imbalance=EXPERT_IMBALANCE)
     squares = max(1, micro.sum_squared_lengths)
-    tokens = Tokens(tokens=micro.tokens, pairs=squares / 2, length=squares / micro.tokens)
+    tokens = Tokens(tokens=micro.tokens, pairs=squares / 2, length=squares / max(1, micro.tokens))
     chain = _Chain(family.trainable(experiment.train.freeze_policy))
     recompute = recompute_of(experiment)
     own = -(-micro.images // layout.tensor)
