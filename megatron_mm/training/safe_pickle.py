@@ -1,11 +1,11 @@
 """The two pickles of a distributed checkpoint, checked before megatron-core loads them.
 
 torch's distributed checkpoint describes its tensors in a pickle (`.metadata`), and megatron-core writes what is not a tensor
-as another (`common.pt`). A pickle can call anything it names; these may name nothing but the types that such a description is
-made of. The check unpickles into stand-ins that do nothing, so that not even an allowed type is made.
+as another (`common.pt`, or from 0.19 on a part of a file of tensors). A pickle can call anything it names; these may name nothing but the
+types that such a description is made of. The check unpickles into stand-ins that do nothing, so that not even an allowed type is made.
 
-What such a description says is looked at next. An entry that is no tensor would be unpickled by torch when it is read, and a file outside
-the folder would be read as a tensor's: this program writes neither.
+What such a description says is looked at next. Any other entry that is no tensor would be unpickled by torch when it is read, and a file
+outside the folder would be read as a tensor's: this program writes neither.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ _ALLOWED: dict[str, set[str]] = {
 }
 """What a checkpoint's pickles may name."""
 
+_COMMON = "common_state/shard_0_1"
+"""The entry in which megatron-core 0.19 keeps what is not a tensor."""
+
 
 def check_pickles(folder: Path) -> None:
     """Raise ValueError that names file and object where a pickle under `folder` names something it has no business to name."""
@@ -55,29 +58,42 @@ def check_pickles(folder: Path) -> None:
     _check_description(folder / ".metadata", described)
     common = folder / "common.pt"
     if common.is_file():
-        try:
-            with zipfile.ZipFile(common) as archive:
-                pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # what zipfile raises
-            raise ValueError(f"checkpoint file {common} is damaged ({error}): restore it or remove the checkpoint") from None
-        for content in pickles:
-            _check(common, content)
+        _check_saved(common, common.read_bytes())
+
+
+def _check_saved(path: Path, saved: bytes) -> None:
+    """The pickle in what torch.save wrote, as a file or a part of it."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(saved)) as archive:
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # what zipfile raises
+        raise ValueError(f"checkpoint file {path} is damaged ({error}): restore it or remove the checkpoint") from None
+    for content in pickles:
+        _check(path, content)
 
 
 def _check_description(path: Path, data: bytes) -> None:
-    """Whether a description, whose names are allowed, is one of tensors in files beside it."""
+    """Whether a description, whose names are allowed, is one of tensors in files beside it, and of one pickle that is checked here."""
     metadata = pickle.loads(data)
     if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
         raise ValueError(f"checkpoint file {path} describes no tensors: restore it or remove the checkpoint")
     for name, entry in metadata.state_dict_metadata.items():
-        if type(entry) is not TensorStorageMetadata:
+        if type(entry) is not TensorStorageMetadata and name != _COMMON:
             raise ValueError(
                 f"checkpoint file {path} says that {name} is no tensor but a pickle, which loading it would run; this program did not "
                 "write it: remove it"
             )
-    for info in metadata.storage_data.values():
+    for index, info in metadata.storage_data.items():
         if PurePosixPath(info.relative_path).name != info.relative_path:
             raise ValueError(f"checkpoint file {path} names the file {info.relative_path}, which is outside its folder: remove it")
+        if getattr(info, "transform_descriptors", None):  # what is read would not be what was checked
+            raise ValueError(
+                f"checkpoint file {path} says that {index.fqn} is to be transformed, which this program did not write: remove it"
+            )
+        if index.fqn == _COMMON:
+            with (path.parent / info.relative_path).open("rb") as file:
+                file.seek(info.offset)
+                _check_saved(path.parent / info.relative_path, file.read(info.length))
 
 
 def _check(path: Path, data: bytes) -> None:
