@@ -13,8 +13,8 @@ from megatron_mm.planning.step import Prediction
 ERROR_BAND = {"dense": 0.12, "moe": 0.20}
 """Nine of ten published step times lie within this of their prediction (docs/planning.md); MoE with a band for the experts' balance."""
 COPY_GB_S = 1.2
-"""Rate at which a process copies its state to the host when it saves, GB/s; training waits for that and no longer. As one process on an H200
-did (docs/gpu.md)."""
+"""Rate at which a process copies its state to the host when it saves, GB/s; training waits for that and no longer. That of one process on
+an H200 (docs/gpu.md)."""
 
 
 def kind_of(planned: Planned) -> str:
