@@ -60,6 +60,9 @@ def main() -> None:
         trainer = assemble(check(experiment, Path(run_dir)), Path(run_dir))
         hooks = [hook for hook in trainer.hooks if isinstance(hook, Metrics | Norms | SlowProcesses)]
         trainer.hooks = hooks
+        wandb = next(hook.monitor._wandb for hook in hooks if isinstance(hook, Metrics))
+        while wandb.is_on and wandb._run is None:  # its thread imports the library, which is a start's work and no step's
+            time.sleep(0.1)
         watched: dict[bool, list[np.ndarray]] = {False: [], True: []}
         bare: list[np.ndarray] = []
         for index in range(arguments.steps + WARM_UP):

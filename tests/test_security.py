@@ -28,7 +28,7 @@ ALLOWED = {
     "platform/part_reader.py": {"pickle.loads"},
     "conversion/verify.py": {"trust_remote_code"},
 }
-"""A pickle that `training.safe_pickle` has looked through; the model's own code, which `convert verify --prompt` is asked to run."""
+"""Pickles that `training.safe_pickle` has looked through; the model's own code, which `convert verify --prompt` is asked to run."""
 
 
 def _called(node: ast.Call) -> str:

@@ -107,7 +107,7 @@ class Account:
         ):
             line = line.replace(written, here)
         if "sbatch" in line:
-            line += " --monitor.wandb disabled --train.global-batch-size 4"
+            line += " --monitor.wandb disabled"
         environment = {**self.cluster.environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             line, shell=True, cwd=self.home, env=environment, capture_output=True, text=True, timeout=seconds, check=False

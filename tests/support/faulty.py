@@ -29,7 +29,7 @@ class Faulty(Hook):
     collective            one that nobody else joins
     loader                no batch comes any more
     term                  SIGTERM: stop with a checkpoint
-    pause                 none: it waits until there is a file FAULT_ONCE.go
+    pause                 none: all wait until there is a file FAULT_ONCE.go
     full_disk             files cannot grow beyond a few kilobytes, for four steps
     killed_while_saving   SIGKILL as soon as a checkpoint is begun
     """
@@ -39,7 +39,7 @@ class Faulty(Hook):
         kind, rank, step = os.environ["FAULT"].split()
         self.kind, self.step = kind, int(step)
         self.once = Path(os.environ["FAULT_ONCE"])
-        self.armed = trainer.topology.rank == int(rank) and not self.once.exists()
+        self.armed = (kind == "pause" or trainer.topology.rank == int(rank)) and not self.once.exists()
 
     def after_step(self, record: StepRecord) -> None:
         if not self.armed:

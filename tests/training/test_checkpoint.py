@@ -200,6 +200,24 @@ def _pickle_for_a_tensor(tensors: Path) -> Path:
     return path
 
 
+def _pickle_for_plain_values(tensors: Path) -> Path:
+    """As megatron-core 0.19 keeps the optimizer's options; 0.16 would not ask for it, and it is refused all the same."""
+    path = tensors / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    name = "common_state/shard_0_1"
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    info = next(iter(metadata.storage_data.values()))
+    for index in [index for index in metadata.storage_data if index.fqn == name]:
+        del metadata.storage_data[index]
+    torch.save(_Dangerous(), tensors / "more.distcp")
+    size = (tensors / "more.distcp").stat().st_size
+    metadata.storage_data[MetadataIndex(name)] = replace(info, relative_path="more.distcp", offset=0, length=size)
+    path.write_bytes(pickle.dumps(metadata))
+    _sum_again(tensors / "more.distcp")
+    _sum_again(path)
+    return tensors / "more.distcp"
+
+
 def _file_elsewhere(tensors: Path) -> Path:
     path = tensors / ".metadata"
     metadata = pickle.loads(path.read_bytes())
@@ -225,6 +243,7 @@ def _no_archive(tensors: Path) -> Path:
         (_poison(".metadata"), "mkdir"),
         (_poison("common.pt"), "mkdir"),
         (_pickle_for_a_tensor, "is no tensor but a pickle"),
+        pytest.param(_pickle_for_plain_values, "mkdir", marks=pytest.mark.slow),
         pytest.param(_file_elsewhere, "which is outside its folder", marks=pytest.mark.slow),
         pytest.param(_no_archive, "is damaged", marks=pytest.mark.slow),
     ],
@@ -235,6 +254,7 @@ def _no_archive(tensors: Path) -> Path:
         "malicious metadata",
         "malicious common",
         "a pickle in a tensor's place",
+        "a pickle in plain values' place",
         "a file elsewhere",
         "no archive",
     ],

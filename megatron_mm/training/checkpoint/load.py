@@ -19,7 +19,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_mm.config import Experiment
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.platform import fp8_weights, part_reader
+from megatron_mm.platform import fp8_weights, part_reader, safe_objects
 from megatron_mm.training.checkpoint.compatible import check_same_model
 from megatron_mm.training.checkpoint.integrity import agree, verify
 from megatron_mm.training.checkpoint.names import TENSORS, belongs_to_model
@@ -108,6 +108,7 @@ def shared_metadata(checkpoint: Path, topology: Topology) -> Iterator[None]:
 
 def load_strategy() -> FullyParallelLoadStrategyWrapper:
     """Reads each stored element once for all data-parallel processes that want it."""
+    safe_objects.install()
     return FullyParallelLoadStrategyWrapper(
         TorchDistLoadShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
     )

@@ -1,0 +1,29 @@
+"""Objects of a distributed checkpoint, read without running what they name.
+
+What upstream lacks: torch's planner unpickles every entry of a checkpoint that is no tensor, whatever it names (`weights_only=False`).
+megatron-core 0.19 keeps the optimizer's options in such an entry, so whoever changed it could run code in whoever loads it. They are plain
+values, which `weights_only=True` reads. (megatron-core 0.16 keeps them in a file of their own, and loads that so itself.)
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
+
+
+def install() -> None:
+    """Does nothing when called again."""
+    DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
+
+
+def _load_bytes(self: Any, read_item: ReadItem, value: io.BytesIO) -> None:
+    found, name = torch.load(value, weights_only=True), read_item.dest_index.fqn
+    if self.flatten_state_dict:
+        set_element(self.original_state_dict, self.mappings[name], found)
+    else:
+        self.state_dict[name] = found
