@@ -202,7 +202,7 @@ def main() -> None:
     met = disturb(data, given.out / "disturbed", count=given.faults, seed=given.seed, change_layout=given.change_layout)
     worst = compare(undisturbed, given.out / "disturbed", exactly=not given.change_layout)
     same = "bit-identical" if worst == 0 else f"tensors within {worst:.2g} relative"
-    print(f"seed {given.seed}: after {len(met) - 1} faults weights, optimizer and losses are the undisturbed run's: {same}")
+    print(f"seed {given.seed}: after {len(met) - met.count('none')} faults weights, optimizer and losses are the undisturbed run's: {same}")
 
 
 if __name__ == "__main__":
