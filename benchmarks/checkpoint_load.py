@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from checkpoint_save import PeakMemory, experiment
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 
 from megatron_mm.parallel import topology as topologies
@@ -71,13 +70,13 @@ def run(folder: Path, *, loads: bool) -> dict[str, Any]:
         checkpointer.save(TrainState(step=1))
         checkpointer.finish()
     else:
+        theirs = FileSystemReader.read_data
         part_reader.install()
         FileSystem.create_stream = counted_stream  # type: ignore[method-assign,assignment]
-        ours = CachedMetadataFileSystemReader.read_data
-        for name, read in [*zip(KINDS, (FileSystemReader.read_data, ours), strict=True)] * 2:
-            CachedMetadataFileSystemReader.read_data = read  # type: ignore[method-assign]
-            part_reader._read_parts.reads_parts = True  # type: ignore[attr-defined]
-            read.reads_parts = True  # type: ignore[attr-defined]
+        ours = FileSystemReader.read_data
+        for name, read in [*zip(KINDS, (theirs, ours), strict=True)] * 2:
+            read.reads_parts = True  # type: ignore[attr-defined]  # so that a load leaves it in place
+            FileSystemReader.read_data = read  # type: ignore[method-assign]
             dist.barrier()
             CountingFile.total, memory = 0, PeakMemory()
             began, processor = time.perf_counter(), time.process_time()

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType
@@ -37,9 +36,9 @@ _given: dict[str, bytes] = {}
 
 def install() -> None:
     """Does nothing when called again."""
-    if not hasattr(CachedMetadataFileSystemReader.read_data, "reads_parts"):
+    if not hasattr(FileSystemReader.read_data, "reads_parts"):
         _read_parts.reads_parts = True  # type: ignore[attr-defined]
-        CachedMetadataFileSystemReader.read_data = _read_parts
+        FileSystemReader.read_data = _read_parts  # type: ignore[method-assign]
         FileSystemReader.read_metadata = _given_or_read(FileSystemReader.read_metadata)  # type: ignore[method-assign]
 
 
