@@ -139,6 +139,11 @@ def test_the_walk_from_an_empty_account_to_a_finished_run(cluster: SlurmCluster,
             while not path.exists() or len(path.read_text().splitlines()) < 3:
                 assert time.monotonic() < deadline and cluster.state(account.job) in ("PENDING", "RUNNING")
                 time.sleep(0.2)
+        if "watch" in line:  # once it has begun
+            path, deadline = tmp_path / "scratch" / "runs" / "large" / "metrics.jsonl", time.monotonic() + 400
+            while not path.exists():
+                assert time.monotonic() < deadline and cluster.state(account.job) in ("PENDING", "RUNNING")
+                time.sleep(0.2)
         said = account.types(line)
         typed += 1
         if "scancel" in line:
