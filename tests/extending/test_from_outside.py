@@ -225,10 +225,11 @@ def test_what_a_file_raises_is_said_with_its_name(tmp_path: Path) -> None:
 
 
 def test_a_lost_extension_is_named(tmp_path: Path) -> None:
-    values = {**to_dict(get_recipe(PATCHES)), "extensions": [str(tmp_path / "gone.py")]}
-    (tmp_path / "experiment.json").write_text(json.dumps(values))
+    values = {**to_dict(get_recipe(PATCHES)), "extensions": [str(tmp_path / "mine" / "gone.py")]}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "experiment.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"extensions of .*experiment.json: there is no file .*gone.py: give the path where it is"):
-        load_experiment(tmp_path / "experiment.json")
+        load_experiment(tmp_path / "run" / "experiment.json")
 
 
 def test_the_documentation_quotes_the_files() -> None:
