@@ -47,8 +47,8 @@ def test_a_padded_batch_generates_what_each_prompt_does(case: tuple[Experiment, 
     model, processor = load(case[1])
     images, texts = [[RGB], [RGB.rotate(90), RGB], []], ["<image>a red", "<image>one<image>the blue star left of", "how many stars?"]
     batch = processor(images=images, text=texts, return_tensors="pt")
-    for options in ({}, {"num_beams": 3}):
-        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, **options}
+    for beams in (1, 3):
+        options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "num_beams": beams}
         together = model.generate(**batch, **options)[:, -5:]
         for own, text, found in zip(images, texts, together, strict=True):
             alone = processor(images=own or None, text=text, return_tensors="pt")
@@ -106,7 +106,8 @@ def test_mono_internvls_tiles_and_prompts_are_trainings(case: tuple[Experiment, 
     rng = np.random.default_rng(1)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (own.image_mean, own.image_std))
     for size in ((1, 1), (1, 300), (300, 2), (45, 45), (46, 46), (200, 100), (64, 96), (33, 71), (640, 480)):
-        shape = (size[1], size[0], 4 if size[0] == 64 else 3)
+        width, height = size
+        shape = (height, width, 4 if int(width) == 64 else 3)
         image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
         image.save(file := io.BytesIO(), "PNG")
         inputs = processor(images=Image.open(io.BytesIO(file.getvalue())), text="<image>a red circle", return_tensors="pt")
