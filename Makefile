@@ -40,9 +40,11 @@ demo: $(STAMP)
 
 # Two test files at a time, which is what two cores carry (many tests start several processes of their own): WORKERS=4 on a larger machine.
 WORKERS ?= 2
-PYTEST = python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST = python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# The longest files first, so that no worker is left alone with one of them.
+LONGEST := tests/training tests/parallel tests/models tests/run tests/test_golden_runs.py
 test: $(STAMP)
-	$(BIN)/$(PYTEST) -m "not slow" tests
+	$(BIN)/$(PYTEST) -m "not slow" $(LONGEST) tests
 
 test-all: $(STAMP)
 	$(BIN)/$(PYTEST) tests

@@ -158,6 +158,7 @@ def _clock_jumps(data: Path, run_dir: Path) -> int:
     return start(replace(experiment, checkpoint=replace(experiment.checkpoint, interval=2)), run_dir).step
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(demo_data: Path, tmp_path: Path) -> None:
     """The clock of the machine is everybody's, so what reads it is replaced."""
     assert run_processes(_clock_jumps, 2, demo_data, tmp_path) == [8, 8]

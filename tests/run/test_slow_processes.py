@@ -75,6 +75,7 @@ def events(run_dir: Path) -> Iterator[str]:
             yield event["text"]
 
 
+@pytest.mark.slow
 def test_a_delay_in_the_loader_of_one_process_and_in_the_forward_pass_of_another_are_found(demo_data: Path, tmp_path: Path) -> None:
     delays: Delays = [("data", 1, range(4, 8)), ("forward", 0, range(8, 12))]
     missed = run_processes(train, 2, demo_data, tmp_path, {}, 13, delays)

@@ -64,6 +64,7 @@ def _fresh_weights(data: Path, run_dir: Path) -> dict[str, torch.Tensor]:
     return _weights(assemble(check(infimm_run(data, steps=1, schedule_steps=1, policy="ift"), run_dir), run_dir))
 
 
+@pytest.mark.slow
 def test_another_layout_begins_with_the_same_weights(first: Path, demo_data: Path, tmp_path: Path) -> None:
     """Pipeline 2 with a last stage that has no gated block: nothing of it learns."""
     layout = {"pipeline": 2, "stage_layers": (4, 0)}

@@ -55,9 +55,8 @@ def _losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "distributed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["distributed optimizer", "plain optimizer"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed optimizer", "plain optimizer"])
 def test_a_restart_resumes_from_memory_bit_for_bit(distributed: bool, demo_data: Path, tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     parallel = {"tensor": 2, "distributed_optimizer": distributed}
@@ -155,6 +154,7 @@ def _evaluates(data: Path, run_dir: Path, steps: int) -> None:
     start(experiment, run_dir)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_with_the_lowest_held_out_loss_stays(demo_data: Path, tmp_path: Path) -> None:
     run_processes(_evaluates, 2, demo_data, tmp_path, 12)
     assert [path.name for path in completed_checkpoints(tmp_path)] == ["step_00000006", "step_00000012"]

@@ -16,6 +16,7 @@ from megatron_mm.run.start import start
 
 Layout = dict[str, Any]
 TENSOR_PIPELINE: Layout = {"tensor": 2, "pipeline": 2}
+STEPS = 12
 
 
 def run(data: Path, run_dir: Path, layout: Layout, steps: int, options: dict[str, Any] | None = None) -> None:
@@ -34,21 +35,21 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def straight(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Runs of 20 steps without a stop, on one process and on four, by world size."""
+    """Runs of 12 steps without a stop, on one process and on four, by world size."""
     runs = {}
     for world_size, layout in ((1, {}), (4, TENSOR_PIPELINE)):
         runs[world_size] = tmp_path_factory.mktemp("straight")
-        run_processes(run, world_size, demo_data, runs[world_size], layout, 20)
+        run_processes(run, world_size, demo_data, runs[world_size], layout, STEPS)
     return runs
 
 
 @pytest.fixture(scope="module")
 def half(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The same runs, stopped after 10 steps."""
+    """The same runs, stopped after 6 steps."""
     runs = {}
     for world_size, layout in ((1, {}), (4, TENSOR_PIPELINE)):
         runs[world_size] = tmp_path_factory.mktemp("half")
-        run_processes(run, world_size, demo_data, runs[world_size], layout, 10)
+        run_processes(run, world_size, demo_data, runs[world_size], layout, STEPS // 2)
     return runs
 
 
@@ -62,7 +63,7 @@ def test_resume_on_the_same_layout_is_bit_identical(
 ) -> None:
     """Resumed twice: what a load restores wrongly may show in the checkpoint that follows it."""
     run_dir = copy(half[world_size], tmp_path)
-    for steps in (15, 20):
+    for steps in (9, STEPS):
         run_processes(run, world_size, demo_data, run_dir, layout, steps)
     assert losses(run_dir) == losses(straight[world_size])
     assert [line["grad_norm"] for line in metrics(run_dir)] == [line["grad_norm"] for line in metrics(straight[world_size])]
@@ -70,7 +71,7 @@ def test_resume_on_the_same_layout_is_bit_identical(
 
 def test_metrics_have_every_step_once_with_the_promised_fields(straight: dict[int, Path]) -> None:
     lines = metrics(straight[4])
-    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert {"loss", "losses", "grad_norm", "lr", "tokens", "images", "seconds", "tokens_per_s", "tflops", "mfu"} <= set(lines[0])
     assert losses(straight[4]) == pytest.approx(losses(straight[1]), rel=1e-5)
 
@@ -90,8 +91,8 @@ def test_resume_on_another_layout_continues_the_curve(
     demo_data: Path, straight: dict[int, Path], half: dict[int, Path], tmp_path: Path, world_size: int, layout: Layout
 ) -> None:
     run_dir = copy(half[4], tmp_path)
-    run_processes(run, world_size, demo_data, run_dir, layout, 20)
-    assert [line["step"] for line in metrics(run_dir)] == list(range(1, 21))
+    run_processes(run, world_size, demo_data, run_dir, layout, STEPS)
+    assert [line["step"] for line in metrics(run_dir)] == list(range(1, STEPS + 1))
     assert losses(run_dir) == pytest.approx(losses(straight[4]), rel=1e-5)
     for ours, theirs in zip(metrics(run_dir), metrics(straight[4]), strict=True):  # the same samples in every global batch
         assert (ours["tokens"], ours["images"], set(ours["losses"])) == (theirs["tokens"], theirs["images"], set(theirs["losses"]))
@@ -102,17 +103,17 @@ def test_resume_of_a_run_whose_pipeline_ranks_all_encode(demo_data: Path, straig
     """Exact on the same layout, and any other layout reads its checkpoint."""
     spread: Layout = {"tensor": 2, "pipeline": 2, "spread_encoder": True}
     without_stop, stopped = tmp_path / "straight", tmp_path / "stopped"
-    run_processes(run, 4, demo_data, without_stop, spread, 20)
-    run_processes(run, 4, demo_data, stopped, spread, 10)
+    run_processes(run, 4, demo_data, without_stop, spread, STEPS)
+    run_processes(run, 4, demo_data, stopped, spread, STEPS // 2)
     elsewhere = copy(stopped, tmp_path)
-    run_processes(run, 4, demo_data, stopped, spread, 20)
+    run_processes(run, 4, demo_data, stopped, spread, STEPS)
     assert losses(stopped) == losses(without_stop)
-    run_processes(run, 2, demo_data, elsewhere, {"tensor": 2}, 20)
+    run_processes(run, 2, demo_data, elsewhere, {"tensor": 2}, STEPS)
     for run_dir in (stopped, elsewhere):
         assert losses(run_dir) == pytest.approx(losses(straight[4]), rel=1e-5)
 
 
 def test_a_run_that_is_done_says_so_and_does_nothing(demo_data: Path, half: dict[int, Path], tmp_path: Path) -> None:
     run_dir = copy(half[1], tmp_path)
-    run_processes(run, 1, demo_data, run_dir, {}, 10)
+    run_processes(run, 1, demo_data, run_dir, {}, STEPS // 2)
     assert losses(run_dir) == losses(half[1])

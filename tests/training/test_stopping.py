@@ -11,6 +11,7 @@ from dataclasses import replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 
+import pytest
 from support.distributed import run_processes
 from support.small import small_run
 
@@ -68,6 +69,7 @@ def _interrupt_once() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_signals_to_everything_break_no_save_and_the_next_start_goes_on(demo_data: Path, tmp_path: Path) -> None:
     stopped = run_processes(_train, 2, demo_data, tmp_path, MANY, _both_to_everything)
     step = stopped[0][0]

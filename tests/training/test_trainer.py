@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support.distributed import run_processes
 from support.small import small_run
@@ -63,6 +64,7 @@ def _train_until_error(data: Path, run_dir: Path, steps: int, limit: int) -> str
     return ""
 
 
+@pytest.mark.slow
 def test_a_run_ends_on_all_processes_after_so_many_skipped_steps_in_a_row(demo_data: Path, tmp_path: Path) -> None:
     errors = run_processes(_train_until_error, 2, demo_data, tmp_path, 20, 4)
     assert all("not finite in 4 steps in a row, 2 to 5 (the last one: loss nan" in error for error in errors), errors
