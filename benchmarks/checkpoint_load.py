@@ -11,59 +11,33 @@ set while it loads, above what it was before.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import logging
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from checkpoint_save import PeakMemory, experiment
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
+from checkpoint_save import PeakMemory, built
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.platform import part_reader
-from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import Checkpointer, TrainState
-from megatron_mm.training.optimizer import build_optimizer, initialize_state
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support import counted_reads
+from support.counted_reads import CountingFile
 
 KINDS = ("torch's reader (baseline)", "parts of pieces")
 
 
-class CountingFile(io.FileIO):
-    """Counts what is read of the files of all its instances."""
-
-    total = 0
-
-    def readinto(self, buffer: Any) -> Any:
-        count = super().readinto(buffer)
-        CountingFile.total += count or 0
-        return count
-
-
-@contextlib.contextmanager
-def counted_stream(self: FileSystem, path: Path, mode: str) -> Iterator[Any]:
-    with io.BufferedReader(CountingFile(os.fspath(path))) as file:
-        yield file
-
-
 def run(folder: Path, *, loads: bool) -> dict[str, Any]:
     """On one process: save, or load twice of each kind, of which the second counts."""
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    settings = experiment()
-    topology = topologies.initialize(settings.parallel, seed=1)
-    model = build_model(settings, topology)
-    optimizer = build_optimizer(settings, model)
-    initialize_state(optimizer)
+    settings, topology, model, optimizer = built()
     checkpointer = Checkpointer(settings, topology, folder, model, optimizer)
     found: dict[str, Any] = {}
     if not loads:
@@ -72,7 +46,7 @@ def run(folder: Path, *, loads: bool) -> dict[str, Any]:
     else:
         theirs = FileSystemReader.read_data
         part_reader.install()
-        FileSystem.create_stream = counted_stream  # type: ignore[method-assign,assignment]
+        counted_reads.install()
         ours = FileSystemReader.read_data
         for name, read in [*zip(KINDS, (theirs, ours), strict=True)] * 2:
             read.reads_parts = True  # type: ignore[attr-defined]  # so that a load leaves it in place

@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mm.config import Experiment
 from megatron_mm.families.recipes import get_recipe
@@ -116,8 +118,8 @@ def plain_copy(written: int) -> dict[str, float]:
     return timed(source.clone)
 
 
-def measure(folder: Path) -> dict[str, dict[str, float]]:
-    """On one process; each kind of saves in turn."""
+def built() -> tuple[Experiment, topologies.Topology, list[DistributedDataParallel], MegatronOptimizer]:
+    """The experiment on one process, with an optimizer that has taken a step."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     settings = experiment()
@@ -125,6 +127,12 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
     model = build_model(settings, topology)
     optimizer = build_optimizer(settings, model)
     initialize_state(optimizer)
+    return settings, topology, model, optimizer
+
+
+def measure(folder: Path) -> dict[str, dict[str, float]]:
+    """On one process; each kind of saves in turn."""
+    settings, topology, model, optimizer = built()
     gathered, found = Gathered(), {}
     ours = optimizer_state.optimizer_state
     kinds = {GATHERING: (gathering, NoPlans), ANEW: (ours, NoPlans), OURS: (ours, save_plan.SavePlans)}

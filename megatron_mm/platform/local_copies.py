@@ -36,6 +36,11 @@ def cache_folder() -> CacheFolder | None:
     return CacheFolder(Path(found[1]), int(found[2]) * _UNITS[found[3]])
 
 
+def bytes_in(folder: Path) -> int:
+    """Of all files below a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def address_of(path: Path) -> str | None:
     """The address of an object store that a path is, which `Path` writes as s3:/bucket/...; None where it is a path of this machine."""
     found = re.match(r"([a-z][a-z0-9+.-]+):/+(?=[^/])", str(path))

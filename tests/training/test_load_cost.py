@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import counted_reads
+from support.counted_reads import BLOCK, CountingFile
 from support.distributed import run_processes
 from support.small import random_step, small_experiment
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.platform import part_reader
@@ -22,9 +20,6 @@ from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import Checkpointer, TrainState
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
-
-BLOCK = 8192
-"""That a buffered file reads at least; a piece is looked at in a few."""
 
 
 @dataclass
@@ -35,23 +30,6 @@ class Read:
     descriptions: int = 0
     pieces: int = 0
     losses: tuple[float, ...] = ()
-
-
-class CountingFile(io.FileIO):
-    """Counts what is read of the files of all its instances."""
-
-    total = 0
-
-    def readinto(self, buffer: Any) -> Any:
-        count = super().readinto(buffer)
-        CountingFile.total += count or 0
-        return count
-
-
-@contextlib.contextmanager
-def counted_stream(self: FileSystem, path: Path, mode: str) -> Iterator[Any]:
-    with io.BufferedReader(CountingFile(os.fspath(path)), BLOCK) as file:
-        yield file
 
 
 def build(parallel: dict[str, Any], folder: Path) -> tuple[Any, TrainingStep, Checkpointer]:
@@ -88,7 +66,7 @@ def load(folder: Path, parallel: dict[str, Any]) -> Read:
 
     FileSystemReader.read_metadata = described
     part_reader._Piece.__init__ = piece  # type: ignore[method-assign]
-    FileSystem.create_stream = counted_stream  # type: ignore[method-assign,assignment]
+    counted_reads.install()
     CountingFile.total = 0
     checkpointer.load(folder / "checkpoints" / "step_00000001")
     read.bytes = CountingFile.total

@@ -55,12 +55,14 @@ class Mirror:
     def beginnings(self, files: Sequence[Path]) -> Iterator[None]:
         """Let files hold the first megabytes of their objects and nothing else, as long as they are needed. Raises OSError."""
         before = [file.stat() for file in files]
-        for file, found in zip(files, before, strict=True):
-            os.truncate(file, min(found.st_size, _BEGIN))
-            _fill(file, self.url_of(file))
-        yield
-        for file, found in zip(files, before, strict=True):
-            _make_empty(file, found.st_size, found.st_mtime_ns)
+        try:
+            for file, found in zip(files, before, strict=True):
+                os.truncate(file, min(found.st_size, _BEGIN))
+                _fill(file, self.url_of(file))
+            yield
+        finally:
+            for file, found in zip(files, before, strict=True):
+                _make_empty(file, found.st_size, found.st_mtime_ns)
 
     @contextmanager
     def filled(self, file: Path) -> Iterator[None]:

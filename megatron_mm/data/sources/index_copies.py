@@ -23,7 +23,7 @@ from pathlib import Path
 
 from megatron_mm.data.sources.index_files import ARRAYS, META, write_json
 from megatron_mm.data.sources.stores import ObjectStore
-from megatron_mm.platform.local_copies import CACHE_VARIABLE, CacheFolder, address_of, cache_folder, local_folder
+from megatron_mm.platform.local_copies import CACHE_VARIABLE, CacheFolder, address_of, bytes_in, cache_folder, local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +129,3 @@ def _make_room(cache_to: CacheFolder, needed: int, *, keep: Path, of: str) -> No
             f"the index of {of} has {needed / 1e9:.2f} GB, more than what {CACHE_VARIABLE} has room for ({cache_to.limit / 1e9:.2f} GB): "
             "give more"
         )
-
-
-def bytes_in(folder: Path) -> int:
-    """Of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from megatron_mm.data.sources.shards import read_range
-from megatron_mm.platform.local_copies import address_of, cache_folder
+from megatron_mm.platform.local_copies import address_of, bytes_in, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -232,8 +232,7 @@ def cache_of_environment() -> RangeCache | None:
     found = cache_folder()
     if found is None:
         return None
-    indexes = sum(path.stat().st_size for path in (found.path / "indexes").rglob("*") if path.is_file())
-    return RangeCache(found.path, max(0, found.limit - indexes))
+    return RangeCache(found.path, max(0, found.limit - bytes_in(found.path / "indexes")))
 
 
 def store_of(source: Path, url: str | None) -> Store:

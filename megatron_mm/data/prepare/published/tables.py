@@ -77,7 +77,7 @@ def _row(batch: Any, number: int) -> Record | BadRecord:
             if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
                 return BadRecord(NOT_UTF8)
             record[name] = column[number].as_buffer().to_pybytes()
-        except Exception:
+        except Exception:  # such as a time that Python has no type for; a record that needs the field is rejected for want of it
             record[name] = None
     return record
 
