@@ -87,7 +87,7 @@ class Wording:
         else:
             wording = cls(FORMS[name] if form is None else form, _SEPARATORS.get(name, "\n"), template, task.prompt)
         try:
-            wording._parts(Example("", (), "q", ("a",)), images=0)
+            wording._parts(Example("", (), "q", ("A",), choices=("a", "b")), images=0)
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
                 f"--form {wording.form!r}: {error} (it may have {{image}}, {{question}}, {{context}} and {{choices}})"
@@ -114,8 +114,9 @@ class Wording:
         return f"{self.space}{answer}" if after_text else answer
 
     def _turn(self, example: Example) -> Turn:
-        fields: dict[str, object] = {"task": self.task, "images": ["image"] * len(example.images), "question": example.question}
-        if self.task == "scienceqa":
+        task = "vqa" if self.task == "scienceqa" and not example.choices else self.task
+        fields: dict[str, object] = {"task": task, "images": ["image"] * len(example.images), "question": example.question}
+        if task == "scienceqa":
             fields |= {"choices": list(example.choices), "answer": example.answer}
             if example.context:
                 fields["context"] = example.context
@@ -131,7 +132,8 @@ class Wording:
             "context": f"{example.context}\n" if example.context else "",
             "choices": "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, example.choices, strict=False)),
         }
-        first, *rest = self.form.format(**values).split("\0")
+        form = FORMS["vqa"] if "{choices}" in self.form and not example.choices else self.form  # an open question among others
+        first, *rest = form.format(**values).split("\0")
         parts: list[str | ImageReference] = [first]
         for text in rest:
             parts += [*(ImageReference("image", counted=False) for _ in range(images)), text]
@@ -250,6 +252,7 @@ class PromptBuilder:
         return found
 
 
-def cut_answer(text: str) -> str:
-    """An answer without what a base model writes on after it: up to the first line break."""
-    return text.strip().split("\n")[0].strip()
+def cut_answer(text: str, *, max_words: int | None = None) -> str:
+    """An answer without what a base model writes on after it: up to the first line break, and of that so many words."""
+    line = text.strip().split("\n")[0].strip()
+    return line if max_words is None else " ".join(line.split()[:max_words])

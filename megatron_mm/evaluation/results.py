@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mm.evaluation.published import Published, published
+from megatron_mm.evaluation.published import UNCONFIRMED, Published, published
 from megatron_mm.evaluation.tasks.registry import TEXTCORE
 
 
@@ -83,6 +83,7 @@ def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
     width = max((len(of_task.title) for of_task in results), default=0) + 2
     yield f"{'':{width}}" + "".join(f"{f'{n} shots':>12}" for n in shots) + "   metric"
     sources: dict[str, None] = {}
+    unconfirmed = False
     for task in tasks:
         row = [of.get((task, n)) for n in shots]
         first = next(result for result in row if result is not None)
@@ -90,9 +91,10 @@ def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
         yield f"{first.title:{width}}{cells}   {first.metric}"
         figures = [published(recipe, task, n) for n in shots]
         if any(figures):
-            cells = "".join(f"{'-' if figure is None else f'{figure.value:g}':>12}" for figure in figures)
+            cells = "".join(f"{figure or '-'!s:>12}" for figure in figures)
             yield f"{'  published':{width}}{cells}   {_model(figures)}"
             sources |= {figure.source: None for figure in figures if figure is not None}
+            unconfirmed |= any(figure is not None and not figure.confirmed for figure in figures)
         bad = sum(result.bad_items for result in row if result is not None)
         if bad:
             yield f"  {bad} items of {task} were left out: their images cannot be read"
@@ -102,6 +104,8 @@ def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
         yield f"{'TextCore, average':{width}}{average:12.1f}   {number} shots"
     for source in sources:
         yield f"published: {source}"
+    if unconfirmed:
+        yield UNCONFIRMED
 
 
 def _model(figures: Sequence[Published | None]) -> str:

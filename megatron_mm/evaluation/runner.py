@@ -26,7 +26,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mm.evaluation.generation import Generator, Prompt
-from megatron_mm.evaluation.metrics.choices import letter_of
+from megatron_mm.evaluation.metrics.mmmu import chosen_letter
 from megatron_mm.evaluation.prompts import BadImage, PromptBuilder, Wording, Written, cut_answer
 from megatron_mm.evaluation.results import Result
 from megatron_mm.evaluation.tasks.base import LETTERS, Answered, Example, Task
@@ -93,10 +93,13 @@ class TaskRunner:
         }
         began = time.monotonic()
         items = _Items(self.out, setting, self.topology)
-        left = [example for example in examples if example.key not in items.done]
-        mine = left[self.topology.data_rank :: self.topology.data_size]
         job = _Job(task, wording, method, shots or blind, pool, blind=blind > 0)
-        self._answer(job, mine, rounds=-(-len(left) // (self.topology.data_size * self.options.batch_size)), items=items)
+        left = [example for example in examples if example.key not in items.done]
+        for own in dict.fromkeys(map(job.method_of, left)):
+            group = [example for example in left if job.method_of(example) == own]
+            mine = group[self.topology.data_rank :: self.topology.data_size]
+            rounds = -(-len(group) // (self.topology.data_size * self.options.batch_size))
+            self._answer(replace(job, method=own), mine, rounds=rounds, items=items)
         answers = items.gather()
         result = self._result(task, examples, answers, setting, job, seconds=time.monotonic() - began)
         if self.topology.is_main:
@@ -178,7 +181,7 @@ class TaskRunner:
             found = self.generator.beam(prompts, num_beams=self.options.beams, max_new_tokens=new, end_ids=end_ids)
         else:
             found = self.generator.greedy(prompts, max_new_tokens=new, end_ids=end_ids)
-        return [job.read(builder.tokenizer.decode(ids)) for ids in found[: len(asked)]]
+        return [job.read(builder.tokenizer.decode(ids), example) for ids, (example, _) in zip(found, asked, strict=False)]
 
     def _result(
         self, task: Task, examples: list[Example], answers: dict[str, Any], setting: dict[str, Any], job: _Job, *, seconds: float
@@ -230,10 +233,14 @@ class _Job:
             return ["yes", "no"]
         return list(example.choices) if self.task.kind == "text" else list(LETTERS[: len(example.choices)])
 
-    def read(self, text: str) -> str:
+    def method_of(self, example: Example) -> str:
+        """How a question is answered: among those of multiple choice there may be open ones, which have nothing to rank."""
+        return "generate" if self.task.kind == "choice" and not example.choices else self.method
+
+    def read(self, text: str, example: Example) -> str:
         """A generated text as an answer."""
-        answer = cut_answer(text)
-        return letter_of(answer) if self.task.kind == "choice" else answer
+        answer = cut_answer(text, max_words=self.task.max_words)
+        return chosen_letter(answer, example.choices) if example.choices and self.task.kind == "choice" else answer
 
 
 class _Items:

@@ -152,6 +152,7 @@ def evaluate_tasks(
     forms = family_of(experiment.model).prompt_forms
     wordings = [Wording.of(task, template, form=options.form, family_forms=forms) for task in tasks]
     for task in tasks:  # what is missing is found now, not after hours
+        task.check_method(options.method)
         task.examples(data)
         if max(shots) or options.text_demonstrations:
             task.training_examples(data)

@@ -136,7 +136,9 @@ def _mmmu(folder: Path) -> None:
             "answer": "B",
             "question_type": "multiple-choice",
         }
-        rows = [{**row, "image_1": {"bytes": picture("red"), "path": "1.jpg"}, "image_2": None}]
+        image = {"bytes": picture("red"), "path": "1.jpg"}
+        free = {**row, "id": f"{split}_Art_2", "options": "[]", "answer": "['24/7', '3.429']", "question_type": "open"}
+        rows = [{**row, "image_1": image, "image_2": None}, {**free, "image_1": image, "image_2": image}]
         (folder / "Art").mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "Art" / f"{split}-00000-of-00001.parquet")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -60,8 +59,8 @@ def pope_scores(answered: Sequence[Answered]) -> dict[str, float]:
 
 def pope_answer(answer: str) -> str:
     """An answer as POPE's evaluation reads it."""
-    words = answer.split(".")[0].replace(",", "").lower().split()
-    return "no" if any(word in ("no", "not") for word in words) else "yes"
+    words = answer.split(".")[0].replace(",", "").split()
+    return "no" if any(word in ("No", "no", "not") for word in words) else "yes"
 
 
 def mme_scores(answered: Sequence[Answered]) -> dict[str, float]:
@@ -89,15 +88,6 @@ def circular_scores(answered: Sequence[Answered]) -> dict[str, float]:
     for category in sorted({category for _, category in right} - {""}):
         found[category] = _percent([ok for ok, own in right if own == category])
     return found
-
-
-_LETTER = re.compile(r"\b([A-Z])\b")
-
-
-def letter_of(answer: str) -> str:
-    """The first letter that stands alone in an answer; empty where none does."""
-    found = _LETTER.search(answer)
-    return found.group(1) if found else ""
 
 
 def _percent(values: Sequence[bool]) -> float:

@@ -3,8 +3,8 @@
     accuracy of an answer = mean over the annotators of min(1, how many of the OTHER annotators gave it / 3)
 
 With ten annotators of whom three gave the model's answer: for these three 2 others did, for the other seven 3, so
-(3 * 2/3 + 7 * 1) / 10 = 0.9. Answers are compared after normalisation, unless all annotators agree to the letter: then they are compared as
-they are, without case. The normalisation, in this order:
+(3 * 2/3 + 7 * 1) / 10 = 0.9. All answers are normalised before they are compared, as lmms-eval does it. (The challenge's own code leaves
+references as they are where all annotators agree to the letter; no answer meets "the ball" then.) The normalisation, in this order:
 
 1. Line breaks and tabs become spaces; spaces around are dropped.
 2. Every punctuation mark is dropped where it stands beside a space anywhere in the text, or where the text has a comma between digits; else
@@ -78,10 +78,8 @@ def _plain(answer: str) -> str:
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """Accuracy in 0 to 1 of an answer among those of the annotators."""
-    given, answer = [_plain(reference) for reference in references], _plain(answer)
-    if len(set(given)) > 1:
-        given, answer = [normalised(reference) for reference in given], normalised(answer)
-    matches = [reference.lower() == answer.lower() for reference in given]
+    answer = normalised(answer)
+    matches = [normalised(reference) == answer for reference in references]
     return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(matches)
 
 

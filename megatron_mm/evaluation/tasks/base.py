@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -55,6 +56,16 @@ class Example:
     def answer(self) -> str:
         return self.shown or self.answers[0]
 
+    @property
+    def is_answered(self) -> bool:
+        """There is an answer to compare with."""
+        return any(answer.strip() for answer in self.answers)
+
+    @property
+    def has_right_choice(self) -> bool:
+        """The right letter is that of a choice; a question without choices has free answers."""
+        return not self.choices or all(answer in LETTERS[: len(self.choices)] for answer in self.answers)
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -101,6 +112,8 @@ class Task:
     """Where its files are published."""
     method: Method = "generate"
     max_new_tokens: int = 10
+    max_words: int | None = None
+    """Of a generated answer, how many words are read; None for its first line."""
     prompt: str = "vqa"
     """The task of multi-task training (`data.text.conversations.TASKS`) whose words ask, under a chat template."""
     form: str = ""
@@ -113,6 +126,13 @@ class Task:
     def path(self, data: Path) -> Path:
         return data / (self.folder or self.name)
 
+    def check_method(self, method: Method | None) -> None:
+        """Raise ValueError where answers cannot come about in a way that the user asks for."""
+        possible = ("generate", "rank") if self.kind in ("choice", "yes_no") else (self.method,)
+        if method is not None and method not in possible:
+            why = "it has no choices" if method == "rank" else "its choices are whole texts"
+            raise ValueError(f"--method {method} does not go with task {self.name}: {why}; leave the option out")
+
     def examples(self, data: Path) -> list[Example]:
         """What is evaluated. Raises ValueError that names the files and where they are published."""
         return self._read(self.evaluated, data)
@@ -121,7 +141,10 @@ class Task:
         """What demonstrations are drawn from. Raises ValueError as `examples` does."""
         if self.demonstrations is None:
             raise ValueError(f"task {self.name} has no training split: evaluate it with --shots 0")
-        return self._read(self.demonstrations, data)
+        found = self._read(self.demonstrations, data)
+        return self._left(
+            found, [example for example in found if example.answer.strip()], "have an empty answer to show", self.demonstrations
+        )
 
     def _read(self, split: Split, data: Path) -> list[Example]:
         folder = self.path(data)
@@ -137,8 +160,28 @@ class Task:
             raise ValueError(f"task {self.name}: {error}: restore it, or {advice}") from None
         if not found:
             raise ValueError(f"task {self.name}: {', '.join(split.files)} in {folder} hold no example: {advice}")
-        self._check_images(found, folder)
-        return self._with_own_keys(found)
+        answered = self._left(found, [one for one in found if one.is_answered], "have no answer", split)
+        if self.kind == "choice":
+            answered = self._left(
+                answered, [one for one in answered if one.has_right_choice], "have an answer that is none of their choices", split
+            )
+        self._check_images(answered, folder)
+        return self._with_own_keys(answered)
+
+    def _left(self, examples: list[Example], kept: list[Example], why: str, split: Split) -> list[Example]:
+        """Those that are kept; the others are counted. Raises ValueError where none is kept."""
+        if not kept:
+            raise ValueError(
+                f"task {self.name}: all {len(examples)} examples of {', '.join(split.files)} {why}: of some splits the answers are not "
+                f"published, take the files that the task names ({self.published_at})"
+            )
+        if len(kept) < len(examples):
+            lost = next(one for one, other in itertools.zip_longest(examples, kept) if one is not other)
+            count = len(examples) - len(kept)
+            logger.warning(
+                "task %s: %d of %d examples %s and are left out, the first is %s", self.name, count, len(examples), why, lost.key
+            )
+        return kept
 
     def _check_images(self, examples: list[Example], folder: Path) -> None:
         """Raise ValueError where no image is there, as far as one looks: a folder is missing or has another name. (Single missing ones cost
@@ -174,19 +217,23 @@ class DamagedFile(ValueError):
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file. Raises DamagedFile."""
+    """A JSON file, with or without a byte order mark. Raises DamagedFile."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DamagedFile(f"{path} cannot be read as JSON ({error})") from None
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """A file of one JSON value a line. Raises DamagedFile."""
+    """A file of one JSON value a line, blank lines left out; texts may have Unicode's own line breaks. Raises DamagedFile."""
+    found = []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        for line in path.read_text(encoding="utf-8-sig").split("\n"):
+            found.append(json.loads(line) if line.strip() else None)
     except (OSError, ValueError) as error:
-        raise DamagedFile(f"{path} cannot be read as JSON lines ({error})") from None
+        place = f", line {len(found) + 1}" if found else ""
+        raise DamagedFile(f"{path} cannot be read as JSON lines{place} ({error})") from None
+    return [value for value in found if value is not None]
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:

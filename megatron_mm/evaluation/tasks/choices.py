@@ -19,6 +19,7 @@ from megatron_mm.evaluation.metrics.choices import (
     mme_scores,
     pope_scores,
 )
+from megatron_mm.evaluation.metrics.mmmu import mmmu_scores
 from megatron_mm.evaluation.tasks.base import (
     LETTERS,
     Example,
@@ -53,7 +54,7 @@ def scienceqa(folder: Path, *, split: str) -> list[Example]:
                         row["question"],
                         (letter,),
                         choices=tuple(row["choices"]),
-                        context=row["hint"],
+                        context=row.get("hint") or "",
                         category=row["subject"],
                     )
                 )
@@ -63,7 +64,7 @@ def scienceqa(folder: Path, *, split: str) -> list[Example]:
 
 
 def mmmu(folder: Path, *, split: str) -> list[Example]:
-    """The multiple-choice questions of all subjects, from the Hugging Face data set's parquet files: SUBJECT/SPLIT-*.parquet."""
+    """The questions of all subjects, from the Hugging Face data set's parquet files, SUBJECT/SPLIT-*.parquet; open ones have no choices."""
     found = []
     for path in sorted(folder.glob(f"*/{split}-*.parquet")):
         found += _mmmu_subject(path)
@@ -71,23 +72,31 @@ def mmmu(folder: Path, *, split: str) -> list[Example]:
 
 
 def _mmmu_subject(path: Path) -> list[Example]:
-    def rows() -> list[Example]:
-        return [_mmmu_row(row, subject=path.parent.name) for row in read_parquet(path) if row["question_type"] == "multiple-choice"]
-
-    return parsed(path, rows)
+    return parsed(path, lambda: [_mmmu_row(row, subject=path.parent.name) for row in read_parquet(path)])
 
 
 def _mmmu_row(row: dict[str, Any], *, subject: str) -> Example:
     images = [row[f"image_{number}"] for number in range(1, 8) if row.get(f"image_{number}")]
-    choices = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
+    is_choice = row["question_type"] == "multiple-choice"
     return Example(
         key=row["id"],
         images=tuple(ImageSource(data=image["bytes"]) for image in images),
         question=row["question"],
-        answers=(row["answer"],),
-        choices=tuple(map(str, choices)),
+        answers=(row["answer"],) if is_choice else _listed(row["answer"]),
+        choices=_listed(row["options"]) if is_choice else (),
         category=subject,
     )
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    """The texts of a list, which MMMU's files write as Python would; of another text itself."""
+    if isinstance(value, str):
+        try:
+            found = ast.literal_eval(value) if value.lstrip().startswith("[") else value
+        except (ValueError, SyntaxError):  # a text that begins with a bracket
+            found = value
+        value = found if isinstance(found, list) else [value]
+    return tuple(map(str, value))
 
 
 def seed(path: Path, folder: Path) -> list[Example]:
@@ -102,7 +111,7 @@ def seed(path: Path, folder: Path) -> list[Example]:
                 images=(ImageSource(folder / row["data_id"]),),
                 question=row["question"],
                 answers=(row["answer"],),
-                choices=tuple(row[f"choice_{letter}"] for letter in "abcd"),
+                choices=tuple(str(row[f"choice_{letter}"]) for letter in "abcd"),
                 category=str(names.get(row["question_type_id"], row["question_type_id"])),
             )
             for row in fields["questions"]
@@ -118,27 +127,40 @@ def mmbench(path: Path) -> list[Example]:
 
     def rows() -> list[Example]:
         csv.field_size_limit(sys.maxsize)
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             table = list(csv.DictReader(file, delimiter="\t"))
         pictures = {row["index"]: row["image"] for row in table}
-        found = []
-        for row in table:
-            encoded = row["image"] if len(row["image"]) > 64 else pictures[row["image"]]
-            choices = tuple(row[letter] for letter in "ABCD" if row.get(letter))
-            found.append(
-                Example(
-                    key=row["index"],
-                    images=(ImageSource(data=base64.b64decode(encoded)),),
-                    question=row["question"],
-                    answers=(row["answer"],),
-                    choices=choices,
-                    context=row.get("hint") or "",
-                    category=row["category"],
-                )
+        found = [
+            Example(
+                key=row["index"],
+                images=(ImageSource(data=_from_base64(pictures.get(row["image"], row["image"]))),),
+                question=row["question"],
+                answers=(row.get("answer") or "",),
+                choices=_mmbench_choices(row),
+                context=row.get("hint") or "",
+                category=row["category"],
             )
+            for row in table
+        ]
         return found if any(int(row["index"]) >= _NEXT_ORDER for row in table) else [turned for one in found for turned in _turned(one)]
 
     return parsed(path, rows)
+
+
+def _mmbench_choices(row: dict[str, str]) -> tuple[str, ...]:
+    """The choices of a row up to the last one that it has: a letter keeps its place."""
+    texts = [row.get(letter) or "" for letter in "ABCD"]
+    while texts and not texts[-1].strip():
+        texts.pop()
+    return tuple(texts)
+
+
+def _from_base64(text: str) -> bytes:
+    """An encoded image; nothing where the text is damaged, which costs the item."""
+    try:
+        return base64.b64decode(text)
+    except ValueError:
+        return b""
 
 
 _NEXT_ORDER = 1_000_000
@@ -148,6 +170,8 @@ _NEXT_ORDER = 1_000_000
 def _turned(example: Example) -> list[Example]:
     """A question with its choices in every rotation, the given one first."""
     choices, count = example.choices, len(example.choices)
+    if not example.is_answered or not example.has_right_choice:
+        return [example]  # left out, and counted, where the task reads it
     right = LETTERS.index(example.answers[0])
     return [
         replace(
@@ -193,12 +217,13 @@ def mme(folder: Path) -> list[Example]:
     found: list[Example] = []
     for table in sorted(folder.glob("*/test-*.parquet")):
         found += _mme_table(table)
-    for category in sorted(path for path in folder.iterdir() if path.is_dir()):
+    known = {*MME_PERCEPTION, *MME_COGNITION}
+    for category in sorted(path for path in folder.iterdir() if path.is_dir() and path.name in known):
         texts = category / "questions_answers_YN" if (category / "questions_answers_YN").is_dir() else category
         images = category / "images" if (category / "images").is_dir() else category
         for path in sorted(texts.glob("*.txt")):
             found += _mme_image(path, images, category=category.name)
-    absent = {*MME_PERCEPTION, *MME_COGNITION} - {example.category for example in found}
+    absent = known - {example.category for example in found}
     if found and absent:
         logger.warning(
             "MME in %s lacks %d of its 14 categories (%s): sums are of the others", folder, len(absent), ", ".join(sorted(absent))
@@ -225,7 +250,7 @@ def _mme_table(path: Path) -> list[Example]:
 def _mme_image(path: Path, images: Path, *, category: str) -> list[Example]:
     def rows() -> list[Example]:
         picture = next((file for kind in _IMAGE_TYPES if (file := images / (path.stem + kind)).is_file()), images / f"{path.stem}.jpg")
-        pairs = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        pairs = [line.strip().split("\t") for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         return [
             Example(
                 key=f"{category}/{path.stem}#{number}",
@@ -257,10 +282,10 @@ SCIENCEQA = Task(
 )
 MMMU = Task(
     name="mmmu",
-    title="MMMU (validation, multiple choice)",
+    title="MMMU (validation)",
     kind="choice",
     metric="accuracy, %",
-    score=accuracy_scores,
+    score=mmmu_scores,
     evaluated=Split(("*/validation-*.parquet",), lambda folder: mmmu(folder, split="validation")),
     demonstrations=Split(("*/dev-*.parquet",), lambda folder: mmmu(folder, split="dev")),
     published_at="the Hugging Face data set MMMU/MMMU: a folder for each subject",

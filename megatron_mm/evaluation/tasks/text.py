@@ -75,7 +75,7 @@ def _split(name: str, read: Callable[[Row], Example]) -> Split:
     return Split((f"{name}.jsonl",), lambda folder: rows(folder / f"{name}.jsonl"))
 
 
-def _task(name: str, title: str, read: Callable[[Row], Example], *, evaluated: str, ranks: bool) -> Task:
+def _task(name: str, title: str, read: Callable[[Row], Example], *, evaluated: str, ranks: bool, max_words: int | None = None) -> Task:
     return Task(
         name=name,
         title=title,
@@ -86,6 +86,7 @@ def _task(name: str, title: str, read: Callable[[Row], Example], *, evaluated: s
         demonstrations=_split("train", read),
         published_at=f"the Hugging Face data set of {title}, its splits written as JSON lines",
         method="rank" if ranks else "generate",
+        max_words=max_words,
     )
 
 
@@ -93,7 +94,7 @@ TASKS = (
     _task("arc_easy", "ARC-Easy", _arc, evaluated="test", ranks=True),
     _task("arc_challenge", "ARC-Challenge", _arc, evaluated="test", ranks=True),
     _task("piqa", "PIQA", _piqa, evaluated="validation", ranks=True),
-    _task("lambada", "LAMBADA", _lambada, evaluated="test", ranks=False),
+    _task("lambada", "LAMBADA", _lambada, evaluated="test", ranks=False, max_words=1),
     _task("winogrande", "WinoGrande", _winogrande, evaluated="validation", ranks=True),
     _task("hellaswag", "HellaSwag", _hellaswag, evaluated="validation", ranks=True),
     _task("sciq", "SciQ", _sciq, evaluated="test", ranks=True),

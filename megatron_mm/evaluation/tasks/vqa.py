@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from megatron_mm.evaluation.metrics.vqa import exact_match_scores, vqa_scores
 from megatron_mm.evaluation.tasks.base import DamagedFile, Example, ImageSource, Split, Task, annotated, parsed, read_json
 
 
 def most_frequent(answers: tuple[str, ...]) -> str:
-    """What a demonstration answers: the answer that most annotators gave, the first of several."""
-    return Counter(answers).most_common(1)[0][0] if answers else ""
+    """What a demonstration answers: the answer that most annotators gave, the first of several; empty ones do not count."""
+    given = Counter(answer for answer in answers if answer.strip())
+    return given.most_common(1)[0][0] if given else ""
+
+
+def _texts(answers: list[Any]) -> tuple[str, ...]:
+    """The annotators' answers, as texts or in records."""
+    return tuple(str(answer["answer"] if isinstance(answer, dict) else answer) for answer in answers)
 
 
 def coco_vqa(questions: Path, annotations: Path, images: Path, *, split: str) -> list[Example]:
@@ -19,7 +26,7 @@ def coco_vqa(questions: Path, annotations: Path, images: Path, *, split: str) ->
 
     def rows() -> list[Example]:
         asked = read_json(questions)["questions"]
-        answers = {row["question_id"]: tuple(a["answer"] for a in row["answers"]) for row in read_json(annotations)["annotations"]}
+        answers = {row["question_id"]: _texts(row["answers"]) for row in read_json(annotations)["annotations"]}
         without = [row["question_id"] for row in asked if row["question_id"] not in answers]
         if without:
             raise DamagedFile(
@@ -28,7 +35,7 @@ def coco_vqa(questions: Path, annotations: Path, images: Path, *, split: str) ->
         return [
             Example(
                 key=str(row["question_id"]),
-                images=(ImageSource(images / f"{split}2014" / f"COCO_{split}2014_{row['image_id']:012d}.jpg"),),
+                images=(ImageSource(images / f"{split}2014" / f"COCO_{split}2014_{int(row['image_id']):012d}.jpg"),),
                 question=row["question"],
                 answers=answers[row["question_id"]],
                 shown=most_frequent(answers[row["question_id"]]),
@@ -46,8 +53,8 @@ def textvqa(path: Path, folder: Path) -> list[Example]:
                 key=str(row["question_id"]),
                 images=(ImageSource(folder / f"{row['image_id']}.jpg"),),
                 question=row["question"],
-                answers=tuple(row["answers"]),
-                shown=most_frequent(tuple(row["answers"])),
+                answers=_texts(row["answers"]),
+                shown=most_frequent(_texts(row["answers"])),
             )
             for row in read_json(path)["data"]
         ]
@@ -59,7 +66,7 @@ def vizwiz(path: Path, folder: Path) -> list[Example]:
     def rows() -> list[Example]:
         found = []
         for row in read_json(path):
-            answers = tuple(answer["answer"] for answer in row["answers"])
+            answers = _texts(row["answers"])
             found.append(
                 Example(row["image"], (ImageSource(folder / row["image"]),), row["question"], answers, shown=most_frequent(answers))
             )
@@ -71,7 +78,7 @@ def vizwiz(path: Path, folder: Path) -> list[Example]:
 def gqa(path: Path, folder: Path) -> list[Example]:
     def rows() -> list[Example]:
         return [
-            Example(key, (ImageSource(folder / f"{row['imageId']}.jpg"),), row["question"], (row["answer"],))
+            Example(key, (ImageSource(folder / f"{row['imageId']}.jpg"),), row["question"], (str(row["answer"]),))
             for key, row in read_json(path).items()
         ]
 
