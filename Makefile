@@ -101,18 +101,14 @@ test-matrix: $(STAMP) | $(VENV312)/bin/python
 	$(BIN)/$(PYTEST) tests
 	PYTHONPATH=. $(VENV312)/bin/$(PYTEST) tests
 
-# Other versions of megatron-core, each in a folder of its own before the installed one: what differs between them, losses and gradient norms of
-# the debug recipes, and Transformer Engine's layers.
+# Other versions of megatron-core, each in a folder of its own before the installed one, and a table of what runs: every family in several
+# processes, resumed in another layout and exported, with the losses that it should have; a plan; and the tests of what differs between them.
+# A newer one: make test-engines ENGINES311= ENGINES312=0.20.0
 ENGINES311 ?= 0.16.0
-ENGINES312 ?= 0.17.0 0.17.1 0.18.0 0.18.2 0.19.0
+ENGINES312 ?= 0.17.0,0.17.1,0.18.0,0.18.2,0.19.0
 ENGINE_TESTS := tests/platform tests/test_golden_runs.py tests/training/test_options.py tests/training/test_kernels.py tests/models/test_te.py
 test-engines: $(STAMP) | $(VENV312)/bin/python
-	set -e; for engine in $(ENGINES311:%=$(BIN)/%) $(ENGINES312:%=$(VENV312)/bin/%); do \
-	    python=$${engine%/*}/python; folder=build/megatron_core/$${engine##*/}; echo "megatron-core $${engine##*/}"; \
-	    test -d $$folder || $$python -m pip install --quiet --no-deps --target $$folder megatron-core==$${engine##*/}; \
-	    PYTHONPATH=$$folder:. $$python -m megatron_mm doctor | grep megatron-core; \
-	    PYTHONPATH=$$folder:. $$python -m pytest -q -m "not slow" $(ENGINE_TESTS); \
-	done
+	$(BIN)/python tools/try_engines.py $(BIN)/python=$(ENGINES311) $(VENV312)/bin/python=$(ENGINES312) --tests $(ENGINE_TESTS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -59,12 +59,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         _fail(error)
     except (AssertionError, AttributeError, ImportError, NotImplementedError, TypeError) as error:
-        if remark := engines.remark(engines.installed()):
-            error.add_note(f"megatron-mm: {remark}")
+        _explain_by_engine(error)
         raise
     except KeyboardInterrupt:
         print("megatron-mm: interrupted: start the same command again to resume", file=sys.stderr, flush=True)
         os._exit(130)  # as a shell would say it
+
+
+def _explain_by_engine(error: Exception) -> None:
+    """Leave with one line where megatron-core lacks what is used of it; beside another error say that nobody tried this version."""
+    version = engines.installed()
+    named = (error.name or "").split(".")[0] if isinstance(error, ImportError) else ""
+    if version is not None or named == "megatron":
+        try:
+            engines.check_parts(version)
+        except ValueError as why:
+            _fail(why)
+    if remark := engines.remark(version):
+        error.add_note(f"megatron-mm: {remark}")
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
+from pathlib import Path
 
 ENGINES = {(0, 16): ((2, 9), (2, 12)), (0, 17): ((2, 20), (2, 21)), (0, 18): ((2, 20), (2, 21)), (0, 19): ((2, 20), (2, 21))}
 """Versions of megatron-core that the tests run on, and of Transformer Engine that go with each: from the first on, before the second. 0.16
@@ -54,26 +56,56 @@ def mismatch(megatron_core: str, transformer_engine: str) -> str:
 
 
 def installed(package: str = "megatron-core") -> str | None:
-    """The version that is here; None where there is none."""
+    """The version that is here; None where there is none. Of megatron-core the one that an import would find, which may be a checkout on
+    PYTHONPATH that pip knows nothing of."""
+    if package == "megatron-core" and (version := _in_sources()) is not None:
+        return version
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
+def _in_sources() -> str | None:
+    """What the sources of megatron-core say of themselves, without importing them."""
+    spec = importlib.util.find_spec("megatron")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / "core" / "package_info.py"
+        if path.is_file():
+            parts = dict(re.findall(r"""^(MAJOR|MINOR|PATCH|PRE_RELEASE) *= *['"]?([\w.]*)""", path.read_text(), re.MULTILINE))
+            if {"MAJOR", "MINOR", "PATCH"} <= parts.keys():
+                return f"{parts['MAJOR']}.{parts['MINOR']}.{parts['PATCH']}{parts.get('PRE_RELEASE', '')}"
+            return None
+    return None
+
+
 def check(version: str | None) -> None:
-    """Raise ValueError for a megatron-core that lacks what is used of it. One that is newer than all that was tried is left to be tried:
-    `remark` says so where it fails."""
+    """Raise ValueError for a megatron-core that is too old. One that is newer than all that was tried is left to be tried: `check_parts`
+    looks whether it has what is used of it, and `remark` says that nobody tried it."""
     if version is not None and numbers(version) < min(ENGINES):
-        raise ValueError(f"megatron-core {version} is too old for megatron_mm, which runs on {_SPAN}: pip install '{_WANTED}'")
+        raise ValueError(f"megatron-core {version} is too old for megatron_mm, which runs on {_SPAN}: pip install '{WANTED}'")
+
+
+def check_parts(version: str | None) -> None:
+    """Raise ValueError for a megatron-core that is not there, or that lacks what is used of it."""
+    if version is None:
+        raise ValueError(f"megatron-core is not installed: pip install '{WANTED}'")
+    from megatron_mm.platform import engine_parts
+
+    if lacking := engine_parts.missing():
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise ValueError(
+            f"megatron-core {version} lacks {', '.join(lacking[:3])}{more}, which megatron_mm uses; "
+            f"it runs on {_SPAN}: pip install '{WANTED}'"
+        )
 
 
 def remark(version: str | None) -> str:
-    """What to say beside any error on a version that nobody has tried; empty on the others."""
+    """What to say of a version that nobody has tried; empty of the others."""
     if version is None or is_supported(version):
         return ""
-    return f"megatron-core {version} has not been tried with megatron_mm, whose tests run on {_SPAN}: pip install '{_WANTED}'"
+    return f"megatron-core {version} has not been tried with megatron_mm, whose tests run on {_SPAN}: pip install '{WANTED}'"
 
 
 _SPAN = f"{'.'.join(map(str, min(ENGINES)))} to {'.'.join(map(str, max(ENGINES)))}"
-_WANTED = f"megatron-core>={'.'.join(map(str, min(ENGINES)))},<{max(ENGINES)[0]}.{max(ENGINES)[1] + 1}"
+WANTED = f"megatron-core>={'.'.join(map(str, min(ENGINES)))},<{max(ENGINES)[0]}.{max(ENGINES)[1] + 1}"

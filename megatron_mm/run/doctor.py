@@ -7,7 +7,6 @@ a machine without a GPU, Transformer Engine, apex or DALI trains all the same, m
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 import os
@@ -80,10 +79,7 @@ def _short(error: BaseException) -> str:
 
 
 def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown version"
+    return engines.installed(package) or "unknown version"
 
 
 def _find(module: str) -> importlib.machinery.ModuleSpec | None:
@@ -118,12 +114,19 @@ def _check_torch() -> Iterator[Finding]:
 
 
 def _check_engine() -> Iterator[Finding]:
+    version, name = _version("megatron-core"), "megatron-core"
+    if engines.installed() is None:
+        yield Finding(name, "missing", f"not installed: pip install '{engines.WANTED}'", "nothing: no model can be built")
+        return
     importlib.import_module("megatron.core.pipeline_parallel")
-    version = _version("megatron-core")
-    if engines.is_supported(version):
-        yield Finding("megatron-core", "ok", version)
-    else:
-        yield Finding("megatron-core", "warning", engines.remark(version))
+    remark = engines.remark(version)
+    if remark:
+        try:
+            engines.check(version)
+            engines.check_parts(version)
+        except ValueError as why:
+            remark = str(why)
+    yield Finding(name, "warning" if remark else "ok", remark or version)
 
 
 def _check_transformer_engine() -> Iterator[Finding]:

@@ -255,6 +255,8 @@ def _hook(name: str) -> Callable[[Trainer], Hook]:
 
 def _check_machine(experiment: Experiment) -> None:
     """What this machine's kernels and packages cannot do. Raises ValueError; one process warns of options without effect."""
+    if engines.remark(engines.installed()):
+        engines.check_parts(engines.installed())
     is_main = int(os.environ.get("RANK", "0")) == 0
     backend = choose_backend(experiment, on_gpu=torch.cuda.is_available())
     choose_kernels(experiment, backend=backend)
@@ -264,7 +266,7 @@ def _check_machine(experiment: Experiment) -> None:
 
 
 def _warn_of_versions(backend: Backend) -> None:
-    """Of engines that nobody tried, alone or with each other. (One that is too old is refused by the command line.)"""
+    """Of engines that nobody tried, alone or with each other."""
     core, transformer_engine = engines.installed(), engines.installed("transformer-engine")
     if remark := engines.remark(core):
         logger.warning(remark)

@@ -1,0 +1,103 @@
+"""What this package uses of megatron-core, read from its own sources, and what of that an installed version lacks.
+
+For versions that nobody tried: most of what they break is a name that moved or an argument that is gone, and both can be found before
+a run starts, instead of an hour into the queue. What is looked up:
+
+    from megatron.core.distributed import DistributedDataParallel    the module, and the name in it
+    parallel_state.get_tensor_model_parallel_group()                 an attribute of an imported module or class
+    dist_checkpointing.save(state, path, validate_access_integrity=False)    that it takes these arguments by name
+
+Worked example: where `save` no longer takes the argument, `missing()` gives
+["megatron.core.dist_checkpointing.save(validate_access_integrity=)"]. What objects hold at run time cannot be read from sources.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parents[1]
+ENGINE = "megatron.core"
+
+
+def missing(sources: Iterable[Path] | None = None) -> list[str]:
+    """What the installed megatron-core lacks of all that is used, sorted by name; empty where nothing is missing. Imports most of it."""
+    uses = {use for path in (sorted(PACKAGE.rglob("*.py")) if sources is None else sources) for use in _uses(path)}
+    return sorted({use for use in uses if not _is_there(use)})
+
+
+def _uses(path: Path) -> Iterator[str]:
+    """Of one file, such as "megatron.core.utils.get_model_config" and, for an argument, "megatron.core.dist_checkpointing.save(x=)"."""
+    text = path.read_text()
+    if ENGINE not in text:
+        return
+    tree = ast.parse(text)
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level and f"{node.module}.".startswith(f"{ENGINE}."):
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    yield from names.values()
+    guarded = {id(inner) for node in ast.walk(tree) if _is_guard(node) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and (whole := _dotted(node, names)):
+            yield whole
+        if isinstance(node, ast.Call) and (called := _dotted(node.func, names)):
+            yield from (f"{called}({keyword.arg}=)" for keyword in node.keywords if keyword.arg is not None)
+
+
+def _is_guard(node: ast.AST) -> bool:
+    """Whether code asks first: `getattr(holder, name, None)`, `hasattr(holder, name)`, or a choice by such."""
+    return isinstance(node, ast.IfExp | ast.If) and any(
+        isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id in ("hasattr", "getattr")
+        for inner in ast.walk(node.test)
+    )
+
+
+def _dotted(node: ast.AST, names: dict[str, str]) -> str | None:
+    """The whole name of an expression that begins with an imported one."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute) and (before := _dotted(node.value, names)):
+        return f"{before}.{node.attr}"
+    return None
+
+
+def _is_there(use: str) -> bool:
+    name, _, argument = use.partition("(")
+    try:
+        found = _find(name)
+    except (ImportError, AttributeError):
+        return bool(argument)  # the name itself is among what is missing
+    return not argument or _takes(found, argument.removesuffix("=)"))
+
+
+def _find(name: str) -> Any:
+    """A module, or what a module or class holds. Raises ImportError or AttributeError."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError as error:
+            if error.name is None or not ".".join(parts[:length]).startswith(error.name):
+                raise  # something else that the module needs
+            continue
+        for part in parts[length:]:
+            if part not in getattr(found, "__dataclass_fields__", ()):  # those without a default are no attributes
+                found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(f"no module named {name}", name=name)
+
+
+def _takes(function: Any, argument: str) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # no function of Python's
+        return True
+    return any(parameter.name == argument or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)

@@ -1,0 +1,37 @@
+"""What is used of megatron-core is read from sources, and what an engine lacks of it is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_mm.platform import engine_parts
+
+
+def test_the_installed_engine_has_all_that_is_used() -> None:
+    assert engine_parts.missing() == []
+
+
+def test_names_and_arguments_that_are_gone_are_found(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text(
+        "from megatron.core import dist_checkpointing, parallel_state, gone\n"
+        "from megatron.core.moved.away import Something\n"
+        "from megatron.core.optimizer import OptimizerConfig as Config\n"
+        "from megatron.core.transformer.mlp import MLP\n"
+        "import torch\n"
+        "def use():\n"
+        "    parallel_state.get_data_parallel_group(with_context_parallel=True, with_everything=True)\n"
+        "    parallel_state.get_no_such_group(size=1)\n"
+        "    dist_checkpointing.save({}, 'x', no_such_argument=1)\n"
+        "    Config(lr=1.0, learning=2.0)\n"
+        "    torch.nn.Linear(1, 1).no_such_method(argument=1)\n"
+        "    return MLP.asked_for if hasattr(MLP, 'asked_for') else None\n"
+    )
+    assert engine_parts.missing([source]) == [
+        "megatron.core.dist_checkpointing.save(no_such_argument=)",
+        "megatron.core.gone",
+        "megatron.core.moved.away.Something",
+        "megatron.core.optimizer.OptimizerConfig(learning=)",
+        "megatron.core.parallel_state.get_data_parallel_group(with_everything=)",
+        "megatron.core.parallel_state.get_no_such_group",
+    ]
