@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from pathlib import Path
 
 from megatron_mm.platform import engine_parts
@@ -35,3 +37,24 @@ def test_names_and_arguments_that_are_gone_are_found(tmp_path: Path) -> None:
         "megatron.core.parallel_state.get_data_parallel_group(with_everything=)",
         "megatron.core.parallel_state.get_no_such_group",
     ]
+
+
+def test_methods_that_are_overridden_are_listed() -> None:
+    """Without them megatron-core would go on with its own, and nothing would say so."""
+    found = set()
+    for path in engine_parts.PACKAGE.rglob("*.py"):
+        if engine_parts.ENGINE in path.read_text():
+            module = importlib.import_module(".".join(path.relative_to(engine_parts.PACKAGE.parent).with_suffix("").parts))
+            for cls in vars(module).values():
+                if inspect.isclass(cls) and cls.__module__ == module.__name__:
+                    found |= {name for base in cls.__bases__ for name in _overridden(cls, base)}
+    assert found == {f"{engine_parts.ENGINE}.{name}" for name in engine_parts.OVERRIDDEN}
+
+
+def _overridden(cls: type, base: type) -> set[str]:
+    """Methods of a class of ours that its base, of megatron-core, has too."""
+    if not base.__module__.startswith(engine_parts.ENGINE):
+        return set()
+    of_engine = {name for ancestor in base.__mro__ if ancestor.__module__.startswith("megatron") for name in vars(ancestor)}
+    own = {name for name, value in vars(cls).items() if inspect.isfunction(value) and not name.startswith("__")}
+    return {f"{base.__module__}.{base.__name__}.{name}" for name in own & of_engine}
