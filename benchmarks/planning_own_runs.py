@@ -12,11 +12,12 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpu_steps import MICRO_BATCHES, MODELS, Case, full_batch, on_one_process
 
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.flops import StepWork
 from megatron_mm.planning.hardware import GPUS, OURS, with_host
 from megatron_mm.planning.recipe_job import plan_recipe
@@ -39,6 +40,38 @@ def predict(model: str, case: Case) -> Prediction:
     whole = StepWork(num_tokens=MICRO_BATCHES * tokens, sum_squared_lengths=MICRO_BATCHES * squares, num_images=MICRO_BATCHES * images)
     work = Workload((MicroBatch(tokens, tokens, squares, images),) * MICRO_BATCHES, whole, drawn=True)
     return StepModel(plan_recipe(settings, GPUS["h200"], 1, work=work, software=with_host(OURS, HOST)).job).predict()
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Steps of `megatron-mm train` on one H200 (benchmarks/results/h200_20261126_training)."""
+
+    recipe: str
+    precision: str
+    batch: int
+    micro_batch: int
+    seconds: float
+    decoder: str = "pillow"
+
+    def predict(self) -> Prediction:
+        experiment = get_recipe(self.recipe)
+        train = replace(
+            experiment.train,
+            precision=self.precision,
+            global_batch_size=self.batch,
+            micro_batch_size=self.micro_batch,  # type: ignore[arg-type]
+        )
+        experiment = replace(experiment, train=train, data=replace(experiment.data, decoder=self.decoder))  # type: ignore[arg-type]
+        return StepModel(plan_recipe(experiment, GPUS["h200"], 1, software=with_host(OURS, HOST)).job).predict()
+
+
+TRAINING_RUNS = (
+    TrainingRun("mm1_1b", "bf16", 8, 2, 1.60),
+    TrainingRun("mm1_1b", "bf16", 8, 2, 1.42, decoder="auto"),
+    TrainingRun("mm1_3b", "bf16", 4, 1, 1.54),
+    TrainingRun("mm1_3b", "fp8", 4, 1, 1.81),
+)
+"""The second: after decoding had stopped. The first two have 0.13 s between steps in them that training has no more."""
 
 
 def case_of(name: str) -> Case | None:
@@ -76,6 +109,10 @@ def main() -> None:
         peaks.append(max(use.allocated for use in predicted.memory) / peak)
         cells = (model, name, f"{seconds:.3f}", f"{times[-1]:.2f}", f"{peak / GIB:.1f}", f"{peaks[-1]:.2f}", predicted.limit)
         print("| " + " | ".join(cells) + " |")
+    print("\n| training run | measured s | predicted / measured |\n|---|---|---|")
+    for run in TRAINING_RUNS:
+        beside = "decoding beside it" if run.decoder == "pillow" else "nothing decoded"
+        print(f"| {run.recipe}, {run.precision}, {beside} | {run.seconds:.2f} | {run.predict().seconds / run.seconds:.2f} |")
     for name, ratios in (("step time", times), ("memory", peaks)):
         errors = sorted(abs(ratio - 1) for ratio in ratios)
         print(f"{name}: median {100 * statistics.median(errors):.1f}%, largest {100 * errors[-1]:.1f}% of {len(errors)} rows")

@@ -15,6 +15,8 @@ PRODUCT_FILL = 160
 """Steps along the inner dimension that filling and draining a tile's pipeline costs."""
 WAVE_SHARE = 0.5
 """Part of the last wave's idle multiprocessors that is really lost; split and persistent kernels win the rest back."""
+STREAMS = 4
+"""Products of as many experts run at once (Transformer Engine's grouped linear, one cuBLAS product for each expert on four streams)."""
 KERNEL_GAP = 2 * MICRO
 """Between the end of a kernel and the start of the next one on the device."""
 
@@ -25,6 +27,15 @@ ATTENTION_SHARE = {"fused": 1.0, "flash2": 0.62, "triton": 0.36, "unfused": 0.0}
 ATTENTION_SHARE_AMPERE = {"fused": 1.0, "flash2": 1.0, "triton": 0.60, "unfused": 0.0}
 BACKWARD_ATTENTION = 0.86
 """Rate of the backward pass, of the forward pass's."""
+FP8_ATTENTION = {False: 1.35, True: 1.10}
+"""Rate in FP8, of that in bf16, forward and backward (True): cuDNN's on GB200 and GB300 at 4096 tokens with scales by block, of heads of
+128 and of 192 and 128 (cudnn-frontend, benchmark/sdpa_benchmark_training/results: 1.20 to 1.58 and 0.92 to 1.33)."""
+FP8_WINDOW = 0.25
+"""The same of the backward pass of attention to a window (there, gpt_oss: 0.22 to 0.27)."""
+PERMUTED = {"alltoall": 1.0, "allgather": 1.0, "deepep": 1.0, "hybridep": 0.35}
+"""Bytes of permutation that are left to kernels beside the exchange: what HybridEP saves against DeepEP in megatron-core's moe_perf test
+(benchmarks/anchors/micro.csv, deepseek in bf16)."""
+ROUTING = ("router", "permutation", "sorting")
 DROPOUT_ATTENTION = 0.78
 """Rate with dropout of scores: a random number for each pair."""
 
@@ -90,7 +101,8 @@ class Costs:
                 host += software.module_seconds
             elif isinstance(kernel, Stream):
                 moved += self.stream(kernel)
-                host += kernel.kernels * software.kernel_seconds * (software.expert_operations if kernel.of_experts else 1.0)
+                share = software.expert_operations if kernel.part in ROUTING else 1.0
+                host += kernel.kernels * software.kernel_seconds * share * (1.0 if self._share(kernel) else 0.0)
             elif isinstance(kernel, Message):
                 seconds = self.network.seconds(kernel)
                 if kernel.kind == "ring":
@@ -105,7 +117,7 @@ class Costs:
         messages += max(0.0, beside - 0.9 * product)
         # Keys and values travel under attention to those that came before.
         messages += max(0.0, ring - attention) + software.interference * min(ring, attention)
-        return Seconds(product, attention, moved, messages, host * self.gpu.host)
+        return Seconds(product, attention, moved, messages, host * self.gpu.host * (1 - software.graphed))
 
     def _hidden(self, message: Message) -> float:
         if message.beside_product:
@@ -120,9 +132,9 @@ class Costs:
         fp8 = product.fp8 and gpu.fp8_tflops > 0
         peak = (gpu.fp8_tflops * gpu.efficiency.product_fp8 if fp8 else gpu.bf16_tflops * gpu.efficiency.product) * TERA
         rows, cols = max(1.0, product.rows), max(1.0, product.cols)
-        tiles = math.ceil(rows / TILE_ROWS) * math.ceil(cols / TILE_COLS) * product.count
-        padded = tiles * TILE_ROWS * TILE_COLS / (rows * cols * product.count)
-        waves = tiles / gpu.multiprocessors
+        tiles = math.ceil(rows / TILE_ROWS) * math.ceil(cols / TILE_COLS)
+        padded = tiles * TILE_ROWS * TILE_COLS / (rows * cols)
+        waves = tiles * (product.count if self.software.fuses_experts else min(product.count, STREAMS)) / gpu.multiprocessors
         wave_loss = 1 + WAVE_SHARE * (math.ceil(waves) / waves - 1)
         fill = 1 + PRODUCT_FILL * (2 if fp8 else 1) / max(1.0, product.inner)
         arithmetic = product.flops / peak * min(padded, 4.0) * wave_loss * fill
@@ -145,6 +157,8 @@ class Costs:
             rate *= BACKWARD_ATTENTION
         if attention.dropout:
             rate *= DROPOUT_ATTENTION
+        if self.software.fp8_attention:
+            rate *= FP8_WINDOW if attention.windowed and attention.backward else FP8_ATTENTION[attention.backward]
         return attention.flops / rate + KERNEL_GAP
 
     def _unfused(self, attention: Attention) -> float:
@@ -156,8 +170,22 @@ class Costs:
         return products / rate + self.stream(Stream(bytes_of_a_pair * pairs * attention.heads, kernels=6), factor=1.0)
 
     def stream(self, stream: Stream, *, factor: float | None = None) -> float:
-        moved = stream.bytes * (self.software.moved if factor is None else factor)
-        return moved / (self.gpu.memory_tb_s * TERA * self.gpu.efficiency.memory) + KERNEL_GAP * stream.kernels
+        share = self._share(stream)
+        moved = stream.bytes * share * (self.software.moved if factor is None else factor)
+        return moved / (self.gpu.memory_tb_s * TERA * self.gpu.efficiency.memory) + (KERNEL_GAP * stream.kernels if share else 0.0)
+
+    def _share(self, stream: Stream) -> float:
+        """Of a stream's bytes, that the stack moves."""
+        software = self.software
+        if stream.part == "permutation":
+            return PERMUTED[software.dispatcher]
+        if stream.part == "sorting":
+            return 1.0 if software.dispatcher == "alltoall" else 0.0  # the others permute what arrived by expert at once
+        if stream.part in ("expert activation", "expert bias"):
+            return 0.0 if software.fuses_experts else 1.0
+        if stream.part == "expert weight cast":
+            return 0.0 if software.fp8_weights else 1.0
+        return 1.0
 
     def optimizer(self, parameters: float) -> float:
         """Adam on so many parameters of this process: norm of gradients (copied into float32 where they are not), master weights and

@@ -75,7 +75,7 @@ def decoder_layer(
         backward = (Stream(8 * rows * h, kernels=2), *backward)
         kept.pop("norms", None)
     if "moe_act" in recompute and sparse:
-        backward = (Stream(2 * (shape.branches + 1) * t * shape.top_k / tp * shape.expert_ffn), *backward)
+        backward = (*(kernel for kernel in mlp if isinstance(kernel, Stream) and kernel.part == "expert activation"), *backward)
         kept.pop("mlp activation", None)
     return _finish(shape, layout, sparse, trained, forward, backward, kept=kept, transient=0.0, fp8=fp8)
 

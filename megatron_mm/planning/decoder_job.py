@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_mm.planning.decoder_block import decoder_layer, embedding, output
 from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
 from megatron_mm.planning.hardware import Gpu, Software
 from megatron_mm.planning.job import Job
-from megatron_mm.planning.kernels import Block
+from megatron_mm.planning.kernels import Block, Stream
+from megatron_mm.planning.layer_sections import linear
 from megatron_mm.planning.layout import Layout
+
+WINDOW_TOKENS = 1000
+"""Tokens that attention to a window costs beside the window's: cuDNN's of GPT-OSS (a window of 128 in documents of 4096) takes 0.75 of the
+time of attention to everything before, forward, and 0.54 backward (cudnn-frontend, benchmark/sdpa_benchmark_training/results/gpt_oss)."""
+
+
+def _joined(shape: DecoderShape, layout: Layout, tokens: Tokens, *, fp8: bool) -> Block:
+    """Before a layer that predicts further tokens: the last layer's output and the next token's embedding, joined and projected."""
+    t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
+    forward, backward = linear(t, h / tp, 2 * h, fp8=fp8, trained=Trained())
+    return Block(
+        name="joined",
+        forward=(Stream(8 * t * h, kernels=4), *forward),
+        backward=(*backward, Stream(8 * t * h, kernels=4)),
+        parameters=2 * h * h / tp,
+        saved=4 * t * h,
+        tensors=3,
+    )
+
+
+LAYERS_OF_LAST = 3
+"""Layers that the last stage has less than the others where it predicts further tokens too: as Megatron-Bridge deals DeepSeek-V3's
+(set_deepseek_v3_pipeline_model_parallel_layout)."""
+
+
+def _layers(shape: DecoderShape, layout: Layout) -> tuple[int, ...]:
+    """Decoder layers of each stage."""
+    if shape.predicted_ahead and layout.stages > 1 and layout.stage_layers is None:
+        each = -(-(shape.num_layers + LAYERS_OF_LAST) // layout.stages)
+        last = shape.num_layers - each * (layout.stages - 1)
+        if last >= 0:
+            return (each,) * (layout.stages - 1) + (last,)
+    return layout.layers(shape.num_layers)
 
 
 def decoder_job(
@@ -21,43 +57,50 @@ def decoder_job(
     num_micro_batches: int,
     fp8: bool,
     recompute: Recompute,
+    frozen: bool = False,
 ) -> Job:
-    """A decoder on full sequences of one document each."""
+    """A decoder on full sequences of one document each. `frozen`: its weights are; what adapters beside them cost is left out."""
     tokens = Tokens.whole(sequences=micro_batch_size, length=sequence_length, context=layout.context)
-    trained = Trained()
+    trained = Trained(weights=not frozen)
+    pairs = min(tokens.pairs, tokens.tokens * (shape.window + WINDOW_TOKENS))
+    near = replace(tokens, pairs=pairs, windowed=True) if shape.window else tokens
+
+    def kind_of(layer: int) -> tuple[bool, bool]:
+        return layer in shape.sparse_layers, bool(shape.window) and layer % 2 == 0
+
     made = {
-        sparse: decoder_layer(
+        (sparse, windowed): decoder_layer(
             shape,
             layout,
-            tokens,
+            near if windowed else tokens,
             sparse=sparse,
             fp8=fp8,
             recompute=recompute,
             trained=trained,
             unfused=software.attention == "unfused",
         )
-        for sparse in {layer in shape.sparse_layers for layer in range(shape.num_layers)}
+        for sparse, windowed in {kind_of(layer) for layer in range(shape.num_layers)}
     }
-    counts = layout.layers(shape.num_layers)
+    counts = _layers(shape, layout)
     stages: list[tuple[Block, ...]] = []
     first = 0
     for stage, count in enumerate(counts):
-        blocks = [made[layer in shape.sparse_layers] for layer in range(first, first + count)]
+        blocks = [made[kind_of(layer)] for layer in range(first, first + count)]
         first += count
         if stage == 0:
             blocks.insert(0, embedding(shape, layout, tokens, trained=trained))
         if stage == len(counts) - 1:
-            blocks.append(
-                output(
-                    shape,
-                    layout,
-                    tokens,
-                    trained=trained,
-                    owns_table=not shape.tied or len(counts) > 1,
-                    fused=software.fuses_loss,
-                    copies=software.copies_logits,
-                )
+            table = output(
+                shape,
+                layout,
+                tokens,
+                trained=trained,
+                owns_table=not shape.tied or len(counts) > 1,
+                fused=software.fuses_loss,
+                copies=software.copies_logits,
             )
+            ahead = (made[kind_of(shape.num_layers - 1)], _joined(shape, layout, tokens, fp8=fp8), replace(table, parameters=0.0))
+            blocks += [table, *(ahead * shape.predicted_ahead)]
         stages.append(tuple(blocks))
     rows = tokens.tokens / layout.tensor if layout.sequence else tokens.tokens
     return Job(

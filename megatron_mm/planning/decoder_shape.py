@@ -54,6 +54,16 @@ class DecoderShape:
     rotary: bool = True
     """Queries and keys are turned, into tensors of their own."""
     latents: Latents | None = None
+    norms_heads: bool = False
+    """Queries and keys are normalised (Qwen3, OLMo 2, Gemma 3)."""
+    expert_biases: bool = False
+    """Experts have biases and a clamped activation (GPT-OSS)."""
+    window: int = 0
+    """Tokens that every second layer's attention looks back on; 0: all layers on all."""
+    routed_machines: int = 0
+    """Machines that the router's groups let a token go to; 0: all."""
+    predicted_ahead: int = 0
+    """Layers after the last that predict further tokens (multi-token prediction), each with an output layer's loss."""
 
     @classmethod
     def of(cls, decoder: DecoderConfig, *, imbalance: float = 1.0) -> DecoderShape:
@@ -116,6 +126,8 @@ class Tokens:
     """Causal query-key pairs (half of the sum of squared lengths) on this process."""
     length: float
     """Mean length of the document that a token is in."""
+    windowed: bool = False
+    """Attention looks back on a window."""
 
     @classmethod
     def whole(cls, *, sequences: float, length: float, context: int = 1) -> Tokens:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from megatron_mm.config.precision import PrecisionConfig
 
@@ -132,6 +133,11 @@ def gpu_named(text: str) -> Gpu | None:
     return None
 
 
+Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
+"""How tokens go to experts: NCCL's all-to-all of permuted copies; a gather of all tokens; DeepEP, which sends a token once to a GPU and
+permutes there; HybridEP, which permutes as it receives."""
+
+
 @dataclass(frozen=True)
 class Software:
     """A training stack, by what it does to kernels and messages."""
@@ -174,8 +180,13 @@ class Software:
     """Part of the exchange of experts that runs under products."""
     expert_operations: float = 1.0
     """Operations around experts (router, permutation, sorting), of those of megatron-core's unfused ones."""
-    sends_once: bool = False
-    """A token goes to a machine once, however many of its experts are there (DeepEP, HybridEP)."""
+    dispatcher: Dispatcher = "alltoall"
+    graphed: float = 0.0
+    """Part of the host's time in layers that CUDA graphs replay."""
+    fuses_experts: bool = False
+    """Grouped products add biases, activate and cast to FP8 themselves."""
+    fp8_attention: bool = False
+    """Attention multiplies in FP8."""
 
 
 MEGATRON = Software("megatron-core with Transformer Engine")

@@ -8,6 +8,11 @@ from typing import Literal
 Group = Literal["tensor", "context", "expert", "expert_tensor", "data", "expert_data", "pipeline"]
 
 
+Part = Literal["other", "router", "permutation", "sorting", "expert activation", "expert bias", "expert weight cast"]
+"""Of element-wise kernels: routing; permutation of tokens by expert before and after their exchange; sorting of what arrived by expert; the
+experts' activation and biases; what turns their weights into FP8."""
+
+
 @dataclass(frozen=True)
 class Product:
     """[rows, inner] x [inner, cols], `count` of them in one grouped kernel."""
@@ -36,6 +41,8 @@ class Attention:
     causal: bool = True
     backward: bool = False
     dropout: bool = False
+    windowed: bool = False
+    """Queries look back on a window."""
 
     @property
     def flops(self) -> float:
@@ -49,8 +56,8 @@ class Stream:
 
     bytes: float
     kernels: int = 1
-    of_experts: bool = False
-    """Of routing and permutation, which some stacks fuse."""
+    part: Part = "other"
+    """What it is of, where stacks differ in whether and how they run it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,11 @@ class Message:
     beside_product: bool = False
     """It runs under a product that does not need it, on any stack."""
     copies: int = 1
-    """Of an all-to-all: how many members each row goes to."""
+    """Of an all-to-all: how many experts each row goes to."""
+    rows: float = 0.0
+    """Of an all-to-all: rows that one process sends, copies counted."""
+    machines: int = 0
+    """Of an all-to-all: to how many machines a router's groups let a row go; 0: to all."""
 
 
 Kernel = Product | Attention | Stream | Message

@@ -18,6 +18,12 @@ what its functional tests with experts need at the time of an operation that tho
 them (`tests/planning/test_host.py`); the rest stands for waiting until the split sizes have come back to the host."""
 LATENT_OPERATIONS = 30
 """Of latent attention besides: rotary positions on part of each head, pieces that are cut and joined."""
+CLAMP_BYTES, CLAMP_BYTES_BACK = 8, 10
+"""For each number before an activation that is clamped in kernels of its own (megatron-core's weighted_bias_quick_geglu_impl): both halves
+are clamped (read and written) and joined again; back, masked by their values and joined."""
+BIAS_BYTES, BIAS_BYTES_BACK, BIAS_OPERATIONS, BIAS_OPERATIONS_BACK = 28, 40, 3, 7
+"""For each output of an expert with a bias (TEGroupedMLP._apply_bias): the bias times a token's probability in float32, added, joined over
+the experts and cast, expert by expert; back, the gradients of bias and probability besides."""
 CHECKPOINT_OPERATIONS = 8
 """In which recomputing a module keeps and restores the state of random numbers, forward and again backward."""
 ATTENTION_TENSORS, MLP_TENSORS, ROUTER_TENSORS = 4, 3, 2
@@ -34,7 +40,8 @@ def linear(rows: float, cols: float, inner: float, *, fp8: bool, trained: Traine
         backward.append(Product(cols, inner, rows, count, fp8, passes))
     if fp8:
         # read 2 bytes (once more for the largest value), write 1 and its transpose; weights likewise, once a micro-batch
-        forward.append(Stream(count * (8 * rows * inner + 6 * cols * inner), kernels=3))
+        forward.append(Stream(count * 8 * rows * inner, kernels=2))
+        forward.append(Stream(count * 6 * cols * inner, part="other" if count == 1 else "expert weight cast"))
         if backward:
             backward.append(Stream(count * 8 * rows * cols, kernels=2))
     return forward, backward
@@ -86,7 +93,15 @@ def attention_section(
     rows = t / tp if layout.sequence else t
     qkv, qkv_back, q, kv, inner = _projections(shape, layout, tokens, fp8=fp8, trained=trained)
     masks = 2 * rows * h if shape.dropout else 0.0
-    core = Attention(tokens.pairs, tokens.length, shape.heads / tp, shape.score_dim, causal=shape.causal, dropout=shape.dropout)
+    core = Attention(
+        tokens.pairs,
+        tokens.length,
+        shape.heads / tp,
+        shape.score_dim,
+        causal=shape.causal,
+        dropout=shape.dropout,
+        windowed=tokens.windowed,
+    )
     core_back = replace(core, backward=True)
     enter, enter_back = tensor_messages(layout, 2 * t * h, trained=trained, entering=True)
     leave, leave_back = tensor_messages(layout, 2 * t * h, trained=trained, entering=False)
@@ -106,6 +121,7 @@ def attention_section(
         Stream(4 * rows * h),
         *enter,
         *qkv,
+        *([Stream(4 * t * (q + kv), kernels=2)] if shape.norms_heads else []),
         Stream(4 * t * (q + kv), kernels=2),
         *context,
         core,
@@ -120,6 +136,7 @@ def attention_section(
         core_back,
         *context_back,
         Stream(4 * t * (q + kv), kernels=2),
+        *([Stream(8 * t * (q + kv), kernels=4)] if shape.norms_heads else []),
         *enter_back,
     ]
     backward += [*qkv_back, Stream(8 * rows * h, kernels=2)]
@@ -151,26 +168,35 @@ def expert_section(
     sent = 2 * routed * h
     here = max(1, shape.experts // layout.expert)
     arrived = routed * layout.expert_tensor
-    exchange: list[Kernel] = [Message("all_to_all", sent, "expert", copies=shape.top_k)] if layout.expert > 1 else []
+    message = Message("all_to_all", sent, "expert", copies=shape.top_k, rows=routed, machines=shape.routed_machines)
+    exchange: list[Kernel] = [message] if layout.expert > 1 else []
     spread: list[Kernel] = [Message("all_gather", sent * layout.expert_tensor, "expert_tensor")] if layout.expert_tensor > 1 else []
     gather: list[Kernel] = [Message("reduce_scatter", sent * layout.expert_tensor, "expert_tensor")] if layout.expert_tensor > 1 else []
     first, first_back = linear(arrived / here, b * ffn, h, fp8=fp8, trained=trained, count=here)
     second, second_back = linear(arrived / here, h, ffn, fp8=fp8, trained=trained, count=here)
     router: list[Kernel] = [
         Product(local, shape.experts, h),
-        Stream(12 * local * shape.experts, kernels=ROUTER_OPERATIONS, of_experts=True),
+        Stream(12 * local * shape.experts, kernels=ROUTER_OPERATIONS, part="router"),
     ]
-    permute = Stream(4 * routed * h, kernels=PERMUTE_OPERATIONS, of_experts=True)
-    sort = Stream(4 * arrived * h, kernels=SORT_OPERATIONS, of_experts=True)
-    activation, activation_back = Stream(2 * (b + 1) * arrived * ffn), Stream(2 * (2 * b + 1) * arrived * ffn)
+    permute = Stream(2 * (local + routed) * h, kernels=PERMUTE_OPERATIONS, part="permutation")
+    sort = Stream(4 * arrived * h, kernels=SORT_OPERATIONS, part="sorting")
+    activation = [Stream(2 * (b + 1) * arrived * ffn, part="expert activation")]
+    activation_back = [Stream(2 * (2 * b + 1) * arrived * ffn, part="expert activation")]
+    bias: list[Kernel] = []
+    bias_back: list[Kernel] = []
+    if shape.expert_biases:
+        activation.append(Stream(CLAMP_BYTES * arrived * b * ffn, kernels=4, part="expert activation"))
+        activation_back.append(Stream((CLAMP_BYTES_BACK + 2) * arrived * b * ffn, kernels=5 + here, part="expert activation"))
+        bias = [Stream(BIAS_BYTES * arrived * h, kernels=BIAS_OPERATIONS * here, part="expert bias")]
+        bias_back = [Stream(BIAS_BYTES_BACK * arrived * h, kernels=BIAS_OPERATIONS_BACK * here, part="expert bias")]
     shared: list[Kernel] = []
     shared_back: list[Kernel] = []
     if shape.shared_ffn:
         shared, shared_back = mlp_section(shape, layout, tokens, ffn=shape.shared_ffn, fp8=fp8, trained=trained)
-    forward = [Stream(4 * local * h), *router, permute, *exchange, *spread, sort, *first, activation, *second, sort, *gather, *exchange]
-    forward += [permute, Stream(6 * local * h), *shared]
-    backward = [Stream(4 * local * h), permute, *exchange, *spread, sort, *second_back, activation_back, *first_back, sort, *gather]
-    backward += [*exchange, permute, *router, Stream(8 * local * h, kernels=2), *shared_back]
+    forward = [Stream(4 * local * h), *router, permute, *exchange, *spread, sort, *first, *activation, *second, *bias, sort, *gather]
+    forward += [*exchange, permute, Stream(6 * local * h), *shared]
+    backward = [Stream(4 * local * h), permute, *exchange, *spread, sort, *bias_back, *second_back, *activation_back, *first_back, sort]
+    backward += [*gather, *exchange, permute, *router, Stream(8 * local * h, kernels=2), *shared_back]
     return forward, backward
 
 

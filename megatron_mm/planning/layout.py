@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_mm.config import ParallelConfig
-from megatron_mm.planning.hardware import Gpu
+from megatron_mm.planning.hardware import Dispatcher, Gpu
 from megatron_mm.planning.kernels import Group
 from megatron_mm.planning.network import Members, Network
 
@@ -53,7 +53,7 @@ class Layout:
         base, left = divmod(num_layers, self.stages)
         return tuple(base + (1 <= stage <= left) for stage in range(self.stages)) if left else (base,) * self.stages
 
-    def network(self, gpu: Gpu, *, sends_once: bool = False) -> Network:
+    def network(self, gpu: Gpu, *, dispatcher: Dispatcher = "alltoall") -> Network:
         near = self.tensor * self.context
         expert_stride = self.expert_tensor * (1 if self.folded else self.context)
         groups: dict[Group, Members] = {
@@ -65,7 +65,7 @@ class Layout:
             "expert": Members(self.expert, expert_stride),
             "expert_data": Members(self.expert_data, self.expert_tensor * self.expert),
         }
-        return Network(gpu, groups, sends_once)
+        return Network(gpu, groups, dispatcher)
 
     @classmethod
     def of(cls, parallel: ParallelConfig, gpus: int) -> Layout:

@@ -16,10 +16,10 @@ from pathlib import Path
 from megatron_mm.planning import functional_tests
 from megatron_mm.planning.decoder_job import decoder_job
 from megatron_mm.planning.decoder_shape import DecoderShape, Latents, Recompute
-from megatron_mm.planning.hardware import Software, gpu_named
+from megatron_mm.planning.hardware import Gpu, Software, gpu_named
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.layout import Layout
-from megatron_mm.planning.published_software import has_latents, software_of
+from megatron_mm.planning.published_software import has_latents, recipe_setting, software_of
 from megatron_mm.planning.step import Prediction, StepModel
 
 GIB = 2**30
@@ -102,6 +102,8 @@ def number(cells: Mapping[str, str], name: str) -> float | None:
     if match is None:
         return None
     value = float(match.group().replace(",", ""))
+    if name == "seq" and cells[name][match.end() :].strip().lower() in ("k", "ki"):
+        value *= 1024
     return value if math.isfinite(value) else None
 
 
@@ -126,7 +128,7 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
         gpu = gpu.with_power(float(watts.group(1)))
     if "hbm2e" in cells.get("notes", "").lower() and gpu.name.startswith("h100"):
         gpu = replace(gpu, memory_tb_s=2.4)
-    software = software_of(cells)
+    software = software_of(cells, gpu)
     shape = _shape(cells, software)
     length = count(cells, "seq")
     if length is None:
@@ -154,7 +156,7 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
     if seconds is None:
         reported = number(cells, "tflops_causal_half")
         seconds = _flops(shape, length) * batch * length / gpus / (reported * 1e12) if reported else None
-    recompute = _recompute(cells, software)
+    recompute = _recompute(cells, software, gpu)
     if recompute is None:
         assumed.append("recompute")
     jobs = []
@@ -172,6 +174,7 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
                         num_micro_batches=max(1, round(batch / (size * layout.data))),
                         fp8=fp8 and gpu.fp8_tflops > 0,
                         recompute=choice,
+                        frozen=_is_adapter(cells),
                     )
                 )
     if not jobs:
@@ -206,6 +209,12 @@ def _is_fp8(cells: Mapping[str, str], assumed: list[str]) -> bool:
     return bool(re.search(r"fp8|float8|e4m3|hybrid", precision))
 
 
+def _is_adapter(cells: Mapping[str, str]) -> bool:
+    """Whether only adapters beside frozen weights are trained."""
+    text = " ".join(cells.get(name, "") for name in ("model", "source", "ref", "notes")).lower()
+    return bool(re.search(r"\bq?lora\b|\bdora\b|\bpeft\b|adapter", text))
+
+
 def _flops(shape: DecoderShape, length: int) -> float:
     """Of training one token."""
     sparse = len(shape.sparse_layers)
@@ -230,6 +239,7 @@ def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
         else not re.match(r"(gpt|mpt|bert|opt|bloom)", cells.get("model", "").lower())
     )
     top_k = count(cells, "topk") or (2 if experts else 0)
+    names = f"{cells.get('model', '')} {cells.get('notes', '')}".lower()
     return DecoderShape(
         num_layers=layers,
         hidden_size=hidden,
@@ -247,6 +257,11 @@ def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
         latents=_latents(cells, hidden),
         rotary=is_gated,
         tied=cells.get("tied") == "1",
+        norms_heads=bool(re.search(r"qwen-?3|olmo-?2|gemma-?3|qk[-_ ]?(layer)?norm", names)),
+        expert_biases=bool(re.search(r"gpt[-_ ]?oss", names)),
+        window=128 if re.search(r"gpt[-_ ]?oss", names) else 0,
+        routed_machines=4 if re.search(r"deepseek[-_ ]?(v3|r1(?!-distill))", names) else 0,
+        predicted_ahead=1 if re.search(r"\bmtp\b", names) and not re.search(r"(no|without) mtp", names) else 0,
         dropout=cells.get("model", "").lower().startswith("gpt") and software.attention != "unfused",
         capacity=1.0 if re.search(r"token-drop|cf\s*=\s*1\b|force|balanc", cells.get("notes", "").lower()) else 1.08,
     )
@@ -336,9 +351,15 @@ def _micro_batch_sizes(cells: Mapping[str, str], batch: int, layout: Layout) -> 
     return [size for size in (1, 2, 4, 8) if each % size == 0 and (size == 1 or each // size >= layout.pipeline)]
 
 
-def _recompute(cells: Mapping[str, str], software: Software) -> Recompute | None:
+_MODULES = {"norm": "layernorm", "act": "moe_act", "attn": "core_attn", "attention": "core_attn", "up_proj": "mla_up_proj"}
+
+
+def _recompute(cells: Mapping[str, str], software: Software, gpu: Gpu) -> Recompute | None:
     """What was recomputed; None where the source does not say."""
     text = cells.get("recompute", "").lower()
+    setting = recipe_setting(cells, gpu) if not text and count(cells, "experts") else None
+    if setting is not None:
+        return frozenset(setting.recompute)
     if not text and software.name.startswith("JAX"):
         return frozenset({"mlp_half"})  # MaxText's usual policy keeps some of the products
     if not text:
@@ -351,4 +372,4 @@ def _recompute(cells: Mapping[str, str], software: Software) -> Recompute | None
         return frozenset({"mlp_half"})
     if "selective" in text and "moe" not in text:
         return frozenset({"core_attn"})
-    return frozenset(re.split(r"[+,;\s]+", text)) - {""}
+    return frozenset(_MODULES.get(name, name) for name in re.split(r"[+,;/\s]+", text)) - {""}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_mm.planning.hardware import GIGA, MICRO, Gpu
+from megatron_mm.planning.hardware import GIGA, MICRO, Dispatcher, Gpu
 from megatron_mm.planning.kernels import Group, Message
 
 NVLINK_RATE = 0.82
@@ -14,6 +14,9 @@ NIC_RATE = 0.80
 """Of the network card's rate."""
 NVLINK_LATENCY = 12 * MICRO
 NIC_LATENCY = 18 * MICRO
+ROW_SECONDS = 4e-9
+"""Of DeepEP and HybridEP for a row beside its bytes: a few multiprocessors look up, copy and count rows one by one. Chosen on the first
+half of the groups of benchmarks/anchors/held_out.csv, where models with narrow rows came out too fast and those with wide rows did not."""
 HOP_LATENCY = 3 * MICRO
 """For each doubling of the machines in a group."""
 
@@ -35,15 +38,17 @@ class Network:
 
     gpu: Gpu
     groups: dict[Group, Members]
-    sends_once: bool = False
-    """An all-to-all sends a row to another machine once, not once for each of its copies there."""
+    dispatcher: Dispatcher = "alltoall"
+    """How tokens go to experts: what stands for an all-to-all."""
 
     def seconds(self, message: Message) -> float:
         members = self.groups[message.group]
         if members.size == 1 or message.bytes <= 0:
             return 0.0
         if message.kind == "all_to_all":
-            return self._all_to_all(message.bytes, members, copies=message.copies)
+            if self.dispatcher == "allgather":  # every token to every process
+                return self._gather(message.bytes / message.copies * members.size, members)
+            return self._all_to_all(message, members)
         if message.kind == "ring":
             return self._ring(message.bytes, members)
         once = self._gather(message.bytes, members)
@@ -61,14 +66,24 @@ class Network:
         between = size * (machines - 1) / machines / (near * self.gpu.nic_gb_s * GIGA * NIC_RATE) if machines > 1 else 0.0
         return max(inside, between) + self._latency(members)
 
-    def _all_to_all(self, sent: float, members: Members, *, copies: int) -> float:
+    def _all_to_all(self, message: Message, members: Members) -> float:
+        """Rows to where their experts are. Sent once, a row goes to each machine that has experts of it, and over NVLink on to their GPUs.
+
+        Worked example, 8 experts of a row on 8 GPUs of one machine: it goes to 8 (1 - (7/8)^8) = 5.3 of them, 66% of its 8 copies.
+        """
         near = members.per_machine(self.gpu.nvlink_domain)
-        inside = sent * (near - 1) / members.size / (self.gpu.nvlink_gb_s * GIGA * NVLINK_RATE)
-        between = sent * (members.size - near) / members.size / (self.gpu.nic_gb_s * GIGA * NIC_RATE)
         machines = members.size / near
-        if self.sends_once and machines > 1:
-            between *= (1 - (1 - 1 / machines) ** copies) * machines / copies
-        return max(inside, between) + self._latency(members)
+        inside, between = (near - 1) / members.size, (members.size - near) / members.size  # of all copies
+        once = self.dispatcher in ("deepep", "hybridep")
+        if once:
+            copies = message.copies
+            reached = _distinct(copies, min(machines, message.machines or machines))
+            inside = (near - 1) / near * reached * _distinct(copies / reached, near) / copies
+            between = reached * (machines - 1) / machines / copies
+        inside *= message.bytes / (self.gpu.nvlink_gb_s * GIGA * NVLINK_RATE)
+        between *= message.bytes / (self.gpu.nic_gb_s * GIGA * NIC_RATE)
+        handled = ROW_SECONDS * message.rows if once else 0.0
+        return max(inside, between) + handled + self._latency(members)
 
     def _ring(self, passed: float, members: Members) -> float:
         """Every process passes on to its neighbour, size - 1 times; the slowest neighbours are those on two machines."""
@@ -84,3 +99,8 @@ class Network:
         near = members.stride * 2 <= self.gpu.nvlink_domain
         rate = self.gpu.nvlink_gb_s * NVLINK_RATE if near else self.gpu.nic_gb_s * NIC_RATE
         return size / (rate * GIGA) + (NVLINK_LATENCY if near else NIC_LATENCY)
+
+
+def _distinct(copies: float, places: float) -> float:
+    """Places that so many copies go to, drawn evenly."""
+    return places * (1 - (1 - 1 / places) ** copies)

@@ -6,13 +6,41 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from megatron_mm.planning.hardware import STACKS, Software
+from megatron_mm.planning.bridge_recipes import ALL_GRAPHED, OVERLAPPED, Setting, setting_of
+from megatron_mm.planning.hardware import STACKS, Dispatcher, Gpu, Software
 
 
-def fuses_exchange(stack: Software) -> Software:
-    """With DeepEP or HybridEP and their overlap: a token goes to a machine once, permutation is part of the exchange, and another
-    micro-batch computes meanwhile."""
-    return replace(stack, hides_expert_messages=0.8, sends_once=True, expert_operations=0.25)
+def with_experts(stack: Software, cells: Mapping[str, str], setting: Setting | None) -> Software:
+    """The same with how tokens go to experts: as a row says (dispatcher, overlap, CUDA graphs), else as its source's recipe had it."""
+    text = " ".join(cells.get(name, "") for name in ("source", "ref", "notes", "dispatcher")).lower()
+    if setting is not None:
+        stack = setting.of(stack)
+    for words, dispatcher in _DISPATCHERS.items():
+        if re.search(words, text):
+            stack = replace(stack, dispatcher=dispatcher)
+            break
+    if re.search(r"(ep|1f1b|a2a|moe)[- ]?(\w+[- ])?overlap", text):
+        stack = replace(stack, hides_expert_messages=OVERLAPPED)
+    if re.search(r"full[- ]iteration (cuda )?graph", text):
+        stack = replace(stack, graphed=ALL_GRAPHED)
+    if re.search(r"token-?drop|capacity factor", text):
+        stack = replace(stack, expert_operations=stack.expert_operations * COUNTED_OPERATIONS)
+    if stack.dispatcher in ("deepep", "hybridep"):
+        stack = replace(stack, expert_operations=stack.expert_operations * FUSED_OPERATIONS)
+    return stack
+
+
+_DISPATCHERS: dict[str, Dispatcher] = {
+    r"hybrid-?ep": "hybridep",
+    r"deep-?ep": "deepep",
+    r"all-?gather dispatch|dispatch\w* all-?gather": "allgather",
+    r"\ba2a\b(?! overlap)|\ball-?to-?all\b": "alltoall",
+}
+"""By the words of a row's dispatcher or notes."""
+FUSED_OPERATIONS = 0.5
+"""Operations around experts with DeepEP or HybridEP, of those of megatron-core's all-to-all: permutation is part of the exchange."""
+COUNTED_OPERATIONS = 0.6
+"""The same where every expert gets the same number of tokens, and nothing waits for counts to come back (`layer_sections`)."""
 
 
 def has_latents(cells: Mapping[str, str]) -> bool:
@@ -21,7 +49,7 @@ def has_latents(cells: Mapping[str, str]) -> bool:
     return bool(re.search(r"\bmla\b|moonlight|kimi|deepseek[-_ ]?(v[23]|r1(?!-distill))", text))
 
 
-def software_of(cells: Mapping[str, str]) -> Software:
+def software_of(cells: Mapping[str, str], gpu: Gpu) -> Software:
     """The stack that a source ran, by its words, and what a row says of it."""
     notes = cells.get("notes", "").lower()
     stack = _stack(cells)
@@ -32,6 +60,8 @@ def software_of(cells: Mapping[str, str]) -> Software:
         stack = replace(stack, optimizer_bytes=8)
     if re.search(r"async[- ]?tp", notes) and not stack.hides_tensor_messages:
         stack = replace(stack, hides_tensor_messages=ASYNC_TENSOR)
+    if cells.get("experts", "").strip() not in ("", "0", "1"):
+        stack = with_experts(stack, cells, recipe_setting(cells, gpu))
     if cells.get("overlap"):
         stack = replace(stack, hides_data_messages=cells["overlap"] == "1")
     return stack
@@ -52,11 +82,8 @@ def _stack(cells: Mapping[str, str]) -> Software:
         return replace(stack, copies_logits=False) if compiled and re.search(r"20(25|2[6-9])", text) else stack
     if re.search(r"maxtext|jax|axlearn|levanter|paxml", text):
         return STACKS["jax"]
-    fused = bool(re.search(r"hybridep|deepep|ep overlap", text))
     if "bridge" in text:
-        return _bridge(cells, text, fused)
-    if fused:
-        return fuses_exchange(STACKS["megatron"])
+        return STACKS["bridge"]
     if arxiv and arxiv.group(1) < "2206":
         return STACKS["megatron-2021"]
     if re.search(r"dgxc|nemo", text):
@@ -66,13 +93,21 @@ def _stack(cells: Mapping[str, str]) -> Software:
     return STACKS["megatron"]
 
 
-def _bridge(cells: Mapping[str, str], text: str, fused: bool) -> Software:
-    """Megatron-Bridge. Its performance recipes exchange experts' tokens with DeepEP or HybridEP; from release 26.06 on they also overlap
-    the exchange and capture the whole layer, experts included, in CUDA graphs."""
-    stack = STACKS["bridge"]
-    release = re.search(r"\b(2[5-9])\.(\d\d)\b", cells.get("source", ""))
-    if fused or (release and release.groups() >= ("26", "06")):
-        return fuses_exchange(stack)
-    if "performance" in cells.get("source", "").lower():
-        return replace(stack, sends_once=True, expert_operations=0.5)  # routing in CUDA graphs
-    return stack
+def recipe_setting(cells: Mapping[str, str], gpu: Gpu) -> Setting | None:
+    """What the performance recipe of a row of Megatron-Bridge's set of how experts run; None of other rows."""
+    source = cells.get("source", "").lower()
+    if "bridge" not in source or "performance" not in source:
+        return None
+    release = re.search(r"\b(2[5-9])\.(\d\d)(?:\.(\d\d))?\b", source)
+    expert = re.match(r"\d+", cells.get("ep", ""))
+    return setting_of(
+        model=cells.get("model", ""),
+        gpu=gpu.name,
+        precision=cells.get("precision", ""),
+        release=tuple(int(part or 0) for part in release.groups()) if release else LATEST,  # type: ignore[arg-type]
+        on_machines=expert is not None and int(expert.group()) > gpu.nvlink_domain,
+    )
+
+
+LATEST = (26, 8, 0)
+"""The release that a row which names none is taken to be of."""

@@ -16,7 +16,7 @@ from megatron_mm.flops import Trainable
 from megatron_mm.planning.decoder_block import decoder_layer, embedding, output, saved_by_layer
 from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
 from megatron_mm.planning.encoder_blocks import connector_block, patches_block, projector_block, resampler_block, tower_blocks
-from megatron_mm.planning.hardware import OURS, STACKS, Gpu, Software, with_precision
+from megatron_mm.planning.hardware import OURS, STACKS, Gpu, Software, with_host, with_precision
 from megatron_mm.planning.job import Beside, Job
 from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Stream
 from megatron_mm.planning.layer_sections import attention_section, linear, tensor_messages
@@ -25,6 +25,9 @@ from megatron_mm.planning.workload import MicroBatch, Workload, Workloads
 
 EXPERT_IMBALANCE = 1.10
 """Tokens of the fullest process's experts, of the mean, under load-balance losses."""
+DECODING_BESIDE = 1.33
+"""Host time beside threads of Pillow, which share the interpreter with the one that launches kernels, of that without: a forward pass of
+mm1_1b took 0.60 and 0.45 s (docs/gpu.md)."""
 MOST_KINDS = 12
 """Micro-batches that differ, at most; more are put together by their images."""
 
@@ -52,11 +55,13 @@ def recompute_of(experiment: Experiment, *, encoder: bool = False) -> Recompute:
 def _software_of(experiment: Experiment, software: Software) -> Software:
     """The stack with what the experiment chooses of it: formats, messages under products, how tokens go to experts."""
     parallel = experiment.parallel
+    if experiment.data.decoder == "pillow":
+        software = with_host(software, DECODING_BESIDE)
     stack = with_precision(software, experiment.precision, single=experiment.train.precision == "fp32")
     if parallel.overlap_tensor:
         stack = replace(stack, hides_tensor_messages=STACKS["nemo"].hides_tensor_messages)
     if parallel.expert_dispatch != "alltoall":  # a token goes to a machine once, and permutation is part of it
-        stack = replace(stack, sends_once=True, expert_operations=0.5)
+        stack = replace(stack, dispatcher=parallel.expert_dispatch, expert_operations=0.5)
     return replace(stack, hides_data_messages=parallel.overlap_grad_reduce)
 
 

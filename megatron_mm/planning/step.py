@@ -48,7 +48,7 @@ class StepModel:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.costs = Costs(job.gpu, job.software, job.layout.network(job.gpu, sends_once=job.software.sends_once))
+        self.costs = Costs(job.gpu, job.software, job.layout.network(job.gpu, dispatcher=job.software.dispatcher))
         self._cache: dict[tuple[int, bool], Seconds] = {}
 
     def predict(self, *, keep_events: bool = False) -> Prediction:

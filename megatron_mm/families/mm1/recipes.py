@@ -160,7 +160,7 @@ def mm1_7b_moe() -> Experiment:
 
     `sbatch examples/mm1_7b_moe.slurm`.
 
-    Predicted on 128 H100: 2.33 s a step (to 20%), 41% of the bf16 peak, 66 GB; as many A100-80GB: 5.42 s.
+    Predicted on 128 H100: 2.32 s a step (to 20%), 41% of the bf16 peak, 66 GB; as many A100-80GB: 5.41 s.
     """
     parallel = ParallelConfig(tensor=2, expert=32, max_expert_load=8.0, recompute_encoder="full")
     return _sparse(mm1_7b(), "mm1_7b_moe", moe=MoEConfig(num_experts=32, every_n_layers=4), parallel=parallel)
