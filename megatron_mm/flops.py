@@ -1,16 +1,16 @@
-"""Tokens, FLOPs and MFU: the one definition, for the trainer and for planning.
+"""Definitions of tokens, FLOPs and MFU, used by both the trainer and the planner.
 
 A multiplication and an addition are two FLOPs. A training step costs, for each matrix product of its forward pass,
 
     once more   for the gradient of the weight, where that is trainable
     once more   for the gradient of the input, where anything before it is trainable
 
-so three times its forward pass where everything is trainable, and once where nothing is up to there. A product of activations (attention's
-scores and values) has two inputs: once or three times. Which weights are trainable is asked by name, so a new freeze policy is counted
-right without a word here. Attention is counted over the documents' own lengths, and causal attention half. The image encoder counts.
-Recomputation, norms, activations, the embedding look-up and padding tokens do not.
+so three times the forward pass if everything is trainable, and one time if nothing up to that point is trainable. A product of activations
+(attention's scores and values) has two inputs, so it counts one or three times. Whether a weight is trainable is looked up by its name, so
+this code need not change for a new freeze policy. Attention is counted over the lengths of the documents, and causal attention as half. The
+image encoder is included. Recomputation, norms, activations, the embedding look-up and padding tokens are not.
 
-Here stand the blocks that families share; connectors bring their own counts (`models.connectors`), and so do families (`Family.flops`).
+This module has the blocks that families share; connectors (`models.connectors`) and families (`Family.flops`) define their own counts.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def peak_tflops(device_name: str, precision: Precision) -> float | None:
 
 
 def mfu(tflops: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation of one device, between 0 and 1; None where the peak is unknown."""
+    """Model FLOPs utilisation of one device, between 0 and 1; None if the peak is unknown."""
     return tflops / peak if peak else None
 
 

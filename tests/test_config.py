@@ -41,7 +41,7 @@ DECODER, VISION, CONNECTOR = DEBUG.model.decoder, DEBUG.model.vision, DEBUG.mode
         (DEBUG.parallel, {"pipeline": 2, "stage_layers": (4,)}, "parallel.stage_layers has 1 numbers, but pipeline 2 x virtual 1 makes 2"),
         (DEBUG.data, {"mixture": {}}, "data.mixture is empty"),
         (DEBUG.data, {"mixture": {"pairs": -1.0}}, "gives source 'pairs' the weight -1.0"),
-        (DEBUG.optimizer, {"min_lr": 1.0}, "min_lr 1.0 must lie between 0 and peak_lr"),
+        (DEBUG.optimizer, {"min_lr": 1.0}, "min_lr is 1.0, but must be between 0 and peak_lr"),
         (DEBUG.train, {"micro_batch_size": 3}, "train.global_batch_size 16 is not a multiple of train.micro_batch_size 3"),
         (DEBUG.checkpoint, {"keep": 0}, "keep is 0, but must be positive"),
     ],
@@ -70,7 +70,7 @@ def test_fields_that_are_unknown_or_missing_are_named() -> None:
     without = {name: value for name, value in values["optimizer"].items() if name != "peak_lr"}
     with pytest.raises(ValueError, match=r"config.optimizer lacks the fields \['peak_lr'\]"):
         from_dict(Experiment, {**values, "optimizer": without})
-    with pytest.raises(ValueError, match="has the model family 'gpt5', but this version knows"):
+    with pytest.raises(ValueError, match="has the unknown model family 'gpt5'; this version has"):
         from_dict(Experiment, {**values, "model": {**values["model"], "family": "gpt5"}})
 
 

@@ -91,7 +91,7 @@ def test_no_secret_of_the_environment_is_written_and_the_run_is_private(demo_dat
 
 
 def test_a_password_in_a_url_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"checkpoint\.copy_to holds a password"):
+    with pytest.raises(ValueError, match=r"checkpoint\.copy_to contains a password"):
         CheckpointConfig(copy_to="s3://key:secret@bucket/run")
     CheckpointConfig(copy_to="s3://bucket/run")
 

@@ -1,7 +1,7 @@
-"""What a command of the program is: its arguments, its help, and the experiment whose fields its options override.
+"""Commands of the program: their arguments, their help, and the experiment whose fields they override.
 
-Every command has the same help: usage, what it does, its arguments, its options. A command that works on an experiment lists, once it knows
-which one, every field of it as an option with the value that it has.
+The help of every command has the same form: usage, description, arguments, options. A command that works on an experiment also lists every
+field of that experiment as an option, with its value, once the arguments say which experiment it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_mm.config import Experiment
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser: one that raises ValueError with one line, and that knows the names of its options."""
+    """argparse's parser, but it raises a one-line ValueError, and it remembers the names of its options."""
 
     def __init__(self, *, prog: str, description: str = "", epilog: str = "") -> None:
         super().__init__(
@@ -33,11 +33,11 @@ class Parser(argparse.ArgumentParser):
         )
         self.option_names: list[str] = []
         self.needed: list[str] = []
-        """What the command cannot do without, as it stands in the usage."""
+        """Required arguments, as they are written in the usage line."""
         self.add_argument("-h", "--help", action="store_true", help="show this help")
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        """As argparse's, and remembers the option's names."""
+        """As in argparse, but also remembers the option's names."""
         action = super().add_argument(*names, **settings)
         self.option_names += action.option_strings
         if action.required:
@@ -56,15 +56,15 @@ class Command:
     help: str
     """What it does, in one line."""
     run: Callable[[argparse.Namespace], None]
-    """Does it. Its argument has an attribute for each argument of the command; of a command that has an `experiment` also `experiment`,
-    with the command line's overrides, and `overrides`, these as they were written."""
+    """Runs the command. The namespace has an attribute for each argument. For a command with an `experiment`, it also has `experiment`,
+    with the overrides of the command line applied, and `overrides`, the words of these as written."""
     arguments: Callable[[Parser], None] = lambda parser: None
     """Adds its arguments and options to a parser."""
     experiment: Callable[[argparse.Namespace], Experiment | None] | None = None
-    """The experiment whose fields are options too, by the command's own arguments; called for `--help` as well, so it imports little.
-    Returns None where the arguments name none."""
+    """Finds the experiment whose fields are also options, from the command's own arguments. It is called for `--help` as well, so it
+    imports little. Returns None if the arguments name no experiment."""
     notes: Callable[[], str] = lambda: ""
-    """What stands below the options in its help."""
+    """Text below the options in its help."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Group:
 
 
 def one_of(allowed: Sequence[str]) -> dict[str, Any]:
-    """Settings of an argument that is one of some words."""
+    """Settings of an argument that must be one of these words."""
 
     def check(word: str) -> str:
         if word not in allowed:
@@ -95,13 +95,13 @@ def integer(word: str) -> int:
 
 
 def choices(word: str, known: Iterable[str]) -> str:
-    """`choose one of A, B, C`, after the one that was perhaps meant."""
+    """`choose one of A, B, C`, preceded by a suggestion if a name is close."""
     meant = nearest(word, known).removeprefix(": ")
     return f"{f'{meant} ' if meant else ''}choose one of {', '.join(known)}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`: did you mean NAME?`, or nothing where no name is near."""
+    """`: did you mean NAME?`, or an empty string if no name is close."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f": did you mean {near[0]}?" if near else ""
 
@@ -134,7 +134,7 @@ def _show(text: str) -> None:
 def _group_help(group: Group, program: str) -> str:
     width = max(map(len, group.commands)) + 2
     lines = [f"  {name:{width}}{command.help}" for name, command in group.commands.items()]
-    about = f"`{program} COMMAND --help` says more of each."
+    about = f"`{program} COMMAND --help` describes a command."
     return "\n".join([f"usage: {program} COMMAND ...", "", group.help, "", "commands:", *lines, "", about])
 
 
@@ -175,7 +175,7 @@ def _print_help(parser: Parser, command: Command, experiment: Experiment | None)
 
 
 def _with_dashes(words: Sequence[str]) -> list[str]:
-    """Options may be written with underscores, as fields are: --train.global_batch_size."""
+    """Options may also be written with underscores, as fields are: --train.global_batch_size."""
     parts = [(word.partition("="), word.startswith("--")) for word in words]
     return [name.replace("_", "-") + equals + value if option else name + equals + value for (name, equals, value), option in parts]
 
@@ -190,7 +190,7 @@ def _unknown(word: str, known: Sequence[str], program: str) -> str:
 
 
 def _add_options(parser: Parser, overrides: Sequence[Override]) -> None:
-    """Let a parser know the fields' options: it puts the words that follow each under its name."""
+    """Add the fields' options to a parser; it stores the words that follow an option under the option's name."""
     for option in overrides:
         if option.name in parser.option_names:
             continue
@@ -200,7 +200,7 @@ def _add_options(parser: Parser, overrides: Sequence[Override]) -> None:
 
 
 def _add_help_groups(parser: Parser, overrides: Sequence[Override]) -> None:
-    """Let a parser's help list the options with their values, a group for each part."""
+    """Add the fields' options, with their values, to a parser's help, in a group for each part."""
     groups: dict[tuple[str, ...], argparse._ArgumentGroup] = {}
     for option in overrides:
         if option.key is not None or option.name in parser.option_names:
@@ -208,7 +208,7 @@ def _add_help_groups(parser: Parser, overrides: Sequence[Override]) -> None:
         part = option.path[:-1]
         if part not in groups:
             groups[part] = parser.add_argument_group(".".join(part) or "experiment", option.group_text.replace("%", "%%"))
-        default = "no such part" if option.value is ABSENT else f"default: {written(option.value)}"
+        default = "not in this recipe" if option.value is ABSENT else f"default: {written(option.value)}"
         text = f"{option.text} ({default})".strip().replace("%", "%%")
         if option.negative is not None and placeholder(option.hint) == "":
             groups[part].add_argument(option.name, option.negative, help=text, action="store_true")

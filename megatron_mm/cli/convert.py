@@ -1,4 +1,4 @@
-"""`megatron-mm convert`: checkpoints of ours and of Hugging Face, one from the other."""
+"""`megatron-mm convert`: conversion between our checkpoints and Hugging Face's, inspection, comparison, upcycling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 
 def _add_threads(parser: Parser) -> None:
-    parser.add_argument("--threads", type=integer, default=_THREADS, metavar="N", help="read and write on N threads (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=integer, default=_THREADS, metavar="N", help="number of threads that read and write (default: %(default)s)"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- to-hf
@@ -26,21 +28,27 @@ def _to_hf_arguments(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN_DIR/checkpoints/step_..., or RUN_DIR for its newest")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write")
     parser.add_argument(
-        "--part", default="whole", help="decoder or tower alone (default: %(default)s)", **one_of(["whole", "language", "vision"])
+        "--part",
+        default="whole",
+        help="export the whole model, or only the decoder or the tower (default: %(default)s)",
+        **one_of(["whole", "language", "vision"]),
     )
     parser.add_argument(
-        "--architecture", default="llama", help="of a decoder alone (default: %(default)s)", **one_of(["llama", "mistral", "internlm2"])
+        "--architecture",
+        default="llama",
+        help="class of a decoder that is exported alone (default: %(default)s)",
+        **one_of(["llama", "mistral", "internlm2"]),
     )
     parser.add_argument(
         "--dtype",
         default="auto",
-        help="of the weights; auto keeps the checkpoint's (default: %(default)s)",
+        help="type of the weights; auto keeps the checkpoint's type (default: %(default)s)",
         **one_of(["auto", "float32", "bfloat16", "float16"]),
     )
     parser.add_argument(
-        "--vocab-size", type=integer, metavar="N", help="rows of the vocabulary to write, without the padding rows at its end"
+        "--vocab-size", type=integer, metavar="N", help="number of vocabulary rows to write, to leave out the padding rows at the end"
     )
-    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest safetensors file (default: %(default)s)")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="maximum size of a safetensors file (default: %(default)s)")
     _add_threads(parser)
 
 
@@ -64,11 +72,15 @@ def _to_hf(given: argparse.Namespace) -> None:
 
 
 def _from_hf_arguments(parser: Parser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="run directory to make; `train RECIPE --init-from OUT` begins with it")
-    parser.add_argument("--recipe", required=True, metavar="RECIPE", help="recipe of the model; with one, --help lists every field")
-    parser.add_argument("--whole", type=Path, metavar="DIR", help="what `convert to-hf` has written, or released InfiMM or Mono-InternVL")
+    parser.add_argument("out", type=Path, metavar="OUT", help="run directory to create; train from it with `train RECIPE --init-from OUT`")
+    parser.add_argument(
+        "--recipe", required=True, metavar="RECIPE", help="recipe that defines the model; if given, --help lists every field"
+    )
+    parser.add_argument(
+        "--whole", type=Path, metavar="DIR", help="a whole model: output of `convert to-hf`, or the released InfiMM or Mono-InternVL"
+    )
     parser.add_argument("--language", type=Path, metavar="DIR", help="a decoder: Llama, Vicuna, Mistral, Zephyr, InternLM2")
-    parser.add_argument("--vision", type=Path, metavar="DIR", help="an image tower: CLIP, of transformers or open_clip, or EVA-CLIP")
+    parser.add_argument("--vision", type=Path, metavar="DIR", help="an image tower: CLIP (from transformers or open_clip) or EVA-CLIP")
     _add_threads(parser)
 
 
@@ -82,9 +94,9 @@ def _from_hf(given: argparse.Namespace) -> None:
     for what, count in made.sources.items():
         print(f"  {count:16,} parameters read: {what}")
     for what, count in made.drawn.items():
-        print(f"  {count:16,} parameters drawn: {what}")
+        print(f"  {count:16,} parameters with initial values: {what}")
     command = ["train", given.recipe, "--run-dir", "RUN_DIR", "--data.path", "DATA", "--init-from", str(given.out), *given.overrides]
-    print(f"begin with it: megatron-mm {shlex.join(command)}")
+    print(f"train from it: megatron-mm {shlex.join(command)}")
 
 
 # -------------------------------------------------------------------------------------------------------------------- inspect
@@ -92,10 +104,10 @@ def _from_hf(given: argparse.Namespace) -> None:
 
 def _inspect_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "path", type=Path, metavar="PATH", help="checkpoint or run directory of ours, Hugging Face directory, or file of weights"
+        "path", type=Path, metavar="PATH", help="our checkpoint or run directory, a Hugging Face directory, or a file of weights"
     )
-    parser.add_argument("--no-norms", action="store_true", help="read no tensor: quick")
-    parser.add_argument("--unfold", action="store_true", help="every layer by itself, even where they look alike")
+    parser.add_argument("--no-norms", action="store_true", help="do not read any tensor, which is faster")
+    parser.add_argument("--unfold", action="store_true", help="list every layer separately, even if several are alike")
     _add_threads(parser)
 
 
@@ -115,8 +127,10 @@ def _inspect(given: argparse.Namespace) -> None:
 
 def _verify_arguments(parser: Parser) -> None:
     for name in ("first", "second"):
-        parser.add_argument(name, type=Path, metavar=name.upper(), help="Hugging Face directory, or checkpoint or run directory of ours")
-    parser.add_argument("--prompt", metavar="TEXT", help="compare logits of this text too; runs the code that travels with the models")
+        parser.add_argument(name, type=Path, metavar=name.upper(), help="Hugging Face directory, or our checkpoint or run directory")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="also compare logits for this text; runs the Python code in the Hugging Face directory"
+    )
     _add_threads(parser)
 
 
@@ -133,12 +147,12 @@ def _verify(given: argparse.Namespace) -> None:
 
 
 def _upcycle_arguments(parser: Parser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="dense checkpoint, or RUN_DIR for its newest")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a dense checkpoint, or RUN_DIR for its newest one")
     parser.add_argument(
-        "run_dir", type=Path, metavar="RUN_DIR", help="run directory to make; `train RECIPE --run-dir RUN_DIR` continues it"
+        "run_dir", type=Path, metavar="RUN_DIR", help="run directory to create; continue it with `train RECIPE --run-dir RUN_DIR`"
     )
     parser.add_argument(
-        "--recipe", required=True, metavar="RECIPE", help="sparse recipe, such as mm1_3b_moe; with one, --help lists every field"
+        "--recipe", required=True, metavar="RECIPE", help="a sparse recipe, such as mm1_3b_moe; if given, --help lists every field"
     )
 
 
@@ -156,24 +170,24 @@ CONVERT = Group(
     commands={
         "to-hf": Command(help="write a checkpoint as a Hugging Face model", run=_to_hf, arguments=_to_hf_arguments),
         "from-hf": Command(
-            help="make a checkpoint that training begins with, of Hugging Face weights",
+            help="make a checkpoint from Hugging Face weights, from which training can begin",
             run=_from_hf,
             arguments=_from_hf_arguments,
             experiment=recipe_of,
-            notes=lambda: "DIR is a Hugging Face directory or a file of weights. What no source gives gets its initial weights.",
+            notes=lambda: "DIR is a Hugging Face directory or a file of weights. Parameters that no source provides get initial values.",
         ),
         "inspect": Command(
-            help="show a checkpoint as a tree: shapes, types, norms, parameters", run=_inspect, arguments=_inspect_arguments
+            help="print a checkpoint as a tree: shapes, types, norms, parameter counts", run=_inspect, arguments=_inspect_arguments
         ),
         "verify": Command(
             help="compare two checkpoints: names, shapes, values, logits of a prompt", run=_verify, arguments=_verify_arguments
         ),
         "upcycle": Command(
-            help="make a sparse model whose experts begin as a dense checkpoint's MLPs",
+            help="turn a dense checkpoint into a sparse model; each expert starts as a copy of the dense MLP",
             run=_upcycle,
             arguments=_upcycle_arguments,
             experiment=recipe_of,
-            notes=lambda: "Under torchrun the options --parallel.* say how the sparse model is cut.",
+            notes=lambda: "Under torchrun, the options --parallel.* determine how the sparse model is split.",
         ),
     },
 )

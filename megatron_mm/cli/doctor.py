@@ -1,4 +1,5 @@
-"""`megatron-mm doctor`: what this machine has, and what stands in for what it lacks; with --node, whether it is fit to join a run."""
+"""`megatron-mm doctor`: what is installed on this machine, and what is used in place of missing parts. --node: whether it is fit to join a
+run."""
 
 from __future__ import annotations
 
@@ -10,12 +11,22 @@ from megatron_mm.cli.command import Command, Parser
 
 
 def _arguments(parser: Parser) -> None:
-    parser.add_argument("--node", action="store_true", help="only look whether this node is fit to join a run; exit code 1 where not")
-    parser.add_argument("--gpus", type=int, metavar="N", help="with --node: GPUs that it should have")
+    parser.add_argument("--node", action="store_true", help="only check whether this node is fit to join a run; the exit code is 1 if not")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --node: number of GPUs that it should have")
     parser.add_argument(
-        "--min-gb-per-s", type=float, default=0.0, metavar="X", help="with --node: least speed of an all-reduce in the node"
+        "--min-gb-per-s",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="with --node: lowest acceptable speed of an all-reduce within the node, GB/s",
     )
-    parser.add_argument("--path", type=Path, default=Path("."), metavar="DIR", help="with --node: where the run will write (default: here)")
+    parser.add_argument(
+        "--path",
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="with --node: directory to which the run will write (default: current directory)",
+    )
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -33,4 +44,8 @@ def _run(given: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-DOCTOR = Command(help="what this machine has, and what falls back to what; --node: is it fit to join a run", run=_run, arguments=_arguments)
+DOCTOR = Command(
+    help="report what is installed and what is used in place of missing parts; --node: check whether it is fit to join a run",
+    run=_run,
+    arguments=_arguments,
+)

@@ -17,7 +17,7 @@ def _arguments(parser: Parser) -> None:
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
-        help="RUN_DIR/checkpoints/step_..., or RUN_DIR for its newest; with one, --help lists every field with the checkpoint's value",
+        help="RUN_DIR/checkpoints/step_..., or RUN_DIR for its newest one; if given, --help lists every field with the checkpoint's value",
     )
 
 
@@ -44,5 +44,8 @@ def _run(given: argparse.Namespace) -> None:
 
 
 EVAL = Command(
-    help="held-out losses with true, shuffled and blank images, and captions", run=_run, arguments=_arguments, experiment=_experiment
+    help="compute held-out losses with true, shuffled and blank images, and generate captions",
+    run=_run,
+    arguments=_arguments,
+    experiment=_experiment,
 )

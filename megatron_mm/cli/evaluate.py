@@ -1,4 +1,4 @@
-"""`megatron-mm evaluate`: benchmarks of a run or an exported model, few-shot and zero-shot; and pictures of several runs' results."""
+"""`megatron-mm evaluate`: run benchmarks on a run or an exported model, few-shot and zero-shot, and plot the results of several runs."""
 
 from __future__ import annotations
 
@@ -18,30 +18,36 @@ def _arguments(parser: Parser) -> None:
         nargs="?",
         metavar="RUN_OR_EXPORT",
         type=Path,
-        help="RUN_DIR for its newest checkpoint, RUN_DIR/checkpoints/step_..., or a folder of `convert to-hf`; "
+        help="RUN_DIR for its newest checkpoint, RUN_DIR/checkpoints/step_..., or a folder written by `convert to-hf`; "
         "with a run, --help lists every field",
     )
-    parser.add_argument("--tasks", metavar="TASK,...", help="tasks and groups of tasks, see below, or FILE.py:TASK")
+    parser.add_argument("--tasks", metavar="TASK,...", help="tasks and groups of tasks (see below), or FILE.py:TASK")
     parser.add_argument("--shots", nargs="+", type=integer, default=[0], metavar="N", help="numbers of demonstrations (default: 0)")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="of the tasks' files, a folder for each (default: the run's data.path)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results (default: RUN_OR_EXPORT/evaluation)")
-    parser.add_argument("--limit", type=integer, metavar="N", help="items of a task, drawn by --seed (default: all)")
-    parser.add_argument("--seed", type=integer, default=0, metavar="N", help="of the demonstrations (default: 0)")
-    parser.add_argument("--batch-size", type=integer, default=16, metavar="N", help="items at once on a data-parallel rank (default: 16)")
-    parser.add_argument("--beams", type=integer, default=1, metavar="N", help="beams of a beam search (default: 1, greedy)")
-    parser.add_argument("--method", help="instead of the tasks' own", **one_of(["generate", "rank"]))
     parser.add_argument(
-        "--form", metavar="TEXT", help="of prompts, instead of the tasks' own, such as '{image}Describe:' (docs/evaluation.md)"
+        "--data", type=Path, metavar="FOLDER", help="folder with the tasks' files, in one folder per task (default: the run's data.path)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the results (default: RUN_OR_EXPORT/evaluation)")
+    parser.add_argument("--limit", type=integer, metavar="N", help="number of items per task, drawn by --seed (default: all)")
+    parser.add_argument("--seed", type=integer, default=0, metavar="N", help="seed of the demonstrations and of --limit (default: 0)")
+    parser.add_argument(
+        "--batch-size", type=integer, default=16, metavar="N", help="items that a data-parallel rank processes at once (default: 16)"
+    )
+    parser.add_argument("--beams", type=integer, default=1, metavar="N", help="beams of a beam search (default: 1, greedy)")
+    parser.add_argument(
+        "--method", help="generate answers or rank choices, instead of the tasks' own method", **one_of(["generate", "rank"])
+    )
+    parser.add_argument(
+        "--form", metavar="TEXT", help="form of the prompts, instead of the tasks' own, such as '{image}Describe:' (docs/evaluation.md)"
     )
     parser.add_argument(
         "--text-demonstrations",
         type=integer,
         default=0,
         metavar="N",
-        help="demonstrations without images for --shots 0, as Flamingo's zero-shot has two (default: 0)",
+        help="number of demonstrations without images for --shots 0; Flamingo's zero-shot has two (default: 0)",
     )
-    parser.add_argument("--recipe", metavar="RECIPE", help="of an exported model")
-    parser.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="draw the results of several runs, instead of evaluating")
+    parser.add_argument("--recipe", metavar="RECIPE", help="recipe of an exported model")
+    parser.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="plot the results of several runs, instead of evaluating")
 
 
 def _experiment(given: argparse.Namespace) -> Experiment | None:
@@ -61,7 +67,7 @@ def _experiment(given: argparse.Namespace) -> Experiment | None:
 
 
 def _say_what_is_missing(target: Path) -> None:
-    """Raise ValueError where a target cannot be evaluated as it is given."""
+    """Raise ValueError if the target cannot be evaluated with the given arguments."""
     from megatron_mm.run.evaluate_tasks import is_export
     from megatron_mm.training.checkpoint import find_checkpoint
 
@@ -128,7 +134,7 @@ def _notes() -> str:
 
 
 EVALUATE = Command(
-    help="benchmarks, few-shot and zero-shot, of a run or an exported model",
+    help="run benchmarks, few-shot and zero-shot, on a run or an exported model",
     run=_run,
     arguments=_arguments,
     experiment=_experiment,

@@ -1,7 +1,7 @@
-"""The command line: `megatron-mm COMMAND` (or `python -m megatron_mm COMMAND`). `COMMANDS` is every command; each has a file of its own.
+"""The command line: `megatron-mm COMMAND` (or `python -m megatron_mm COMMAND`). `COMMANDS` lists all commands; each has a file of its own.
 
-A user's mistake is one line on standard error and exit code 2. Heavy imports wait for the command that needs them, so that `--help` is
-quick.
+A user's mistake results in one line on standard error and exit code 2. Large packages are imported only by the commands that need them, so
+that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     _configure_logging()
     try:
-        if arguments[:1] != ["doctor"]:  # which has the same to say, among other things
+        if arguments[:1] != ["doctor"]:  # doctor reports this itself
             engines.check(engines.installed())
         run(COMMANDS, arguments, program="megatron-mm")
     except (ValueError, FileNotFoundError) as error:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
     except KeyboardInterrupt:
         print("megatron-mm: interrupted: start the same command again to resume", file=sys.stderr, flush=True)
-        os._exit(130)  # as a shell would say it
+        os._exit(130)  # the code that a shell reports for Ctrl-C
 
 
 def _explain_by_engine(error: Exception) -> None:
@@ -80,10 +80,10 @@ def _explain_by_engine(error: Exception) -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    """Print a user's mistake once and leave.
+    """Print a user's mistake once and exit.
 
-    All processes of a run usually find the same mistake: the others wait, so that the first one speaks for them and torchrun
-    ends them; a mistake that only another process finds is still printed.
+    Usually all processes of a run find the same mistake. The others wait, so that the first one prints it and torchrun ends them. A mistake
+    that only another process finds is still printed.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank:
@@ -95,7 +95,7 @@ def _fail(error: Exception) -> NoReturn:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Names of files and texts come from data: what a terminal would take for a command is written as `?`."""
+    """File names and texts come from data, so characters that a terminal would interpret are written as `?`."""
 
     def format(self, record: logging.LogRecord) -> str:
         return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in super().format(record))

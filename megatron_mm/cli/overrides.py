@@ -1,9 +1,10 @@
 """Every field of an experiment as an option of the command line: `--train.steps 100`.
 
 Names, types, units and defaults are the dataclasses' own: a field `steps: int` of the part `train` is `--train.steps INTEGER`, and its
-docstring is the help. `values.py` says what its type means. An entry of a dict is an option, too: --data.mixture.pairs 0.5 changes one.
+docstring is the help. `values.py` defines how values of each type are written. An entry of a dict is an option as well:
+--data.mixture.pairs 0.5 changes one entry.
 
-A part that the experiment does not have (`MoEConfig | None`) comes into being when one of its fields is given.
+A part that the experiment does not have (`MoEConfig | None`) is created if one of its fields is given.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from megatron_mm.cli.values import parse_words, takes_none, without_none
 from megatron_mm.config import Experiment
 
 ABSENT = object()
-"""The value of a field of a part that the experiment does not have, where the field has no default."""
+"""The value of a field without a default, in a part that the experiment does not have."""
 _NOT_OPTIONS = {("recipe",)}
-"""The recipe's name says where an experiment came from; another one would be untrue."""
+"""The recipe's name records where an experiment came from, so it cannot be changed."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,19 @@ class Override:
     """A field as an option."""
 
     path: tuple[str, ...]
-    """Names of parts, and of the field."""
+    """Names of the parts and of the field."""
     hint: Any
-    """The field's type; None for a whole part that may be taken away: it takes the word None alone."""
+    """The field's type; None for a whole part that can be removed: this option accepts only the word None."""
     value: Any
-    """What it is without the option."""
+    """Its value if the option is not given."""
     text: str
     """The field's docstring."""
     group_text: str
     """The first sentence of its part's docstring."""
     key: str | None = None
-    """Of one entry of a dict: its key."""
+    """For an entry of a dict: its key."""
     earlier: str | None = None
-    """The field's name in earlier versions, which is an option still."""
+    """The field's name in earlier versions, which still works as an option."""
 
     @property
     def name(self) -> str:
@@ -52,12 +53,12 @@ class Override:
 
     @property
     def names(self) -> list[str]:
-        """Its name, and the one that it had."""
+        """Its name, and its earlier name."""
         return [self.name, *(["--" + _dashed([*self.path[:-1], self.earlier])] if self.earlier is not None else [])]
 
     @property
     def negative(self) -> str | None:
-        """The option that switches it off; None for what is no switch."""
+        """The option that turns it off; None if the field is not a switch."""
         return "--" + _dashed([*self.path[:-1], f"no-{self.path[-1]}"]) if without_none(self.hint) is bool else None
 
 
@@ -66,7 +67,7 @@ def _dashed(names: Sequence[str]) -> str:
 
 
 def overrides_of(experiment: Experiment) -> list[Override]:
-    """Every option of an experiment, in the order of its fields."""
+    """All options of an experiment, in the order of its fields."""
     found = [option for option in _of_part(experiment, type(experiment), ()) if option.path not in _NOT_OPTIONS]
     return sorted(found, key=lambda option: len(option.path) > 1)  # its own fields before its parts'
 
@@ -104,7 +105,7 @@ def _first_sentence(kind: type) -> str:
 
 @functools.cache
 def field_texts(kind: type) -> dict[str, str]:
-    """The docstrings that stand below the fields of a dataclass and of those that it inherits from, by field."""
+    """The docstrings below the fields of a dataclass and of its base classes, by field."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -127,12 +128,12 @@ def _dataclass_of(hint: Any) -> type | None:
 
 
 def apply_overrides(experiment: Experiment, overrides: Sequence[Override], words: Mapping[str, Sequence[str]]) -> Experiment:
-    """The experiment with new values; every part checks itself once, with all of them.
+    """The experiment with new values; every part checks itself once, with all of its new values.
 
     Args:
-        words: those that follow an option, by the option's name.
+        words: the words that follow each option, by the option's name.
 
-    Raises ValueError in one line that names the option and what it takes, or the part whose values do not fit.
+    Raises a one-line ValueError that names the option and what it accepts, or the part whose values do not fit together.
     """
     values: dict[tuple[str, ...], Any] = {}
     for option in overrides:
@@ -154,7 +155,7 @@ def _value_at(part: Any, path: tuple[str, ...]) -> Any:
 
 
 def _rebuild(part: Any, kind: type, values: Mapping[tuple[str, ...], Any], path: tuple[str, ...]) -> Any:
-    """A part with the values that lie in it; None where it is not there and none does."""
+    """A part with its new values; None if the part does not exist and has no new values."""
     if not any(changed[: len(path)] == path for changed in values):
         return part
     hints, changes = typing.get_type_hints(kind), {}
@@ -164,7 +165,7 @@ def _rebuild(part: Any, kind: type, values: Mapping[tuple[str, ...], Any], path:
         inside = [changed for changed in values if changed[: len(here)] == here and changed != here]
         if here in values:
             if inside:
-                raise ValueError(f"--{_dashed(here)} None takes the part away that --{_dashed(inside[0])} is of: give one of them")
+                raise ValueError(f"--{_dashed(here)} None removes the part to which --{_dashed(inside[0])} belongs: give only one of them")
             changes[field.name] = values[here]
         elif inner is not None and inside:
             changes[field.name] = _rebuild(value, inner, values, here)
@@ -178,7 +179,7 @@ def _make(kind: type, values: dict[str, Any], path: tuple[str, ...]) -> Any:
     missing = [field.name for field in dataclasses.fields(kind) if _default(field) is ABSENT and field.name not in values]
     if missing:
         options = " and ".join("--" + _dashed([*path, name]) for name in missing)
-        raise ValueError(f"{'.'.join(path)} is a part that the recipe does not have: to add it give {options}, too")
+        raise ValueError(f"the recipe does not have the part {'.'.join(path)}: to add it, also give {options}")
     return kind(**values)
 
 

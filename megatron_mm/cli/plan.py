@@ -1,4 +1,4 @@
-"""`megatron-mm plan`: what a run would cost before it is queued, and how far such predictions can be trusted."""
+"""`megatron-mm plan`: predict the time, memory and cost of a run before it is queued, and compare predictions with measurements."""
 
 from __future__ import annotations
 
@@ -20,36 +20,39 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a recipe; its fields are options, as for train")
     known = "{" + ",".join(GPUS) + "}"
     parser.add_argument("--gpu", type=_gpu, default="h100-sxm", metavar=known, help="kind of GPU (default: h100-sxm)")
-    parser.add_argument("--num-gpus", type=integer, metavar="N", help="GPUs of the run")
-    parser.add_argument("--price", type=float, metavar="X", help="of a GPU for an hour: adds the cost of the run")
+    parser.add_argument("--num-gpus", type=integer, metavar="N", help="number of GPUs of the run")
+    parser.add_argument("--price", type=float, metavar="X", help="price of one GPU for one hour; adds the cost of the run")
     parser.add_argument("--search", action="store_true", help="find the layout with the shortest step, and show the ten best")
     parser.add_argument(
         "--usable-memory",
         type=float,
         default=USABLE,
         metavar="X",
-        help=f"with --search: part of the GPU's memory that a layout may take (default: {USABLE}; the recipes' layouts keep to "
+        help=f"with --search: fraction of the GPU's memory that a layout may use (default: {USABLE}; the recipes' layouts use "
         f"{USABLE_BY_RECIPES})",
     )
     parser.add_argument(
         "--host-microseconds",
         type=float,
         metavar="X",
-        help="time of the host for one pass of a module around a matrix product, and all its other times in proportion (default: 250)",
+        help="time that the host takes for one pass of a module around a matrix product; its other times are scaled in proportion "
+        "(default: 250)",
     )
-    parser.add_argument("--images", type=integer, metavar="N", help="images of every sequence, instead of what the data says")
+    parser.add_argument("--images", type=integer, metavar="N", help="number of images in every sequence, instead of the data's")
     parser.add_argument("--timeline", type=Path, metavar="FILE.png", help="draw the simulated pipeline")
     parser.add_argument("--chrome-trace", type=Path, metavar="FILE.json", help="write the simulated pipeline for chrome://tracing")
     parser.add_argument(
-        "--trace", action="store_true", help="also run a step of every pipeline rank without devices: bytes, messages, FLOPs"
+        "--trace", action="store_true", help="also run one step of every pipeline rank without devices, and count bytes, messages and FLOPs"
     )
-    parser.add_argument("--memory-timeline", type=Path, metavar="FILE.png", help="with --trace: draw memory over the step")
-    parser.add_argument("--measurements", type=Path, metavar="FILE.csv", help="compare predictions with published step times instead")
-    parser.add_argument("--every-row", action="store_true", help="with --measurements: a line for each row")
+    parser.add_argument("--memory-timeline", type=Path, metavar="FILE.png", help="with --trace: plot memory over the step")
+    parser.add_argument(
+        "--measurements", type=Path, metavar="FILE.csv", help="instead of planning, compare predictions with published measurements"
+    )
+    parser.add_argument("--every-row", action="store_true", help="with --measurements: print every row")
 
 
 def _gpu(word: str) -> str:
-    """The name of a kind of GPU, of the ways in which people write it: h100, H100-SXM, a100."""
+    """The name of a kind of GPU, from any of its common spellings: h100, H100-SXM, a100."""
     found = gpu_named(word)
     if found is None or found.name not in GPUS:
         raise argparse.ArgumentTypeError(f"unknown {word!r}: {choices(word, GPUS)}")
@@ -123,14 +126,14 @@ def _trace(given: argparse.Namespace, planned: Planned) -> None:
 
 def _notes() -> str:
     return (
-        "With --measurements: predicted against published step times and memory, by source and kind (dense, moe). FILE.csv has the\n"
-        "columns of benchmarks/anchors/throughput.csv; what a row lacks is chosen, and a row that cannot be predicted is named with\n"
+        "With --measurements: predicted and published step times and memory, by source and kind (dense, moe). FILE.csv has the\n"
+        "columns of benchmarks/anchors/throughput.csv. Missing values are chosen, and a row that cannot be predicted is named with\n"
         "the reason.\n\n" + list_recipes()
     )
 
 
 PLAN = Command(
-    help="step time, memory, days and cost of a run before it is queued",
+    help="predict step time, memory, days and cost of a run before it is queued",
     run=_run,
     arguments=_arguments,
     experiment=_experiment,

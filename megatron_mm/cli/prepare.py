@@ -1,4 +1,4 @@
-"""`megatron-mm prepare`: data sets, their tokenizers and their indexes."""
+"""`megatron-mm prepare`: make data sets, their tokenizers and their indexes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def _demo_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--samples", type=integer, default=2000, metavar="N", help="training samples (default: %(default)s)")
+    parser.add_argument("--samples", type=integer, default=2000, metavar="N", help="number of training samples (default: %(default)s)")
     parser.add_argument("--seed", type=integer, default=0, metavar="N", help="seed of the scenes (default: %(default)s)")
 
 
@@ -38,40 +38,46 @@ def _index_arguments(parser: Parser) -> None:
         "path",
         type=Path,
         metavar="PATH",
-        help="data set (with split folders), one split, or one source folder; or its address in an object store",
+        help="folder of a data set (with its splits), of one split, or of one source; or an address in an object store",
     )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: PATH/tokenizer.model)")
     parser.add_argument(
-        "--chat-template", default="plain", help="how conversations and tasks are written (default: %(default)s)", **one_of(TEMPLATES)
+        "--chat-template", default="plain", help="chat template of conversations and tasks (default: %(default)s)", **one_of(TEMPLATES)
     )
     parser.add_argument(
-        "--caption-prompt", metavar="TEXT", help="make chats of pairs, too: what asks for the caption (default: an image and its caption)"
+        "--caption-prompt",
+        metavar="TEXT",
+        help="turn pairs into chats with this prompt for the caption (default: an image followed by its caption)",
     )
     parser.add_argument(
         "--verify",
         default="full",
-        help="decode each image, its header, or one image in 16 and the others' headers (default: %(default)s)",
+        help="full: decode every image; header: only headers; sample: one image in 16, and headers of the others (default: %(default)s)",
         **one_of(("full", "header", "sample")),
     )
-    parser.add_argument("--kind", help="what the sources hold (default: what most of their samples are)", **one_of(KINDS))
+    parser.add_argument("--kind", help="kind of the sources (default: the kind of most of their first samples)", **one_of(KINDS))
     parser.add_argument(
         "--key-ends",
-        help="dot of a name at which a sample's key ends (default: as most names ask for)",
+        help="dot in a file name at which a sample's key ends (default: what most names need)",
         **one_of(("first", "last")),
     )
     add_keys(parser, text=True, image=True, messages=True)
-    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="names of files to leave alone; may be repeated")
-    parser.add_argument("--index-dir", type=Path, metavar="DIR", help="write indexes here, for read-only data: train with --data.path DIR")
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="names of files to skip; may be repeated")
+    parser.add_argument(
+        "--index-dir", type=Path, metavar="DIR", help="write the indexes here, for read-only data; then train with --data.path DIR"
+    )
     add_limits(parser)
 
 
 def _read_arguments(parser: Parser) -> None:
     _index_arguments(parser)
-    parser.add_argument("--workers", type=integer, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=integer, default=os.cpu_count() or 1, metavar="N", help="number of processes (default: %(default)s)"
+    )
     parser.add_argument(
         "--shards",
         metavar="A-B|I/N",
-        help="read only shards A to B of each source (from 0), or the I-th of N equal parts; `prepare merge` writes the index then",
+        help="read only shards A to B of each source (from 0), or the I-th of N equal parts; `prepare merge` then writes the index",
     )
 
 
@@ -112,21 +118,21 @@ def _index(given: argparse.Namespace) -> None:
 
 def _store_arguments(parser: Parser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of an indexed source, such as DATA/train/pairs")
-    parser.add_argument("url", metavar="URL", help="where its shards have been copied to, such as s3://bucket/train/pairs")
+    parser.add_argument("url", metavar="URL", help="address to which its shards have been copied, such as s3://bucket/train/pairs")
 
 
 def _store(given: argparse.Namespace) -> None:
     from megatron_mm.data.sources.index import move_to_store
 
     count = move_to_store(given.source, given.url)
-    print(f"{given.source}: {count} shards are read from {given.url} from now on; those in the folder are not needed any more")
+    print(f"{given.source}: {count} shards are now read from {given.url}; the shards in the folder are no longer needed")
 
 
 def _tokenizer_arguments(parser: Parser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="data set")
     parser.add_argument("--out", type=Path, metavar="FILE", help="model to write (default: PATH/tokenizer.model)")
     parser.add_argument(
-        "--vocab-size", type=integer, default=49152, metavar="N", help="tokens, special ones included (default: %(default)s)"
+        "--vocab-size", type=integer, default=49152, metavar="N", help="number of tokens, including special ones (default: %(default)s)"
     )
     add_keys(parser, text=True, image=True, messages=True)
 
@@ -139,27 +145,33 @@ def _tokenizer(given: argparse.Namespace) -> None:
 
 
 def _with_file_errors(command: Command) -> Command:
-    """A full disk, or a file that may not be written, is a line and not a traceback."""
+    """The same command, but a full disk, or a file that cannot be written, results in one line and not in a traceback."""
 
     def run(given: argparse.Namespace) -> None:
         try:
             command.run(given)
         except OSError as error:
-            raise ValueError(f"{error.filename or 'a file'}: {error.strerror or error}; what was done before stays done") from error
+            raise ValueError(
+                f"{error.filename or 'a file'}: {error.strerror or error}; fix this and run the same command again: finished work is kept"
+            ) from error
 
     return replace(command, run=run)
 
 
 _COMMANDS = {
     "demo": Command(help="make a small data set of drawn scenes, its tokenizer and its index", run=_demo, arguments=_demo_arguments),
-    "index": Command(help="read every sample once: validity, token counts, image sizes", run=_index, arguments=_read_arguments),
-    "merge": Command(
-        help="write the index of shards that `prepare index --shards` has read (same options)", run=_merge, arguments=_index_arguments
+    "index": Command(
+        help="index a data set: read every sample once, for validity, token counts and image sizes", run=_index, arguments=_read_arguments
     ),
-    "store": Command(help="read an indexed source from an object store", run=_store, arguments=_store_arguments),
+    "merge": Command(
+        help="write the index after `prepare index --shards` has read all parts (same options)", run=_merge, arguments=_index_arguments
+    ),
+    "store": Command(help="make runs read an indexed source from an object store", run=_store, arguments=_store_arguments),
     "tokenizer": Command(help="train a SentencePiece tokenizer on the texts of a data set", run=_tokenizer, arguments=_tokenizer_arguments),
     **DATASET_COMMANDS,
     **LOOK_COMMANDS,
 }
 
-PREPARE = Group(help="make, index or tokenize data", commands={name: _with_file_errors(command) for name, command in _COMMANDS.items()})
+PREPARE = Group(
+    help="make, convert, index and inspect data sets", commands={name: _with_file_errors(command) for name, command in _COMMANDS.items()}
+)

@@ -1,4 +1,4 @@
-"""`megatron-mm prepare pairs|obelics|mmc4|llava|vqa|scienceqa|text`: published data sets become shards."""
+"""`megatron-mm prepare pairs|obelics|mmc4|llava|vqa|scienceqa|text`: convert public data sets to shards."""
 
 from __future__ import annotations
 
@@ -14,34 +14,38 @@ FORMS = ("vqav2", "okvqa", "textvqa", "textcaps", "gqa", "vizwiz", "coco")
 
 
 def fraction(text: str) -> float:
-    """A share from 0 to 1. Raises ArgumentTypeError where it is none."""
+    """A fraction from 0 to 1. Raises ArgumentTypeError for anything else."""
     try:
         value = float(text)
     except ValueError:
         value = -1
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to 1")
     return value
 
 
 def add_limits(parser: Parser) -> None:
-    """How much may be lost."""
+    """Add the limits on lost samples and images."""
     parser.add_argument(
-        "--max-rejected", type=fraction, default=0.05, metavar="SHARE", help="of the samples that may be unusable (default: %(default)s)"
+        "--max-rejected",
+        type=fraction,
+        default=0.05,
+        metavar="FRACTION",
+        help="fraction of the samples that may be unusable (default: %(default)s)",
     )
     parser.add_argument(
         "--max-dropped-images",
         type=fraction,
         default=0.05,
-        metavar="SHARE",
-        help="of the documents' images that may be missing or bad (default: %(default)s)",
+        metavar="FRACTION",
+        help="fraction of the documents' images that may be missing or bad (default: %(default)s)",
     )
 
 
 def add_keys(parser: Parser, *, text: bool = False, image: bool = False, messages: bool = False) -> None:
-    """What fields and files are called."""
+    """Add options for the names of fields and files."""
     if text:
-        parser.add_argument("--text-key", metavar="FIELD", help="field with the text, or extension of its file; dots lead into objects")
+        parser.add_argument("--text-key", metavar="FIELD", help="field with the text, or extension of its file; A.B is field B of object A")
     if image:
         parser.add_argument("--image-key", metavar="FIELD", help="field with the image or its path, or extension of its file")
     if messages:
@@ -51,22 +55,28 @@ def add_keys(parser: Parser, *, text: bool = False, image: bool = False, message
 def _arguments(
     *, images: bool | None, text_key: bool = False, image_key: bool = False, messages_key: bool = False, inputs: str = "files"
 ) -> Callable[[Parser], None]:
-    """Arguments of a layout.
+    """The arguments of a kind of data set.
 
     Args:
-        images: whether --images is needed; None where there is none.
+        images: whether --images is required; None if there is no such option.
     """
 
     def add(parser: Parser) -> None:
-        parser.add_argument("inputs", nargs="+", metavar="INPUT", help=f"{inputs}: paths, folders, patterns in quotes, or URLs for fsspec")
+        parser.add_argument(
+            "inputs", nargs="+", metavar="INPUT", help=f"{inputs}: files, folders, quoted patterns, or URLs that fsspec supports"
+        )
         parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="source to write, such as DATA/train/NAME")
         if images is not None:
             parser.add_argument(
-                "--images", required=images, metavar="DIR", help="folder of images, as files or in tars; nothing is fetched from the web"
+                "--images", required=images, metavar="DIR", help="folder of images, as files or in tars; nothing is downloaded"
             )
         add_keys(parser, text=text_key, image=image_key, messages=messages_key)
-        parser.add_argument("--shard-megabytes", type=integer, default=1024, metavar="N", help="size of a shard (default: %(default)s)")
-        parser.add_argument("--workers", type=integer, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
+        parser.add_argument(
+            "--shard-megabytes", type=integer, default=1024, metavar="N", help="size of a shard, MiB (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--workers", type=integer, default=os.cpu_count() or 1, metavar="N", help="number of processes (default: %(default)s)"
+        )
         add_limits(parser)
 
     return add
@@ -91,27 +101,27 @@ def _convert(layout: str, **fixed: Any) -> Callable[[argparse.Namespace], None]:
             )
         )
         data = given.out.resolve().parent.parent
-        print(f"index it: megatron-mm prepare index {data}")
+        print(f"next, index it: megatron-mm prepare index {data}")
 
     return run
 
 
 def _vqa_arguments(parser: Parser) -> None:
     _arguments(images=False, inputs="a file of questions or captions")(parser)
-    parser.add_argument("--format", dest="form", required=True, help="what the file is", **one_of(FORMS))
-    parser.add_argument("--annotations", metavar="FILE", help="the file of answers, of vqav2 and okvqa")
+    parser.add_argument("--format", dest="form", required=True, help="format of the file", **one_of(FORMS))
+    parser.add_argument("--annotations", metavar="FILE", help="the file with the answers, for vqav2 and okvqa")
     parser.add_argument(
         "--as",
         dest="layout",
         default="tasks",
-        help="captions: with a prompt, or as pairs (default: %(default)s)",
+        help="write captions as tasks with a prompt, or as pairs (default: %(default)s)",
         **one_of(("tasks", "pairs")),
     )
 
 
 def _scienceqa_arguments(parser: Parser) -> None:
     _arguments(images=False, inputs="problems.json, or parquet files")(parser)
-    parser.add_argument("--split", metavar="NAME", help="split of problems.json that is wanted (default: all)")
+    parser.add_argument("--split", metavar="NAME", help="split of problems.json to convert (default: all)")
 
 
 def _text_arguments(parser: Parser) -> None:
@@ -120,7 +130,7 @@ def _text_arguments(parser: Parser) -> None:
         "--txt",
         dest="texts",
         default="file",
-        help="a text of a .txt (default: %(default)s)",
+        help="what counts as one text in a .txt file (default: %(default)s)",
         **one_of(("file", "line", "paragraph")),
     )
 
@@ -132,19 +142,23 @@ DATASET_COMMANDS = {
         arguments=_arguments(images=False, text_key=True, image_key=True, inputs="parquet, JSON, tars or folders of files"),
     ),
     "obelics": Command(
-        help="OBELICS parquet and its images",
+        help="OBELICS: parquet files and their images",
         run=_convert("obelics"),
         arguments=_arguments(images=True, inputs="parquet files"),
     ),
     "mmc4": Command(
-        help="MMC4 JSON lines and their images", run=_convert("mmc4"), arguments=_arguments(images=True, inputs=".jsonl or .zip")
+        help="MMC4: JSON lines and their images", run=_convert("mmc4"), arguments=_arguments(images=True, inputs=".jsonl or .zip")
     ),
     "llava": Command(
         help="conversations (LLaVA-mix-665k, ShareGPT, messages) and a folder of images",
         run=_convert("llava"),
         arguments=_arguments(images=False, image_key=True, messages_key=True, inputs="JSON, JSON lines or parquet"),
     ),
-    "vqa": Command(help="questions and answers, or captions, of VQAv2's kind", run=_convert("tasks"), arguments=_vqa_arguments),
+    "vqa": Command(
+        help="questions and answers, or captions: VQAv2, OK-VQA, TextVQA, TextCaps, GQA, VizWiz, COCO",
+        run=_convert("tasks"),
+        arguments=_vqa_arguments,
+    ),
     "scienceqa": Command(help="ScienceQA", run=_convert("tasks", form="scienceqa"), arguments=_scienceqa_arguments),
-    "text": Command(help="texts of C4, Dolma and others", run=_convert("text"), arguments=_text_arguments),
+    "text": Command(help="texts: C4, Dolma and others", run=_convert("text"), arguments=_text_arguments),
 }

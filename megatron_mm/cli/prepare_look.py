@@ -1,4 +1,4 @@
-"""`megatron-mm prepare view` and `prepare report`: look at a data set."""
+"""`megatron-mm prepare view` and `prepare report`: inspect a data set."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from megatron_mm.cli.command import Command, Parser, integer
 def _view_arguments(parser: Parser) -> None:
     parser.add_argument("path", type=Path, metavar="DATA", help="indexed data set")
     parser.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: DATA/view.html)")
-    parser.add_argument("--recipe", default="debug_mm1", metavar="NAME", help="how it is packed and images are cut (default: %(default)s)")
+    parser.add_argument(
+        "--recipe", default="debug_mm1", metavar="NAME", help="recipe whose packing and images are shown (default: %(default)s)"
+    )
     parser.add_argument("--split", default="train", metavar="NAME", help="split to show (default: %(default)s)")
-    parser.add_argument("--micro-batches", type=integer, default=4, metavar="N", help="how many to show (default: %(default)s)")
+    parser.add_argument(
+        "--micro-batches", type=integer, default=4, metavar="N", help="number of micro-batches to show (default: %(default)s)"
+    )
 
 
 def _view(given: argparse.Namespace) -> None:
@@ -28,8 +32,8 @@ def _view(given: argparse.Namespace) -> None:
 
 def _report_arguments(parser: Parser) -> None:
     parser.add_argument("path", type=Path, metavar="DATA", help="indexed data set, split or source")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the statistics as JSON, too")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them, as .png, .pdf or .svg")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the statistics as JSON")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="also plot them, as .png, .pdf or .svg")
 
 
 def _report(given: argparse.Namespace) -> None:
@@ -44,6 +48,6 @@ def _report(given: argparse.Namespace) -> None:
 
 
 LOOK_COMMANDS = {
-    "view": Command(help="write a page of packed sequences as a model sees them", run=_view, arguments=_view_arguments),
-    "report": Command(help="statistics of an indexed data set", run=_report, arguments=_report_arguments),
+    "view": Command(help="write an HTML page that shows packed sequences as a model sees them", run=_view, arguments=_view_arguments),
+    "report": Command(help="print statistics of an indexed data set", run=_report, arguments=_report_arguments),
 }

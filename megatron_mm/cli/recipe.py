@@ -1,4 +1,4 @@
-"""The recipe that a command is given, and the list of those there are."""
+"""The recipe argument of a command, and the list of recipes in its help."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from megatron_mm.config import Experiment
 
 
 def add_recipe(parser: Parser) -> None:
-    """The recipe as the first argument."""
+    """Add the recipe as the first argument."""
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="name of a recipe, or FILE.py:FUNCTION or MODULE:FUNCTION; with one, --help lists every field with the recipe's value",
+        help="name of a recipe, or FILE.py:FUNCTION or MODULE:FUNCTION; if given, --help lists every field with the recipe's value",
     )
 
 
 def recipe_of(given: argparse.Namespace) -> Experiment:
-    """The experiment of the recipe `given.recipe`. Raises ValueError that names the nearest where there is none of that name."""
+    """The experiment of the recipe `given.recipe`. If there is no such recipe, raises ValueError with the closest name."""
     from megatron_mm.config.references import is_reference
     from megatron_mm.families.recipes import RECIPES, get_recipe
 
     if given.recipe.endswith(".py"):
-        raise ValueError(f"{given.recipe} is a file: name a function: {given.recipe}:FUNCTION")
+        raise ValueError(f"{given.recipe} is a file: name a function in it, {given.recipe}:FUNCTION")
     if given.recipe not in RECIPES and not is_reference(given.recipe):
         raise ValueError(f"unknown recipe {given.recipe!r}: {choices(given.recipe, RECIPES)}")
     return get_recipe(given.recipe)
 
 
 def list_recipes() -> str:
-    """What a command's help says of recipes."""
+    """The list of recipes for a command's help."""
     from megatron_mm.families.recipes import RECIPES
 
     return "recipes:\n" + textwrap.fill(", ".join(RECIPES), width=100, initial_indent="  ", subsequent_indent="  ")
 
 
 def experiment_in(path: Path) -> Experiment | None:
-    """The experiment of a checkpoint, or of the newest one of a run directory, found without torch; None where there is none."""
+    """The experiment of a checkpoint, or of a run directory's newest checkpoint, found without importing torch; None if there is none."""
     from megatron_mm.families.serialize import load_experiment
 
     complete = sorted(path.glob("checkpoints/step_*/manifest.json"))

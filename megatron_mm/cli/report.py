@@ -1,4 +1,4 @@
-"""`megatron-mm report`: one HTML page of one or several runs."""
+"""`megatron-mm report`: write one HTML page about one or more runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megatron_mm.cli.command import Command, Parser
 
 
 def _arguments(parser: Parser) -> None:
-    parser.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="directory of a run; several are compared")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="the page (default: report.html in the first run directory)")
+    parser.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="run directory; several are compared")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="page to write (default: report.html in the first run directory)")
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -25,5 +25,5 @@ def _run(given: argparse.Namespace) -> None:
 
 
 REPORT = Command(
-    help="write one HTML page of one or several runs: curves, evaluations, events, differences", run=_run, arguments=_arguments
+    help="write one HTML page about one or more runs: curves, evaluations, events, differences", run=_run, arguments=_arguments
 )

@@ -15,14 +15,14 @@ def _arguments(parser: Parser) -> None:
         "--run-dir",
         type=Path,
         metavar="DIR",
-        help="directory of the run: configuration, metrics, checkpoints, W&B; resumes from the newest checkpoint in it",
+        help="run directory, for configuration, metrics, checkpoints and W&B; if it has a checkpoint, the run resumes from the newest one",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved configuration, the parameters of every pipeline stage and the first steps' plan, and stop",
+        help="print the resolved configuration, the parameters on each pipeline stage and the plan of the first steps, then exit",
     )
-    parser.add_argument("--force", action="store_true", help="train even where the planner says that the layout cannot fit the GPUs")
+    parser.add_argument("--force", action="store_true", help="train even if the planner predicts that the layout does not fit on the GPUs")
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -43,7 +43,7 @@ def _run(given: argparse.Namespace) -> None:
             start(given.experiment, given.run_dir, more_hooks=plan_hooks)
         else:
             start(given.experiment, given.run_dir, examine=examine, more_hooks=plan_hooks)
-    except LostContact:  # one process has said it for all
+    except LostContact:  # one process has already reported it for all
         end_process(EXIT_LOST)
 
 

@@ -1,11 +1,11 @@
-"""What the type of a field means on the command line.
+"""How values of each type of field are written on the command line.
 
 int, float, str, Path    one word
 Literal["a", "b"]        one of the words
-bool                     nothing, which is True, or True or False
+bool                     True or False; no word means True
 tuple[int, ...]          words: --parallel.stage-layers 6 8 8 6; numbers also with commas, 6,8,8,6
 dict[str, float]         NAME=VALUE words
-... | None               None, or as without it
+... | None               None, or a value of the type
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 
 def without_none(hint: Any) -> Any:
-    """int of `int | None`; a type that does not allow None as it is."""
+    """`int` for `int | None`; a type that does not allow None is returned unchanged."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
         assert len(kinds) == 1, f"{hint} has no meaning on the command line"
@@ -33,17 +33,17 @@ def takes_none(hint: Any) -> bool:
 
 
 _KINDS: dict[Any, tuple[str, str]] = {
-    None: ("None", "None, to be without it, or options of its fields"),
+    None: ("None", "None, which removes it (to change it, use the options of its fields)"),
     int: ("INTEGER", "an integer"),
     float: ("NUMBER", "a number"),
     str: ("TEXT", "a text"),
     Path: ("PATH", "a path"),
 }
-"""Of a simple type: what stands in the help, and in an error."""
+"""For each simple type: the placeholder in the help, and the description in an error."""
 
 
 def placeholder(hint: Any) -> str:
-    """What stands for a value in the help."""
+    """The placeholder for a value in the help."""
     kind, arguments = without_none(hint), typing.get_args(without_none(hint))
     if typing.get_origin(kind) is typing.Literal:
         found = "{" + ",".join(map(str, arguments)) + "}"
@@ -60,7 +60,7 @@ def placeholder(hint: Any) -> str:
 
 
 def expected(hint: Any) -> str:
-    """What an option takes, for an error."""
+    """The values that an option accepts, for an error."""
     kind, arguments = without_none(hint), typing.get_args(without_none(hint))
     if typing.get_origin(kind) is typing.Literal:
         found = "one of " + ", ".join(map(str, arguments))
@@ -76,11 +76,10 @@ def expected(hint: Any) -> str:
 
 
 def parse_words(name: str, hint: Any, words: Sequence[str]) -> Any:
-    """The value that an option's words mean. Raises ValueError that names the option, the words and what it takes.
+    """The value of an option, from its words. Raises ValueError that names the option, the words and what the option accepts.
 
     Args:
-        name: of the option.
-        hint: the field's type.
+        name: the option's name. hint: the field's type.
     """
     kind, arguments = without_none(hint), typing.get_args(without_none(hint))
     if (kind is None or takes_none(hint)) and [word.lower() for word in words] == ["none"]:
@@ -123,7 +122,7 @@ def _parse_word(name: str, hint: Any, kind: Any, word: str) -> Any:
 
 
 def written(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """A value in the form in which it is written on the command line."""
     if isinstance(value, dict):
         return " ".join(f"{key}={written(item)}" for key, item in value.items())
     return " ".join(map(written, value)) if isinstance(value, tuple) else str(value)

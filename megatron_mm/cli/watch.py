@@ -1,4 +1,4 @@
-"""`megatron-mm watch`: how a run stands, until it ends."""
+"""`megatron-mm watch`: show the progress of a run until it ends."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def _seconds(word: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 86400:
-        raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{word!r} is not a positive number of seconds (less than a day)")
     return seconds
 
 
 def _arguments(parser: Parser) -> None:
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="directory of the run, on this machine or a shared file system")
-    parser.add_argument("--interval", metavar="SECONDS", type=_seconds, default=2.0, help="seconds between looks (default: 2)")
-    parser.add_argument("--once", action="store_true", help="show it once and leave")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="run directory, on this machine or a shared file system")
+    parser.add_argument("--interval", metavar="SECONDS", type=_seconds, default=2.0, help="seconds between updates (default: 2)")
+    parser.add_argument("--once", action="store_true", help="show the progress once and exit")
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -35,4 +35,4 @@ def _run(given: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-WATCH = Command(help="show how a run stands, until it ends", run=_run, arguments=_arguments)
+WATCH = Command(help="show the progress of a run until it ends", run=_run, arguments=_arguments)

@@ -1,15 +1,12 @@
 """The configuration of a run: one dataclass, `Experiment`, made of one part for each concern.
 
-    blocks.py      shapes of the blocks that families share; a family's own stand in its folder
-    kernels.py     which fused kernels are taken
-    parallel.py    how it is cut over processes
-    precision.py   number formats of gradients, optimizer state and FP8 products
-    train.py       how long it trains, what it does about faults, its checkpoints
-    run.py         how it is fed, optimized, evaluated, watched; `Experiment`
+    blocks.py the blocks that families share; a family's own are in its folder kernels.py which fused kernels are used parallel.py how the
+    model is split over processes precision.py number formats of gradients, optimizer state and FP8 products train.py length of training,
+    handling of faults, checkpoints run.py data, optimizer, evaluation, monitoring, profiling; `Experiment`
 
-A recipe (`megatron_mm.families.recipes`) is a function that returns a complete `Experiment`; the command line overrides its
-fields (`--train.steps 100`); the resolved result is written to the run directory as JSON and can be read back.
-Every part checks itself once, when it is made, so that a wrong value is reported before anything is started.
+A recipe (`megatron_mm.families.recipes`) is a function that returns a complete `Experiment`; the command line overrides its fields
+(`--train.steps 100`); the resolved result is written to the run directory as JSON and can be read back. Every part checks its values when
+it is created, so that a wrong value is reported before anything starts.
 """
 
 from megatron_mm.config.blocks import (

@@ -1,4 +1,4 @@
-"""Shapes of models: what a recipe says of decoder, tower and what joins them."""
+"""Configuration of the blocks of a model: decoder, experts, image towers, connector, resampler."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ from megatron_mm.config.checks import require, require_positive
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Sparse feed-forward layers: every token goes to top_k of num_experts experts, each as large as the dense layer's MLP."""
+    """Sparse feed-forward layers: each token is sent to top_k of num_experts experts, each as large as a dense layer's MLP."""
 
     num_experts: int
-    """Experts of a sparse layer."""
+    """Number of experts in a sparse layer."""
     every_n_layers: int
-    """Layers n, 2n, 3n ... (counted from 1) are sparse, the others dense."""
+    """Layers n, 2n, 3n ... (counted from 1) are sparse; the others are dense."""
     top_k: int = 2
-    """Experts that a token goes to; their weights are a softmax over the chosen ones."""
+    """Number of experts per token; their weights are a softmax over the chosen experts."""
     load_balance_loss: float = 0.01
     """Coefficient of the load-balance loss (GShard)."""
     z_loss: float = 0.001
     """Coefficient of the router's z-loss (ST-MoE)."""
     capacity_factor: float | None = None
-    """An expert takes at most capacity_factor * tokens * top_k / num_experts tokens of a process and drops the rest, least likely first;
-    None drops nothing."""
+    """An expert accepts at most capacity_factor * tokens * top_k / num_experts tokens of a process and drops the rest, least likely first;
+    None drops no token."""
 
     def __post_init__(self) -> None:
         require_positive(self, "num_experts", "every_n_layers", "top_k")
-        require(self.top_k <= self.num_experts, f"moe.top_k {self.top_k} is more than moe.num_experts {self.num_experts}")
-        require(min(self.load_balance_loss, self.z_loss) >= 0, "moe loss coefficients must be at least 0")
+        require(self.top_k <= self.num_experts, f"moe.top_k {self.top_k} is more than moe.num_experts {self.num_experts}: use fewer")
         require(
-            self.capacity_factor is None or self.capacity_factor > 0, f"moe.capacity_factor is {self.capacity_factor}, must be positive"
+            min(self.load_balance_loss, self.z_loss) >= 0,
+            f"moe.load_balance_loss {self.load_balance_loss} and moe.z_loss {self.z_loss} must be at least 0",
+        )
+        require(
+            self.capacity_factor is None or self.capacity_factor > 0,
+            f"moe.capacity_factor is {self.capacity_factor}, but must be positive, or None",
         )
 
     def sparse_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -45,19 +49,19 @@ class DecoderConfig:
     """A Llama-style decoder: RMSNorm before attention and MLP, SwiGLU, rotary positions, no biases."""
 
     num_layers: int
-    """Decoder layers."""
+    """Number of decoder layers."""
     hidden_size: int
     """Width of the residual stream."""
     ffn_hidden_size: int
     """Width of one of the two SwiGLU branches."""
     num_attention_heads: int
-    """Query heads."""
+    """Number of query heads."""
     num_query_groups: int
-    """Key/value heads; equal to the query heads without grouped-query attention."""
+    """Number of key/value heads; equal to num_attention_heads without grouped-query attention."""
     head_dim: int = 128
     """Width of one attention head."""
     vocab_size: int = 49152
-    """Rows of the embedding table, special tokens and padding rows included."""
+    """Rows of the embedding table, including special tokens and padding rows."""
     tied_embeddings: bool = True
     """Use the embedding table as the output layer."""
     rotary_base: float = 10000.0
@@ -69,13 +73,15 @@ class DecoderConfig:
     moe: MoEConfig | None = None
     """Sparse layers; None for a dense model."""
     variant: str = "llama"
-    """Name in `megatron_mm.hf.decoder_variants.DECODER_VARIANTS`: what differs from a Llama."""
+    """How the decoder differs from a Llama: a name in `megatron_mm.hf.decoder_variants.DECODER_VARIANTS`."""
     max_positions: int | None = None
-    """Positions that the language model was made for, tokens, for exported configurations; None takes the length of training sequences."""
+    """Maximum number of positions of the original language model, tokens. Used only in exported configurations; None uses the length of
+    training sequences."""
     attention_window: int | None = None
-    """Mistral's sliding window, tokens, for exported configurations. Training attends to whole documents: sequences should be no longer."""
+    """Mistral's sliding window, tokens. Used only in exported configurations. Training attends to whole documents, so sequences should not
+    be longer than the window."""
     rotary_scaling: float | None = None
-    """Factor of InternLM2's dynamic rotary scaling, for exported configurations: it acts beyond max_positions alone."""
+    """Factor of InternLM2's dynamic rotary scaling. Used only in exported configurations; it has an effect only beyond max_positions."""
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -91,7 +97,7 @@ class DecoderConfig:
             f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}: "
             "every key/value head serves the same number of query heads",
         )
-        require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, but rotary positions turn pairs: use an even one")
+        require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, but rotary positions rotate pairs of values: use an even number")
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class VisionConfig:
     image_size: int
     """Side of the square input image, pixels."""
     patch_size: int
-    """Side of a patch, pixels; what does not fill a patch at the right and bottom edges is dropped, as in CLIP."""
+    """Side of a patch, pixels. Pixels at the right and bottom edges that do not fill a patch are dropped, as in CLIP."""
     hidden_size: int
     """Width of the tower."""
     num_layers: int
@@ -119,7 +125,7 @@ class VisionConfig:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     """Per-channel standard deviation that pixels are divided by (OpenAI CLIP)."""
     resize: Literal["squash", "crop", "pad"] = "squash"
-    """How an image becomes the square: as DFN5B CLIP does it, or cut like OpenAI's CLIP, or padded (`data.image_transform`)."""
+    """How an image is made square: squashed, as in DFN5B CLIP; cropped, as in OpenAI's CLIP; or padded (`data.image_transform`)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "image_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size")
@@ -139,7 +145,7 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image, the class token not counted."""
+        """Patches of one image, not counting the class token."""
         return self.grid_size**2
 
 
@@ -148,10 +154,10 @@ class ConnectorConfig:
     """Turns the patch features of an image into a fixed number of decoder tokens (MM1, section 3.2)."""
 
     kind: str
-    """Name in `megatron_mm.models.connectors.CONNECTORS`: average (pooling and a linear layer), attention (learned queries look at the
+    """A name in `megatron_mm.models.connectors.CONNECTORS`: average (pooling and a linear layer), attention (learned queries attend to the
     patches) or c_abstractor (Honeybee's)."""
     num_tokens: int
-    """Tokens that one image becomes in the decoder's sequence; a square number for average and c_abstractor."""
+    """Tokens per image in the decoder's sequence; a square number for average and c_abstractor."""
     hidden_size: int = 1024
     """Inner width of the C-Abstractor (1024 in Honeybee) and of the attention pooling; unused by average pooling."""
     depth: int = 3
@@ -161,7 +167,7 @@ class ConnectorConfig:
 
     @property
     def pools_to_grid(self) -> bool:
-        """The tokens are a square grid, to which the patches are pooled."""
+        """Whether the patches are pooled to a square grid of tokens."""
         return self.kind in ("average", "c_abstractor")
 
     def __post_init__(self) -> None:
@@ -180,7 +186,7 @@ class ConnectorConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What every model family has; `family` names the entry of `megatron_mm.families.registry.FAMILIES` that builds it."""
+    """What every model family has. `family` is the key in `megatron_mm.families.registry.FAMILIES` of the family that builds the model."""
 
     family: ClassVar[str]
     decoder: DecoderConfig
@@ -201,16 +207,17 @@ class EvaConfig:
     num_attention_heads: int
     """Attention heads; their width is hidden_size / num_attention_heads."""
     ffn_hidden_size: int
-    """Width of the MLP, of one branch where it is a SwiGLU."""
+    """Width of the MLP, or of one branch if it is a SwiGLU."""
     output_size: int
-    """Width of CLIP's shared space: the rows of the head, which checkpoints carry and InfiMM does not use."""
+    """Width of CLIP's shared space: the rows of the head, which checkpoints contain and InfiMM does not use."""
     block: Literal["pre_norm", "post_norm"] = "pre_norm"
     """x + f(norm(x)), or x + norm(f(x)) as in EVA02-bigE."""
     swiglu: bool = False
-    """EVA-02's block: a SwiGLU with a LayerNorm inside, and another one inside attention (sub-LN); else a GELU MLP."""
+    """Use EVA-02's block: a SwiGLU with a LayerNorm inside, and another LayerNorm inside attention (sub-LN). Otherwise the MLP uses
+    GELU."""
     rotary_grid: int | None = None
-    """Turn queries and keys of the patches by their row and column, spread over a grid of this many positions a side (the one of
-    pre-training: 16 for EVA02-L); None has no rotary positions."""
+    """Apply rotary positions to the queries and keys of the patches, by row and column, scaled to a grid of this many positions per side
+    (that of pre-training: 16 for EVA02-L); None uses no rotary positions."""
     norm_epsilon: float = 1e-6
     """Added to the variance inside every LayerNorm."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -218,7 +225,7 @@ class EvaConfig:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     """Per-channel standard deviation that pixels are divided by (OpenAI CLIP)."""
     resize: Literal["squash", "crop", "pad"] = "squash"
-    """How an image becomes the square (`data.image_transform`); EVA-CLIP's and InfiMM's processors crop."""
+    """How an image is made square (`data.image_transform`); EVA-CLIP's and InfiMM's processors crop."""
 
     def __post_init__(self) -> None:
         names = ("image_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "output_size")
@@ -230,7 +237,7 @@ class EvaConfig:
         )
         require(
             self.rotary_grid is None or self.head_dim % 4 == 0,
-            f"heads of width {self.head_dim} cannot be turned by row and column: use a multiple of 4",
+            f"heads of width {self.head_dim} cannot use rotary positions by row and column: use a width that is a multiple of 4",
         )
 
     @property
@@ -253,15 +260,15 @@ class ResamplerConfig:
     """Flamingo's Perceiver resampler: the tower's features of an image -> num_latents vectors of the tower's width."""
 
     num_latents: int = 64
-    """Vectors that an image becomes."""
+    """Number of latents per image."""
     num_layers: int = 6
-    """Layers of cross-attention and feed-forward."""
+    """Number of layers, each with cross-attention and a feed-forward network."""
     num_attention_heads: int = 8
     """Attention heads."""
     head_dim: int = 64
     """Width of one attention head."""
     ffn_multiplier: int = 4
-    """Width of the feed-forward, in widths of the tower."""
+    """Width of the feed-forward network, as a multiple of the tower's width."""
 
     def __post_init__(self) -> None:
         require_positive(self, "num_latents", "num_layers", "num_attention_heads", "head_dim", "ffn_multiplier")

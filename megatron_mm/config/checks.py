@@ -1,4 +1,4 @@
-"""How a config part rejects a value."""
+"""Checks of configuration values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kernels do the work of several."""
+"""Configuration of fused kernels."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Fused kernels. None takes one wherever it can run; True is an error, before the start, where it cannot; False does without.
+    """Fused kernels. None uses a kernel wherever it can run; True is an error before the start if it cannot run; False disables it.
 
-    None of them changes what is computed beyond rounding. docs/performance.md says what each needs and what it gave where it was measured.
+    They change results only by rounding. docs/performance.md says what each needs and what it gained where it was measured.
     """
 
     weight_gradients: bool | None = None
-    """Transformer Engine's layers add weight gradients to the gradient buffers inside the matrix products that compute them."""
+    """Transformer Engine's layers add weight gradients to the gradient buffers within the matrix products that compute them."""
     cross_entropy: bool | None = None
-    """Transformer Engine's loss: one kernel that writes the gradient over the logits, and no float32 copy of them."""
+    """Transformer Engine's loss: one kernel that overwrites the logits with their gradient, without a float32 copy."""
     token_permutation: bool | None = None
-    """Transformer Engine gathers tokens for experts, and puts them back, by one kernel each."""
+    """Transformer Engine's kernels that gather tokens for experts and put them back, one kernel for each direction."""
     router: bool | None = None
-    """Transformer Engine chooses each token's experts and weighs them by one kernel."""
+    """Transformer Engine's kernel that chooses the experts of each token and computes their weights."""
     eva_tower: bool | None = None
-    """EVA towers turn queries and keys by Transformer Engine's rotary kernel, and compute their SwiGLU by a compiled one."""
+    """EVA towers apply rotary positions with Transformer Engine's kernel, and compute their SwiGLU with a compiled one."""

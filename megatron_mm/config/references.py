@@ -1,7 +1,7 @@
-"""Things that are named by where they are defined: `path/to/file.py:NAME` or `package.module:NAME`.
+"""References to Python objects by where they are defined: `path/to/file.py:NAME` or `package.module:NAME`.
 
-So a recipe, a hook or a preprocessor of somebody else's is used without a change to this package, and a run's configuration, which records
-the words, finds them again.
+With these, recipes, hooks and preprocessors of your own can be used without changing this package. A run's configuration records the
+reference, so that the object can be found again.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any
 
 
 def is_reference(word: str) -> bool:
-    """Whether a word names a place and something there, and is no plain name."""
+    """Whether a word is a reference (FILE.py:NAME or MODULE:NAME) and not a plain name."""
     return ":" in word
 
 
 def load_object(reference: str) -> Any:
-    """What a reference names. Its file or module is run once, however often something of it is asked for.
+    """The object that a reference names. Its file or module is run only once.
 
-    Raises ValueError where there is no such file, module or name, or where the file fails.
+    Raises ValueError if there is no such file, module or name, or if running the file fails.
     """
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name:
-        raise ValueError(f"{reference!r} names nothing: write FILE.py:NAME or MODULE:NAME")
+        raise ValueError(f"{reference!r} is not a reference: write FILE.py:NAME or MODULE:NAME")
     module = load_module(place)
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, vars(module), n=1)
@@ -39,13 +39,14 @@ def load_object(reference: str) -> Any:
 
 
 def load_module(place: str) -> ModuleType:
-    """The module of a file, or of a dotted name. A file may import its neighbours, as a script may. Raises ValueError as `load_object`."""
+    """The module of a file or of a dotted name. Like a script, a file may import other files in its folder. Raises ValueError as
+    `load_object` does."""
     if not place.endswith(".py"):
         try:
             return importlib.import_module(place)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{place}.".startswith(f"{error.name}."):
-                raise  # the module is there, but not what it imports
+                raise  # the module exists, but something that it imports does not
             raise ValueError(f"there is no module {place!r}: install its package or put its folder on PYTHONPATH") from None
     path = Path(place).resolve()
     if not path.is_file():
@@ -72,16 +73,16 @@ def load_module(place: str) -> ModuleType:
 
 
 def _module_name(path: Path) -> str:
-    """Of the module that a file becomes."""
+    """The name of the module that is made from a file."""
     return f"megatron_mm_extension_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def check_own(word: str, *, named_in: Path) -> None:
-    """Raise ValueError where code that a saved configuration names may be somebody else's: a checkpoint that was downloaded could bring its
-    own, or name a file that another user of the machine left somewhere.
+    """Raise ValueError if code that a saved configuration names may come from somebody else: a downloaded checkpoint could bring code
+    along, or name a file that another user of the machine left somewhere.
 
-    What was run already in this process was named by the user. Otherwise it lies outside the folder (run directory or checkpoint) of the
-    configuration, has a whole path, belongs to this user or to root, and only these may write to it.
+    Code that was already run in this process was named by the user. Other code must be outside the folder (run directory or checkpoint) of
+    the configuration, be given by its full path, and belong to this user or to root, and nobody else may be able to write to it.
     """
     place = word.rpartition(":")[0] if is_reference(word) else word
     is_file = place.endswith(".py")
@@ -94,17 +95,21 @@ def check_own(word: str, *, named_in: Path) -> None:
     folder = folder.parents[1] if folder.parent.name == "checkpoints" else folder
     run = f"{named_in} names {place}, Python that would be run"
     if not path.is_absolute():
-        raise ValueError(f"{run}, without its whole path: write where it is")
+        raise ValueError(f"{run}, without its full path: write the full path there")
     if path.resolve().is_relative_to(folder):
-        raise ValueError(f"{run}, and brings it along: look at it, and if you trust it move it out of {folder} and write where it is")
+        raise ValueError(
+            f"{run}, and that file came with it: inspect it; if you trust it, move it out of {folder} and write its new path there"
+        )
     if path.is_file():
         found = path.stat()
         if found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o002:
-            raise ValueError(f"{run}, and which other users of this machine can change: make it your own (chown, chmod o-w), or remove it")
+            raise ValueError(
+                f"{run}, and other users of this machine can change that file: make it yours alone (chown, chmod o-w), or remove it"
+            )
 
 
 def _origin(module: str) -> Path | None:
-    """The file of a module that was not imported yet; None where there is none."""
+    """The file of a module that has not been imported yet; None if there is none."""
     try:
         found = importlib.util.find_spec(module.partition(".")[0])  # of a package inside another this would run the outer one
     except (ImportError, ValueError):
@@ -113,6 +118,6 @@ def _origin(module: str) -> Path | None:
 
 
 def absolute(word: str) -> str:
-    """A place, or a reference, that names a file by its whole path, so that it is found from any folder."""
+    """The same file or reference with the file's full path, so that it is found from any working directory."""
     place, separator, name = word.rpartition(":") if is_reference(word) else (word, "", "")
     return f"{Path(place).resolve()}{separator}{name}" if place.endswith(".py") else word

@@ -1,4 +1,5 @@
-"""How a model is cut, fed, optimized, evaluated and watched; and `Experiment`, which is all of it."""
+"""Configuration of data, optimizer, evaluation, monitoring and profiling, and `Experiment`, which holds the whole configuration of a
+run."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from megatron_mm.config.train import CheckpointConfig, TrainConfig
 from megatron_mm.platform.local_copies import local_folder
 
 FP8_MULTIPLE = 16
-"""FP8 matrix products take numbers of tokens and widths that are multiples of this."""
+"""In FP8 matrix products, numbers of tokens and widths must be multiples of this."""
 FP8_MULTIPLES = {"tensorwise": FP8_MULTIPLE, "delayed": FP8_MULTIPLE, "blockwise": FP8_MULTIPLE, "mxfp8": 32}
-"""The same by `precision.fp8_recipe`: a scale of 32 values wants whole ones."""
+"""The same for each `precision.fp8_recipe`: mxfp8 has a scale for every 32 values, which must be complete."""
 
 
 @dataclass(frozen=True)
@@ -25,34 +26,36 @@ class DataConfig:
     """Where the samples are and how they are packed."""
 
     path: Path = Path("data")
-    """A directory with one folder for each split (`train`, `heldout`), each with one folder for each source
-    (`pairs`, `interleaved`, `text`, ...) that holds shards and, after `prepare index`, their index."""
+    """Data set: a directory with a folder for each split (`train`, `heldout`), which contains a folder for each source (`pairs`,
+    `interleaved`, `text`, ...) with shards and, after `prepare index`, their index."""
     tokenizer: Path | None = None
-    """A SentencePiece model; None means `tokenizer.model` inside path."""
+    """A SentencePiece model; None uses `tokenizer.model` in `path`."""
     mixture: dict[str, float] = field(default_factory=lambda: {"interleaved": 0.45, "pairs": 0.45, "text": 0.10})
-    """Share of the sequences that each source (folder name) gets; normalised to 1."""
+    """Fraction of the sequences that come from each source (folder name); normalised to sum to 1."""
     sequence_length: int = 4096
-    """Tokens of a packed sequence, image tokens included."""
+    """Tokens of a packed sequence, including image tokens."""
     max_images_per_sequence: int = 16
-    """Images of a packed sequence at most."""
+    """Maximum number of images in a packed sequence."""
     max_images_per_document: int | None = None
-    """Images of a document at most: one that has more is cut into several; None has no limit of its own."""
+    """Maximum number of images in a document; a document with more is split into several. None sets no separate limit."""
     decoder: Literal["auto", "dali", "pillow"] = "auto"
-    """Image decoder; auto takes DALI where its package imports and Pillow elsewhere."""
+    """Image decoder; auto uses DALI if its package can be imported, and otherwise Pillow."""
     max_tiles: int | None = None
-    """Tiles that an image is cut into at most, the thumbnail not counted, for models that look at tiles (Mono-InternVL); None cuts none."""
+    """Maximum number of tiles into which an image is cut, not counting the thumbnail, for models that use tiles (Mono-InternVL); None does
+    not cut images."""
     min_tiles: int = 1
-    """Tiles that an image is cut into at least, where max_tiles is given."""
+    """Minimum number of tiles into which an image is cut, if max_tiles is set."""
     low_resolution_demonstrations: float = 0.0
-    """Share of the images that are shown at low resolution, as an overview alone, of all images that are not the last of their document;
-    for models that show images as sub-images (MM1's fine-tuning). Which ones follows from train.seed."""
+    """Fraction of the images, other than the last one of each document, that are shown at low resolution, only as an overview; for models
+    that show images as sub-images (MM1's fine-tuning). train.seed determines which ones."""
     to_rgb: Literal["white", "pillow"] = "white"
-    """How images that are not 8-bit RGB become it: white lays what is transparent on white and takes the high byte of 16 bits; pillow does
-    as Pillow's `convert("RGB")` and with it the released processors of CLIP, InfiMM and Mono-InternVL (`data.image_transform`)."""
+    """How other images are converted to 8-bit RGB: white puts transparent images on a white background and keeps the high byte of 16-bit
+    values; pillow uses Pillow's `convert("RGB")`, as the released processors of CLIP, InfiMM and Mono-InternVL do
+    (`data.image_transform`)."""
     jpeg_quality: tuple[int, int] | None = None
-    """Augmentation of training images: each is encoded as JPEG of a random quality from the first to the second of these (0 to 100), and
-    decoded again by Pillow, before it is resized; where images are cut into tiles each tile is, after that, with a quality of its own.
-    None leaves images as they are."""
+    """Augmentation of training images: each is encoded as a JPEG with a random quality between these two (0 to 100) and decoded again by
+    Pillow, before it is resized. If images are cut into tiles, this is done to each tile after cutting, with a quality of its own. None
+    does not augment."""
     decode_threads: int = 4
     """Threads that decode images, per process."""
     read_threads: int = 4
@@ -60,20 +63,21 @@ class DataConfig:
     prefetch_steps: int = 2
     """Global batches planned and read ahead."""
     packing_window: int = 4096
-    """Samples of one source that are packed together; a larger window fills sequences better and makes each planning step longer."""
+    """Number of samples of one source that are packed together; a larger window fills sequences better, but each planning step takes
+    longer."""
     chat_template: str | None = None
-    """The chat template that the sources' index must have been made with (`prepare index --chat-template`); None takes any."""
+    """The chat template with which the sources must have been indexed (`prepare index --chat-template`); None accepts any."""
     caption_prompt: str | None = None
-    """What asks for the caption of a pair: the sources' index must have been made with it (`prepare index --caption-prompt`); None takes
+    """The prompt for the caption of a pair, with which the sources must have been indexed (`prepare index --caption-prompt`); None accepts
     any."""
     images: Literal["true", "shuffled", "blank"] = "true"
-    """Pixels that the model sees: each sample's own, those of other samples in the same global batch, or none (the mean
-    colour everywhere). The last two are baselines of the same data in the same order."""
+    """Images that the model sees: each sample's own, those of other samples in the same global batch, or blank ones (the mean colour
+    everywhere). The last two are baselines with the same data in the same order."""
     preprocessors: tuple[str, ...] = ()
-    """What changes or drops samples before they are planned: functions of an opened source that return one
-    (`megatron_mm.data.sources.source.Source`), applied in order, as FILE.py:NAME or MODULE:NAME."""
+    """Functions that change or drop samples before they are planned. Each takes an opened source and returns one
+    (`megatron_mm.data.sources.source.Source`); they are applied in order. Given as FILE.py:NAME or MODULE:NAME."""
     max_bad_fraction: float = 0.01
-    """Samples of a source that may fail at run time before the run stops, as a fraction of those read."""
+    """Fraction of the samples read from a source that may be bad; if more are, the run stops."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -89,24 +93,29 @@ class DataConfig:
         )
         require(
             0 <= self.low_resolution_demonstrations <= 1,
-            f"data.low_resolution_demonstrations is {self.low_resolution_demonstrations}, but must lie between 0 and 1",
+            f"data.low_resolution_demonstrations is {self.low_resolution_demonstrations}, but must be between 0 and 1",
         )
         if self.jpeg_quality is not None:
             least, most = self.jpeg_quality
-            require(0 <= least <= most <= 100, f"data.jpeg_quality is {least} {most}, but must rise from 0 to 100 at most")
+            require(
+                0 <= least <= most <= 100,
+                f"data.jpeg_quality is {least} {most}, but must be two numbers from 0 to 100, the smaller one first",
+            )
         require(len(self.mixture) > 0, "data.mixture is empty: name at least one source, for example {'pairs': 1.0}")
         for name, weight in self.mixture.items():
-            require(weight >= 0, f"data.mixture gives source {name!r} the weight {weight}, but a weight is at least 0")
-        require(sum(self.mixture.values()) > 0, f"data.mixture {self.mixture} has no weight above 0")
+            require(weight >= 0, f"data.mixture gives source {name!r} the weight {weight}, but a weight must be at least 0")
+        require(
+            sum(self.mixture.values()) > 0, f"data.mixture {self.mixture} has no weight above 0: give at least one source a positive weight"
+        )
 
     @property
     def sources(self) -> list[str]:
-        """Names of the sources that get sequences, in the order in which plans and logs number them."""
+        """Names of the sources with a positive weight, in the order in which plans and logs number them."""
         return [name for name, weight in self.mixture.items() if weight > 0]
 
     @property
     def folder(self) -> Path:
-        """The data set's folder on this machine: `path`, or the copy of its indexes where that is the address of an object store."""
+        """The data set's folder on this machine: `path`, or the local copy of the indexes if `path` is an address in an object store."""
         return local_folder(self.path)
 
     @property
@@ -133,13 +142,13 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled: lr * weight_decay of each weight is subtracted at each step; not from norms, biases and other vectors."""
+    """Decoupled weight decay: each step subtracts lr * weight_decay * weight. Not applied to norms, biases and other vectors."""
     clip_grad_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 does not clip."""
+    """Gradients are scaled down if their global norm exceeds this; 0 disables clipping."""
 
     def __post_init__(self) -> None:
         require_positive(self, "peak_lr", "epsilon")
-        require(0 <= self.min_lr <= self.peak_lr, f"min_lr {self.min_lr} must lie between 0 and peak_lr {self.peak_lr}")
+        require(0 <= self.min_lr <= self.peak_lr, f"min_lr is {self.min_lr}, but must be between 0 and peak_lr {self.peak_lr}")
         require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}, but must be at least 0")
 
 
@@ -148,13 +157,13 @@ class EvalConfig:
     """Evaluation on the `heldout` split during training."""
 
     interval: int = 1000
-    """Steps between evaluations; one is always made at the end of the run; 0 never evaluates."""
+    """Steps between evaluations; there is also one at the end of the run. 0 disables evaluation."""
     batches: int = 4
-    """Global batches of held-out data for each evaluation."""
+    """Global batches of held-out data per evaluation."""
     samples: int = 4
-    """Held-out images captioned for the monitor's table; 0 for none."""
+    """Number of held-out images that are captioned in each evaluation; 0 for none."""
     max_new_tokens: int = 32
-    """Length limit of a generated caption, tokens."""
+    """Maximum length of a generated caption, tokens."""
 
     def __post_init__(self) -> None:
         require(
@@ -174,21 +183,22 @@ class MonitorConfig:
     project: str = "megatron_mm"
     """Weights & Biases project."""
     entity: str | None = None
-    """Weights & Biases team or user; None takes the account's default."""
+    """Weights & Biases team or user; None uses the account's default."""
     run_name: str | None = None
-    """Display name; None takes the run directory's name."""
+    """Display name in Weights & Biases; None uses the run directory's name."""
     peak_tflops: float | None = None
-    """Peak of one device in TFLOP/s for MFU; None takes the table in `megatron_mm.flops` (no MFU on a CPU)."""
+    """Peak of one device in TFLOP/s, for MFU; None uses the table in `megatron_mm.flops` (no MFU on a CPU)."""
     detail_interval: int = 10
-    """Steps between looks at what costs more to know: norms by part, balance, the time by phase of all processes; 0 never looks."""
+    """Steps between measurements that are more expensive: norms by part, balance, time by phase of all processes; 0 disables them."""
     slow_process: float = 0.15
-    """A process is reported as slow where its own work in a step takes longer than its peers' by this part of the step."""
+    """A process is reported as slow if its own work in a step takes longer than that of its peers by more than this fraction of the
+    step."""
     tensorboard: bool = False
-    """Write TensorBoard's event files too, in `RUN_DIR/tensorboard` (needs the package tensorboard)."""
+    """Also write TensorBoard event files, to `RUN_DIR/tensorboard` (needs the package tensorboard)."""
     prometheus: int | None = None
-    """Port on which the main process answers Prometheus at `/metrics`; 0 takes a free one, None has no port."""
+    """Port on which the main process serves `/metrics` for Prometheus; 0 chooses a free port, None disables it."""
     prometheus_host: str = "127.0.0.1"
-    """Address that it listens on: this machine alone, unless another is given."""
+    """Address on which it listens; by default only this machine can connect."""
 
     def __post_init__(self) -> None:
         require_positive(self, "console_interval")
@@ -196,27 +206,27 @@ class MonitorConfig:
         require(self.slow_process > 0, f"monitor.slow_process is {self.slow_process}, but must be above 0")
         require(
             self.prometheus is None or 0 <= self.prometheus < 65536,
-            f"monitor.prometheus is {self.prometheus}, but a port is from 1 to 65535, or 0 for a free one",
+            f"monitor.prometheus is {self.prometheus}, but must be a port from 1 to 65535, or 0 for a free one",
         )
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """A look into a few steps with torch's profiler, written to `RUN_DIR/profile`. Steps outside of it are not touched."""
+    """Profiling of a few steps with torch's profiler, written to `RUN_DIR/profile`. Other steps are not affected."""
 
     steps: str | None = None
-    """Steps to profile, as FIRST:LAST, both included (10:13), or one; None profiles none."""
+    """Steps to profile: FIRST:LAST, including both (10:13), or a single step; None profiles none."""
     ranks: tuple[int, ...] = (0,)
-    """Processes to profile."""
+    """Ranks to profile."""
     memory: bool = True
-    """Follow memory too: a snapshot on a GPU, the operators' bytes in the trace elsewhere."""
+    """Also record memory: a snapshot on a GPU, elsewhere the bytes of each operator in the trace."""
 
     def __post_init__(self) -> None:
         if self.steps is not None:
             words = self.steps.split(":")
             require(
                 len(words) <= 2 and all(word.isdecimal() for word in words) and 0 < int(words[0]) <= int(words[-1]),
-                f"profile.steps is {self.steps!r}, but takes FIRST:LAST with 1 <= FIRST <= LAST, for example 10:13",
+                f"profile.steps is {self.steps!r}, but must be FIRST:LAST with 1 <= FIRST <= LAST, for example 10:13",
             )
 
     @property
@@ -226,7 +236,7 @@ class ProfileConfig:
 
     @property
     def last(self) -> int | None:
-        """The last one."""
+        """The last profiled step."""
         return None if self.steps is None else int(self.steps.split(":")[-1])
 
 
@@ -248,18 +258,19 @@ class Experiment:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     init_from: Path | None = None
-    """A checkpoint, or the run directory of an earlier stage, whose weights this run begins with, with a fresh optimizer. A run that
-    has a checkpoint of its own resumes from it."""
+    """A checkpoint, or the run directory of an earlier stage, with whose weights this run starts; the optimizer starts afresh. If the run
+    already has a checkpoint of its own, it resumes from that one instead."""
     extensions: tuple[str, ...] = ()
-    """Python files (FILE.py) or modules that are run before anything is built: they register families, connectors, decoder variants and
-    source formats. A recipe that is named by its file adds that file."""
+    """Python files (FILE.py) or modules that are run before anything is built, to register families, connectors, decoder variants and
+    source formats. A recipe given as FILE.py:FUNCTION adds its file."""
     extra_hooks: tuple[str, ...] = ()
-    """Hooks beside the standard ones: classes like `megatron_mm.training.trainer.Hook`, as FILE.py:CLASS or MODULE:CLASS."""
+    """Hooks in addition to the standard ones: subclasses of `megatron_mm.training.trainer.Hook`, given as FILE.py:CLASS or MODULE:CLASS."""
 
     @property
     def token_multiple(self) -> int:
-        """The tokens of a micro-batch are padded to a multiple of this: each process has an equal part of them under sequence parallelism,
-        and FP8 products (16) and 16-bit tensor cores (8) want multiples of their own. With user buffers all have one size."""
+        """The tokens of a micro-batch are padded to a multiple of this number: under sequence parallelism each process has an equal part of
+        them, and FP8 products (16) and 16-bit tensor cores (8) need multiples of their own. With user buffers, all micro-batches have the
+        same size."""
         if self.parallel.overlap_tensor and self.parallel.sequence_parallel:
             return self.train.micro_batch_size * self.data.sequence_length
         of_process = {"fp32": 1, "bf16": 8, "fp8": self.fp8_multiple}[self.train.precision]
@@ -267,13 +278,13 @@ class Experiment:
 
     @property
     def fp8_multiple(self) -> int:
-        """What sizes of FP8 products are multiples of."""
+        """The sizes of FP8 products must be multiples of this."""
         return FP8_MULTIPLES[self.precision.fp8_recipe]
 
     def num_micro_batches(self, data_parallel_size: int) -> int:
-        """Micro-batches of one process in one step; with `train.fewest_micro_batches` the most that a step has.
+        """Number of micro-batches of one process in one step; with `train.fewest_micro_batches`, the maximum.
 
-        Raises ValueError where the batch cannot be cut evenly.
+        Raises ValueError if the batch cannot be divided evenly.
         """
         train = self.train
         per_slot = train.micro_batch_size * data_parallel_size

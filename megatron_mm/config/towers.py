@@ -1,4 +1,4 @@
-"""Shapes of published image towers, and of small ones of their kind."""
+"""Configurations of published image towers, and small ones of the same kind for tests."""
 
 from __future__ import annotations
 
@@ -66,4 +66,4 @@ EVA_TINY = EvaConfig(
     swiglu=True,
     rotary_grid=4,
 )
-"""EVA02-L's kind of tower for a CPU: 8 x 8 patches, 110,256 parameters."""
+"""A small tower like EVA02-L for a CPU: 8 x 8 patches, 110,256 parameters."""

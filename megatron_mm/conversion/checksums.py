@@ -1,7 +1,7 @@
-"""The CRC-32 of two runs of bytes one after another, from the CRC-32 of each.
+"""The CRC-32 of two concatenated byte strings, from the CRC-32 of each.
 
-A CRC is linear: the checksum of a run that is followed by n zero bytes is a matrix of bits times its own, the n-th power of that of one
-zero byte. Powers are made by squaring, so any length takes at most 64 products of a matrix and a few of a matrix and a checksum.
+A CRC is linear: appending n zero bytes to a string multiplies its checksum by a bit matrix, which is the n-th power of the matrix for one
+zero byte. Powers are computed by squaring, so any length takes at most 64 products of matrices and a few of a matrix and a checksum.
 """
 
 from __future__ import annotations

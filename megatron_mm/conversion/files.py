@@ -1,7 +1,7 @@
-"""Bytes of tensors in files: safetensors headers, places of tensors, and reads and writes at a place that hold no lock.
+"""Tensors in files: safetensors headers, positions of tensors, and positioned reads and writes that need no lock.
 
-Files are read and written with plain system calls rather than through a memory map: what is mapped counts as this process's memory until
-the system takes it back, and a converter should never hold more than it is working on.
+Files are read and written with plain system calls rather than through a memory map: mapped pages count as this process's memory until the
+system reclaims them, and a converter should never hold more than it is working on.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def read_tensor(place: Place, info: TensorInfo) -> torch.Tensor:
-    """A stored tensor. Raises ValueError where the file ends before it does."""
+    """A stored tensor. Raises ValueError if the file ends before it does."""
     tensor = torch.empty(info.shape, dtype=info.dtype)
     read_into(place, tensor)
     return tensor
 
 
 def read_into(place: Place, tensor: torch.Tensor) -> None:
-    """Fill a contiguous tensor from a file. Raises ValueError where the file ends too early."""
+    """Fill a contiguous tensor from a file. Raises ValueError if the file ends too early."""
     target = tensor_bytes(tensor) if tensor.numel() else memoryview(b"")
     with place.path.open("rb", buffering=0) as file:
         done = 0
@@ -85,7 +85,7 @@ def read_into(place: Place, tensor: torch.Tensor) -> None:
             count = os.preadv(file.fileno(), [target[done : done + BLOCK_BYTES]], place.offset + done)
             if count == 0:
                 raise ValueError(
-                    f"{place.path} ends after {place.offset + done} bytes, in the middle of a tensor: it is cut off; get it again"
+                    f"{place.path} ends after {place.offset + done} bytes, in the middle of a tensor: it is truncated; download it again"
                 )
             done += count
 
@@ -124,7 +124,7 @@ def safetensors_header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[s
 def read_safetensors_header(path: Path) -> dict[str, tuple[TensorInfo, Place]]:
     """The tensors of a safetensors file.
 
-    Raises ValueError where the file is none, is cut off, or its tensors are doubled, overlap, or leave gaps.
+    Raises ValueError if the file is none, is cut off, or its tensors are doubled, overlap, or leave gaps.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -132,7 +132,8 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[TensorInfo, Place]]:
         length = struct.unpack("<Q", beginning)[0] if len(beginning) == 8 else 0
         if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
             raise ValueError(
-                f"{path} is not a safetensors file, or is cut off: its header of {length} bytes does not fit into its {size} bytes"
+                f"{path} is not a safetensors file, or is truncated: its header of {length} bytes is longer than the "
+                f"{size} bytes of the file"
             )
         text = file.read(length)
     try:
@@ -147,7 +148,8 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[TensorInfo, Place]]:
         end += info.num_bytes
     if end != size:
         raise ValueError(
-            f"{path} has {size} bytes, but its tensors end at byte {end}: it is {'cut off' if end > size else 'too long'}; get it again"
+            f"{path} has {size} bytes, but its tensors end at byte {end}: "
+            f"it is {'truncated' if end > size else 'too long'}; download it again"
         )
     return entries
 

@@ -1,8 +1,8 @@
-"""Hugging Face weights -> a checkpoint of weights alone, with which `train --init-from` begins.
+"""Hugging Face weights -> a checkpoint with only weights, for `train --init-from`.
 
-One process without a group of processes or a GPU makes it, tensor by tensor: those that a source gives are read from there, all others
-are drawn as the model itself would draw them on a CPU, by seed and global name. All names and shapes are checked before anything is
-written.
+A single process makes it, without process groups or a GPU, tensor by tensor. Tensors that a source provides are read from there; all others
+get the initial values that the model itself would draw on a CPU, from the seed and the global name. All names and shapes are checked before
+anything is written.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def convert_from_hf(
         resize_positions: interpolate learned positions of another image size; without it they are an error, since the recipe is of
             another model.
 
-    Raises ValueError, before anything is written, where a source is damaged or is not what the model needs.
+    Raises ValueError, before anything is written, if a source is damaged or is not what the model needs.
     """
     given: dict[Part, Path | None] = {"whole": whole, "language": language, "vision": vision}
     paths = {part: path for part, path in given.items() if path is not None}
@@ -154,7 +154,8 @@ def _plan(targets: dict[str, Target], sources: list[Source], *, resize_positions
     for line in _interpolations(tensors):
         if not resize_positions:
             raise ValueError(
-                f"the weights are of a model of another image size than the recipe's ({line}): name the recipe that they were made with"
+                f"the weights belong to a model with another image size than the recipe's ({line}): use the recipe "
+                "that they were trained with"
             )
         logger.info("%s", line)
     return tensors
@@ -219,7 +220,7 @@ def _warn_of_rounding(tensors: list[_Tensor]) -> None:
         for theirs, ours in sorted(pairs, key=str):
             if torch.promote_types(theirs, ours) != ours:
                 logger.warning(
-                    "weights of %s are %s and are rounded to %s, as --train.precision says; fp32 keeps them as they are",
+                    "weights of %s are %s and are rounded to %s, because of --train.precision; --train.precision fp32 keeps them unchanged",
                     source.reader.path,
                     str(theirs).removeprefix("torch."),
                     str(ours).removeprefix("torch."),
@@ -236,9 +237,9 @@ def _interpolations(tensors: list[_Tensor]) -> Iterable[str]:
 
 
 def _find_tokenizer(experiment: Experiment, sources: list[Source]) -> Path | None:
-    """The one that the command line names, the language model's, or the data's; None where there is none.
+    """The one that the command line names, the language model's, or the data's; None if there is none.
 
-    Raises ValueError where it has more tokens than the model.
+    Raises ValueError if it has more tokens than the model.
     """
     beside = [source.reader.folder / "tokenizer.model" for source in sources if source.part != "vision"]
     named = experiment.data.tokenizer
@@ -246,13 +247,13 @@ def _find_tokenizer(experiment: Experiment, sources: list[Source]) -> Path | Non
     if not found:
         if named:
             raise ValueError(f"tokenizer {named} does not exist: give another --data.tokenizer")
-        logger.warning("no tokenizer.model is beside the weights, so the checkpoint has none: --data.tokenizer FILE adds one")
+        logger.warning("there is no tokenizer.model beside the weights, so the checkpoint has none: add one with --data.tokenizer FILE")
         return None
     special = family_of(experiment.model).special_tokens
     size, rows = Tokenizer.open(found[0], special=special).vocab_size, experiment.model.decoder.vocab_size
     if size > rows:
         raise ValueError(
-            f"{found[0]} has {size} tokens with those that stand for images, but the model only {rows}: "
+            f"{found[0]} has {size} tokens, including those that mark images, but the model has only {rows}: "
             f"use --model.decoder.vocab-size {size} or more"
         )
     return found[0]
@@ -291,7 +292,8 @@ def _read(tensor: _Tensor) -> list[torch.Tensor]:
         if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():  # the sum is the cheaper question
             count = int((~values.isfinite()).sum())
             raise ValueError(
-                f"{reader.path}: {name} has {count} of {values.numel()} values that are not finite: get it again, or take an earlier one"
+                f"{reader.path}: {name} has {count} of {values.numel()} values that are not finite: "
+                "download it again, or use an earlier checkpoint"
             )
     found = tensor.entry.from_hf(tuple(given.values())).to(tensor.info.dtype)
     return [found[None] if tensor.row is not None else found]

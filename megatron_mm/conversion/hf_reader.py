@@ -1,7 +1,7 @@
-"""Reading single tensors of a Hugging Face checkpoint: safetensors, or pickles that hold nothing but tensors.
+"""Reading single tensors of a Hugging Face checkpoint: safetensors, or pickles that contain only tensors.
 
-Everything that can be wrong with the files is found before the first tensor is read: an index that names files elsewhere or tensors that
-are not there, a tensor that is in two files, a file that is cut off. Code that comes with a checkpoint is never run.
+Problems with the files are found before the first tensor is read: an index that names files elsewhere or tensors that do not exist, a
+tensor that is in two files, a truncated file. Code that comes with a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class HfReader:
     """The tensors of a Hugging Face directory, or of one file of weights. May be used by several threads."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError where there are no weights, a file is damaged, or index and files do not agree."""
+        """Raises ValueError if there are no weights, a file is damaged, or index and files do not agree."""
         self.path = path
         self.folder = path if path.is_dir() else path.parent
         self.files = _weight_files(path)
@@ -85,7 +85,7 @@ class HfReader:
         return view
 
     def config(self, name: str = "config.json") -> dict[str, Any] | None:
-        """A JSON document beside the weights; None where it is not there. Raises ValueError where it cannot be read."""
+        """A JSON document beside the weights; None if it is not there. Raises ValueError if it cannot be read."""
         file = self.folder / name
         if not file.is_file():
             return None
@@ -94,7 +94,7 @@ class HfReader:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not JSON: {error}") from None
         if not isinstance(document, dict):
-            raise ValueError(f"{file} holds a {type(document).__name__}, but a configuration is an object")
+            raise ValueError(f"{file} contains a {type(document).__name__}, but a configuration must be a JSON object")
         return document
 
     def _open(self, file: Path) -> list[str]:
@@ -121,7 +121,7 @@ def _weight_files(path: Path) -> list[Path]:
             others = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
             shards = [name for name in others if "-of-" in name]
             if shards:
-                raise ValueError(f"{path} holds shards {_some(shards)} without their index {_index_of(shards[0])}: get it, too")
+                raise ValueError(f"{path} has shards {_some(shards)} without their index {_index_of(shards[0])}: download that file, too")
             hint = f"; to read one of {_some(others)}, give the file itself" if others else ""
             raise ValueError(f"{path} holds no weights: looked for {', '.join(WEIGHT_FILES)}{hint}")
         found = there[0]
@@ -130,9 +130,9 @@ def _weight_files(path: Path) -> list[Path]:
     names = sorted(set(_weight_map(found).values()))
     for name in names:
         if Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{found} names the file {name!r}, which is not one beside it: it is not read")
+            raise ValueError(f"{found} names the file {name!r}, which is not in the same folder: it is not read")
         if not (found.parent / name).is_file():
-            raise ValueError(f"{found} names the file {name}, which is not there: get it again")
+            raise ValueError(f"{found} names the file {name}, which does not exist: download it again")
     return [found.parent / name for name in names]
 
 
@@ -147,7 +147,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not an index of weights ({type(error).__name__}: {error})") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ValueError(f"{index} is not an index of weights: its weight_map should give each tensor's file")
+        raise ValueError(f"{index} is not an index of weights: it needs a weight_map that names the file of each tensor")
     return found
 
 
@@ -170,16 +170,16 @@ def _check_index(path: Path, holders: dict[str, str]) -> None:
         )
     elsewhere = [f"{name} is in {holders[name]}, not in {file}" for name, file in sorted(weight_map.items()) if holders[name] != file]
     if elsewhere:
-        raise ValueError(f"{index} and its files do not agree: {_some(elsewhere)}: get it again")
+        raise ValueError(f"{index} and its files do not agree: {_some(elsewhere)}: download it again")
 
 
 def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickled file, their values left on the disk. Raises ValueError where it holds anything else."""
+    """The tensors of a pickled file, their values left on the disk. Raises ValueError if it holds anything else."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} cannot be read as a file of nothing but tensors, and nothing else is loaded ({reason})") from None
+        raise ValueError(f"{file} cannot be read as a file that contains only tensors, and nothing else is loaded ({reason})") from None
     for wrapper in _WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]

@@ -1,7 +1,7 @@
 """A checkpoint as a tree: tensors with shapes, types and norms, parameters of every branch; ours or Hugging Face's.
 
-Layers that look alike are told apart by their norms alone, so they are folded: `layers.{0..31}` is one line for each tensor of a layer,
-with the smallest and largest norm. Tensors are read one after another, and stacks of experts one expert after another.
+Layers with the same shapes differ only in their norms, so they are folded: `layers.{0..31}` has one line for each tensor of a layer, with
+the smallest and the largest norm. Tensors are read one at a time, and stacks of experts one expert at a time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def inspect(path: Path, *, norms: bool = True, unfold: bool = False, threads: in
         unfold: a line for every tensor of every layer.
         threads: that read tensors.
 
-    Raises ValueError where there is no checkpoint, or it is incomplete or damaged.
+    Raises ValueError if there is no checkpoint, or it is incomplete or damaged.
     """
     opened = _open(path)
     found: dict[str, Norm] = {}

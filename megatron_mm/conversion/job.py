@@ -1,10 +1,10 @@
-"""A conversion as a list of small tasks: parallel, within a bound of memory, resumable, and complete or absent.
+"""A conversion as a list of small tasks: parallel, with bounded memory, resumable; its output is either complete or absent.
 
-The output is written into a directory beside its place, `.NAME.partial`, and renamed when it is whole. It is cut into lanes: runs of
-bytes of one file, which one thread at a time fills task by task. After each task a line goes into `progress.jsonl`: where it wrote, how
-much, and the CRC-32. A conversion that is started again finds these lines, reads what they name once more, goes on after the last task of
-each lane whose bytes are right, and does everything else again. Lines of another conversion (other sources, options or sizes) are not
-used: what is there is removed.
+The output is written to a directory beside its destination, `.NAME.partial`, which is renamed when it is complete. It is divided into
+lanes: ranges of bytes of one file, which one thread at a time fills task by task. After each task, a line with its position, length and
+CRC-32 is added to `progress.jsonl`. A conversion that is started again verifies the bytes that these lines describe. In each lane it
+continues after the last task whose bytes are correct, and repeats everything else. If the lines belong to a different conversion (other
+sources, options or sizes), the existing output is removed.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def cut(items: Iterable[Sized], *, limit: int) -> list[list[Sized]]:
 def partial_directory(path: Path, *, fingerprint: dict[str, Any]) -> Iterator[Path]:
     """The directory that a conversion is written into, locked; what an interrupted one of the same fingerprint left in it stays.
 
-    Raises ValueError where another conversion is writing there.
+    Raises ValueError if another conversion is writing there.
     """
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("w") as lock:
@@ -141,7 +141,7 @@ def partial_directory(path: Path, *, fingerprint: dict[str, Any]) -> Iterator[Pa
         if _first_line(path / PROGRESS) != {"conversion": digest}:
             leftover = [entry for entry in path.iterdir() if entry.name != ".lock"]
             if leftover:
-                logger.info("%s is left from a conversion of other files or options and is removed", path)
+                logger.info("removing %s, which is left from a conversion with other files or options", path)
             for entry in leftover:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             (path / PROGRESS).write_text(json.dumps({"conversion": digest}) + "\n")
@@ -151,7 +151,7 @@ def partial_directory(path: Path, *, fingerprint: dict[str, Any]) -> Iterator[Pa
             if (path / PROGRESS).read_text().count("\n") == 1:  # nothing to go on from
                 shutil.rmtree(path)
             else:
-                logger.info("what is written so far stays in %s: the same command resumes from there", path)
+                logger.info("the tensors written so far are kept in %s: start the same command again to resume", path)
             raise
 
 
@@ -174,7 +174,7 @@ def run_lanes(lanes: Sequence[Lane], partial: Path, *, threads: int, memory: int
         threads: that work at once.
         memory: bytes of tensors that they hold together, unless a single task needs more.
 
-    Raises ValueError, before anything is written, where the disk has not enough room.
+    Raises ValueError, before anything is written, if the disk has not enough room.
     """
     journal = _Journal(partial / PROGRESS)
     known = journal.read()
@@ -240,7 +240,7 @@ def _still_right(path: Path, lane: Lane, known: list[Written]) -> Iterator[Writt
     offset = lane.start
     for written in known[: len(lane.tasks)]:
         if written.offset != offset or checksum_of(path, offset=offset, length=written.length) != written.checksum:
-            logger.warning("what was written of %s from byte %d on is not there any more and is written again", path, offset)
+            logger.warning("%s is incomplete from byte %d on; that part is written again", path, offset)
             return
         yield written
         offset += written.length
@@ -251,7 +251,9 @@ def _check_room(partial: Path, lanes: Sequence[Lane], known: dict[int, list[Writ
     needed = sum(task.num_bytes for lane in lanes for task in lane.tasks) - there
     free = shutil.disk_usage(partial).free
     if needed > free:
-        raise ValueError(f"{partial.parent} has room for {free / 1e9:.2f} GB, but {needed / 1e9:.2f} GB are to be written: make room")
+        raise ValueError(
+            f"{partial.parent} has {free / 1e9:.2f} GB of free space, but {needed / 1e9:.2f} GB will be written: free some space"
+        )
 
 
 def _prepare_file(path: Path, lane: Lane) -> None:

@@ -1,6 +1,6 @@
-"""README.md of an exported model: what it is, what it was trained on and how far, how to load it and how prompts are written.
+"""README.md of an exported model: the model, its training data and steps, how to load it and how to write prompts.
 
-Only what the checkpoint and the run directory say is written; what they do not say is left out, for the publisher to add.
+It states only what is known from the checkpoint and the run directory; the publisher adds the rest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model's decoder or image tower alone, as a model of transformers' own classes."""
+"""Export of a model's decoder or image tower alone, as a model of one of transformers' own classes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 def language_table(experiment: Experiment, *, architecture: Architecture, vocab_rows: int | None) -> list[Entry]:
-    """The decoder under the names of an architecture; all three compute the same. Raises ValueError where it is none of them."""
+    """The decoder under the names of an architecture; all three compute the same. Raises ValueError if it is none of them."""
     decoder = experiment.model.decoder
     if decoder.moe is not None:
-        raise ValueError(f"the decoder of {experiment.recipe} has experts, which Llama has not: leave out --part, or export a dense model")
+        raise ValueError(
+            f"the decoder of {experiment.recipe} has experts, which a Llama does not have: leave out --part, or export a dense model"
+        )
     if family_of(experiment.model).language_mlps != ("mlp",):
-        raise ValueError(f"the decoder of {experiment.recipe} has visual experts, which Llama has not: leave out --part")
+        raise ValueError(f"the decoder of {experiment.recipe} has visual experts, which a Llama does not have: leave out --part")
     if architecture == "internlm2" and decoder.tied_embeddings:
         raise ValueError(f"the decoder of {experiment.recipe} ties its output layer, which InternLM2 does not: use --architecture llama")
     check_decoder_alone(decoder)
@@ -35,7 +37,7 @@ def language_table(experiment: Experiment, *, architecture: Architecture, vocab_
 
 
 def vision_table(experiment: Experiment) -> list[Entry]:
-    """The image tower as CLIPVisionModel. Raises ValueError where it is not one."""
+    """The image tower as CLIPVisionModel. Raises ValueError if it is not one."""
     return clip_table(_tower(experiment))
 
 
@@ -58,7 +60,11 @@ def write_language_files(
             write_document(out / "generation_config.json", generation_config(ids, never=never, rows=rows))
         else:
             shutil.copyfile(tokenizer, out / "tokenizer.model")
-            logger.info("the %d written rows lack those of special tokens, so tokenizer.model is written as it is, alone", rows)
+            logger.info(
+                "the %d rows written do not include the special tokens, so tokenizer.model is written without "
+                "changes and without other tokenizer files",
+                rows,
+            )
     write_document(out / "config.json", config)
     variant = variant_of(decoder)
     for file in variant.modeling.files if variant.modeling and not variant.is_llama else ():

@@ -1,8 +1,8 @@
-"""Where the values of a piece of a distributed checkpoint lie in its file.
+"""Finds the position of the values of a piece in a file of a distributed checkpoint.
 
-torch's distributed checkpoint stores every piece as `torch.save` writes it: a zip archive, not compressed, in which a small pickle says
-what the tensor looks like and a record holds its values. Reading the archive's directory and the pickle alone tells where the values
-are, so that they can be read straight to where they belong. Nothing is unpickled but numbers and names of types.
+torch's distributed checkpoint stores every piece in the format of `torch.save`: an uncompressed zip archive, in which a small pickle
+describes the tensor and a record contains its values. The archive's directory and the pickle are enough to find the values, so that they
+can be read directly to their destination. Only numbers and names of types are unpickled.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Piece:
 def find_piece(path: Path, *, offset: int, length: int, name: str) -> Piece:
     """The piece whose archive is in these bytes of a file.
 
-    Raises ValueError that names the tensor where they hold something else.
+    Raises ValueError that names the tensor if they hold something else.
     """
     with path.open("rb", buffering=0) as file:
         try:
@@ -84,15 +84,15 @@ def find_piece(path: Path, *, offset: int, length: int, name: str) -> Piece:
             header = os.pread(file.fileno(), _LOCAL_HEADER.size, offset + data.header_offset)
             signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, AttributeError, TypeError, EOFError, struct.error) as error:
-            raise ValueError(
-                f"{path}: what should be a piece of {name} cannot be read ({type(error).__name__}: {error}): restore it"
-            ) from None
+            raise ValueError(f"{path}: a piece of {name} cannot be read ({type(error).__name__}: {error}): restore it") from None
     begin = offset + data.header_offset + _LOCAL_HEADER.size + name_length + extra_length
     stored = data.compress_type == zipfile.ZIP_STORED
     info = TensorInfo(described.shape, described.dtype)
     spread = torch.empty_strided(described.shape, described.strides, dtype=info.dtype, device="meta").untyped_storage().nbytes()
     if signature != b"PK\x03\x04" or not stored or described.first != 0 or not spread == info.num_bytes == data.file_size:
-        raise ValueError(f"{path}: the piece of {name} is not stored as torch's distributed checkpoint does it: write the checkpoint again")
+        raise ValueError(
+            f"{path}: the piece of {name} is not stored in the format of torch's distributed checkpoints: write the checkpoint again"
+        )
     return Piece(Place(path, begin), info, described.strides)
 
 

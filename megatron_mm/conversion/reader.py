@@ -1,7 +1,7 @@
 """Reading single tensors of a training checkpoint, in one process and without building a model.
 
-A checkpoint's `tensors/` is torch's distributed-checkpoint format as megatron-core writes it: every tensor under its global
-name, in pieces of any layout. The pieces are put together here whatever layout wrote them.
+A checkpoint's `tensors/` is torch's distributed-checkpoint format as megatron-core writes it: every tensor under its global name, in
+pieces. This module puts the pieces together, whatever layout wrote them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class CheckpointReader:
                 compared.
             threads: that read files for their checksums.
 
-        Raises ValueError where the directory is no complete checkpoint, or a file is missing or damaged.
+        Raises ValueError if the directory is no complete checkpoint, or a file is missing or damaged.
         """
         self.path = checkpoint / "tensors"
         manifest = checkpoint / "manifest.json"
@@ -62,7 +62,7 @@ class CheckpointReader:
         return {name: TensorInfo(tuple(entry.size), entry.properties.dtype) for name, entry in self._entries.items()}
 
     def read(self, name: str, *, row: int | None = None) -> torch.Tensor:
-        """One tensor, on the CPU. Raises KeyError for a name that is not there, ValueError where parts of it are not.
+        """One tensor, on the CPU. Raises KeyError for a name that is not there, ValueError if parts of it are not.
 
         Args:
             row: read tensor[row] alone: one expert of a stack of experts, without the others' memory.
@@ -108,7 +108,7 @@ def is_weight(name: str) -> bool:
 
 def _check_size(path: Path, size: int) -> None:
     if not path.is_file() or path.stat().st_size != size:
-        raise ValueError(f"checkpoint file {path} is missing or has not its {size} bytes: restore it")
+        raise ValueError(f"checkpoint file {path} is missing, or its size is not {size} bytes: restore it")
 
 
 def _check_sum(path: Path, checksum: int) -> None:

@@ -1,4 +1,4 @@
-"""An opened checkpoint of somebody else's and the table that reads it: finds the format and checks the configuration beside the weights."""
+"""Opens published weights: detects their format, finds the table of names that reads them, and checks the configuration beside them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def open_source(path: Path, part: Part, model: ModelConfig, *, sequence_length: 
     Args:
         sequence_length: tokens of a training sequence, for a warning where the source's own limit is less.
 
-    Raises ValueError where its format is unknown or is one of another part, or its settings are not the recipe's.
+    Raises ValueError if its format is unknown or is one of another part, or its settings are not the recipe's.
     """
     formats = all_formats()
     reader = _unwrapped(HfReader(path), part, formats)
@@ -71,7 +71,9 @@ def open_source(path: Path, part: Part, model: ModelConfig, *, sequence_length: 
     if part != "language":
         _check_images(reader, model)
     if isinstance(ours, DecoderConfig) and ours.tied_embeddings and not tied:
-        raise ValueError(f"{path} has an output layer of its own, but the recipe ties it: use --model.decoder.no-tied-embeddings")
+        raise ValueError(
+            f"{path} has a separate output layer, but the recipe ties it to the embeddings: use --model.decoder.no-tied-embeddings"
+        )
     naming = Naming(prefix, tied, family_of(model).language_mlps)
     return Source(part, reader, name, known.table(ours, naming), (*known.prefixes[prefix], *_unused_head(prefix, tied)))
 
@@ -101,7 +103,7 @@ def _unwrapped(reader: HfReader, part: Part, known: Mapping[str, AnyFormat]) -> 
         heads = () if set(_HEADS) & inside.names().keys() else set(_HEADS) & names.keys()
         others = len(names) - len(inside.names()) - len(heads)
         if others:
-            logger.info("%s: tensors below %s are read, %d others are not", reader.path, outer.removesuffix("."), others)
+            logger.info("%s: reading the tensors below %s and ignoring %d others", reader.path, outer.removesuffix("."), others)
         return reader.below(outer, also=heads)
     return reader
 
@@ -121,7 +123,7 @@ def _detect(reader: HfReader, part: Part, known: Mapping[str, AnyFormat]) -> tup
         other = known[found[0][0]].part
         raise ValueError(f"{reader.path} is a checkpoint of format {found[0][0]}, which is read with --{other}, not with --{part}")
     some = ", ".join(sorted(names)[:4])
-    raise ValueError(f"{reader.path} is none of the formats that --{part} reads ({formats}); its first tensors are {some}")
+    raise ValueError(f"{reader.path} is in none of the formats that --{part} reads ({formats}); its first tensors are {some}")
 
 
 def _calls_itself(reader: HfReader, known: AnyFormat) -> bool:
@@ -165,14 +167,14 @@ def _warn_of_limits(document: Mapping[str, Any], path: Path, *, sequence_length:
 
 
 def _settings(document: dict[str, Any], name: str, known: AnyFormat, *, where: Path) -> dict[str, Any]:
-    """The fields of the recipe's part that must be equal. Raises ValueError where the document is no such configuration."""
+    """The fields of the recipe's part that must be equal. Raises ValueError if the document is no such configuration."""
     try:
         return known.settings(document)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(
-            f"{where} is no configuration of format {name} ({type(error).__name__}: {error}): get it again, or correct it"
+            f"{where} is not a configuration of format {name} ({type(error).__name__}: {error}): download it again, or correct it"
         ) from None
 
 
@@ -187,7 +189,7 @@ def _check_settings(theirs: dict[str, Any], ours: Any, *, where: str, group: str
             continue
         line = f"{field} is {value} there and {found} in the recipe ({_option(f'{group}{field}', value)})"
         if field.rpartition(".")[2] in EXPORTED_ALONE:
-            logger.warning("%s: %s: training is the same, and exports will say what the recipe does", where, line)
+            logger.warning("%s: %s: this does not change training; exports will have the recipe's value", where, line)
         else:
             differences.append(line)
     if differences:

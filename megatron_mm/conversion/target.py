@@ -1,7 +1,7 @@
-"""What a recipe's model consists of, without its memory: every global tensor, its shape and type, and how it begins.
+"""The tensors of a recipe's model, without allocating them: global name, shape, type, and initial value.
 
-The model itself is asked: it is built on the meta device for a single process that stands in for a group, and lists its tensors as it
-does for a checkpoint. So no second list of names has to be kept beside the model's own.
+The model itself provides this list: it is built on the meta device, for a single process without process groups, and lists its tensors as
+it does for a checkpoint. So there is no second list of names to maintain.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A training checkpoint -> a Hugging Face directory, tensor by tensor.
 
-A whole model loads under plain transformers with `trust_remote_code=True`, a decoder or an image tower alone without it. Tensors are
-read, renamed, cast and written in the order of the table, and the optimizer's are never read. Names and shapes are checked before the
-first tensor is read.
+A whole model loads in plain transformers with `trust_remote_code=True`, a decoder or an image tower alone without it. Tensors are read,
+renamed, cast and written in the order of the table; the optimizer's tensors are never read. Names and shapes are checked before the first
+tensor is read.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def convert_to_hf(
         verify: check the checkpoint's checksums first.
         threads: that read and write at once.
 
-    Raises ValueError where an argument is wrong, `out` holds something, the checkpoint is incomplete or damaged, or its
+    Raises ValueError if an argument is wrong, `out` holds something, the checkpoint is incomplete or damaged, or its
     tensors are not those of its model.
     """
     if dtype not in DTYPES:
@@ -183,7 +183,7 @@ def _dtype_name(plan: list[Written]) -> str:
 
 
 def _describe(checkpoint: Path) -> tuple[Experiment, Path | None]:
-    """The experiment and the tokenizer of a checkpoint; None where it has none."""
+    """The experiment and the tokenizer of a checkpoint; None if it has none."""
     tokenizer = checkpoint / "tokenizer.model"
     return load_experiment(checkpoint / "experiment.json"), tokenizer if tokenizer.is_file() else None
 
@@ -193,7 +193,7 @@ def _check_rows(vocab_rows: int | None, experiment: Experiment, tokenizer: Path 
     if vocab_rows is None:
         return
     if not 0 < vocab_rows <= rows:
-        raise ValueError(f"--vocab-size is {vocab_rows}, but the model has {rows} rows: it can only cut some off")
+        raise ValueError(f"--vocab-size is {vocab_rows}, but the model has only {rows} rows: use {rows} or less")
     if tokenizer is None:
         return
     ids = Tokenizer.open(tokenizer, special=family_of(experiment.model).special_tokens)
@@ -228,7 +228,7 @@ def _exporter(
 def _checked_infos(
     reader: CheckpointReader, experiment: Experiment, table: list[Entry], checkpoint: Path, *, part: ExportedPart
 ) -> dict[str, TensorInfo]:
-    """The stored tensors. Raises ValueError where they are not those of the checkpoint's own model, with the shapes."""
+    """The stored tensors. Raises ValueError if they are not those of the checkpoint's own model, with the shapes."""
     infos, where = reader.names(), f"checkpoint {checkpoint}"
     wanted = {entry.ours for entry in table}
     check_names(wanted, infos if part == "whole" else wanted & infos.keys(), where=where)
@@ -237,14 +237,14 @@ def _checked_infos(
     targets = model_targets(experiment)
     left_out = sum(info.numel for name, info in infos.items() if name not in wanted)
     if left_out:
-        logger.info("%s parameters of the model are no part of what is exported (image parts, gated blocks and the like)", f"{left_out:,}")
+        logger.info("%s parameters of the model are not exported (image parts, gated blocks and the like)", f"{left_out:,}")
     wrong = [
         f"{name} should be {list(targets[name].info.shape)}, but is {list(infos[name].shape)}"
         for name in infos
         if name in wanted and infos[name].shape != targets[name].info.shape
     ]
     if wrong:
-        raise ValueError("\n  ".join([f"{where} does not hold the model of its experiment.json:", *wrong]))
+        raise ValueError("\n  ".join([f"{where} does not contain the model of its experiment.json:", *wrong]))
     return infos
 
 

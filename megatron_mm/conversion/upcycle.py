@@ -1,9 +1,8 @@
-"""Upcycling: a sparse model whose experts all begin as the dense model's MLP (arXiv 2212.05055).
+"""Upcycling: a sparse model in which every expert starts as a copy of the dense model's MLP (arXiv 2212.05055).
 
-A token's experts are weighted with numbers that add up to 1, so the fresh sparse model computes what the dense one does. Routers
-start from their initial weights, the optimizer from nothing. Every process loads its own part of the dense checkpoint, whatever layout
-wrote it: each of its experts asks for the dense layer's MLP by name. Only layers that the sparse recipe names are touched; the image
-tower has MLPs too, and keeps them.
+The weights of a token's experts add up to 1, so the new sparse model computes the same as the dense one. Routers have their initial
+weights, and the optimizer starts afresh. Every process loads its own part of the dense checkpoint, whatever layout wrote it: each of its
+experts loads the dense layer's MLP by name. Only the sparse layers of the recipe are changed; the MLPs of the image tower are not.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def upcycle(dense: Path, run_dir: Path, experiment: Experiment) -> Path:
 
     Called by all processes of the experiment's layout together.
 
-    Raises ValueError where the models differ in more than experts, the layout does not fit, or the run has a checkpoint already.
+    Raises ValueError if the models differ in more than experts, the layout does not fit, or the run has a checkpoint already.
     """
     check_upcycling(experiment, dense)
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
@@ -79,11 +78,12 @@ def check_upcycling(experiment: Experiment, dense: Path) -> None:
     if decoder.moe is None:
         raise ValueError(f"recipe {experiment.recipe} has no experts: choose a sparse one, such as mm1_3b_moe")
     if saved.model.decoder.moe is not None:
-        raise ValueError(f"checkpoint {dense} is sparse already ({saved.recipe}): give a dense one")
+        raise ValueError(f"checkpoint {dense} is already sparse ({saved.recipe}): give a dense one")
     backbone = replace(experiment.model, decoder=replace(decoder, moe=None))
     for name, ours, theirs in model_differences(backbone, saved.model):
         raise ValueError(
-            f"checkpoint {dense} is not the backbone of {experiment.recipe}: model.{name} is {theirs!r} there and {ours!r} here"
+            f"checkpoint {dense} is not the backbone of {experiment.recipe}: model.{name} is {theirs!r} in the "
+            f"checkpoint and {ours!r} in the recipe"
         )
 
 

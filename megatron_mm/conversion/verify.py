@@ -1,7 +1,7 @@
 """Whether two checkpoints are the same model: names, shapes, values and, on a prompt, logits.
 
-Each may be a Hugging Face directory or a checkpoint of ours, which is exported to a temporary directory first, as its family writes it.
-Tensors are compared one after another; logits are computed by transformers on a CPU, in float32.
+Each may be a Hugging Face directory or one of our checkpoints, which is first exported to a temporary directory. Tensors are compared one
+at a time; transformers computes the logits on a CPU in float32.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Verification:
     """Names with both shapes, where these differ."""
     different: list[Different] = field(default_factory=list)
     logits: float | None = None
-    """Largest absolute difference of the logits; None where no prompt was given."""
+    """Largest absolute difference of the logits; None if no prompt was given."""
     scale: float | None = None
     """Largest absolute logit."""
     not_loaded: list[str] = field(default_factory=list)
@@ -79,7 +79,7 @@ def verify(first: Path, second: Path, *, prompt: str | None = None, threads: int
         first, second: Hugging Face directories, run directories or checkpoints of ours.
         prompt: a text to compute logits of. The code that travels with a model is then run: give it for models that you trust.
 
-    Raises ValueError where one of them cannot be read.
+    Raises ValueError if one of them cannot be read.
     """
     with _as_hf(first, threads=threads) as a, _as_hf(second, threads=threads) as b:
         found = _compare(HfReader(a), HfReader(b))
@@ -168,7 +168,8 @@ def _check_code(path: Path, folder: Path) -> None:
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise ValueError(
-            f"{path}: its Hugging Face model needs {', '.join(missing)}, which no export carries (its README.md says where they are from): "
+            f"{path}: its Hugging Face model needs {', '.join(missing)}, which exports do not include (its "
+            "README.md says where to get them): "
             "compare two exports that have these files beside them, or leave out --prompt"
         )
 

@@ -1,16 +1,16 @@
 """PackedBatch: one micro-batch of one data-parallel rank, as the model sees it.
 
-The packed sequences of a micro-batch lie one after another, without padding between them, in ONE row of T tokens: as many as they
-have, rounded up to what sequence parallelism and FP8 need (`Experiment.token_multiple`). `cu_seqlens` says where documents begin. A
-document never attends to another, so nothing else needs to know where one sequence ends and the next begins.
+The packed sequences of a micro-batch lie one after another, without padding between them, in ONE row of T tokens: as many as they have,
+rounded up to what sequence parallelism and FP8 need (`Experiment.token_multiple`). `cu_seqlens` says where documents begin. A document
+never attends to another, so it does not matter where one sequence ends and the next begins.
 
     token_ids   <s>  IMG IMG IMG IMG a red ball </s> | <s> the sky </s> | PAD PAD
     labels       _    _   _   _   a red ball </s>  _ | the sky </s>  _  |  _   _
     loss_mask    0    0   0   0   1  1   1   1    0  |  1   1   1    0  |  0   0
     cu_seqlens  0                                    9                 13     15
 
-A label is the next token of the same document; where that is an image token, a padding token, or another document's first
-token, the loss mask is 0 and the label the padding token (`_`). Padding, if any, is the last document.
+A label is the next token of the same document. If that is an image token, a padding token, or the first token of another document, the loss
+mask is 0 and the label is the padding token (`_`). Padding, if any, is the last document.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PackedBatch:
     """[num_owned, 3, H, W] uint8, RGB: this rank's images, in the order of `image_starts`; num_owned may be 0. The tower
     normalises them on its device. None on a rank that does not hold the encoder."""
     image_stages: torch.Tensor | None = None
-    """[num_images] int64: the pipeline rank that encodes each image, where all of them do (`parallel.spread_encoder`); None where the
+    """[num_images] int64: the pipeline rank that encodes each image, where all of them do (`parallel.spread_encoder`); None if the
     first does. `pixels` are then those of this pipeline rank."""
 
     @property

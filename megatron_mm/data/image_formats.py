@@ -1,7 +1,7 @@
-"""Which encoded images are read: one list for preparation, decoding and evaluation alike.
+"""The image formats that can be read: the same list for preparation, decoding and evaluation.
 
-Pillow would open some forty formats, and for some of them (EPS) it runs a program that it finds on the PATH. So every image is opened
-with `open_image`, which tries the formats below and no other, whatever the file is called.
+Pillow can open some forty formats, and for some of them (EPS) it runs an external program. So every image is opened with `open_image`,
+which tries only the formats below, whatever the file is called.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How an image enters a model: which pixels, and which tokens stand for it in a document.
+"""How an image enters a model: its pixels, and its tokens in a document.
 
-A model that looks at large images in tiles gets an image's tiles one after another, each as an image of its own:
+A model that sees large images as tiles gets the tiles of an image one after another, each as a separate image:
 
     <img> CTX CTX CTX CTX | CTX CTX CTX CTX </img>      two tiles of four tokens between a token before and one after
 
-Tiles are those of a grid that suits the image's shape (`data.tiling`), or an overview and crops (`data.sub_images`).
+Tiles come from a grid whose shape is close to the image's (`data.tiling`), or are an overview and crops (`data.sub_images`).
 
 Shape legend: n images.
 """

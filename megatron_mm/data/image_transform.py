@@ -1,6 +1,6 @@
-"""From a picture of any shape and kind to the square of 8-bit RGB pixels that a model sees.
+"""Converts an image of any shape and mode to the square of 8-bit RGB pixels that a model sees.
 
-A model family says which transform its images take (`ImageInput.transform`); training, evaluation and exported processors all use that one.
+A model family defines the transform of its images (`ImageInput.transform`). Training, evaluation and exported processors all use it.
 
 How a rectangle becomes a square of `size` pixels (bicubic, antialiased, as Pillow does it):
 

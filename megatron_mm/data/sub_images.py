@@ -1,15 +1,15 @@
-"""Sub-image decomposition: a tower sees a large image as an overview and crops of it (MM1, arXiv 2403.09611, section 4.1).
+"""Sub-image decomposition: a tower sees a large image as an overview and crops (MM1, arXiv 2403.09611, section 4.1).
 
     1344 x 1344 px  ->  an overview, the whole image at 672 px, and 2 x 2 crops of 672 px: 5 x 144 = 720 tokens
 
-Whatever an image's size, the square that the family's transform makes of it has `grid` times the tower's side, and is cut row by row; the
-overview is made from the image itself. Each of them is an image of its own for tower, connector, batches and balance. So the number of
-tokens follows from the number of images alone.
+Whatever its size, an image is transformed to a square whose side is `grid` times the tower's, which is cut into crops row by row; the
+overview is made from the original image. Each of these counts as a separate image for tower, connector, batches and balance. So the number
+of tokens follows from the number of images.
 
-Low resolution: a document may show several images, of which all but the last serve as demonstrations for what is asked about it. A share
-of the demonstrations may be shown as their overviews alone, so that more of them fit into a sequence (144 tokens each, not 720). Which
-ones is a function of seed, row of the document in its source, and number of the image, so a plan knows it before any data is read and every
-epoch, layout and resume finds the same.
+Low resolution: if a document shows several images, all but the last serve as demonstrations for the question about the last one. A fraction
+of the demonstrations may be shown only as overviews, so that more of them fit into a sequence (144 tokens each instead of 720). Which ones
+depends on the seed, the document's row in its source, and the number of the image. So a plan knows it before any data is read, and every
+epoch, layout and resume chooses the same ones.
 
 Shape legend: k squares of an image, n images.
 """

@@ -1,12 +1,12 @@
-"""Dynamic tiling: an image becomes a grid of square tiles that suits its shape, as in Mono-InternVL (arXiv 2410.08202).
+"""Dynamic tiling: an image becomes a grid of square tiles whose shape is close to the image's, as in Mono-InternVL (arXiv 2410.08202).
 
-A plan needs the number of tiles of millions of images before it reads one of them, so grids are chosen from widths and heights alone,
-for whole arrays at once; the process that decodes an image chooses the same grid again, by the same code.
+A plan needs the number of tiles of millions of images before it reads any of them. So grids are chosen from widths and heights, for whole
+arrays at once. The process that decodes an image chooses the same grid again with the same code.
 
-Which grid: the one whose columns / rows is closest to width / height. Of grids that are equally close, one with more tiles is taken
-where the image has more than half of that grid's pixels. Worked example, up to 4 tiles of 448: a square image may become 1 x 1 or
-2 x 2 tiles, which are equally close, and 2 x 2 takes more than 0.5 * 4 * 448 * 448 = 401,408 pixels. So 633 x 633 (400,689) becomes one
-tile and 634 x 634 (401,956) four.
+The grid is the one whose columns / rows is closest to width / height. If several are equally close, one with more tiles is used if the
+image has more than half as many pixels as that grid. Worked example, up to 4 tiles of 448: a square image may become 1 x 1 or 2 x 2 tiles,
+which are equally close, and 2 x 2 takes more than 0.5 * 4 * 448 * 448 = 401,408 pixels. So 633 x 633 (400,689) becomes one tile and 634 x
+634 (401,956) four.
 
 Shape legend: n images, k tiles of an image.
 """

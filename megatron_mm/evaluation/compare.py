@@ -1,10 +1,11 @@
-"""Results of several runs side by side: MM1's figures 4 (connectors) and 5 (mixtures) of finished ablations.
+"""Plots the results of several runs side by side, like MM1's figures 4 (connectors) and 5 (mixtures) for finished ablations.
 
-A panel for each number of demonstrations, and one for TextCore, and in each a bar a run: the mean over the tasks that all runs have at
-that number, captions by CIDEr-D and questions by accuracy, as the paper averages them. A run is labelled with what it has unlike
-the other runs: connector, image tokens, resolution, mixture, and its step where runs were evaluated after different numbers of steps.
+There is a panel for each number of demonstrations, and one for TextCore. Each has one bar per run: the mean over the tasks for which all
+runs have results with that number, with CIDEr-D for captions and accuracy for questions, averaged as in the paper. A run is labelled with
+the settings that differ between runs: connector, image tokens, resolution, mixture, and the step if they were evaluated after different
+numbers of steps.
 
-Only like is compared with like: results of a part of a task (`--limit`) never count, and tasks that the runs were asked in different ways
+Only comparable results are compared: results for part of a task (`--limit`) are ignored, and tasks that were evaluated in different ways
 (seed, prompts, method, beams, number of items) are refused.
 """
 
@@ -47,7 +48,7 @@ class RunResults:
 
 
 def read_run(run_dir: Path) -> RunResults:
-    """The results of a run. Raises ValueError where it has none of whole tasks."""
+    """The results of a run. Raises ValueError if it has none of whole tasks."""
     folder = run_dir / "evaluation"
     every = read_results(folder) if folder.is_dir() else []
     found = [result for result in every if result.setting["limit"] is None]
@@ -60,14 +61,14 @@ def read_run(run_dir: Path) -> RunResults:
     newest = max(result.setting["model"]["step"] for result in found)
     config = run_dir / "config.json"
     if not config.is_file():
-        raise ValueError(f"{run_dir} is no run directory: it has no {config.name}")
+        raise ValueError(f"{run_dir} is not a run directory: it has no {config.name}")
     return RunResults(run_dir, json.loads(config.read_text()), [one for one in found if one.setting["model"]["step"] == newest])
 
 
 def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
     """Draw the picture and its table (.json beside it); lines for the terminal."""
     if len(run_dirs) < 2:
-        raise ValueError("--compare needs two runs or more")
+        raise ValueError("--compare needs at least two runs")
     runs = [read_run(run_dir) for run_dir in run_dirs]
     check_asked_alike(runs)
     labels = labels_of([run.config for run in runs], [run.run_dir.name for run in runs])
@@ -75,7 +76,7 @@ def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
         labels = [f"{label}, step {run.step}" for label, run in zip(labels, runs, strict=True)]
     panels = panels_of(runs)
     if not panels:
-        raise ValueError("the runs have no task and number of shots in common: evaluate all of them alike")
+        raise ValueError("the runs have no task and number of shots in common: evaluate all of them with the same --tasks and --shots")
     rows = {title: dict(zip(labels, values, strict=True)) for title, values in panels.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps({"runs": [str(path) for path in run_dirs], "panels": rows}, indent=2) + "\n")

@@ -1,7 +1,8 @@
 """Generation in the training layout: greedy, beam search, and likelihoods of given answers.
 
-Prompts of any lengths go through the layout that trains, with a key/value cache (`evaluation.passes`, `models.cache`); the tokens are those
-that passes over whole sequences give. Every process of a model calls with the same prompts; data-parallel ranks may have different ones.
+Prompts of any lengths go through the layout that trains, with a key/value cache (`evaluation.passes`, `models.cache`); the tokens are the
+same as from passes over whole sequences. All processes of a model replica must call with the same prompts; data-parallel ranks may have
+different ones.
 """
 
 from __future__ import annotations

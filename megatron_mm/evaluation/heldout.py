@@ -51,7 +51,7 @@ class HeldOut:
         self.batches = batches
 
     def losses(self, step: TrainingStep, *, images: Literal["true", "shuffled", "blank"] | None = None) -> dict[str, float]:
-        """Loss per token over `eval.batches` global batches, in all and by source; nothing where there is no such split.
+        """Loss per token over `eval.batches` global batches, in all and by source; nothing if there is no such split.
 
         Args:
             images: what the model sees, if not what it sees in training: the difference between "true" and "shuffled" is what
@@ -73,7 +73,7 @@ class HeldOut:
         return {f"{SPLIT}/loss": total.mean, **by_source}
 
     def why_no_captions(self) -> str:
-        """Why `captions` would be none; empty where there will be some."""
+        """Why `captions` would be none; empty if there will be some."""
         if not self.experiment.eval.samples:
             return "--eval.samples is 0"
         pairs = self._pairs()

@@ -1,10 +1,11 @@
-"""Forward passes of generation through megatron-core's pipeline schedule: sequences in, what is wanted of the logits out.
+"""Forward passes of generation through megatron-core's pipeline schedule: from sequences to the required values of the logits.
 
-The sequences of a data-parallel rank are dealt into as many parts as there are pipeline stages, so that all stages have work; a part is a
-micro-batch with a cache of its own (`models.cache`). What the last stage reads of the logits is sent to all stages, so that every process
-of a model knows the next tokens. Where experts are spread over data-parallel ranks, these ranks make every pass together (`agree`).
+The sequences of a data-parallel rank are divided into as many parts as there are pipeline stages, so that all stages have work; each part
+is a micro-batch with its own cache (`models.cache`). The values that the last stage reads from the logits are sent to all stages, so that
+every process of a replica knows the next tokens. If experts are divided among data-parallel ranks, these ranks run every pass together
+(`agree`).
 
-Shape legend: r places that are read, k likeliest tokens of each, q tokens asked for at each, v this process's part of the vocabulary.
+Shape legend: r positions that are read, k most likely tokens at each, q tokens asked for at each, v this process's part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Prompt:
     image_starts: list[int]
     """Place of the first token of each image's features in ids."""
     pixels: torch.Tensor | None
-    """[images, 3, H, W] uint8, of which this process looks at those that it encodes alone (`Passes.shares`); None where it is on a later
+    """[images, 3, H, W] uint8, of which this process looks at those that it encodes alone (`Passes.shares`); None if it is on a later
     pipeline stage and nobody has read them."""
 
 
@@ -82,7 +83,7 @@ class Wanted:
     tails: list[int]
     """At how many of its last places each sequence is read."""
     targets: list[list[int]] = field(default_factory=list)
-    """For each place that is read, in order, tokens whose log-probability is asked for; empty where none is."""
+    """For each place that is read, in order, tokens whose log-probability is asked for; empty if none is."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class Passes:
         )
 
     def _pixels(self, prompts: list[Prompt], owners: torch.Tensor) -> torch.Tensor | None:
-        """Those of the images that this process encodes; None where no prompt is computed."""
+        """Those of the images that this process encodes; None if no prompt is computed."""
         if not prompts:
             return None
         pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]

@@ -1,23 +1,23 @@
 """Prompts: demonstrations and a question as token ids and images.
 
-Under a chat template (`data.chat_template` of the run: fine-tuned models) every demonstration is an exchange before the last question, in
-the words of multi-task training (`data.text.conversations`), which are those of InfiMM's model card and of LLaVA-1.5:
+With a chat template (`data.chat_template` of the run; fine-tuned models), every demonstration is a question and an answer before the last
+question, in the words of multi-task training (`data.text.conversations`), which are those of InfiMM's model card and of LLaVA-1.5:
 
     <image> What is it? Answer the question using a single word or phrase.  -> ball
 
-Without one (pre-trained models) a prompt is a document like those of interleaved training, of one form a task:
+Without one (pre-trained models), a prompt is a document like those of interleaved training, with one form per kind of task:
 
     caption         {image}A photo of                                         caption
     vqa, yes_no     {image}Question: {question} Short answer:                 answer
     choice          {image}{context} Question: {question} A. ... B. ...  Answer:      letter
     text            {question}                                                answer
 
-A demonstration ends with a line break and the next one follows. The words are ours, in the style of Flamingo and BLIP-2: the words that the
-papers used were not at hand. A form of one's own: `--form "{image}Describe: "`.
+Each demonstration ends with a line break. The words are ours, in the style of Flamingo and BLIP-2, because we did not have the papers'
+prompts. To use another form: `--form "{image}Describe: "`.
 
-InfiMM, a Flamingo, is asked as OpenFlamingo asks (`Family.prompt_forms`): `{image}Output:caption` and `{image}Question:{question} Short
-answer:answer`. It writes each image `<|endofchunk|><image>`, so that its demonstrations end as in its training, and each looks at its own
-image alone.
+InfiMM, a Flamingo model, gets OpenFlamingo's prompts (`Family.prompt_forms`): `{image}Output:caption` and
+`{image}Question:{question} Short answer:answer`. Its images are written `<|endofchunk|><image>`, so that demonstrations end as in its
+training, and each attends only to its own image.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Wording:
     ) -> Wording:
         """
         Args:
-            form: instead of the task's. Raises ValueError where it has braces of other names.
+            form: instead of the task's. Raises ValueError if it has braces of other names.
             family_forms: `Family.prompt_forms`.
         """
         name = task.form or task.kind

@@ -1,4 +1,4 @@
-"""Figures that the papers' authors publish, to stand beside results. Nothing is here that was not found in the source that it names.
+"""Scores published by the papers' authors, to be printed beside results. Every score names the source in which it was found.
 
 Of each it is known how sure it is (`Published.confirmed`): read from the authors' own page or from two sources that do not depend on each
 other, or from one that is not the authors'. The paper of MM1 was not at hand.
@@ -99,5 +99,5 @@ FIGURES = _figures()
 
 
 def published(recipe: str, task: str, shots: int) -> Published | None:
-    """What is published of the model that a recipe trains; None where nothing was found."""
+    """What is published of the model that a recipe trains; None if nothing was found."""
     return FIGURES.get((recipe, task, shots))

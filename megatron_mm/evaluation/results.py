@@ -62,7 +62,7 @@ def read_results(folder: Path) -> list[Result]:
         try:
             found.append(Result(**json.loads(path.read_text(encoding="utf-8"))))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is no result of megatron-mm evaluate ({error}): remove it") from None
+            raise ValueError(f"{path} is not a result of `megatron-mm evaluate` ({error}): remove it") from None
     return found
 
 

@@ -1,11 +1,11 @@
-"""Evaluation of a model on tasks: demonstrations, batches over data-parallel ranks, answers written as they come, scores.
+"""Evaluation of a model on tasks: demonstrations, batches over data-parallel ranks, answers (written as soon as they are known), scores.
 
-Results lie in one folder:
+All results are in one folder:
 
     SETTING.json           a task's score, how it came about, and which demonstrations were drawn      (`results.Result`)
     items/SETTING/         rank_0.jsonl, rank_1.jsonl, ...: a line an item, as soon as it is answered; setting.json
 
-An evaluation that was interrupted goes on with the items that no line has, on any number of processes.
+An interrupted evaluation continues with the items that have no line yet, on any number of processes.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ class _Items:
             (self.folder / "setting.json").write_text(json.dumps(setting, indent=2) + "\n")
         self.done = set(self.gather())
         if self.done and topology.is_main:
-            logger.info("%s: %d items were answered before", name, len(self.done))
+            logger.info("%s: %d items have already been answered", name, len(self.done))
         self.writes = topology.tensor_rank == 0 and topology.is_first_stage
         self._file = _append_to(self.folder / f"rank_{topology.data_rank}.jsonl") if self.writes else None
 
@@ -278,7 +278,7 @@ class _Items:
                 try:
                     yield json.loads(line)
                 except ValueError:  # the last line of a process that was killed
-                    logger.warning("%s has half a line: its item is answered again", path)
+                    logger.warning("%s has an incomplete line: its item is answered again", path)
 
 
 def _append_to(path: Path) -> TextIO:

@@ -1,8 +1,7 @@
-"""What a model family supplies, so that nothing else knows a family by name.
+"""The interface of a model family. Code outside a family uses only this interface and never checks a family's name.
 
-A family is one folder and one object: a subclass of `Family` whose only instance stands in `families.registry.FAMILIES`. To name a family
-is cheap: its model, tables and files are imported by the methods that need them, so that a list of recipes waits for neither torch nor
-megatron-core.
+A family is one folder and one object: a subclass of `Family` whose only instance is in `families.registry.FAMILIES`. Its model, tables and
+files are imported by the methods that need them, so importing a family is fast: a list of recipes needs neither torch nor megatron-core.
 """
 
 from __future__ import annotations
@@ -75,10 +74,10 @@ class Family(ABC, Generic[Config]):
         return self.config.family
 
     def trainable_patterns(self, policy: str) -> tuple[str, ...]:
-        """The patterns of a freeze policy. Raises ValueError that lists the policies where the family has none of that name."""
+        """The patterns of a freeze policy. Raises ValueError that lists the policies if the family has none of that name."""
         if policy not in self.freeze_policies:
             raise ValueError(
-                f"train.freeze_policy is {policy!r}, but {self.name} models know {sorted(self.freeze_policies)}: choose one of them"
+                f"train.freeze_policy is {policy!r}, but must be one of those of {self.name} models: {sorted(self.freeze_policies)}"
             )
         return self.freeze_policies[policy]
 
@@ -106,7 +105,7 @@ class Family(ABC, Generic[Config]):
     def build_encoder(self, model: Config, context: ChunkContext) -> ImageEncoder:
         """Make what lies between pixels and decoder, for every pipeline rank (`parallel.spread_encoder`).
 
-        Raises ValueError where the family has no encoder that could stand apart from its first stage.
+        Raises ValueError if the family has no encoder that could stand apart from its first stage.
         """
         raise ValueError(self._no_encoder())
 
@@ -122,7 +121,7 @@ class Family(ABC, Generic[Config]):
         """FLOPs of training on a step's work where some parameters are trainable, counted as `megatron_mm.flops` says."""
 
     def step_flops(self, model: Config, policy: str, work: StepWork) -> float:
-        """`flops` under a freeze policy. Raises ValueError where the family has no policy of that name."""
+        """`flops` under a freeze policy. Raises ValueError if the family has no policy of that name."""
         return self.flops(model, self.trainable(policy), work)
 
     def check_layout(self, model: Config, parallel: ParallelConfig, world_size: int) -> None:
@@ -149,7 +148,7 @@ class Family(ABC, Generic[Config]):
         Args:
             vocab_rows: rows of the vocabulary that are written; None writes all.
 
-        Raises ValueError where the family has no Hugging Face model.
+        Raises ValueError if the family has no Hugging Face model.
         """
         raise ValueError(f"{self.name} models have no Hugging Face counterpart: define Family.table and Family.write_files")
 
@@ -172,7 +171,7 @@ class Family(ABC, Generic[Config]):
             dtype: of the weights, by torch's name.
             vocab_rows: rows of the vocabulary that are written; None writes all.
 
-        Raises ValueError where the tokenizer cannot be exported or has more ids than embeddings are written.
+        Raises ValueError if the tokenizer cannot be exported or has more ids than embeddings are written.
         """
         raise ValueError(f"{self.name} models have no Hugging Face counterpart: define Family.table and Family.write_files")
 

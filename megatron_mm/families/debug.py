@@ -1,4 +1,4 @@
-"""What the recipes for two CPU cores have in common: models that train in minutes, through the same code as the large ones.
+"""The settings that the debug recipes share: models that train on two CPU cores in minutes, with the same code as the large ones.
 
 All values are ours. `python -m megatron_mm train debug_mm1 --run-dir runs/debug --data.path data/demo` runs one on a laptop, on the data of
 `megatron-mm prepare demo`.

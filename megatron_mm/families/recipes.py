@@ -1,4 +1,4 @@
-"""Recipes: functions that return a complete Experiment. `RECIPES` is every one that the command line knows."""
+"""Recipes: functions that return a complete Experiment. `RECIPES` contains all recipes that the command line knows."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ RECIPES = _collect()
 
 
 def get_recipe(name: str) -> Experiment:
-    """The experiment of a recipe: of a name in `RECIPES`, or of a function that returns one, as FILE.py:FUNCTION or MODULE:FUNCTION.
-    The experiment of a function says in `extensions` where it came from, so that a resume, an evaluation or a conversion finds what the
-    file registers.
+    """The experiment of a recipe, given as a name in `RECIPES` or as a function, FILE.py:FUNCTION or MODULE:FUNCTION. For a function,
+    `extensions` of the experiment records the file or module, so that a resume, an evaluation or a conversion finds what it registers.
 
-    Raises ValueError that lists the recipes where there is none of that name, and where the function returns no experiment.
+    Raises ValueError, with a list of the recipes, if there is no recipe of that name, or if the function does not return an experiment.
     """
     if is_reference(name):
         return _recipe_of_file(name)
@@ -37,6 +36,6 @@ def _recipe_of_file(reference: str) -> Experiment:
     recipe = load_object(reference)
     experiment = recipe() if callable(recipe) else recipe
     if not isinstance(experiment, Experiment):
-        raise ValueError(f"{reference} is no recipe: it gives {type(experiment).__name__} instead of an Experiment")
+        raise ValueError(f"{reference} is not a recipe: it returns {type(experiment).__name__} instead of an Experiment")
     place = absolute(reference.rpartition(":")[0])
     return replace(experiment, extensions=tuple(dict.fromkeys([*experiment.extensions, place])))

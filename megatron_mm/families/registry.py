@@ -1,4 +1,4 @@
-"""Every model family that is known: `FAMILIES` is all of them. What a family supplies is in `families.base.Family`."""
+"""All known model families, in the dictionary `FAMILIES`. `families.base.Family` defines the interface of a family."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ FAMILIES: dict[str, Family[Any]] = {"mm1": MM1, "infimm": INFIMM, "mono_internvl
 
 
 def register_family(family: Family[Any]) -> None:
-    """Make a family known that is defined outside of this package. Raises ValueError where its name is taken."""
+    """Make a family known that is defined outside of this package. Raises ValueError if its name is taken."""
     known = FAMILIES.setdefault(family.name, family)
     if known is not family:
         raise ValueError(
-            f"a family {family.name!r} is known already, {type(known).__module__}.{type(known).__name__}: give yours another name, or name "
-            "its file in one way (by its path or as a module)"
+            f"a family {family.name!r} is already registered, {type(known).__module__}.{type(known).__name__}: "
+            "give yours another name, or refer to "
+            "its file in only one way (by its path or as a module)"
         )
 
 
 def family_of(model: Config) -> Family[Config]:
-    """The family that a model config belongs to. Raises ValueError where nobody has registered it."""
+    """The family that a model config belongs to. Raises ValueError if nobody has registered it."""
     if model.family not in FAMILIES:
         raise ValueError(
-            f"model family {model.family!r} is not known, only {sorted(FAMILIES)}: name the file that registers it in `extensions`"
+            f"model family {model.family!r} is unknown; known families are {sorted(FAMILIES)}: "
+            "add the file that registers it to `extensions`"
         )
     return FAMILIES[model.family]
 

@@ -37,7 +37,7 @@ def from_dict(kind: type, values: dict[str, Any], *, where: str = "config") -> A
     if kind is ModelConfig:
         family = values.get("family")
         if family not in FAMILIES:
-            raise ValueError(f"{where} has the model family {family!r}, but this version knows {sorted(FAMILIES)}")
+            raise ValueError(f"{where} has the unknown model family {family!r}; this version has {sorted(FAMILIES)}")
         return from_dict(FAMILIES[family].config, {k: v for k, v in values.items() if k != "family"}, where=where)
     if kind is ConnectorConfig:
         kind = _connector_config(values.get("kind"))
@@ -78,7 +78,7 @@ def save_experiment(experiment: Experiment, path: Path) -> None:
 
 
 def load_experiment(path: Path) -> Experiment:
-    """Read what `save_experiment` wrote, after running its extensions. Raises ValueError that names the file and the field, and where code
+    """Read what `save_experiment` wrote, after running its extensions. Raises ValueError that names the file and the field, and if code
     that it names is not the user's (`references.check_own`)."""
     values = json.loads(path.read_text())
     places = [*values.get("extensions", ()), *values.get("extra_hooks", ()), *values.get("data", {}).get("preprocessors", ())]

@@ -1,8 +1,8 @@
-"""A chat template of training as Jinja, for an exported tokenizer: the same tokens as in training, conversation after conversation.
+"""Chat templates as Jinja, for exported tokenizers: they give the same tokens as in training.
 
 A message's content is a text, or a list of `{"type": "text", "text": ...}` and `{"type": "image"}`. A conversation that ends with a
-question is a prompt, with `add_generation_prompt=True` up to where the answer begins. One that ends with an answer is written as a training
-document. Questions and answers take turns, as they do in training; anything else is an error.
+question is a prompt; with `add_generation_prompt=True` it extends to where the answer begins. A conversation that ends with an answer is
+written like a training document. Questions and answers must alternate, as in training; anything else is an error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def jinja_template(template: ChatTemplate, *, image: str = "<image>", begins_wit
 
 
 def exported_template(name: str | None, *, image: str = "<image>", begins_with_bos: bool = True) -> str | None:
-    """The Jinja source of a template by its name; None where a run has none."""
+    """The Jinja source of a template by its name; None if a run has none."""
     return None if name is None else jinja_template(CHAT_TEMPLATES[name], image=image, begins_with_bos=begins_with_bos)
 
 

@@ -1,4 +1,4 @@
-"""config.json of decoders and image towers, as transformers wants it. `hf.settings` reads the same back."""
+"""Writes config.json of decoders and image towers in transformers' format; `hf.settings` reads it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def decoder_config(decoder: DecoderConfig, *, sequence_length: int, vocab_rows: 
 
 
 def rotary_scaling(decoder: DecoderConfig) -> dict[str, Any]:
-    """InternLM2's scaling of rotary positions, which acts beyond max_position_embeddings; nothing where there is none."""
+    """InternLM2's scaling of rotary positions, which acts beyond max_position_embeddings; nothing if there is none."""
     return {} if decoder.rotary_scaling is None else {"rope_scaling": {"type": "dynamic", "factor": decoder.rotary_scaling}}
 
 

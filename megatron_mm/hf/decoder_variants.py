@@ -1,8 +1,8 @@
-"""Decoder variants: what a decoder does differently from a Llama, in one object.
+"""Decoder variants: one object describes how a decoder differs from a Llama.
 
-A variant is one file: it changes megatron-core's configuration (another activation), or the specs of the layers (norms elsewhere), and says
-how what it adds is called in Hugging Face's files. `DecoderConfig.variant` names it. It stands here, below the models, because names and
-configurations of exported decoders depend on it as the models do.
+A variant is one file. It changes megatron-core's configuration (another activation) or the specs of the layers (norms elsewhere), and maps
+the tensors and settings that it adds to Hugging Face's names. `DecoderConfig.variant` selects it. This module is below the models because
+both the models and the names and configurations of exported decoders depend on it.
 """
 
 from __future__ import annotations
@@ -79,16 +79,17 @@ DECODER_VARIANTS: dict[str, DecoderVariant] = {"llama": DecoderVariant()}
 
 
 def register_decoder_variant(name: str, variant: DecoderVariant) -> None:
-    """Make a variant known from outside of this package. Raises ValueError where its name is taken."""
+    """Make a variant known from outside of this package. Raises ValueError if its name is taken."""
     if DECODER_VARIANTS.setdefault(name, variant) is not variant:
-        raise ValueError(f"a decoder variant {name!r} is known already: give yours another name")
+        raise ValueError(f"a decoder variant {name!r} is already registered: give yours another name")
 
 
 def variant_of(config: DecoderConfig) -> DecoderVariant:
-    """The variant of a decoder. Raises ValueError that lists all where there is none of that name."""
+    """The variant of a decoder. Raises ValueError that lists all if there is none of that name."""
     if config.variant not in DECODER_VARIANTS:
         raise ValueError(
-            f"decoder.variant is {config.variant!r}, but must be one of {sorted(DECODER_VARIANTS)}: name its file in `extensions`"
+            f"decoder.variant is {config.variant!r}, but must be one of {sorted(DECODER_VARIANTS)}: to use one of "
+            "your own, add its file to `extensions`"
         )
     return DECODER_VARIANTS[config.variant]
 
@@ -118,7 +119,8 @@ def check_decoder_alone(config: DecoderConfig) -> None:
     variant = variant_of(config)
     if not variant.is_llama and variant.modeling is None and "architectures" not in variant.settings:
         raise ValueError(
-            f"transformers' Llama does not compute the decoder variant {config.variant!r}: give `DecoderVariant.modeling`, code that does, "
+            f"transformers' Llama does not compute the decoder variant {config.variant!r}: set "
+            "`DecoderVariant.modeling` to code that does, "
             f"or name another class of transformers in `settings` (model_type, architectures). Or {_DECLARE}"
         )
 

@@ -1,7 +1,7 @@
-"""What becomes of each field of a released config.json: one table a family, from which it is read and checked.
+"""How each field of a released config.json is handled: one table per family, with which the file is read and checked.
 
-A field is `read` where the recipe's model must say the same, has values that it `must_be` where only these are what our model computes, or
-is neither, with a note why that changes nothing. A field that no table knows is named in a warning.
+A field is `read` if the recipe's model must have the same value. It has `must_be` values if our model can compute only these. Otherwise it
+has a note that says why it has no effect. Fields in no table are named in a warning.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def read_fields(
         raise ValueError(f"it describes another model: {'; '.join(wrong)}")
     unknown = unknown_fields(document, fields)
     if unknown:
-        logger.warning("%s has fields that are not known here and have no effect: %s", file, ", ".join(unknown))
+        logger.warning("%s has unknown fields, which are ignored: %s", file, ", ".join(unknown))
     return found
 
 
@@ -133,7 +133,7 @@ def table_lines(fields: Iterable[ConfigField], written: Mapping[str, Any]) -> It
 
 
 def part_of(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A part of a configuration. Raises ValueError where it is missing or no object."""
+    """A part of a configuration. Raises ValueError if it is missing or no object."""
     part = document.get(name)
     if not isinstance(part, Mapping):
         raise ValueError(f"{name} is {part!r}, but must be an object that describes this part of the model")
@@ -141,7 +141,7 @@ def part_of(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def number_in(document: Mapping[str, Any], name: str, *, where: str, default: float | None = None) -> float | None:
-    """A number of a part without a table of its own. Raises ValueError where it is something else."""
+    """A number of a part without a table of its own. Raises ValueError if it is something else."""
     value = document.get(name)
     if value is not None and not _is(value, float):
         raise ValueError(f"{where}{name} is {value!r}, but must be {_KINDS[float]}")

@@ -1,9 +1,9 @@
-"""Formats that weights are read from: how a kind of checkpoint names and describes what it holds.
+"""Formats of weights that can be read: how each kind of checkpoint names and describes its contents.
 
-`FORMATS` is those of blocks that families share; a family adds those of its whole models (`Family.formats`). A format is detected by tensor
-names and checked against config.json, for a name alone does not make a model: Gemma's tensors are named like Llama's, and an image tower's
-names say nothing of its number of heads. So where a configuration is beside the weights, its model type must be one that the format knows,
-and its settings must be the recipe's.
+`FORMATS` has those of shared blocks; a family adds those of its whole models (`Family.formats`). A format is detected from tensor names and
+checked against config.json, because names are not enough: Gemma's tensors have the same names as Llama's, and the names in an image tower
+do not tell its number of heads. So if there is a configuration beside the weights, its model type must be one that the format knows, and
+its settings must match the recipe.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Format(Generic[Config]):
     settings: Callable[[Mapping[str, Any]], dict[str, Any]]
     """config.json -> the fields of the recipe's part that must be equal."""
     model_types: tuple[str, ...] = ()
-    """What config.json may call itself; empty where it says nothing of that."""
+    """What config.json may call itself; empty if it says nothing of that."""
     config_file: str = "config.json"
 
 
@@ -83,9 +83,9 @@ _OPEN_CLIP_TEXT = (
 
 
 def register_format(name: str, known: AnyFormat) -> None:
-    """Make a format of decoders or image towers known from outside of this package. Raises ValueError where its name is taken."""
+    """Make a format of decoders or image towers known from outside of this package. Raises ValueError if its name is taken."""
     if FORMATS.setdefault(name, known) is not known:
-        raise ValueError(f"a format {name!r} is known already: give yours another name")
+        raise ValueError(f"a format {name!r} is already registered: give yours another name")
 
 
 FORMATS: dict[str, AnyFormat] = {

@@ -1,8 +1,7 @@
 """Name mappings between our checkpoints and Hugging Face's, as tables.
 
-A table is a list of entries; an entry says which of our tensors holds which of theirs, and how. A name may hold
-placeholders such as `{layer}`, for which `expand` puts in 0, 1, 2, ... Every entry works in both directions and neither
-rounds nor loses anything.
+A table is a list of entries; each maps one of our tensors to one or more of theirs. A name may contain placeholders such as `{layer}`,
+which `expand` replaces with 0, 1, 2, ... Every entry works in both directions, without rounding or loss.
 
     Direct("language.decoder.final_layernorm.weight", "language_model.norm.weight")
     GatedMLP("language.decoder.layers.{layer}.mlp.linear_fc1.weight", gate="...gate_proj.weight", up="...up_proj.weight")
@@ -39,11 +38,11 @@ class Entry(Protocol):
         ...
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Our tensor -> theirs, in the order of `hf`. Raises ValueError where its shape does not fit."""
+        """Our tensor -> theirs, in the order of `hf`. Raises ValueError if its shape does not fit."""
         ...
 
     def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Theirs, in the order of `hf` -> our tensor. Raises ValueError where shapes do not fit."""
+        """Theirs, in the order of `hf` -> our tensor. Raises ValueError if shapes do not fit."""
         ...
 
 
@@ -130,13 +129,15 @@ class GatedMLP:
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if tensor.shape[0] % 2:
-            raise ValueError(f"{self.ours} has {tensor.shape[0]} rows, an odd number, but should hold a gate and as many rows beside it")
+            raise ValueError(
+                f"{self.ours} has {tensor.shape[0]} rows, an odd number, but must have as many rows for the gate as for the other branch"
+            )
         return tuple(tensor.chunk(2))
 
     def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
         gate, up = tensors
         if gate.shape != up.shape:
-            raise ValueError(f"{self.gate} has shape {tuple(gate.shape)}, but {self.up} has {tuple(up.shape)}: they should be equal")
+            raise ValueError(f"{self.gate} has shape {tuple(gate.shape)}, but {self.up} has {tuple(up.shape)}: they must be equal")
         return torch.cat([gate, up])
 
 
@@ -227,7 +228,7 @@ class Positions(_OneToOne):
             return positions
         if there**2 + first != positions.shape[0] or here**2 != self.num_patches:
             raise ValueError(
-                f"{self.theirs} has {positions.shape[0]} rows, which are no square grid{' and a class token' if first else ''}"
+                f"{self.theirs} has {positions.shape[0]} rows, which is not a square grid{' and a class token' if first else ''}"
             )
         grid = positions[first:].float().unflatten(0, (there, there)).permute(2, 0, 1)[None]
         resized = F.interpolate(grid, size=(here, here), mode="bicubic", align_corners=False, antialias=here < there)
@@ -256,7 +257,7 @@ class Vocabulary(_OneToOne):
         missing = self.rows - table.shape[0]
         if missing < 0:
             raise ValueError(
-                f"{self.theirs} has {table.shape[0]} rows, but the model only {self.rows}: "
+                f"{self.theirs} has {table.shape[0]} rows, but the model has only {self.rows}: "
                 f"use --model.decoder.vocab-size {table.shape[0]} or more"
             )
         if missing == 0:
@@ -318,8 +319,8 @@ def check_names(expected: Iterable[str], present: Iterable[str], *, where: str) 
     missing, unexpected = sorted(wanted - found), sorted(found - wanted)
     if missing or unexpected:
         raise ValueError(
-            f"{where} does not hold this model: {len(missing)} tensors are missing {_some(missing)}, "
-            f"{len(unexpected)} are not known {_some(unexpected)}"
+            f"{where} does not contain this model: {len(missing)} tensors are missing {_some(missing)}, "
+            f"{len(unexpected)} are unknown {_some(unexpected)}"
         )
 
 
@@ -355,12 +356,12 @@ def _put(name: str, rename: Mapping[str, int]) -> str:
 
 def _check_rows(name: str, tensor: torch.Tensor, rows: int, meaning: str) -> None:
     if tensor.shape[0] != rows:
-        raise ValueError(f"{name} has {tensor.shape[0]} rows, but {meaning} make {rows}: the configuration is of another model")
+        raise ValueError(f"{name} has {tensor.shape[0]} rows, but {meaning} make {rows}: the configuration belongs to another model")
 
 
 def _unwrapped(name: str, wrapped: torch.Tensor, *, axes: int) -> torch.Tensor:
     if wrapped.ndim <= axes or any(size != 1 for size in wrapped.shape[:axes]):
-        raise ValueError(f"{name} has shape {tuple(wrapped.shape)}, but should begin with {axes} axes of length 1")
+        raise ValueError(f"{name} has shape {tuple(wrapped.shape)}, but must begin with {axes} axes of length 1")
     return wrapped.flatten(0, axes) if axes else wrapped
 
 

@@ -1,8 +1,8 @@
-"""How a released image tower's images are prepared, read from the files beside its weights: what the tower learned with.
+"""Reads how images were prepared for a released image tower, from the files beside its weights.
 
 transformers writes preprocessor_config.json (since version 5 for some processors a part of processor_config.json), open_clip a
-`preprocess_cfg` in open_clip_config.json. Another normalisation is another model. Another way to make an image square is a choice, which
-should be a known one.
+`preprocess_cfg` in open_clip_config.json. A different normalisation is an error, because the tower was trained with it. A different way of
+making images square is allowed, with a warning.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a configuration beside weights says, in the words of ours: config.json -> fields of a recipe's model that must be equal.
+"""Translates the configuration beside weights: config.json -> fields of a recipe's model that must be equal.
 
-Fields of nested parts are written with dots: `decoder.num_layers`. What a file leaves out has the default of the code that reads it. The
-tables (`hf.field_tables`) say what becomes of each field; here is what takes several of them.
+Fields of nested parts are written with dots: `decoder.num_layers`. Fields missing in the file have the default of the code that reads it.
+The tables in `hf.field_tables` define how each field is handled; this module handles what depends on several fields.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def decoder_values(document: Mapping[str, Any]) -> dict[str, Any]:
     # dynamic changes nothing up to max_position_embeddings
     if not explained and (kind not in ("default", "dynamic") or by_layer or scaling.get("partial_rotary_factor", 1.0) != 1.0):
         given = {name: document[name] for name in ("rope_scaling", "rope_parameters") if document.get(name)}
-        raise ValueError(f"the language model has {given}, but our decoder has plain rotary positions, or dynamic ones")
+        raise ValueError(f"the language model has {given}, but our decoder supports only plain and dynamic rotary positions")
     stated = (number_in(document, "rope_theta", where=""), number_in(parameters, "rope_theta", where="rope_parameters."))
     bases = {base for base in stated if base is not None}
     if len(bases) > 1:
         raise ValueError(
-            f"the language model's part contradicts itself: rope_theta is {document['rope_theta']}, and in rope_parameters "
+            f"the language model's configuration contradicts itself: rope_theta is {document['rope_theta']}, but in rope_parameters it is "
             f"{parameters['rope_theta']}: correct one of them"
         )
     found = {

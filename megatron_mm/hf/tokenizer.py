@@ -1,7 +1,7 @@
-"""A SentencePiece model -> tokenizer.json, the same ids under plain transformers.
+"""A SentencePiece model -> tokenizer.json, with the same ids in plain transformers.
 
-transformers has converters of its own, but which of them runs, and whether it keeps the model's treatment of spaces,
-depends on its version and on the files beside the model. A tokenizer.json says everything itself.
+transformers has its own converters, but its version and the files beside the model determine which of them runs, and whether it treats
+spaces as the model does. A tokenizer.json is self-contained.
 
 Worked example: SentencePiece with a dummy prefix turns "a red ball" into "▁a▁red▁ball" and merges the pair of neighbouring
 pieces whose union has the best score until none is in the vocabulary. Here a normalizer does the first, and a list of merges
@@ -36,7 +36,7 @@ def convert_tokenizer(model: Path, *, special: Mapping[str, int], bos_id: int, e
         special: ids of the family's special tokens; what the model lacks comes after its pieces.
         bos_id, eos_id: ids of `<s>` and `</s>`.
 
-    Raises ValueError where the model is not BPE with byte fallback, or has something without a counterpart.
+    Raises ValueError if the model is not BPE with byte fallback, or has something without a counterpart.
     """
     proto = _SPM.ModelProto()
     proto.ParseFromString(model.read_bytes())
@@ -135,7 +135,7 @@ def export_tokenizer(
         chat_template: Jinja.
         processor: what else tokenizer_config.json says: which processor the tokenizer belongs to.
 
-    Raises ValueError where the model cannot be exported.
+    Raises ValueError if the model cannot be exported.
     """
     named = {name: ids.special_id(name) for name in special}
     converted = convert_tokenizer(path, special=named, bos_id=ids.bos_id, eos_id=ids.eos_id)
@@ -202,8 +202,8 @@ def generation_config(ids: RunTokenizer, *, never: Iterable[int], rows: int) -> 
 
 
 def open_run_tokenizer(path: Path, *, special: Sequence[str], rows: int) -> RunTokenizer:
-    """A run's tokenizer with its family's special tokens. Raises ValueError where it has more ids than `rows` embeddings."""
+    """A run's tokenizer with its family's special tokens. Raises ValueError if it has more ids than `rows` embeddings."""
     ids = RunTokenizer.open(path, special=special)
     if ids.vocab_size > rows:
-        raise ValueError(f"{path} has {ids.vocab_size} ids, but {rows} embeddings are written: it is not this run's")
+        raise ValueError(f"{path} has {ids.vocab_size} ids, but {rows} embeddings are written: it is not the tokenizer of this run")
     return ids

@@ -1,19 +1,20 @@
-"""The key/value cache of generation: what a step computes anew are the new tokens of each sequence, and nothing else.
+"""The key/value cache for generation: each step computes only the new tokens of each sequence.
 
-A step is a packed micro-batch like any other, of the new tokens alone: whole prompts at first, then one token of each sequence. So there is
-no padding between sequences, on the left or on the right, and all families' layers run as they do in training. Worked example, two prompts
-of 3 and 2 tokens (capitals are cached, small letters are new, `_` fills the row up to what tensor parallelism needs):
+A step is a packed micro-batch that contains only the new tokens: whole prompts at first, then one token per sequence. So there is no
+padding between sequences, and the layers of all families run as in training. Worked example with two prompts of 3 and 2 tokens (capital
+letters are cached, small letters are new, `_` is padding for tensor parallelism):
 
     step 1   a b c d e _        sequence 0 attends to a b c, sequence 1 to d e
     step 2   f g                f attends to A B C f at position 3, g attends to D E g at position 2
     step 3   h i                h attends to A B C F h ...
 
-Rotary positions are looked up by token. Attention within whole prompts is that of training, document by document; later steps attend to
-the cache, [sequences, capacity, heads, width], under a mask of what each sequence has. Each process caches the layers that it has and of
-these its heads. What gated blocks need of a sequence's last image is cached likewise (`KeyValueCache.keep`).
+Rotary positions are looked up by token. Attention within whole prompts is that of training, document by document; later steps attend to the
+cache, [sequences, capacity, heads, width], under a mask of what each sequence has. Each process caches its own layers and, of these, its
+own heads. The data that gated blocks need about a sequence's last image is cached in the same way (`KeyValueCache.keep`).
 
-megatron-core's own contexts do not fit: the static one (0.16 and 0.19) has one length for all sequences of a batch and takes no packed
-rows, on which the layers of InfiMM and Mono-InternVL rest; the dynamic one needs kernels for paged attention, which are GPU-only.
+megatron-core's own inference contexts are not suitable. The static one (0.16 and 0.19) has one length for all sequences of a batch and does
+not accept packed rows, which the layers of InfiMM and Mono-InternVL require. The dynamic one needs kernels for paged attention, which exist
+only for GPUs.
 
 Shape legend: t tokens of a step's row, b sequences, r real tokens of the row, n query heads, g key/value heads, d head width, c capacity.
 """
@@ -92,7 +93,7 @@ class CacheStep:
 
     cache: KeyValueCache
     counts: list[int]
-    """New tokens of each sequence, in the order in which they lie in the row; 0 where it rests."""
+    """New tokens of each sequence, in the order in which they lie in the row; 0 if it rests."""
     sequences: torch.Tensor
     """[r]: the sequence of each token."""
     within: torch.Tensor
@@ -102,7 +103,7 @@ class CacheStep:
     read: torch.Tensor
     """[reads]: places in the row whose logits are wanted."""
     mask: torch.Tensor | None
-    """[b, 1, new, keys] bool: what each new token attends to in the cache; None where whole prompts are computed."""
+    """[b, 1, new, keys] bool: what each new token attends to in the cache; None if whole prompts are computed."""
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     """[t, 1, 1, d] each: cosines and sines of the tokens' rotary angles, for all layers."""
 

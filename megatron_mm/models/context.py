@@ -1,4 +1,4 @@
-"""What the construction of a pipeline chunk depends on besides the model's own config."""
+"""What building a pipeline chunk depends on, besides the model's configuration."""
 
 from __future__ import annotations
 

@@ -211,9 +211,11 @@ def _check_experts(config: DecoderConfig, parallel: ParallelConfig) -> None:
                 raise ValueError(f"parallel.{name} is {degree}, but the model has no experts: use a recipe with experts, or {name} 1")
         return
     if not config.sparse_layers:
-        raise ValueError(f"moe.every_n_layers {config.moe.every_n_layers} makes none of the {config.num_layers} layers sparse: use less")
+        raise ValueError(
+            f"moe.every_n_layers {config.moe.every_n_layers} makes none of the {config.num_layers} layers sparse: use a smaller number"
+        )
     if config.moe.num_experts % parallel.expert:
         allowed = [degree for degree in range(1, config.moe.num_experts + 1) if config.moe.num_experts % degree == 0]
         raise ValueError(f"parallel.expert {parallel.expert} does not divide the {config.moe.num_experts} experts: use one of {allowed}")
     if parallel.tensor > 1 and not parallel.sequence_parallel:
-        raise ValueError("experts need sequence parallelism where parallel.tensor > 1: leave out --parallel.sequence False")
+        raise ValueError("with parallel.tensor > 1, experts need sequence parallelism: remove --parallel.sequence False")

@@ -1,4 +1,4 @@
-"""What lies between pixels and the decoder, as one module: a tower, and what follows it."""
+"""The image encoder, from pixels to the decoder's input: a tower and what follows it, as one module."""
 
 from __future__ import annotations
 

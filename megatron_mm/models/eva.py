@@ -1,13 +1,14 @@
 """EVA-CLIP image towers (arXiv 2303.15389), as InfiMM uses them: all tokens of the last layer, before the final norm.
 
-The tower is plain PyTorch and not made of megatron-core's layers, as `models/vision.py` is. It is frozen in every stage of
-InfiMM and only ever runs forward, in its parameters' type, whole on every process: nothing of it is parallel, in FP8, recomputed
-or differentiated, so Transformer Engine's layers have nothing to give but fused attention, and scaled-dot-product attention is that. What
-sets EVA's layers apart (biases on queries and values and none on keys, LayerNorms inside attention and MLP, rotary positions of
-patches but not of the class token, norms behind a branch instead of before it) would each take a class of its own there.
+This tower is plain PyTorch, whereas `models/vision.py` uses megatron-core's layers. It is frozen in every stage of InfiMM, so it only runs
+forward passes, in its parameters' type, and every process has all of it. No part of it is parallel, in FP8, recomputed or differentiated,
+so the only benefit of Transformer Engine's layers would be fused attention, which torch's scaled-dot-product attention provides as well.
+The features that distinguish EVA's layers (biases on queries and values but not on keys, LayerNorms inside attention and MLP, rotary
+positions for patches but not for the class token, norms after a branch instead of before it) would each require a class of its own in
+megatron-core.
 
-Checkpoints hold the final norm and the head to CLIP's shared space. They are carried, so that nothing of a checkpoint is lost on
-the way in and out again, and take no part in `EvaTower.forward`.
+Checkpoints contain the final norm and the head to CLIP's shared space. They are kept, so that a checkpoint is complete after import and
+export, but `EvaTower.forward` does not use them.
 
 Shape legend: n images, g patches along one side, p = g * g patches, s = 1 + p tokens (class token first), v tower width, a heads, d head
 width, f width of the MLP.

@@ -1,10 +1,10 @@
-"""Layers of the torch backend, with a short way through for generation.
+"""Layers of the torch backend, with a faster path for generation.
 
-A step of generation multiplies a few tokens with every weight. megatron-core's layers are made for training: each matrix product goes
-through autograd functions that prepare gradients and tensor-parallel sums, rotary angles become sines and cosines in every layer, and a
-module calls a module calls a module. For a few tokens that takes longer than the products. While a cache is filled these layers do the same
-arithmetic in the same order directly; matrices that are cut over processes, norms of queries, experts and all else that a family has take
-megatron-core's way, and so does training.
+A generation step multiplies every weight with only a few tokens. megatron-core's layers are made for training: each matrix product goes
+through autograd functions that prepare gradients and tensor-parallel sums, every layer computes sines and cosines of rotary angles, and
+modules are nested deeply. For a few tokens, this takes longer than the products themselves. While generating with a cache, these layers do
+the same arithmetic directly, in the same order. Matrices that are split over processes, norms of queries, experts, and family-specific
+parts use megatron-core's path, and so does training.
 
 Shape legend: t tokens of a step's row, n query heads, g key/value heads, d head width, h width, f feed-forward width.
 """

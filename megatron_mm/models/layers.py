@@ -1,8 +1,8 @@
-"""Layer specs: what megatron-core's TransformerLayer is made of, on each of the two layer backends.
+"""Layer specs: the modules of megatron-core's TransformerLayer for each of the two layer backends.
 
-`te` is Transformer Engine (GPU, bf16 and FP8, norm and linear fused). `torch` is plain PyTorch and runs everywhere: norms
-that carry the `sequence_parallel` mark (torch's own do not, and megatron-core refuses them under sequence parallelism) and
-scaled-dot-product attention that keeps packed documents apart. Both give a checkpoint the same names: the norms' own.
+`te` is Transformer Engine (GPU, bf16 and FP8, norm and linear fused). `torch` is plain PyTorch and runs everywhere: norms that carry the
+`sequence_parallel` mark (torch's own do not, and megatron-core refuses them under sequence parallelism) and scaled-dot-product attention
+that keeps packed documents apart. Both use the same names in checkpoints, in which norms have tensors of their own.
 
 Shape legend: s tokens, b sequences (1 when packed), h width, t packed tokens, n heads, d head width.
 """

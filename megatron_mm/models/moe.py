@@ -1,20 +1,21 @@
-"""Mixture-of-experts feed-forward layers: megatron-core's dispatch and experts, with a router of our own.
+"""Mixture-of-experts feed-forward layers: megatron-core's dispatch and experts, with our own router.
 
-The router routes tokens that are not padding, and its losses are of the whole global batch: they depend on its real tokens, and not on
-which of them share a micro-batch or a process, in which order they come, or how much padding lies between them. For a layer and a
-global batch of N real tokens, with E experts, k choices a token, p_te the softmax over all experts and s_e the share of all choices that
-fell on expert e (before any was dropped; shares add up to 1),
+The router does not route padding tokens, and its losses are computed over the whole global batch: they depend only on its real tokens, and
+not on which of them share a micro-batch or a process, on their order, or on padding. For one layer and a global batch of N real tokens,
+with E experts, k choices per token, p_te the softmax over all experts and s_e the fraction of all choices that fell on expert e (before any
+was dropped; these shares add up to 1),
 
     load balance = E / N * sum over tokens and experts of s_e * p_te     GShard, Switch; 1 where all experts get the same
     z            = 1 / N * sum over tokens of logsumexp(logits)^2        ST-MoE, equation (5)
 
-The objective is the language model's loss per counted token + coefficient * loss for both and for every sparse layer. As all gradients are
-divided by the number C of counted tokens once, at the end of the step, a token's part here weighs C / N (`Router.token_weight`).
+The objective is the language model's loss per supervised token, plus coefficient * loss for both losses and every sparse layer. All
+gradients are divided once, at the end of the step, by the number C of supervised tokens; therefore a token's contribution here has the
+weight C / N (`Router.token_weight`).
 
-Shares have no gradient, but they weigh the one of p, and those of this batch are known only when its last micro-batch has gone forward.
-So the gradient takes the shares of the step before (`Router.shares`, a part of the checkpoint; equal ones at first, which have no effect).
-Taking each micro-batch's own, as others do, would need no memory; but the result would depend on how documents are packed into
-micro-batches, every one of them would be pulled to balance by itself, and tensor parallelism would need a reduction for each of them.
+Shares have no gradient, but they weight the gradient of p, and those of this batch are known only after the forward pass of its last
+micro-batch. So the gradient uses the shares of the previous step (`Router.shares`, saved in checkpoints; equal at first, which has no
+effect). Using each micro-batch's own shares, as is common, would not need to store them. But the result would depend on how documents are
+packed into micro-batches, every micro-batch would be balanced separately, and tensor parallelism would need a reduction for each of them.
 
 Shape legend: t tokens of this process, e experts, h width.
 """
@@ -104,7 +105,7 @@ class Router(TopKRouter):
 
         Args:
             input: [t, 1, h].
-            padding_mask: [t, 1] bool, True for padding; None where there is none.
+            padding_mask: [t, 1] bool, True for padding; None if there is none.
 
         Returns:
             (weights of the chosen experts, which experts are chosen), both [t, e].

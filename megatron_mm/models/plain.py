@@ -1,4 +1,4 @@
-"""Layers of plain torch, allocated and marked with their initial scale, for modules that are whole on every process."""
+"""Plain torch layers, allocated and marked with their initial scale, for modules that every process has in full."""
 
 from __future__ import annotations
 

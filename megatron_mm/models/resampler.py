@@ -1,8 +1,8 @@
 """Flamingo's Perceiver resampler (arXiv 2204.14198, section 3.1.1): the tower's features of an image -> a fixed number of latents.
 
-Learned latents attend, layer after layer, to the features and to themselves. It is a plain torch module, whole on every process, and runs
-on that process's share of the images. Weights are allocated and marked with their initial scale: matrices 1 / sqrt(fan-in), those that
-write to the residual stream less with depth, latents 1.
+Learned latents attend, layer after layer, to the features and to themselves. It is a plain torch module. Every process has all of it, and
+runs it on its own share of the images. Weights are allocated and marked with their initial scale: 1 / sqrt(fan-in) for matrices, less with
+increasing depth for those that write to the residual stream, and 1 for latents.
 
 Shape legend: n images, s tokens of the tower, v tower width, k latents, a heads, d head width.
 """

@@ -1,8 +1,8 @@
 """The image tower: a CLIP vision transformer made of megatron-core's layers.
 
-A tower is never cut over processes: each process of a tensor-parallel group holds all of it and encodes its own share of
-the images. So its layers are built with a config of their own, in which nothing is parallel, and with process groups of one
-process. Its layers are the same specs as the decoder's, so on a GPU they are Transformer Engine's.
+A tower is never split over processes: each process of a tensor-parallel group has all of it and encodes its own share of the images. So its
+layers are built with a separate configuration without parallelism, and with process groups of one process. They use the same specs as the
+decoder's layers, so on a GPU they are Transformer Engine's.
 
 Shape legend: n images, g patches along one side, p = g * g patches, s = p + 1 tokens (class token first), v tower width.
 """

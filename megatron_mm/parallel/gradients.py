@@ -1,4 +1,4 @@
-"""The last part of the backward pass: reductions between processes, and one division by the tokens of the global batch."""
+"""The end of the backward pass: reductions between processes, and one division by the number of tokens in the global batch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Images are encoded once: the processes of a tensor-parallel group each encode a share and gather the features.
 
-The encoder is not cut: every process of the group holds all of it and runs it on its own images. The gradient of an encoder
-weight is therefore the sum over the group of what each process found (`parallel.gradients` adds it up).
+The encoder is not split: every process of the group has all of it and runs it on its own images. The gradient of an encoder weight is
+therefore the sum of the gradients of all processes of the group (`parallel.gradients` computes it).
 
 Worked example: tensor parallel 2, owners = [0, 1, 0]. Process 0 holds features [A, C], process 1 holds [B]. Both are padded
 to two rows, gathered to [A, C, B, -], and row owner * 2 + (how many earlier images the owner has) = [0, 2, 1] puts them in

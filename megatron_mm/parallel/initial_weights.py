@@ -1,8 +1,8 @@
 """Initial weights that do not depend on the layout.
 
-Every parameter has one global name and one global shape, whatever the degrees of parallelism. Its initial value is drawn
-for the whole of it by a generator that is seeded with (seed, global name), and each process keeps its own part. That draws
-more numbers than a process needs (its share of the tensor-parallel group's), which costs seconds, once.
+Every parameter has one global name and one global shape, whatever the degrees of parallelism. Its initial value is drawn for the whole
+parameter, by a generator seeded with (seed, global name), and each process keeps its own part. A process thus draws more numbers than it
+needs (those of the whole tensor-parallel group), which takes some seconds, once.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def initial_value(name: str, parameter: torch.Tensor) -> InitialValue:
         return InitialValue(0.0) if parameter.init_std == 0 else InitialValue(None, float(parameter.init_std), like)
     if parameter.ndim > 1 or not name.endswith("bias"):
         raise ValueError(
-            f"nothing says how {name} of shape {list(parameter.shape)} begins: give the parameter `init_std` (a matrix), or `init_value` "
-            "(1.0 for a norm's weight), where it is made, as megatron_mm.models.plain does"
+            f"parameter {name} of shape {list(parameter.shape)} has no initial value: give it `init_std` (a matrix) or `init_value` "
+            "(1.0 for a norm's weight) where it is created, as megatron_mm.models.plain does"
         )
     return InitialValue(0.0)
 

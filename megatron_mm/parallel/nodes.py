@@ -1,9 +1,9 @@
-"""Where expert-parallel groups lie on nodes, and what that sends over the network.
+"""How expert-parallel groups are placed on nodes, and how much they send over the network.
 
-megatron-core numbers a pipeline stage's processes with expert tensor parallelism first and expert parallelism next: a group of both is a
-run of consecutive processes. A group on one node exchanges tokens over NVLink. A group on several sends them over the network, and in
-return each process holds fewer experts, whose gradients and weights go over the network once a step. Which is less depends on the tokens
-of a step: with many the exchange of tokens is more, with few the gradients are.
+megatron-core numbers the processes of a pipeline stage with expert tensor parallelism first and expert parallelism next, so a group of both
+consists of consecutive processes. A group within one node exchanges tokens over NVLink. A group that spans several nodes sends them over
+the network, but each of its processes holds fewer experts, whose gradients and weights go over the network once per step. Which of these is
+less depends on the number of tokens per step: with many tokens their exchange is larger, with few the gradients are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Messages between pipeline stages whose sizes the plan knows.
+"""Messages between pipeline stages, whose sizes are known from the plan.
 
-A micro-batch is as long as its tokens, so its hidden states have other rows than the next one's. megatron-core can have each sender tell
-the size first (`variable_seq_lengths`): one more message, and a wait for it, before every message. Here every stage knows the rows of each
-micro-batch, so what remains is which micro-batch a message belongs to. Messages of one direction between two stages keep their order:
+A micro-batch is as long as its tokens, so the number of rows of hidden states differs between micro-batches. megatron-core can make each
+sender announce the size first (`variable_seq_lengths`), which costs one more message, and a wait for it, before every message. Here every
+stage knows the number of rows of each micro-batch, so it only has to determine to which micro-batch a message belongs. Messages in one
+direction between two stages keep their order:
 
     plain 1F1B    0 1 2 3 ...
     interleaved   megatron-core's table of (micro-batch, chunk); with 2 stages, 2 chunks and 4 micro-batches

@@ -1,4 +1,5 @@
-"""Modules that every process of a tensor-parallel group holds whole and runs on its own share of the input (image encoders)."""
+"""Modules that are replicated on every process of a tensor-parallel group, each of which runs them on its own share of the input (image
+encoders)."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""What lives on which pipeline stage.
+"""Which parts of a model each pipeline stage has, and what stages send each other.
 
-A pipeline has `pipeline * virtual` stages in the order in which a micro-batch passes them; stage k is chunk k // pipeline
-of pipeline rank k % pipeline. The first stage holds the image encoder, the connector and the embedding table; the last one
-the final norm and the output layer. What passes from stage to stage is one tensor [rows, 1, h], or a tensor-parallel rank's part of
-it. Its first rows are the hidden states [t, 1, h]: token ids, positions, document boundaries and labels are known to every stage from the
-plan. In MM1 that is all, as image features have become hidden states before the first stage ends.
+A pipeline has `pipeline * virtual` stages in the order in which a micro-batch passes them; stage k is chunk k // pipeline of pipeline rank
+k % pipeline. The first stage has the image encoder, the connector and the embedding table; the last one has the final norm and the output
+layer. A stage sends the next one a single tensor [rows, 1, h], or a tensor-parallel rank's part of it. Its first rows are the hidden states
+[t, 1, h]. Every stage knows token ids, positions, document boundaries and labels from the plan. In MM1 nothing else is sent, because image
+features become hidden states within the first stage.
 
-Where later stages look at the images themselves (InfiMM), the latents [m, 1, v] travel behind the hidden states, in as many rows of width h
-as hold them. So they take the same messages, in both directions: each stage's gradient of the latents joins those of the stages behind it
-and arrives, summed, at the resampler. Sending pixels or letting every stage encode the images again would need no such gradient, but every
-stage would hold the tower; a channel of its own would be a second schedule of messages to keep in step with the first. How many rows a
-micro-batch's messages have follows from the plan (`parallel.pipeline`).
+If later stages attend to the images themselves (InfiMM), the latents [m, 1, v] follow the hidden states, in as many rows of width h as they
+need. So they are part of the same messages, in both directions: each stage adds its gradient of the latents to that of the stages after it,
+and the sum arrives at the resampler. Alternatives: sending pixels, or encoding the images again on every stage, would need no such
+gradient, but every stage would have to hold the tower; a separate channel would need a second schedule of messages that stays in step with
+the first. The number of rows in a micro-batch's messages follows from the plan (`parallel.pipeline`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def layers_per_stage(parallel: ParallelConfig, *, num_layers: int) -> tuple[int,
     stages, because the first stage also embeds and encodes and the last one also computes the logits: 56 layers on 10
     stages are 5 6 6 6 6 6 6 5 5 5, with the last ones short.
 
-    Raises ValueError where explicit numbers do not add up, or there are more stages than layers.
+    Raises ValueError if explicit numbers do not add up, or there are more stages than layers.
     """
     stages = parallel.pipeline * parallel.virtual
     if parallel.stage_layers is not None:

@@ -1,4 +1,4 @@
-"""The processes of one data-parallel rank that need the same texts, on the first and the last pipeline stage."""
+"""Shares texts among the processes of one data-parallel rank that need the same ones, on the first and the last pipeline stage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _made: dict[int, TextGroup | None] = {}
 
 
 def text_group(topology: Topology, *, timeout: timedelta) -> TextGroup | None:
-    """This process's group, made once for all loaders of a run; None where it needs no texts, or nobody else needs the same.
+    """This process's group, made once for all loaders of a run; None if it needs no texts, or nobody else needs the same.
 
     All processes call it together.
     """

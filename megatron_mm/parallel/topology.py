@@ -1,4 +1,4 @@
-"""Degrees of parallelism -> process groups, and what this process is in them."""
+"""Degrees of parallelism -> process groups, and this process's ranks in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seconds of products, attention and moved bytes on a GPU: few constants, each with a physical meaning."""
+"""Seconds that matrix products, attention and memory traffic take on a GPU; there are few constants, each with a physical meaning."""
 
 from __future__ import annotations
 

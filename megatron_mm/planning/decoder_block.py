@@ -1,4 +1,5 @@
-"""A decoder's layers, embedding and output as blocks: kernels of one process for one micro-batch, and what they keep.
+"""A decoder's layers, embedding and output as blocks: kernels of one process for one micro-batch, and what they store for the backward
+pass.
 
 Shape legend: as in layer_sections.
 """

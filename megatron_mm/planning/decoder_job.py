@@ -1,4 +1,4 @@
-"""Jobs of plain decoders: what published measurements are of."""
+"""Jobs for plain decoders, the models of published measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decoder, its tokens and what is trained, as kernels see them."""
+"""The shape of a decoder, its tokens and its trainable parts, as far as kernels depend on them."""
 
 from __future__ import annotations
 

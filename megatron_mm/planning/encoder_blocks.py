@@ -1,5 +1,5 @@
-"""What lies between pixels and decoder, as blocks: towers, connectors, the resampler, patches. Whole on every process of the first stage,
-which runs them on its own share of a micro-batch's images.
+"""The image encoder as blocks: towers, connectors, the resampler, patches. Every process of the first stage has all of them and runs them
+on its own share of a micro-batch's images.
 
 Shape legend: n images of this process, s tokens of an image inside the tower, v tower width, k tokens of an image in the decoder.
 """

@@ -1,7 +1,7 @@
 """Megatron-LM's functional tests as measurements: a row of benchmarks/anchors/megatron_ci_memory.csv in the columns of throughput.csv.
 
-They are small models whose steps the host limits, on machines of eight GPUs: what no published throughput shows. The planner's times of
-the host come from them.
+They are small models on machines with eight GPUs, whose step time the host limits. No published throughput shows this, so the planner's
+times of the host come from these tests.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""GPUs and software as the planner knows them: data sheets, and the few constants that data sheets do not give.
+"""GPUs and software stacks that the planner knows: values from data sheets, and the few constants that data sheets do not give.
 
-Peaks are dense and come from NVIDIA's data sheets. What a kernel or a network reaches of them is in `Efficiency`; how these were found is
-in docs/planning.md and `benchmarks/planning_accuracy.py` shows what they are worth.
+Peaks are for dense products and come from NVIDIA's data sheets. `Efficiency` has the fraction that kernels and networks reach.
+docs/planning.md explains how these constants were found, and `benchmarks/planning_accuracy.py` measures how accurate they are.
 """
 
 from __future__ import annotations

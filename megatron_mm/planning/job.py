@@ -1,4 +1,4 @@
-"""What is planned: a model's work on a layout, a GPU and a software stack."""
+"""A job to be planned: a model's work on a layout, a GPU and a software stack."""
 
 from __future__ import annotations
 

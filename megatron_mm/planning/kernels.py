@@ -1,4 +1,5 @@
-"""What a part of the model does on one GPU: products, attention, moved bytes, messages. Shapes only; `costs` and `network` give seconds."""
+"""The work of a part of the model on one GPU: matrix products, attention, memory traffic, messages. Only shapes; `costs` and `network` give
+seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout that is planned for: degrees, the groups that follow from them, and what is sharded over data parallelism."""
+"""The layout of a job: degrees of parallelism, the groups that follow from them, and what is sharded over data parallelism."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Skipped:
 
 
 def read_measurements(path: Path) -> Iterator[Measurement | Skipped]:
-    """Every row of a file. Raises ValueError where the file is no table of measurements, FileNotFoundError where it is not there."""
+    """Every row of a file. Raises ValueError if the file is no table of measurements, FileNotFoundError if it is not there."""
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.DictReader(file)
         names = {(name or "").strip().lower() for name in reader.fieldnames or ()}
@@ -97,7 +97,7 @@ class _Unusable(Exception):
 
 
 def number(cells: Mapping[str, str], name: str) -> float | None:
-    """A cell as a number: "22B" is 22, "1,024" is 1024, "~4" is 4; None where there is none."""
+    """A cell as a number: "22B" is 22, "1,024" is 1024, "~4" is 4; None if there is none."""
     match = re.search(r"-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?", cells.get(name, ""), flags=re.IGNORECASE)
     if match is None:
         return None
@@ -108,7 +108,7 @@ def number(cells: Mapping[str, str], name: str) -> float | None:
 
 
 def count(cells: Mapping[str, str], name: str) -> int | None:
-    """A cell as a positive whole number; None where there is none, or none that a run could have had."""
+    """A cell as a positive whole number; None if there is none, or none that a run could have had."""
     value = number(cells, name)
     return None if value is None or not 1 <= value <= _LARGEST.get(name, 1e6) else round(value)
 
@@ -355,7 +355,7 @@ _MODULES = {"norm": "layernorm", "act": "moe_act", "attn": "core_attn", "attenti
 
 
 def _recompute(cells: Mapping[str, str], software: Software, gpu: Gpu) -> Recompute | None:
-    """What was recomputed; None where the source does not say."""
+    """What was recomputed; None if the source does not say."""
     text = cells.get("recompute", "").lower()
     setting = recipe_setting(cells, gpu) if not text and count(cells, "experts") else None
     if setting is not None:

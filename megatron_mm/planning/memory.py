@@ -1,4 +1,4 @@
-"""Memory of each pipeline rank, in bytes: weights, gradients, optimizer state, activations at their peak, and what libraries take."""
+"""Memory of each pipeline rank, in bytes: weights, gradients, optimizer state, activations at their peak, and the memory of libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seconds of messages: NVLink inside a machine, InfiniBand between machines, a latency for each."""
+"""Seconds that messages take: NVLink within a machine, InfiniBand between machines, and a latency for each message."""
 
 from __future__ import annotations
 

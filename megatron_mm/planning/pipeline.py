@@ -1,4 +1,4 @@
-"""The pipeline, event by event: who runs which micro-batch's forward or backward pass when.
+"""Simulation of the pipeline, event by event: when each rank runs the forward or backward pass of each micro-batch.
 
 Orders are those of megatron-core's schedules (pipeline_parallel/schedules.py): one forward one backward after a warm-up, plain or
 interleaved. A stage is a chunk of one pipeline rank: stage s is chunk s // ranks of rank s % ranks.

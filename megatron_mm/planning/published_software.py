@@ -1,4 +1,4 @@
-"""Which training stack a published measurement ran on: by the words of its source, its release and its notes."""
+"""Finds the training stack of a published measurement from its source, release and notes."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def _software_of(experiment: Experiment, software: Software) -> Software:
 def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Software | None = None, work: Workload | None = None) -> Planned:
     """The job of a recipe on some GPUs.
 
-    Raises ValueError where the layout cannot hold the model or its batch.
+    Raises ValueError if the layout cannot hold the model or its batch.
     """
     family = family_of(experiment.model)
     family.check_layout(experiment.model, experiment.parallel, gpus)
@@ -191,10 +191,12 @@ def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch) -> tuple[
 
 
 def _blocks_of(model: ModelConfig) -> Callable[..., _Parts]:
-    """What makes a family's blocks. Raises ValueError where the planner knows none."""
+    """What makes a family's blocks. Raises ValueError if the planner knows none."""
     build = _FAMILIES.get(type(model))
     if build is None:
-        raise ValueError(f"the planner knows no blocks of {model.family} models: add them to planning.recipe_job, or trace a run of it")
+        raise ValueError(
+            f"the planner does not know the blocks of {model.family} models: add them to planning.recipe_job, or use `plan --trace`"
+        )
     return build
 
 

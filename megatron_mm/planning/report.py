@@ -1,4 +1,4 @@
-"""What `megatron-mm plan` says of a recipe: does it fit, how long is a step, where does the time go, what does the run cost."""
+"""The output of `megatron-mm plan` for a recipe: whether it fits, how long a step takes, where the time goes, and what the run costs."""
 
 from __future__ import annotations
 

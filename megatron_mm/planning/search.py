@@ -1,8 +1,8 @@
-"""The layout with the shortest step: every one that the code can run and that fits, most promising first.
+"""Search for the layout with the shortest step among all layouts that fit and that the code can run, most promising ones first.
 
-A bound below which no schedule can end, the busiest rank's work and what must pass before its first and after its last micro-batch, costs
-little. Layouts are simulated in the order of their bounds until the next one's bound is worse than the worst of the best that are kept:
-the rest cannot be better, so nothing that exhaustive search on the same simulator finds is missed.
+A lower bound of the step time is cheap to compute: the work of the busiest rank, plus what must happen before its first and after its last
+micro-batch. Layouts are simulated in the order of their bounds, until the next bound is worse than the worst layout in the list of the
+best. The remaining layouts cannot be better, so the result is the same as that of an exhaustive search with the same simulator.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def search(
         usable: part of the GPU's memory that a layout may take.
         spread: also layouts in which all pipeline ranks encode images.
 
-    Raises ValueError where no layout fits.
+    Raises ValueError if no layout fits.
     """
     loads = loads or Workloads(experiment)
     candidates = sorted(_candidates(experiment, gpu, gpus, loads, software, spread=spread), key=lambda candidate: candidate.bound)
@@ -101,7 +101,7 @@ def search(
         best = sorted([*best, Found(planned, prediction)], key=lambda found: found.seconds)[:keep]
     if not best:
         raise ValueError(
-            f"no layout of {experiment.recipe} fits {gpus} {gpu.name} ({len(candidates)} were looked at): use more GPUs, a smaller "
+            f"no layout of {experiment.recipe} fits {gpus} {gpu.name} ({len(candidates)} were tried): use more GPUs, a smaller "
             "train.global_batch_size or shorter sequences"
         )
     return SearchResult(best, len(candidates), simulated, too_large)

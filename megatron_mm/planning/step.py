@@ -1,4 +1,5 @@
-"""A training step: blocks on stages -> seconds of each pass -> the simulated pipeline -> reductions, update and what sticks out."""
+"""A training step: blocks on stages -> seconds of each pass -> simulated pipeline -> reductions and update, as far as nothing hides
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How good the planner is: predicted against published, by source and kind, the half that no constant was chosen on apart."""
+"""Accuracy of the planner: predicted and published values, by source and kind, with a separate result for the half on which no constant was
+chosen."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the planner said of a run beside what the run does: refuse what cannot fit, and log predicted next to measured.
+"""Compares a run with its prediction: refuses a layout that cannot fit, and logs predicted and measured values.
 
-Only where the planner knows the GPU: a run on a CPU has no prediction.
+This works only for GPUs that the planner knows; a run on a CPU has no prediction.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def check_fits(experiment: Experiment, *, world_size: int, gpu: Gpu, plan: Plan 
         needed = prediction.peak_bytes / GIGA
         raise ValueError(
             f"a process of pipeline rank {rank} would need {needed:.1f} GB of the {gpu.memory_gb:.0f} GB of a {gpu.name}: "
-            f"`megatron-mm plan {experiment.recipe} --num-gpus {world_size} --search` finds a layout that fits; --force trains all the same"
+            f"`megatron-mm plan {experiment.recipe} --num-gpus {world_size} --search` finds a layout that fits; --force trains anyway"
         )
 
 
@@ -103,8 +103,9 @@ class PlanRatio(Hook):
         if not self.warned and len(self.seconds) == WINDOW and abs(ratio - 1) > self.band:
             self.warned = True
             logger.warning(
-                "steps take %.2f times the predicted %.3f s, beyond the error band of %.0f%%: a host that is slower than those of the "
-                "published runs (plan --host-microseconds), a slow GPU, a shared network, late data?",
+                "steps take %.2f times the predicted %.3f s, which is beyond the error band of %.0f%%. Possible "
+                "causes: a host that is slower than those of the "
+                "published runs (plan --host-microseconds), a slow GPU, a shared network, slow data loading",
                 ratio,
                 self.prediction.seconds,
                 100 * self.band,

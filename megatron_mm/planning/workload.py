@@ -1,6 +1,7 @@
-"""What a process works on in a step: the tokens, document lengths and images of its micro-batches.
+"""The workload of a process in a step: the tokens, document lengths and images of its micro-batches.
 
-From the plan of real data where the experiment's data is here; else drawn, with lengths that are ours: MM1's lengths are not published.
+If the experiment's data is available, the workload comes from its plan. Otherwise it is drawn at random, with lengths that we chose,
+because MM1's are not published.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Workloads:
         self._costs = _costs(experiment)
 
     def of(self, *, data_size: int, micro_batch_size: int | None = None, token_multiple: int | None = None) -> Workload:
-        """What one rank of so many works on. Raises ValueError where the batch cannot be cut evenly."""
+        """What one rank of so many works on. Raises ValueError if the batch cannot be cut evenly."""
         train, data = self.experiment.train, self.experiment.data
         size = micro_batch_size or train.micro_batch_size
         replace(self.experiment, train=replace(train, micro_batch_size=size)).num_micro_batches(data_size)

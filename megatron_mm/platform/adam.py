@@ -1,10 +1,10 @@
 """AdamW for machines without Transformer Engine and apex: torch's fused kernel behind apex's interface.
 
-megatron-core takes FusedAdam from Transformer Engine, else from apex, else torch's AdamW. The first two count steps once for
-each parameter group, torch's once for each parameter, in a tensor. megatron-core's distributed optimizer restores that
-tensor as ONE object shared by all parameters, so after a resume each step counts as many as there are parameters and the
-run silently diverges; and a checkpoint written with one kind of optimizer cannot be read with the other. This class counts
-like the first two, so both problems are gone: the same checkpoints everywhere.
+megatron-core uses FusedAdam from Transformer Engine, or else from apex, or else torch's AdamW. The first two have one step counter per
+parameter group; torch's has one per parameter, in a tensor. megatron-core's distributed optimizer restores that tensor as ONE object shared
+by all parameters. After a resume, each step therefore counts once for every parameter, and the run silently diverges. Also, a checkpoint
+written with one kind of optimizer cannot be read with the other. This class counts as the first two do, which solves both problems:
+checkpoints are the same everywhere.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What this process last asked the others for, noted for a thread that looks on.
+"""Records the last collective of this process, for a thread that watches over it.
 
-NCCL's flight recorder knows this of NCCL alone, and gloo has none. So torch.distributed's functions note their name before they run: a
-name, a count and the group's size, less than a microsecond each. megatron-core keeps some of them under names of its own, which are
-replaced likewise.
+NCCL's flight recorder knows only NCCL's collectives, and gloo has none. So torch.distributed's functions are wrapped to record their name,
+a count and the group's size before they run, which takes less than a microsecond. megatron-core has imported some of them under its own
+names; these are replaced as well.
 """
 
 from __future__ import annotations

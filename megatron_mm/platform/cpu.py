@@ -1,15 +1,14 @@
 """Run megatron-core without CUDA.
 
-megatron-core writes `device="cuda"` and `torch.cuda.current_device()` into its schedules, optimizers and communication.
-`install()` gives megatron-core's modules a view of torch in which those mean the CPU: in each loaded `megatron.core`
-module the name `torch` is rebound to a `_TorchOnCpu`, which forwards everything to torch except `cuda` and the few
-factory functions that megatron-core calls with a device. torch itself and every other package are left alone, so nothing
-outside megatron-core can be surprised (two methods of tensors are replaced, and ask who calls), and there is no cost per
-operation: an attribute is looked up once and then found in the view's own dict. (A TorchFunctionMode that rewrites
-devices costs a Python call for every torch call of the process; patching torch.cuda itself changes what all other
-libraries see.)
+megatron-core writes `device="cuda"` and `torch.cuda.current_device()` into its schedules, optimizers and communication. `install()` gives
+megatron-core's modules a view of torch in which those mean the CPU: in each loaded `megatron.core` module the name `torch` is rebound to a
+`_TorchOnCpu`, which forwards everything to torch except `cuda` and the few factory functions that megatron-core calls with a device. torch
+itself and all other packages are unchanged, so nothing outside megatron-core is affected (except that two methods of tensors are replaced,
+which check their caller). There is no cost per operation: an attribute is looked up once and then found in the view's own dict. (A
+TorchFunctionMode that rewrites devices costs a Python call for every torch call of the process; patching torch.cuda itself changes what all
+other libraries see.)
 
-What upstream lacks is said beside each patch; `tests/platform/test_cpu.py` fails when a patch is no longer needed.
+Each patch has a comment that says what upstream lacks; `tests/platform/test_cpu.py` fails when a patch is no longer needed.
 """
 
 from __future__ import annotations
@@ -219,7 +218,7 @@ _MODULES = (
 
 
 def install() -> None:
-    """Rebind `torch` in every megatron-core module; does nothing where CUDA is available or when called again."""
+    """Rebind `torch` in every megatron-core module; does nothing if CUDA is available or when called again."""
     global _INSTALLED
     if _INSTALLED or torch.cuda.is_available():
         return

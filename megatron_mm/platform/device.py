@@ -1,4 +1,4 @@
-"""The device of this process and the communication backend that goes with it: the one place that asks for CUDA."""
+"""The device of this process and its communication backend: the only module that checks for CUDA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def communication_backend(device: torch.device) -> str:
 
 
 def packed_attention_missing() -> str:
-    """Why Transformer Engine has no attention over packed documents on this GPU; empty where it has."""
+    """Why Transformer Engine has no attention over packed documents on this GPU; empty if it has."""
     capability = torch.cuda.get_device_capability()
     if capability >= PACKED_ATTENTION_CAPABILITY or importlib.util.find_spec("flash_attn") is not None:
         return ""
@@ -48,7 +48,7 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def fp8_recipe_missing(recipe: str) -> str:
-    """Why this GPU and Transformer Engine have no FP8 products with scales of this kind (`PrecisionConfig.fp8_recipe`); empty where they
+    """Why this GPU and Transformer Engine have no FP8 products with scales of this kind (`PrecisionConfig.fp8_recipe`); empty if they
     have."""
     engine: Any = importlib.import_module("transformer_engine.pytorch")
     ask = {"blockwise": engine.is_fp8_block_scaling_available, "mxfp8": engine.is_mxfp8_available}.get(recipe, engine.is_fp8_available)
@@ -57,7 +57,7 @@ def fp8_recipe_missing(recipe: str) -> str:
 
 
 def dispatch_missing(name: str) -> str:
-    """Why tokens cannot go to experts by DeepEP or HybridEP here (`ParallelConfig.expert_dispatch`); empty where they can."""
+    """Why tokens cannot go to experts by DeepEP or HybridEP here (`ParallelConfig.expert_dispatch`); empty if they can."""
     if not torch.cuda.is_available():
         return "its kernels need GPUs: use --parallel.expert-dispatch alltoall"
     if importlib.util.find_spec("deep_ep") is None:
@@ -68,7 +68,7 @@ def dispatch_missing(name: str) -> str:
 
 
 def user_buffers_missing() -> str:
-    """Why Transformer Engine cannot overlap tensor-parallel exchanges with products here (`ParallelConfig.overlap_tensor`); empty where it
+    """Why Transformer Engine cannot overlap tensor-parallel exchanges with products here (`ParallelConfig.overlap_tensor`); empty if it
     can."""
     importlib.import_module("transformer_engine.pytorch")  # loads its extension
     extension: Any = importlib.import_module("transformer_engine_torch")

@@ -57,7 +57,7 @@ OF_OBJECTS = (
 
 
 def missing(sources: Iterable[Path] | None = None) -> list[str]:
-    """What the installed megatron-core lacks of all that is used, sorted by name; empty where nothing is missing. Imports most of it."""
+    """What the installed megatron-core lacks of all that is used, sorted by name; empty if nothing is missing. Imports most of it."""
     uses = {use for path in (PACKAGE.rglob("*.py") if sources is None else sources) for use in _uses(path)}
     if sources is None:
         uses.update(f"{ENGINE}.{name}" for name in (*OVERRIDDEN, *REPLACED, *OF_OBJECTS))

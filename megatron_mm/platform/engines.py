@@ -48,7 +48,7 @@ def numbers(version: str) -> tuple[int, int]:
 
 
 def mismatch(megatron_core: str, transformer_engine: str) -> str:
-    """What is wrong with a pair of versions; empty where they go together, or the engine is none of ours."""
+    """What is wrong with a pair of versions; empty if they go together, or the engine is none of ours."""
     if not is_supported(megatron_core) or goes_with(megatron_core, transformer_engine):
         return ""
     wanted = range_of(megatron_core)
@@ -56,7 +56,7 @@ def mismatch(megatron_core: str, transformer_engine: str) -> str:
 
 
 def installed(package: str = "megatron-core") -> str | None:
-    """The version that is here; None where there is none. Of megatron-core the one that an import would find, which may be a checkout on
+    """The version that is here; None if there is none. Of megatron-core the one that an import would find, which may be a checkout on
     PYTHONPATH that pip knows nothing of."""
     if package == "megatron-core" and (version := _in_sources()) is not None:
         return version

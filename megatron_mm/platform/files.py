@@ -1,4 +1,4 @@
-"""Files as the operating system has them: their checksums, and whether they have reached the disk."""
+"""Helpers for files: checksums, and making sure that files have reached the disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK_BYTES = 1 << 24
 def checksum_of(path: Path, *, offset: int = 0, length: int | None = None) -> int:
     """CRC-32 of a file or of a part of it; of less where it ends earlier.
 
-    Raises OSError where the file cannot be read.
+    Raises OSError if the file cannot be read.
     """
     checksum, left = 0, path.stat().st_size - offset if length is None else length
     buffer = bytearray(min(BLOCK_BYTES, max(left, 1)))

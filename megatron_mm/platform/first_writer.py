@@ -1,8 +1,9 @@
-"""Errors of what only the first process writes of a checkpoint, noted instead of raised.
+"""Records errors in the part of a checkpoint that only the first process writes, instead of raising them.
 
-What upstream lacks: megatron-core agrees between all processes on errors of tensors' files, but what only the first process writes (the
-common part, the metadata of all files, the configuration) it writes between two messages. An error there leaves the others waiting for the
-next one. So it is noted, and `training.checkpoint` tells everybody once no message is under way.
+What upstream lacks: in megatron-core, all processes agree on errors in the files of tensors. But the part that only the first process
+writes (the common state, the metadata of all files, the configuration) is written between two messages, and an error there would leave the
+others waiting for the next message. So the error is recorded, and `training.checkpoint` tells the other processes once no message is in
+progress.
 """
 
 from __future__ import annotations

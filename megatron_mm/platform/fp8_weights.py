@@ -1,9 +1,10 @@
-"""Weights that are FP8 tensors of Transformer Engine (`PrecisionConfig.fp8_weights`), for code that handles weights by name.
+"""Support for weights that are Transformer Engine's FP8 tensors (`PrecisionConfig.fp8_weights`) in code that handles weights by name.
 
-Such a tensor says it is bf16, but holds a byte for each number and a scale. There is no memory in it that initial values could be drawn
-into or that a checkpoint could take pieces of. So a model's state gets a bf16 tensor of its values in its place (`with_values`); what
-comes back is rounded again (`set_values`). Where an optimizer is there, its fp32 master weights are the precise ones:
-`round_master_weights` makes all weights of them, as the end of each step does, so that a resume begins with the weights that the run had.
+Such a tensor reports the type bf16, but stores one byte per number and a scale. It has no memory into which initial values could be drawn,
+or of which a checkpoint could take pieces. So in a model's state it is replaced with a bf16 tensor of its values (`with_values`), and
+loaded values are rounded again (`set_values`). If there is an optimizer, its fp32 master weights are the precise ones:
+`round_master_weights` makes all weights from them, as the end of each step does, so that a resume starts with exactly the weights that the
+run had.
 """
 
 from __future__ import annotations

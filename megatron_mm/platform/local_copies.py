@@ -1,4 +1,4 @@
-"""Where what lies in an object store is kept on this machine: MEGATRON_MM_CACHE=/local/dir:200GB."""
+"""The local cache for data from object stores: MEGATRON_MM_CACHE=/local/dir:200GB."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CacheFolder:
 
 
 def cache_folder() -> CacheFolder | None:
-    """What MEGATRON_MM_CACHE asks for; None where it is not set. Raises ValueError where it is not FOLDER:NUMBER and MB, GB or TB."""
+    """What MEGATRON_MM_CACHE asks for; None if it is not set. Raises ValueError if it is not FOLDER:NUMBER and MB, GB or TB."""
     text = os.environ.get(CACHE_VARIABLE, "")
     if not text:
         return None
@@ -37,12 +37,12 @@ def cache_folder() -> CacheFolder | None:
 
 
 def bytes_in(folder: Path) -> int:
-    """Of all files below a folder; 0 where there is none."""
+    """Of all files below a folder; 0 if there is none."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def address_of(path: Path) -> str | None:
-    """The address of an object store that a path is, which `Path` writes as s3:/bucket/...; None where it is a path of this machine."""
+    """The address of an object store that a path is, which `Path` writes as s3:/bucket/...; None if it is a path of this machine."""
     found = re.match(r"([a-z][a-z0-9+.-]+):/+(?=[^/])", str(path))
     return None if found is None else f"{found[1]}://{str(path)[found.end() :]}"
 
@@ -50,7 +50,7 @@ def address_of(path: Path) -> str | None:
 def local_folder(path: Path) -> Path:
     """A folder of this machine: the path, or where the copy of a data set's indexes lies that a path in an object store names.
 
-    Raises ValueError where there is no cache to copy them to.
+    Raises ValueError if there is no cache to copy them to.
     """
     address = address_of(path)
     if address is None:
@@ -58,8 +58,7 @@ def local_folder(path: Path) -> Path:
     cache = cache_folder()
     if cache is None:
         raise ValueError(
-            f"{address} is not on a disk of this machine: set {CACHE_VARIABLE}=/local/dir:200GB, and its indexes are copied there, "
-            f"or {COPY_INDEX}"
+            f"{address} is in an object store: set {CACHE_VARIABLE}=/local/dir:200GB, so that its indexes are copied there, or {COPY_INDEX}"
         )
     return cache.data_set(address)
 

@@ -1,9 +1,9 @@
 """The time that a process spends in messages inside its layers, where it may wait for others (tensor and expert parallelism).
 
-What upstream lacks: megatron-core's timers leave these messages within the passes, so in a group whose members wait for one another in
-every layer all passes take as long as the slowest one's. For the time of a step the functions of `torch.distributed` are replaced with
-ones that run a timer; megatron-core has some of them under names of its own. Messages that were started early count where they are waited
-for.
+What upstream lacks: megatron-core's timers include these messages in the passes. In a group whose members wait for each other in every
+layer, all passes therefore take as long as the slowest one. For the duration of one step, the functions of `torch.distributed` are replaced
+with ones that run a timer (also where megatron-core has imported them under its own names). A message that was started early counts where
+it is waited for.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Reads of a checkpoint file no more than what a process wants of it.
+"""Reads only those parts of a checkpoint file that a process needs.
 
-What upstream lacks: torch's reader of distributed checkpoints reads a stored piece whole for each box that is wanted of it (torch 2.13,
-`FileSystemReader.read_data`). After a change of layout a process wants a few boxes of a large piece, and its neighbours want others: the
-piece is read once for each box. Here the bytes from the first to the last element of a box are read, and nothing else, as long as the piece
-lies in its file as it does in memory; a piece that does not is read whole.
+What upstream lacks: torch's reader of distributed checkpoints reads a whole stored piece for each box of it that is needed (torch 2.13,
+`FileSystemReader.read_data`). After a change of layout, a process needs a few boxes of a large piece, and its neighbours need others, so
+the piece is read once for every box. Here only the bytes from the first to the last element of a box are read, provided that the piece is
+stored in the file as it is in memory; otherwise the whole piece is read.
 
 Worked example: of a stored piece of 4 rows and 3 columns the box of rows 1 and 2 is elements 3 to 8, 24 bytes in fp32. Of a box of
 columns 1 and 2 in all rows, elements 1 to 11 are read, and those between are left out.
 
-Also here: the description of all pieces (`.metadata`), which every process would read from the file, may be given instead
+In addition, the description of all pieces (`.metadata`), which every process would read from the file, can be passed in instead
 (`give_metadata`).
 """
 

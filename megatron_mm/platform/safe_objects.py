@@ -1,8 +1,9 @@
-"""Objects of a distributed checkpoint, read without running what they name.
+"""Reads objects of a distributed checkpoint without running code that they refer to.
 
-What upstream lacks: torch's planner unpickles every entry of a checkpoint that is no tensor, whatever it names (`weights_only=False`).
-megatron-core 0.19 keeps the optimizer's options in such an entry, so whoever changed it could run code in whoever loads it. They are plain
-values, which `weights_only=True` reads. (megatron-core 0.16 keeps them in a file of their own, and loads that so itself.)
+What upstream lacks: torch's planner unpickles every entry of a checkpoint that is not a tensor, whatever it refers to
+(`weights_only=False`). megatron-core 0.19 stores the optimizer's options in such an entry, so anyone who can change it could run code in
+the process that loads it. The options are plain values, which `weights_only=True` can read. (megatron-core 0.16 stores them in a separate
+file, which it loads in this way itself.)
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Checkpoint writers that need no shared memory.
 
-What upstream lacks: megatron-core 0.16 writes a checkpoint's files in processes that share two queues, and the queues' locks lie in
-/dev/shm. Where that is full (another job on the node filled it, or a container has too little) no checkpoint could be written at all, on a
-disk with any amount of room. There the same function writes with threads in place of these processes: slower, and complete.
-(megatron-core 0.19 has no such queues.)
+What upstream lacks: megatron-core 0.16 writes a checkpoint's files in processes that share two queues, whose locks are in /dev/shm. If that
+is full (because of another job on the node, or because a container has too little), no checkpoint could be written, however much space the
+disk has. In that case, the same function writes with threads instead of these processes, which is slower but complete. (megatron-core 0.19
+has no such queues.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 def problem() -> str:
-    """Why this process can make no lock that processes share; empty where it can."""
+    """Why this process can make no lock that processes share; empty if it can."""
     try:
         multiprocessing.get_context("fork").Lock()
     except OSError as error:

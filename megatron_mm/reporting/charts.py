@@ -1,10 +1,10 @@
-"""Charts as inline SVG: lines, stacked areas and heat maps that need nothing from outside a page.
+"""Charts as inline SVG: lines, stacked areas and heat maps that need nothing from outside the page.
 
-A chart is drawn here, so a page without scripts shows it whole; the points that it was drawn from stand in an attribute, from which
-`page.SCRIPT` tells the values under the pointer. Colours are variables of the page's style, so that they suit light and dark.
+Charts are drawn here, so a page is complete without scripts. The points of a chart are stored in an attribute, from which `page.SCRIPT`
+shows the values under the pointer. Colours are variables of the page's style, so that they work in light and dark mode.
 
-A curve of more points than a chart has room for is drawn as the mean of each run of neighbours, on a band from their least to their
-greatest: a spike of one step stays visible in a million.
+If a curve has more points than a chart has room for, groups of neighbouring points are drawn as their mean, on top of a band from their
+minimum to their maximum. So a spike of one step stays visible among a million.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def line_chart(
     from_zero: bool = False,
     most: float | None = None,
 ) -> str:
-    """Lines over steps as an HTML figure; nothing where no series has a value.
+    """Lines over steps as an HTML figure; nothing if no series has a value.
 
     Args:
         unit: of the values, in a few words.
@@ -173,7 +173,7 @@ def line_chart(
 
 
 def stacked_chart(series: Sequence[Series], *, title: str, unit: str = "", marks: Sequence[Mark] = ()) -> str:
-    """Areas on one another, of curves that have the same steps; nothing where there is none."""
+    """Areas on one another, of curves that have the same steps; nothing if there is none."""
     if not series or not len(series[0].curve):
         return ""
     drawn = [_few(Curve(one.curve.steps, np.nan_to_num(one.curve.values))) for one in series]

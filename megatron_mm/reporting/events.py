@@ -1,11 +1,11 @@
 """`events.jsonl`: what happened to a run, with the step and the time: starts, resumes, skipped steps, warnings, ends.
 
-Every warning that the main process logs is an event, so whoever warns need not know of this file. `extra={"kind": "slow"}` gives it a kind
-other than `warning`:
+Every warning that the main process logs is an event, so code that logs a warning need not know about this file. `extra={"kind": "slow"}`
+gives it a kind other than `warning`:
 
     logger.warning("rank %d is slow", rank, extra={"kind": "slow"})
 
-A resume does not take events away: a restart is what they tell of.
+A resume does not remove earlier events, because restarts are part of what they record.
 """
 
 from __future__ import annotations

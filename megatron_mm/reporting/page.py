@@ -1,6 +1,6 @@
-"""The frame of a report: style for light and dark, and the script that tells the values under the pointer.
+"""The frame of a report: style for light and dark mode, and the script that shows the values under the pointer.
 
-The page refers to nothing outside itself, so it can be mailed, and opened where there is no network.
+The page is self-contained, so it can be mailed, and opened without a network.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def missing(text: str) -> str:
 
 
 def charts(*found: str) -> str:
-    """Charts side by side; nothing where all are empty."""
+    """Charts side by side; nothing if all are empty."""
     shown = [one for one in found if one]
     return f'<div class="charts">{"".join(shown)}</div>' if shown else ""
 

@@ -1,6 +1,6 @@
-"""How a run stands, from its files, for a terminal: `megatron-mm watch` from any machine that sees the run directory.
+"""The progress of a run, read from its files, for a terminal: `megatron-mm watch` on any machine that can access the run directory.
 
-Files are followed from their last megabyte on, so that a run of a million steps is watched as cheaply as a new one.
+Reading starts at the last megabyte of each file, so watching a run of a million steps costs no more than watching a new one.
 """
 
 from __future__ import annotations
@@ -235,10 +235,10 @@ def watch(run_dir: Path, *, interval: float, once: bool = False, out: TextIO | N
     """Show a run until it ends; returns the kind of event that ended it.
 
     On a terminal the display is drawn again and again in its place. Elsewhere new events and, every `interval` seconds, the newest step are
-    a line each. Raises ValueError where run_dir is not a run directory.
+    a line each. Raises ValueError if run_dir is not a run directory.
     """
     if not any((run_dir / name).is_file() for name in (CONFIG, METRICS)):
-        raise ValueError(f"{run_dir} is no run directory: it has neither {METRICS} nor {CONFIG}")
+        raise ValueError(f"{run_dir} is not a run directory: it has neither {METRICS} nor {CONFIG}")
     out = sys.stdout if out is None else out
     progress, drawn = Progress(run_dir), 0
     while True:

@@ -1,7 +1,7 @@
-"""The newest numbers of a run as Prometheus reads them: `http://HOST:PORT/metrics`, in its text format (version 0.0.4).
+"""The newest numbers of a run for Prometheus: `http://HOST:PORT/metrics`, in its text format (version 0.0.4).
 
-One process of a run has the page. It listens on this machine alone unless `monitor.prometheus_host` says otherwise, answers one path, and
-knows numbers and the names of the run and its sources: no configuration, no paths.
+One process of a run serves the page. It accepts connections only from this machine unless `monitor.prometheus_host` is set, and serves a
+single path. The page contains numbers and the names of the run and its sources, but no configuration and no paths.
 """
 
 from __future__ import annotations

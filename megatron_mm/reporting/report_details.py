@@ -1,4 +1,4 @@
-"""Sections of a report that are no curves: captions, experts, events, configuration, files."""
+"""Sections of a report without curves: captions, experts, events, configuration, files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def captions(run: RunFiles) -> str:
 
 
 def _image(run_dir: Path, name: str) -> str:
-    """An image of the run directory inside the page; nothing where it is gone, or lies elsewhere."""
+    """An image of the run directory inside the page; nothing if it is gone, or lies elsewhere."""
     path = run_dir / name
     inside = path.resolve().is_relative_to(run_dir.resolve())
     if not name or not inside or not path.is_file() or path.stat().st_size > _MOST_IMAGE_BYTES:

@@ -1,12 +1,12 @@
-"""What a run directory says of its run, read without trusting that every line is whole.
+"""Reads the files of a run directory, some lines of which may be incomplete.
 
-A process that is killed leaves half a line, and a run that resumes repeats the steps after its last checkpoint. So lines that are not JSON
-objects with a step are counted and left out, and a line of step s replaces all earlier ones of step s or later:
+A process that is killed may leave an incomplete line, and a run that resumes repeats the steps after its last checkpoint. So lines that are
+not JSON objects with a step are counted and left out, and a line for step s replaces all earlier lines for step s or later:
 
     steps as written   1 2 3 4 5 | 4 5 6     (resumed from the checkpoint of step 3)
     steps as read      1 2 3       4 5 6     2 lines replaced, 1 restart
 
-Runs of earlier versions lack files and fields: they read as empty.
+Runs of earlier versions lack some files and fields; these are treated as empty.
 """
 
 from __future__ import annotations
@@ -205,11 +205,11 @@ class RunFiles:
 
 
 def read_run(path: Path, *, name: str | None = None) -> RunFiles:
-    """Read a run directory. Raises ValueError where there is none, or nothing of a run in it."""
+    """Read a run directory. Raises ValueError if there is none, or nothing of a run in it."""
     if not path.is_dir():
-        raise ValueError(f"run directory {path} is not there")
+        raise ValueError(f"run directory {path} does not exist")
     if not any((path / name).is_file() for name in (METRICS, CONFIG)):
-        raise ValueError(f"{path} is no run directory: it has neither {METRICS} nor {CONFIG}")
+        raise ValueError(f"{path} is not a run directory: it has neither {METRICS} nor {CONFIG}")
     return RunFiles(
         path=path,
         name=name or path.resolve().name,

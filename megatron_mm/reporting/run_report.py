@@ -1,4 +1,4 @@
-"""The report of one or several runs as one HTML page: what they did, on charts that share their steps, and how they differ."""
+"""The report of one or more runs as one HTML page: their results, in charts with a common step axis, and their differences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_EVENTS = 60
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> list[RunFiles]:
-    """Write the report of some runs; returns what was read. Raises ValueError where one is no run directory."""
+    """Write the report of some runs; returns what was read. Raises ValueError if one is no run directory."""
     runs = [read_run(path) for path in run_dirs]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:

@@ -1,7 +1,7 @@
 """One HTML page of packed micro-batches as a model sees them: tokens, documents, the loss mask, images and their tiles.
 
-The page holds everything that it shows (pictures as data URIs, no script, no font or style from elsewhere), so it can be mailed and opened
-anywhere, and a reader who has no network sees what others see.
+The page is self-contained (pictures are data URIs; there are no scripts, and no fonts or styles from elsewhere), so it can be mailed, and
+opened without a network.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Places that a run's metrics go to besides its own files, none of which can end or slow it.
+"""Destinations of a run's metrics besides its own files. None of them can end or slow down the run.
 
-Each has a queue, and a thread that starts it and works the queue off. A place that fails is switched off with one warning; a place that
-hangs fills its queue, and what does not fit is left out and counted. metrics.jsonl has everything all the same.
+Each has a queue, and a thread that starts it and sends the messages in the queue. A destination that fails is switched off with one
+warning. If one hangs, its queue fills up, and further messages are dropped and counted. metrics.jsonl has everything in any case.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _Worker:
             self.left_out += 1
             if self.left_out == 1:
                 logger.warning(
-                    "%s is behind by %d messages: what follows is left out there, and in metrics.jsonl alone", self.sink.name, _QUEUE
+                    "%s is behind by %d messages: further metrics are not sent there and are only in metrics.jsonl", self.sink.name, _QUEUE
                 )
 
     def _work(self) -> None:
@@ -103,9 +103,9 @@ class _Worker:
             self._thread.join(max(0.01, deadline - time.monotonic()))
         if self._thread.is_alive() and self.sink.is_on:
             self.sink.is_on = False
-            logger.warning("%s did not take the last metrics within %.0f s: metrics.jsonl has them", self.sink.name, _CLOSE_SECONDS)
+            logger.warning("%s did not accept the last metrics within %.0f s: they are in metrics.jsonl", self.sink.name, _CLOSE_SECONDS)
         if self.left_out:
-            logger.warning("%d messages to %s were left out", self.left_out, self.sink.name)
+            logger.warning("%d messages were not sent to %s", self.left_out, self.sink.name)
 
 
 class Sinks:

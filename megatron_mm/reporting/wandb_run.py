@@ -1,10 +1,10 @@
-"""A Weights & Biases run that can fail without the training noticing.
+"""A Weights & Biases run whose failures do not affect training.
 
-The library may raise from any call once its service process has died, may wait for a network, and starts another directory for
-each offline start. So the first failure switches W&B off with one warning (`sinks.Sink`), and the run id is kept in the run directory.
+The library may raise from any call once its service process has died, may wait for the network, and creates a new directory for each
+offline start. So the first failure switches W&B off with one warning (`sinks.Sink`), and the run id is kept in the run directory.
 
-Steps have an axis of their own, `train/step`; tokens, images and hours are logged with everything under `axis/`, so that any chart may be
-drawn over them. A resume is a step in the curve `events/resume` and a line of the config's `resumes`; alerts are W&B's own.
+Steps have a separate axis, `train/step`. Tokens, images and hours are logged with every step under `axis/`, so that any of them can be the
+x axis of a chart. A resume is a step in the curve `events/resume` and a line in the config's `resumes`; alerts are W&B's own.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class WandbRun(Sink):
             wandb.teardown()  # its service holds the run that it could not start
             self._run = self._init("offline")
             logger.warning(
-                "W&B cannot be reached (%s): this start is kept in %s, and `wandb sync` sends it later",
+                "W&B cannot be reached (%s): the numbers of this start are kept in %s; upload them later with `wandb sync`",
                 str(error).strip().partition("\n")[0],
                 self.run_dir / "wandb",
             )

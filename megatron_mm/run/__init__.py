@@ -1,1 +1,1 @@
-"""What assembles a run out of the rooms below: start, resume, hooks, dry run."""
+"""Assembles a run from the packages below: start, resume, hooks, dry run."""

@@ -35,14 +35,14 @@ TRAINING = "train"
 def open_tokenizer(experiment: Experiment) -> Tokenizer:
     """The experiment's SentencePiece model with the special tokens of its model family.
 
-    Raises ValueError that names the data's folder, or the file, where it is missing or is none.
+    Raises ValueError that names the data's folder, or the file, if it is missing or is none.
     """
     data = experiment.data
     if data.tokenizer is None:  # a named one needs no data: benchmarks of a model that came without any
         folder = local_data(data)
         check_folder(folder)
         if not data.tokenizer_path.is_file() and not any((folder / s).is_dir() for s in (TRAINING, HELD_OUT)):
-            raise ValueError(f"data.path {data.path} holds no data set, which has a folder {TRAINING!r}: {GIVE_DATA}")
+            raise ValueError(f"data.path {data.path} is not a data set, because it has no folder {TRAINING!r}: {GIVE_DATA}")
     return Tokenizer.open(data.tokenizer_path, special=family_of(experiment.model).special_tokens)
 
 
@@ -61,26 +61,28 @@ def local_data(data: DataConfig) -> Path:
 
 
 def image_input(experiment: Experiment) -> ImageInput:
-    """How images enter the experiment's model. Raises ValueError where it wants tiles, or low resolution, and the model does not look at
+    """How images enter the experiment's model. Raises ValueError if it wants tiles, or low resolution, and the model does not look at
     images so."""
     family, data = family_of(experiment.model), experiment.data
     image = replace(family.image_input(experiment.model), to_rgb=data.to_rgb)
     if data.low_resolution_demonstrations:
         if image.sub_images is None:
             raise ValueError(
-                f"data.low_resolution_demonstrations is {data.low_resolution_demonstrations}, but the model shows no sub-images, so "
-                "there is no lower resolution: leave it out, or give the model sub_images"
+                f"data.low_resolution_demonstrations is {data.low_resolution_demonstrations}, but the model does not use sub-images, so "
+                "there is no lower resolution: set it to 0, or set model.sub_images"
             )
         image = replace(image, low_resolution=LowResolution(data.low_resolution_demonstrations, experiment.train.seed))
     if data.max_tiles is None:
         return image
     if not family.takes_tiles:
-        raise ValueError(f"data.max_tiles is {data.max_tiles}, but {experiment.model.family} models take whole images: leave it out")
+        raise ValueError(
+            f"data.max_tiles is {data.max_tiles}, but {experiment.model.family} models do not use tiles: remove data.max_tiles"
+        )
     return replace(image, tiling=Tiling(min_tiles=data.min_tiles, max_tiles=data.max_tiles))
 
 
 def open_sources(experiment: Experiment, *, split: str, check: bool = True) -> list[Source]:
-    """The sources of a split that the mixture names, each as `data.preprocessors` leave it. Raises ValueError where one is empty or
+    """The sources of a split that the mixture names, each as `data.preprocessors` leave it. Raises ValueError if one is empty or
     a preprocessor returns none."""
     data = experiment.data
     found: list[Source] = []
@@ -91,7 +93,9 @@ def open_sources(experiment: Experiment, *, split: str, check: bool = True) -> l
                 raise ValueError(f"the preprocessor {reference} returns None for source {source.location}: let it return a source")
             source = processed
         if len(source) == 0:
-            raise ValueError(f"the preprocessors {list(data.preprocessors)} leave nothing of source {source.location}: drop one of them")
+            raise ValueError(
+                f"the preprocessors {list(data.preprocessors)} drop all samples of source {source.location}: remove one of them"
+            )
         found.append(source)
     return found
 
@@ -99,7 +103,7 @@ def open_sources(experiment: Experiment, *, split: str, check: bool = True) -> l
 def make_plan(experiment: Experiment, *, split: str, check: bool = True) -> Plan:
     """The plan of a split: a pure function of the experiment and the indexes on disk.
 
-    Raises ValueError where the data path, a source or its index is missing or empty, or was made with another chat template.
+    Raises ValueError if the data path, a source or its index is missing or empty, or was made with another chat template.
 
     Args:
         check: look at every shard and into the index's arrays, which one process of a run does for all.

@@ -1,7 +1,7 @@
-"""What this machine has, what of it works, and what is used in place of what is missing.
+"""Reports what this machine has, whether it works, and what is used in place of missing parts.
 
-Each check imports or runs the thing it reports on, because a package that is installed may still not load. Nothing here stops:
-a machine without a GPU, Transformer Engine, apex or DALI trains all the same, more slowly, and the last column says with what.
+Each check imports or runs the thing that it reports on, because an installed package may still fail to load. Nothing here is an error: a
+machine without a GPU, Transformer Engine, apex or DALI can still train, more slowly, and the last column says what is used instead.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Finding:
     detail: str
     """Version or size, or why it is missing."""
     falls_back_to: str = ""
-    """What is used in its place; empty where nothing is missing."""
+    """What is used in its place; empty if nothing is missing."""
 
 
 def diagnose(path: Path = Path(".")) -> list[Finding]:
@@ -83,7 +83,7 @@ def _version(package: str) -> str:
 
 
 def _find(module: str) -> importlib.machinery.ModuleSpec | None:
-    """Where a module would be imported from; importing nothing but its parents, and None where one of those is missing."""
+    """Where a module would be imported from; importing nothing but its parents, and None if one of those is missing."""
     try:
         return importlib.util.find_spec(module)
     except (ImportError, ValueError):

@@ -1,4 +1,4 @@
-"""What a run would be, without starting one: configuration, parameters of every pipeline stage, and the first steps' plan."""
+"""Describes a run without starting it: configuration, parameters on each pipeline stage, and the plan of the first steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StageParameters:
 
 
 def describe(experiment: Experiment) -> Iterator[str]:
-    """Lines for the terminal. Raises ValueError where the layout cannot hold the model or its batches, or data is named and cannot be
+    """Lines for the terminal. Raises ValueError if the layout cannot hold the model or its batches, or data is named and cannot be
     opened."""
     parallel = experiment.parallel
     world_size = max(topologies.world_size(), parallel.model_parallel_size * parallel.expert)
@@ -47,7 +47,7 @@ def describe(experiment: Experiment) -> Iterator[str]:
 
 
 def stage_parameters(experiment: Experiment) -> list[StageParameters]:
-    """What every pipeline stage holds, in pipeline order. Raises ValueError where the freeze policy has a pattern that matches nothing."""
+    """What every pipeline stage holds, in pipeline order. Raises ValueError if the freeze policy has a pattern that matches nothing."""
     parallel, patterns = experiment.parallel, trainable_patterns(experiment)
     stages: dict[int, StageParameters] = {}
     names: list[str] = []

@@ -1,4 +1,4 @@
-"""`megatron-mm eval`: what a checkpoint has learned, and how much of it comes from looking at the images."""
+"""`megatron-mm eval`: held-out losses of a checkpoint, and how much they depend on the images."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def experiment_of(checkpoint: Path) -> Experiment:
 def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
     """Held-out losses and captions of a checkpoint, in the layout of the experiment.
 
-    Raises ValueError where there is no held-out split, or checkpoint, layout or data do not fit.
+    Raises ValueError if there is no held-out split, or checkpoint, layout or data do not fit.
     """
     if not (local_data(experiment.data) / SPLIT).is_dir():
         raise ValueError(f"data path {experiment.data.path} has no {SPLIT} folder: give --data.path")

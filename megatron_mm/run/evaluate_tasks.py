@@ -1,4 +1,4 @@
-"""`megatron-mm evaluate`: a run's checkpoint, in any layout, or an exported model, on benchmarks."""
+"""`megatron-mm evaluate`: runs benchmarks on a run's checkpoint or an exported model, in any layout."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def is_export(path: Path) -> bool:
 def open_target(path: Path, recipe: Experiment | None, *, out: Path | None) -> Target:
     """The checkpoint of a run or of an exported model; the weights of the latter become one below its results, once.
 
-    Raises ValueError where there is none, and where the recipe of an exported model is not given or does not fit.
+    Raises ValueError if there is none, and if the recipe of an exported model is not given or does not fit.
     """
     if not is_export(path):
         return Target(path, find_checkpoint(path), is_export=False)
@@ -94,7 +94,7 @@ def _wait_for(weights: Path, *, minutes: float = 120) -> Path:
             return find_checkpoint(weights)
         except ValueError:
             time.sleep(1)
-    raise ValueError(f"no checkpoint appeared in {weights} within {minutes:.0f} minutes: see what the first process says")
+    raise ValueError(f"no checkpoint appeared in {weights} within {minutes:.0f} minutes: see the output of the first process")
 
 
 def for_evaluation(experiment: Experiment, checkpoint: Path) -> Experiment:
@@ -103,7 +103,7 @@ def for_evaluation(experiment: Experiment, checkpoint: Path) -> Experiment:
     train = replace(experiment.train, precision="bf16") if experiment.train.precision == "fp8" else experiment.train
     model, moe = experiment.model, experiment.model.decoder.moe
     if moe is not None and moe.capacity_factor is not None:
-        logger.info("every expert has room for all tokens, though training used a capacity factor of %s", moe.capacity_factor)
+        logger.info("every expert accepts all tokens, although training used a capacity factor of %s", moe.capacity_factor)
         model = replace(model, decoder=replace(model.decoder, moe=replace(moe, capacity_factor=None)))
     own = checkpoint / "tokenizer.model"
     data = replace(experiment.data, tokenizer=own) if own.is_file() else experiment.data
@@ -141,10 +141,10 @@ def evaluate_tasks(
 ) -> list[Result]:
     """Evaluate a checkpoint on tasks in the layout of the experiment; results are in out, in order of tasks and shots.
 
-    Raises ValueError, before the model is built, where a task's files are missing or damaged or a layout does not fit.
+    Raises ValueError, before the model is built, if a task's files are missing or damaged or a layout does not fit.
     """
     if experiment.data.images != "true":
-        raise ValueError(f"data.images is {experiment.data.images}, but benchmarks are asked about true images alone: leave it out")
+        raise ValueError(f"data.images is {experiment.data.images}, but benchmarks use only true images: remove data.images")
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
     built = for_evaluation(experiment, target.checkpoint)
     tokenizer = open_tokenizer(built)

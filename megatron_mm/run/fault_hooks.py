@@ -1,4 +1,4 @@
-"""Hooks that look for what is wrong: no finite gradient, a loss spike, copies of a parameter that differ, a lock that was taken over."""
+"""Hooks that detect faults: gradients that are not finite, loss spikes, replicas of a parameter that differ, a lock that was taken over."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What happens around the steps: metrics, checkpoints, evaluation, stopping on a signal, garbage collection.
+"""The standard hooks of a run: metrics, checkpoints, evaluation, stopping on a signal, garbage collection.
 
-Hooks run in the order of `standard_hooks` after every step, on every process; those that talk to other processes do so on all
-of them alike.
+Hooks run after every step on every process, in the order of `standard_hooks`. A hook that communicates with other processes does so on all
+of them in the same steps.
 """
 
 from __future__ import annotations

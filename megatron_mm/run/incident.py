@@ -1,4 +1,4 @@
-"""Where all processes of a run stood when it stopped, and what that says about who is to blame."""
+"""Collects the positions of all processes when a run stopped, and concludes which process caused it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Standing(Here):
     frames: list[str] = field(default_factory=list)
     """Of its main thread, the innermost first: FILE:LINE FUNCTION."""
     problem: str = ""
-    """The error that ended it; empty where it hangs."""
+    """The error that ended it; empty if it hangs."""
 
     @property
     def waits_for_others(self) -> bool:

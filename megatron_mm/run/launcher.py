@@ -1,9 +1,11 @@
-"""torchrun whose store listens on one address alone: `python -m megatron_mm.run.launcher`, with torchrun's options.
+"""torchrun with a store that listens on only one address: `python -m megatron_mm.run.launcher`, with torchrun's options.
 
-What torch lacks: the store through which processes meet listens on every address of its node, whatever `--master-addr` says, and whoever
-reaches it can read and change what is in it. This gives it a socket that is bound to the address where the processes meet.
+What torch lacks: the store through which processes find each other listens on every address of its node, whatever `--master-addr` says, and
+anyone who can reach it can read and change its contents. This launcher gives it a socket that is bound to the address where the processes
+meet.
 
-And where processes fail it ends with the exit code of the first that did, without a traceback of torch's: they have said why themselves.
+If processes fail, it exits with the exit code of the first one that failed, without a traceback of its own, because the processes have
+already reported the error.
 """
 
 from __future__ import annotations

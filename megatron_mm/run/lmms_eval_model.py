@@ -3,8 +3,8 @@
     python -m lmms_eval --model megatron_mm --model_args path=runs/mm1_3b,tensor=2 --tasks mme --batch_size 8
 
 lmms-eval finds it by this package's entry point `lmms_eval.models`. Its answers come from the layout that trains, with the key/value cache.
-All processes of a model answer the same requests: start `tensor x pipeline` of them with torchrun, and spread a task's items over several
-jobs with lmms-eval's own means. Models with a chat template are asked in it; others get images and text as they are.
+All processes answer the same requests: start `tensor x pipeline` of them with torchrun, and use lmms-eval's own options to divide a task's
+items among several jobs. Prompts of models with a chat template are written in it; other models get images and text unchanged.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class MegatronMM(lmms):
             recipe: of an exported model.
             max_new_tokens: where a task says none.
 
-        Raises ValueError where there is no such model, or the processes are not tensor x pipeline.
+        Raises ValueError if there is no such model, or the processes are not tensor x pipeline.
         """
         super().__init__()
         target = open_target(Path(path), get_recipe(recipe) if recipe else None, out=None)
@@ -134,7 +134,7 @@ class MegatronMM(lmms):
         return found
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("questions are answered one at a time: leave tasks of several rounds out")
+        raise NotImplementedError("tasks with several rounds are not supported: leave them out")
 
     def _prompt(self, example: Example) -> Prompt:
         return self.builder.build(self.request, [example])
@@ -145,9 +145,9 @@ class MegatronMM(lmms):
 
 
 def _encoded(image: Any) -> bytes:
-    """A picture as a lossless file. Raises ValueError where it is none: these models take no video or sound."""
+    """A picture as a lossless file. Raises ValueError if it is none: these models take no video or sound."""
     if not isinstance(image, Image.Image):
-        raise ValueError(f"megatron_mm models take images, not {type(image).__name__}: choose tasks of images")
+        raise ValueError(f"megatron_mm models take images, not {type(image).__name__}: choose tasks with images")
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What lmms-eval finds under the entry point `lmms_eval.models`: the name of our model class, which is imported when it is asked for."""
+"""The entry point `lmms_eval.models` for lmms-eval: the name of our model class, which is imported when it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run directory, one run: the lock that a run holds while it is there.
+"""The lock on a run directory: only one run at a time may use it.
 
 `RUN_DIR/running.lock` is made by the first process of a run before it writes anything else, with an exclusive create, and removed when the
 run ends, however it ends, unless the process is killed. It says who holds it. A thread of the holder touches it every `BEAT_SECONDS`; the
@@ -16,8 +16,7 @@ Of a holder elsewhere nobody knows at once. The new run watches the file: one mo
 none during two beats' time by its own clock (a file system's may have jumped), and it takes over. It does so, too, after `STALE_SECONDS`
 by its own clock without a beat, whatever the file system says of the last one's age, which may lie in the future.
 
-A run whose lock was taken over (its node
-stood still for minutes) ends before it writes a checkpoint.
+A run whose lock was taken over (because its node stalled for minutes) ends before it writes a checkpoint.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def _process_namespace() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this machine was started, in clock ticks since boot; None where there is none, or a zombie."""
+    """When a process of this machine was started, in clock ticks since boot; None if there is none, or a zombie."""
     fields = _first_line(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return None if len(fields) < 20 or fields[0] in "ZX" else fields[19]
 
@@ -88,7 +87,7 @@ class Holder:
         return f"process {self.pid} on {self.host}{f', Slurm job {self.job}' if self.job else ''}, since {self.since}"
 
     def is_gone(self, *, asker: Holder) -> bool | None:
-        """Whether the holder has ended, as the asker knows it; None where that cannot be known from there."""
+        """Whether the holder has ended, as the asker knows it; None if that cannot be known from there."""
         if self.job is not None and self.job == asker.job and self.attempt != asker.attempt:
             return True
         if self.launch != "none" and (self.launch, self.job) == (asker.launch, asker.job):
@@ -117,7 +116,7 @@ class RunLock:
         self.release()
 
     def acquire(self) -> None:
-        """Makes the run directory, for its owner alone, where there is none. Raises ValueError that names the holder where another run
+        """Makes the run directory, for its owner alone, where there is none. Raises ValueError that names the holder if another run
         is in it."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         said, seen, since = False, None, time.monotonic()
@@ -204,7 +203,7 @@ def _holder(text: str) -> Holder | None:
 
 
 def _token(path: Path) -> str | None:
-    """Of a lock's holder: "" where it does not say who holds it, None where there is no lock."""
+    """Of a lock's holder: "" where it does not say who holds it, None if there is no lock."""
     try:
         holder = _holder(path.read_text())
     except FileNotFoundError:
@@ -213,7 +212,7 @@ def _token(path: Path) -> str | None:
 
 
 def _read(path: Path) -> tuple[Holder | None, float, float] | None:
-    """A lock's holder (None where it is not written yet), its last beat, and the seconds since then by the file system's clock."""
+    """A lock's holder (None if it is not written yet), its last beat, and the seconds since then by the file system's clock."""
     probe = path.with_name(f".{LOCK_FILE}-{uuid.uuid4().hex[:8]}")
     try:
         text, beat = path.read_text(), path.stat().st_mtime

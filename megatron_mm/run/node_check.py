@@ -1,8 +1,8 @@
 """Whether a node is fit to join a run: `megatron-mm doctor --node`, which the Slurm scripts run on every node first.
 
-One process for each GPU (on a machine without any, two) does what a run does for a few seconds: a product whose result is known, and an
-all-reduce whose sum is. A GPU that gives another result, is much slower than its neighbours, has its memory taken, or is not reached by
-its neighbours directly, makes the node unfit. Nothing here needs the other nodes.
+For a few seconds, one process per GPU (two on a machine without GPUs) does what a run does: a matrix product with a known result, and an
+all-reduce with a known sum. The node is unfit if a GPU gives a wrong result, is much slower than its neighbours, has its memory in use, or
+cannot be reached directly by its neighbours. The other nodes are not needed.
 """
 
 from __future__ import annotations

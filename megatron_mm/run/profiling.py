@@ -1,11 +1,11 @@
-"""A look into a few steps of some processes: `--profile.steps 10:13 --profile.ranks 0,7`.
+"""Profiles a few steps of some processes: `--profile.steps 10:13 --profile.ranks 0,7`.
 
 Of each such process `RUN_DIR/profile` gets a Chrome trace (chrome://tracing, https://ui.perfetto.dev), on a GPU a memory snapshot
 (https://pytorch.org/memory_viz), and a text, which the main process logs too: where the step went, beside what the planner said. In the
 trace every phase, micro-batch and layer is a range with its name.
 
-Before and after these steps nothing of it is there: hooks of modules, named timers and torch's profiler come with the first and go with the
-last step. Profiled steps are slower; their metrics say so and count like others.
+Module hooks, named timers and torch's profiler are installed at the first of these steps and removed after the last. Profiled steps are
+slower; their times are recorded like those of other steps.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def where_it_went(phases: Sequence[dict[str, float]], predicted: dict[str, float
 
     Args:
         phases: of each step, with its `seconds`.
-        predicted: seconds by part, of `planning.step.Prediction`; nothing where the planner does not know the device.
+        predicted: seconds by part, of `planning.step.Prediction`; nothing if the planner does not know the device.
     """
     whole = sum(step["seconds"] for step in phases) / len(phases)
     yield f"{'':32}{'measured':>12}{'':>8}{'predicted':>12}{'ratio':>8}"

@@ -1,4 +1,4 @@
-"""Going back to a checkpoint without seeing again the data that came after it.
+"""Rolls a run back to a checkpoint, and skips the data that followed it.
 
 A hook raises `RollBack` on all processes alike. `run.start` then sets aside the checkpoints since the trouble began, writes a line to
 `RUN_DIR/roll_backs.jsonl`, and starts again from the checkpoint before it, in the same processes. What is left out are the global batches
@@ -66,7 +66,7 @@ def read(run_dir: Path) -> list[Line]:
 def go_back(run_dir: Path, roll_back: RollBack, *, train: TrainConfig) -> None:
     """Set checkpoints aside and write the line; the next load resumes from the checkpoint before. Called by all processes together.
 
-    Raises RuntimeError, on all of them, where there is no such checkpoint, or the run has gone back `train.max_roll_backs` times.
+    Raises RuntimeError, on all of them, if there is no such checkpoint, or the run has gone back `train.max_roll_backs` times.
     """
     reason, state, before_step = roll_back.reason, roll_back.state, roll_back.before_step
     checkpoints = {int(path.name.removeprefix("step_")): path for path in completed_checkpoints(run_dir)}

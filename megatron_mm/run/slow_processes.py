@@ -1,4 +1,4 @@
-"""Finds the process that the others wait for, from the time by phase of all."""
+"""Finds the process that the others wait for, from the time by phase of all processes."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class SlowProcesses(Hook):
         self._asked = (message, line)
 
     def _excess(self, phase: str, sums: dict[str, float]) -> float:
-        """Seconds of a step by which this process exceeds its peers in a phase; 0 where nothing is known of them.
+        """Seconds of a step by which this process exceeds its peers in a phase; 0 if nothing is known of them.
 
         Args:
             sums: over the processes of its stage.

@@ -1,6 +1,6 @@
-"""Start a run in a run directory, or resume the one that is there.
+"""Starts a run in a run directory, or resumes the run that is there.
 
-One straight way: check -> open the data once -> processes meet -> model -> optimizer -> checkpoint -> hooks -> `Trainer.fit`.
+The steps, in order: check -> open the data -> initialise process groups -> model -> optimizer -> checkpoint -> hooks -> `Trainer.fit`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def start(
         examine: what else is to be found wrong before the run begins; raises ValueError.
         more_hooks: hooks besides the standard ones.
 
-    Raises ValueError, before processes meet, where layout, batch, data or an earlier run in run_dir does not fit.
+    Raises ValueError, before processes meet, if layout, batch, data or an earlier run in run_dir does not fit.
     """
     times = StartTimes()
     listen()  # warnings from here on are events of the run
@@ -147,7 +147,7 @@ def assemble(
 ) -> Trainer:
     """Join the other processes, build the model, load the run's newest checkpoint where it has one, and attach the hooks.
 
-    Raises ValueError where the checkpoint does not fit the experiment.
+    Raises ValueError if the checkpoint does not fit the experiment.
     """
     experiment, tokenizer, times = checked.experiment, checked.tokenizer, times or StartTimes()
     topology, progress = topologies.initialize(experiment.parallel, seed=experiment.train.seed), progress or Progress()
@@ -246,7 +246,7 @@ def _check_no_secrets(experiment: Experiment) -> None:
 
 
 def _hook(name: str) -> Callable[[Trainer], Hook]:
-    """What makes a hook of `extra_hooks`: a class, or a function of the trainer. Raises ValueError where it is neither."""
+    """What makes a hook of `extra_hooks`: a class, or a function of the trainer. Raises ValueError if it is neither."""
     found: Callable[[Trainer], Hook] = load_object(name)
     if not callable(found) or (isinstance(found, type) and not issubclass(found, Hook)):
         raise ValueError(f"extra_hooks names {name}, which is no hook: derive the class from megatron_mm.training.trainer.Hook")
@@ -312,7 +312,7 @@ def check_shapes(experiment: Experiment, world_size: int) -> None:
 
 def check_fp8(experiment: Experiment) -> None:
     """FP8 matrix products pad nothing: widths of every process must fit them (tokens do: `Experiment.token_multiple`). Raises ValueError
-    where one does not."""
+    if one does not."""
     decoder, parallel = experiment.model.decoder, experiment.parallel
     parts = {
         "model.decoder.hidden_size": (decoder.hidden_size, 1),

@@ -1,4 +1,4 @@
-"""How long a run takes from its launch to its first step, by part: logged by the main process once the first step is done."""
+"""Measures how long a run takes from its launch to its first step, by part; the main process logs it after the first step."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LogStart(Hook):
 
 
 def process_age() -> float:
-    """Seconds since this process was launched, as the system knows; 0 where it does not say."""
+    """Seconds since this process was launched, as the system knows; 0 if it does not say."""
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)

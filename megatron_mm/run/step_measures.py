@@ -1,4 +1,4 @@
-"""What is measured of a step beside its loss: norms by part of the model, balance, memory."""
+"""Measurements of a step besides its loss: norms by part of the model, balance, memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Norms(Hook):
         self.parts = [*family.parts, "rest"]
         self.norms = PartNorms(trainer.model, trainer.optimizer, parts=self.parts, part_of=family.part_of)
         self.of_step: dict[str, dict[str, float]] = {}
-        """`grad_norms`, `param_norms` and `update_ratios` of the newest step; nothing where they were not measured."""
+        """`grad_norms`, `param_norms` and `update_ratios` of the newest step; nothing if they were not measured."""
         self._last_lr: float | None = None
         """Of the step before, where it changed the weights and this process saw it."""
 

@@ -1,4 +1,4 @@
-"""`prepare view`: the first batches of a run, as an HTML page, through the plan and the loader that training has."""
+"""`prepare view`: an HTML page with the first batches of a run, from the same plan and loader as in training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ALONE = Topology(
 def write_view(experiment: Experiment, out: Path, *, recipe: str, split: str, micro_batches: int) -> int:
     """Write the page of the first micro-batches of a split. Returns how many tokens are on it.
 
-    Raises ValueError where the data set or its index is missing, or a sample cannot be read.
+    Raises ValueError if the data set or its index is missing, or a sample cannot be read.
 
     Args:
         experiment: how documents are packed and images cut; its `data.path` is looked at.
@@ -63,7 +63,7 @@ def write_view(experiment: Experiment, out: Path, *, recipe: str, split: str, mi
 def with_sources_of(experiment: Experiment, path: Path, *, split: str) -> Experiment:
     """The experiment on a data set: where the recipe's sources are not those of the data, all of the data's in equal shares.
 
-    Raises ValueError where the split has no indexed source.
+    Raises ValueError if the split has no indexed source.
     """
     check_local(path, instead=MAPPED)
     folder = path / split

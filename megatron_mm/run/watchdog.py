@@ -1,8 +1,8 @@
-"""Finds a process that hangs, or has died, says where the run stands, and ends all of them so that the launcher starts them again.
+"""Detects a process that hangs or has died, reports the position of all processes, and ends them so that the launcher can restart them.
 
-Every process has a thread that looks at its `training.progress.Progress`. No process gets far without the others, so when one hangs all of
-them stand still within a step's time: in a healthy run the threads talk to nobody. When one has seen no progress for `train.watchdog`
-seconds it writes down where its process stands, with the Python stacks of all its threads:
+Every process has a thread that watches its `training.progress.Progress`. No process can continue for long without the others, so if one
+hangs, all of them stall within the time of a step. In a healthy run, the threads do not communicate at all. A thread that has seen no
+progress for `train.watchdog` seconds writes the position of its process and the Python stacks of all its threads:
 
     RUN_DIR/watchdog/START/rank-00002.json, rank-00002.stacks     START: of this start of the processes, the same for all of them
     RUN_DIR/watchdog/START/report.txt                             who hangs and where everybody stands, written by one of them
@@ -190,7 +190,7 @@ class Watchdog:
 
     def _gather(self, seconds: float, *, while_marked: float | None = None) -> str | None:
         """Wait until all have written, or for so many seconds; one of them reports. What this one reported, or "" where another did; None
-        where the run goes on in the meantime."""
+        if the run goes on in the meantime."""
         path, deadline, said = self.folder / "report.txt", time.monotonic() + seconds, ""
         while not path.exists():
             if while_marked is not None and self.progress.marked != while_marked:

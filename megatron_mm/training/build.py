@@ -1,4 +1,4 @@
-"""From an experiment to the chunks that this process trains: build, initialise, wrap for data parallelism."""
+"""Builds the model chunks that this process trains, initialises them, and wraps them for data parallelism."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def choose_backend(experiment: Experiment, *, on_gpu: bool) -> Backend:
     """The layer backend that `train.layers` asks for; auto takes plain PyTorch, and says so, on a GPU that lacks a kernel for the other.
 
-    Raises ValueError where Transformer Engine is asked for, or FP8 needs it, and it or its attention over packed documents is not here; or
+    Raises ValueError if Transformer Engine is asked for, or FP8 needs it, and it or its attention over packed documents is not here; or
     is asked for in fp32, for which that attention has no kernel.
     """
     train = experiment.train
@@ -45,7 +45,7 @@ def choose_backend(experiment: Experiment, *, on_gpu: bool) -> Backend:
             "--train.layers torch and --train.precision bf16"
         )
     if missing:
-        logger.warning("layers are plain PyTorch's: %s", missing)
+        logger.warning("using plain PyTorch layers: %s", missing)
         return "torch"
     if train.layers == "te" and not has_te:
         raise ValueError("train.layers is te, but Transformer Engine needs a GPU and its package: install it or use --train.layers torch")
@@ -117,7 +117,7 @@ def _make_user_buffers(experiment: Experiment, topology: Topology) -> None:
 def build_model(experiment: Experiment, topology: Topology) -> list[DistributedDataParallel]:
     """The chunks of this process with their initial weights, wrapped so that gradients are reduced over data parallelism.
 
-    Raises ValueError, on all processes, where the freeze policy has a pattern that matches nothing.
+    Raises ValueError, on all processes, if the freeze policy has a pattern that matches nothing.
     """
     parallel = experiment.parallel
     _make_user_buffers(experiment, topology)

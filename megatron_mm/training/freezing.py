@@ -1,7 +1,7 @@
-"""What is trainable in a stage of training.
+"""Freezes the parameters that are not trainable in a stage of training.
 
-A family names its freeze policies (`Family.freeze_policies`), a recipe picks one (`train.freeze_policy`). What is not trainable is frozen
-before the data-parallel wrapper sees it, so that it gets no gradient buffer and no optimizer state.
+A family defines freeze policies (`Family.freeze_policies`), and a recipe selects one (`train.freeze_policy`). Parameters are frozen before
+the data-parallel wrapper is built, so that frozen ones get no gradient buffer and no optimizer state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_mm.families.registry import family_of
 def trainable_patterns(experiment: Experiment) -> tuple[str, ...]:
     """Regular expressions, one of which matches the beginning of the global name of every trainable parameter.
 
-    Raises ValueError where the model's family has no freeze policy of that name.
+    Raises ValueError if the model's family has no freeze policy of that name.
     """
     return family_of(experiment.model).trainable_patterns(experiment.train.freeze_policy)
 

@@ -1,4 +1,4 @@
-"""Which fused kernels a run takes: what is asked for, held against what is there."""
+"""Decides which fused kernels a run uses: those requested, as far as they are available."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def choose_kernels(experiment: Experiment, *, backend: Backend) -> Kernels:
     for field in fields(KernelConfig):
         wanted, why = getattr(experiment.kernels, field.name), missing[field.name]
         if wanted and why:
-            raise ValueError(f"kernels.{field.name} is True, but {why}: leave it out, and it is taken where it can run")
+            raise ValueError(f"kernels.{field.name} is True, but {why}: leave it unset, and the kernel is used where it can run")
         chosen[field.name] = not why if wanted is None else wanted
     return Kernels(**chosen)
 
 
 def _missing(experiment: Experiment, *, backend: Backend) -> dict[str, str]:
-    """Why each kernel cannot run here; empty where it can."""
+    """Why each kernel cannot run here; empty if it can."""
     no_te = "" if backend == "te" else "layers are plain PyTorch here, and it is Transformer Engine's"
     no_triton = no_te or ("" if importlib.util.find_spec("triton") is not None else "it is written in Triton, which is not installed")
     no_experts = "" if experiment.model.decoder.moe is not None else "the model has no experts"

@@ -1,4 +1,4 @@
-"""Per-token loss: summed over everything, divided once by the tokens of the global batch."""
+"""Per-token loss: summed over everything, and divided once by the number of tokens in the global batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, a line a step; the truth about a run, whatever W&B does."""
+"""`metrics.jsonl`: one line per step, with one JSON object; the complete record of a run, whether W&B works or not."""
 
 from __future__ import annotations
 
@@ -114,11 +114,13 @@ class MetricsFile:
         except OSError as error:
             self._lost += 1
             if self._lost == 1:
-                logger.warning("%s cannot be written (%s): training continues, and lines are lost until it can", self._path, error)
+                logger.warning(
+                    "%s cannot be written (%s): training continues, and lines are lost until it can be written again", self._path, error
+                )
             return
         self._torn = False
         if self._lost:
-            logger.warning("%s is written again; %d lines are lost", self._path, self._lost)
+            logger.warning("%s can be written again; %d lines were lost", self._path, self._lost)
             self._lost = 0
 
     def close(self) -> None:

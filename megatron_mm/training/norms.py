@@ -1,11 +1,11 @@
 """Norms of gradients, parameters and updates by part of the model: tower, connector, decoder, experts.
 
-Each process adds up the squares of what it has, and each element counts once over all processes: a copy under tensor parallelism or a tied
-embedding is left out, as in the norm of the whole gradient (`training.optimizer.squared_grad_norm`). So the sums are the same in every
-layout, and travel in the step's one message. Nothing waits for the device here, and small parameters are measured many at a time: on a GPU
-what counts is the number of kernels.
+Each process adds up the squares of its elements, and over all processes each element counts once: replicas under tensor parallelism and
+tied embeddings are left out, as in the norm of the whole gradient (`training.optimizer.squared_grad_norm`). So the sums are the same in
+every layout; they are part of the step's one message. Nothing here waits for the device. Many small parameters are processed at a time,
+because on a GPU the number of kernels determines the cost.
 
-The update of a step is not kept: it follows from the parameters after it and Adam's moments. With parameters p and direction u,
+The update of a step is not stored: it is computed from the parameters after the step and Adam's moments. With parameters p and direction u,
 
     p_after = p_before - lr * decay * p_before - lr * u    so    p_before = (p_after + lr * u) / (1 - lr * decay)
 """
@@ -81,7 +81,7 @@ class PartNorms:
         Called when the step's gradients are ready and the step has not been taken.
 
         Args:
-            lr: learning rate of the step before; None where there was none, and updates are 0.
+            lr: learning rate of the step before; None if there was none, and updates are 0.
         """
         sums = torch.zeros(len(NORMS), len(self.parts), dtype=torch.float64, device=device)
         for some in self._together:

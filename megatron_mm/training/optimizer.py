@@ -77,7 +77,7 @@ def build_optimizer(experiment: Experiment, model: list[DistributedDataParallel]
 
 
 def _moments(precision: PrecisionConfig) -> dict[str, Any]:
-    """Formats of Adam's moments in megatron-core's words; nothing where both are fp32.
+    """Formats of Adam's moments in megatron-core's words; nothing if both are fp32.
 
     With `fp8_recipe` named, whatever it is, master weights stay megatron-core's own and gradients where they are: Transformer Engine's Adam
     would keep 16-bit remainders of weights in its own state, which no other optimizer could resume from.

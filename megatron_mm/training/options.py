@@ -1,6 +1,6 @@
-"""Options that only some machines, layouts or models can take, held against what is there before a run starts.
+"""Checks, before a run starts, the options that only some machines, layouts or models support.
 
-An option that cannot run is an error. One that would change nothing is said in a warning, and so is one that costs a property of the run.
+An option that cannot be used is an error. An option that would have no effect, or that gives up a guarantee of the run, causes a warning.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Option:
     name: str
     value: Any
     impossible: str = ""
-    """Why it cannot run here, and what to do; empty where it can."""
+    """Why it cannot run here, and what to do; empty if it can."""
     useless: str = ""
-    """Why it changes nothing here; empty where it does."""
+    """Why it changes nothing here; empty if it does."""
     costs: str = ""
-    """What is lost with it; empty where nothing is."""
+    """What is lost with it; empty if nothing is."""
 
 
 def check_options(experiment: Experiment, *, backend: Backend, warn: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Where a step's time goes on this process: by phase, measured without waiting for the device.
+"""The time of a step on this process by phase, measured without waiting for the device.
 
 megatron-core starts and stops named timers around each forward pass, backward pass, message between stages and gradient reduction
 (`config.timers`), and `StepClock` takes the place of these timers. On a CPU a phase's time is the processor's clock. On a GPU it is between

@@ -1,4 +1,4 @@
-"""Where this process stands in a run, for a thread that looks on (`run.watchdog`)."""
+"""The current position of this process in a run, for a thread that watches it (`run.watchdog`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the routers of sparse layers did in a step, over the whole global batch, and what they need to know of it."""
+"""Statistics of the routers of sparse layers over the global batch of a step, and the loads that the routers need for the next step."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def _check_saved(path: Path, saved: bytes) -> None:
     """The pickle in what torch.save wrote, as a file or a part of it: an archive from its first byte on, as torch looks for one."""
     try:
         if not saved.startswith(b"PK\x03\x04"):
-            raise zipfile.BadZipFile("it is no archive")
+            raise zipfile.BadZipFile("it is not an archive")
         with zipfile.ZipFile(io.BytesIO(saved)) as archive:
             pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # what zipfile raises

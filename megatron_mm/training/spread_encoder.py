@@ -44,7 +44,7 @@ class _Encoded:
 
 
 def spread_encoder(model: Sequence[torch.nn.Module]) -> SpreadEncoder | None:
-    """The encoder that stands beside this process's pipeline chunks; None where the first stage has it."""
+    """The encoder that stands beside this process's pipeline chunks; None if the first stage has it."""
     chunk = getattr(model[0], "module", model[0])
     found: SpreadEncoder | None = getattr(chunk, "spread_encoder", None)
     return found

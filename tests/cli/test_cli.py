@@ -49,7 +49,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     [
         (["mm1_99b"], "unknown recipe 'mm1_99b': did you mean mm1_7b? choose one of debug_mm1, "),
         (["mm1_3x"], "unknown recipe 'mm1_3x': did you mean mm1_3b? choose one of debug_mm1, "),
-        (["recipes.py"], "recipes.py is a file: name a function: recipes.py:FUNCTION"),
+        (["recipes.py"], "recipes.py is a file: name a function in it, recipes.py:FUNCTION"),
         (["nowhere.py:recipe"], "nowhere.py: give the path where it is"),
         (["debug_mm1", "--train.stepz", "3"], "error: unknown option --train.stepz: did you mean --train.steps?"),
         (["debug_mm1", "--steps=3"], "error: unknown option --steps: did you mean --train.steps?"),
@@ -75,11 +75,14 @@ def test_mistakes_on_the_command_line(fails: Fails, options: list[str], message:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--parallel.tensor", "2"], "1 processes cannot be cut into tensor 2 x pipeline 1 = 2: start a multiple of 2 processes"),
+        (
+            ["--parallel.tensor", "2"],
+            "1 processes cannot be divided into groups of tensor 2 x pipeline 1 = 2: start a multiple of 2 processes",
+        ),
         (["--parallel.virtual", "2"], "parallel.virtual is 2, but interleaving needs parallel.pipeline > 1"),
         (["--train.global-batch-size", "10"], "train.global_batch_size 10 is not a multiple of train.micro_batch_size 4"),
         (["--data.path", "/nowhere"], "error: data.path /nowhere is not a directory: give --data.path DIR"),
-        (["--data.path", "/usr"], "error: data.path /usr holds no data set, which has a folder 'train': give --data.path DIR"),
+        (["--data.path", "/usr"], "error: data.path /usr is not a data set, because it has no folder 'train': give --data.path DIR"),
         (["--extra-hooks", "json:JSONDecoder"], "extra_hooks names json:JSONDecoder, which is no hook: derive the class from"),
         (["--data.preprocessors", "builtins:print"], "the preprocessor builtins:print returns None for source "),
         (["--data.tokenizer", "/nowhere.model"], "tokenizer /nowhere.model does not exist: train one"),
@@ -141,7 +144,7 @@ def test_torchrun_says_a_mistake_once_and_does_not_hang(demo_data: Path, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode != 0
     assert done.stderr.count("megatron-mm: error:") == 1
-    assert "3 processes cannot be cut into tensor 2" in done.stderr
+    assert "3 processes cannot be divided into groups of tensor 2" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

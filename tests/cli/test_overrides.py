@@ -110,7 +110,8 @@ def test_a_part_may_be_added_changed_and_taken_away() -> None:
     assert sparse.moe is not None and changed == replace(sparse, moe=replace(sparse.moe, z_loss=0.5))
     assert override(get_recipe("debug_mm1_moe"), model__decoder__moe="None").model.decoder.moe is None
     with pytest.raises(
-        ValueError, match=r"model\.decoder\.moe is a part that .* give --model\.decoder\.moe\.num-experts and --model\.decod"
+        ValueError,
+        match=r"does not have the part model\.decoder\.moe: to add it, also give --model\.decoder\.moe\.num-experts and --model\.decod",
     ):
         override(DEBUG, model__decoder__moe__top_k="1")
 
@@ -146,4 +147,4 @@ class _Derived(_Base):
 
 def test_texts_are_the_docstrings_below_the_fields() -> None:
     assert field_texts(_Derived) == {"first": "Of the base, in two lines.", "second": "Of the class itself."}
-    assert field_texts(DataConfig)["sequence_length"] == "Tokens of a packed sequence, image tokens included."
+    assert field_texts(DataConfig)["sequence_length"] == "Tokens of a packed sequence, including image tokens."

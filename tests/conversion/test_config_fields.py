@@ -104,7 +104,7 @@ def test_an_infimm_tower_that_computes_something_else(field: str, value: Any, to
 def test_fields_that_nobody_knows_are_said(tokenizer_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         infimm.infimm_settings({**infimm_document(tokenizer_path), "temperature": 0.5, "media_time_embedding": True})
-    assert "not known here and have no effect: media_time_embedding" in caplog.text
+    assert "unknown fields, which are ignored: media_time_embedding" in caplog.text
 
 
 def test_what_is_written_is_read(tokenizer_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -365,9 +365,9 @@ def page(tokenizer_path: Path) -> str:
     """docs/config_fields.md."""
     cases = described(tokenizer_path)
     shared = {
-        "MM1": {"vision_config": "as of a CLIP tower", "text_config": "as of a decoder, with experts"},
-        "InfiMM": {"visual": "as of an EVA-CLIP tower", "language": "as of a decoder"},
-        "Mono-InternVL": {"llm_config": "as of a decoder; architectures must be InternLM2VEForCausalLM"},
+        "MM1": {"vision_config": "as for a CLIP tower", "text_config": "as for a decoder, with experts"},
+        "InfiMM": {"visual": "as for an EVA-CLIP tower", "language": "as for a decoder"},
+        "Mono-InternVL": {"llm_config": "as for a decoder; architectures must be InternLM2VEForCausalLM"},
     }
     tables = {name: table_lines(collapsed(cases[name][1], shared.get(name, {})), _written(name, cases[name][0])) for name in NAMES}
     experts = table_lines(EXPERT_FIELDS, mm1_document(tokenizer_path)["text_config"])
@@ -380,21 +380,21 @@ def page(tokenizer_path: Path) -> str:
     lines = [
         "# Fields of released configurations",
         "",
-        "What `convert from-hf` does with each field of a released config.json, and whether `convert to-hf` writes it. A value of another",
-        "type is an error, and so is one that the recipe's model does not compute. A field that is in no table is named in a warning, and",
-        f"so are other values of fields that change nothing in training ({', '.join(f'`{name}`' for name in sorted(EXPORTED_ALONE))}).",
-        "Tests change every field in turn, and compare this page with the tables in `families/*/files.py` and `hf/field_tables.py`;",
-        "`python tests/conversion/test_config_fields.py TOKENIZER.model` writes it anew.",
+        "How `convert from-hf` handles each field of a released config.json, and whether `convert to-hf` writes it. It is an error if",
+        "a value has another type, or if the recipe's model does not compute it. A field that is in no table is named in a warning, and so",
+        f"is a different value of a field that does not change training ({', '.join(f'`{name}`' for name in sorted(EXPORTED_ALONE))}).",
+        "Tests change every field in turn, and compare this page with the tables in `families/*/files.py` and `hf/field_tables.py`.",
+        "`python tests/conversion/test_config_fields.py TOKENIZER.model` writes this page.",
         "",
-        "Files that say how images are prepared are checked as well (`hf/preprocessing.py`). Of preprocessor_config.json `image_mean`,",
-        "`image_std`, `do_normalize`, `do_rescale`, `rescale_factor` and `resample` must be the recipe's, and of open_clip_config.json",
-        "`preprocess_cfg.mean`, `.std` and `.interpolation`. Another way to make images square (`size` and `do_center_crop`, or",
-        "`resize_mode`) is named in a warning.",
+        "Files that describe how images are prepared are checked as well (`hf/preprocessing.py`). `image_mean`, `image_std`,",
+        "`do_normalize`, `do_rescale`, `rescale_factor` and `resample` in preprocessor_config.json must match the recipe, and so must",
+        "`preprocess_cfg.mean`, `.std` and `.interpolation` in open_clip_config.json. A different way of making images square (`size` and",
+        "`do_center_crop`, or `resize_mode`) is named in a warning.",
     ]
     for name, table in tables.items():
         lines += ["", f"## {titles.get(name, name)}", "", *table]
         if name == "Decoder":
-            lines += ["", "With experts (MM1 alone):", "", *experts]
+            lines += ["", "With experts (only MM1):", "", *experts]
     return "\n".join(lines) + "\n"
 
 

@@ -119,7 +119,7 @@ def test_infimm_begins_with_a_mistral_and_an_eva_tower(tokenizer_path: Path, tmp
 
 def test_part_of_another_family_is_refused(tokenizer_path: Path, tmp_path: Path) -> None:
     written(small("mono_internvl", tokenizer_path), tmp_path / "run")
-    with pytest.raises(ValueError, match="has visual experts, which Llama has not"):
+    with pytest.raises(ValueError, match="has visual experts, which a Llama does not have"):
         convert_to_hf(tmp_path / "run", tmp_path / "out", part="language")
     with pytest.raises(ValueError, match=r"has no tower that a CLIPVisionModel could hold"):
         convert_to_hf(tmp_path / "run", tmp_path / "out", part="vision")

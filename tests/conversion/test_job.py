@@ -112,7 +112,7 @@ def test_what_was_written_is_read_again_before_it_is_believed(
     file.write_bytes(data)
     calls: list[int] = []
     run(tmp_path, calls, archives=archives, threads=1)
-    assert calls[:4] == [2, 3, 4, 5] and "is not there any more and is written again" in caplog.text
+    assert calls[:4] == [2, 3, 4, 5] and "that part is written again" in caplog.text
     run(tmp_path / "reference", [], archives=archives)
     assert contents(tmp_path / "out") == contents(tmp_path / "reference" / "out")
 
@@ -131,7 +131,7 @@ def test_another_conversion_begins_anew(tmp_path: Path, monkeypatch: pytest.Monk
     calls: list[int] = []
     with caplog.at_level(logging.INFO, logger="megatron_mm"):
         run(tmp_path, calls, name="b")
-    assert sorted(calls) == list(range(12)) and "left from a conversion of other files or options" in caplog.text
+    assert sorted(calls) == list(range(12)) and "left from a conversion with other files or options" in caplog.text
 
 
 def test_two_conversions_do_not_write_to_the_same_place(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_full_disk_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyP
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(job.shutil, "disk_usage", lambda path: usage._replace(free=40_000))
     calls: list[int] = []
-    with pytest.raises(ValueError, match=r"has room for 0\.00 GB, but 0\.00 GB are to be written: make room"):
+    with pytest.raises(ValueError, match=r"has 0\.00 GB of free space, but 0\.00 GB will be written: free some space"):
         run(tmp_path, calls)
     assert calls == [] and not (tmp_path / ".partial").exists()
     monkeypatch.setattr(job.shutil, "disk_usage", lambda path: usage._replace(free=48_000))

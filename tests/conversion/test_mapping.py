@@ -85,7 +85,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         QKV("ours", "q", "k", "v", num_heads=4, num_groups=2, head_dim=4).to_hf(torch.ones(7, 2))
     with pytest.raises(ValueError, match="odd number"):
         GatedMLP("ours", "gate", "up").to_hf(torch.ones(7, 2))
-    with pytest.raises(ValueError, match="should be equal"):
+    with pytest.raises(ValueError, match="must be equal"):
         GatedMLP("ours", "gate", "up").from_hf((torch.ones(2, 2), torch.ones(3, 2)))
 
 
@@ -107,7 +107,7 @@ def test_new_tokens_begin_as_the_mean_of_the_old_ones_and_filling_rows_are_cut()
     assert torch.equal(grown[:4], table)
     assert torch.equal(grown[4:], table.float().mean(dim=0).bfloat16().expand(2, 3))
     assert torch.equal(entry.to_hf(grown)[0], table)
-    with pytest.raises(ValueError, match=r"theirs has 7 rows, but the model only 6: use --model\.decoder\.vocab-size 7 or more"):
+    with pytest.raises(ValueError, match=r"theirs has 7 rows, but the model has only 6: use --model\.decoder\.vocab-size 7 or more"):
         entry.from_hf((torch.ones(7, 3),))
 
 
@@ -138,5 +138,5 @@ def test_positions_of_another_resolution_keep_their_meaning(side: int, class_tok
 
 
 def test_positions_that_are_no_square_are_refused() -> None:
-    with pytest.raises(ValueError, match="theirs has 12 rows, which are no square grid and a class token"):
+    with pytest.raises(ValueError, match="theirs has 12 rows, which is not a square grid and a class token"):
         Positions("ours", "theirs", num_patches=9).from_hf((torch.ones(12, 2),))

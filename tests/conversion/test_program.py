@@ -35,7 +35,7 @@ def test_there_training_and_back(demo_data: Path, tmp_path: Path) -> None:
     language, vision = save(make_language(), tmp_path / "language"), save(make_vision(), tmp_path / "vision")
     options = ["--data.tokenizer", demo_data / "tokenizer.model", *MODEL]
     out = run("from-hf", tmp_path / "imported", "--recipe", "debug_mm1", "--language", language, "--vision", vision, *options)
-    assert "parameters read: language (llama)" in out and "parameters drawn: connector" in out
+    assert "parameters read: language (llama)" in out and "parameters with initial values: connector" in out
     assert f"megatron-mm train debug_mm1 --run-dir RUN_DIR --data.path DATA --init-from {tmp_path / 'imported'}" in out
     train = ["train", "debug_mm1", "--run-dir", tmp_path / "run", "--data.path", demo_data, "--init-from", tmp_path / "imported", *MODEL]
     quick = ["--train.steps", 1, "--train.global-batch-size", 4, "--eval.interval", 0, "--monitor.wandb", "disabled"]

@@ -73,7 +73,7 @@ def test_a_decoder(variant: str, decoder: tuple[State, dict[str, Any], State], t
     with caplog.at_level(logging.INFO):
         convert_from_hf(experiment(), tmp_path / "run", language=write(tmp_path / "hf", change(state), describe(config)))
     assert same(tensors(tmp_path / "run"), expected)
-    assert ("2 others are not" in caplog.text) == ("LLaVA" in variant), "what is left out is said"
+    assert ("ignoring 2 others" in caplog.text) == ("LLaVA" in variant), "what is left out is said"
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "module"])
@@ -116,5 +116,5 @@ def test_files_that_are_named_otherwise(decoder: tuple[State, dict[str, Any], St
     convert_from_hf(experiment(), tmp_path / "run", language=folder / "model.fp16.safetensors")
     assert same(tensors(tmp_path / "run"), expected)
     (folder / "model.fp16.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(ValueError, match=r"without their index model\.safetensors\.index\.json: get it, too"):
+    with pytest.raises(ValueError, match=r"without their index model\.safetensors\.index\.json: download that file, too"):
         convert_from_hf(experiment(), tmp_path / "again", language=folder)

@@ -113,5 +113,5 @@ def test_the_parts_bring_tokenizer_and_image_processor(trained_in_parts: tuple[E
 def test_a_sparse_decoder_is_no_llama(tokenizer_path: Path, tmp_path: Path) -> None:
     settings = experiment(moe=MoEConfig(num_experts=2, every_n_layers=2))
     written(replace(settings, data=replace(settings.data, tokenizer=tokenizer_path)), tmp_path / "run")
-    with pytest.raises(ValueError, match="has experts, which Llama has not: leave out --part"):
+    with pytest.raises(ValueError, match="has experts, which a Llama does not have: leave out --part"):
         convert_to_hf(tmp_path / "run", tmp_path / "out", part="language")

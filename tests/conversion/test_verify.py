@@ -85,7 +85,9 @@ def test_modeling_code_that_is_not_there(exported: Export, tmp_path: Path) -> No
     folder = Path(shutil.copytree(exported.path, tmp_path / "a"))
     (folder / "modeling_mm1.py").unlink()
     assert verify(folder, exported.path).passed
-    with pytest.raises(ValueError, match=r"a: its Hugging Face model needs modeling_mm1.py, which no export carries \(its README.md says"):
+    with pytest.raises(
+        ValueError, match=r"a: its Hugging Face model needs modeling_mm1.py, which exports do not include \(its README.md says"
+    ):
         verify(folder, exported.path, prompt="a red circle")
 
 

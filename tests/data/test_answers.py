@@ -237,7 +237,7 @@ def test_of_a_caption_in_tiles_every_stage_knows_what_counts(demo_data: Path, tm
 
 def test_a_prompt_that_says_nothing_or_is_not_used_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_conversations(tmp_path)
-    with pytest.raises(ValueError, match="the caption prompt is empty: leave --caption-prompt out"):
+    with pytest.raises(ValueError, match="the caption prompt is empty: leave out --caption-prompt"):
         prepare_index(path, caption_prompt=" ")
     prepare_index(path, caption_prompt="what is it?")
-    assert "has no source of pairs, for which the caption prompt is: it is not used" in caplog.text
+    assert "has no source of pairs, so the caption prompt is not used" in caplog.text

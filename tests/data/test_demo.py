@@ -34,7 +34,7 @@ def test_demo_data_is_the_same_for_the_same_seed_and_has_every_format(tmp_path: 
         indexes = open_split(tmp_path / "a", split, sources=["pairs", "interleaved", "text"])
         assert all(not index.rejected for index in indexes)
         assert [bool(index.sample_rows["num_images"].sum()) for index in indexes] == [True, True, False]
-    with pytest.raises(ValueError, match=r"has a data set already"):
+    with pytest.raises(ValueError, match=r"already contains a data set"):
         prepare_demo(tmp_path / "a")
     with pytest.raises(ValueError, match=r"--samples is 39, but the tokenizer needs at least 40"):
         prepare_demo(tmp_path / "d", samples=39)

@@ -169,7 +169,7 @@ def test_a_stray_manifest_hides_no_source(tmp_path: Path) -> None:
     write_tar(tmp_path / "train" / "pairs" / "0.tar", pairs(range(2)))
     for stray in (tmp_path / "manifest.jsonl", tmp_path / "train" / "manifest.jsonl"):
         stray.write_text("{}\n")
-        with pytest.raises(ValueError, match=r"manifest.jsonl lies beside the folders of shards \(pairs\) and would not be read"):
+        with pytest.raises(ValueError, match=r"manifest.jsonl lies beside the folders of shards \(pairs\) and would be ignored"):
             find_sources(tmp_path)
         stray.unlink()
     assert [source.name for source in find_sources(tmp_path)] == ["pairs"]

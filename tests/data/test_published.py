@@ -424,7 +424,7 @@ def test_inputs_that_are_nothing_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"input .*nowhere.jsonl does not exist"):
         run("text", [tmp_path / "nowhere.jsonl"], tmp_path / "out")
     (tmp_path / "a.pdf").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"a.pdf is of no format that is read"):
+    with pytest.raises(ValueError, match=r"a.pdf is in an unsupported format"):
         run("text", [tmp_path / "a.pdf"], tmp_path / "out")
     with pytest.raises(ValueError, match=r"folder of images .*none does not exist"):
         run("mmc4", [tmp_path / "a.pdf"], tmp_path / "out", images=str(tmp_path / "none"))
@@ -439,7 +439,7 @@ def test_inputs_that_are_not_given_any_more_are_an_error(tmp_path: Path) -> None
         (tmp_path / f"{number}.jsonl").write_text('{"text": "a red circle"}\n')
     run("text", sorted(tmp_path.glob("*.jsonl")), tmp_path / "out")
     for inputs in (["0.jsonl"], ["1.jsonl", "2.jsonl"]):
-        with pytest.raises(ValueError, match="which is not among the inputs of this call"):
+        with pytest.raises(ValueError, match="which is not among the inputs of this command"):
             run("text", [tmp_path / name for name in inputs], tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.jsonl"))) == 3
 

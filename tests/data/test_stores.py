@@ -251,7 +251,7 @@ def test_shards_are_indexed_in_a_store(gate: Gate, demo_data: Path, tmp_path: Pa
     shutil.copyfile(demo_data / "tokenizer.model", files / "tokenizer.model")
     upload("s3://lake/mine", {path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()})
     upload("s3://lake/mine", {"train/pairs/00000_stats.json": b"{}", "train/pairs/.nv-meta/index.sqlite": b"x"})
-    with pytest.raises(ValueError, match=r"^s3://lake/mine is not on a disk of this machine: give --index-dir"):
+    with pytest.raises(ValueError, match=r"^s3://lake/mine is in an object store: give --index-dir"):
         prepare_index(data)
     gate.faults = ["503", "ok", "cut", "ok", "reset"] * 3
     summary = prepare_index(data, options=IndexOptions(index_dir=out))
@@ -291,7 +291,7 @@ def test_parts_of_a_store_are_merged(gate: Gate, demo_data: Path, tmp_path: Path
     assert not any("mirror" in message for message in said), "addresses are named, and not where their copies lie"
     with pytest.raises(ValueError, match=r"source s3://lake/train/two .*would be lost"):
         prepare_index(Path("s3://lake/train/two"), tokenizer=model, options=IndexOptions(index_dir=tmp_path / "other", max_rejected=0))
-    with pytest.raises(ValueError, match=r"s3://lake/nothing holds no object"):
+    with pytest.raises(ValueError, match=r"s3://lake/nothing contains no objects"):
         prepare_index(Path("s3://lake/nothing"), options=options)
     gate.faults = ["503"] * 40
     with pytest.raises(OSError, match=r"s3://lake/train/two/\d.tar cannot be read after 6 attempts"):
@@ -333,9 +333,7 @@ def test_an_index_in_a_store_is_copied_once_for_a_machine(
     assert len(open_index(home / "train" / "text")) == 1 and len(list((home / "train" / "text" / "index").glob("arrays-*"))) == 1
     fresh()
     monkeypatch.setenv(CACHE_VARIABLE, f"{tmp_path / 'small'}:0MB")
-    with pytest.raises(
-        ValueError, match=r"index of s3://pool/mine/train/pairs has 0\.\d\d GB, more than what MEGATRON_MM_CACHE has room for"
-    ):
+    with pytest.raises(ValueError, match=r"index of s3://pool/mine/train/pairs has 0\.\d\d GB, more than MEGATRON_MM_CACHE has room for"):
         index_copies.data_folder(address, sources=["pairs"])
 
 
@@ -347,14 +345,14 @@ def test_what_is_no_index_in_a_store(gate: Gate, fresh: Callable[[], None], monk
     with pytest.raises(ValueError, match=r"s3://pool/none/train/pairs/index/meta.json does not say"):
         index_copies.data_folder(Path("s3://pool/none"), sources=["pairs"])
     monkeypatch.delenv(CACHE_VARIABLE)
-    with pytest.raises(ValueError, match=r"^s3://pool/none is not on a disk of this machine: set MEGATRON_MM_CACHE"):
+    with pytest.raises(ValueError, match=r"^s3://pool/none is in an object store: set MEGATRON_MM_CACHE"):
         index_copies.data_folder(Path("s3://pool/none"), sources=["pairs"])
 
 
 def test_an_index_in_a_store_is_an_error_that_says_what_to_copy(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^s3://bucket/data is not on a disk of this machine: an index is mapped .*aws s3 sync"):
+    with pytest.raises(ValueError, match=r"^s3://bucket/data is in an object store, not on this machine: an index is mapped .*aws s3 sync"):
         open_split(Path("s3://bucket/data"), "train", sources=["pairs"])
-    with pytest.raises(ValueError, match=r"^s3://bucket/data is not on a disk .*copy it to a disk"):
+    with pytest.raises(ValueError, match=r"^s3://bucket/data is in an object store.*copy it to a disk"):
         prepare_tokenizer(Path("s3://bucket/data"), out=tmp_path / "tokenizer.model", vocab_size=100)
-    with pytest.raises(ValueError, match=r"^gs://bucket/out is not on a disk"):
+    with pytest.raises(ValueError, match=r"^gs://bucket/out is in an object store"):
         convert(["a.jsonl"], Path("gs://bucket/out"), options=Options("text"))

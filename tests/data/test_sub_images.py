@@ -115,7 +115,7 @@ def test_planning_counts_what_documents_take(demo_data: Path) -> None:
 
 
 def test_without_sub_images_there_is_no_lower_resolution(demo_data: Path) -> None:
-    with pytest.raises(ValueError, match=r"low_resolution_demonstrations is 0.6, but the model shows no sub-images"):
+    with pytest.raises(ValueError, match=r"low_resolution_demonstrations is 0.6, but the model does not use sub-images"):
         image_input(settings_on(demo_data, sub_images=None))
     assert image_input(settings_on(demo_data, sub_images=None, low_resolution_demonstrations=0.0)).is_one_square
     with pytest.raises(

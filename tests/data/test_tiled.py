@@ -379,5 +379,5 @@ def test_held_out_images_are_not_augmented(demo_data: Path) -> None:
 
 @pytest.mark.parametrize("quality", [(90, 75), (-1, 5), (75, 101)])
 def test_impossible_qualities_are_refused(demo_data: Path, quality: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"data.jpeg_quality is -?\d+ \d+, but must rise from 0 to 100 at most"):
+    with pytest.raises(ValueError, match=r"data.jpeg_quality is -?\d+ \d+, but must be two numbers from 0 to 100"):
         experiment(demo_data, jpeg_quality=quality)

@@ -54,7 +54,7 @@ def test_runs_without_results_are_refused(tmp_path: Path) -> None:
     run = _run(tmp_path / "a", "mm1_ablation", {("vqav2", 0): 1.0})
     with pytest.raises(ValueError, match="has no results of whole tasks"):
         list(compare([run, tmp_path], out=tmp_path / "x.png"))
-    with pytest.raises(ValueError, match="two runs or more"):
+    with pytest.raises(ValueError, match="at least two runs"):
         list(compare([run], out=tmp_path / "x.png"))
 
 
@@ -94,5 +94,5 @@ def test_textcore_needs_all_of_its_tasks() -> None:
 
 def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"x\.json is no result"):
+    with pytest.raises(ValueError, match=r"x\.json is not a result"):
         read_results(tmp_path)

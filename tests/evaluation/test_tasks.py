@@ -64,7 +64,7 @@ def test_a_folder_of_images_that_is_not_there_is_named(files: Path, tmp_path: Pa
     """One missing image costs an item; none of them at all is an error before the model is built."""
     shutil.copytree(files / "textvqa", tmp_path / "textvqa")
     (tmp_path / "textvqa" / "train_images").rename(tmp_path / "textvqa" / "pictures")
-    with pytest.raises(ValueError, match=r"none of 2 images that were looked for exists; the first is .*val0.jpg: put .*train_images"):
+    with pytest.raises(ValueError, match=r"none of 2 images that were checked exists; the first is .*val0.jpg: put .*train_images"):
         TASKS["textvqa"].examples(tmp_path)
 
 
@@ -74,7 +74,7 @@ def test_examples_of_one_number_are_kept_apart_and_counted(files: Path, tmp_path
     (first, second) = json.loads(path.read_text())["data"]
     path.write_text(json.dumps({"data": [first, second, first, {**first, "question": "What else?"}]}))
     assert [example.key for example in TASKS["textvqa"].examples(tmp_path)] == ["0", "1", "0~2"]
-    assert "1 examples stand twice" in caplog.text and "1 examples have the number of another one" in caplog.text
+    assert "1 examples occur twice" in caplog.text and "1 examples have the id of another example" in caplog.text
 
 
 def test_questions_without_answers_are_counted(files: Path, tmp_path: Path) -> None:
@@ -188,9 +188,9 @@ def test_other_folders_beside_the_categories_of_mme_are_not_read(files: Path, tm
 def test_a_method_that_does_not_go_with_a_task_is_refused() -> None:
     TASKS["pope"].check_method("rank")
     TASKS["scienceqa"].check_method("generate")
-    with pytest.raises(ValueError, match="--method rank does not go with task vqav2: it has no choices"):
+    with pytest.raises(ValueError, match="--method rank cannot be used with task vqav2: it has no choices"):
         TASKS["vqav2"].check_method("rank")
-    with pytest.raises(ValueError, match="--method generate does not go with task piqa: its choices are whole texts"):
+    with pytest.raises(ValueError, match="--method generate cannot be used with task piqa: its choices are whole texts"):
         TASKS["piqa"].check_method("generate")
 
 

@@ -117,7 +117,7 @@ def test_a_mistake_ends_the_job_with_an_error(two_nodes: str, demo_data: Path, t
     settings = {**JOB, "PATH": two_nodes, "DATA": str(demo_data), "RUN_DIR": str(tmp_path / "run"), "PROCESSES_PER_NODE": "1"}
     done = start(ROOT / "examples" / "debug_mm1.slurm", "--parallel.pipeline", "3", **settings)
     assert done.returncode != 0
-    assert 1 <= done.stderr.count("megatron-mm: error:") <= 2 and "cannot be cut into" in done.stderr
+    assert 1 <= done.stderr.count("megatron-mm: error:") <= 2 and "cannot be divided into groups of" in done.stderr
 
 
 def test_evaluation_takes_the_checkpoints_that_are_asked_for_and_comes_again(tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ def test_a_connector_and_a_preprocessor_and_what_they_change(demo_data: Path, tm
     )
     plan = make_plan(load_experiment(tmp_path / "run" / "config.json"), split="train")
     assert [len(index) for index in plan.indexes] == [20]
-    with pytest.raises(ValueError, match="an exported MM1 has code for the connectors average, attention, c_abstractor, not for 'pixel_sh"):
+    with pytest.raises(
+        ValueError, match="exported MM1 models have code for the connectors average, attention, c_abstractor, but not for 'pixel_sh"
+    ):
         convert_to_hf(tmp_path / "run", tmp_path / "hf")
 
 
@@ -189,7 +191,7 @@ def _logits(run_dir: Path, ids: torch.Tensor) -> torch.Tensor:
 def test_names_are_taken_once() -> None:
     family = family_of(get_recipe(PATCHES).model)
     register_family(family)  # again, which changes nothing
-    with pytest.raises(ValueError, match="a family 'patches' is known already"):
+    with pytest.raises(ValueError, match="a family 'patches' is already registered"):
         register_family(type(family)())
 
 
@@ -199,8 +201,8 @@ def test_names_are_taken_once() -> None:
         ("nowhere.py:recipe", r"there is no file .*nowhere.py: give the path where it is"),
         ("no.such.module:recipe", "there is no module 'no.such.module': install its package or put its folder on PYTHONPATH"),
         (f"{EXAMPLES / 'patch_family.py'}:debug_patch", "defines no 'debug_patch': did you mean debug_patches?"),
-        (f"{EXAMPLES / 'patch_family.py'}:MEAN", "is no recipe: it gives tuple instead of an Experiment"),
-        (":recipe", "':recipe' names nothing: write FILE.py:NAME or MODULE:NAME"),
+        (f"{EXAMPLES / 'patch_family.py'}:MEAN", "is not a recipe: it returns tuple instead of an Experiment"),
+        (":recipe", "':recipe' is not a reference: write FILE.py:NAME or MODULE:NAME"),
     ],
 )
 def test_a_wrong_reference_says_what_is_wrong(reference: str, message: str) -> None:
@@ -214,7 +216,9 @@ def test_a_kind_of_connector_needs_its_configuration() -> None:
         ValueError, match=r"'pixel_shuffle' is configured by PixelShuffleConfig, but model.connector is a ConnectorConfig: set"
     ):
         connector_of(ConnectorConfig(kind="pixel_shuffle", num_tokens=16))
-    with pytest.raises(ValueError, match=r"connector.kind is 'strips', but must be one of .*: name its file in `extensions`"):
+    with pytest.raises(
+        ValueError, match=r"connector.kind is 'strips', but must be one of .*: to use one of your own, add its file to `extensions`"
+    ):
         connector_of(ConnectorConfig(kind="strips", num_tokens=16))
 
 

@@ -123,7 +123,7 @@ def _pieces_of_another_seed() -> list[Piece]:
 @pytest.mark.parametrize(("name", "shape"), [("connector.scale", (4,)), ("language.rms.weight", (4,)), ("connector.weight", (4, 4))])
 def test_a_parameter_that_nobody_marked_is_an_error(name: str, shape: tuple[int, ...]) -> None:
     """A norm whose weight began at 0 would silence its layer for the whole run."""
-    with pytest.raises(ValueError, match=f"nothing says how {name} of shape .* begins: give the parameter `init_std`"):
+    with pytest.raises(ValueError, match=f"parameter {name} of shape .* has no initial value: give it `init_std`"):
         initial_value(name, torch.nn.Parameter(torch.empty(shape)))
 
 

@@ -129,7 +129,7 @@ def test_half_a_line_waits_for_its_other_half_and_a_long_file_is_read_from_its_e
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no run directory"):
+    with pytest.raises(ValueError, match="is not a run directory"):
         watch(tmp_path, interval=1)
 
 

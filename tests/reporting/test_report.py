@@ -99,7 +99,7 @@ def test_steps_after_a_restart_that_the_run_has_not_reached_again_do_not_count(t
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither metrics"):
         read_run(tmp_path)
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         read_run(tmp_path / "gone")
 
 

@@ -76,7 +76,7 @@ def test_a_place_that_hangs_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, cap
     sinks.close(exit_code=0)
     stuck.set()
     said = " ".join(r.getMessage() for r in caplog.records)
-    assert "is behind" in said and "did not take the last metrics" in said and "were left out" in said
+    assert "is behind" in said and "did not accept the last metrics" in said and "were left out" in said
 
 
 # -------------------------------------------------------------------------------------------------------------- Prometheus

@@ -82,7 +82,7 @@ def test_a_run_whose_wandb_cannot_be_reached_keeps_it_for_later(listens: bool, d
         done = subprocess.run(command, env=environment(port), capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if "W&B" in line]
-    assert len(said) == 1 and f"is kept in {run_dir / 'wandb'}, and `wandb sync` sends it later" in said[0], done.stderr
+    assert len(said) == 1 and f"are kept in {run_dir / 'wandb'}; upload them later with `wandb sync`" in said[0], done.stderr
     assert steps(run_dir) == [1, 2, 3]
     (kept,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
     assert [entry["train/step"] for entry in history(kept) if "train/loss" in entry] == [1, 2, 3]
@@ -108,5 +108,5 @@ def test_a_run_whose_wandb_stops_answering_ends_all_the_same(tmp_path: Path) -> 
         server.kill()
         server.wait()
     assert run.returncode == 0
-    assert said.splitlines() == ["W&B did not take the last metrics within 5 s: metrics.jsonl has them"]
+    assert said.splitlines() == ["W&B did not accept the last metrics within 5 s: they are in metrics.jsonl"]
     assert steps(run_dir) == list(range(1, 20))

@@ -108,7 +108,7 @@ def test_measured_stands_beside_predicted() -> None:
 
 @pytest.mark.parametrize("steps", ["0:3", "5:4", "a:b", "1:2:3", ":", "3:"])
 def test_steps_that_are_no_range_are_refused(steps: str) -> None:
-    with pytest.raises(ValueError, match=r"profile\.steps is .*takes FIRST:LAST"):
+    with pytest.raises(ValueError, match=r"profile\.steps is .*must be FIRST:LAST"):
         ProfileConfig(steps=steps)
 
 

@@ -256,7 +256,7 @@ def _no_archive(tensors: Path) -> Path:
         "a pickle in a tensor's place",
         "a pickle in plain values' place",
         "a file elsewhere",
-        "no archive",
+        "not an archive",
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(

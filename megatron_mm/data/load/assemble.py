@@ -1,4 +1,5 @@
-"""What was read of a micro-batch, put where its layout says: first all but the texts, which may come later, from another process."""
+"""Puts the data of a micro-batch at the positions in its layout: first everything except the texts, which may arrive later from another
+process."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ def batch_without_texts(layout: Layout, *, pixels: torch.Tensor | None, stages: 
     """A micro-batch of padding tokens, on the CPU.
 
     Args:
-        pixels: of the images that this process encodes; None where it encodes none.
+        pixels: of the images that this process encodes; None if it encodes none.
         stages: [images]: `PackedBatch.image_stages`.
     """
     cu_seqlens, image_starts = torch.from_numpy(layout.cu_seqlens), torch.from_numpy(layout.image_starts)

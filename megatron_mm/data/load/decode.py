@@ -1,14 +1,14 @@
 """Image decoding: encoded bytes -> uint8 RGB squares, by the model family's transform (`data.image_transform`).
 
-DALI decodes ordinary JPEG, PNG and WebP; what DALI treats otherwise than Pillow (CMYK, 16-bit, palettes, transparency, GIF) goes to
-Pillow at the same time, and so does a batch in which DALI meets a damaged image, because DALI then gives none of the batch. On a CPU Pillow
-resizes what DALI has decoded, several times faster than DALI would. On a GPU only JPEG is decoded there; DALI decodes PNG and WebP in its
-threads on the CPU (`data.decode_threads`), and resizes them on the GPU.
+DALI decodes ordinary JPEG, PNG and WebP. Images that DALI decodes differently from Pillow (CMYK, 16-bit, palettes, transparency, GIF) go to
+Pillow at the same time. So does a whole batch in which DALI meets a damaged image, because DALI then returns nothing for that batch. On a
+CPU, Pillow resizes the images that DALI has decoded, several times faster than DALI would. On a GPU, only JPEG is decoded there; DALI
+decodes PNG and WebP in its threads on the CPU (`data.decode_threads`) and resizes them on the GPU.
 
-A JPEG whose end is missing goes to Pillow, which says whether it is whole: the GPU's decoder took a cut one as whole.
+A JPEG without an end marker goes to Pillow, which detects whether it is truncated; the GPU's decoder accepts truncated JPEGs.
 
-On a GPU our work is on a stream of its own, for which this thread waits. Inside DALI something still waits for what training has queued
-when a batch begins: on an H200 28 JPEGs took 4.9 ms on an idle GPU and 320 ms behind 309 ms of matrix products, which took 4% longer
+On a GPU our work has its own stream, for which this thread waits. Something inside DALI still waits for the work that training has already
+queued when a batch begins: on an H200 28 JPEGs took 4.9 ms on an idle GPU and 320 ms behind 309 ms of matrix products, which took 4% longer
 meanwhile. So batches are decoded ahead (`data.prefetch_steps`).
 """
 
@@ -150,7 +150,7 @@ class DaliDecoder:
         return DecodedImages(pixels, ok)
 
     def _with_dali(self, blobs: list[bytes]) -> torch.Tensor | None:
-        """[n, 3, size, size]; None where DALI failed on one of them."""
+        """[n, 3, size, size]; None if DALI failed on one of them."""
         if not blobs:
             return torch.empty((0, 3, self.transform.size, self.transform.size), dtype=torch.uint8)
         if len(blobs) > self._largest:
@@ -267,7 +267,7 @@ def has_dali() -> bool:
 def make_decoder(
     backend: Literal["auto", "dali", "pillow"], transform: ImageTransform, *, threads: int, device: torch.device
 ) -> ImageDecoder:
-    """The decoder that `data.decoder` names. Raises ValueError where DALI is asked for and not installed."""
+    """The decoder that `data.decoder` names. Raises ValueError if DALI is asked for and not installed."""
     if backend == "dali" and not has_dali():
         raise ValueError("data.decoder is dali, but the package nvidia-dali is not installed: install it or use --data.decoder pillow")
     if backend == "pillow" or not has_dali():

@@ -2,8 +2,8 @@
 
     plan (integers) -> read byte ranges in threads -> decode -> PackedBatch
 
-A thread stays up to `prefetch_steps` global batches ahead. A process that holds neither the encoder nor the loss reads nothing
-at all: its integers come from the plan alone.
+A thread stays up to `prefetch_steps` global batches ahead. A process that has neither the encoder nor the loss reads nothing at all: the
+plan gives it all integers that it needs.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class _Draft:
     blobs: list[Future[Any]] = field(default_factory=list)
     """Of the bytes of a few of the shown images each, in order."""
     pixels: Future[Any] | None = None
-    """Of `DecodedImages`; None where this process needs none."""
+    """Of `DecodedImages`; None if this process needs none."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _Tally:
     bad: Counter[str] = field(default_factory=Counter)
 
     def check(self, what: str, *, limit: float) -> None:
-        """Raises ValueError where too large a share of a source is bad."""
+        """Raises ValueError if too large a share of a source is bad."""
         for name, count in self.bad.items():
             if self.read[name] >= _FEW and count > limit * self.read[name]:
                 raise ValueError(
@@ -152,10 +152,10 @@ class Loader:
     ) -> None:
         """Begin to read at the cursor `start`.
 
-        Raises ValueError where the index was made with another tokenizer, or the tokenizer lacks a token that images are written with.
+        Raises ValueError if the index was made with another tokenizer, or the tokenizer lacks a token that images are written with.
 
         Args:
-            sharing: the processes that need the same texts; None where this one reads what it needs.
+            sharing: the processes that need the same texts; None if this one reads what it needs.
         """
         for index in plan.indexes:
             if index.tokenizer != tokenizer.fingerprint:
@@ -192,7 +192,7 @@ class Loader:
         return self
 
     def __next__(self) -> StepBatch:
-        """The next global batch. Raises ValueError where too many samples of a source fail."""
+        """The next global batch. Raises ValueError if too many samples of a source fail."""
         ready = self._ready.get()
         if isinstance(ready, BaseException):
             self._ready.put(ready)
@@ -302,7 +302,7 @@ class Loader:
     # ------------------------------------------------------------------------------------------------------- assembling
 
     def _finish(self, batch: GlobalBatch, drafts: list[_Draft]) -> _Read:
-        """Wait for the bytes of a global batch. Raises ValueError where too many samples of a source are bad."""
+        """Wait for the bytes of a global batch. Raises ValueError if too many samples of a source are bad."""
         bad = Counter[str]()
         layouts = [draft.layout for draft in drafts]
         sizes = _lengths(layouts)
@@ -385,4 +385,4 @@ class Loader:
             if not good:
                 self._seen.bad[name] += 1
                 bad[name] += 1
-                logger.warning("undecodable image in sample %d of %s: a blank one stands for it", image.sample, name)
+                logger.warning("undecodable image in sample %d of %s: it is replaced with a blank one", image.sample, name)

@@ -1,7 +1,7 @@
-"""Reads and tokenizes the texts of documents; each once for a data-parallel rank.
+"""Reads and tokenizes the texts of documents, each once per data-parallel rank.
 
 All processes of a data-parallel rank that embed tokens or compute the loss (the tensor-parallel ranks of the first and the last pipeline
-stage) need the same token ids. One of them reads and tokenizes; the others get the ids from it, 4 bytes a token, when they ask for the
+stage) need the same token ids. One of them reads and tokenizes; it sends the ids to the others, 4 bytes per token, when they request the
 batch.
 """
 
@@ -86,7 +86,7 @@ class TextReader:
         return stream
 
     def _read(self, source: int, sample: int) -> np.ndarray | None:
-        """A document's stream of token ids; None where its bytes cannot be used any more."""
+        """A document's stream of token ids; None if its bytes cannot be used any more."""
         index = self._sources[source]
         try:
             items = read_items(index, sample)
@@ -104,7 +104,7 @@ def _size(kept: Future[np.ndarray | None]) -> int:
 def document_stream(index: Source, sample: int, tokenizer: Tokenizer, items: list[Item], *, image: ImageInput) -> list[int]:
     """BOS, the items' tokens in reading order, EOS.
 
-    Raises ValueError where the texts are not those that were indexed.
+    Raises ValueError if the texts are not those that were indexed.
 
     Args:
         items: what the document's bytes say; where its images stand, the index says.

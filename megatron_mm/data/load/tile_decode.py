@@ -1,8 +1,8 @@
-"""Decoding for models that look at images in tiles, and with JPEG artefacts as an augmentation.
+"""Decoding for models that see images as tiles, and JPEG artefacts as an augmentation.
 
-All of it is Pillow's work, in threads. DALI could resize each image of a batch to a grid of its own, but cutting them into differing
-numbers of tiles, of which a process may need some, takes another operator run for each grid; and with one decoder the pixels, artefacts
-included, do not depend on which packages a machine has.
+Pillow does all of this, in threads. DALI could resize each image of a batch to a different grid, but cutting images into different numbers
+of tiles, of which a process may need only some, would take a separate operator for each grid. Also, with a single decoder the pixels,
+including artefacts, do not depend on the packages that a machine has.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Which sequences form a micro-batch, and which micro-batch goes to which data-parallel rank, so that none waits for another.
+"""Groups sequences into micro-batches and assigns these to data-parallel ranks, so that no rank waits long for another.
 
-A micro-batch is as long as its tokens: padding is not computed. So `micro_batch_size` is a budget, of so many full sequences' tokens and
-images, and not a count: a micro-batch may hold more sequences than that where these are short.
+A micro-batch is as long as its tokens, because padding is not computed. So `micro_batch_size` is not a count but a budget, the tokens and
+images of that many full sequences: a micro-batch may contain more sequences if they are short.
 
-Worked example: a budget of two sequences of 100 tokens, sequences of 90 80 50 40 40 30 20 10 tokens that cost as many, and two
-data-parallel ranks. The tokens fill 1.8 budgets, so two micro-batches are enough where two sequences each would make four. The costliest
-sequence that is left goes to the cheapest micro-batch: 90 40 40 10 and 80 50 30 20, and the two, of 180 tokens, go to the two ranks.
+Worked example: a budget of two sequences of 100 tokens, sequences of 90 80 50 40 40 30 20 10 tokens whose cost equals their length, and two
+data-parallel ranks. The tokens fill 1.8 budgets, so two micro-batches are enough, whereas two sequences each would make four. The costliest
+remaining sequence goes to the cheapest micro-batch: this gives 90 40 40 10 and 80 50 30 20, with 180 tokens each, one for each rank.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _fill(
 ) -> list[list[int]] | None:
     """So many groups of like cost within the budget: each sequence, costliest first, goes to the cheapest one that has room for it.
 
-    None where one finds no room.
+    None if one finds no room.
 
     Args:
         most: sequences of a group; None for no limit.

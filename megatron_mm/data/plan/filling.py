@@ -1,13 +1,14 @@
-"""Which pieces of documents share a sequence: random ones, as long as the sequence can still be filled to the brim.
+"""Chooses the pieces of documents for a sequence: random ones, as long as the sequence can still be filled completely.
 
-Best fit, longest first, puts like with like: captions of four lengths in sequences of 256 tokens leave 3% empty. Here a
-sequence begins with the costliest piece that is left, if that is a long one, and goes on with pieces in random order; a piece is
-taken if what room it leaves is a sum of common lengths. Which rooms are such sums is one integer, bit r standing for room r.
-Where no such piece is found, the one that wastes least comes next: tokens and images that stay unused both count, each as far as
-it is scarce, because sequences full of tokens that leave images over end in sequences full of images with half their tokens.
+Best fit with the longest piece first puts similar pieces together: captions of four lengths in sequences of 256 tokens leave 3% empty.
+Here, a sequence begins with the costliest remaining piece, if that is a long one, and continues with pieces in random order. A piece is
+taken if the room that it leaves is a sum of common lengths. One integer records which rooms are such sums: bit r stands for room r. If
+there is no such piece, the one that wastes least is taken. Both unused tokens and unused images count, weighted by how scarce they are,
+because filling some sequences with tokens and leaving images over would lead to other sequences that are full of images but have only half
+their tokens.
 
-Worked example: lengths 24 and 25 are common, 99 tokens of room are left. The sums up to 99 are 24 25 48 49 50 72 .. 75 96 .. 99.
-A piece of 26 would leave 73 = 24 + 24 + 25 and is taken; one of 30 would leave 69, which is no sum, and waits.
+Worked example: lengths 24 and 25 are common, and there is room for 99 tokens. The sums up to 99 are 24 25 48 49 50 72 .. 75 96 .. 99. A
+piece of 26 would leave 73 = 24 + 24 + 25 and is taken; a piece of 30 would leave 69, which is not a sum, and waits.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class _Deck:
             images -= self.images[piece]
 
     def _next(self, room: int, images: int) -> int | None:
-        """A piece for a sequence with so much room and so many images to go; None where nothing fits."""
+        """A piece for a sequence with so much room and so many images to go; None if nothing fits."""
         sums, order, hand, bins = self.sums, self.order, self.hand, self.bins
         best = room if sums >> room & 1 else (sums & ((1 << room + 1) - 1)).bit_length() - 1  # the largest sum that fits
         hand[:] = [piece for piece in hand if bins[piece] < 0]

@@ -1,6 +1,7 @@
-"""The integers of a micro-batch, from the plan alone: where its documents and images lie, what counts, who encodes what.
+"""The integers of a micro-batch that follow from the plan: positions of documents and images, the loss mask, which process encodes which
+image.
 
-Every process can compute them without reading a byte, so they are the same on every pipeline stage.
+Every process can compute them without reading any data, so they are the same on every pipeline stage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which source a sequence comes from, and which sample of a source comes next: pure functions of a few integers."""
+"""The source of each sequence, and the next sample of each source: pure functions of a few integers."""
 
 from __future__ import annotations
 

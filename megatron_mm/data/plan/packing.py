@@ -1,8 +1,8 @@
 """Packing of documents into sequences of a fixed number of tokens and at most so many images (`data.plan.filling` chooses which).
 
-A document is the token stream BOS, items, EOS, where an image is as many places as `ImageInput` says. A piece is a range [begin, end) of
-that stream: the whole of it, or, where a document is longer than a sequence or has too many images, a part; an image is never
-cut, and nothing is dropped.
+A document is the token stream BOS, items, EOS, in which `ImageInput` says how many positions an image takes. A piece is a range [begin,
+end) of that stream: all of it, or a part if the document is longer than a sequence or has too many images. An image is never split, and
+nothing is dropped.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def pack_window(source: Source, samples: Samples, limits: Limits, image: ImageIn
         samples: of the source.
         first_position: where in the source's stream the first of them stands.
 
-    Raises ValueError where an image may be too large for a sequence.
+    Raises ValueError if an image may be too large for a sequence.
     """
     check_largest_image(limits, image)
     lengths, tiles = document_lengths(samples, image), samples.num_tiles
@@ -123,7 +123,7 @@ def check_largest_image(limits: Limits, image: ImageInput) -> None:
     if largest > limits.sequence_length:
         of_tiles = f" of {image.max_tiles} {image.squares}" if image.max_tiles > 1 else ""
         raise ValueError(
-            f"an image{of_tiles} takes {largest} tokens, more than data.sequence_length {limits.sequence_length}: raise that, or "
+            f"an image{of_tiles} takes {largest} tokens, more than data.sequence_length {limits.sequence_length}: raise that limit, or "
             f"lower {_fewer_tiles(image)}"
         )
     if image.max_tiles > limits.max_images:

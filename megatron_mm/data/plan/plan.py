@@ -1,8 +1,8 @@
 """The plan: which samples are packed into which sequence of which micro-batch of which rank, before any data is read.
 
-A plan is a pure function of (indexes, mixture, seed, cursor). Every process computes the same one, so nothing is broadcast; the
-cursor is a few integers, so a resume is exact; and sequences are drawn without regard to the number of processes, so the same
-samples make up every global batch on any data-parallel size.
+A plan is a pure function of (indexes, mixture, seed, cursor). Every process computes the same plan, so nothing has to be broadcast. The
+cursor is a few integers, so a resume is exact. Sequences are drawn independently of the number of processes, so a global batch has the same
+samples for any data-parallel size.
 """
 
 from __future__ import annotations

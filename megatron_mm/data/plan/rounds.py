@@ -1,15 +1,15 @@
-"""Deals the micro-batches of a global batch to data-parallel ranks, so that no rank waits long for another.
+"""Assigns the micro-batches of a global batch to data-parallel ranks, so that no rank waits long for another.
 
-Two things make a rank wait. In every round (the k-th micro-batches of all ranks, which run together) the decoder's stages wait for the
-costliest micro-batch, and the first stage for the one with the most images. So micro-batches are sorted by cost and cut into bands of like
-cost; those of a band are sorted by images, and each round takes the next `data_size` of them. At the end of the step all wait for the rank
-with the most work; so within the rounds micro-batches change ranks until the sums of attention's cost, of the whole cost and of the images
-are level over the ranks.
+There are two reasons to wait. In every round (the k-th micro-batches of all ranks, which run at the same time) the decoder's stages wait
+for the costliest micro-batch, and the first stage waits for the one with the most images. Therefore micro-batches are sorted by cost and
+divided into bands of similar cost; those of a band are sorted by their number of images, and each round takes the next `data_size` of them.
+At the end of the step, all ranks wait for the one with the most work. Therefore micro-batches within a round are exchanged between ranks
+until the sums of attention cost, of total cost and of images are balanced over the ranks.
 
 Worked example, two ranks: micro-batches of cost 100 98 97 95 | 60 55 and images 1 9 2 8 | 0 0 are two bands. Rounds by cost alone would put
 9 images beside 1 and 8 beside 2; rounds within the first band are 9 8 and 2 1.
 
-All of it is done in integers: processes on different processors must come to the same result.
+Only integers are used, because processes on different processors must get the same result.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""A source's endless stream of samples: every epoch another order, in which each sample comes once.
+"""A source's endless stream of samples: each epoch contains every sample once, in a new order.
 
-The order is of blocks. Rows lie in the order of the shards, so a run of neighbouring rows is a part of one shard (or a few small ones).
-An epoch shuffles the runs, makes blocks of RUNS_PER_BLOCK of them, and shuffles the samples of each block among themselves:
+Samples are shuffled in blocks. Rows are in the order of the shards, so a run of neighbouring rows is part of one shard (or of a few small
+ones). An epoch shuffles the runs, makes blocks of RUNS_PER_BLOCK runs, and shuffles the samples within each block:
 
     runs of rows     0 1 2 3 4 5 6 7        shuffled   5 2 7 0 | 3 6 1 4        two blocks
     a block          the samples of runs 5, 2, 7 and 0 in random order, then those of 3, 6, 1 and 4
 
 So planning reads the sizes of a block's samples as RUNS_PER_BLOCK sequential reads (those of the next block a few at a time, while the
-current one is used), holds two blocks in memory however large the source is, and training reads from the shards of one block at a time.
-A source of at most BLOCK samples is one block, whose samples are shuffled all together.
+current one is used), holds two blocks in memory however large the source is, and training reads from the shards of one block at a time. A
+source of at most BLOCK samples is one block, so all of its samples are shuffled together.
 
-How good the shuffle is: a batch of n samples of a source comes from up to RUNS_PER_BLOCK shards. Where samples of a shard are alike with
-correlation rho, the variance of a batch's mean is 1 + rho (n - 1) / RUNS_PER_BLOCK times that of independent draws (a perfect shuffle of N
-shards has N in the place of RUNS_PER_BLOCK). `benchmarks/plan_time.py` measures it for rho = 1.
+How good is the shuffle? A batch of n samples of a source comes from up to RUNS_PER_BLOCK shards. If the samples of a shard have correlation
+rho, the variance of a batch's mean is 1 + rho (n - 1) / RUNS_PER_BLOCK times that of independent samples (for a perfect shuffle of N
+shards, replace RUNS_PER_BLOCK with N). `benchmarks/plan_time.py` measures it for rho = 1.
 """
 
 from __future__ import annotations

@@ -265,13 +265,13 @@ def prepare_demo(out: Path, *, samples: int = 2000, seed: int = 0) -> Summary:
     quarter as many conversations and a quarter as many tasks; of each an eighth as many held-out ones; tokenizer and index. The same
     seed makes the same bytes. The tokenizer is of the first three sources' texts.
 
-    Raises ValueError where `out` has data already.
+    Raises ValueError if `out` has data already.
     """
     began = time.monotonic()
     if samples < 40:
         raise ValueError(f"--samples is {samples}, but the tokenizer needs at least 40 samples to be trained on")
     if (out / "train").exists():
-        raise ValueError(f"{out} has a data set already: remove it or choose another --out")
+        raise ValueError(f"{out} already contains a data set: remove it or choose another --out")
     splits = {"train": samples, "heldout": max(40, samples // 8)}
     for split, count in splits.items():
         rng = random.Random(f"{seed}/{split}")

@@ -1,8 +1,8 @@
-"""Where the sources of a data set are, and which of their files are shards.
+"""Finds the sources of a data set and the shards among their files.
 
     DATA/SPLIT/SOURCE/**/*.tar|*.jsonl
 
-A file that is neither a shard nor known to belong beside one is an error and not ignored: a .tar.gz that nobody reads is data lost.
+A file that is neither a shard nor known to accompany one is an error: ignoring a .tar.gz, for example, would lose data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PERHAPS_UNREAD, _SMALL = (".json", ".txt", ".csv", ".tsv"), 2**20
 def find_sources(path: Path) -> list[Path]:
     """The source folders of a data set, of one split, or the path itself.
 
-    Raises ValueError where there is none, or where shards lie both in a folder and below it, so that some would not be read.
+    Raises ValueError if there is none, or if shards lie both in a folder and below it, so that some would not be read.
     """
     check_local(path, instead="copy it to a disk. `prepare index` alone takes addresses, with --index-dir")
     if not path.is_dir():
@@ -44,8 +44,8 @@ def find_sources(path: Path) -> list[Path]:
     left = _stray(path.resolve(), found)
     if left:
         raise ValueError(
-            f"{left[0]} lies beside the folders of shards ({', '.join(sorted({p.name for p in found})[:5])}) and would not be read: "
-            "move it into a source folder of its own, or away"
+            f"{left[0]} lies beside the folders of shards ({', '.join(sorted({p.name for p in found})[:5])}) and would be ignored: "
+            "move it into a source folder of its own, or elsewhere"
         )
     return found if found != [path.resolve()] else [path]
 

@@ -1,4 +1,4 @@
-"""`prepare index` and `prepare tokenizer`: read every sample of a data set once, and write down what the plan must know."""
+"""`prepare index` and `prepare tokenizer`: read every sample of a data set once, and record what the plan needs."""
 
 from __future__ import annotations
 
@@ -78,22 +78,22 @@ def prepare_index(
     """Index every source under a path, or under the address of an object store (`mirror`). The result does not depend on the number of
     workers. Shards that were read before, in the same way and unchanged since, are not read again.
 
-    Raises ValueError where there is no shard, no tokenizer, a source without one usable sample or with too many that are not, files that
+    Raises ValueError if there is no shard, no tokenizer, a source without one usable sample or with too many that are not, files that
     would not be read, or a tokenizer that lacks control tokens of the chat template, or an empty prompt.
 
     Args:
         template, caption_prompt: of `IndexOptions`, where these are not given.
         shards: read only these of each source (`choose_shards`), and write no index: that is for `merge_only`.
-        merge_only: read no shard. Raises ValueError where one has not been read.
+        merge_only: read no shard. Raises ValueError if one has not been read.
     """
     options = options or IndexOptions(template=template, caption_prompt=caption_prompt)
     if options.caption_prompt is not None and not options.caption_prompt.strip():
-        raise ValueError("the caption prompt is empty: leave --caption-prompt out where nothing asks for captions")
+        raise ValueError("the caption prompt is empty: leave out --caption-prompt if pairs should not become chats")
     address = address_of(path)
     if address is None:
         return _prepare(path, tokenizer, options, workers, shards, merge_only)
     if options.index_dir is None:
-        raise ValueError(f"{address} is not on a disk of this machine: give --index-dir DIR for its index, and train with --data.path DIR")
+        raise ValueError(f"{address} is in an object store: give --index-dir DIR for its index, and train with --data.path DIR")
     with mirrored(address) as mirror:
         try:
             return _prepare(mirror.path_of(address), tokenizer, options, workers, shards, merge_only, mirror)
@@ -133,12 +133,12 @@ def _prepare(
             _read_shards(job, found if shards is None else [found[n] for n in choose_shards(shards, len(found))], workers=workers)
         summaries[f"{source.parent.name}/{source.name}"] = _merge(job) if shards is None else _read_so_far(job)
     if options.caption_prompt is not None and "pairs" not in kinds:
-        logger.warning("%s has no source of pairs, for which the caption prompt is: it is not used", path)
+        logger.warning("%s has no source of pairs, so the caption prompt is not used", path)
     return Summary(summaries, seconds=time.monotonic() - began)
 
 
 def _reading(shards: Sequence[Path], model: Path, options: IndexOptions) -> Reading:
-    """How a source is read. Raises ValueError where that is not clear, or where the tokenizer lacks tokens of the chat template."""
+    """How a source is read. Raises ValueError if that is not clear, or if the tokenizer lacks tokens of the chat template."""
     detected = detect_kind(shards, kind=options.kind, key_ends=options.key_ends, keys=options.keys)
     prompt = options.caption_prompt if detected.kind == "pairs" else None
     if detected.kind in CHAT_KINDS or prompt is not None:
@@ -238,7 +238,7 @@ class _Totals:
 
 
 def _merge(job: _SourceJob) -> SourceSummary:
-    """Write the index of a source from the row files of its shards, one at a time. Raises ValueError where one is missing."""
+    """Write the index of a source from the row files of its shards, one at a time. Raises ValueError if one is missing."""
     source, totals = job.source, _Totals()
 
     def shards() -> Iterator[Shard]:
@@ -299,7 +299,7 @@ def _check_template(name: str, model: Path) -> None:
     if lacking:
         raise ValueError(
             f"chat template {name} needs the control tokens {', '.join(lacking)}, which {model} lacks: "
-            "choose another --chat-template, or give the --tokenizer of the model that it belongs to"
+            "choose another --chat-template, or give the --tokenizer of the model that uses this template"
         )
 
 

@@ -1,7 +1,7 @@
-"""What a source holds, by many of its samples.
+"""Detects the kind of a source from many of its samples.
 
-One sample says little: a README.txt at the beginning of the first tar would make a source of pictures a source of texts. So the first
-samples of several shards vote, and where texts win although there are images, nobody wins.
+A single sample is not enough: a README.txt at the beginning of the first tar would turn a source of pictures into a source of texts. So the
+first samples of several shards vote. If texts win although there are images, it is an error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Detected:
 def detect_kind(shards: Sequence[Path], *, kind: Kind | None = None, key_ends: KeyEnds | None = None, keys: Keys = USUAL) -> Detected:
     """What a source holds.
 
-    Raises ValueError where most samples are texts but some have images, so that these would be lost.
+    Raises ValueError if most samples are texts but some have images, so that these would be lost.
 
     Args:
         kind, key_ends: what the user says, which nothing overrules.
@@ -100,7 +100,7 @@ def _has_dotted_keys(shards: Sequence[Path], keys: Keys) -> bool:
 
 
 def _kind_of(sample: WebSample, keys: Keys) -> Kind | None:
-    """What a sample would be by itself; None where it says nothing."""
+    """What a sample would be by itself; None if it says nothing."""
     document = _json_bytes(sample.members.get("json"))
     found = document_kind(document, keys) if document is not None else None
     if found in ("conversations", "tasks"):

@@ -1,11 +1,11 @@
-"""Shards in an object store, indexed without a copy of them all: a folder of empty files that look like them.
+"""Indexes shards in an object store without copying all of them: a folder of empty files stands in for the objects.
 
     prepare index s3://bucket/data --index-dir DIR
 
-lists the objects and makes, in a temporary folder, a file of the same path, size and time for each, with a hole in place of contents, so
-that it takes no disk. All that asks for names, sizes and times works as with files. A shard's bytes are put into its file when its turn
-comes, in ranges that are tried again after faults (`sources.stores`), and taken out when its rows are written: the disk holds as many
-shards as there are workers. To see what a source holds, the first megabytes of a few shards are enough.
+lists the objects and creates a file of the same path, size and time for each in a temporary folder. The files are sparse, so they take no
+disk space, and code that needs only names, sizes and times works as with real files. When a shard is to be read, its bytes are downloaded
+to its file, in ranges that are retried after errors (`sources.stores`); they are removed once its rows are written. So the disk holds only
+as many shards as there are workers. The first megabytes of a few shards are enough to detect the kind of a source.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Mirror:
 
     @contextmanager
     def filled(self, file: Path) -> Iterator[None]:
-        """Put an object's bytes into its file as long as they are needed. Raises OSError where they cannot be read."""
+        """Put an object's bytes into its file as long as they are needed. Raises OSError if they cannot be read."""
         _fill(file, self.url_of(file))
         try:
             yield
@@ -77,7 +77,7 @@ class Mirror:
 
 @contextmanager
 def mirrored(url: str) -> Iterator[Mirror]:
-    """A mirror of all objects below an address, hidden ones and indexes left out. Raises ValueError where there are none, OSError where the
+    """A mirror of all objects below an address, hidden ones and indexes left out. Raises ValueError if there are none, OSError if the
     store does not answer."""
     with tempfile.TemporaryDirectory(prefix="megatron_mm_mirror_") as scratch:
         mirror = Mirror(Path(scratch).resolve(), url.partition("://")[0])
@@ -93,7 +93,9 @@ def mirrored(url: str) -> Iterator[Mirror]:
             if file.name == _TOKENIZER:
                 _fill(file, mirror.url_of(file))
         if not root.is_dir():
-            raise ValueError(f"{url} holds no object: give the address of a data set, such as s3://bucket/data, of a split or of a source")
+            raise ValueError(
+                f"{url} contains no objects: give the address of a data set, such as s3://bucket/data, of a split or of a source"
+            )
         logger.info("%s: %d objects", url, len(listed))
         yield mirror
 

@@ -1,7 +1,7 @@
-"""`prepare report`: what a data set holds, from its indexes alone.
+"""`prepare report`: statistics of a data set, computed from its indexes.
 
-Counts and distributions of documents are of every sample. Those of image sizes are of evenly spread blocks, of a million samples a source
-at most, since they need the larger table of the index.
+Counts and distributions of documents cover every sample. Those of image sizes cover evenly spread blocks with at most a million samples per
+source, because they need the larger table of the index.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _percentiles_line(values: dict[str, float]) -> str:
 
 
 def report(path: Path) -> DataReport:
-    """The statistics of every indexed source under a path. Raises ValueError where one has no index."""
+    """The statistics of every indexed source under a path. Raises ValueError if one has no index."""
     sources = {}
     for source in find_sources(path):
         index = open_index(source, check=False)

@@ -1,10 +1,10 @@
-"""Row files: what `prepare index` found in one shard, kept beside the index so that no shard is read twice.
+"""Row files: the results of `prepare index` for one shard, kept beside the index so that no shard is read twice.
 
     <home>/index/shards/<shard>.rows        a line of JSON (`RowHeader`), then the shard's SAMPLE rows, then its ITEM rows
 
-A row file is written aside and renamed: it is whole or absent, whenever the process is killed. It is used again as long as the shard is the
-same (size and time of modification, or size and a digest of parts of it) and would be read in the same way (kind, tokenizer, chat template,
-verification).
+A row file is written under another name and then renamed, so it is complete or absent, even if the process is killed. It is used again if
+the shard is unchanged (size and modification time, or size and a digest of parts of it) and would be read in the same way (kind, tokenizer,
+chat template, verification).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def row_file_of(source: Path, shard: Path, *, home: Path | None = None) -> Path:
 
 
 def write_row_file(path: Path, shard: Path, rows: ShardRows, *, recipe: str) -> RowHeader:
-    """Write a shard's rows, with `shard` and `first_item` counted from 0. Raises OSError where the disk is full, and leaves nothing."""
+    """Write a shard's rows, with `shard` and `first_item` counted from 0. Raises OSError if the disk is full, and leaves nothing."""
     stat, data = shard.stat(), rows.samples.tobytes() + rows.items.tobytes()
     header = RowHeader(
         recipe=recipe,
@@ -98,7 +98,7 @@ def write_row_file(path: Path, shard: Path, rows: ShardRows, *, recipe: str) -> 
 
 
 def read_header(path: Path) -> RowHeader | None:
-    """The header of a row file; None where there is none, or the file is not whole."""
+    """The header of a row file; None if there is none, or the file is not whole."""
     try:
         with path.open("rb") as file:
             header = RowHeader(**json.loads(file.readline()))
@@ -109,7 +109,7 @@ def read_header(path: Path) -> RowHeader | None:
 
 
 def current_header(path: Path, shard: Path, *, recipe: str) -> RowHeader | None:
-    """The header of a shard's row file where it may be used again; None where the shard must be read."""
+    """The header of a shard's row file where it may be used again; None if the shard must be read."""
     header = read_header(path)
     if header is None or header.recipe != recipe:
         return None
@@ -120,7 +120,7 @@ def current_header(path: Path, shard: Path, *, recipe: str) -> RowHeader | None:
 
 
 def read_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The SAMPLE and ITEM rows of a row file. Raises ValueError where they are damaged."""
+    """The SAMPLE and ITEM rows of a row file. Raises ValueError if they are damaged."""
     header = read_header(path)
     with path.open("rb") as file:
         file.readline()

@@ -1,10 +1,10 @@
-"""The samples of a shard, checked: rows for those that can be used, and every loss counted.
+"""Checks the samples of a shard: makes rows for those that can be used, and counts every loss.
 
-Three counts say what became of the rest:
+There are three counts of losses:
 
     rejected   samples that are left out
     dropped    images and entries that are left out of documents, of which the rest is used
-    skipped    files in a tar that belong to no sample: AppleDouble files, links into nowhere
+    skipped    files in a tar that belong to no sample: AppleDouble files, dangling links
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _read(member: Member) -> bytes:
 
 
 def document_of(kind: Kind, sample: WebSample, keys: Keys) -> Member:
-    """The member that holds a sample's text. Raises BadDocument where there is none."""
+    """The member that holds a sample's text. Raises BadDocument if there is none."""
     named = "txt" if keys.text is None else keys.text.lower()
     for extension in (named, "json") if kind in ("pairs", "text") else ("json",):
         if extension in sample.members:
@@ -250,7 +250,7 @@ def _referenced(sample: WebSample, reference: ImageReference, keys: Keys) -> Mem
 
 
 def check_image(data: bytes, *, whole: bool = True) -> tuple[int, int]:
-    """Width and height of an image that decodes to its last row. Raises BadDocument where it does not, or is too large.
+    """Width and height of an image that decodes to its last row. Raises BadDocument if it does not, or is too large.
 
     Args:
         whole: decode it; otherwise its header is enough.

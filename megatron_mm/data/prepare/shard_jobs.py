@@ -1,7 +1,7 @@
-"""Reads shards in several processes, each shard once, and says how far it is.
+"""Reads shards in several processes, each shard once, and reports progress.
 
-Workers write row files themselves and return their headers, so memory does not grow with the number of shards. A worker that is killed, or
-whose parent is, leaves whole row files or none.
+Workers write row files themselves and return only their headers, so memory does not grow with the number of shards. If a worker or its
+parent is killed, its row files are complete or absent.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ShardJob:
 def run_jobs(jobs: Sequence[ShardJob], *, workers: int) -> Iterator[tuple[ShardJob, RowHeader]]:
     """Read shards and write their row files; yields each when it is done, in any order.
 
-    Raises ValueError where a worker dies, of too little memory for example; what was done stays done.
+    Raises ValueError if a worker dies, of too little memory for example; what was done stays done.
     """
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
@@ -70,7 +70,7 @@ def run_jobs(jobs: Sequence[ShardJob], *, workers: int) -> Iterator[tuple[ShardJ
                     yield running.pop(done), done.result()
         except BrokenProcessPool:
             raise ValueError(
-                f"a process that indexed {jobs[0].source} was killed: use fewer than {workers} --workers. Shards that are done stay done"
+                f"a process that indexed {jobs[0].source} was killed: use fewer than {workers} --workers. Finished shards are kept"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -127,7 +127,7 @@ class Progress:
 def choose_shards(text: str, count: int) -> range:
     """Which of `count` shards `--shards` names: "A-B" from A to B, both counted from 0 and included; "I/N" the I-th of N equal parts.
 
-    Raises ValueError where it is neither, or names none.
+    Raises ValueError if it is neither, or names none.
 
     >>> choose_shards("10-19", 100), choose_shards("1/4", 100), choose_shards("95-199", 100)
     (range(10, 20), range(25, 50), range(95, 100))

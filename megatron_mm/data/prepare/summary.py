@@ -1,4 +1,4 @@
-"""What `prepare index` found in the sources of a data set, and whether too much of one is lost."""
+"""Summary of what `prepare index` found in the sources of a data set, and the check that not too much of any source is lost."""
 
 from __future__ import annotations
 

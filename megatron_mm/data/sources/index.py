@@ -1,4 +1,4 @@
-"""The index of a source: where the bytes of every sample are, and what the plan must know of it.
+"""The index of a source: where the bytes of every sample are, and what the plan needs to know about it.
 
 A source is a folder of shards of one kind. `prepare index` reads every sample once and writes, beside the shards,
 
@@ -8,8 +8,8 @@ A source is a folder of shards of one kind. `prepare index` reads every sample o
                             sizes.npy   one SIZES row for each sample: what planning reads
                             shards.npy, names.npy   the shards (`shard_table`)
 
-The arrays are memory-mapped, so an index of a hundred million samples in a hundred thousand shards costs a rank no time and no memory to
-open. Together they hold all that planning needs: the plan never opens a shard.
+The arrays are memory-mapped, so opening an index of a hundred million samples in a hundred thousand shards takes a rank almost no time or
+memory. They contain all that planning needs: the plan never opens a shard.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class SourceIndex:
     item_rows: np.ndarray
     """[num_items] of ITEM."""
     chat_template: str | None = None
-    """Name of the template that renders the samples; None where they are no chats."""
+    """Name of the template that renders the samples; None if they are no chats."""
     caption_prompt: str | None = None
-    """What asks for the captions of pairs; None where they are no chats."""
+    """What asks for the captions of pairs; None if they are no chats."""
     size_rows: np.ndarray | None = None
     """[num_samples] of SIZES; None in indexes of version 2."""
     keys: Keys = USUAL
@@ -141,8 +141,8 @@ class SourceIndex:
 def open_index(source: Path, *, check: bool = True) -> SourceIndex:
     """Open the index of a source folder.
 
-    Raises ValueError that names the folder and the command to run where there is no index, where it is of another version or damaged, or
-    where a shard is not the one that was indexed.
+    Raises ValueError that names the folder and the command to run if there is no index, if it is of another version or damaged, or
+    if a shard is not the one that was indexed.
 
     Args:
         check: look at every shard and at the arrays' contents, which one process of a run does (`run.data`).
@@ -232,7 +232,7 @@ def check_folder(root: Path) -> None:
 
 
 def open_split(root: Path, split: str, *, sources: list[str], check: bool = True) -> list[Source]:
-    """Open the named sources of `root/split`, each in its format. Raises ValueError where the split or a source is missing or empty."""
+    """Open the named sources of `root/split`, each in its format. Raises ValueError if the split or a source is missing or empty."""
     folder = root / split
     check_folder(root)
     if not folder.is_dir():
@@ -260,7 +260,7 @@ def open_source(folder: Path, *, check: bool = True) -> Source:
 def move_to_store(source: Path, url: str) -> int:
     """Let the index of a source say that its shards are in an object store now; returns how many there are.
 
-    Raises ValueError where a shard is not there, or has another size than the one that was indexed.
+    Raises ValueError if a shard is not there, or has another size than the one that was indexed.
     """
     path = source / "index" / META
     shards = open_index(source, check=False).shards

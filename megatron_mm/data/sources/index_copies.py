@@ -5,9 +5,9 @@
                                        arrays-.../*                                                                  arrays-.../*
                      train/pairs/00000.tar ...               stay there and are read as ranges
 
-The first process of a machine copies and the others wait for it. An array folder is named after its contents, so one that is there
-already is not read again. What the cache may hold (MEGATRON_MM_CACHE) counts for indexes and ranges together; data sets that were not
-used for longest go first.
+The first process of a machine copies, and the others wait for it. An array folder is named after its contents, so an existing one is not
+read again. The size limit of the cache (MEGATRON_MM_CACHE) covers both indexes and ranges; the least recently used data sets are removed
+first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _USED = ".used"
 def data_folder(path: Path, *, sources: Sequence[str], tokenizer: bool = True) -> Path:
     """The folder of a data set on this machine; of one in an object store its indexes are copied first.
 
-    Raises ValueError where there is no index or no room, OSError where the store does not answer.
+    Raises ValueError if there is no index or no room, OSError if the store does not answer.
 
     Args:
         sources: those that are wanted, of the splits that have them.
@@ -63,13 +63,13 @@ def _copied(address: str, sources: tuple[str, ...], tokenizer: bool) -> Path:
     if not any_source:
         raise ValueError(
             f"{address} has no index of the sources {', '.join(sources)}: run `megatron-mm prepare index {address} --index-dir DIR` and "
-            "give DIR, or upload the folders `index` that it writes"
+            "use DIR as --data.path, or upload the folders `index` that it writes"
         )
     return home
 
 
 def _copy_index(address: str, source: Path, cache_to: CacheFolder) -> bool:
-    """Copy the index of a source; whether there is one. Raises ValueError where it is of another version, or there is no room."""
+    """Copy the index of a source; whether there is one. Raises ValueError if it is of another version, or there is no room."""
     store = ObjectStore(f"{address}/index")
     try:
         text = store.read(META, 0, store.size(META))
@@ -91,7 +91,7 @@ def _copy_index(address: str, source: Path, cache_to: CacheFolder) -> bool:
         partial = index / f"{folder}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        logger.info("%s: its index, %.1f MB, is copied to %s", address, sum(sizes.values()) / 1e6, index)
+        logger.info("%s: copying its index, %.1f MB, to %s", address, sum(sizes.values()) / 1e6, index)
         for name, size in sizes.items():
             with (partial / name).open("wb") as file:
                 store.copy(f"{folder}/{name}", size, file)
@@ -119,13 +119,13 @@ def _copy(store: ObjectStore, name: str, to: Path) -> None:
 
 
 def _make_room(cache_to: CacheFolder, needed: int, *, keep: Path, of: str) -> None:
-    """Remove data sets that were not used for longest until there is room. Raises ValueError where there is none."""
+    """Remove data sets that were not used for longest until there is room. Raises ValueError if there is none."""
     others = [folder for folder in (cache_to.path / "indexes").iterdir() if folder.is_dir() and folder != keep]
     others.sort(key=lambda folder: (folder / _USED).stat().st_mtime if (folder / _USED).is_file() else 0.0)
     while bytes_in(cache_to.path / "indexes") + needed > cache_to.limit and others:
         shutil.rmtree(others.pop(0), ignore_errors=True)
     if bytes_in(keep) + needed > cache_to.limit:
         raise ValueError(
-            f"the index of {of} has {needed / 1e9:.2f} GB, more than what {CACHE_VARIABLE} has room for ({cache_to.limit / 1e9:.2f} GB): "
-            "give more"
+            f"the index of {of} has {needed / 1e9:.2f} GB, more than {CACHE_VARIABLE} has room for ({cache_to.limit / 1e9:.2f} GB): "
+            "set a larger size"
         )

@@ -1,10 +1,10 @@
-"""The files of an index: how they are written so that they are whole or absent, and checked before they are believed.
+"""The files of an index: they are written so that they are complete or absent, and checked before they are used.
 
     <source>/index/meta.json                  names the folder of the arrays; written last, by rename; a kilobyte for any source
     <source>/index/arrays-<16 hex digits>/    samples.npy, items.npy, sizes.npy, shards.npy, names.npy
 
-Arrays are never written over: a run that has mapped them goes on reading what it mapped. The folder that meta.json named before is kept
-until the next indexing, older ones are removed.
+Arrays are never overwritten, so a run that has mapped them can continue to read them. The folder that meta.json named before is kept until
+the next indexing; older ones are removed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def write_index(
 ) -> None:
     """Write a new index into `<source>/index`, which is whole or absent. Holds one part in memory at a time.
 
-    Raises OSError where the disk is full: the index that was there stays.
+    Raises OSError if the disk is full: the index that was there stays.
 
     Args:
         num_samples, num_items: of all parts.
@@ -179,7 +179,7 @@ def _sync(folder: Path) -> None:
 def map_arrays(index: Path, meta: dict[str, Any], *, check: bool) -> dict[str, np.ndarray]:
     """The arrays of an index of either version, memory-mapped, by file name.
 
-    Raises ValueError that names the file where one is missing, cut off, of other rows than meta.json says, or points outside.
+    Raises ValueError that names the file if one is missing, cut off, of other rows than meta.json says, or points outside.
 
     Args:
         check: look at rows and digests too, which one process of a run does.
@@ -202,7 +202,7 @@ def map_arrays(index: Path, meta: dict[str, Any], *, check: bool) -> dict[str, n
 
 
 def _named_files(index: Path, meta: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-    """What meta.json says of each array, and the folder of the arrays. Raises ValueError where it does not."""
+    """What meta.json says of each array, and the folder of the arrays. Raises ValueError if it does not."""
     try:
         files, folder = dict(meta["arrays"]["files"]), str(meta["arrays"]["folder"])
         wanted = [name for name in ARRAYS if meta["version"] > 3 or name not in (SHARDS, NAMES)]

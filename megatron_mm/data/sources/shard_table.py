@@ -1,10 +1,10 @@
-"""The shards of a source as an index lists them: names, sizes, and what tells one from another of the same size.
+"""The table of shards in an index: names, sizes, and digests that distinguish shards of the same size.
 
     shards.npy   a SHARD row for each
     names.npy    their names, relative to the source, one after another in UTF-8
 
-Both are memory-mapped like the other arrays of an index: a process that reads three of a hundred thousand shards looks at three rows.
-Indexes of before version 4 list shards in meta.json, and `of_meta` makes the same table of them.
+Both are memory-mapped like the other arrays of an index: a process that reads three of a hundred thousand shards reads three rows. Indexes
+before version 4 list shards in meta.json; `of_meta` makes the same table from them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Shard:
     size: int
     """Bytes."""
     modified: int | None = None
-    """When it was written last, nanoseconds; None where that is not known."""
+    """When it was written last, nanoseconds; None if that is not known."""
     digest: str = ""
     """Of parts of it (`index_files.sampled_digest`)."""
 
@@ -65,7 +65,7 @@ class ShardTable(Sequence[str]):
     @overload
     def __getitem__(self, number: slice) -> list[str]: ...
     def __getitem__(self, number: int | slice) -> str | list[str]:
-        """The name of a shard. Raises ValueError where it leads out of the source."""
+        """The name of a shard. Raises ValueError if it leads out of the source."""
         if isinstance(number, slice):
             return [self[one] for one in range(*number.indices(len(self)))]
         if not -len(self) <= number < len(self):

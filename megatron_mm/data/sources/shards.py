@@ -1,6 +1,6 @@
 """Shards: webdataset tars and .jsonl files, read without extracting anything.
 
-Preparation walks a shard once and notes where each member's bytes are; training reads byte ranges.
+Preparation reads a shard once and records where the bytes of each member are; training reads byte ranges.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Member:
 
     @cached_property
     def data(self) -> bytes:
-        """Its contents, read when they are asked for. Raises OSError or ValueError where the shard cannot be read."""
+        """Its contents, read when they are asked for. Raises OSError or ValueError if the shard cannot be read."""
         return read_range(self.shard, self.offset, self.size)
 
 
@@ -63,7 +63,7 @@ class BrokenShard(ValueError):
 def iterate_tar(path: Path, *, skipped: Callable[[Skipped], None] | None = None, key_ends: KeyEnds = "first") -> Iterator[WebSample]:
     """The samples of a webdataset tar in order; neighbouring members with the same key belong together.
 
-    Raises BrokenShard that names the shard and the first damaged byte, after the last sample, where no `skipped` is given.
+    Raises BrokenShard that names the shard and the first damaged byte, after the last sample, if no `skipped` is given.
 
     Args:
         skipped: is told what is passed over: damage, and what is no file of a sample.
@@ -204,7 +204,7 @@ def _allowed_files() -> int:
 def read_range(path: Path, offset: int, size: int) -> bytes:
     """Bytes [offset, offset + size) of a shard; any number of threads may call it.
 
-    Raises ValueError that names the shard and the range where the file is shorter.
+    Raises ValueError that names the shard and the range if the file is shorter.
     """
     # A descriptor of its own, so that the cache may close the file while another thread still reads from it.
     with _lock:

@@ -1,9 +1,9 @@
-"""What planning and loading ask of a source of samples, whatever its files look like and wherever they lie.
+"""The interface of a source of samples for planning and loading, whatever its file format and location.
 
-`data.sources.index.SourceIndex` answers from memory-mapped arrays and byte ranges of shards. Another store or format is another class
-with these members; nothing else in the package knows how a sample is stored.
+`data.sources.index.SourceIndex` implements it with memory-mapped arrays and byte ranges of shards. For another store or format, write
+another class with these members; nothing else in the package knows how a sample is stored.
 
-Rows are numbered from 0 to len(source) - 1, in the order of the shards, so neighbouring rows lie in one file.
+Rows are numbered from 0 to len(source) - 1, in the order of the shards, so neighbouring rows are in the same file.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ class Source(Protocol):
 
     @property
     def chat_template(self) -> str | None:
-        """Name of the template that renders the samples; None where they are no chats."""
+        """Name of the template that renders the samples; None if they are no chats."""
         ...
 
     @property
     def caption_prompt(self) -> str | None:
-        """What asks for the captions of pairs; None where they are no chats."""
+        """What asks for the captions of pairs; None if they are no chats."""
         ...
 
     @property
@@ -119,11 +119,11 @@ class Source(Protocol):
         ...
 
     def document(self, row: int) -> bytes:
-        """The encoded document (the bytes of a .txt, a .json or a .jsonl line). Raises OSError or ValueError where they cannot be read."""
+        """The encoded document (the bytes of a .txt, a .json or a .jsonl line). Raises OSError or ValueError if they cannot be read."""
         ...
 
     def image(self, row: int, number: int) -> bytes:
-        """An encoded image of a document, numbered from 0. Raises OSError or ValueError where it cannot be read."""
+        """An encoded image of a document, numbered from 0. Raises OSError or ValueError if it cannot be read."""
         ...
 
 
@@ -134,7 +134,7 @@ class SourceFormat:
     matches: Callable[[Path], bool]
     """Whether a folder holds samples of this format."""
     open: Callable[[Path], Source]
-    """Raises ValueError that names the folder where they cannot be used."""
+    """Raises ValueError that names the folder if they cannot be used."""
 
 
 SOURCE_FORMATS: dict[str, SourceFormat] = {}
@@ -142,6 +142,6 @@ SOURCE_FORMATS: dict[str, SourceFormat] = {}
 
 
 def register_source_format(name: str, known: SourceFormat) -> None:
-    """Make a format known that is defined outside of this package. Raises ValueError where its name is taken."""
+    """Make a format known that is defined outside of this package. Raises ValueError if its name is taken."""
     if SOURCE_FORMATS.setdefault(name, known) is not known:
-        raise ValueError(f"a source format {name!r} is known already: give yours another name")
+        raise ValueError(f"a source format {name!r} is already registered: give yours another name")

@@ -1,8 +1,9 @@
-"""Where the bytes of shards lie: a folder, or an object store that fsspec knows (s3://, gs://, az://, https://).
+"""Storage of shards: a folder, or an object store that fsspec supports (s3://, gs://, az://, https://).
 
-A read from an object store is one request for the range. It is tried again after errors of the network or the server and after bodies that
-end early, later each time; an object that is missing or forbidden is an error at once. Credentials and the address of the service come from
-the environment alone, as the store's own tools read them (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL): never from an index.
+A read from an object store is one request for a range. After network or server errors, or if the response ends early, it is retried with
+growing waits. An object that is missing or forbidden is an error at once. Credentials and the address of the service come only from the
+environment, from the variables of the store's own tools (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL), and never from an
+index.
 
 Ranges may be kept on a local disk for the next epoch, up to a limit over all processes of the machine: MEGATRON_MM_CACHE=/local/dir:200GB.
 """
@@ -44,7 +45,7 @@ def check_local(path: Path, *, instead: str) -> None:
     """
     address = address_of(path)
     if address is not None:
-        raise ValueError(f"{address} is not on a disk of this machine: {instead}")
+        raise ValueError(f"{address} is in an object store, not on this machine: {instead}")
 
 
 class Store(Protocol):
@@ -110,7 +111,7 @@ class ObjectStore:
         return data
 
     def problem(self, name: str, size: int) -> str | None:
-        """What is wrong with a shard that should have so many bytes; None where nothing is."""
+        """What is wrong with a shard that should have so many bytes; None if nothing is."""
         try:
             found = self.size(name)
         except OSError as error:
@@ -118,7 +119,7 @@ class ObjectStore:
         return None if found == size else f"{self.url}/{name} has {found} bytes, but had {size} when it was indexed"
 
     def size(self, name: str) -> int:
-        """Bytes of an object. Raises OSError, FileNotFoundError where it is not there."""
+        """Bytes of an object. Raises OSError, FileNotFoundError if it is not there."""
         return int(self._retrying(f"{self.url}/{name}", lambda path: self._files.info(path)["size"]))
 
     def copy(self, name: str, size: int, file: BinaryIO) -> None:
@@ -227,7 +228,7 @@ class _Locked:
 
 
 def cache_of_environment() -> RangeCache | None:
-    """What MEGATRON_MM_CACHE asks for, less what copies of indexes take of it. Raises ValueError where it is not FOLDER:NUMBER and MB, GB
+    """What MEGATRON_MM_CACHE asks for, less what copies of indexes take of it. Raises ValueError if it is not FOLDER:NUMBER and MB, GB
     or TB."""
     found = cache_folder()
     if found is None:

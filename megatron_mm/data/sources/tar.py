@@ -1,13 +1,13 @@
-"""Tar files, read so that nothing in them is lost unseen.
+"""Reads tar files so that nothing in them is lost without being reported.
 
-Python's `tarfile` stops at the first end marker and at the first damaged header. A shard may be several tars one after another, and
-one flipped bit must not cost the gigabyte behind it, so the headers are walked here: behind an end marker the walk goes on, and behind
-a damaged header it looks for the next block that is one. Whatever is passed over comes out as a `Skipped` with its reason.
+Python's `tarfile` stops at the first end marker and at the first damaged header. But a shard may consist of several concatenated tars, and
+a flipped bit must not lose the gigabyte after it. So this module reads the headers itself: it continues after an end marker, and after a
+damaged header it searches for the next valid one. Everything that it skips is returned as a `Skipped` with the reason.
 
-Sizes are believed only as far as the file reaches, so a header that claims 2^62 bytes is a damaged header like any other.
+A header that claims more bytes than the file has, such as 2^62, counts as damaged.
 
-Limits: a tar inside a file whose header is damaged is read as if it were part of the shard; files that follow damage may be the second
-half of a sample.
+Limits: if a tar is stored inside a file whose header is damaged, it is read as if it were part of the shard. Files after damage may be the
+second half of a sample.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Skipped:
     offset: int
     """Where it begins in the shard."""
     size: int = 0
-    """Bytes of the shard that could not be read as a tar; 0 where the file was left out on purpose."""
+    """Bytes of the shard that could not be read as a tar; 0 if the file was left out on purpose."""
 
     @property
     def is_damage(self) -> bool:
@@ -119,7 +119,7 @@ _EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTY
 
 
 def parse_header(block: bytes) -> tarfile.TarInfo | None:
-    """A header of 512 bytes; None where it is none or its checksum is wrong."""
+    """A header of 512 bytes; None if it is none or its checksum is wrong."""
     try:
         stored = int(block[148:156].split(b"\0")[0].strip() or b"0", 8)
         if stored != _checksum(block) and stored != _signed_checksum(block):
@@ -141,7 +141,7 @@ def _signed_checksum(block: bytes) -> int:
 
 
 def _contents_end(header: tarfile.TarInfo, extended: _Extended, position: int, size: int) -> int | None:
-    """Where a file's contents end; None where that is beyond the shard or beyond what such a header may hold."""
+    """Where a file's contents end; None if that is beyond the shard or beyond what such a header may hold."""
     if header.type in _EXTENSIONS:
         length = header.size
         if length > _MAX_NAME_BYTES:
@@ -231,7 +231,7 @@ def _after_sparse_headers(file: BinaryIO, block: bytes, contents: int) -> int:
 
 
 def _next_header(file: BinaryIO, position: int, size: int) -> int | None:
-    """The first block from a position on that is a header; None where there is none."""
+    """The first block from a position on that is a header; None if there is none."""
     while position + BLOCK <= size:
         chunk = _read(file, position, 2**20)
         for start in range(0, len(chunk) - BLOCK + 1, BLOCK):

@@ -1,13 +1,13 @@
-"""Chat templates, as data: what stands around the questions and answers of a conversation.
+"""Chat templates as data: the text around the questions and answers of a conversation.
 
-A conversation becomes a document like any other, BOS, items, EOS, of which the answers and what ends them count in the loss:
+A conversation becomes a document like any other: BOS, items, EOS. The loss includes the answers and the text that ends them:
 
     BOS  opening  question  before_answer  answer  after_answer  before_question  question  ...  answer  after_last_answer  EOS
                                            ------  ------------                                  ------  -----------------  ---
 
-Where a template ends an answer with the end-of-text token, the last one is the stream's own EOS. Where it ends answers with a token of its
-own, the stream's EOS only parts documents and does not count (`supervises_eos`), so that no model learns to say it. Control tokens are
-tokens of their own; the texts between them are each tokenized as SentencePiece does it, with the space before them that it may put there.
+If a template ends answers with the end-of-text token, the last one is the document's own EOS. If it ends answers with another token, the
+document's EOS only separates documents and is not supervised (`supervises_eos`), so that no model learns to generate it. Control tokens are
+separate tokens; each text between them is tokenized by SentencePiece on its own, including the space that it may add in front.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Turn:
     question: tuple[str | ImageReference, ...]
     answer: str
     system: str = ""
-    """The conversation's own system prompt, with its first turn; empty where it has none."""
+    """The conversation's own system prompt, with its first turn; empty if it has none."""
 
 
 CHAT_TEMPLATES: dict[str, ChatTemplate] = {
@@ -157,14 +157,14 @@ class Rendering:
 
 
 def chat_template(name: str) -> ChatTemplate:
-    """A template by its name. Raises ValueError that lists the names where there is none of that name."""
+    """A template by its name. Raises ValueError that lists the names if there is none of that name."""
     if name not in CHAT_TEMPLATES:
         raise ValueError(f"chat template {name!r} is unknown: use one of {list(CHAT_TEMPLATES)}")
     return CHAT_TEMPLATES[name]
 
 
 def rendering_of(index: Source) -> Rendering | None:
-    """How the samples of a source were written when it was indexed; None where they are no chats."""
+    """How the samples of a source were written when it was indexed; None if they are no chats."""
     if index.chat_template is None:
         return None
     return Rendering(chat_template(index.chat_template), caption_prompt=index.caption_prompt)

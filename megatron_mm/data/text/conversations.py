@@ -1,4 +1,4 @@
-"""Samples whose answers alone count in the loss: conversations, and the tasks of multi-task training.
+"""Samples of which only the answers are supervised: conversations, and the tasks of multi-task training.
 
     conversations  {"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A ball."}],
                    "image": "0.jpg"}; `image` may be a list, as many as there are <image> marks in the questions, or missing (LLaVA)
@@ -6,8 +6,9 @@
                    `content` may be a list of {"type": "text", "text": "..."} and {"type": "image"}; the first turn may be the system's
     tasks          {"task": "vqa", "question": "What is it?", "answer": "ball", "images": ["0.jpg"]}
 
-The prompts of tasks are those of InfiMM's multi-task training, which are LLaVA-1.5's. What stands around them is ours: the images,
-and then, a line each, the context, the question, the choices and the prompt; the answer follows as the chat template has it.
+The prompts of tasks are those of InfiMM's multi-task training, which come from LLaVA-1.5. We chose the text around them: the images come
+first, followed by the context, the question, the choices and the prompt, each on its own line. The answer follows in the form of the chat
+template.
 
     caption        Please describe the image.
 
@@ -94,12 +95,12 @@ def conversation_turns(fields: dict[str, Any], keys: Keys = USUAL) -> list[Turn]
 
 
 def speaker(turn: Any) -> Any:
-    """Who speaks in a turn: of `ASKS`, `ANSWERS`, `SYSTEM`, or anything else that the data says. None where the turn is no object."""
+    """Who speaks in a turn: of `ASKS`, `ANSWERS`, `SYSTEM`, or anything else that the data says. None if the turn is no object."""
     return turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
 
 
 def _words(content: object) -> str:
-    """What is said in a turn, images as marks. Raises TypeError where it is no text."""
+    """What is said in a turn, images as marks. Raises TypeError if it is no text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

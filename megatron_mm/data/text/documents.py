@@ -1,4 +1,4 @@
-"""What a sample's bytes mean: its items in reading order.
+"""Parses a sample's bytes into its items in reading order.
 
     pairs        an image (`image_formats.IMAGE_EXTENSIONS`) + KEY.txt, or KEY.json with `text` or `caption`. The image comes first.
     interleaved  KEY.json with an ordered list, and images beside it whose names the list gives. Three forms:
@@ -9,8 +9,8 @@
     text         a line of a .jsonl with `text`, KEY.txt, or KEY.json with `text`
     conversations, tasks   KEY.json and the images that it names, or a line of a .jsonl (`data.text.conversations`)
 
-A .txt that is itself an object with `text` or `caption`, as some tools write it, gives that text; any other is taken as it is.
-The image "NAME" of a document KEY.json is the member KEY.NAME. `Keys` gives fields and files other names.
+If a .txt file contains a JSON object with `text` or `caption`, as some tools write it, that text is used; otherwise the whole file is the
+text. The image "NAME" of a document KEY.json is the member KEY.NAME. `Keys` sets other names for fields and files.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _items(kind: Kind, decoded: str, *, is_json: bool, rendering: Rendering | No
 
 
 def document_kind(data: bytes, keys: Keys = USUAL) -> Kind | None:
-    """Whether a JSON document is a conversation, a task or interleaved, by its fields; None where it is none of these."""
+    """Whether a JSON document is a conversation, a task or interleaved, by its fields; None if it is none of these."""
     try:
         fields = _json(data.decode("utf-8-sig"))
     except (UnicodeDecodeError, BadDocument):
@@ -143,7 +143,7 @@ def _json(decoded: str) -> dict[str, Any]:
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises BadDocument where it has a key twice with different values: one of them would be lost unseen."""
+    """An object of JSON. Raises BadDocument if it has a key twice with different values: one of them would be lost unseen."""
     found = dict(pairs)
     if len(found) < len(pairs) and any(found[key] != value for key, value in pairs):
         raise BadDocument("JSON has a key twice")
@@ -163,7 +163,7 @@ def _interleaved(fields: dict[str, Any], keys: Keys, dropped: Counter[str]) -> l
 
 
 def _item(text: object, image: object) -> Item | None:
-    """The entry of a list: None where it is nothing, as where an image was lost before."""
+    """The entry of a list: None if it is nothing, as where an image was lost before."""
     if text is None and image is None:
         return None
     if isinstance(text, str) and image is None:

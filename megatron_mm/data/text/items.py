@@ -1,15 +1,15 @@
-"""The items of a document in reading order, and the one way from them to token ids.
+"""The items of a document in reading order, and the only function that turns them into token ids.
 
-Preparation counts with `encode_items` and the loader reads with it, so what the plan expects is what a run finds.
+Both preparation and the loader use `encode_items`, so a run gets the numbers of tokens that the plan expects.
 
-Worked example: a rendered chat is one string to SentencePiece, of which only the answer counts. "USER: a ball? ASSISTANT:" and
-" red" are two items, the second of which continues the first. Tokenized one by one, "red" would get the space that SentencePiece puts
-before every text, and another token than in a reader's mouth; so they are tokenized together,
+Worked example: a rendered chat is one string for SentencePiece, of which only the answer is supervised. "USER: a ball? ASSISTANT:" and "
+red" are two items, the second of which continues the first. If they were tokenized separately, SentencePiece would add a space before "red"
+and give a different token than in the whole string. So they are tokenized together,
 
     ▁USER : ▁a ▁ball ? ▁ASS IST ANT : ▁red
 
-and the tokens dealt out again: each belongs to the item that holds its last character. A token across the border thus belongs to the
-item that it reaches into, as a model that reads the first item alone has not seen it yet.
+and the tokens are divided again: each belongs to the item that contains its last character. A token that crosses the border therefore
+belongs to the second item, because a model that has read only the first item has not seen it yet.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Item = Text | Control | ImageReference
 def encode_items(items: Sequence[Item], tokenizer: Tokenizer) -> list[list[int]]:
     """The token ids of each item but the images, in order.
 
-    Raises ValueError where the tokenizer lacks a control token.
+    Raises ValueError if the tokenizer lacks a control token.
     """
     written = [item for item in items if not isinstance(item, ImageReference)]
     ids: list[list[int]] = [[tokenizer.special_id(item.token)] if isinstance(item, Control) else [] for item in written]

@@ -1,4 +1,4 @@
-"""What the fields and files of a source's samples are called, where they are not called as usual."""
+"""Names of the fields and files of a source's samples, if they differ from the usual ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def keys_of(source: Source) -> Keys:
 
 
 def field_of(fields: dict[str, Any], key: str) -> Any:
-    """A field by its name, or by the path to it: "meta.caption". None where there is none."""
+    """A field by its name, or by the path to it: "meta.caption". None if there is none."""
     if key in fields:
         return fields[key]
     value: Any = fields

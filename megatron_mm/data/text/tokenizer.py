@@ -1,10 +1,10 @@
 """The tokenizer: a SentencePiece model and the special tokens of multimodal documents.
 
-Which special tokens there are is the model family's matter (`Family.special_tokens`). One that the SentencePiece model holds
-as a control symbol, which no text can spell, keeps its id; the others are appended after the vocabulary, in the family's order.
+The model family defines the special tokens (`Family.special_tokens`). One that the SentencePiece model has as a control symbol, which no
+text can produce, keeps its id; the others are appended after the vocabulary, in the family's order.
 
-Worked example: Llama's model of 32000 pieces and the special tokens `<|endofchunk|>`, `<image>` make 32002 ids: `<|endofchunk|>`
-is 32000, `<image>` 32001. A model that `train_tokenizer` makes holds `<pad>` and `<image>` already.
+Worked example: Llama's model of 32000 pieces and the special tokens `<|endofchunk|>`, `<image>` make 32002 ids: `<|endofchunk|>` is 32000,
+`<image>` 32001. Models from `train_tokenizer` already contain `<pad>` and `<image>`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: Path, *, special: Sequence[str] = (PAD, IMAGE)) -> Tokenizer:
-        """Read a SentencePiece model. Raises ValueError that names the file where it is missing or is none."""
+        """Read a SentencePiece model. Raises ValueError that names the file if it is missing or is none."""
         if not path.is_file():
             raise ValueError(f"tokenizer {path} does not exist: train one with `megatron-mm prepare tokenizer`, or give --data.tokenizer")
         model = path.read_bytes()
@@ -72,7 +72,7 @@ class Tokenizer:
         return self.special_id(IMAGE)
 
     def special_id(self, name: str) -> int:
-        """The id of a special token. Raises ValueError where neither the model nor the family has one of that name."""
+        """The id of a special token. Raises ValueError if neither the model nor the family has one of that name."""
         found = self._find(name)
         if found is None:
             raise ValueError(f"the tokenizer has no control token {name}: use a SentencePiece model that has it, or a family that adds it")
@@ -143,7 +143,7 @@ def _without_spellable_controls(model: bytes) -> bytes:
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int) -> Tokenizer:
     """Train a BPE model with byte fallback, as Llama's, and write it to `out`. The same texts give the same model.
 
-    Raises ValueError where the texts are too few for the vocabulary.
+    Raises ValueError if the texts are too few for the vocabulary.
     """
     model = io.BytesIO()
     try:

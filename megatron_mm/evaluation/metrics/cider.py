@@ -37,8 +37,8 @@ def has_official_tokenizer() -> bool:
     found = importlib.util.find_spec("pycocoevalcap") is not None and shutil.which("java") is not None
     if not found:
         logger.warning(
-            "captions are tokenized nearly as the COCO evaluation does, not exactly: install pycocoevalcap (pip install "
-            "'megatron_mm[eval]') and Java for figures to publish"
+            "captions are tokenized almost, but not exactly, as in the COCO evaluation: install pycocoevalcap (pip install "
+            "'megatron_mm[eval]') and Java for scores to publish"
         )
     return found
 

@@ -27,7 +27,7 @@ Value = str | float
 
 
 def chosen_letter(answer: str, choices: Sequence[str]) -> str:
-    """The letter that a generated answer chooses; empty where none can be found."""
+    """The letter that a generated answer chooses; empty if none can be found."""
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
     answer, letters = f" {answer} ", LETTERS[: len(choices)]
@@ -65,7 +65,7 @@ def _sentences(text: str) -> list[tuple[str, bool]]:
 
 
 def _end(sentence: str, *, is_last: bool) -> str:
-    """What a sentence ends with after the word that announces an answer, the shortest such end; empty where there is none."""
+    """What a sentence ends with after the word that announces an answer, the shortest such end; empty if there is none."""
     shortest = ""
     for mark in (*_INDICATORS, "=") if is_last else _INDICATORS:
         end = sentence.split(mark)[-1].strip()

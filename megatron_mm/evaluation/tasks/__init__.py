@@ -1,1 +1,1 @@
-"""Benchmarks: what each reads, asks and scores. `registry.TASKS` is all of them."""
+"""Benchmarks: the files, prompts and scores of each. `registry.TASKS` lists all of them."""

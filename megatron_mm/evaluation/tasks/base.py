@@ -1,4 +1,4 @@
-"""What a benchmark is: examples read from its published files, a way to ask, and a way to score."""
+"""The definition of a benchmark: how to read examples from its published files, how to prompt, and how to score."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ImageSource:
     data: bytes | None = None
 
     def read(self) -> bytes:
-        """Its bytes. Raises OSError where the file cannot be read."""
+        """Its bytes. Raises OSError if the file cannot be read."""
         if self.data is not None:
             return self.data
         assert self.path is not None
@@ -107,7 +107,7 @@ class Task:
     """Scores of answers by name; the main one is under "score"."""
     evaluated: Split
     demonstrations: Split | None
-    """Where demonstrations are drawn from; None where the task is zero-shot alone."""
+    """Where demonstrations are drawn from; None if the task is zero-shot alone."""
     published_at: str
     """Where its files are published."""
     method: Method = "generate"
@@ -131,10 +131,10 @@ class Task:
         possible = ("generate", "rank") if self.kind in ("choice", "yes_no") else (self.method,)
         if method is not None and method not in possible:
             why = "it has no choices" if method == "rank" else "its choices are whole texts"
-            raise ValueError(f"--method {method} does not go with task {self.name}: {why}; leave the option out")
+            raise ValueError(f"--method {method} cannot be used with task {self.name}: {why}; leave the option out")
 
     def examples(self, data: Path) -> list[Example]:
-        """What is evaluated. Raises ValueError that names the files and where they are published."""
+        """What is evaluated. Raises ValueError that names the files and if they are published."""
         return self._read(self.evaluated, data)
 
     def training_examples(self, data: Path) -> list[Example]:
@@ -159,7 +159,7 @@ class Task:
         except DamagedFile as error:
             raise ValueError(f"task {self.name}: {error}: restore it, or {advice}") from None
         if not found:
-            raise ValueError(f"task {self.name}: {', '.join(split.files)} in {folder} hold no example: {advice}")
+            raise ValueError(f"task {self.name}: {', '.join(split.files)} in {folder} contain no example: {advice}")
         answered = self._left(found, [one for one in found if one.is_answered], "have no answer", split)
         if self.kind == "choice":
             answered = self._left(
@@ -169,7 +169,7 @@ class Task:
         return self._with_own_keys(answered)
 
     def _left(self, examples: list[Example], kept: list[Example], why: str, split: Split) -> list[Example]:
-        """Those that are kept; the others are counted. Raises ValueError where none is kept."""
+        """Those that are kept; the others are counted. Raises ValueError if none is kept."""
         if not kept:
             raise ValueError(
                 f"task {self.name}: all {len(examples)} examples of {', '.join(split.files)} {why}: of some splits the answers are not "
@@ -179,7 +179,7 @@ class Task:
             lost = next(one for one, other in itertools.zip_longest(examples, kept) if one is not other)
             count = len(examples) - len(kept)
             logger.warning(
-                "task %s: %d of %d examples %s and are left out, the first is %s", self.name, count, len(examples), why, lost.key
+                "task %s: %d of %d examples %s and are left out; the first is %s", self.name, count, len(examples), why, lost.key
             )
         return kept
 
@@ -189,7 +189,7 @@ class Task:
         paths = [image.path for example in examples[:: len(examples) // _IMAGES_LOOKED_FOR + 1] for image in example.images if image.path]
         if paths and not any(path.is_file() for path in paths):
             raise ValueError(
-                f"task {self.name}: none of {len(paths)} images that were looked for exists; the first is {paths[0]}: put the images into "
+                f"task {self.name}: none of {len(paths)} images that were checked exists; the first is {paths[0]}: put the images into "
                 f"{', '.join(str(folder / name) for name in self.images) or folder} ({self.published_at})"
             )
 
@@ -206,9 +206,9 @@ class Task:
             renamed += number > 1 and key not in kept
             kept.setdefault(key, example if number == 1 else replace(example, key=key))
         if repeated:
-            logger.warning("task %s: %d examples stand twice in its files and count once", self.name, repeated)
+            logger.warning("task %s: %d examples occur twice in its files and count once", self.name, repeated)
         if renamed:
-            logger.warning("task %s: %d examples have the number of another one: they count as numbers of their own", self.name, renamed)
+            logger.warning("task %s: %d examples have the id of another example: each of them counts", self.name, renamed)
         return list(kept.values())
 
 
@@ -249,7 +249,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def parsed(path: Path, rows: Callable[[], list[Example]]) -> list[Example]:
-    """The examples that `rows` makes of a file's contents. Raises DamagedFile where a field is missing or of another type."""
+    """The examples that `rows` makes of a file's contents. Raises DamagedFile if a field is missing or of another type."""
     try:
         return rows()
     except DamagedFile:

@@ -156,7 +156,7 @@ def _mmbench_choices(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def _from_base64(text: str) -> bytes:
-    """An encoded image; nothing where the text is damaged, which costs the item."""
+    """An encoded image; nothing if the text is damaged, which costs the item."""
     try:
         return base64.b64decode(text)
     except ValueError:
@@ -226,7 +226,7 @@ def mme(folder: Path) -> list[Example]:
     absent = known - {example.category for example in found}
     if found and absent:
         logger.warning(
-            "MME in %s lacks %d of its 14 categories (%s): sums are of the others", folder, len(absent), ", ".join(sorted(absent))
+            "MME in %s lacks %d of its 14 categories (%s): the sums cover the others", folder, len(absent), ", ".join(sorted(absent))
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Tasks on the drawn scenes of `prepare demo`: what the debug recipes learn, asked as their training documents ask it.
+"""Tasks on the drawn scenes of `prepare demo`, with prompts in the form of the debug recipes' training documents.
 
 Captions are those of the pairs (CIDEr-D); answers to questions are those of the interleaved documents, question, picture, answer, which is
 what a few-shot prompt of them looks like, too. Demonstrations come from the training split.

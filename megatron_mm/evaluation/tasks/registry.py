@@ -1,4 +1,4 @@
-"""Every benchmark that `megatron-mm evaluate` knows: `TASKS` is all of them, `GROUPS` are names for several."""
+"""All benchmarks that `megatron-mm evaluate` knows: `TASKS` lists them, `GROUPS` names groups of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 def tasks_of(names: list[str]) -> list[Task]:
     """The tasks of names, groups, and of tasks in files of the user's (FILE.py:TASK or MODULE:TASK), each once.
 
-    Raises ValueError that lists the names where there is none of that name, where a file holds no such task, and where two tasks have the
+    Raises ValueError that lists the names if there is none of that name, if a file holds no such task, and if two tasks have the
     same name.
     """
     wanted = dict.fromkeys(one for name in names for one in GROUPS.get(name, (name,)))

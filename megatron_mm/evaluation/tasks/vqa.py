@@ -30,7 +30,7 @@ def coco_vqa(questions: Path, annotations: Path, images: Path, *, split: str) ->
         without = [row["question_id"] for row in asked if row["question_id"] not in answers]
         if without:
             raise DamagedFile(
-                f"{annotations} has no answers to {len(without)} of the {len(asked)} questions of {questions}, such as {without[0]}"
+                f"{annotations} has no answers to {len(without)} of the {len(asked)} questions in {questions}, such as {without[0]}"
             )
         return [
             Example(

@@ -1,7 +1,7 @@
-"""What an exported InfiMM brings for its authors' own code: the files that name its classes, in `authors_code/`.
+"""The files that an exported InfiMM contains for its authors' own code, in `authors_code/`: those that name the authors' classes.
 
-The code itself (Infi-MM/infimm-zephyr, CC BY-NC 4.0, transformers 4.37) does not travel with the weights. With it and the files of
-`authors_code/` beside the weights, in the place of ours of the same name, the released quickstart runs.
+The code itself (Infi-MM/infimm-zephyr, CC BY-NC 4.0, transformers 4.37) is not part of the export. Put it beside the weights, and replace
+our files with those of the same name in `authors_code/`; then the released quickstart runs.
 """
 
 from __future__ import annotations

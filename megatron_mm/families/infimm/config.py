@@ -1,4 +1,4 @@
-"""InfiMM's shapes."""
+"""InfiMM's configuration."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ END_OF_CHUNK, IMAGE = "<|endofchunk|>", "<image>"
 
 @dataclass(frozen=True)
 class GatedConfig:
-    """Flamingo's gated blocks, in which tokens look at the latents of the last image before them."""
+    """Flamingo's gated blocks, in which tokens attend to the latents of the last image before them."""
 
     every_n_layers: int
-    """A block stands before decoder layers n, 2n, 3n ... (counted from 1)."""
+    """There is a block before decoder layers n, 2n, 3n ... (counted from 1)."""
     num_attention_heads: int = 8
     """Attention heads."""
     head_dim: int = 64
     """Width of one attention head."""
     ffn_multiplier: int = 4
-    """Width of the feed-forward, in widths of the decoder."""
+    """Width of the feed-forward network, as a multiple of the decoder's width."""
 
     def __post_init__(self) -> None:
         require_positive(self, "every_n_layers", "num_attention_heads", "head_dim", "ffn_multiplier")
@@ -46,13 +46,13 @@ class InfiMMConfig(ModelConfig):
         require(
             len(self.gated.layers(self.decoder.num_layers)) > 0,
             f"gated.every_n_layers {self.gated.every_n_layers} puts no block before any of the {self.decoder.num_layers} decoder layers: "
-            "use less",
+            "use a smaller number",
         )
-        require(self.decoder.moe is None, "InfiMM's decoder has no experts: leave out decoder.moe")
+        require(self.decoder.moe is None, "InfiMM's decoder has no experts: set model.decoder.moe to None")
 
 
 def image_input(config: InfiMMConfig) -> ImageInput:
-    """An image is two tokens, to which no features go; the first of them is to be predicted."""
+    """An image is two tokens, which are not replaced by image features; the loss includes the first of them."""
     return ImageInput(
         size=config.vision.image_size,
         fill=fill_colour(config.vision.mean),

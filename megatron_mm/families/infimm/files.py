@@ -1,6 +1,6 @@
-"""What an exported InfiMM needs besides its weights: configuration, tokenizer, processor, and modeling code of our own.
+"""The files of an exported InfiMM besides its weights: configuration, tokenizer, processor, and our own modeling code.
 
-Weights have the released names and config.json the released fields, so the authors' code reads them too where its constants suit them
+Weights have the released names and config.json the released fields, so the authors' code can also read them if its constants fit the model
 (`authors.py`).
 """
 
@@ -150,15 +150,15 @@ def _visual_config(vision: EvaConfig) -> dict[str, Any]:
 
 
 CONFIG_FIELDS = (
-    ConfigField("architectures", note="Mistral or Llama: the tensors say which"),
+    ConfigField("architectures", note="Mistral or Llama: known from the tensors"),
     ConfigField("model_type", must_be=("infimm", "infimm-zephyr"), default="infimm"),
     ConfigField("cross_attn_every_n_layers", kind=int, read="gated.every_n_layers", default=2),
     ConfigField("seq_length", kind=int, note="not used by the authors' code"),
     ConfigField("use_grad_checkpoint", kind=bool, note=TRAINING),
     ConfigField("freeze_llm", kind=bool, note=TRAINING),
     ConfigField("use_flash_attn", kind=bool, note=SAME),
-    ConfigField("image_token_id", kind=int, note="the tokenizer says it"),
-    ConfigField("eoc_token_id", kind=int, note="the tokenizer says it"),
+    ConfigField("image_token_id", kind=int, note="known from the tokenizer"),
+    ConfigField("eoc_token_id", kind=int, note="known from the tokenizer"),
     ConfigField("resampler_config.num_latents", kind=int, read="resampler.num_latents", default=64),
     ConfigField("resampler_config.num_layers", kind=int, read="resampler.num_layers", default=6),
     ConfigField("resampler_config.num_attention_heads", kind=int, read="resampler.num_attention_heads", default=8),

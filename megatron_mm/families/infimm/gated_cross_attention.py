@@ -1,21 +1,22 @@
-"""Flamingo's gated blocks (arXiv 2204.14198, section 3.1.2): before some decoder layers, tokens look at the latents of one image.
+"""Flamingo's gated blocks (arXiv 2204.14198, section 3.1.2): before some decoder layers, tokens attend to the latents of one image.
 
     x <- x + tanh(attention_gate) * attention(norm(x), latents)
     x <- x + tanh(ffn_gate) * ffn(norm(x))
 
-Gates begin at 0, so that the model begins as the bare language model. A token looks at the last image at or before it in its own document,
-and at no other. Before the first image of a document attention adds nothing, and the feed-forward still applies; in a document without any
-image neither does. Worked example, two documents (E is <|endofchunk|>, I is <image>; images A, B, C):
+Gates are 0 at first, so the model starts as the plain language model. A token attends only to the last image at or before it in its own
+document. Before the first image of a document, attention adds nothing but the feed-forward network still applies; in a document without
+images, neither applies. Worked example, two documents (E is <|endofchunk|>, I is <image>; images A, B, C):
 
     tokens        <s>  a   E   I   b   E   I   c  </s> | <s>  d   E   I  </s> | <s>  e  </s>
     looks at       -   -   -   A   A   A   B   B   B   |  -   -   -   C   C   |  -   -   -
     feed-forward   x   x   x   x   x   x   x   x   x   |  x   x   x   x   x   |  -   -   -
 
-So the tokens that look at image k are one run, from its <image> to the next one or to the end of the document, and attention is packed
-attention of these runs with the images' latents: nothing is computed that the mask would take away, and there is no mask.
+So the tokens that attend to image k are contiguous, from its <image> to the next one or to the end of the document. Attention is packed
+attention between these runs of tokens and the latents of their images, so no mask is needed and nothing is computed that a mask would
+remove.
 
-The blocks are cut over tensor parallelism like the decoder's: heads and feed-forward width by column, outputs by row. Latents come as a
-sequence of their own, [m, 1, v], cut along it under sequence parallelism.
+Under tensor parallelism the blocks are split like those of the decoder: heads and feed-forward width by column, outputs by row. Latents are
+a separate sequence, [m, 1, v], which sequence parallelism splits.
 
 Shape legend: t packed tokens (this process's part under sequence parallelism), n images, k latents of an image, m = n * k, v tower width,
 h decoder width, r tokens that look at an image, a heads of this process, d head width.
@@ -58,7 +59,7 @@ class MediaLayout(Layout):
     in_media_document: torch.Tensor | None = None
     """[t, 1, 1] in the model's type: 1 for this process's tokens of documents with an image, else 0."""
     images: torch.Tensor | None = None
-    """In generation. Where prompts are computed, [sequences]: the last image of each, among those of the micro-batch, or 0 where it has
+    """In generation. Where prompts are computed, [sequences]: the last image of each, among those of the micro-batch, or 0 if it has
     none. Later, [runs]: the sequence whose last image a run looks at."""
 
 
@@ -126,7 +127,7 @@ _CACHED = ("latent_key", "latent_value")
 
 
 def last_images(batch: PackedBatch, *, num_sequences: int) -> torch.Tensor:
-    """Of each of the first documents of a micro-batch its last image, [num_sequences]; 0 where it has none."""
+    """Of each of the first documents of a micro-batch its last image, [num_sequences]; 0 if it has none."""
     found = torch.zeros(num_sequences, dtype=torch.int64)
     begins = batch.cu_seqlens[:num_sequences].tolist()
     for image, begin in enumerate(batch.image_documents[:, 0].tolist()):

@@ -1,7 +1,7 @@
-"""InfiMM (arXiv 2403.01487): EVA-CLIP tower -> Perceiver resampler -> latents that a language model's gated blocks look at.
+"""InfiMM (arXiv 2403.01487): EVA-CLIP tower -> Perceiver resampler -> latents, to which a language model's gated blocks attend.
 
-An image takes two tokens of the sequence, `<|endofchunk|><image>`, and no features: these are the latents, which every pipeline stage
-with a gated block needs. They travel behind the hidden states (`parallel.stages` says why and how).
+In the sequence, an image is only the two tokens `<|endofchunk|><image>`. Its features are the latents, which every pipeline stage with a
+gated block needs. They are sent together with the hidden states (`parallel.stages` explains why and how).
 
 The tower is frozen in every stage of training and runs without gradients. Its features are those of its last block, class token first,
 before the final norm.

@@ -2,7 +2,7 @@
 
 model.vision_encoder    EVA-CLIP
 model.perceiver         the resampler
-model.lang_encoder      Llama or Mistral, each layer beside the gated block that stands before it
+model.lang_encoder      Llama or Mistral; each layer is stored beside the gated block that precedes it
 """
 
 from __future__ import annotations

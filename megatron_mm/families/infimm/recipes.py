@@ -1,24 +1,24 @@
 """InfiMM (arXiv 2403.01487): three language models, each trained in three stages.
 
-`_pt` pre-training and `_mtt` multi-task training teach the resampler and the gated blocks, `_ift` instruction fine-tuning what its policy
-says. Each stage begins with the weights of the one before: `train infimm_zephyr_7b_mtt --init-from RUN_DIR_OF_PT`. The first begins with a
-language model and a tower that `megatron-mm convert from-hf` has imported.
+Pre-training (`_pt`) and multi-task training (`_mtt`) train the resampler and the gated blocks; instruction fine-tuning (`_ift`) trains what
+its freeze policy selects. Each stage starts from the weights of the previous one: `train infimm_zephyr_7b_mtt --init-from RUN_DIR_OF_PT`.
+The first stage starts from a language model and a tower imported with `megatron-mm convert from-hf`.
 
-Published (table 7): AdamW's betas and epsilon, peak and least learning rates, steps, warm-up, weight decay 0.1, clipping at 1.0, at most
-6 images a sample, 64 latents, image sizes, samples of 32 tokens (pairs) and 384 (documents) in PT, of 128 in MTT and 512 in IFT, batches
-of 5120, 256 and 64 samples. From the authors' released code: 6 resampler layers, 8 heads of 64, a gated block before every second layer of
-Zephyr-7B and every fourth of Vicuna-13B. Every fourth of Llama-2-13B is our assumption.
+Published (table 7): AdamW's betas and epsilon, peak and minimum learning rates, steps, warm-up, weight decay 0.1, clipping at 1.0, at most
+6 images per sample, 64 latents, image sizes, samples of 32 tokens (pairs) and 384 tokens (documents) in PT, 128 in MTT and 512 in IFT, and
+batches of 5120, 256 and 64 samples. From the authors' released code: 6 resampler layers, 8 heads of 64, a gated block before every second
+layer of Zephyr-7B and every fourth of Vicuna-13B. Every fourth layer of Llama-2-13B is our assumption.
 
-Where the paper and the model card differ we follow the paper: PT's beta2 is 0.95 (card: 0.999), its schedule a cosine (card: constant;
-with a least learning rate equal to the peak, which the table gives, both are the same), documents of 384 tokens (card: 792 for the 7B
-model). Where the paper says that IFT frees the language model, the card says so for Llama-2 alone: there we follow the card;
-`--train.freeze-policy ift` or `ift_frozen_language` chooses the other.
+Where the paper and the model card differ, we follow the paper: PT's beta2 is 0.95 (card: 0.999), its schedule is a cosine (card: constant;
+the table gives a minimum learning rate equal to the peak, so both are the same), and documents have 384 tokens (card: 792 for the 7B
+model). There is one exception: the paper says that IFT trains the language model, but the card says so only for Llama-2. Here we follow the
+card; `--train.freeze-policy ift` or `ift_frozen_language` selects the other option.
 
-Ours: the layouts, the mixtures, and packing, where the authors padded. Sequences have the length of the stage's longest samples and hold
-whole ones, with at most 12 images. So a batch of sequences has more samples than one of as many padded ones: PT's 768 sequences, half
-of them documents and half filled with twelve pairs of about 32 tokens each, hold about 5000 samples; MTT's 256 and IFT's 64 at least the
-published number.
-Each recipe says what `megatron-mm plan` predicts of its step; none was measured.
+Chosen by us: the layouts, the mixtures, and packing, where the authors padded. Sequences have the length of the stage's longest samples and
+contain whole samples, with at most 12 images. A batch of packed sequences therefore has more samples than a batch of as many padded ones.
+PT's 768 sequences, half of them documents and half filled with twelve pairs of about 32 tokens each, contain about 5000 samples; MTT's 256
+and IFT's 64 sequences contain at least the published number. Each recipe states the prediction of `megatron-mm plan` for its step; none has
+been measured.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _instruction(pretraining: Experiment, *, policy: str, chat_template: str) ->
 
 
 def infimm_zephyr_7b_pt() -> Experiment:
-    """Zephyr-7B with EVA02-CLIP-L at 336 px (577 tokens), pre-training: the resampler and 16 gated blocks learn (2.3B parameters).
+    """Zephyr-7B with EVA02-CLIP-L at 336 px (577 tokens), pre-training: the resampler and 16 gated blocks are trainable (2.3B parameters).
 
     32 GPUs, data parallel. `sbatch examples/infimm_zephyr_7b.slurm`.
 
@@ -139,7 +139,7 @@ def infimm_zephyr_7b_ift() -> Experiment:
 
 
 def infimm_llama_13b_pt() -> Experiment:
-    """Llama-2-13B with EVA01-CLIP-g at 224 px (257 tokens), pre-training: the resampler and 10 gated blocks learn.
+    """Llama-2-13B with EVA01-CLIP-g at 224 px (257 tokens), pre-training: the resampler and 10 gated blocks are trainable.
 
     32 GPUs, data parallel. `sbatch examples/infimm_llama_13b.slurm`.
 
@@ -157,7 +157,7 @@ def infimm_llama_13b_mtt() -> Experiment:
 
 
 def infimm_llama_13b_ift() -> Experiment:
-    """Llama-2-13B, instruction fine-tuning; the language model is trainable, too (card). 32 GPUs as tensor 2 x data 16.
+    """Llama-2-13B, instruction fine-tuning; the language model is also trainable (card). 32 GPUs as tensor 2 x data 16.
 
     `STAGE=ift sbatch examples/infimm_llama_13b.slurm`.
 
@@ -168,9 +168,9 @@ def infimm_llama_13b_ift() -> Experiment:
 
 
 def infimm_vicuna_13b_pt() -> Experiment:
-    """Vicuna-13B with EVA02-CLIP-bigE at 224 px (257 tokens), pre-training: the resampler and 10 gated blocks learn.
+    """Vicuna-13B with EVA02-CLIP-bigE at 224 px (257 tokens), pre-training: the resampler and 10 gated blocks are trainable.
 
-    32 GPUs, data parallel, four sequences a micro-batch. The tower has 4.35B parameters, 8.7 GB in bf16.
+    32 GPUs, data parallel, four sequences per micro-batch. The tower has 4.35B parameters, 8.7 GB in bf16.
     `sbatch examples/infimm_vicuna_13b.slurm`.
 
     Predicted on 32 H100: 1.70 s a step (to 12%), 49% of the bf16 peak, 68 GB; as many A100-80GB: 4.18 s.
@@ -199,7 +199,8 @@ def infimm_vicuna_13b_ift() -> Experiment:
 
 
 def debug_infimm() -> Experiment:
-    """A tiny InfiMM for `megatron-mm prepare demo` data. All but the tower is trainable, as there is no language model to begin with.
+    """A tiny InfiMM for `megatron-mm prepare demo` data. Everything except the tower is trainable, because there is no pre-trained language
+    model to start from.
 
     `python -m megatron_mm train debug_infimm --run-dir runs/infimm --data.path data/demo`
     """

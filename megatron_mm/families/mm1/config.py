@@ -1,4 +1,4 @@
-"""MM1's shapes."""
+"""MM1's configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MM1Config(ModelConfig):
     vision: VisionConfig
     connector: ConnectorConfig
     sub_images: SubImages | None = None
-    """Show every image as an overview and crops, each of vision.image_size (section 4.1); None shows it as one square."""
+    """Show every image as an overview and crops, each of size vision.image_size (section 4.1 of the paper); None shows it as one square."""
 
     def __post_init__(self) -> None:
         if self.connector.pools_to_grid:
@@ -33,7 +33,7 @@ class MM1Config(ModelConfig):
 
 
 def image_input(config: MM1Config) -> ImageInput:
-    """An image, or each of its sub-images, is as many tokens as the connector makes."""
+    """An image, or each of its sub-images, takes as many tokens as the connector produces."""
     vision = config.vision
     return ImageInput(
         size=vision.image_size,

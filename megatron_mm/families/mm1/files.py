@@ -1,4 +1,4 @@
-"""What an exported MM1 needs besides its weights: configuration, tokenizer, processor, code."""
+"""The files of an exported MM1 besides its weights: configuration, tokenizer, processor, modeling code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def check_mm1_export(model: MM1Config) -> None:
     """Raise ValueError for a connector or a decoder variant that modeling_mm1.py cannot compute."""
     if model.connector.kind not in _EXPORTED_CONNECTORS:
         raise ValueError(
-            f"an exported MM1 has code for the connectors {', '.join(_EXPORTED_CONNECTORS)}, not for {model.connector.kind!r}: add it to "
+            f"exported MM1 models have code for the connectors {', '.join(_EXPORTED_CONNECTORS)}, but not for "
+            f"{model.connector.kind!r}: add it to "
             "families/mm1/hf_code/modeling_mm1.py, or export with --part language or --part vision"
         )
     check_exported_decoder(model.decoder, code="an exported MM1")
@@ -133,7 +134,7 @@ _TIED = "tie_word_embeddings"
 CONFIG_FIELDS = (
     ConfigField("architectures", must_be=(["MM1ForConditionalGeneration"],), default=["MM1ForConditionalGeneration"]),
     ConfigField("model_type", must_be=("mm1",), default="mm1"),
-    ConfigField("image_token_id", kind=int, note="the tokenizer says it"),
+    ConfigField("image_token_id", kind=int, note="known from the tokenizer"),
     ConfigField(_TIED, kind=bool, read="decoder.tied_embeddings", default=True),
     ConfigField("connector_config.kind", kind=str, read="connector.kind", default="c_abstractor"),
     ConfigField("connector_config.num_tokens", kind=int, read="connector.num_tokens", default=144),

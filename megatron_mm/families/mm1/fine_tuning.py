@@ -1,15 +1,15 @@
-"""MM1's supervised fine-tuning (arXiv 2403.09611, section 4): conversations, at 1344 px.
+"""MM1's supervised fine-tuning (arXiv 2403.09611, section 4) on conversations, at 1344 px.
 
-Published: encoder and decoder both trained; images of 448, 560 or 672 px by interpolated position embeddings; of 1344 px as sub-images, an
-overview of 672 px and four crops of 672 px, 5 x 144 = 720 tokens; up to 1792 px likewise (sub-images of 896 px:
-`--model.vision.image-size 896`); demonstrations of mixed resolution. Reported elsewhere, not checked against the paper: 10k steps of 256
-sequences of 2048 tokens, peak learning rate 1e-5, cosine to 0. Derived: 14 sub-images of a sequence at most, as many as 2048 tokens hold.
-Ours, because unpublished: AdamW as in pre-training, 300 steps of warm-up, Vicuna's chat template, that every image is shown as sub-images
-whatever its size, half of the demonstrations at low resolution, the layouts, and packing: batches count sequences full of whole
-conversations.
+Published: encoder and decoder are both trained; images of 448, 560 or 672 px with interpolated position embeddings; images of 1344 px as
+sub-images, an overview of 672 px and four crops of 672 px, 5 x 144 = 720 tokens; up to 1792 px in the same way (sub-images of 896 px:
+`--model.vision.image-size 896`); demonstrations at mixed resolution. Reported elsewhere, not checked against the paper: 10k steps of 256
+sequences of 2048 tokens, peak learning rate 1e-5, cosine to 0. Derived: at most 14 sub-images per sequence, as many as fit in 2048 tokens.
+Chosen by us, because unpublished: AdamW as in pre-training, 300 steps of warm-up, Vicuna's chat template, showing every image as sub-images
+whatever its size, half of the demonstrations at low resolution, the layouts, and packing (a batch is a number of sequences, each filled
+with whole conversations).
 
-Each begins with a pre-trained run: `--init-from RUN_DIR`. `--model.sub-images None` shows images as one square. docs/mm1_fine_tuning.md
-goes through it.
+Each recipe starts from a pre-trained run: `--init-from RUN_DIR`. `--model.sub-images None` shows images as one square. See
+docs/mm1_fine_tuning.md.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def mm1_7b_sft() -> Experiment:
 def mm1_30b_sft() -> Experiment:
     """Fine-tuning of `mm1_30b`: 128 GPUs as tensor 4 x data 32.
 
-    `sbatch examples/mm1_30b_sft.slurm --init-from /scratch/runs/mm1_30b`. Layers of the image tower run again in the backward pass: at 2304
-    patches an image what they keep would not fit. In a pipeline the first stage, which has the tower, would hold up the others.
+    `sbatch examples/mm1_30b_sft.slurm --init-from /scratch/runs/mm1_30b`. Layers of the image tower are recomputed in the backward pass,
+    because with 2304 patches per image their activations would not fit in memory. There is no pipeline parallelism, because the first
+    stage, which has the tower, would delay the others.
 
     Predicted on 128 H100: 2.23 s a step (to 12%), 39% of the bf16 peak, 74 GB; as many A100-80GB: 4.97 s.
     """
@@ -74,7 +75,7 @@ def mm1_30b_sft() -> Experiment:
 
 
 def mm1_3b_moe_sft() -> Experiment:
-    """Fine-tuning of `mm1_3b_moe`: 128 GPUs as tensor 2 x data 64, two experts of a layer on each GPU.
+    """Fine-tuning of `mm1_3b_moe`: 128 GPUs as tensor 2 x data 64, two experts of each sparse layer on each GPU.
 
     Predicted on 128 H100: 0.69 s a step (to 20%), 32% of the bf16 peak, 58 GB; as many A100-80GB: 1.36 s.
     """
@@ -82,7 +83,7 @@ def mm1_3b_moe_sft() -> Experiment:
 
 
 def mm1_7b_moe_sft() -> Experiment:
-    """Fine-tuning of `mm1_7b_moe`: 64 GPUs as tensor 2 x data 32, one expert of a layer on each GPU.
+    """Fine-tuning of `mm1_7b_moe`: 64 GPUs as tensor 2 x data 32, one expert of each sparse layer on each GPU.
 
     Predicted on 64 H100: 1.57 s a step (to 20%), 41% of the bf16 peak, 73 GB; as many A100-80GB: 3.60 s.
     """
@@ -90,7 +91,7 @@ def mm1_7b_moe_sft() -> Experiment:
 
 
 def debug_mm1_sft() -> Experiment:
-    """Fine-tuning of `debug_mm1` for two CPU cores: an overview and four crops of 48 px, 5 x 16 = 80 tokens an image. All values are ours.
+    """Fine-tuning of `debug_mm1` for two CPU cores: an overview and four crops of 48 px, 5 x 16 = 80 tokens per image. All values are ours.
 
     `python -m megatron_mm train debug_mm1_sft --run-dir runs/sft --data.path data/demo --init-from runs/debug`
     """

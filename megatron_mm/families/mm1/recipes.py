@@ -1,11 +1,10 @@
 """MM1 pre-training (arXiv 2403.09611): dense decoders of 1.2B to 30B parameters, and the paper's ablation variants.
 
-Published: batch 512 sequences of 4096 tokens with at most 16 images, 200k steps, everything trained, 45% interleaved / 45%
-image-text pairs / 10% text, image encoder DFN5B ViT-H at 378 px, 144 image tokens, C-Abstractor, the peak learning rate of
-equation (1), and for the ablations ViT-L at 336 px with the 1.2B decoder. From the authors' framework (AXLearn): AdamW with
-betas 0.9 / 0.95, epsilon 1e-8, clipping at 1.0, weight decay 0.1. Reported elsewhere, not in the paper's text: 2000 warm-up
-steps and a cosine to a tenth of the peak. Ours, because unpublished: the decoders' shapes, the vocabulary of 49152, tied
-embeddings, the layouts.
+Published: batches of 512 sequences of 4096 tokens with at most 16 images, 200k steps, all parameters trained, 45% interleaved / 45%
+image-text pairs / 10% text, the image encoder DFN5B ViT-H at 378 px, 144 image tokens, C-Abstractor, the peak learning rate of equation
+(1), and for the ablations ViT-L at 336 px with the 1.2B decoder. From the authors' framework (AXLearn): AdamW with betas 0.9 / 0.95,
+epsilon 1e-8, clipping at 1.0, weight decay 0.1. Reported elsewhere, not in the paper's text: 2000 warm-up steps and a cosine to a tenth of
+the peak. Chosen by us, because unpublished: the decoders' shapes, the vocabulary of 49152, tied embeddings, the layouts.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ C_ABSTRACTOR_144 = ConnectorConfig(kind="c_abstractor", num_tokens=144)
 
 
 def peak_learning_rate(non_embedding_parameters: float) -> float:
-    """Equation (1): exp(-0.4214 ln N - 0.5535), N the decoder's parameters without embeddings; 2.2e-5 at 30B."""
+    """Equation (1): exp(-0.4214 ln N - 0.5535), where N is the number of the decoder's parameters without embeddings; 2.2e-5 at 30B."""
     return math.exp(-0.4214 * math.log(non_embedding_parameters) - 0.5535)
 
 
@@ -61,7 +60,7 @@ def _pretraining(
     parallel: ParallelConfig,
     micro_batch_size: int,
 ) -> Experiment:
-    """What all MM1 runs have in common."""
+    """The settings that all MM1 pre-training runs share."""
     peak_lr = peak_learning_rate(non_embedding_parameters(decoder))
     return Experiment(
         recipe=recipe,
@@ -74,7 +73,7 @@ def _pretraining(
 
 
 def mm1_1b() -> Experiment:
-    """MM1 1.2B (1.195B without embeddings): one node of 8 GPUs and up, data parallel, two sequences a micro-batch.
+    """MM1 1.2B (1.195B without embeddings): one or more nodes of 8 GPUs, data parallel, two sequences per micro-batch.
 
     `sbatch examples/mm1_1b.slurm`. Peak learning rate 8.6e-5 by equation (1).
 
@@ -98,7 +97,7 @@ def mm1_3b() -> Experiment:
 
 
 def mm1_7b() -> Experiment:
-    """MM1 7B (6.845B without embeddings): 128 GPUs as tensor 2 x data 64, two sequences a micro-batch. `sbatch examples/mm1_7b.slurm`.
+    """MM1 7B (6.845B without embeddings): 128 GPUs as tensor 2 x data 64, two sequences per micro-batch. `sbatch examples/mm1_7b.slurm`.
 
     Predicted on 128 H100: 1.77 s a step (to 12%), 47% of the bf16 peak, 65 GB; as many A100-80GB: 4.13 s.
     """
@@ -111,12 +110,12 @@ def mm1_7b() -> Experiment:
 def mm1_30b() -> Experiment:
     """MM1 30B (29.963B without embeddings): 512 GPUs as tensor 4 x pipeline 2 x virtual 2 x data 64.
 
-    `sbatch examples/mm1_30b.slurm`. 52 heads divide by 4, not by 8, which sets the tensor-parallel degree. The first of the
-    four stages, which also holds the image encoder, has 10 layers, the others 15 or 16; a micro-batch is two sequences, and the encoder's
-    layers run again in the backward pass. The layout is ours.
+    `sbatch examples/mm1_30b.slurm`. 52 heads can be divided by 4 but not by 8, which determines the tensor-parallel degree. The first of
+    the four stages, which also has the image encoder, has 10 layers, the others 15 or 16. A micro-batch is two sequences, and the encoder's
+    layers are recomputed in the backward pass. We chose the layout.
 
     Predicted on 512 H100: 1.95 s a step (to 12%), 39% of the bf16 peak, 64 GB; as many A100-80GB: 4.45 s. docs/planning.md has faster
-    layouts that leave less memory or encode on all pipeline ranks.
+    layouts, which leave less memory free or encode on all pipeline ranks.
     """
     parallel = ParallelConfig(tensor=4, pipeline=2, virtual=2, stage_layers=(10, 15, 16, 15), recompute_encoder="full")
     return _pretraining(
@@ -137,11 +136,11 @@ def _sparse(dense: Experiment, recipe: str, *, moe: MoEConfig, parallel: Paralle
 
 
 def mm1_3b_moe() -> Experiment:
-    """MM1 3B-MoE, 64B in all and 4.0B at work on a token: 64 experts in every second layer.
+    """MM1 3B-MoE, 64B parameters in total and 4.0B active per token: 64 experts in every second layer.
 
-    128 GPUs, data parallel, two experts of a layer on each GPU. Groups of 32 lie on four nodes of 8: with so few tokens a step (512
-    sequences) that sends less over the network than groups of 8 or 16, of whose experts there are more copies to reduce
-    (`parallel.nodes.expert_traffic`: 16.5, 43.5 and 25.5 GB a GPU), and takes less memory.
+    128 GPUs, data parallel, two experts of each sparse layer on each GPU. Expert-parallel groups of 32 span four nodes of 8 GPUs. With so
+    few tokens per step (512 sequences), this sends less over the network than groups of 8 or 16, which have more copies of each expert to
+    reduce (`parallel.nodes.expert_traffic`: 16.5 GB per GPU, against 43.5 and 25.5 GB), and it takes less memory.
 
     `sbatch examples/mm1_3b_moe.slurm`.
 
@@ -152,11 +151,11 @@ def mm1_3b_moe() -> Experiment:
 
 
 def mm1_7b_moe() -> Experiment:
-    """MM1 7B-MoE, 47B in all and 8.4B at work on a token: 32 experts in every fourth layer.
+    """MM1 7B-MoE, 47B parameters in total and 8.4B active per token: 32 experts in every fourth layer.
 
-    128 GPUs as tensor 2 x data 64, an expert of a layer on each GPU, two sequences a micro-batch. Groups of 32 lie on four nodes of 8, and
-    send 12.3 GB a GPU and step over the network; groups of 8 would send 29.4 GB (`parallel.nodes.expert_traffic`). The image
-    encoder's layers run again in the backward pass.
+    128 GPUs as tensor 2 x data 64, one expert of each sparse layer on each GPU, two sequences per micro-batch. Expert-parallel groups of 32
+    span four nodes of 8 GPUs and send 12.3 GB per GPU and step over the network; groups of 8 would send 29.4 GB
+    (`parallel.nodes.expert_traffic`). The image encoder's layers are recomputed in the backward pass.
 
     `sbatch examples/mm1_7b_moe.slurm`.
 
@@ -170,7 +169,7 @@ def mm1_7b_moe() -> Experiment:
 
 
 def mm1_ablation() -> Experiment:
-    """The ablations' base: 1.2B decoder, CLIP ViT-L/14 at 336 px, C-Abstractor with 144 tokens, 45/45/10 mixture."""
+    """The base of the ablations: 1.2B decoder, CLIP ViT-L/14 at 336 px, C-Abstractor with 144 tokens, 45/45/10 mixture."""
     parallel = ParallelConfig()
     return _pretraining(
         "mm1_ablation", decoder=DECODER_1B, vision=VIT_L_14_336, connector=C_ABSTRACTOR_144, parallel=parallel, micro_batch_size=1
@@ -225,7 +224,7 @@ def _mixture(recipe: str, **weights: float) -> Experiment:
 
 
 def mm1_ablation_mix_100_0_0() -> Experiment:
-    """Mixture (figure 5a): image-text pairs alone."""
+    """Mixture (figure 5a): only image-text pairs."""
     return _mixture("mm1_ablation_mix_100_0_0", pairs=1.0)
 
 
@@ -245,7 +244,7 @@ def mm1_ablation_mix_33_66_0() -> Experiment:
 
 
 def mm1_ablation_mix_0_100_0() -> Experiment:
-    """Mixture (figure 5a): interleaved documents alone."""
+    """Mixture (figure 5a): only interleaved documents."""
     return _mixture("mm1_ablation_mix_0_100_0", interleaved=1.0)
 
 

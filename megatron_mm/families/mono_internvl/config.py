@@ -1,4 +1,4 @@
-"""Mono-InternVL's shapes."""
+"""Mono-InternVL's configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_mm.config.checks import require, require_positive
 from megatron_mm.data.image_input import ImageInput, fill_colour
 
 SPECIAL_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-"""What InternVL adds to InternLM2's vocabulary, in the order of the ids (92544 and on)."""
+"""Tokens that InternVL adds to InternLM2's vocabulary, in the order of their ids (from 92544)."""
 
 EXPERTS = {"text": "feed_forward", "visual": "feed_forward_ve"}
 """The two feed-forward networks of a layer: our names -> those of released checkpoints."""
@@ -18,7 +18,7 @@ EXPERTS = {"text": "feed_forward", "visual": "feed_forward_ve"}
 
 @dataclass(frozen=True)
 class PatchEmbeddingConfig:
-    """Mono-InternVL's way from pixels to the decoder: patches with learned positions, each square of them put together, and an MLP."""
+    """How Mono-InternVL turns pixels into decoder tokens: patches with learned positions, squares of patches concatenated, and an MLP."""
 
     image_size: int
     """Side of a tile, pixels."""
@@ -29,7 +29,7 @@ class PatchEmbeddingConfig:
     unshuffle: int = 2
     """Patches along the side of the square that becomes one token."""
     position_grid: int = 32
-    """Side of the learned grid of positions, patches; interpolated where a tile has another number."""
+    """Side of the learned grid of positions, patches; interpolated if a tile has another number of patches."""
     norm_epsilon: float = 1e-5
     """Added to the variance inside the MLP's LayerNorm."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -42,7 +42,7 @@ class PatchEmbeddingConfig:
         require(
             self.image_size % (self.patch_size * self.unshuffle) == 0,
             f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size} x unshuffle {self.unshuffle}: "
-            "a tile is cut into whole squares of patches",
+            "a tile must consist of whole squares of patches",
         )
 
     @property
@@ -64,11 +64,11 @@ class MonoInternVLConfig(ModelConfig):
     patches: PatchEmbeddingConfig
 
     def __post_init__(self) -> None:
-        require(self.decoder.moe is None, "Mono-InternVL's experts are chosen by modality: leave out decoder.moe")
+        require(self.decoder.moe is None, "Mono-InternVL's experts are chosen by modality: set model.decoder.moe to None")
 
 
 def image_input(config: MonoInternVLConfig) -> ImageInput:
-    """A tile is as many tokens as squares of patches, between a token before the image and one after it."""
+    """A tile takes one token per square of patches; there is a token before the image and one after it."""
     return ImageInput(
         size=config.patches.image_size,
         fill=fill_colour(config.patches.mean),

@@ -1,7 +1,7 @@
-"""What an exported Mono-InternVL needs besides its weights: configuration, tokenizer, processor, and modeling code of our own.
+"""The files of an exported Mono-InternVL besides its weights: configuration, tokenizer, processor, and our own modeling code.
 
-Weights have the released names and config.json the released fields, so the authors' code reads them too: `authors_code/` holds the files
-that name its classes. That code (OpenGVLab/Mono-InternVL-2B, transformers 4.37) does not travel with the weights.
+Weights have the released names and config.json the released fields, so the authors' code can read them as well: `authors_code/` contains
+the files that name the authors' classes. Their code (OpenGVLab/Mono-InternVL-2B, transformers 4.37) is not part of the export.
 """
 
 from __future__ import annotations
@@ -175,15 +175,15 @@ def _squares(downsample_ratio: float) -> int:
     return round(1 / downsample_ratio)
 
 
-_CALLER = "whoever calls the model cuts the tiles"
+_CALLER = "the caller cuts the tiles"
 CONFIG_FIELDS = (
-    ConfigField("image_token_id", kind=int, note="the tokenizer says it"),
+    ConfigField("image_token_id", kind=int, note="known from the tokenizer"),
     ConfigField("architectures", must_be=(["InternVLChatModel"],), default=["InternVLChatModel"]),
     ConfigField("model_type", must_be=("internvl_chat",), default="internvl_chat"),
     ConfigField("force_image_size", kind=int, read="patches.image_size"),
     ConfigField("downsample_ratio", kind=float, read="patches.unshuffle", convert=_squares, default=0.5),
-    ConfigField("ps_version", must_be=("v2",), default="v1", note="v1 transposes each tile"),
-    ConfigField("select_layer", must_be=(-1,), default=-4, note="the patches themselves"),
+    ConfigField("ps_version", must_be=("v2",), default="v1", note="v1 would transpose each tile"),
+    ConfigField("select_layer", must_be=(-1,), default=-4, note="the patches are used directly"),
     ConfigField("pad2square", must_be=(False,), default=False, note="tiles are stretched"),
     ConfigField("use_thumbnail", must_be=(True,), default=False, note="of several tiles the last is the whole image"),
     ConfigField("use_backbone_lora", must_be=(0,), default=0),
@@ -195,11 +195,11 @@ CONFIG_FIELDS = (
     ConfigField("llm_config.architectures", must_be=(["InternLM2VEForCausalLM"],), note="one with visual experts"),
     *nested("llm_config", (field for field in DECODER_FIELDS if field.path != "architectures"), ours="decoder"),
     ConfigField("vision_config.architectures", note="follows from model_type"),
-    ConfigField("vision_config.model_type", must_be=("intern_vit_patch",), note="patches alone, no tower"),
+    ConfigField("vision_config.model_type", must_be=("intern_vit_patch",), note="only patches, no tower"),
     ConfigField("vision_config.hidden_size", kind=int, read="patches.hidden_size"),
     ConfigField("vision_config.patch_size", kind=int, read="patches.patch_size"),
-    ConfigField("vision_config.image_size", kind=int, note="with patch_size the grid of positions"),
-    ConfigField("vision_config.*", note="of tower layers, which a patch embedding has none of"),
+    ConfigField("vision_config.image_size", kind=int, note="with patch_size, gives the grid of positions"),
+    ConfigField("vision_config.*", note="tower layers, which a patch embedding does not have"),
 )
 """What becomes of each field of a released config.json."""
 

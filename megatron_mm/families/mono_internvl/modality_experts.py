@@ -1,17 +1,17 @@
-"""Feed-forward layers chosen by modality (Mono-InternVL, arXiv 2410.08202, section 3.1): text's, and a visual expert's beside it.
+"""Feed-forward layers chosen by modality (Mono-InternVL, arXiv 2410.08202, section 3.1): a text network and a visual expert.
 
-A token goes through ONE of the two: tokens are gathered by modality, each network runs on its own, and the results go back to their
-places. (Computing both for every token and masking one, as the released code does, costs twice the work.)
+Each token goes through ONE of the two: tokens are gathered by modality, each network processes its own tokens, and the results are
+scattered back to their places. (Computing both networks for every token and masking one, as the released code does, is twice the work.)
 
     tokens       <s> <img>  I   I   I  </img>  a   dog  </s>          I is <IMG_CONTEXT>; <img> and </img> are text
     text rows     0    1                 5     6    7    8
     visual rows             2   3   4
 
-Which token is which follows from the plan on every pipeline stage (`ModalityLayout`), and comes with the document bounds, so that every
-layer of a micro-batch gets it, recomputed ones included.
+Every pipeline stage knows from the plan which tokens belong to images (`ModalityLayout`). This is passed along with the document bounds, so
+that every layer of a micro-batch gets it, including recomputed layers.
 
-Both networks are cut over tensor parallelism like a dense layer's, with the communication of one: tokens are gathered once, which rows go
-where is known for the whole micro-batch, and the two partial results are summed over the group together.
+Under tensor parallelism, both networks are split like that of a dense layer, with the same communication as one network: tokens are
+gathered once, the rows of each network are known for the whole micro-batch, and the two partial results are summed over the group together.
 
 Shape legend: t packed tokens of a micro-batch (all of them), l this process's part of them under sequence parallelism, h width.
 """

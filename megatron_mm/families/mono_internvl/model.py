@@ -1,7 +1,8 @@
-"""Mono-InternVL (arXiv 2410.08202): one decoder that sees patches, with a visual expert beside the text's feed-forward in every layer.
+"""Mono-InternVL (arXiv 2410.08202): one decoder that takes image patches directly, with a visual expert beside the text feed-forward
+network in every layer.
 
-An image is written `<img>`, 256 times `<IMG_CONTEXT>` for each of its tiles, `</img>`. The embedded patches take the places of
-`<IMG_CONTEXT>`, and these tokens, and no others, go through visual experts.
+In the sequence, an image is `<img>`, 256 times `<IMG_CONTEXT>` for each of its tiles, `</img>`. The embedded patches replace the embeddings
+of `<IMG_CONTEXT>`, and only these tokens go through visual experts.
 """
 
 from __future__ import annotations

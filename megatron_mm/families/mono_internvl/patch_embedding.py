@@ -1,7 +1,8 @@
-"""Mono-InternVL's way from pixels to the decoder's width (arXiv 2410.08202, section 3.1): no tower, only patches and an MLP.
+"""How Mono-InternVL turns pixels into vectors of the decoder's width (arXiv 2410.08202, section 3.1): no tower, only patches and an MLP.
 
-A tile's patches get learned positions; every square of 2 x 2 patches becomes one vector (pixel-unshuffle), and an MLP makes a token of it:
-448 px = 32 x 32 patches = 256 tokens. Released checkpoints also hold a class embedding and a position for it. They are carried and unused.
+The patches of a tile get learned positions; every square of 2 x 2 patches is concatenated to one vector (pixel-unshuffle), which an MLP
+turns into a token: 448 px = 32 x 32 patches = 256 tokens. Released checkpoints also contain a class embedding and its position, which are
+kept but unused.
 
 Worked example of the unshuffle, patches numbered row by row:
 
@@ -10,7 +11,7 @@ Worked example of the unshuffle, patches numbered row by row:
      8  9 10 11          (8 9 12 13)  (10 11 14 15)
     12 13 14 15
 
-Plain torch modules, whole on every process, which runs them on its own share of the tiles.
+These are plain torch modules. Every process has all of them, and runs them on its own share of the tiles.
 
 Shape legend: n tiles, g patches along one side of a tile, u patches along a square's side, v patch width, k = (g / u)^2 tokens, h decoder
 width.

@@ -1,22 +1,22 @@
 """Mono-InternVL-2B (arXiv 2410.08202): endogenous visual pre-training in three stages, then instruction tuning.
 
-Each stage begins with the weights of the one before (`--init-from`); the first begins with InternLM2-chat-1.8B, whose feed-forward
-networks `megatron-mm convert from-hf` also copies into the visual experts. `examples/mono_internvl_2b.slurm` runs all four in a row.
+Each stage starts from the weights of the previous one (`--init-from`). The first starts from InternLM2-chat-1.8B, whose feed-forward
+networks `megatron-mm convert from-hf` also copies to the visual experts. `examples/mono_internvl_2b.slurm` runs all four in a row.
 
 | | S1.1 concepts | S1.2 semantics | S1.3 alignment | S2 instructions |
 |---|---|---|---|---|
 | trainable | patch embedding, projector, visual experts | the same | attention too | everything |
 | samples (paper) | 922M | 258M | 143M | about 5M |
-| image tokens at most (paper) | 1280 | 1792 | 3328 | 6400 |
-| tiles at most, thumbnail included | 5 | 7 | 13 | 25 |
+| maximum image tokens (paper) | 1280 | 1792 | 3328 | 6400 |
+| maximum tiles, with thumbnail | 5 | 7 | 13 | 25 |
 
-Published: the above; 2048 samples a batch in S1 (the paper's 646k steps in all are their sum at that size); constant learning rate after a
-warm-up in S1.1 and S1.2, cosine in S1.3 and S2; the tiling rule, tile size and tokens; the data mix of S1.3. From the released code: the
-decoder's shape, and 5e-5 as S1.3's peak learning rate. Unverified, chosen by us: the other peak learning rates, warm-up, AdamW's betas and
-epsilon, weight decay, clipping, sequence lengths, S2's 512 samples a batch and 14k steps, and that S1.3's attention is its four
-matrices without the norm before them. Ours: the layouts, the mixtures' names, and packing, where batches count sequences of whole samples
-instead of padded samples: a sequence that has room left takes another sample, so a batch holds at least the published number.
-Each recipe says what `megatron-mm plan` predicts of its step; none was measured.
+Published: the table above; 2048 samples per batch in S1 (at that size, the steps of its stages add up to the paper's 646k); a constant
+learning rate after a warm-up in S1.1 and S1.2, cosine in S1.3 and S2; the tiling rule, tile size and tokens; the data mix of S1.3. From the
+released code: the decoder's shape, and 5e-5 as S1.3's peak learning rate. Unverified, chosen by us: the other peak learning rates, warm-up,
+AdamW's betas and epsilon, weight decay, clipping, sequence lengths, S2's 512 samples per batch and 14k steps, and that S1.3 trains
+attention's four matrices but not the norm before them. Also chosen by us: the layouts, the mixtures' names, and packing. A batch is a
+number of sequences with whole samples, not a number of padded samples. If a sequence has room left, it takes another sample, so a batch
+contains at least the published number. Each recipe states the prediction of `megatron-mm plan` for its step; none has been measured.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_mm.families.debug import DEBUG_DECODER, debug_experiment
 from megatron_mm.families.mono_internvl.config import MonoInternVLConfig, PatchEmbeddingConfig
 
 VOCABULARY = 92672
-"""InternLM2's 92544 tokens and 9 special ones, filled up to a multiple of 128, so that tensor parallelism can cut it."""
+"""InternLM2's 92544 tokens and 9 special ones, padded to a multiple of 128, so that tensor parallelism can split the table."""
 
 INTERNLM2_1_8B = DecoderConfig(
     num_layers=24,
@@ -47,14 +47,14 @@ INTERNLM2_1_8B = DecoderConfig(
 CAPTION_PROMPT = "provide a one-sentence caption for the image"
 
 TILES_OF_448 = PatchEmbeddingConfig(image_size=448, patch_size=14, hidden_size=1024)
-"""32 x 32 patches of 14 px a tile, 256 tokens."""
+"""32 x 32 patches of 14 px per tile, 256 tokens."""
 
 
 def mono_internvl_2b_s1_1() -> Experiment:
-    """Concept learning on noisy pairs, captioned under "provide a one-sentence caption for the image": up to 5 tiles an image.
+    """Concept learning on noisy pairs, with the prompt "provide a one-sentence caption for the image": up to 5 tiles per image.
 
-    256 GPUs, data parallel. `sbatch examples/mono_internvl_2b.slurm` begins here. Index the pairs with that prompt:
-    `megatron-mm prepare index DATA --caption-prompt "provide a one-sentence caption for the image"`.
+    256 GPUs, data parallel. `sbatch examples/mono_internvl_2b.slurm` starts here. Index the pairs with that prompt: `megatron-mm prepare
+    index DATA --caption-prompt "provide a one-sentence caption for the image"`.
 
     Predicted on 256 H100: 0.23 s a step (to 12%), 42% of the bf16 peak, 42 GB; as many A100-80GB: 0.53 s.
     """
@@ -77,10 +77,10 @@ def mono_internvl_2b_s1_1() -> Experiment:
 
 
 def _next(stage: Experiment, *, recipe: str, policy: str, steps: int, sequence_length: int, tiles: int) -> Experiment:
-    """The stage after another one.
+    """The stage that follows another one.
 
     Args:
-        tiles: at most, the thumbnail included.
+        tiles: maximum number of tiles, including the thumbnail.
     """
     return replace(
         stage,
@@ -91,7 +91,7 @@ def _next(stage: Experiment, *, recipe: str, policy: str, steps: int, sequence_l
 
 
 def mono_internvl_2b_s1_2() -> Experiment:
-    """Semantic learning on synthetic captions: up to 7 tiles an image. 256 GPUs, data parallel.
+    """Semantic learning on synthetic captions: up to 7 tiles per image. 256 GPUs, data parallel.
 
     Predicted on 256 H100: 0.31 s a step (to 12%), 43% of the bf16 peak, 52 GB; as many A100-80GB: 0.73 s.
     """
@@ -100,7 +100,7 @@ def mono_internvl_2b_s1_2() -> Experiment:
 
 
 def mono_internvl_2b_s1_3() -> Experiment:
-    """Alignment on captions (53.9%), detection (5.2%) and OCR (40.9%): attention is trainable too; up to 13 tiles.
+    """Alignment on captions (53.9%), detection (5.2%) and OCR (40.9%): attention is also trainable; up to 13 tiles per image.
 
     256 GPUs, data parallel.
 
@@ -116,7 +116,7 @@ def mono_internvl_2b_s1_3() -> Experiment:
 
 
 def mono_internvl_2b_s2() -> Experiment:
-    """Instruction tuning on conversations under InternLM2's chat template: everything is trainable; up to 25 tiles.
+    """Instruction tuning on conversations under InternLM2's chat template: everything is trainable; up to 25 tiles per image.
 
     256 GPUs, data parallel.
 
@@ -135,8 +135,8 @@ def mono_internvl_2b_s2() -> Experiment:
 
 
 def debug_mono_internvl() -> Experiment:
-    """A tiny Mono-InternVL for `megatron-mm prepare demo` data. Everything is trainable; an image becomes 2 tiles of 16 tokens and a
-    thumbnail at most.
+    """A tiny Mono-InternVL for `megatron-mm prepare demo` data. Everything is trainable; an image becomes at most 2 tiles of 16 tokens and
+    a thumbnail.
 
     `python -m megatron_mm train debug_mono_internvl --run-dir runs/mono --data.path data/demo`
     """

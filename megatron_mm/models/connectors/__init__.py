@@ -1,10 +1,9 @@
 """Connectors: the patch features of an image -> the tokens that it takes in the decoder's sequence (MM1, section 3.2).
 
-MM1 found that the number of tokens and the image size matter more than the kind of connector. All three kinds of its
-comparison are here; the C-Abstractor is that of the final models, after Honeybee (arXiv 2312.06742). They are plain torch
-modules, whole on every process. Weights are allocated and marked with their initial scale: 1 / sqrt(fan-in) for matrices and
-convolutions, so that the features, which leave the tower with a final LayerNorm, keep about unit scale on the way and enter
-the decoder at 0.2 to 1.
+MM1 found that the number of tokens and the image size matter more than the kind of connector. All three kinds that it compares are
+implemented; the final models use the C-Abstractor of Honeybee (arXiv 2312.06742). Connectors are plain torch modules, and every process has
+all of them. Weights are allocated and marked with their initial scale, 1 / sqrt(fan-in) for matrices and convolutions. The features leave
+the tower with a final LayerNorm; with this scale they keep about unit scale and enter the decoder at 0.2 to 1.
 """
 
 from __future__ import annotations
@@ -24,15 +23,18 @@ CONNECTORS: dict[str, Connector] = {"average": AVERAGE, "attention": ATTENTION, 
 
 
 def register_connector(kind: str, connector: Connector) -> None:
-    """Make a connector known from outside of this package. Raises ValueError where its name is taken."""
+    """Make a connector known from outside of this package. Raises ValueError if its name is taken."""
     if CONNECTORS.setdefault(kind, connector) is not connector:
-        raise ValueError(f"a connector {kind!r} is known already: give yours another name")
+        raise ValueError(f"a connector {kind!r} is already registered: give yours another name")
 
 
 def connector_of(config: ConnectorConfig) -> Connector:
-    """The kind of a config. Raises ValueError where there is none of that name, or where the config is not of the kind's class."""
+    """The kind of a config. Raises ValueError if there is none of that name, or if the config is not of the kind's class."""
     if config.kind not in CONNECTORS:
-        raise ValueError(f"connector.kind is {config.kind!r}, but must be one of {sorted(CONNECTORS)}: name its file in `extensions`")
+        raise ValueError(
+            f"connector.kind is {config.kind!r}, but must be one of {sorted(CONNECTORS)}: to use one of your own, "
+            "add its file to `extensions`"
+        )
     connector = CONNECTORS[config.kind]
     if not isinstance(config, connector.config):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The attention connector: learned queries look at the patches (MM1, section 3.2).
+"""The attention connector: learned queries attend to the patches (MM1, section 3.2).
 
 Shape legend: n images, g patches along one side, p = g * g patches, v tower width, k tokens of an image, r tokens along one
 side (k = r * r), c inner width, h decoder width.

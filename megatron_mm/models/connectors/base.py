@@ -1,4 +1,4 @@
-"""What a connector supplies, so that one more is one file and one line in the registry."""
+"""The interface of a connector. To add one, write a file and add a line to the registry."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Counting from the real code: one process of any layout runs whole training steps on tensors without data."""
+"""Counts from the real code: one process of any layout runs whole training steps on tensors without data."""

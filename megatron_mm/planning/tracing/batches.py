@@ -1,4 +1,5 @@
-"""Micro-batches as the loader would make them, from the planner's workload: bounds, positions, owners and pixels; ids are all alike."""
+"""Micro-batches like those of the loader, made from the planner's workload: bounds, positions, owners and pixels; all token ids are
+equal."""
 
 from __future__ import annotations
 

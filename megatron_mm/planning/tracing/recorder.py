@@ -1,11 +1,12 @@
-"""What a process allocates, sends and multiplies, operation by operation: the same recorder stands on real tensors and on meta tensors.
+"""Records what a process allocates, sends and multiplies, operation by operation, for real tensors as well as for meta tensors.
 
-A `TorchDispatchMode` sees every operation below autograd, c10d's messages among them. Memory is counted by storage: a view costs nothing,
-and a storage is freed when its last tensor goes. So the recorder holds no tensor itself; one that it kept in a cycle would live until the
-garbage collector comes, and raise every peak.
+A `TorchDispatchMode` sees every operation below autograd, including c10d's messages. Memory is counted by storage: a view costs nothing,
+and a storage is freed when its last tensor is deleted. So the recorder must not keep tensors itself: one kept in a reference cycle would
+live until the garbage collector runs, and raise every peak.
 
-On meta tensors two things need help. Integers that the plan computed stay real beside their meta tensors (`_twins`): bounds of documents
-and rows of images decide shapes. And numbers that would come back from a device (a norm, a loss) are ones.
+Two things need special treatment on meta tensors. Integers computed by the plan are kept as real tensors beside their meta tensors
+(`_twins`), because document bounds and rows of images determine shapes. And numbers that would be read back from a device (a norm, a loss)
+are replaced with ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a trace says, for the terminal, and memory over a step as a picture."""
+"""The report of a trace for the terminal, and a plot of memory over a step."""
 
 from __future__ import annotations
 

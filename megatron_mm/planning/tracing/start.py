@@ -1,8 +1,8 @@
-"""The start of a run as one process of any number sees it: the real code, from the check of the experiment to the first batch.
+"""The start of a run, as one process among any number of processes: the real code, from checking the experiment to the first batch.
 
-Process groups are fake, and weights lie on meta: a stage of a large model has no room on a CPU. Everything else is real: the data set, its
-plan, reading and decoding, the run directory. Seconds are of this machine. Counts tell whether a start grows with the number of processes:
-files opened, files whose status is asked for, messages between processes and their bytes, process groups.
+Process groups are fake, and weights are on the meta device, because a stage of a large model does not fit on a CPU. Everything else is
+real: the data set, its plan, reading and decoding, the run directory. Seconds are those of this machine. Counts show whether the cost of a
+start grows with the number of processes: files opened, calls of stat, messages between processes and their bytes, process groups.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Transformer Engine's modules keep from the forward to the backward pass, and where its source says so.
+"""What Transformer Engine's modules store between the forward and the backward pass, with references to its source.
 
 A test reads the source of the release that the tests run on (2.11.0) and compares the names that the line passes to
 `prepare_for_saving` or `save_for_backward`.

@@ -1,7 +1,7 @@
 """Whole training steps of one process of a layout, traced: the real model, schedule, DDP and distributed optimizer.
 
-`trace_rank` stands on a process that does not exist; `trace_ranks` does so for each pipeline rank, in a process each. `real_rank` runs the
-same step on real tensors; tests hold one against the other.
+`trace_rank` traces one process of a layout; `trace_ranks` traces each pipeline rank in a separate process. `real_rank` runs the same step
+on real tensors; tests compare the two.
 """
 
 from __future__ import annotations

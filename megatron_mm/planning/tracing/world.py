@@ -1,4 +1,5 @@
-"""One process of a layout of any size, without the others and without devices: fake process groups, and meta tensors in place of CUDA's.
+"""Simulates one process of a layout of any size, without the other processes and without devices: fake process groups, and meta tensors in
+place of CUDA tensors.
 
 Everything here changes modules of the running process for good, so a trace runs in a process of its own (`trace.trace_rank`).
 """

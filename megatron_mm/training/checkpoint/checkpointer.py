@@ -294,9 +294,9 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------------------------------- load
 
     def load_latest(self) -> TrainState | None:
-        """Load the newest whole checkpoint of the run; None where it has none. Damaged ones are set aside.
+        """Load the newest whole checkpoint of the run; None if it has none. Damaged ones are set aside.
 
-        Raises ValueError where the checkpoint is of another model, or all are damaged.
+        Raises ValueError if the checkpoint is of another model, or all are damaged.
         """
         if self.memory is not None:
             checkpoint = newest_checkpoint(self.folder.parent)
@@ -324,7 +324,7 @@ class Checkpointer:
         return newest_checkpoint(self.folder.parent)
 
     def load(self, checkpoint: Path) -> TrainState:
-        """Load one checkpoint. Raises ValueError where it is of another model, or damaged."""
+        """Load one checkpoint. Raises ValueError if it is of another model, or damaged."""
         verify(checkpoint, self.topology)
         return self._load(checkpoint)
 

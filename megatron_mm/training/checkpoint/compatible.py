@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits an experiment: the same model, kind of optimizer state, and meaning of token ids."""
+"""Checks whether a checkpoint fits an experiment: the same model, kind of optimizer state, and meaning of token ids."""
 
 from __future__ import annotations
 

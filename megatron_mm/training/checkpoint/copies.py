@@ -37,7 +37,7 @@ class Copies:
             target: a directory or URL.
             superseded: of checkpoints, oldest first, those that need not stay.
 
-        Raises ValueError where there is no such store.
+        Raises ValueError if there is no such store.
         """
         try:
             self.store, self.root = fsspec.core.url_to_fs(target)
@@ -75,7 +75,7 @@ class Copies:
         return sorted(name for name in names if name.startswith("step_") and self.store.exists(f"{self.root}/{name}/{MANIFEST}"))
 
     def fetch(self, name: str, folder: Path) -> Path:
-        """Bring a copy back. Raises OSError or ValueError where it cannot be read, or is not what was copied."""
+        """Bring a copy back. Raises OSError or ValueError if it cannot be read, or is not what was copied."""
         partial = folder / f".partial-{name}-{uuid.uuid4().hex[:8]}"
         (partial / TENSORS).mkdir(parents=True)
         try:

@@ -1,7 +1,7 @@
-"""The checkpoint that a run resumes from: the newest one that is whole. A damaged one costs its steps and not the run.
+"""Finds the checkpoint from which a run resumes: the newest undamaged one. A damaged checkpoint loses its steps, not the run.
 
-A damaged checkpoint is renamed `damaged-step_...`: no run loads it and none removes it. That happens only once an older one was found to be
-whole: where no checkpoint can be read, the file system is the likelier cause, and nothing is touched.
+A damaged checkpoint is renamed to `damaged-step_...`: no run loads or removes it. This happens only after an older checkpoint was found to
+be undamaged. If no checkpoint can be read, the file system is the likelier cause, and nothing is renamed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ DAMAGED = "damaged-"
 
 
 def newest_whole_checkpoint(run_dir: Path, topology: Topology) -> Path | None:
-    """The newest checkpoint of a run whose files are what was written; None where the run has none. Called by all processes together.
+    """The newest checkpoint of a run whose files are what was written; None if the run has none. Called by all processes together.
 
-    Newer ones are logged, by file and reason, and set aside. Raises ValueError, on all processes, where no checkpoint is
+    Newer ones are logged, by file and reason, and set aside. Raises ValueError, on all processes, if no checkpoint is
     whole.
     """
     names = [[path.name for path in completed_checkpoints(run_dir)]]
@@ -64,7 +64,7 @@ def newest_whole_checkpoint(run_dir: Path, topology: Topology) -> Path | None:
 def newest_described_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint that can be looked at before processes meet: what it says of itself is undamaged, whatever its tensors are.
 
-    None where there is none.
+    None if there is none.
     """
     for candidate in reversed(completed_checkpoints(run_dir)):
         try:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what was written: sizes and checksums of its files, and pickles that name nothing but tensors."""
+"""Verifies that a checkpoint is what was written: sizes and checksums of its files, and pickles that refer only to tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADVICE = ": restore it or remove"
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint: its step, the number of processes that wrote it, and `files`, name -> [size in bytes, CRC-32].
 
-    Raises ValueError where it is no such manifest, OSError where it cannot be read.
+    Raises ValueError if it is no such manifest, OSError if it cannot be read.
     """
     path = checkpoint / MANIFEST
     try:
@@ -86,7 +86,7 @@ def _check_share(checkpoint: Path, topology: Topology) -> None:
 def check_descriptions(checkpoint: Path) -> None:
     """Check what a checkpoint says of itself: the manifest and the files beside its tensors.
 
-    Raises ValueError that names the damaged file, OSError where one cannot be read.
+    Raises ValueError that names the damaged file, OSError if one cannot be read.
     """
     for name, (size, checksum) in read_manifest(checkpoint).get("descriptions", {}).items():
         path = checkpoint / name

@@ -34,7 +34,7 @@ _NAMED = 40
 def load_weights(experiment: Experiment, topology: Topology, model: list[DistributedDataParallel], checkpoint: Path) -> None:
     """Load the weights alone, from any layout into any layout; positions of another image size are interpolated.
 
-    Raises ValueError where the checkpoint is of another model, lacks a tensor or has one too many, or is damaged.
+    Raises ValueError if the checkpoint is of another model, lacks a tensor or has one too many, or is damaged.
     """
     check_same_model(experiment, checkpoint, with_optimizer=False)
     verify(checkpoint, topology)
@@ -88,7 +88,7 @@ def shared_metadata(checkpoint: Path, topology: Topology) -> Iterator[None]:
     """Inside, processes know what the first one has read of where a checkpoint's pieces lie, and do not read it themselves: it grows with
     the number of processes that wrote it.
 
-    Called by all processes together. Raises ValueError, on all of them, where it cannot be read.
+    Called by all processes together. Raises ValueError, on all of them, if it cannot be read.
     """
     part_reader.install()
     folder, found, problem = checkpoint / TENSORS, [b""], ""

@@ -88,7 +88,7 @@ class MemoryCopy:
 
     @torch.no_grad()
     def load_latest(self, *, newer_than: int) -> TrainState | None:
-        """Take the newest copy that all processes have; None where there is none, or none that is newer than a checkpoint's step."""
+        """Take the newest copy that all processes have; None if there is none, or none that is newer than a checkpoint's step."""
         found = {step: path for path in map(self._path, _GENERATIONS) if (step := self._step_of(path)) is not None}
         newest = torch.tensor(float(max(found, default=-1)), dtype=torch.float64, device=self.topology.device)
         dist.all_reduce(newest, op=dist.ReduceOp.MIN)
@@ -120,7 +120,7 @@ class MemoryCopy:
         return self.folder / f"rank-{self.topology.rank:05d}-{generation}.pt"
 
     def _step_of(self, path: Path) -> int | None:
-        """None where there is no such copy, or it is of no use."""
+        """None if there is no such copy, or it is of no use."""
         if not path.is_file():
             return None
         try:

@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run lie, and what is in them under which name."""
+"""The locations of a run's checkpoints, and the names of the files in them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|generators\.")
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a path names: itself, or the newest of a run directory.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     if (path / MANIFEST).is_file():
         return path

@@ -1,8 +1,8 @@
-"""Learned positions of an image tower at another image size: interpolated while weights are loaded to begin a run with.
+"""Interpolates the learned positions of an image tower to another image size, when a run is started from existing weights.
 
-Every process that holds such a table reads the whole stored one and computes the same from it, so the layout changes nothing. Which
-tensors are positions, and how they are interpolated, the family's table of names says (`hf.mapping.Positions`: bicubic, the convention of
-transformers), so `--init-from` gives the same as `convert from-hf`.
+Every process that has such a table reads the whole stored table and computes the same result, so the layout does not matter. The family's
+table of names says which tensors are positions and how they are interpolated (`hf.mapping.Positions`: bicubic, as in transformers), so
+`--init-from` gives the same result as `convert from-hf`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Who writes what of a checkpoint: agreed once, and used again by every later save of a run.
+"""The plan of which process writes which part of a checkpoint: made once, and reused by every later save of a run.
 
-Three things have to be found out before a process can stage its bytes: which copy of a tensor is written (data-parallel ranks have the same
-weights, and share the work), what each process writes into which file, and where in the checkpoint everything then is. All of them follow
-from names, shapes and offsets, which stay the same from save to save. Without this each save would let every process gather the
-descriptions of all pieces of all others, twice, and wait for the slowest of them.
+Before a process can stage its bytes, three things must be known: which replica of a tensor is written (data-parallel ranks have the same
+weights, and share the work), what each process writes to which file, and where everything then is in the checkpoint. All of this follows
+from names, shapes and offsets, which do not change between saves. Without this plan, every process would gather the descriptions of all
+pieces of all other processes twice in each save, and wait for the slowest of them.
 
     first save     weights are dealt to data-parallel ranks (a message among those); the first process gathers all plans, and validates that
                    pieces fill their tensors, each element once

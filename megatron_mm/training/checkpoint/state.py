@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the state of a run besides its tensors, and its tensors as pieces of global ones."""
+"""The contents of a checkpoint: the state of a run besides its tensors, and its tensors as pieces of global ones."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Public data sets as they are published, made into shards."""
+"""Conversion of public data sets, in the form in which they are published, to shards."""

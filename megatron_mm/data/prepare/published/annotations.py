@@ -9,8 +9,8 @@
     coco           {images: [{id, file_name}], annotations: [{image_id, caption}]}
     scienceqa      {id: {question, choices, answer, hint, image, split}}; images SPLIT/ID/IMAGE
 
-Of several people's answers the most frequent one is taught, the first of those that are equally frequent. Records are in the order of their
-images, so that samples with the same image lie together and share its bytes.
+If several people have answered a question, the most frequent answer is used (the first one, if several are equally frequent). Records are
+sorted by their images, so that samples with the same image are adjacent and share its bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def read_annotations(
 ) -> list[Record | BadRecord]:
     """The records of a form's files.
 
-    Raises ValueError where a file is not of that form.
+    Raises ValueError if a file is not of that form.
 
     Args:
         annotations: the file of answers, for forms that have one.
@@ -56,7 +56,7 @@ def read_annotations(
         raise ValueError(f"{questions} is not a file of the format {form} ({error!r})") from None
     if records and all(isinstance(record, BadRecord) and record.reason == _MALFORMED for record in records):
         (first,) = (record.what for record in records[:1] if isinstance(record, BadRecord))
-        raise ValueError(f"{questions} is not a file of the format {form}: no entry of it is, such as {first} ...")
+        raise ValueError(f"{questions} is not a file in the format {form}: none of its entries is in that format, for example {first} ...")
     return sorted(records, key=lambda record: str(record.get("image") or "") if isinstance(record, dict) else "")
 
 
@@ -144,7 +144,7 @@ def _coco(data: Any) -> Records:
 def _scienceqa(data: Any, split: str | None) -> Records:
     splits = sorted({str(entry.get("split", "")) for entry in data.values() if isinstance(entry, dict)})
     if split is not None and split not in splits:
-        raise ValueError(f"no problem is of the split {split!r}: there are {', '.join(splits)}")
+        raise ValueError(f"no problem is in the split {split!r}: the splits are {', '.join(splits)}")
 
     def record(problem: tuple[str, Any]) -> Records:
         number, entry = problem

@@ -1,15 +1,16 @@
-"""Published files become shards: the one loop behind `prepare pairs`, `obelics`, `mmc4`, `llava`, `vqa` and `text`.
+"""Converts published files to shards: the common loop of `prepare pairs`, `obelics`, `mmc4`, `llava`, `vqa` and `text`.
 
-Why shards of our own and not the files in place: parquet, compressed lines and folders of millions of small files cannot be read at random
-places, which is what training does. It costs the disk once. Tars of img2dataset and plain .jsonl need none of this: index them as they are.
+Why not read the files in place? Training reads samples at random positions, which parquet, compressed lines and folders of millions of
+small files do not allow. The price is disk space for a copy. Tars from img2dataset and plain .jsonl files can be indexed without
+conversion.
 
     OUT/00000-00000.tar ...    shard 0 of input 0; .jsonl for texts
     OUT/.prepared/00000.json   input 0 is done: its size and date, its shards and what was lost
     OUT/.prepared/00000.rejected.jsonl   what it lost, a line for each record or image (`losses`)
     OUT/.prepared/images.sqlite  where images lie (`images`)
 
-An input is done again only where it or the options have changed, and its shards are renamed into place when they are whole, so the same
-command, started again after whatever stopped it, resumes.
+An input is converted again only if it or the options have changed, and its shards are renamed into place when they are complete. So the
+same command, started again after an interruption, resumes.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def convert(
 ) -> Converted:
     """Make shards of published files.
 
-    Raises ValueError where an input does not exist or is of another format, and after all inputs where more is lost than allowed.
+    Raises ValueError if an input does not exist or is of another format, and after all inputs where more is lost than allowed.
 
     Args:
         inputs: paths, folders, patterns, or URLs that fsspec reads.
@@ -147,7 +148,7 @@ def convert(
     table = None
     if options.images is not None:
         table = out / ".prepared" / "images.sqlite"
-        logger.info("%s names of images", f"{build_table(Path(options.images), table):,}")
+        logger.info("found %s image names", f"{build_table(Path(options.images), table):,}")
     total, began = Converted(), time.monotonic()
     for done, found in enumerate(_run(tasks, out, options, table, workers), start=1):
         total.add(found)
@@ -158,7 +159,7 @@ def convert(
                 *(done, len(tasks), total.samples, total.samples / max(seconds, 1e-9), seconds / done * (len(tasks) - done)),
             )
     if total.examples:
-        logger.info("every record and image that is lost, with its reason: %s", out / ".prepared" / "*.rejected.jsonl")
+        logger.info("all lost records and images, with their reasons: %s", out / ".prepared" / "*.rejected.jsonl")
     _check(total, len(tasks), out, max_rejected, max_dropped_images)
     return total
 
@@ -171,13 +172,16 @@ def _check_former(out: Path, inputs: Collection[str]) -> None:
         known = json.loads(record.read_text())
         if known["shards"] and known["input"] not in inputs:
             raise ValueError(
-                f"{out} has {len(known['shards'])} shards of {known['input']}, which is not among the inputs of this call: give all inputs "
-                "of a source in one call, give another --out, or remove the folder to make it anew"
+                f"{out} has {len(known['shards'])} shards of {known['input']}, which is not among the inputs of this "
+                "command: give all inputs "
+                "of a source in one command, give another --out, or remove the folder to create it again"
             )
         ours.update(known["shards"])
     others = sorted(path.name for path in out.iterdir() if path.suffix in (".tar", ".jsonl") and path.name not in ours)
     if others:
-        logger.warning("%s has %d shards that this command did not write (%s ...): they are indexed, too", out, len(others), others[0])
+        logger.warning(
+            "%s has %d shards that this command did not write (%s ...): they will be indexed as well", out, len(others), others[0]
+        )
 
 
 def _inputs(inputs: Sequence[str], options: Options) -> list[str]:
@@ -341,7 +345,7 @@ def _stamp(path: str, options: Options, table: Path | None) -> str:
 
 
 def _finished(record_of_work: Path, stamp: str, out: Path) -> Converted | None:
-    """What is known of an input that was done before; None where it has to be done."""
+    """What is known of an input that was done before; None if it has to be done."""
     try:
         known = json.loads(record_of_work.read_text())
     except (OSError, ValueError):

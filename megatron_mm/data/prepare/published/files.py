@@ -1,6 +1,7 @@
-"""Opens published files wherever fsspec reads, unpacked by their first bytes: .gz, .zst, .zip, .bz2, .xz or none of these.
+"""Opens published files from any place that fsspec supports. Their first bytes tell how to unpack them: .gz, .zst, .zip, .bz2, .xz, or not
+at all.
 
-Truncated archives are damaged files: a zstd stream that is cut off looks to its usual readers like one that ends.
+Truncated archives count as damaged files; the usual readers of zstd take a truncated stream for a complete one.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ DATASETS_NOTES = ("state.json", "dataset_info.json", "dataset_infos.json", "data
 
 
 def open_streams(path: str) -> Iterator[BinaryIO]:
-    """The contents of a file, unpacked, by its first bytes and not by its name; of a .zip each of its files. Raises DamagedFile where the
+    """The contents of a file, unpacked, by its first bytes and not by its name; of a .zip each of its files. Raises DamagedFile if the
     name promises an archive and there is none."""
     import fsspec
 
@@ -72,7 +73,7 @@ def open_streams(path: str) -> Iterator[BinaryIO]:
 
 
 class _ZstdStream(io.RawIOBase):
-    """All frames of a zstd file. Raises EOFError where the last one is cut off."""
+    """All frames of a zstd file. Raises EOFError if the last one is cut off."""
 
     def __init__(self, file: BinaryIO) -> None:
         import zstandard

@@ -46,7 +46,7 @@ class ImageStore:
         self._files: dict[int, str] = {}
 
     def read(self, name: str) -> bytes:
-        """An encoded image. Raises BadDocument where it is not there, or where two are."""
+        """An encoded image. Raises BadDocument if it is not there, or if two are."""
         data = self._below(name)
         if data is None and self._table is not None:
             data = self._from_table(name)
@@ -123,7 +123,7 @@ def _digest(key: str) -> bytes:
 def build_table(root: Path, table: Path) -> int:
     """Write the table of a folder's images, unless it is there and no folder or tar has changed since. Returns how many names it has.
 
-    Raises ValueError where the folder does not exist.
+    Raises ValueError if the folder does not exist.
     """
     if not root.is_dir():
         raise ValueError(f"folder of images {root} does not exist")
@@ -140,7 +140,7 @@ def build_table(root: Path, table: Path) -> int:
             "CREATE TABLE stamp (value TEXT);"
         )
         connection.execute("INSERT INTO stamp VALUES (?)", (stamp,))
-        logger.info("%s: looking for images; this happens once", root)
+        logger.info("%s: searching for images; this is done only once", root)
         for number, path in enumerate(walk_files(root)):
             _add_file(connection, root, path, number)
             if number % 10_000 == 9_999:
@@ -172,7 +172,7 @@ def listing_stamp(root: Path) -> str:
 
 
 def table_stamp(table: Path) -> str | None:
-    """What `listing_stamp` was when a table was written; None where there is no table."""
+    """What `listing_stamp` was when a table was written; None if there is no table."""
     if not table.is_file():
         return None
     try:
@@ -248,7 +248,7 @@ _MAGIC = (
 
 
 def image_extension(data: bytes) -> str:
-    """How a file of this image ends, by its first bytes. Raises BadDocument where it is of no format that is read."""
+    """How a file of this image ends, by its first bytes. Raises BadDocument if it is of no format that is read."""
     for magic, extension in _MAGIC:
         if data.startswith(magic):
             return extension

@@ -1,4 +1,4 @@
-"""Which files the inputs of `prepare pairs|obelics|...` are: paths, folders, patterns and addresses, in order."""
+"""Expands the inputs of `prepare pairs|obelics|...` to files: paths, folders, patterns and addresses, in order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def expand(inputs: Iterable[str], *, images: bool = False) -> list[str]:
-    """Files of paths, patterns and folders, in order. Raises ValueError where one of them is nothing, or cannot be looked at.
+    """Files of paths, patterns and folders, in order. Raises ValueError if one of them is nothing, or cannot be looked at.
 
     Args:
         images: images in folders are inputs, too.
@@ -36,7 +36,7 @@ def expand(inputs: Iterable[str], *, images: bool = False) -> list[str]:
                 for file in files
             ]
         except Exception as error:  # each store has exceptions of its own, for missing credentials for example
-            raise ValueError(f"input {pattern} cannot be looked at: {error!r}") from None
+            raise ValueError(f"input {pattern} cannot be accessed: {error!r}") from None
         if not files:
             raise ValueError(f"input {pattern} does not exist")
         found += [system.unstrip_protocol(name) if remote else name for inside in listed for name in inside]
@@ -46,7 +46,7 @@ def expand(inputs: Iterable[str], *, images: bool = False) -> list[str]:
 def walk_files(root: Path) -> Iterator[Path]:
     """The files below a folder and the folders that it has links to, in order; each folder once, so that a link to one above ends.
 
-    Raises OSError where a folder may not be read.
+    Raises OSError if a folder may not be read.
     """
     seen = set[tuple[int, int]]()
     for folder, folders, files in os.walk(root, followlinks=True, onerror=_fail):

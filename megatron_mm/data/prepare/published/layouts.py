@@ -76,7 +76,7 @@ def pair(record: Record, context: Context) -> OutSample:
 
 
 def _image_bytes(value: Any, context: Context) -> bytes | None:
-    """An image that a field holds or names; None where the field is empty. Raises BadDocument."""
+    """An image that a field holds or names; None if the field is empty. Raises BadDocument."""
     if isinstance(value, dict):  # Hugging Face's image feature
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, list) and len(value) == 1:
@@ -123,7 +123,7 @@ def mmc4(record: Record, context: Context) -> OutSample:
 
 
 def _mmc4_name(info: Record, context: Context) -> str | None:
-    """The name under which an image lies here: its file name, or its URL where only that is found. None where it has neither."""
+    """The name under which an image lies here: its file name, or its URL where only that is found. None if it has neither."""
     names = [info[key] for key in ("image_name", "raw_url") if isinstance(info.get(key), str)]
     for name in names[:-1]:
         if context.images is not None:

@@ -1,4 +1,4 @@
-"""What published files lose: records and files that cannot be read, and the list of them that a user can look at.
+"""Records, images and files that are lost in conversion, and the lists of them for the user.
 
 OUT/.prepared/00000.rejected.jsonl    of input 0, a line for each rejected record and each image that a document loses:
 {"record": 14, "reason": "image not found", "what": "coco/train2017/missing.jpg", "id": "000000000013"}

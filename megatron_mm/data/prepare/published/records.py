@@ -33,14 +33,14 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Record | BadRecord]:
     """The records of a file.
 
-    Raises DamagedFile after the last record that can be read, ValueError where the format is none that is read.
+    Raises DamagedFile after the last record that can be read, ValueError if the format is none that is read.
 
     Args:
         texts: what a record of a .txt is; it has the field `text`.
     """
     kind = ending(path)
     if kind in (".tar", ".tgz") and ("://" in path or not path.lower().endswith(".tar")):
-        raise ValueError(f"{path}: tars are read where they lie on a disk and are not compressed: copy or unpack it first")
+        raise ValueError(f"{path}: only uncompressed tars on a local disk can be read: copy or unpack it first")
     try:
         if kind == ".parquet":
             yield from parquet_records(path)
@@ -56,7 +56,8 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
                 yield from _text_records(stream, texts)
         else:
             raise ValueError(
-                f"{path} is of no format that is read: .jsonl, .json, .txt (.gz, .zst, .zip, .bz2, .xz), .parquet, .arrow or .tar"
+                f"{path} is in an unsupported format; supported are .jsonl, .json, .txt (.gz, .zst, .zip, .bz2, .xz), "
+                ".parquet, .arrow or .tar"
             )
     except DamagedFile as error:
         raise DamagedFile(f"{path}: {error}" if path not in str(error) else str(error)) from None
@@ -65,7 +66,7 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
 
 
 def load_json(path: str) -> Any:
-    """A JSON file that is one value. Raises ValueError that names it where it is none."""
+    """A JSON file that is one value. Raises ValueError that names it if it is none."""
     parts = [stream.read() for stream in open_streams(path)]
     try:
         return json.loads(_text_of(b"".join(parts)))
@@ -223,7 +224,7 @@ def text_of(record: Record, keys: Iterable[str]) -> str:
 
 
 def _encodable(text: str) -> str:
-    """The text. Raises BadDocument where it holds half of a surrogate pair."""
+    """The text. Raises BadDocument if it holds half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

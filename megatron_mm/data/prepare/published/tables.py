@@ -1,7 +1,7 @@
 """Rows of parquet and arrow files as records.
 
-One value that cannot be turned into Python's costs at most its own row. Text of which the bytes are no UTF-8 comes as bytes, so that
-only a record that needs it is lost; times beyond what Python knows, which no sample needs, come as None.
+A value that cannot be converted to a Python object affects at most its own row. Text that is not UTF-8 is returned as bytes, so that only
+records that need it are lost. Times outside Python's range, which no sample needs, are returned as None.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes samples into shards of about one size, each whole or absent."""
+"""Writes samples to shards of about equal size; each shard is either complete or absent."""
 
 from __future__ import annotations
 
