@@ -130,13 +130,13 @@ def built() -> tuple[Experiment, topologies.Topology, list[DistributedDataParall
     return settings, topology, model, optimizer
 
 
-def measure(folder: Path) -> dict[str, dict[str, float]]:
+def measure(folder: Path, only: list[str]) -> dict[str, dict[str, float]]:
     """On one process; each kind of saves in turn."""
     settings, topology, model, optimizer = built()
     gathered, found = Gathered(), {}
     ours = optimizer_state.optimizer_state
     kinds = {GATHERING: (gathering, NoPlans), ANEW: (ours, NoPlans), OURS: (ours, save_plan.SavePlans)}
-    for number, (name, (make, plans)) in enumerate(kinds.items()):
+    for number, (name, (make, plans)) in enumerate((name, kinds[name]) for name in only):
         state.optimizer_state = make
         checkpointer = Checkpointer(settings, topology, folder / f"run_{number}", model, optimizer)
         checkpointer.plans = plans()
@@ -163,16 +163,18 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes (default: %(default)s)")
+    parser.add_argument("--kinds", nargs="+", default=[GATHERING, ANEW, OURS], choices=[GATHERING, ANEW, OURS], help="(default: all)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.folder is not None:
-        found = measure(arguments.folder)
+        found = measure(arguments.folder, arguments.kinds)
         (arguments.folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
         return
     folder = Path(tempfile.mkdtemp())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.processes), __file__]
     try:
-        subprocess.run([*command, "--folder", str(folder)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        kinds = ["--kinds", *arguments.kinds]
+        subprocess.run([*command, "--folder", str(folder), *kinds], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     finally:
         shutil.rmtree(folder, ignore_errors=True)

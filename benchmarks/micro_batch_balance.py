@@ -6,8 +6,8 @@ The batch is MM1's, from made-up lengths (see `plan_time.py`), dealt to 32 ranks
 before micro-batches were balanced by cost: sequences by number, most images first, and every one computed to its full length. There a
 micro-batch costs what its padded tokens do, so the baseline is given twice: as it was, all alike and all padding computed, and the same
 micro-batches without padding. `images` and `attention` say the same of images and of attention's part of the cost, `of ranks` of that
-part summed over a rank's micro-batches. `at best` is what `attention` would be if the same micro-batches were dealt by attention alone:
-sorted by it and cut into rounds, which no other way of dealing them beats.
+part summed over a rank's micro-batches. The columns named `at best` are what `all k` and `attention` would be if the same micro-batches
+were dealt by that alone: sorted by it and cut into rounds, which no other way of dealing them beats.
 """
 
 from __future__ import annotations
@@ -55,11 +55,13 @@ class Level:
     """For each k, the costliest k-th micro-batch."""
     all_k: float
     """What ranks that wait for each other at every k lose in all."""
+    all_at_best: float
+    """The same, of the same micro-batches sorted by cost: the largest of a round is never less than in that order."""
     images: float
     """The same of images."""
     attention: float
     """The same of attention's cost."""
-    at_best: float
+    attention_at_best: float
     """The same of attention's cost, of the same micro-batches sorted by it."""
     of_ranks: float
     """Attention's cost of a rank's whole share of the batch."""
@@ -71,11 +73,16 @@ def imbalance(ranks: list[list[list[int]]], works: list[Work], costs: Costs) -> 
         np.array([[sum(of(works[i]) for i in group) for group in rank] for rank in ranks], dtype=float)
         for of in (costs.of, lambda work: work.images, lambda work: work.squares)
     )
-    over = [float(load.max(axis=0).sum() / load.mean(axis=0).sum()) for load in (cost, images, squares)]
-    by_attention = np.sort(squares.ravel()).reshape(-1, len(ranks))
-    over.append(float(by_attention.max(axis=1).sum() / by_attention.mean(axis=1).sum()))
+    total_cost, of_images, attention = (_over_mean(load) for load in (cost, images, squares))
+    best_cost, best_attention = (_over_mean(np.sort(load.ravel()).reshape(-1, len(ranks)).T) for load in (cost, squares))
     total = squares.sum(axis=1)
-    return Level((cost.max(axis=0) / cost.mean(axis=0)).tolist(), *over, float(total.max() / total.mean()))
+    of_k = (cost.max(axis=0) / cost.mean(axis=0)).tolist()
+    return Level(of_k, total_cost, best_cost, of_images, attention, best_attention, float(total.max() / total.mean()))
+
+
+def _over_mean(load: np.ndarray) -> float:
+    """[ranks, rounds]: the largest of each round, summed, over the means."""
+    return float(load.max(axis=0).sum() / load.mean(axis=0).sum())
 
 
 def main() -> None:
@@ -85,7 +92,7 @@ def main() -> None:
     arguments = parser.parse_args()
     costs = costs_of(get_recipe("mm1_30b"))
     kinds: tuple[Kind, ...] = ("interleaved", "pairs", "text")
-    heads = ("worst k", "mean k", "all k", "images", "attention", "at best", "of ranks")
+    heads = ("worst k", "mean k", "all k", "at best", "images", "attention", "at best", "of ranks")
     print(f"attention is {100 * attention_share(costs):.1f}% of the cost of a full text of {LENGTH} tokens")
     print(f"{'micro-batch':>12} {'':32}" + "".join(f" {head:>9}" for head in heads) + f" {'micro-batches':>14}")
     with tempfile.TemporaryDirectory() as root:
@@ -133,7 +140,7 @@ def measure(indexes: Sequence[Source], costs: Costs, *, batches: int) -> None:
             state = batch.next_state
         for plan, measured in found.items():
             of_k = [ratio for level, _ in measured for ratio in level.of_k]
-            fields = ("all_k", "images", "attention", "at_best", "of_ranks")
+            fields = ("all_k", "all_at_best", "images", "attention", "attention_at_best", "of_ranks")
             means = (statistics.mean(getattr(level, name) for level, _ in measured) for name in fields)
             counts = sorted({count for _, count in measured})
             numbers = "".join(f" {number:9.4f}" for number in (max(of_k), statistics.mean(of_k), *means))

@@ -202,8 +202,32 @@ def _decoder_layer_spec(backend: Backend) -> ModuleSpec:
 
 
 def vision_layer_spec(backend: Backend) -> ModuleSpec:
-    """A layer of an image tower: every patch attends to every patch of the same image."""
-    return _LAYER_SPECS[backend](AttnMaskType.no_mask)
+    """A layer of an image tower: every patch attends to every patch of the same image.
+
+    On Transformer Engine its linear layers add their biases inside the matrix products. megatron-core else adds them afterwards, to fuse
+    that with what follows, which it cannot for a tower: three kernels more a layer, and three for the biases' gradients.
+    """
+    spec = _LAYER_SPECS[backend](AttnMaskType.no_mask)
+    if backend == "te":
+        row = _adding_its_bias(te_layers.TERowParallelLinear)
+        spec.submodules.self_attention.submodules.linear_proj = row
+        spec.submodules.mlp = mlp_spec(
+            MLPSubmodules(linear_fc1=_adding_its_bias(te_layers.TELayerNormColumnParallelLinear), linear_fc2=row)
+        )
+    return spec
+
+
+@functools.cache
+def _adding_its_bias(linear: type) -> type:
+    """One of megatron-core's linear layers of Transformer Engine that leaves no bias to others."""
+
+    class AddingItsBias(linear):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "skip_bias_add": False})
+            if self.tp_size == 1:  # else a bias is added once, to the sum over the tensor-parallel group
+                self.gemm_bias_unfused_add = False
+
+    return AddingItsBias
 
 
 @dataclass(frozen=True)

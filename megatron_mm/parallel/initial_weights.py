@@ -56,16 +56,14 @@ def _initialize(entry: ShardedTensor | ShardedTensorFactory, weight: torch.nn.Pa
 def _draw_into(entry: ShardedTensor | ShardedTensorFactory, rule: InitialValue, *, seed: int) -> None:
     pieces = {"piece": entry}
     apply_factories(pieces)  # a SwiGLU's two branches are one global matrix, of which a process holds two pieces
+    which: tuple[object, ...] = ()
+    whole = torch.empty(0)
     for piece in nested_values(pieces):
         stacked = piece.prepend_axis_num
-        whole = draw(
-            rule.drawn_as(piece.key),
-            piece.global_shape[stacked:],
-            std=rule.std,
-            seed=seed,
-            row=piece.global_offset[:stacked],
-            device=piece.data.device,
-        )
+        name, shape, row = rule.drawn_as(piece.key), piece.global_shape[stacked:], piece.global_offset[:stacked]
+        if which != (name, shape, row):  # both pieces of a SwiGLU are parts of what is drawn once
+            whole = torch.empty(0)  # let go of the one before first
+            which, whole = (name, shape, row), draw(name, shape, std=rule.std, seed=seed, row=row, device=piece.data.device)
         piece.data.copy_(whole[piece.global_slice()[stacked:]])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_mm.planning.beside_steps import describe_beside_steps, save_cost
 from megatron_mm.planning.hardware import GIGA, Gpu
 from megatron_mm.planning.memory import fits
 from megatron_mm.planning.recipe_job import Planned
@@ -12,9 +13,6 @@ from megatron_mm.planning.step import Prediction
 
 ERROR_BAND = {"dense": 0.12, "moe": 0.20}
 """Nine of ten published step times lie within this of their prediction (docs/planning.md); MoE with a band for the experts' balance."""
-COPY_GB_S = 1.2
-"""Rate at which a process copies its state to the host when it saves, GB/s; training waits for that and no longer. That of one process on
-an H200 (docs/gpu.md)."""
 
 
 def kind_of(planned: Planned) -> str:
@@ -72,23 +70,20 @@ def _memory(prediction: Prediction, gpu: Gpu) -> Iterator[str]:
     yield "         fullest rank: " + ", ".join(f"{name} {size / GIGA:.1f}" for name, size in parts.items()) + " GB"
 
 
-def save_stall(prediction: Prediction) -> float:
-    """Seconds that training waits for an asynchronous save: its share of the state goes to the host."""
-    return max((use.weights + use.optimizer) for use in prediction.memory) / (COPY_GB_S * GIGA)
-
-
 def _run(planned: Planned, prediction: Prediction, *, price: float | None) -> Iterator[str]:
     experiment, gpus = planned.experiment, planned.job.layout.gpus
     steps, band = experiment.train.steps, ERROR_BAND[kind_of(planned)]
-    stalls = steps // experiment.checkpoint.interval * save_stall(prediction)
+    stall = save_cost(planned.job).seconds
+    stalls = steps // experiment.checkpoint.interval * stall
     hours = (steps * prediction.seconds + stalls) / 3600
     line = (
         f"run      {steps:,} steps: {hours / 24:.1f} days ({hours * (1 - band) / 24:.1f} to {hours * (1 + band) / 24:.1f}), "
         f"{hours * gpus:,.0f} GPU-hours"
     )
     yield line + (f", {hours * gpus * price:,.0f} at {price:g} a GPU-hour" if price is not None else "")
-    stall, share = save_stall(prediction), 100 * stalls / (3600 * hours)
+    share = 100 * stalls / (3600 * hours)
     yield f"         saves: {stall:.1f} s of waiting each, {share:.2f}% of the run; evaluation is not counted"
+    yield from describe_beside_steps(planned.job)
 
 
 def table(result: SearchResult) -> Iterator[str]:

@@ -26,6 +26,8 @@ from typing import Any
 PACKAGE = Path(__file__).parents[1]
 ENGINE = "megatron.core"
 OVERRIDDEN = (
+    "distributed.distributed_data_parallel.DistributedDataParallel._make_backward_post_hook",
+    "distributed.distributed_data_parallel.DistributedDataParallel.zero_grad_buffer",
     "pipeline_parallel.p2p_communication.P2PCommunicator._communicate_shapes",
     "transformer.module.MegatronModule.sharded_state_dict",
     "transformer.moe.router.TopKRouter.forward",
@@ -38,6 +40,7 @@ REPLACED = (
     "optimizer.Adam",
     "optimizer.USING_PYTORCH_OPTIMIZER",
     "optimizer.distrib_optimizer.Adam",
+    "optimizer.distrib_optimizer.DistributedOptimizer._copy_main_params_to_model_params",
     "optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
     "optimizer.distrib_optimizer.USING_APEX_OPTIMIZER",
     "tensor_parallel.random._set_cuda_rng_state",

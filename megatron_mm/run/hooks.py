@@ -261,9 +261,12 @@ class Stopping(Hook):
 class Checkpoints(Hook):
     """A checkpoint every `checkpoint.interval` steps, at the end, and where the held-out loss is the lowest so far, if asked for."""
 
+    def tell(self, batch: StepBatch) -> tuple[float, ...]:
+        return self.trainer.checkpointer.tell()
+
     def after_step(self, record: StepRecord) -> None:
         config, checkpointer, state = self.trainer.experiment.checkpoint, self.trainer.checkpointer, self.trainer.state
-        checkpointer.poll()
+        checkpointer.poll(record.told[self])
         if record.step % config.interval == 0 or state.best_step == record.step:
             checkpointer.save(state)
         elif config.memory is not None and record.step % config.memory_interval == 0:

@@ -23,8 +23,9 @@ from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.parallel.topology import Topology, replicated_groups, single_process_groups
 from megatron_mm.platform import engine
 from megatron_mm.platform.device import packed_attention_missing
+from megatron_mm.platform.many_at_once import DataParallel
 from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
-from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients
+from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients, leave_generators_alone
 from megatron_mm.training.spread_encoder import SpreadEncoder, wrapped_modules
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
     chunks, encoder = build_chunks(experiment, topology), build_encoder(experiment, topology)
     modules = chunks if encoder is None else [*chunks, encoder]
     initialize_weights(modules, seed=experiment.train.seed)
+    leave_generators_alone(modules)
     check_patterns(experiment, [name for module in modules for name, _ in module.named_parameters()])
     for module in modules:
         freeze(module, trainable_patterns(experiment))
@@ -138,10 +140,10 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
         use_distributed_optimizer=parallel.distributed_optimizer,
         fp8_param_gather=chunks[0].config.fp8_param,
     )
-    model = []
+    model: list[DistributedDataParallel] = []
     for index, chunk in enumerate(chunks):
         # Later chunks have their whole backward pass to hide one large reduction in; buckets would only add messages.
-        model.append(DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0))
+        model.append(DataParallel(config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0))
     spread = None if encoder is None else _spread(encoder, chunks[0], ddp, topology)
     if _choose(experiment, topology)[1].weight_gradients:
         fuse_weight_gradients(wrapped_modules(model))
@@ -159,7 +161,7 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
 def _spread(encoder: ImageEncoder, first: MegatronModule, config: DistributedDataParallelConfig, topology: Topology) -> SpreadEncoder:
     """Wrap the encoder for data parallelism over all processes and put it beside the first chunk, which encodes with it what nobody has."""
     config = replace(config, overlap_grad_reduce=False, overlap_param_gather=False)  # its backward pass is the step's last
-    wrapped = DistributedDataParallel(config=encoder.config, ddp_config=config, module=encoder, pg_collection=replicated_groups())
+    wrapped = DataParallel(config=encoder.config, ddp_config=config, module=encoder, pg_collection=replicated_groups())
     spread = SpreadEncoder(wrapped, tensor_rank=topology.tensor_rank)
     first.__dict__.update(encoder=encoder, spread_encoder=spread)
     return spread

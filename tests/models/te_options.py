@@ -18,6 +18,7 @@ from typing import Any
 
 import te_program  # installs Transformer Engine's Python first
 import torch
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from support import distributed
 from support.te import extension, fp8
 from support.te.extension import CALLS
@@ -29,6 +30,16 @@ from megatron_mm.training import build
 from megatron_mm.training.options import check_options
 
 SUBJECT = te_program.SUBJECTS["mm1"]
+FORKS = "generator states put in place"
+_fork = CudaRNGStatesTracker.fork
+
+
+def _counted_fork(self: Any, *args: Any, **kwargs: Any) -> Any:
+    CALLS[FORKS] += 1
+    return _fork(self, *args, **kwargs)
+
+
+CudaRNGStatesTracker.fork = _counted_fork
 PARTS = ("core_attn", "mlp", "layernorm", "moe", "moe_act")
 
 

@@ -80,6 +80,10 @@ def test_the_routers_kernel_runs() -> None:
     assert calls["fused_topk_with_score_function_fwd"] > 0 and calls["fused_topk_with_score_function_bwd"] > 0
 
 
+def test_attention_that_drops_nothing_leaves_generators_alone() -> None:
+    assert found()["plain"]["calls"]["fused_attn_fwd"] > 0 and "generator states put in place" not in found()["plain"]["calls"]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_layers_exchange_through_user_buffers_of_one_size(precision: str) -> None:
     """All products of both decoder layers, and none of the tower's, which is not cut; what kernels do with the buffers needs a GPU."""

@@ -37,8 +37,8 @@ def test_boxes_cover_every_run_in_order_and_nothing_else(shape: tuple[int, ...])
         assert len(found) <= max(1, 2 * len(shape) - 1)
 
 
-def save(folder: Path, parallel: dict[str, Any]) -> int:
-    """Save after a step; bytes of floating-point numbers that went through collectives meanwhile."""
+def save(folder: Path, parallel: dict[str, Any]) -> tuple[int, int]:
+    """Save after a step; bytes of floating-point numbers that went through collectives meanwhile, and that this process copied."""
     experiment = small_experiment(parallel=parallel, global_batch_size=8)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     model = build_model(experiment, topology)
@@ -60,9 +60,18 @@ def save(folder: Path, parallel: dict[str, Any]) -> int:
 
     for name in ("all_gather", "all_gather_into_tensor", "gather", "all_to_all", "broadcast", "send", "isend"):
         setattr(dist, name, counting(getattr(dist, name)))
+    copied, clone = 0, torch.Tensor.clone
+
+    def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal copied
+        copied += tensor.numel() * tensor.itemsize if tensor.is_floating_point() else 0
+        return clone(tensor, *args, **kwargs)
+
+    torch.Tensor.clone = counted  # type: ignore[method-assign, assignment]
     checkpointer.save(TrainState(step=1))
+    torch.Tensor.clone = clone  # type: ignore[method-assign]
     checkpointer.finish()
-    return sent
+    return sent, copied
 
 
 @pytest.mark.parametrize(
@@ -75,7 +84,8 @@ def save(folder: Path, parallel: dict[str, Any]) -> int:
     ],
 )
 def test_a_save_gathers_nothing_and_writes_every_byte_once(tmp_path: Path, world_size: int, parallel: dict[str, Any]) -> None:
-    assert run_processes(save, world_size, tmp_path, parallel) == [0] * world_size
+    of_processes = run_processes(save, world_size, tmp_path, parallel)
+    assert [sent for sent, _ in of_processes] == [0] * world_size
     (tensors,) = (tmp_path / "checkpoints").glob("step_*/tensors")
     metadata = dcp.FileSystemReader(tensors).read_metadata()
     stored: dict[str, int] = {}
@@ -86,3 +96,5 @@ def test_a_save_gathers_nothing_and_writes_every_byte_once(tmp_path: Path, world
     of_rank = [sum(path.stat().st_size for path in tensors.glob(f"__{rank}_*.distcp")) for rank in range(world_size)]
     if not parallel:  # stages differ in size, and copies of a tensor-parallel group are written by its first process
         assert max(of_rank) < 1.5 * sum(stored.values()) / world_size + 200_000, "every process writes its share; each tensor has a header"
+    copied = sum(copied for _, copied in of_processes)
+    assert copied < 0.1 * sum(stored.values()), "a fork sees this process's memory: only a SwiGLU's two branches are cut from it"

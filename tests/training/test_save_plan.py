@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,54 @@ from support.small import random_step, small_experiment
 
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.training.build import build_model
-from megatron_mm.training.checkpoint import Checkpointer, TrainState
+from megatron_mm.training.checkpoint import Checkpointer, TrainState, integrity
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 
 GATHERS = ("all_gather_object", "gather_object", "all_gather", "gather")
 
 
-def save_and_load(folder: Path, parallel: dict[str, Any]) -> tuple[list[int], bool]:
-    """Gathers of each of four saves, with a step before each; whether the last one loads as what it was saved of."""
+MESSAGES = (*GATHERS, "all_reduce", "broadcast", "broadcast_object_list", "barrier")
+
+
+def steps_while_writing(checkpointer: Checkpointer) -> tuple[int, int]:
+    """Save, with files that take a second to be written on the last process; polls until the checkpoint is there, and messages that polls
+    sent before the last one."""
+    write, last = integrity.write_checksums, dist.get_rank() == dist.get_world_size() - 1
+
+    def slow(partial: Path, *, rank: int) -> None:
+        time.sleep(last)
+        write(partial, rank=rank)
+
+    integrity.write_checksums = slow
+    checkpointer.save(TrainState(step=1))
+    integrity.write_checksums = write
+    sent = []
+    originals = {name: getattr(dist, name) for name in MESSAGES}
+
+    def counting(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sent[-1] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    while checkpointer.saved_step is None and len(sent) < 1000:
+        told = torch.tensor(checkpointer.tell())
+        dist.all_reduce(told)  # the step's one message
+        sent.append(0)
+        for name, original in originals.items():
+            setattr(dist, name, counting(original))
+        checkpointer.poll(told.tolist())
+        for name, original in originals.items():
+            setattr(dist, name, original)
+        time.sleep(0.02)
+    assert checkpointer.saved_step == 1
+    return len(sent), sum(sent[:-1])
+
+
+def save_and_load(folder: Path, parallel: dict[str, Any]) -> tuple[list[int], bool, tuple[int, int]]:
+    """Gathers of each of four saves, with a step before each; whether the last one loads as what it was saved of; `steps_while_writing`."""
     experiment = small_experiment(parallel=parallel, global_batch_size=8)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     model = build_model(experiment, topology)
@@ -56,7 +96,9 @@ def save_and_load(folder: Path, parallel: dict[str, Any]) -> tuple[list[int], bo
     found = [parameter.detach() for chunk in model for parameter in chunk.parameters()]
     same = all(map(torch.equal, expected, found))
     again = step.run(random_step(experiment, topology, step=5), step=5)
-    return of_saves, same and again.losses == result.losses and again.update == result.update
+    exact = same and again.losses == result.losses and again.update == result.update
+    polled = Checkpointer(experiment, topology, folder / "polled", model, optimizer)
+    return of_saves, exact, steps_while_writing(polled)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +112,10 @@ def save_and_load(folder: Path, parallel: dict[str, Any]) -> tuple[list[int], bo
     ],
 )
 def test_later_saves_agree_on_nothing(tmp_path: Path, world_size: int, parallel: dict[str, Any]) -> None:
-    for gathers, exact in run_processes(save_and_load, world_size, tmp_path, parallel):
+    found = run_processes(save_and_load, world_size, tmp_path, parallel)
+    for gathers, exact, (polls, sent) in found:
         assert gathers[0] > 0, "the first save finds out who writes what"
         assert gathers[2:] == [0, 0]
         assert exact
+        assert polls > 5 and sent == 0, "whether files are still being written is told in the step's one message"
+    assert len({polls for _, _, (polls, _) in found}) == 1, "all processes know at the same step that it is complete"

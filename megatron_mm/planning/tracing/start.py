@@ -196,5 +196,7 @@ def numbers_drawn(chunks: list[Any]) -> int:
             if initial_value(entry.key, entry.data).constant is None:
                 pieces = {"piece": entry}
                 apply_factories(pieces)
-                drawn += sum(math.prod(piece.global_shape[piece.prepend_axis_num :]) for piece in nested_values(pieces))
+                stacked = [(piece, piece.prepend_axis_num) for piece in nested_values(pieces)]
+                whole = {(piece.key, piece.global_offset[:axes]): math.prod(piece.global_shape[axes:]) for piece, axes in stacked}
+                drawn += sum(whole.values())
     return drawn

@@ -46,7 +46,7 @@ from megatron_mm.training.checkpoint.names import (
 )
 from megatron_mm.training.checkpoint.optimizer_state import load_optimizer_state
 from megatron_mm.training.checkpoint.save_plan import SavePlans
-from megatron_mm.training.checkpoint.state import TrainState, restore_generators, run_state
+from megatron_mm.training.checkpoint.state import TrainState, restore_generators, run_state, to_be_forked
 from megatron_mm.training.progress import Progress
 from megatron_mm.training.spread_encoder import wrapped_modules
 
@@ -66,7 +66,7 @@ class Save:
 
 
 class Checkpointer:
-    """Saves and loads one run's checkpoints; every method is called by all processes together."""
+    """Saves and loads one run's checkpoints; every method but `tell` is called by all processes together."""
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class Checkpointer:
         self.progress = progress or Progress()
         self.queue = AsyncCallsQueue(persistent=False)
         self.under_way: Save | None = None
+        self._told_of: Save | None = None
         self.saved_step: int | None = None
         """Of the newest complete checkpoint."""
         self.sound_step = 0
@@ -110,7 +111,7 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------------------------------- save
 
     def save(self, state: TrainState) -> None:
-        """Begin to save; `poll` finishes an asynchronous save. A save that is still under way is waited for first.
+        """Begin to save; `tell` and `poll`, in each step, finish an asynchronous save. A save that is still under way is waited for first.
 
         A save that fails (a full disk, say) is an error in the log of the first process, and nothing is left of it: `saved_step` stays what
         it was.
@@ -124,7 +125,7 @@ class Checkpointer:
     def _save(self, state: TrainState) -> None:
         step = state.step  # the state moves on while the files are written
         self.sound_step = step - state.skipped_in_a_row
-        tensors = run_state(self.model, self.optimizer, self.topology, loading=False)
+        tensors = to_be_forked(run_state(self.model, self.optimizer, self.topology, loading=False))
         partial, problems = self._fresh_directory(state)
         failed, anew = self._any(bool(problems), self.plans.must_be_made(tensors))
         if failed:
@@ -149,15 +150,28 @@ class Checkpointer:
             with self._giving_up():
                 request.execute_sync()
 
-    def poll(self) -> None:
-        """Finish a save whose files are written; give one up that takes too long. Cheap where nothing is under way."""
-        save = self.under_way
-        if save is None or self.queue.get_num_unfinalized_calls() == 0:
+    def tell(self) -> tuple[float, float]:
+        """Of the save that is under way, on this process alone: 1 while its files are being written, 1 if that takes too long."""
+        self._told_of = save = self.under_way
+        if save is None:
+            return 0.0, 0.0
+        writers = (call.async_caller.process for call in self.queue.async_calls)
+        writing = any(writer is not None and writer.is_alive() for writer in writers)
+        return float(writing), float(time.monotonic() - save.began > 60 * self.config.timeout_minutes)
+
+    def poll(self, told: Sequence[float]) -> None:
+        """Finish a save whose files all processes have written; give one up that takes too long. Otherwise nothing is sent.
+
+        Args:
+            told: what all processes told (`tell`), summed. It is of no use for a save that has begun since.
+        """
+        save, (writing, late) = self.under_way, told
+        if save is None or save is not self._told_of or self.queue.get_num_unfinalized_calls() == 0:
             return
-        with self._giving_up():
-            self.queue.maybe_finalize_async_calls(blocking=False)
-        (late,) = self._any(time.monotonic() - save.began > 60 * self.config.timeout_minutes)
-        if late and self.queue.get_num_unfinalized_calls():
+        if not writing:
+            with self._giving_up():
+                self.queue.maybe_finalize_async_calls(blocking=True, no_dist=True)  # all have ended
+        elif late:
             for call in self.queue.async_calls:
                 call.async_caller.close(abort=True)
             self.queue = AsyncCallsQueue(persistent=False)
@@ -179,7 +193,7 @@ class Checkpointer:
     def finish(self) -> None:
         """Wait for a save that is under way."""
         while self.queue.get_num_unfinalized_calls():
-            self.poll()
+            self.poll(self._any(*self.tell()))
             self.progress.beat()
             time.sleep(0.02)
 
@@ -208,7 +222,7 @@ class Checkpointer:
             self._give_up("; ".join(problems), partial, step=step)
         return failed
 
-    def _any(self, *flags: bool) -> list[bool]:
+    def _any(self, *flags: float) -> list[bool]:
         """Each flag: whether it is set on any process."""
         found = torch.tensor(flags, dtype=torch.float32, device=self.topology.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -64,6 +65,29 @@ def run_state(
     if generators:
         state["generators"] = generator_state(topology)
     return state
+
+
+def to_be_forked(state: dict[str, Any]) -> dict[str, Any]:
+    """The same state, in which each tensor in the processor's memory has a storage of its own over that same memory.
+
+    megatron-core's writer is a fork, which sees this process's memory as it is now. But a tensor that is part of a larger storage, as
+    weights are of their buffer and boxes of a run, megatron-core copies first, while training waits.
+    """
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensor) and entry.data is not None and _is_part(entry.data):
+            entry.data = _alone(entry.data)
+    return state
+
+
+def _is_part(tensor: torch.Tensor) -> bool:
+    on_processor = tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return on_processor and tensor.is_contiguous() and 0 < tensor.numel() * tensor.itemsize < tensor.untyped_storage().size()
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor that knows of nothing beside it."""
+    content = torch.from_numpy(tensor.detach().view(-1).view(torch.uint8).numpy())
+    return content.view(tensor.dtype).view(tensor.shape)
 
 
 def generator_state(topology: Topology) -> dict[str, ShardedTensor]:

@@ -1,0 +1,88 @@
+"""Many parameters at a time: the same sums and copies as megatron-core makes one by one, in fewer operations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from support.distributed import run_processes
+from support.small import random_step, small_experiment
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.platform import many_at_once
+from megatron_mm.training import build
+from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.step import TrainingStep
+
+STEPS = 3
+
+
+class Operations(TorchDispatchMode):
+    """How often each was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def trained(parallel: dict[str, Any], precision: str, *, one_by_one: bool) -> tuple[list[float], list[torch.Tensor], Counter[str]]:
+    """Losses, weights in the end, and operations of the last step."""
+    experiment = small_experiment(parallel=parallel, precision=precision)
+    topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
+    many_at_once.install()
+    copies = DistributedOptimizer._copy_main_params_to_model_params
+    with (
+        patch.object(build, "DataParallel", DistributedDataParallel if one_by_one else many_at_once.DataParallel),
+        patch.object(DistributedOptimizer, "_copy_main_params_to_model_params", copies.one_by_one if one_by_one else copies),
+        patch.object(many_at_once, "install", lambda: None),
+    ):
+        model = build.build_model(experiment, topology)
+        step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=2)
+        losses = []
+        for number in range(1, STEPS + 1):
+            batches = random_step(experiment, topology, step=number)
+            with Operations() as operations:
+                losses.append(step.run(batches, step=number).losses.mean)
+    weights = [parameter.detach().clone() for chunk in model for parameter in chunk.parameters()]
+    topologies.shutdown()
+    return losses, weights, operations.counts
+
+
+def compare(parallel: dict[str, Any], precision: str) -> tuple[bool, Counter[str], Counter[str], int]:
+    """Whether both are the same, operations of each, and vectors of the model."""
+    losses, weights, before = trained(parallel, precision, one_by_one=True)
+    found, others, after = trained(parallel, precision, one_by_one=False)
+    same = losses == found and all(map(torch.equal, weights, others))
+    return same, before, after, sum(weight.ndim == 1 for weight in others)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "precision", "parallel"),
+    [
+        (1, "bf16", {}),
+        pytest.param(1, "fp32", {}, marks=pytest.mark.slow),
+        pytest.param(2, "bf16", {"overlap_grad_reduce": True}, marks=pytest.mark.slow),
+        pytest.param(2, "bf16", {"overlap_grad_reduce": False}, marks=pytest.mark.slow),
+        pytest.param(2, "bf16", {"pipeline": 2, "recompute": "full"}, marks=pytest.mark.slow),
+        pytest.param(2, "bf16", {"distributed_optimizer": False}, marks=pytest.mark.slow),
+        pytest.param(4, "bf16", {"tensor": 2, "pipeline": 2, "spread_encoder": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_sums_and_copies_are_the_same_in_fewer_operations(world_size: int, precision: str, parallel: dict[str, Any]) -> None:
+    for same, before, after, vectors in run_processes(compare, world_size, parallel, precision):
+        assert same
+        assert vectors > 20
+        assert before["add_"] - after["add_"] >= 4 // world_size * vectors, "a sum for each vector and micro-batch"
+        assert after["_foreach_add_"] <= 3 * 4, "one for those of a micro-batch, at most one for each bucket"
+        if precision == "bf16" and parallel.get("distributed_optimizer", True):
+            assert before["copy_"] - after["copy_"] >= vectors
