@@ -1,11 +1,11 @@
-"""What true resolution is worth to MM1's fine-tuning: marks that low resolution does not show.
+"""What true resolution is worth to MM1's fine-tuning: small marks that low resolution does not show.
 
     .venv/bin/python benchmarks/high_resolution.py --out build/high_resolution
 
-Scenes of 48 x 48 px with a small mark of one-pixel lines in one of four quarters, 8 x 8 px; a conversation asks "what is it?", and the
-answer is rows, columns or squares. Reduced to 24 px, which is what one square image of the tower shows, each of them is the same grey: two
-pixels by two, half of them dark. Digits are the other kind of mark (`--marks digits`), of 3 x 5 px; half of their pixels still tell
-something.
+Scenes of 48 x 48 px with a small mark in one of four quarters; a conversation asks "what is it?". The mark is 8 x 8 px of one-pixel
+lines: rows, columns or squares. With `--marks digits` it is a digit (0, 1, 4 or 7) of 6 x 10 px, in relief: each dot of its strokes is
+two dark pixels with two light ones beside them. Reduced to 24 px, which is what one square image of the tower shows, all kinds of lines
+look alike, and each dot of a digit becomes as grey as the ground.
 
 A `debug_mm1` is trained on the demo's data at 32 px, and fine-tuned by `debug_mm1_sft` with an overview and four crops of 24 px, positions
 interpolated, twice: on the scenes as drawn, and on the same scenes in the same order, reduced first, so that crops are as large but show no
@@ -49,16 +49,17 @@ _FONT = (  # digits of 3 x 5 px, row by row
     *("111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001"),
     *("111100111001111", "111100111101111", "111001001001001", "111101111101111", "111101111001111"),
 )
-ANSWERS: dict[Marks, tuple[str, ...]] = {"lines": LINES, "digits": tuple(map(str, range(10)))}
+ANSWERS: dict[Marks, tuple[str, ...]] = {"lines": LINES, "digits": tuple("0147")}
 
 
 def draw(rng: random.Random, marks: Marks) -> tuple[Image.Image, str]:
     """A scene, and the answer."""
-    ground, ink, answer = rng.randint(180, 240), rng.randint(0, 90), rng.choice(ANSWERS[marks])
-    pixels = np.full((SIDE, SIDE, 3), float(ground))
-    mark = _lines(answer) if marks == "lines" else _digit(answer)
-    top, left = (SIDE // 2 * rng.randint(0, 1) + 4 + 4 * rng.randint(0, 2) for _ in range(2))
-    pixels[top : top + mark.shape[0], left : left + mark.shape[1]] += (ink - ground) * mark[..., None]
+    light, dark, answer = rng.randint(180, 240), rng.randint(0, 90), rng.choice(ANSWERS[marks])
+    pixels = np.full((SIDE, SIDE, 3), float(light) if marks == "lines" else (light + dark) / 2)
+    mark = _lines(answer) if marks == "lines" else _digit(answer) / 2
+    offsets = (0, 1, 2) if marks == "lines" else (1,)
+    top, left = (SIDE // 2 * rng.randint(0, 1) + 4 + 4 * rng.choice(offsets) for _ in range(2))
+    pixels[top : top + mark.shape[0], left : left + mark.shape[1]] += (dark - light) * mark[..., None]
     pixels += np.random.default_rng(rng.getrandbits(32)).normal(0, 4, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), answer
 
@@ -70,8 +71,9 @@ def _lines(kind: str) -> np.ndarray:
 
 
 def _digit(digit: str) -> np.ndarray:
-    """[5, 3] of 0 and 1."""
-    return np.array([float(dot) for dot in _FONT[int(digit)]]).reshape(5, 3)
+    """[10, 6] of 1 (dark), -1 (light) and 0: each dot is two dark and two light pixels, side by side."""
+    dots = np.array([float(dot) for dot in _FONT[int(digit)]]).reshape(5, 3)
+    return np.kron(dots, [[1.0, -1.0], [1.0, -1.0]])
 
 
 def encoded(image: Image.Image, *, side: int) -> bytes:

@@ -46,6 +46,11 @@ def _arguments(parser: Parser) -> None:
         metavar="N",
         help="number of demonstrations without images for --shots 0; Flamingo's zero-shot has two (default: 0)",
     )
+    parser.add_argument(
+        "--low-resolution-demonstrations",
+        action="store_true",
+        help="show images of demonstrations as overviews alone, for models that show images as an overview and crops",
+    )
     parser.add_argument("--recipe", metavar="RECIPE", help="recipe of an exported model")
     parser.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="plot the results of several runs, instead of evaluating")
 
@@ -107,6 +112,7 @@ def _run(given: argparse.Namespace) -> None:
         form=given.form,
         method=given.method,
         text_demonstrations=given.text_demonstrations,
+        low_resolution_demonstrations=given.low_resolution_demonstrations,
     )
     results = evaluate_tasks(
         given.experiment,

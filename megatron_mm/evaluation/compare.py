@@ -29,6 +29,9 @@ _NAMES = {
 }
 """Fields that ablations change, and what stands before their values; any other differing field of the model has its own name."""
 
+_ASKED = ("seed", "method", "beams", "wording", "text_demonstrations", "low_resolution_demonstrations")
+"""Of a result's setting, how its task was asked."""
+
 
 @dataclass(frozen=True)
 class RunResults:
@@ -107,7 +110,7 @@ def check_asked_alike(runs: Sequence[RunResults]) -> None:
 
 def _how_asked(result: Result) -> dict[str, Any]:
     """What two results of a task must share to be compared."""
-    settings = {name: result.setting.get(name) for name in ("seed", "method", "beams", "wording", "text_demonstrations")}
+    settings = {name: result.setting.get(name) for name in _ASKED}
     return {**settings, "number of items": result.num_items + result.bad_items}
 
 

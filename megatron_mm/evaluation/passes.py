@@ -282,9 +282,9 @@ def _read(logits_rv: torch.Tensor, targets_rq: torch.Tensor, *, top: int, with_l
         with_log_probs: else the likeliest tokens alone are known, and their logits stand in the place of log-probabilities.
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    logits, first = logits_rv.double(), group.rank() * logits_rv.shape[-1]
+    logits, first = logits_rv.double() if with_log_probs else logits_rv, group.rank() * logits_rv.shape[-1]
     best, ids = logits.max(dim=-1, keepdim=True) if top == 1 else logits.topk(min(top, logits.shape[-1]), dim=-1)
-    columns = [best, (ids + first).double()]
+    columns = [best.double(), (ids + first).double()]
     if with_log_probs:
         own = targets_rq - first
         here = (own >= 0) & (own < logits.shape[-1])

@@ -189,10 +189,16 @@ class PromptBuilder:
             raise BadImage("an image cannot be decoded")
         return prompt
 
-    def write(self, wording: Wording, examples: Sequence[Example]) -> Written:
-        """The same without pixels: of images the headers are read. Raises BadImage."""
+    def write(self, wording: Wording, examples: Sequence[Example], *, low_resolution: bool = False) -> Written:
+        """The same without pixels: of images the headers are read. Raises BadImage.
+
+        Args:
+            low_resolution: show images of demonstrations as overviews alone, one square each.
+        """
         items = wording.items(examples)
         encoded = [self._header(source) for example in examples for source in example.images]
+        first = len(encoded) - len(examples[-1].images) if low_resolution else 0
+        encoded[:first] = [replace(image, tiles=range(1), count=1) for image in encoded[:first]]
         written, left = iter(encode_items(items, self.tokenizer)), iter(encoded)
         ids, starts = [self.tokenizer.bos_id], []
         for item in items:
@@ -230,7 +236,7 @@ class PromptBuilder:
         except Exception as error:  # Pillow may raise anything on a damaged header
             raise BadImage(f"{source.path or 'an image'}: {error}") from None
         count = int(self.image.num_tiles(np.array([width]), np.array([height]))[0])
-        return EncodedTiles(data, width=width, height=height, tiles=range(count))
+        return EncodedTiles(data, width=width, height=height, tiles=range(count), count=count)
 
     def end_ids(self, wording: Wording) -> list[int]:
         """Tokens that end an answer: EOS or the chat template's, and whatever begins an image, as the next demonstration would."""

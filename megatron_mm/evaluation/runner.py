@@ -55,6 +55,8 @@ class Options:
     """Instead of the task's."""
     text_demonstrations: int = 0
     """Demonstrations without their images where there are none with them: Flamingo's and OpenFlamingo's zero-shot have two."""
+    low_resolution_demonstrations: bool = False
+    """Show images of demonstrations as overviews alone: MM1's mixed-resolution examples (arXiv 2403.09611, section 4)."""
 
 
 class TaskRunner:
@@ -66,6 +68,8 @@ class TaskRunner:
         self.topology = topology
         self.out = out
         self.options = options
+        self._longest = 0
+        """Tokens of the longest prompt of a task on this process."""
 
     def run(self, task: Task, *, shots: int, data: Path, wording: Wording, model: dict[str, Any]) -> Result:
         """Evaluate a task. Raises ValueError that names files which are missing or damaged.
@@ -90,6 +94,7 @@ class TaskRunner:
             "beams": self.options.beams,
             "wording": wording.form if wording.template is None else f"chat template, task {wording.task}",
             **({"text_demonstrations": blind} if blind else {}),
+            **({"low_resolution_demonstrations": True} if shots and self.options.low_resolution_demonstrations else {}),
         }
         began = time.monotonic()
         items = _Items(self.out, setting, self.topology)
@@ -100,6 +105,7 @@ class TaskRunner:
             mine = group[self.topology.data_rank :: self.topology.data_size]
             rounds = -(-len(group) // (self.topology.data_size * self.options.batch_size))
             self._answer(replace(job, method=own), mine, rounds=rounds, items=items)
+        self._tell_long_prompts(job)
         answers = items.gather()
         result = self._result(task, examples, answers, setting, job, seconds=time.monotonic() - began)
         if self.topology.is_main:
@@ -136,9 +142,11 @@ class TaskRunner:
         written: dict[int, Written] = {}
         for place, example in enumerate(batch):
             try:
-                written[place] = self.builder.write(job.wording, [*shown[place], example])
+                low = self.options.low_resolution_demonstrations
+                written[place] = self.builder.write(job.wording, [*shown[place], example], low_resolution=low)
             except BadImage as error:
                 self._tell_left_out(job, example, error)
+        self._longest = max(self._longest, *(len(one.prompt.ids) for one in written.values()), 0)
         known = self._good_everywhere([place in written for place in range(len(batch))])
         made, decoded = {}, [True] * len(batch)
         for place, share in zip(known, self.generator.passes.shares([written[place].prompt for place in known]), strict=True):
@@ -148,6 +156,19 @@ class TaskRunner:
         whole = self._good_everywhere(decoded)
         # Those that failed are asked with what was decoded, so that every process has the prompts that the shares were made for.
         return made, [place for place in known if place in whole]
+
+    def _tell_long_prompts(self, job: _Job) -> None:
+        """Warn where prompts are longer than what the model was trained on, as those of many demonstrations may be."""
+        trained, longest, self._longest = self.generator.passes.experiment.data.sequence_length, self._longest, 0
+        if longest > trained and self.topology.is_main:
+            logger.warning(
+                "%s, %d shots: prompts of up to %d tokens, but the model was trained on sequences of %d: use fewer shots%s",
+                job.task.name,
+                job.shots,
+                longest,
+                trained,
+                "" if self.builder.image.sub_images is None else " or --low-resolution-demonstrations",
+            )
 
     def _tell_left_out(self, job: _Job, example: Example, why: object) -> None:
         logger.warning("%s, item %s is left out: %s", job.task.name, example.key, why)

@@ -45,9 +45,15 @@ class WandbRun(Sink):
 
     name = "W&B"
 
-    def __init__(self, experiment: Experiment, run_dir: Path, *, world_size: int) -> None:
+    def __init__(self, experiment: Experiment, run_dir: Path, *, world_size: int, part: str = "", own_run: bool = False) -> None:
+        """
+        Args:
+            part: what logs here, where it is not the training: it leaves the run's configuration as it is.
+            own_run: the part has a W&B run of its own, beside the training's: W&B has one writer a run.
+        """
         super().__init__()
         self.experiment, self.run_dir, self.world_size = experiment, run_dir, world_size
+        self.part, self.own_run = part, own_run
         self._run: Any = None
         self._counts: Counter[str] = Counter()
         self.is_on = experiment.monitor.wandb != "disabled"
@@ -79,18 +85,19 @@ class WandbRun(Sink):
         if not id_file.is_file():
             id_file.write_text(uuid.uuid4().hex[:8] + "\n")
         config = self.experiment.monitor
+        run_id, name = id_file.read_text().strip(), config.run_name or self.run_dir.name
         settings = {"console": "off", "silent": True, "disable_git": True, "save_code": False, "init_timeout": _INIT_SECONDS}
         before = os.umask(0o077)  # what W&B stores is for its owner alone
         try:
             return wandb.init(
                 project=config.project,
                 entity=config.entity,
-                name=config.run_name or self.run_dir.name,
-                id=id_file.read_text().strip(),
+                name=f"{name} {self.part}" if self.own_run else name,
+                id=f"{run_id}-{self.part}" if self.own_run else run_id,
                 resume="allow",
                 mode=mode,
                 dir=str(self.run_dir),
-                config=redact({**to_dict(self.experiment), "world_size": self.world_size}),
+                config=None if self.part and not self.own_run else redact({**to_dict(self.experiment), "world_size": self.world_size}),
                 settings=wandb.Settings(**settings),
             )
         finally:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch.distributed as dist
+
 from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.evaluation.captions import CaptionSample
 from megatron_mm.evaluation.heldout import SPLIT, HeldOut
@@ -21,6 +23,13 @@ from megatron_mm.training.step import TrainingStep
 Images = Literal["true", "shuffled", "blank"]
 IMAGES: tuple[Images, ...] = ("true", "shuffled", "blank")
 """What the model sees: each sample's own images, those of other samples, or the mean colour everywhere."""
+
+
+def agreed(checkpoint: Path) -> Path:
+    """The checkpoint that the first process has found: a run that is training may have saved another one since then."""
+    found = [str(checkpoint)]
+    dist.broadcast_object_list(found, src=0)
+    return Path(found[0])
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
     tokenizer = open_tokenizer(experiment)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     try:
+        checkpoint = agreed(checkpoint)
         model = build_model(experiment, topology)
         load_weights(experiment, topology, model, checkpoint)
         step = TrainingStep(experiment, topology, model, optimizer=None, num_sources=len(experiment.data.sources))

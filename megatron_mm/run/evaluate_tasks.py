@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,10 +26,13 @@ from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import to_dict
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.reporting.wandb_run import WandbRun
+from megatron_mm.reporting.wandb_run import RUN_ID_FILE, WandbRun
 from megatron_mm.run.data import image_input, open_tokenizer
+from megatron_mm.run.evaluate import agreed
+from megatron_mm.run.lock import LOCK_FILE
 from megatron_mm.training.build import build_chunks
 from megatron_mm.training.checkpoint import find_checkpoint, load_weights
+from megatron_mm.training.checkpoint.names import MANIFEST
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +52,15 @@ class Target:
 
     @property
     def folder(self) -> Path:
-        """The run directory or the exported model."""
-        return self.path if self.is_export else self.checkpoint.parents[1]
+        """The run directory, the exported model, or where a checkpoint lies that was copied out of its run."""
+        if self.is_export:
+            return self.path
+        return self.checkpoint.parents[1] if self.checkpoint.parent.name == "checkpoints" else self.checkpoint.parent
+
+    @property
+    def step(self) -> int:
+        """The training step that the checkpoint was made after; 0 of an exported model."""
+        return 0 if self.is_export else int(json.loads((self.checkpoint / MANIFEST).read_text())["step"])
 
     @property
     def name(self) -> str:
@@ -68,7 +79,7 @@ def open_target(path: Path, recipe: Experiment | None, *, out: Path | None) -> T
     Raises ValueError if there is none, and if the recipe of an exported model is not given or does not fit.
     """
     if not is_export(path):
-        return Target(path, find_checkpoint(path), is_export=False)
+        return Target(path, _resolved(find_checkpoint(path)), is_export=False)
     if recipe is None:
         raise ValueError(f"{path} is an exported model: name its recipe, such as --recipe mm1_3b")
     weights = (out or path / FOLDER) / f"weights_{_digest(recipe)}"  # a copy for each form that they are read in
@@ -78,6 +89,25 @@ def open_target(path: Path, recipe: Experiment | None, *, out: Path | None) -> T
         logger.info("%s: reading the exported weights into %s", path, weights)
         convert_from_hf(recipe, weights, whole=path, resize_positions=False)
     return Target(path, _wait_for(weights), is_export=True)
+
+
+def _resolved(checkpoint: Path) -> Path:
+    """A checkpoint under its own name, where a link such as `best` points to it."""
+    return checkpoint.resolve() if checkpoint.is_symlink() else checkpoint
+
+
+@contextlib.contextmanager
+def _while_it_is_there(checkpoint: Path) -> Iterator[None]:
+    """Raises ValueError that says so where reading fails because the training has removed the checkpoint meanwhile."""
+    try:
+        yield
+    except Exception as error:
+        if (checkpoint / MANIFEST).is_file():
+            raise
+        raise ValueError(
+            f"{checkpoint} was removed while it was read: its training keeps the newest ones alone (checkpoint.keep). Evaluate the run "
+            "directory again, which takes its newest, or train with --checkpoint.keep-every"
+        ) from error
 
 
 def _digest(experiment: Experiment) -> str:
@@ -145,9 +175,11 @@ def evaluate_tasks(
     """
     if experiment.data.images != "true":
         raise ValueError(f"data.images is {experiment.data.images}, but benchmarks use only true images: remove data.images")
+    if options.low_resolution_demonstrations and image_input(experiment).sub_images is None:
+        raise ValueError(
+            f"--low-resolution-demonstrations: {experiment.recipe} shows images as they are, not as an overview and crops: remove the option"
+        )
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
-    built = for_evaluation(experiment, target.checkpoint)
-    tokenizer = open_tokenizer(built)
     template = None if experiment.data.chat_template is None else chat_template(experiment.data.chat_template)
     forms = family_of(experiment.model).prompt_forms
     wordings = [Wording.of(task, template, form=options.form, family_forms=forms) for task in tasks]
@@ -157,12 +189,16 @@ def evaluate_tasks(
         if max(shots) or options.text_demonstrations:
             task.training_examples(data)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
-    out = out or target.folder / FOLDER
-    builder = PromptBuilder(tokenizer, image_input(built), threads=_DECODE_THREADS, with_pixels=topology.is_first_stage)
+    out, builder = out or target.folder / FOLDER, None
     try:
-        chunks = load_model(experiment, topology, target.checkpoint)
+        target = replace(target, checkpoint=agreed(target.checkpoint))
+        with _while_it_is_there(target.checkpoint):
+            model = {"name": target.folder.name, "recipe": experiment.recipe, "checkpoint": target.name, "step": target.step}
+            built = for_evaluation(experiment, target.checkpoint)
+            tokenizer = open_tokenizer(built)
+            chunks = load_model(experiment, topology, target.checkpoint)
+        builder = PromptBuilder(tokenizer, image_input(built), threads=_DECODE_THREADS, with_pixels=topology.is_first_stage)
         runner = TaskRunner(Generator(built, chunks, topology, pad_id=tokenizer.pad_id), builder, topology, out=out, options=options)
-        model = {"name": target.folder.name, "recipe": experiment.recipe, "checkpoint": target.name, "step": _step(target)}
         model["settings"] = _digest(experiment)  # answers of other settings are not taken for these
         results = [
             runner.run(task, shots=count, data=data, wording=wording, model=model)
@@ -170,22 +206,25 @@ def evaluate_tasks(
             for count in shots
         ]
         if topology.is_main and not target.is_export:
-            log_to_wandb(experiment, target, results, world_size=topology.world_size)
+            log_to_wandb(experiment, target.folder, results, step=target.step)
         return results
     finally:
-        builder.close()
+        if builder is not None:
+            builder.close()
         topologies.shutdown()
 
 
-def log_to_wandb(experiment: Experiment, target: Target, results: Sequence[Result], *, world_size: int) -> None:
-    """Log scores in the run's own W&B run, at the checkpoint's step."""
-    run = WandbRun(experiment, target.folder, world_size=world_size)
-    run.attempt("log", lambda: run.log(_step(target), metric_names(results)))
+def log_to_wandb(experiment: Experiment, run_dir: Path, results: Sequence[Result], *, step: int) -> None:
+    """Log scores at the checkpoint's step in the run's own W&B run; while the run is training, which writes there, in one beside it."""
+    if not (run_dir / RUN_ID_FILE).is_file():
+        return  # training did not log there, or the checkpoint is not in its run
+    is_training = (run_dir / LOCK_FILE).exists()
+    run = WandbRun(experiment, run_dir, world_size=topologies.world_size(), part="evaluation", own_run=is_training)
+    if run.is_on and is_training:
+        logger.info("the run is training: scores go to a W&B run of their own, called %s evaluation", run_dir.name)
+    run.attempt("start", run.start)
+    run.attempt("log", lambda: run.log(step, metric_names(results)))
     run.attempt("finish", lambda: run.finish(0))
-
-
-def _step(target: Target) -> int:
-    return 0 if target.is_export else int(target.checkpoint.name.removeprefix("step_"))
 
 
 def report(results: Sequence[Result], experiment: Experiment, target: Target, *, out: Path | None) -> Iterator[str]:

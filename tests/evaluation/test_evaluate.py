@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.distributed import run_processes
 from support.published_files import write_all
 from support.small import small_run
@@ -24,6 +25,7 @@ from megatron_mm.evaluation.prompts import PromptBuilder, Wording
 from megatron_mm.evaluation.results import Result, read_results, table
 from megatron_mm.evaluation.runner import Options
 from megatron_mm.evaluation.tasks.registry import TASKS
+from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment
 from megatron_mm.run.evaluate_tasks import evaluate_tasks, open_target
@@ -118,6 +120,25 @@ def test_prompts_of_chats_are_those_of_training(files: Path, demo_data: Path) ->
     ((letter,),) = [builder.choice_ids(wording, [asked], ["A"])]
     one = builder.build(wording, [asked])
     assert tokenizer.decode([*one.ids, *letter]).endswith("ASSISTANT: A"), "the template has a space before its answers"
+    builder.close()
+
+
+def test_demonstrations_may_be_shown_as_overviews_alone(files: Path, demo_data: Path) -> None:
+    """MM1's mixed resolution: the question's image as an overview and four crops, the demonstrations' as overviews."""
+    experiment = get_recipe("debug_mm1_sft")
+    family = family_of(experiment.model)
+    image = family.image_input(experiment.model)
+    tokenizer = Tokenizer.open(demo_data / "tokenizer.model", special=family.special_tokens)
+    builder = PromptBuilder(tokenizer, image, threads=1, with_pixels=True)
+    task = TASKS["vqav2"]
+    examples = [*task.training_examples(files)[:2], task.examples(files)[0]]
+    high, low = (builder.write(Wording.of(task, None), examples, low_resolution=mixed) for mixed in (False, True))
+    assert (len(high.prompt.image_starts), len(low.prompt.image_starts)) == (15, 7)
+    assert len(high.prompt.ids) - len(low.prompt.ids) == 8 * image.tokens
+    prompt, ok = builder.with_images(low, range(7))
+    whole, _ = builder.with_images(high, range(15))
+    assert ok and prompt.pixels is not None and whole.pixels is not None
+    assert torch.equal(prompt.pixels, whole.pixels[[0, 5, 10, 11, 12, 13, 14]])
     builder.close()
 
 

@@ -28,6 +28,15 @@ def test_reduced_lines_are_all_alike() -> None:
     assert max(abs(np.mean(of_kind)) for of_kind in seen[LOW].values()) < 0.2
 
 
+def test_reduced_digits_are_as_grey_as_their_ground() -> None:
+    """As drawn, a digit stands out; of half as many pixels there is noise alone."""
+    rng = random.Random(0)
+    for _ in range(100):
+        image, _ = draw(rng, "digits")
+        drawn, reduced = (np.asarray(Image.open(io.BytesIO(encoded(image, side=side))), dtype=float) for side in (SIDE, LOW))
+        assert np.ptp(drawn.mean(axis=2)) > 80 and np.ptp(reduced.mean(axis=2)) < 12
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2700)
 def test_true_resolution_is_learned_from_and_low_resolution_is_not(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from support.published_files import picture, write_all
 
-from megatron_mm.evaluation.published import FIGURES
+from megatron_mm.evaluation.published import FIGURES, UNCONFIRMED
+from megatron_mm.evaluation.results import Result, table
 from megatron_mm.evaluation.tasks.registry import GROUPS, TASKS, tasks_of
 
 FROM_FILES = [name for name in TASKS if not name.startswith("drawn")]
@@ -206,3 +207,15 @@ def test_published_figures_are_of_known_recipes_and_tasks() -> None:
     assert {task for _, task, _ in FIGURES} <= set(TASKS) and set(GROUPS) >= {"mm1", "infimm"}
     unknown = {recipe for recipe, _, _ in FIGURES} - set(RECIPES)
     assert all(recipe.endswith("_sft") for recipe in unknown)
+
+
+def test_the_table_says_which_published_figures_are_not_confirmed() -> None:
+    def lines(recipe: str, task: str) -> str:
+        setting = {"task": task, "shots": 8, "limit": None, "model": {"checkpoint": "step_00000001"}}
+        result = Result(task, TASKS[task].title, TASKS[task].metric, {"score": 10.0}, setting, 2, 0, {}, "", 1.0)
+        return "\n".join(table([result], recipe=recipe))
+
+    assert "123.1?" in lines("mm1_30b", "coco_caption") and UNCONFIRMED in lines("mm1_30b", "coco_caption")
+    assert "116.3?" in lines("mm1_7b", "coco_caption") and "63.6 " in lines("mm1_7b", "vqav2"), "two sources give this one"
+    assert "114.6 " in lines("mm1_3b", "coco_caption") and UNCONFIRMED not in lines("mm1_3b", "coco_caption")
+    assert all(figure.source for figure in FIGURES.values())

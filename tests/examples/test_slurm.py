@@ -139,9 +139,33 @@ def test_evaluation_takes_the_checkpoints_that_are_asked_for_and_comes_again(tmp
     (ran,) = [line for line in lines if line.startswith("srun")]
     assert f"evaluate {run_dir}/checkpoints/step_00000020 --tasks vqav2,gqa --shots 0 4 --limit 5" in ran
     assert any(line.startswith("sbatch --begin=now+60minutes") for line in lines)
-    start(EVALUATE, **options)
+    start(EVALUATE, "--limit", "5", **options)
     assert log.read_text().count("srun") == 1
+    start(EVALUATE, **options)
+    assert log.read_text().count("srun") == 2, "without --limit it is another evaluation"
     newest = {name: value for name, value in options.items() if name not in ("EVERY", "WATCH")}
     start(EVALUATE, **newest)
     assert "step_00000030" in log.read_text().splitlines()[-1]
     assert "TASKS is not set" in start(EVALUATE, **JOB, RUN_DIR=str(run_dir)).stderr
+
+
+def test_a_checkpoint_that_fails_or_is_gone_does_not_end_the_watch(tmp_path: Path) -> None:
+    """The second of four fails, and the third is removed meanwhile, as a training that keeps the newest ones does."""
+    run_dir, programs, log = tmp_path / "run", tmp_path / "bin", tmp_path / "log"
+    for step in (10, 20, 30, 40):
+        (run_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        (run_dir / "checkpoints" / f"step_{step:08d}" / "manifest.json").write_text("{}")
+    programs.mkdir()
+    fails = f"case $* in *step_00000020*) rm -r {run_dir}/checkpoints/step_00000030; exit 1;; esac"
+    for name, body in {"srun": fails, "sbatch": "", "squeue": "echo 12", "scontrol": "echo n1"}.items():
+        (programs / name).write_text(f'#!/bin/bash\necho "{name} $*" >>{log}\n{body}\n')
+        (programs / name).chmod(0o755)
+    options = {**JOB, "RUN_DIR": str(run_dir), "TASKS": "vqav2", "EVERY": "10", "WATCH": "12", "PATH": f"{programs}:{os.environ['PATH']}"}
+    done = start(EVALUATE, **options)
+    assert done.returncode == 1
+    assert "step_00000020 could not be evaluated" in done.stdout and "step_00000030 was removed by the training" in done.stdout
+    lines = log.read_text().splitlines()
+    assert sum(line.startswith("srun") for line in lines) == 3 and lines[-1].startswith("sbatch --begin=now+60minutes")
+    start(EVALUATE, **options)
+    again = [line for line in log.read_text().splitlines()[len(lines) :] if line.startswith("srun")]
+    assert len(again) == 1 and "step_00000020" in again[0], "the one that failed is tried again"
