@@ -177,7 +177,7 @@ def evaluate_tasks(
         raise ValueError(f"data.images is {experiment.data.images}, but benchmarks use only true images: remove data.images")
     if options.low_resolution_demonstrations and image_input(experiment).sub_images is None:
         raise ValueError(
-            f"--low-resolution-demonstrations: {experiment.recipe} shows images as they are, not as an overview and crops: remove the option"
+            f"--low-resolution-demonstrations: {experiment.recipe} shows images as they are, not as an overview and crops: remove it"
         )
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
     template = None if experiment.data.chat_template is None else chat_template(experiment.data.chat_template)
