@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_mm.cli.command import Command, Parser, integer, one_of
 
-FORMS = ("vqav2", "okvqa", "textvqa", "textcaps", "gqa", "vizwiz", "coco")
+FORMS = ("vqav2", "okvqa", "textvqa", "textcaps", "gqa", "vizwiz", "coco", "karpathy")
 
 
 def fraction(text: str) -> float:
@@ -53,12 +53,12 @@ def add_keys(parser: Parser, *, text: bool = False, image: bool = False, message
 
 
 def _arguments(
-    *, images: bool | None, text_key: bool = False, image_key: bool = False, messages_key: bool = False, inputs: str = "files"
+    *, images: bool = True, text_key: bool = False, image_key: bool = False, messages_key: bool = False, inputs: str = "files"
 ) -> Callable[[Parser], None]:
     """The arguments of a kind of data set.
 
     Args:
-        images: whether --images is required; None if there is no such option.
+        images: whether there is a --images option.
     """
 
     def add(parser: Parser) -> None:
@@ -66,10 +66,8 @@ def _arguments(
             "inputs", nargs="+", metavar="INPUT", help=f"{inputs}: files, folders, quoted patterns, or URLs that fsspec supports"
         )
         parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="source to write, such as DATA/train/NAME")
-        if images is not None:
-            parser.add_argument(
-                "--images", required=images, metavar="DIR", help="folder of images, as files or in tars; nothing is downloaded"
-            )
+        if images:
+            parser.add_argument("--images", metavar="DIR", help="folder of images, as files or in tars; nothing is downloaded")
         add_keys(parser, text=text_key, image=image_key, messages=messages_key)
         parser.add_argument(
             "--shard-megabytes", type=integer, default=1024, metavar="N", help="size of a shard, MiB (default: %(default)s)"
@@ -107,9 +105,10 @@ def _convert(layout: str, **fixed: Any) -> Callable[[argparse.Namespace], None]:
 
 
 def _vqa_arguments(parser: Parser) -> None:
-    _arguments(images=False, inputs="a file of questions or captions")(parser)
+    _arguments(inputs="a file of questions or captions")(parser)
     parser.add_argument("--format", dest="form", required=True, help="format of the file", **one_of(FORMS))
     parser.add_argument("--annotations", metavar="FILE", help="the file with the answers, for vqav2 and okvqa")
+    parser.add_argument("--split", metavar="NAME", help="split of a karpathy file to convert (default: all)")
     parser.add_argument(
         "--as",
         dest="layout",
@@ -120,12 +119,14 @@ def _vqa_arguments(parser: Parser) -> None:
 
 
 def _scienceqa_arguments(parser: Parser) -> None:
-    _arguments(images=False, inputs="problems.json, or parquet files")(parser)
+    _arguments(inputs="problems.json, or parquet files")(parser)
     parser.add_argument("--split", metavar="NAME", help="split of problems.json to convert (default: all)")
 
 
 def _text_arguments(parser: Parser) -> None:
-    _arguments(images=None, text_key=True, inputs=".jsonl, .json, .txt (.gz, .zst, .zip, ...), .parquet or .arrow files")(parser)
+    _arguments(images=False, text_key=True, inputs=".jsonl, .json, .txt (.gz, .zst, .zip, ...), .csv, .tsv, .parquet or .arrow files")(
+        parser
+    )
     parser.add_argument(
         "--txt",
         dest="texts",
@@ -137,25 +138,23 @@ def _text_arguments(parser: Parser) -> None:
 
 DATASET_COMMANDS = {
     "pairs": Command(
-        help="image-text pairs: img2dataset's parquet or files, other parquet, JSON lines with paths",
+        help="image-text pairs: img2dataset's parquet or files, other parquet, JSON lines or CSV with paths",
         run=_convert("pairs"),
-        arguments=_arguments(images=False, text_key=True, image_key=True, inputs="parquet, JSON, tars or folders of files"),
+        arguments=_arguments(text_key=True, image_key=True, inputs="parquet, JSON, CSV, tars or folders of files"),
     ),
     "obelics": Command(
         help="OBELICS: parquet files and their images",
         run=_convert("obelics"),
-        arguments=_arguments(images=True, inputs="parquet files"),
+        arguments=_arguments(inputs="parquet files"),
     ),
-    "mmc4": Command(
-        help="MMC4: JSON lines and their images", run=_convert("mmc4"), arguments=_arguments(images=True, inputs=".jsonl or .zip")
-    ),
+    "mmc4": Command(help="MMC4: JSON lines and their images", run=_convert("mmc4"), arguments=_arguments(inputs=".jsonl or .zip")),
     "llava": Command(
         help="conversations (LLaVA-mix-665k, ShareGPT, messages) and a folder of images",
         run=_convert("llava"),
-        arguments=_arguments(images=False, image_key=True, messages_key=True, inputs="JSON, JSON lines or parquet"),
+        arguments=_arguments(image_key=True, messages_key=True, inputs="JSON, JSON lines or parquet"),
     ),
     "vqa": Command(
-        help="questions and answers, or captions: VQAv2, OK-VQA, TextVQA, TextCaps, GQA, VizWiz, COCO",
+        help="questions and answers, or captions: VQAv2, OK-VQA, TextVQA, TextCaps, GQA, VizWiz, COCO, Karpathy's splits",
         run=_convert("tasks"),
         arguments=_vqa_arguments,
     ),

@@ -3,17 +3,24 @@
     DATA/SPLIT/SOURCE/**/*.tar|*.jsonl
 
 A file that is neither a shard nor known to accompany one is an error: ignoring a .tar.gz, for example, would lose data.
+Folders and shards may be symbolic links; they keep their own names, and a folder that is reached twice is read once.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 from megatron_mm.data.image_formats import is_image_name
+from megatron_mm.data.prepare.notes import is_note
 from megatron_mm.data.sources.stores import check_local
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
 SHARD_ENDINGS = (".tar", ".jsonl")
@@ -24,15 +31,18 @@ _PERHAPS_UNREAD, _SMALL = (".json", ".txt", ".csv", ".tsv"), 2**20
 """Endings of files that hold data where they have so many bytes, and notes otherwise."""
 
 
-def find_sources(path: Path) -> list[Path]:
+def find_sources(path: Path, *, ignore: Sequence[str] = ()) -> list[Path]:
     """The source folders of a data set, of one split, or the path itself.
 
     Raises ValueError if there is none, or if shards lie both in a folder and below it, so that some would not be read.
+
+    Args:
+        ignore: patterns of names of shards outside of source folders that are left alone, such as "*.jsonl".
     """
     check_local(path, instead="copy it to a disk. `prepare index` alone takes addresses, with --index-dir")
     if not path.is_dir():
-        raise ValueError(f"data path {path} does not exist")
-    found = _candidates(path.resolve())
+        raise ValueError(f"data path {path} {'is a file, and a folder is wanted' if path.exists() else 'does not exist'}")
+    found = _candidates(absolute(path))
     if not found:
         other = next((file for file in _files(path) if _looks_like_data(file)), None)
         raise ValueError(
@@ -41,13 +51,30 @@ def find_sources(path: Path) -> list[Path]:
         )
     for source in found:
         _check_levels(source)
-    left = _stray(path.resolve(), found)
+    _say_left_out(found)
+    left = [shard for shard in _stray(absolute(path), found) if not _is_ignored(shard, ignore)]
     if left:
         raise ValueError(
             f"{left[0]} lies beside the folders of shards ({', '.join(sorted({p.name for p in found})[:5])}) and would be ignored: "
-            "move it into a source folder of its own, or elsewhere"
+            f"move it into a source folder of its own, or elsewhere, or skip it with --ignore '{left[0].name}'"
         )
-    return found if found != [path.resolve()] else [path]
+    return found if found != [absolute(path)] else [path]
+
+
+def _say_left_out(sources: list[Path]) -> None:
+    """Warn of folders beside sources that hold data in another form than shards: whoever indexes a whole data set may expect them in it."""
+    for folder in sorted({source.parent for source in sources if source.parent.name in SPLITS}):
+        for other in (below for below in _folders(folder) if below not in sources):
+            if (file := next((file for file in _files(other) if _looks_like_data(file)), None)) is not None:
+                logger.warning(
+                    "%s has no .tar or .jsonl shards and is left out; %s can be made into shards with `megatron-mm prepare pairs|text|...`",
+                    *(other, file.relative_to(other)),
+                )
+
+
+def absolute(path: Path) -> Path:
+    """A path from the root on. Links keep their names: a source that lies elsewhere is still called what its split calls it."""
+    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def _candidates(path: Path) -> list[Path]:
@@ -75,16 +102,41 @@ def _check_levels(source: Path) -> None:
 
 
 def _stray(path: Path, sources: list[Path]) -> list[Path]:
-    return [shard for shard in shards_of(path) if not any(source in shard.parents for source in sources)]
+    """Shards below a path that no source reads, by this name or by another, and that no source was made of."""
+    real_folder = cache(Path.resolve)  # asked about a folder once: a source has many more files
+    inside = {source.resolve() for source in sources}
+    left = [s for s in shards_of(path) if inside.isdisjoint((folder := real_folder(s.parent), *folder.parents))]
+    if not left:
+        return []
+    read = {shard.resolve() for source in sources for shard in shards_of(source)} | _made_of(sources)
+    return [shard for shard in left if shard.resolve() not in read]
+
+
+def _made_of(sources: list[Path]) -> set[Path]:
+    """The files that `prepare pairs|text|...` made sources of, by what it wrote beside the shards."""
+    found = set()
+    for record in (record for source in sources for record in source.glob(".prepared/[0-9]*.json")):
+        try:
+            found.add(Path(json.loads(record.read_text())["input"]).resolve())
+        except (OSError, ValueError, KeyError, TypeError):  # it is not ours, so the shard stays in question
+            continue
+    return found
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted({folder.resolve() for folder in _subfolders(path)}) if path.is_dir() else []
+    return _subfolders(path) if path.is_dir() else []
 
 
 def _subfolders(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:  # which asks the file system about a folder, not about each file
-        return sorted(found for entry in entries if entry.is_dir() and not _is_ours(found := Path(entry.path)))
+        return sorted(found for entry in entries if _is_folder(entry) and not _is_ours(found := Path(entry.path)))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _direct(folder: Path) -> list[Path]:
@@ -92,23 +144,35 @@ def _direct(folder: Path) -> list[Path]:
         return []
     with os.scandir(folder) as entries:
         named = [entry for entry in entries if Path(entry.name).suffix.lower() in SHARD_ENDINGS and not entry.name.startswith(".")]
-    found = sorted(Path(entry.path) for entry in named if not entry.is_dir())
-    if broken := next((Path(entry.path) for entry in named if entry.is_symlink() and not os.path.exists(entry.path)), None):
-        raise ValueError(f"shard {broken} is a link to {os.readlink(broken)}, which does not exist: restore it or remove the link")
-    return found
+    found = sorted((entry for entry in named if not _is_folder(entry)), key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise ValueError(
+                f"shard {entry.path} is a link to {os.readlink(entry.path)}, which does not exist: restore it or remove the link"
+            )
+        if not entry.is_file():
+            raise ValueError(f"shard {entry.path} is not a file but a pipe or a device: write what it gives to a file, or remove it")
+    return [Path(entry.path) for entry in found]
 
 
 def _is_ours(folder: Path) -> bool:
-    return folder.name == "index" or folder.name.startswith(".")
+    """Whether a folder is what `prepare` writes, or hidden. One that is called "index" and holds shards is neither."""
+    return folder.name.startswith(".") or (folder.name == "index" and not _direct(folder))
 
 
 def shards_of(source: Path) -> list[Path]:
-    """The shards in a source's folder and the folders below it, in order."""
-    if not source.is_dir():
+    """The shards in a source's folder and the folders below it, in order; each folder once, so that a link to one above ends."""
+    return _shards_below(source, set()) if source.is_dir() else []
+
+
+def _shards_below(folder: Path, seen: set[tuple[int, int]]) -> list[Path]:
+    here = os.stat(folder)
+    if (here.st_dev, here.st_ino) in seen:
         return []
-    found = _direct(source)
-    for folder in _subfolders(source):
-        found += shards_of(folder)
+    seen.add((here.st_dev, here.st_ino))
+    found = _direct(folder)
+    for below in _subfolders(folder):
+        found += _shards_below(below, seen)
     return found
 
 
@@ -121,7 +185,7 @@ def check_files(source: Path, shards: Sequence[Path], *, ignore: Sequence[str] =
     stems = {shard.name.partition(".")[0] for shard in shards}
     unread = []
     for file in _files(source):
-        if _looks_like_data(file) and not _belongs(file.name, stems) and not any(fnmatch(file.name, pattern) for pattern in ignore):
+        if _looks_like_data(file) and not _belongs(file.name, stems) and not _is_ignored(file, ignore):
             unread.append(file)
     if unread:
         more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
@@ -131,24 +195,26 @@ def check_files(source: Path, shards: Sequence[Path], *, ignore: Sequence[str] =
         )
 
 
+def _is_ignored(file: Path, ignore: Sequence[str]) -> bool:
+    return any(fnmatch(file.name, pattern) for pattern in ignore)
+
+
 def _looks_like_data(file: Path) -> bool:
     ending = file.suffix.lower()
     if ending in _PERHAPS_UNREAD:
-        return file.stat().st_size >= _SMALL
+        return file.is_file() and file.stat().st_size >= _SMALL
     return ending in _UNREAD or is_image_name(ending.lstrip("."))
 
 
-def _files(source: Path) -> list[Path]:
-    found = []
+def _files(source: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if not _is_ours(Path(name)))
-        found += [Path(folder, name) for name in sorted(names)]
-    return found
+        folders[:] = sorted(name for name in folders if not _is_ours(Path(folder, name)))
+        yield from (Path(folder, name) for name in sorted(names))
 
 
 def _belongs(name: str, stems: set[str]) -> bool:
     """Whether a file is what tools write beside shards: img2dataset's 00000.parquet and 00000_stats.json, energon's .nv-meta, a README."""
-    if name.startswith(".") or name.partition(".")[0].upper().startswith(("README", "LICENSE", "LICENCE")):
+    if is_note(name):
         return True
     stem = name.partition(".")[0]
     return (name.endswith(".parquet") and stem in stems) or (name.endswith("_stats.json") and stem.removesuffix("_stats") in stems)

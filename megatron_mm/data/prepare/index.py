@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mm.data.prepare.find import check_files, find_sources, shards_of
+from megatron_mm.data.prepare.find import absolute, check_files, find_sources, shards_of
 from megatron_mm.data.prepare.kinds import detect_kind, first_shards, iterate_samples
 from megatron_mm.data.prepare.mirror import Mirror, mirrored
 from megatron_mm.data.prepare.row_files import RowHeader, current_header, losses_of, read_rows, recipe_of, row_file_of
@@ -111,7 +111,7 @@ def _prepare(
     mirror: Mirror | None = None,
 ) -> Summary:
     began = time.monotonic()
-    sources = find_sources(path)
+    sources = find_sources(path, ignore=options.ignore)
     model = tokenizer or next(
         (p / "tokenizer.model" for p in (path, path.parent, path.parent.parent) if (p / "tokenizer.model").is_file()), None
     )
@@ -125,13 +125,14 @@ def _prepare(
         with mirror.beginnings(first_shards(found)) if mirror is not None else nullcontext():
             reading = _reading(found, model, options)
         kinds.add(reading.kind)
-        home = source if options.index_dir is None else options.index_dir / source.resolve().parent.name / source.name
+        split, name = absolute(source).parts[-2:]
+        home = source if options.index_dir is None else options.index_dir / split / name
         if home == source and not os.access(source, os.W_OK):
             raise ValueError(f"source {source} cannot be written to: give --index-dir DIR, and train with --data.path DIR")
         job = _SourceJob(source, home, found, model, fingerprint, reading, options, mirror)
         if not merge_only:
             _read_shards(job, found if shards is None else [found[n] for n in choose_shards(shards, len(found))], workers=workers)
-        summaries[f"{source.parent.name}/{source.name}"] = _merge(job) if shards is None else _read_so_far(job)
+        summaries[f"{split}/{name}"] = _merge(job) if shards is None else _read_so_far(job)
     if options.caption_prompt is not None and "pairs" not in kinds:
         logger.warning("%s has no source of pairs, so the caption prompt is not used", path)
     return Summary(summaries, seconds=time.monotonic() - began)
@@ -305,7 +306,7 @@ def _check_template(name: str, model: Path) -> None:
 
 def prepare_tokenizer(path: Path, *, out: Path, vocab_size: int, keys: Keys = USUAL) -> str:
     """Train a tokenizer on the training texts under a path. Returns a line to print."""
-    sources = [source for source in find_sources(path) if source.parent.name != "heldout"]
+    sources = [source for source in find_sources(path, ignore=("*",)) if source.parent.name != "heldout"]
     tokenizer = train_tokenizer(_all_texts(sources, keys), out, vocab_size=vocab_size)
     return f"{out}: {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}"
 

@@ -95,7 +95,7 @@ def _percentiles_line(values: dict[str, float]) -> str:
 def report(path: Path) -> DataReport:
     """The statistics of every indexed source under a path. Raises ValueError if one has no index."""
     sources = {}
-    for source in find_sources(path):
+    for source in find_sources(path, ignore=("*",)):
         index = open_index(source, check=False)
         meta = json.loads((source / "index" / META).read_text())
         sources[f"{source.parent.name}/{source.name}"] = _source_report(index, meta)

@@ -67,9 +67,17 @@ def row_file_of(source: Path, shard: Path, *, home: Path | None = None) -> Path:
     return (home or source) / "index" / "shards" / f"{shard.relative_to(source).as_posix()}.rows"
 
 
-def write_row_file(path: Path, shard: Path, rows: ShardRows, *, recipe: str) -> RowHeader:
-    """Write a shard's rows, with `shard` and `first_item` counted from 0. Raises OSError if the disk is full, and leaves nothing."""
+def write_row_file(path: Path, shard: Path, rows: ShardRows, *, recipe: str, before: os.stat_result) -> RowHeader:
+    """Write a shard's rows, with `shard` and `first_item` counted from 0.
+
+    Raises OSError if the disk is full, and ValueError if the shard was written to while it was read; neither leaves a row file.
+
+    Args:
+        before: the shard's size and date before it was read.
+    """
     stat, data = shard.stat(), rows.samples.tobytes() + rows.items.tobytes()
+    if (stat.st_size, stat.st_mtime_ns, stat.st_ino) != (before.st_size, before.st_mtime_ns, before.st_ino):
+        raise ValueError(f"shard {shard} changed while it was read: run this again when it is complete. Shards that are done stay done")
     header = RowHeader(
         recipe=recipe,
         size=stat.st_size,

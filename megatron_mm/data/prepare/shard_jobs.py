@@ -78,10 +78,11 @@ def run_jobs(jobs: Sequence[ShardJob], *, workers: int) -> Iterator[tuple[ShardJ
 
 def _read(job: ShardJob) -> RowHeader:
     with job.mirror.filled(job.shard) if job.mirror is not None else nullcontext():
+        before = job.shard.stat()
         rows = read_shard(job.shard, number=0, reading=job.reading, tokenizer=_tokenizer(job.tokenizer))
         if job.mirror is not None:
             rows.losses.named = [job.mirror.shown(line) for line in rows.losses.named]
-        return write_row_file(job.rows, job.shard, rows, recipe=job.recipe)
+        return write_row_file(job.rows, job.shard, rows, recipe=job.recipe, before=before)
 
 
 @cache

@@ -35,7 +35,9 @@ from megatron_mm.data.text.items import BadDocument, ImageReference
 from megatron_mm.data.text.keys import USUAL, Keys, field_of
 
 IMAGE_MARK = "<image>"
-ASKS, ANSWERS, SYSTEM = ("human", "user"), ("gpt", "assistant", "model"), "system"
+IMAGE_PARTS = ("image", "image_url")
+"""Types of a part of a turn that is an image."""
+ASKS, ANSWERS, SYSTEM = ("human", "user"), ("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "system"
 _LISTS = ("conversations", "messages")
 
 
@@ -96,7 +98,8 @@ def conversation_turns(fields: dict[str, Any], keys: Keys = USUAL) -> list[Turn]
 
 def speaker(turn: Any) -> Any:
     """Who speaks in a turn: of `ASKS`, `ANSWERS`, `SYSTEM`, or anything else that the data says. None if the turn is no object."""
-    return turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    said_by = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    return SYSTEM if said_by == "developer" else said_by
 
 
 def _words(content: object) -> str:
@@ -105,11 +108,11 @@ def _words(content: object) -> str:
         return content
     if not isinstance(content, list):
         raise TypeError("a turn without words")
-    return "".join(IMAGE_MARK if part["type"] in ("image", "image_url") else part["text"] for part in map(_part, content))
+    return "".join(IMAGE_MARK if part["type"] in IMAGE_PARTS else part["text"] for part in map(_part, content))
 
 
 def _part(part: object) -> dict[str, Any]:
-    if not isinstance(part, dict) or part.get("type") not in ("text", "image", "image_url"):
+    if not isinstance(part, dict) or part.get("type") not in ("text", *IMAGE_PARTS):
         raise TypeError("a part of a turn is a text or an image")
     if part["type"] == "text" and not isinstance(part.get("text"), str):
         raise TypeError("a text without words")

@@ -3,10 +3,12 @@
     vqav2, okvqa   questions {questions: [{question_id, image_id, question}]}, annotations {annotations: [{question_id,
                    multiple_choice_answer, answers: [{answer}]}]}; images COCO_SUBSET_000000000000.jpg, where SUBSET is their `data_subtype`
     textvqa        {data: [{image_id, question, answers: [...]}]}; images IMAGE_ID.jpg
-    textcaps       {data: [{image_id, reference_strs: [...]}]}; images IMAGE_ID.jpg
+    textcaps       {data: [{image_id, caption_str}]}, an entry for each caption; or `reference_strs`, a list, where there is one for each
+                   image; images IMAGE_ID.jpg
     gqa            {id: {imageId, question, answer}}; images IMAGE_ID.jpg
     vizwiz         [{image, question, answers: [{answer}]}]
     coco           {images: [{id, file_name}], annotations: [{image_id, caption}]}
+    karpathy       {images: [{filepath, filename, split, sentences: [{raw}]}]}; images FILEPATH/FILENAME, of one split or all
     scienceqa      {id: {question, choices, answer, hint, image, split}}; images SPLIT/ID/IMAGE
 
 If several people have answered a question, the most frequent answer is used (the first one, if several are equally frequent). Records are
@@ -35,21 +37,23 @@ def read_annotations(
 
     Args:
         annotations: the file of answers, for forms that have one.
-        split: of ScienceQA, the split that is wanted; None takes all.
+        split: of forms whose file holds several, the one that is wanted; None takes all.
         as_captions: images and what describes them are wanted, and no questions.
     """
     if form not in FORMS:
         raise ValueError(f"format {form!r} is unknown: use one of {', '.join(FORMS)}")
     if (form in TWO_FILES) != (annotations is not None):
         raise ValueError(f"format {form} {'needs' if form in TWO_FILES else 'has no'} --annotations")
+    if split is not None and form not in WITH_SPLITS:
+        raise ValueError(f"format {form} has no --split: its files are of one split each")
     if as_captions and form not in CAPTIONS:
         raise ValueError(f"format {form} has questions, which --as pairs would lose: only {' and '.join(CAPTIONS)} can be pairs")
     main = load_json(questions)
     try:
         if form in TWO_FILES:
             records = list(_vqa(main, load_json(str(annotations))))
-        elif form == "scienceqa":
-            records = list(_scienceqa(main, split))
+        elif form in WITH_SPLITS:
+            records = list(FORMS[form](main, split))
         else:
             records = list(FORMS[form](main))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -99,12 +103,25 @@ def _textvqa(data: Any) -> Records:
 
 def _textcaps(data: Any) -> Records:
     def record(entry: Any) -> Records:
-        if not entry.get("reference_strs"):
+        captions = _captions_of(entry)
+        if not captions:
             yield BadRecord("image without caption", what=f"image_id {entry.get('image_id')}")
-        for caption in entry.get("reference_strs") or []:
+        for caption in captions:
             yield {"task": "caption", "answer": caption, "image": f"{entry['image_id']}.jpg"}
 
     yield from _each(data["data"], record)
+
+
+def _captions_of(entry: Record) -> list[Any]:
+    """The captions of an entry or a row. TextCaps repeats all captions of an image (`reference_strs`) beside each of them (`caption_str`),
+    which would teach each one five times."""
+    if isinstance(entry.get("caption_str"), str):
+        return [entry["caption_str"]]
+    found: Any = next((entry[name] for name in _CAPTION_FIELDS if entry.get(name)), [])
+    return found if isinstance(found, list) else [found]
+
+
+_CAPTION_FIELDS = ("reference_strs", "captions", "caption", "sentences", "answer")
 
 
 def _gqa(data: Any) -> Records:
@@ -141,10 +158,30 @@ def _coco(data: Any) -> Records:
         yield BadRecord("image without caption", what=files[number])
 
 
-def _scienceqa(data: Any, split: str | None) -> Records:
-    splits = sorted({str(entry.get("split", "")) for entry in data.values() if isinstance(entry, dict)})
+def _karpathy(data: Any, split: str | None) -> Records:
+    _check_split(split, data["images"])
+
+    def record(entry: Any) -> Records:
+        if split is not None and entry["split"] != split:
+            return
+        image = "/".join(filter(None, (entry.get("filepath"), entry["filename"])))
+        if not entry["sentences"]:
+            yield BadRecord("image without caption", what=image)
+        for sentence in entry["sentences"]:
+            yield {"task": "caption", "answer": sentence["raw"], "image": image}
+
+    yield from _each(data["images"], record)
+
+
+def _check_split(split: str | None, entries: Iterable[Any]) -> None:
+    """Raise ValueError where no entry is of a split that is wanted."""
+    splits = sorted({str(entry.get("split", "")) for entry in entries if isinstance(entry, dict)})
     if split is not None and split not in splits:
-        raise ValueError(f"no problem is in the split {split!r}: the splits are {', '.join(splits)}")
+        raise ValueError(f"no entry is in the split {split!r}: the splits are {', '.join(splits)}")
+
+
+def _scienceqa(data: Any, split: str | None) -> Records:
+    _check_split(split, data.values())
 
     def record(problem: tuple[str, Any]) -> Records:
         number, entry = problem
@@ -168,8 +205,8 @@ def row_records(form: str, row: Record) -> Records:
         return
     image = row.get("image")
     if form in CAPTIONS:
-        captions: Any = next((row[name] for name in ("reference_strs", "captions", "caption", "sentences", "answer") if row.get(name)), [])
-        for caption in captions if isinstance(captions, list) else [captions]:
+        captions = _captions_of(row)
+        for caption in captions:
             yield {"task": "caption", "answer": caption, "image": image}
         if not captions:
             yield BadRecord("image without caption")
@@ -192,8 +229,11 @@ FORMS: dict[str, Callable[..., Records]] = {
     "gqa": _gqa,
     "vizwiz": _vizwiz,
     "coco": _coco,
+    "karpathy": _karpathy,
     "scienceqa": _scienceqa,
 }
-CAPTIONS = ("textcaps", "coco")
+WITH_SPLITS = ("karpathy", "scienceqa")
+"""Forms whose file holds several splits."""
+CAPTIONS = ("textcaps", "coco", "karpathy")
 """Forms that describe images and ask nothing."""
 TWO_FILES = ("vqav2", "okvqa")

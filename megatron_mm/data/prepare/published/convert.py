@@ -29,9 +29,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
+from megatron_mm.data.image_formats import is_image_name
 from megatron_mm.data.prepare.published.annotations import TWO_FILES, read_annotations, row_records
 from megatron_mm.data.prepare.published.files import ending
+from megatron_mm.data.prepare.published.folders import DESCRIPTIONS, described_folder, describes, folder_pairs, listing
 from megatron_mm.data.prepare.published.images import ImageStore, build_table, table_stamp
 from megatron_mm.data.prepare.published.inputs import expand
 from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS, IMAGE_KEYS, LAYOUTS, TEXT_KEYS, Context, LeftOut, OutSample
@@ -191,18 +192,23 @@ def _inputs(inputs: Sequence[str], options: Options) -> list[str]:
         if options.form in TWO_FILES and len(files) > 1:
             raise ValueError(f"format {options.form} takes one file of questions and one of answers at a time, but {len(files)} are given")
         return files
-    images = [file for file in files if options.layout == "pairs" and is_image_name(file.rpartition(".")[2].lower())]
-    folders = sorted({os.path.dirname(file) for file in images})
-    described = {os.path.basename(folder) for folder in folders}  # img2dataset writes 00000.parquet about the folder 00000
+    files = [file for file in files if not os.path.basename(file).startswith(".")]
+    if options.layout != "pairs":
+        return files
+    folders = sorted({os.path.dirname(file) for file in files if is_image_name(file.rpartition(".")[2].lower())})
+    described = {f"{folder}.parquet" for folder in folders}  # img2dataset writes 00000.parquet about the folder 00000
+    whole = sorted({os.path.dirname(file) for file in files if os.path.basename(file) in DESCRIPTIONS and describes(Path(file).parent)})
+    whole = [folder for folder in whole if not any(folder.startswith(f"{other}/") for other in whole)]
     records = [
         file
         for file in files
-        if os.path.dirname(file) not in folders
-        and os.path.basename(file).partition(".")[0] not in described
-        and not os.path.basename(file).startswith(".")
-        and not (options.layout == "pairs" and file.endswith("_stats.json"))
+        if not (os.path.dirname(file) in folders and file.endswith((".txt", ".json")))  # of an image
+        and file not in described
+        and not is_image_name(file.rpartition(".")[2].lower())
+        and not file.endswith("_stats.json")
     ]
-    return [*folders, *records]
+    apart = [path for path in (*folders, *records) if not f"{path}/".startswith(tuple(f"{folder}/" for folder in whole))]
+    return [*whole, *apart]
 
 
 def _run(tasks: list[tuple[int, str]], out: Path, options: Options, table: Path | None, workers: int) -> Iterator[Converted]:
@@ -287,10 +293,12 @@ def _records(path: str, options: Options) -> Iterable[Record | BadRecord]:
         joined = read_annotations(form, path, annotations=options.annotations, split=options.split, as_captions=options.layout == "pairs")
         return joined if options.layout == "tasks" else map(_as_pair, joined)
     if os.path.isdir(path):
-        return _folder_pairs(Path(path))
+        return described_folder(Path(path)) if describes(Path(path)) else folder_pairs(Path(path))
     records = iterate_records(path, texts=options.texts)
     if form is None:
         return records
+    if options.split is not None:
+        raise ValueError(f"{path}: --split is of files that hold several splits. Of this kind give the files of the split alone")
     tasks = chain.from_iterable([record] if isinstance(record, BadRecord) else row_records(form, record) for record in records)
     return tasks if options.layout == "tasks" else map(_as_pair, tasks)
 
@@ -298,35 +306,6 @@ def _records(path: str, options: Options) -> Iterable[Record | BadRecord]:
 def _as_pair(record: Record | BadRecord) -> Record | BadRecord:
     """A task that describes an image, as a pair."""
     return record if isinstance(record, BadRecord) else {"image": record.get("image"), "caption": record.get("answer")}
-
-
-def _folder_pairs(folder: Path) -> Iterator[Record | BadRecord]:
-    """Pairs of a folder of files: NAME.jpg with NAME.txt, or with the `caption` or `text` of NAME.json."""
-    named = [p for p in sorted(folder.iterdir()) if is_image_name(p.suffix.lower().lstrip(".")) and not p.name.startswith(".")]
-    images = [p for p in named if not p.is_dir()]
-    stems = {image.stem for image in images}
-    for image in images:
-        text, described = image.with_suffix(".txt"), image.with_suffix(".json")
-        try:
-            if image.stat().st_size > MAX_FILE_BYTES:
-                yield BadRecord(f"image file of more than {MAX_FILE_BYTES // 2**20} MiB", what=str(image))
-                continue
-            fields: Record = {"image": image.read_bytes(), "file_name": image.name}
-            if text.is_file():
-                fields["caption"] = text.read_bytes()
-            elif described.is_file():
-                loaded = json.loads(described.read_text("utf-8-sig"))
-                fields = {**{key: loaded.get(key) for key in CAPTION_KEYS}, **fields}
-        except OSError:  # a link into nowhere, a file that may not be read
-            yield BadRecord("image file cannot be read", what=str(image))
-            continue
-        except (ValueError, AttributeError, RecursionError):
-            yield BadRecord("malformed JSON", what=str(described))
-            continue
-        yield fields
-    alone = sum(1 for p in folder.iterdir() if p.suffix == ".txt" and p.stem not in stems and not p.name.upper().startswith("README"))
-    if alone:
-        yield BadRecord("no image", alone)
 
 
 def _stamp(path: str, options: Options, table: Path | None) -> str:
@@ -341,7 +320,9 @@ def _stamp(path: str, options: Options, table: Path | None) -> str:
         except FileNotFoundError:  # a link into nowhere, which is found damaged when it is read
             details = {}
         facts.append(str([details.get(key) for key in ("size", "mtime", "ETag", "etag", "LastModified")]))
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    if os.path.isdir(path):
+        facts += listing(Path(path))
+    return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _finished(record_of_work: Path, stamp: str, out: Path) -> Converted | None:
@@ -366,6 +347,7 @@ def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dr
     usual = max(total.rejected, key=lambda reason: total.rejected[reason], default="")
     fields = f". The fields of the first one are {total.fields}: --text-key, --image-key or --messages-key says which is wanted"
     too_many = not total.samples or share > max_rejected
+    limit = f"more than --max-rejected {max_rejected:g}" if share > max_rejected else "and nothing is left"
     fields = fields if too_many and total.fields and usual in ("no text", "no image", "JSON has no conversations") else ""
     if not too_many and damaged > max_rejected * inputs:
         raise ValueError(
@@ -374,7 +356,7 @@ def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dr
         )
     if too_many:
         raise ValueError(
-            f"{rejected:,} of {rejected + total.samples:,} records ({share:.1%}) are rejected, more than --max-rejected {max_rejected:g}: "
+            f"{rejected:,} of {rejected + total.samples:,} records ({share:.1%}) are rejected, {limit}: "
             f"{_listed(total.rejected)}{_first(total.damaged)}{fields}. {again} --max-rejected{examples}"
         )
     lost = sum(count for reason, count in total.dropped.items() if reason not in NO_IMAGES)

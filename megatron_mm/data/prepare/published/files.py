@@ -10,15 +10,19 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
+from megatron_mm.data.prepare.notes import is_note
 from megatron_mm.data.prepare.published.losses import DamagedFile
 
 COMPRESSIONS = (".gz", ".zst", ".zip", ".bz2", ".xz")
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PK\x03\x04": ".zip", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
+"""After a first byte of 0x50 to 0x5f: a frame without contents, with which files of `pzstd` begin."""
 _ZSTD_WINDOW = 2**31
 """Largest window that is unpacked: `zstd --long=31` writes such files, which zstd's own limit of 128 MiB refuses."""
 
@@ -31,17 +35,10 @@ def ending(path: str) -> str:
     return PurePosixPath(name).suffix
 
 
-def is_note(name: str) -> bool:
-    """Whether a file below a folder or in an archive is no data: what macOS adds, hidden files, a README, what Hugging Face's `datasets`
-    writes about a data set."""
-    path = PurePosixPath(name)
-    if any(part == "__MACOSX" or part.startswith(".") for part in path.parts):
-        return True
-    return path.name in DATASETS_NOTES or path.name.upper().startswith(("README", "LICENSE"))
-
-
-DATASETS_NOTES = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-"""Files that `datasets.save_to_disk` writes beside its .arrow files."""
+def check_is_file(path: str) -> None:
+    """Raise DamagedFile where a path on a disk is a pipe or a device, which would be waited for or never ends."""
+    if "://" not in path and os.path.exists(path) and not os.path.isfile(path):
+        raise DamagedFile("it is not a file but a pipe or a device: write what it gives to a file")
 
 
 def open_streams(path: str) -> Iterator[BinaryIO]:
@@ -54,6 +51,8 @@ def open_streams(path: str) -> Iterator[BinaryIO]:
         begin = file.read(6)
         file.seek(0)
         form = next((name for magic, name in _MAGIC.items() if begin.startswith(magic)), "")
+        if begin[1:4] == _ZSTD_SKIPPABLE and begin[0] >> 4 == 5:
+            form = ".zst"
         if form == ".zip":
             with zipfile.ZipFile(file) as archive:
                 for info in archive.infolist():

@@ -8,6 +8,7 @@ about 40 bytes a name). An image is found by
     a longer path than its own, as that begins with folders that are not there: "coco/train2017/1.jpg" where "train2017/1.jpg" lies
     the URL in the .json beside it (img2dataset)
     the SHA-256, SHA-1 or MD5 of its URL, in hexadecimal, as file name
+    COCO's name of 2017: "000000000009.jpg" of "COCO_train2014_000000000009.jpg"
 
 Nothing else is the image that is meant. A name that two files share finds neither: one of them would be the wrong picture; and neither does
 "vg/1.jpg" find "coco/1.jpg".
@@ -19,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -31,6 +33,8 @@ from megatron_mm.data.text.items import BadDocument
 logger = logging.getLogger(__name__)
 
 _AMBIGUOUS = -1
+_COCO_2014 = re.compile(r"COCO_(?:train|val|test)20\d\d_(?P<rest>\d{12}\.jpg)")
+"""What COCO called a picture until 2014; since 2017 it is called by its number alone, which no other picture of COCO has."""
 
 
 class ImageStore:
@@ -108,6 +112,8 @@ def _lookups(name: str) -> Iterator[tuple[str, bool]]:
         return
     tails = _tails(os.path.normpath(name).lstrip("/"))
     yield from ((tail, tail != whole) for tail in tails for whole in tails[:1])
+    if found := _COCO_2014.fullmatch(tails[-1]):
+        yield found["rest"], False
 
 
 def _tails(path: str) -> list[str]:
@@ -188,6 +194,9 @@ def _add_file(connection: sqlite3.Connection, root: Path, path: Path, number: in
     if path.name.startswith(".") or not (ending == "tar" or is_image_name(ending)):
         return
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            logger.warning("%s is not a file but a pipe or a device, so it is no image", path)
+            return
         if ending == "tar":
             _add_tar(connection, path, number)
         else:

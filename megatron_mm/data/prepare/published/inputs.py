@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from megatron_mm.data.image_formats import is_image_name
-from megatron_mm.data.prepare.published.files import DATASETS_NOTES, ending, is_note
+from megatron_mm.data.prepare.notes import DATASETS_NOTES, is_note
+from megatron_mm.data.prepare.published.files import ending
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ _READ = (".parquet", ".arrow", ".feather", ".jsonl", ".json", ".ndjson", ".txt",
 
 def _readable(files: list[str], folder: str, images: bool) -> list[str]:
     """The files of a folder that hold records, or images where these are wanted; how many others there are is said."""
-    kept = [file for file in files if ending(file) in _READ or (images and is_image_name(ending(file).lstrip(".")))]
+    kept = [file for file in files if ending(file) in _READ or (images and _is_of_images(file))]
     kept = [file for file in kept if not is_note(file.removeprefix(folder))]
     by_datasets = {os.path.dirname(file) for file in files if os.path.basename(file) in DATASETS_NOTES}
     kept = [file for file in kept if not (os.path.dirname(file) in by_datasets and _is_cached(file))]
@@ -78,6 +79,11 @@ def _readable(files: list[str], folder: str, images: bool) -> list[str]:
             "%s: %d files are not read: %s", folder, others.total(), ", ".join(f"{n} {name}" for name, n in others.most_common(5))
         )
     return kept
+
+
+def _is_of_images(file: str) -> bool:
+    """Whether a file is an image, or Hugging Face's table of the images in a folder in its one form that otherwise is not read."""
+    return is_image_name(ending(file).lstrip(".")) or os.path.basename(file) == "metadata.csv"
 
 
 def _is_cached(file: str) -> bool:

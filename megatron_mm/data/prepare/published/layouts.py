@@ -3,20 +3,25 @@
     pairs      {image, caption}: img2dataset's parquet, Hugging Face parquet, JSON lines with a path; folders come as such records
     obelics    {texts, images}: of texts and URLs, in reading order
     mmc4       {text_list, image_info: [{image_name, raw_url, matched_text_index}]}: an image stands before the sentence it matches
-    llava      {conversations | messages, image?}: `image` is one path or a list
+    llava      {conversations | messages, image?}: `image` is one path or a list; or the images are parts of what is said (`chats`)
     tasks      {task, question, answer, image}: what `annotations` makes of VQA, caption and choice files
     text       {text}
+
+An image is named by its path or its URL, or it is there itself: as bytes, as Hugging Face's {bytes, path}, or as base64 (`data:image/...`).
 
 A sample is a document in the form that `data.text.documents` reads, and the images that it names.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_mm.data.prepare.published.chats import usual_chat
 from megatron_mm.data.prepare.published.images import ImageStore, image_extension
 from megatron_mm.data.prepare.published.losses import EMPTY, UNANSWERED, Dropped, Record
 from megatron_mm.data.prepare.published.records import text_of
@@ -58,21 +63,27 @@ Layout = Callable[[Record, Context], OutSample]
 CAPTION_KEYS = ("caption", "text", "TEXT", "txt", "top_caption", "alt_text")
 TEXT_KEYS = ("text", "txt")
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "image", "image_path", "img", "image_bytes", "file_name")
+URL_KEYS = ("url", "URL")
+"""Fields that name an image where no other does: of LAION's and COYO's tables, for images that were fetched apart."""
 
 
 def pair(record: Record, context: Context) -> OutSample:
     """An image and its caption. Raises BadDocument, LeftOut."""
-    image = None
-    for key in context.image_keys:
-        if (image := _image_bytes(field_of(record, key), context)) is not None:
-            break
+    image = _first_image(record, context.image_keys, context)
     if image is None:
         status = record.get("status")
         if isinstance(status, str) and status != "success":
             raise LeftOut(f"not fetched by img2dataset: {status}")
-        raise BadDocument("no image")
+        if context.images is not None and context.image_keys == IMAGE_KEYS:
+            image = _first_image(record, URL_KEYS, context)
+        if image is None:
+            raise BadDocument("no image")
     caption = text_of(record, context.text_keys)
     return OutSample(caption.encode(), is_json=False, images=((image_extension(image), image),))
+
+
+def _first_image(record: Record, keys: Sequence[str], context: Context) -> bytes | None:
+    return next((found for key in keys if (found := _image_bytes(field_of(record, key), context)) is not None), None)
 
 
 def _image_bytes(value: Any, context: Context) -> bytes | None:
@@ -85,21 +96,31 @@ def _image_bytes(value: Any, context: Context) -> bytes | None:
         if not value:
             raise BadDocument("image is empty")
         return bytes(value)
+    if isinstance(value, str) and value.startswith("data:image/"):
+        return _of_base64(value.partition(",")[2])
     if isinstance(value, str) and value:
         if context.images is None:
             raise BadDocument("image is named, and no --images folder is given")
-        return context.images.read(value)
+        return context.images.read(value.removeprefix("file://"))
     return None
 
 
+def _of_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise BadDocument("image is not base64") from None
+
+
 def obelics(record: Record, context: Context) -> OutSample:
-    """A document of texts and URLs of images; images that are not found are dropped. Raises BadDocument."""
+    """A document of texts and of images or their URLs; images that are not found are dropped. Raises BadDocument."""
     texts, images = record.get("texts"), record.get("images")
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
         raise BadDocument("malformed texts list")
-    entries: list[tuple[str | None, str | None]] = []
+    entries: list[tuple[str | None, Any]] = []
     for text, image in zip(texts, images, strict=True):
-        if not all(value is None or isinstance(value, str) for value in (text, image)) or (text is not None and image is not None):
+        image = None if isinstance(image, dict) and not any(image.values()) else image
+        if not isinstance(text, str | None) or not isinstance(image, str | bytes | dict | None) or (text is not None and image is not None):
             raise BadDocument("malformed texts list")
         entries.append((text, image))
     return _interleaved(entries, context)
@@ -111,10 +132,10 @@ def mmc4(record: Record, context: Context) -> OutSample:
     infos = [] if infos is None else infos
     if not isinstance(texts, list) or not isinstance(infos, list) or not all(isinstance(text, str) for text in texts):
         raise BadDocument("malformed text_list list")
-    before: list[list[tuple[str | None, str | None]]] = [[] for _ in texts]
+    before: list[list[tuple[str | None, Any]]] = [[] for _ in texts]
     for info in infos:
         index = info.get("matched_text_index") if isinstance(info, dict) else None
-        name = _mmc4_name(info, context) if isinstance(info, dict) else None
+        name = _mmc4_image(info, context) if isinstance(info, dict) else None
         if not isinstance(index, int) or not 0 <= index < len(texts) or name is None:
             context.dropped.add(UNPLACED, str(name))
         else:
@@ -122,8 +143,11 @@ def mmc4(record: Record, context: Context) -> OutSample:
     return _interleaved([entry for images, text in zip(before, texts, strict=True) for entry in (*images, (text, None))], context)
 
 
-def _mmc4_name(info: Record, context: Context) -> str | None:
-    """The name under which an image lies here: its file name, or its URL where only that is found. None if it has neither."""
+def _mmc4_image(info: Record, context: Context) -> str | None:
+    """The image itself where it is there (`image_base64`, as OpenFlamingo writes it); else the name under which it lies here: its file
+    name, or its URL where only that is found. None if it has neither."""
+    if isinstance(encoded := info.get("image_base64"), str) and encoded:
+        return encoded if encoded.startswith("data:image/") else f"data:image/unknown;base64,{encoded}"
     names = [info[key] for key in ("image_name", "raw_url") if isinstance(info.get(key), str)]
     for name in names[:-1]:
         if context.images is not None:
@@ -135,16 +159,16 @@ def _mmc4_name(info: Record, context: Context) -> str | None:
     return names[-1] if names else None
 
 
-def _interleaved(entries: Sequence[tuple[str | None, str | None]], context: Context) -> OutSample:
+def _interleaved(entries: Sequence[tuple[str | None, Any]], context: Context) -> OutSample:
     items: list[dict[str, str]] = []
     images: list[tuple[str, bytes]] = []
     for text, image in entries:
         if image is not None:
             try:
-                data = context.images.read(image) if context.images is not None else b""
+                data = _image_bytes(image, context) or b""
                 extension = image_extension(data)
             except BadDocument as reason:
-                context.dropped.add(str(reason), image)
+                context.dropped.add(str(reason), _shown(image))
                 continue
             name = f"{len(images)}.{extension}"
             images.append((name, data))
@@ -158,8 +182,15 @@ def _interleaved(entries: Sequence[tuple[str | None, str | None]], context: Cont
     return OutSample(_json({"items": items}), is_json=True, images=tuple(images))
 
 
+def _shown(image: Any) -> str:
+    """What an image is called in a list of losses."""
+    name = image.get("path") if isinstance(image, dict) else image
+    return name if isinstance(name, str) and not name.startswith("data:") else "without a name"
+
+
 def llava(record: Record, context: Context) -> OutSample:
     """A conversation and the images that it asks about. Raises BadDocument."""
+    record = usual_chat(record, context.keys)
     if not is_conversation(record, context.keys):
         raise BadDocument(f"JSON has no {context.keys.messages or 'conversations'}")
     if any(record.get(field) for field in _NOT_READ):

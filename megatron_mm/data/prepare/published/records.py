@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
-from megatron_mm.data.prepare.published.files import ending, open_streams
+from megatron_mm.data.prepare.published.delimited import SEPARATORS, delimited_records
+from megatron_mm.data.prepare.published.files import check_is_file, ending, open_streams
 from megatron_mm.data.prepare.published.losses import BadRecord, DamagedFile, Record
 from megatron_mm.data.prepare.published.tables import NOT_UTF8, arrow_records, parquet_records
 from megatron_mm.data.sources.shards import WebSample, iterate_tar
@@ -27,7 +28,7 @@ TextDocuments = Literal["file", "line", "paragraph"]
 TABLES = (".parquet", ".arrow", ".feather")
 """Endings of files of rows."""
 _BOM = b"\xef\xbb\xbf"
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_UTF16, _UTF32 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"), (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 
 
 def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Record | BadRecord]:
@@ -42,6 +43,7 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
     if kind in (".tar", ".tgz") and ("://" in path or not path.lower().endswith(".tar")):
         raise ValueError(f"{path}: only uncompressed tars on a local disk can be read: copy or unpack it first")
     try:
+        check_is_file(path)
         if kind == ".parquet":
             yield from parquet_records(path)
         elif kind in TABLES:
@@ -49,6 +51,9 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
         elif kind in (".jsonl", ".json", ".ndjson", ""):
             for stream in open_streams(path):
                 yield from _json_records(stream)
+        elif kind in SEPARATORS:
+            for stream in open_streams(path):
+                yield from delimited_records(stream, separator=SEPARATORS[kind])
         elif kind == ".tar":
             yield from _tar(path)
         elif kind == ".txt":
@@ -56,7 +61,7 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
                 yield from _text_records(stream, texts)
         else:
             raise ValueError(
-                f"{path} is in an unsupported format; supported are .jsonl, .json, .txt (.gz, .zst, .zip, .bz2, .xz), "
+                f"{path} is in an unsupported format; supported are .jsonl, .json, .csv, .tsv, .txt (.gz, .zst, .zip, .bz2, .xz), "
                 ".parquet, .arrow or .tar"
             )
     except DamagedFile as error:
@@ -67,6 +72,7 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
 
 def load_json(path: str) -> Any:
     """A JSON file that is one value. Raises ValueError that names it if it is none."""
+    check_is_file(path)
     parts = [stream.read() for stream in open_streams(path)]
     try:
         return json.loads(_text_of(b"".join(parts)))
@@ -83,7 +89,8 @@ def _json_records(stream: BinaryIO) -> Iterator[Record | BadRecord]:
     """Lines, or one list of objects, or one object."""
     first = stream.readline(MAX_FILE_BYTES)
     if first.startswith(_UTF16):
-        raise DamagedFile("it is UTF-16, and UTF-8 is read: convert it with iconv -f utf-16 -t utf-8")
+        coding = "utf-32" if first.startswith(_UTF32) else "utf-16"
+        raise DamagedFile(f"it is {coding.upper()}, and UTF-8 is read: convert it with iconv -f {coding} -t utf-8")
     first = first.removeprefix(_BOM)
     begin = first.lstrip()[:1]
     if begin == b"[" or (begin == b"{" and not _is_json(first) and first.rstrip().endswith((b"{", b"[", b","))):

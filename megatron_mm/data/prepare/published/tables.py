@@ -6,7 +6,8 @@ records that need it are lost. Times outside Python's range, which no sample nee
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_mm.data.prepare.published.losses import BadRecord, DamagedFile, Record
@@ -26,6 +27,7 @@ def parquet_records(path: str) -> Iterator[Record | BadRecord]:
             table = pyarrow.parquet.ParquetFile(file)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DamagedFile(f"{path} is not a parquet file that can be read: {error}") from None
+        check_names(path, table.schema_arrow.names)
         for group in range(table.num_row_groups):
             rows, given = table.metadata.row_group(group).num_rows, 0
             try:
@@ -48,12 +50,19 @@ def arrow_records(path: str) -> Iterator[Record | BadRecord]:
         file.seek(0)
         try:
             reader = pyarrow.ipc.open_file(file) if begin == b"ARROW1" else pyarrow.ipc.open_stream(file)
+            check_names(path, reader.schema.names)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if begin == b"ARROW1" else iter(reader)
             for batch in batches:
                 for start in range(0, batch.num_rows, ROWS):
                     yield from rows_of(batch.slice(start, ROWS))
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DamagedFile(f"{path} cannot be read to its end: {error}") from None
+
+
+def check_names(path: str, names: Sequence[str]) -> None:
+    """Raise DamagedFile where two columns have the same name: one of them would be lost unseen."""
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise DamagedFile(f"{path} has several columns of the name {twice[0]!r}: rename them")
 
 
 def rows_of(batch: Any) -> Iterator[Record | BadRecord]:

@@ -1,0 +1,114 @@
+"""Image-text pairs that lie in folders as files.
+
+NAME.jpg with NAME.txt or NAME.json (`caption` or `text`): anybody's, and img2dataset's `files`
+metadata.jsonl, .csv or .parquet with a `file_name` a row, about the images in its folder and below: Hugging Face's `imagefolder`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
+from megatron_mm.data.prepare.notes import is_note
+from megatron_mm.data.prepare.published.inputs import walk_files
+from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS
+from megatron_mm.data.prepare.published.losses import BadRecord, DamagedFile, Record
+from megatron_mm.data.prepare.published.records import iterate_records
+
+DESCRIPTIONS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_NAME = "file_name"
+
+
+def describes(folder: Path) -> bool:
+    """Whether a folder has a table that names its images."""
+    for path in (folder / name for name in DESCRIPTIONS if (folder / name).is_file()):
+        try:
+            first = next(islice(iterate_records(str(path)), 1), None)
+        except (DamagedFile, ValueError):  # it is damaged when it is read
+            continue
+        if isinstance(first, dict) and isinstance(first.get(_NAME), str):
+            return True
+    return False
+
+
+def described_folder(folder: Path) -> Iterator[Record | BadRecord]:
+    """Pairs of a folder and of those below it, by the folder's table; then of the images that it does not name, by their own files."""
+    named = set[str]()
+    for path in (folder / name for name in DESCRIPTIONS if (folder / name).is_file()):
+        for row in iterate_records(str(path)):
+            name = row.get(_NAME) if isinstance(row, dict) else None
+            if isinstance(row, BadRecord) or not isinstance(name, str):
+                yield row if isinstance(row, BadRecord) else BadRecord("no image")
+                continue
+            named.add(os.path.normpath(name))
+            yield _with_image(row, folder, name)
+    yield from folder_pairs(folder, files=[f for f in walk_files(folder) if os.path.relpath(f, folder) not in named])
+
+
+def listing(folder: Path) -> list[str]:
+    """Changes where a file of a folder does; of one with a table, a file below it, too."""
+    files = walk_files(folder) if describes(folder) else sorted(folder.iterdir())
+    found = []
+    for path in files:
+        try:
+            stat = path.stat()
+        except OSError:  # a link into nowhere
+            continue
+        found.append(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}")
+    return found
+
+
+def _with_image(row: Record, folder: Path, name: str) -> Record | BadRecord:
+    image = Path(os.path.normpath(folder / name))
+    try:
+        if not image.is_relative_to(folder) or not image.is_file():
+            return BadRecord("image not found", what=name)
+        if image.stat().st_size > MAX_FILE_BYTES:
+            return BadRecord(_TOO_LARGE, what=name)
+        return {**row, "image": image.read_bytes()}
+    except (OSError, ValueError):  # a file that may not be read, a name that is none
+        return BadRecord(_UNREADABLE, what=name)
+
+
+_TOO_LARGE = f"image file of more than {MAX_FILE_BYTES // 2**20} MiB"
+_UNREADABLE = "image file cannot be read"
+
+
+def folder_pairs(folder: Path, *, files: Iterable[Path] | None = None) -> Iterator[Record | BadRecord]:
+    """Pairs of the files of a folder: NAME.jpg with NAME.txt, or with the `caption` or `text` of NAME.json.
+
+    Args:
+        files: those that are looked at, which may be below; None takes all that lie in the folder itself.
+    """
+    present = sorted(f for f in (folder.iterdir() if files is None else files) if not is_note(f.name) and not f.is_dir())
+    images = [file for file in present if is_image_name(file.suffix.lower().lstrip("."))]
+    for image in images:
+        yield _pair_of(image)
+    with_image = {image.with_suffix("") for image in images}
+    alone = sum(1 for file in present if file.suffix == ".txt" and file.with_suffix("") not in with_image)
+    if alone:
+        yield BadRecord("no image", alone)
+
+
+def _pair_of(image: Path) -> Record | BadRecord:
+    text, described = image.with_suffix(".txt"), image.with_suffix(".json")
+    try:
+        if not image.is_file():  # a pipe would be waited for
+            return BadRecord(_UNREADABLE, what=str(image))
+        if image.stat().st_size > MAX_FILE_BYTES:
+            return BadRecord(_TOO_LARGE, what=str(image))
+        fields: Record = {"image": image.read_bytes(), _NAME: image.name}
+        if text.is_file():
+            return {**fields, "caption": text.read_bytes()}
+        if described.is_file():
+            loaded = json.loads(described.read_text("utf-8-sig"))
+            return {**{key: loaded.get(key) for key in CAPTION_KEYS}, **fields}
+    except OSError:  # a link into nowhere, a file that may not be read
+        return BadRecord(_UNREADABLE, what=str(image))
+    except (ValueError, AttributeError, RecursionError):
+        return BadRecord("malformed JSON", what=str(described))
+    return fields

@@ -1,0 +1,349 @@
+"""Published data beside its usual form: images inside of records, tables of folders, links, and what a reader must not wait for."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from support.data_files import picture, write_tar
+
+from megatron_mm.data.prepare.find import find_sources, shards_of
+from megatron_mm.data.prepare.index import IndexOptions, prepare_index
+from megatron_mm.data.prepare.notes import is_note
+from megatron_mm.data.prepare.published.chats import usual_chat
+from megatron_mm.data.prepare.published.convert import Converted, Options, convert
+from megatron_mm.data.prepare.published.losses import DamagedFile
+from megatron_mm.data.prepare.published.records import iterate_records
+from megatron_mm.data.prepare.row_files import write_row_file
+from megatron_mm.data.prepare.samples import Losses, ShardRows
+from megatron_mm.data.sources.index import open_index
+from megatron_mm.data.sources.rows import ITEM, SAMPLE
+from megatron_mm.data.text.conversations import conversation_turns
+from megatron_mm.data.text.keys import USUAL
+
+IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+
+
+def run(layout: str, path: Path, out: Path, *, lose: float = 0.0, **options: Any) -> Converted:
+    return convert([str(path)], out, options=Options(layout, **options), max_rejected=lose, max_dropped_images=lose)
+
+
+def samples(out: Path) -> list[tuple[str, list[bytes]]]:
+    """(document, images) of each sample of a source, by another reader of tars than the package's."""
+    found = []
+    for shard in sorted(out.glob("*.tar")):
+        with tarfile.open(shard) as archive:
+            images: list[bytes] = []
+            for member in archive:
+                file = archive.extractfile(member)
+                assert file is not None
+                if member.name.endswith((".json", ".txt")):
+                    found.append((file.read().decode(), images))
+                    images = []
+                else:
+                    images.append(file.read())
+    return found
+
+
+def lines(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------- folders and tables
+
+
+@pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_a_table_in_a_folder_describes_its_images(tmp_path: Path, table: str) -> None:
+    """Hugging Face's imagefolder; images that it does not name keep the texts beside them, and none is lost unseen."""
+    folder = tmp_path / "in" / "train"
+    for number, name in enumerate(["0.jpg", "sub/1.jpg", "2.jpg", "3.jpg"]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture(size=(10 + number, 9)))
+    (folder / "2.txt").write_text("its own text")
+    rows = [{"file_name": name, "text": f"about {name}"} for name in ("0.jpg", "sub/1.jpg", "gone.jpg", "../../outside.jpg")]
+    (tmp_path / "outside.jpg").write_bytes(picture())
+    if table.endswith(".jsonl"):
+        lines(folder / table, rows)
+    elif table.endswith(".csv"):
+        (folder / table).write_text("file_name,text\n" + "".join(f'{row["file_name"]},"{row["text"]}"\n' for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / table)
+    found = run("pairs", tmp_path / "in", tmp_path / "out", lose=0.6)
+    assert [text for text, _ in samples(tmp_path / "out")] == ["about 0.jpg", "about sub/1.jpg", "its own text"]
+    assert found.rejected == {"image not found": 2, "no text": 1}
+    (folder / "2.txt").write_text("another text")  # which the folder's own date does not show
+    assert run("pairs", tmp_path / "in", tmp_path / "out", lose=0.6).samples == 3
+    assert samples(tmp_path / "out")[2][0] == "another text"
+
+
+def test_records_beside_images_are_read(tmp_path: Path) -> None:
+    """A table in a folder of images, or of the folder's name, is not passed over because there are images."""
+    folder = tmp_path / "in" / "photos"
+    folder.mkdir(parents=True)
+    (folder / "0.jpg").write_bytes(picture())
+    (folder / "0.txt").write_text("a photo")
+    table = pyarrow.table({"image": pyarrow.array([{"bytes": picture(size=(5, 5)), "path": None}], IMAGE), "text": ["in a table"]})
+    pyarrow.parquet.write_table(table, folder / "more.parquet")
+    lines(tmp_path / "in" / "photos.jsonl", [{"image": "data:image/png;base64," + base64.b64encode(picture()).decode(), "text": "a line"}])
+    assert run("pairs", tmp_path / "in", tmp_path / "out").samples == 3
+    assert sorted(text for text, _ in samples(tmp_path / "out")) == ["a line", "a photo", "in a table"]
+
+
+@given(st.lists(st.lists(st.text(st.characters(blacklist_categories=["Cs"])), min_size=2, max_size=2), min_size=1))
+def test_rows_of_csv_come_back(tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]) -> None:
+    import csv
+
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["a", "b"], *rows])
+    assert list(iterate_records(str(path))) == [dict(zip("ab", row, strict=True)) for row in rows]
+
+
+def test_damaged_csv_is_an_error_behind_its_good_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b'text\tn\none\t1\ntwo\ncaf\xe9\t3\n"cut off\t4')
+    records = iterate_records(str(path))
+    assert next(records) == {"text": "one", "n": "1"}
+    assert getattr(next(records), "reason", None) == "row of another number of fields than the first line"
+    assert next(records) == {"text": "caf\udce9", "n": "3"}
+    with pytest.raises(DamagedFile, match="cannot be read behind line"):
+        next(records)
+
+
+def test_names_of_notes() -> None:
+    for name in ("README.md", "LICENSE", "readme.txt", "LICENSE-2.0.txt", "README_zh.md", "a/.hidden.jsonl", "__MACOSX/._a", "state.json"):
+        assert is_note(name), name
+    for name in ("license_plates.jsonl", "README.jsonl", "readmes.txt", "licenses.parquet", "LICENSE.tar", "data.json"):
+        assert not is_note(name), name
+
+
+# ------------------------------------------------------------------------------------------------------------ images inside
+
+
+def test_images_inside_of_interleaved_documents(tmp_path: Path) -> None:
+    data = [picture(size=(7, 8)), picture(size=(8, 7))]
+    images = [[{"bytes": data[0], "path": None}, None, {"bytes": data[1], "path": "b.jpg"}, {"bytes": None, "path": None}]]
+    table = pyarrow.table({"images": pyarrow.array(images, pyarrow.list_(IMAGE)), "texts": [[None, "between", None, "after"]]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert run("obelics", tmp_path / "a.parquet", tmp_path / "o").images == 2
+    ((document, found),) = samples(tmp_path / "o")
+    assert found == data and [*json.loads(document)["items"]] == [
+        {"image": "0.jpg"},
+        {"text": "between"},
+        {"image": "1.jpg"},
+        {"text": "after"},
+    ]
+    info = [{"image_name": "x.jpg", "image_base64": base64.b64encode(data[0]).decode(), "matched_text_index": 1}]
+    lines(tmp_path / "a.jsonl", [{"text_list": ["one", "two"], "image_info": info}])
+    run("mmc4", tmp_path / "a.jsonl", tmp_path / "m")
+    ((document, found),) = samples(tmp_path / "m")
+    assert found == [data[0]] and [*json.loads(document)["items"]][1] == {"image": "0.jpg"}
+
+
+def test_chats_with_images_among_their_words(tmp_path: Path) -> None:
+    (tmp_path / "im").mkdir()
+    (tmp_path / "im" / "0.jpg").write_bytes(picture(size=(7, 8)))
+    inside, answer = picture(size=(8, 7)), {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
+    question = {"type": "text", "text": "what?"}
+
+    def chat(*parts: dict[str, Any]) -> dict[str, Any]:
+        return {"messages": [{"role": "developer", "content": "be kind"}, {"role": "user", "content": [*parts]}, answer]}
+
+    encoded = "data:image/jpeg;base64," + base64.b64encode(inside).decode()
+    chats = [
+        chat({"type": "image_url", "image_url": {"url": "0.jpg", "detail": "low"}}, question),
+        chat(question, {"type": "image_url", "image_url": {"url": encoded}}),
+        chat({"type": "image", "image": "file://0.jpg"}, question, {"type": "image_url", "image_url": encoded}),
+        {**chat({"type": "image"}, question), "images": ["0.jpg"]},
+        chat({"type": "image_url", "image_url": {"url": "https://example.org/1.jpg"}}, question),
+        {
+            "images": [encoded, "0.jpg"],
+            "texts": [{"user": "which?", "assistant": "this", "source": "x"}, {"user": "why?", "assistant": "so"}],
+        },
+        {"conversations": [{"from": "user", "value": "hi"}, {"from": "bing", "value": "yo"}]},
+    ]
+    found = run("llava", lines(tmp_path / "a.jsonl", chats), tmp_path / "out", lose=0.2, images=str(tmp_path / "im"))
+    assert found.rejected == {"image not found": 1}
+    outside, written = (tmp_path / "im" / "0.jpg").read_bytes(), samples(tmp_path / "out")
+    assert [images for _, images in written] == [[outside], [inside], [outside, inside], [outside], [inside, outside], []]
+    turns = [conversation_turns(json.loads(document)) for document, _ in written]
+    assert [turn.system for (turn, *_) in turns[:4]] == ["be kind"] * 4
+    assert [sum(not isinstance(part, str) for part in turn[0].question) for turn in turns] == [1, 1, 2, 1, 2, 0]
+    assert turns[1][0].question[0] == "what?" and len(turns[4]) == 2
+    assert not any("base64" in document for document, _ in written)
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "text", "image", "image_url", "url", "role", "from", "value", "content", "user", "assistant"]), inner
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["messages", "conversations", "images", "image", "texts", "video"]), _json))
+def test_any_record_is_a_chat_or_a_reason(record: dict[str, Any]) -> None:
+    from megatron_mm.data.prepare.published.layouts import Context, llava
+    from megatron_mm.data.text.items import BadDocument
+
+    before = repr(record)
+    usual_chat(record, USUAL)
+    with contextlib.suppress(BadDocument):
+        llava(record, Context())
+    assert repr(record) == before
+
+
+# ---------------------------------------------------------------------------------------------------- questions and captions
+
+
+def test_captions_are_taught_once(tmp_path: Path) -> None:
+    """TextCaps repeats all captions of an image beside each of them; Karpathy's files hold several splits."""
+    for name in ("a", "b"):
+        (tmp_path / "im" / "val2014").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "im" / "val2014" / f"{name}.jpg").write_bytes(picture())
+    entries = [{"image_id": "a", "caption_str": text, "reference_strs": ["one", "two"]} for text in ("one", "two")]
+    (tmp_path / "textcaps.json").write_text(json.dumps({"data": [*entries, {"image_id": "b", "reference_strs": ["three", "four"]}]}))
+    options: dict[str, Any] = {"images": str(tmp_path / "im")}
+    run("pairs", tmp_path / "textcaps.json", tmp_path / "t", form="textcaps", **options)
+    assert [text for text, _ in samples(tmp_path / "t")] == ["one", "two", "three", "four"]
+    split = [
+        {"filepath": "val2014", "filename": f"{name}.jpg", "split": where, "sentences": [{"raw": f"{name} {n}"} for n in range(2)]}
+        for name, where in (("a", "train"), ("b", "test"))
+    ]
+    (tmp_path / "karpathy.json").write_text(json.dumps({"images": split}))
+    run("pairs", tmp_path / "karpathy.json", tmp_path / "k", form="karpathy", split="train", **options)
+    assert [text for text, _ in samples(tmp_path / "k")] == ["a 0", "a 1"]
+    assert run("tasks", tmp_path / "karpathy.json", tmp_path / "all", form="karpathy", **options).samples == 4
+    with pytest.raises(ValueError, match=r"no entry is in the split 'dev': the splits are test, train"):
+        run("pairs", tmp_path / "karpathy.json", tmp_path / "k2", form="karpathy", split="dev", **options)
+    with pytest.raises(ValueError, match=r"format textcaps has no --split"):
+        run("pairs", tmp_path / "textcaps.json", tmp_path / "k3", form="textcaps", split="train", **options)
+
+
+def test_pictures_of_coco_under_their_later_name_and_laion_by_address(tmp_path: Path) -> None:
+    (tmp_path / "im" / "train2017").mkdir(parents=True)
+    (tmp_path / "im" / "train2017" / "000000000009.jpg").write_bytes(picture())
+    (tmp_path / "im" / "x.jpg").write_bytes(picture())
+    (tmp_path / "im" / "x.json").write_text(json.dumps({"url": "http://x/1.jpg?w=2"}))
+    records = [{"image": "COCO_train2014_000000000009.jpg", "text": "a"}, {"URL": "http://x/1.jpg?w=2", "TEXT": "b"}]
+    found = run("pairs", lines(tmp_path / "a.jsonl", records), tmp_path / "out", images=str(tmp_path / "im"))
+    assert found.samples == 2
+    missing = lines(tmp_path / "b.jsonl", [{"image": "COCO_train2014_000000000010.jpg", "text": "a"}])
+    with pytest.raises(ValueError, match=r"1 of 1 records \(100.0%\) are rejected, and nothing is left: image not found: 1"):
+        run("pairs", missing, tmp_path / "out2", images=str(tmp_path / "im"), lose=1.0)
+
+
+# -------------------------------------------------------------------------------------------------- links, pipes and frames
+
+
+def test_sources_and_shards_that_are_links(tmp_path: Path, demo_data: Path) -> None:
+    """A source that lies elsewhere keeps its name, also in --index-dir; a shard that is read under another name is no stray one."""
+    data, tokenizer = tmp_path / "data", demo_data / "tokenizer.model"
+    for name in ("one", "two"):
+        write_tar(tmp_path / "disk" / name / "shards" / "0.tar", {"0.jpg": picture(), "0.txt": name.encode()})
+        (data / "train").mkdir(parents=True, exist_ok=True)
+        (data / "train" / name).symlink_to(tmp_path / "disk" / name / "shards")
+    write_tar(data / "pool" / "7.tar", {"0.jpg": picture(), "0.txt": b"three"})
+    (data / "train" / "three").mkdir()
+    (data / "train" / "three" / "0.tar").symlink_to(data / "pool" / "7.tar")
+    (data / "train" / "three" / "loop").symlink_to(data / "train" / "three")
+    (data / "train" / "self").symlink_to("self")
+    assert [source.name for source in find_sources(data)] == ["one", "three", "two"]
+    prepare_index(data, tokenizer=tokenizer, options=IndexOptions(index_dir=tmp_path / "indexes"))
+    prepare_index(data, tokenizer=tokenizer)
+    for root in (data, tmp_path / "indexes"):
+        assert [open_index(root / "train" / name).document(0) for name in ("one", "two", "three")] == [b"one", b"two", b"three"]
+    (data / "train" / "three" / "1.tar").symlink_to("1.tar")
+    with pytest.raises(ValueError, match=r"1.tar is a link to 1.tar, which does not exist"):
+        find_sources(data)
+
+
+def test_what_a_source_was_made_of_is_no_stray_shard(tmp_path: Path, demo_data: Path) -> None:
+    made_of = lines(tmp_path / "texts.jsonl", [{"text": "a"}])
+    run("text", made_of, tmp_path / "train" / "texts")
+    assert [source.name for source in find_sources(tmp_path)] == ["texts"]
+    lines(tmp_path / "other.jsonl", [{"text": "b"}])
+    with pytest.raises(ValueError, match=r"other.jsonl lies beside .* skip it with --ignore 'other.jsonl'"):
+        find_sources(tmp_path)
+    options = IndexOptions(ignore=("other*",))
+    assert prepare_index(tmp_path, tokenizer=demo_data / "tokenizer.model", options=options).sources["train/texts"].samples == 1
+
+
+def test_folders_without_shards_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("pairs", "index"):
+        write_tar(tmp_path / "train" / name / "0.tar", {"0.jpg": picture(), "0.txt": b"text"})
+    for name in ("web/1.tgz", "notes/README.md"):
+        (tmp_path / "train" / name).parent.mkdir()
+        (tmp_path / "train" / name).write_bytes(b"packed")
+    assert [source.name for source in find_sources(tmp_path)] == ["index", "pairs"]
+    assert "web has no .tar or .jsonl shards and is left out; 1.tgz can be made into shards" in caplog.text and "notes" not in caplog.text
+    with pytest.raises(ValueError, match=r"1.tgz is a file, and a folder is wanted"):
+        find_sources(tmp_path / "train" / "web" / "1.tgz")
+
+
+@pytest.mark.timeout(60)
+def test_nothing_waits_for_a_pipe(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "0.jpg").write_bytes(picture())
+    for name in ("0.txt", "1.txt"):
+        (folder / name).write_text("text")
+    os.mkfifo(folder / "1.jpg")
+    assert run("pairs", folder, tmp_path / "a", lose=0.5).rejected == {"image file cannot be read": 1}
+    named = lines(tmp_path / "a.jsonl", [{"image": f"{n}.jpg", "text": "a"} for n in range(2)])
+    assert run("pairs", named, tmp_path / "b", lose=0.5, images=str(folder)).rejected == {"image not found": 1}
+    os.mkfifo(tmp_path / "b.jsonl")
+    with pytest.raises(ValueError, match="it is not a file but a pipe or a device"):
+        run("text", tmp_path / "b.jsonl", tmp_path / "c", lose=1.0)
+    os.mkfifo(folder / "2.tar")
+    with pytest.raises(ValueError, match=r"2.tar is not a file but a pipe or a device"):
+        shards_of(folder)
+
+
+def test_frames_without_contents_in_zstd(tmp_path: Path) -> None:
+    """`pzstd` begins a file with one; they stand between frames, too."""
+    skipped, path = b"\x5f\x2a\x4d\x18\x04\0\0\0abcd", tmp_path / "a.jsonl.zst"
+    path.write_bytes(skipped + b"".join(zstandard.compress(json.dumps({"text": text}).encode() + b"\n") + skipped for text in "ab"))
+    assert list(iterate_records(str(path))) == [{"text": "a"}, {"text": "b"}]
+    path.write_bytes(skipped)
+    assert list(iterate_records(str(path))) == []
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(DamagedFile, match="cut off"):
+        list(iterate_records(str(path)))
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DamagedFile, match="several columns of the name 'text'"):
+        list(iterate_records(str(tmp_path / "a.parquet")))
+
+
+def test_a_shard_that_is_written_to_while_it_is_read(tmp_path: Path) -> None:
+    """Its rows are not kept: they would be taken for those of the new file."""
+    import numpy as np
+
+    shard = write_tar(tmp_path / "0.tar", {"0.txt": b"a"})
+    before, rows = shard.stat(), ShardRows(np.zeros(0, SAMPLE), np.zeros(0, ITEM), Losses(rejected=Counter()))
+    write_row_file(tmp_path / "a.rows", shard, rows, recipe="", before=before)
+    shard.write_bytes(shard.read_bytes() + bytes(512))
+    with pytest.raises(ValueError, match=r"0.tar changed while it was read: run this again when it is complete"):
+        write_row_file(tmp_path / "b.rows", shard, rows, recipe="", before=before)
+    assert not (tmp_path / "b.rows").exists()
