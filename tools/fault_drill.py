@@ -2,9 +2,10 @@
 
     make test-faults                                      # or: python tools/fault_drill.py --out build/faults [--seed 2] [--faults 8]
 
-Each start of the disturbed run has one fault drawn for it, with the process and the step; then the same command is started again, as a
-cluster would do. Weights, optimizer and losses must be the undisturbed run's bit for bit. With `--change-layout` each start takes another
-layout, and they must agree to 1e-5 relative, but for what is nothing but rounding (`ROUNDING`).
+Each start of the disturbed run has one fault drawn for it, with the process and the step; a start that survives its fault is asked to end
+a few steps later. Then the same command is started again, as a cluster would do, until all faults were met and all steps are done. Weights,
+optimizer and losses must be the undisturbed run's bit for bit. With `--change-layout` each start takes another layout, and they must agree
+to 1e-5 relative, but for what is nothing but rounding (`ROUNDING`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ ROOT = Path(__file__).parents[1]
 FAULTS = ("kill", "stop", "hang", "collective", "loader", "term", "full disk", "damaged checkpoint", "second run", "killed while saving")
 LAYOUTS = ({"parallel.tensor": 2}, {"parallel.pipeline": 2}, {})
 """On two processes."""
-STEPS, INTERVAL = 24, 3
+SURVIVED = {"full disk": 5, "damaged checkpoint": 2, "second run": 2}
+"""Faults that do not end a start, and how many steps after them it is asked to end."""
+STEPS, INTERVAL = 48, 3
+"""More steps than all faults together can get through."""
 WATCHDOG_SECONDS = 30.0
 TIMEOUT = 300
 TOLERANCE = 1e-5
@@ -65,8 +69,8 @@ def command(data: Path, run_dir: Path, layout: dict[str, int]) -> list[str]:
     ]
 
 
-def start(words: list[str], log: Path, fault: str, once: Path) -> tuple[int, float]:
-    """Exit code and seconds of one start of the run."""
+def start(words: list[str], log: Path, fault: str, once: Path, *, stop: int = 0) -> tuple[int, float]:
+    """Exit code and seconds of one start of the run, which is asked to end after step `stop`."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -75,6 +79,7 @@ def start(words: list[str], log: Path, fault: str, once: Path) -> tuple[int, flo
         "GLOO_SOCKET_IFNAME": "lo",
         "FAULT": fault,
         "FAULT_ONCE": str(once),
+        "FAULT_STOP": str(stop),
     }
     began = time.monotonic()
     with log.open("a") as output:
@@ -91,31 +96,39 @@ def disturb(data: Path, run_dir: Path, *, count: int, seed: int, change_layout: 
     kinds = [kind for _ in range(count) for kind in chance.sample(FAULTS, len(FAULTS))][:count]
     log, once = run_dir.parent / "log", run_dir.parent / "fault"
     for kind in [*kinds, "none"]:
+        if kind == "damaged checkpoint" and len(completed_checkpoints(run_dir)) < 2:  # it needs another one to resume from
+            start(command(data, run_dir, LAYOUTS[0]), log, "none 0 0", once, stop=_steps(run_dir) + 2 * INTERVAL)
         steps = _steps(run_dir)
-        rank, step = chance.randrange(2), min(STEPS - 1, steps + chance.randint(1, 4))
+        rank, step = chance.randrange(2), steps + chance.randint(1, 3)
+        stop = step + SURVIVED[kind] if kind in SURVIVED else 0
         layout = chance.choice(LAYOUTS) if change_layout else LAYOUTS[0]
         once.unlink(missing_ok=True)
         words = command(data, run_dir, layout)
         if kind == "damaged checkpoint":
             _damage(run_dir)
         if kind == "second run":
-            code, seconds = _two(words, log, once, step=step)
+            code, seconds = _two(words, log, once, step=step, stop=stop)
         else:
-            code, seconds = start(words, log, f"{kind.replace(' ', '_')} {rank} {step}", once)
-        where = f"process {rank} in step {step}" if once.exists() else "the whole run"
+            code, seconds = start(words, log, f"{kind.replace(' ', '_')} {rank} {step}", once, stop=stop)
         met.append(kind)
+        found = bool(list(run_dir.glob("checkpoints/damaged-*"))) if kind == "damaged checkpoint" else once.exists()
+        if not found and kind != "none":
+            raise SystemExit(f"{kind}: the run has not met it in step {step}: see {log}")
+        where = "the whole run" if kind in ("none", "damaged checkpoint") else f"process {rank} in step {step}"
         print(f"{kind} ({where}): exit code {code} after {seconds:.0f} s, {_steps(run_dir)} of {STEPS} steps done", flush=True)
-        if code == 0 and completed_checkpoints(run_dir)[-1].name == f"step_{STEPS:08d}":
-            return met
-    raise SystemExit(f"the run did not end: see {log}")
+        if _steps(run_dir) == STEPS and kind != "none":
+            raise SystemExit(f"the run was done after {len(met)} of {count} faults: it has too few steps")
+    if code != 0 or completed_checkpoints(run_dir)[-1].name != f"step_{STEPS:08d}":
+        raise SystemExit(f"the run did not end: see {log}")
+    return met
 
 
-def _two(words: list[str], log: Path, once: Path, *, step: int) -> tuple[int, float]:
+def _two(words: list[str], log: Path, once: Path, *, step: int, stop: int) -> tuple[int, float]:
     """The run, and while it waits after a step another one on the same directory, which must be refused."""
     other, go = once.with_name("second.log"), once.with_suffix(".go")
     go.unlink(missing_ok=True)
     first = subprocess.Popen(
-        [sys.executable, __file__, "--only", json.dumps([words, str(log), f"pause 0 {step}", str(once)])], env=os.environ
+        [sys.executable, __file__, "--only", json.dumps([words, str(log), f"pause 0 {step}", str(once), stop])], env=os.environ
     )
     began = time.monotonic()
     while not once.exists() and first.poll() is None:
@@ -189,8 +202,8 @@ def main() -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only:
-        words, log, fault, once = json.loads(given.only)
-        raise SystemExit(start(words, Path(log), fault, Path(once))[0])
+        words, log, fault, once, stop = json.loads(given.only)
+        raise SystemExit(start(words, Path(log), fault, Path(once), stop=stop)[0])
     shutil.rmtree(given.out, ignore_errors=True)
     given.out.mkdir(parents=True)
     data = given.out / "data"

@@ -58,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(COMMANDS, arguments, program="megatron-mm")
     except (ValueError, FileNotFoundError) as error:
         _fail(error)
+    except OSError as error:
+        if error.filename is None:  # a connection, say
+            raise
+        _fail(error)  # a file that cannot be written: a full disk, a read-only one, somebody else's folder
     except (AssertionError, AttributeError, ImportError, NotImplementedError, TypeError) as error:
         _explain_by_engine(error)
         raise

@@ -42,6 +42,7 @@ def experiment_in(path: Path) -> Experiment | None:
     """The experiment of a checkpoint, or of a run directory's newest checkpoint, found without importing torch; None if there is none."""
     from megatron_mm.families.serialize import load_experiment
 
-    complete = sorted(path.glob("checkpoints/step_*/manifest.json"))
+    step_folders = "step_" + 8 * "[0-9]"  # training.checkpoint.names.STEP_FOLDERS
+    complete = sorted(path.glob(f"checkpoints/{step_folders}/manifest.json"))
     folder = complete[-1].parent if complete else path
     return load_experiment(folder / "experiment.json") if (folder / "experiment.json").is_file() else None

@@ -73,14 +73,21 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
 
 
 def save_experiment(experiment: Experiment, path: Path) -> None:
-    """Write the resolved experiment as JSON."""
-    path.write_text(json.dumps(to_dict(experiment), indent=2) + "\n")
+    """Write the resolved experiment as JSON. A reader sees all of it or what was there before."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(to_dict(experiment), indent=2) + "\n")
+    partial.rename(path)
 
 
 def load_experiment(path: Path) -> Experiment:
     """Read what `save_experiment` wrote, after running its extensions. Raises ValueError that names the file and the field, and if code
     that it names is not the user's (`references.check_own`)."""
-    values = json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): restore it") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not the configuration that this program writes, but a JSON {type(values).__name__}: restore it")
     places = [*values.get("extensions", ()), *values.get("extra_hooks", ()), *values.get("data", {}).get("preprocessors", ())]
     for place in places:
         check_own(place, named_in=path)

@@ -166,8 +166,8 @@ def line_chart(
         dash = ' stroke-dasharray="5 4"' if one.dashed else ""
         shapes = [_band(points, x, y)] if points.least is not points.mean else []
         shapes.append(f'<path class="line" d="{_path(points.steps, points.mean, x, y)}"{dash}/>')
-        if len(points.steps) < 40:
-            shapes += [f'<circle r="2.4" cx="{cx:.1f}" cy="{cy:.1f}"/>' for cx, cy in _places(points.steps, points.mean, x, y)]
+        dots = np.isfinite(points.mean) if len(points.steps) < 40 else _alone(points.mean)
+        shapes += [f'<circle r="2.4" cx="{cx:.1f}" cy="{cy:.1f}"/>' for cx, cy in _places(points.steps[dots], points.mean[dots], x, y)]
         parts.append(f'<g data-s="{number}" style="--c:var(--c{one.colour % NUM_COLOURS})">{"".join(shapes)}</g>')
     return _figure(title, unit, parts, series, drawn, x, y)
 
@@ -253,7 +253,7 @@ def _grid(x: _Axis, y: _Axis) -> Iterable[str]:
         place = float(y.place(value))
         yield f'<path class="grid" d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}"/>'
         yield f'<text x="{LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{short(value)}</text>'
-    for value in x.ticks():
+    for value in [tick for tick in x.ticks() if tick == round(tick)]:  # steps are whole
         yield f'<text x="{float(x.place(value)):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{short(value)}</text>'
     yield f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">step</text>'
     yield f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
@@ -271,6 +271,12 @@ def _marks(marks: Sequence[Mark], x: _Axis) -> list[str]:
 def _places(steps: np.ndarray, values: np.ndarray, x: _Axis, y: _Axis) -> list[tuple[float, float]]:
     shown = np.isfinite(values) & ((values > 0) if y.log else True)
     return list(zip(x.place(steps[shown]).tolist(), y.place(values[shown]).tolist(), strict=True))
+
+
+def _alone(values: np.ndarray) -> np.ndarray:
+    """Which values have a gap on both sides, so that no line goes through them."""
+    finite = np.pad(np.isfinite(values), 1)
+    return finite[1:-1] & ~finite[:-2] & ~finite[2:]
 
 
 def _path(steps: np.ndarray, values: np.ndarray, x: _Axis, y: _Axis) -> str:

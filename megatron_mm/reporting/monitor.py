@@ -180,8 +180,11 @@ class Monitor:
         events.stop()
         for file in (self._metrics, self._evaluations, self._captions, *self._details.values(), self._events):
             file.close()
-        if (self.run_dir / METRICS).stat().st_size:
-            self._sinks.tell("picture", self._last_step, "loss_curve", draw_loss_curve(self.run_dir))
+        try:
+            if (self.run_dir / METRICS).stat().st_size:
+                self._sinks.tell("picture", self._last_step, "loss_curve", draw_loss_curve(self.run_dir))
+        except Exception as error:  # a full disk, a font that is missing: a picture ends no run
+            logger.warning("loss_curve.png cannot be drawn (%s: %s); metrics.jsonl has the numbers", type(error).__name__, error)
         self._sinks.close(exit_code=exit_code)
 
 

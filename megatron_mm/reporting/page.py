@@ -29,7 +29,7 @@ nav a:hover { text-decoration: underline }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5em, 1fr)); gap: .6em; margin: .6em 0 1em }
 .tile { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: .5em .8em }
 .tile b { display: block; font-size: 1.3em; font-variant-numeric: tabular-nums } .tile span { color: var(--soft); font-size: 12px }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30em, 100%), 1fr)); gap: 1em }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30em, 100%), 1fr)); gap: 1em }
 .chart { margin: 0; padding: .7em .8em .6em; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; min-width: 0 }
 .chart figcaption { font-weight: 600 } .plot { position: relative }
 svg { display: block; width: 100%; height: auto; overflow: visible } svg text { font-size: 11px; fill: var(--soft) }

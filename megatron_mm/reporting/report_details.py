@@ -133,7 +133,9 @@ def events(runs: Sequence[RunFiles]) -> str:
         found += [f"step {step} skipped: the gradient was not finite" for step in skipped.steps[skipped.values > 0].tolist()]
         said = "".join(f"<li>{html.escape(line)}</li>" for line in found)
         parts.append(
-            head + (f"<ul>{said}</ul>" if said else "") + missing("No events.jsonl: the run is of a version that did not write one.")
+            head
+            + (f"<ul>{said}</ul>" if said else "")
+            + missing("No events.jsonl: the run has not begun, or is of a version that did not write one.")
         )
     return "".join(parts)
 

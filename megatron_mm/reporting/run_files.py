@@ -25,6 +25,7 @@ import numpy as np
 METRICS, EVALUATIONS, PLAN = "metrics.jsonl", "eval.jsonl", "plan.jsonl"
 PHASES, EXPERTS, CAPTIONS, EVENTS = "phases.jsonl", "experts.jsonl", "captions.jsonl", "events.jsonl"
 CONFIG = "config.json"
+_MOST_OBJECTS = 5000
 RESULTS = "evaluation"
 """Folder of `megatron-mm evaluate`'s results, a JSON file each."""
 
@@ -140,20 +141,31 @@ class Objects:
 
     lines: list[dict[str, Any]] = field(default_factory=list)
     damaged: int = 0
+    every: int = 1
+    """Of a long file one line in so many is kept, and the newest."""
 
 
-def read_objects(path: Path, *, replaces: bool) -> Objects:
+def read_objects(path: Path, *, replaces: bool, most: int = _MOST_OBJECTS) -> Objects:
     """The objects of a file that have a step.
 
     Args:
         replaces: a line replaces all earlier ones of its step or a later one.
+        most: of a file with more lines, about so many are kept, evenly.
     """
-    found = Objects()
+    found, number = Objects(), 0
+    newest: dict[str, Any] | None = None
     for line in json_objects(path):
         if line is None or not isinstance(line.get("step"), int):
             found.damaged += 1
             continue
-        found.lines.append(line)
+        newest = line
+        if number % found.every == 0:
+            found.lines.append(line)
+        number += 1
+        if len(found.lines) > 2 * most:
+            found.lines, found.every = found.lines[::2], 2 * found.every
+    if newest is not None and found.lines[-1] is not newest:
+        found.lines.append(newest)
     if replaces:
         kept = _not_replaced(np.array([line["step"] for line in found.lines], dtype=np.int64))
         found.lines = [line for line, keep in zip(found.lines, kept, strict=True) if keep]
@@ -218,9 +230,9 @@ def read_run(path: Path, *, name: str | None = None) -> RunFiles:
         evaluations=read_lines(path / EVALUATIONS),
         plan=read_lines(path / PLAN),
         phases=read_objects(path / PHASES, replaces=True),
-        experts=read_objects(path / EXPERTS, replaces=True),
+        experts=read_objects(path / EXPERTS, replaces=True, most=10),
         captions=read_objects(path / CAPTIONS, replaces=True),
-        events=read_objects(path / EVENTS, replaces=False),
+        events=read_objects(path / EVENTS, replaces=False, most=1 << 20),
         results=[found for file in sorted((path / RESULTS).glob("*.json")) if "task" in (found := _json(file))],
     )
 

@@ -133,13 +133,19 @@ def _of_runs(
     from_zero: bool = False,
     scale: float = 1.0,
     most: float | None = None,
+    at_times: bool = False,
 ) -> str:
-    """A number of metrics.jsonl, a line for each run."""
-    series = [
-        Series(run.name, Curve(curve.steps, curve.values * scale), number)
-        for number, run in enumerate(runs)
-        if len(curve := run.metrics.curve(name))
-    ]
+    """A number of metrics.jsonl, a line for each run.
+
+    Args:
+        at_times: steps without the number are no gaps.
+    """
+    series = []
+    for number, run in enumerate(runs):
+        curve = run.metrics.curve(name)
+        kept = np.isfinite(curve.values) if at_times else np.ones(len(curve), dtype=bool)
+        if kept.any():
+            series.append(Series(run.name, Curve(curve.steps[kept], curve.values[kept] * scale), number))
     lines = marks(runs[0]) if len(runs) == 1 else ()
     return line_chart(series, title=title, unit=unit, marks=lines, from_zero=from_zero, most=most)
 
@@ -226,8 +232,12 @@ def _phases(runs: Sequence[RunFiles]) -> str:
         shown = charts(*found)
         slow = [line["slow"] for line in run.phases.lines if line.get("slow")]
         note = f'<p class="note">{len(slow)} windows of steps had a slow process; they are under Events</p>' if slow else ""
+        if run.phases.every > 1:
+            note = f'<p class="note">of pipeline stages one window of steps in {run.phases.every} is drawn; slow ones are under Events</p>'
         parts.append(
-            shown + note if shown else missing(f"{run.name} has no time by phase: it was trained by a version that did not measure it.")
+            shown + note
+            if shown
+            else missing(f"{run.name} has no time by phase: no step yet, or trained by a version that did not measure it.")
         )
     return "".join(parts)
 
@@ -270,7 +280,13 @@ def _data(runs: Sequence[RunFiles]) -> str:
         charts(
             _of_runs(runs, "fill", title="Fill", unit="percent of a batch that is not padding", scale=100, most=100),
             _of_runs(
-                runs, "balance", title="Balance", unit="percent: mean data-parallel rank's work / the busiest one's", scale=100, most=100
+                runs,
+                "balance",
+                title="Balance",
+                unit="percent: mean data-parallel rank's work / the busiest one's",
+                scale=100,
+                most=100,
+                at_times=True,
             ),
             line_chart(shares, title="Wait for data", unit="percent of the step, main process", from_zero=True),
             _of_runs(runs, "images", title="Images of a step", from_zero=True),

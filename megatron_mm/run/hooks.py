@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -195,7 +196,10 @@ class ExpertLoad(Hook):
             load = {"first_step": step - len(self.seen) + 1, "layers": list(self.seen[0].layers), "tokens": tokens.astype(int).tolist()}
             self.monitor.log_details(EXPERTS, step, load)
             out = self.trainer.run_dir / "expert_load.png"
-            self.monitor.log_picture(step, "expert_load", draw_expert_load(tokens, self.seen[0].layers, out, title=title))
+            try:
+                self.monitor.log_picture(step, "expert_load", draw_expert_load(tokens, self.seen[0].layers, out, title=title))
+            except OSError as error:
+                logger.warning("%s cannot be written (%s): training continues", out, error)
         self.seen = []
 
 
@@ -208,6 +212,9 @@ class Stopping(Hook):
     Slurm signals every process of a job, and the helpers that a checkpoint's writers need would die of it in the middle of a
     save. So this thread blocks these signals: what it starts inherits that across exec, which a handler would not survive. A
     signal then either waits until `tell` looks, or is taken by a thread that was there before and runs the handler.
+
+    A launcher that is killed outright passes nothing on, and its processes would train on where nobody sees them: they take its end for
+    a signal.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -217,6 +224,8 @@ class Stopping(Hook):
         self.received: str | None = None
         self.agreed = False
         """Some process received a signal."""
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        """The process of torchrun that started this one."""
         self.file = trainer.run_dir / STOPPED_FILE
         if trainer.topology.is_main:
             self.file.unlink(missing_ok=True)
@@ -232,6 +241,8 @@ class Stopping(Hook):
         waiting = signal.sigtimedwait(self.SIGNALS, 0)
         if waiting is not None:
             self._note(waiting.si_signo, None)
+        if self.received is None and self.launcher is not None and os.getppid() != self.launcher:
+            self.received = "the end of its launcher"
         return (float(self.received is not None),)
 
     def after_step(self, record: StepRecord) -> None:

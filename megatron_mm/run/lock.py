@@ -8,7 +8,7 @@ A lock that was left behind is taken over. When it is one:
 
     holder ...                                             is gone when
     in an earlier attempt of the same Slurm job            at once: Slurm ends a job before it requeues it
-    started by the same torchrun                           at once: torchrun ends its processes before it starts them again
+    in an earlier start of the same torchrun               at once: torchrun ends its processes before it starts them again
     on the same machine (host, boot, process namespace)    no process has its number and start time, or it is a zombie
     anywhere else                                          the last beat is older than `STALE_SECONDS`
 
@@ -79,6 +79,8 @@ class Holder:
     """Times that Slurm has requeued the job."""
     launch: str = field(default_factory=lambda: os.environ.get("TORCHELASTIC_RUN_ID", "none"))
     """torchrun's name for what it has started, which stays the same when it starts the processes again; "none" where it has none."""
+    restart: int = field(default_factory=lambda: int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    """Times that torchrun has started them again. Two torchruns may have been given the same name."""
     since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Differs between any two runs."""
@@ -90,7 +92,7 @@ class Holder:
         """Whether the holder has ended, as the asker knows it; None if that cannot be known from there."""
         if self.job is not None and self.job == asker.job and self.attempt != asker.attempt:
             return True
-        if self.launch != "none" and (self.launch, self.job) == (asker.launch, asker.job):
+        if self.launch != "none" and (self.launch, self.job) == (asker.launch, asker.job) and self.restart < asker.restart:
             return True
         if (self.host, self.machine) == (asker.host, asker.machine):
             return self.started is None or _start_of(self.pid) != self.started
@@ -141,7 +143,7 @@ class RunLock:
             seen = (token, beat)
             if not said:
                 wait = min(max(STALE_SECONDS - age, 2 * BEAT_SECONDS), STALE_SECONDS)
-                logger.warning("%s is held by %s: waiting up to %.0f s for a sign of life", self.path, holder, wait)
+                logger.warning("%s is held by %s: waiting up to %.0f s for a sign of life", self.path, holder or "nobody known", wait)
                 said = True
             time.sleep(min(1.0, BEAT_SECONDS / 4))
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
@@ -161,10 +163,14 @@ class RunLock:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
-            file.write(json.dumps(asdict(self.me), indent=1) + "\n")
-            file.flush()
-            os.fsync(descriptor)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(json.dumps(asdict(self.me), indent=1) + "\n")
+                file.flush()
+                os.fsync(descriptor)
+        except OSError as error:  # a lock that names nobody would hold up the next start
+            self.path.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         return True
 
     def _remove_stale(self, token: str) -> None:
@@ -182,7 +188,7 @@ class RunLock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
             try:
-                holder = _holder(self.path.read_text())
+                holder = _holder(self.path.read_bytes())
                 if holder is not None and holder.token != self.me.token:
                     self.taken_by = str(holder)
                     return
@@ -194,18 +200,18 @@ class RunLock:
                 logger.warning("%s cannot be touched: %s", self.path, error)
 
 
-def _holder(text: str) -> Holder | None:
+def _holder(content: bytes) -> Holder | None:
     try:
-        values = json.loads(text)
-        return Holder(**values) if isinstance(values, Mapping) else None
-    except (json.JSONDecodeError, TypeError):
+        values = json.loads(content)
+        return Holder(**{"restart": 0, **values}) if isinstance(values, Mapping) else None
+    except (ValueError, TypeError):
         return None
 
 
 def _token(path: Path) -> str | None:
     """Of a lock's holder: "" where it does not say who holds it, None if there is no lock."""
     try:
-        holder = _holder(path.read_text())
+        holder = _holder(path.read_bytes())
     except FileNotFoundError:
         return None
     return holder.token if holder else ""
@@ -215,9 +221,9 @@ def _read(path: Path) -> tuple[Holder | None, float, float] | None:
     """A lock's holder (None if it is not written yet), its last beat, and the seconds since then by the file system's clock."""
     probe = path.with_name(f".{LOCK_FILE}-{uuid.uuid4().hex[:8]}")
     try:
-        text, beat = path.read_text(), path.stat().st_mtime
+        content, beat = path.read_bytes(), path.stat().st_mtime
         probe.touch()
-        return _holder(text), beat, probe.stat().st_mtime - beat
+        return _holder(content), beat, probe.stat().st_mtime - beat
     except FileNotFoundError:
         return None
     finally:

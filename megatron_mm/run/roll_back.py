@@ -20,8 +20,10 @@ import torch.distributed as dist
 
 from megatron_mm.config import TrainConfig
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.reporting.run_files import json_objects
 from megatron_mm.training.checkpoint import TrainState, completed_checkpoints
 from megatron_mm.training.checkpoint.fallback import set_aside
+from megatron_mm.training.metrics import ends_torn
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +61,13 @@ class Line:
 
 def read(run_dir: Path) -> list[Line]:
     """What a run has gone back so far, oldest first."""
-    path = run_dir / FILE
-    return [Line(**json.loads(text)) for text in path.read_text().splitlines()] if path.is_file() else []
+    found = []
+    for number, values in enumerate(json_objects(run_dir / FILE), start=1):
+        try:
+            found.append(Line(**(values or {})))
+        except TypeError:  # cut off by a full disk or a crash
+            logger.warning("line %d of %s is damaged and counts for nothing", number, run_dir / FILE)
+    return found
 
 
 def go_back(run_dir: Path, roll_back: RollBack, *, train: TrainConfig) -> None:
@@ -94,7 +101,7 @@ def go_back(run_dir: Path, roll_back: RollBack, *, train: TrainConfig) -> None:
         for step in sorted(step for step in checkpoints if step > to):
             set_aside(checkpoints[step], prefix=SET_ASIDE)
         with (run_dir / FILE).open("a") as file:
-            file.write(json.dumps(asdict(line)) + "\n")
+            file.write("\n" * ends_torn(run_dir / FILE) + json.dumps(asdict(line)) + "\n")
             file.flush()
             os.fsync(file.fileno())
     dist.barrier()

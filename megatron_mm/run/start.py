@@ -336,7 +336,11 @@ def _warn_of_changes(experiment: Experiment, path: Path) -> None:
     """Say what a resume changes about the order of the samples, which it may, but rarely means to."""
     if not path.is_file():
         return
-    before = load_experiment(path)
+    try:
+        before = load_experiment(path)
+    except (ValueError, OSError) as error:  # cut off, or of another version: the checkpoint has its own
+        logger.warning("what this start changes cannot be told (%s): %s is written anew", error, path)
+        return
     watched = {
         "train.seed": (before.train.seed, experiment.train.seed),
         "train.global_batch_size": (before.train.global_batch_size, experiment.train.global_batch_size),

@@ -214,9 +214,10 @@ class Watchdog:
             descriptor = os.open(os.devnull, os.O_WRONLY)
         standings, silent = read_folder(self.folder)
         text = report(standings, silent, folder=self.folder)
-        with os.fdopen(descriptor, "w") as file:
+        with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
             file.write(text + "\n")
-        print(f"megatron-mm: error: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # the log may be on the disk that is full, or its reader gone
+            print(f"megatron-mm: error: {text}", file=sys.stderr, flush=True)
         if not any(standing.problem for standing in standings):
             spy_on(silent, self.folder)
         return text
@@ -230,8 +231,9 @@ def end_process(code: int) -> NoReturn:
     """Without clean-up, which would wait for processes that never answer."""
     for child in multiprocessing.active_children():  # writers of a checkpoint that nobody will complete
         child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code)
 
 

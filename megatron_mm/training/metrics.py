@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import math
+import mmap
+import os
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 logger = logging.getLogger(__name__)
+
+_POINTS = 2000
+"""Of a curve in a picture, at most."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +95,12 @@ class MetricsFile:
         """Open to append after `resume_step`; later lines (of a run that died after its last checkpoint) are dropped. None drops none."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._torn = False
+        if resume_step is not None and path.is_file():
+            os.truncate(path, _end_of(path, resume_step))  # which a full disk allows, too
+        self._torn = ends_torn(path)
         """The file ends with a part of a line."""
         self._lost = 0
         """Lines that could not be written since the last one that could."""
-        if path.is_file() and resume_step is None:
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - 1))
-                self._torn = size > 0 and file.read() != b"\n"
-        elif path.is_file():
-            assert resume_step is not None
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            partial.replace(path)
         self._file = path.open("ab", buffering=0)
 
     def write(self, values: StepMetrics | dict[str, Any]) -> None:
@@ -127,31 +128,76 @@ class MetricsFile:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str | bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return math.inf  # torn by a crash
+
+
+def ends_torn(path: Path) -> bool:
+    """Whether a file ends with a part of a line."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return size > 0 and file.read() != b"\n"
+
+
+def _end_of(path: Path, step: int) -> int:
+    """Bytes up to the end of the last line of this step or an earlier one. Read from the file's end: steps only grow, since every resume
+    has cut the file."""
+    end = path.stat().st_size
+    if not end:
+        return 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        while end:
+            start = content.rfind(b"\n", 0, end - 1) + 1
+            if _step_of(content[start:end]) <= step:
+                return end
+            end = start
+    return 0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; without those that a crash or a full disk has torn."""
-    return [json.loads(line) for line in path.read_text().splitlines() if math.isfinite(_step_of(line))]
+    return list(iterate_metrics(path))
+
+
+def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, one after another."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if math.isfinite(_step_of(line)):
+                yield json.loads(line)
+
+
+def _thinned(values: array[float]) -> np.ndarray:
+    """At most `_POINTS` means of neighbours, in order."""
+    if not values:
+        return np.zeros(0)
+    starts = np.arange(0, len(values), -(-len(values) // _POINTS))
+    return np.asarray(np.add.reduceat(np.asarray(values), starts) / np.diff(starts, append=len(values)))
 
 
 def draw_loss_curve(run_dir: Path) -> Path:
-    """Draw `loss_curve.png` from metrics.jsonl: loss over steps, in all and by source."""
+    """Draw `loss_curve.png` from metrics.jsonl: loss over steps, in all and by source; of a long run means of several steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = read_metrics(run_dir / "metrics.jsonl")
+    curves: dict[str, tuple[array[float], array[float]]] = defaultdict(lambda: (array("d"), array("d")))
+    for line in iterate_metrics(run_dir / "metrics.jsonl"):
+        for name, value in [("", line["loss"]), *line["losses"].items()]:
+            if value is not None:
+                curves[name][0].append(line["step"])
+                curves[name][1].append(value)
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for source in sorted({name for line in lines for name in line["losses"]}):
-        points = [(line["step"], line["losses"][source]) for line in lines if line["losses"].get(source) is not None]
-        axes.plot(*zip(*points, strict=True), linewidth=0.8, alpha=0.6, label=source)
-    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], color="black", label="all")
+    for source in sorted(curves.keys() - {""}):
+        axes.plot(*map(_thinned, curves[source]), linewidth=0.8, alpha=0.6, label=source)
+    axes.plot(*map(_thinned, curves[""]), color="black", label="all")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.name)
     axes.legend()
     figure.tight_layout()

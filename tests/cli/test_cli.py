@@ -170,6 +170,13 @@ def test_mistakes_in_other_commands(fails: Fails, command: list[str], message: s
     assert message in fails(*command)
 
 
+def test_a_file_that_cannot_be_written_is_named(fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "file").touch()
+    said = fails("report", tmp_path, "--out", tmp_path / "file" / "page.html")
+    assert str(tmp_path / "file") in said and "Errno" in said
+
+
 def _commands(group: Group, names: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Every command and group, by its words."""
     yield names

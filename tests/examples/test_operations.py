@@ -88,7 +88,7 @@ class Account:
             path.write_text(f"#!/bin/sh\nexec {sys.executable} {words}\n")
             path.chmod(0o755)
 
-    def types(self, line: str, *, seconds: float = 300.0) -> str:
+    def types(self, line: str, *, seconds: float = 1200.0) -> str:
         """A line of the document, with this cluster's folders and a small run in place of the large one."""
         for written, here in (
             ("/scratch", str(self.folder / "scratch")),
@@ -117,7 +117,7 @@ class Account:
         self.job = submitted[1] if submitted else self.job
         return done.stdout
 
-    def wait(self, what: str, *, seconds: float = 400.0) -> None:
+    def wait(self, what: str, *, seconds: float = 1200.0) -> None:
         """Until the job's state, or its number of restarts, is so."""
         deadline = time.monotonic() + seconds
         while what not in (self.cluster.state(self.job), f"restarts {self.cluster.job(self.job)['Restarts']}"):
@@ -126,7 +126,7 @@ class Account:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(5400)
 @pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}")
 def test_the_walk_from_an_empty_account_to_a_finished_run(cluster: SlurmCluster, tmp_path: Path) -> None:
     lines = [line for line in blocks("operations") if re.search(r"megatron-mm|sbatch|scancel|squeue|tail -f|srun", line)]
@@ -135,12 +135,12 @@ def test_the_walk_from_an_empty_account_to_a_finished_run(cluster: SlurmCluster,
         if "git clone" in line:
             continue
         if "scancel" in line:
-            path, deadline = tmp_path / "scratch" / "runs" / "try" / "metrics.jsonl", time.monotonic() + 300
+            path, deadline = tmp_path / "scratch" / "runs" / "try" / "metrics.jsonl", time.monotonic() + 1200
             while not path.exists() or len(path.read_text().splitlines()) < 3:
                 assert time.monotonic() < deadline and cluster.state(account.job) in ("PENDING", "RUNNING")
                 time.sleep(0.2)
         if "watch" in line:  # once it has begun
-            path, deadline = tmp_path / "scratch" / "runs" / "large" / "metrics.jsonl", time.monotonic() + 400
+            path, deadline = tmp_path / "scratch" / "runs" / "large" / "metrics.jsonl", time.monotonic() + 1200
             while not path.exists():
                 assert time.monotonic() < deadline and cluster.state(account.job) in ("PENDING", "RUNNING")
                 time.sleep(0.2)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}"),
 ]
 
@@ -31,7 +32,8 @@ def cluster() -> Iterator[SlurmCluster]:
         yield running
 
 
-def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = 150.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = 1200.0) -> None:
+    """A job that cannot get there fails by itself: the limit is for a cluster that hangs, and far above what a busy machine takes."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s until {what}"
@@ -132,7 +134,7 @@ def test_stages_in_a_chain_begin_with_one_another_and_are_submitted_once(cluster
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_until(lambda: cluster.job(job)["Restarts"] == "1", "the first stage is requeued")
     assert len(steps(run_dir / "s1_1")) < last
-    wait_until(lambda: all(ended(cluster, each) for each in (job, *others)), "all stages end", seconds=400)
+    wait_until(lambda: all(ended(cluster, each) for each in (job, *others)), "all stages end")
 
     text = (run_dir.parent / "job.out").read_text()
     assert [cluster.state(each) for each in (job, *others)] == ["COMPLETED"] * 4, text
@@ -169,7 +171,6 @@ def spare_cluster() -> Iterator[SlurmCluster]:
         yield running
 
 
-@pytest.mark.timeout(900)
 def test_an_unfit_node_is_left_out_and_a_failed_run_starts_again_within_the_job(
     spare_cluster: SlurmCluster, demo_data: Path, tmp_path: Path
 ) -> None:
@@ -186,7 +187,7 @@ def test_an_unfit_node_is_left_out_and_a_failed_run_starts_again_within_the_job(
     environment = {"NODES": "2", "PYTHON": str(python), "FAULT": "kill 1 5", "FAULT_ONCE": str(tmp_path / "once")}
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     job = submit(spare_cluster, run_dir, *settings, *faulty, data=demo_data, options=("--nodes=3", "--no-kill"), **environment, **path)
-    wait_until(lambda: ended(spare_cluster, job), "the job ends", seconds=400)
+    wait_until(lambda: ended(spare_cluster, job), "the job ends")
     said = output(run_dir)
     assert spare_cluster.state(job) == "COMPLETED", said
     assert "node n1 is left out" in said and "on n2 n3" in said

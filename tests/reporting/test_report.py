@@ -18,7 +18,8 @@ from support.monitors import metrics
 
 from megatron_mm.cli.main import main
 from megatron_mm.reporting.charts import MAX_POINTS, Series, line_chart, nice_ticks
-from megatron_mm.reporting.run_files import Curve, read_lines, read_run
+from megatron_mm.reporting.run_files import Curve, read_lines, read_objects, read_run
+from megatron_mm.reporting.run_report import report
 from megatron_mm.training.metrics import MetricsFile
 
 CONFIG = {"recipe": "debug_mm1", "train": {"steps": 40, "seed": 1}, "data": {"mixture": {"pairs": 0.5, "text": 0.5}}}
@@ -122,6 +123,22 @@ def test_a_value_that_is_not_finite_is_a_gap() -> None:
     line = re.search(r'class="line" d="([^"]+)"', chart)
     assert line is not None and line[1].count("M") == 2
     assert line_chart([Series("loss", Curve(np.arange(2), np.array([np.nan, np.nan])), 0)], title="Loss") == ""
+    alone = np.where(np.arange(60) % 10, np.nan, 1.0)
+    assert line_chart([Series("loss", Curve(np.arange(60), alone), 0)], title="Loss").count("<circle") == 6, "no line would show them"
+
+
+def test_a_number_of_some_steps_alone_is_a_line(tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 1.0, "balance": None if step % 10 else 0.9} for step in range(1, 61)]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    chart = report([read_run(tmp_path)]).partition(">Balance <")[2].partition("</figure>")[0]
+    line = re.search(r'class="line" d="([^"]+)"', chart)
+    assert line is not None and line[1].count("L") == 5
+
+
+def test_of_a_long_file_some_objects_are_kept(tmp_path: Path) -> None:
+    write_lines(tmp_path / "phases.jsonl", [{"step": step} for step in range(1, 36)])
+    found = read_objects(tmp_path / "phases.jsonl", replaces=True, most=5)
+    assert found.every == 4 and [line["step"] for line in found.lines] == [1, 5, 9, 13, 17, 21, 25, 29, 33, 35]
 
 
 @pytest.mark.parametrize(("least", "most"), [(0.0, 1.0), (-3.0, 17.0), (1e-9, 2e-9), (5.0, 5.0), (0.0, 1e12)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -55,7 +56,7 @@ class Holding:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "BEAT_SECONDS", 0.2)
     monkeypatch.setattr(locks, "STALE_SECONDS", 3.0)
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -106,7 +107,10 @@ def test_a_file_system_whose_clock_jumps_fools_nobody(tmp_path: Path, holding: l
 
 @pytest.mark.parametrize(
     "environment",
-    [{"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "77", "TORCHELASTIC_RUN_ID": "one"}],
+    [
+        {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"},
+        {"SLURM_JOB_ID": "77", "TORCHELASTIC_RUN_ID": "one", "TORCHELASTIC_RESTART_COUNT": "1"},
+    ],
     ids=["requeued by Slurm", "restarted by torchrun"],
 )
 def test_the_next_attempt_of_the_same_job_takes_over_at_once(
@@ -119,6 +123,30 @@ def test_the_next_attempt_of_the_same_job_takes_over_at_once(
     began = time.monotonic()
     with RunLock(tmp_path):
         assert time.monotonic() - began < locks.STALE_SECONDS / 2
+
+
+def test_two_torchruns_of_one_name_are_two_runs(tmp_path: Path, holding: list[Holding], monkeypatch: pytest.MonkeyPatch) -> None:
+    """--rdzv-id is the user's, and a script that is started twice gives it twice."""
+    holding.append(Holding(tmp_path, "elsewhere", TORCHELASTIC_RUN_ID="mine", TORCHELASTIC_RESTART_COUNT="0"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    with pytest.raises(ValueError, match=r"is in use by process \d+ on node7"):
+        RunLock(tmp_path).acquire()
+
+
+def test_a_full_disk_leaves_no_lock_that_names_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*running.lock'"):
+        RunLock(tmp_path).acquire()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_is_no_text_is_waited_for_and_taken_over(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).write_bytes(b"\xff\xfe\x00")
+    with RunLock(tmp_path) as lock:
+        assert json.loads(lock.path.read_text())["pid"] == os.getpid()
 
 
 def test_of_several_runs_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:

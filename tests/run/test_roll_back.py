@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from support.small import small_run
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.run import fault_hooks
 from megatron_mm.run.fault_hooks import Copies, odd_copies
-from megatron_mm.run.roll_back import FILE, read
+from megatron_mm.run.roll_back import FILE, Line, read
 from megatron_mm.run.start import start
 from megatron_mm.training.checkpoint import completed_checkpoints
 from megatron_mm.training.step import StepResult, TrainingStep
@@ -111,6 +111,12 @@ def _always_bad(data: Path, run_dir: Path, after: str) -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def test_half_a_line_of_roll_backs_counts_for_nothing(tmp_path: Path) -> None:
+    line = Line(time="", reason="a spike", from_step=7, to_step=4, plan={"x": 1})
+    (tmp_path / FILE).write_text(json.dumps(asdict(line)) + "\n" + json.dumps(asdict(line))[:30])
+    assert read(tmp_path) == [line]
 
 
 def test_a_run_goes_back_so_often_and_no_more(demo_data: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A hook that makes one process of a run fail in a given way at a given step; named in `--extra-hooks` by its file.
 
 What it does comes from the environment: FAULT is "KIND RANK STEP", and FAULT_ONCE a file that is made first, so that a restart is spared.
+With FAULT_STOP the first process asks for an end with SIGTERM after that step, whatever happened before.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ class Faulty(Hook):
         self.kind, self.step = kind, int(step)
         self.once = Path(os.environ["FAULT_ONCE"])
         self.armed = (kind == "pause" or trainer.topology.rank == int(rank)) and not self.once.exists()
+        self.stop = int(os.environ.get("FAULT_STOP") or 0)
 
     def after_step(self, record: StepRecord) -> None:
+        if record.step == self.stop and self.trainer.topology.is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
         if not self.armed:
             return
         if self.kind == "full_disk" and record.step == self.step + 4:

@@ -36,7 +36,7 @@ class SlurmCluster:
 
     def run(self, *command: str, **environment: str) -> str:
         """Run one of Slurm's programs and return what it prints. Raises AssertionError where it fails."""
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**self.environment, **environment})
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env={**self.environment, **environment})
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -103,7 +103,8 @@ def _munged(folder: Path) -> list[str]:
 def _configuration(folder: Path, *, nodes: int, cpus: int) -> str:
     """A slurm.conf without accounting, process tracking by cgroups or task binding, none of which works for everyone.
 
-    cred_expire shortens the time after which a requeued job may start again, two minutes otherwise.
+    cred_expire shortens the time after which a requeued job may start again, two minutes otherwise; a start must take less. The other times
+    are longer than Slurm's own, so that a busy machine is not taken for a broken one.
     """
     ports = _free_ports(nodes + 1)
     host = socket.gethostname().partition(".")[0]
@@ -117,7 +118,7 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmUser={getpass.getuser()}
 SlurmdUser={getpass.getuser()}
 AuthType=auth/munge
-AuthInfo=socket={folder}/run/munge.sock,cred_expire=5
+AuthInfo=socket={folder}/run/munge.sock,cred_expire=15
 SlurmctldPort={ports[0]}
 SlurmctldPidFile={folder}/run/slurmctld.pid
 SlurmdPidFile={folder}/run/slurmd.%n.pid
@@ -133,6 +134,10 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0,bf_interval=1
 ReturnToService=2
+MessageTimeout=100
+TCPTimeout=30
+BatchStartTimeout=100
+SlurmdTimeout=900
 {machines}PartitionName=main Nodes=n[1-{nodes}] Default=YES State=UP
 """
 
@@ -146,11 +151,11 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _idle_nodes(environment: dict[str, str]) -> int:
-    shown = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True, check=False, timeout=20, env=environment)
+    shown = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True, check=False, timeout=100, env=environment)
     return shown.stdout.split().count("idle")
 
 
-def _wait_for(condition: Callable[[], bool], what: str, folder: Path, *, seconds: float = 30.0) -> None:
+def _wait_for(condition: Callable[[], bool], what: str, folder: Path, *, seconds: float = 180.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         logs = "\n".join(path.read_text(errors="replace")[-1000:] for path in sorted((folder / "log").iterdir()))

@@ -272,13 +272,13 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000004"]
 
 
-def train_and_log(data: Path, run_dir: Path, steps: int) -> str:
+def train_and_log(data: Path, run_dir: Path, steps: int, options: dict[str, Any] | None = None) -> str:
     """What is logged as errors and warnings."""
     heard = io.StringIO()
     handler = logging.StreamHandler(heard)
     handler.setLevel(logging.WARNING)
     logging.getLogger("megatron_mm").addHandler(handler)
-    start(experiment(data, steps), run_dir)
+    start(experiment(data, steps, **(options or {})), run_dir)
     return heard.getvalue()
 
 
@@ -306,6 +306,24 @@ def test_a_damaged_checkpoint_costs_its_steps_and_not_the_run(demo_data: Path, r
     kept = ["damaged-step_00000004", "damaged-step_00000005", "step_00000002", "step_00000006"]
     assert sorted(path.name for path in checkpoints.iterdir()) == kept
     assert (checkpoints / "damaged-step_00000004" / "tensors" / path.name).read_bytes() == bad_bytes
+
+
+def test_a_run_directory_in_disorder_is_resumed(demo_data: Path, run_dir: Path) -> None:
+    """What people and crashes leave: a copy of a checkpoint beside it, a folder in the place of the link `best`, files that are cut off."""
+    checkpoints = run_dir / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000002.old")
+    shutil.copytree(checkpoints / "step_00000002", checkpoints / "best")
+    (checkpoints / "step_00000099").mkdir()
+    for name in ("config.json", "roll_backs.jsonl"):
+        (run_dir / name).write_bytes(b'{"time": "2026')
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (run_dir / name).write_bytes((run_dir / name).read_bytes() + b"\x00\xff\xfe\n{")
+    ended = run_processes(train_and_log, 2, demo_data, run_dir, 6, {"interval": 2, "keep": 2})[0]
+    assert "what this start changes cannot be told" in ended and "line 1 of" in ended and "roll_backs.jsonl is damaged" in ended
+    assert [path.name for path in completed_checkpoints(run_dir)] == ["step_00000004", "step_00000006"]
+    assert (checkpoints / "step_00000002.old").is_dir() and (checkpoints / "best" / "manifest.json").is_file()
+    assert json.loads((run_dir / "config.json").read_text())["train"]["steps"] == 6
+    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
 def _unreadable_on_one_process(data: Path, run_dir: Path) -> str:

@@ -112,6 +112,20 @@ def test_every_checkpoint_is_copied_elsewhere_checked_and_fetched_when_the_run_h
     assert _losses(run_dir)[:6] == before and len(_losses(run_dir)) == 7
 
 
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_all_damaged_takes_its_copy(demo_data: Path, tmp_path: Path) -> None:
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    options = {"interval": 2, "keep": 2, "copy_to": str(elsewhere)}
+    run_processes(_run_in, 2, demo_data, run_dir, 4, options, PARALLEL)
+    before = _losses(run_dir)
+    for checkpoint in completed_checkpoints(run_dir):
+        (checkpoint / "state.json").write_text("{}")
+    said = "\n".join(run_processes(_run_in, 2, demo_data, run_dir, 5, options, PARALLEL)[0])
+    assert f"resumed from {run_dir / 'checkpoints' / 'step_00000004'}" in said
+    assert _losses(run_dir)[:4] == before and len(_losses(run_dir)) == 5
+    assert len(list((run_dir / "checkpoints").glob("damaged-step_*"))) == 2
+
+
 def test_a_copy_that_reads_back_otherwise_has_no_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

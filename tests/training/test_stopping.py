@@ -69,6 +69,21 @@ def _interrupt_once() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def _launcher_dies() -> None:
+    os.getppid = lambda: 1  # as the system has it from then on
+
+
+def _train_under_a_launcher(data: Path, run_dir: Path) -> tuple[int, list[bool]]:
+    os.environ["TORCHELASTIC_RUN_ID"] = "one"
+    return _train(data, run_dir, MANY, _launcher_dies)
+
+
+def test_the_end_of_the_launcher_stops_with_a_checkpoint(demo_data: Path, tmp_path: Path) -> None:
+    ((step, _),) = run_processes(_train_under_a_launcher, 1, demo_data, tmp_path)
+    assert step < MANY and completed_checkpoints(tmp_path)[-1].name == f"step_{step:08d}"
+    assert (tmp_path / STOPPED_FILE).read_text() == f"stopped after step {step} of {MANY} on the end of its launcher\n"
+
+
 @pytest.mark.slow
 def test_signals_to_everything_break_no_save_and_the_next_start_goes_on(demo_data: Path, tmp_path: Path) -> None:
     stopped = run_processes(_train, 2, demo_data, tmp_path, MANY, _both_to_everything)

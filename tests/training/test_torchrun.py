@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.run.hooks import STOPPED_FILE
+from megatron_mm.run.lock import _start_of
 from megatron_mm.training.checkpoint import completed_checkpoints
 
 TIMEOUT = 120
@@ -98,6 +100,30 @@ def test_sigterm_to_torchrun_stops_with_a_checkpoint_and_the_next_start_goes_on(
     assert _steps(run_dir) == list(range(1, last + 3))
     assert completed_checkpoints(run_dir)[-1].name == f"step_{last + 2:08d}"
     assert not (run_dir / STOPPED_FILE).exists()
+
+
+@pytest.mark.slow
+def test_processes_whose_torchrun_is_killed_stop_with_a_checkpoint(demo_data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with Torchrun(
+        _train_command(demo_data, run_dir, steps=1000, pipeline=2), metrics=run_dir / "metrics.jsonl", log=tmp_path / "log"
+    ) as torchrun:
+        torchrun.wait_for_steps(3)
+        workers = _children(torchrun.process.pid)
+        torchrun.process.kill()
+        try:
+            deadline = time.monotonic() + TIMEOUT
+            while any(_start_of(worker) is not None for worker in workers):
+                assert time.monotonic() < deadline, torchrun.log.read_text()
+                time.sleep(0.1)
+        finally:
+            for worker in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(worker, signal.SIGKILL)
+    last = len(_steps(run_dir))
+    assert (run_dir / STOPPED_FILE).read_text() == f"stopped after step {last} of 1000 on the end of its launcher\n"
+    assert [path.name for path in completed_checkpoints(run_dir)] == [f"step_{last:08d}"]
+    assert not (run_dir / "running.lock").exists()
 
 
 def _steps(run_dir: Path) -> list[int]:

@@ -285,11 +285,14 @@ class Checkpointer:
         save = self.under_way
         assert save is not None
         logger.info("checkpoint %s written in %.1f s", final, time.monotonic() - save.began)
-        if save.best_step == step:
-            point_to(self.folder / BEST, final)
         if self.copies is not None:
             self.copies.add(final)
-        self._drop_superseded()
+        try:
+            if save.best_step == step:
+                point_to(self.folder / BEST, final)
+            self._drop_superseded()
+        except OSError as error:  # a folder in the link's place, say: the checkpoint is whole all the same
+            logger.error("checkpoint %s is written, but the folder around it cannot be kept in order: %s", final.name, error)
 
     def _drop_superseded(self) -> None:
         kept = self.copies.busy if self.copies is not None else set()
@@ -310,7 +313,7 @@ class Checkpointer:
     def load_latest(self) -> TrainState | None:
         """Load the newest whole checkpoint of the run; None if it has none. Damaged ones are set aside.
 
-        Raises ValueError if the checkpoint is of another model, or all are damaged.
+        Raises ValueError if the checkpoint is of another model, or all are damaged and there is no copy elsewhere.
         """
         if self.memory is not None:
             checkpoint = newest_checkpoint(self.folder.parent)
@@ -319,21 +322,34 @@ class Checkpointer:
                 if self.topology.is_main:
                     logger.info("resumed from the copy of step %d in %s", state.step, self.config.memory)
                 return state
-        newest = newest_whole_checkpoint(self.folder.parent, self.topology) or self._fetched()
+        try:
+            newest = newest_whole_checkpoint(self.folder.parent, self.topology) or self._fetched()
+        except ValueError as error:
+            if self.config.copy_to is None:
+                raise
+            newest = self._fetched(instead_of=str(error))
         return None if newest is None else self._load(newest)
 
-    def _fetched(self) -> Path | None:
-        """The newest copy, brought back where the run has no checkpoint of its own."""
+    def _fetched(self, *, instead_of: str = "") -> Path | None:
+        """The newest copy, brought back where the run has no checkpoint of its own; None where there is none either.
+
+        Args:
+            instead_of: what is wrong with those that the run has. They are set aside once the copy is here, and raised as ValueError
+                where there is none.
+        """
         if self.config.copy_to is None:
             return None
         problem = ""
-        if self.copies is not None and (names := self.copies.complete()):
-            logger.warning("%s has no checkpoint: fetching %s from %s", self.folder, names[-1], self.config.copy_to)
-            try:
+        try:
+            if self.copies is not None and (names := self.copies.complete()):
+                why = instead_of or f"{self.folder} has no checkpoint"
+                logger.warning("%s: fetching %s from %s", why, names[-1], self.config.copy_to)
                 with self.progress.patient(60 * self.config.timeout_minutes):
                     self.copies.fetch(names[-1], self.folder)
-            except Exception as error:  # a store raises what it likes
-                problem = f"{names[-1]} cannot be fetched from {self.config.copy_to}: {error}"
+            elif self.copies is not None:
+                problem = instead_of
+        except Exception as error:  # a store raises what it likes
+            problem = f"{instead_of or 'the run has no checkpoint'}, and none can be fetched from {self.config.copy_to}: {error}"
         agree(problem, world_size=self.topology.world_size, device=self.topology.device)
         return newest_checkpoint(self.folder.parent)
 

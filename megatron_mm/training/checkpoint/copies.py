@@ -22,8 +22,9 @@ from typing import Any
 import fsspec
 
 from megatron_mm.platform.files import BLOCK_BYTES, checksum_of, sync_to_disk
+from megatron_mm.training.checkpoint.fallback import DAMAGED, set_aside
 from megatron_mm.training.checkpoint.integrity import read_manifest
-from megatron_mm.training.checkpoint.names import MANIFEST, TENSORS
+from megatron_mm.training.checkpoint.names import MANIFEST, TENSORS, completed_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class Copies:
                 if (partial / file).stat().st_size != size or checksum_of(partial / file) != checksum:
                     raise ValueError(f"{self.target}/{name}/{file} is not what was copied there: restore it or remove {self.target}/{name}")
                 sync_to_disk(partial / file)
+            for own in completed_checkpoints(folder.parent):  # damaged, or there would be no need of a copy
+                set_aside(own, prefix=DAMAGED)
             final = folder / name
             partial.rename(final)
         except BaseException:

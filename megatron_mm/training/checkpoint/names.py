@@ -12,6 +12,8 @@ TENSORS = "tensors"
 """Folder of a checkpoint that holds megatron-core's distributed checkpoint."""
 MANIFEST = "manifest.json"
 """File of a checkpoint with size and CRC-32 of every file in `TENSORS`; written last, so a folder that has it is complete."""
+STEP_FOLDERS = "step_" + 8 * "[0-9]"
+"""What the folders of checkpoints match. A copy that somebody keeps beside them, such as `step_00000500.old`, is none of the run's."""
 BEST = "best"
 """Beside the checkpoints: a link to the one with the lowest held-out loss, where `checkpoint.best` asks for it."""
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|generators\.")
@@ -35,7 +37,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def completed_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in (run_dir / "checkpoints").glob(f"step_*/{MANIFEST}"))
+    return sorted(path.parent for path in (run_dir / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"))
 
 
 def step_of(checkpoint: Path) -> int:
