@@ -93,9 +93,12 @@ def _check_description(path: Path, data: bytes) -> None:
                 f"checkpoint file {path} says that {index.fqn} is to be transformed, which this program did not write: remove it"
             )
         if index.fqn == _COMMON:
-            with (path.parent / info.relative_path).open("rb") as file:
+            holder = path.parent / info.relative_path
+            if not holder.is_file():  # another process may look at its size and checksum
+                raise ValueError(f"checkpoint file {holder} is missing: restore it or remove the checkpoint")
+            with holder.open("rb") as file:
                 file.seek(info.offset)
-                _check_saved(path.parent / info.relative_path, file.read(info.length))
+                _check_saved(holder, file.read(info.length))
 
 
 def _check(path: Path, data: bytes) -> None:

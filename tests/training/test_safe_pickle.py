@@ -38,6 +38,10 @@ def test_the_common_state_beside_tensors_is_looked_at(tmp_path: Path) -> None:
     check_pickles(save(tmp_path / "plain", **{COMMON: [plain]}))
     with pytest.raises(ValueError, match=r"__0_0\.distcp names posix\.system, which loading it would run"):
         check_pickles(save(tmp_path / "runs", **{COMMON: [_Runs()]}))
+    lost = save(tmp_path / "lost", **{COMMON: [plain]})
+    (lost / "__0_0.distcp").unlink()
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is missing"):
+        check_pickles(lost)
 
 
 def test_no_other_pickle_may_lie_there(tmp_path: Path) -> None:
