@@ -36,6 +36,7 @@ FILES: dict[str, Any] = {
     "textcaps": {"data": [{"image_id": "0", "reference_strs": ["a circle"]}]},
     "gqa": {"7": {"imageId": "0", "question": "what?", "answer": "red"}},
     "vizwiz": [{"image": "0.jpg", "question": "what?", "answers": [{"answer": "red"}]}],
+    "karpathy": {"images": [{"filepath": "", "filename": "0.jpg", "split": "train", "sentences": [{"raw": "a ball"}, {"raw": "red"}]}]},
     "coco": {"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": [{"image_id": 1, "caption": "a circle"}]},
     "scienceqa": {"3": {"question": "which?", "choices": ["a"], "answer": 0, "hint": "", "image": "0.jpg", "split": "train"}},
 }
