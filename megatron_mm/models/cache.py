@@ -194,6 +194,8 @@ class Layout(PackedSeqParams):
     """What layers know of a micro-batch: where documents begin (megatron-core's fields), and in generation where they are continued."""
 
     cache: CacheStep | None = None
+    padding: torch.Tensor | None = None
+    """[1, t] bool, True for padding among this process's tokens; for routers that are told of it so (`models.expert_overlap`)."""
 
 
 def cache_of(layout: PackedSeqParams | None) -> CacheStep | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -78,6 +79,11 @@ class Chunk(MegatronModule):
             self.add_module(name, module)
         self.language = build_decoder(decoder, context, transformer_config=transformer_config, layer_specs=layer_specs)
 
+    @property
+    def module(self) -> GPTModel:
+        """What a schedule of megatron-core's that runs plans of `GPTModel` finds inside a chunk (`parallel.overlap_experts`)."""
+        return self.language
+
     def set_input_tensor(self, input_tensor: list[torch.Tensor] | torch.Tensor | None) -> None:
         """Take what the previous stage sent; called by the pipeline schedule before forward."""
         self.language.set_input_tensor(input_tensor)
@@ -147,6 +153,7 @@ class Chunk(MegatronModule):
         *,
         context: torch.Tensor | None = None,
         with_loss: bool,
+        as_plan: bool = False,
     ) -> torch.Tensor:
         """Run this chunk's decoder layers, and on the last stage the output layer.
 
@@ -155,17 +162,20 @@ class Chunk(MegatronModule):
             layout: document bounds, and what else the family's layers know of the micro-batch.
             context: what layers look at besides the hidden states.
             with_loss: the last stage returns losses, or else logits; in generation those of `CacheStep.read`.
+            as_plan: run nothing, and return megatron-core's plan of it, which its schedule runs (`parallel.overlap_experts`).
         """
         if layout.cache is not None:
             return self._decode_with_cache(batch, decoder_input, layout, layout.cache, context=context)
-        return self.language(
+        layout.padding = padding = self._padding(batch)
+        decode = self.language.build_schedule_plan if as_plan else self.language
+        return decode(
             input_ids=batch.token_ids[None],
             position_ids=batch.position_ids[None],
             attention_mask=None,
             decoder_input=decoder_input,
             labels=batch.labels[None] if with_loss else None,
             packed_seq_params=layout,
-            padding_mask=self._padding(batch),
+            padding_mask=padding,
             extra_block_kwargs=None if context is None else {"context": context},
         )
 

@@ -83,6 +83,9 @@ class Router(TopKRouter):
     """`ParallelConfig.max_expert_load`. Each process keeps to it with its own tokens, so that no process receives more than this multiple
     of an equal share of all; nothing is asked of others."""
 
+    padding: torch.Tensor | None = None
+    """What `forward` takes for its padding_mask where it gets none (`models.expert_overlap`)."""
+
     shares: torch.Tensor
     """[e] float32: the share of all choices that fell on each expert in the step before."""
 
@@ -105,12 +108,13 @@ class Router(TopKRouter):
 
         Args:
             input: [t, 1, h].
-            padding_mask: [t, 1] bool, True for padding; None if there is none.
+            padding_mask: [t, 1] bool, True for padding; None uses `padding` instead, and if that is None, too, there is no padding.
 
         Returns:
             (weights of the chosen experts, which experts are chosen), both [t, e].
         """
         logits_te = self.gating(input).flatten(0, 1)
+        padding_mask = self.padding if padding_mask is None else padding_mask
         real = torch.ones_like(logits_te[:, 0], dtype=torch.bool) if padding_mask is None else ~padding_mask.flatten()
         weights_te, chosen_te = topk_routing_with_score_function(
             logits_te, self.topk, use_pre_softmax=False, score_function="softmax", fused=self.config.moe_router_fusion

@@ -91,6 +91,16 @@ class _CudaOnCpu:
 
     default_stream = current_stream
 
+    class nvtx:
+        """Ranges for a profiler of CUDA."""
+
+        @staticmethod
+        def range_push(message: str) -> None:
+            pass
+
+        range_pop = staticmethod(lambda: None)
+        range = staticmethod(lambda message: contextlib.nullcontext())
+
     @staticmethod
     def stream(stream: object) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -165,6 +175,10 @@ def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return self
 
 
+def _on_stream(self: torch.Tensor, stream: object) -> None:
+    """`Tensor.record_stream()`: memory of the CPU belongs to no stream."""
+
+
 def _set_rng_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
     """`tensor_parallel.random._set_cuda_rng_state`: reaches for CUDA's generators through torch._C."""
     torch.set_rng_state(new_state)
@@ -206,9 +220,12 @@ _MODULES = (
     "dist_checkpointing.strategies.state_dict_saver",
     "dist_checkpointing.strategies.torch",
     "distributed",
+    "models.common.model_chunk_schedule_plan",
+    "models.gpt.fine_grained_callables",
     "models.gpt.gpt_model",
     "optimizer",
     "optimizer.distrib_optimizer",
+    "pipeline_parallel.combined_1f1b",
     "pipeline_parallel.schedules",
     "tensor_parallel.random",
     "transformer.moe.moe_layer",
@@ -236,5 +253,6 @@ def install() -> None:
     random._set_cuda_rng_state = _set_rng_state
     sys.modules["megatron.core.transformer.moe.token_dispatcher"].maybe_move_tensor_to_cpu = _split_sizes  # type: ignore[attr-defined]
     torch.nn.Parameter.type = _for_megatron(_parameter_type, torch.Tensor.type)  # type: ignore[method-assign]
+    torch.Tensor.record_stream = _for_megatron(_on_stream, torch.Tensor.record_stream)  # type: ignore[method-assign]
     torch.Tensor.cuda = _for_megatron(_stay, torch.Tensor.cuda)  # type: ignore[method-assign]
     _INSTALLED = True

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from megatron_mm.config import Experiment
 from megatron_mm.families.registry import family_of
@@ -61,6 +64,7 @@ def asked_for(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
     yield from _recompute(experiment, backend=backend)
     yield from _experts(experiment)
     yield from _dispatch(experiment, backend=backend)
+    yield from _expert_overlap(experiment, backend=backend)
     yield from _precision(experiment, backend=backend)
 
 
@@ -179,6 +183,46 @@ def _dispatch(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
         impossible="" if useless else dispatch_missing(parallel.expert_dispatch),
         useless=useless,
     )
+
+
+def _expert_overlap(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
+    parallel = experiment.parallel
+    if parallel.overlap_experts:
+        useless = ""
+        if experiment.model.decoder.moe is None:
+            useless = "the model has no experts"
+        elif parallel.expert == 1:
+            useless = "every process has all experts, and tokens go to no other"
+        yield Option(
+            "parallel.overlap_experts",
+            True,
+            impossible="" if useless else _expert_overlap_impossible(experiment),
+            useless=useless,
+            costs="two micro-batches are in memory where there would be one",
+        )
+    if parallel.delay_weight_gradients:
+        yield Option(
+            "parallel.delay_weight_gradients",
+            True,
+            impossible="" if backend == "te" else "only Transformer Engine's layers can, and layers are plain PyTorch here: leave it out",
+            useless="" if parallel.overlap_experts else "parallel.overlap_experts is False: set it to True",
+        )
+
+
+def _expert_overlap_impossible(experiment: Experiment) -> str:
+    parallel, decoder, precision = experiment.parallel, experiment.model.decoder, experiment.train.precision
+    if precision == "fp32":
+        return "megatron-core overlaps in bf16 and FP8 alone: use --train.precision bf16"
+    if parallel.pipeline > 1 and parallel.virtual == 1:
+        return f"with parallel.pipeline {parallel.pipeline} it needs stages that interleave: use --parallel.virtual 2"
+    if parallel.recompute == "full" or (parallel.recompute == "selective" and "moe" in parallel.recompute_modules):
+        return "layers that are computed again cannot be cut into parts: use --parallel.recompute none"
+    if decoder.num_layers - 1 not in decoder.sparse_layers:
+        return "the last layer has no experts, and megatron-core leaves out the final norm then: change moe.every_n_layers"
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    if connections == "1" and torch.cuda.is_available():
+        return "CUDA_DEVICE_MAX_CONNECTIONS is 1, which runs one stream after another: set it to 32"
+    return ""
 
 
 def _precision(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:

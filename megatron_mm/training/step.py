@@ -6,9 +6,11 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -142,11 +144,18 @@ class TrainingStep:
         return own_losses(reported, contributes=self.topology.reports_loss, num_sources=self.num_sources, device=device)
 
     def _forward_step(
-        self, batches: Iterator[tuple[PackedBatch, int, torch.Tensor | None]], chunk: DistributedDataParallel
+        self,
+        batches: Iterator[tuple[PackedBatch, int, torch.Tensor | None]],
+        chunk: DistributedDataParallel | GPTModel,
+        return_schedule_plan: bool = False,
     ) -> tuple[torch.Tensor, LossFunction]:
+        """Called by megatron-core's schedules; one that runs plans (`parallel.overlap_experts`) gives the decoder inside a chunk."""
         self.progress.beat()
         batch, rows, encoded = next(batches)
-        images = {} if encoded is None else {"encoded": encoded}
+        images: dict[str, Any] = {} if encoded is None else {"encoded": encoded}
+        if return_schedule_plan:
+            chunk = next(wrapped for wrapped in self.model if wrapped.module.language is chunk)
+            images["as_plan"] = True
         return chunk(batch, pipeline_rows=rows, **images), loss_function(batch, num_sources=self.num_sources)
 
     def _evaluation_mode(self) -> _EvaluationMode:

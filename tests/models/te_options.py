@@ -124,6 +124,24 @@ def fp8_weights_of_two(kept: bool, folder: str) -> dict[str, Any]:
     return {"losses": losses, "gathered": gathered}
 
 
+def overlapped(options: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Losses of two expert-parallel processes, and what each layer's products put off."""
+    adam.install = lambda: None
+    experiment = sparse(precision=precision, parallel={"expert": 2, **options})
+    check_options(experiment, backend="te")
+    with tempfile.TemporaryDirectory() as folder:
+        trainee = te_program.Trainee(SUBJECT, experiment, "te", Path(folder))
+        losses = run(trainee, 1, 3)
+        put_off = sorted(name.split("layers.")[1] for name, module in trainee.model[0].named_modules() if _puts_off(module))
+        topologies.shutdown()
+    return {"losses": losses, "put off": put_off}
+
+
+def _puts_off(module: torch.nn.Module) -> bool:
+    store = getattr(module, "wgrad_store", None)
+    return store is not None and bool(store.delay_wgrad_compute())
+
+
 def main() -> None:
     adam.install = lambda: None  # Transformer Engine's Adam, over a kernel that runs here
     torch.set_num_threads(1)
@@ -155,6 +173,15 @@ def main() -> None:
         found["fp8 weights of two"] = {
             str(kept): distributed.run_processes(fp8_weights_of_two, 2, kept, f"{name}/{kept}")[0] for kept in (False, True)
         }
+    found["overlap"] = {
+        f"{name} {precision}": distributed.run_processes(overlapped, 2, options, precision)[0]
+        for precision in ("bf16", "fp8")
+        for name, options in (
+            ("plain", {}),
+            ("overlapped", {"overlap_experts": True}),
+            ("put off", {"overlap_experts": True, "delay_weight_gradients": True}),
+        )
+    }
     print(json.dumps(found))
 
 

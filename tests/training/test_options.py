@@ -16,6 +16,7 @@ from megatron_mm.training.options import asked_for, check_options
 
 OVERLAPPED = ParallelConfig(tensor=2, overlap_tensor=True)
 FP8_TRAIN = replace(get_recipe("mono_internvl_2b_s1_1").train, precision="fp8")
+OVERLAPPED_EXPERTS = {"expert": 2, "overlap_experts": True}
 EXPERTS = MoEConfig(num_experts=4, every_n_layers=2)
 
 
@@ -42,6 +43,22 @@ def test_defaults_ask_for_nothing() -> None:
         (replace(get_recipe("debug_infimm"), parallel=OVERLAPPED), "te", "layers exchange other numbers of tokens"),
         (experiment(parallel={"tensor": 3, "overlap_tensor": True}), "te", "groups of 3 lie on several nodes of 8 GPUs"),
         (experiment(parallel={"tensor": 2, "overlap_tensor": True}), "te", "captions of held-out images .*: use --eval.samples 0"),
+        (
+            experiment(sparse=True, parallel=OVERLAPPED_EXPERTS, precision="fp32"),
+            "te",
+            "overlap_experts is True, but .* use --train.precision",
+        ),
+        (experiment(sparse=True, parallel={**OVERLAPPED_EXPERTS, "pipeline": 2}), "te", "use --parallel.virtual 2"),
+        (
+            experiment(sparse=True, parallel={**OVERLAPPED_EXPERTS, "recompute": "full"}),
+            "te",
+            "computed again .*: use --parallel.recompute none",
+        ),
+        (
+            experiment(sparse=True, parallel={**OVERLAPPED_EXPERTS, "delay_weight_gradients": True}),
+            "torch",
+            "delay_weight_gradients is True",
+        ),
         (experiment(sparse=True, parallel={"expert": 2, "expert_dispatch": "deepep"}), "te", "deepep, but its kernels need GPUs"),
         (
             experiment(sparse=True, parallel=selective("moe_act"), precision="fp8", fp8_recipe="delayed"),

@@ -34,6 +34,7 @@ class MM1Model(Chunk):
         encoded: torch.Tensor | None = None,
         with_loss: bool = True,
         cache: CacheStep | None = None,
+        as_plan: bool = False,
     ) -> torch.Tensor:
         """Hidden states for the next stage, or on the last stage the result.
 
@@ -43,6 +44,7 @@ class MM1Model(Chunk):
             encoded: see `Chunk.image_features`.
             with_loss: the last stage returns losses, or else logits.
             cache: where documents are continued, in generation.
+            as_plan: see `Chunk.decode`.
 
         Returns:
             [t / tensor, 1, h] or [t, 1, h] hidden states; on the last stage per-token losses [1, t] in float32, or logits
@@ -53,7 +55,7 @@ class MM1Model(Chunk):
             decoder_input = self.embed_text(batch)
         elif self.pre_process:
             decoder_input = self.embed(batch, self.image_features(batch, encoded))
-        return self.decode(batch, decoder_input, document_bounds(batch, cache=cache), with_loss=with_loss)
+        return self.decode(batch, decoder_input, document_bounds(batch, cache=cache), with_loss=with_loss, as_plan=as_plan)
 
 
 class MM1Encoder(ImageEncoder):
