@@ -18,6 +18,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import random
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, _DeepepManager
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -110,6 +112,8 @@ def install() -> None:
         MLP.forward = _with_own_bias(MLP.forward)
     if not getattr(MoEAlltoAllTokenDispatcher.preprocess, "counts_routed_tokens", False):
         MoEAlltoAllTokenDispatcher.preprocess = _counting_routed_tokens(MoEAlltoAllTokenDispatcher.preprocess)
+    if not hasattr(random, "FP8GlobalStateManager") and not getattr(CheckpointWithoutOutput.__init__, "knows_no_fp8", False):
+        CheckpointWithoutOutput.__init__ = _without_fp8(CheckpointWithoutOutput.__init__)
 
 
 def _sending_nothing_nowhere(setup_metadata: Any) -> Any:
@@ -143,6 +147,21 @@ def _with_own_bias(forward: Any) -> Any:
 
     own.copies_bias = True  # type: ignore[attr-defined]
     return own
+
+
+def _without_fp8(init: Any) -> Any:
+    """`CheckpointWithoutOutput.__init__`, which computes norms again, where Transformer Engine is not installed.
+
+    What upstream lacks: it takes every checkpoint for one of FP8, and asks Transformer Engine whether that is under way.
+    """
+
+    @functools.wraps(init)
+    def plain(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.fp8 = False
+
+    plain.knows_no_fp8 = True  # type: ignore[attr-defined]
+    return plain
 
 
 class _Without(logging.Filter):

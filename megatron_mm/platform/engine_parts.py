@@ -43,6 +43,7 @@ REPLACED = (
     "optimizer.distrib_optimizer.DistributedOptimizer._copy_main_params_to_model_params",
     "optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
     "optimizer.distrib_optimizer.USING_APEX_OPTIMIZER",
+    "tensor_parallel.random.CheckpointWithoutOutput.__init__",
     "tensor_parallel.random._set_cuda_rng_state",
     "transformer.mlp.MLP.forward",
     "transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher.preprocess",

@@ -32,6 +32,7 @@ MORE_LAYOUTS = [
     Layout(2, {"pipeline": 2, "stage_layers": (3, 1)}, DEEP),
     Layout(2, {}),
     Layout(1, {"recompute": "selective"}),
+    Layout(1, {"recompute": "selective", "recompute_modules": ("core_attn", "mlp", "layernorm")}),
     Layout(4, {"tensor": 2, "pipeline": 2}, UNTIED),
     Layout(4, {"tensor": 4}),
     Layout(8, {"tensor": 2, "pipeline": 2, "spread_encoder": True}),

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.tensor_parallel import random
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, checkpoint
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, _DeepepManager
@@ -108,3 +109,19 @@ def test_deepep_sends_padding_nowhere() -> None:
     engine.install()
     _DeepepManager.setup_metadata(state, routing_map, weights)
     assert state.token_indices.tolist() == [[2, 0], [-1, -1]] and state.token_probs[0].tolist() == [0.75, 0.25]
+
+
+@pytest.mark.skipif(hasattr(random, "FP8GlobalStateManager"), reason="Transformer Engine is installed, and says whether FP8 is under way")
+def test_norms_are_computed_again_without_transformer_engine() -> None:
+    cpu.install()
+    engine.install()
+    x = torch.tensor([3.0], requires_grad=True)
+    again = CheckpointWithoutOutput()
+    twice = again.checkpoint(lambda x: 2 * x, x)
+    squared = twice.square()
+    again.discard_output_and_register_recompute(squared)
+    squared.sum().backward()
+    assert x.grad is not None and x.grad.item() == 24.0
+    upstream = CheckpointWithoutOutput.__new__(CheckpointWithoutOutput)
+    inspect.unwrap(CheckpointWithoutOutput.__init__)(upstream)
+    assert upstream.fp8, "megatron-core knows that nothing is FP8 here: platform.engine may leave its checkpoints alone"
