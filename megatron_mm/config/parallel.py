@@ -109,6 +109,11 @@ class ParallelConfig:
         return self.tensor > 1 if self.sequence is None else self.sequence and self.tensor > 1
 
     @property
+    def overlaps_experts(self) -> bool:
+        """Whether tokens are sent between experts while another micro-batch computes: asked for, and there are others to send them to."""
+        return self.overlap_experts and self.expert > 1
+
+    @property
     def model_parallel_size(self) -> int:
         """Processes that hold one copy of the model."""
         return self.tensor * self.pipeline

@@ -162,7 +162,7 @@ class Chunk(MegatronModule):
             layout: document bounds, and what else the family's layers know of the micro-batch.
             context: what layers look at besides the hidden states.
             with_loss: the last stage returns losses, or else logits; in generation those of `CacheStep.read`.
-            as_plan: run nothing, and return megatron-core's plan of it, which its schedule runs (`parallel.overlap_experts`).
+            as_plan: run nothing; return megatron-core's schedule plan, which its schedule then runs (`parallel.overlap_experts`).
         """
         if layout.cache is not None:
             return self._decode_with_cache(batch, decoder_input, layout, layout.cache, context=context)

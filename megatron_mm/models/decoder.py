@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mm.config import DecoderConfig, ParallelConfig
 from megatron_mm.hf.decoder_variants import variant_of
 from megatron_mm.models.context import ChunkContext
-from megatron_mm.models.expert_overlap import overlaps_experts, tell_routers_of_padding
+from megatron_mm.models.expert_overlap import tell_routers_of_padding
 from megatron_mm.models.layers import decoder_layer_spec, norm_module
 from megatron_mm.models.moe import Router
 from megatron_mm.parallel.stages import layers_per_stage, pipeline_layout
@@ -120,8 +120,8 @@ def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict[str, A
         "moe_permute_fusion": context.kernels.token_permutation,
         "moe_router_fusion": context.kernels.router,
         "expert_tensor_parallel_size": parallel.expert_tensor,
-        "overlap_moe_expert_parallel_comm": overlaps_experts(parallel),
-        "delay_wgrad_compute": overlaps_experts(parallel) and parallel.delay_weight_gradients,
+        "overlap_moe_expert_parallel_comm": parallel.overlaps_experts,
+        "delay_wgrad_compute": parallel.overlaps_experts and parallel.delay_weight_gradients,
     }
 
 
@@ -167,7 +167,7 @@ def build_decoder(
     for module in decoder.modules():
         if isinstance(module, Router):
             module.max_load = context.parallel.max_expert_load
-    if overlaps_experts(context.parallel):
+    if context.parallel.overlaps_experts:
         tell_routers_of_padding(decoder)
     output_std = config.init_std / math.sqrt(2 * config.num_layers)
     for name, parameter in decoder.named_parameters():

@@ -46,3 +46,5 @@ class Job:
     replicated_parameters: float = 0.0
     """Trainable parameters that every process of a tensor-parallel group has whole: their gradients are summed over it after the step."""
     beside: Beside = Beside()
+    micro_batches_at_once: int = 1
+    """That go through the layers together: 2 with `parallel.overlap_experts`."""

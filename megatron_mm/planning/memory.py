@@ -74,6 +74,7 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
         if not software.fp8_weights:
             weights += 2 * sum(block.fp8_parameters for block in blocks)
         activations = result.saved_bytes[rank]
+        activations += (job.micro_batches_at_once - 1) * max(sum(b.saved for b in kind[stage]) for kind in job.kinds for stage in stages)
         beside = job.beside  # its activations stay from before the pipeline until after it
         weights += 2 * (beside.parameters + beside.frozen_parameters)
         gradients += software.gradient_bytes * beside.parameters

@@ -13,6 +13,7 @@ from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import Trainable
+from megatron_mm.planning.bridge_recipes import OVERLAPPED
 from megatron_mm.planning.decoder_block import decoder_layer, embedding, output, saved_by_layer
 from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
 from megatron_mm.planning.encoder_blocks import connector_block, patches_block, projector_block, resampler_block, tower_blocks
@@ -62,6 +63,8 @@ def _software_of(experiment: Experiment, software: Software) -> Software:
         stack = replace(stack, hides_tensor_messages=STACKS["nemo"].hides_tensor_messages)
     if parallel.expert_dispatch != "alltoall":  # a token goes to a machine once, and permutation is part of it
         stack = replace(stack, dispatcher=parallel.expert_dispatch, expert_operations=0.5)
+    if parallel.overlaps_experts:
+        stack = replace(stack, hides_expert_messages=OVERLAPPED)
     return replace(stack, hides_data_messages=parallel.overlap_grad_reduce)
 
 
@@ -92,6 +95,7 @@ def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Softwa
         overlap_parameter_gather=early,
         replicated_parameters=_replicated(blocks[0][0]) if tensor > 1 else 0.0,
         beside=_beside(experiment, layout, work) if experiment.parallel.spread_encoder else Beside(),
+        micro_batches_at_once=2 if experiment.parallel.overlaps_experts else 1,
     )
     flops = family.step_flops(experiment.model, experiment.train.freeze_policy, work.whole)
     return Planned(experiment, job, work, flops)

@@ -94,6 +94,13 @@ def test_an_encoder_on_every_rank_takes_the_load_off_the_first() -> None:
     assert sum(after.parts.values()) == pytest.approx(after.seconds, rel=1e-6)
 
 
+def test_an_exchange_beside_another_micro_batch_takes_time_for_memory() -> None:
+    base = get_recipe("mm1_3b_moe")
+    beside = replace(base, parallel=replace(base.parallel, overlap_experts=True))
+    before, after = (StepModel(plan_recipe(one, GPUS["h100-sxm"], 128).job).predict() for one in (base, beside))
+    assert after.seconds < before.seconds and after.peak_bytes > before.peak_bytes
+
+
 def test_formats_of_gradients_moments_and_weights_count() -> None:
     """In memory by what each takes of a parameter (config/precision.py), and in the messages of data parallelism."""
     experiment = get_recipe("mm1_7b")
