@@ -76,7 +76,7 @@ def test_names_are_unique() -> None:
 
 def test_missing_and_unknown_names_are_listed() -> None:
     entries = [Direct("a", "x"), Direct("b", "y")]
-    with pytest.raises(ValueError, match=r"1 tensors are missing \(b\), 1 are not known \(c\)"):
+    with pytest.raises(ValueError, match=r"1 tensors are missing \(b\), 1 are unknown \(c\)"):
         to_hf(entries, {"a": torch.ones(1), "c": torch.ones(1)})
 
 

@@ -122,7 +122,7 @@ def test_a_model_without_the_tensor_by_which_it_is_known(llama: Path, tmp_path: 
     edit_shard(llama, "model.layers.0.self_attn.q_proj.weight", None)
     assert f"{llama} lacks 1 tensors: model.layers.0.self_attn.q_proj.weight" in refused(llama, tmp_path)
     edit_json(llama / "config.json", model_type="other")
-    assert "is none of the formats that --language reads" in refused(llama, tmp_path)
+    assert "is in none of the formats that --language reads" in refused(llama, tmp_path)
 
 
 def test_a_tensor_in_two_files_is_named(llama: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_source_of_another_part(llama: Path, tmp_path: Path) -> None:
     assert "of format llama, which is read with --language, not with --vision" in refused(llama, tmp_path, language=None, vision=llama)
     assert "of format clip, which is read with --vision, not with --whole" in refused(llama, tmp_path, language=None, whole=vision)
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
-    assert "is none of the formats that --language reads (llama, internlm2" in refused(tmp_path / "x.safetensors", tmp_path)
+    assert "is in none of the formats that --language reads (llama, internlm2" in refused(tmp_path / "x.safetensors", tmp_path)
     assert "give --whole DIR, or --language DIR, --vision DIR or both" in refused(llama, tmp_path, whole=vision)
     (tmp_path / "empty").mkdir()
     assert "holds no weights: looked for model.safetensors.index.json" in refused(tmp_path / "empty", tmp_path)

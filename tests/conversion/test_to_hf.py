@@ -168,7 +168,7 @@ def test_tensors_of_another_model_are_listed(copy: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"6 tensors are missing \(language.decoder.layers.3.input_layernorm.weight, "):
         convert_to_hf(copy, tmp_path / "out", verify=False)
     edit_model(copy, num_layers=2)
-    with pytest.raises(ValueError, match=r"6 are not known \(language.decoder.layers.2.input_layernorm.weight, "):
+    with pytest.raises(ValueError, match=r"6 are unknown \(language.decoder.layers.2.input_layernorm.weight, "):
         convert_to_hf(copy, tmp_path / "out", verify=False)
     edit_model(copy, num_layers=3, num_query_groups=4)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attention\.linear_qkv\.weight should be \[384, 128\], but is \[256, 128\]"):
@@ -195,7 +195,7 @@ def test_too_small_an_embedding_table_is_refused(trained: Trained, tmp_path: Pat
         )
     with pytest.raises(ValueError, match="--vocab-size is 300, but the checkpoint's tokenizer has 400 tokens"):
         convert_to_hf(trained.checkpoint, tmp_path / "out", vocab_rows=300, verify=False)
-    with pytest.raises(ValueError, match="--vocab-size is 513, but the model has 512 rows"):
+    with pytest.raises(ValueError, match="--vocab-size is 513, but the model has only 512 rows"):
         convert_to_hf(trained.checkpoint, tmp_path / "out", vocab_rows=513, verify=False)
 
 
@@ -259,7 +259,7 @@ def test_a_decoder_variant_of_other_layers_is_no_llama(tokenizer_path: Path, tmp
             family_of(model).check_export(replace(model, decoder=replace(model.decoder, variant="twice")))
     with pytest.raises(ValueError, match="computes a Llama, and the decoder variant 'twice' computes something else"):
         convert_to_hf(trained.checkpoint, tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"Llama does not compute the decoder variant 'twice': give `DecoderVariant.modeling`"):
+    with pytest.raises(ValueError, match=r"Llama does not compute the decoder variant 'twice': set `DecoderVariant.modeling`"):
         convert_to_hf(trained.checkpoint, tmp_path / "alone", part="language")
     monkeypatch.setitem(DECODER_VARIANTS, "twice", replace(silent, modeling=own_code(tmp_path)))
     convert_to_hf(trained.checkpoint, tmp_path / "alone", part="language", dtype="float32")

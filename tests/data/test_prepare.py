@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import threading
 import time
 from pathlib import Path
@@ -152,14 +151,13 @@ def test_paths_without_data_are_named(tmp_path: Path, tokenizer: Path) -> None:
 
 def test_a_worker_that_dies_is_an_error_and_no_hang(tmp_path: Path, tokenizer: Path) -> None:
     write_tar(tmp_path / "pairs" / "0.tar", {"0.jpg": picture(), "0.txt": b"x"})
-    os.mkfifo(tmp_path / "pairs" / "1.tar")  # whoever opens it waits
+    write_tar(tmp_path / "pairs" / "1.tar", {"1.jpg": picture(), "1.txt": b"x"})
 
     before = set(multiprocessing.active_children())
 
     def kill_a_worker() -> None:
         while not (workers := set(multiprocessing.active_children()) - before):
             time.sleep(0.02)
-        time.sleep(0.2)
         workers.pop().kill()
 
     killer = threading.Thread(target=kill_a_worker, daemon=True)

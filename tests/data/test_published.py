@@ -272,7 +272,7 @@ def test_question_and_caption_files(tmp_path: Path, form: str, content: Any, ima
     task = {"textcaps": "caption", "coco": "caption", "vizwiz": "vizwiz"}.get(form, "vqa")
     question = {} if task == "caption" else {"question": "q?"}
     assert documents(tmp_path / "out") == [{"task": task, **question, "answer": answer, "images": ["0.jpg"]}]
-    with pytest.raises(ValueError, match=f"in.json is not a file of the format {'gqa' if form != 'gqa' else 'coco'}"):
+    with pytest.raises(ValueError, match=f"in.json is not a file in the format {'gqa' if form != 'gqa' else 'coco'}"):
         run("tasks", [tmp_path / "in.json"], tmp_path / "other", images=str(images), form="gqa" if form != "gqa" else "coco")
 
 
@@ -667,7 +667,7 @@ def test_question_files_in_folders_and_tables(tmp_path: Path, demo_data: Path) -
     assert run("tasks", [tmp_path / "t.parquet"], tmp_path / "c", form="textvqa").samples == 2
     assert [document["answer"] for document in documents(tmp_path / "c")] == ["red", "red"]
     assert indexed(tmp_path / "c", demo_data).kind == "tasks"
-    with pytest.raises(ValueError, match=r"not a file of the format coco.*such as \{'category_id': 1"):
+    with pytest.raises(ValueError, match=r"not a file in the format coco.*for example \{'category_id': 1"):
         (tmp_path / "instances.json").write_text(json.dumps({"images": [], "annotations": [{"category_id": 1}]}))
         run("tasks", [tmp_path / "instances.json"], tmp_path / "d", form="coco", images=str(images))
 

@@ -82,7 +82,7 @@ def test_questions_without_answers_are_counted(files: Path, tmp_path: Path) -> N
     shutil.copytree(files / "vqav2", tmp_path / "vqav2")
     path = tmp_path / "vqav2" / "v2_mscoco_val2014_annotations.json"
     path.write_text(json.dumps({"annotations": json.loads(path.read_text())["annotations"][:1]}))
-    with pytest.raises(ValueError, match=r"v2_mscoco_val2014_annotations.json has no answers to 2 of the 3 questions of .*, such as 1"):
+    with pytest.raises(ValueError, match=r"v2_mscoco_val2014_annotations.json has no answers to 2 of the 3 questions in .*, such as 1"):
         TASKS["vqav2"].examples(tmp_path)
 
 
@@ -154,7 +154,7 @@ def test_examples_without_an_answer_are_left_out_and_counted(files: Path, tmp_pa
     second["answers"] = [{"answer": ""}] * 10
     path.write_text(json.dumps([first, second]))
     assert len(TASKS["vizwiz"].examples(tmp_path)) == 1
-    assert f"1 of 2 examples have no answer and are left out, the first is {second['image']}" in caplog.text
+    assert f"1 of 2 examples have no answer and are left out; the first is {second['image']}" in caplog.text
     path.write_text(json.dumps([second]))
     with pytest.raises(ValueError, match=r"all 1 examples of val.json have no answer: of some splits the answers are not published"):
         TASKS["vizwiz"].examples(tmp_path)

@@ -76,7 +76,7 @@ def test_a_place_that_hangs_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, cap
     sinks.close(exit_code=0)
     stuck.set()
     said = " ".join(r.getMessage() for r in caplog.records)
-    assert "is behind" in said and "did not accept the last metrics" in said and "were left out" in said
+    assert "is behind" in said and "did not accept the last metrics" in said and "were not sent" in said
 
 
 # -------------------------------------------------------------------------------------------------------------- Prometheus
@@ -206,4 +206,4 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, caplog: pytest.
     file.close()
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 4]
     said = [r.getMessage() for r in caplog.records]
-    assert len(said) == 2 and "cannot be written" in said[0] and said[1].endswith("is written again; 2 lines are lost")
+    assert len(said) == 2 and "cannot be written" in said[0] and said[1].endswith("can be written again; 2 lines were lost")

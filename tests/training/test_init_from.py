@@ -83,7 +83,8 @@ def test_another_policy_is_a_new_run(first: Path, demo_data: Path) -> None:
 def test_an_unknown_policy_lists_those_of_the_family(demo_data: Path, tmp_path: Path) -> None:
     experiment = infimm_run(demo_data, steps=8, schedule_steps=8, policy="all")
     with pytest.raises(
-        ValueError, match=r"train.freeze_policy is 'all', but infimm models know \['ift', 'ift_frozen_language', 'mtt', 'pt'\]"
+        ValueError,
+        match=r"train.freeze_policy is 'all', but must be one of those of infimm models: \['ift', 'ift_frozen_language', 'mtt', 'pt'\]",
     ):
         check(experiment, tmp_path)
 

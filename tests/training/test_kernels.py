@@ -53,7 +53,7 @@ def test_one_that_is_not_wanted_is_not_taken(triton: bool) -> None:
 @pytest.mark.usefixtures("triton")
 def test_one_that_is_asked_for_and_cannot_run_is_refused(kernel: str, backend: str, why: str) -> None:
     asked = replace(small_experiment(), kernels=KernelConfig(**{kernel: True}))
-    with pytest.raises(ValueError, match=rf"kernels\.{kernel} is True, but .*{why}.*: leave it out"):
+    with pytest.raises(ValueError, match=rf"kernels\.{kernel} is True, but .*{why}.*: leave it unset"):
         choose_kernels(asked, backend=backend)
 
 

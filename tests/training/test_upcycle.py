@@ -126,5 +126,7 @@ def test_what_cannot_be_upcycled_is_named(demo_data: Path, dense: Path) -> None:
     with pytest.raises(ValueError, match="has no experts: choose a sparse one"):
         check_upcycling(dense_experiment(demo_data), dense)
     wide = replace(good, model=replace(good.model, decoder=replace(good.model.decoder, ffn_hidden_size=128)))
-    with pytest.raises(ValueError, match=r"is not the backbone of sparse: model.decoder.ffn_hidden_size is 96 there and 128 here"):
+    with pytest.raises(
+        ValueError, match=r"is not the backbone of sparse: model.decoder.ffn_hidden_size is 96 in the checkpoint and 128 in the recipe"
+    ):
         check_upcycling(wide, dense)
