@@ -57,7 +57,7 @@ def read_annotations(
         else:
             records = list(FORMS[form](main))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{questions} is not a file of the format {form} ({error!r})") from None
+        raise ValueError(f"{questions} is not a file in the format {form} ({error!r})") from None
     if records and all(isinstance(record, BadRecord) and record.reason == _MALFORMED for record in records):
         (first,) = (record.what for record in records[:1] if isinstance(record, BadRecord))
         raise ValueError(f"{questions} is not a file in the format {form}: none of its entries is in that format, for example {first} ...")
