@@ -77,7 +77,7 @@ def test_no_secret_of_the_environment_is_written_and_the_run_is_private(demo_dat
     ]
     before = os.umask(0)
     try:
-        done = subprocess.run(command, env={**os.environ, **SECRETS}, capture_output=True, timeout=120, check=False)
+        done = subprocess.run(command, env={**os.environ, **SECRETS}, capture_output=True, timeout=240, check=False)
     finally:
         os.umask(before)
     assert done.returncode == 0, done.stderr.decode()
@@ -155,7 +155,7 @@ def test_the_launcher_listens_on_the_address_where_processes_meet_alone(meeting:
         meeting = [*meeting[:-1], f"--master-port={20000 + os.getpid() % 10000}"]
     command = [sys.executable, "-m", "megatron_mm.run.launcher", "--nproc-per-node=2", *meeting, str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True, cwd=ROOT, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True, cwd=ROOT, env=environment)
     addresses = json.loads(done.stdout)
     assert addresses and all(address.startswith("0100007F:") for address in addresses), addresses
 

@@ -125,7 +125,7 @@ def test_empty_and_broken_data(fails: Fails, demo_data: Path, tmp_path: Path, ca
 def test_a_checkpoint_of_another_model_and_export_errors(fails: Fails, demo_data: Path, tmp_path: Path) -> None:
     run = ["train", "debug_mm1", "--run-dir", tmp_path / "run", "--data.path", demo_data]
     quick = ["--train.steps", 1, "--train.global-batch-size", 4, "--eval.interval", 0, "--monitor.wandb", "disabled"]
-    done = subprocess.run([*PROGRAM, *map(str, [*run, *quick])], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*PROGRAM, *map(str, [*run, *quick])], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     error = fails(*run, *quick[:2], "--model.decoder.ffn-hidden-size", 256)
     assert "holds another model (debug_mm1): model.decoder.ffn_hidden_size is 320 there and 256 here" in error
@@ -141,7 +141,7 @@ def test_a_checkpoint_of_another_model_and_export_errors(fails: Fails, demo_data
 def test_torchrun_says_a_mistake_once_and_does_not_hang(demo_data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "megatron_mm", "train"]
     command += ["debug_mm1", "--run-dir", str(tmp_path / "run"), "--data.path", str(demo_data), "--parallel.tensor", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode != 0
     assert done.stderr.count("megatron-mm: error:") == 1
     assert "3 processes cannot be divided into groups of tensor 2" in done.stderr
@@ -204,7 +204,7 @@ def test_help_imports_neither_torch_nor_megatron_core() -> None:
         f"for command in {commands!r}:\n    main([*command, '--help'])\n"
         f"    assert not [name for name in {heavy} if name in sys.modules], command\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
 

@@ -219,7 +219,7 @@ def test_a_killed_export_is_finished_by_the_same_command(trained: Trained, tmp_p
         "convert_to_hf(Path(sys.argv[2]), Path(sys.argv[3]), shard_size='500KB', threads=2)\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, "20", str(trained.checkpoint), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial" / PROGRESS).is_file()
     with caplog.at_level(logging.INFO, logger="megatron_mm"):
@@ -238,7 +238,7 @@ def test_a_killed_import_is_finished_by_the_same_command(tmp_path: Path) -> None
     )
     command = [sys.executable, "-W", "ignore", "-c", program, "30", str(source), str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     made = convert_from_hf(experiment(), tmp_path / "run", language=source)
     convert_from_hf(experiment(), tmp_path / "reference", language=source)

@@ -24,7 +24,7 @@ MODEL = [word for name, value in SHAPES.items() for word in (f"--model.{name}", 
 
 
 def run(*words: object) -> str:
-    done = subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": "."})
+    done = subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": "."})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -41,7 +41,7 @@ def test_there_training_and_back(demo_data: Path, tmp_path: Path) -> None:
     quick = ["--train.steps", 1, "--train.global-batch-size", 4, "--eval.interval", 0, "--monitor.wandb", "disabled"]
     gentle = ["--optimizer.peak-lr", 1e-6, "--optimizer.min-lr", 1e-6, "--optimizer.warmup-steps", 0]
     command = [sys.executable, "-W", "ignore", "-m", "megatron_mm", *map(str, [*train, *quick, *gentle])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     run("to-hf", tmp_path / "run", tmp_path / "back", "--part", "language", "--vocab-size", 512)
     before, after = weights(language), weights(tmp_path / "back")
@@ -77,7 +77,7 @@ def test_from_hf_says_what_it_wants(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str) -> None:
-    done = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": "."})
+    done = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": "."})
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -90,4 +90,4 @@ def test_a_reader_may_leave_before_the_end(tmp_path: Path) -> None:
     ) as program:
         assert program.stdout is not None and program.stderr is not None
         program.stdout.close()
-        assert program.wait(timeout=60) == 0 and "Traceback" not in program.stderr.read()
+        assert program.wait(timeout=240) == 0 and "Traceback" not in program.stderr.read()

@@ -48,7 +48,7 @@ def read_by_each(path: Path, parallel: ParallelConfig) -> tuple[int, list[Any]]:
 
 def test_one_process_of_a_data_parallel_rank_reads_the_texts(demo_data: Path) -> None:
     """On two pipeline stages of two tensor-parallel ranks; all get what one process alone reads."""
-    found = run_processes(read_by_each, 4, demo_data, ParallelConfig(tensor=2, pipeline=2), timeout=120.0)
+    found = run_processes(read_by_each, 4, demo_data, ParallelConfig(tensor=2, pipeline=2), timeout=240)
     assert [count > 0 for count, _ in found] == [True, False, False, False]
     alone = batches(demo_data, ALONE, steps=2) + batches(demo_data, ALONE, steps=1, mixture={"text": 1.0})
     for _, mine in found:

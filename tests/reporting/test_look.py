@@ -88,7 +88,7 @@ def test_a_browser_shows_the_page(demo_data: Path, tmp_path: Path) -> None:
     write_view(experiment, page, recipe="debug_mm1", split="train", micro_batches=1)
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
     shot = [*browser, "--window-size=1200,1400", f"--screenshot={tmp_path / 'view.png'}", page.as_uri()]
-    subprocess.run(shot, check=True, capture_output=True, timeout=120)
+    subprocess.run(shot, check=True, capture_output=True, timeout=240)
     with Image.open(tmp_path / "view.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
     green = np.abs(pixels - (0xC9, 0xEF, 0xCF)).max(1) < 3

@@ -227,7 +227,7 @@ def test_a_browser_draws_the_page(tmp_path: Path, colours: str) -> None:
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1400", "--virtual-time-budget=2000"]
     dark = ["--blink-settings=preferredColorScheme=0"] if colours == "dark" else ["--blink-settings=preferredColorScheme=1"]
     command = ["chromium", *options, *dark, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]
-    subprocess.run([*command, (run_dir / "report.html").as_uri()], check=True, capture_output=True, timeout=60)
+    subprocess.run([*command, (run_dir / "report.html").as_uri()], check=True, capture_output=True, timeout=240)
     pixels = np.asarray(Image.open(picture).convert("RGB"))
     assert tuple(pixels[2, 2]) == ((0x14, 0x17, 0x1D) if colours == "dark" else (255, 255, 255))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50

@@ -101,7 +101,7 @@ def test_a_run_whose_wandb_stops_answering_ends_all_the_same(tmp_path: Path) -> 
             assert run.stdout.readline() == "hang\n"
             server.stdin.write("\n")
             server.stdin.flush()
-            said, _ = run.communicate("\n", timeout=120)
+            said, _ = run.communicate("\n", timeout=240)
         finally:
             run.kill()
     finally:

@@ -231,11 +231,11 @@ def test_a_second_train_command_on_a_run_directory_is_refused(demo_data: Path, t
         deadline = time.monotonic() + 60
         while not (tmp_path / "run" / LOCK_FILE).exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        second = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        second = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert second.returncode == 2
         assert f"is in use by process {first.pid} on " in second.stderr
         assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700, "a run directory is for its owner alone"
     finally:
         first.send_signal(signal.SIGTERM)
-        first.wait(timeout=60)
+        first.wait(timeout=240)
     assert not (tmp_path / "run" / LOCK_FILE).exists()

@@ -26,7 +26,7 @@ _STACK_SECONDS = 1.0
 """This long before the time is up every process writes down where it stands."""
 
 
-def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 240.0) -> list[Any]:
     """Call `function(*arguments)` on world_size processes with torchrun's environment; their results by rank.
 
     Raises AssertionError with the traceback of the first process that fails, or where one of them takes longer than `timeout`

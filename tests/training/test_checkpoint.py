@@ -337,7 +337,7 @@ def _unreadable_on_one_process(data: Path, run_dir: Path) -> str:
 
 
 def test_a_read_error_of_one_process_ends_all(demo_data: Path, run_dir: Path) -> None:
-    errors = run_processes(_unreadable_on_one_process, 2, demo_data, run_dir, timeout=60)
+    errors = run_processes(_unreadable_on_one_process, 2, demo_data, run_dir, timeout=240)
     assert all("cannot be read by process 1" in error and "Input/output error" in error for error in errors), errors
 
 

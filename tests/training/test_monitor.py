@@ -168,7 +168,7 @@ def test_training_goes_on_when_wandb_is_killed(tmp_path: Path) -> None:
     own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}  # not this process's service
     environment = {**own, "PYTHONPATH": f"{tests.parent}:{tests}"}
     command = [sys.executable, "-W", "ignore", "-c", _KILLED, str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 30))
     assert [line for line in done.stdout.splitlines() if "W&B" in line and "switched off" in line] == done.stdout.splitlines()[:1]

@@ -154,7 +154,7 @@ def _one_writer_fails(data: Path, run_dir: Path, how: str) -> tuple[str, str]:
     ],
 )
 def test_a_failure_of_one_writer_is_one_of_all(how: str, reason: str, demo_data: Path, tmp_path: Path) -> None:
-    ended = run_processes(_one_writer_fails, 2, demo_data, tmp_path, how, timeout=60)
+    ended = run_processes(_one_writer_fails, 2, demo_data, tmp_path, how, timeout=240)
     assert [end for end, _ in ended] == ["", ""]
     assert "the checkpoint of step 4 is given up" in ended[0][1] and reason in ended[0][1]
     assert _names(tmp_path) == ["step_00000002", "step_00000006"] and _steps(tmp_path) == [1, 2, 3, 4, 5, 6]
