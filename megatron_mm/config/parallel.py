@@ -63,9 +63,6 @@ class ParallelConfig:
     overlap_experts: bool = False
     """Send tokens between experts while another micro-batch computes: the forward pass of one micro-batch and the backward pass of the
     previous one run through the layers together. Needs bf16 or FP8, pipeline 1 or virtual > 1, and memory for a second micro-batch."""
-    delay_weight_gradients: bool = False
-    """With overlap_experts: compute gradients of weights separately from those of activations, while tokens travel. Needs Transformer
-    Engine's layers."""
     max_expert_load: float | None = None
     """Limit on the tokens that the experts of one process receive, as a multiple of an equal share, so that a collapsing router cannot
     exhaust memory. Tokens beyond it go to no expert; they are counted as dropped, and a warning is logged. None sets no limit."""

@@ -200,13 +200,6 @@ def _expert_overlap(experiment: Experiment, *, backend: Backend) -> Iterator[Opt
             useless=useless,
             costs="two micro-batches are in memory where there would be one",
         )
-    if parallel.delay_weight_gradients:
-        yield Option(
-            "parallel.delay_weight_gradients",
-            True,
-            impossible="" if backend == "te" else "only Transformer Engine's layers can, and layers are plain PyTorch here: leave it out",
-            useless="" if parallel.overlap_experts else "parallel.overlap_experts is False: set it to True",
-        )
 
 
 def _expert_overlap_impossible(experiment: Experiment) -> str:

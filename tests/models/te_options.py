@@ -125,21 +125,15 @@ def fp8_weights_of_two(kept: bool, folder: str) -> dict[str, Any]:
 
 
 def overlapped(options: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Losses of two expert-parallel processes, and what each layer's products put off."""
+    """Losses of two expert-parallel processes."""
     adam.install = lambda: None
     experiment = sparse(precision=precision, parallel={"expert": 2, **options})
     check_options(experiment, backend="te")
     with tempfile.TemporaryDirectory() as folder:
         trainee = te_program.Trainee(SUBJECT, experiment, "te", Path(folder))
         losses = run(trainee, 1, 3)
-        put_off = sorted(name.split("layers.")[1] for name, module in trainee.model[0].named_modules() if _puts_off(module))
         topologies.shutdown()
-    return {"losses": losses, "put off": put_off}
-
-
-def _puts_off(module: torch.nn.Module) -> bool:
-    store = getattr(module, "wgrad_store", None)
-    return store is not None and bool(store.delay_wgrad_compute())
+    return {"losses": losses}
 
 
 def main() -> None:
@@ -179,7 +173,6 @@ def main() -> None:
         for name, options in (
             ("plain", {}),
             ("overlapped", {"overlap_experts": True}),
-            ("put off", {"overlap_experts": True, "delay_weight_gradients": True}),
         )
     }
     print(json.dumps(found))

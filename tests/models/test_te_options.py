@@ -98,7 +98,5 @@ def test_layers_exchange_through_user_buffers_of_one_size(precision: str) -> Non
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_exchange_of_experts_beside_another_micro_batch_changes_no_loss(precision: str) -> None:
     """bf16 sums of a layer's two gradients are rounded in another order."""
-    plain, beside, put_off = (found()["overlap"][f"{name} {precision}"] for name in ("plain", "overlapped", "put off"))
+    plain, beside = (found()["overlap"][f"{name} {precision}"] for name in ("plain", "overlapped"))
     assert beside["losses"] == pytest.approx(plain["losses"], rel=1e-4 if precision == "bf16" else 1e-3)
-    assert put_off["losses"] == beside["losses"]
-    assert not beside["put off"] and set(put_off["put off"]) >= {f"0.{name}" for name in PRODUCTS} | {"1.mlp.experts.linear_fc1"}

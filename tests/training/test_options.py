@@ -54,11 +54,6 @@ def test_defaults_ask_for_nothing() -> None:
             "te",
             "computed again .*: use --parallel.recompute none",
         ),
-        (
-            experiment(sparse=True, parallel={**OVERLAPPED_EXPERTS, "delay_weight_gradients": True}),
-            "torch",
-            "delay_weight_gradients is True",
-        ),
         (experiment(sparse=True, parallel={"expert": 2, "expert_dispatch": "deepep"}), "te", "deepep, but its kernels need GPUs"),
         (
             experiment(sparse=True, parallel=selective("moe_act"), precision="fp8", fp8_recipe="delayed"),

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from support.te import fp8, kernels
 
 CALLS: Counter[str] = Counter()
@@ -80,6 +82,7 @@ def _function(name: str, parameters: list[str] | None, candidates: list[Callable
         CALLS[name] += 1
         bound = takes.bind(*args, **kwargs)
         bound.apply_defaults()
-        return kernel(**{parameter: bound.arguments[parameter] for parameter in wanted})
+        with torch.no_grad():  # a compiled one records nothing for autograd
+            return kernel(**{parameter: bound.arguments[parameter] for parameter in wanted})
 
     return call
