@@ -7,7 +7,7 @@ operation that computes something counts one. Transformer Engine's own Python ru
 extension counts one. What megatron-core compiles or fuses on a GPU (activations, the norm of gradients) counts one a call, and what stays
 on the processor (integers of the plan) nothing. So these are fewer than a profiler sees, where attention, norms and some products are
 several kernels; differences between two ways to do the same are what counts. The baseline of the same run is megatron-core's own sums of
-gradients and copies of weights, parameter by parameter (`platform/many_at_once.py`), its towers, which add biases by themselves, and its
+gradients and copies of weights, parameter by parameter (`platform/multi_tensor.py`), its towers, which add biases by themselves, and its
 attention, which puts states into generators.
 """
 
@@ -61,7 +61,7 @@ def count(recipe: str, backend: str, *, before: bool) -> dict[str, Any]:
     from megatron_mm.models import layers
     from megatron_mm.models.context import Kernels
     from megatron_mm.parallel import topology as topologies
-    from megatron_mm.platform import many_at_once
+    from megatron_mm.platform import multi_tensor
     from megatron_mm.training import build
     from megatron_mm.training.optimizer import build_optimizer
     from megatron_mm.training.step import TrainingStep
@@ -135,16 +135,16 @@ def count(recipe: str, backend: str, *, before: bool) -> dict[str, Any]:
     )
     build.choose_backend = lambda experiment, *, on_gpu: "torch" if backend == "torch" else "te"  # type: ignore[assignment, return-value]
     build.choose_kernels = lambda experiment, *, backend: Kernels(weight_gradients=backend == "te")
-    many_at_once.install()
+    multi_tensor.install()
     vision_layers: Any = mm1.vision_layer_spec
     copies: Any = DistributedOptimizer._copy_main_params_to_model_params
     if before:
         build.DataParallel = DistributedDataParallel  # type: ignore[misc, assignment]
-        build.leave_generators_alone = lambda modules: None
+        build.engine.leave_generators_alone = lambda modules: None
         copies = copies.one_by_one
         vision_layers = lambda backend: layers._LAYER_SPECS[backend](AttnMaskType.no_mask)  # noqa: E731
     mm1.vision_layer_spec = vision_layers
-    many_at_once.install = lambda: None
+    multi_tensor.install = lambda: None
     with patch.object(DistributedOptimizer, "_copy_main_params_to_model_params", copies):
         topology = topologies.initialize(experiment.parallel, seed=1)
         clip_grads.l2_norm_impl = counting.as_one("l2_norm", clip_grads.l2_norm_impl)  # type: ignore[attr-defined]

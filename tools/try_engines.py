@@ -11,6 +11,7 @@ table; the exit code is then 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -128,18 +129,13 @@ def train(engine: Engine, recipe: str, data: Path) -> str:
     return f"ok, {off:.0e}"
 
 
-class _naming:
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
     """Inside, an error begins with the name of what was done."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            raise RuntimeError(f"{self.name}: {error}") from None
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{name}: {error}") from None
 
 
 def plan(engine: Engine) -> str:

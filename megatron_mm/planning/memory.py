@@ -48,20 +48,54 @@ class MemoryUse:
         return self.allocated * (1 + FRAGMENTATION) + LIBRARIES
 
 
+@dataclass(frozen=True)
+class RankParameters:
+    """Parameters on each process of a pipeline rank."""
+
+    dense: float
+    """Trainable ones outside of experts."""
+    experts: float
+    frozen: float
+
+
+def parameters_of_ranks(job: Job) -> tuple[RankParameters, ...]:
+    """Of one process of each pipeline rank, without an encoder beside the pipeline."""
+    return tuple(
+        RankParameters(
+            sum(block.parameters for block in blocks),
+            sum(block.expert_parameters for block in blocks),
+            sum(block.frozen_parameters for block in blocks),
+        )
+        for blocks in ([block for stage in stages for block in job.kinds[0][stage]] for stages in _stages_of_ranks(job))
+    )
+
+
+def share_of(job: Job, *, dense: float, experts: float, beside: float) -> float:
+    """Of numbers that data-parallel processes share (`Layout.sharding`), those of one process.
+
+    Args:
+        dense, experts, beside: numbers of a process's parameters outside and inside of experts, and of the encoder beside the pipeline.
+    """
+    layout = job.layout
+    copies, expert_copies = (layout.data * layout.context, layout.expert_data) if layout.sharding != "none" else (1, 1)
+    return dense / copies + experts / expert_copies + beside / layout.gpus
+
+
+def _stages_of_ranks(job: Job) -> list[list[int]]:
+    layout = job.layout
+    return [[chunk * layout.pipeline + rank for chunk in range(layout.virtual)] for rank in range(layout.pipeline)]
+
+
 def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
     """Of one process of each pipeline rank."""
     layout, software = job.layout, job.software
-    copies, expert_copies = layout.data * layout.context, layout.expert_data
+    copies = layout.data * layout.context
     uses = []
-    for rank in range(layout.pipeline):
-        stages = [chunk * layout.pipeline + rank for chunk in range(layout.virtual)]
+    for rank, (held, stages) in enumerate(zip(parameters_of_ranks(job), _stages_of_ranks(job), strict=True)):
         blocks = [block for stage in stages for block in job.kinds[0][stage]]
-        dense = sum(block.parameters for block in blocks)
-        experts = sum(block.expert_parameters for block in blocks)
-        frozen = sum(block.frozen_parameters for block in blocks)
+        dense, experts, frozen = held.dense, held.experts, held.frozen
         largest = max((block.parameters + block.frozen_parameters for block in blocks), default=0.0)
         transient = max((block.transient for kind in job.kinds for stage in stages for block in kind[stage]), default=0.0)
-        owned = dense / (copies if layout.sharding != "none" else 1) + experts / (expert_copies if layout.sharding != "none" else 1)
         if layout.sharding == "full" and layout.pipeline > 1:
             # gathered once a step and kept for all micro-batches; gradients are scattered after the last
             weights, gradients = 2 * (dense + frozen) * (1 + 1 / copies), 4 * dense * (1 + 1 / copies)
@@ -78,7 +112,7 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
         beside = job.beside  # its activations stay from before the pipeline until after it
         weights += 2 * (beside.parameters + beside.frozen_parameters)
         gradients += software.gradient_bytes * beside.parameters
-        owned += beside.parameters / layout.gpus
+        owned = share_of(job, dense=dense, experts=experts, beside=beside.parameters)
         activations += beside.times * sum(block.saved for block in beside.blocks)
         transient = max([transient, *(block.transient for block in beside.blocks)])
         # gradients that are not kept in float32 are copied into it for the update (megatron-core's distributed optimizer)

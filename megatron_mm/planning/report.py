@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_mm.planning.beside_steps import describe_beside_steps, save_cost
 from megatron_mm.planning.hardware import GIGA, Gpu
 from megatron_mm.planning.memory import fits
 from megatron_mm.planning.recipe_job import Planned
+from megatron_mm.planning.saves_and_start import describe_saves_and_start, save_cost
 from megatron_mm.planning.search import SearchResult, options
 from megatron_mm.planning.step import Prediction
 
@@ -83,7 +83,7 @@ def _run(planned: Planned, prediction: Prediction, *, price: float | None) -> It
     yield line + (f", {hours * gpus * price:,.0f} at {price:g} a GPU-hour" if price is not None else "")
     share = 100 * stalls / (3600 * hours)
     yield f"         saves: {stall:.1f} s of waiting each, {share:.2f}% of the run; evaluation is not counted"
-    yield from describe_beside_steps(planned.job)
+    yield from describe_saves_and_start(planned.job)
 
 
 def table(result: SearchResult) -> Iterator[str]:

@@ -255,9 +255,9 @@ def _hook(name: str) -> Callable[[Trainer], Hook]:
 
 def _check_machine(experiment: Experiment) -> None:
     """What this machine's kernels and packages cannot do. Raises ValueError; one process warns of options without effect."""
-    if engines.remark(engines.installed()):
-        engines.check_parts(engines.installed())
     is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main and engines.remark(version := engines.installed()):
+        engines.check_parts(version)
     backend = choose_backend(experiment, on_gpu=torch.cuda.is_available())
     choose_kernels(experiment, backend=backend)
     check_options(experiment, backend=backend, warn=is_main)

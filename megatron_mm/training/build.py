@@ -23,9 +23,9 @@ from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.parallel.topology import Topology, replicated_groups, single_process_groups
 from megatron_mm.platform import engine
 from megatron_mm.platform.device import packed_attention_missing
-from megatron_mm.platform.many_at_once import DataParallel
+from megatron_mm.platform.multi_tensor import DataParallel
 from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
-from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients, leave_generators_alone
+from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients
 from megatron_mm.training.spread_encoder import SpreadEncoder, wrapped_modules
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
     chunks, encoder = build_chunks(experiment, topology), build_encoder(experiment, topology)
     modules = chunks if encoder is None else [*chunks, encoder]
     initialize_weights(modules, seed=experiment.train.seed)
-    leave_generators_alone(modules)
+    engine.leave_generators_alone(modules)
     check_patterns(experiment, [name for module in modules for name, _ in module.named_parameters()])
     for module in modules:
         freeze(module, trainable_patterns(experiment))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import fields
 
 import torch
@@ -53,14 +51,3 @@ def fuse_weight_gradients(chunks: list[torch.nn.Module]) -> None:
         for module in chunk.modules():
             if hasattr(module, "fuse_wgrad_accumulation"):
                 module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
-
-
-def leave_generators_alone(modules: Sequence[torch.nn.Module]) -> None:
-    """Tell Transformer Engine's attention, where it drops nothing out, not to put another state into the device's generator and back for
-    each layer of each micro-batch: nothing is drawn from it, and the processor does that at some ten operations a time."""
-    for module in modules:
-        for attention in module.modules():
-            if getattr(attention, "attention_dropout", None) == 0.0:
-                for kernel in attention.children():
-                    if hasattr(kernel, "attention_dropout_ctx"):
-                        kernel.attention_dropout_ctx = nullcontext  # type: ignore[assignment]

@@ -128,11 +128,13 @@ class MetricsFile:
         self._file.close()
 
 
-def _step_of(line: str | bytes) -> float:
+def _parsed(line: str | bytes) -> dict[str, Any] | None:
+    """The values of a line; None if a crash has torn it."""
     try:
-        return float(json.loads(line)["step"])
+        values: dict[str, Any] = json.loads(line)
+        return values if math.isfinite(float(values["step"])) else None
     except (ValueError, KeyError, TypeError):
-        return math.inf  # torn by a crash
+        return None
 
 
 def ends_torn(path: Path) -> bool:
@@ -154,7 +156,8 @@ def _end_of(path: Path, step: int) -> int:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         while end:
             start = content.rfind(b"\n", 0, end - 1) + 1
-            if _step_of(content[start:end]) <= step:
+            values = _parsed(content[start:end])
+            if values is not None and values["step"] <= step:
                 return end
             end = start
     return 0
@@ -169,8 +172,8 @@ def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The same, one after another."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            if math.isfinite(_step_of(line)):
-                yield json.loads(line)
+            if (values := _parsed(line)) is not None:
+                yield values
 
 
 def _thinned(values: array[float]) -> np.ndarray:

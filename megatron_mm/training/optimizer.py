@@ -14,7 +14,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from megatron_mm.config import Experiment, OptimizerConfig, PrecisionConfig
 from megatron_mm.parallel.topology import replicated_groups
-from megatron_mm.platform import adam, engine, many_at_once
+from megatron_mm.platform import adam, engine, multi_tensor
 from megatron_mm.training.spread_encoder import spread_encoder
 
 
@@ -46,7 +46,7 @@ def learning_rate(step: int, config: OptimizerConfig, *, schedule_steps: int) ->
 def build_optimizer(experiment: Experiment, model: list[DistributedDataParallel]) -> MegatronOptimizer:
     """megatron-core's optimizer: fp32 master weights, sharded over data parallelism where the experiment says so."""
     adam.install()
-    many_at_once.install()
+    multi_tensor.install()
     config = experiment.optimizer
     low_precision = experiment.train.precision != "fp32"
     settings = MegatronOptimizerConfig(

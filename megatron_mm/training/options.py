@@ -172,11 +172,7 @@ def _dispatch(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
     parallel = experiment.parallel
     if parallel.expert_dispatch == "alltoall":
         return
-    useless = ""
-    if experiment.model.decoder.moe is None:
-        useless = "the model has no experts"
-    elif parallel.expert * parallel.expert_tensor == 1:
-        useless = "every process has all experts, and tokens go to no other"
+    useless = _no_exchange(experiment, degree=parallel.expert * parallel.expert_tensor)
     yield Option(
         "parallel.expert_dispatch",
         parallel.expert_dispatch,
@@ -185,14 +181,17 @@ def _dispatch(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
     )
 
 
+def _no_exchange(experiment: Experiment, *, degree: int) -> str:
+    """Why tokens are not sent to experts on other processes; empty if they are."""
+    if experiment.model.decoder.moe is None:
+        return "the model has no experts"
+    return "every process has all experts, and tokens go to no other" if degree == 1 else ""
+
+
 def _expert_overlap(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
     parallel = experiment.parallel
     if parallel.overlap_experts:
-        useless = ""
-        if experiment.model.decoder.moe is None:
-            useless = "the model has no experts"
-        elif parallel.expert == 1:
-            useless = "every process has all experts, and tokens go to no other"
+        useless = _no_exchange(experiment, degree=parallel.expert)
         yield Option(
             "parallel.overlap_experts",
             True,

@@ -28,8 +28,7 @@ def check_mm1_export(model: MM1Config) -> None:
     if model.connector.kind not in _EXPORTED_CONNECTORS:
         raise ValueError(
             f"exported MM1 models have code for the connectors {', '.join(_EXPORTED_CONNECTORS)}, but not for "
-            f"{model.connector.kind!r}: add it to "
-            "families/mm1/hf_code/modeling_mm1.py, or export with --part language or --part vision"
+            f"{model.connector.kind!r}: add it to families/mm1/hf_code/modeling_mm1.py, or export with --part language or --part vision"
         )
     check_exported_decoder(model.decoder, code="an exported MM1")
 

@@ -155,9 +155,7 @@ class Checkpointer:
         self._told_of = save = self.under_way
         if save is None:
             return 0.0, 0.0
-        writers = (call.async_caller.process for call in self.queue.async_calls)
-        writing = any(writer is not None and writer.is_alive() for writer in writers)
-        return float(writing), float(time.monotonic() - save.began > 60 * self.config.timeout_minutes)
+        return float(engine.is_writing(self.queue)), float(time.monotonic() - save.began > 60 * self.config.timeout_minutes)
 
     def poll(self, told: Sequence[float]) -> None:
         """Finish a save whose files all processes have written; give one up that takes too long. Otherwise nothing is sent.

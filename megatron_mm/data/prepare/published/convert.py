@@ -174,8 +174,7 @@ def _check_former(out: Path, inputs: Collection[str]) -> None:
         if known["shards"] and known["input"] not in inputs:
             raise ValueError(
                 f"{out} has {len(known['shards'])} shards of {known['input']}, which is not among the inputs of this "
-                "command: give all inputs "
-                "of a source in one command, give another --out, or remove the folder to create it again"
+                "command: give all inputs of a source in one command, give another --out, or remove the folder to create it again"
             )
         ours.update(known["shards"])
     others = sorted(path.name for path in out.iterdir() if path.suffix in (".tar", ".jsonl") and path.name not in ours)

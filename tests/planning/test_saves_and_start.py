@@ -12,10 +12,10 @@ from support.distributed import run_processes
 from megatron_mm.config import Experiment
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.planning.beside_steps import describe_beside_steps, numbers_drawn, save_cost
 from megatron_mm.planning.hardware import GPUS
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.recipe_job import plan_recipe
+from megatron_mm.planning.saves_and_start import describe_saves_and_start, numbers_drawn, save_cost
 from megatron_mm.planning.tracing.start import numbers_drawn as really_drawn
 from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint.state import run_state
@@ -66,6 +66,6 @@ def test_a_share_of_the_state_shrinks_with_data_parallelism() -> None:
 
 
 def test_the_lines_name_bytes_and_parts() -> None:
-    save, start = describe_beside_steps(job(get_recipe("mm1_30b"), 512))
+    save, start = describe_saves_and_start(job(get_recipe("mm1_30b"), 512))
     assert "GB to its host" in save and "a resume reads" in save
     assert "imports 15 to 19" in start and "e9 initial weights" in start

@@ -1,4 +1,4 @@
-"""What a run costs beside its steps: saves, resumes and the start. Bytes and numbers are counted; rates and seconds are measured ones."""
+"""The costs of saves, resumes and the start of a run. Bytes and numbers are counted; rates and seconds were measured."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_mm.planning.hardware import GIGA
 from megatron_mm.planning.job import Job
+from megatron_mm.planning.memory import parameters_of_ranks, share_of
 
 COPY_GB_S = 1.2
 """Rate at which a process copies its state to the host when it saves, GB/s; training waits for that and no longer. That of one process on
@@ -38,35 +39,24 @@ class SaveCost:
 
 def save_cost(job: Job) -> SaveCost:
     """What a save asks of a process. A resume reads as many bytes, once each."""
-    layout, software, beside = job.layout, job.software, job.beside
-    copies = layout.data * layout.context if layout.sharding != "none" else 1
-    expert_copies = layout.expert_data if layout.sharding != "none" else 1
-    costs = []
-    for rank in range(layout.pipeline):
-        blocks = [block for chunk in range(layout.virtual) for block in job.kinds[0][chunk * layout.pipeline + rank]]
-        dense = sum(block.parameters for block in blocks)
-        experts = sum(block.expert_parameters for block in blocks)
-        frozen = sum(block.frozen_parameters for block in blocks)
-        owned = dense / copies + experts / expert_copies + beside.parameters / layout.gpus
-        weights = (dense + frozen) / copies + experts / expert_copies + (beside.parameters + beside.frozen_parameters) / layout.gpus
-        costs.append(SaveCost(software.optimizer_bytes * owned, 2 * weights))
+    beside, costs = job.beside, []
+    for held in parameters_of_ranks(job):
+        owned = share_of(job, dense=held.dense, experts=held.experts, beside=beside.parameters)
+        weights = share_of(job, dense=held.dense + held.frozen, experts=held.experts, beside=beside.parameters + beside.frozen_parameters)
+        costs.append(SaveCost(job.software.optimizer_bytes * owned, 2 * weights))
     return max(costs, key=lambda cost: cost.staged_bytes)
 
 
 def numbers_drawn(job: Job) -> float:
     """Random numbers of initial weights on the process that draws most: whole tensors, of which it keeps its tensor-parallel part."""
-    layout = job.layout
-    most = 0.0
-    for rank in range(layout.pipeline):
-        blocks = [block for chunk in range(layout.virtual) for block in job.kinds[0][chunk * layout.pipeline + rank]]
-        dense = sum(block.parameters + block.frozen_parameters for block in blocks)
-        experts = sum(block.expert_parameters for block in blocks)
+    layout, most = job.layout, 0.0
+    for rank, held in enumerate(parameters_of_ranks(job)):
         whole = job.replicated_parameters if rank == 0 else 0.0
-        most = max(most, (dense - whole) * layout.tensor + whole + experts * layout.expert_tensor)
+        most = max(most, (held.dense + held.frozen - whole) * layout.tensor + whole + held.experts * layout.expert_tensor)
     return most + job.beside.parameters + job.beside.frozen_parameters
 
 
-def describe_beside_steps(job: Job) -> Iterator[str]:
+def describe_saves_and_start(job: Job) -> Iterator[str]:
     """Lines for the terminal."""
     cost = save_cost(job)
     staged, state, weights = (size / GIGA for size in (cost.staged_bytes, cost.state_bytes, cost.weight_bytes))

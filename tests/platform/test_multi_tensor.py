@@ -15,7 +15,7 @@ from support.small import random_step, small_experiment
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.platform import many_at_once
+from megatron_mm.platform import multi_tensor
 from megatron_mm.training import build
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
@@ -39,12 +39,12 @@ def trained(parallel: dict[str, Any], precision: str, *, one_by_one: bool) -> tu
     """Losses, weights in the end, and operations of the last step."""
     experiment = small_experiment(parallel=parallel, precision=precision)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
-    many_at_once.install()
+    multi_tensor.install()
     copies = DistributedOptimizer._copy_main_params_to_model_params
     with (
-        patch.object(build, "DataParallel", DistributedDataParallel if one_by_one else many_at_once.DataParallel),
+        patch.object(build, "DataParallel", DistributedDataParallel if one_by_one else multi_tensor.DataParallel),
         patch.object(DistributedOptimizer, "_copy_main_params_to_model_params", copies.one_by_one if one_by_one else copies),
-        patch.object(many_at_once, "install", lambda: None),
+        patch.object(multi_tensor, "install", lambda: None),
     ):
         model = build.build_model(experiment, topology)
         step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=2)
