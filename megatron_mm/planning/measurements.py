@@ -120,20 +120,12 @@ _LARGEST = {"layers": 2000, "vpp": 200, "experts": 10_000, "seq": 1e8, "vocab": 
 def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
     if cells.get("unplanned"):
         raise _Unusable(cells["unplanned"])
-    gpu = gpu_named(cells.get("gpu", ""))
-    if gpu is None:
-        raise _Unusable(f"unknown GPU {cells.get('gpu', '')!r}")
-    watts = re.search(r"(\d{3,4})\s*W\b", cells.get("notes", ""))
-    if watts and gpu.name.startswith("h100"):
-        gpu = gpu.with_power(float(watts.group(1)))
-    if "hbm2e" in cells.get("notes", "").lower() and gpu.name.startswith("h100"):
-        gpu = replace(gpu, memory_tb_s=2.4)
+    gpu = _gpu(cells)
     software = software_of(cells, gpu)
     shape = _shape(cells, software)
     length = count(cells, "seq")
     if length is None:
         raise _Unusable("no sequence length")
-    seconds, tokens = number(cells, "step_time_s"), number(cells, "tokens_per_s_per_gpu")
     gpus = count(cells, "n_gpus") or 1
     layouts, assumed = _layouts(cells, shape, gpus, software)
     batch = count(cells, "gbs")
@@ -141,47 +133,31 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
         each = (count(cells, "mbs") or 4) * (count(cells, "grad_accum") or max(1, layouts[0].pipeline * 4))
         batch = each * layouts[0].data
         assumed.append("gbs")
-        if seconds is None and tokens:
-            seconds = batch * length / gpus / tokens
-    elif seconds is None and tokens:
-        seconds = batch * length / gpus / tokens
+    flops_per_gpu = _flops(shape, length) * batch * length / gpus
     fp8 = _is_fp8(cells, assumed)
-    if re.search(r"fp4|float4|int4", cells.get("precision", "").lower()) and gpu.fp4_tflops:
-        # products in FP4 take the place of those in FP8
-        rates = replace(gpu.efficiency, product_fp8=gpu.efficiency.product_fp4)
-        gpu = replace(gpu, fp8_tflops=gpu.fp4_tflops, efficiency=rates)
-    if re.search(r"fp32|tf32|float32|single", cells.get("precision", "").lower()):
-        gpu = replace(gpu, bf16_tflops=gpu.bf16_tflops / 2)  # on tensor cores
-        software = replace(software, moved=2 * software.moved)
-    if seconds is None:
-        reported = number(cells, "tflops_causal_half")
-        seconds = _flops(shape, length) * batch * length / gpus / (reported * 1e12) if reported else None
     recompute = _recompute(cells, software, gpu)
     if recompute is None:
         assumed.append("recompute")
-    jobs = []
-    for layout in layouts:
-        for size in _micro_batch_sizes(cells, batch, layout):
-            for choice in [recompute] if recompute is not None else [frozenset(), frozenset({"full"})]:
-                jobs.append(
-                    decoder_job(
-                        shape,
-                        layout,
-                        gpu,
-                        software,
-                        sequence_length=length,
-                        micro_batch_size=size,
-                        num_micro_batches=max(1, round(batch / (size * layout.data))),
-                        fp8=fp8 and gpu.fp8_tflops > 0,
-                        recompute=choice,
-                        frozen=_is_adapter(cells),
-                    )
-                )
+    gpu, software = _at_precision(cells, gpu, software)
+    jobs = [
+        decoder_job(
+            shape,
+            layout,
+            gpu,
+            software,
+            sequence_length=length,
+            micro_batch_size=size,
+            num_micro_batches=max(1, round(batch / (size * layout.data))),
+            fp8=fp8 and gpu.fp8_tflops > 0,
+            recompute=choice,
+            frozen=_is_adapter(cells),
+        )
+        for layout in layouts
+        for size in _micro_batch_sizes(cells, batch, layout)
+        for choice in ([recompute] if recompute is not None else [frozenset(), frozenset({"full"})])
+    ]
     if not jobs:
         raise _Unusable(f"batch of {batch} on a data-parallel size of {layouts[0].data}")
-    memory, notes = number(cells, "mem_gib"), cells.get("notes", "")
-    prints_gb = "bridge" in cells.get("source", "").lower() or re.search(r"\bGB\b", re.sub(r"\d+\s*GB", "", notes))
-    unit = 1e9 if prints_gb else GIB  # Megatron-Bridge's logs count 1e9 bytes
     model, source = cells.get("model", ""), cells.get("source", "") or "unnamed source"
     return Measurement(
         row=label,
@@ -190,14 +166,56 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
         kind="moe" if shape.experts else "dense",
         group="|".join((source, model, cells.get("gpu", ""), cells.get("precision", ""))),
         jobs=tuple(jobs),
-        step_seconds=seconds if seconds and seconds > 0 else None,
-        memory_bytes=memory * unit if memory else None,
+        step_seconds=_step_seconds(cells, tokens_per_gpu=batch * length / gpus, flops_per_gpu=flops_per_gpu),
+        memory_bytes=_memory_bytes(cells),
         state_bytes=(number(cells, "state_gb") or 0.0) * 1e9 or None,
         memory_of_last_rank=bool(re.search(r"megatron|nemo|bridge", software.name.lower())),
-        flops_per_gpu=_flops(shape, length) * batch * length / gpus,
+        flops_per_gpu=flops_per_gpu,
         peak=gpu.bf16_tflops * 1e12,
         assumed=tuple(assumed),
     )
+
+
+def _gpu(cells: Mapping[str, str]) -> Gpu:
+    """The row's GPU, with the power limit and the memory that its notes state."""
+    gpu, notes = gpu_named(cells.get("gpu", "")), cells.get("notes", "")
+    if gpu is None:
+        raise _Unusable(f"unknown GPU {cells.get('gpu', '')!r}")
+    watts = re.search(r"(\d{3,4})\s*W\b", notes)
+    if watts and gpu.name.startswith("h100"):
+        gpu = gpu.with_power(float(watts.group(1)))
+    if "hbm2e" in notes.lower() and gpu.name.startswith("h100"):
+        gpu = replace(gpu, memory_tb_s=2.4)
+    return gpu
+
+
+def _at_precision(cells: Mapping[str, str], gpu: Gpu, software: Software) -> tuple[Gpu, Software]:
+    """Rates of products in FP4, which take the place of those in FP8, and of float32 on tensor cores, which also moves twice the bytes."""
+    precision = cells.get("precision", "").lower()
+    if re.search(r"fp4|float4|int4", precision) and gpu.fp4_tflops:
+        rates = replace(gpu.efficiency, product_fp8=gpu.efficiency.product_fp4)
+        gpu = replace(gpu, fp8_tflops=gpu.fp4_tflops, efficiency=rates)
+    if re.search(r"fp32|tf32|float32|single", precision):
+        gpu = replace(gpu, bf16_tflops=gpu.bf16_tflops / 2)
+        software = replace(software, moved=2 * software.moved)
+    return gpu, software
+
+
+def _step_seconds(cells: Mapping[str, str], *, tokens_per_gpu: float, flops_per_gpu: float) -> float | None:
+    """As published, or from the tokens per second or the model FLOPs per second that were; None if nothing was."""
+    seconds, tokens, tflops = (number(cells, name) for name in ("step_time_s", "tokens_per_s_per_gpu", "tflops_causal_half"))
+    if seconds is None and tokens:
+        seconds = tokens_per_gpu / tokens
+    if seconds is None and tflops:
+        seconds = flops_per_gpu / (tflops * 1e12)
+    return seconds if seconds and seconds > 0 else None
+
+
+def _memory_bytes(cells: Mapping[str, str]) -> float | None:
+    """Peak as published, bytes. Logs of Megatron-Bridge count in 1e9 bytes, others in GiB unless their notes say GB."""
+    memory, notes = number(cells, "mem_gib"), cells.get("notes", "")
+    in_gb = "bridge" in cells.get("source", "").lower() or re.search(r"\bGB\b", re.sub(r"\d+\s*GB", "", notes))
+    return memory * (1e9 if in_gb else GIB) if memory else None
 
 
 def _is_fp8(cells: Mapping[str, str], assumed: list[str]) -> bool:

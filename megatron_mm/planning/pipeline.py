@@ -97,85 +97,89 @@ def simulate(times: PipelineTimes, *, ranks: int, chunks: int, keep_events: bool
     count = len(times.forward[0])
     if chunks > 1 and count % ranks:
         times = _filled(times, ranks - count % ranks)
-        count = len(times.forward[0])
-    stages = ranks * chunks
-    orders = [order(ranks=ranks, chunks=chunks, micro_batches=count, rank=rank) for rank in range(ranks)]
-    done_forward = [[-1.0] * count for _ in range(stages)]
-    done_backward = [[-1.0] * count for _ in range(stages)]
-    clock, busy, at = [0.0] * ranks, [0.0] * ranks, [0] * ranks
-    held, most = [0] * ranks, [0] * ranks
-    kept, most_kept, saved = [0.0] * ranks, [0.0] * ranks, times.saved
-    last_begin = [0.0] * stages
-    ready = list(times.first_ready) or [0.0] * stages
-    events: list[Event] = []
-    lag = times.send
-    wait = 0.0 if times.send_overlaps else times.send
-    forward, backward = times.forward, times.backward
-    todo = list(range(ranks))
-    while todo:
-        left = []
-        progress = False
-        for rank in todo:
-            passes, position, now = orders[rank], at[rank], clock[rank]
-            end_of = len(passes)
-            while position < end_of:
-                kind, chunk, number = passes[position]
-                stage = chunk * ranks + rank
-                if kind == "forward":
-                    before = 0.0
-                    if stage:
-                        before = done_forward[stage - 1][number]
-                        if before < 0:
-                            break
-                        before += lag
-                    begin = max(now, before, ready[stage])
-                    spent = forward[stage][number]
-                    now = begin + spent
-                    done_forward[stage][number] = now
-                    if stage < stages - 1:
-                        now += wait
-                    held[rank] += 1
-                    most[rank] = max(most[rank], held[rank])
-                    if saved:
-                        kept[rank] += saved[stage][number]
-                        most_kept[rank] = max(most_kept[rank], kept[rank])
-                else:
-                    before = done_forward[stage][number]
-                    if stage < stages - 1:
-                        after = done_backward[stage + 1][number]
-                        if after < 0:
-                            break
-                        before = after + lag
-                    begin = max(now, before)
-                    spent = backward[stage][number]
-                    now = begin + spent
-                    done_backward[stage][number] = now
-                    last_begin[stage] = begin
-                    if stage:
-                        now += wait
-                    held[rank] -= 1
-                    if saved:
-                        kept[rank] -= saved[stage][number]
-                busy[rank] += spent
-                if keep_events:
-                    events.append(Event(rank, kind, stage, number, begin, begin + spent))
-                position += 1
-                progress = True
-            at[rank], clock[rank] = position, now
-            if position < end_of:
-                left.append(rank)
-        assert progress or not left, f"the pipeline's orders wait for each other at {[orders[r][at[r]] for r in left]}"
-        todo = left
-    return PipelineResult(
-        seconds=max(clock),
-        rank_end=tuple(clock),
-        rank_busy=tuple(busy),
-        stage_last_backward=tuple(max(row) for row in done_backward),
-        stage_last_begin=tuple(last_begin),
-        in_flight=tuple(most),
-        saved_bytes=tuple(most_kept),
-        events=tuple(events),
-    )
+    simulation = _Simulation(times, ranks, chunks, keep_events)
+    waiting = list(range(ranks))
+    while waiting:
+        before = sum(simulation.position)
+        waiting = [rank for rank in waiting if not simulation.advance(rank)]
+        assert not waiting or sum(simulation.position) > before, f"the pipeline's orders wait for each other: ranks {waiting}"
+    return simulation.result()
+
+
+class _Simulation:
+    """How far each rank and each stage has come."""
+
+    def __init__(self, times: PipelineTimes, ranks: int, chunks: int, keep_events: bool) -> None:
+        count, stages = len(times.forward[0]), ranks * chunks
+        self.times, self.ranks, self.stages, self.keep_events = times, ranks, stages, keep_events
+        self.orders = [order(ranks=ranks, chunks=chunks, micro_batches=count, rank=rank) for rank in range(ranks)]
+        self.position, self.clock, self.busy = [0] * ranks, [0.0] * ranks, [0.0] * ranks
+        self.held, self.most_held = [0] * ranks, [0] * ranks
+        self.kept, self.most_kept = [0.0] * ranks, [0.0] * ranks
+        self.done_forward = [[-1.0] * count for _ in range(stages)]
+        self.done_backward = [[-1.0] * count for _ in range(stages)]
+        self.last_begin = [0.0] * stages
+        self.ready = list(times.first_ready) or [0.0] * stages
+        self.wait = 0.0 if times.send_overlaps else times.send
+        self.events: list[Event] = []
+
+    def advance(self, rank: int) -> bool:
+        """Run a rank's passes until one waits for another rank. Returns whether all are done.
+
+        One loop without calls: a search simulates thousands of pipelines.
+        """
+        times, ranks, stages, passes = self.times, self.ranks, self.stages, self.orders[rank]
+        forward, backward, saved, lag, wait = times.forward, times.backward, times.saved, times.send, self.wait
+        done_forward, done_backward, held, kept = self.done_forward, self.done_backward, self.held, self.kept
+        now, position = self.clock[rank], self.position[rank]
+        while position < len(passes):
+            kind, chunk, number = passes[position]
+            stage = chunk * ranks + rank
+            if kind == "forward":
+                before = done_forward[stage - 1][number] if stage else -lag
+                if stage and before < 0:
+                    break
+                begin = max(now, before + lag, self.ready[stage])
+                spent = forward[stage][number]
+                done_forward[stage][number] = begin + spent
+                now = begin + spent + (wait if stage < stages - 1 else 0.0)
+                held[rank] += 1
+                self.most_held[rank] = max(self.most_held[rank], held[rank])
+                if saved:
+                    kept[rank] += saved[stage][number]
+                    self.most_kept[rank] = max(self.most_kept[rank], kept[rank])
+            else:
+                before = done_forward[stage][number]
+                if stage < stages - 1:
+                    before = done_backward[stage + 1][number] + lag
+                    if done_backward[stage + 1][number] < 0:
+                        break
+                begin = max(now, before)
+                spent = backward[stage][number]
+                done_backward[stage][number] = begin + spent
+                self.last_begin[stage] = begin
+                now = begin + spent + (wait if stage else 0.0)
+                held[rank] -= 1
+                if saved:
+                    kept[rank] -= saved[stage][number]
+            self.busy[rank] += spent
+            if self.keep_events:
+                self.events.append(Event(rank, kind, stage, number, begin, begin + spent))
+            position += 1
+        self.clock[rank], self.position[rank] = now, position
+        return position == len(passes)
+
+    def result(self) -> PipelineResult:
+        return PipelineResult(
+            seconds=max(self.clock),
+            rank_end=tuple(self.clock),
+            rank_busy=tuple(self.busy),
+            stage_last_backward=tuple(max(row) for row in self.done_backward),
+            stage_last_begin=tuple(self.last_begin),
+            in_flight=tuple(self.most_held),
+            saved_bytes=tuple(self.most_kept),
+            events=tuple(self.events),
+        )
 
 
 def _filled(times: PipelineTimes, number: int) -> PipelineTimes:
