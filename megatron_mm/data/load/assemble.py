@@ -11,11 +11,11 @@ from megatron_mm.data.plan.layout import Layout
 
 
 def batch_without_texts(layout: Layout, *, pixels: torch.Tensor | None, stages: np.ndarray | None, pad_id: int) -> PackedBatch:
-    """A micro-batch of padding tokens, on the CPU.
+    """Return a micro-batch on the CPU in which all tokens are still padding.
 
     Args:
-        pixels: of the images that this process encodes; None if it encodes none.
-        stages: [images]: `PackedBatch.image_stages`.
+        pixels: pixels of the images that this process encodes; None if it does not encode images.
+        stages: [images] `PackedBatch.image_stages`.
     """
     cu_seqlens, image_starts = torch.from_numpy(layout.cu_seqlens), torch.from_numpy(layout.image_starts)
     padding = torch.full((len(layout.loss_mask),), pad_id, dtype=torch.int64)
@@ -37,10 +37,10 @@ def batch_without_texts(layout: Layout, *, pixels: torch.Tensor | None, stages: 
 
 
 def put_texts(batch: PackedBatch, layout: Layout, texts: np.ndarray, *, pad_id: int) -> None:
-    """Write token ids and labels into a micro-batch; a piece whose text could not be used counts for nothing in the loss.
+    """Write token ids and labels into a micro-batch. A piece whose text could not be used is masked out of the loss.
 
     Args:
-        texts: int32, the token ids of the micro-batch and then, for each piece of its layout, whether its text could be used.
+        texts: int32: the token ids of the micro-batch, followed by a flag for each piece of its layout: 1 if its text could be used.
     """
     ids, mask, labels = batch.token_ids.numpy(), batch.loss_mask.numpy(), batch.labels.numpy()
     ids[:], usable = texts[: len(ids)], texts[len(ids) :]

@@ -37,16 +37,16 @@ class DecodedImages:
     """A batch of images."""
 
     pixels: torch.Tensor
-    """[n, 3, size, size] uint8; the fill colour where decoding failed."""
+    """[n, 3, size, size] uint8; images that could not be decoded have the fill colour."""
     ok: np.ndarray
-    """[images] bool: whether each could be decoded."""
+    """[images] bool: True if the image could be decoded."""
 
 
 class ImageDecoder(Protocol):
     """Decodes batches of encoded images."""
 
     def decode(self, blobs: Sequence[bytes]) -> DecodedImages:
-        """Decode images; one that cannot be decoded costs itself alone."""
+        """Decode images. An image that cannot be decoded does not affect the others."""
         ...
 
     def close(self) -> None:
@@ -67,13 +67,13 @@ class PillowDecoder:
         return self.start(blobs)()
 
     def start(self, blobs: Sequence[bytes]) -> Callable[[], DecodedImages]:
-        """`decode`, under way in the threads: what is returned waits for it."""
+        """Start decoding in the threads. The returned function waits for the result."""
         pixels = self._room(len(blobs))
         found = self._threads.map(self._one, blobs, pixels)
         return lambda: DecodedImages(torch.from_numpy(pixels), np.array(list(found), dtype=bool))
 
     def resize(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Squares [n, 3, size, size] uint8 of RGB images."""
+        """Resize RGB images to squares: [n, 3, size, size] uint8."""
         pixels = self._room(len(images))
         list(self._threads.map(self._square, images, pixels))
         return torch.from_numpy(pixels)
@@ -85,7 +85,7 @@ class PillowDecoder:
         out[:] = np.asarray(self.transform.square(image)).transpose(2, 0, 1)
 
     def _one(self, blob: bytes, out: np.ndarray) -> bool:
-        """Decode into [3, size, size]; False, and the fill colour, where that fails."""
+        """Decode into `out`, [3, size, size]. If that fails, fill it with the fill colour and return False."""
         try:
             with open_image(blob) as image:
                 if image.width * image.height <= MAX_PIXELS:
@@ -107,7 +107,7 @@ class DaliDecoder:
     def __init__(self, transform: ImageTransform, *, threads: int, device: torch.device, resizes: bool | None = None) -> None:
         """
         Args:
-            resizes: DALI resizes too, and not Pillow; None means that it does so on a GPU.
+            resizes: DALI also resizes, instead of Pillow; None means only on a GPU.
         """
         self.transform = transform
         self.threads = threads
@@ -116,18 +116,18 @@ class DaliDecoder:
         self._pillow = PillowDecoder(transform, threads=threads)
         self._pipeline: Any = None
         self._largest = 0
-        """Images that the pipeline takes at once at most."""
+        """Maximum number of images that the pipeline takes at once."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def decode(self, blobs: Sequence[bytes]) -> DecodedImages:
         """See `ImageDecoder.decode`."""
         if self._stream is None:
             return self._decode(blobs)
-        torch.cuda.set_device(self.device)  # each thread has a current device of its own, the first one unless it is set
+        torch.cuda.set_device(self.device)  # each thread has its own current device, which is the first one by default
         with torch.cuda.stream(self._stream):
             decoded = self._decode(blobs)
             if decoded.pixels.is_cuda:
-                decoded.pixels.record_stream(torch.cuda.default_stream(self.device))  # which reads them later
+                decoded.pixels.record_stream(torch.cuda.default_stream(self.device))  # training reads them there later
         self._stream.record_event().synchronize()
         return decoded
 
@@ -150,11 +150,11 @@ class DaliDecoder:
         return DecodedImages(pixels, ok)
 
     def _with_dali(self, blobs: list[bytes]) -> torch.Tensor | None:
-        """[n, 3, size, size]; None if DALI failed on one of them."""
+        """Decode with DALI: [n, 3, size, size]; None if DALI failed on one of the images."""
         if not blobs:
             return torch.empty((0, 3, self.transform.size, self.transform.size), dtype=torch.uint8)
         if len(blobs) > self._largest:
-            self._largest = 1 << (len(blobs) - 1).bit_length()  # grows a few times at most
+            self._largest = 1 << (len(blobs) - 1).bit_length()  # rebuilt only a few times
             self._pipeline = self._build(self._largest)
         pipeline = self._pipeline
         try:
@@ -180,11 +180,11 @@ class DaliDecoder:
             num_threads=self.threads,
             device_id=self.device.index if on_gpu else None,
             prefetch_queue_depth=1,
-            exec_dynamic=True,  # goes on after a batch that failed
+            exec_dynamic=True,  # continues after a failed batch
         )
         def squares() -> Any:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            # Chroma is spread as on the CPU and by Pillow only where that is asked for; threads keep to the cores that the run was given.
+            # jpeg_fancy_upsampling: upsample chroma as on the CPU and as Pillow does. affine: do not pin threads to cores.
             images = fn.decoders.image(
                 encoded,
                 device="mixed" if on_gpu else "cpu",
@@ -218,15 +218,15 @@ class DaliDecoder:
 
 _CANVAS = ("canvas_crop_w", "canvas_crop_h", "canvas_crop_pos_x", "canvas_crop_pos_y")
 _INPUTS = {"squash": (), "pad": _CANVAS, "crop": (*_CANVAS, "width", "height", "crop_pos_x", "crop_pos_y")}
-"""What a pipeline takes with each image, by the transform."""
+"""Inputs of the pipeline for each image, by the transform's way of resizing."""
 
 
 def _dali_arguments(transform: ImageTransform, blobs: list[bytes]) -> dict[str, list[np.ndarray]]:
-    """`_INPUTS` of each image: sides in pixels, and positions of boxes as DALI wants them."""
+    """Return the `_INPUTS` of each image: sides in pixels, and positions of boxes in DALI's convention."""
     names = _INPUTS[transform.resize]
     rows = []
     for blob in blobs if names else []:
-        with open_image(blob) as image:  # its header alone
+        with open_image(blob) as image:  # reads only the header
             width, height = image.size
         place = transform.place(width, height)
         left, top, canvas_width, canvas_height = place.canvas
@@ -237,37 +237,37 @@ def _dali_arguments(transform: ImageTransform, blobs: list[bytes]) -> dict[str, 
 
 
 def _position(begin: int, room: int) -> float:
-    """Where a box begins, as a fraction of the room that it has; DALI multiplies the two and rounds."""
+    """Return where a box begins, as a fraction of the space in which it can move. DALI multiplies the two and rounds."""
     return begin / room if room else 0.0
 
 
 _JPEG_BEGIN, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _BEHIND = 64
-"""Bytes behind the end of a JPEG that some writers leave, mostly zeros."""
+"""Number of last bytes in which to look for a JPEG's end marker. Some writers append a few bytes to it, mostly zeros."""
 
 
 def is_plain(blob: bytes) -> bool:
-    """Whether DALI decodes an image as Pillow does: 8-bit grey or RGB JPEG, PNG or WebP, neither transparent nor animated, and a JPEG
-    only with its end."""
+    """Return whether DALI decodes an image as Pillow does: an 8-bit grey or RGB JPEG, PNG or WebP that is neither transparent nor animated,
+    and, if it is a JPEG, has an end marker."""
     if blob.startswith(_JPEG_BEGIN) and _JPEG_END not in blob[-_BEHIND:]:
         return False
     try:
         with open_image(blob) as image:
             usual = image.width * image.height <= MAX_PIXELS and getattr(image, "n_frames", 1) == 1
             return usual and image.format in ("JPEG", "PNG", "WEBP") and image.mode in ("RGB", "L") and "transparency" not in image.info
-    except Exception:  # not an image that Pillow knows: the Pillow path counts it
+    except Exception:  # Pillow cannot open it: the Pillow path counts it as bad
         return False
 
 
 def has_dali() -> bool:
-    """Whether DALI's package is installed."""
+    """Return whether DALI is installed."""
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
 def make_decoder(
     backend: Literal["auto", "dali", "pillow"], transform: ImageTransform, *, threads: int, device: torch.device
 ) -> ImageDecoder:
-    """The decoder that `data.decoder` names. Raises ValueError if DALI is asked for and not installed."""
+    """Create the decoder named by `data.decoder`. Raises ValueError if DALI is required but not installed."""
     if backend == "dali" and not has_dali():
         raise ValueError("data.decoder is dali, but the package nvidia-dali is not installed: install it or use --data.decoder pillow")
     if backend == "pillow" or not has_dali():

@@ -3,7 +3,7 @@
     plan (integers) -> read byte ranges in threads -> decode -> PackedBatch
 
 A thread stays up to `prefetch_steps` global batches ahead. A process that has neither the encoder nor the loss reads nothing at all: the
-plan gives it all integers that it needs.
+plan provides all integers that it needs.
 """
 
 from __future__ import annotations
@@ -34,52 +34,53 @@ from megatron_mm.platform.device import pinned
 logger = logging.getLogger(__name__)
 
 _READ_TOGETHER = 4
-"""Images that a thread reads one after another: more would leave threads idle, fewer would be more hand-overs than reads."""
+"""Number of images that one task of a thread reads. More would leave threads idle; fewer would cost more in hand-overs than in reads."""
 _FEW = 100
-"""Below this many texts or images of a source a share of bad ones says nothing."""
+"""Texts or images of a source below which the fraction of bad ones is not checked, because it says nothing yet."""
 
 
 @dataclass(frozen=True)
 class RankView:
-    """What of a batch this process needs."""
+    """The part of a batch that this process needs."""
 
     data_rank: int
     data_size: int
     tensor_rank: int
     tensor_size: int
     needs_text: bool
-    """It embeds tokens or computes the loss, so its batches have token ids."""
+    """The process embeds tokens or computes the loss, so its batches have token ids."""
     needs_pixels: bool
-    """It encodes images."""
+    """The process encodes images."""
     encoder_rank: int = 0
     encoder_size: int = 1
     """Pipeline ranks that share the images of each tensor-parallel rank."""
 
     @property
     def reports_texts(self) -> bool:
-        """Of all processes that read a text, the one that counts it if it is bad. Each image is read by one process anyway."""
+        """This process counts bad texts. A text may be read by several processes, but only one counts it; an image is counted by one
+        anyway."""
         return self.needs_pixels and self.tensor_rank == 0 and self.encoder_rank == 0
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One global batch, as this process has it."""
+    """This process's part of one global batch."""
 
     micro_batches: list[PackedBatch]
     plan: GlobalBatch
     bad: dict[str, int]
-    """Texts and images of each source that failed; over all processes each counts once."""
+    """Number of failed texts and images of each source. Each is counted by only one process."""
     sharing_seconds: float = 0.0
-    """Of the wait for this batch, the part in which texts went from one process to others."""
+    """Part of the wait for this batch in which texts were sent from one process to others, in seconds."""
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """What stands in the place of an image, or of those of its tiles that this process encodes."""
+    """An image, or some of its tiles, to be encoded by this process."""
 
     placed: PlacedImage
     image: SourceImage
-    """Whose pixels they are: the place's own, unless images are shuffled."""
+    """Image whose pixels are shown: the placed image itself, unless images are shuffled."""
     tiles: range
 
 
@@ -89,15 +90,15 @@ class _Draft:
 
     layout: Layout
     stages: np.ndarray | None
-    """[images]: `PackedBatch.image_stages`."""
+    """[images] `PackedBatch.image_stages`."""
     texts: list[Future[Any]] = field(default_factory=list)
-    """Of the pieces' token ids, for each sequence; none where another process reads them."""
+    """For each sequence, a future of its pieces' token ids; empty if another process reads them."""
     shown: list[_Shown] = field(default_factory=list)
-    """What this process decodes."""
+    """Images that this process decodes."""
     blobs: list[Future[Any]] = field(default_factory=list)
-    """Of the bytes of a few of the shown images each, in order."""
+    """Futures of the images' bytes, in order; each covers up to `_READ_TOGETHER` images."""
     pixels: Future[Any] | None = None
-    """Of `DecodedImages`; None if this process needs none."""
+    """Future of `DecodedImages`; None if this process needs none."""
 
 
 @dataclass(frozen=True)
@@ -107,22 +108,22 @@ class _Read:
     plan: GlobalBatch
     layouts: list[Layout]
     micro_batches: list[PackedBatch]
-    """With their texts, unless these are shared between processes."""
+    """Micro-batches, complete with texts unless these are shared between processes."""
     texts: np.ndarray
-    """int32, for each micro-batch its token ids and then, for each piece, whether its text could be used. Not filled where another
-    process reads."""
+    """int32: for each micro-batch its token ids, followed by a flag for each piece: 1 if its text could be used. Not filled if another
+    process reads the texts."""
     bad: Counter[str]
 
 
 @dataclass
 class _Tally:
-    """Texts or images that this process read, and how many of them were bad, by source."""
+    """Numbers of texts or images that this process read, and of bad ones among them, by source."""
 
     read: Counter[str] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
 
     def check(self, what: str, *, limit: float) -> None:
-        """Raises ValueError if too large a share of a source is bad."""
+        """Raise ValueError if too large a fraction of a source is bad."""
         for name, count in self.bad.items():
             if self.read[name] >= _FEW and count > limit * self.read[name]:
                 raise ValueError(
@@ -132,7 +133,7 @@ class _Tally:
 
 
 def _lengths(layouts: list[Layout]) -> list[int]:
-    """Of the parts of `_Read.texts`."""
+    """Return the length of each micro-batch's part of `_Read.texts`."""
     return [len(layout.loss_mask) + len(layout.pieces) for layout in layouts]
 
 
@@ -150,12 +151,12 @@ class Loader:
         device: torch.device,
         sharing: TextSharing | None = None,
     ) -> None:
-        """Begin to read at the cursor `start`.
+        """Start reading at the cursor `start`.
 
-        Raises ValueError if the index was made with another tokenizer, or the tokenizer lacks a token that images are written with.
+        Raises ValueError if an index was made with another tokenizer, or if the tokenizer lacks a token with which images are written.
 
         Args:
-            sharing: the processes that need the same texts; None if this one reads what it needs.
+            sharing: connects processes that need the same texts; None if this process reads all its texts itself.
         """
         for index in plan.indexes:
             if index.tokenizer != tokenizer.fingerprint:
@@ -182,7 +183,7 @@ class Loader:
         self._tile_decoder = TileDecoder(plan.image, threads=data.decode_threads)
         if data.decoder == "dali" and not self._whole_images:
             logger.warning("data.decoder dali is ignored: Pillow decodes images that are cut into tiles or get JPEG artefacts")
-        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decoding")  # micro-batch after micro-batch, without a pause
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decoding")  # one micro-batch after another, without a pause
         self._ready: queue.Queue[_Read | BaseException] = queue.Queue(maxsize=data.prefetch_steps)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(start,), name="loader", daemon=True)
@@ -198,7 +199,7 @@ class Loader:
             self._ready.put(ready)
             raise ready
         sharing = 0.0
-        if self._sharing is not None:  # here, where all processes ask for the same batch, and not in a thread, which ends when it likes
+        if self._sharing is not None:  # here, because all processes request the same batch; their background threads run independently
             began = time.perf_counter()
             self._sharing.share(ready.texts)
             sharing = time.perf_counter() - began
@@ -208,11 +209,11 @@ class Loader:
 
     @property
     def _whole_images(self) -> bool:
-        """Images are one square each, and as they were written."""
+        """Each image becomes one square, without JPEG artefacts added."""
         return self.image.is_one_square and self.config.jpeg_quality is None
 
     def close(self) -> None:
-        """Stop the threads; waits for them."""
+        """Stop the threads and wait for them."""
         self._stopped.set()
         while self._thread.is_alive():
             try:
@@ -229,7 +230,7 @@ class Loader:
     def _work(self, state: PlanState) -> None:
         try:
             if self._pin:
-                torch.cuda.set_device(self._device)  # each thread has a current device of its own, the first one unless it is set
+                torch.cuda.set_device(self._device)  # each thread has its own current device, which is the first one by default
             ahead = self._begin(state)
             while not self._stopped.is_set():
                 batch, drafts = ahead
@@ -246,7 +247,7 @@ class Loader:
                 continue
 
     def _begin(self, state: PlanState) -> tuple[GlobalBatch, list[_Draft]]:
-        """Plan a global batch and start to read and decode this process's part of it."""
+        """Plan a global batch and start reading and decoding this process's part of it."""
         batch = self.plan.batch(state)
         drafts = [self._draft(sequences) for sequences in batch.micro_batches_of(self.view.data_rank, self.view.data_size)]
         if self.view.encoder_size > 1:
@@ -272,17 +273,17 @@ class Loader:
         return draft
 
     def _mine(self, draft: _Draft, substitute: dict[tuple[int, int, int], SourceImage]) -> list[_Shown]:
-        """The images of a micro-batch that this process encodes, as far as it does.
+        """Return the images, or ranges of their tiles, of a micro-batch that this process encodes.
 
         Args:
-            substitute: what is shown in place of others.
+            substitute: images to show in place of others, by the replaced image's key.
         """
         mine, first, shown = draft.layout.image_owners == self.view.tensor_rank, 0, []
         if draft.stages is not None:
             mine &= draft.stages == self.view.encoder_rank
         for placed in draft.layout.images:
             image = placed.image
-            tiles = np.flatnonzero(mine[first : first + image.tiles])  # neighbours
+            tiles = np.flatnonzero(mine[first : first + image.tiles])  # consecutive
             if len(tiles):
                 shown.append(_Shown(placed, substitute.get(image.key, image), range(int(tiles[0]), int(tiles[-1]) + 1)))
             first += image.tiles
@@ -302,7 +303,7 @@ class Loader:
     # ------------------------------------------------------------------------------------------------------- assembling
 
     def _finish(self, batch: GlobalBatch, drafts: list[_Draft]) -> _Read:
-        """Wait for the bytes of a global batch. Raises ValueError if too many samples of a source are bad."""
+        """Wait for a global batch to be read and decoded. Raises ValueError if too many samples of a source are bad."""
         bad = Counter[str]()
         layouts = [draft.layout for draft in drafts]
         sizes = _lengths(layouts)
@@ -325,7 +326,7 @@ class Loader:
         return read
 
     def _collect_texts(self, draft: _Draft, out: np.ndarray, bad: Counter[str]) -> None:
-        """Put the ids of a micro-batch into [tokens] int32 and behind them, for each piece, whether it could be read."""
+        """Write the token ids of a micro-batch into `out`, followed by a flag for each piece: 1 if its text could be used."""
         ids, usable = np.split(out, [len(draft.layout.loss_mask)])
         ids[:] = self.tokenizer.pad_id
         found = [piece for future in draft.texts for piece in future.result()]
@@ -340,7 +341,7 @@ class Loader:
                 ids[piece.place : piece.stop] = stream
 
     def _put_texts(self, read: _Read) -> None:
-        """Put what was read of the texts into the micro-batches."""
+        """Write the texts that were read into the micro-batches."""
         if not self.view.needs_text:
             return
         parts = np.split(read.texts, np.cumsum(_lengths(read.layouts))[:-1])
@@ -348,7 +349,7 @@ class Loader:
             put_texts(batch, layout, texts, pad_id=self.tokenizer.pad_id)
 
     def _pixels(self, draft: _Draft) -> DecodedImages:
-        """This process's images of a micro-batch, in its own thread, which pins them too: of all that is pinned they take longest."""
+        """Decode this process's images of a micro-batch. Also pins them here, in the decoding thread, because they take longest to pin."""
         decoded = self._decoded(draft)
         if not self._pin:
             return decoded
@@ -366,8 +367,8 @@ class Loader:
         return self._tile_decoder.decode([self._encoded(shown, blob) for shown, blob in zip(draft.shown, blobs, strict=True)])
 
     def _encoded(self, shown: _Shown, blob: bytes) -> EncodedTiles:
-        """An image with the size of the place that it stands in, and the quality that chance gives each of its tiles there, whichever
-        process decodes it."""
+        """Return an encoded image with the planned size of its position and a random JPEG quality for each tile. The quality does not
+        depend on which process decodes the tile."""
         place, tiles, qualities = shown.placed.image, shown.tiles, ()
         if self.config.jpeg_quality is not None:
             least, most = self.config.jpeg_quality

@@ -26,25 +26,25 @@ from megatron_mm.data.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _KEPT_TOKENS = 16_000_000
-"""Tokens of documents in several pieces that are kept for their other pieces: 64 MB."""
+"""Maximum number of tokens kept of documents that are cut into several pieces, for their other pieces: 64 MB."""
 
 
 class TextSharing(Protocol):
-    """Processes that need the same texts."""
+    """Shares texts between the processes that need the same ones."""
 
     @property
     def is_reader(self) -> bool:
-        """This process reads for all of them."""
+        """This process reads for all of the processes."""
         ...
 
     def share(self, values: np.ndarray) -> None:
-        """Give the reader's int32 values to all; each process brings an array of the same size, which is filled in place. All processes
-        call it, for the same batches in the same order."""
+        """Send the reader's int32 values to all processes. Each process passes an array of the same size, which is filled in place. All
+        processes must call this for the same batches in the same order."""
         ...
 
 
 class TextReader:
-    """Token ids of documents; any number of threads may ask."""
+    """Reads and tokenizes documents. Thread-safe."""
 
     def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, image: ImageInput) -> None:
         self._sources, self._tokenizer, self._image = sources, tokenizer, image
@@ -53,7 +53,7 @@ class TextReader:
         self._kept_tokens = 0
 
     def pieces(self, sequence: PackedSequence) -> list[np.ndarray | None]:
-        """The token ids of a sequence's pieces, int32; None for one whose text cannot be used."""
+        """Return the int32 token ids of each piece of a sequence; None for a piece whose text cannot be used."""
         window, rows = sequence.window, slice(sequence.first, sequence.last)
         found = []
         columns = (window.sample, window.begin, window.end, window.is_whole)
@@ -63,7 +63,7 @@ class TextReader:
         return found
 
     def _cut_document(self, source: int, sample: int) -> np.ndarray | None:
-        """The ids of a document in several pieces, tokenized once for all that are near each other."""
+        """Return the ids of a document that is cut into pieces. It is tokenized once for pieces that are requested close together."""
         with self._lock:
             kept = self._kept.get((source, sample))
             mine = kept is None
@@ -86,7 +86,7 @@ class TextReader:
         return stream
 
     def _read(self, source: int, sample: int) -> np.ndarray | None:
-        """A document's stream of token ids; None if its bytes cannot be used any more."""
+        """Return a document's stream of token ids; None if its text can no longer be used."""
         index = self._sources[source]
         try:
             items = read_items(index, sample)
@@ -102,13 +102,13 @@ def _size(kept: Future[np.ndarray | None]) -> int:
 
 
 def document_stream(index: Source, sample: int, tokenizer: Tokenizer, items: list[Item], *, image: ImageInput) -> list[int]:
-    """BOS, the items' tokens in reading order, EOS.
+    """Return a document's token ids: BOS, the items' tokens in reading order, EOS.
 
-    Raises ValueError if the texts are not those that were indexed.
+    Raises ValueError if the texts differ in number or length from the indexed ones.
 
     Args:
-        items: what the document's bytes say; where its images stand, the index says.
-        image: how images are written.
+        items: the document's items, parsed from its bytes. Only its texts are used: positions and sizes of images come from the index.
+        image: how images are written as tokens.
     """
     rows = index.items(sample)
     written = encode_items(items, tokenizer)

@@ -30,32 +30,33 @@ class EncodedTiles:
     data: bytes
     width: int
     height: int
-    """What the plan counted its tiles from, pixels. An image of another size is squashed to it, so that it has as many."""
+    """Size in pixels from which the plan computed the number of tiles. An image of another size is resized to it, so that the numbers
+    agree."""
     tiles: range
-    """Which of its tiles are wanted, one after another."""
+    """Consecutive tiles to return."""
     count: int | None = None
-    """Tiles that the plan counted, for images that are shown as sub-images; None takes all."""
+    """Number of tiles in the plan, for images that are shown as sub-images; None for all."""
     qualities: tuple[int, ...] = ()
-    """One for each of the wanted tiles: encode it as JPEG of this quality, and decode it again, after the image was resized and cut, as
-    Mono-InternVL's training does. An image that is not cut is encoded before it is resized. Empty leaves the pixels as they are."""
+    """JPEG quality for each of the tiles to return. Each tile is encoded and decoded again after the image was resized and cut, as in
+    Mono-InternVL's training. An image that is not cut is encoded before it is resized. Empty leaves the pixels unchanged."""
 
 
 class TileDecoder:
-    """Decodes images and cuts them into tiles; one that is not cut is its own tile."""
+    """Decodes images and cuts them into tiles. An image that is not cut is a single tile."""
 
     def __init__(self, image: ImageInput, *, threads: int) -> None:
         self.image = image
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def decode(self, images: Sequence[EncodedTiles]) -> DecodedImages:
-        """The wanted tiles of all images, one image after another; those of an image that cannot be decoded are the fill colour."""
+        """Decode the requested tiles of all images, one image after another. Tiles of an undecodable image have the fill colour."""
         size, counts = self.image.size, [len(image.tiles) for image in images]
         pixels = np.empty((sum(counts), 3, size, size), dtype=np.uint8)
         ok = list(self._threads.map(self._one, images, np.split(pixels, np.cumsum(counts)[:-1]))) if images else []
         return DecodedImages(torch.from_numpy(pixels), np.array(ok, dtype=bool))
 
     def _one(self, wanted: EncodedTiles, out: np.ndarray) -> bool:
-        """Decode into [tiles, 3, size, size]; False, and the fill colour, where that fails."""
+        """Decode into `out`, [tiles, 3, size, size]. If that fails, fill it with the fill colour and return False."""
         try:
             with open_image(wanted.data) as image:
                 if image.width * image.height <= MAX_PIXELS:
@@ -67,7 +68,7 @@ class TileDecoder:
         return False
 
     def _tiles(self, image: Image.Image, wanted: EncodedTiles) -> np.ndarray:
-        """[tiles, 3, size, size] uint8."""
+        """Return the requested tiles, with JPEG artefacts if any: [tiles, 3, size, size] uint8."""
         transform = self.image.transform
         if self.image.is_one_square:
             image = _degraded(transform.rgb(image), wanted.qualities[0]) if wanted.qualities else image
@@ -78,7 +79,7 @@ class TileDecoder:
         return tiles
 
     def _cut(self, image: Image.Image, wanted: EncodedTiles) -> np.ndarray:
-        """The wanted tiles as they are: [tiles, 3, size, size] uint8."""
+        """Return the requested tiles without JPEG artefacts: [tiles, 3, size, size] uint8."""
         transform, tiling, sub_images = self.image.transform, self.image.tiling, self.image.sub_images
         if sub_images is not None:
             return cut_sub_images(image, sub_images, transform, wanted=wanted.tiles, count=wanted.count or sub_images.count)
@@ -94,7 +95,7 @@ class TileDecoder:
 
 
 def _pixels(rgb: Image.Image) -> np.ndarray:
-    """[3, height, width] uint8."""
+    """Return an image as an array: [3, height, width] uint8."""
     return np.asarray(rgb).transpose(2, 0, 1)
 
 

@@ -21,17 +21,18 @@ from megatron_mm.data.plan.rounds import deal
 
 @dataclass(frozen=True)
 class Work:
-    """What a sequence, or a micro-batch, asks a process to do."""
+    """The work that a sequence or a micro-batch requires."""
 
     tokens: int
     squares: int
-    """Sum over documents of their squared length: what attention costs grow with."""
+    """Sum over documents of the squared length, to which the cost of attention is proportional."""
     images: int
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the parts of a sequence cost, in any one unit (FLOPs, say); integers, so that all processors come to the same sums."""
+    """Costs of the parts of a sequence, all in the same unit (for example FLOPs). They are integers, so that all processors compute the
+    same sums."""
 
     token: int = 1
     square: int = 0
@@ -43,24 +44,24 @@ class Costs:
 
 BY_TOKENS = Costs()
 _EXCHANGES = 4
-"""Exchanges for each micro-batch at most."""
+"""Maximum number of exchanges per micro-batch."""
 _PARTNERS = 4
-"""Micro-batches, cheapest first, that the costliest one may exchange a sequence with."""
+"""Number of micro-batches, cheapest first, that the costliest one may exchange a sequence with."""
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How sequences become micro-batches."""
+    """How sequences are grouped into micro-batches."""
 
     micro_batch_size: int
-    """Full sequences that a process can handle at once."""
+    """Number of full sequences that a process can handle at once."""
     sequence_length: int
-    """Tokens of a full sequence."""
+    """Tokens in a full sequence."""
     max_images: int
-    """Images of a full sequence."""
+    """Images in a full sequence."""
     costs: Costs = BY_TOKENS
     token_multiple: int = 1
-    """A micro-batch's tokens are padded to a multiple of this."""
+    """The tokens of a micro-batch are padded to a multiple of this number."""
     fewest: bool = False
     """Make as few micro-batches as the budget allows, rather than micro_batch_size sequences on average."""
 
@@ -69,9 +70,10 @@ class Batching:
         return -(-tokens // self.token_multiple) * self.token_multiple
 
     def micro_batches(self, works: Sequence[Work], data_size: int) -> list[list[list[int]]]:
-        """The sequences of each micro-batch of each data-parallel rank: [data_size][micro-batches][sequences].
+        """Return the sequences of each micro-batch of each data-parallel rank: [data_size][micro-batches][sequences].
 
-        The k-th micro-batches of all ranks are alike in cost and images, and so are the ranks (`rounds.deal`). The costliest come first.
+        The k-th micro-batches of all ranks have similar costs and image counts, and so do the ranks (`rounds.deal`). The costliest
+        micro-batches run first.
         """
         costs = [self.costs.of(work) for work in works]
         groups = self._group(works, costs, data_size)
@@ -102,12 +104,12 @@ class Batching:
 def _fill(
     works: Sequence[Work], costs: list[int], count: int, *, tokens: int, images: int, most: int | None = None
 ) -> list[list[int]] | None:
-    """So many groups of like cost within the budget: each sequence, costliest first, goes to the cheapest one that has room for it.
+    """Distribute the sequences over `count` groups of similar cost within the budget.
 
-    None if one finds no room.
+    Each sequence, costliest first, is added to the cheapest group that has room for it. Returns None if a sequence fits into no group.
 
     Args:
-        most: sequences of a group; None for no limit.
+        most: maximum number of sequences in a group; None for no limit.
     """
     groups: list[list[int]] = [[] for _ in range(count)]
     room = [(tokens, images)] * count
@@ -129,7 +131,7 @@ def _fill(
 
 
 def _even_out(groups: list[list[int]], works: Sequence[Work], costs: list[int], *, tokens: int, images: int) -> list[list[int]]:
-    """Exchange sequences, one for one, between the costliest group and others as long as that makes it cheaper; groups change in place."""
+    """Exchange single sequences between the costliest group and cheap ones while that brings their costs closer. Works in place."""
     totals = [sum(costs[i] for i in group) for group in groups]
 
     def fits(group: list[int], leaves: int, comes: int) -> bool:

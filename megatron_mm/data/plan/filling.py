@@ -2,7 +2,7 @@
 
 Best fit with the longest piece first puts similar pieces together: captions of four lengths in sequences of 256 tokens leave 3% empty.
 Here, a sequence begins with the costliest remaining piece, if that is a long one, and continues with pieces in random order. A piece is
-taken if the room that it leaves is a sum of common lengths. One integer records which rooms are such sums: bit r stands for room r. If
+taken if the room that it leaves is a sum of common lengths. One integer records which rooms are such sums: bit r represents room r. If
 there is no such piece, the one that wastes least is taken. Both unused tokens and unused images count, weighted by how scarce they are,
 because filling some sequences with tokens and leaving images over would lead to other sequences that are full of images but have only half
 their tokens.
@@ -21,36 +21,37 @@ from dataclasses import dataclass
 import numpy as np
 
 _COMMON = 24
-"""So many different lengths, the most frequent ones, make the sums."""
+"""Number of different lengths, the most frequent ones, from which sums are formed."""
 _TRIES = 4
-"""Random pieces that are looked at before a fitting length is searched for."""
+"""Number of random pieces to try before searching for a fitting length."""
 _SHARPNESS = 4
-"""How fast the price of tokens, or of images, falls where there is plenty: a quarter more room than needed costs a third of it."""
+"""How fast the price of tokens, or of images, falls if they are not scarce: if only three quarters of the room is needed, the price falls
+to a third."""
 _PLENTY = 0.9
-"""Images alone limit the sequences where the tokens would fill at most this part of them."""
+"""The number of images alone limits the sequences if tokens would fill at most this fraction of them."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a sequence holds."""
+    """Capacity of a sequence."""
 
     sequence_length: int
     max_images: int
-    """Images; of images that are cut into tiles, tiles."""
+    """Maximum number of images, or of tiles if images are cut into tiles."""
     max_images_per_document: int | None = None
-    """Images, whole ones, of a document, which is cut where it has more; None for no limit of its own."""
+    """Maximum number of whole images in a document; a document with more is cut. None for no separate limit."""
 
     @property
     def images_of_a_document(self) -> int:
-        """Images that a document may have without being cut."""
+        """Number of images that a document may have without being cut."""
         return sys.maxsize if self.max_images_per_document is None else self.max_images_per_document
 
 
 def fill_sequences(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng: np.random.Generator) -> np.ndarray:
-    """The sequence of each piece, [pieces], numbered from 0.
+    """Return the number of each piece's sequence, from 0: [pieces].
 
     Args:
-        sizes, images: [pieces] tokens and images of each piece; none exceeds the limits.
+        sizes, images: [pieces] tokens and images of each piece; no piece exceeds the limits.
     """
     if not len(sizes):
         return np.zeros(0, dtype=np.int64)
@@ -62,8 +63,11 @@ def fill_sequences(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng
 
 
 def _deal_hands(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng: np.random.Generator) -> np.ndarray:
-    """Sequences of captions, mostly: where every piece has as many images as another and images run out before tokens do, any pieces
-    that use them up are as good as others. Returns the sequence of each piece, -1 where its hand has too many tokens."""
+    """Group random pieces, if all have the same number of images and sequences run out of images before tokens, as with captions.
+
+    Any set of pieces that uses up the images is then as good as any other. Returns the sequence of each piece: -1 if its group has too many
+    tokens, or if the pieces are not of this kind.
+    """
     bins = np.full(len(sizes), -1, dtype=np.int64)
     if images[0] == 0 or (images != images[0]).any():
         return bins
@@ -77,7 +81,7 @@ def _deal_hands(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng: n
 
 
 class _Deck:
-    """The pieces that are left: in random order, and by length."""
+    """The remaining pieces, in random order and by length."""
 
     def __init__(self, sizes: np.ndarray, images: np.ndarray, limits: Limits, rng: np.random.Generator) -> None:
         self.sizes: list[int] = sizes.tolist()
@@ -90,15 +94,15 @@ class _Deck:
         needed = max(tokens_needed, images_needed)
         self.token_price = (tokens_needed / needed) ** _SHARPNESS / limits.sequence_length
         self.image_price = (images_needed / needed) ** _SHARPNESS / limits.max_images
-        """What one unused token or image costs, in sequences."""
+        """Cost of one unused token or image, in sequences."""
         self.by_cost: list[int] = np.argsort(self.token_price * sizes + self.image_price * images, kind="stable").tolist()
         self.left = Counter(self.sizes)
         self.alike: dict[tuple[int, int], list[int]] = {}
-        """Pieces by (tokens, images); those that are taken are dropped when they come up."""
+        """Pieces by (tokens, images). A piece that was taken is removed when it reaches the top of its stack."""
         for piece in self.order:
             self.alike.setdefault((self.sizes[piece], self.images[piece]), []).append(piece)
         self.lengths = [0] * (int(images.max()) + 1)
-        """Of each number of images: bit s says that a piece of s tokens may be left."""
+        """For each number of images: bit s is set if a piece of s tokens may be left."""
         for size, held in self.alike:
             self.lengths[held] |= 1 << size
         self.bins = [-1] * len(self.sizes)
@@ -129,7 +133,7 @@ class _Deck:
             images -= self.images[piece]
 
     def _next(self, room: int, images: int) -> int | None:
-        """A piece for a sequence with so much room and so many images to go; None if nothing fits."""
+        """Choose a piece for a sequence with the given remaining room for tokens and images; None if nothing fits."""
         sums, order, hand, bins = self.sums, self.order, self.hand, self.bins
         best = room if sums >> room & 1 else (sums & ((1 << room + 1) - 1)).bit_length() - 1  # the largest sum that fits
         hand[:] = [piece for piece in hand if bins[piece] < 0]
@@ -147,7 +151,7 @@ class _Deck:
         return self._least_wasteful(room, images)
 
     def _least_wasteful(self, room: int, images: int) -> int | None:
-        """Of each number of images the longest piece that fits; of these the one that leaves least unused."""
+        """Among the longest fitting pieces for each number of images, return the one that leaves the least unused."""
         mask = (2 << room) - 1
         least, best = math.inf, None
         for held in range(min(images + 1, len(self.lengths))):
@@ -167,7 +171,7 @@ class _Deck:
         return None
 
     def _of_kind(self, size: int, held: int) -> int | None:
-        """A piece of so many tokens and images; forgets that there are any where all are taken."""
+        """Return a remaining piece with this many tokens and images. If none remains, clear its bit in `lengths`."""
         stack = self.alike[size, held]
         while stack and self.bins[stack[-1]] >= 0:
             stack.pop()
@@ -186,9 +190,9 @@ class _Deck:
         self.left[self.sizes[piece]] -= 1
 
     def _renew_sums(self) -> None:
-        """Every sum, up to a sequence's length, of any number of the most common lengths; found again when these run out."""
+        """Compute all sums, up to the sequence length, of any numbers of the most common lengths; repeated when these run out."""
         used_up = sum(not self.left[size] for size in self.common)
-        few = len(self.common) < _COMMON  # all lengths are common, and one that is gone will be missed
+        few = len(self.common) < _COMMON  # all lengths are common, so losing one of them matters
         if self.common and not (used_up and few) and 2 * used_up < len(self.common):
             return
         self.common = [size for size, count in self.left.most_common(_COMMON) if count]

@@ -22,12 +22,12 @@ class SourceImage:
     source: int
     sample: int
     number: int
-    """Of the document's images, from 0."""
+    """Number of the image within its document, from 0."""
     width: int
     height: int
-    """Pixels, as the index has them."""
+    """Size in pixels, from the index."""
     tiles: int
-    """Tiles that it becomes."""
+    """Number of tiles that the image is cut into."""
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -36,37 +36,37 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class PlacedImage:
-    """An image in its place in a micro-batch."""
+    """An image and its position in a micro-batch."""
 
     image: SourceImage
     first: int
-    """First place, with what stands before its features."""
+    """Position of the image's first token, including the tokens before its features."""
     seed: tuple[int, ...]
-    """Of whatever is random about its pixels: seed of the run, source, place of its document in the source's stream, number in the
-    document. So it differs from epoch to epoch, and does not depend on batches, processes or resumes."""
+    """Seed of everything random about its pixels: seed of the run, source, position of its document in the source's stream, number within
+    the document. It differs between epochs, and does not depend on batches, processes or resumes."""
 
 
 @dataclass(frozen=True)
 class PlacedPiece:
-    """A piece of a document in its place in a micro-batch."""
+    """A piece of a document and its position in a micro-batch."""
 
     source: int
     sample: int
     begin: int
     end: int
-    """Of the document's stream."""
+    """The piece is the range [begin, end) of the document's stream."""
     place: int
-    """Where the piece begins."""
+    """Position of the piece's first token in the micro-batch."""
 
     @property
     def stop(self) -> int:
-        """Place after the last one."""
+        """Position after the last token."""
         return self.place + self.end - self.begin
 
 
 @dataclass(frozen=True)
 class Layout:
-    """See `PackedBatch` for what has a field there."""
+    """Integers of a micro-batch. `PackedBatch` documents the fields that both have."""
 
     pieces: list[PlacedPiece]
     images: list[PlacedImage]
@@ -82,10 +82,10 @@ class Layout:
 
 
 def lay_out(plan: Plan, sequences: list[PackedSequence], *, tensor_size: int) -> Layout:
-    """The layout of a micro-batch.
+    """Return the layout of a micro-batch.
 
     Args:
-        tensor_size: processes that share the encoding of its images.
+        tensor_size: number of processes that share the encoding of its images.
     """
     tokens = sum(sequence.num_tokens for sequence in sequences)
     total = plan.batching.padded(tokens)
@@ -111,7 +111,7 @@ def lay_out(plan: Plan, sequences: list[PackedSequence], *, tensor_size: int) ->
     tiles = np.array([placed.image.tiles for placed in images], dtype=np.int64)
     image = plan.image
     silent = ranges(firsts + image.silent_from, image.num_places(tiles) - image.silent_from)
-    mask[silent - 1] = 0  # what comes next is an image's token
+    mask[silent - 1] = 0  # the next token belongs to an image
     deal = image_owners if image.is_one_square else tile_owners
     return Layout(
         pieces=pieces,
@@ -144,7 +144,7 @@ def _place_images(plan: Plan, sequence: PackedSequence, row: int, piece: PlacedP
 
 
 def _counted(plan: Plan, piece: PlacedPiece) -> np.ndarray | bool:
-    """Which labels of a piece count, its last place left out: all, or [places - 1] bool."""
+    """Return which labels of a piece are supervised, without its last position: True for all, or [positions - 1] bool."""
     index = plan.indexes[piece.source]
     if not index.answers_only:
         return True
@@ -152,7 +152,7 @@ def _counted(plan: Plan, piece: PlacedPiece) -> np.ndarray | bool:
 
 
 def source_images(plan: Plan, source: int, sample: int) -> tuple[list[int], list[SourceImage]]:
-    """First places of a document's images in its stream, and the images."""
+    """Return the first position of each of a document's images in its stream, and the images."""
     found = document_images(plan.indexes[source], sample, plan.image)
     items = plan.indexes[source].items(sample)
     pixels = zip(items.widths.tolist(), items.heights.tolist(), found.tiles.tolist(), strict=True)
@@ -161,9 +161,10 @@ def source_images(plan: Plan, source: int, sample: int) -> tuple[list[int], list
 
 
 def shuffled_images(plan: Plan, batch: GlobalBatch) -> dict[tuple[int, int, int], SourceImage]:
-    """For each image of a global batch, by its key, another sample's: all images in order, turned by half their number.
+    """Map the key of each image of a global batch to another sample's image: all images in order, rotated by half their number.
 
-    The order groups the images of a sample, so half a turn leaves a sample unless it has half of all images.
+    The images of a sample are next to each other, so each gets an image of another sample, unless one sample has more than half of all
+    images.
     """
     distinct: dict[tuple[int, int, int], SourceImage] = {}
     for sequence in batch.sequences:

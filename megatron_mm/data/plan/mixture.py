@@ -11,9 +11,9 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def choose_sources(weights: Sequence[float], drawn: Sequence[int], count: int) -> list[int]:
-    """The sources of the next `count` sequences: each time the one that lags most behind its share.
+    """Choose the sources of the next `count` sequences: each time the source that is furthest behind its share.
 
-    So after any number of sequences every source's count is within one of its share.
+    After any number of sequences, the count of every source is therefore within one of its share.
 
     >>> choose_sources([0.5, 0.25, 0.25], [0, 0, 0], 8)
     [0, 1, 2, 0, 0, 1, 2, 0]
@@ -32,7 +32,7 @@ def choose_sources(weights: Sequence[float], drawn: Sequence[int], count: int) -
 
 
 def stream_keys(seed: int, epoch: int, *, block: int | None = None) -> np.uint64:
-    """The key of an epoch's order, or of the order in one of its blocks."""
+    """Return the key of an epoch's order, or of the order within one of its blocks."""
     key = mix(np.array([epoch], dtype=np.uint64) + np.uint64(seed * int(_MIX) % 2**64))
     if block is not None:
         key = mix(key ^ mix(np.array([block], dtype=np.uint64)))
@@ -40,14 +40,14 @@ def stream_keys(seed: int, epoch: int, *, block: int | None = None) -> np.uint64
 
 
 def permute(places: np.ndarray, *, size: int, keys: np.ndarray) -> np.ndarray:
-    """Where a permutation of range(size) takes some places: [places] int64.
+    """Apply a pseudorandom permutation of range(size) to some places: [places] int64.
 
-    Nothing is kept: a place's image is computed by a Feistel network over the next power of four, walked until it lands inside (Black
-    and Rogaway, 2002).
+    No table is stored: a Feistel network over the next power of four is applied repeatedly until the result is below `size` (cycle walking:
+    Black and Rogaway, 2002).
 
     Args:
         places: [places] int64 below `size`.
-        keys: [places] uint64 that say which permutation.
+        keys: [places] uint64; each key selects a permutation.
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     values = _feistel(places.astype(np.uint64), keys, half_bits)
@@ -67,7 +67,7 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """A bijective scrambling of 64 bits (SplitMix64's finaliser)."""
+    """Scramble 64-bit integers bijectively (SplitMix64's finaliser)."""
     with np.errstate(over="ignore"):
         values = (values + _MIX) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -27,15 +27,15 @@ class Window:
     """The packed pieces of one window of a source, sequence by sequence."""
 
     sample: np.ndarray
-    """[pieces] row of the source's samples."""
+    """[pieces] row of the piece's sample in the source."""
     begin: np.ndarray
-    """[pieces] first place of the piece in its document's stream."""
+    """[pieces] first position of the piece in its document's stream."""
     end: np.ndarray
-    """[pieces] place after the last one."""
+    """[pieces] position after the last one."""
     images: np.ndarray
-    """[pieces] images of the piece; of images that are cut into tiles, tiles."""
+    """[pieces] images of the piece, or tiles if images are cut into tiles."""
     position: np.ndarray
-    """[pieces] where in the source's endless stream the piece's document stands; in every epoch elsewhere."""
+    """[pieces] position of the piece's document in the source's endless stream; different in every epoch."""
     is_whole: np.ndarray
     """[pieces] bool: the piece is a whole document."""
     starts: np.ndarray
@@ -63,24 +63,23 @@ class Window:
 
 @dataclass(frozen=True)
 class DocumentImages:
-    """Where the images of a document's stream are."""
+    """Positions of the images in a document's stream."""
 
     starts: np.ndarray
-    """[images] int64: first place of each, with what stands before its features."""
+    """[images] int64: first position of each image, including the tokens before its features."""
     tiles: np.ndarray
     """[images] int64."""
     ends: np.ndarray
-    """[images] int64: place after the last one of each."""
+    """[images] int64: position after the last one of each image."""
     length: int
-    """Places of the whole stream."""
+    """Tokens of the whole stream."""
 
 
 def pack_window(source: Source, samples: Samples, limits: Limits, image: ImageInput, *, seed: int, first_position: int = 0) -> Window:
-    """Pack samples into few, full sequences, which come out in a random order.
+    """Pack samples of a source into few, full sequences, in random order.
 
     Args:
-        samples: of the source.
-        first_position: where in the source's stream the first of them stands.
+        first_position: position of the first sample in the source's stream.
 
     Raises ValueError if an image may be too large for a sequence.
     """
@@ -118,7 +117,7 @@ def pack_window(source: Source, samples: Samples, limits: Limits, image: ImageIn
 
 
 def check_largest_image(limits: Limits, image: ImageInput) -> None:
-    """Raise ValueError where an image may be too large for any sequence."""
+    """Raise ValueError if an image may be too large for any sequence."""
     largest = image.places_around + image.tokens * image.max_tiles
     if largest > limits.sequence_length:
         of_tiles = f" of {image.max_tiles} {image.squares}" if image.max_tiles > 1 else ""
@@ -134,12 +133,12 @@ def check_largest_image(limits: Limits, image: ImageInput) -> None:
 
 
 def _fewer_tiles(image: ImageInput) -> str:
-    """The field that says how many tiles an image becomes."""
+    """Name of the configuration field that limits the tiles of an image."""
     return "data.max_tiles" if image.sub_images is None else "model.sub_images.grid"
 
 
 def _split(images: DocumentImages, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
-    """Where a long document is cut ([pieces + 1] places) and how many tiles each piece has."""
+    """Cut a long document into pieces: returns their boundaries, [pieces + 1] positions, and the number of tiles of each piece."""
     cuts = [0]
     held = []
     while cuts[-1] < images.length:
@@ -147,7 +146,7 @@ def _split(images: DocumentImages, limits: Limits) -> tuple[np.ndarray, np.ndarr
         end = min(begin + limits.sequence_length, images.length)
         first, after = np.searchsorted(images.starts, [begin, end]).tolist()
         fits = (images.ends[first:after] <= end) & (np.cumsum(images.tiles[first:after]) <= limits.max_images)
-        fitting = min(int(fits.sum()), limits.images_of_a_document)  # what does not fit follows what does
+        fitting = min(int(fits.sum()), limits.images_of_a_document)  # images that fit come before those that do not
         if fitting < after - first:
             end = int(images.starts[first + fitting])
         held.append(int(images.tiles[first : first + fitting].sum()))
@@ -156,7 +155,7 @@ def _split(images: DocumentImages, limits: Limits) -> tuple[np.ndarray, np.ndarr
 
 
 def document_lengths(samples: Samples, image: ImageInput) -> np.ndarray:
-    """Tokens of the documents' streams: [samples] int64."""
+    """Return the number of tokens in each document's stream: [samples] int64."""
     return BEGIN_AND_END + samples.text_tokens + image.places_around * samples.num_images + image.tokens * samples.num_tiles
 
 
@@ -166,7 +165,7 @@ def _without_images(length: int) -> DocumentImages:
 
 
 def document_images(source: Source, row: int, image: ImageInput) -> DocumentImages:
-    """The images of one document."""
+    """Return the positions of the images in one document."""
     items = source.items(row)
     sizes = _sizes(items, image, row)
     ends = 1 + np.cumsum(sizes)
@@ -179,9 +178,11 @@ def document_images(source: Source, row: int, image: ImageInput) -> DocumentImag
 
 
 def supervised_tokens(source: Source, row: int, image: ImageInput) -> np.ndarray:
-    """Which tokens of a document's stream are supervised as labels, as far as its items say: [tokens] bool. BOS never is, EOS is where the
-    last item is, unless the chat template ends answers otherwise (`ChatTemplate.supervises_eos`). That images themselves are not is
-    `ImageInput.silent_from`'s matter."""
+    """Return which tokens of a document's stream are supervised according to its items: [tokens] bool.
+
+    BOS never is. EOS is if the last item is, unless the chat template ends answers with another token (`ChatTemplate.supervises_eos`).
+    Image tokens are not masked here (see `ImageInput.silent_from`).
+    """
     items = source.items(row)
     supervises_eos = source.chat_template is None or chat_template(source.chat_template).supervises_eos
     return np.concatenate([[False], np.repeat(items.supervised, _sizes(items, image, row)), items.supervised[-1:] & supervises_eos])

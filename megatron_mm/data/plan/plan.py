@@ -25,14 +25,14 @@ from megatron_mm.data.sources.source import Source
 
 @dataclass(frozen=True)
 class PlanState:
-    """The cursor: how many sequences each source has given, and where in its stream it stands."""
+    """The cursor: number of sequences drawn from each source, and its position in the source's stream."""
 
     drawn: tuple[int, ...]
-    """Sequences of each source so far."""
+    """Number of sequences drawn from each source so far."""
     window: tuple[int, ...]
-    """Window of each source's stream that its next sequence comes from."""
+    """For each source, the window of its stream that contains its next sequence."""
     next_sequence: tuple[int, ...]
-    """Sequences of that window that are used up."""
+    """For each source, the number of the next sequence within that window."""
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(values) for name, values in asdict(self).items()}
@@ -52,7 +52,7 @@ class PackedSequence:
     last: int
     num_tokens: int
     num_images: int
-    """Images; of images that are cut into tiles, tiles."""
+    """Number of images, or of tiles if images are cut into tiles."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -66,16 +66,16 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One global batch: its sequences, and how they form micro-batches."""
+    """One global batch."""
 
     sequences: list[PackedSequence]
     batching: Batching
-    """How they form micro-batches."""
+    """How the sequences are grouped into micro-batches."""
     next_state: PlanState
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens, image tokens included and padding not."""
+        """Number of tokens, including image tokens but not padding."""
         return sum(sequence.num_tokens for sequence in self.sequences)
 
     @cached_property
@@ -84,21 +84,21 @@ class GlobalBatch:
 
     @cached_property
     def works(self) -> list[Work]:
-        """Of each sequence."""
+        """Work of each sequence."""
         return [sequence.work for sequence in self.sequences]
 
     @cached_property
     def sum_squared_lengths(self) -> int:
-        """Sum over documents of their squared length: what attention costs grow with."""
+        """Sum over documents of the squared length, to which the cost of attention is proportional."""
         return sum(work.squares for work in self.works)
 
     @property
     def fill(self) -> float:
-        """Tokens of the sequences over the tokens that they could hold."""
+        """Fraction of the sequences' capacity that is filled with tokens."""
         return self.num_tokens / (len(self.sequences) * self.batching.sequence_length)
 
     def micro_batches_of(self, data_rank: int, data_size: int) -> list[list[PackedSequence]]:
-        """The micro-batches of a data-parallel rank; see `Batching.micro_batches`."""
+        """Return the micro-batches of a data-parallel rank (see `Batching.micro_batches`)."""
         mine = self.batching.micro_batches(self.works, data_size)[data_rank]
         return [[self.sequences[i] for i in group] for group in mine]
 
@@ -141,12 +141,12 @@ class Plan:
         check_largest_image(limits, image)
 
     def initial_state(self) -> PlanState:
-        """The cursor before the first batch."""
+        """Return the cursor before the first batch."""
         zeros = (0,) * len(self.indexes)
         return PlanState(drawn=zeros, window=zeros, next_sequence=zeros)
 
     def batch(self, state: PlanState) -> GlobalBatch:
-        """The global batch at a cursor, with the cursor after it."""
+        """Return the global batch at a cursor; its `next_state` is the cursor after it."""
         drawn, window, used = list(state.drawn), list(state.window), list(state.next_sequence)
         sequences = []
         for source in choose_sources(self.weights, drawn, self.global_batch_size):
@@ -175,7 +175,7 @@ class Plan:
         )
 
     def _window(self, source: int, number: int) -> Window:
-        """A packed window; the last one of each source is kept, since sequences come from it one after another."""
+        """Return a packed window. The last window of each source is kept, because sequences are taken from it one after another."""
         kept = self._windows.get(source)
         if kept is None or kept[0] != number:
             first = number * self.packing_window
@@ -190,7 +190,7 @@ class Plan:
         return self.seed * 1_000_003 + source
 
     def describe(self, batch: GlobalBatch) -> Iterator[str]:
-        """Lines about a global batch, for a person."""
+        """Describe a global batch in lines of text."""
         pictures = self.image.squares
         micro_batches = batch.micro_batches_of(0, 1)
         yield (
@@ -207,16 +207,16 @@ class Plan:
 
 
 def image_owners(num_images: int, tensor_size: int) -> np.ndarray:
-    """The tensor-parallel rank that decodes and encodes each image of a micro-batch; all images cost the same: [num_images]."""
+    """Return the tensor-parallel rank that decodes and encodes each image of a micro-batch: [num_images]. All images cost the same."""
     return np.arange(num_images, dtype=np.int64) % tensor_size
 
 
 def encoding_stages(owners: Sequence[np.ndarray], *, stages: int) -> list[np.ndarray]:
-    """The pipeline rank that encodes each image of a step, for each micro-batch.
+    """Return the pipeline rank that encodes each image of a step, for each micro-batch.
 
-    What a tensor-parallel rank encodes in a step is cut in equal runs. Worked example: 2 stages, owners [0, 1, 0] and [0]: rank 0 has
-    images 0 and 2 of the first micro-batch and one of the second, so 0 and 2 go to stage 0 and the last to stage 1; rank 1 has one image,
-    for stage 0: [0, 0, 0] and [1].
+    The images that a tensor-parallel rank encodes in a step are split into equal runs, one for each stage. Worked example: 2 stages, owners
+    [0, 1, 0] and [0]. Rank 0 has images 0 and 2 of the first micro-batch and one of the second: the first two go to stage 0, the last to
+    stage 1. Rank 1 has one image, which goes to stage 0. The result is [0, 0, 0] and [1].
 
     Args:
         owners: for each micro-batch of a data-parallel rank, the tensor-parallel rank of each image.
@@ -230,8 +230,8 @@ def encoding_stages(owners: Sequence[np.ndarray], *, stages: int) -> list[np.nda
 
 
 def tile_owners(num_tiles: int, tensor_size: int) -> np.ndarray:
-    """The rank that encodes each tile of a micro-batch: [num_tiles]. Neighbours go to one rank, so that few images are decoded by two.
+    """Return the tensor-parallel rank that encodes each tile of a micro-batch: [num_tiles].
 
-    Worked example: 7 tiles to 3 ranks: 0 0 0 1 1 2 2.
+    Neighbouring tiles go to the same rank, so that few images are decoded by two ranks. Worked example: 7 tiles on 3 ranks: 0 0 0 1 1 2 2.
     """
     return np.arange(num_tiles, dtype=np.int64) * tensor_size // max(1, num_tiles)

@@ -17,23 +17,23 @@ from __future__ import annotations
 import numpy as np
 
 _BAND = 0.8
-"""Costs of a band, in parts of its largest. On MM1's mixture (mm1_30b, 32 ranks): from 0.78 to 0.82 images are as level as when cost
-is ignored (the largest of each round 1.045 of the mean) and cost stays within 1.02; bands of 0.95 leave images at 1.12."""
+"""Lowest cost in a band, as a fraction of its highest. On MM1's mixture (mm1_30b, 32 ranks), values from 0.78 to 0.82 balance images as
+well as if cost were ignored (the largest of each round is 1.045 times the mean) and keep cost within 1.02; 0.95 leaves images at 1.12."""
 _LEVEL = 1 << 16
-"""The mean of what is leveled; sums are scaled to it, so that their squares fit into 64 bits."""
+"""Mean over ranks to which each load is scaled, so that squares of its sums fit into 64 bits."""
 _GOOD = _LEVEL + _LEVEL // 100
 _MOST_SWAPS = 100
 
 
 def deal(images: np.ndarray, cost: np.ndarray, attention: np.ndarray, *, data_size: int) -> np.ndarray:
-    """The micro-batch of each rank in each round: [rounds, data_size] int64. The costliest come first.
+    """Return the micro-batch of each rank in each round: [rounds, data_size] int64. The costliest come first.
 
     Args:
-        images, cost, attention: [micro-batches] int64 images, cost, and the part of attention in it, each in its own unit.
-        data_size: data-parallel ranks; divides the number of micro-batches.
+        images, cost, attention: [micro-batches] int64: images, total cost, and cost of attention, each in its own unit.
+        data_size: number of data-parallel ranks; divides the number of micro-batches.
     """
     rounds = _rounds(images, cost, data_size)
-    # First the attention alone: costliest to the rank that has least so far, and rounds in which it differs most before others.
+    # First balance attention alone: the costliest goes to the rank with the least so far. Rounds in which it differs most are dealt first.
     total = np.zeros(data_size, dtype=np.int64)
     dealt = np.empty_like(rounds)
     for number in np.argsort(-np.ptp(attention[rounds], axis=1), kind="stable"):
@@ -45,7 +45,7 @@ def deal(images: np.ndarray, cost: np.ndarray, attention: np.ndarray, *, data_si
 
 
 def _rounds(images: np.ndarray, cost: np.ndarray, data_size: int) -> np.ndarray:
-    """[rounds, data_size]."""
+    """Group micro-batches of similar cost and images into rounds: [rounds, data_size]."""
     order = np.lexsort((-images, -cost))
     rounds, first = [], 0
     while first < len(order):
@@ -65,11 +65,11 @@ def _scaled(load: np.ndarray, data_size: int) -> np.ndarray:
 
 
 def _level(dealt: np.ndarray, loads_lkd: np.ndarray) -> None:
-    """Swap micro-batches of a round between the rank with most work and another, as long as that brings the sums closer to each other.
+    """Swap micro-batches of a round between the rank with the most work and another, as long as that brings the ranks' sums closer.
 
     Args:
-        dealt: [rounds, data_size], changed in place.
-        loads_lkd: [loads, rounds, data_size] of those, changed likewise.
+        dealt: [rounds, data_size] micro-batches; changed in place.
+        loads_lkd: [loads, rounds, data_size] their loads; changed in place.
     """
     sums_ld = loads_lkd.sum(axis=1)
     for _ in range(_MOST_SWAPS):
@@ -78,7 +78,7 @@ def _level(dealt: np.ndarray, loads_lkd: np.ndarray) -> None:
         if most[rank] <= _GOOD:
             return
         moved_lkd = loads_lkd - loads_lkd[:, :, rank : rank + 1]
-        # Of (a + m)^2 + (b - m)^2 - a^2 - b^2 half: m (a - b + m).
+        # Half of (a + m)^2 + (b - m)^2 - a^2 - b^2 is m (a - b + m).
         change_kd = (moved_lkd * (sums_ld[:, rank, None, None] - sums_ld[:, None, :] + moved_lkd)).sum(axis=0)
         number, other = divmod(int(change_kd.argmin()), change_kd.shape[1])
         if change_kd[number, other] >= 0:

@@ -27,16 +27,16 @@ from megatron_mm.data.plan.mixture import permute, stream_keys
 from megatron_mm.data.sources.source import Source
 
 RUN = 4096
-"""Neighbouring samples that stay in one block."""
+"""Number of neighbouring samples that stay in the same block."""
 RUNS_PER_BLOCK = 256
 BLOCK = RUN * RUNS_PER_BLOCK
-"""Samples of a block, about; at most so many are one block by themselves."""
+"""Approximate number of samples in a block. A source with no more samples than this is a single block."""
 _EPOCHS_KEPT, _BLOCKS_KEPT = 2, 2
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Some samples of a source, and what packing must know of them."""
+    """Some samples of a source, with their sizes for packing."""
 
     rows: np.ndarray
     """[samples] int64: rows of the source, possibly repeated."""
@@ -45,20 +45,20 @@ class Samples:
     num_images: np.ndarray
     """[samples] int64."""
     num_tiles: np.ndarray
-    """[samples] int64: tiles of all images; without tiling an image is its only tile."""
+    """[samples] int64: tiles of all images of a sample; without tiling, an image is one tile."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 def samples_of(source: Source, rows: np.ndarray, image: ImageInput) -> Samples:
-    """The sizes of these rows."""
+    """Return these rows with their sizes."""
     sizes = source.sizes(rows)
     return Samples(rows, sizes.text_tokens, sizes.num_images, document_tiles(source, rows, image))
 
 
 def document_tiles(source: Source, rows: np.ndarray | slice, image: ImageInput) -> np.ndarray:
-    """Tiles of all images of each document: [rows] int64."""
+    """Return the total number of tiles of each document's images: [rows] int64."""
     sizes = source.sizes(rows)
     if image.tiling is not None:
         images = source.image_sizes(rows)
@@ -72,7 +72,7 @@ def document_tiles(source: Source, rows: np.ndarray | slice, image: ImageInput) 
 
 
 class _Epoch:
-    """The order of an epoch: which runs make up which block."""
+    """The order of an epoch: the runs of each block."""
 
     def __init__(self, number: int, *, num_samples: int, seed: int) -> None:
         self.number = number
@@ -83,11 +83,11 @@ class _Epoch:
         if num_blocks > 1:
             self.runs = np.random.default_rng((seed, number)).permutation(num_runs)
         self.first_run = np.arange(num_blocks + 1) * num_runs // num_blocks
-        """[blocks + 1] first run of each block, in `runs`."""
+        """[blocks + 1] index in `runs` of each block's first run."""
         self.sizes = np.minimum(RUN, num_samples - self.runs * RUN)
-        """[runs] samples of each; the last run of the source may be short."""
+        """[runs] number of samples in each run; the last run of the source may be shorter."""
         self.first_place = np.concatenate([[0], np.cumsum(self.sizes)])[self.first_run]
-        """[blocks + 1] where each block begins in the epoch."""
+        """[blocks + 1] position in the epoch at which each block begins."""
 
     @property
     def num_blocks(self) -> int:
@@ -107,7 +107,7 @@ class _Block:
         self.loaded = 0
 
     def load(self, count: int) -> None:
-        """Read the sizes of the first `count` runs, as far as they have not been read."""
+        """Read the sizes of the first `count` runs, except runs that were already read."""
         for number in range(self.loaded, min(count, len(self.runs))):
             first, size = int(self.runs[number]) * RUN, int(self.starts[number + 1] - self.starts[number])
             rows, mine = slice(first, first + size), slice(int(self.starts[number]), int(self.starts[number + 1]))
@@ -118,14 +118,14 @@ class _Block:
             self.loaded = number + 1
 
     def samples(self, places: np.ndarray) -> Samples:
-        """Those at these places of the block."""
+        """Return the samples at these positions of the block."""
         run = np.searchsorted(self.starts, places, side="right") - 1
         rows = self.runs[run] * RUN + places - self.starts[run]
         return Samples(rows, *(column[places].astype(np.int64) for column in (self.text_tokens, self.num_images, self.num_tiles)))
 
 
 class SampleStream:
-    """The endless stream of a source: a pure function of (source, seed, position). It keeps only what it would read again."""
+    """The endless stream of a source: a pure function of (source, seed, position). It caches only what it would otherwise read again."""
 
     def __init__(self, source: Source, image: ImageInput, *, seed: int) -> None:
         self.source, self.image, self.seed = source, image, seed
@@ -133,7 +133,7 @@ class SampleStream:
         self._blocks: OrderedDict[tuple[int, int], _Block] = OrderedDict()
 
     def read(self, first: int, count: int) -> Samples:
-        """The samples at positions [first, first + count)."""
+        """Return the samples at positions [first, first + count)."""
         parts, position, stop = [], first, first + count
         while position < stop:
             epoch_number, place = divmod(position, len(self.source))
@@ -155,7 +155,7 @@ class SampleStream:
         return block.samples(permute(places, size=size, keys=np.full(len(places), key)))
 
     def _read_ahead(self, epoch: _Epoch, number: int, *, part: float) -> None:
-        """Read of the next block as large a part as is used up of this one."""
+        """Read the same fraction of the next block's sizes as is already used of this block."""
         if epoch.num_blocks == 1:
             return
         last = number + 1 == epoch.num_blocks
@@ -170,7 +170,7 @@ class SampleStream:
         return self._epochs[number]
 
     def _block(self, epoch: _Epoch, number: int) -> _Block:
-        # Of a source of one block all epochs are the same rows in the same order, so their sizes are read once.
+        # In a source of one block, a block holds the same rows in the same order in every epoch, so their sizes are read once.
         key = (epoch.number if epoch.num_blocks > 1 else 0, number)
         if key not in self._blocks:
             self._blocks[key] = _Block(self.source, self.image, epoch, number)
