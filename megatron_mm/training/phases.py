@@ -1,17 +1,17 @@
 """The time of a step on this process by phase, measured without waiting for the device.
 
 megatron-core starts and stops named timers around each forward pass, backward pass, message between stages and gradient reduction
-(`config.timers`), and `StepClock` takes the place of these timers. On a CPU a phase's time is the processor's clock. On a GPU it is between
-two events of the stream, which are read once the step's one message has come: the device has then passed them, so nothing waits. The
-update is still under way at that time, so on a GPU the `optimizer` of a step is that of the step before.
+(`config.timers`), and `StepClock` takes the place of these timers. On a CPU, phases are timed with the host's clock. On a GPU, the time is
+measured between two events of the stream. They are read after the step's single message has arrived: the device has then passed them, so
+nothing waits. The update is still running at that time, so on a GPU the `optimizer` time of a step is that of the previous step.
 
     data        wait for this process's own images and texts
-    share       texts go from the process that read them to the others of its model copy
-    encoder     forward and backward of the image encoder, where it stands beside the pipeline (`training.spread_encoder`)
-    forward, backward   of all micro-batches; messages inside the layers (tensor and expert parallelism) are within them
-    p2p         wait for, and messages to, other pipeline stages. Where stages interleave on a GPU this overlaps with the passes and the
-                wait is in `other`
-    reduce      gradients over data parallelism, as far as the backward pass did not hide it, and the step's one message
+    share       sending texts from the process that read them to the others of its model copy
+    encoder     forward and backward of the image encoder, if it is spread over all pipeline ranks (`training.spread_encoder`)
+    forward, backward   passes of all micro-batches, including messages inside the layers (tensor and expert parallelism)
+    p2p         messages to other pipeline stages, and the wait for them. Where stages interleave on a GPU, this overlaps with the passes
+                and the wait is in `other`
+    reduce      reduction of gradients over data parallelism, unless hidden by the backward pass, and the step's single message
     optimizer   gradient norm, update, gather of parameters
     other       the rest of the step
 """
@@ -45,7 +45,7 @@ class StepClock:
         self._waits: dict[str, _Timer] = {name: self._timer() for name in PASSES}
 
     def watch(self, model: Sequence[torch.nn.Module]) -> None:
-        """Be the timers of these chunks' schedules."""
+        """Install this clock as the timers of these chunks' schedules."""
         for chunk in model:
             config = get_model_config(chunk)
             config.timers = self
@@ -61,7 +61,7 @@ class StepClock:
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             if beside is not None:
-                beside.backward()  # its work and its messages are phases of their own; the reduction then finds it done
+                beside.backward()  # timed as phases of its own; when the reduction calls it again, it does nothing
             with self.phase("reduce"):
                 return finalize(*args, **kwargs)
 
@@ -69,7 +69,7 @@ class StepClock:
         return timed
 
     def __call__(self, name: str, log_level: int | None = None) -> Any:
-        """The timer that megatron-core asks for by its name. Its own ones inside the reduction of gradients are part of ours."""
+        """Return the timer that megatron-core requests by name. Its timers inside the reduction of gradients are part of our `reduce`."""
         if name == "forward-compute":
             return self._timers["forward"]
         if name == "backward-compute":
@@ -78,7 +78,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
+        """Time the enclosed code as part of a phase."""
         timer = self._timers[name]
         timer.start()
         try:
@@ -87,27 +87,27 @@ class StepClock:
             timer.stop()
 
     def begin_step(self) -> None:
-        """Forget what was timed outside of steps, such as evaluations."""
+        """Discard times measured outside of steps, such as evaluations."""
         for name, timer in self._timers.items():
             timer.clear(keep_pending=name == "optimizer")
 
     def end_step(self, *, seconds: float, data: float, share: float) -> dict[str, float]:
-        """Seconds of each phase of the step that has ended; they sum to `seconds`, unless phases of the device overlap with the host's."""
+        """Return the seconds of each phase of the finished step. They sum to `seconds`, unless device phases overlap with host phases."""
         found = {name: timer.take() for name, timer in self._timers.items()}
         found["data"], found["share"] = data, share
         found["other"] = max(0.0, seconds - sum(found.values()))
         return found
 
     def wait_timer(self) -> PassWaits:
-        """A timer of what passes wait for (`platform.message_times`): it counts for the pass that is under way."""
+        """Return a timer of the waits inside passes (`platform.message_times`); it counts for the current pass."""
         return PassWaits(self._timers, self._waits)
 
     def take_waits(self) -> dict[str, float]:
-        """Seconds of the step that has ended, by pass, in which `wait_timer` ran."""
+        """Return the seconds during which `wait_timer` ran in the finished step, by pass."""
         return {name: timer.take() for name, timer in self._waits.items()}
 
     def name_ranges(self, new: Callable[[str], Any] | None) -> None:
-        """Make each phase that is timed from here on a range of a trace: a context manager that `new(phase)` returns. None makes none."""
+        """From now on, also enter the context manager `new(phase)` during each phase, to mark it in a trace; None turns this off."""
         plain = {name: timer.timer if isinstance(timer, _Named) else timer for name, timer in self._timers.items()}
         self._timers = plain if new is None else {name: _Named(timer, partial(new, name)) for name, timer in plain.items()}
 
@@ -116,7 +116,7 @@ class StepClock:
 
 
 class _Timer:
-    """Seconds between starts and stops, on the processor's clock."""
+    """Sums the seconds between starts and stops, on the host's clock."""
 
     def __init__(self) -> None:
         self._total, self._began = 0.0, 0.0
@@ -139,7 +139,7 @@ class _Timer:
 
 
 class _EventTimer(_Timer):
-    """Seconds between events of the current stream, which are made once and used again."""
+    """Sums the seconds between events of the current stream; events are reused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class _EventTimer(_Timer):
             self._pairs = []
 
     def take(self) -> float:
-        """Of the pairs that the device has passed; the others are taken the next time."""
+        """Return the seconds of the event pairs that the device has passed; the others count in the next call."""
         total, pending = 0.0, []
         for begin, end in self._pairs:
             if end.query():
@@ -179,7 +179,7 @@ class _EventTimer(_Timer):
 
 
 class _Named(_Timer):
-    """A timer that opens a range while it runs."""
+    """A timer that also opens a range of a trace while it runs."""
 
     def __init__(self, timer: _Timer, new: Callable[[], Any]) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class _Named(_Timer):
 
 
 class PassWaits:
-    """Runs the timer of the waits of the pass that is under way; outside of passes none."""
+    """Runs the wait timer of the current pass; outside of passes it does nothing."""
 
     def __init__(self, passes: dict[str, _Timer], waits: dict[str, _Timer]) -> None:
         self._passes, self._waits = passes, waits
@@ -222,7 +222,7 @@ class PassWaits:
 
 
 class _Nothing:
-    """A timer that does not time."""
+    """A timer that measures nothing."""
 
     def start(self, barrier: bool = False) -> None:
         pass

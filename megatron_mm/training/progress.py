@@ -8,34 +8,34 @@ from collections.abc import Iterator
 
 
 class Progress:
-    """The step and phase that this process is in, and since when. A mark costs two assignments and a look at the clock.
+    """The step and phase that this process is in, and since when. A mark costs two assignments and a clock read.
 
-    The clock is monotonic: what somebody sets the machine's time to changes nothing.
+    The clock is monotonic, so changes of the machine's time do not matter.
     """
 
     def __init__(self) -> None:
         self.step = 0
-        """In hand, counted from 1; 0 before the first."""
+        """Current step, counted from 1; 0 before the first."""
         self.phase = "start"
         self.marked = time.monotonic()
-        """When the process last gave a sign of progress."""
+        """Time of the last sign of progress."""
         self.patience = 0.0
-        """Seconds that the phase in hand may take at least, however impatient the watchdog is."""
+        """Seconds that the watchdog must allow without a mark, even if its own limit is lower."""
 
     def enter(self, phase: str, *, step: int | None = None) -> None:
-        """A phase begins."""
+        """Mark the beginning of a phase."""
         if step is not None:
             self.step = step
         self.phase = phase
         self.marked = time.monotonic()
 
     def beat(self) -> None:
-        """The phase in hand goes on."""
+        """Mark progress within the current phase."""
         self.marked = time.monotonic()
 
     @contextlib.contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
-        """What is done inside may take so long without a mark."""
+        """Allow the enclosed code to take this long without a mark."""
         before, self.patience = self.patience, max(seconds, self.patience)
         self.beat()
         try:

@@ -1,15 +1,15 @@
-"""All pipeline ranks encode a share of a step's images, before the pipeline begins.
+"""Spreads the image encoder: every pipeline rank encodes a share of a step's images before the pipeline begins.
 
     rank 0   encode | receive features | F0 F1 B0 F2 B1 ...  | send gradients | backward of the encoder
     rank 1   encode | send features    |    F0 B0 F1 B1 ...  | receive them   | backward of the encoder
 
-Where only the first stage encodes, the others wait for it at every micro-batch with many images. Here each rank encodes as many as any
-other, many at once. All processes know from the plan who encodes what, so messages need no sizes. The encoder is replicated on all
-processes of the run: its gradients are reduced over all of them, and a distributed optimizer cuts its state over all of them.
+If only the first stage encodes, the other stages wait for it at every micro-batch with many images. Here all ranks encode equally many
+images, many at a time. The plan tells all processes which rank encodes which image, so messages need no sizes. The encoder is replicated on
+all processes of the run: its gradients are reduced over all of them, and a distributed optimizer shards its state over all of them.
 
-Worked example, 2 pipeline ranks, 3 images of one tensor-parallel rank in two micro-batches: rank 0 encodes images 0 and 1, of the first
-micro-batch, and rank 1 image 2, of the second. Rank 1 sends the features of image 2 to rank 0, whose first stage gets [0, 1] with the
-first micro-batch and [2] with the second, as leaves of the graph. After the pipeline rank 0 sends the gradient of leaf [2] back.
+Worked example: 2 pipeline ranks, and 3 images of one tensor-parallel rank in two micro-batches. Rank 0 encodes images 0 and 1 of the first
+micro-batch, and rank 1 encodes image 2 of the second. Rank 1 sends the features of image 2 to rank 0, whose first stage gets [0, 1] with
+the first micro-batch and [2] with the second, as leaves of the graph. After the pipeline, rank 0 sends the gradient of leaf [2] back.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from megatron_mm.platform.device import send
 
 @dataclass
 class _Encoded:
-    """What of a step waits for its backward pass."""
+    """The tensors of a step that are kept for the encoder's backward pass."""
 
     own: list[torch.Tensor]
     """This process's features, with their graphs."""
     leaves: list[torch.Tensor]
-    """On the first stage, for each micro-batch, all features of this tensor-parallel rank's share."""
+    """On the first stage, for each micro-batch: all features of this tensor-parallel rank's share."""
     order: torch.Tensor
-    """On the first stage, on the device: for each of these, its place among the features of pipeline ranks 0, 1, ... one after another."""
+    """On the first stage, on the device: position of each of these features in the concatenation over pipeline ranks 0, 1, ..."""
     counts: list[int]
     """Images that each pipeline rank encoded for this tensor-parallel rank."""
 
 
 def spread_encoder(model: Sequence[torch.nn.Module]) -> SpreadEncoder | None:
-    """The encoder that stands beside this process's pipeline chunks; None if the first stage has it."""
+    """Return the spread encoder of this process, or None if the encoder is part of the first stage."""
     chunk = getattr(model[0], "module", model[0])
     found: SpreadEncoder | None = getattr(chunk, "spread_encoder", None)
     return found
 
 
 def wrapped_modules(model: Sequence[DistributedDataParallel]) -> list[DistributedDataParallel]:
-    """All that this process holds parameters in: its pipeline chunks, and the encoder where it stands beside them."""
+    """Return all modules of this process that hold parameters: its pipeline chunks, and the spread encoder if there is one."""
     spread = spread_encoder(model)
     return [*model] if spread is None else [*model, spread.wrapped]
 
 
 class SpreadEncoder:
-    """The encoder that this process holds, whatever its pipeline stage."""
+    """The image encoder that every process holds, on any pipeline stage."""
 
     def __init__(self, wrapped: DistributedDataParallel, *, tensor_rank: int) -> None:
         """
@@ -67,9 +67,9 @@ class SpreadEncoder:
         self.wrapped = wrapped
         self.tensor_rank = tensor_rank
         self.trained = any(parameter.requires_grad for parameter in wrapped.module.parameters())
-        """Some parameter is trainable, so that gradients travel back; the same on all processes."""
+        """True if any parameter is trainable, so gradients must be sent back; the same on all processes."""
         self.phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
-        """Times what happens inside (`training.phases`)."""
+        """Context manager that times a phase (`training.phases`)."""
         self._waiting: _Encoded | None = None
 
     @property
@@ -79,14 +79,14 @@ class SpreadEncoder:
         return encoder
 
     def encode(self, batches: Sequence[PackedBatch], *, device: torch.device) -> list[torch.Tensor | None]:
-        """Encode this process's images of a step, or of a validation step, and bring all features to the first stage.
+        """Encode this process's images of a training or validation step, and send all features to the first stage.
 
         Args:
             batches: the micro-batches of a step, with `image_stages`.
 
         Returns:
-            For each micro-batch on the first stage, features [num_owned, tokens, width] of all images that this tensor-parallel rank owns;
-            None on other stages.
+            For each micro-batch, on the first stage the features [num_owned, tokens, width] of all images that this tensor-parallel rank
+            owns; on other stages None.
         """
         group = parallel_state.get_pipeline_model_parallel_group()
         with self.phase("encoder"):
@@ -109,8 +109,8 @@ class SpreadEncoder:
         return list(leaves)
 
     def backward(self) -> None:
-        """After the pipeline's last backward pass: bring gradients to who encoded, and run the encoder's own backward pass. Does nothing
-        when called again."""
+        """After the pipeline's last backward pass, send each gradient to the rank that encoded the image, and run the encoder's backward
+        pass. A second call does nothing."""
         encoded, self._waiting = self._waiting, None
         if encoded is None or not self.trained:
             return
@@ -126,19 +126,19 @@ class SpreadEncoder:
     # ------------------------------------------------------------------------------------------------------------- messages
 
     def _pixels(self, batches: Sequence[PackedBatch], device: torch.device) -> Iterator[torch.Tensor]:
-        """This process's images of all micro-batches, a few at a time, on its device."""
+        """Yield this process's images of all micro-batches, a few at a time, on its device."""
         shares = [batch.pixels for batch in batches if batch.pixels is not None and len(batch.pixels)]
-        # Each from its own pinned memory: put together before, they would lie in memory that a copy to the device waits for.
+        # Each is copied from its own pinned memory: concatenated first, they would be in unpinned memory, and the copy would block.
         found = [pixels.to(device, non_blocking=True) for pixels in shares]
         yield from torch.cat(found).split(IMAGES_AT_ONCE) if found else ()
 
     def _stages(self, batch: PackedBatch) -> torch.Tensor:
-        """[num_owned]: the pipeline rank that encodes each image of this tensor-parallel rank's."""
+        """Return [num_owned]: for each image of this tensor-parallel rank, the pipeline rank that encodes it."""
         assert batch.image_stages is not None, "the loader says who encodes"
         return batch.image_stages[batch.image_owners == self.tensor_rank]
 
     def _gather(self, own: list[torch.Tensor], counts: list[int], group: dist.ProcessGroup, device: torch.device) -> torch.Tensor | None:
-        """On the first stage all features [sum of counts, tokens, width], in the order of pipeline ranks; None elsewhere."""
+        """Return all features [sum of counts, tokens, width], in the order of pipeline ranks, on the first stage; None elsewhere."""
         rank = group.rank()
         mine = torch.cat([features.detach() for features in own]) if own else self._empty(0, device)
         assert len(mine) == counts[rank], f"{len(mine)} images were read and {counts[rank]} planned"
@@ -150,7 +150,7 @@ class SpreadEncoder:
         return torch.cat(parts)
 
     def _scatter(self, encoded: _Encoded, group: dist.ProcessGroup) -> torch.Tensor:
-        """The gradients of this process's features."""
+        """Send each pipeline rank its gradients, and return the gradients of this process's features."""
         rank, device = group.rank(), self._device
         if rank:
             gradients = self._empty(encoded.counts[rank], device)

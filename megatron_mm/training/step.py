@@ -33,19 +33,19 @@ from megatron_mm.training.spread_encoder import spread_encoder, wrapped_modules
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a training step computed; the same on every process."""
+    """Results of a training step; the same on every process."""
 
     losses: LossTotals
     update: Update
     lr: float
     routing: RoutingStats | None = None
-    """Of sparse layers; None for a dense model."""
+    """Routing statistics of the sparse layers; None for a dense model."""
     told: tuple[float, ...] = ()
-    """Sums over all processes of what each told (`TrainingStep.run`)."""
+    """Sums over all processes of the numbers from `tell` (`TrainingStep.run`)."""
 
 
 class TrainingStep:
-    """Runs steps on this process's part of the model; without an optimizer it only evaluates."""
+    """Runs steps on this process's part of the model; without an optimizer it can only evaluate."""
 
     def __init__(
         self,
@@ -60,8 +60,8 @@ class TrainingStep:
     ) -> None:
         """
         Args:
-            clock: times the phases of a step; None times none.
-            progress: kept up to date, for a watchdog.
+            clock: times the phases of a step; None for no timing.
+            progress: updated as the step proceeds, for a watchdog.
         """
         self.clock = clock
         self.experiment = experiment
@@ -75,14 +75,14 @@ class TrainingStep:
     def run(self, micro_batches: list[PackedBatch], *, step: int, tell: Callable[[], Sequence[float] | torch.Tensor] = tuple) -> StepResult:
         """Train on one global batch.
 
-        All that processes tell each other about a step (losses, the gradient's norm, what routers recorded, `tell`) is one message, and
-        reading it is the only time that this process waits for its device.
+        All sums over processes (losses, gradient norm, routing records, the numbers from `tell`) use a single message, and reading its
+        result is the only time that this process waits for its device.
 
         Args:
-            micro_batches: this process's.
-            step: counted from 1.
-            tell: called when the passes are under way and gradients ready: numbers to be summed over all processes, or a float64 tensor
-                of them on the device.
+            micro_batches: the micro-batches of this process.
+            step: number of the step, counted from 1.
+            tell: called after the passes, when gradients are ready. Returns numbers to sum over all processes: floats, or a float64 tensor
+                on the device.
         """
         assert self.optimizer is not None, "training needs an optimizer"
         config = self.experiment.optimizer
@@ -116,13 +116,14 @@ class TrainingStep:
         return contextlib.nullcontext() if self.clock is None else self.clock.phase(name)
 
     def evaluate(self, micro_batches: list[PackedBatch]) -> LossTotals:
-        """Losses of one global batch without training on it."""
+        """Return the losses of one global batch, without training on it."""
         with self._evaluation_mode(), torch.no_grad():
             (losses,) = sum_over_processes(self._pass(micro_batches, forward_only=True))
         return LossTotals(*losses.tolist())
 
     def _pass(self, micro_batches: list[PackedBatch], *, forward_only: bool) -> torch.Tensor:
-        """Forward, and backward, through all micro-batches; this process's part of the losses (`own_losses`)."""
+        """Run forward (and, unless `forward_only`, backward) passes on all micro-batches; return this process's part of the losses
+        (`own_losses`)."""
         device = self.topology.device
         rows = [pipeline_rows(self.experiment, batch) for batch in micro_batches]
         encoded: list[torch.Tensor | None] = [None] * len(micro_batches)
@@ -135,7 +136,7 @@ class TrainingStep:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=len(micro_batches),
-            seq_length=max(rows),  # not used: the plan says how long each micro-batch is
+            seq_length=max(rows),  # not used: the plan determines the length of each micro-batch
             micro_batch_size=1,  # the packed sequences of a micro-batch are one row of tokens
             forward_only=forward_only,
             p2p_communicator=PlannedMessages(get_model_config(self.model[0]), rows=rows),
@@ -149,7 +150,7 @@ class TrainingStep:
         chunk: DistributedDataParallel | GPTModel,
         return_schedule_plan: bool = False,
     ) -> tuple[torch.Tensor, LossFunction]:
-        """Called by megatron-core's schedules; one that runs plans (`parallel.overlap_experts`) gives the decoder inside a chunk."""
+        """Called by megatron-core's schedules. The one that runs plans (`parallel.overlap_experts`) passes the decoder inside a chunk."""
         self.progress.beat()
         batch, rows, encoded = next(batches)
         images: dict[str, Any] = {} if encoded is None else {"encoded": encoded}
@@ -163,7 +164,7 @@ class TrainingStep:
 
 
 class _EvaluationMode:
-    """Chunks in eval mode for a while; recompute and the like are off inside."""
+    """Context in which the chunks are in eval mode, without recompute."""
 
     def __init__(self, model: list[DistributedDataParallel]) -> None:
         self.model = model

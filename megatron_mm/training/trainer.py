@@ -33,56 +33,59 @@ class Batches(Protocol):
 
     @property
     def cursor(self) -> dict[str, Any]:
-        """Where the plan stands after the last batch, as JSON values."""
+        """Position of the plan after the last batch, as JSON values."""
 
     def close(self) -> None:
-        """Stop the threads behind it."""
+        """Stop the loader's threads."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A finished step, as hooks see it."""
+    """A finished step, as passed to hooks."""
 
     step: int
     result: StepResult
     batch: StepBatch
     seconds: float
-    """Wall time of the whole step, the wait for data included."""
+    """Wall time of the whole step, including the wait for data."""
     data_seconds: float
     """Wall time of the wait for data."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of the step by phase on this process (`training.phases`)."""
     told: dict[Hook, tuple[float, ...]] = field(default_factory=dict)
-    """What each hook told (`Hook.tell`), summed over all processes."""
+    """The numbers from each hook's `Hook.tell`, summed over all processes."""
 
 
 class Hook:
-    """Called by the trainer; does nothing by itself."""
+    """Base class of hooks, which the trainer calls; every method does nothing by default."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
     def tell(self, batch: StepBatch) -> tuple[float, ...] | torch.Tensor:
-        """Numbers to be summed over all processes in the step's one message: as many on each, when the gradients of the step on `batch` are
-        ready. What the device computes is a float64 tensor, which nobody waits for."""
+        """Return numbers to sum over all processes in the step's single message; every process must return equally many.
+
+        Called when the gradients of the step on `batch` are ready. Return values computed on the device as a float64 tensor, so that the
+        process does not wait for them.
+        """
         return ()
 
     def after_step(self, record: StepRecord) -> None:
-        """After every optimizer step; `record.told[self]` are the sums of what all processes told."""
+        """Called after every step; `record.told[self]` holds the sums of the numbers from `tell` over all processes."""
 
     def predicted_seconds(self) -> dict[str, float]:
-        """Seconds of a step by what takes them, of a hook that knows a prediction."""
+        """Return the predicted seconds of a step by cause; empty unless the hook has a prediction."""
         return {}
 
     def after_training(self) -> None:
-        """Once, when the last step is done or a stop was agreed; not after a failure."""
+        """Called once, after the last step or an agreed stop; not after a failure."""
 
     def close(self, *, failed: bool) -> None:
-        """Once, whatever happened."""
+        """Called once at the end, also after a failure."""
 
 
 class Trainer:
-    """One run on this process: the loop over steps, and what hooks may look at."""
+    """One run on this process: the loop over steps, and the objects that hooks may use."""
 
     def __init__(
         self,
@@ -101,10 +104,10 @@ class Trainer:
         """
         Args:
             model: this process's pipeline chunks.
-            data: stands where `state` does.
-            state: where the run stands; the trainer moves it on.
-            progress: kept up to date, for a watchdog.
-            hooks: makes the hooks, in the order in which they see a step, once everything else of the trainer is there.
+            data: batches, positioned to continue from `state`.
+            state: current state of the run; the trainer updates it.
+            progress: updated as the run proceeds, for a watchdog.
+            hooks: creates the hooks, in the order in which they are called; called once the rest of the trainer is set up.
         """
         self.experiment = experiment
         self.run_dir = run_dir
@@ -127,13 +130,13 @@ class Trainer:
             progress=self.progress,
         )
         self.should_stop = False
-        """Set by a hook on all processes alike: the run ends after the step in hand."""
+        """Set by a hook, on all processes: the run ends after the current step."""
         self.stopped_by: Hook | None = None
-        """The first hook that set it."""
+        """The first hook that set `should_stop`."""
         self.hooks = list(hooks(self))
 
     def fit(self) -> TrainState:
-        """Train up to `train.steps`, or until a hook asks to stop; returns where the run stands."""
+        """Train up to `train.steps`, or until a hook requests a stop; return the final state."""
         if self.state.step >= self.experiment.train.steps and self.topology.is_main:
             logger.info("the run has already completed its %d steps: give a larger --train.steps to continue", self.state.step)
         failed = True
@@ -189,7 +192,7 @@ class Trainer:
 
 
 def _one_tensor(told: Sequence[tuple[float, ...] | torch.Tensor], device: torch.device) -> torch.Tensor:
-    """What hooks told, one after another, [numbers] float64 on the device: numbers of the processor are sent there together."""
+    """Concatenate the hooks' numbers to [numbers], float64, on the device; numbers from the CPU are sent in one copy."""
     numbers = send(
         torch.tensor([value for values in told if not isinstance(values, torch.Tensor) for value in values], dtype=torch.float64), device
     )

@@ -3,14 +3,14 @@
     RUN_DIR/checkpoints/step_00000200/
         experiment.json     the resolved experiment
         state.json          step, plan cursor and counters
-        tokenizer.model     what the token ids mean
+        tokenizer.model     the tokenizer that the token ids belong to
         tensors/            megatron-core's distributed checkpoint: weights, optimizer state, random-number generators
         manifest.json       size and CRC-32 of every other file; written last
 
-A save goes to a fresh directory beside these, `.partial-...`; only when every process has written its part and the parts are
-checked is it renamed. So a directory named step_* is always whole, whatever was killed when. Reading checks sizes and checksums
-first; a damaged checkpoint is set aside and the one before it used (`fallback.py`). The two pickles that megatron-core writes may
-name nothing but tensors' metadata.
+A save writes to a new directory, `.partial-...`, in the same folder. The directory is renamed only after every process has written its
+part and the parts are checked. So a directory named step_* is always complete, even if processes were killed during a save. Loading first
+checks sizes and checksums; a damaged checkpoint is set aside and the previous one is used (`fallback.py`). The two pickles that
+megatron-core writes may refer only to tensor metadata.
 """
 
 from megatron_mm.training.checkpoint.checkpointer import Checkpointer

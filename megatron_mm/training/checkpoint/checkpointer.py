@@ -55,18 +55,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Save:
-    """One that is under way."""
+    """A save in progress."""
 
     step: int
     best_step: int | None
-    """Whose held-out loss is the lowest so far."""
+    """Step with the lowest held-out loss so far."""
     partial: Path
     began: float
-    """By the monotonic clock."""
+    """Start time on the monotonic clock."""
 
 
 class Checkpointer:
-    """Saves and loads one run's checkpoints; every method but `tell` is called by all processes together."""
+    """Saves and loads one run's checkpoints. All processes must call every method together, except `tell`."""
 
     def __init__(
         self,
@@ -89,9 +89,9 @@ class Checkpointer:
         self.under_way: Save | None = None
         self._told_of: Save | None = None
         self.saved_step: int | None = None
-        """Of the newest complete checkpoint."""
+        """Step of the newest complete checkpoint."""
         self.sound_step = 0
-        """The last one whose gradient was finite, when the newest save began."""
+        """Last step with a finite gradient, as of the start of the newest save."""
         self.failed_saves = 0
         self.plans = SavePlans()
         memory = experiment.checkpoint.memory
@@ -105,16 +105,16 @@ class Checkpointer:
                 logger.warning("removing %s, left behind by a run that was stopped while it saved", stale.name)
                 shutil.rmtree(stale, ignore_errors=True)
         name = [uuid.uuid4().hex[:8]]
-        dist.broadcast_object_list(name, src=0)  # and none goes on before the folder is there
+        dist.broadcast_object_list(name, src=0)  # also a barrier: no process continues before the folder exists
         self._run, self._saves = name[0], 0
 
     # ------------------------------------------------------------------------------------------------------------- save
 
     def save(self, state: TrainState) -> None:
-        """Begin to save; `tell` and `poll`, in each step, finish an asynchronous save. A save that is still under way is waited for first.
+        """Start a save, after waiting for any save in progress. Calls of `tell` and `poll` in each step finish an asynchronous save.
 
-        A save that fails (a full disk, say) is an error in the log of the first process, and nothing is left of it: `saved_step` stays what
-        it was.
+        If a save fails (for example because the disk is full), the first process logs an error and removes the partial files; `saved_step`
+        does not change.
         """
         self.finish()
         if self.saved_step == state.step:
@@ -123,7 +123,7 @@ class Checkpointer:
             self._save(state)
 
     def _save(self, state: TrainState) -> None:
-        step = state.step  # the state moves on while the files are written
+        step = state.step  # the state changes while the files are written
         self.sound_step = step - state.skipped_in_a_row
         tensors = to_be_forked(run_state(self.model, self.optimizer, self.topology, loading=False))
         partial, problems = self._fresh_directory(state)
@@ -136,7 +136,7 @@ class Checkpointer:
             str(partial / TENSORS),
             sharded_strategy=self.plans.strategy_for(tensors, anew=anew),
             async_sharded_save=True,
-            validate_access_integrity=False,  # `SavePlans` says who validates
+            validate_access_integrity=False,  # the first process validates: see `SavePlans`
             **engine.SAVE_OPTIONS,
         )
         if self._failed(first_writer.take_problems(), partial, step=step):
@@ -151,24 +151,24 @@ class Checkpointer:
                 request.execute_sync()
 
     def tell(self) -> tuple[float, float]:
-        """Of the save that is under way, on this process alone: 1 while its files are being written, 1 if that takes too long."""
+        """Return the status of the save in progress, on this process alone: 1 if its files are still being written, 1 if it is overdue."""
         self._told_of = save = self.under_way
         if save is None:
             return 0.0, 0.0
         return float(engine.is_writing(self.queue)), float(time.monotonic() - save.began > 60 * self.config.timeout_minutes)
 
     def poll(self, told: Sequence[float]) -> None:
-        """Finish a save whose files all processes have written; give one up that takes too long. Otherwise nothing is sent.
+        """Finish the save once all processes have written their files; abandon it if it is overdue. Otherwise send no messages.
 
         Args:
-            told: what all processes told (`tell`), summed. It is of no use for a save that has begun since.
+            told: the results of `tell`, summed over all processes. Ignored if a new save has started since that call of `tell`.
         """
         save, (writing, late) = self.under_way, told
         if save is None or save is not self._told_of or self.queue.get_num_unfinalized_calls() == 0:
             return
         if not writing:
             with self._giving_up():
-                self.queue.maybe_finalize_async_calls(blocking=True, no_dist=True)  # all have ended
+                self.queue.maybe_finalize_async_calls(blocking=True, no_dist=True)  # all writers have ended
         elif late:
             for call in self.queue.async_calls:
                 call.async_caller.close(abort=True)
@@ -176,12 +176,12 @@ class Checkpointer:
             self._give_up(f"it was not written within {self.config.timeout_minutes} minutes", save.partial, step=save.step)
 
     def keep_in_memory(self, state: TrainState) -> None:
-        """Copy the state to the nodes' memory, where `checkpoint.memory` asks for it."""
+        """Copy the state to the nodes' memory, if `checkpoint.memory` is set."""
         if self.memory is not None:
             self.memory.save(state)
 
     def close(self) -> None:
-        """At the end of training: wait for the second copy of the last checkpoint, and free the nodes' memory."""
+        """End training: wait for the second copy of the last checkpoint, and free the nodes' memory."""
         if self.copies is not None:
             self.copies.finish(seconds=60 * self.config.timeout_minutes, beat=self.progress.beat)
             self._drop_superseded()
@@ -189,14 +189,14 @@ class Checkpointer:
             self.memory.remove()
 
     def finish(self) -> None:
-        """Wait for a save that is under way."""
+        """Wait for the save in progress, if any."""
         while self.queue.get_num_unfinalized_calls():
             self.poll(self._any(*self.tell()))
             self.progress.beat()
             time.sleep(0.02)
 
     def _fresh_directory(self, state: TrainState) -> tuple[Path, list[str]]:
-        """The folder of a save, which the first process makes, and what is in the way of that."""
+        """Return the folder of a new save, which the first process creates, and the problems found while creating it."""
         self._saves += 1
         partial = self.folder / f".partial-step_{state.step:08d}-{self._run}-{self._saves}"
         problems: list[str] = []
@@ -214,21 +214,21 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------------------------------- fail
 
     def _failed(self, problems: Sequence[str], partial: Path, *, step: int) -> bool:
-        """Whether the first process has problems; known on all of them, and the save given up."""
+        """Return, on all processes, whether any process has problems. If so, abandon the save."""
         (failed,) = self._any(bool(problems))
         if failed:
             self._give_up("; ".join(problems), partial, step=step)
         return failed
 
     def _any(self, *flags: float) -> list[bool]:
-        """Each flag: whether it is set on any process."""
+        """Return, for each flag, whether it is set on any process."""
         found = torch.tensor(flags, dtype=torch.float32, device=self.topology.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return [value > 0 for value in found.tolist()]
 
     @contextlib.contextmanager
     def _giving_up(self) -> Iterator[None]:
-        """Inside, where a process could not write its files, megatron-core raises on all of them."""
+        """Abandon the save if a process cannot write its files: megatron-core then raises on all processes."""
         try:
             yield
         except CheckpointException as error:
@@ -253,7 +253,7 @@ class Checkpointer:
     # --------------------------------------------------------------------------------------------------------- complete
 
     def _complete(self, partial: Path, *, step: int) -> None:
-        """Give a finished save its name, once all parts are there, and drop what `keep` and `keep_every` do not hold."""
+        """Rename the folder of a save whose parts are all written, and remove checkpoints that `keep` and `keep_every` do not retain."""
         problems = first_writer.take_problems()
         if self.topology.is_main and not problems:
             try:
@@ -289,7 +289,7 @@ class Checkpointer:
             if save.best_step == step:
                 point_to(self.folder / BEST, final)
             self._drop_superseded()
-        except OSError as error:  # a folder in the link's place, say: the checkpoint is whole all the same
+        except OSError as error:  # for example, a folder has the link's name: the checkpoint is complete all the same
             logger.error("checkpoint %s is written, but the folder around it cannot be kept in order: %s", final.name, error)
 
     def _drop_superseded(self) -> None:
@@ -301,7 +301,8 @@ class Checkpointer:
             shutil.rmtree(removed, ignore_errors=True)
 
     def _superseded(self, checkpoints: list[Path]) -> list[Path]:
-        """Of checkpoints here, or of their copies elsewhere. While steps are skipped the newest one from before them stays."""
+        """Return the checkpoints (or copies of them) that may be removed. While steps are skipped, the newest checkpoint from before the
+        skipped steps is kept."""
         kept = {(self.folder / BEST).resolve().name, *[path.name for path in checkpoints if step_of(path) <= self.sound_step][-1:]}
         found = superseded(checkpoints, keep=self.config.keep, keep_every=self.config.keep_every)
         return [path for path in found if path.name not in kept]
@@ -309,9 +310,9 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------------------------------- load
 
     def load_latest(self) -> TrainState | None:
-        """Load the newest whole checkpoint of the run; None if it has none. Damaged ones are set aside.
+        """Load the newest undamaged checkpoint or memory copy of the run; return None if it has none. Damaged checkpoints are set aside.
 
-        Raises ValueError if the checkpoint is of another model, or all are damaged and there is no copy elsewhere.
+        Raises ValueError if the checkpoint is of another model, or if all are damaged and there is no copy elsewhere.
         """
         if self.memory is not None:
             checkpoint = newest_checkpoint(self.folder.parent)
@@ -329,11 +330,11 @@ class Checkpointer:
         return None if newest is None else self._load(newest)
 
     def _fetched(self, *, instead_of: str = "") -> Path | None:
-        """The newest copy, brought back where the run has no checkpoint of its own; None where there is none either.
+        """Fetch the newest copy for a run without a usable checkpoint of its own; return None if there is no copy.
 
         Args:
-            instead_of: what is wrong with those that the run has. They are set aside once the copy is here, and raised as ValueError
-                where there is none.
+            instead_of: what is wrong with the run's own checkpoints. They are set aside once the copy has been fetched. If there is no
+                copy, this text is raised as ValueError.
         """
         if self.config.copy_to is None:
             return None
@@ -346,18 +347,18 @@ class Checkpointer:
                     self.copies.fetch(names[-1], self.folder)
             elif self.copies is not None:
                 problem = instead_of
-        except Exception as error:  # a store raises what it likes
+        except Exception as error:  # a store may raise any type
             problem = f"{instead_of or 'the run has no checkpoint'}, and none can be fetched from {self.config.copy_to}: {error}"
         agree(problem, world_size=self.topology.world_size, device=self.topology.device)
         return newest_checkpoint(self.folder.parent)
 
     def load(self, checkpoint: Path) -> TrainState:
-        """Load one checkpoint. Raises ValueError if it is of another model, or damaged."""
+        """Load one checkpoint. Raises ValueError if it is damaged or of another model."""
         verify(checkpoint, self.topology)
         return self._load(checkpoint)
 
     def _load(self, checkpoint: Path) -> TrainState:
-        """Weights, optimizer and generators from any layout; generators only from a run of the same size."""
+        """Load weights and optimizer state from any layout, and generators only if size and layout of the run are the same."""
         check_same_model(self.experiment, checkpoint)
         same_size = read_manifest(checkpoint)["world_size"] == self.topology.world_size
         alike = same_size and same_layout(self.experiment, checkpoint)
@@ -384,7 +385,7 @@ class Checkpointer:
 
 
 def _with_checksums(request: AsyncRequest, partial: Path, *, rank: int) -> AsyncRequest:
-    """The same request, whose process also writes the checksums of the files it wrote, off the training process."""
+    """Return the same request, but let the writing process (not the training process) also write checksums of the files it wrote."""
     write = request.async_fn
     if no_locks := writer_locks.problem():
         logger.warning("rank %d: /dev/shm takes no locks (%s), so one process writes its checkpoint files: make room there", rank, no_locks)
@@ -395,7 +396,7 @@ def _with_checksums(request: AsyncRequest, partial: Path, *, rank: int) -> Async
                 write(*args, **kwargs)
         try:
             integrity.write_checksums(partial, rank=rank)
-        except OSError as error:  # whoever names the checkpoint misses the checksums, and says so
+        except OSError as error:  # the first process finds the checksums missing and abandons the save
             logger.error("rank %d: the checksums of its checkpoint files cannot be written: %s", rank, error)
 
     return request._replace(async_fn=write_and_sum, finalize_fns=list(request.finalize_fns))

@@ -11,14 +11,16 @@ from megatron_mm.families.serialize import load_experiment, to_dict
 from megatron_mm.training.checkpoint.integrity import read_manifest
 
 _DIFFERENCES = 4
-"""Differences that an error lists."""
+"""Maximum number of differences that an error lists."""
 _DESCRIPTIVE = ("decoder.max_positions", "decoder.attention_window", "decoder.rotary_scaling")
-"""Fields that change nothing in training: exported configurations say them."""
+"""Fields that do not affect training and only appear in exported configurations."""
 
 
 def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer: bool = True) -> None:
-    """Raise ValueError that names the differences where a checkpoint holds another model than the experiment's, or
-    (with_optimizer) another kind of optimizer state. Without the optimizer, images may be shown otherwise (`Family.adapts`)."""
+    """Raise ValueError if the model in a checkpoint differs from the experiment's, naming the differences.
+
+    With the optimizer, its kind of state must match, too. Without it, the settings in `Family.adapts` (how images are shown) may differ.
+    """
     saved = load_experiment(checkpoint / "experiment.json")
     differences = model_differences(experiment.model, saved.model)
     if not with_optimizer:
@@ -49,7 +51,7 @@ def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer
 
 
 def check_same_tokenizer(experiment: Experiment, checkpoint: Path) -> None:
-    """Raise ValueError where the token ids of a checkpoint mean something else than those of the experiment's data."""
+    """Raise ValueError if a checkpoint was trained with another tokenizer than the experiment's data uses."""
     ours, theirs = experiment.data.tokenizer_path, checkpoint / "tokenizer.model"
     if theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
         raise ValueError(
@@ -58,14 +60,14 @@ def check_same_tokenizer(experiment: Experiment, checkpoint: Path) -> None:
 
 
 def model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
-    """The fields in which two models differ, with both values; of models of two families that alone."""
+    """Return the fields in which two models differ, with both values; for models of different families, only the family."""
     if ours.family != theirs.family:
         return [("family", ours.family, theirs.family)]
     return [found for found in _differences(to_dict(ours), to_dict(theirs)) if found[0] not in _DESCRIPTIVE]
 
 
 def same_layout(experiment: Experiment, checkpoint: Path) -> bool:
-    """Whether a checkpoint was written under the experiment's degrees of tensor, pipeline, virtual and expert parallelism."""
+    """Return whether a checkpoint was written with the experiment's degrees of tensor, pipeline, virtual and expert parallelism."""
     saved = load_experiment(checkpoint / "experiment.json").parallel
     ours = experiment.parallel
     return (saved.tensor, saved.pipeline, saved.virtual, saved.expert) == (ours.tensor, ours.pipeline, ours.virtual, ours.expert)

@@ -1,9 +1,9 @@
 """A second copy of every checkpoint, in another directory or an object store, made in the background by the first process.
 
-A copy has the same files under the same names. Every file is read back from there and must have the size and CRC-32 that it was written
-with; only then `manifest.json` follows, so a folder that has one is a whole copy, as it is in a run directory. A copy that fails is an
-error in the log and is tried again with the next checkpoint. A run that has no checkpoint of its own left fetches the newest copy when it
-starts.
+A copy has the same files under the same names. Every file is read back from the store, and its size and CRC-32 must match the manifest's.
+`manifest.json` is written last, so a folder that contains one is a complete copy, as in a run directory. If copying a checkpoint fails, an
+error is logged and training continues; the next checkpoint is copied as usual. A run that has no usable checkpoint of its own fetches the
+newest copy when it starts.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 class Copies:
-    """Copies checkpoints one after another in a thread; on the first process alone."""
+    """Copies checkpoints one after another in a thread, on the first process only."""
 
     def __init__(self, target: str, *, superseded: Callable[[list[Path]], list[Path]]) -> None:
         """
         Args:
             target: a directory or URL.
-            superseded: of checkpoints, oldest first, those that need not stay.
+            superseded: given checkpoints, oldest first, returns the ones that may be removed.
 
-        Raises ValueError if there is no such store.
+        Raises ValueError if the store cannot be opened.
         """
         try:
             self.store, self.root = fsspec.core.url_to_fs(target)
@@ -47,20 +47,20 @@ class Copies:
         self.target = target
         self.superseded = superseded
         self.busy: set[Path] = set()
-        """Checkpoints that are to be copied: they must not be removed yet."""
+        """Checkpoints that still have to be copied, so they must not be removed yet."""
         self._waiting: queue.Queue[Path | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="copies of checkpoints", daemon=True)
         self._thread.start()
 
     def add(self, checkpoint: Path) -> None:
-        """Copy a checkpoint once those before it are. One that still waits when a newer one comes is left out."""
+        """Queue a checkpoint for copying. It replaces an older one that is still waiting, which is then not copied."""
         while not self._waiting.empty():
             self.busy.discard(self._waiting.get_nowait() or checkpoint)
         self.busy.add(checkpoint)
         self._waiting.put(checkpoint)
 
     def finish(self, *, seconds: float, beat: Callable[[], None]) -> None:
-        """Wait for what is under way, for so long at most."""
+        """Wait until all queued checkpoints are copied, for at most `seconds`; call `beat` while waiting."""
         deadline = time.monotonic() + seconds
         while self.busy and time.monotonic() < deadline:
             beat()
@@ -69,14 +69,14 @@ class Copies:
             logger.error("the copy of %s was not made within %.0f s and is given up", ", ".join(p.name for p in self.busy), seconds)
 
     def complete(self) -> list[str]:
-        """Names of the whole copies, oldest first."""
+        """Return the names of the complete copies, oldest first."""
         if not self.store.exists(self.root):
             return []
         names = [path.rstrip("/").rpartition("/")[2] for path in self.store.ls(self.root, detail=False)]
         return sorted(name for name in names if name.startswith("step_") and self.store.exists(f"{self.root}/{name}/{MANIFEST}"))
 
     def fetch(self, name: str, folder: Path) -> Path:
-        """Bring a copy back. Raises OSError or ValueError if it cannot be read, or is not what was copied."""
+        """Fetch a copy into the run's folder. Raises OSError or ValueError if it cannot be read or has changed since it was copied."""
         partial = folder / f".partial-{name}-{uuid.uuid4().hex[:8]}"
         (partial / TENSORS).mkdir(parents=True)
         try:
@@ -86,7 +86,7 @@ class Copies:
                 if (partial / file).stat().st_size != size or checksum_of(partial / file) != checksum:
                     raise ValueError(f"{self.target}/{name}/{file} is not what was copied there: restore it or remove {self.target}/{name}")
                 sync_to_disk(partial / file)
-            for own in completed_checkpoints(folder.parent):  # damaged, or there would be no need of a copy
+            for own in completed_checkpoints(folder.parent):  # they are damaged, otherwise no copy would be fetched
                 set_aside(own, prefix=DAMAGED)
             final = folder / name
             partial.rename(final)
@@ -106,16 +106,16 @@ class Copies:
                     "checkpoint %s copied to %s: %.3g GB in %.1f s", checkpoint.name, self.target, size / 1e9, time.monotonic() - began
                 )
                 self._drop()
-            except Exception as error:  # a store raises what it likes; training continues
+            except Exception as error:  # a store may raise any type; training continues
                 logger.error("checkpoint %s was not copied to %s: %s: %s", checkpoint.name, self.target, type(error).__name__, error)
             finally:
                 self.busy.discard(checkpoint)
 
     def _copy(self, checkpoint: Path) -> int:
-        """Bytes that were copied."""
+        """Copy a checkpoint, and return the number of bytes copied."""
         to, total = f"{self.root}/{checkpoint.name}", 0
         if self.store.exists(to):
-            self.store.rm(to, recursive=True)  # of an attempt before
+            self.store.rm(to, recursive=True)  # left by an earlier attempt
         self.store.makedirs(f"{to}/{TENSORS}", exist_ok=True)
         for file, (size, checksum) in _files(checkpoint).items():
             self.store.put_file(str(checkpoint / file), f"{to}/{file}")
@@ -142,7 +142,7 @@ class Copies:
 
 
 def _files(checkpoint: Path) -> dict[str, Any]:
-    """Size and CRC-32 of every file of a checkpoint but the manifest, by its path in it."""
+    """Return size and CRC-32 of every file in a checkpoint except the manifest, by relative path."""
     manifest = read_manifest(checkpoint)
     described = manifest.get("descriptions", {})
     return {**described, **{f"{TENSORS}/{name}": entry for name, entry in manifest["files"].items()}}

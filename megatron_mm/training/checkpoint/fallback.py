@@ -19,17 +19,17 @@ from megatron_mm.training.checkpoint.names import completed_checkpoints
 logger = logging.getLogger(__name__)
 
 DAMAGED = "damaged-"
-"""What is put before the name of a damaged checkpoint."""
+"""Prefix for the name of a damaged checkpoint."""
 
 
 def newest_whole_checkpoint(run_dir: Path, topology: Topology) -> Path | None:
-    """The newest checkpoint of a run whose files are what was written; None if the run has none. Called by all processes together.
+    """Return the newest undamaged checkpoint of a run, or None if the run has no checkpoint. Called by all processes together.
 
-    Newer ones are logged, by file and reason, and set aside. Raises ValueError, on all processes, if no checkpoint is
-    whole.
+    Newer, damaged checkpoints are set aside, and their files and problems are logged. Raises ValueError, on all processes, if all
+    checkpoints are damaged.
     """
     names = [[path.name for path in completed_checkpoints(run_dir)]]
-    dist.broadcast_object_list(names, src=0)  # of the first process, so that all look at the same ones
+    dist.broadcast_object_list(names, src=0)  # from the first process, so that all check the same checkpoints
     candidates = [run_dir / "checkpoints" / name for name in reversed(names[0])]
     problems: list[str] = []
     for number, candidate in enumerate(candidates):
@@ -62,9 +62,9 @@ def newest_whole_checkpoint(run_dir: Path, topology: Topology) -> Path | None:
 
 
 def newest_described_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint that can be looked at before processes meet: what it says of itself is undamaged, whatever its tensors are.
+    """Return the newest checkpoint whose manifest and description files are undamaged, or None if there is none.
 
-    None if there is none.
+    Its tensors are not checked, so this needs no process group.
     """
     for candidate in reversed(completed_checkpoints(run_dir)):
         try:
@@ -77,7 +77,7 @@ def newest_described_checkpoint(run_dir: Path) -> Path | None:
 
 
 def set_aside(checkpoint: Path, *, prefix: str) -> None:
-    """Rename a checkpoint so that no run loads it and none removes it."""
+    """Rename a checkpoint so that no run loads or removes it."""
     to, number = checkpoint.with_name(prefix + checkpoint.name), 1
     while to.exists():
         number += 1

@@ -15,19 +15,19 @@ from megatron_mm.training.checkpoint.names import MANIFEST, TENSORS
 from megatron_mm.training.safe_pickle import check_pickles
 
 ADVICE = ": restore it or remove"
-"""What follows where an error says what is damaged, for whoever has no other checkpoint."""
+"""Start of the advice that follows the description of the damage in an error; left out where another checkpoint can be used."""
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint: its step, the number of processes that wrote it, and `files`, name -> [size in bytes, CRC-32].
+    """Read the manifest of a checkpoint: its step, the number of processes that wrote it, and `files`, name -> [size in bytes, CRC-32].
 
-    Raises ValueError if it is no such manifest, OSError if it cannot be read.
+    Raises ValueError if the file is not a valid manifest, OSError if it cannot be read.
     """
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text())
         for name in [*manifest["files"], *manifest.get("descriptions", {})]:
-            if PurePosixPath(name).name != name:  # a copy is fetched to where these names say
+            if PurePosixPath(name).name != name:  # fetching a copy writes to these names
                 raise ValueError(f"checkpoint file {path} names the file {name}, which is outside its folder: remove {checkpoint}")
         if isinstance(manifest["files"], dict):
             return manifest
@@ -37,9 +37,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def verify(checkpoint: Path, topology: Topology) -> None:
-    """Check sizes, checksums and pickles, on all processes together: each looks at its share of the files, the main one at the pickles.
+    """Check a checkpoint's sizes, checksums and pickles. Called by all processes together: each checks its share of the files, and the
+    main process the pickles.
 
-    Raises ValueError, on all of them, that names the damaged or unreadable file.
+    Raises ValueError on all processes, naming the damaged or unreadable file.
     """
     problem = ""
     try:
@@ -52,11 +53,11 @@ def verify(checkpoint: Path, topology: Topology) -> None:
 
 
 def agree(problem: str, *, world_size: int, device: torch.device) -> None:
-    """Called by all processes together: raise ValueError on all of them where any has a problem, which is not empty then."""
+    """Raise ValueError on all processes if any of them has a problem (a non-empty text). Called by all processes together."""
     any_problem = torch.tensor(float(bool(problem)), device=device)
     dist.all_reduce(any_problem, op=dist.ReduceOp.MAX)
     if not any_problem.item():
-        return  # the usual case: nothing that grows with the number of processes
+        return  # the usual case: no message grows with the number of processes
     problems: list[str] = [""] * world_size
     dist.all_gather_object(problems, problem)
     for found in problems:
@@ -84,9 +85,9 @@ def _check_share(checkpoint: Path, topology: Topology) -> None:
 
 
 def check_descriptions(checkpoint: Path) -> None:
-    """Check what a checkpoint says of itself: the manifest and the files beside its tensors.
+    """Check a checkpoint's manifest and the description files next to its tensors.
 
-    Raises ValueError that names the damaged file, OSError if one cannot be read.
+    Raises ValueError, naming the damaged file, or OSError if one cannot be read.
     """
     for name, (size, checksum) in read_manifest(checkpoint).get("descriptions", {}).items():
         path = checkpoint / name
@@ -101,7 +102,7 @@ def check_descriptions(checkpoint: Path) -> None:
 
 
 def sum_descriptions(partial: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of the files beside a checkpoint's tensors, once they have reached the disk."""
+    """Flush the files next to a checkpoint's tensors to disk, and return their sizes and CRC-32s."""
     sums = {}
     for path in sorted(partial.iterdir()):
         if path.is_file():
@@ -111,7 +112,7 @@ def sum_descriptions(partial: Path) -> dict[str, list[int]]:
 
 
 def write_checksums(partial: Path, *, rank: int) -> None:
-    """Write size and CRC-32 of the files that process `rank` has written, once they have reached the disk."""
+    """Flush the files that process `rank` has written to disk, and write their sizes and CRC-32s to a file."""
     sums = {}
     for path in sorted((partial / TENSORS).glob(f"__{rank}_*.distcp")):
         sums[path.name] = [path.stat().st_size, checksum_of(path)]
@@ -120,7 +121,10 @@ def write_checksums(partial: Path, *, rank: int) -> None:
 
 
 def merge_checksums(tensors: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file; raises RuntimeError where a process wrote files and no checksums (it died)."""
+    """Return size and CRC-32 of every file, and remove the processes' checksum files.
+
+    Raises RuntimeError if a process wrote tensor files but no checksums, because it died.
+    """
     sums: dict[str, list[int]] = {}
     for path in sorted(tensors.parent.glob("checksums.*.json")):
         sums.update(json.loads(path.read_text()))

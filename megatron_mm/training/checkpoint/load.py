@@ -1,4 +1,4 @@
-"""Loading weights, from any layout into any layout."""
+"""Loads weights from a checkpoint, from any layout into any layout."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from megatron_mm.training.checkpoint.state import model_state
 from megatron_mm.training.spread_encoder import wrapped_modules
 
 _NAMED = 40
-"""Tensors that an error names."""
+"""Maximum number of tensors that an error names."""
 
 
 def load_weights(experiment: Experiment, topology: Topology, model: list[DistributedDataParallel], checkpoint: Path) -> None:
-    """Load the weights alone, from any layout into any layout; positions of another image size are interpolated.
+    """Load the weights alone, from any layout into any layout; positions for another image size are interpolated.
 
-    Raises ValueError if the checkpoint is of another model, lacks a tensor or has one too many, or is damaged.
+    Raises ValueError if the checkpoint is damaged or of another model, or if a tensor is missing or unexpected.
     """
     check_same_model(experiment, checkpoint, with_optimizer=False)
     verify(checkpoint, topology)
@@ -58,7 +58,7 @@ def load_weights(experiment: Experiment, topology: Topology, model: list[Distrib
 
 
 def _check_names(state: dict[str, Any], checkpoint: Path) -> None:
-    """Raise ValueError that lists the weights which the checkpoint lacks, and those that the model does not have."""
+    """Raise ValueError if the checkpoint lacks weights of the model or has weights that the model does not have, listing them."""
     pieces = {chunk: dict(entries) for chunk, entries in state.items()}
     apply_factories(pieces)  # in place
     mine = {entry.key for entry in nested_values(pieces) if isinstance(entry, ShardedTensor)}
@@ -74,7 +74,8 @@ def _check_names(state: dict[str, Any], checkpoint: Path) -> None:
 
 
 def load_chunk(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Copy weights into a pipeline chunk; every weight must be there. What Transformer Engine would keep beside them is not saved."""
+    """Copy weights into a pipeline chunk; every weight must be present. Transformer Engine's `_extra_state` is not saved, so it may be
+    missing."""
     missing, unexpected = chunk.load_state_dict(state, strict=False)
     for name, weight in chunk.named_parameters():
         if fp8_weights.is_fp8(weight):
@@ -85,10 +86,10 @@ def load_chunk(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def shared_metadata(checkpoint: Path, topology: Topology) -> Iterator[None]:
-    """Inside, processes know what the first one has read of where a checkpoint's pieces lie, and do not read it themselves: it grows with
-    the number of processes that wrote it.
+    """Within this context, all processes use the checkpoint's metadata (the locations of its pieces) that the first process has read.
 
-    Called by all processes together. Raises ValueError, on all of them, if it cannot be read.
+    The metadata grows with the number of processes that wrote the checkpoint, so it should not be read by each. Called by all processes
+    together. Raises ValueError on all of them if the metadata cannot be read.
     """
     part_reader.install()
     folder, found, problem = checkpoint / TENSORS, [b""], ""
@@ -107,7 +108,7 @@ def shared_metadata(checkpoint: Path, topology: Topology) -> Iterator[None]:
 
 
 def load_strategy() -> FullyParallelLoadStrategyWrapper:
-    """Reads each stored element once for all data-parallel processes that want it."""
+    """Return a strategy that reads each stored element only once for all data-parallel processes that need it."""
     safe_objects.install()
     return FullyParallelLoadStrategyWrapper(
         TorchDistLoadShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)

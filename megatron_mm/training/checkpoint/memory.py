@@ -1,10 +1,10 @@
-"""A copy of the training state in each node's memory, for processes that are started again on the same nodes.
+"""A copy of the training state in each node's memory, for processes that are restarted on the same nodes.
 
-Every process writes what it has (weights, its share of the optimizer, generators) to a file of its own under `checkpoint.memory`, usually
-in /dev/shm: seconds of copying, and nothing that crosses the network or reaches a disk. Two generations alternate, so that a process which
-dies in the middle of one leaves the one before. A start takes the newest step that all processes have, if it is newer than the newest
-checkpoint and was made by the same run in the same layout: bit for bit what a checkpoint of that step would give. Where a node was
-replaced, a process finds nothing, and all read the checkpoint.
+Every process writes its state (weights, its share of the optimizer, generators) to a file of its own under `checkpoint.memory`, usually
+in /dev/shm. This takes seconds, and uses neither the network nor a disk. Two generations alternate, so a process that dies while it writes
+one still leaves the previous one. At a start, processes load the newest step that all of them have, if it is newer than the newest
+checkpoint and was written by the same run in the same layout. The result is bit for bit that of a checkpoint of the same step. If a node
+was replaced, its processes find no copy, and all processes load the checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _GENERATIONS = ("a", "b")
 
 
 class MemoryCopy:
-    """This process's part of the copies; every method is called by all processes together."""
+    """This process's part of the copies. All processes must call every method together."""
 
     def __init__(
         self,
@@ -54,13 +54,13 @@ class MemoryCopy:
         self.topology, self.model, self.optimizer = topology, model, optimizer
         self.precision = experiment.train.precision
         self.made_by = _made_by(experiment, topology, run_dir)
-        """What a copy must have been made by, to be of use."""
+        """Run, layout and model that a copy must come from to be loaded."""
         self.folder = _folder(experiment.checkpoint.memory, run_dir)
         self.next = 0
         self.saved_step: int | None = None
 
     def save(self, state: TrainState) -> None:
-        """Write the state of this step over the older generation. A full memory costs the copy, and is said."""
+        """Write the state of this step over the older generation. If the memory is full, no copy is written and an error is logged."""
         began = time.monotonic()
         final = self._path(_GENERATIONS[self.next])
         content = {
@@ -78,7 +78,7 @@ class MemoryCopy:
             torch.save(content, partial)
             partial.rename(final)
         except (OSError, RuntimeError) as error:
-            full = isinstance(error, RuntimeError)  # torch's archive says only that a position is not what it should be
+            full = isinstance(error, RuntimeError)  # torch.save reports only an unexpected position in the file
             reason = f"there is too little room ({shutil.disk_usage(self.folder).free / 1e9:.3g} GB free)" if full else error
             logger.error("rank %d: no copy of step %d in %s: %s", self.topology.rank, state.step, self.folder, reason)
             final.with_suffix(".partial").unlink(missing_ok=True)
@@ -88,7 +88,7 @@ class MemoryCopy:
 
     @torch.no_grad()
     def load_latest(self, *, newer_than: int) -> TrainState | None:
-        """Take the newest copy that all processes have; None if there is none, or none that is newer than a checkpoint's step."""
+        """Load the newest copy that all processes have; return None if there is none, or if it is not newer than step `newer_than`."""
         found = {step: path for path in map(self._path, _GENERATIONS) if (step := self._step_of(path)) is not None}
         newest = torch.tensor(float(max(found, default=-1)), dtype=torch.float64, device=self.topology.device)
         dist.all_reduce(newest, op=dist.ReduceOp.MIN)
@@ -120,25 +120,25 @@ class MemoryCopy:
         return self.folder / f"rank-{self.topology.rank:05d}-{generation}.pt"
 
     def _step_of(self, path: Path) -> int | None:
-        """None if there is no such copy, or it is of no use."""
+        """Return the step of a copy, or None if it does not exist or cannot be used."""
         if not path.is_file():
             return None
         try:
             _check_private(self.folder)
             content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
             return json.loads(content["state"])["step"] if content["made_by"] == self.made_by else None
-        except Exception as error:  # cut off, or of another version: the checkpoint is there
+        except Exception as error:  # truncated, or from another version: the checkpoint is used instead
             logger.warning("rank %d: the copy %s is of no use: %s", self.topology.rank, path, error)
             return None
 
 
 def _folder(memory: Path, run_dir: Path) -> Path:
-    """Of one run among those that share a node."""
+    """Return the folder of this run, distinct from those of other runs on the same node."""
     return memory / f"{run_dir.name}-{zlib.crc32(str(run_dir.resolve()).encode()):08x}"
 
 
 def _check_private(folder: Path) -> None:
-    """Raise PermissionError where a folder is not this user's alone: everybody may make one of that name in /dev/shm."""
+    """Raise PermissionError unless a folder is private to this user: in /dev/shm any user may create one of that name."""
     found = folder.lstat()
     if found.st_uid != os.geteuid() or found.st_mode & 0o077 or not stat.S_ISDIR(found.st_mode):
         raise PermissionError(
@@ -163,14 +163,14 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
 
 
 def _tensors(part: Any) -> dict[str, Any]:
-    """The state of an optimizer on this process."""
+    """Return the state of an optimizer on this process."""
     if not isinstance(part, DistributedOptimizer):
         return {"state": part.state_dict()}
     return {"state": part.state_dict(), "runs": [part._get_main_param_and_optimizer_states(parameter) for parameter in _parameters(part)]}
 
 
 def _restore(part: Any, saved: dict[str, Any]) -> None:
-    part.load_state_dict(saved["state"])  # of the distributed optimizer without tensors, which this allocates
+    part.load_state_dict(saved["state"])  # the distributed optimizer's has no tensors; this call allocates them
     if isinstance(part, DistributedOptimizer):
         for parameter, tensors in zip(_parameters(part), saved["runs"], strict=True):
             for name, values in part._get_main_param_and_optimizer_states(parameter).items():

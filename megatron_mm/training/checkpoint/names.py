@@ -13,15 +13,15 @@ TENSORS = "tensors"
 MANIFEST = "manifest.json"
 """File of a checkpoint with size and CRC-32 of every file in `TENSORS`; written last, so a folder that has it is complete."""
 STEP_FOLDERS = "step_" + 8 * "[0-9]"
-"""What the folders of checkpoints match. A copy that somebody keeps beside them, such as `step_00000500.old`, is none of the run's."""
+"""Glob pattern for checkpoint folders. It does not match copies that a user keeps there, such as `step_00000500.old`."""
 BEST = "best"
-"""Beside the checkpoints: a link to the one with the lowest held-out loss, where `checkpoint.best` asks for it."""
+"""Link, next to the checkpoints, to the one with the lowest held-out loss, if `checkpoint.best` is set."""
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|generators\.")
-"""How the names of a checkpoint's other tensors begin. A model with experts has an optimizer for them beside the other."""
+"""Prefixes of tensors that are not weights. A model with experts has a second optimizer for them, hence `chained_`."""
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path names: itself, or the newest of a run directory.
+    """Return the checkpoint that a path refers to: the path itself, or the newest checkpoint in a run directory.
 
     Raises ValueError if there is none.
     """
@@ -36,17 +36,17 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def completed_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     return sorted(path.parent for path in (run_dir / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"))
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint was made after, by its name."""
+    """Return the step of a checkpoint, from its name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def point_to(link: Path, checkpoint: Path) -> None:
-    """Make, or turn, a link to a checkpoint beside it, at once."""
+    """Atomically create or redirect a link to a checkpoint in the same folder."""
     aside = link.with_name(f".{link.name}-new")
     aside.unlink(missing_ok=True)
     aside.symlink_to(checkpoint.name)
@@ -54,15 +54,15 @@ def point_to(link: Path, checkpoint: Path) -> None:
 
 
 def superseded(checkpoints: Sequence[Path], *, keep: int, keep_every: int) -> list[Path]:
-    """Of a run's checkpoints, oldest first, those that need not stay: not among the newest `keep`, nor of a multiple of `keep_every`.
+    """Return the checkpoints (given oldest first) that may be removed: neither among the newest `keep` nor of a multiple of `keep_every`.
 
-    Steps 2, 4, 6, 8 and 10 with keep 2 and keep_every 4: 2 and 6 may go.
+    Example: of steps 2, 4, 6, 8 and 10, with keep 2 and keep_every 4, steps 2 and 6 may be removed.
     """
     return [path for path in checkpoints[:-keep] if not keep_every or step_of(path) % keep_every]
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, as the first process sees it; called by all processes together."""
+    """Return the newest complete checkpoint of a run that the first process sees, or None. Called by all processes together."""
     complete = completed_checkpoints(run_dir)
     found = [str(complete[-1]) if complete else None]
     dist.broadcast_object_list(found, src=0)
@@ -70,5 +70,5 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def belongs_to_model(name: str) -> bool:
-    """Whether a checkpoint's tensor is the model's, and not the optimizer's or a generator's."""
+    """Return whether a tensor in a checkpoint is a weight of the model, not state of an optimizer or generator."""
     return _NOT_WEIGHTS.match(name) is None

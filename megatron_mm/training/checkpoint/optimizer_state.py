@@ -1,18 +1,18 @@
-"""The distributed optimizer's state as pieces of global tensors, each on the process that has it.
+"""The distributed optimizer's state as pieces of global tensors, each written by the process that holds it.
 
-megatron-core cuts the flat buffer of all parameters evenly over data parallelism, so a process has a run of consecutive elements of a few
-parameters. Its own "fully reshardable" checkpoints gather whole parameters first, on every process: 12 bytes for each parameter of a
-model-parallel share. Here each run is written where it is, as the boxes of the parameter that it fills, under the same names and shapes. So
-nothing is gathered, any layout can read what any other wrote, and older checkpoints read alike.
+megatron-core splits the flat buffer of all parameters evenly over data parallelism, so a process has a run of consecutive elements of a few
+parameters. Its own "fully reshardable" checkpoints first gather whole parameters on every process: 12 bytes for each parameter of a
+model-parallel share. Here the process that has a run writes it as rectangular boxes of the parameter, under the same names and shapes. So
+nothing is gathered, any layout can read what another one wrote, and older checkpoints can be read, too.
 
-Worked example: of a parameter of 4 rows and 3 columns a process has elements 2 to 9 (10 not included).
+Worked example: a process has elements 2 to 9 (10 not included) of a parameter with 4 rows and 3 columns.
 
     . . 2
     3 4 5    -> row 0, column 2; rows 1 and 2; row 3, column 0
     6 7 8
     9 . .
 
-A state's elements lie one after another, so each box is a view of them: a save copies them once, and a load writes into place.
+The elements of a state are contiguous, so each box is a view of them: a save copies them once, and a load writes in place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _STATES = ("param", "exp_avg", "exp_avg_sq")
 """Master weights and the two moments of Adam."""
 
 _GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
-"""By which megatron-core tells groups of parameters apart."""
+"""Keys by which megatron-core distinguishes parameter groups."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Box:
 
 
 def boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[Box]:
-    """The boxes that elements [begin, end) of a contiguous tensor fill, in order: at most 2 * dimensions - 1."""
+    """Yield the boxes that elements [begin, end) of a contiguous tensor fill, in order: at most 2 * dimensions - 1."""
     if begin >= end:
         return
     if not shape:
@@ -79,11 +79,11 @@ def _in_row(number: int, found: Iterator[Box]) -> Iterator[Box]:
 
 
 def optimizer_state(optimizer: MegatronOptimizer, weights: dict[str, Any], *, loading: bool) -> dict[Any, Any]:
-    """The state of an optimizer for megatron-core's checkpoints.
+    """Return the state of an optimizer in the form that megatron-core's checkpoints take.
 
     Args:
-        weights: the model's state, which says of what global tensor a parameter is a piece.
-        loading: the state is to be filled, so it is allocated where it does not exist yet.
+        weights: the model's state, which maps each parameter to a piece of a global tensor.
+        loading: the state will be loaded, so allocate it if it does not exist yet.
     """
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     if not all(isinstance(part, DistributedOptimizer) for part in parts):
@@ -102,7 +102,7 @@ def optimizer_state(optimizer: MegatronOptimizer, weights: dict[str, Any], *, lo
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
-    """Take what a load has read: tensors are in place already, so what remains are the parameter groups."""
+    """Apply a loaded state to the optimizer. The tensors were loaded in place, so only the parameter groups remain."""
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     if not all(isinstance(part, DistributedOptimizer) for part in parts):
         optimizer.load_state_dict(loaded)
@@ -134,13 +134,13 @@ def _state_of_part(part: DistributedOptimizer, entries: dict[int, Any], *, loadi
 
 
 def is_beside(part: MegatronOptimizer) -> bool:
-    """A part whose parameters stand beside the pipeline and belong to no stage (`training.spread_encoder`). In checkpoints it is one with
-    the first part, so that they are the same with it and without."""
+    """Return whether the parameters of an optimizer part belong to no pipeline stage (`training.spread_encoder`). Checkpoints merge such a
+    part into the first one, so their contents do not depend on whether the encoder is spread."""
     return getattr(part, "beside_pipeline", False)
 
 
 def _merge(state: dict[str, Any], other: dict[str, Any]) -> None:
-    """Add another part's pieces to a part's state, and those of its groups of parameters that the part lacks."""
+    """Add the pieces of another part to a part's state, and the parameter groups that the part lacks."""
     state["param_state"].update(other["param_state"])
     groups = state["optimizer"]["param_groups"]
     known = {tuple(group.get(key) for key in _GROUP_KEYS) for group in groups}
@@ -152,13 +152,13 @@ class _Piece:
     """A box of a global tensor."""
 
     entry: ShardedTensor
-    """The piece of the model's weights that it is a part of."""
+    """The piece of the model's weights that contains it."""
     box: Box
-    """In the entry."""
+    """Position and shape within the entry."""
     first: int
-    """Number of its first element in the run."""
+    """Index of its first element in the run."""
     is_copied: bool
-    """Other tensor-parallel or pipeline ranks may have the same."""
+    """Other tensor-parallel or pipeline ranks may have the same elements."""
 
     @property
     def key(self) -> str:
@@ -170,14 +170,14 @@ class _Piece:
 
     @property
     def offset(self) -> tuple[int, ...]:
-        """In the global tensor."""
+        """Offset in the global tensor."""
         stacked = self.entry.prepend_axis_num
         begin = self.entry.global_offset
         return (*begin[:stacked], *(a + b for a, b in zip(begin[stacked:], self.box.offset, strict=True)))
 
     def sharded(self, key: str, values: torch.Tensor) -> ShardedTensor:
-        """The same box of another tensor. No other data-parallel rank has it, so this process is the one that writes it, unless it is a
-        copy of what another tensor-parallel rank writes."""
+        """Return the same box of another tensor. No other data-parallel rank has it, so this process writes it, unless another
+        tensor-parallel or pipeline rank writes the same elements."""
         shape = (1,) * self.entry.prepend_axis_num + self.box.shape
         pipeline, tensor, _ = self.entry.replica_id
         return replace(
@@ -195,9 +195,9 @@ class _Piece:
 
 
 def _pieces(entry: ShardedTensor | ShardedTensorFactory, begin: int, end: int, *, is_copied: bool) -> Iterator[_Piece]:
-    """The boxes that elements [begin, end) of a parameter fill.
+    """Yield the boxes that elements [begin, end) of a parameter fill.
 
-    A parameter may be several pieces of global tensors, such as both branches of a SwiGLU, each of consecutive elements.
+    A parameter may consist of several pieces of global tensors, such as both branches of a SwiGLU, each of consecutive elements.
     """
     whole = entry.data
     parts: dict[str, Any] = {"entry": replace(entry) if isinstance(entry, ShardedTensor) else entry}

@@ -1,8 +1,8 @@
-"""Interpolates the learned positions of an image tower to another image size, when a run is started from existing weights.
+"""Interpolates the learned positions of an image tower to another image size, when a run starts from existing weights.
 
 Every process that has such a table reads the whole stored table and computes the same result, so the layout does not matter. The family's
-table of names says which tensors are positions and how they are interpolated (`hf.mapping.Positions`: bicubic, as in transformers), so
-`--init-from` gives the same result as `convert from-hf`.
+table of names defines which tensors are positions and how they are interpolated (`hf.mapping.Positions`: bicubic, as in transformers), so
+the result of `--init-from` equals that of `convert from-hf`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Interpolation:
-    """Tables of positions that a checkpoint holds for another image size."""
+    """Position tables that a checkpoint stores for another image size."""
 
     tables: dict[str, Positions]
-    """By global name."""
+    """Mapping entries, by global name."""
     stored: dict[str, tuple[int, ...]]
-    """Shapes in the checkpoint."""
+    """Shapes in the checkpoint, by global name."""
 
     @classmethod
     def needed(cls, experiment: Experiment, checkpoint: Path) -> Interpolation:
-        """What the experiment's model has for another number of patches than the checkpoint."""
+        """Return the position tables whose number of patches differs between the experiment's model and the checkpoint."""
         family = family_of(experiment.model)
         if not family.adapts:
             return cls({}, {})
@@ -45,10 +45,10 @@ class Interpolation:
         return cls({name: tables[name] for name in other}, other)
 
     def ask(self, state: dict[str, Any]) -> None:
-        """Put tensors of the stored shapes in the places of those that are to be interpolated.
+        """In the state to be loaded, replace the tables that need interpolation with tensors of the stored shapes.
 
         Args:
-            state: of this process, `model0`, `model1`, ..., as `model_state` gives it.
+            state: this process's state, `model0`, `model1`, ..., as returned by `model_state`.
         """
         for entries in state.values():
             for name, entry in entries.items():
@@ -58,11 +58,11 @@ class Interpolation:
                     entries[name] = ShardedTensor.from_rank_offsets(entry.key, place, replica_id=entry.replica_id)
 
     def answer(self, asked: dict[str, Any], loaded: dict[str, Any]) -> None:
-        """Interpolate what was loaded, in place.
+        """Replace the loaded tables with their interpolations, in place.
 
         Args:
-            asked: what `ask` left.
-            loaded: the same with tensors.
+            asked: the state as `ask` left it.
+            loaded: the same state after loading.
         """
         for chunk, entries in asked.items():
             for name, entry in entries.items():
@@ -70,11 +70,11 @@ class Interpolation:
                     loaded[chunk][name] = self.tables[entry.key].from_hf((loaded[chunk][name],))
 
     def say(self) -> None:
-        """A line in the log for each table."""
+        """Log a line for each table."""
         for name, table in self.tables.items():
             logger.info("%s", table.describe(self.stored[name][0]))
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, ShardedTensor]:
-    """The tensors of a checkpoint by name, without their contents."""
+    """Return the tensors of a checkpoint by name, without their contents."""
     return dist_checkpointing.load_tensors_metadata(str(checkpoint / TENSORS))

@@ -1,14 +1,14 @@
-"""The plan of which process writes which part of a checkpoint: made once, and reused by every later save of a run.
+"""The plan of which process writes which part of a checkpoint: made in the first saves of a run, and reused by all later ones.
 
 Before a process can stage its bytes, three things must be known: which replica of a tensor is written (data-parallel ranks have the same
-weights, and share the work), what each process writes to which file, and where everything then is in the checkpoint. All of this follows
+weights and share the work), what each process writes to which file, and where everything is in the finished checkpoint. All of this follows
 from names, shapes and offsets, which do not change between saves. Without this plan, every process would gather the descriptions of all
-pieces of all other processes twice in each save, and wait for the slowest of them.
+pieces of all other processes twice in each save, and wait for the slowest process.
 
-    first save     weights are dealt to data-parallel ranks (a message among those); the first process gathers all plans, and validates that
-                   pieces fill their tensors, each element once
+    first save     weights are distributed over data-parallel ranks (one message among them); the first process gathers all plans, and
+                   validates that the pieces cover every element of their tensors exactly once
     second save    the plan is made again, and is the same
-    later saves    nothing is said of pieces at all
+    later saves    no descriptions of pieces are exchanged
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 _NOTHING_TO_DEAL: Any = ()
-"""Of a single data-parallel rank, which writes all that it has."""
+"""Distribution for a single data-parallel rank, which writes everything it has."""
 
 
 class SavePlans:
-    """The save strategy of a run, and what it was made for."""
+    """The save strategy of a run, and the structure of the state that it was made for."""
 
     def __init__(self) -> None:
         self._strategy: FullyParallelSaveStrategyWrapper | None = None
         self._structure: list[tuple[Any, ...]] | None = None
 
     def must_be_made(self, state: dict[str, Any]) -> bool:
-        """There is no plan yet, or this process's state looks otherwise now."""
+        """Return whether there is no plan yet, or the structure of this process's state has changed since it was made."""
         return self._strategy is None or structure_of(state) != self._structure
 
     def strategy_for(self, state: dict[str, Any], *, anew: bool) -> FullyParallelSaveStrategyWrapper:
-        """megatron-core's strategy for this state of a run. Called by all processes together.
+        """Return megatron-core's save strategy for this state. Called by all processes together.
 
         Args:
-            anew: `must_be_made`, on any process.
+            anew: `must_be_made` returned True on some process.
         """
         if self._strategy is None or anew:
             self._structure = structure_of(state)
@@ -52,7 +52,7 @@ class SavePlans:
 
 
 def structure_of(state: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """What a plan follows from: name, type and place of each piece of this process."""
+    """Return everything that a plan depends on: name, type and place of each piece of this process."""
     return [
         (entry.key, entry.dtype, entry.local_shape, entry.global_shape, entry.global_offset, entry.replica_id)
         if isinstance(entry, ShardedTensor)
@@ -67,7 +67,7 @@ def _new_strategy(state: dict[str, Any]) -> FullyParallelSaveStrategyWrapper:
     base = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
     strategy = FullyParallelSaveStrategyWrapper(base, group, do_cache_distribution=True)
     apply_factories(state)  # in place, as the save itself would do next
-    # With a distribution of its own the strategy would validate on every process what the first one validates when it puts plans together
-    # (torch's `_validate_global_plan`).
+    # The distribution is set here because the strategy, if it made its own, would validate on every process what the first process
+    # validates anyway when it combines the plans (torch's `_validate_global_plan`).
     strategy.cached_distribution = determine_main_replica_uniform_distribution(state, group) or _NOTHING_TO_DEAL
     return strategy

@@ -1,4 +1,4 @@
-"""The contents of a checkpoint: the state of a run besides its tensors, and its tensors as pieces of global ones."""
+"""The contents of a checkpoint: the run's counters, and its tensors as pieces of global tensors."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from megatron_mm.training.spread_encoder import wrapped_modules
 
 @dataclass
 class TrainState:
-    """What a run is besides its tensors."""
+    """The state of a run apart from its tensors."""
 
     step: int = 0
-    """Steps done."""
+    """Completed steps."""
     plan: dict[str, Any] | None = None
-    """The plan's cursor, as `PlanState.to_dict` gives it; None before the first step."""
+    """The plan's cursor, as returned by `PlanState.to_dict`; None before the first step."""
     skipped_steps: int = 0
     """Steps whose gradient was not finite."""
     skipped_in_a_row: int = 0
-    """Those of them that came last, without another step between or after them."""
+    """Number of consecutive skipped steps up to and including the last step."""
     recent_losses: list[float] = field(default_factory=list)
-    """Of the last steps that were not skipped, oldest first, to tell a spike by."""
+    """Losses of the last steps that were not skipped, oldest first, for detecting a spike."""
     best_heldout: float | None = None
-    """The lowest held-out loss so far, where `checkpoint.best` asks for it."""
+    """The lowest held-out loss so far, if `checkpoint.best` is set."""
     best_step: int | None = None
-    """The step that it is of."""
+    """Step with the lowest held-out loss."""
     tokens: int = 0
-    """Tokens trained on, padding not counted."""
+    """Tokens trained on, excluding padding."""
     images: int = 0
     """Images trained on."""
     bad_samples: dict[str, int] = field(default_factory=dict)
@@ -46,8 +46,7 @@ class TrainState:
 
 
 def model_state(model: list[DistributedDataParallel]) -> dict[str, Any]:
-    """The weights of this process's chunks, `model0`, `model1`, ..., each a piece of a global tensor; last the encoder's, where it stands
-    beside them."""
+    """Return the weights of this process's chunks, `model0`, `model1`, ..., as pieces of global tensors; a spread encoder is the last."""
     modules = wrapped_modules(model)
     states = (module.module.sharded_state_dict(metadata=dict(STATE_METADATA)) for module in modules)
     return {f"model{i}": fp8_weights.with_values(state) for i, state in enumerate(states)}
@@ -56,10 +55,10 @@ def model_state(model: list[DistributedDataParallel]) -> dict[str, Any]:
 def run_state(
     model: list[DistributedDataParallel], optimizer: MegatronOptimizer, topology: Topology, *, loading: bool, generators: bool = True
 ) -> dict[str, Any]:
-    """Weights, optimizer and (with generators) random-number generators of this process, as pieces of global tensors."""
+    """Return weights, optimizer state and (if `generators`) random-number generators of this process, as pieces of global tensors."""
     chunks = model_state(model)
     state: dict[str, Any] = dict(chunks)
-    # The optimizer looks its parameters up in all chunks at once; names are global, so merging loses nothing.
+    # The optimizer looks up its parameters in all chunks at once, so they are merged; the prefix keeps their names apart.
     merged = {f"{i}.{name}": entry for i, chunk in enumerate(chunks.values()) for name, entry in chunk.items()}
     state["optimizer"] = optimizer_state(optimizer, merged, loading=loading)
     if generators:
@@ -68,10 +67,10 @@ def run_state(
 
 
 def to_be_forked(state: dict[str, Any]) -> dict[str, Any]:
-    """The same state, in which each tensor in the processor's memory has a storage of its own over that same memory.
+    """Give each CPU tensor of the state a storage of its own over the same memory, and return the state.
 
-    megatron-core's writer is a fork, which sees this process's memory as it is now. But a tensor that is part of a larger storage, as
-    weights are of their buffer and boxes of a run, megatron-core copies first, while training waits.
+    megatron-core's writer is a fork, which sees this process's memory as it is now. But megatron-core first copies a tensor that is part
+    of a larger storage (weights are part of their buffer, boxes part of a run), while training waits.
     """
     for entry in nested_values(state):
         if isinstance(entry, ShardedTensor) and entry.data is not None and _is_part(entry.data):
@@ -85,13 +84,13 @@ def _is_part(tensor: torch.Tensor) -> bool:
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a tensor that knows of nothing beside it."""
+    """Return a tensor over the same memory, with a storage that covers only its own elements."""
     content = torch.from_numpy(tensor.detach().view(-1).view(torch.uint8).numpy())
     return content.view(tensor.dtype).view(tensor.shape)
 
 
 def generator_state(topology: Topology) -> dict[str, ShardedTensor]:
-    """The generators of every process, each a row of a [world_size, bytes] tensor."""
+    """Return this process's random-number generators, each as its row of a [world_size, bytes] tensor."""
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
