@@ -19,7 +19,7 @@ from megatron_mm.evaluation.generation import Prompt
 
 @dataclass(frozen=True)
 class CaptionSample:
-    """An image with what it shows and what the model says of it."""
+    """An image with its true and its generated caption."""
 
     image: np.ndarray
     """[H, W, 3] uint8, as the model sees it."""
@@ -34,7 +34,7 @@ class CaptionTask:
     prompt: Prompt
     true: str
     whole: int
-    """The tile that shows the whole image."""
+    """Index of the tile that shows the whole image."""
 
     def answered(self, generated: str) -> CaptionSample:
         assert self.prompt.pixels is not None
@@ -43,8 +43,8 @@ class CaptionTask:
 
 
 def caption_tasks(index: Source, tokenizer: Tokenizer, image: ImageInput, *, count: int) -> list[CaptionTask]:
-    """The first `count` pairs of a source as prompts: what stands before their captions, which is BOS, the image, and the prompt that
-    they were indexed with, if any."""
+    """Make prompts of the first `count` pairs of a source. A prompt is everything before the caption: BOS, the image, and the text prompt
+    with which the pair was indexed, if any."""
     decoder = TileDecoder(image, threads=1)
     tasks = [_caption_task(index, row, tokenizer, image, decoder) for row in range(min(count, len(index)))]
     decoder.close()

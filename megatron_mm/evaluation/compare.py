@@ -1,9 +1,9 @@
 """Plots the results of several runs side by side, like MM1's figures 4 (connectors) and 5 (mixtures) for finished ablations.
 
-There is a panel for each number of demonstrations, and one for TextCore. Each has one bar per run: the mean over the tasks for which all
-runs have results with that number, with CIDEr-D for captions and accuracy for questions, averaged as in the paper. A run is labelled with
-the settings that differ between runs: connector, image tokens, resolution, mixture, and the step if they were evaluated after different
-numbers of steps.
+There is one panel for each number of demonstrations, and one for TextCore with each number. Each panel has one bar per run: the mean over
+the tasks for which all runs have results with that number of demonstrations. As in the paper, the mean is over CIDEr-D for captions and
+accuracy for questions. A run is labelled with the settings that differ between runs: connector, image tokens, resolution, mixture, and the
+step if the runs were evaluated after different numbers of steps.
 
 Only comparable results are compared: results for part of a task (`--limit`) are ignored, and tasks that were evaluated in different ways
 (seed, prompts, method, beams, number of items) are refused.
@@ -27,10 +27,10 @@ _NAMES = {
     "model.vision.image_size": "px ",
     "data.mixture": "",
 }
-"""Fields that ablations change, and what stands before their values; any other differing field of the model has its own name."""
+"""Fields that ablations change -> prefix of their values in a label. If none of them differs, labels show the fields that do, by name."""
 
 _ASKED = ("seed", "method", "beams", "wording", "text_demonstrations", "low_resolution_demonstrations")
-"""Of a result's setting, how its task was asked."""
+"""Entries of a result's setting that describe how the task was evaluated."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class RunResults:
         return int(self.results[0].setting["model"]["step"])
 
     def of(self, shots: int) -> dict[str, float]:
-        """Scores of tasks that are no part of TextCore."""
+        """Scores with a number of demonstrations, by task, without the tasks of TextCore."""
         return {result.task: result.score for result in self.results if result.shots == shots and result.task not in TEXTCORE}
 
 
 def read_run(run_dir: Path) -> RunResults:
-    """The results of a run. Raises ValueError if it has none of whole tasks."""
+    """Read the results of a run. Raises ValueError if it has no results of whole tasks."""
     folder = run_dir / "evaluation"
     every = read_results(folder) if folder.is_dir() else []
     found = [result for result in every if result.setting["limit"] is None]
@@ -69,7 +69,7 @@ def read_run(run_dir: Path) -> RunResults:
 
 
 def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
-    """Draw the picture and its table (.json beside it); lines for the terminal."""
+    """Write the picture and a .json file with its values; yield lines for the terminal."""
     if len(run_dirs) < 2:
         raise ValueError("--compare needs at least two runs")
     runs = [read_run(run_dir) for run_dir in run_dirs]
@@ -92,7 +92,7 @@ def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
 
 
 def check_asked_alike(runs: Sequence[RunResults]) -> None:
-    """Raise ValueError where runs were asked a task that they have in common in different ways."""
+    """Raise ValueError if a task that all runs have in common was evaluated in different ways."""
     asked = [{(result.task, result.shots): _how_asked(result) for result in run.results} for run in runs]
     first = runs[0]
     for task, shots in sorted(set.intersection(*map(set, asked))):
@@ -109,13 +109,13 @@ def check_asked_alike(runs: Sequence[RunResults]) -> None:
 
 
 def _how_asked(result: Result) -> dict[str, Any]:
-    """What two results of a task must share to be compared."""
+    """Settings that must be equal for two results of a task to be comparable."""
     settings = {name: result.setting.get(name) for name in _ASKED}
     return {**settings, "number of items": result.num_items + result.bad_items}
 
 
 def panels_of(runs: Sequence[RunResults]) -> dict[str, list[float]]:
-    """A title, and each run's mean over the tasks that all of them have."""
+    """Return each panel's title -> each run's mean over the tasks that all runs have."""
     panels = {}
     for shots in sorted({result.shots for run in runs for result in run.results}):
         common = set.intersection(*(set(run.of(shots)) for run in runs))
@@ -129,7 +129,7 @@ def panels_of(runs: Sequence[RunResults]) -> dict[str, list[float]]:
 
 
 def labels_of(configs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
-    """What each run has otherwise than the others; its name where that tells runs not apart."""
+    """Label each run with the settings that differ between runs, preceded by its name if these labels are not unique."""
     flat = [_flat({"model": config["model"], "data.mixture": config["data"]["mixture"]}) for config in configs]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if len({str(one.get(key)) for one in flat}) > 1]
     known = [key for key in keys if key in _NAMES] or keys
@@ -149,7 +149,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _written(value: object) -> str:
-    """A mixture as percent of its sources."""
+    """Format a value; a mixture is written as the percentage of each source."""
     if isinstance(value, dict):
         return "/".join(f"{100 * weight:.0f}% {source}" for source, weight in value.items() if weight)
     return str(value)

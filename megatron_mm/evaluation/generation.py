@@ -1,8 +1,8 @@
-"""Generation in the training layout: greedy, beam search, and likelihoods of given answers.
+"""Generation in the training layout: greedy search, beam search, and likelihoods of given answers.
 
-Prompts of any lengths go through the layout that trains, with a key/value cache (`evaluation.passes`, `models.cache`); the tokens are the
-same as from passes over whole sequences. All processes of a model replica must call with the same prompts; data-parallel ranks may have
-different ones.
+Prompts may have any lengths. Generation uses the parallel layout of training and a key/value cache (`evaluation.passes`, `models.cache`);
+the tokens are the same as from passes over whole sequences. All processes of a model replica must pass the same prompts; data-parallel
+ranks may pass different ones.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Generator:
     ) -> None:
         """
         Args:
-            cache: as `Passes`.
+            cache: as in `Passes`.
         """
         self.chunks = chunks
         self.passes = Passes(experiment, chunks, topology, pad_id=pad_id, cache=cache)
 
     @torch.no_grad()
     def greedy(self, prompts: list[Prompt], *, max_new_tokens: int, end_ids: Sequence[int]) -> list[list[int]]:
-        """The likeliest token after each, until one of end_ids or max_new_tokens; the new ids without the one that ended them."""
+        """Append the most likely token until it is one of end_ids or there are max_new_tokens. Return the new ids without the end id."""
         with self._evaluation_mode():
             parts = self.passes.parts(prompts, new_tokens=max_new_tokens)
             answers: list[list[int]] = [[] for _ in prompts]
@@ -58,10 +58,10 @@ class Generator:
     def beam(
         self, prompts: list[Prompt], *, num_beams: int, max_new_tokens: int, end_ids: Sequence[int], length_penalty: float = 1.0
     ) -> list[list[int]]:
-        """The continuation with the best sum of log-probabilities / (tokens ** length_penalty) that a beam search finds.
+        """Return the continuation with the best sum of log-probabilities / (tokens ** length_penalty) that a beam search finds.
 
-        A beam ends with one of end_ids, which counts as a token; the search for a prompt ends when no open beam can become better than its
-        num_beams finished ones.
+        A beam ends with one of end_ids, which counts as a token. The search for a prompt ends when it has num_beams finished beams and none
+        of them scores less than the best open beam.
         """
         with self._evaluation_mode():
             parts = self.passes.parts(prompts, new_tokens=max_new_tokens)
@@ -77,7 +77,7 @@ class Generator:
 
     @torch.no_grad()
     def log_likelihoods(self, prompts: list[Prompt], choices: list[list[list[int]]]) -> list[list[float]]:
-        """Sum of the log-probabilities of each choice's tokens after its prompt. A prompt is computed once for all of its choices.
+        """Sum the log-probabilities of each choice's tokens after its prompt. A prompt is computed once for all of its choices.
 
         Args:
             choices: for each prompt, the token ids of each of its choices; none is empty.
@@ -104,7 +104,8 @@ class Generator:
             return [sums[row] for row in range(len(prompts))]
 
     def _following(self, parts: list[Part], rows: list[list[int]], choices: list[list[list[int]]]) -> Iterator[tuple[int, float]]:
-        """For each prompt the log-probability of all tokens of a choice but the first. The parts are as before when all are taken."""
+        """Yield each prompt's number and the log-probability of its choice without the first token. An exhausted iterator has restored the
+        parts."""
         for part, own in zip(parts, choices, strict=True):
             part.extend([choice[:-1] for choice in own])
         counts = [[len(choice) - 1 for choice in own] for own in choices]
@@ -138,20 +139,20 @@ def generate(
     pad_id: int,
     cache: bool = True,
 ) -> list[list[int]]:
-    """`Generator.greedy`, for a few prompts that all processes have."""
+    """Run `Generator.greedy` on a few prompts that all processes have."""
     return Generator(experiment, chunks, topology, pad_id=pad_id, cache=cache).greedy(
         prompts, max_new_tokens=max_new_tokens, end_ids=[eos_id]
     )
 
 
 def _numbered(parts: list[Part]) -> list[list[int]]:
-    """The numbers of each part's prompts."""
+    """Number the prompts consecutively; return the numbers of each part."""
     numbers = iter(range(sum(len(part.prompts) for part in parts)))
     return [[next(numbers) for _ in part.prompts] for part in parts]
 
 
 def _without_finished(part: Part, rows: list[int], done: list[bool]) -> list[int]:
-    """Drop finished sequences once they are half of a part or more; the rows that are left. One always is."""
+    """Drop finished sequences if they are at least half of a part; return the remaining rows. At least one remains."""
     kept = [place for place, row in enumerate(rows) if not done[row]] or [0]
     if 2 * len(kept) > len(rows):
         return rows
@@ -170,7 +171,7 @@ class _Beams:
         self.done = False
 
     def advance(self, ids: list[list[int]], log_probs: list[list[float]]) -> list[int]:
-        """Take the likeliest tokens of each open beam; from which of them the next open beams come."""
+        """Extend each open beam with its most likely tokens; return the previous beam of each new open beam."""
         found = [
             (score + more, beam, token)
             for beam, (score, _) in enumerate(self.open)
@@ -207,7 +208,7 @@ class _Beams:
 
 
 def _grow(part: Part, searches: list[_Beams], read: Read) -> None:
-    """One token more for all beams of a part, whose sequences are the prompts' open beams in order."""
+    """Append one token to all beams of a part. The part's sequences are the prompts' open beams, in order."""
     ids, log_probs, first, rows, tokens = read.ids.tolist(), read.log_probs.tolist(), 0, [], []
     for search in searches:
         last = first + len(search.open)

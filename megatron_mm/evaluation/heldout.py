@@ -22,7 +22,7 @@ from megatron_mm.training.step import TrainingStep
 from megatron_mm.training.trainer import Batches
 
 SPLIT = "heldout"
-"""The split for evaluation."""
+"""Name of the split for evaluation."""
 
 
 class HeldOut:
@@ -40,7 +40,7 @@ class HeldOut:
         """
         Args:
             image: how images enter the model.
-            batches: opens the held-out split from its first batch on.
+            batches: opens the held-out split at its first batch.
         """
         self.experiment = experiment
         self.topology = topology
@@ -51,11 +51,11 @@ class HeldOut:
         self.batches = batches
 
     def losses(self, step: TrainingStep, *, images: Literal["true", "shuffled", "blank"] | None = None) -> dict[str, float]:
-        """Loss per token over `eval.batches` global batches, in all and by source; nothing if there is no such split.
+        """Loss per token over `eval.batches` global batches, in total and by source; empty if there is no held-out split.
 
         Args:
-            images: what the model sees, if not what it sees in training: the difference between "true" and "shuffled" is what
-                looking at the images is worth.
+            images: replaces `data.images`, which selects the images that the model sees. The difference in loss between "true" and
+                "shuffled" shows how much the model uses the images.
         """
         if not self.present:
             return {}
@@ -73,7 +73,7 @@ class HeldOut:
         return {f"{SPLIT}/loss": total.mean, **by_source}
 
     def why_no_captions(self) -> str:
-        """Why `captions` would be none; empty if there will be some."""
+        """Reason why `captions` would return none; empty if it would return some."""
         if not self.experiment.eval.samples:
             return "--eval.samples is 0"
         pairs = self._pairs()
@@ -82,12 +82,12 @@ class HeldOut:
         return "" if len(pairs) else f"the source {pairs.name} in {self.experiment.data.path / SPLIT} is empty"
 
     def _pairs(self) -> Source | None:
-        """The first held-out source of image-text pairs."""
+        """Return the first held-out source of image-text pairs, or None if there is none."""
         indexes = open_split(self.experiment.data.folder, SPLIT, sources=self.sources, check=False) if self.present else []
         return next((index for index in indexes if index.kind == "pairs"), None)
 
     def captions(self, model: list[torch.nn.Module]) -> list[CaptionSample]:
-        """Generated captions of the first `eval.samples` held-out pairs; none where there are no pairs."""
+        """Generate captions for the first `eval.samples` held-out pairs; empty if there are no pairs."""
         pairs = self._pairs()
         if pairs is None:
             return []
@@ -109,6 +109,7 @@ class HeldOut:
 
 
 def _drops_tokens(experiment: Experiment) -> bool:
-    """Experts have room for a share of a micro-batch's tokens: a few new tokens alone would find another room than whole documents do."""
+    """Return whether experts have a capacity limit. A pass over new tokens alone would then drop different tokens than a pass over whole
+    documents, so no cache is used."""
     moe = experiment.model.decoder.moe
     return moe is not None and moe.capacity_factor is not None

@@ -35,24 +35,24 @@ from megatron_mm.platform.device import send
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to continue."""
+    """A prompt to continue."""
 
     ids: list[int]
-    """Token ids, image places included."""
+    """Token ids, including those of image tokens."""
     image_starts: list[int]
-    """Place of the first token of each image's features in ids."""
+    """Position in ids of the first token of each image."""
     pixels: torch.Tensor | None
-    """[images, 3, H, W] uint8, of which this process looks at those that it encodes alone (`Passes.shares`); None if it is on a later
-    pipeline stage and nobody has read them."""
+    """[images, 3, H, W] uint8. Only the images that this process encodes are used (`Passes.shares`). May be None on later pipeline
+    stages."""
 
 
 class Part:
-    """Sequences that share a micro-batch: their tokens, and what of them is cached."""
+    """Sequences that share a micro-batch: their tokens and their cache."""
 
     def __init__(self, prompts: list[Prompt], *, capacity: int | None) -> None:
         """
         Args:
-            capacity: of the cache, tokens of a sequence; None computes all tokens in every pass.
+            capacity: tokens that the cache holds per sequence; None computes all tokens in every pass.
         """
         self.prompts = prompts
         self.tokens = [list(prompt.ids) for prompt in prompts]
@@ -64,13 +64,13 @@ class Part:
             tokens.extend(more)
 
     def shorten(self, counts: list[int]) -> None:
-        """Take back the last tokens of each sequence."""
+        """Remove the last tokens of each sequence."""
         self.tokens = [tokens[: len(tokens) - count] for tokens, count in zip(self.tokens, counts, strict=True)]
         if self.cache is not None:
             self.cache.forget(counts)
 
     def select(self, rows: list[int]) -> None:
-        """Go on with these sequences, in this order; one may stand several times."""
+        """Keep these sequences, in this order; one may be repeated."""
         self.prompts, self.tokens = [self.prompts[row] for row in rows], [list(self.tokens[row]) for row in rows]
         if self.cache is not None:
             self.cache.select(rows)
@@ -78,24 +78,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a pass reads after the last tokens of a part's sequences."""
+    """What a pass reads at the last positions of a part's sequences."""
 
     tails: list[int]
-    """At how many of its last places each sequence is read."""
+    """Number of last positions at which each sequence is read."""
     targets: list[list[int]] = field(default_factory=list)
-    """For each place that is read, in order, tokens whose log-probability is asked for; empty if none is."""
+    """Tokens whose log-probability is read, for each position that is read, in order; empty if none is needed."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """What was read of a part's logits, on the CPU."""
+    """Values read from a part's logits, on the CPU."""
 
     ids: torch.Tensor
-    """[r, k] int64: the likeliest tokens."""
+    """[r, k] int64: the most likely tokens."""
     log_probs: torch.Tensor
-    """[r, k] float64: their log-probabilities."""
+    """[r, k] float64: log-probabilities of `ids`."""
     targets: torch.Tensor
-    """[r, q] float64: those of the tokens that were asked for."""
+    """[r, q] float64: log-probabilities of `Wanted.targets`."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,15 @@ class _Work:
 
 
 class Passes:
-    """Makes the passes of one process; every process of a model calls with the same sequences."""
+    """Runs the passes of one process; all processes of a model replica must pass the same sequences."""
 
     def __init__(
         self, experiment: Experiment, chunks: list[torch.nn.Module], topology: Topology, *, pad_id: int, cache: bool = True
     ) -> None:
         """
         Args:
-            cache: compute new tokens alone. Without it, or where the family has none (`Family.generates_with_cache`), every pass computes
-                all tokens.
+            cache: compute only new tokens. Without it, or if the family does not support it (`Family.generates_with_cache`), every pass
+                computes all tokens.
         """
         self.experiment = experiment
         self.chunks = chunks
@@ -126,7 +126,7 @@ class Passes:
         self.cached = cache and family_of(experiment.model).generates_with_cache
 
     def parts(self, prompts: list[Prompt], *, new_tokens: int) -> list[Part]:
-        """Deal prompts into parts, each a run of neighbours; a cache holds the longest of them and new_tokens more."""
+        """Divide prompts into parts of consecutive ones. A part's cache has room for its longest prompt and new_tokens more."""
         return [
             Part(share, capacity=max(len(p.ids) for p in share) + new_tokens if self.cached else None) for share in self._dealt(prompts)
         ]
@@ -137,7 +137,7 @@ class Passes:
         return [prompts[begin:end] for begin, end in itertools.pairwise(bounds)]
 
     def shares(self, prompts: list[Prompt]) -> list[range]:
-        """Which images of each prompt this process encodes, and so has to decode, when these prompts make a call together."""
+        """Ranges of each prompt's images that this process encodes, and therefore has to decode, if these prompts are passed together."""
         parts = self._dealt(prompts) if prompts else []
         return [
             share
@@ -146,7 +146,7 @@ class Passes:
         ]
 
     def agree(self, number: int) -> int:
-        """The largest of the numbers of all processes that make passes together."""
+        """Return the largest number among the processes that run passes together."""
         if self.experiment.parallel.expert == 1:
             return number
         shared = torch.tensor(number, device=self.topology.device)
@@ -154,14 +154,14 @@ class Passes:
         return int(shared)
 
     def run(self, parts: list[Part], wanted: list[Wanted], *, top: int = 1, with_log_probs: bool = True) -> list[Read]:
-        """One pass over all that is new in each part; what was wanted of each.
+        """Run one pass over the new tokens of each part; return the wanted values of each.
 
         Args:
-            top: how many of the likeliest tokens are read at each place.
-            with_log_probs: without them logits stand in their places, which greedy search does not look at.
+            top: number of most likely tokens read at each position.
+            with_log_probs: compute log-probabilities; otherwise logits are returned in their place, which is enough for greedy search.
         """
         work = [self._work(part, wish) for part, wish in zip(parts, wanted, strict=True)]
-        # The interleaved schedule wants a multiple of the stages: more of the same, which writes the same into the cache.
+        # The interleaved schedule needs a multiple of the stages. Repeating the last part writes the same values into its cache again.
         missing = -len(work) % self.topology.pipeline_size if self.topology.virtual_size > 1 else 0
         todo = work + work[-1:] * missing
         rows = [one.rows for one in todo]
@@ -212,7 +212,7 @@ class Passes:
         return _Work(batch.to(device), step, rows, send(places, device), send(targets, device))
 
     def _pack(self, new: list[list[int]], known: list[int], prompts: list[Prompt]) -> PackedBatch:
-        """The new tokens of all sequences in one row, padded to what the layout and the precision need; with prompts, their images."""
+        """Pack the new tokens of all sequences into one row, padded as the layout and the precision require; add the prompts' images."""
         total = sum(map(len, new))
         row = max(1, -(-total // self.experiment.token_multiple)) * self.experiment.token_multiple
         lengths = [*map(len, new), *([row - total] if row > total else [])]
@@ -241,7 +241,7 @@ class Passes:
         )
 
     def _pixels(self, prompts: list[Prompt], owners: torch.Tensor) -> torch.Tensor | None:
-        """Those of the images that this process encodes; None if no prompt is computed."""
+        """Pixels of the images that this process encodes; None if there are no prompts."""
         if not prompts:
             return None
         pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
@@ -249,7 +249,7 @@ class Passes:
         return torch.cat(pixels)[owners == self.topology.tensor_rank]
 
     def _tell(self, work: list[_Work], found: list[torch.Tensor], *, top: int) -> list[Read]:
-        """What the last stage has read of each part, on all stages."""
+        """Send the values that the last stage has read to all stages, and return them for each part."""
         shapes = [(len(one.places), 2 * top + one.targets.shape[1]) for one in work]
         told = torch.empty(sum(rows * width for rows, width in shapes), dtype=torch.float64, device=self.topology.device)
         if self.topology.is_last_stage:
@@ -262,12 +262,13 @@ class Passes:
 
 
 def own_images(counts: Sequence[int], *, rank: int, size: int) -> list[range]:
-    """Which images of each sequence of a part a process of a tensor-parallel group encodes.
+    """Ranges of each sequence's images that one rank of a tensor-parallel group encodes.
 
-    Worked example: sequences of 1, 3 and 1 images, two processes: rank 0 has the first three, 0 of sequence 0, 0 and 1 of sequence 1.
+    Worked example: sequences with 1, 3 and 1 images, two ranks: rank 0 encodes the first three images, which are image 0 of sequence 0 and
+    images 0 and 1 of sequence 1.
 
     Args:
-        counts: images of each sequence.
+        counts: number of images of each sequence.
     """
     owners = tile_owners(sum(counts), size)
     first, end = (int(bound) for bound in np.searchsorted(owners, (rank, rank + 1)))
@@ -279,7 +280,7 @@ def _read(logits_rv: torch.Tensor, targets_rq: torch.Tensor, *, top: int, with_l
     """[r, k ids + k log-probabilities + q log-probabilities] float64, the same on every process of the tensor-parallel group.
 
     Args:
-        with_log_probs: else the likeliest tokens alone are known, and their logits stand in the place of log-probabilities.
+        with_log_probs: if false, the result is [r, k ids + k logits].
     """
     group = parallel_state.get_tensor_model_parallel_group()
     logits, first = logits_rv.double() if with_log_probs else logits_rv, group.rank() * logits_rv.shape[-1]
@@ -303,7 +304,7 @@ def _read(logits_rv: torch.Tensor, targets_rq: torch.Tensor, *, top: int, with_l
 
 
 def _from_all(table: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """The tables of all processes of a group, in order."""
+    """Gather the tables of all processes of a group, in rank order."""
     if group.size() == 1:
         return [table]
     tables = [torch.empty_like(table) for _ in range(group.size())]

@@ -1,7 +1,7 @@
 """Prompts: demonstrations and a question as token ids and images.
 
 With a chat template (`data.chat_template` of the run; fine-tuned models), every demonstration is a question and an answer before the last
-question, in the words of multi-task training (`data.text.conversations`), which are those of InfiMM's model card and of LLaVA-1.5:
+question. The wording is that of multi-task training (`data.text.conversations`), taken from InfiMM's model card and LLaVA-1.5:
 
     <image> What is it? Answer the question using a single word or phrase.  -> ball
 
@@ -12,7 +12,7 @@ Without one (pre-trained models), a prompt is a document like those of interleav
     choice          {image}{context} Question: {question} A. ... B. ...  Answer:      letter
     text            {question}                                                answer
 
-Each demonstration ends with a line break. The words are ours, in the style of Flamingo and BLIP-2, because we did not have the papers'
+Each demonstration ends with a line break. The wording is our own, in the style of Flamingo and BLIP-2, because we did not have the papers'
 prompts. To use another form: `--form "{image}Describe: "`.
 
 InfiMM, a Flamingo model, gets OpenFlamingo's prompts (`Family.prompt_forms`): `{image}Output:caption` and
@@ -45,13 +45,13 @@ FORMS: dict[str, str] = {
     "yes_no": "{image}Question: {question} Short answer:",
     "choice": "{image}{context}Question: {question}\n{choices}\nAnswer:",
     "text": "{question}",
-    # As the documents of `prepare demo` are.
+    # The form of the documents of `prepare demo`.
     "bare caption": "{image}",
     "question before image": "{question}{image}",
 }
-"""By kind of task, or by name (`Task.form`)."""
+"""Forms by kind of task, or by name (`Task.form`)."""
 _SEPARATORS = {"bare caption": "", "question before image": "", "text": "\n\n"}
-"""Between demonstrations; else a line break."""
+"""Forms whose demonstrations are separated by something other than a line break -> separator."""
 
 
 class BadImage(ValueError):
@@ -60,17 +60,17 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True)
 class Wording:
-    """How a task asks a model."""
+    """How a task's examples are written as prompts."""
 
     form: str
-    """With {image}, {question}, {context}, {choices}; unused under a chat template."""
+    """Text with {image}, {question}, {context}, {choices}; unused for questions about images under a chat template."""
     separator: str
-    """Between a demonstration and one that begins with an image; a line break where none does."""
+    """Text between examples. If it is empty and the next example has no image, a line break is used."""
     template: ChatTemplate | None
     task: str
-    """In `data.text.conversations.TASKS`."""
+    """Name in `data.text.conversations.TASKS`."""
     space: str = " "
-    """Before an answer."""
+    """Text before an answer."""
 
     @classmethod
     def of(
@@ -78,7 +78,7 @@ class Wording:
     ) -> Wording:
         """
         Args:
-            form: instead of the task's. Raises ValueError if it has braces of other names.
+            form: replaces the task's form. Raises ValueError if it has braces with other names.
             family_forms: `Family.prompt_forms`.
         """
         name = task.form or task.kind
@@ -95,8 +95,8 @@ class Wording:
         return wording
 
     def items(self, examples: Sequence[Example]) -> list[Item]:
-        """The items of a prompt, BOS left out: demonstrations with their answers, and last the question."""
-        if self.template is not None and examples[-1].images:  # tasks of text alone are for the language model as it is
+        """Items of a prompt without BOS: the demonstrations with their answers, then the question."""
+        if self.template is not None and examples[-1].images:  # text-only tasks evaluate the language model without a chat template
             return before_last_answer(render([self._turn(example) for example in examples], self.template))
         items: list[Item] = []
         for number, example in enumerate(examples):
@@ -108,7 +108,7 @@ class Wording:
         return items
 
     def answer_text(self, answer: str, example: Example, *, after_text: bool) -> str:
-        """A choice as it follows a prompt: with the space that the template, or a form that ends in text, has before it."""
+        """A choice as it follows a prompt, preceded by the template's space, or by `space` if the prompt ends in text."""
         if self.template is not None and example.images:
             return f"{self.template.prompt_end[1]}{answer}"
         return f"{self.space}{answer}" if after_text else answer
@@ -132,7 +132,7 @@ class Wording:
             "context": f"{example.context}\n" if example.context else "",
             "choices": "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, example.choices, strict=False)),
         }
-        form = FORMS["vqa"] if "{choices}" in self.form and not example.choices else self.form  # an open question among others
+        form = FORMS["vqa"] if "{choices}" in self.form and not example.choices else self.form  # an open question in a choice task
         first, *rest = form.format(**values).split("\0")
         parts: list[str | ImageReference] = [first]
         for text in rest:
@@ -141,7 +141,7 @@ class Wording:
 
 
 def _append(items: list[Item], part: str | ImageReference, *, continues: bool = False) -> None:
-    """Add a part; texts that follow one another and belong together are one string to the tokenizer."""
+    """Append a part. A text that continues the text before it is tokenized together with it."""
     if isinstance(part, ImageReference):
         items.append(part)
     elif part:
@@ -165,13 +165,13 @@ class Written:
 
 
 class PromptBuilder:
-    """Makes prompts of examples, for one model."""
+    """Makes prompts from examples, for one model."""
 
     def __init__(self, tokenizer: Tokenizer, image: ImageInput, *, threads: int, with_pixels: bool) -> None:
         """
         Args:
             image: how images enter the model.
-            with_pixels: decode images; without it their headers are read.
+            with_pixels: decode images; otherwise only their headers are read.
         """
         self.tokenizer = tokenizer
         self.image = image
@@ -182,7 +182,7 @@ class PromptBuilder:
         self._decoder.close()
 
     def build(self, wording: Wording, examples: Sequence[Example]) -> Prompt:
-        """The prompt of demonstrations and, last, a question, with the pixels of all of its images. Raises BadImage."""
+        """Build the prompt of demonstrations and a final question, with the pixels of all images. Raises BadImage."""
         written = self.write(wording, examples)
         prompt, ok = self.with_images(written, range(len(written.prompt.image_starts)))
         if not ok:
@@ -190,10 +190,10 @@ class PromptBuilder:
         return prompt
 
     def write(self, wording: Wording, examples: Sequence[Example], *, low_resolution: bool = False) -> Written:
-        """The same without pixels: of images the headers are read. Raises BadImage.
+        """Build a prompt without pixels: only the headers of images are read. Raises BadImage.
 
         Args:
-            low_resolution: show images of demonstrations as overviews alone, one square each.
+            low_resolution: show images of demonstrations only as overviews, one tile each.
         """
         items = wording.items(examples)
         encoded = [self._header(source) for example in examples for source in example.images]
@@ -212,8 +212,8 @@ class PromptBuilder:
         return Written(Prompt(ids, starts, None), encoded)
 
     def with_images(self, written: Written, wanted: range) -> tuple[Prompt, bool]:
-        """A prompt with the pixels of some of its squares, and whether they could be decoded; others are left as they are, since another
-        process encodes them."""
+        """Return a prompt with the pixels of the wanted tiles, and whether all of them could be decoded. Other tiles stay uninitialised:
+        another process encodes them."""
         prompt = written.prompt
         if not self.with_pixels:
             return prompt, True
@@ -239,14 +239,14 @@ class PromptBuilder:
         return EncodedTiles(data, width=width, height=height, tiles=range(count), count=count)
 
     def end_ids(self, wording: Wording) -> list[int]:
-        """Tokens that end an answer: EOS or the chat template's, and whatever begins an image, as the next demonstration would."""
+        """Tokens that end an answer: EOS, the chat template's end of answer, and the tokens that begin an image, hence a demonstration."""
         names = [*self.image.before, self.image.token]
         if wording.template is not None:
             names.append(wording.template.end_of_answer)
         return list(dict.fromkeys([self.tokenizer.eos_id, *map(self.tokenizer.special_id, names)]))
 
     def choice_ids(self, wording: Wording, examples: Sequence[Example], choices: Sequence[str]) -> list[list[int]]:
-        """Token ids of each choice as they follow the prompt of examples."""
+        """Token ids of each choice as it follows the prompt of the examples."""
         items = wording.items(examples)
         after_text = isinstance(items[-1], Text)
         before = encode_items(items, self.tokenizer)
@@ -259,6 +259,6 @@ class PromptBuilder:
 
 
 def cut_answer(text: str, *, max_words: int | None = None) -> str:
-    """An answer without what a base model writes on after it: up to the first line break, and of that so many words."""
+    """Cut off what a base model writes after its answer: keep the first line, or its first max_words words."""
     line = text.strip().split("\n")[0].strip()
     return line if max_words is None else " ".join(line.split()[:max_words])

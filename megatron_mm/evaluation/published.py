@@ -1,7 +1,7 @@
-"""Scores published by the papers' authors, to be printed beside results. Every score names the source in which it was found.
+"""Scores published by the papers' authors, to be printed next to results. Every score names the source in which it was found.
 
-Of each it is known how sure it is (`Published.confirmed`): read from the authors' own page or from two sources that do not depend on each
-other, or from one that is not the authors'. The paper of MM1 was not at hand.
+`Published.confirmed` is true if a score was read from the authors' own page or from two independent sources, and false if it was read from
+a single source by others. The MM1 paper itself was not available.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class Published:
     value: float
     source: str
     confirmed: bool = True
-    """Read from the authors' own page, or from two sources that do not depend on each other."""
+    """Read from the authors' own page, or from two independent sources."""
 
     def __str__(self) -> str:
-        """As tables print it: with a question mark where it is not confirmed."""
+        """The value as tables print it, with a question mark if it is not confirmed."""
         return f"{self.value:g}{'' if self.confirmed else '?'}"
 
 
 UNCONFIRMED = "?: from one source that is not the authors' own, not confirmed: compare with the paper before you use it"
-"""What the question mark says."""
+"""Explanation of the question mark."""
 
 _MM1_TASKS = ("coco_caption", "nocaps", "textcaps", "vqav2", "textvqa", "vizwiz", "okvqa")
 _SEVEN_B_TWICE = ("vqav2", "textvqa", "vizwiz")
 _FEW_SHOT: dict[tuple[str, str, int], tuple[dict[str, float], str, tuple[str, ...]]] = {
-    # recipe, model, shots: figures, source, tasks whose figures two sources give
+    # recipe, model, shots: figures, source, tasks whose figures were found in two sources
     ("mm1_3b", "MM1-3B", 0): (dict(zip(_MM1_TASKS, (73.5, 55.6, 63.3, 46.2, 29.4, 15.6, 26.1), strict=True)), _MM1_3B, _MM1_TASKS),
-    # Two versions of the card differ in OK-VQA of 4 shots (48.6 and 44.6), which is left out.
+    # Two versions of the model card differ in OK-VQA with 4 shots (48.6 and 44.6), so it is left out.
     ("mm1_3b", "MM1-3B", 4): (dict(zip(_MM1_TASKS[:-1], (112.3, 99.7, 84.1, 57.9, 45.3, 38.0), strict=True)), _MM1_3B_4, ()),
     ("mm1_3b", "MM1-3B", 8): (dict(zip(_MM1_TASKS, (114.6, 104.7, 88.8, 63.6, 44.6, 46.4, 48.4), strict=True)), _MM1_3B, _MM1_TASKS),
     ("mm1_7b", "MM1-7B", 8): (dict(zip(_MM1_TASKS, (116.3, 106.6, 88.2, 63.6, 46.3, 45.3, 51.4), strict=True)), _MM1_7B, _SEVEN_B_TWICE),
@@ -60,7 +60,7 @@ _SFT: dict[tuple[str, str], dict[str, float]] = {
     ("mm1_7b_moe_sft", "MM1-7B-MoE-Chat"): dict(zip(_SFT_TASKS, (83.4, 73.8, 74.4, 40.9, 72.7, 87.8, 70.9, 1992.0), strict=True)),
     ("mm1_30b_sft", "MM1-30B-Chat"): dict(zip(_SFT_TASKS, (83.7, 73.5, 81.0, 44.7, 75.1, 87.6, 72.1, 2069.0), strict=True)),
 }
-"""SEED is its images; MME the sum of perception and cognition."""
+"""SEED covers the questions about images only; MME is the sum of perception and cognition."""
 _INFIMM_TASKS = ("coco_caption", "vqav2", "textvqa", "okvqa")
 _INFIMM = {
     ("infimm_zephyr_7b_pt", "InfiMM-Zephyr-7B", 0): (78.8, 33.7, 15.2, 17.1),
@@ -75,9 +75,9 @@ _INFIMM_CHAT = {
     ("infimm_llama_13b_ift", "InfiMM-Llama-13B"): {"scienceqa": 73.0, "mme": 1782.1, "mmbench": 66.4, "mmmu": 39.1},
     ("infimm_vicuna_13b_ift", "InfiMM-Vicuna-13B"): {"scienceqa": 74.0, "mme": 1784.7, "mmbench": 66.7, "mmmu": 37.6},
 }
-"""MME is the sum of perception and cognition, which the card gives apart."""
+"""MME is the sum of perception and cognition, which the model card lists separately."""
 _MONO_2B = {"mmmu": 33.7, "mme": 1875.0, "mmbench": 65.5, "seed": 67.4, "textvqa": 72.6, "scienceqa": 93.6, "gqa": 59.5}
-"""MMBench is of its test split, which is not public: `mmbench` here evaluates dev."""
+"""MMBench was evaluated on its test split, whose answers are not public; the task `mmbench` evaluates the dev split."""
 
 
 def _figures() -> dict[tuple[str, str, int], Published]:
@@ -95,9 +95,9 @@ def _figures() -> dict[tuple[str, str, int], Published]:
 
 
 FIGURES = _figures()
-"""By recipe, task and number of demonstrations."""
+"""Published scores by recipe, task and number of demonstrations."""
 
 
 def published(recipe: str, task: str, shots: int) -> Published | None:
-    """What is published of the model that a recipe trains; None if nothing was found."""
+    """Return the published score of the model that a recipe trains, or None if none was found."""
     return FIGURES.get((recipe, task, shots))

@@ -1,4 +1,4 @@
-"""Results of tasks: JSON files, a table with published figures beside them, and TextCore's average."""
+"""Results of tasks: JSON files, a table that also shows published figures, and TextCore's average."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from megatron_mm.evaluation.tasks.registry import TEXTCORE
 
 @dataclass(frozen=True)
 class Result:
-    """What a task came to."""
+    """Result of one task."""
 
     task: str
     title: str
     metric: str
     scores: dict[str, float]
-    """The main one is "score"."""
+    """Scores by name; the main one is "score"."""
     setting: dict[str, Any]
     """Task, shots, model (name, checkpoint, step), seed, limit, method, beams, wording."""
     num_items: int
-    """That were answered."""
+    """Number of answered items."""
     bad_items: int
-    """Left out, because an image of theirs could not be read."""
+    """Number of items left out because one of their images could not be read."""
     demonstrations: dict[str, list[str]]
-    """Keys of the training examples that were shown, by item; of the first 1,000 items."""
+    """Keys of the training examples shown with each of the first 1,000 items, by the item's key."""
     example_prompt: str
     seconds: float
 
@@ -47,7 +47,7 @@ class Result:
         return f"{setting['model']['checkpoint']}_{setting['task']}_{setting['shots']}shot{limit}"
 
     def write(self, out: Path) -> Path:
-        """Write NAME.json into a folder, at once or not at all."""
+        """Write NAME.json into a folder atomically; return its path."""
         path = out / f"{self.name_of(self.setting)}.json"
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -56,7 +56,7 @@ class Result:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """The results in a folder. Raises ValueError that names a file which is none."""
+    """Read all results in a folder. Raises ValueError that names a file that is not a result."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -67,7 +67,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def textcore(results: Sequence[Result]) -> dict[int, float]:
-    """MM1's average over its text-only tasks, by shots, where all of them have a result."""
+    """MM1's average over its text-only tasks, for each number of shots with which all of them have a result."""
     by_shots: dict[int, dict[str, float]] = {}
     for result in results:
         if result.task in TEXTCORE:
@@ -76,7 +76,7 @@ def textcore(results: Sequence[Result]) -> dict[int, float]:
 
 
 def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
-    """Lines for the terminal: a row a task, a column a number of shots, and what the papers publish of the recipe's model."""
+    """Lines for the terminal: one row per task, one column per number of shots, and the published scores of the recipe's model."""
     shots = sorted({result.shots for result in results})
     tasks = list(dict.fromkeys(result.task for result in results))
     of = {(result.task, result.shots): result for result in results}
@@ -113,7 +113,7 @@ def _model(figures: Sequence[Published | None]) -> str:
 
 
 def metric_names(results: Sequence[Result]) -> dict[str, float]:
-    """The scores under the names that they have in W&B."""
+    """Return the scores under their names in W&B."""
     found = {}
     for result in results:
         limit = "" if result.setting["limit"] is None else f"_limit{result.setting['limit']}"

@@ -2,8 +2,8 @@
 
 All results are in one folder:
 
-    SETTING.json           a task's score, how it came about, and which demonstrations were drawn      (`results.Result`)
-    items/SETTING/         rank_0.jsonl, rank_1.jsonl, ...: a line an item, as soon as it is answered; setting.json
+    SETTING.json           a task's scores, its settings, and which demonstrations were drawn      (`results.Result`)
+    items/SETTING/         rank_0.jsonl, rank_1.jsonl, ...: one line per item, written when it is answered; setting.json
 
 An interrupted evaluation continues with the items that have no line yet, on any number of processes.
 """
@@ -39,24 +39,24 @@ _TELL_SECONDS = 10
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of an evaluation besides tasks and shots."""
+    """Options of an evaluation besides tasks and shots."""
 
     seed: int = 0
-    """Of the demonstrations."""
+    """Seed that draws the demonstrations and, under a limit, the items."""
     limit: int | None = None
-    """Items of a task; None for all. Of more they are drawn by seed."""
+    """Largest number of items of a task, drawn by seed; None for all."""
     batch_size: int = 16
-    """Items that a model answers at once."""
+    """Items that each model replica answers at once."""
     beams: int = 1
-    """1 is greedy."""
+    """Beams of the search; 1 is greedy."""
     form: str | None = None
-    """Of prompts, instead of the task's (`evaluation.prompts`)."""
+    """Form of prompts, in place of the task's (`evaluation.prompts`)."""
     method: Literal["generate", "rank"] | None = None
-    """Instead of the task's."""
+    """Method, in place of the task's."""
     text_demonstrations: int = 0
-    """Demonstrations without their images where there are none with them: Flamingo's and OpenFlamingo's zero-shot have two."""
+    """Number of demonstrations shown without their images in zero-shot evaluation. Flamingo and OpenFlamingo use two."""
     low_resolution_demonstrations: bool = False
-    """Show images of demonstrations as overviews alone: MM1's mixed-resolution examples (arXiv 2403.09611, section 4)."""
+    """Show images of demonstrations only as overviews: MM1's mixed-resolution examples (arXiv 2403.09611, section 4)."""
 
 
 class TaskRunner:
@@ -69,14 +69,14 @@ class TaskRunner:
         self.out = out
         self.options = options
         self._longest = 0
-        """Tokens of the longest prompt of a task on this process."""
+        """Number of tokens of the current task's longest prompt on this process."""
 
     def run(self, task: Task, *, shots: int, data: Path, wording: Wording, model: dict[str, Any]) -> Result:
-        """Evaluate a task. Raises ValueError that names files which are missing or damaged.
+        """Evaluate a task. Raises ValueError that names missing or damaged files.
 
         Args:
             data: folder of the tasks' files.
-            model: what is evaluated, for the record: its name, checkpoint and step.
+            model: name, checkpoint and step of the evaluated model, to be recorded.
         """
         examples = _drawn(task.examples(data), self.options.limit, seed=self.options.seed)
         blind = 0 if shots else self.options.text_demonstrations
@@ -113,7 +113,7 @@ class TaskRunner:
         return result
 
     def _answer(self, job: _Job, mine: list[Example], *, rounds: int, items: _Items) -> None:
-        """Answer this rank's items. All data-parallel ranks take the same number of rounds: experts on other ranks need everybody."""
+        """Answer this rank's items. All data-parallel ranks run the same number of rounds, since experts are exchanged between them."""
         began, size, last_told = time.monotonic(), self.options.batch_size, 0.0
         for number in range(rounds):
             batch = mine[number * size : (number + 1) * size]
@@ -127,7 +127,7 @@ class TaskRunner:
             last_told = self._tell_progress(job, began, number, rounds, last_told=last_told)
 
     def _tell_progress(self, job: _Job, began: float, number: int, rounds: int, *, last_told: float) -> float:
-        """Log how far this is, every ten seconds and at the end; when it was told last."""
+        """Log progress every ten seconds and at the end; return the time of the last log line."""
         now = time.monotonic()
         if not self.topology.is_main or (number + 1 < rounds and now - last_told < _TELL_SECONDS):
             return last_told
@@ -137,8 +137,8 @@ class TaskRunner:
         return now
 
     def _prompts(self, job: _Job, batch: list[Example], shown: list[list[Example]]) -> tuple[dict[int, Prompt], list[int]]:
-        """Prompts of a batch, and the places of those whose images can be read. Each image is decoded by the one process of a
-        tensor-parallel group that encodes it; whether that failed, all processes of the model learn."""
+        """Return prompts by their index in the batch, and the indices of those whose images could all be decoded. Each image is decoded by
+        the one process of a tensor-parallel group that encodes it; a failure is sent to all processes of the model."""
         written: dict[int, Written] = {}
         for place, example in enumerate(batch):
             try:
@@ -154,11 +154,11 @@ class TaskRunner:
             if not decoded[place]:
                 self._tell_left_out(job, batch[place], "an image cannot be decoded")
         whole = self._good_everywhere(decoded)
-        # Those that failed are asked with what was decoded, so that every process has the prompts that the shares were made for.
+        # Prompts with a failed image are still run: all processes must pass the prompts among which the images were shared out.
         return made, [place for place in known if place in whole]
 
     def _tell_long_prompts(self, job: _Job) -> None:
-        """Warn where prompts are longer than what the model was trained on, as those of many demonstrations may be."""
+        """Warn if prompts are longer than the sequences of training, as prompts with many demonstrations may be."""
         trained, longest, self._longest = self.generator.passes.experiment.data.sequence_length, self._longest, 0
         if longest > trained and self.topology.is_main:
             logger.warning(
@@ -174,14 +174,14 @@ class TaskRunner:
         logger.warning("%s, item %s is left out: %s", job.task.name, example.key, why)
 
     def _good_everywhere(self, good: list[bool]) -> list[int]:
-        """The places that are good on all processes of the model."""
+        """Return the indices that are good on all processes of the model."""
         bad = torch.tensor([float(not one) for one in good], device=self.topology.device)
         if len(good):
             dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
         return [place for place, one in enumerate(bad.tolist()) if not one]
 
     def _ask(self, job: _Job, asked: list[tuple[Example, list[Example]]], prompts: list[Prompt]) -> list[str]:
-        """The model's answers. A rank without an item answers an empty prompt where experts are spread over ranks."""
+        """Return the model's answers. Under expert parallelism a rank without items runs an empty prompt."""
         builder, wording = self.builder, job.wording
         if not prompts:
             if self.generator.passes.experiment.parallel.expert == 1:
@@ -226,7 +226,7 @@ class TaskRunner:
 
 @dataclass(frozen=True)
 class _Job:
-    """A task as it is asked here."""
+    """A task and how it is evaluated."""
 
     task: Task
     wording: Wording
@@ -234,15 +234,15 @@ class _Job:
     shots: int
     pool: list[Example]
     blind: bool = False
-    """Demonstrations are shown without their images."""
+    """Show demonstrations without their images."""
 
     @property
     def by_length(self) -> bool:
-        """Choices of several words are compared by likelihood per letter, or longer ones would never win."""
+        """Whether choices are compared by log-likelihood per character. Otherwise long choices would never win."""
         return self.task.kind == "text"
 
     def demonstrations(self, example: Example, *, seed: int) -> list[Example]:
-        """Drawn from the pool for each item by its own key, so that they depend neither on the number of processes nor on other items."""
+        """Draw demonstrations from the pool by the item's key, so that they do not depend on the number of processes or on other items."""
         if not self.shots:
             return []
         drawn = random.Random(f"{seed}/{self.task.name}/{example.key}").sample(range(len(self.pool)), min(self.shots + 1, len(self.pool)))
@@ -255,17 +255,17 @@ class _Job:
         return list(example.choices) if self.task.kind == "text" else list(LETTERS[: len(example.choices)])
 
     def method_of(self, example: Example) -> str:
-        """How a question is answered: among those of multiple choice there may be open ones, which have nothing to rank."""
+        """Return the method for an example. A multiple-choice task may contain open questions, which have no choices to rank."""
         return "generate" if self.task.kind == "choice" and not example.choices else self.method
 
     def read(self, text: str, example: Example) -> str:
-        """A generated text as an answer."""
+        """Read the answer from a generated text."""
         answer = cut_answer(text, max_words=self.task.max_words)
         return chosen_letter(answer, example.choices) if example.choices and self.task.kind == "choice" else answer
 
 
 class _Items:
-    """The answers of a setting, on disk."""
+    """Answers under one setting, on disk."""
 
     def __init__(self, out: Path, setting: dict[str, Any], topology: Topology) -> None:
         name = Result.name_of(setting)
@@ -287,7 +287,7 @@ class _Items:
             self._file.flush()
 
     def gather(self) -> dict[str, Any]:
-        """All rows by key, as the first process reads them, on every process."""
+        """Read all rows on the first process and return them, by key, on every process."""
         dist.barrier()
         found: list[dict[str, Any]] = [{row["key"]: row for row in self._rows()} if self.topology.is_main else {}]
         dist.broadcast_object_list(found, src=0, device=self.topology.device)
@@ -303,7 +303,7 @@ class _Items:
 
 
 def _append_to(path: Path) -> TextIO:
-    """A file of lines to append to, without the half line that a process may have left which was killed."""
+    """Open a file of lines for appending; first remove the incomplete line that a killed process may have left."""
     if path.is_file():
         data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
@@ -320,5 +320,5 @@ def _drawn(examples: list[Example], limit: int | None, *, seed: int) -> list[Exa
 
 
 def _spelled(items: Sequence[Any]) -> str:
-    """Items as a reader sees them."""
+    """Write items as readable text."""
     return "".join(getattr(item, "text", None) or getattr(item, "token", None) or "<image>" for item in items)

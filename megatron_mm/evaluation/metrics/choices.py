@@ -16,7 +16,7 @@ def _is_right(one: Answered) -> bool:
 
 
 def accuracy_scores(answered: Sequence[Answered]) -> dict[str, float]:
-    """Percent of right answers, in all and by category."""
+    """Percentage of right answers, in total and by category."""
     found = {"score": _percent([_is_right(one) for one in answered])}
     for category in sorted({one.example.category for one in answered} - {""}):
         found[category] = _percent([_is_right(one) for one in answered if one.example.category == category])
@@ -24,7 +24,7 @@ def accuracy_scores(answered: Sequence[Answered]) -> dict[str, float]:
 
 
 def yes_or_no(answer: str) -> str:
-    """What an answer says: yes, no, or other. As MME's evaluation: the words themselves, or in the first four letters of an answer."""
+    """Read an answer as yes, no or other. As in MME's evaluation, it is the word itself or has the word in its first four letters."""
     plain = answer.lower().strip().replace(".", "")
     if plain in ("yes", "y"):
         return "yes"
@@ -35,9 +35,10 @@ def yes_or_no(answer: str) -> str:
 
 
 def pope_scores(answered: Sequence[Answered]) -> dict[str, float]:
-    """POPE (arXiv 2305.10355): means over its three samplings of the F1 of "yes", accuracy, precision, recall, part of yeses; percent.
+    """POPE (arXiv 2305.10355): F1 of "yes", accuracy, precision, recall and fraction of "yes", each the mean over the three samplings, in
+    percent; and the F1 of each sampling.
 
-    As its evaluation does, an answer is no where its first sentence has the word no or not, and yes otherwise.
+    As in POPE's own evaluation, an answer is no if its first sentence contains the word no or not, and yes otherwise.
     """
     by_sampling: dict[str, list[Answered]] = defaultdict(list)
     for one in answered:
@@ -58,14 +59,14 @@ def pope_scores(answered: Sequence[Answered]) -> dict[str, float]:
 
 
 def pope_answer(answer: str) -> str:
-    """An answer as POPE's evaluation reads it."""
+    """Read an answer as yes or no, as POPE's evaluation does."""
     words = answer.split(".")[0].replace(",", "").split()
     return "no" if any(word in ("No", "no", "not") for word in words) else "yes"
 
 
 def mme_scores(answered: Sequence[Answered]) -> dict[str, float]:
-    """MME (arXiv 2306.13394): for each category accuracy + accuracy+ (both questions of an image right), percent, up to 200; perception and
-    cognition are sums over their categories, and the score is both."""
+    """MME (arXiv 2306.13394): accuracy + accuracy+ (both questions of an image right) of each category, in percent, up to 200. Perception
+    and cognition are sums over their categories, and the score is the sum of both."""
     images: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for one in answered:
         images[one.example.category][one.example.key.rpartition("#")[0]].append(yes_or_no(one.answer) == one.example.answers[0])
@@ -79,7 +80,7 @@ def mme_scores(answered: Sequence[Answered]) -> dict[str, float]:
 
 
 def circular_scores(answered: Sequence[Answered]) -> dict[str, float]:
-    """MMBench (arXiv 2307.06281): a question counts where it is right with its choices in every order that the file has; percent."""
+    """MMBench (arXiv 2307.06281): percentage of questions answered correctly with their choices in every order that the file has."""
     questions: dict[int, list[Answered]] = defaultdict(list)
     for one in answered:
         questions[int(one.example.key.partition("~")[0]) % 1_000_000].append(one)

@@ -1,14 +1,14 @@
 """CIDEr-D (Vedantam et al., arXiv 1411.5726, section 6), as the COCO caption evaluation computes it.
 
-A caption is the counts of its 1- to 4-grams, weighed by how rare they are among the references (tf-idf: an n-gram of df of N images weighs
-log N - log max(1, df)). The score of an image is the mean over n and over its references of a cosine similarity whose counts are clipped at
-the reference's, times exp(-(difference in length)^2 / (2 * 6^2)), times 10; that of a data set is the mean over images. Papers give 100
-times that. The idf comes from the references of the very images that are scored: figures of a part of a data set (`--limit`) do not compare
-with those of all.
+A caption is represented by the counts of its 1- to 4-grams, weighted by how rare they are among the references (tf-idf: an n-gram in the
+references of df of N images has the weight log N - log max(1, df)). The score of an image is a cosine similarity whose counts are clipped
+at the reference's, times exp(-(difference in length)^2 / (2 * 6^2)), times 10, averaged over n and over the references. The score of a data
+set is the mean over images; papers report 100 times this mean. The idf is computed from the references of the images that are scored, so
+scores of part of a data set (`--limit`) cannot be compared with scores of the whole.
 
-Captions are tokenized as the COCO evaluation does: by Stanford's PTBTokenizer, in lower case, without punctuation. That is a Java program,
-which the package pycocoevalcap (`pip install 'megatron_mm[eval]'`) brings along; where it or Java is missing, `penn_words` does nearly the
-same, and a warning says so.
+Captions are tokenized as in the COCO evaluation: by Stanford's PTBTokenizer, in lower case, without punctuation. PTBTokenizer is a Java
+program contained in the package pycocoevalcap (`pip install 'megatron_mm[eval]'`). If the package or Java is missing, `penn_words` finds
+nearly the same words, and a warning is logged.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Counts = Counter[tuple[str, ...]]
 
 @functools.cache
 def has_official_tokenizer() -> bool:
-    """pycocoevalcap and Java are here."""
+    """Return whether pycocoevalcap and Java are installed; warn if not."""
     found = importlib.util.find_spec("pycocoevalcap") is not None and shutil.which("java") is not None
     if not found:
         logger.warning(
@@ -44,7 +44,7 @@ def has_official_tokenizer() -> bool:
 
 
 def tokenized(captions: Sequence[str]) -> list[list[str]]:
-    """Each caption's words."""
+    """Return the words of each caption."""
     if not has_official_tokenizer():
         return [penn_words(caption) for caption in captions]
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -59,8 +59,8 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-"}
 
 
 def penn_words(caption: str) -> list[str]:
-    """Words as PTBTokenizer has them, of captions of the usual kind: in lower case, clitics apart ("it's": it 's), no punctuation. It
-    differs where a full stop belongs to an abbreviation ("mr.")."""
+    """Split a caption like PTBTokenizer: lower case, clitics split off ("it's": it 's), no punctuation. For ordinary captions the words
+    differ only where a full stop belongs to an abbreviation ("mr.")."""
     apart = _CLITICS.sub(r" \1", caption.lower().replace("cannot", "can not"))
     return [_BRACKETS.get(word, word) for word in _WORD.findall(apart)]
 
@@ -70,7 +70,7 @@ def _counts(words: Sequence[str]) -> Counts:
 
 
 class _Weights:
-    """tf-idf vectors under the references of a data set."""
+    """Computes tf-idf vectors, with the idf of a data set's references."""
 
     def __init__(self, references: Sequence[Sequence[Counts]]) -> None:
         self.images_with: Counter[tuple[str, ...]] = Counter()
@@ -83,11 +83,11 @@ class _Weights:
 
 
 def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
-    """The score of each image, 0 to 10.
+    """Return the score of each image, 0 to 10.
 
     Args:
-        candidates: of each image, the words of its generated caption.
-        references: of each image, the words of its references.
+        candidates: for each image, the words of its generated caption.
+        references: for each image, the words of each reference.
     """
     counted = [[_counts(words) for words in of_image] for of_image in references]
     weights = _Weights(counted)
@@ -103,7 +103,7 @@ def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[S
 
 
 def _similarity(one: dict[tuple[str, ...], float], other: dict[tuple[str, ...], float], *, lengths: tuple[int, int]) -> float:
-    # The official code counts a caption's length in its 2-grams, one fewer than words.
+    # The official code measures a caption's length in 2-grams, one fewer than words.
     difference = max(0, lengths[0] - 1) - max(0, lengths[1] - 1)
     products, norms = [0.0] * _LONGEST, [[0.0] * _LONGEST, [0.0] * _LONGEST]
     for number, vector in enumerate((one, other)):
@@ -117,7 +117,7 @@ def _similarity(one: dict[tuple[str, ...], float], other: dict[tuple[str, ...], 
 
 
 def caption_scores(answered: Sequence[Answered]) -> dict[str, float]:
-    """CIDEr-D times 100, of all images, and by category where there are several."""
+    """CIDEr-D times 100 of all images, and of each category if examples have categories."""
     texts = [text for one in answered for text in (one.answer, *one.example.answers)]
     words = iter(tokenized(texts))
     candidates, references = [], []

@@ -1,11 +1,11 @@
-"""MMMU's accuracy (Yue et al., arXiv 2311.16502), as its own evaluation reads answers (github.com/MMMU-Benchmark/MMMU, eval_utils).
+"""MMMU's accuracy (Yue et al., arXiv 2311.16502), reading answers as its own evaluation does (github.com/MMMU-Benchmark/MMMU, eval_utils).
 
-A question of multiple choice is right where the letter is. A generated answer chooses the last letter in brackets; where there is none, the
-last one between spaces; and in an answer of more than five words without either, the last choice whose text stands in it. (Where it finds
-none, the official code draws a letter at random; here such an answer is wrong, but for a letter beside punctuation, "B: dog".)
+A multiple-choice answer is right if its letter is. A generated answer chooses the last letter in brackets; if there is none, the last
+letter between spaces; and in an answer of more than five words without either, the choice whose text occurs last. (If the official code
+finds none, it draws a letter at random. Here such an answer is wrong, unless it contains a letter next to punctuation, as in "B: dog".)
 
-An open question is right where one of its answers is in the generated one: as a text in what follows "is", "so", "answer" and the like in
-each of its sentences, or as one of the numbers there, rounded to two decimals.
+An open answer is right if it contains one of the reference answers: as a text in what follows "is", "so", "answer" and the like in each of
+its sentences, or as one of the numbers there, rounded to two decimals.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Value = str | float
 
 
 def chosen_letter(answer: str, choices: Sequence[str]) -> str:
-    """The letter that a generated answer chooses; empty if none can be found."""
+    """Return the letter that a generated answer chooses; empty if none can be found."""
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
     answer, letters = f" {answer} ", LETTERS[: len(choices)]
@@ -37,13 +37,13 @@ def chosen_letter(answer: str, choices: Sequence[str]) -> str:
     if max(places.values(), default=-1) < 0 and len(answer.split()) > 5:
         places = {letter: answer.lower().rfind(choice.lower()) for letter, choice in zip(letters, choices, strict=True)}
     if max(places.values(), default=-1) < 0:
-        found = re.search(rf"\b([{letters}])\b", answer) if letters else None  # "B: dog", which the official code does not know
+        found = re.search(rf"\b([{letters}])\b", answer) if letters else None  # "B: dog", which the official code does not recognise
         return found.group(1) if found else ""
     return max(places, key=lambda letter: places[letter])
 
 
 def open_is_right(answer: str, references: Sequence[str]) -> bool:
-    """Whether a generated answer has one of the reference answers in it."""
+    """Return whether a generated answer contains one of the reference answers."""
     wanted = [value for reference in references for value in _values(reference)]
     for given in _read(answer):
         if any(value in given if isinstance(value, str) and isinstance(given, str) else value == given for value in wanted):
@@ -52,7 +52,7 @@ def open_is_right(answer: str, references: Sequence[str]) -> bool:
 
 
 def _read(answer: str) -> list[Value]:
-    """The texts and numbers that an answer to an open question gives."""
+    """Extract the texts and numbers from an answer to an open question."""
     whole = answer.strip().strip(".").lower()
     parts = [part for sentence, is_last in _sentences(whole) if (part := _end(sentence, is_last=is_last))] or [whole]
     texts = parts + [number for part in parts for pattern in _NUMBERS for number in pattern.findall(part)]
@@ -65,7 +65,7 @@ def _sentences(text: str) -> list[tuple[str, bool]]:
 
 
 def _end(sentence: str, *, is_last: bool) -> str:
-    """What a sentence ends with after the word that announces an answer, the shortest such end; empty if there is none."""
+    """Return the shortest end of a sentence that follows a word announcing an answer; empty if there is none."""
     shortest = ""
     for mark in (*_INDICATORS, "=") if is_last else _INDICATORS:
         end = sentence.split(mark)[-1].strip()
@@ -75,7 +75,8 @@ def _end(sentence: str, *, is_last: bool) -> str:
 
 
 def _values(text: str) -> list[Value]:
-    """A text as it is compared: a number rounded to two decimals, or in lower case, of one letter with a space before or after it."""
+    """Normalise a text for comparison: a number is rounded to two decimals; other text is in lower case, and a single letter gets a space
+    before or after it."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -85,7 +86,7 @@ def _values(text: str) -> list[Value]:
 
 
 def mmmu_scores(answered: Sequence[Answered]) -> dict[str, float]:
-    """Accuracy of all questions, of those with choices, of open ones, and by subject; percent."""
+    """Accuracy in percent: of all questions, of multiple-choice ones, of open ones, and by subject."""
     groups: dict[str, list[bool]] = defaultdict(list)
     for one in answered:
         example = one.example

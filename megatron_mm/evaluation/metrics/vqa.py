@@ -2,13 +2,14 @@
 
     accuracy of an answer = mean over the annotators of min(1, how many of the OTHER annotators gave it / 3)
 
-With ten annotators of whom three gave the model's answer: for these three 2 others did, for the other seven 3, so
-(3 * 2/3 + 7 * 1) / 10 = 0.9. All answers are normalised before they are compared, as lmms-eval does it. (The challenge's own code leaves
-references as they are where all annotators agree to the letter; no answer meets "the ball" then.) The normalisation, in this order:
+Suppose that three of ten annotators gave the model's answer. For each of these three, 2 other annotators gave it; for each of the other
+seven, 3 did: (3 * 2/3 + 7 * 1) / 10 = 0.9. All answers are normalised before they are compared, as in lmms-eval. (The challenge's own code
+does not normalise the references if all annotators gave exactly the same one; then no answer can match "the ball".) The normalisation, in
+this order:
 
-1. Line breaks and tabs become spaces; spaces around are dropped.
-2. Every punctuation mark is dropped where it stands beside a space anywhere in the text, or where the text has a comma between digits; else
-   it becomes a space. A full stop is dropped unless a digit follows.
+1. Line breaks and tabs become spaces; leading and trailing spaces are dropped.
+2. A punctuation mark is dropped if it occurs next to a space anywhere in the text, or if the text has a comma between digits; otherwise it
+   becomes a space. A full stop is dropped unless a digit follows.
 3. Lower case; number words up to ten become digits ("none" is 0); the articles a, an, the are dropped; contractions get their apostrophe.
 """
 
@@ -22,7 +23,7 @@ from megatron_mm.evaluation.tasks.base import Answered
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _FULL_STOP = re.compile(r"\.(?!\d)")
 _MOST_STOPS = 32
-"""The official code hands re.UNICODE (32) to `sub` as its count."""
+"""The official code passes re.UNICODE (32) to `sub` as the count."""
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _NUMBERS = {
     word: str(number) for number, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
@@ -40,7 +41,7 @@ _TWO_APOSTROPHES = """
     we'd've who'd've wouldn't've you'd've
 """
 _SPECIAL = {
-    "somebody'd": "somebodyd",  # as the official table has it
+    "somebody'd": "somebodyd",  # as in the official table
     **dict.fromkeys(("ow's'at", "'ows'at", "'ow'sat"), "'ow's'at"),
     **dict.fromkeys(("yall'll", "y'allll"), "y'all'll"),
     **dict.fromkeys(("yall'd've", "y'alld've", "y'all'dve"), "y'all'd've"),
@@ -48,7 +49,7 @@ _SPECIAL = {
 
 
 def _contractions() -> dict[str, str]:
-    """Contractions that lack an apostrophe -> with it. (The official table has some of "I" too, which no lower-case word meets.)"""
+    """Contractions without an apostrophe -> with it. (The official table also has some with "I", which no lower-case word matches.)"""
     found = {word.replace("'", ""): word for word in _APOSTROPHES.split()} | _SPECIAL
     for word in _TWO_APOSTROPHES.split():
         first, second, third = word.split("'")
@@ -60,7 +61,7 @@ _CONTRACTIONS = _contractions()
 
 
 def normalised(answer: str) -> str:
-    """An answer as answers are compared."""
+    """Normalise an answer for comparison."""
     text = _plain(answer)
     beside_space = bool(_COMMA_IN_NUMBER.search(text))
     out = text
@@ -77,7 +78,11 @@ def _plain(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """Accuracy in 0 to 1 of an answer among those of the annotators."""
+    """VQA accuracy of an answer, from 0 to 1.
+
+    Args:
+        references: the annotators' answers.
+    """
     answer = normalised(answer)
     matches = [normalised(reference) == answer for reference in references]
     return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(matches)
@@ -89,7 +94,7 @@ def vqa_scores(answered: Sequence[Answered]) -> dict[str, float]:
 
 
 def exact_match_scores(answered: Sequence[Answered]) -> dict[str, float]:
-    """Percent of answers that equal a reference, both normalised."""
+    """Percentage of answers that equal a reference, both normalised."""
     return {"score": _percent([float(normalised(one.answer) in map(normalised, one.example.answers)) for one in answered])}
 
 

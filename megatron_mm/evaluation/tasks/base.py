@@ -13,11 +13,11 @@ from typing import Any, Literal
 logger = logging.getLogger(__name__)
 
 _IMAGES_LOOKED_FOR = 64
-"""Before a task begins, of those in files."""
+"""Number of examples whose image files are checked before a task begins."""
 Kind = Literal["caption", "vqa", "choice", "yes_no", "text"]
-"""How a task asks (`evaluation.prompts`)."""
+"""Kind of question, which determines the prompt's form (`evaluation.prompts`)."""
 Method = Literal["generate", "rank"]
-"""How answers come about: generated, or the likeliest of the choices."""
+"""How answers are found: generated, or the most likely of the choices."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ImageSource:
     data: bytes | None = None
 
     def read(self) -> bytes:
-        """Its bytes. Raises OSError if the file cannot be read."""
+        """Return its bytes. Raises OSError if the file cannot be read."""
         if self.data is not None:
             return self.data
         assert self.path is not None
@@ -37,20 +37,20 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class Example:
-    """A question about images, and what its answers are."""
+    """A question about images, and its answers."""
 
     key: str
     """Unique in its split."""
     images: tuple[ImageSource, ...] = ()
     question: str = ""
     answers: tuple[str, ...] = ()
-    """All reference answers; captions; of a choice, the letter of the right one."""
+    """All reference answers or captions; for multiple choice, the letter of the right choice."""
     shown: str = ""
-    """The answer that a demonstration gives; empty takes the first one."""
+    """The answer shown in a demonstration; empty for the first of `answers`."""
     choices: tuple[str, ...] = ()
     context: str = ""
     category: str = ""
-    """For scores by category."""
+    """Category for scores by category."""
 
     @property
     def answer(self) -> str:
@@ -58,18 +58,18 @@ class Example:
 
     @property
     def is_answered(self) -> bool:
-        """There is an answer to compare with."""
+        """Whether there is an answer to compare with."""
         return any(answer.strip() for answer in self.answers)
 
     @property
     def has_right_choice(self) -> bool:
-        """The right letter is that of a choice; a question without choices has free answers."""
+        """Whether the right letter is that of a choice. Always true for a question without choices, whose answers are free text."""
         return not self.choices or all(answer in LETTERS[: len(self.choices)] for answer in self.answers)
 
 
 @dataclass(frozen=True)
 class Answered:
-    """An example and what the model said."""
+    """An example and the model's answer."""
 
     example: Example
     answer: str
@@ -77,16 +77,16 @@ class Answered:
 
 @dataclass(frozen=True)
 class Split:
-    """A split of a task, as its publisher gives it."""
+    """A split of a task, in the files of its publisher."""
 
     files: tuple[str, ...]
-    """Below the task's folder, or beside it (`../coco_caption/...`); the first words of an error where one is missing."""
+    """Paths or patterns relative to the task's folder (or to another task's, as `../coco_caption/...`). A missing file is an error."""
     read: Callable[[Path], list[Example]]
     """Reads the examples from the task's folder. Raises DamagedFile."""
 
 
 def annotated(file: str, read: Callable[[Path, Path], list[Example]], images: str) -> Split:
-    """A split of one file of annotations and a folder of images, both in the task's folder.
+    """A split with one file of annotations and a folder of images, both in the task's folder.
 
     Args:
         read: (file, images) -> examples.
@@ -104,22 +104,22 @@ class Task:
     metric: str
     """Name of the main score, with its unit."""
     score: Callable[[Sequence[Answered]], dict[str, float]]
-    """Scores of answers by name; the main one is under "score"."""
+    """Computes scores of answers, by name; the main one is "score"."""
     evaluated: Split
     demonstrations: Split | None
-    """Where demonstrations are drawn from; None if the task is zero-shot alone."""
+    """Split from which demonstrations are drawn; None if the task is zero-shot only."""
     published_at: str
     """Where its files are published."""
     method: Method = "generate"
     max_new_tokens: int = 10
     max_words: int | None = None
-    """Of a generated answer, how many words are read; None for its first line."""
+    """Number of words of a generated answer that are read; None for its first line."""
     prompt: str = "vqa"
-    """The task of multi-task training (`data.text.conversations.TASKS`) whose words ask, under a chat template."""
+    """The task of multi-task training (`data.text.conversations.TASKS`) whose wording is used under a chat template."""
     form: str = ""
-    """The form of its prompts (`evaluation.prompts.FORMS`); empty takes its kind's."""
+    """Name of the form of its prompts (`evaluation.prompts.FORMS`); empty for the form of its kind."""
     folder: str = ""
-    """Of its files below the data folder; empty takes its name."""
+    """Folder of its files below the data folder; empty for its name."""
     images: tuple[str, ...] = field(default=())
     """Folders of images, for the documentation."""
 
@@ -127,18 +127,18 @@ class Task:
         return data / (self.folder or self.name)
 
     def check_method(self, method: Method | None) -> None:
-        """Raise ValueError where answers cannot come about in a way that the user asks for."""
+        """Raise ValueError if the task does not support the method that the user chose."""
         possible = ("generate", "rank") if self.kind in ("choice", "yes_no") else (self.method,)
         if method is not None and method not in possible:
             why = "it has no choices" if method == "rank" else "its choices are whole texts"
             raise ValueError(f"--method {method} cannot be used with task {self.name}: {why}; leave the option out")
 
     def examples(self, data: Path) -> list[Example]:
-        """What is evaluated. Raises ValueError that names the files and if they are published."""
+        """Read the examples to evaluate. Raises ValueError that names missing or damaged files and where they are published."""
         return self._read(self.evaluated, data)
 
     def training_examples(self, data: Path) -> list[Example]:
-        """What demonstrations are drawn from. Raises ValueError as `examples` does."""
+        """Read the examples from which demonstrations are drawn. Raises ValueError as `examples` does, and if there is no such split."""
         if self.demonstrations is None:
             raise ValueError(f"task {self.name} has no training split: evaluate it with --shots 0")
         found = self._read(self.demonstrations, data)
@@ -169,7 +169,7 @@ class Task:
         return self._with_own_keys(answered)
 
     def _left(self, examples: list[Example], kept: list[Example], why: str, split: Split) -> list[Example]:
-        """Those that are kept; the others are counted. Raises ValueError if none is kept."""
+        """Return the kept examples and log how many are left out. Raises ValueError if none is kept."""
         if not kept:
             raise ValueError(
                 f"task {self.name}: all {len(examples)} examples of {', '.join(split.files)} {why}: of some splits the answers are not "
@@ -184,8 +184,8 @@ class Task:
         return kept
 
     def _check_images(self, examples: list[Example], folder: Path) -> None:
-        """Raise ValueError where no image is there, as far as one looks: a folder is missing or has another name. (Single missing ones cost
-        their items.)"""
+        """Raise ValueError if none of the checked images exists, because a folder is missing or has another name. (If single images are
+        missing, only their items are left out.)"""
         paths = [image.path for example in examples[:: len(examples) // _IMAGES_LOOKED_FOR + 1] for image in example.images if image.path]
         if paths and not any(path.is_file() for path in paths):
             raise ValueError(
@@ -194,7 +194,7 @@ class Task:
             )
 
     def _with_own_keys(self, examples: list[Example]) -> list[Example]:
-        """The examples under keys that no other has, since answers are kept by key. Repeated ones are left out, and counted."""
+        """Make keys unique, since answers are stored by key. Repeated examples are left out, and their number is logged."""
         kept: dict[str, Example] = {}
         repeated, renamed = 0, 0
         for example in examples:
@@ -213,11 +213,11 @@ class Task:
 
 
 class DamagedFile(ValueError):
-    """A published file that is not what it should be; the message names it and says what is wrong."""
+    """A published file is damaged; the message names the file and says what is wrong."""
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file, with or without a byte order mark. Raises DamagedFile."""
+    """Read a JSON file, with or without a byte order mark. Raises DamagedFile."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -225,7 +225,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """A file of one JSON value a line, blank lines left out; texts may have Unicode's own line breaks. Raises DamagedFile."""
+    """Read a file with one JSON value per line, skipping blank lines; texts may contain Unicode line breaks. Raises DamagedFile."""
     found = []
     try:
         for line in path.read_text(encoding="utf-8-sig").split("\n"):
@@ -237,7 +237,7 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The rows of a parquet file. Raises DamagedFile."""
+    """Read the rows of a parquet file. Raises DamagedFile."""
     import pyarrow
     import pyarrow.parquet
 
@@ -249,7 +249,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def parsed(path: Path, rows: Callable[[], list[Example]]) -> list[Example]:
-    """The examples that `rows` makes of a file's contents. Raises DamagedFile if a field is missing or of another type."""
+    """Return the examples that `rows` makes from a file's contents. Raises DamagedFile if a field is missing or has another type."""
     try:
         return rows()
     except DamagedFile:

@@ -11,7 +11,7 @@ _KARPATHY = "dataset_coco.json"
 
 
 def karpathy(path: Path, images: Path, *, splits: tuple[str, ...]) -> list[Example]:
-    """Images of some of Karpathy's splits (`restval` belongs to training), each with all of its captions."""
+    """Read the images of some of Karpathy's splits (`restval` belongs to training), each with all of its captions."""
 
     def rows() -> list[Example]:
         return [
@@ -28,7 +28,7 @@ def karpathy(path: Path, images: Path, *, splits: tuple[str, ...]) -> list[Examp
 
 
 def coco_style(path: Path, folder: Path) -> list[Example]:
-    """A file with `images` (id, file_name) and `annotations` (image_id, caption), as COCO and NoCaps have it."""
+    """Read a file with `images` (id, file_name) and `annotations` (image_id, caption), the format of COCO and NoCaps."""
 
     def rows() -> list[Example]:
         fields = read_json(path)
@@ -50,7 +50,7 @@ def coco_style(path: Path, folder: Path) -> list[Example]:
 
 
 def textcaps(path: Path, folder: Path) -> list[Example]:
-    """TextCaps: a row a caption, of the same image several."""
+    """Read TextCaps, whose rows hold one caption each; an image has several rows."""
 
     def rows() -> list[Example]:
         captions: dict[str, list[str]] = {}
@@ -86,7 +86,7 @@ NOCAPS = Task(
     metric=_METRIC,
     score=caption_scores,
     evaluated=annotated("nocaps_val_4500_captions.json", coco_style, "images"),
-    # NoCaps has no training split: its makers train on COCO's captions.
+    # NoCaps has no training split: its authors train on COCO's captions.
     demonstrations=Split(
         (f"../coco_caption/{_KARPATHY}",),
         lambda folder: karpathy(folder.parent / "coco_caption" / _KARPATHY, folder.parent / "coco_caption", splits=_COCO_TRAIN),

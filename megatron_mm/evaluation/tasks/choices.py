@@ -1,4 +1,4 @@
-"""Questions with given answers: ScienceQA, MMMU, SEED-Bench, MMBench (the likeliest letter), POPE and MME (yes or no)."""
+"""Questions with given answers: ScienceQA, MMMU, SEED-Bench, MMBench (the most likely letter), POPE and MME (yes or no)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def scienceqa(folder: Path, *, split: str) -> list[Example]:
-    """Of a split, the questions with an image."""
+    """Read the questions of a split that have an image."""
 
     def rows() -> list[Example]:
         problems = read_json(folder / "problems.json")
@@ -64,7 +64,7 @@ def scienceqa(folder: Path, *, split: str) -> list[Example]:
 
 
 def mmmu(folder: Path, *, split: str) -> list[Example]:
-    """The questions of all subjects, from the Hugging Face data set's parquet files, SUBJECT/SPLIT-*.parquet; open ones have no choices."""
+    """Read the questions of all subjects from the Hugging Face data set's files, SUBJECT/SPLIT-*.parquet. Open ones have no choices."""
     found = []
     for path in sorted(folder.glob(f"*/{split}-*.parquet")):
         found += _mmmu_subject(path)
@@ -89,7 +89,7 @@ def _mmmu_row(row: dict[str, Any], *, subject: str) -> Example:
 
 
 def _listed(value: Any) -> tuple[str, ...]:
-    """The texts of a list, which MMMU's files write as Python would; of another text itself."""
+    """Return the texts of a list, which MMMU's files write in Python syntax; a text that is not a list is returned as the only one."""
     if isinstance(value, str):
         try:
             found = ast.literal_eval(value) if value.lstrip().startswith("[") else value
@@ -100,7 +100,7 @@ def _listed(value: Any) -> tuple[str, ...]:
 
 
 def seed(path: Path, folder: Path) -> list[Example]:
-    """The questions about images, not those about videos."""
+    """Read the questions about images, not those about videos."""
 
     def rows() -> list[Example]:
         fields = read_json(path)
@@ -122,8 +122,9 @@ def seed(path: Path, folder: Path) -> list[Example]:
 
 
 def mmbench(path: Path) -> list[Example]:
-    """The .tsv: pictures in base64; a row whose number is 1,000,000 more is the same question with its choices in another order, and may
-    name the row that has its picture. Files without such rows (the first version of the benchmark) get them here, one a choice."""
+    """Read the .tsv file, which has pictures in base64. A row whose index is larger by a multiple of 1,000,000 is the same question with
+    its choices in another order, and may name the row that has its picture. For files without such rows (the first version of the
+    benchmark) they are added here, one rotation per choice."""
 
     def rows() -> list[Example]:
         csv.field_size_limit(sys.maxsize)
@@ -148,7 +149,7 @@ def mmbench(path: Path) -> list[Example]:
 
 
 def _mmbench_choices(row: dict[str, str]) -> tuple[str, ...]:
-    """The choices of a row up to the last one that it has: a letter keeps its place."""
+    """Return the choices of a row up to the last that is not empty, so that each keeps its letter."""
     texts = [row.get(letter) or "" for letter in "ABCD"]
     while texts and not texts[-1].strip():
         texts.pop()
@@ -156,7 +157,7 @@ def _mmbench_choices(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def _from_base64(text: str) -> bytes:
-    """An encoded image; nothing if the text is damaged, which costs the item."""
+    """Decode an image's bytes; empty if the text is damaged, so that its item is left out."""
     try:
         return base64.b64decode(text)
     except ValueError:
@@ -164,14 +165,14 @@ def _from_base64(text: str) -> bytes:
 
 
 _NEXT_ORDER = 1_000_000
-"""What MMBench adds to a question's number for each further order of its choices."""
+"""Number that MMBench adds to a question's index for each further order of its choices."""
 
 
 def _turned(example: Example) -> list[Example]:
-    """A question with its choices in every rotation, the given one first."""
+    """Return a question with its choices in every rotation, the original order first."""
     choices, count = example.choices, len(example.choices)
     if not example.is_answered or not example.has_right_choice:
-        return [example]  # left out, and counted, where the task reads it
+        return [example]  # `Task.examples` leaves it out and counts it
     right = LETTERS.index(example.answers[0])
     return [
         replace(
@@ -212,8 +213,8 @@ _IMAGE_TYPES = (".jpg", ".png", ".jpeg")
 
 
 def mme(folder: Path) -> list[Example]:
-    """A folder a category, in which NAME.txt has two lines `QUESTION <tab> Yes|No` about NAME.jpg or .png; text and images side by side, or
-    in `questions_answers_YN` and `images`. Or the parquet files that lmms-lab made of them."""
+    """Read one folder per category, in which NAME.txt has two lines `QUESTION <tab> Yes|No` about NAME.jpg or .png. Texts and images are in
+    the same folder, or in `questions_answers_YN` and `images`. The parquet files of lmms-lab are read, too."""
     found: list[Example] = []
     for table in sorted(folder.glob("*/test-*.parquet")):
         found += _mme_table(table)

@@ -1,7 +1,7 @@
 """Tasks on the drawn scenes of `prepare demo`, with prompts in the form of the debug recipes' training documents.
 
-Captions are those of the pairs (CIDEr-D); answers to questions are those of the interleaved documents, question, picture, answer, which is
-what a few-shot prompt of them looks like, too. Demonstrations come from the training split.
+Captions are those of the pairs (CIDEr-D). Questions are those of the interleaved documents, which consist of question, picture and answer
+in turn, like a few-shot prompt. Demonstrations are drawn from the training split.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def drawn_captions(folder: Path, *, split: str) -> list[Example]:
 
 
 def drawn_questions(folder: Path, *, split: str) -> list[Example]:
-    """Each question of the interleaved documents, with its picture."""
+    """Read each question of the interleaved documents, with its picture."""
     index = _open(folder, split, "interleaved")
     found = []
     for row in range(len(index)):

@@ -10,7 +10,7 @@ TASKS: dict[str, Task] = {task.name: task for module in (captions, vqa, choices,
 
 TEXTCORE = tuple(task.name for task in text.TASKS)
 GROUPS: dict[str, tuple[str, ...]] = {
-    # What MM1's few-shot tables and ablations report.
+    # The tasks of MM1's few-shot tables and ablations.
     "mm1": ("coco_caption", "nocaps", "textcaps", "vqav2", "textvqa", "vizwiz", "okvqa"),
     "infimm": ("coco_caption", "vqav2", "textvqa", "okvqa"),
     "mono_internvl": ("mmmu", "mme", "mmbench", "seed", "textvqa", "scienceqa", "gqa", "pope"),
@@ -20,9 +20,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def tasks_of(names: list[str]) -> list[Task]:
-    """The tasks of names, groups, and of tasks in files of the user's (FILE.py:TASK or MODULE:TASK), each once.
+    """Return the tasks for names of tasks and groups and references to the user's own tasks (FILE.py:TASK or MODULE:TASK), each once.
 
-    Raises ValueError that lists the names if there is none of that name, if a file holds no such task, and if two tasks have the
+    Raises ValueError if a name is unknown (the message lists the known ones), if a reference is not to a Task, or if two tasks have the
     same name.
     """
     wanted = dict.fromkeys(one for name in names for one in GROUPS.get(name, (name,)))

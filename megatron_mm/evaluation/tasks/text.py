@@ -1,8 +1,9 @@
 """TextCore: the text-only tasks that MM1 averages over (arXiv 2403.09611): ARC, PIQA, LAMBADA, WinoGrande, HellaSwag, SciQ, TriviaQA,
-WebQuestions. Choices by likelihood, answers by exact match; ARC is two tasks here, and the average takes each of the nine alike.
+WebQuestions. Choices are compared by likelihood, free answers by exact match. ARC is two tasks here, and the average gives each of the nine
+tasks the same weight.
 
-Of each a folder has EVALUATED.jsonl (`Task.evaluated`) and train.jsonl, with the fields of the publishers' files, or of the Hugging Face
-data set of that name written as JSON lines.
+The folder of each task has EVALUATED.jsonl (`Task.evaluated`) and train.jsonl, with the fields of the publishers' files or of the Hugging
+Face data set, written as JSON lines.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _piqa(row: Row) -> Example:
 
 
 def _winogrande(row: Row) -> Example:
-    """As is usual, the likelihood of the whole sentence's end under each of the two names; they stand in the choices here."""
+    """Make each choice one of the two names and the rest of the sentence; the likelihood of both together decides, as is usual."""
     before, after = row["sentence"].split("_", 1)
     return _choice(before.rstrip(), [f"{row[f'option{n}']}{after}" for n in (1, 2)], int(row["answer"]) - 1)
 

@@ -11,18 +11,18 @@ from megatron_mm.evaluation.tasks.base import DamagedFile, Example, ImageSource,
 
 
 def most_frequent(answers: tuple[str, ...]) -> str:
-    """What a demonstration answers: the answer that most annotators gave, the first of several; empty ones do not count."""
+    """Return the answer shown in a demonstration: the most frequent non-empty one, the first in a tie."""
     given = Counter(answer for answer in answers if answer.strip())
     return given.most_common(1)[0][0] if given else ""
 
 
 def _texts(answers: list[Any]) -> tuple[str, ...]:
-    """The annotators' answers, as texts or in records."""
+    """Return the annotators' answers, which are texts or records."""
     return tuple(str(answer["answer"] if isinstance(answer, dict) else answer) for answer in answers)
 
 
 def coco_vqa(questions: Path, annotations: Path, images: Path, *, split: str) -> list[Example]:
-    """VQAv2 and OK-VQA: questions in one file, ten answers of each in another, COCO's images of 2014."""
+    """Read VQAv2 or OK-VQA: questions in one file, ten answers to each in another, COCO's images of 2014."""
 
     def rows() -> list[Example]:
         asked = read_json(questions)["questions"]
