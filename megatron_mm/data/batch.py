@@ -24,38 +24,38 @@ from megatron_mm.platform.device import pinned
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch. Every pipeline stage gets the integers; only the first stage gets pixels."""
+    """One micro-batch. Every pipeline stage gets the integers; only stages that encode images get pixels."""
 
     token_ids: torch.Tensor
     """[T] int64."""
     labels: torch.Tensor
     """[T] int64; the padding id where loss_mask is 0."""
     loss_mask: torch.Tensor
-    """[T] float32, 1 where the label counts. Every pipeline stage knows it, as it follows from the plan."""
+    """[T] float32: 1 where the label is supervised. Every pipeline stage knows it, because it follows from the plan."""
     is_token: torch.Tensor
-    """[T] bool, False for padding."""
+    """[T] bool: False for padding."""
     position_ids: torch.Tensor
-    """[T] int64, counted from 0 in every document."""
+    """[T] int64: counted from 0 in every document."""
     source_ids: torch.Tensor
-    """[T] int64: the row of the mixture's sources that a token's sequence comes from."""
+    """[T] int64: number, within the mixture, of the source of each token's sequence."""
     cu_seqlens: torch.Tensor
     """[num_documents + 1] int32: document boundaries, from 0 to T."""
     max_seqlen: int
-    """Tokens of the longest document."""
+    """Number of tokens in the longest document."""
     image_starts: torch.Tensor
     """[num_images] int64: the position in [0, T) of the first token of each image's features, in rising order. The features take
-    `ImageInput.tokens` consecutive positions; what stands before and after them are tokens like any other. Where images are cut into
-    tiles, every tile is an image here and in all other fields; those of one image follow each other."""
+    `ImageInput.tokens` consecutive positions; the control tokens before and after them are ordinary tokens. If images are cut into
+    tiles, every tile is an image here and in all other fields; the tiles of one image follow each other."""
     image_owners: torch.Tensor
     """[num_images] int64: the tensor-parallel rank that decodes and encodes each image."""
     image_documents: torch.Tensor
-    """[num_images, 2] int64: begin and end, in [0, T), of the document that holds each image (`documents_of_images`)."""
+    """[num_images, 2] int64: begin and end of the document that contains each image (`documents_of_images`)."""
     pixels: torch.Tensor | None
     """[num_owned, 3, H, W] uint8, RGB: this rank's images, in the order of `image_starts`; num_owned may be 0. The tower
     normalises them on its device. None on a rank that does not hold the encoder."""
     image_stages: torch.Tensor | None = None
-    """[num_images] int64: the pipeline rank that encodes each image, where all of them do (`parallel.spread_encoder`); None if the
-    first does. `pixels` are then those of this pipeline rank."""
+    """[num_images] int64: the pipeline rank that encodes each image, if all of them encode (`parallel.spread_encoder`); `pixels` then
+    holds only this rank's images. None if the first pipeline rank encodes all images."""
 
     @property
     def num_tokens(self) -> int:
@@ -66,12 +66,11 @@ class PackedBatch:
         return self.image_starts.numel()
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on a device; what begins with `image_` stays on the CPU, where indices are computed from it."""
+        """Copy the batch to a device. Fields named `image_...` stay on the CPU, where indices are computed from them."""
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._moving().items()})  # type: ignore[arg-type]
 
     def pinned(self) -> PackedBatch:
-        """The same batch in memory that a GPU reads by itself, so that the copy of `to` blocks nobody. Pixels that were decoded on the GPU
-        stay there."""
+        """Copy the batch to pinned memory, so that `to` does not block. Pixels that were decoded on the GPU stay there."""
         return replace(self, **{name: pinned(value) for name, value in self._moving().items()})  # type: ignore[arg-type]
 
     def _moving(self) -> dict[str, torch.Tensor]:
@@ -83,7 +82,7 @@ class PackedBatch:
 
 
 def documents_of_images(image_starts: torch.Tensor, *, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """`PackedBatch.image_documents` from two other fields of it, all on the CPU.
+    """Compute `PackedBatch.image_documents` from two other fields, on the CPU.
 
     Worked example: documents at 0..8, 9..12 and 13..14, images at 1 and 9: [[0, 9], [9, 13]].
     """

@@ -11,23 +11,23 @@ import io
 from PIL import Image, features
 
 IMAGE_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
-"""Pillow's names of the formats that are decoded. Of an animation the first frame is used."""
+"""Pillow's names of the formats that are decoded. An animation is represented by its first frame."""
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
-"""How files of these formats end, in the order in which the image of a pair is looked for."""
+"""Extensions of files in these formats, in the order in which they are tried for the image of a pair."""
 UNREAD_EXTENSIONS = ("heic", "heif", "jp2", "j2k", "jxl", "svg", "eps", "ps", "psd", "ico", "tga", "ppm", "pgm", "dng", "raw", "exr")
-"""Images, by their names, of formats that are not decoded. A sample with one of these is rejected and counted, never taken for a text."""
+"""Extensions of image formats that are not decoded. A sample with such a file is rejected and counted, never treated as text."""
 MAX_PIXELS = 64_000_000
-"""Larger images are refused by their header, before a decoder allocates anything for them."""
+"""Images with more pixels are refused when their header is read, before a decoder allocates memory for them."""
 MAX_FILE_BYTES = 256 * 2**20
-"""Larger images and documents are refused before they are read."""
+"""Images and documents with more bytes are refused before they are read."""
 
 
 def open_image(data: bytes) -> Image.Image:
-    """An encoded image, opened but not decoded. Raises what Pillow raises where it is of no format of `IMAGE_FORMATS`."""
+    """Open an encoded image without decoding it. Raises Pillow's error if its format is not one of `IMAGE_FORMATS`."""
     return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
 
 
 def is_image_name(extension: str) -> bool:
-    """Whether a file with this extension ("jpg", "0.png") is an image, of a format that is read or not."""
+    """Return whether a file with this extension ("jpg", "0.png") is an image, in a format that is decoded or not."""
     last = extension.rpartition(".")[2]
     return last in IMAGE_EXTENSIONS or last in UNREAD_EXTENSIONS

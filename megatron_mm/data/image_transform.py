@@ -33,20 +33,20 @@ ToRgb = Literal["white", "pillow"]
 
 _BICUBIC = Image.Resampling.BICUBIC
 _LONGEST = 16
-"""Sides of a picture that is resized whole before its middle is cut out, longer / shorter."""
+"""Largest ratio of longer to shorter side at which `crop` resizes the whole picture before it cuts out the middle."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture's pixels go, in this order; boxes are (left, top, width, height) in the pixels that they cut from."""
+    """How a picture is cut, resized and cut again, in this order. Boxes are (left, top, width, height) in pixels before the cut."""
 
     canvas: tuple[int, int, int, int]
-    """Cut out of the picture; what lies outside it has the fill colour."""
+    """Box that is cut out of the picture. The part of it outside the picture has the fill colour."""
     width: int
     height: int
-    """What the canvas is resized to."""
+    """Size to which the canvas is resized."""
     window: tuple[int, int, int, int]
-    """Cut out of the resized canvas; always the model's square, inside of it."""
+    """Box that is cut out of the resized canvas: always the model's square, and always inside the canvas."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,25 @@ class ImageTransform:
     resize: Resize = "squash"
     to_rgb: ToRgb = "white"
     resize_first: bool = False
-    """Resize before the conversion to RGB, in the picture's own mode, as open_clip's and InfiMM's processors do. Only `to_rgb` pillow
-    can: a palette is then resized without interpolation."""
+    """Resize before the conversion to RGB, in the picture's own mode, as open_clip's and InfiMM's processors do. Works only if `to_rgb` is
+    pillow and `resize` is not pad. A palette is then resized without interpolation."""
 
     def enlarged(self, times: int) -> ImageTransform:
-        """The same to a square of so many times the side."""
+        """Return the same transform to a square whose side is `times` as long."""
         return replace(self, size=times * self.size)
 
     def square(self, image: Image.Image) -> Image.Image:
-        """The square of an opened picture of any mode."""
+        """Return the square of an opened picture of any mode."""
         if self.resize_first and self.to_rgb == "pillow" and self.resize != "pad":
             return self.resized(image).convert("RGB")
         return self.resized(self.rgb(image))
 
     def rgb(self, image: Image.Image) -> Image.Image:
-        """An opened picture of any mode as 8-bit RGB, in its own size."""
+        """Convert an opened picture of any mode to 8-bit RGB, without resizing it."""
         return image.convert("RGB") if self.to_rgb == "pillow" else on_white(image)
 
     def resized(self, image: Image.Image) -> Image.Image:
-        """The square of a picture, in its mode; padding needs RGB."""
+        """Return the square of a picture in the picture's own mode; padding needs RGB."""
         place = self.place(*image.size)
         left, top, width, height = place.canvas
         if left < 0 or top < 0:
@@ -92,7 +92,7 @@ class ImageTransform:
         return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
 
     def place(self, width: int, height: int) -> Placement:
-        """How a picture of this size becomes the square."""
+        """Return how a picture of this size is converted to the square."""
         whole, square = (0, 0, width, height), (0, 0, self.size, self.size)
         if self.resize == "pad":
             side = max(width, height)
@@ -106,17 +106,17 @@ class ImageTransform:
             wide = int(self.size * canvas[2] / height)
         else:
             high = int(self.size * canvas[3] / width)
-        # Half a pixel goes to the even neighbour, as torchvision's CenterCrop has it.
+        # Half a pixel is rounded to the even neighbour, as in torchvision's CenterCrop.
         return Placement(canvas, wide, high, (round((wide - self.size) / 2), round((high - self.size) / 2), self.size, self.size))
 
 
 def _excess(long: int, short: int) -> int:
-    """Pixels at either end of a side that are left out before a picture is resized."""
+    """Return the number of pixels to cut off either end of the long side before resizing."""
     return max(0, (long - _LONGEST * short) // 2)
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An opened picture of any mode as 8-bit RGB, on white where it is transparent."""
+    """Convert an opened picture of any mode to 8-bit RGB, with transparent parts on white."""
     if image.mode.startswith("I"):  # 16 and 32 bits: Pillow would saturate, so keep the high byte
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:

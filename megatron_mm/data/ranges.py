@@ -6,9 +6,9 @@ import numpy as np
 
 
 def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The numbers of several ranges, one range after another: [sum of counts] int64.
+    """Return the numbers of several ranges, one range after another: [sum of counts] int64.
 
-    Worked example: of 5 and 20 on, 3 and 2 numbers: 5 6 7 20 21.
+    Worked example: 3 numbers from 5 on and 2 numbers from 20 on: 5 6 7 20 21.
     """
     counts = counts.astype(np.int64)
     before = np.cumsum(counts) - counts

@@ -28,12 +28,12 @@ from megatron_mm.data.plan.mixture import mix
 
 @dataclass(frozen=True)
 class SubImages:
-    """An image is shown as an overview and grid x grid crops, each of the tower's image size."""
+    """Shows an image as an overview and grid x grid crops, each of the tower's image size."""
 
     grid: int = 2
-    """Crops along a side: 2 makes 4 crops and an overview."""
+    """Number of crops along a side: 2 means 4 crops and an overview."""
     overview_first: bool = True
-    """The overview comes before the crops; else behind them."""
+    """Place the overview before the crops; if false, after them."""
 
     def __post_init__(self) -> None:
         require_positive(self, "grid")
@@ -41,24 +41,24 @@ class SubImages:
 
     @property
     def count(self) -> int:
-        """Squares of an image, the overview included."""
+        """Number of squares of an image, including the overview."""
         return self.grid**2 + 1
 
 
 @dataclass(frozen=True)
 class LowResolution:
-    """Which images are shown as their overviews alone."""
+    """Which images are shown only as their overviews."""
 
     share: float
-    """Of the images of documents that are not a document's last."""
+    """Fraction shown at low resolution, of the images that are not the last of their document."""
     seed: int
 
     def chosen(self, rows: np.ndarray, num_images: np.ndarray) -> np.ndarray:
-        """Whether each image of some documents is shown at low resolution, one document after another: [images] bool.
+        """Return whether each image of some documents is shown at low resolution, one document after another: [images] bool.
 
         Args:
-            rows: [documents] rows of their source.
-            num_images: [documents] int64.
+            rows: [documents] rows of the documents in their source.
+            num_images: [documents] int64: number of images of each document.
         """
         total = int(num_images.sum())
         document = np.repeat(np.arange(len(rows)), num_images)
@@ -70,12 +70,12 @@ class LowResolution:
 
 
 def cut_sub_images(image: Image.Image, sub_images: SubImages, transform: ImageTransform, *, wanted: range, count: int) -> np.ndarray:
-    """Some squares of an opened image of any mode: [len(wanted), 3, size, size] uint8.
+    """Return some squares of an opened image of any mode: [len(wanted), 3, size, size] uint8.
 
     Args:
-        transform: of one square.
-        wanted: which of the squares.
-        count: squares that stand for the image: `sub_images.count`, or 1 for its overview alone.
+        transform: transform to one square.
+        wanted: numbers of the squares to return.
+        count: total number of squares of the image: `sub_images.count`, or 1 if only the overview is shown.
     """
     size, grid = transform.size, sub_images.grid
     overview = 0 if sub_images.overview_first or count == 1 else count - 1

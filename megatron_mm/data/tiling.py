@@ -24,15 +24,15 @@ from megatron_mm.config.checks import require, require_positive
 
 @dataclass(frozen=True)
 class Tiling:
-    """How many tiles an image may become."""
+    """Number of tiles into which an image may be cut."""
 
     min_tiles: int
-    """Least tiles of a grid."""
+    """Minimum number of tiles in a grid."""
     max_tiles: int
-    """Most tiles of a grid. The thumbnail is not counted: with one, 4 allows 5 squares of pixels an image (1280 patches of 28 pixels at
-    448 pixels a tile, the limit of Mono-InternVL's first stage)."""
+    """Maximum number of tiles in a grid, not counting the thumbnail. With a thumbnail, 4 allows 5 squares per image (1280 patches of 28
+    pixels at 448 pixels per tile, the limit of Mono-InternVL's first stage)."""
     thumbnail: bool = True
-    """Add the whole image as one more tile where its grid has more than one."""
+    """Add the whole image as one more tile if its grid has more than one tile."""
 
     def __post_init__(self) -> None:
         require_positive(self, "min_tiles", "max_tiles")
@@ -40,48 +40,48 @@ class Tiling:
 
     @cached_property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """Every (columns, rows) of min_tiles to max_tiles tiles, small grids first, narrow before wide ones.
+        """All grids (columns, rows) with min_tiles to max_tiles tiles: small grids first, then narrow before wide ones.
 
-        Among grids of one number of tiles the order matters only where two of them are equally close to an image and no
-        other grid is closer. With min_tiles 1 there is no such image: between two of them lies a smaller grid's shape.
+        The order of grids with equally many tiles matters only if two of them are equally close to an image and no other grid is closer.
+        With min_tiles 1 there is no such image, because the shape of a smaller grid is between the two.
         """
         sides = range(1, self.max_tiles + 1)
         allowed = [(columns, rows) for columns in sides for rows in sides if self.min_tiles <= columns * rows <= self.max_tiles]
         return tuple(sorted(allowed, key=lambda grid: (grid[0] * grid[1], grid[0])))
 
     def count(self, grid: tuple[int, int]) -> int:
-        """Tiles of an image with this grid, the thumbnail included."""
+        """Return the number of tiles of an image with this grid, including the thumbnail."""
         tiles = grid[0] * grid[1]
         return tiles + (self.thumbnail and tiles > 1)
 
     @property
     def max_count(self) -> int:
-        """Most tiles of an image, the thumbnail included."""
+        """Maximum number of tiles of an image, including the thumbnail."""
         return self.count((self.max_tiles, 1))
 
 
 def choose_grid(width: int, height: int, tiling: Tiling, size: int) -> tuple[int, int]:
-    """(columns, rows) of an image.
+    """Return the (columns, rows) of an image's grid.
 
     Args:
-        width, height: of the image, pixels.
-        size: side of a tile, pixels.
+        width, height: size of the image, in pixels.
+        size: side of a tile, in pixels.
     """
     return tiling.grids[int(_choose(np.array([width]), np.array([height]), tiling, size)[0])]
 
 
 def tile_counts(widths: np.ndarray, heights: np.ndarray, tiling: Tiling, size: int) -> np.ndarray:
-    """Tiles that images become, the thumbnail included: [n] int64.
+    """Return the number of tiles of each image, including the thumbnail: [n] int64.
 
     Args:
-        widths, heights: [n] integers, pixels.
-        size: side of a tile, pixels.
+        widths, heights: [n] integers, in pixels.
+        size: side of a tile, in pixels.
     """
     return np.array([tiling.count(grid) for grid in tiling.grids])[_choose(widths, heights, tiling, size)]
 
 
 def cut_tiles(image: Image.Image, tiling: Tiling, size: int) -> np.ndarray:
-    """The tiles of an RGB image, row by row, and its thumbnail last: [k, 3, size, size] uint8."""
+    """Return the tiles of an RGB image, row by row, followed by its thumbnail: [k, 3, size, size] uint8."""
     assert image.mode == "RGB", f"an image of mode {image.mode}, but tiles are cut of RGB"
     grid = choose_grid(image.width, image.height, tiling, size)
     columns, rows = grid
@@ -95,7 +95,7 @@ def cut_tiles(image: Image.Image, tiling: Tiling, size: int) -> np.ndarray:
 
 
 def _choose(widths: np.ndarray, heights: np.ndarray, tiling: Tiling, size: int) -> np.ndarray:
-    """[n] places in `tiling.grids`."""
+    """Return the index in `tiling.grids` of each image's grid: [n]."""
     widths, heights = widths.astype(np.int64), heights.astype(np.int64)
     assert (widths > 0).all() and (heights > 0).all(), "an image without pixels has no grid: its index is wrong"
     shapes = widths / heights

@@ -23,34 +23,34 @@ Parts = tuple[str | Control, ...]
 _BEGIN, _END = Control("<s>"), Control("</s>")
 _IM_START, _IM_END = Control("<|im_start|>"), Control("<|im_end|>")
 SYSTEM = "{system}"
-"""Stands for a conversation's own system prompt, as a part by itself."""
+"""Placeholder for a conversation's own system prompt; always a separate part."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """What stands before and after each role's words."""
+    """The text and control tokens around questions and answers."""
 
     opening: Parts
-    """Before the first question, after BOS, of a conversation without a system prompt of its own."""
+    """Between BOS and the first question, in a conversation without its own system prompt."""
     opening_with_system: Parts
-    """The same with one."""
+    """Between BOS and the first question, in a conversation with its own system prompt."""
     before_question: Parts
-    """Before every other question."""
+    """Before every question but the first."""
     before_answer: Parts
-    """Between a question and its answer. A space at its end is part of the answer and counts: SentencePiece joins it with a word ("▁red"),
-    but not with a digit ("▁" "4"), and a prompt that ends without it leaves both to the model."""
+    """Between a question and its answer. A space at its end is part of the answer and is supervised: SentencePiece joins it with a word
+    ("▁red") but not with a digit ("▁" "4"), so a prompt ends without the space and lets the model generate either."""
     after_answer: Parts
-    """After every answer but the last; counts."""
+    """After every answer but the last; supervised."""
     after_last_answer: Parts
-    """After the last answer, before EOS; counts."""
+    """After the last answer, before EOS; supervised."""
     supervises_eos: bool = True
-    """The stream's EOS after the last answer counts, because the template ends answers with it."""
+    """The document's EOS after the last answer is supervised, because the template ends answers with it."""
     after_all: str = ""
-    """What the released template writes behind the end of a conversation. No model learns it, so training leaves it out."""
+    """Text that the released template writes after the end of a conversation. It is not supervised, so training omits it."""
 
     @property
     def prompt_end(self) -> tuple[Parts, str]:
-        """`before_answer` without the spaces at its end, and these."""
+        """`before_answer` without the spaces at its end, and those spaces."""
         *rest, last = self.before_answer
         if isinstance(last, Control):
             return self.before_answer, ""
@@ -65,7 +65,7 @@ class ChatTemplate:
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """What the tokenizer must know, each once."""
+        """Control tokens that the tokenizer must have, without duplicates."""
         parts = (
             *self.opening,
             *self.opening_with_system,
@@ -79,16 +79,16 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, in which images may stand, and its answer."""
+    """A question, which may contain images, and its answer."""
 
     question: tuple[str | ImageReference, ...]
     answer: str
     system: str = ""
-    """The conversation's own system prompt, with its first turn; empty if it has none."""
+    """The conversation's own system prompt, in its first turn; empty if it has none."""
 
 
 CHAT_TEMPLATES: dict[str, ChatTemplate] = {
-    # A line is a question, the next its answer: for base models and multi-task training. Ours.
+    # One line for a question and the next for its answer: for base models and multi-task training. Our own.
     "plain": ChatTemplate(
         opening=(),
         opening_with_system=(SYSTEM, "\n"),
@@ -97,7 +97,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
         after_answer=("\n",),
         after_last_answer=(),
     ),
-    # Zephyr was tuned with a system prompt, empty unless a conversation had one. <|user|> and the like are text.
+    # Zephyr was tuned with a system prompt, which is empty unless a conversation has one. <|user|> and the like are text.
     "zephyr": ChatTemplate(
         opening=("<|system|>\n", _END, "\n<|user|>\n"),
         opening_with_system=("<|system|>\n", SYSTEM, _END, "\n<|user|>\n"),
@@ -107,7 +107,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
         after_last_answer=(),
         after_all="\n",
     ),
-    # Llama 2 chat, without a system prompt, as its authors advise today. Every exchange has its own begin and end.
+    # Llama 2 chat, without a system prompt, as its authors now advise. Every exchange has its own BOS and EOS.
     "llama2": ChatTemplate(
         opening=("[INST] ",),
         opening_with_system=("[INST] <<SYS>>\n", SYSTEM, "\n<</SYS>>\n\n"),
@@ -128,7 +128,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
         after_answer=(_END,),
         after_last_answer=(),
     ),
-    # InternLM2's roles as InternVL and Mono-InternVL use them: their system prompt, no newline between turns, and no EOS at the end.
+    # InternLM2's roles as in InternVL and Mono-InternVL: their system prompt, no newline between turns, and no EOS at the end.
     "internlm2": ChatTemplate(
         opening=(
             _IM_START,
@@ -149,29 +149,29 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
 
 @dataclass(frozen=True)
 class Rendering:
-    """How the samples of a source become chats."""
+    """How the samples of a source are rendered as chats."""
 
     template: ChatTemplate
     caption_prompt: str | None = None
-    """What asks for the captions of pairs, after the image; None leaves them an image and its caption."""
+    """Question, after the image, to which the caption of a pair is the answer; None leaves pairs as an image and its caption."""
 
 
 def chat_template(name: str) -> ChatTemplate:
-    """A template by its name. Raises ValueError that lists the names if there is none of that name."""
+    """Return a template by its name. Raises ValueError, listing the known names, if the name is unknown."""
     if name not in CHAT_TEMPLATES:
         raise ValueError(f"chat template {name!r} is unknown: use one of {list(CHAT_TEMPLATES)}")
     return CHAT_TEMPLATES[name]
 
 
 def rendering_of(index: Source) -> Rendering | None:
-    """How the samples of a source were written when it was indexed; None if they are no chats."""
+    """Return how the samples of a source were rendered when it was indexed; None if they are not chats."""
     if index.chat_template is None:
         return None
     return Rendering(chat_template(index.chat_template), caption_prompt=index.caption_prompt)
 
 
 def render(turns: Sequence[Turn], template: ChatTemplate) -> list[Item]:
-    """The items of a conversation between BOS and EOS."""
+    """Return the items of a conversation, without BOS and EOS."""
     parts: list[tuple[str | Control | ImageReference, bool]] = []
     for number, turn in enumerate(turns):
         last = number == len(turns) - 1

@@ -1,9 +1,9 @@
 """Samples of which only the answers are supervised: conversations, and the tasks of multi-task training.
 
     conversations  {"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A ball."}],
-                   "image": "0.jpg"}; `image` may be a list, as many as there are <image> marks in the questions, or missing (LLaVA)
+                   "image": "0.jpg"}; `image` may be a list, as long as there are <image> marks in the questions, or missing (LLaVA)
                    or {"messages": [{"role": "user", "content": "<image>\\nWhat is it?"}, {"role": "assistant", "content": "A ball."}]};
-                   `content` may be a list of {"type": "text", "text": "..."} and {"type": "image"}; the first turn may be the system's
+                   `content` may be a list of {"type": "text", "text": "..."} and {"type": "image"}; the first turn may be a system prompt
     tasks          {"task": "vqa", "question": "What is it?", "answer": "ball", "images": ["0.jpg"]}
 
 The prompts of tasks are those of InfiMM's multi-task training, which come from LLaVA-1.5. We chose the text around them: the images come
@@ -36,7 +36,7 @@ from megatron_mm.data.text.keys import USUAL, Keys, field_of
 
 IMAGE_MARK = "<image>"
 IMAGE_PARTS = ("image", "image_url")
-"""Types of a part of a turn that is an image."""
+"""Types of the parts of a turn that are images."""
 ASKS, ANSWERS, SYSTEM = ("human", "user"), ("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "system"
 _LISTS = ("conversations", "messages")
 
@@ -47,9 +47,9 @@ class Task:
 
     prompt: str
     asks: bool = True
-    """It has a question of its own."""
+    """A sample of this task has a `question`."""
     chooses: bool = False
-    """Its answer is one of `choices`."""
+    """The answer is one of the sample's `choices`."""
     needs_image: bool = True
 
 
@@ -64,7 +64,7 @@ TASKS: dict[str, Task] = {
 
 
 def is_conversation(fields: dict[str, Any], keys: Keys = USUAL) -> bool:
-    """Whether a document is a conversation, by its fields."""
+    """Return whether a document is a conversation, judging by its fields."""
     return _listed(fields, keys) is not None
 
 
@@ -74,7 +74,7 @@ def _listed(fields: dict[str, Any], keys: Keys) -> list[Any] | None:
 
 
 def conversation_turns(fields: dict[str, Any], keys: Keys = USUAL) -> list[Turn]:
-    """The turns of a conversation. Raises BadDocument."""
+    """Return the turns of a conversation. Raises BadDocument if it is malformed."""
     listed = _listed(fields, keys)
     if listed is None:
         raise BadDocument(f"JSON has no {keys.messages or 'conversations'}")
@@ -97,13 +97,13 @@ def conversation_turns(fields: dict[str, Any], keys: Keys = USUAL) -> list[Turn]
 
 
 def speaker(turn: Any) -> Any:
-    """Who speaks in a turn: of `ASKS`, `ANSWERS`, `SYSTEM`, or anything else that the data says. None if the turn is no object."""
+    """Return the role of a turn: one of `ASKS` or `ANSWERS`, `SYSTEM`, or any other value in the data; None if the turn is no object."""
     said_by = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
     return SYSTEM if said_by == "developer" else said_by
 
 
 def _words(content: object) -> str:
-    """What is said in a turn, images as marks. Raises TypeError if it is no text."""
+    """Return the text of a turn, with marks for images. Raises TypeError if it is not text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -120,7 +120,7 @@ def _part(part: object) -> dict[str, Any]:
 
 
 def _with_images(question: str, images: Any) -> tuple[str | ImageReference, ...]:
-    """A question with its marks replaced with the next images."""
+    """Replace the marks in a question with the next images."""
     first, *rest = question.split(IMAGE_MARK)
     parts: list[str | ImageReference] = [first]
     for text in rest:
@@ -129,7 +129,7 @@ def _with_images(question: str, images: Any) -> tuple[str | ImageReference, ...]
 
 
 def task_turns(fields: dict[str, Any]) -> list[Turn]:
-    """A task as a conversation of one turn. Raises BadDocument."""
+    """Return a task as a conversation of one turn. Raises BadDocument if it is malformed."""
     name = fields.get("task")
     if not isinstance(name, str) or name not in TASKS:
         raise BadDocument("unknown task")
@@ -163,7 +163,7 @@ def _choices(fields: dict[str, Any]) -> list[str]:
 
 
 def _letter(answer: object, count: int) -> str:
-    """The letter of a choice that is given by its letter or its index."""
+    """Return the letter of a choice given by its letter or by its index."""
     letters = string.ascii_uppercase[:count]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < count:
         return letters[answer]
@@ -173,7 +173,7 @@ def _letter(answer: object, count: int) -> str:
 
 
 def _images(fields: dict[str, Any], keys: Keys = USUAL) -> list[ImageReference]:
-    """The images that a sample names, one or several."""
+    """Return the images that a sample names: a list or a single one."""
     named = fields.get("images", fields.get("image")) if keys.image is None else field_of(fields, keys.image)
     names = [] if named in (None, "") else named if isinstance(named, list) else [named]
     if not all(isinstance(name, str) for name in names):

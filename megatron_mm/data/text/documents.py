@@ -5,7 +5,7 @@
                  {"items": [{"text": "..."}, {"image": "0.jpg"}, ...]}
                  {"texts": ["...", null, ...], "images": [null, "1.jpg", ...]}                          (OBELICS)
                  {"text_list": ["..."], "image_info": [{"image_name": "0.png", "matched_text_index": 0}]}    (MMC4;
-                 an image stands before the sentence that it matches)
+                 an image is placed before the sentence that it matches)
     text         a line of a .jsonl with `text`, KEY.txt, or KEY.json with `text`
     conversations, tasks   KEY.json and the images that it names, or a line of a .jsonl (`data.text.conversations`)
 
@@ -26,11 +26,11 @@ from megatron_mm.data.text.items import BadDocument, ImageReference, Item, Text
 from megatron_mm.data.text.keys import USUAL, Keys, field_of, keys_of
 
 OWN_IMAGE = ""
-"""Stands for the image of a pair, whatever its extension."""
+"""Extension in a reference to the image of a pair, whatever its real extension."""
 
 
 def read_items(source: Source, row: int) -> list[Item]:
-    """The items of a sample of an opened source. Raises what `parse_document` and `Source.document` do."""
+    """Return the items of a sample. Raises what `parse_document` and `Source.document` raise."""
     return parse_document(source.kind, source.document(row), is_json=False, rendering=rendering_of(source), keys=keys_of(source))
 
 
@@ -43,15 +43,15 @@ def parse_document(
     keys: Keys = USUAL,
     dropped: Counter[str] | None = None,
 ) -> list[Item]:
-    """The items of a document in reading order; of a pair, its caption alone, unless a prompt asks for it.
+    """Return the items of a document in reading order. For a pair this is only the caption, unless it is rendered with a caption prompt.
 
     Raises BadDocument with a short reason.
 
     Args:
-        is_json: the document must be JSON, as its name says; of all kinds but pairs and text it always must.
-        rendering: how conversations and tasks are written, and pairs, if they are chats.
-        keys: what fields are called.
-        dropped: counts entries of a document that are nothing, by reason.
+        is_json: the document must be JSON, because its name says so. Documents of all kinds but pairs and text always must.
+        rendering: how conversations, tasks, and pairs with a caption prompt are rendered as chats.
+        keys: names of the fields.
+        dropped: if given, incremented for each entry of the document that is left out, by reason.
     """
     try:
         decoded = data.decode("utf-8-sig")
@@ -88,7 +88,7 @@ def _items(kind: Kind, decoded: str, *, is_json: bool, rendering: Rendering | No
 
 
 def document_kind(data: bytes, keys: Keys = USUAL) -> Kind | None:
-    """Whether a JSON document is a conversation, a task or interleaved, by its fields; None if it is none of these."""
+    """Return the kind of a JSON document (conversations, tasks or interleaved), judging by its fields; None if it is none of these."""
     try:
         fields = _json(data.decode("utf-8-sig"))
     except (UnicodeDecodeError, BadDocument):
@@ -104,7 +104,7 @@ _IMAGE_FIELDS = ("image", "images", "image_info")
 
 
 def names_images(data: bytes, keys: Keys = USUAL) -> bool:
-    """Whether a JSON document names images, so that it is more than its text."""
+    """Return whether a JSON document names images and therefore is more than its text."""
     if b'"image' not in data and keys.image is None:
         return False
     try:
@@ -135,7 +135,7 @@ def _json(decoded: str) -> dict[str, Any]:
         fields = json.loads(decoded, object_pairs_hook=object_of)
     except BadDocument:
         raise
-    except (ValueError, RecursionError):  # ValueError itself for a number of thousands of digits
+    except (ValueError, RecursionError):  # a number with thousands of digits raises a plain ValueError
         raise BadDocument("malformed JSON") from None
     if not isinstance(fields, dict):
         raise BadDocument("JSON is not an object")
@@ -143,7 +143,7 @@ def _json(decoded: str) -> dict[str, Any]:
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises BadDocument if it has a key twice with different values: one of them would be lost unseen."""
+    """Build a JSON object. Raises BadDocument if a key occurs twice with different values, because one would be lost silently."""
     found = dict(pairs)
     if len(found) < len(pairs) and any(found[key] != value for key, value in pairs):
         raise BadDocument("JSON has a key twice")
@@ -163,7 +163,7 @@ def _interleaved(fields: dict[str, Any], keys: Keys, dropped: Counter[str]) -> l
 
 
 def _item(text: object, image: object) -> Item | None:
-    """The entry of a list: None if it is nothing, as where an image was lost before."""
+    """Return an entry of a list as an item; None if it is empty, for example because an image was lost earlier."""
     if text is None and image is None:
         return None
     if isinstance(text, str) and image is None:

@@ -30,34 +30,34 @@ class Text:
 
     text: str
     counted: bool = True
-    """Its tokens count in the loss."""
+    """The tokens are supervised."""
     continues: bool = False
-    """It is tokenized together with the text before it, as one string."""
+    """The text is tokenized together with the text before it, as one string."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """A control token, such as </s>, which no text can spell."""
+    """A control token, such as </s>, which no text can produce."""
 
     token: str
     counted: bool = False
-    """It counts in the loss."""
+    """The token is supervised."""
 
 
 @dataclass(frozen=True)
 class ImageReference:
-    """An image, by the extension of the tar member that holds it."""
+    """An image, named by the extension of the tar member that contains it."""
 
     extension: str
     counted: bool = True
-    """What stands before an image counts in the loss where the model family learns it; the image itself never does."""
+    """The control tokens before the features are supervised if the family learns them (`ImageInput.learn_before`). Features never are."""
 
 
 Item = Text | Control | ImageReference
 
 
 def encode_items(items: Sequence[Item], tokenizer: Tokenizer) -> list[list[int]]:
-    """The token ids of each item but the images, in order.
+    """Return the token ids of each item except images, in order.
 
     Raises ValueError if the tokenizer lacks a control token.
     """
@@ -72,7 +72,7 @@ def encode_items(items: Sequence[Item], tokenizer: Tokenizer) -> list[list[int]]
 
 
 def _runs(items: Sequence[Item]) -> tuple[list[int], list[range]]:
-    """Which texts are tokenized alone and which together, by their numbers among the items that are not images."""
+    """Return which texts are tokenized alone and which together, by their numbers among the items that are not images."""
     runs: list[range] = []
     number, open_run = 0, False
     for item in items:

@@ -10,12 +10,12 @@ from megatron_mm.data.sources.source import Source
 
 @dataclass(frozen=True)
 class Keys:
-    """Names that a user gives; None takes the usual ones. Dots lead into objects: "meta.caption"."""
+    """Names given by the user; None for the usual ones. A dot leads into a nested object: "meta.caption"."""
 
     text: str | None = None
-    """Field with the text, or extension of the file with it ("note.txt"); of interleaved documents the list of texts."""
+    """Field with the text, or extension of the text's file ("note.txt"); in interleaved documents, the field with the list of texts."""
     image: str | None = None
-    """Extension of the file with the image of a pair ("photo.jpg"); elsewhere the field that names images."""
+    """Extension of the file with the image of a pair ("photo.jpg"); in all other kinds, the field that names images."""
     messages: str | None = None
     """Field with the turns of a conversation."""
 
@@ -24,14 +24,14 @@ USUAL = Keys()
 
 
 def keys_of(source: Source) -> Keys:
-    """What the fields of an opened source are called. Sources of other formats need not say."""
+    """Return the names of an opened source's fields. A source of another format need not have `keys`."""
     found = getattr(source, "keys", USUAL)
     assert isinstance(found, Keys), "a source's `keys` are Keys"
     return found
 
 
 def field_of(fields: dict[str, Any], key: str) -> Any:
-    """A field by its name, or by the path to it: "meta.caption". None if there is none."""
+    """Return a field by its name or by its path ("meta.caption"); None if it does not exist."""
     if key in fields:
         return fields[key]
     value: Any = fields

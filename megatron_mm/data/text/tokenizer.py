@@ -25,25 +25,25 @@ PAD, IMAGE = "<pad>", "<image>"
 _SPM: Any = sentencepiece_pb2  # generated at import time, so without types
 _MODEL: Any = sentencepiece_model_pb2
 _RENAMED = {"<|im_start|>": "[UNUSED_TOKEN_146]", "<|im_end|>": "[UNUSED_TOKEN_145]"}
-"""What InternLM2's chat models call two pieces that its SentencePiece model keeps free."""
+"""Names that InternLM2's chat models give to two unused pieces of its SentencePiece model."""
 
 
 class Tokenizer:
-    """Text to token ids and back."""
+    """Converts text to token ids and back."""
 
     def __init__(self, model: bytes, *, special: Sequence[str] = (PAD, IMAGE)) -> None:
         """
         Args:
             model: a serialized SentencePiece model.
-            special: tokens that must have ids; those that the model lacks get the next ones, in this order.
+            special: tokens that must have ids. Tokens that the model lacks get the next free ids, in this order.
         """
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=_without_spellable_controls(model))
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
-        """Of the SentencePiece model alone: special tokens do not change what a text is."""
+        """Hash of the SentencePiece model alone, because special tokens do not change how text is tokenized."""
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
         self.num_pieces: int = self._pieces.get_piece_size()
-        """Ids of the model itself, without special tokens that it lacks."""
+        """Number of ids of the model itself, without appended special tokens."""
         self.vocab_size: int = self.num_pieces
         self._appended: dict[str, int] = {}
         for name in special:
@@ -52,11 +52,11 @@ class Tokenizer:
                 self.vocab_size += 1
         pad = self._find(PAD)
         self.pad_id: int = self._pieces.unk_id() if pad is None else pad
-        """What padding is; the unknown token where nothing is called `<pad>`, as padding never counts."""
+        """Id of the padding token; the unknown token if there is no `<pad>`, because padding is never supervised."""
 
     @classmethod
     def open(cls, path: Path, *, special: Sequence[str] = (PAD, IMAGE)) -> Tokenizer:
-        """Read a SentencePiece model. Raises ValueError that names the file if it is missing or is none."""
+        """Read a SentencePiece model. Raises ValueError, naming the file, if it is missing or not a SentencePiece model."""
         if not path.is_file():
             raise ValueError(f"tokenizer {path} does not exist: train one with `megatron-mm prepare tokenizer`, or give --data.tokenizer")
         model = path.read_bytes()
@@ -72,7 +72,7 @@ class Tokenizer:
         return self.special_id(IMAGE)
 
     def special_id(self, name: str) -> int:
-        """The id of a special token. Raises ValueError if neither the model nor the family has one of that name."""
+        """Return the id of a special token. Raises ValueError if neither the model nor the family has a token of that name."""
         found = self._find(name)
         if found is None:
             raise ValueError(f"the tokenizer has no control token {name}: use a SentencePiece model that has it, or a family that adds it")
@@ -83,7 +83,7 @@ class Tokenizer:
         return self._appended.get(name) if control is None else control
 
     def _control(self, name: str) -> int | None:
-        """The id of a control symbol of the SentencePiece model, or of a piece that stands for one."""
+        """Return the id of a control symbol of the SentencePiece model, or of the piece that serves as one (`_RENAMED`)."""
         found = self._pieces.piece_to_id(name)
         if found != self._pieces.unk_id() and self._pieces.is_control(found):
             return found
@@ -91,27 +91,27 @@ class Tokenizer:
         return renamed if renamed != self._pieces.unk_id() else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without begin and end. A text that spells a special token gets no special id."""
+        """Return the token ids of a text, without BOS and EOS. A text that contains the name of a special token does not get its id."""
         return self._pieces.encode(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of many texts."""
+        """Return the token ids of many texts."""
         return self._pieces.encode(texts)
 
     def encode_together(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts that are tokenized as one string: to each text those that end in it."""
+        """Tokenize texts as one string and return the token ids of each text: the tokens that end in it."""
         joined = _SPM.SentencePieceText()
         joined.ParseFromString(self._pieces.encode("".join(texts), out_type="serialized_proto"))
         ends = list(itertools.accumulate(len(text.encode()) for text in texts))
         ids: list[list[int]] = [[] for _ in texts]
         for piece in joined.pieces:
-            # A piece is bytes [begin, end) of the string; of a character in several pieces all but the last are empty at its beginning.
+            # A piece is bytes [begin, end) of the string. If a character has several pieces, all but the last are empty, at its beginning.
             last_byte = min(max(piece.begin, piece.end - 1), ends[-1] - 1)
             ids[bisect.bisect_right(ends, last_byte)].append(piece.id)
         return ids
 
     def piece(self, token: int) -> tuple[str, bool]:
-        """A token by itself as a reader sees it, and whether it is a control token, which no text spells."""
+        """Return the readable form of a single token, and whether it is a control token, which no text can produce."""
         for name, appended in self._appended.items():
             if token == appended:
                 return name, True
@@ -120,17 +120,17 @@ class Tokenizer:
         return self._pieces.id_to_piece(token).replace("\u2581", " "), False
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; special tokens are left out."""
+        """Return the text of token ids, without special tokens."""
         known = self._pieces.get_piece_size()
         renamed = {self._find(name) for name in _RENAMED}
         return self._pieces.decode([i for i in ids if i < known and i not in renamed and not self._pieces.is_control(i)])
 
 
 def _without_spellable_controls(model: bytes) -> bytes:
-    """A SentencePiece model in which pieces that stand for control tokens are control symbols, so that no text becomes one.
+    """Turn pieces of a SentencePiece model that serve as control tokens into control symbols, so that no text can produce them.
 
-    InternLM2's model has [UNUSED_TOKEN_145] as a user-defined piece: whoever wrote these characters would end the user's turn. The ids stay
-    what they are, and so does every text that does not spell such a piece.
+    InternLM2's model has [UNUSED_TOKEN_145] as a user-defined piece, so a text with these characters would end the user's turn. All ids
+    stay the same, and so do the tokens of every text that does not contain such a piece.
     """
     proto = _MODEL.ModelProto.FromString(model)
     control = _MODEL.ModelProto.SentencePiece.CONTROL
@@ -141,7 +141,7 @@ def _without_spellable_controls(model: bytes) -> bytes:
 
 
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int) -> Tokenizer:
-    """Train a BPE model with byte fallback, as Llama's, and write it to `out`. The same texts give the same model.
+    """Train a BPE model with byte fallback, like Llama's, and write it to `out`. The same texts produce the same model.
 
     Raises ValueError if the texts are too few for the vocabulary.
     """
