@@ -1,11 +1,11 @@
-"""What a load costs each process: bytes read from storage, time, and memory, after a change of the number of processes.
+"""Cost of loading a checkpoint on another number of processes: bytes read from storage, time and memory of each process.
 
     .venv/bin/python benchmarks/checkpoint_load.py --writers 1 --readers 4
 
-The model of `checkpoint_save.py` on data-parallel gloo processes. The baseline is torch's reader, which reads a stored piece whole for
-each box that a process wants of it (`platform.part_reader` says why that is more than once). Both load the same checkpoint into the same
-memory; bytes are those of all processes together, over the bytes of the checkpoint. Memory is the largest peak of a process's resident
-set while it loads, above what it was before.
+Loads the model of `checkpoint_save.py` on data-parallel gloo processes. The baseline is torch's reader, which reads a whole stored piece
+for each box that a process needs of it (`platform.part_reader` explains why that happens more than once). Both load the same checkpoint
+into the same memory. Bytes are the sum over all processes, divided by the bytes of the checkpoint. Memory is the largest increase of any
+process's resident set during the load.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KINDS = ("torch's reader (baseline)", "parts of pieces")
 
 
 def run(folder: Path, *, loads: bool) -> dict[str, Any]:
-    """On one process: save, or load twice of each kind, of which the second counts."""
+    """Save on this process, or load twice with each reader; the second load counts."""
     settings, topology, model, optimizer = built()
     checkpointer = Checkpointer(settings, topology, folder, model, optimizer)
     found: dict[str, Any] = {}
@@ -62,7 +62,7 @@ def run(folder: Path, *, loads: bool) -> dict[str, Any]:
 
 
 def launch(folder: Path, processes: int, *, loads: bool) -> list[dict[str, Any]]:
-    """What each process found."""
+    """Launch the processes; return each one's results, by rank."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), __file__]
     words += ["--folder", str(folder), *(["--loads"] if loads else [])]
     subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

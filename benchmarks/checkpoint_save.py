@@ -1,13 +1,14 @@
-"""What a save costs each process: bytes that processes gather, how long training stands still, and how much memory it takes.
+"""Cost of a save on each process: bytes gathered, time that training is blocked, and memory.
 
     .venv/bin/python benchmarks/checkpoint_save.py --processes 4
 
-A model of about 30M parameters on data-parallel gloo processes; each kind saves three times, and the last save counts (the first two find
-out who writes what). Baselines of the same run: megatron-core's "fully reshardable" state of the distributed optimizer, which gathers whole
-parameters on every process before they are written, and a plan that is made anew for each save; all write the same tensors in the same
-format. "Plain copy" is a copy, in memory, of the bytes that this process writes, by all processes at the same time. Memory is the peak of
-the process's resident set while it saves (sampled every millisecond) above what it was before. Times of the clock are how long `save` keeps
-a process from training; with more processes than cores they are mostly waits for a turn, and the processor's time says more.
+Saves a model of about 30M parameters on data-parallel gloo processes. Each kind saves three times, and the last save counts (the first two
+determine which process writes what). Baselines of the same run: megatron-core's "fully reshardable" state of the distributed optimizer,
+which gathers whole parameters on every process before they are written, and a save plan that is made anew for each save. All write the same
+tensors in the same format. "Plain copy" is an in-memory copy of as many bytes as this process writes, made by all processes at the same
+time. Memory is the largest increase of the process's resident set during the save (sampled every millisecond). Wall times are how long
+`save` keeps a process from training; with more processes than cores they consist mostly of waiting for a core, and processor time is more
+meaningful.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def experiment() -> Experiment:
 
 
 def gathering(optimizer: Any, weights: dict[str, Any], *, loading: bool) -> Any:
-    """The baseline: megatron-core's own state."""
+    """Baseline: megatron-core's own optimizer state."""
     return optimizer.sharded_state_dict(weights, is_loading=loading, metadata=dict(STATE_METADATA))
 
 
@@ -61,7 +62,7 @@ def resident() -> int:
 
 
 class PeakMemory:
-    """Watches the resident set from a thread of its own."""
+    """Samples the peak of the resident set in a background thread."""
 
     def __init__(self) -> None:
         self.before = self.peak = resident()
@@ -74,14 +75,14 @@ class PeakMemory:
             self.peak = max(self.peak, resident())
 
     def stop(self) -> int:
-        """Bytes above what it was at the beginning."""
+        """Return the peak, in bytes above the resident set at the beginning."""
         self.done.set()
         self.thread.join()
         return self.peak - self.before
 
 
 class Gathered:
-    """Counts the bytes of floating-point numbers that arrive in gathers."""
+    """Counts the bytes of floating-point tensors received in gathers."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -98,14 +99,14 @@ class Gathered:
 
 
 class NoPlans(save_plan.SavePlans):
-    """The baseline: who writes what is found out for each save."""
+    """Baseline: the save plan is made anew for each save."""
 
     def must_be_made(self, state: dict[str, Any]) -> bool:
         return True
 
 
 def timed(function: Callable[[], object]) -> dict[str, float]:
-    """Seconds of the clock and of this process's processor, all processes beginning together."""
+    """Return wall and processor seconds of a call that all processes begin together."""
     dist.barrier()
     began, processor = time.perf_counter(), time.process_time()
     function()
@@ -113,13 +114,13 @@ def timed(function: Callable[[], object]) -> dict[str, float]:
 
 
 def plain_copy(written: int) -> dict[str, float]:
-    """Of so many bytes into memory that this process has not touched yet, as a save's is."""
+    """Time a copy of `written` bytes into memory that this process has not touched yet, as in a save."""
     source = torch.zeros(written, dtype=torch.uint8)
     return timed(source.clone)
 
 
 def built() -> tuple[Experiment, topologies.Topology, list[DistributedDataParallel], MegatronOptimizer]:
-    """The experiment on one process, with an optimizer that has taken a step."""
+    """Build the experiment on this process, with initialized optimizer state."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     settings = experiment()
@@ -131,7 +132,7 @@ def built() -> tuple[Experiment, topologies.Topology, list[DistributedDataParall
 
 
 def measure(folder: Path, only: list[str]) -> dict[str, dict[str, float]]:
-    """On one process; each kind of saves in turn."""
+    """Measure each kind of save in turn on this process."""
     settings, topology, model, optimizer = built()
     gathered, found = Gathered(), {}
     ours = optimizer_state.optimizer_state

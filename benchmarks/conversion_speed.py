@@ -1,11 +1,11 @@
-"""Speed and peak memory of conversion in both directions, beside a plain load and save of the same bytes.
+"""Speed and peak memory of conversion in both directions, compared with a plain load and save of the same bytes.
 
     .venv/bin/python benchmarks/conversion_speed.py [--gib 8] [--shard-size 2GB] [--folder DIR]
 
-Makes up an exported MM1 3B-MoE with as many layers as make that size (bf16, random values), converts it into a checkpoint and back, each
-in a fresh process, and compares the files with those that it began with. The plain one loads every file with safetensors and saves it
-again, one after another. All begin with their input out of the system's cache and end with the output on the disk; an export checks the
-checkpoint's checksums first, as always. Needs three times the size on disk, and leaves nothing there.
+Writes an exported MM1 3B-MoE of random bf16 values, with enough layers to reach `--gib`, converts it into a checkpoint and back, each in a
+fresh process, and compares the resulting files with the original ones. The plain load and save reads every file with safetensors and writes
+it again, one after another. All begin with their input out of the system's cache and end with the output on the disk; an export checks the
+checkpoint's checksums first, as always. Needs three times the size on disk, and removes everything at the end.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GIB = 2**30
 
 
 def experiment(layers: int, tokenizer: Path) -> Experiment:
-    """MM1 3B-MoE with few layers and a small image tower, in bf16."""
+    """Return MM1 3B-MoE with the given number of layers and an image tower of one layer."""
     base = get_recipe("mm1_3b_moe")
     assert isinstance(base.model, MM1Config)
     model = replace(base.model, decoder=replace(base.model.decoder, num_layers=layers), vision=replace(base.model.vision, num_layers=1))
@@ -48,7 +48,7 @@ def experiment(layers: int, tokenizer: Path) -> Experiment:
 
 
 def layers_for(num_bytes: int, tokenizer: Path) -> int:
-    """The fewest layers that make a model of at least so many bytes; an even number, so that the last one is sparse."""
+    """Return the smallest even number of layers (so that the last one is sparse) for a model of at least `num_bytes` bytes."""
     layers = 2
     while sum(target.info.num_bytes for target in model_targets(experiment(layers, tokenizer)).values()) < num_bytes:
         layers += 2
@@ -56,7 +56,7 @@ def layers_for(num_bytes: int, tokenizer: Path) -> int:
 
 
 def make_up(settings: Experiment, folder: Path, *, shard_size: str) -> int:
-    """Write an exported model of random values, in the same shards as an export; returns its bytes."""
+    """Write an exported model of random values, sharded as an export is; return its size in bytes."""
     folder.mkdir()
     assert isinstance(settings.model, MM1Config)
     write_mm1_files(settings.model, folder, experiment=settings, tokenizer=settings.data.tokenizer_path, dtype="bfloat16")
@@ -86,14 +86,14 @@ def _write_shard(path: Path, shard: list[Written], values: memoryview, *, begin:
 
 
 def plain(source: Path, out: Path) -> None:
-    """What a converter that changes nothing would do."""
+    """Load and save every file, as a converter that changes nothing would."""
     out.mkdir()
     for file in sorted(source.glob("*.safetensors")):
         save_file(load_file(file), out / file.name, metadata={"format": "pt"})
 
 
 def forget(folder: Path) -> None:
-    """Put files on the disk and out of the system's cache."""
+    """Flush files to the disk and drop them from the system's cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -111,7 +111,7 @@ def sync(folder: Path) -> None:
 
 
 def step(what: str, folder: Path, *, layers: int, shard_size: str, threads: int) -> dict[str, float]:
-    """One measured step, in this process."""
+    """Measure one conversion (or the plain load and save) in this process."""
     torch.set_num_threads(1)
     settings = experiment(layers, folder / "tokenizer.model")
     source, out = {
@@ -135,7 +135,7 @@ def step(what: str, folder: Path, *, layers: int, shard_size: str, threads: int)
 
 
 def peak_memory() -> int:
-    """Most bytes that this process had resident, files that are mapped included."""
+    """Return the peak resident set of this process in bytes, including mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
@@ -159,7 +159,7 @@ def main() -> None:
 
 
 def report(folder: Path, arguments: argparse.Namespace) -> None:
-    """Make up the model, measure, and print."""
+    """Write the model, measure the conversions, and print the results."""
     train_tokenizer([f"word {n}" for n in range(60)], folder / "tokenizer.model", vocab_size=300)
     layers = layers_for(int(arguments.gib * GIB), folder / "tokenizer.model")
     size = make_up(experiment(layers, folder / "tokenizer.model"), folder / "hf", shard_size=arguments.shard_size)
@@ -193,7 +193,7 @@ def report(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def _check_equal(folder: Path) -> None:
-    """The model came back as it was, file by file."""
+    """Check that every file of the exported model equals the original."""
     for path in sorted((folder / "hf").glob("*.safetensors*")):
         assert checksum_of(path) == checksum_of(folder / "again" / path.name), f"{path.name} did not come back as it was"
 

@@ -1,10 +1,10 @@
-"""InfiMM's pre-training, in which the language model is frozen, against training everything but the tower; and what travels between stages.
+"""Compare InfiMM's pre-training (frozen language model) with training all but the tower; count the bytes sent between pipeline stages.
 
     .venv/bin/python benchmarks/frozen_stages.py --data data/demo
 
 Both policies train the same model on the same batches, each in a process of its own: memory is counted (gradient buffers, optimizer state)
-and measured (peak resident memory above that of the built model). Then two pipeline stages run the same decoder as InfiMM, whose latents
-travel behind the hidden states, and as MM1, where hidden states travel alone; every byte that a process sends is counted.
+and measured (peak resident memory above that of the built model). Then two pipeline stages run the same decoder as InfiMM, which sends
+latents after the hidden states, and as MM1, which sends hidden states alone; every byte that a process sends is counted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ POLICIES = {"pt": "frozen language model (pt)", "ift": "all but the tower (ift)"
 
 
 def experiment_for(data: Path, *, policy: str) -> Experiment:
-    """debug_infimm with a decoder that is most of it, as in a real one: 8 layers of width 384, a gated block before every fourth."""
+    """Return debug_infimm with a decoder that dominates the model, as in a real one: 8 layers of width 384, a gated block per 4 layers."""
     base = get_recipe("debug_infimm")
     decoder = replace(base.model.decoder, num_layers=8, hidden_size=384, ffn_hidden_size=1024, num_attention_heads=12, num_query_groups=12)
     assert isinstance(base.model, InfiMMConfig)
@@ -52,7 +52,7 @@ def experiment_for(data: Path, *, policy: str) -> Experiment:
 
 
 def train(experiment: Experiment, steps: int) -> dict[str, float]:
-    """Memory and seconds of a policy, on this process."""
+    """Train on this process; return the memory and step time of the experiment's freeze policy."""
     topology = topologies.initialize(experiment.parallel, seed=1)
     loader = TrainingData(experiment, topology, open_tokenizer(experiment))
     batches = [next(loader).micro_batches for _ in range(4)]
@@ -81,7 +81,7 @@ def train(experiment: Experiment, steps: int) -> dict[str, float]:
 
 
 def count_bytes(experiment: Experiment) -> dict[str, float]:
-    """Bytes that this stage sends for a micro-batch, on average over a step's."""
+    """Return the bytes that this stage sends per micro-batch, averaged over one step."""
     sent = 0
     send = dist.isend
 
@@ -110,7 +110,7 @@ def _child(name: str, arguments: tuple[Any, ...], rank: int, world_size: int, po
 
 
 def run(name: str, *arguments: Any, world_size: int = 1) -> list[dict[str, float]]:
-    """Call a function on processes of their own; results by rank."""
+    """Call a function in `world_size` new processes; return the results by rank."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with socket.socket() as probe:

@@ -1,10 +1,10 @@
-"""Tokens a second of generation: with the key/value cache, without it, and transformers' `generate` on the exported model.
+"""Generation speed in tokens per second: with the key/value cache, without it, and with transformers' `generate` on the exported model.
 
     .venv/bin/python benchmarks/generation.py
 
-One process, one thread, the same weights, prompts (an image and a few words each, of several lengths), number of new tokens and batch for
-all three; the best of three runs each, loading not counted. On a CPU the processor's time counts, so that other programs do not. The new
-tokens of all three are compared.
+All three use one process and one thread, and the same weights, prompts (an image and a few words each, of several lengths), number of new
+tokens and batch; the best of three runs counts, without loading. On a CPU, processor time is measured, so that other programs do not
+matter. The new tokens of all three are compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RUNS = 3
 
 
 def experiment_of(data: Path) -> Experiment:
-    """debug_mm1 with a decoder that is most of it, as in a real one: 8 layers of width 384."""
+    """Return debug_mm1 with a decoder that dominates the model, as in a real one: 8 layers of width 384."""
     base = get_recipe("debug_mm1")
     decoder = replace(base.model.decoder, num_layers=8, hidden_size=384, ffn_hidden_size=1024, num_attention_heads=12, num_query_groups=4)
     return replace(
@@ -57,7 +57,7 @@ def prompts_of(experiment: Experiment, batch: int) -> list[Prompt]:
 
 
 def best(generate: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
-    """Seconds of the fastest run, and what it gave."""
+    """Return the seconds of the fastest run, and the tokens generated."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds, found = [], []
     for _ in range(RUNS):
@@ -68,7 +68,7 @@ def best(generate: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]
 
 
 def with_transformers(export: Path, prompts: list[Prompt], *, new_tokens: int, pad_id: int) -> Callable[[], list[list[int]]]:
-    """Greedy `generate` on the export, prompts padded on the left as it wants them."""
+    """Return a function that runs greedy `generate` on the export, with prompts padded on the left as it requires."""
     from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(export, trust_remote_code=True, dtype=torch.float32).eval()
@@ -78,7 +78,7 @@ def with_transformers(export: Path, prompts: list[Prompt], *, new_tokens: int, p
     mask = torch.tensor([[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts])
     pictures = [prompt.pixels[0].permute(1, 2, 0).numpy() for prompt in prompts if prompt.pixels is not None]
     pixels = processor(pictures, return_tensors="pt")["pixel_values"]
-    model.generation_config.eos_token_id = None  # nobody stops early
+    model.generation_config.eos_token_id = None  # no sequence stops early
     options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": pad_id}
 
     def generate() -> list[list[int]]:

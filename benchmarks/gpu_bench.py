@@ -1,10 +1,11 @@
-"""`make gpu-bench`: what training costs on one GPU, by layer backend, precision and recompute, and where the time and the memory go.
+"""`make gpu-bench`: cost of training on one GPU by layer backend, precision and recompute, with a breakdown of time and memory.
 
     python benchmarks/gpu_bench.py [--part mm1_1b ...] [--minutes 8] [--device cpu]
 
-Each part is a process of its own and prints every row as soon as it is known; rows are also appended to a file of JSON lines, and at the
-end all become a table under benchmarks/results/ with device, versions and date. The ratio `speed` of a row is to the first row of its part
-(of the same input, in the parts that have several). MFU of an FP8 row is of the FP8 peak, though the image tower computes in bf16.
+Each part is a process of its own and prints every row as soon as it is known. Rows are also appended to a file of JSON lines; at the end
+all are written as tables under benchmarks/results/, with device, versions and date. `speed` is relative to the first row of the part (in
+parts with several inputs, to the first row of the same input). MFU of an FP8 row is relative to the FP8 peak, though the image tower
+computes in bf16.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ CPU_PIECES = ("inside debug_mm1", "pieces of debug_mm1")
 
 
 def parts_of(device: str) -> list[str]:
-    """What is measured on a device, in order."""
+    """Return the parts that are measured on a device, in order."""
     first, *others = MODELS if device == "cuda" else CPU_MODELS
     return [first, *(PIECES if device == "cuda" else CPU_PIECES), *others]
 
 
 def run_one(part: str, *, device: str, steps: int, out: Path) -> None:
-    """Measure a part, in a process of its own."""
+    """Measure one part; this process exists for it alone."""
     on_gpu = device == "cuda"
     models = MODELS if on_gpu else CPU_MODELS
     backends = GPU_BACKENDS if on_gpu else CPU_BACKENDS
@@ -65,7 +66,7 @@ def run_one(part: str, *, device: str, steps: int, out: Path) -> None:
 
 
 def show(row: Row) -> None:
-    """A line for a result."""
+    """Print a line for a result."""
     part, case = row["part"], row.get("case", "")
     if "ended" in row:
         if row["ended"] != 0:
@@ -76,7 +77,7 @@ def show(row: Row) -> None:
 
 
 def tables(rows: list[Row]) -> list[str]:
-    """A table for each part."""
+    """Return the lines of a Markdown table for each part."""
     lines: list[str] = []
     for part in dict.fromkeys(row["part"] for row in rows):
         own = [row for row in rows if row["part"] == part and "ended" not in row]
@@ -91,7 +92,7 @@ def tables(rows: list[Row]) -> list[str]:
 
 
 def versions() -> str:
-    """Of what the figures depend on."""
+    """Return the versions of the packages that the figures depend on."""
     found = [f"torch {torch.__version__}"]
     for package in ("megatron-core", "transformer-engine", "transformer-engine-torch", "nvidia-dali-cuda130"):
         try:

@@ -1,9 +1,9 @@
-"""DALI on a GPU beside its CPU backend and Pillow: pixels, damaged images, images per second, and whether it waits for training.
+"""Compare DALI on a GPU with its CPU backend and Pillow: pixels, damaged images, images per second, and decoding during training.
 
     python benchmarks/gpu_dali.py [--device cpu] [--threads 16]
 
 Each line is printed as soon as it is known. Rates are ratios to Pillow on as many threads, measured in turn in the same process. `--device
-cpu` runs all of it with DALI's CPU backend in the GPU's place, so that this program is known to work.
+cpu` runs everything with DALI's CPU backend instead of the GPU, which tests this program itself.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BATCH = 28
 
 
 def picture(width: int, height: int, *, seed: int = 0) -> Image.Image:
-    """Smooth shapes with coloured edges and some noise."""
+    """Draw smooth shapes with coloured edges and some noise."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (max(2, height // 40), max(2, width // 40), 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -51,7 +51,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def kinds() -> dict[str, list[bytes]]:
-    """Three pictures of each kind: landscape, portrait with odd sides, smaller than the square."""
+    """Return three encoded pictures of each kind: landscape, portrait with odd sides, smaller than the target square."""
     pictures = [picture(640, 480), picture(333, 501, seed=1), picture(90, 120, seed=2)]
     return {
         "JPEG 4:2:0": [encoded(image, "JPEG", quality=88, subsampling=2) for image in pictures],
@@ -91,7 +91,7 @@ def compare_pixels(device: torch.device, *, threads: int) -> None:
 
 
 def damaged(device: torch.device, *, threads: int) -> None:
-    """One damaged image of a batch costs itself alone, and the next batch is decoded by DALI again."""
+    """Show that a damaged image loses only itself, and that DALI decodes the next batch again."""
     print("\na damaged image among eight")
     decoder = DaliDecoder(ImageTransform(378, fill=FILL), threads=threads, device=device)
     whole = [encoded(picture(320, 240, seed=n), "JPEG", quality=88) for n in range(8)]
@@ -118,7 +118,7 @@ def noisy(blob: bytes) -> bytes:
 
 
 def decoders_of(device: torch.device, transform: ImageTransform, *, threads: int) -> dict[str, Callable[[], ImageDecoder]]:
-    """How each is made, Pillow first."""
+    """Return a constructor of each decoder, Pillow first."""
     made: dict[str, Callable[[], ImageDecoder]] = {
         "Pillow": lambda: PillowDecoder(transform, threads=threads),
         "DALI on cpu": lambda: DaliDecoder(transform, threads=threads, device=CPU),
@@ -155,7 +155,7 @@ def rates(device: torch.device, *, threads: int, rounds: int, seconds: float) ->
 
 
 def repeated(decoder: ImageDecoder, blobs: list[bytes], *, seconds: float) -> float:
-    """Images per second."""
+    """Return the decoding rate in images per second."""
     began, done = time.perf_counter(), 0
     while (taken := time.perf_counter() - began) < seconds:
         done += len(decoder.decode(blobs).ok)
@@ -183,7 +183,7 @@ def whole_loader(device: torch.device, *, threads: int, rounds: int) -> None:
 
 
 def beside_training(device: torch.device, *, threads: int) -> None:
-    """Time of a batch while another stream is full of matrix products, and of these while batches are decoded."""
+    """Time batches while another stream is busy with matrix products, and the products while batches are decoded."""
     if device.type != "cuda":
         print("\nbeside training: needs a GPU")
         return
@@ -216,7 +216,7 @@ def beside_training(device: torch.device, *, threads: int) -> None:
 
 
 def products(left: torch.Tensor, count: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    """Events around matrix products that this queues."""
+    """Queue `count` matrix products; return the events before and after them."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(count):
@@ -226,7 +226,7 @@ def products(left: torch.Tensor, count: int) -> tuple[torch.cuda.Event, torch.cu
 
 
 def timed(decoder: ImageDecoder, blobs: list[bytes]) -> float:
-    """Seconds of a batch."""
+    """Return the seconds that one batch takes."""
     began = time.perf_counter()
     decoder.decode(blobs)
     return time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""Pieces of a model by themselves, forward and backward, on both layer backends. Parts of `gpu_bench.py`."""
+"""Time single parts of a model, forward and backward, on both layer backends. Used by `gpu_bench.py`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PACKINGS = {
     "32 of 128": [128] * 32,
     "12 of 24 to 1500": [1500, 900, 512, 400, 256, 200, 128, 64, 50, 40, 24, 22],
 }
-"""Lengths of the documents of a sequence, tokens."""
+"""Lengths of the documents in a sequence, in tokens."""
 
 
 def _chunk(base: Experiment, layers: str, precision: str) -> tuple[torch.nn.Module, torch.device]:
-    """One decoder layer and the whole tower."""
+    """Build a model with one decoder layer and the whole tower."""
     model = replace(base.model, decoder=replace(base.model.decoder, num_layers=1))  # type: ignore[type-var]
     parallel = replace(base.parallel, tensor=1, pipeline=1, virtual=1, expert=1, stage_layers=None, recompute="none")
     train = replace(base.train, layers=layers, precision=precision, global_batch_size=1, micro_batch_size=1)  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def _encode(tower: VisionTower, pixels: torch.Tensor) -> None:
 
 
 def time_attention(base: Experiment, backends: list[tuple[str, str]], *, repeats: int) -> Iterator[Row]:
-    """Core attention of the decoder over packed documents; FLOPs of causal attention, counted half."""
+    """Time the decoder's core attention over packed documents; causal attention counts half the FLOPs of full attention."""
     decoder, slowest = base.model.decoder, {}
     for layers, precision in backends:
         chunk, device = _chunk(base, layers, precision)
@@ -98,7 +98,7 @@ def time_attention(base: Experiment, backends: list[tuple[str, str]], *, repeats
 
 
 def time_tower(base: Experiment, backends: list[tuple[str, str]], *, images: list[int], repeats: int) -> Iterator[Row]:
-    """The image tower by the number of images in a micro-batch."""
+    """Time the image tower by the number of images in a micro-batch."""
     slowest: dict[int, float] = {}
     for layers, precision in backends:
         chunk, device = _chunk(base, layers, precision)

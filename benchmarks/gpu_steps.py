@@ -1,7 +1,7 @@
-"""Training steps on one device: time, throughput and memory by layer backend, precision and recompute. Parts of `gpu_bench.py`.
+"""Training steps on one device: time, throughput and memory by layer backend, precision and recompute. Used by `gpu_bench.py`.
 
-Every case trains, under the recipe's policy, on the same full sequences (for the MM1 models 4096 tokens with 14 images, for InfiMM 384
-with 12, for Mono-InternVL 4096 with 8 tiles), which lie in memory, so that nothing but the model is measured.
+Every case trains, under the recipe's freeze policy, on the same full sequences (for the MM1 models 4096 tokens with 14 images, for InfiMM
+384 with 12, for Mono-InternVL 4096 with 8 tiles). They are in memory, so only the model is measured.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 
 MICRO_BATCHES = 4
-"""Of a step."""
+"""Micro-batches of a step."""
 WARM_UP = 3
 """Steps before the measured ones."""
 
@@ -51,11 +51,11 @@ class Case:
     precision: str
     recompute: str = "none"
     fp8_recipe: str = ""
-    """megatron-core's name of where FP8 scales come from; empty: as training has it."""
+    """megatron-core's name of the FP8 scaling recipe; empty: the one used in training."""
     kernels: str = "all"
-    """Fused kernels (`config.KernelConfig`): all that can run, as training has it; one; or none."""
+    """Fused kernels (`config.KernelConfig`): "all" that can run, as in training; the name of one; or "none"."""
     micro_batch_size: int = 1
-    """Sequences."""
+    """Sequences in a micro-batch."""
 
     def __str__(self) -> str:
         scales = f" {self.fp8_recipe}" if self.fp8_recipe else ""
@@ -75,7 +75,7 @@ CASES = [
     *(replace(PLAIN_TE, kernels=kernel) for kernel in ("weight_gradients", "cross_entropy")),
     *(replace(TE, recompute=how) for how in ("selective", "full")),
 ]
-"""What tells most comes first, as time may run out."""
+"""The most informative cases come first, as time may run out."""
 SHORT_CASES = [BF16, PLAIN_TE, TE, FP8]
 SPARSE_CASES = [BF16, PLAIN_TE, replace(PLAIN_TE, kernels="token_permutation"), TE, FP8]
 FP8_CASES = [BF16, PLAIN_TE, TE, *(replace(FP8, fp8_recipe=recipe) for recipe in ("tensorwise", "blockwise", "delayed"))]
@@ -87,14 +87,14 @@ def _decoder(experiment: Experiment, **fields: object) -> Experiment:
 
 
 def _small_tower(experiment: Experiment) -> Experiment:
-    """With the debug recipe's tower, where the decoder is what is measured."""
+    """Replace the tower with the debug recipe's, to measure the decoder alone."""
     small = get_recipe("debug_mm1").model
     assert isinstance(small, MM1Config) and isinstance(experiment.model, MM1Config)
     return replace(experiment, model=replace(experiment.model, vision=small.vision, connector=small.connector))
 
 
 def _slice_of_30b() -> Experiment:
-    """What one of four tensor-parallel processes computes of MM1 30B: 13 of 52 heads, a quarter of the MLP and of the vocabulary."""
+    """Return the share of MM1 30B that one of four tensor-parallel ranks computes: 13 of 52 heads, a quarter of MLP and vocabulary."""
     whole = _small_tower(get_recipe("mm1_30b"))
     decoder: DecoderConfig = whole.model.decoder
     assert decoder.num_attention_heads == decoder.num_query_groups
@@ -105,7 +105,7 @@ def _slice_of_30b() -> Experiment:
 
 
 def _slice_of_moe() -> Experiment:
-    """MM1 3B-MoE with the experts that one of eight processes would hold, in layers 2 and 4 of four."""
+    """Return four layers of MM1 3B-MoE with the experts that one of eight expert-parallel ranks would hold, in layers 2 and 4."""
     return _decoder(_small_tower(get_recipe("mm1_3b_moe")), num_layers=4, moe=MoEConfig(num_experts=8, every_n_layers=2))
 
 
@@ -133,7 +133,7 @@ CPU_MODELS = {
 
 
 def on_one_process(base: Experiment, case: Case) -> Experiment:
-    """The experiment on one process, a few micro-batches a step."""
+    """Return the experiment for one process, with a few micro-batches per step."""
     kernels = KernelConfig()
     if case.kernels != "all":
         kernels = KernelConfig(**{field.name: field.name == case.kernels for field in fields(KernelConfig)})
@@ -152,7 +152,7 @@ def on_one_process(base: Experiment, case: Case) -> Experiment:
 
 
 def full_batch(settings: Experiment) -> PackedBatch:
-    """Sequences of one document each, with as many images as are allowed and fit, between equal stretches of text."""
+    """Return sequences of one document each, with as many images as fit and are allowed, between equal stretches of text."""
     image, length, sequences = image_input(settings), settings.data.sequence_length, settings.train.micro_batch_size
     of_sequence = min(settings.data.max_images_per_sequence, length // (2 * image.tokens))
     begins = torch.arange(sequences).repeat_interleave(of_sequence) * length
@@ -197,7 +197,7 @@ class Bench:
         self.steps_done = 0
 
     def step(self, micro_batches: int = MICRO_BATCHES) -> tuple[float, float]:
-        """(Seconds, loss) of a step."""
+        """Run a step; return (seconds, loss)."""
         self.finish()
         began = time.perf_counter()
         self.steps_done += 1
@@ -211,13 +211,13 @@ class Bench:
             torch.cuda.synchronize()
 
     def flops(self) -> float:
-        """Of a step."""
+        """Return the FLOPs of a step."""
         tokens, length = MICRO_BATCHES * self.batch.num_tokens, self.settings.data.sequence_length
         work = StepWork(num_tokens=tokens, sum_squared_lengths=tokens * length, num_images=MICRO_BATCHES * self.batch.num_images)
         return family_of(self.settings.model).step_flops(self.settings.model, self.settings.train.freeze_policy, work)
 
     def close(self) -> None:
-        """Leave the device's memory as it was, whatever still refers to the tensors that take most of it."""
+        """Free the largest tensors' device memory even if something still refers to them."""
         for tensor in _held(self.model, self.optimizer):
             tensor.untyped_storage().resize_(0)
         self.model, self.optimizer, self.training_step = [], None, None  # type: ignore[assignment]
@@ -229,14 +229,14 @@ class Bench:
 
 
 def _held(model: list[DistributedDataParallel], optimizer: Any) -> list[torch.Tensor]:
-    """Weights, gradients and the optimizer's own tensors."""
+    """Return weights, gradients and the optimizer's own tensors."""
     buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     held = [tensor for buffer in buffers for tensor in (buffer.param_data, buffer.grad_data) if tensor is not None]
     return [*held, *_optimizer_state(optimizer)]
 
 
 def _optimizer_state(optimizer: Any) -> list[torch.Tensor]:
-    """Moments and fp32 weights."""
+    """Return the optimizer's moments and fp32 weights."""
     found = []
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         found += [value for state in part.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
@@ -245,7 +245,7 @@ def _optimizer_state(optimizer: Any) -> list[torch.Tensor]:
 
 
 def time_cases(base: Experiment, cases: list[Case], *, steps: int) -> Iterator[Row]:
-    """A row for each case; one that fails says why, and the next begins."""
+    """Yield a row for each case; after a failed case, a row with the error, and the next case begins."""
     baseline: float | None = None
     for case in cases:
         case = replace(case, micro_batch_size=max(case.micro_batch_size, base.train.micro_batch_size))
@@ -291,7 +291,7 @@ def _time(base: Experiment, case: Case, *, steps: int) -> Row:
 
 
 def look_inside(base: Experiment, case: Case, *, trace: Path | None) -> Iterator[Row]:
-    """Memory by module, then where the time of a step of one micro-batch goes; the trace of that step is written to `trace`."""
+    """Break down the memory by module, then the time of a step of one micro-batch; write the trace of that step to `trace`."""
     bench = Bench(base, case)
     bench.step()
     yield from _memory(bench)
@@ -302,7 +302,7 @@ def look_inside(base: Experiment, case: Case, *, trace: Path | None) -> Iterator
 
 
 def _memory(bench: Bench) -> Iterator[Row]:
-    """Bytes of weights, gradients and optimizer state, and what each module of one micro-batch keeps for the backward pass."""
+    """Yield the GiB of weights, gradients and optimizer state, and of what each module keeps for a micro-batch's backward pass."""
     chunk = bench.model[0].module
     bytes_of = defaultdict(int)
     for name, parameter in chunk.named_parameters():
@@ -341,7 +341,7 @@ WATCHED = ("TransformerLayer", "VisionTower", "CAbstractor", "LanguageModelEmbed
 
 
 def _place(name: str) -> str:
-    """Top two parts of a module's name without the numbers."""
+    """Return the first three parts of a module's name without the numbers."""
     return ".".join(part for part in name.split(".")[:3] if not part.isdigit())
 
 
@@ -358,7 +358,7 @@ def _watch(module: torch.nn.Module, name: str, kept: dict[str, int]) -> list[Any
 
 
 def _host_profile(bench: Bench) -> Iterator[Row]:
-    """Python functions that a step of one micro-batch spends most time in by themselves; the profiler slows small ones down."""
+    """Yield the Python functions with the most own time in a step of one micro-batch; the profiler slows small ones down."""
     profile = cProfile.Profile()
     profile.enable()
     seconds, _ = bench.step(1)
@@ -371,7 +371,7 @@ def _host_profile(bench: Bench) -> Iterator[Row]:
 
 
 def _profile(bench: Bench, trace: Path | None) -> Iterator[Row]:
-    """What of a step's time the GPU computes, and with what; the rest it waits to be told what to do."""
+    """Yield the share of a step's time that the GPU is busy, and its kernels by time; otherwise it waits for launches."""
     seconds = statistics.median([bench.step(1)[0] for _ in range(5)])
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:

@@ -1,15 +1,15 @@
-"""What true resolution is worth to MM1's fine-tuning: small marks that low resolution does not show.
+"""Gain from true resolution in MM1's fine-tuning: questions about small marks that low resolution does not show.
 
     .venv/bin/python benchmarks/high_resolution.py --out build/high_resolution
 
-Scenes of 48 x 48 px with a small mark in one of four quarters; a conversation asks "what is it?". The mark is 8 x 8 px of one-pixel
+Scenes are 48 x 48 px with a small mark in one of four quarters; a conversation asks "what is it?". The mark is 8 x 8 px of one-pixel
 lines: rows, columns or squares. With `--marks digits` it is a digit (0, 1, 4 or 7) of 6 x 10 px, in relief: each dot of its strokes is
-two dark pixels with two light ones beside them. Reduced to 24 px, which is what one square image of the tower shows, all kinds of lines
-look alike, and each dot of a digit becomes as grey as the ground.
+two dark pixels with two light ones next to them. Reduced to 24 px, the side of the tower's square images, all kinds of lines look alike,
+and each dot of a digit becomes as grey as the background.
 
 A `debug_mm1` is trained on the demo's data at 32 px, and fine-tuned by `debug_mm1_sft` with an overview and four crops of 24 px, positions
 interpolated, twice: on the scenes as drawn, and on the same scenes in the same order, reduced first, so that crops are as large but show no
-more. Tokens and FLOPs are equal. Both are exported, and transformers answers the question about scenes that neither has seen.
+more detail. Tokens and FLOPs are equal. Both models are exported, and transformers answers the question about scenes that neither has seen.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from megatron_mm.training.checkpoint import find_checkpoint
 Marks = Literal["lines", "digits"]
 
 SIDE, LOW = 48, 24
-"""Of a scene, and of what one square image of the tower shows of it, pixels."""
+"""Side of a scene, and side of a square image of the tower, in pixels."""
 QUESTION = "what is it?"
 LINES = ("rows", "columns", "squares")
 _SIZE = 8
-"""Of a mark of lines, pixels; positions are multiples of a patch's 4 pixels."""
+"""Side of a mark of lines, in pixels; marks are placed at multiples of a patch's 4 pixels."""
 _FONT = (  # digits of 3 x 5 px, row by row
     *("111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001"),
     *("111100111001111", "111100111101111", "111001001001001", "111101111101111", "111101111001111"),
@@ -53,7 +53,7 @@ ANSWERS: dict[Marks, tuple[str, ...]] = {"lines": LINES, "digits": tuple("0147")
 
 
 def draw(rng: random.Random, marks: Marks) -> tuple[Image.Image, str]:
-    """A scene, and the answer."""
+    """Draw a scene; return it and the answer."""
     light, dark, answer = rng.randint(180, 240), rng.randint(0, 90), rng.choice(ANSWERS[marks])
     pixels = np.full((SIDE, SIDE, 3), float(light) if marks == "lines" else (light + dark) / 2)
     mark = _lines(answer) if marks == "lines" else _digit(answer) / 2
@@ -65,26 +65,26 @@ def draw(rng: random.Random, marks: Marks) -> tuple[Image.Image, str]:
 
 
 def _lines(kind: str) -> np.ndarray:
-    """[size, size] of 0 and 1."""
+    """Return [size, size] of 0 and 1."""
     y, x = np.mgrid[:_SIZE, :_SIZE]
     return ({"rows": y, "columns": x, "squares": x + y}[kind] % 2).astype(float)
 
 
 def _digit(digit: str) -> np.ndarray:
-    """[10, 6] of 1 (dark), -1 (light) and 0: each dot is two dark and two light pixels, side by side."""
+    """Return [10, 6] of 1 (dark), -1 (light) and 0: each dot is two dark and two light pixels, side by side."""
     dots = np.array([float(dot) for dot in _FONT[int(digit)]]).reshape(5, 3)
     return np.kron(dots, [[1.0, -1.0], [1.0, -1.0]])
 
 
 def encoded(image: Image.Image, *, side: int) -> bytes:
-    """A scene reduced to so many pixels, each the mean of what it covers, or as it is."""
+    """Encode a scene as PNG, reduced to `side` x `side` px by averaging (or unchanged for `SIDE`)."""
     buffer = io.BytesIO()
     (image if side == SIDE else image.resize((side, side), Image.Resampling.BOX)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def write(data: Path, *, marks: Marks, side: int, scenes: int, tokenizer: Path) -> None:
-    """The scenes as conversations, indexed."""
+    """Write the scenes as conversations and index them."""
     folder = data / "train" / "conversations"
     folder.mkdir(parents=True)
     rng, tar = random.Random(1), TarWriter(folder / "00000.tar")
@@ -99,7 +99,7 @@ def write(data: Path, *, marks: Marks, side: int, scenes: int, tokenizer: Path) 
 
 
 def start(recipe: str, run_dir: Path, data: Path, *, steps: int, batch: int, options: dict[str, Any]) -> subprocess.Popen[bytes]:
-    """A training run on one thread."""
+    """Start a training run on one thread."""
     settings = {
         "--run-dir": run_dir,
         "--data.path": data,
@@ -128,7 +128,7 @@ def finish(runs: Sequence[subprocess.Popen[bytes]], *, timeout: float | None) ->
 
 @torch.no_grad()
 def share_right(export: Path, *, marks: Marks, side: int, scenes: int) -> float:
-    """Of an exported model's answers about unseen scenes."""
+    """Return the share of an exported model's answers about unseen scenes that are right."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor: Any = AutoProcessor.from_pretrained(export, trust_remote_code=True)
@@ -149,11 +149,11 @@ class Found:
     """Shares of right answers."""
 
     true: float
-    """Fine-tuned on scenes as drawn, and asked about such."""
+    """Fine-tuned on scenes as drawn, asked about scenes as drawn."""
     true_asked_low: float
     """The same model, asked about reduced scenes."""
     low: float
-    """Fine-tuned on reduced scenes, and asked about such."""
+    """Fine-tuned on reduced scenes, asked about reduced scenes."""
 
 
 def compare(
@@ -170,7 +170,7 @@ def compare(
 
     Args:
         pretrained: a run of debug_mm1 to begin with, instead of 100 steps here.
-        timeout: of each round of training, seconds.
+        timeout: time limit of each training run, in seconds.
     """
     if pretrained is None:
         prepare_demo(out / "demo", samples=1000)

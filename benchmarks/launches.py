@@ -1,14 +1,14 @@
-"""How many kernels the processor launches for a training step, by part of the model: what a small model on a fast GPU waits for.
+"""Count the kernels launched in a training step, by part of the model: launches limit a small model on a fast GPU.
 
     .venv/bin/python benchmarks/launches.py [--recipe mm1_1b] [--lines 20]
 
-No GPU is needed: a step of the recipe's model, with as many layers and tiny widths, runs on the CPU with a counter below autograd. Each
-operation that computes something counts one. Transformer Engine's own Python runs over the tests' kernels, and each call of its compiled
-extension counts one. What megatron-core compiles or fuses on a GPU (activations, the norm of gradients) counts one a call, and what stays
-on the processor (integers of the plan) nothing. So these are fewer than a profiler sees, where attention, norms and some products are
-several kernels; differences between two ways to do the same are what counts. The baseline of the same run is megatron-core's own sums of
-gradients and copies of weights, parameter by parameter (`platform/multi_tensor.py`), its towers, which add biases by themselves, and its
-attention, which puts states into generators.
+No GPU is needed: a step of the recipe's model, with as many layers but tiny widths, runs on the CPU with a counter below autograd. Each
+operation that computes something counts as one launch. Transformer Engine's own Python code runs on the tests' kernels, and each call of
+its compiled extension counts as one. Functions that megatron-core compiles or fuses on a GPU (activations, the norm of gradients) count as
+one per call, and operations that stay on the processor (integers of the plan) are not counted. A profiler sees more launches, because
+attention, norms and some products are several kernels; compare only the differences between two implementations. The baseline of the same
+run is megatron-core's own: sums of gradients and copies of weights parameter by parameter (`platform/multi_tensor.py`), towers that add
+biases in separate kernels, and attention that sets generator states.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ PARTS = (
     "rest",
 )
 COMPILED = {"quick_gelu": {"sigmoid", "sigmoid_backward"}, "swiglu": {"silu"}, "swiglu_back": {"cat"}}
-"""Functions that are one kernel on a GPU, and the operations in them that are counted for it."""
+"""Functions that are one kernel on a GPU, and the operations that represent that kernel in the count."""
 NO_KERNELS = ("empty", "_local_scalar", "_unsafe_view", "_record_function")
 
 
 def count(recipe: str, backend: str, *, before: bool) -> dict[str, Any]:
-    """Launches of the second step: by part, and by place in the code."""
+    """Count the launches of the second step by part and by place in the code."""
     if backend != "torch":
         from support import te
 
@@ -74,14 +74,14 @@ def count(recipe: str, backend: str, *, before: bool) -> dict[str, Any]:
             self.by_part: Counter[str] = Counter()
             self.by_place: Counter[str] = Counter()
             self.state = 0
-            """Reads and writes of the generator's state."""
+            """Changes of the generators' states."""
             self.inside = 1
-            """Calls under way that count as one."""
+            """Depth of nested calls that count as one launch; 0 while operations are counted."""
 
         def add(self, operation: str, *, integers: bool = False) -> None:
             place = where(torch._C._current_autograd_node())
             if place.file == "random.py" and "tensor_parallel" in place.path:
-                self.state += operation == "all"  # each comes with some ten calls more that change or copy the state
+                self.state += operation == "all"  # each has about ten more calls that change or copy the state
             elif not (integers and place.ours) and operation in COMPILED.get(place.function, {operation}):
                 self.by_part[place.part] += 1
                 self.by_place[f"{place.part}: {place.path.split('site-packages/')[-1]} {place.function}: {operation}"] += 1
@@ -152,7 +152,7 @@ def count(recipe: str, backend: str, *, before: bool) -> dict[str, Any]:
         step = TrainingStep(experiment, topology, chunks, build_optimizer(experiment, chunks), num_sources=2)
         batches = [random_batch(experiment, topology, number=number) for number in (2, 8)]  # four images each
         step.run(batches, step=1)
-        with counting, torch.autograd.set_detect_anomaly(True, check_nan=False):  # which keeps where operations were recorded
+        with counting, torch.autograd.set_detect_anomaly(True, check_nan=False):  # records where operations were called
             counting.inside = 0
             step.run(batches, step=2)
             counting.inside = 1
@@ -161,7 +161,7 @@ def count(recipe: str, backend: str, *, before: bool) -> dict[str, Any]:
 
 
 class Place:
-    """Where in the code an operation is asked for."""
+    """Place in the code that calls an operation."""
 
     def __init__(self, path: str, function: str, part: str) -> None:
         self.path, self.function, self.part = path, function, part
@@ -170,7 +170,7 @@ class Place:
 
 
 def where(node: Any) -> Place:
-    """Of what this process is doing now; in a backward pass, of what the forward pass was doing when `node` was recorded."""
+    """Return the place that this process is at; in a backward pass, the forward pass's place when `node` was recorded."""
     frame, stack = sys._getframe(2), []
     while frame is not None:
         stack.append((frame.f_code.co_filename, frame.f_code.co_name))
@@ -185,7 +185,7 @@ def where(node: Any) -> Place:
 
 
 _AROUND = ("platform/cpu.py", "schedules.py", "training/step.py")
-"""What calls a whole forward or backward pass."""
+"""Files that call a whole forward or backward pass."""
 
 
 def _is_known(path: str) -> bool:
@@ -193,7 +193,7 @@ def _is_known(path: str) -> bool:
 
 
 def part_of(frames: list[tuple[str, str]], *, backward: bool, node: str, stack: list[tuple[str, str]]) -> str:
-    """The part of `PARTS` that a stack of frames is in."""
+    """Return the part of `PARTS` that a stack of frames belongs to."""
     files, functions = " ".join(path for path, _ in frames), {name for _, name in stack}
     if "AccumulateGrad" in node or "_add_waiting" in functions:
         return "sums of gradients"

@@ -1,6 +1,6 @@
-"""Other loaders, as their documentation shows them, on the same JPEGs for `loader_throughput.py`: squares of uint8 in batches.
+"""Other loaders, set up as in their documentation, on the JPEGs of `loader_throughput.py`: batches of uint8 squares.
 
-Measured where the package is installed (`pip install webdataset litdata megatron-energon`). They decode with Pillow, as this program's CPU
+A loader is measured if its package is installed (`pip install webdataset litdata megatron-energon`). These decode with Pillow, as our CPU
 path does, in as many worker processes as our loader has decoding threads. DALI reads and decodes by itself, on as many threads of its CPU
 backend.
 """
@@ -21,7 +21,7 @@ from PIL import Image
 
 
 def square(blob: bytes, *, size: int) -> torch.Tensor:
-    """A JPEG as [3, size, size] uint8."""
+    """Decode a JPEG to [3, size, size] uint8."""
     with Image.open(io.BytesIO(blob)) as image:
         rgb = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(rgb).transpose(2, 0, 1).copy())
@@ -34,7 +34,7 @@ def _batches(loader: Iterable[Any]) -> Iterator[int]:
 
 
 def rate(batches: Iterator[int], *, images: int, warm_up: int) -> float:
-    """Images per second, the first `warm_up` not counted."""
+    """Return images per second after the first `warm_up` images."""
     done = 0
     while done < warm_up:
         done += next(batches)
@@ -45,7 +45,7 @@ def rate(batches: Iterator[int], *, images: int, warm_up: int) -> float:
 
 
 def webdataset(path: Path, blobs: list[bytes], *, size: int, workers: int, batch: int) -> Iterator[int]:
-    """webdataset's pipeline: shuffle buffer, decode in worker processes of torch's DataLoader."""
+    """webdataset's pipeline: a shuffle buffer, then decoding in worker processes of torch's DataLoader."""
     import webdataset as wds
 
     files = sorted(map(str, (path / "train" / "pairs").glob("*.tar")))
@@ -69,7 +69,7 @@ class _Blobs:
 
 
 def litdata(path: Path, blobs: list[bytes], *, size: int, workers: int, batch: int) -> Iterator[int]:
-    """litdata's chunks, streamed from the disk, decoded in worker processes."""
+    """litdata's loader: chunks streamed from the disk and decoded in worker processes."""
     import litdata as ld
 
     chunks = path / "litdata"
@@ -85,7 +85,7 @@ if importlib.util.find_spec("litdata") is not None:
     from litdata import StreamingDataset
 
     class Squares(StreamingDataset):  # type: ignore[misc]
-        """Pictures of litdata's chunks; at the top of a module, because worker processes import it."""
+        """Pictures of litdata's chunks; defined at module level, because worker processes import it."""
 
         def __init__(self, folder: str, *, shuffle: bool, size: int) -> None:
             super().__init__(folder, shuffle=shuffle)
@@ -96,7 +96,7 @@ if importlib.util.find_spec("litdata") is not None:
 
 
 def energon(path: Path, blobs: list[bytes], *, size: int, workers: int, batch: int) -> Iterator[int]:
-    """megatron-energon's loader on the same tars, which it prepares first; the captions are left alone."""
+    """megatron-energon's loader on the same tars, which it prepares first; captions are ignored."""
     from megatron.energon import SampleDecoder, WorkerConfig, get_loader, get_train_dataset
     from megatron.energon.flavors import BaseWebdatasetFactory
 
@@ -150,7 +150,7 @@ def _energon_encoder(side: int, decoding: Any) -> Any:
 
 
 def dali(path: Path, blobs: list[bytes], *, size: int, workers: int, batch: int) -> Iterator[int]:
-    """A pipeline of DALI on the CPU: its reader of webdatasets, its decoder and its resizing."""
+    """DALI's pipeline on the CPU: its own webdataset reader, decoder and resizing."""
     from nvidia.dali import fn, pipeline_def, types
 
     tars = sorted(map(str, (path / "train" / "pairs").glob("*.tar")))
@@ -178,16 +178,16 @@ PEERS: dict[str, tuple[str, Callable[..., Iterator[int]]]] = {
     "energon": ("megatron.energon", energon),
     "litdata": ("litdata", litdata),
 }
-"""What to import of each, and how it is driven."""
+"""For each peer, the module that it needs and the function that yields its batch sizes."""
 
 
 def installed() -> dict[str, Callable[..., Iterator[int]]]:
-    """The peers that can be measured here."""
+    """Return the peers whose packages are installed."""
     return {name: peer for name, (module, peer) in PEERS.items() if _is_there(module)}
 
 
 def _is_there(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a package above it
+    except ModuleNotFoundError:  # a parent package is missing
         return False

@@ -1,8 +1,8 @@
-"""Images per second of the whole loader against bare decoding and resizing of the same bytes on the same number of threads.
+"""Images per second of the whole loader, compared with bare decoding and resizing of the same bytes on the same number of threads.
 
     .venv/bin/python benchmarks/loader_throughput.py [--threads 2] [--decoder pillow]
 
-The loader plans, reads byte ranges, decodes and lays out batches; the baseline decodes bytes that lie in memory and does nothing else.
+The loader plans, reads byte ranges, decodes and lays out batches; the baseline only decodes bytes that are already in memory.
 Other loaders that are installed are measured in turn with it (`loader_peers.py`): DALI's own pipeline against the loader with DALI, the
 others, which decode with Pillow, against the loader with Pillow. Pictures are JPEGs of photographic size; all resize to --image-size.
 """
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 
 
 def make_data(path: Path, *, images: int, size: tuple[int, int]) -> None:
-    """A data set of noise over gradients, which compresses about as badly as photographs do."""
+    """Write a data set of noise over gradients, which compresses about as badly as photographs."""
     import io
 
     rng = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def make_data(path: Path, *, images: int, size: tuple[int, int]) -> None:
 
 
 def loader_rate(path: Path, data: DataConfig, *, image_size: int, steps: int, device: torch.device = CPU) -> float:
-    """Images per second over `steps` batches, the first one not counted."""
+    """Return images per second over `steps` batches, after the batches decoded ahead."""
     tokenizer = Tokenizer.open(data.tokenizer_path)
     plan = Plan(
         open_split(path, "train", sources=["pairs"]),
@@ -74,7 +74,7 @@ def loader_rate(path: Path, data: DataConfig, *, image_size: int, steps: int, de
     )
     view = RankView(data_rank=0, data_size=1, tensor_rank=0, tensor_size=1, needs_text=True, needs_pixels=True)
     loader = Loader(plan, tokenizer=tokenizer, data=data, view=view, start=plan.initial_state(), device=device)
-    for _ in range(data.prefetch_steps + 1):  # what was decoded ahead of the clock
+    for _ in range(data.prefetch_steps + 1):  # decoded before the clock starts
         next(loader)
     began, images = time.perf_counter(), 0
     for _ in range(steps):
@@ -85,7 +85,7 @@ def loader_rate(path: Path, data: DataConfig, *, image_size: int, steps: int, de
 
 
 def bare_rate(blobs: list[bytes], data: DataConfig, *, image_size: int, batch: int, images: int, device: torch.device = CPU) -> float:
-    """Images per second of the decoder alone, in batches of the same size."""
+    """Return images per second of the decoder alone, in batches of `batch` images."""
     decoder = make_decoder(data.decoder, ImageTransform(image_size, fill=FILL), threads=data.decode_threads, device=device)
     decoder.decode(blobs[:batch])
     began, done = time.perf_counter(), 0
@@ -118,7 +118,7 @@ def main() -> None:
             for _ in range(arguments.rounds):
                 ours = loader_rate(path, replace(data), image_size=arguments.image_size, steps=10)
                 rounds.append((ours, bare_rate(blobs, data, image_size=arguments.image_size, batch=14, images=10 * 4 * 14)))
-            ratios = sorted(ours / bare for ours, bare in rounds)  # of neighbours in time, as other programs come and go
+            ratios = sorted(ours / bare for ours, bare in rounds)  # of consecutive runs, because the load of other programs varies
             loader, bare = (statistics.median(rates) for rates in zip(*rounds, strict=True))
             print(
                 f"{backend:8} loader {loader:7.0f} images/s   bare decode + resize {bare:7.0f} images/s   "

@@ -1,9 +1,9 @@
-"""How often long texts are tokenized: the time for all pieces of one document, and the texts that each rank of a layout reads.
+"""Cost of tokenizing a long text that is split over many sequences: the time to read all pieces of one document.
 
     .venv/bin/python benchmarks/long_texts.py [--tokens 181000] [--sequence-length 4096]
 
-The document is one line of a .jsonl, longer than many sequences. Baseline, in the same run: each piece by itself, for which the whole
-document must be tokenized. `ideal` is one bare tokenization of the text.
+The document is one line of a .jsonl file and fills many sequences. Baseline, in the same run: each piece is read separately, for which the
+whole document must be tokenized. Bare tokenization is a single pass of the tokenizer over the text.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ WORDS = ("the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "
 
 
 def make_document(tokens: int) -> str:
-    """A text of about so many tokens, of words in random order."""
+    """Return a text of about `tokens` tokens: words in random order."""
     rng = np.random.default_rng(0)
     return " ".join(rng.choice(WORDS, tokens).tolist())
 
 
 def seconds(action: Callable[[], object], *, rounds: int) -> float:
-    """The median of some rounds."""
+    """Return the median seconds of `rounds` calls."""
     times = []
     for _ in range(rounds):
         began = time.perf_counter()

@@ -1,13 +1,12 @@
-"""How alike the micro-batches are that data-parallel ranks compute at the same time: the costliest of them over their mean.
+"""Balance of the micro-batches that data-parallel ranks compute at the same time: the costliest one's cost over the mean.
 
     .venv/bin/python benchmarks/micro_batch_balance.py
 
-The batch is MM1's, from made-up lengths (see `plan_time.py`), dealt to 32 ranks; costs are mm1_30b's FLOPs. The baseline is the version
-before micro-batches were balanced by cost: sequences by number, most images first, and every one computed to its full length. There a
-micro-batch costs what its padded tokens do, so the baseline is given twice: as it was, all alike and all padding computed, and the same
-micro-batches without padding. `images` and `attention` say the same of images and of attention's part of the cost, `of ranks` of that
-part summed over a rank's micro-batches. The columns named `at best` are what `all k` and `attention` would be if the same micro-batches
-were dealt by that alone: sorted by it and cut into rounds, which no other way of dealing them beats.
+The batch is MM1's, with synthetic lengths (see `plan_time.py`), distributed over 32 ranks; costs are mm1_30b's FLOPs. The baseline is the
+method used before micro-batches were balanced by cost: sequences are distributed by number of images, most images first; its micro-batches
+are measured here without padding. `images` and `attention` are the same ratio for images and for attention's part of the cost; `of ranks`
+is the ratio for that part summed over a rank's micro-batches. The columns named `at best` are the lowest possible values of `all k` and
+`attention` for the same micro-batches: sorted by that cost alone and cut into rounds.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ RANKS = 32
 
 
 def by_images(works: list[Work], micro_batch_size: int) -> list[list[list[int]]]:
-    """The baseline's micro-batches: [ranks][micro-batches][sequences]."""
+    """Return the baseline's micro-batches: [ranks][micro-batches][sequences]."""
     groups: list[list[int]] = [[] for _ in range(len(works) // micro_batch_size)]
     least = [(0, 0, number) for number in range(len(groups))]
     for i in sorted(range(len(works)), key=lambda i: (-works[i].images, -works[i].tokens)):
@@ -49,26 +48,26 @@ def by_images(works: list[Work], micro_batch_size: int) -> list[list[list[int]]]
 
 @dataclass(frozen=True)
 class Level:
-    """How alike micro-batches are, each number a largest over a mean."""
+    """Balance of micro-batches; each number is a maximum over a mean (1 is perfect)."""
 
     of_k: list[float]
-    """For each k, the costliest k-th micro-batch."""
+    """For each k, the cost of the costliest k-th micro-batch."""
     all_k: float
-    """What ranks that wait for each other at every k lose in all."""
+    """Cost of the whole batch if ranks wait for each other after every k-th micro-batch."""
     all_at_best: float
-    """The same, of the same micro-batches sorted by cost: the largest of a round is never less than in that order."""
+    """`all_k` of the same micro-batches sorted by cost: no other order has lower maxima."""
     images: float
-    """The same of images."""
+    """Images, with maxima over ranks for each k summed as in `all_k`."""
     attention: float
-    """The same of attention's cost."""
+    """Attention's cost, summed as in `all_k`."""
     attention_at_best: float
-    """The same of attention's cost, of the same micro-batches sorted by it."""
+    """`attention` of the same micro-batches sorted by attention's cost."""
     of_ranks: float
     """Attention's cost of a rank's whole share of the batch."""
 
 
 def imbalance(ranks: list[list[list[int]]], works: list[Work], costs: Costs) -> Level:
-    """Of the micro-batches of a global batch."""
+    """Measure the balance of a global batch's micro-batches."""
     cost, images, squares = (
         np.array([[sum(of(works[i]) for i in group) for group in rank] for rank in ranks], dtype=float)
         for of in (costs.of, lambda work: work.images, lambda work: work.squares)
@@ -81,7 +80,7 @@ def imbalance(ranks: list[list[list[int]]], works: list[Work], costs: Costs) -> 
 
 
 def _over_mean(load: np.ndarray) -> float:
-    """[ranks, rounds]: the largest of each round, summed, over the means."""
+    """Return the sum of the rounds' maxima over the sum of their means, for a load [ranks, rounds]."""
     return float(load.max(axis=0).sum() / load.mean(axis=0).sum())
 
 
@@ -103,7 +102,7 @@ def main() -> None:
 
 
 def attention_share(costs: Costs) -> float:
-    """Of the cost of one document that fills a sequence."""
+    """Return attention's share of the cost of one document that fills a sequence."""
     whole = Work(tokens=LENGTH, squares=LENGTH**2, images=0)
     return costs.square * whole.squares / costs.of(whole)
 

@@ -1,4 +1,4 @@
-"""A sparse step against the dense backbone's, and where the sparse layers' time goes.
+"""Compare a step of a sparse model with its dense backbone's, and break down the sparse layers' time.
 
     .venv/bin/python benchmarks/moe_step.py --data data/demo
 
@@ -29,12 +29,12 @@ from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 
 PHASES = {"route": "router", "preprocess": "dispatch", "dispatch": "dispatch", "routed_experts_compute": "experts", "combine": "combine"}
-"""Methods of a sparse layer, by what they are a part of."""
+"""Methods of a sparse layer, and the phase that each belongs to."""
 
 
 @contextmanager
 def timed(seconds: dict[str, float]) -> Iterator[None]:
-    """Add up the time spent in each phase."""
+    """Add the time spent in each phase to `seconds`."""
     originals: dict[str, Callable[..., Any]] = {name: getattr(MoELayer, name) for name in PHASES}
 
     def wrap(name: str) -> Callable[..., Any]:
@@ -56,7 +56,7 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
 
 
 class Model:
-    """A model with its optimizer."""
+    """A model with its optimizer and its step times."""
 
     def __init__(self, experiment: Experiment, topology: topologies.Topology) -> None:
         chunks = build_model(experiment, topology)

@@ -1,10 +1,10 @@
-"""What watching costs: steps with everything that is measured and every place that it goes to, against steps without.
+"""Cost of monitoring: steps with all measurements and all destinations, compared with steps without.
 
     .venv/bin/python benchmarks/monitoring.py --data data/demo
 
-One process, one model, steps in turn: one as a run does it (phases, metrics.jsonl, W&B offline, TensorBoard, a Prometheus port; norms and
-balance in every other of these) and one without a clock, hooks or monitor. Prints medians of the processor time of all threads, which other
-work on the machine hardly changes, and of the wall time; and both ratios where one step in ten measures norms, as by default.
+One process and one model alternate between a step as in a run (phases, metrics.jsonl, W&B offline, TensorBoard, a Prometheus port; every
+second one also measures norms and balance) and a step without clock, hooks or monitor. Prints medians of the processor time of all threads,
+which other work on the machine hardly changes, and of the wall time, and both ratios if one step in ten measures norms, as by default.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ WARM_UP = 3
 
 
 def now() -> np.ndarray:
-    """Seconds of the processor, of all threads, and of the clock on the wall."""
+    """Return [processor seconds of all threads, wall-clock seconds]."""
     return np.array([time.process_time(), time.perf_counter()])
 
 
 def bare_step(trainer: Trainer) -> None:
-    """The same step with nothing that looks at it."""
+    """Run a step without any monitoring."""
     batch = next(trainer.data)
     trainer.step.run(batch.micro_batches, step=trainer.state.step)
 
@@ -61,7 +61,7 @@ def main() -> None:
         hooks = [hook for hook in trainer.hooks if isinstance(hook, Metrics | Norms | SlowProcesses)]
         trainer.hooks = hooks
         wandb = next(hook.monitor._wandb for hook in hooks if isinstance(hook, Metrics))
-        while wandb.is_on and wandb._run is None:  # its thread imports the library, which is a start's work and no step's
+        while wandb.is_on and wandb._run is None:  # its thread imports the library, which belongs to the start and not to a step
             time.sleep(0.1)
         watched: dict[bool, list[np.ndarray]] = {False: [], True: []}
         bare: list[np.ndarray] = []

@@ -1,14 +1,15 @@
-"""A monolithic model, patches and visual experts, against a modular one, image tower and the same decoder, with as many image tokens.
+"""Compare a monolithic model (patches, visual experts) with a modular one (image tower, same decoder) of as many image tokens.
 
     .venv/bin/python benchmarks/monolithic.py
 
-Forward pass of one document, as before the first token of an answer: tiles of 448 px, 256 tokens each, and a text. The modular model has
-a tower of InternViT-300M's shape (24 layers of width 1024, 16 heads, MLP 4096); its features take the same way to the decoder,
-pixel-unshuffle and projector, and in the decoder all tokens go through the text's networks. Both have the same decoder layers and run in
-turn.
+Measures the forward pass of one document, as before the first token of an answer: tiles of 448 px, 256 tokens each, and a text. The modular
+model has a tower of InternViT-300M's shape (24 layers of width 1024, 16 heads, MLP 4096). Its features reach the decoder in the same way,
+through pixel-unshuffle and projector, and in the decoder all tokens go through the text experts. Both have the same decoder layers and run
+in turn.
 
-`--width-divisor` divides the widths and the heads of both, and `--layers` are the layers of both, 24 in truth. The vocabulary is tiny:
-logits are wanted of the last token alone. The ratio is measured end to end; "at 24 layers" multiplies the measured time of the layers.
+`--width-divisor` divides the widths and heads of both models, and `--layers` sets the layers of both (24 in the real ones). The vocabulary
+is tiny, because inference needs only the last token's logits. The ratio is measured end to end; "at 24 layers" scales the measured time of
+the layers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from megatron_mm.parallel.topology import single_process_groups
 from megatron_mm.training.build import build_chunks
 
 LAYERS = 24
-"""Of InternLM2-1.8B and of InternViT-300M."""
+"""Number of layers of InternLM2-1.8B and of InternViT-300M."""
 TILE_TOKENS = 256
 VOCABULARY = 512
 INTERNVIT_300M = VisionConfig(
@@ -45,13 +46,13 @@ INTERNVIT_300M = VisionConfig(
 
 @dataclass
 class Models:
-    """Both models."""
+    """The monolithic model, and the modular model's tower; the latter shares the former's projector and decoder."""
 
     mono: MonoInternVLModel
     tower: VisionTower
 
     def monolithic(self, batch: PackedBatch) -> dict[str, float]:
-        """Milliseconds of each part of a forward pass."""
+        """Run a forward pass of the monolithic model; return the milliseconds of each part."""
         clock = Clock()
         features = self.mono.projector(self.mono.patches(batch.pixels))
         clock.lap("patches, projector")
@@ -60,7 +61,7 @@ class Models:
         return clock.parts
 
     def modular(self, batch: PackedBatch) -> dict[str, float]:
-        """Milliseconds of each part of a forward pass."""
+        """Run a forward pass of the modular model; return the milliseconds of each part."""
         clock = Clock()
         assert batch.pixels is not None
         patches_npv = self.tower(batch.pixels)
@@ -94,7 +95,7 @@ class Clock:
 
 
 def experiment_for(*, divisor: int, layers: int) -> Experiment:
-    """Mono-InternVL-2B with smaller widths and fewer layers."""
+    """Return Mono-InternVL-2B with smaller widths and fewer layers."""
     base = get_recipe("mono_internvl_2b_s2")
     assert isinstance(base.model, MonoInternVLConfig)
     decoder = base.model.decoder
@@ -112,7 +113,7 @@ def experiment_for(*, divisor: int, layers: int) -> Experiment:
 
 
 def build(experiment: Experiment, *, divisor: int) -> Models:
-    """Both models with random weights."""
+    """Build both models with random weights."""
     topology = topologies.initialize(experiment.parallel, seed=1)
     (chunk,) = build_chunks(experiment, topology)
     initialize_weights([chunk], seed=1)
@@ -140,7 +141,7 @@ def build(experiment: Experiment, *, divisor: int) -> Models:
 
 
 def document(tiles: int, *, text: int) -> PackedBatch:
-    """An image of so many tiles and a text, as one document."""
+    """Return one document: an image of `tiles` tiles and `text` text tokens."""
     generator = torch.Generator().manual_seed(tiles)
     total = tiles * TILE_TOKENS + text
     ids = torch.randint(5, VOCABULARY, (total,), generator=generator)
@@ -164,16 +165,16 @@ def document(tiles: int, *, text: int) -> PackedBatch:
 
 @dataclass
 class Comparison:
-    """Several passes of both models on one document: milliseconds by part, of each pass."""
+    """Milliseconds by part, for several passes of both models on one document."""
 
     monolithic: list[dict[str, float]]
     modular: list[dict[str, float]]
 
     def ratio(self, *, layers: int | None = None) -> float:
-        """Modular over monolithic, the median of the pairs.
+        """Return modular time over monolithic time, the median of the pairs.
 
         Args:
-            layers: that were run; with it, for models of all layers: what is of layers takes longer, the rest does not.
+            layers: number of layers that were run; if given, the layers' time is scaled to `LAYERS` layers.
         """
 
         def total(parts: dict[str, float]) -> float:
@@ -183,7 +184,7 @@ class Comparison:
         return statistics.median(total(b) / total(a) for a, b in zip(self.monolithic, self.modular, strict=True))
 
     def line(self, *, layers: int) -> str:
-        """Medians and ratios, for a person."""
+        """Format medians and ratios."""
         medians = [{name: statistics.median(run[name] for run in runs) for name in runs[0]} for runs in (self.monolithic, self.modular)]
         totals = "".join(f"{sum(parts.values()):9.0f} ms" for parts in medians)
         shown = "; ".join(" + ".join(f"{name} {value:.0f}" for name, value in parts.items()) for parts in medians)
@@ -191,7 +192,7 @@ class Comparison:
 
 
 def compare(models: Models, batch: PackedBatch, *, repeats: int) -> Comparison:
-    """Both models in turn, after a pass each to warm up."""
+    """Time both models in turn, after one warm-up pass each."""
     models.monolithic(batch), models.modular(batch)
     pairs = [(models.monolithic(batch), models.modular(batch)) for _ in range(repeats)]
     return Comparison([mono for mono, _ in pairs], [modular for _, modular in pairs])

@@ -1,10 +1,10 @@
-"""What leaving padding out saves: steps on captions whose sequences run out of images before tokens, with and without their padding.
+"""Time saved by leaving out padding: steps on captions whose sequences reach the image limit before the token limit.
 
     .venv/bin/python benchmarks/padding.py
 
-A decoder of width 768 on demo data; `data.max_images_per_sequence` is set so that sequences are about 60% full, as mm1_30b's captions are.
-The baseline computes the same micro-batches padded to full sequences, as versions before did. Steps alternate; medians and their ratio
-are printed beside the ratio of real to padded tokens, which is what the decoder's work should follow.
+The model is a decoder of width 768 on demo data; `data.max_images_per_sequence` is set so that sequences are about 60% full, as mm1_30b's
+captions are. The baseline computes the same micro-batches padded to full sequences, as earlier versions did. Steps alternate. The medians'
+ratio is printed together with the ratio of real to padded tokens, which the decoder's work should follow.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def settings(data: Path) -> Experiment:
 
 
 def padded(batch: PackedBatch, tokens: int) -> PackedBatch:
-    """The same micro-batch with a last document of padding."""
+    """Return the micro-batch with a last document of padding, `tokens` tokens in all."""
     more = tokens - batch.num_tokens
     fields = ("token_ids", "labels", "loss_mask", "is_token", "source_ids")
     return replace(

@@ -1,7 +1,7 @@
-"""Parts of a long check or benchmark, each a process of its own whose results are passed on as they come.
+"""Run the parts of a long check or benchmark, each in a process of its own, and pass on their results as soon as they are printed.
 
-A part prints one JSON object a line. What it has printed stays when it is killed, breaks a GPU context or runs out of memory, and the
-other parts go on. Used by `tools/gpu_check.py` and `benchmarks/gpu_bench.py`.
+A part prints one JSON object per line. If a part is killed, breaks its GPU context or runs out of memory, the results it has printed are
+kept, and the other parts continue. Used by `tools/gpu_check.py` and `benchmarks/gpu_bench.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, Any
 
 Row = dict[str, Any]
 LAST_LINES = 30
-"""Of what a part that failed wrote to its standard error."""
+"""Lines kept of a failed part's standard error."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,26 @@ class Part:
 
     name: str
     arguments: list[str]
-    """Of the Python interpreter."""
+    """Arguments of the Python interpreter."""
 
 
 def emit(row: Row) -> None:
-    """Called by a part: pass on a result."""
+    """Pass on a result; called by a part."""
     print(json.dumps(row), flush=True)
 
 
 def wait_for_turn() -> None:
-    """Called by a part once it has imported what it needs, so that the imports of the next part overlap with this one's work."""
+    """Wait until this part may run; called by a part after its imports, so that they overlap with the previous part's work."""
     sys.stdin.readline()
 
 
 def run_parts(parts: list[Part], *, at_once: int, deadline: float, record: Path | None = None) -> Iterator[Row]:
-    """Results of the parts as they come, each with its part's name; last of a part, `ended` with its exit code and seconds.
+    """Yield the parts' results as they arrive, each with its part's name; a part's last row is `ended`: its exit code and seconds.
 
     Args:
-        at_once: parts that run at the same time; 1 where times are measured. One more is started and waits for its turn.
-        deadline: `time.monotonic()` at which what still runs is killed; what has not begun by then is not begun.
-        record: file to which every result is appended as a line of JSON, at once.
+        at_once: number of parts that run at the same time; 1 if times are measured. One more is started and waits for its turn.
+        deadline: `time.monotonic()` at which running parts are killed; parts not begun by then do not run.
+        record: file to which every result is immediately appended as a line of JSON.
     """
     waiting, running, started = deque(parts), 0, deque[subprocess.Popen[str]]()
     results: queue.Queue[Row] = queue.Queue()
@@ -84,7 +84,7 @@ def _run(part: Part, process: subprocess.Popen[str], results: queue.Queue[Row], 
         return
     last: deque[str] = deque(maxlen=LAST_LINES)
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    with contextlib.suppress(BrokenPipeError):  # it has failed already, and says why
+    with contextlib.suppress(BrokenPipeError):  # it has already failed; its standard error says why
         process.stdin.write("\n")
         process.stdin.flush()
     errors = threading.Thread(target=_keep, args=(process.stderr, last), daemon=True)

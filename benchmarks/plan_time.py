@@ -1,16 +1,16 @@
-"""How long the plan of a global batch takes, beside the step that it is for, how much it reads, and how full and level its batches are.
+"""Cost and quality of planning a global batch: time compared with the step's, data read, fill and balance of the batches.
 
     .venv/bin/python benchmarks/plan_time.py [--samples 1e6 1e7 1e8] [--folder DIR]
 
 The batch is MM1's: 512 sequences of 4096 tokens, at most 16 images of 144 tokens, 45% interleaved, 45% pairs, 10% text, on 32 data-parallel
-ranks, from indexes of made-up lengths, written to --folder (11 GB for 1e8 samples) and memory-mapped, out of the page cache at first. The
-step is MM1-30B's on 512 H100s at the throughput that `STEP_SECONDS` stands for.
+ranks. The indexes have synthetic lengths; they are written to --folder (11 GB for 1e8 samples) and memory-mapped, initially out of the page
+cache. The planning time is compared with `STEP_SECONDS`, a step of MM1-30B on 512 H100s.
 
 Baselines, in the same run: `row by row` draws the samples of a window from the whole source and reads the row of each (as this program did
-before it shuffled in blocks); `first fit` packs the smallest index's windows in the samples' order. `possible` is how full sequences
-could be at most: captions use up a sequence's images before its tokens. Pages are those of 4 KiB that planning touches and that are not in
-memory yet (minor and major faults of the mapped files). Shuffle: variance of a batch's mean of an attribute that a run of neighbours
-shares, over that of independent draws (1 is perfect). Times are of the processor (`mean cpu`, `worst cpu`) and of the clock.
+before it shuffled in blocks); `first fit` packs windows in the samples' order (smallest index only). `possible` is the largest fill that
+any packing could reach: captions reach a sequence's image limit before its token limit. Pages are the 4 KiB pages that planning touches
+and that are not in memory yet (minor and major faults). Shuffle: variance of a batch's mean of an attribute that neighbouring samples
+share, over that of independent draws (1 is perfect). Times are processor time (`mean cpu`, `worst cpu`) and wall time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ IMAGE = ImageInput(size=378, fill=(0, 0, 0), tokens=144)
 
 
 def write_made_up_index(folder: Path, kind: Kind, *, samples: int) -> None:
-    """An index with the lengths of its kind: captions of 30 to 60 tokens, documents with 1 to 8 images, texts of 100 to 8000 tokens."""
+    """Write an index with typical lengths: captions of 30 to 60 tokens, documents with 1 to 8 images, texts of 100 to 8000 tokens."""
     rng = np.random.default_rng(samples)
     names = ("samples.npy", "sizes.npy")
     maps = {
@@ -74,7 +74,7 @@ def write_made_up_index(folder: Path, kind: Kind, *, samples: int) -> None:
 
 
 def open_made_up_index(folder: Path, kind: Kind) -> SourceIndex:
-    """Memory-mapped, and not in the page cache."""
+    """Open an index memory-mapped, after dropping it from the page cache."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -85,7 +85,7 @@ def open_made_up_index(folder: Path, kind: Kind) -> SourceIndex:
 
 
 class RowByRow(SampleStream):
-    """The baseline: any sample of the source may come next, and the row of each is read for itself."""
+    """Baseline: any sample of the source may come next, and each sample's row is read separately."""
 
     def read(self, first: int, count: int) -> Samples:
         epoch, place = divmod(first, len(self.source))
@@ -98,7 +98,7 @@ class RowByRow(SampleStream):
 
 
 def first_fit(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng: np.random.Generator) -> np.ndarray:
-    """The baseline: each piece into the first sequence that has room."""
+    """Baseline: put each piece into the first sequence that has room."""
     room = np.full(len(sizes), limits.sequence_length)
     slots = np.full(len(sizes), limits.max_images)
     bins, used = np.empty(len(sizes), dtype=np.int64), 1
@@ -113,35 +113,36 @@ def first_fit(sizes: np.ndarray, images: np.ndarray, limits: Limits, *, rng: np.
 
 @dataclass(frozen=True)
 class Measured:
-    """Of the plans of some global batches."""
+    """Measurements of planning several global batches; means and maxima leave out the first batch, which begins the first block."""
 
     mean_cpu: float
-    """Seconds of the processor."""
+    """Mean processor seconds of a batch."""
     worst_cpu: float
-    """Seconds; the first batch, which begins the first block, is not counted."""
+    """Largest processor seconds of a batch."""
     mean: float
-    """Seconds of the clock."""
+    """Mean wall seconds of a batch."""
     worst: float
+    """Largest wall seconds of a batch."""
     first: float
-    """Of the first batch."""
+    """Wall seconds of the first batch."""
     pages: float
     """Page faults of a batch."""
     fill: float
-    """Part of the sequences that is not padding."""
+    """Share of the sequences that is not padding."""
     possible: float
-    """What `fill` would be if of each source as few sequences were used as its tokens, or its images, need."""
+    """`fill` if each source used only as many sequences as its tokens, or its images, need."""
     attention: float
     """Attention's cost over the data-parallel ranks, largest / mean."""
     images: float
     """Images of the k-th micro-batches of all ranks, largest / mean, over all k."""
     cost: float
-    """Cost of these, likewise."""
+    """Cost of the k-th micro-batches of all ranks, largest / mean, over all k."""
     memory: float
-    """MB of this process that are not of files, at the end."""
+    """Anonymous memory of this process at the end, in MB."""
 
 
 def measure(folders: dict[Kind, Path], *, batches: int, stream: type[SampleStream] = SampleStream) -> Measured:
-    """Plan so many global batches, one after another."""
+    """Plan `batches` global batches, after a first one."""
     costs = Costs(token=181_734, square=2, image=3_105_045)
     plan = Plan(
         [open_made_up_index(folder, kind) for kind, folder in folders.items()],
@@ -188,21 +189,23 @@ def measure(folders: dict[Kind, Path], *, batches: int, stream: type[SampleStrea
 
 
 def shuffle_quality(folder: Path, *, draws: int = 3686, batches: int = 200) -> tuple[float, float]:
-    """Variance of the mean of an attribute that a run of neighbours shares, over that of independent draws: measured, and as documented.
+    """Return the variance of a batch's mean of an attribute that neighbouring samples share, over that of independent draws.
+
+    Two numbers are returned: the measured one, and the bound that is documented.
 
     Args:
         draws: samples of a global batch (pairs of MM1's mixture).
     """
     stream = SampleStream(open_made_up_index(folder, "pairs"), IMAGE, seed=0)
     attribute = np.random.default_rng(0).standard_normal(-(-len(stream.source) // RUN))
-    # Of blocks and epochs of their own: batches of one block share its runs.
+    # Each batch is drawn from a block of its own: batches of one block share its runs.
     firsts = [number * (BLOCK + draws) for number in range(batches)]
     means = [attribute[stream.read(first, draws).rows // RUN].mean() for first in firsts]
     return float(np.mean(np.square(means))) * draws, 1 + (draws - 1) / min(RUNS_PER_BLOCK, len(attribute))
 
 
 def report(samples: float, folders: dict[Kind, Path], *, batches: int, with_first_fit: bool) -> None:
-    """Measure and print the lines of one size."""
+    """Measure indexes of one size and print the results."""
     found = {"blocks": measure(folders, batches=batches), "row by row": measure(folders, batches=batches, stream=RowByRow)}
     if with_first_fit:
         packing.fill_sequences, original = first_fit, packing.fill_sequences

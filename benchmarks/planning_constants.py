@@ -1,10 +1,10 @@
-"""Chooses the planner's constants again, on half of the published rows, and says what the choice is worth on the other half.
+"""Fit the planner's constants again on half of the published measurements, and report the error on the other half.
 
     python benchmarks/planning_constants.py [--rounds 2] [--of-each 3]
 
-Coordinate search over the few constants that no data sheet gives: each is moved a few percent either way as long as the mean error of the
-rows that constants are chosen on falls. Within each source every second group of rows (a model on a GPU in a precision) is held out and
-never looked at. Prints the constants in use beside the chosen ones, and the errors of both halves with both.
+This is a coordinate search over the few constants that no data sheet states: each is moved a few percent either way as long as the mean
+error of the rows used for fitting falls. Within each source, every second group of rows (a model on a GPU in a precision) is held out.
+Prints the constants in use and the fitted ones, and the errors of both halves with both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Constants = dict[str, float]
 
 
 def in_use() -> Constants:
-    """By name: an architecture's efficiency, a stack's property, or a module's constant."""
+    """Return the constants in use by name: an architecture's efficiency, a stack's property, or a module's constant."""
     return {
         "hopper.product": HOPPER.product,
         "hopper.product_fp8": HOPPER.product_fp8,
@@ -50,7 +50,7 @@ def in_use() -> Constants:
 
 @contextmanager
 def modules_with(constants: Constants) -> Iterator[None]:
-    """The modules' constants set for a while."""
+    """Set the modules' constants inside the context."""
     places: dict[str, Any] = {"costs": costs, "network": network, "step": step}
     before = []
     for name, value in constants.items():
@@ -66,7 +66,7 @@ def modules_with(constants: Constants) -> Iterator[None]:
 
 
 def with_constants(row: Measurement, constants: Constants) -> Measurement:
-    """The row's jobs on a GPU and a stack that have these constants."""
+    """Return the row with its jobs on a GPU and a stack that have these constants."""
     jobs = []
     for job in row.jobs:
         architecture = "ampere" if job.gpu.multiprocessors == 108 else "hopper"
@@ -81,7 +81,7 @@ def with_constants(row: Measurement, constants: Constants) -> Measurement:
 
 
 def errors(rows: list[Measurement], constants: Constants) -> list[float]:
-    """|log(predicted / measured)| of each row."""
+    """Return |log(predicted / measured)| of each row."""
     found = []
     with modules_with(constants):
         for row in rows:
@@ -91,7 +91,7 @@ def errors(rows: list[Measurement], constants: Constants) -> list[float]:
 
 
 def halves(of_each: int) -> tuple[list[Measurement], list[Measurement]]:
-    """(chosen on, held out), with a few rows of each group; the layout that a row lacks is settled once, with the constants in use."""
+    """Return (rows to fit, rows held out), a few of each group; a row without a layout gets one, chosen with the constants in use."""
     rows = [row for row in read_measurements(ANCHORS) if isinstance(row, Measurement) and row.step_seconds]
     order: dict[str, list[str]] = {}
     parts: tuple[list[Measurement], list[Measurement]] = ([], [])
@@ -115,7 +115,7 @@ def _settled(row: Measurement) -> Measurement:
 
 
 def search(rows: list[Measurement], start: Constants, *, rounds: int) -> Constants:
-    """Coordinate search."""
+    """Fit the constants by coordinate search."""
 
     def score(constants: Constants) -> float:
         return statistics.mean(min(error, 0.3) for error in errors(rows, constants))

@@ -2,9 +2,9 @@
 
     python benchmarks/planning_curves.py [--search] [--moe]
 
-Everything here is predicted, with the error band that `megatron-mm plan` states and the host of published runs. The layout of each row is
-the fastest that fits of a few (`FEW`), or with `--search` the one that the search finds, which takes an hour on two cores. The baseline
-of each table is its first row: the ratio beside each row is to that one's speed per GPU.
+All numbers are predictions, with the error band that `megatron-mm plan` states, and assume the host of published runs. The layout of each
+row is the fastest of a few (`FEW`) that fits in memory, or with `--search` the one found by the search, which takes an hour on two cores.
+The ratio in each row is its speed per GPU over that of the table's first row.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ H100 = GPUS["h100-sxm"]
 FEW = ((4, 2, 2), (4, 2, 1), (4, 1, 1), (2, 2, 2))
 """Tensor, pipeline and virtual degrees of the dense model."""
 FEW_SPARSE = ((1, 1, 1), (2, 1, 1))
-"""Of the sparse model, whose experts are spread as its recipe says."""
+"""Tensor, pipeline and virtual degrees of the sparse model, which keeps its recipe's expert parallelism."""
 
 
 def best_of_few(experiment: Experiment, gpus: int, *, images: int | None = None) -> Found | None:
-    """The fastest of a few layouts that fit, with decoder layers recomputed only where nothing fits without; None where nothing does."""
+    """Return the fastest of a few layouts that fit, with full recompute only if none fits without; None if none fits at all."""
     for recompute in (experiment.parallel.recompute, "full"):
         found = [
             one
@@ -51,14 +51,16 @@ def best_of_few(experiment: Experiment, gpus: int, *, images: int | None = None)
 def _with(
     parallel: ParallelConfig, degrees: tuple[int, int, int], experiment: Experiment, gpus: int, images: int | None
 ) -> Iterator[Found]:
-    """The layout with these degrees and one or two sequences a micro-batch, where the batch and the stages allow it."""
+    """Yield the layout with these degrees and one or two sequences per micro-batch, if the batch and the stages allow it."""
     tensor, pipeline, virtual = degrees
     if parallel.stage_layers is not None and len(parallel.stage_layers) != pipeline * virtual:
         return
     parallel = replace(parallel, tensor=tensor, pipeline=pipeline, virtual=virtual)
     data, batch = gpus // (tensor * pipeline), experiment.train.global_batch_size
     for size in (2, 1):
-        left = batch % (size * data) or (virtual > 1 and batch // (size * data) % pipeline)  # interleaving goes by groups
+        left = batch % (size * data) or (
+            virtual > 1 and batch // (size * data) % pipeline
+        )  # interleaving needs multiples of the pipeline size
         if not left:
             one = replace(experiment, parallel=parallel, train=replace(experiment.train, micro_batch_size=size))
             work = Workloads(one, images=images).of(data_size=data)
@@ -67,7 +69,7 @@ def _with(
 
 
 def best(experiment: Experiment, gpus: int, *, images: int | None = None) -> Found | None:
-    """The best layout, or None where none fits."""
+    """Return the best layout, or None if none fits."""
     try:
         return search(experiment, H100, gpus, keep=1, loads=Workloads(experiment, images=images)).best[0]
     except ValueError:
@@ -75,7 +77,7 @@ def best(experiment: Experiment, gpus: int, *, images: int | None = None) -> Fou
 
 
 def line(label: str, found: Found | None, baseline: Found | None) -> None:
-    """A row of a table."""
+    """Print a row of a table."""
     if found is None:
         print(f"| {label} | does not fit | | | | |", flush=True)
         return
@@ -92,7 +94,7 @@ Choose = Callable[..., Found | None]
 
 
 def table(title: str, rows: list[tuple[str, Experiment, int, int | None]], *, choose: Choose) -> None:
-    """A table of (label, experiment, GPUs, images of a sequence)."""
+    """Print a table; `rows` are (label, experiment, GPUs, images per sequence)."""
     print(f"\n{title}\n\n| | step, s | of bf16 peak | tokens/s a GPU | ratio | layout |\n|---|---|---|---|---|---|", flush=True)
     baseline = None
     for label, experiment, gpus, images in rows:
@@ -102,7 +104,7 @@ def table(title: str, rows: list[tuple[str, Experiment, int, int | None]], *, ch
 
 
 def with_length(experiment: Experiment, length: int) -> Experiment:
-    """The same tokens in longer sequences, with as many images a token."""
+    """Return the experiment with as many tokens per batch in longer sequences, with as many images per token."""
     factor = length // experiment.data.sequence_length
     data = replace(experiment.data, sequence_length=length, max_images_per_sequence=experiment.data.max_images_per_sequence * factor)
     return replace(experiment, data=data, train=replace(experiment.train, global_batch_size=experiment.train.global_batch_size // factor))

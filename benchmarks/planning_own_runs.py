@@ -1,9 +1,9 @@
-"""The planner against this project's own steps on a GPU: predicted / measured time and memory of every case that `gpu_bench.py` ran.
+"""Compare the planner with this project's own steps on a GPU: predicted / measured time and memory of every case in `gpu_bench.py`.
 
     python benchmarks/planning_own_runs.py [--results benchmarks/results/h200_20261126/*.jsonl]
 
-The baseline of each row is the measured step; nothing is run here. One process, so no messages and no pipeline: this shows what products,
-attention, kernels, the host and memory are worth.
+The baseline of each row is the recorded step; nothing is run here. The steps ran on one process, without messages or pipeline, so this
+tests the predictions of products, attention, kernels, host and memory.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ RESULTS = sorted((Path(__file__).parent / "results" / "h200_20261126").glob("gpu
 """The first file is left out: its peaks add up over the cases."""
 GIB = 2**30
 HOST = 1.6
-"""The host of that virtual machine, of the ones that the planner's times are of: chosen on the first table's plain bf16 rows."""
+"""Host time of that virtual machine relative to the planner's reference host, fitted to the first table's plain bf16 rows."""
 
 
 def predict(model: str, case: Case) -> Prediction:
-    """Of a step of the benchmark on one H200."""
+    """Predict a step of the benchmark on one H200."""
     settings = on_one_process(MODELS[model][0](), case)
     batch = full_batch(settings)
     lengths = batch.cu_seqlens.diff()
@@ -71,11 +71,11 @@ TRAINING_RUNS = (
     TrainingRun("mm1_3b", "bf16", 4, 1, 1.54),
     TrainingRun("mm1_3b", "fp8", 4, 1, 1.81),
 )
-"""The second: after decoding had stopped. The first two have 0.13 s between steps in them that training has no more."""
+"""The second is timed after decoding had stopped. The first two include 0.13 s between steps that no longer occur."""
 
 
 def case_of(name: str) -> Case | None:
-    """The case of a row, by its name; None for layers that the planner has no times of."""
+    """Return the case with a row's name; None for layer backends that the planner has no times for."""
     if not name.startswith("te "):
         return None
     words = name.replace(",", "").split()
@@ -84,7 +84,7 @@ def case_of(name: str) -> Case | None:
 
 
 def rows(paths: list[Path]) -> Iterator[tuple[str, str, float, float]]:
-    """(model, case, seconds, peak bytes) of every measured case that is planned for."""
+    """Yield (model, case, seconds, peak bytes) of every measured case that the planner covers."""
     for path in paths:
         for line in path.read_text().splitlines():
             row = json.loads(line)

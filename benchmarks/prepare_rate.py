@@ -1,11 +1,11 @@
-"""Samples per second of `prepare index` against a plain walk of the same tars, and its memory for few and for many shards.
+"""Samples per second of `prepare index`, compared with a plain walk of the same tars, and its memory for few and for many shards.
 
     .venv/bin/python benchmarks/prepare_rate.py [--samples 2000] [--shards 1000 10000]
 
 The walk reads every member of every tar with Python's tarfile and does nothing with it; both use one process. Pictures are JPEGs of 640 x
-480, noise over gradients. For the memory, shards are links to three tiny ones under other names; each number is indexed by a process
-of its own, and once more with nothing changed. Then others open the index, as the first process of a run does (it looks at each shard) and
-as all others do, and plan a batch. The peak of memory is of each process; what its imports alone take is given beside it.
+480, noise over gradients. To measure memory, three tiny shards are linked under many names; a process of its own indexes each number of
+shards, twice, the second time with nothing changed. Two more processes open the index, one as a run's first process does (it checks each
+shard) and one as all others do, and plan a batch. Peak memory is per process; the memory of its imports alone is also printed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_mm.data.text.tokenizer import train_tokenizer
 
 
 def write_tar(path: Path, *, samples: int, size: tuple[int, int]) -> None:
-    """A shard of pairs."""
+    """Write a shard of pairs."""
     rng = np.random.default_rng(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     tar = TarWriter(path)
@@ -50,7 +50,7 @@ def write_tar(path: Path, *, samples: int, size: tuple[int, int]) -> None:
 
 
 def walk(path: Path) -> None:
-    """The baseline."""
+    """Baseline: read every member of a tar."""
     with tarfile.open(path) as tar:
         for member in tar:
             file = tar.extractfile(member)
@@ -59,7 +59,7 @@ def walk(path: Path) -> None:
 
 
 def index_of_many(path: Path, connection: object) -> None:
-    """Index once, and once more; sends seconds of both and this process's peak of memory, MB."""
+    """Index twice; send the seconds of both and this process's peak memory in MB."""
     seconds = []
     for _ in range(2):
         began = time.perf_counter()
@@ -69,7 +69,7 @@ def index_of_many(path: Path, connection: object) -> None:
 
 
 def open_of_many(path: Path, check: bool, connection: object) -> None:
-    """Open an index and plan a batch from it; sends seconds of both, and this process's peak of memory before and after, MB."""
+    """Open an index and plan a batch from it; send the seconds of both, and this process's peak memory before and after, in MB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     began = time.perf_counter()
     index = open_index(path / "train" / "pairs", check=check)
@@ -85,7 +85,7 @@ def open_of_many(path: Path, check: bool, connection: object) -> None:
 
 
 def in_a_process(function: Callable[..., None], *arguments: object) -> tuple[float, ...]:
-    """What a function sends from a process of its own."""
+    """Call a function in a process of its own; return what it sends."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=function, args=(*arguments, theirs))
     process.start()

@@ -1,11 +1,10 @@
-"""How long a failed run stands still when torchrun starts its processes again within the job, against a start of a new job.
+"""Downtime of a failed run when torchrun restarts its processes within the job, compared with the start of a new job.
 
     python benchmarks/restart_time.py
 
 A run of `debug_mm1` on two processes loses one of them in step 8. Baseline: from the launch of torchrun to the end of the first step (a new
-job pays this and its wait in the queue). Measured: from the failure to the end of the next step, with the state read from the newest
-checkpoint, or from the copy in the node's memory. Steps since the checkpoint are repeated: that many more step times, which stand beside
-it.
+job takes this long plus its wait in the queue). Measured: from the failure to the end of the next step, with the state read from the newest
+checkpoint or from the copy in the node's memory. The steps since the checkpoint are repeated; their number is printed separately.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ FAILS_AFTER, INTERVAL, STEPS = 8, 5, 12
 
 
 def run(data: Path, folder: Path, *extra: str) -> tuple[float, float, int]:
-    """Seconds from launch to first step, seconds from failure to next step, and steps that are repeated."""
+    """Return seconds from launch to the end of step 1, seconds from failure to the end of the next step, and the steps repeated."""
     run_dir, once = folder / "run", folder / "fault"
     options = {
         "--run-dir": run_dir,

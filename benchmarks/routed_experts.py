@@ -1,12 +1,12 @@
-"""Routing each token through one feed-forward network against computing both networks for all tokens and masking.
+"""Compare routing each token through one feed-forward network with computing both networks for all tokens and masking.
 
     .venv/bin/python benchmarks/routed_experts.py
     python benchmarks/routed_experts.py --device cuda --tokens 4096 --repeats 20
 
-One layer's text and visual experts, at Mono-InternVL-2B's width unless told otherwise, forward and backward, for several shares of image
-tokens. Both ways use the same module's weights and run in turn; their outputs and gradients are compared first. Gather and scatter are
-timed by themselves, with networks that do nothing between them. Prints the ratio and what moving tokens takes of the routed time. On a CPU
-in fp32; on a GPU in bf16 with plain PyTorch's layers and, where it is, Transformer Engine's, with which in FP8 as well.
+Runs one layer's text and visual experts, by default at Mono-InternVL-2B's width, forward and backward, for several shares of image tokens.
+Both ways use the same module's weights and run in turn; their outputs and gradients are compared first. Gather and scatter are timed
+separately, with networks that do nothing between them. Prints the ratio, and the share of the routed time that moving tokens takes. The
+precision is fp32 on a CPU; on a GPU it is bf16 with plain PyTorch's layers and, if installed, bf16 and FP8 with Transformer Engine's.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from megatron_mm.platform.device import local_device
 from megatron_mm.training.build import build_chunks
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp8": 2e-1}
-"""Between the two ways, norm of the difference over the norm: sums of thousands of terms in another order, outputs of 8 bits of mantissa;
-in FP8 other tokens share a scale."""
+"""Allowed norm of the difference between the two ways, over the norm: sums of thousands of terms in another order; bf16 outputs have 8 bits
+of mantissa; in FP8, different tokens share a scale."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A part of the table."""
+    """Layer backend and precision of a part of the table."""
 
     layers: str
     precision: str
 
 
 def cases_on(device: torch.device) -> list[Case]:
-    """What this device can run."""
+    """Return the cases that this device can run."""
     if device.type == "cpu":
         return [Case("torch", "fp32")]
     has_te = importlib.util.find_spec("transformer_engine") is not None
@@ -56,7 +56,7 @@ def cases_on(device: torch.device) -> list[Case]:
 
 
 def experiment_for(width: int, ffn: int, case: Case) -> Experiment:
-    """One decoder layer with experts of these widths; everything else as small as it gets."""
+    """Return debug_mono_internvl with one decoder layer, whose experts have these widths."""
     base = get_recipe("debug_mono_internvl")
     decoder = replace(base.model.decoder, num_layers=1, hidden_size=width, ffn_hidden_size=ffn)
     assert isinstance(base.model, MonoInternVLConfig)
@@ -71,14 +71,14 @@ def layout_of(is_visual_t: torch.Tensor, *, case: Case, device: torch.device) ->
 
 
 def image_in_the_middle(num_tokens: int, share: float) -> torch.Tensor:
-    """Which tokens are an image's: [num_tokens] bool."""
+    """Return [num_tokens] bool: True for the image tokens, a contiguous share in the middle."""
     visual = round(share * num_tokens)
     first = (num_tokens - visual) // 2
     return (torch.arange(num_tokens) >= first) & (torch.arange(num_tokens) < first + visual)
 
 
 def computed_both(experts: ModalityExperts, hidden_t1h: torch.Tensor, is_visual_t: torch.Tensor) -> torch.Tensor:
-    """Both networks for every token, one of the two results kept."""
+    """Compute both networks for every token and keep one of the two results."""
     text_t1h, _ = experts.text(hidden_t1h)
     visual_t1h, _ = experts.visual(hidden_t1h)
     chosen_t11 = is_visual_t[:, None, None].to(hidden_t1h.dtype)
@@ -86,7 +86,7 @@ def computed_both(experts: ModalityExperts, hidden_t1h: torch.Tensor, is_visual_
 
 
 def run(forward: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, grad: torch.Tensor) -> float:
-    """Seconds of a forward and backward pass."""
+    """Return the seconds of a forward and backward pass."""
     hidden = hidden.detach().requires_grad_()
     finish(hidden.device)
     began = time.perf_counter()
@@ -96,7 +96,7 @@ def run(forward: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, g
 
 
 def finish(device: torch.device) -> None:
-    """Wait for what the device has been told to do."""
+    """Wait for the device to finish its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -110,7 +110,7 @@ def check_equal(
     *,
     tolerance: float,
 ) -> None:
-    """Outputs, gradients of the input and of every weight agree."""
+    """Check that outputs and the gradients of the input and of every weight agree."""
     found = []
     for forward in (routed, both):
         experts.zero_grad()
@@ -155,7 +155,7 @@ def compare(options: argparse.Namespace, case: Case) -> None:
             with precision_of(experts):
                 return computed_both(experts, x, is_visual)
 
-        check_equal(experts, routed, both, hidden, grad, tolerance=TOLERANCE[case.precision])  # and both are warm
+        check_equal(experts, routed, both, hidden, grad, tolerance=TOLERANCE[case.precision])  # this also warms up both
         seconds: dict[str, list[float]] = {"routed": [], "both": [], "moving": []}
         for _ in range(options.repeats):
             seconds["both"].append(run(both, hidden, grad))
@@ -174,7 +174,7 @@ def compare(options: argparse.Namespace, case: Case) -> None:
 
 
 def precision_of(experts: ModalityExperts) -> contextlib.AbstractContextManager[Any]:
-    """The context in which the decoder runs its layers."""
+    """Return the precision context in which the decoder runs its layers."""
     return get_fp8_context(experts.config) if experts.config.fp8 else contextlib.nullcontext()
 
 

@@ -1,10 +1,10 @@
-"""What it buys to encode images on every pipeline rank: step time against the tower on the first stage, in one run.
+"""Gain from encoding images on every pipeline rank: step time compared with a tower on the first stage, in one run.
 
     .venv/bin/python benchmarks/spread_encoder.py
 
-Pipeline of 2 on gloo, one process a core, on demo data. The tower takes a large share of the work and micro-batches have between none and
-many images. The baseline gives the first stage as few decoder layers as makes it fastest of the splits that are tried. One after another;
-medians and ratios to the baseline are printed.
+A pipeline of 2 on gloo, one process per core, trains on demo data. The tower takes a large share of the work, and micro-batches have from
+zero to many images. The baseline is the fastest of several splits that assign the first stage fewer decoder layers. The variants run one
+after another; medians and ratios to the baseline are printed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def settings(data: Path, parallel: ParallelConfig) -> Experiment:
 
 
 def measure(data: Path, kind: str, steps: int) -> list[float]:
-    """Seconds of the timed steps of a kind; called by both processes."""
+    """Return the seconds of a kind's timed steps; both processes call this."""
     torch.set_num_threads(1)
     experiment = settings(data, KINDS[kind])
     topology = topologies.initialize(experiment.parallel, seed=1)

@@ -1,13 +1,13 @@
-"""Where the time from launch to the first step goes, on one process of 512, and what of it grows with the number of processes.
+"""Break down the time from launch to the first step on one process of 512, and show which parts grow with the number of processes.
 
     .venv/bin/python benchmarks/start_time.py [--recipe mm1_30b] [--world-sizes 8 512] [--shards 100000]
 
-A process of its own runs the real code of `megatron-mm train`, from its imports to its first batch, for each world size: as the first
-process of the run, which looks at all shards for the others, and as another one. Process groups are fake and weights lie on the meta
-device (`planning.tracing.start`). The data set is the demo's, whose shards are linked under so many names. The baseline is the smallest
-world size: each data-parallel rank gets as many sequences there, so that reading and decoding are alike, and what differs is what the
-run's size costs. Seconds are of this machine's clock and processor, with files in its page cache. Not in it: compilation, and the time
-that NCCL and gloo take to connect.
+For each world size, a process of its own runs the real code of `megatron-mm train`, from its imports to its first batch: once as the first
+process of the run, which checks all shards for the others, and once as another one. Process groups are fake and weights are on the meta
+device (`planning.tracing.start`). The data set is the demo's, with its shards linked under many names. The baseline is the smallest world
+size: each data-parallel rank gets as many sequences there, so that reading and decoding are alike and only the cost of the run's size
+differs. Seconds are this machine's wall and processor time, with files in its page cache. Compilation and the time that NCCL and gloo take
+to connect are not included.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 OPENED = 0
-"""Files that this process has opened."""
+"""Number of files that this process has opened."""
 
 
 def count_opens() -> None:
-    """Count from here on, imports too."""
+    """Count opened files from here on, including those of imports."""
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         global OPENED
@@ -39,13 +39,13 @@ def count_opens() -> None:
 
 
 def processor_seconds() -> float:
-    """Of this process so far, all of its threads."""
+    """Return the processor seconds of all of this process's threads so far."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
 def trace(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One process: launched as a run's processes are, by the command line."""
+    """Trace one process, started through the command line as a run's processes are."""
     count_opens()
     began = time.perf_counter()
     from megatron_mm.cli.main import main as command
@@ -74,7 +74,7 @@ def trace(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def link_shards(source: Path, *, shards: int) -> None:
-    """Give a source so many shards: its own ones under more names, and an index of them."""
+    """Give a source at least `shards` shards: its own ones linked under more names, and an index of them."""
     from megatron_mm.data.sources.index import open_index
     from megatron_mm.data.sources.index_files import META, write_index
     from megatron_mm.data.sources.shard_table import Shard, ShardTable
@@ -91,7 +91,7 @@ def link_shards(source: Path, *, shards: int) -> None:
             path = source / f"copy-{copy:06d}-{shard.name}"
             try:
                 os.link(source / shard.name, path)
-            except OSError:  # a file system allows so many links of a file
+            except OSError:  # file systems limit the links to a file
                 path.write_bytes((source / shard.name).read_bytes())
             table.append(Shard(path.name, shard.size, path.stat().st_mtime_ns, shard.digest))
         samples, items = index.sample_rows.copy(), index.item_rows
@@ -109,7 +109,7 @@ def link_shards(source: Path, *, shards: int) -> None:
 
 
 def prepare(folder: Path, *, shards: int) -> None:
-    """The demo's data with so many shards in all."""
+    """Prepare the demo's data with about `shards` shards in all."""
     from megatron_mm.data.prepare.demo import prepare_demo
 
     prepare_demo(folder / "data", samples=240)
@@ -119,7 +119,7 @@ def prepare(folder: Path, *, shards: int) -> None:
 
 
 def run_traced(arguments: argparse.Namespace, folder: Path, *, rank: int, world_size: int, batch: int) -> dict[str, Any]:
-    """Launch one process, and what it found."""
+    """Launch one process; return its results."""
     words = [sys.executable, __file__, "--folder", str(folder), "--recipe", arguments.recipe]
     words += ["--rank", str(rank), "--world-size", str(world_size), "--batch", str(batch)]
     done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True)
@@ -128,7 +128,7 @@ def run_traced(arguments: argparse.Namespace, folder: Path, *, rank: int, world_
 
 
 def report(found: dict[tuple[int, int], dict[str, Any]], *, baseline: int) -> None:
-    """Parts of each process, then files and messages, and ratios to the smallest world size."""
+    """Print the parts of each process's time, then files and messages, and ratios to the smallest world size."""
     for rank in sorted({rank for rank, _ in found}):
         ours = {size: run for (of, size), run in found.items() if of == rank}
         print(f"\nrank {rank}: seconds of the clock (of the processor)" + "".join(f"{size:>16} processes" for size in ours))

@@ -1,10 +1,10 @@
-"""What the trainer adds to a training step: its step against a bare megatron-core loop on the same model and batches.
+"""Overhead of the trainer: its step compared with a bare megatron-core loop on the same model and batches.
 
     .venv/bin/python benchmarks/trainer_overhead.py --data data/demo
 
-Both run in one process, in turn, on the same weights, optimizer and micro-batches. The bare loop is zero, schedule, step, with
-batches that already lie in memory; the trainer's step includes the wait for data, metrics, console and hooks. Prints the
-median of each and their ratio.
+Both run in one process, in turn, on the same weights, optimizer and micro-batches. The bare loop zeroes the gradients, runs the schedule
+and steps the optimizer, with batches already in memory; the trainer's step includes the wait for data, metrics, console and hooks. Prints
+the median of each and their ratio.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_mm.training.trainer import Trainer
 
 
 def bare_step(trainer: Trainer, micro_batches: list[PackedBatch]) -> None:
-    """megatron-core alone: what every loop on it must at least do."""
+    """Run a step with megatron-core alone: the least that every loop on it must do."""
 
     def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Any, ...]:
         batch = next(batches)
@@ -53,7 +53,7 @@ def bare_step(trainer: Trainer, micro_batches: list[PackedBatch]) -> None:
         micro_batch_size=1,
         forward_only=False,
     )
-    # What the optimizer's own step() does, which insists on CUDA tensors when it clips.
+    # As the optimizer's own step(), whose clipping requires CUDA tensors.
     trainer.optimizer.prepare_grads()
     norm = torch.tensor(float(trainer.optimizer.get_grad_norm()))
     torch.nn.utils.clip_grads_with_norm_(trainer.optimizer.get_parameters(), trainer.experiment.optimizer.clip_grad_norm, norm)

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 def pairs(folder: Path, count: int) -> list[tuple[str, bytes, str]]:
-    """(name, encoded image, caption) of the first `count` pairs."""
+    """Return (name, encoded image, caption) of the first `count` pairs."""
     found: dict[str, dict[str, bytes]] = {}
     for tar in sorted(folder.glob("*.tar")):
         with tarfile.open(tar) as archive:

@@ -1,4 +1,4 @@
-"""`megatron-mm convert` under the name that users of Megatron look for.
+"""`megatron-mm convert` under the name that Megatron users expect.
 
 python tools/convert_checkpoint.py {to-hf,from-hf,inspect,upcycle} ...
 """

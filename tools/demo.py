@@ -1,4 +1,4 @@
-"""`make demo`: from drawn pictures to a captioning Hugging Face model, through everything that a large run goes through."""
+"""`make demo`: from drawn pictures to a Hugging Face model that captions them, through every stage of a large run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PICTURE_PROGRAM = Path(__file__).with_name("readme_pictures.py")
 
 
 def run(title: str, *command: str | Path) -> None:
-    """Run a command, its output on the terminal; ends the demo where it fails."""
+    """Run a command with its output on the terminal; end the demo if it fails."""
     print(f"\n== {title}\n   {' '.join(str(word) for word in command)}", flush=True)
     began = time.monotonic()
     code = subprocess.run([str(word) for word in command], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode

@@ -1,11 +1,11 @@
-"""A small run that meets one fault after another, in a random order, and must end with the weights of a run that met none.
+"""Inject one fault after another, in random order, into a small run: it must end with the weights of an undisturbed run.
 
     make test-faults                                      # or: python tools/fault_drill.py --out build/faults [--seed 2] [--faults 8]
 
-Each start of the disturbed run has one fault drawn for it, with the process and the step; a start that survives its fault is asked to end
-a few steps later. Then the same command is started again, as a cluster would do, until all faults were met and all steps are done. Weights,
-optimizer and losses must be the undisturbed run's bit for bit. With `--change-layout` each start takes another layout, and they must agree
-to 1e-5 relative, but for what is nothing but rounding (`ROUNDING`).
+For each start of the disturbed run, one fault, the process and the step are drawn at random; a start that survives its fault is stopped a
+few steps later. Then the same command is started again, as a cluster would do, until all faults have occurred and all steps are done.
+Weights, optimizer state and losses must be bit-identical to the undisturbed run's. With `--change-layout` each start draws its layout at
+random, and they must agree to 1e-5 relative, except for tensors that consist of rounding errors alone (`ROUNDING`).
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from megatron_mm.training.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 FAULTS = ("kill", "stop", "hang", "collective", "loader", "term", "full disk", "damaged checkpoint", "second run", "killed while saving")
 LAYOUTS = ({"parallel.tensor": 2}, {"parallel.pipeline": 2}, {})
-"""On two processes."""
+"""Layouts for two processes."""
 SURVIVED = {"full disk": 5, "damaged checkpoint": 2, "second run": 2}
-"""Faults that do not end a start, and how many steps after them it is asked to end."""
+"""Faults that do not end a start, and how many steps later it is then stopped."""
 STEPS, INTERVAL = 48, 3
-"""More steps than all faults together can get through."""
+"""More steps than the run completes before the last fault."""
 WATCHDOG_SECONDS = 30.0
 TIMEOUT = 300
 TOLERANCE = 1e-5
 ROUNDING = "linear_qkv.bias"
-"""Ends of names. The keys' part of this bias has no gradient, because softmax does not see what all keys have in common: Adam scales its
-rounding up to whole steps."""
+"""Ending of the names of such tensors. The keys' part of this bias has no gradient, because a vector added to all keys does not change the
+softmax: Adam scales the rounding errors up to full steps."""
 
 
 def command(data: Path, run_dir: Path, layout: dict[str, int]) -> list[str]:
@@ -70,7 +70,7 @@ def command(data: Path, run_dir: Path, layout: dict[str, int]) -> list[str]:
 
 
 def start(words: list[str], log: Path, fault: str, once: Path, *, stop: int = 0) -> tuple[int, float]:
-    """Exit code and seconds of one start of the run, which is asked to end after step `stop`."""
+    """Start the run, which is to end after step `stop` unless that is 0; return its exit code and seconds."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -91,12 +91,12 @@ def start(words: list[str], log: Path, fault: str, once: Path, *, stop: int = 0)
 
 
 def disturb(data: Path, run_dir: Path, *, count: int, seed: int, change_layout: bool) -> list[str]:
-    """Start the run until it is done; the faults that it met."""
+    """Start the run again and again until it is done; return the faults injected, in order."""
     chance, met = random.Random(seed), []
     kinds = [kind for _ in range(count) for kind in chance.sample(FAULTS, len(FAULTS))][:count]
     log, once = run_dir.parent / "log", run_dir.parent / "fault"
     for kind in [*kinds, "none"]:
-        if kind == "damaged checkpoint" and len(completed_checkpoints(run_dir)) < 2:  # it needs another one to resume from
+        if kind == "damaged checkpoint" and len(completed_checkpoints(run_dir)) < 2:  # without an older one the run could not resume
             start(command(data, run_dir, LAYOUTS[0]), log, "none 0 0", once, stop=_steps(run_dir) + 2 * INTERVAL)
         steps = _steps(run_dir)
         rank, step = chance.randrange(2), steps + chance.randint(1, 3)
@@ -124,7 +124,7 @@ def disturb(data: Path, run_dir: Path, *, count: int, seed: int, change_layout: 
 
 
 def _two(words: list[str], log: Path, once: Path, *, step: int, stop: int) -> tuple[int, float]:
-    """The run, and while it waits after a step another one on the same directory, which must be refused."""
+    """Start the run, and while it pauses after a step, start another on the same directory, which must be refused."""
     other, go = once.with_name("second.log"), once.with_suffix(".go")
     go.unlink(missing_ok=True)
     first = subprocess.Popen(
@@ -140,7 +140,7 @@ def _two(words: list[str], log: Path, once: Path, *, step: int, stop: int) -> tu
 
 
 def _damage(run_dir: Path) -> None:
-    """Flip a byte in the newest checkpoint, where there is another one."""
+    """Flip a bit in the newest checkpoint, if there is an older one."""
     found = completed_checkpoints(run_dir)
     if len(found) > 1:
         path = max((found[-1] / "tensors").glob("*.distcp"), key=lambda path: path.stat().st_size)
@@ -154,14 +154,14 @@ def _steps(run_dir: Path) -> int:
 
 
 def _losses(run_dir: Path) -> dict[int, float]:
-    """By step; a full disk takes no lines."""
+    """Return the logged losses by step; steps on a full disk have no line."""
     path = run_dir / "metrics.jsonl"
     lines = read_metrics(path) if path.is_file() else []
     return {line["step"]: line["loss"] for line in lines}
 
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a run's last checkpoint but the generators: weights and optimizer."""
+    """Return all tensors of a run's last checkpoint except the generators' states: weights and optimizer."""
     folder = str(completed_checkpoints(run_dir)[-1] / "tensors")
     sizes = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     state = {
@@ -174,7 +174,7 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def compare(one: Path, other: Path, *, exactly: bool) -> float:
-    """The largest relative difference of a tensor; raises SystemExit where it is too large."""
+    """Return the largest relative difference between two tensors of a name; raise SystemExit if it is too large."""
     a, b = tensors(one), tensors(other)
     assert a.keys() == b.keys(), "not the same tensors"
     names = [name for name in a if exactly or not name.endswith(ROUNDING)]

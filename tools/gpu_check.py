@@ -1,11 +1,11 @@
-"""`make gpu-check`: is what runs on this GPU what the tests hold on a CPU?
+"""`make gpu-check`: does this GPU compute what the tests verify on a CPU?
 
     python tools/gpu_check.py [--device cpu]
 
 Compares Transformer Engine's layers with plain PyTorch's in bf16 and FP8 for every family, DALI's GPU decoder with the CPU's, and the
-fused optimizer that megatron-core finds with torch's AdamW. Each check is a process of its own; on a GPU they run at the same time. Prints
-each line of its table as soon as it is known; exit code 1 where a check fails, 2 where there is no GPU. `--device cpu` runs the checks
-that need no GPU, so that this program is known to work.
+fused optimizer that megatron-core finds with torch's AdamW. Each check is a process of its own; on a GPU they run at the same time. Each
+line of the table is printed as soon as its result is known. The exit code is 1 if a check fails and 2 if there is no GPU. `--device cpu`
+runs the checks that need no GPU, which tests this program itself.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ distributed_optimizer: Any = importlib.import_module("megatron.core.optimizer.di
 
 STEPS = 5
 RECIPES = ("debug_mm1", "debug_mm1_moe", "debug_infimm", "debug_mono_internvl")
-"""One of every family, and one with experts."""
+"""One recipe of every family, and one with experts."""
 GATE = 0.7
-"""What gates are opened to: a closed one hides all that is behind it."""
+"""Value that gates are set to: a closed gate hides every error behind it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Skipped:
-    """What could not be checked here, and why."""
+    """A check that cannot run here, and why."""
 
     what: str
     why: str
@@ -85,27 +85,27 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a few steps of training did."""
+    """Results of a few training steps."""
 
     images: list[int]
-    """Of the micro-batches of the first step."""
+    """Images in each micro-batch of the first step."""
     logits: dict[str, torch.Tensor]
-    """Of these, on the CPU in fp32, by their number."""
+    """Logits of these micro-batches, on the CPU in fp32, by the micro-batch's number."""
     layers: dict[str, torch.Tensor]
-    """Output of every layer for these, likewise, by the layer's name and the number."""
+    """Output of every layer for these micro-batches, on the CPU in fp32, by "<layer's name> <micro-batch's number>"."""
     losses: list[float]
     gradients: dict[str, torch.Tensor]
-    """Of the first step, by the parameter's name in checkpoints."""
+    """Gradients of the first step, by the parameter's name in checkpoints."""
 
 
 def experiment(data: Path, *, precision: str, layers: str, recipe: str = "debug_mm1") -> Experiment:
-    """A debug recipe with heads of 64 and widths that FP8 products can take; every other sequence is text alone."""
+    """Build a debug recipe with heads of 64 and widths allowed in FP8 products; half of the sequences are text only."""
     base = get_recipe(recipe)
     return replace(
         base,
         model=_widened(base.model),
         data=replace(base.data, path=data, decoder="pillow", mixture={"pairs": 0.25, "interleaved": 0.25, "text": 0.5}),
-        optimizer=replace(base.optimizer, clip_grad_norm=0.0),  # gradients are looked at after the step
+        optimizer=replace(base.optimizer, clip_grad_norm=0.0),  # the gradients are read after the step
         train=replace(base.train, global_batch_size=4, micro_batch_size=1, precision=precision, layers=layers),  # type: ignore[arg-type]
     )
 
@@ -120,7 +120,7 @@ def _widened(model: ModelConfig) -> ModelConfig:
 
 
 def hide_nothing(chunk: torch.nn.Module) -> None:
-    """Open the gates, and make visual experts, which begin as copies, differ from the text's."""
+    """Open the gates, and make the visual experts, which begin as copies, differ from the text experts."""
     for name, parameter in chunk.named_parameters():
         if name.endswith("_gate"):
             parameter.data.fill_(GATE)
@@ -129,7 +129,7 @@ def hide_nothing(chunk: torch.nn.Module) -> None:
 
 
 def train(settings: Experiment) -> Seen:
-    """A few steps on demo data. Initial weights and data depend on names and seeds alone, so they are the same for all settings."""
+    """Train a few steps on demo data. Initial weights and data depend only on names and seeds, so all settings start alike."""
     check_shapes(settings, 1)
     topology = topologies.initialize(settings.parallel, seed=settings.train.seed)
     try:
@@ -154,7 +154,7 @@ def train(settings: Experiment) -> Seen:
 
 
 def _padded_alike(settings: Experiment) -> Experiment:
-    """With micro-batches of the same numbers of tokens in every precision: FP8's."""
+    """Pad micro-batches as FP8 requires in every precision, so that all have the same number of tokens."""
     return replace(settings, train=replace(settings.train, precision="fp8"))
 
 
@@ -177,7 +177,7 @@ def _keep(into: dict[str, torch.Tensor], name: str) -> Callable[..., Any]:
 
 
 def _gradients(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The optimizer neither clips nor changes the buffers that hold them."""
+    """Read the gradients after the step: the optimizer neither clips nor changes the buffers that hold them."""
     state = chunk.sharded_state_dict(metadata=dict(STATE_METADATA))  # type: ignore[operator]
     found: dict[str, torch.Tensor] = {}
     for entry in state.values():
@@ -188,24 +188,24 @@ def _gradients(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def distance(one: list[float], other: list[float]) -> float:
-    """Largest relative difference."""
+    """Return the largest relative difference."""
     return max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
 
 
 def farthest(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
-    """Norm of the difference over the norm, of the tensor where this is largest; a NaN is farther than anything."""
+    """Return the largest |one - other| / |other| (norms) of any tensor; infinity if one is NaN."""
     assert ones.keys() == others.keys() and ones, "not the same names"
     found = torch.stack([(one - others[name]).norm() / others[name].norm().clamp(min=1e-12) for name, one in ones.items()])
     return float("inf") if found.isnan().any() else float(found.max())
 
 
 def together(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
-    """The same of all tensors as one long vector."""
+    """Return |ones - others| / |others| with all tensors as one long vector."""
     return farthest(*({"all": torch.cat([each[name].flatten() for name in others])} for each in (ones, others)))
 
 
 def check_layers(data: Path, device: torch.device, *, recipe: str) -> Iterator[Checked | Skipped]:
-    """A family in bf16 and FP8 against its fp32 PyTorch layers, and these against themselves."""
+    """Compare a family in bf16 and FP8 with its fp32 PyTorch layers; for the first recipe, also compare these with a repeat."""
     exact = train(experiment(data, precision="fp32", layers="torch", recipe=recipe))
     assert 0 in exact.images and max(exact.images) > 0, f"micro-batches with {exact.images} images: some must have none, some any"
     if recipe == RECIPES[0]:
@@ -216,7 +216,7 @@ def check_layers(data: Path, device: torch.device, *, recipe: str) -> Iterator[C
 
 @dataclass(frozen=True)
 class Limits:
-    """Relative differences that are allowed."""
+    """Allowed relative differences."""
 
     logits: float
     layer: float
@@ -232,10 +232,10 @@ def against(exact: Seen, seen: Seen, *, what: str, limits: Limits) -> Iterator[C
 
 
 def check_precisions(data: Path, device: torch.device, *, recipe: str, exact: Seen) -> Iterator[Checked | Skipped]:
-    """bf16 and FP8 layers against fp32 PyTorch ones of the same weights, on the same batches: rounding alone may tell them apart.
+    """Compare bf16 and FP8 layers with fp32 PyTorch layers of the same weights on the same batches: only rounding may differ.
 
-    The yardstick of bf16 is what PyTorch's own bf16 layers are off by, three times of it. FP8 keeps 3 bits of mantissa (rounding to
-    2^-4 of a value, and to 2^-3 in the gradients, which have 2 bits), which partly averages out in sums of hundreds.
+    In bf16, three times the error of PyTorch's own bf16 layers is allowed. FP8 has 3 bits of mantissa (rounding to 2^-4 of a value) and
+    2 bits in gradients (rounding to 2^-3); its errors partly average out in sums of hundreds of terms.
     """
     plain = train(experiment(data, precision="bf16", layers="torch", recipe=recipe))
     yield from against(exact, plain, what=f"{recipe} torch bf16", limits=Limits(5e-2, 5e-2, 1e-1, 2e-2))
@@ -256,7 +256,10 @@ def check_precisions(data: Path, device: torch.device, *, recipe: str, exact: Se
 
 
 def check_decoders(data: Path, device: torch.device) -> Iterator[Checked | Skipped]:
-    """DALI's decoder against Pillow, and on a GPU against its own CPU backend: levels of 255, on average and at the 99.9th percentile."""
+    """Compare DALI's decoder with Pillow, and on a GPU also with its own CPU backend.
+
+    Differences are in levels (0 to 255): their mean and their 99.9th percentile.
+    """
     if not has_dali():
         yield Skipped("DALI", "is not installed")
         return
@@ -283,7 +286,7 @@ def check_decoders(data: Path, device: torch.device) -> Iterator[Checked | Skipp
 
 
 def check_optimizer(data: Path, device: torch.device) -> Iterator[Checked | Skipped]:
-    """The Adam that megatron-core uses here against torch's AdamW and ours: weights and moments after 5 steps on the same gradients."""
+    """Compare the Adam that megatron-core uses here with torch's AdamW and ours: weights and moments after 5 steps on equal gradients."""
     adam.install()
 
     def steps(kind: Callable[..., Any]) -> dict[str, torch.Tensor]:
@@ -308,7 +311,7 @@ def check_optimizer(data: Path, device: torch.device) -> Iterator[Checked | Skip
 
 
 def check_fp8_weights(data: Path, device: torch.device) -> Iterator[Checked | Skipped]:
-    """Weights that are FP8 themselves against bf16 ones, which are rounded to the same: losses, and those of a run with a stop."""
+    """Compare weights stored in FP8 with bf16 weights that are cast to the same FP8 values: losses, with and without a restart."""
     if device.type != "cuda" or importlib.util.find_spec("transformer_engine") is None:
         yield Skipped("FP8 weights", "needs a GPU with Transformer Engine")
         return
@@ -322,7 +325,7 @@ def check_fp8_weights(data: Path, device: torch.device) -> Iterator[Checked | Sk
 
 
 def run_on(data: Path, kinds: list[type], *, settings: Experiment | None = None, steps: int = 3) -> list[float]:
-    """Losses of a run in parts of some steps, each part with its own kind of Adam, from the checkpoint of the part before."""
+    """Return the losses of a run in parts of `steps` steps, each with its own kind of Adam, resumed from the previous part's checkpoint."""
     settings = settings or experiment(data, precision="fp32", layers="torch")
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -350,7 +353,7 @@ def run_on(data: Path, kinds: list[type], *, settings: Experiment | None = None,
 
 @contextlib.contextmanager
 def using(kind: type) -> Iterator[None]:
-    """megatron-core builds this kind of Adam inside."""
+    """Make megatron-core build this kind of Adam inside the context."""
     before = megatron_optimizer.Adam
     megatron_optimizer.Adam = distributed_optimizer.Adam = kind
     try:
@@ -368,15 +371,15 @@ CHECKS: dict[str, Callable[[Path, torch.device], Iterator[Checked | Skipped]]] =
 
 
 def run_one(name: str, data: Path, device: torch.device) -> None:
-    """A check, in a process of its own."""
+    """Run one check; this process exists for it alone."""
     wait_for_turn()
-    torch.backends.cudnn.allow_tf32 = False  # else fp32 convolutions on a GPU keep 10 bits, and fp32 is what all is measured by
+    torch.backends.cudnn.allow_tf32 = False  # else fp32 convolutions on a GPU keep 10 bits, and fp32 is the reference
     for line in CHECKS[name](data, device):
         emit({**asdict(line), "holds": line.holds if isinstance(line, Checked) else None})
 
 
 def show(row: Row) -> None:
-    """A line of the table, as soon as it is known."""
+    """Print a line of the table as soon as it is known."""
     if "ended" in row:
         if row["ended"] != 0:
             print(f"{row['part']}: {row['why']}", *row.get("stderr", []), sep="\n  ", flush=True)

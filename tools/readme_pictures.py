@@ -1,4 +1,4 @@
-"""The pictures of README.md, from what `make demo` left: `python tools/readme_pictures.py demo_output docs/images`."""
+"""Draw README.md's pictures from the output of `make demo`: `python tools/readme_pictures.py demo_output docs/images`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE = {"figsize": (6.4, 3.2), "dpi": 110}
 
 
 def loss_curve(run_dir: Path, out: Path) -> None:
-    """Training loss over steps, each source's thin, and where the run was stopped and resumed."""
+    """Plot the training loss over steps, each source's as a thin line, and mark the step of the stop and restart."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
     figure, axes = plt.subplots(**SIZE)
@@ -36,7 +36,7 @@ def loss_curve(run_dir: Path, out: Path) -> None:
 
 
 def captions(table: Path, out: Path, *, count: int = 6) -> None:
-    """Held-out images with the captions of the exported model: green where they are exactly right."""
+    """Draw held-out images with the exported model's captions: green if exactly right, else red."""
     rows = re.findall(r"^\| !\[\]\((.+?)\) \| (.+?) \| (.*?) \|$", table.read_text(), re.MULTILINE)[:count]
     figure, cells = plt.subplots(1, len(rows), figsize=(1.6 * len(rows), 2.2), dpi=110)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.26, top=0.98, wspace=0.15)

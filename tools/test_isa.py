@@ -1,7 +1,7 @@
 """Run tests with the kernels of each instruction set that this processor has: `tools/test_isa.py PYTEST_ARGUMENT ...` (`make test-isa`).
 
-ATen, oneDNN and MKL choose their kernels by what the processor offers, and each of them adds in another order. A test whose tolerance is
-right passes with all of them. Slow tests are left out.
+ATen, oneDNN and MKL choose kernels for the processor's instruction set, and each kernel sums in a different order. A test whose tolerance
+is right passes with all of them. Slow tests are left out.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ INSTRUCTION_SETS = {
     "avx2": ("avx2", {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}),
     "avx512": ("avx512f", {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_ENABLE_INSTRUCTIONS": "AVX512"}),
 }
-"""By name: the flag of /proc/cpuinfo that it needs, and what limits the libraries to it."""
+"""For each name: the required flag of /proc/cpuinfo, and the environment variables that limit the libraries to this instruction set."""
 
 
 def main() -> int:
-    """The exit code: 0 where all passed, else pytest's of the last that failed."""
+    """Return the exit code: 0 if all runs passed, else pytest's code of the last one that failed."""
     has, code = set(Path("/proc/cpuinfo").read_text().split()), 0
     for name, (flag, limits) in INSTRUCTION_SETS.items():
         if flag not in has:

@@ -1,11 +1,11 @@
-"""What runs on other versions of megatron-core (`make test-engines`), as a table:
+"""Try other versions of megatron-core and print a table of what works (`make test-engines`):
 
     python tools/try_engines.py .venv/bin/python=0.16.0,0.16.1 .venv312/bin/python=0.17.0,0.18.2 [--tests tests/platform ...]
 
-Each version is installed into a folder of its own, which comes before the interpreter's own megatron-core. Every family's debug recipe
-trains two steps on four processes, resumes for two more in another layout, and is exported. The losses must be those of
-`tests/golden_runs`, and the table says how far they are off. A plan is made, and the tests named are run. What failed is told below the
-table; the exit code is then 1.
+Each version is installed into a folder of its own, which precedes the interpreter's own megatron-core on the import path. Every family's
+debug recipe trains two steps on four processes, resumes for two more in another layout, and is exported. The losses must match those in
+`tests/golden_runs`; the table shows by how much they differ. A plan is made, and the tests given with `--tests` are run. Failures are
+listed below the table; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ LAYOUTS = {
     "debug_infimm": (MODEL_PARALLEL, ()),
     "debug_mono_internvl": (MODEL_PARALLEL, ()),
 }
-"""The layout that each recipe trains in on four processes, and the one that it resumes in on two."""
+"""For each recipe, the layout for training on four processes and the layout for resuming on two."""
 STEPS = (2, 4)
-"""Where training stops, and where it ends."""
+"""Step at which training stops first, and step at which it ends."""
 TOLERANCE = 2e-5
-"""Relative, fp32: 1e-5 between processors (`tests/test_golden_runs.py`) and 1e-5 between layouts (`tests/parallel/test_layouts.py`)."""
+"""Relative, fp32: 1e-5 between processors (`tests/test_golden_runs.py`) plus 1e-5 between layouts (`tests/parallel/test_layouts.py`)."""
 TIMEOUT = 900
-"""Seconds of one command; the tests have four times as many."""
+"""Time limit of one command, in seconds; the tests may take four times as long."""
 
 
 @dataclass
 class Engine:
-    """A version of megatron-core with an interpreter, and what was seen of it."""
+    """A version of megatron-core with its interpreter, and the results of its trials."""
 
     python: Path
     version: str
     folder: Path
-    """Where the version is installed."""
+    """Folder that the version is installed in."""
     out: Path
-    """Runs, logs."""
+    """Folder of its runs and logs."""
     cells: dict[str, str] = field(default_factory=dict)
-    """The table's row: column to text."""
+    """Row of the table: column to text."""
     problems: list[str] = field(default_factory=list)
 
     def run(self, name: str, *words: str | Path, timeout: int = TIMEOUT) -> str:
-        """The output of a command of this interpreter; also in a log. Raises RuntimeError with its last line where it fails."""
+        """Run this interpreter and return its output, which is also logged; raise RuntimeError with its error line if it fails."""
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -78,14 +78,14 @@ class Engine:
 
 
 def _error(text: str) -> str:
-    """The line of a log that says most."""
+    """Return the last line of a log that reports an error, else its last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line for line in lines if "Error: " in line or "megatron-mm: error" in line]
     return (said or lines or ["no output"])[-1][:240]
 
 
 def install(engine: Engine) -> None:
-    """Of the version asked for alone: what it needs is there with the interpreter's own."""
+    """Install megatron-core alone, in the requested version: the interpreter's environment already has its dependencies."""
     if engine.folder.is_dir():
         return
     aside = engine.folder.with_name(f"{engine.folder.name}.part")
@@ -97,7 +97,7 @@ def install(engine: Engine) -> None:
 
 
 def versions(engine: Engine) -> str:
-    """Fill the columns of versions; returns what `doctor` says of megatron-core."""
+    """Fill the columns with version numbers; return what `doctor` reports about megatron-core."""
     program = "import sys, importlib.metadata as m; print(sys.version.split()[0], *(m.version(p) for p in ('torch', 'megatron-core')))"
     python, torch, core = engine.run("versions", "-c", program).split()[-3:]
     if core != engine.version:
@@ -131,7 +131,7 @@ def train(engine: Engine, recipe: str, data: Path) -> str:
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Inside, an error begins with the name of what was done."""
+    """Prefix errors raised inside the context with the name of the step."""
     try:
         yield
     except RuntimeError as error:
@@ -144,13 +144,13 @@ def plan(engine: Engine) -> str:
 
 
 def tests(engine: Engine, paths: list[str]) -> str:
-    """The last line of pytest, without its time."""
+    """Run the tests; return pytest's last line without its time."""
     said = engine.run("tests", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *paths, timeout=4 * TIMEOUT)
     return said.strip().splitlines()[-1].strip("= ").split(" in ")[0]
 
 
 def trials(engine: Engine, data: Path, paths: list[str]) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Columns of the table and what fills them."""
+    """Yield each column of the table and the function that fills it."""
     yield "doctor", lambda: versions(engine)
     for recipe in LAYOUTS:
         yield recipe, lambda recipe=recipe: train(engine, recipe, data)  # type: ignore[misc]
@@ -160,7 +160,7 @@ def trials(engine: Engine, data: Path, paths: list[str]) -> Iterator[tuple[str, 
 
 
 def table(engines: list[Engine]) -> str:
-    """A row for each version."""
+    """Format the table, one row per version."""
     columns = list(dict.fromkeys(column for engine in engines for column in ("Python", "torch", *engine.cells)))
     rows = [["megatron-core", *columns]] + [[engine.version, *(engine.cells.get(column, "") for column in columns)] for engine in engines]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
