@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 def choose_backend(experiment: Experiment, *, on_gpu: bool) -> Backend:
-    """The layer backend that `train.layers` asks for; auto takes plain PyTorch, and says so, on a GPU that lacks a kernel for the other.
+    """Return the layer backend for `train.layers`. On a GPU that lacks a kernel of Transformer Engine, auto uses plain PyTorch and warns.
 
-    Raises ValueError if Transformer Engine is asked for, or FP8 needs it, and it or its attention over packed documents is not here; or
-    is asked for in fp32, for which that attention has no kernel.
+    Raises ValueError if Transformer Engine is requested, or needed for FP8, but it or its attention over packed documents is missing; and
+    if it is requested in fp32, for which its attention has no kernel.
     """
     train = experiment.train
     has_te = on_gpu and importlib.util.find_spec("transformer_engine") is not None
@@ -60,7 +60,7 @@ def choose_backend(experiment: Experiment, *, on_gpu: bool) -> Backend:
 
 
 def _choose(experiment: Experiment, topology: Topology) -> tuple[Backend, Kernels]:
-    """Layer backend and fused kernels on this process's device; the plainest where only shapes are wanted."""
+    """Return layer backend and fused kernels for this process's device; on the meta device plain PyTorch without fused kernels."""
     if topology.device.type == "meta":
         return "torch", Kernels()
     backend = choose_backend(experiment, on_gpu=topology.device.type == "cuda")
@@ -68,7 +68,7 @@ def _choose(experiment: Experiment, topology: Topology) -> tuple[Backend, Kernel
 
 
 def build_chunks(experiment: Experiment, topology: Topology) -> list[MegatronModule]:
-    """The pipeline chunks of this process, their weights allocated on its device and not initialised."""
+    """Build the pipeline chunks of this process, with weights allocated on its device but not initialised."""
     family = family_of(experiment.model)
     chunks = []
     for virtual_stage in range(experiment.parallel.virtual):
@@ -96,7 +96,7 @@ def _context(experiment: Experiment, topology: Topology, *, virtual_stage: int) 
 
 
 def build_encoder(experiment: Experiment, topology: Topology) -> ImageEncoder | None:
-    """The image encoder of a process, where all pipeline ranks hold it; allocated and not initialised."""
+    """Build the image encoder if all pipeline ranks hold it, allocated but not initialised; return None otherwise."""
     if not experiment.parallel.spread_encoder:
         return None
     with torch.device(topology.device):
@@ -104,7 +104,7 @@ def build_encoder(experiment: Experiment, topology: Topology) -> ImageEncoder | 
 
 
 def _make_user_buffers(experiment: Experiment, topology: Topology) -> None:
-    """What `parallel.overlap_tensor` needs beside layers that use it."""
+    """Create the user buffers that `parallel.overlap_tensor` needs."""
     parallel = experiment.parallel
     if parallel.overlap_tensor and parallel.sequence_parallel and _choose(experiment, topology)[0] == "te":
         engine.make_user_buffers(
@@ -116,9 +116,9 @@ def _make_user_buffers(experiment: Experiment, topology: Topology) -> None:
 
 
 def build_model(experiment: Experiment, topology: Topology) -> list[DistributedDataParallel]:
-    """The chunks of this process with their initial weights, wrapped so that gradients are reduced over data parallelism.
+    """Build the chunks of this process with initial weights, wrapped for data parallelism.
 
-    Raises ValueError, on all processes, if the freeze policy has a pattern that matches nothing.
+    Raises ValueError, on all processes, if a pattern of the freeze policy matches nothing.
     """
     parallel = experiment.parallel
     _make_user_buffers(experiment, topology)
@@ -142,7 +142,7 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
     )
     model: list[DistributedDataParallel] = []
     for index, chunk in enumerate(chunks):
-        # Later chunks have their whole backward pass to hide one large reduction in; buckets would only add messages.
+        # The later chunks' backward passes can hide one large reduction; buckets would only add messages.
         model.append(DataParallel(config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0))
     spread = None if encoder is None else _spread(encoder, chunks[0], ddp, topology)
     if _choose(experiment, topology)[1].weight_gradients:
@@ -159,7 +159,8 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
 
 
 def _spread(encoder: ImageEncoder, first: MegatronModule, config: DistributedDataParallelConfig, topology: Topology) -> SpreadEncoder:
-    """Wrap the encoder for data parallelism over all processes and put it beside the first chunk, which encodes with it what nobody has."""
+    """Wrap the encoder for data parallelism over all processes and attach it to the first chunk, which uses it for images that were not
+    encoded in advance."""
     config = replace(config, overlap_grad_reduce=False, overlap_param_gather=False)  # its backward pass is the step's last
     wrapped = DataParallel(config=encoder.config, ddp_config=config, module=encoder, pg_collection=replicated_groups())
     spread = SpreadEncoder(wrapped, tensor_rank=topology.tensor_rank)

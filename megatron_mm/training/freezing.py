@@ -17,7 +17,7 @@ from megatron_mm.families.registry import family_of
 
 
 def trainable_patterns(experiment: Experiment) -> tuple[str, ...]:
-    """Regular expressions, one of which matches the beginning of the global name of every trainable parameter.
+    """Return regular expressions; a parameter is trainable if one of them matches the beginning of its global name.
 
     Raises ValueError if the model's family has no freeze policy of that name.
     """
@@ -25,19 +25,19 @@ def trainable_patterns(experiment: Experiment) -> tuple[str, ...]:
 
 
 def freeze(chunk: torch.nn.Module, patterns: Sequence[str]) -> None:
-    """Make those parameters of a pipeline chunk trainable whose names a pattern matches, and freeze the others.
+    """Make the parameters of a pipeline chunk trainable whose names match a pattern, and freeze the others.
 
-    A chunk numbers its decoder layers from its own first one; patterns do not tell layers apart.
+    Each chunk numbers its decoder layers from 0, so patterns cannot distinguish layers.
     """
     for name, parameter in chunk.named_parameters():
         parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
 
 
 def check_patterns(experiment: Experiment, names: Iterable[str]) -> None:
-    """Raise ValueError where a pattern of the freeze policy matches no parameter of the whole model, which would stay frozen.
+    """Raise ValueError if a pattern of the freeze policy matches no parameter of the whole model. Called by all processes together.
 
     Args:
-        names: of the parameters on this process; all processes call this together.
+        names: names of the parameters on this process.
     """
     patterns, names = trainable_patterns(experiment), list(names)
     matched = [any(re.match(pattern, name) for name in names) for pattern in patterns]

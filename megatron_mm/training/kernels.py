@@ -13,9 +13,9 @@ from megatron_mm.models.layers import Backend
 
 
 def choose_kernels(experiment: Experiment, *, backend: Backend) -> Kernels:
-    """The kernels of this run on a layer backend.
+    """Return the kernels that this run uses on a layer backend.
 
-    Raises ValueError that names a kernel which is asked for and cannot run here, and why.
+    Raises ValueError if a requested kernel cannot run here, naming it and the reason.
     """
     missing = _missing(experiment, backend=backend)
     chosen = {}
@@ -28,7 +28,7 @@ def choose_kernels(experiment: Experiment, *, backend: Backend) -> Kernels:
 
 
 def _missing(experiment: Experiment, *, backend: Backend) -> dict[str, str]:
-    """Why each kernel cannot run here; empty if it can."""
+    """Return, for each kernel, the reason why it cannot run here; empty if it can."""
     no_te = "" if backend == "te" else "layers are plain PyTorch here, and it is Transformer Engine's"
     no_triton = no_te or ("" if importlib.util.find_spec("triton") is not None else "it is written in Triton, which is not installed")
     no_experts = "" if experiment.model.decoder.moe is not None else "the model has no experts"
@@ -43,9 +43,10 @@ def _missing(experiment: Experiment, *, backend: Backend) -> dict[str, str]:
 
 
 def fuse_weight_gradients(chunks: list[torch.nn.Module]) -> None:
-    """Tell Transformer Engine's layers to add weight gradients to `main_grad`, which data parallelism has given their weights by now.
+    """Make Transformer Engine's layers add weight gradients to `main_grad`, the buffer that the data-parallel wrapper has assigned.
 
-    Not by megatron-core's `gradient_accumulation_fusion`: that is asked of its own output layer as well, which then wants apex.
+    megatron-core's option `gradient_accumulation_fusion` is not used, because it also affects megatron-core's own output layer, which then
+    needs apex.
     """
     for chunk in chunks:
         for module in chunk.modules():

@@ -14,28 +14,27 @@ LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.
 
 @dataclass
 class LossTotals:
-    """Sums of a step's losses and counted tokens by source, over all processes once they have met."""
+    """Sums of a step's losses and counted tokens by source, over all processes."""
 
     losses: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
 
     @property
     def mean(self) -> float:
-        """Loss per counted token, nats; NaN where nothing counted."""
+        """Loss per counted token, in nats; NaN if no token counts."""
         total = sum(self.tokens)
         return sum(self.losses) / total if total else float("nan")
 
     def by_source(self, names: list[str]) -> dict[str, float]:
-        """Loss per counted token of each source that had any."""
+        """Return the loss per counted token of each source that has any."""
         return {name: loss / count for name, loss, count in zip(names, self.losses, self.tokens, strict=True) if count}
 
 
 def loss_function(batch: PackedBatch, *, num_sources: int) -> LossFunction:
-    """The function that megatron-core's schedule calls with the last stage's output for one micro-batch.
+    """Return the function that megatron-core's schedule calls with the last stage's output for one micro-batch.
 
-    It takes per-token losses [1, t] and returns (sum of the losses that count, their number as int32, [2, num_sources] sums by
-    source for the log). megatron-core adds the numbers up over micro-batches and data parallelism and divides the gradients
-    by the total once.
+    It takes per-token losses [1, t] and returns (sum of the losses that count, their number as int32, [2, num_sources] sums by source for
+    the log). megatron-core adds up the numbers over micro-batches and data parallelism and divides the gradients once by the total.
     """
 
     def compute(losses_1t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,11 +49,11 @@ def loss_function(batch: PackedBatch, *, num_sources: int) -> LossFunction:
 
 
 def own_losses(reported: list[torch.Tensor], *, contributes: bool, num_sources: int, device: torch.device) -> torch.Tensor:
-    """This process's part of the sums of a step's losses and counted tokens: [2, num_sources] float64 on its device.
+    """Return this process's part of the sums of a step's losses and counted tokens: [2, num_sources] float64 on its device.
 
     Args:
-        reported: [2, num_sources] of each micro-batch of this process; empty except on the last stage.
-        contributes: this process speaks for its data-parallel copy, so that nothing counts twice.
+        reported: [2, num_sources] for each micro-batch of this process; empty except on the last stage.
+        contributes: this process reports for its data-parallel copy, so that nothing counts twice.
     """
     total = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
     if contributes:
@@ -64,5 +63,5 @@ def own_losses(reported: list[torch.Tensor], *, contributes: bool, num_sources: 
 
 
 def micro_batch_iterator(batches: list[PackedBatch], device: torch.device) -> Iterator[PackedBatch]:
-    """The micro-batches of a step in order, each moved to the device when its turn comes."""
+    """Yield the micro-batches of a step in order, each moved to the device only when it is needed."""
     return (batch.to(device) for batch in batches)

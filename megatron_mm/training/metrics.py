@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one line per step, with one JSON object; the complete record of a run, whether W&B works or not."""
+"""`metrics.jsonl`: the complete record of a run, independent of W&B, with one JSON object (one line) per step."""
 
 from __future__ import annotations
 
@@ -19,66 +19,66 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 _POINTS = 2000
-"""Of a curve in a picture, at most."""
+"""Maximum number of points of a curve in a picture."""
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What is logged of a step. Numbers are of the whole global batch unless said otherwise."""
+    """The logged values of a step. They are for the whole global batch unless stated otherwise."""
 
     step: int
     loss: float
-    """Nats per counted token."""
+    """Loss in nats per counted token."""
     losses: dict[str, float]
-    """The same by source."""
+    """Loss of each source, in nats per counted token."""
     grad_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     lr: float
     tokens: int
-    """Padding not counted."""
+    """Tokens of the step, excluding padding."""
     images: int
     seconds: float
-    """Wall time of the step."""
+    """Wall time of the step, in seconds."""
     tokens_per_s: float
     tflops: float
     """TFLOP/s of one device (`flops`)."""
     mfu: float | None
     skipped: bool = False
-    """The gradient was not finite and no weight changed."""
+    """True if the gradient was not finite, so no weight changed."""
     skipped_steps: int = 0
-    """Such steps since the beginning of training."""
+    """Skipped steps since the beginning of training."""
     bad_samples: dict[str, int] = field(default_factory=dict)
     """Samples that failed at run time since the beginning of training, by source."""
     fill: float = 1.0
-    """Part of the batch that is not padding."""
+    """Fraction of the batch that is not padding."""
     data_seconds: float = 0.0
     """Part of `seconds` spent waiting for data."""
     experts: dict[str, float] = field(default_factory=dict)
-    """Sparse layers (`training.routing.RoutingStats.summary`); empty for a dense model."""
+    """Statistics of the sparse layers (`training.routing.RoutingStats.summary`); empty for a dense model."""
     source_tokens: dict[str, float] = field(default_factory=dict)
-    """Supervised tokens of each source: those that its loss is the mean of."""
+    """Supervised tokens of each source, over which its loss is the mean."""
     time: float = 0.0
-    """When the step ended, seconds since 1970."""
+    """End of the step, in seconds since 1970."""
     total_tokens: int = 0
-    """Since the beginning of training."""
+    """Tokens since the beginning of training."""
     total_images: int = 0
-    """Likewise."""
+    """Images since the beginning of training."""
     memory_gb: float = 0.0
-    """Of the main process, GB: the most that its GPU held so far, or what it has resident on a CPU."""
+    """Memory of the main process, in GB: the peak on its GPU so far, or the resident memory on a CPU."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of the step by phase on the main process (`training.phases`)."""
     balance: float | None = None
-    """Work of the mean data-parallel rank over that of the busiest, planned FLOPs; in steps of `monitor.detail_interval`."""
+    """Planned FLOPs of the mean data-parallel rank over those of the busiest; only in steps of `monitor.detail_interval`."""
     grad_norms: dict[str, float] = field(default_factory=dict)
-    """By part of the model, before clipping; in steps of `monitor.detail_interval`."""
+    """Gradient norms before clipping, by part of the model; only in steps of `monitor.detail_interval`."""
     param_norms: dict[str, float] = field(default_factory=dict)
-    """Of trainable parameters by part, before the step; likewise."""
+    """Norms of trainable parameters before the step, by part; only in steps of `monitor.detail_interval`."""
     update_ratios: dict[str, float] = field(default_factory=dict)
-    """Norm of the step before's update over that of the parameters, by part; likewise."""
+    """Norm of the previous step's update over that of the parameters, by part; only in steps of `monitor.detail_interval`."""
 
 
 def to_json(values: dict[str, Any]) -> str:
-    """One line of valid JSON; a number that JSON cannot write (NaN, infinity) is null."""
+    """Return one line of valid JSON; a number that JSON cannot represent (NaN, infinity) becomes null."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -89,22 +89,22 @@ def to_json(values: dict[str, Any]) -> str:
 
 
 class MetricsFile:
-    """A .jsonl file of steps that a resume appends to and in which no step stands twice."""
+    """A .jsonl file with one line per step. A resumed run appends to it, and no step occurs twice."""
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
-        """Open to append after `resume_step`; later lines (of a run that died after its last checkpoint) are dropped. None drops none."""
+        """Open to append after `resume_step`, dropping later lines (of a run that died after its last checkpoint); None keeps all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         if resume_step is not None and path.is_file():
-            os.truncate(path, _end_of(path, resume_step))  # which a full disk allows, too
+            os.truncate(path, _end_of(path, resume_step))  # possible even on a full disk
         self._torn = ends_torn(path)
-        """The file ends with a part of a line."""
+        """True if the file ends with an incomplete line."""
         self._lost = 0
-        """Lines that could not be written since the last one that could."""
+        """Lines lost since the last successful write."""
         self._file = path.open("ab", buffering=0)
 
     def write(self, values: StepMetrics | dict[str, Any]) -> None:
-        """Append a line; it is with the operating system when this returns. A disk that does not take it costs the line, not the run."""
+        """Append a line and pass it to the operating system. If the disk does not accept it, the line is lost, but the run continues."""
         line = to_json(values if isinstance(values, dict) else asdict(values))
         data = ("\n" * self._torn + line + "\n").encode()
         try:
@@ -129,7 +129,7 @@ class MetricsFile:
 
 
 def _parsed(line: str | bytes) -> dict[str, Any] | None:
-    """The values of a line; None if a crash has torn it."""
+    """Return the values of a line, or None if it is incomplete or damaged."""
     try:
         values: dict[str, Any] = json.loads(line)
         return values if math.isfinite(float(values["step"])) else None
@@ -138,7 +138,7 @@ def _parsed(line: str | bytes) -> dict[str, Any] | None:
 
 
 def ends_torn(path: Path) -> bool:
-    """Whether a file ends with a part of a line."""
+    """Return whether a file ends with an incomplete line."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -148,8 +148,8 @@ def ends_torn(path: Path) -> bool:
 
 
 def _end_of(path: Path, step: int) -> int:
-    """Bytes up to the end of the last line of this step or an earlier one. Read from the file's end: steps only grow, since every resume
-    has cut the file."""
+    """Return the number of bytes up to the end of the last line whose step is at most `step`. The file is searched from its end, because
+    steps only increase: every resume truncates it."""
     end = path.stat().st_size
     if not end:
         return 0
@@ -164,12 +164,12 @@ def _end_of(path: Path, step: int) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; without those that a crash or a full disk has torn."""
+    """Return the lines of a metrics file, without incomplete ones (after a crash or on a full disk)."""
     return list(iterate_metrics(path))
 
 
 def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The same, one after another."""
+    """Yield the complete lines of a metrics file one after another."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if (values := _parsed(line)) is not None:
@@ -177,7 +177,7 @@ def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _thinned(values: array[float]) -> np.ndarray:
-    """At most `_POINTS` means of neighbours, in order."""
+    """Reduce values to at most `_POINTS` means of neighbours, in order."""
     if not values:
         return np.zeros(0)
     starts = np.arange(0, len(values), -(-len(values) // _POINTS))
@@ -185,7 +185,7 @@ def _thinned(values: array[float]) -> np.ndarray:
 
 
 def draw_loss_curve(run_dir: Path) -> Path:
-    """Draw `loss_curve.png` from metrics.jsonl: loss over steps, in all and by source; of a long run means of several steps."""
+    """Draw `loss_curve.png` from metrics.jsonl: loss over steps, overall and by source; for a long run, means of several steps."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -28,24 +28,24 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron_mm.training.spread_encoder import wrapped_modules
 
 NORMS = ("grad_norms", "param_norms", "updates")
-"""What is measured, in the order of the sums."""
+"""The measured quantities, in the order of the sums."""
 
 
 @dataclass(frozen=True)
 class _Counted:
-    """A parameter of the optimizer (or its shard) of which this process counts."""
+    """A parameter of the optimizer (or its shard) that this process counts."""
 
     parameter: torch.Tensor
     part: int
     share: float
-    """1, or less where several processes have the same parameter and count a share each."""
+    """1, or less if several processes have the same parameter and each counts a share."""
     optimizer: Any
-    """torch's, or like one."""
+    """torch optimizer, or an object with the same interface."""
     group: dict[str, Any]
 
 
 _TOGETHER = 1 << 26
-"""Elements that are measured at a time, unless one parameter has more: updates take memory for some copies of them."""
+"""Maximum number of elements measured at a time, unless a single parameter has more: updates need memory for several copies of them."""
 
 
 class PartNorms:
@@ -57,7 +57,7 @@ class PartNorms:
         """
         Args:
             parts: names of all parts, the same on every process.
-            part_of: the part of a parameter by its name.
+            part_of: maps a parameter's name to its part.
         """
         self.parts = parts
         names = _names(model, optimizer)
@@ -76,12 +76,12 @@ class PartNorms:
 
     @torch.no_grad()
     def squares(self, *, lr: float | None, device: torch.device) -> torch.Tensor:
-        """This process's parts of the squared norms: [len(NORMS) * parts] float64 on its device.
+        """Return this process's part of the squared norms: [len(NORMS) * parts] float64 on its device.
 
-        Called when the step's gradients are ready and the step has not been taken.
+        Called when the step's gradients are ready, before the update.
 
         Args:
-            lr: learning rate of the step before; None if there was none, and updates are 0.
+            lr: learning rate of the previous step; None if there was none, then updates are 0.
         """
         sums = torch.zeros(len(NORMS), len(self.parts), dtype=torch.float64, device=device)
         for some in self._together:
@@ -94,7 +94,7 @@ class PartNorms:
         return sums.flatten()
 
     def from_sums(self, sums: tuple[float, ...]) -> dict[str, dict[str, float]]:
-        """Norms by part from what all processes' `squares` sum to: of gradients, parameters, and updates over parameters."""
+        """Return norms by part (of gradients, parameters, and updates relative to parameters) from the sum of all processes' `squares`."""
         count = len(self.parts)
         grads, params, updates = (
             {name: value**0.5 for name, value in zip(self.parts, sums[row * count : (row + 1) * count], strict=True)}
@@ -109,7 +109,7 @@ class PartNorms:
 
 
 def _measured_together(counted: list[_Counted]) -> Iterator[list[_Counted]]:
-    """The same in lists of neighbours that are of one part, share and parameter group, with at most `_TOGETHER` elements."""
+    """Group neighbours of the same part, share and parameter group into lists of at most `_TOGETHER` elements."""
     for _, alike in itertools.groupby(counted, key=lambda one: (one.part, one.share, id(one.group))):
         some: list[_Counted] = []
         for one in alike:
@@ -121,13 +121,13 @@ def _measured_together(counted: list[_Counted]) -> Iterator[list[_Counted]]:
 
 
 def _parts_of(optimizer: MegatronOptimizer) -> list[tuple[Any, float]]:
-    """megatron-core's optimizers, and which share each process counts of what it has (`squared_grad_norm`)."""
+    """Return megatron-core's optimizers, each with the share that a process counts of its parameters (`squared_grad_norm`)."""
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [(part, part.get_grad_stats_parallel_group().size() / dist.get_world_size()) for part in parts]
 
 
 def _names(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[int, str]:
-    """Names by the identity of what the optimizer holds: the parameter itself, its fp32 copy, or its shard of that."""
+    """Map the `id` of each tensor that the optimizer holds (the parameter, its fp32 copy, or a shard of that) to the parameter's name."""
     names: dict[int, str] = {}
     of_model = {parameter: name for chunk in wrapped_modules(model) for name, parameter in chunk.module.named_parameters()}
     for parameter, name in of_model.items():
@@ -143,7 +143,7 @@ def _names(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -
 
 
 def _updates(some: list[_Counted], *, lr: float) -> list[torch.Tensor]:
-    """What Adam's newest step added to parameters of one group; of those alone that have taken one."""
+    """Return the last updates by Adam of the parameters of one group, with the opposite sign; parameters without an update are left out."""
     group = some[0].group
     step = group.get("step", 0)
     states = [(one.parameter, state) for one in some if "exp_avg" in (state := one.optimizer.state.get(one.parameter, {}))]

@@ -20,16 +20,16 @@ from megatron_mm.training.spread_encoder import spread_encoder
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
     grad_norm: float
-    """Norm of the whole gradient before clipping; not finite where the step was skipped."""
+    """Norm of the whole gradient before clipping; not finite if the step was skipped."""
     skipped: bool
-    """The gradient was not finite: no weight changed, on any process."""
+    """True if the gradient was not finite, so no weight changed on any process."""
 
 
 def learning_rate(step: int, config: OptimizerConfig, *, schedule_steps: int) -> float:
-    """The learning rate of step 1, 2, ...: linear warm-up to the peak, then a cosine to min_lr at schedule_steps, or constant.
+    """Return the learning rate of step 1, 2, ...: linear warm-up to the peak, then cosine to min_lr at schedule_steps, or constant.
 
     >>> config = OptimizerConfig(peak_lr=1.0, min_lr=0.1, warmup_steps=10)
     >>> [round(learning_rate(s, config, schedule_steps=110), 3) for s in (1, 10, 60, 110, 500)]
@@ -44,7 +44,7 @@ def learning_rate(step: int, config: OptimizerConfig, *, schedule_steps: int) ->
 
 
 def build_optimizer(experiment: Experiment, model: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """megatron-core's optimizer: fp32 master weights, sharded over data parallelism where the experiment says so."""
+    """Build megatron-core's optimizer, with fp32 master weights, sharded over data parallelism if the experiment requests it."""
     adam.install()
     multi_tensor.install()
     config = experiment.optimizer
@@ -78,10 +78,10 @@ def build_optimizer(experiment: Experiment, model: list[DistributedDataParallel]
 
 
 def _moments(precision: PrecisionConfig) -> dict[str, Any]:
-    """Formats of Adam's moments in megatron-core's words; nothing if both are fp32.
+    """Return megatron-core's options for the formats of Adam's moments; empty if both are fp32.
 
-    With `fp8_recipe` named, whatever it is, master weights stay megatron-core's own and gradients where they are: Transformer Engine's Adam
-    would keep 16-bit remainders of weights in its own state, which no other optimizer could resume from.
+    Setting `fp8_recipe`, to any value, makes megatron-core keep the master weights itself and leave gradients in place. Otherwise
+    Transformer Engine's Adam would keep 16-bit remainders of weights in its own state, from which no other optimizer could resume.
     """
     if not precision.low_precision_moments:
         return {}
@@ -96,9 +96,9 @@ def _moments(precision: PrecisionConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def initialize_state(optimizer: MegatronOptimizer) -> None:
-    """Make the state of an optimizer that has not stepped yet (zeros), so that it can be written to a checkpoint of step 0.
+    """Create the state (zeros) of an optimizer that has not stepped yet, so that it can be written to a checkpoint of step 0.
 
-    The state comes into being with the first step: this makes one with a learning rate of 0, which changes nothing.
+    The first step creates the state, so this takes a step with a learning rate of 0, which changes no weight.
     """
     for part in engine.parts_of(optimizer):
         groups = part.optimizer.param_groups
@@ -116,10 +116,10 @@ def initialize_state(optimizer: MegatronOptimizer) -> None:
 
 @torch.no_grad()
 def squared_grad_norm(optimizer: MegatronOptimizer, *, device: torch.device) -> torch.Tensor:
-    """This process's part of the squared norm of the gradient, [] float64 on its device: summed over all processes they give the whole.
+    """Return this process's part of the squared gradient norm, [] float64 on its device; the sum over all processes is the whole.
 
-    Where several processes have the same gradients (data parallelism without a distributed optimizer) each counts its share. Nothing waits
-    for the device here.
+    If several processes have the same gradients (data parallelism without a distributed optimizer), each counts its share. Nothing here
+    waits for the device.
     """
     optimizer.prepare_grads()
     total = torch.zeros([], dtype=torch.float64, device=device)
@@ -135,10 +135,10 @@ def squared_grad_norm(optimizer: MegatronOptimizer, *, device: torch.device) -> 
 
 @torch.no_grad()
 def update(optimizer: MegatronOptimizer, *, grad_norm: float, lr: float, weight_decay: float, clip_grad_norm: float) -> Update:
-    """Clip and step, or skip the step on all processes alike where the gradient is not finite on any.
+    """Clip and step, or skip the step on all processes if the gradient is not finite on any of them.
 
     Args:
-        grad_norm: of the whole gradient, the same on all processes; a single NaN or infinity anywhere makes it not finite.
+        grad_norm: norm of the whole gradient, the same on all processes; a single NaN or infinity makes it not finite.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr

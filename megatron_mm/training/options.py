@@ -27,26 +27,26 @@ from megatron_mm.training.freezing import trainable_patterns
 logger = logging.getLogger(__name__)
 
 FP8_WEIGHT_RECIPES = ("tensorwise", "blockwise")
-"""Scales that weights which are FP8 themselves may have: those of earlier steps are in no checkpoint, and those of 32 values would take
-another way of gathering weights."""
+"""FP8 recipes with which weights may be stored in FP8. The others are excluded: scales of earlier steps (delayed) are in no checkpoint, and
+scales per 32 values (mxfp8) would need another way of gathering weights."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option that was asked for, and what is against it."""
+    """An option that was requested, and the objections to it."""
 
     name: str
     value: Any
     impossible: str = ""
-    """Why it cannot run here, and what to do; empty if it can."""
+    """Why it cannot run here, and the remedy; empty if it can."""
     useless: str = ""
-    """Why it changes nothing here; empty if it does."""
+    """Why it has no effect here; empty if it has."""
     costs: str = ""
-    """What is lost with it; empty if nothing is."""
+    """Its drawbacks; empty if it has none."""
 
 
 def check_options(experiment: Experiment, *, backend: Backend, warn: bool = True) -> None:
-    """Raise ValueError for an option that cannot run on this layer backend; warn of one without effect, and of what one costs."""
+    """Raise ValueError for an option that cannot run on this layer backend; warn of options without effect and of drawbacks."""
     options = list(asked_for(experiment, backend=backend))
     for option in options:
         if option.impossible:
@@ -59,7 +59,7 @@ def check_options(experiment: Experiment, *, backend: Backend, warn: bool = True
 
 
 def asked_for(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
-    """The options that differ from their defaults, in the order of the configuration."""
+    """Yield the options that differ from their defaults."""
     yield from _overlap(experiment, backend=backend)
     yield from _recompute(experiment, backend=backend)
     yield from _experts(experiment)
@@ -155,7 +155,7 @@ def _experts(experiment: Experiment) -> Iterator[Option]:
 
 
 def _spread(experiment: Experiment, *, nodes: int, world_size: int, gpus: int) -> str:
-    """What it costs that experts of a group lie on several nodes, beside the largest degree that keeps them on one."""
+    """Describe the cost of an expert group that spans several nodes, compared with the largest degree that keeps it on one node."""
     degree = experiment.parallel.expert
     within = max(d for d in range(1, degree) if degree % d == 0 and (d == 1 or gpus % (d * experiment.parallel.expert_tensor) == 0))
     here, there = (expert_traffic(experiment, expert=d, world_size=world_size, gpus=gpus) for d in (degree, within))
@@ -182,7 +182,7 @@ def _dispatch(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
 
 
 def _no_exchange(experiment: Experiment, *, degree: int) -> str:
-    """Why tokens are not sent to experts on other processes; empty if they are."""
+    """Return why tokens are not sent to experts on other processes; empty if they are."""
     if experiment.model.decoder.moe is None:
         return "the model has no experts"
     return "every process has all experts, and tokens go to no other" if degree == 1 else ""

@@ -1,4 +1,4 @@
-"""Statistics of the routers of sparse layers over the global batch of a step, and the loads that the routers need for the next step."""
+"""Statistics of the routers of sparse layers over the global batch of a step, and the expert shares that routers need for the next step."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from megatron_mm.models.moe import RoutingRecord, routers, take_records
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """Of each sparse layer, in the order of the layers; the same on every process and in every layout."""
+    """Statistics of each sparse layer, in the order of the layers; the same on every process and in every layout."""
 
     layers: tuple[int, ...]
     """Indices of the sparse layers, from 0."""
     load_balance: np.ndarray
-    """[layers] load-balance loss before its coefficient; 1 where experts get equal shares."""
+    """[layers] load-balance loss before its coefficient; 1 if experts get equal shares."""
     z: np.ndarray
     """[layers] z-loss before its coefficient."""
     entropy: np.ndarray
-    """[layers] mean entropy of a token's probabilities, nats; log(experts) where the router does not care."""
+    """[layers] mean entropy of a token's probabilities, in nats; log(experts) if the router has no preference."""
     chosen_per_expert: np.ndarray
     """[layers, experts] tokens that chose each expert."""
     tokens_per_expert: np.ndarray
-    """[layers, experts] tokens that each expert worked on: all that chose it, unless it had no room."""
+    """[layers, experts] tokens that each expert processed: all that chose it, up to its capacity."""
 
     @property
     def dropped(self) -> np.ndarray:
-        """[layers] choices that an expert had no room for."""
+        """[layers] choices dropped for lack of capacity."""
         return (self.chosen_per_expert - self.tokens_per_expert).sum(axis=1)
 
     @property
     def imbalance(self) -> np.ndarray:
-        """[layers] tokens of the busiest expert over the mean."""
+        """[layers] ratio of the busiest expert's tokens to the mean."""
         mean = self.tokens_per_expert.mean(axis=1)
         return np.divide(self.tokens_per_expert.max(axis=1), mean, out=np.ones_like(mean), where=mean > 0)
 
     def summary(self) -> dict[str, float]:
-        """What is logged of a step: means over layers, the busiest expert of all, and all that was dropped."""
+        """Return the logged values of a step: means over layers, the worst imbalance of any layer, and the total of dropped choices."""
         return {
             "load_balance_loss": float(self.load_balance.mean()),
             "z_loss": float(self.z.mean()),
@@ -58,30 +58,30 @@ class RoutingStats:
 def weigh_tokens(
     decoder: DecoderConfig, model: list[DistributedDataParallel], micro_batches: list[PackedBatch], *, device: torch.device
 ) -> None:
-    """Before a step: tell the routers what a real token weighs. Called by all processes together; nothing to do for a dense model."""
+    """Before a step, set the weight of a real token in all routers. Called by all processes together; does nothing for a dense model."""
     if decoder.moe is None:
         return
     counted = sum(float(batch.loss_mask.sum()) for batch in micro_batches)
     real = sum(float(batch.is_token.sum()) for batch in micro_batches)
     totals = torch.tensor([counted, real], dtype=torch.float64, device=device)
-    dist.all_reduce(totals)  # the processes of one data-parallel copy count the same tokens, which leaves the ratio as it is
+    dist.all_reduce(totals)  # the processes of one data-parallel copy count the same tokens, which does not change the ratio
     weight = (totals[0] / totals[1].clamp(min=1)).float()
     for _, router in routers(model):
         router.token_weight = weight
 
 
 def own_records(decoder: DecoderConfig, model: list[DistributedDataParallel], *, device: torch.device) -> torch.Tensor:
-    """After a step's passes: what the routers of this process recorded, [sparse layers, values] float64; nothing for a dense model."""
+    """Return the routing records of this process after a step's passes, [sparse layers, values] float64; empty for a dense model."""
     if decoder.moe is None:
         return torch.zeros(0, 0, dtype=torch.float64, device=device)
     return take_records(model, layers=decoder.sparse_layers, num_experts=decoder.moe.num_experts, device=device)
 
 
 def routing_stats(decoder: DecoderConfig, model: list[DistributedDataParallel], sums: np.ndarray) -> RoutingStats | None:
-    """What all routers recorded, which tells them the experts' shares for the next step. None for a dense model.
+    """Return the statistics of all routers, and set the routers' shares for the next step. None for a dense model.
 
     Args:
-        sums: [sparse layers, values] `own_records` summed over all processes.
+        sums: [sparse layers, values], `own_records` summed over all processes.
     """
     if decoder.moe is None:
         return None

@@ -1,11 +1,11 @@
 """The two pickles of a distributed checkpoint, checked before megatron-core loads them.
 
-torch's distributed checkpoint describes its tensors in a pickle (`.metadata`), and megatron-core writes what is not a tensor
-as another (`common.pt`, or from 0.19 on a part of a file of tensors). A pickle can call anything it names; these may name nothing but the
-types that such a description is made of. The check unpickles into stand-ins that do nothing, so that not even an allowed type is made.
+torch's distributed checkpoint describes its tensors in a pickle (`.metadata`), and megatron-core writes everything that is not a tensor to
+another one (`common.pt`, or from 0.19 on a part of a tensor file). A pickle can call any object that it names; these may only name the
+types that such a description consists of. The check unpickles into inert objects, so not even an allowed type is instantiated.
 
-What such a description says is looked at next. Any other entry that is no tensor would be unpickled by torch when it is read, and a file
-outside the folder would be read as a tensor's: this program writes neither.
+Then the contents of the description are checked. torch would unpickle any further entry that is not a tensor when reading it, and would
+read tensors from a file outside the folder if the description names one: this program writes neither.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _ALLOWED: dict[str, set[str]] = {
     "megatron.core.enums": {"ModelType"},
     "_codecs": {"encode"},
 }
-"""What a checkpoint's pickles may name."""
+"""Objects that a checkpoint's pickles may name, by module."""
 
 _COMMON = "common_state/shard_0_1"
-"""The entry in which megatron-core 0.19 keeps what is not a tensor."""
+"""The entry in which megatron-core 0.19 stores everything that is not a tensor."""
 
 
 def check_pickles(folder: Path) -> None:
-    """Raise ValueError that names file and object where a pickle under `folder` names something it has no business to name."""
+    """Raise ValueError if a pickle under `folder` names an object that is not allowed, naming the file and the object."""
     described = (folder / ".metadata").read_bytes()
     _check(folder / ".metadata", described)
     _check_description(folder / ".metadata", described)
@@ -62,7 +62,7 @@ def check_pickles(folder: Path) -> None:
 
 
 def _check_saved(path: Path, saved: bytes) -> None:
-    """The pickle in what torch.save wrote, as a file or a part of it: an archive from its first byte on, as torch looks for one."""
+    """Check the pickles in the output of torch.save, which is a file or a part of one. As torch requires, it must begin as an archive."""
     try:
         if not saved.startswith(b"PK\x03\x04"):
             raise zipfile.BadZipFile("it is not an archive")
@@ -75,7 +75,7 @@ def _check_saved(path: Path, saved: bytes) -> None:
 
 
 def _check_description(path: Path, data: bytes) -> None:
-    """Whether a description, whose names are allowed, is one of tensors in files beside it, and of one pickle that is checked here."""
+    """Check that a description, whose names are allowed, lists only tensors in files of its folder, and the one pickle checked here."""
     metadata = pickle.loads(data)
     if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
         raise ValueError(f"checkpoint file {path} describes no tensors: restore it or remove the checkpoint")
@@ -88,13 +88,13 @@ def _check_description(path: Path, data: bytes) -> None:
     for index, info in metadata.storage_data.items():
         if PurePosixPath(info.relative_path).name != info.relative_path:
             raise ValueError(f"checkpoint file {path} names the file {info.relative_path}, which is outside its folder: remove it")
-        if getattr(info, "transform_descriptors", None):  # what is read would not be what was checked
+        if getattr(info, "transform_descriptors", None):  # the data after a transformation would not be the data checked here
             raise ValueError(
                 f"checkpoint file {path} says that {index.fqn} is to be transformed, which this program did not write: remove it"
             )
         if index.fqn == _COMMON:
             holder = path.parent / info.relative_path
-            if not holder.is_file():  # another process may look at its size and checksum
+            if not holder.is_file():  # its size and checksum may be another process's share
                 raise ValueError(f"checkpoint file {holder} is missing: restore it or remove the checkpoint")
             with holder.open("rb") as file:
                 file.seek(info.offset)
@@ -119,7 +119,7 @@ class _Forbidden(Exception):
 
 
 class _Inert:
-    """Stands for any object: takes every argument, state and item, and does nothing with them."""
+    """Replaces any object: accepts every argument, state and item, and ignores them."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return object.__new__(cls)
@@ -144,7 +144,7 @@ class _Inert:
 
 
 class _NamesOnly(pickle.Unpickler):
-    """An unpickler that only looks at what is named."""
+    """An unpickler that checks the names of objects and creates none of them."""
 
     def find_class(self, module: str, name: str) -> type:
         if name not in _ALLOWED.get(module, set()):
