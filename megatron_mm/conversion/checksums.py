@@ -10,11 +10,11 @@ from functools import cache
 
 _POLYNOMIAL = 0xEDB88320
 Matrix = tuple[int, ...]
-"""32 columns: where each bit of a checksum goes."""
+"""32 columns: the image of each bit of a checksum."""
 
 
 def combine(first: int, second: int, second_length: int) -> int:
-    """CRC-32 of a run with the checksum `first` and, after it, one of `second_length` bytes with the checksum `second`."""
+    """CRC-32 of a byte string with the checksum `first`, followed by one of `second_length` bytes with the checksum `second`."""
     power = 0
     while second_length:
         if second_length & 1:
@@ -26,7 +26,7 @@ def combine(first: int, second: int, second_length: int) -> int:
 
 @cache
 def _zero_bytes(power: int) -> Matrix:
-    """What 2^power zero bytes do to a checksum."""
+    """Matrix that appends 2^power zero bytes to a checksum."""
     if power:
         half = _zero_bytes(power - 1)
         return tuple(_times(half, column) for column in half)

@@ -1,6 +1,6 @@
 """Tensors in files: safetensors headers, positions of tensors, and positioned reads and writes that need no lock.
 
-Files are read and written with plain system calls rather than through a memory map: mapped pages count as this process's memory until the
+Files are read and written with plain system calls rather than through a memory map. Mapped pages count as this process's memory until the
 system reclaims them, and a converter should never hold more than it is working on.
 """
 
@@ -41,7 +41,7 @@ _LARGEST_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a stored tensor without reading it."""
+    """Shape and type of a stored tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -57,20 +57,20 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the values of a tensor lie, in order and without gaps."""
+    """Position of a tensor's values in a file; they are in order and without gaps."""
 
     path: Path
     offset: int
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor."""
     assert tensor.is_contiguous(), "only a contiguous tensor is a run of bytes"
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def read_tensor(place: Place, info: TensorInfo) -> torch.Tensor:
-    """A stored tensor. Raises ValueError if the file ends before it does."""
+    """Read a stored tensor. Raises ValueError if the file ends too early."""
     tensor = torch.empty(info.shape, dtype=info.dtype)
     read_into(place, tensor)
     return tensor
@@ -91,7 +91,7 @@ def read_into(place: Place, tensor: torch.Tensor) -> None:
 
 
 def write_at(descriptor: int, offset: int, data: memoryview | bytes, checksum: int = 0) -> int:
-    """Write bytes at a place; returns the CRC-32 of what came before and these."""
+    """Write bytes at an offset; return their CRC-32, continued from `checksum`."""
     view = memoryview(data)
     done = 0
     while done < len(view):
@@ -108,7 +108,7 @@ def write_at(descriptor: int, offset: int, data: memoryview | bytes, checksum: i
 
 
 def safetensors_header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a safetensors file, and where in the file each tensor's bytes go, in the order of `tensors`."""
+    """Return the header of a safetensors file and the offset in the file of each tensor's bytes, in the order of `tensors`."""
     document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins, offset = {}, 0
     for name, info in tensors.items():
@@ -122,9 +122,9 @@ def safetensors_header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[s
 
 
 def read_safetensors_header(path: Path) -> dict[str, tuple[TensorInfo, Place]]:
-    """The tensors of a safetensors file.
+    """Read the shape, type and position of each tensor of a safetensors file.
 
-    Raises ValueError if the file is none, is cut off, or its tensors are doubled, overlap, or leave gaps.
+    Raises ValueError if it is not a safetensors file or is truncated, or if its tensors are named twice, overlap or leave gaps.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -50,19 +50,19 @@ _SPARE_MEMORY = 1 << 28
 
 @dataclass(frozen=True)
 class Import:
-    """What was written."""
+    """Summary of a finished import."""
 
     checkpoint: Path
     num_parameters: int
     sources: dict[str, int]
-    """Parameters by what they were read from, such as `language (llama)`."""
+    """Number of parameters read from each source, such as `language (llama)`."""
     drawn: dict[str, int]
-    """Parameters that no source gave, by the first part of their names."""
+    """Number of parameters that no source contains, by the first part of their names."""
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the checkpoint, or one row of a stack, and where it comes from."""
+    """A tensor of the checkpoint, or one row of a stack, and its source; without one it is drawn."""
 
     target: Target
     row: int | None
@@ -95,14 +95,14 @@ def convert_from_hf(
     """Write RUN_DIR/checkpoints/step_00000000 with weights of Hugging Face checkpoints.
 
     Args:
-        experiment: what is to be trained; its model decides shapes, its precision the type of the weights, its seed what is drawn.
+        experiment: experiment to be trained: its model determines the shapes, its precision the type of the weights, its seed the drawn
+            values.
         whole: an exported model of the same family.
         language, vision: checkpoints of the decoder and the image tower alone.
-        threads: that read and write at once.
-        resize_positions: interpolate learned positions of another image size; without it they are an error, since the recipe is of
-            another model.
+        threads: number of threads that read and write.
+        resize_positions: interpolate learned positions that belong to another image size; otherwise they are an error.
 
-    Raises ValueError, before anything is written, if a source is damaged or is not what the model needs.
+    Raises ValueError, before any tensor is written, if a source is damaged or does not fit the model.
     """
     given: dict[Part, Path | None] = {"whole": whole, "language": language, "vision": vision}
     paths = {part: path for part, path in given.items() if path is not None}
@@ -135,7 +135,7 @@ def convert_from_hf(
 
 
 def _plan(targets: dict[str, Target], sources: list[Source], *, resize_positions: bool) -> list[_Tensor]:
-    """Where each tensor comes from. Raises one ValueError for all that does not fit."""
+    """Find the source of each tensor. Raises one ValueError that lists everything that does not fit."""
     found: dict[tuple[str, int | None], tuple[Entry | None, Source | None]] = {}
     problems: list[str] = []
     for given in sources:
@@ -162,7 +162,7 @@ def _plan(targets: dict[str, Target], sources: list[Source], *, resize_positions
 
 
 def _problems(source: Source, targets: dict[str, Target]) -> Iterable[str]:
-    """Names that a source lacks, names that nothing reads, shapes that do not fit."""
+    """Yield a line for each problem: missing tensors, unknown ones, types that cannot be trained, shapes that do not fit."""
     there, where = source.reader.names(), source.reader.path
     wanted = {name for entry in source.entries for name in entry.hf}
     missing = [name for name in dict.fromkeys(name for entry in source.entries for name in entry.hf) if name not in there]
@@ -183,12 +183,12 @@ def _problems(source: Source, targets: dict[str, Target]) -> Iterable[str]:
 
 
 def _is_quantised(info: TensorInfo) -> bool:
-    """Integers, or floats of 8 bits, whose scales stand elsewhere."""
+    """Return whether values are integers or 8-bit floats, whose scales are stored elsewhere."""
     return not info.dtype.is_floating_point or info.dtype.itemsize < 2
 
 
 def _shape_problems(entry: Entry, target: Target, found: list[TensorInfo], where: Path) -> Iterable[str]:
-    """Convert tensors without content, so that what does not fit is found before hours of reading."""
+    """Convert meta tensors, so that shapes that do not fit are found before hours of reading."""
     ours = target.info.shape if entry.row is None else target.info.shape[1:]
     try:
         expected = [tuple(tensor.shape) for tensor in entry.to_hf(torch.empty(ours, device="meta"))]
@@ -197,7 +197,7 @@ def _shape_problems(entry: Entry, target: Target, found: list[TensorInfo], where
         return
     if expected == [info.shape for info in found]:
         return
-    try:  # other shapes may do: positions of another resolution, fewer tokens
+    try:  # other shapes may be convertible: positions of another resolution, fewer tokens
         if entry.from_hf(tuple(torch.empty(info.shape, device="meta") for info in found)).shape == torch.Size(ours):
             return
         reason = ""
@@ -209,7 +209,7 @@ def _shape_problems(entry: Entry, target: Target, found: list[TensorInfo], where
 
 
 def _warn_of_rounding(tensors: list[_Tensor]) -> None:
-    """Weights of a wider type, or of float16, lose digits in a narrower one."""
+    """Warn of each source whose weights lose digits in the checkpoint's type."""
     for source in {id(t.source): t.source for t in tensors if t.source is not None}.values():
         pairs = {
             (source.reader.names()[name].dtype, t.target.info.dtype)
@@ -228,7 +228,7 @@ def _warn_of_rounding(tensors: list[_Tensor]) -> None:
 
 
 def _interpolations(tensors: list[_Tensor]) -> Iterable[str]:
-    """A line for each tensor of positions of another image size."""
+    """Yield a line for each tensor of positions that belongs to another image size."""
     for tensor in tensors:
         if isinstance(tensor.entry, Positions) and tensor.source is not None:
             rows = tensor.source.reader.names()[tensor.entry.theirs].shape[tensor.entry.axes]
@@ -237,7 +237,7 @@ def _interpolations(tensors: list[_Tensor]) -> Iterable[str]:
 
 
 def _find_tokenizer(experiment: Experiment, sources: list[Source]) -> Path | None:
-    """The one that the command line names, the language model's, or the data's; None if there is none.
+    """Return the tokenizer that the command line names, or else the language model's, or else the data's; None if there is none.
 
     Raises ValueError if it has more tokens than the model.
     """
@@ -263,7 +263,7 @@ def _find_tokenizer(experiment: Experiment, sources: list[Source]) -> Path | Non
 
 
 def _lanes(tensors: list[_Tensor], *, seed: int) -> list[Lane]:
-    """The tensors in files of about equal size."""
+    """Divide the tensors into files of about equal size."""
     tasks = [_task(tensor, seed=seed) for tensor in tensors]
     limit = min(max(sum(task.num_bytes for task in tasks) // _FILES, _SMALLEST_FILE), _LARGEST_FILE)
     groups = cut(tasks, limit=limit)
@@ -289,7 +289,7 @@ def _read(tensor: _Tensor) -> list[torch.Tensor]:
     reader = tensor.source.reader
     given = {name: reader.read(name) for name in tensor.entry.hf}
     for name, values in given.items():
-        if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():  # the sum is the cheaper question
+        if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():  # the sum is the cheaper check
             count = int((~values.isfinite()).sum())
             raise ValueError(
                 f"{reader.path}: {name} has {count} of {values.numel()} values that are not finite: "
@@ -300,7 +300,7 @@ def _read(tensor: _Tensor) -> list[torch.Tensor]:
 
 
 def _describe_tensors(folder: Path, lanes: list[Lane], tensors: list[_Tensor], written: list[Written]) -> None:
-    """What torch's and megatron-core's readers want beside the files of tensors: what is where."""
+    """Write the files that torch's and megatron-core's readers need besides the tensors: shapes, types and positions of all pieces."""
     metadata: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for tensor, where in zip(tensors, written, strict=True):
@@ -320,7 +320,8 @@ def _describe_tensors(folder: Path, lanes: list[Lane], tensors: list[_Tensor], w
 
 
 def _write_manifest(directory: Path, lanes: list[Lane], written: list[Written]) -> None:
-    """Size and CRC-32 of every file; those of the tensors' files from their parts, without reading them again."""
+    """Write the size and CRC-32 of every file. For the tensors' files they are combined from their parts, without reading the files
+    again."""
     files: dict[str, list[int]] = {}
     for where in written:
         name = Path(lanes[where.lane].file).name

@@ -28,9 +28,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
-"""What weights are looked for in a directory, the first one that is there counts."""
+"""Names of weight files and indexes; the first one that a directory has is read."""
 _WRAPPERS = ("state_dict", "model", "module")
-"""Under which names training programs put tensors into a file beside other things, which are not read."""
+"""Keys under which training programs store the tensors in a file. Other keys of such a file are not read."""
 
 
 class HfReader:
@@ -57,24 +57,24 @@ class HfReader:
 
     @property
     def fingerprint(self) -> list[list[Any]]:
-        """What tells these files from others: names, sizes, times of change."""
+        """Identity of the files: their names, sizes and modification times."""
         return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
 
     def names(self) -> dict[str, TensorInfo]:
-        """All tensors."""
+        """Return all tensors by name."""
         return dict(self._infos)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor. Raises KeyError for a name that is not in `names()`."""
+        """Read one tensor. Raises KeyError for a name that is not in `names()`."""
         if name in self._pickled:
             return self._pickled[name].clone(memory_format=torch.contiguous_format)
         return read_tensor(self._places[name], self._infos[name])
 
     def below(self, prefix: str, *, also: Collection[str] = ()) -> HfReader:
-        """The same checkpoint with the tensors below a prefix alone, named without it.
+        """Return a view of the tensors below a prefix, named without it.
 
         Args:
-            also: names outside of it that stay, as they are.
+            also: tensors without the prefix that are kept, under their full names.
         """
 
         def named(tensors: Mapping[str, T]) -> dict[str, T]:
@@ -85,7 +85,7 @@ class HfReader:
         return view
 
     def config(self, name: str = "config.json") -> dict[str, Any] | None:
-        """A JSON document beside the weights; None if it is not there. Raises ValueError if it cannot be read."""
+        """Read a JSON document next to the weights; None if it does not exist. Raises ValueError if it cannot be read."""
         file = self.folder / name
         if not file.is_file():
             return None
@@ -98,7 +98,7 @@ class HfReader:
         return document
 
     def _open(self, file: Path) -> list[str]:
-        """Take in what a file holds, and return the names."""
+        """Register the tensors of a file; return their names."""
         if file.suffix == ".safetensors":
             entries = read_safetensors_header(file)
             self._infos.update({name: info for name, (info, _) in entries.items()})
@@ -152,10 +152,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_index(path: Path, holders: dict[str, str]) -> None:
-    """Raise ValueError where an index names tensors that its files do not hold, or not those that they do, or another file.
+    """Raise ValueError if an index and its files do not hold the same tensors, or the index names the wrong file for one.
 
     Args:
-        holders: each tensor's file.
+        holders: the file of each tensor.
     """
     index = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path) if path.is_dir() else path
     if not index.name.endswith(".index.json"):
@@ -174,7 +174,7 @@ def _check_index(path: Path, holders: dict[str, str]) -> None:
 
 
 def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickled file, their values left on the disk. Raises ValueError if it holds anything else."""
+    """Open the tensors of a pickled file, memory-mapped. Raises ValueError if it holds anything else."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:

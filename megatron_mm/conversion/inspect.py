@@ -1,7 +1,7 @@
-"""A checkpoint as a tree: tensors with shapes, types and norms, parameters of every branch; ours or Hugging Face's.
+"""Prints a checkpoint, ours or Hugging Face's, as a tree: tensors with shapes, types and norms, and the parameters of every branch.
 
 Layers with the same shapes differ only in their norms, so they are folded: `layers.{0..31}` has one line for each tensor of a layer, with
-the smallest and the largest norm. Tensors are read one at a time, and stacks of experts one expert at a time.
+the smallest and the largest norm. Each thread reads one tensor at a time, and a stack of experts one expert at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_mm.families.serialize import load_experiment
 from megatron_mm.training.checkpoint import find_checkpoint
 
 _BLOCK = 1 << 24
-"""Values of which a norm is taken at once."""
+"""Number of values that a norm converts to float64 at once."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Opened:
     title: list[str]
     infos: dict[str, TensorInfo]
     read: Callable[[str], Iterable[torch.Tensor]]
-    """A tensor, in one part or several."""
+    """Reads a tensor by name, in one part or several."""
     note: str
-    """What else is there."""
+    """Text about other tensors of the checkpoint, which are not listed."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """Of one tensor."""
+    """2-norm of one tensor, and whether all of its values are finite."""
 
     value: float
     finite: bool
@@ -52,10 +52,10 @@ def inspect(path: Path, *, norms: bool = True, unfold: bool = False, threads: in
     """Lines for the terminal.
 
     Args:
-        path: a checkpoint of ours, a run directory (its newest), a Hugging Face directory or a file of weights.
-        norms: read all tensors and give their norms.
-        unfold: a line for every tensor of every layer.
-        threads: that read tensors.
+        path: one of our checkpoints, a run directory (for its newest one), a Hugging Face directory or a file of weights.
+        norms: read all tensors and print their norms.
+        unfold: print a line for every tensor of every layer.
+        threads: number of threads that read tensors.
 
     Raises ValueError if there is no checkpoint, or it is incomplete or damaged.
     """
@@ -76,7 +76,7 @@ def inspect(path: Path, *, norms: bool = True, unfold: bool = False, threads: in
 
 
 def norm(parts: Iterable[torch.Tensor]) -> Norm:
-    """The 2-norm of a tensor in parts, added up in float64 a block at a time."""
+    """2-norm of a tensor that is read in parts, summed in float64 block by block."""
     total = 0.0
     for part in parts:
         for block in part.flatten().split(_BLOCK):
@@ -128,7 +128,7 @@ def _parts(reader: CheckpointReader, name: str, info: TensorInfo) -> Iterator[to
 
 @dataclass
 class _Branch:
-    """Tensors whose names begin alike."""
+    """Tensors whose names have a common prefix."""
 
     branches: dict[str, _Branch] = field(default_factory=dict)
     leaves: dict[str, _Leaf] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class _Branch:
 
 @dataclass
 class _Leaf:
-    """A tensor, or those of the same name and shape in neighbouring layers."""
+    """A tensor, or the tensors of the same name and shape in folded layers."""
 
     infos: list[TensorInfo] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)
@@ -178,7 +178,7 @@ def _lines(branch: _Branch, indent: str) -> Iterator[str]:
     for name, leaf in branch.leaves.items():
         yield f"{indent}{name}  {leaf}"
     for name, inner in branch.branches.items():
-        while len(inner.branches) == 1 and not inner.leaves:  # a branch with nothing beside it goes on in the same line
+        while len(inner.branches) == 1 and not inner.leaves:  # an only branch continues on the same line
             ((part, inner),) = inner.branches.items()
             name = f"{name}.{part}"
         if not inner.branches and len(inner.leaves) == 1:
@@ -190,7 +190,7 @@ def _lines(branch: _Branch, indent: str) -> Iterator[str]:
 
 
 def _folded_names(infos: dict[str, TensorInfo]) -> dict[str, str]:
-    """Names with the first number in them, of a layer, replaced by those of all layers whose tensors look alike."""
+    """Map names to names in which the layer's number is replaced by the numbers of all layers with the same names, shapes and types."""
     layers: dict[str, dict[int, dict[str, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
     for name, info in infos.items():
         if found := re.match(r"(.*?)\.(\d+)\.(.*)", name):

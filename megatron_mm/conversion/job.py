@@ -1,10 +1,10 @@
 """A conversion as a list of small tasks: parallel, with bounded memory, resumable; its output is either complete or absent.
 
-The output is written to a directory beside its destination, `.NAME.partial`, which is renamed when it is complete. It is divided into
-lanes: ranges of bytes of one file, which one thread at a time fills task by task. After each task, a line with its position, length and
-CRC-32 is added to `progress.jsonl`. A conversion that is started again verifies the bytes that these lines describe. In each lane it
-continues after the last task whose bytes are correct, and repeats everything else. If the lines belong to a different conversion (other
-sources, options or sizes), the existing output is removed.
+The output is written to a temporary directory next to its destination, such as `.NAME.partial`, which is renamed when it is complete. It is
+divided into lanes: ranges of bytes of one file, which one thread at a time fills task by task. After each task, a line with its position,
+length and CRC-32 is added to `progress.jsonl`. A conversion that is started again verifies the bytes that these lines describe. In each
+lane it continues after the last task whose bytes are correct, and repeats everything else. If the lines belong to a different conversion
+(other sources, options or sizes), the existing output is removed.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _LOG_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Task:
-    """Some tensors of the output."""
+    """Produces some tensors of the output."""
 
     name: str
     num_bytes: int
-    """Of what it writes, headers not counted."""
+    """Bytes that it writes, not counting headers."""
     memory: int
-    """Bytes of tensors that it holds at most."""
+    """Largest memory of the tensors that it holds at once, in bytes."""
     make: Callable[[], Sequence[torch.Tensor]]
-    """The tensors, in the order in which they lie in the file."""
+    """Returns the tensors, in their order in the file."""
 
 
 @dataclass(frozen=True)
 class Lane:
-    """Bytes of a file from `start` on, filled by its tasks one after another."""
+    """A range of bytes of a file that begins at `start` and is filled by its tasks one after another."""
 
     file: str
     tasks: tuple[Task, ...]
@@ -60,12 +60,12 @@ class Lane:
     header: bytes = b""
     """Written at the file's beginning."""
     file_size: int | None = None
-    """Of the whole file, where it is known before."""
+    """Size of the whole file in bytes; None if it is not known in advance."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """Where a task's bytes are."""
+    """Position and checksum of a task's bytes."""
 
     lane: int
     offset: int
@@ -75,7 +75,7 @@ class Written:
 
 @dataclass
 class Cursor:
-    """Writes on from a place in a file, and sums up what it writes. Takes the place of a file for torch.save."""
+    """Writes to a file from an offset on and updates a CRC-32. torch.save accepts it as a file."""
 
     descriptor: int
     offset: int
@@ -88,18 +88,18 @@ class Cursor:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: writes are not buffered."""
 
 
 def write_values(task: Task, cursor: Cursor) -> None:
-    """The tensors' bytes alone, as safetensors has them."""
+    """Write only the tensors' bytes, as in a safetensors file."""
     for tensor in task.make():
         if tensor.numel():
             cursor.write(tensor_bytes(tensor.contiguous()))
 
 
 def write_archives(task: Task, cursor: Cursor) -> None:
-    """Each tensor as torch.save writes it, as a distributed checkpoint has them."""
+    """Write each tensor with torch.save, as in a distributed checkpoint."""
     for tensor in task.make():
         torch.save(tensor.contiguous(), cursor)  # type: ignore[arg-type]
 
@@ -113,7 +113,7 @@ Sized = TypeVar("Sized", bound=_Sized)
 
 
 def cut(items: Iterable[Sized], *, limit: int) -> list[list[Sized]]:
-    """Neighbouring items in groups of at most `limit` bytes; one that is larger is a group of its own."""
+    """Divide items, in order, into groups of at most `limit` bytes; a larger item is a group of its own."""
     groups: list[list[Sized]] = [[]]
     used = 0
     for item in items:
@@ -127,7 +127,7 @@ def cut(items: Iterable[Sized], *, limit: int) -> list[list[Sized]]:
 
 @contextmanager
 def partial_directory(path: Path, *, fingerprint: dict[str, Any]) -> Iterator[Path]:
-    """The directory that a conversion is written into, locked; what an interrupted one of the same fingerprint left in it stays.
+    """Lock the directory that a conversion writes to. The output of an interrupted conversion with the same fingerprint is kept.
 
     Raises ValueError if another conversion is writing there.
     """
@@ -148,7 +148,7 @@ def partial_directory(path: Path, *, fingerprint: dict[str, Any]) -> Iterator[Pa
         try:
             yield path
         except BaseException:
-            if (path / PROGRESS).read_text().count("\n") == 1:  # nothing to go on from
+            if (path / PROGRESS).read_text().count("\n") == 1:  # nothing to resume from
                 shutil.rmtree(path)
             else:
                 logger.info("the tensors written so far are kept in %s: start the same command again to resume", path)
@@ -156,7 +156,7 @@ def partial_directory(path: Path, *, fingerprint: dict[str, Any]) -> Iterator[Pa
 
 
 def finish(partial: Path, final: Path) -> None:
-    """Give a conversion that is whole its name."""
+    """Sync a complete conversion to disk and rename it to its final name."""
     for name in (PROGRESS, ".lock"):
         (partial / name).unlink()
     for folder, _, files in os.walk(partial):
@@ -168,13 +168,13 @@ def finish(partial: Path, final: Path) -> None:
 
 
 def run_lanes(lanes: Sequence[Lane], partial: Path, *, threads: int, memory: int) -> list[Written]:
-    """Do all tasks that are not done yet; returns where everything is, in the order of the lanes and their tasks.
+    """Run all tasks that are not done yet; return the positions of all tasks' bytes, in the order of the lanes and their tasks.
 
     Args:
-        threads: that work at once.
-        memory: bytes of tensors that they hold together, unless a single task needs more.
+        threads: number of threads that work at once.
+        memory: largest memory of the tensors of all threads, in bytes, unless a single task needs more.
 
-    Raises ValueError, before anything is written, if the disk has not enough room.
+    Raises ValueError, before anything is written, if the disk does not have enough free space.
     """
     journal = _Journal(partial / PROGRESS)
     known = journal.read()
@@ -188,7 +188,7 @@ def run_lanes(lanes: Sequence[Lane], partial: Path, *, threads: int, memory: int
         try:
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
-        except BaseException:  # an interruption too: tasks that have begun are finished, no other begins
+        except BaseException:  # also on an interruption: running tasks finish, and no other begins
             work.stop.set()
             pool.shutdown(cancel_futures=True)
             raise
@@ -205,7 +205,7 @@ class _Work:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def fill(self, index: int, lane: Lane, known: list[Written]) -> list[Written]:
-        """Fill a lane, after what is known to be written of it and still is. Where it fails, no other lane goes on."""
+        """Fill a lane, after the tasks whose bytes are known to be written and are still correct. If it fails, all other lanes stop."""
         try:
             return self._fill(index, lane, known)
         except BaseException:
@@ -236,7 +236,7 @@ class _Work:
 
 
 def _still_right(path: Path, lane: Lane, known: list[Written]) -> Iterator[Written]:
-    """What was written of a lane, up to the first part whose bytes are not those that were written."""
+    """Yield the written tasks of a lane, up to the first whose bytes are no longer correct."""
     offset = lane.start
     for written in known[: len(lane.tasks)]:
         if written.offset != offset or checksum_of(path, offset=offset, length=written.length) != written.checksum:
@@ -257,7 +257,7 @@ def _check_room(partial: Path, lanes: Sequence[Lane], known: dict[int, list[Writ
 
 
 def _prepare_file(path: Path, lane: Lane) -> None:
-    """Make a lane's file; one that is there keeps its bytes."""
+    """Create a lane's file; an existing one keeps its contents."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
         if lane.header:
@@ -267,14 +267,14 @@ def _prepare_file(path: Path, lane: Lane) -> None:
 
 
 class _Journal:
-    """`progress.jsonl`: what is written, a line each."""
+    """`progress.jsonl`: one line for each task that has been written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock = threading.Lock()
 
     def read(self) -> dict[int, list[Written]]:
-        """By lane, in the order in which they were written; a line that was cut off by an interruption ends the reading."""
+        """Return the written tasks by lane, in the order of their bytes. Reading ends at a line that an interruption has cut off."""
         found: dict[int, list[Written]] = defaultdict(list)
         kept = []
         for line in self.path.read_text().splitlines():
@@ -286,7 +286,7 @@ class _Journal:
             if "lane" in entry:
                 written = Written(**entry)
                 rest = [earlier for earlier in found[written.lane] if earlier.offset < written.offset]
-                found[written.lane] = [*rest, written]  # what is written again replaces what was there
+                found[written.lane] = [*rest, written]  # a task that was written again replaces its earlier line and all after it
         self.path.write_text("\n".join(kept) + "\n")
         return found
 
@@ -296,7 +296,7 @@ class _Journal:
 
 
 class _Budget:
-    """Lets tasks work as long as their memory together stays under a bound; one that needs more than that works alone."""
+    """Lets tasks run while their total memory stays within a bound; a task that needs more than the bound runs alone."""
 
     def __init__(self, size: int) -> None:
         self.size, self.used = size, 0
@@ -317,7 +317,7 @@ class _Budget:
 
 
 class _Progress:
-    """Says how far a conversion is and how long it will take."""
+    """Logs the progress of a conversion and an estimate of the time left."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.skipped = total, 0, 0
@@ -325,7 +325,7 @@ class _Progress:
         self.lock = threading.Lock()
 
     def skip(self, num_bytes: int) -> None:
-        """Count what an earlier conversion has written."""
+        """Count bytes that an earlier, interrupted conversion has written."""
         with self.lock:
             self.skipped += num_bytes
             self.done += num_bytes

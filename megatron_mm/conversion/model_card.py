@@ -28,10 +28,10 @@ def write_model_card(out: Path, experiment: Experiment, checkpoint: Path, *, par
     """Write README.md and LICENSE into an export.
 
     Args:
-        out: holds the export's other files already.
+        out: directory of the export, which already holds its other files.
         checkpoint: `RUN_DIR/checkpoints/step_...`.
         part: whole, language or vision.
-        dtype: of the weights, by torch's name.
+        dtype: torch's name for the type of the weights.
     """
     (out / "README.md").write_text("\n".join(_lines(out, experiment, checkpoint, part=part, dtype=dtype)) + "\n")
     (out / "LICENSE").write_text(LICENSE_NOTE)
@@ -90,7 +90,7 @@ def _training(experiment: Experiment, checkpoint: Path) -> Iterator[str]:
 
 
 def _evaluation(checkpoint: Path) -> Iterator[str]:
-    """The last held-out losses that the run wrote, of this step or one before it."""
+    """Lines with the last held-out losses that the run wrote at or before the checkpoint's step."""
     found = _last_evaluation(checkpoint)
     if not found:
         return

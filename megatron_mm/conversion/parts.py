@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def language_table(experiment: Experiment, *, architecture: Architecture, vocab_rows: int | None) -> list[Entry]:
-    """The decoder under the names of an architecture; all three compute the same. Raises ValueError if it is none of them."""
+    """Table of the decoder's names in an architecture. Raises ValueError if the decoder does not fit the architecture."""
     decoder = experiment.model.decoder
     if decoder.moe is not None:
         raise ValueError(
@@ -37,14 +37,14 @@ def language_table(experiment: Experiment, *, architecture: Architecture, vocab_
 
 
 def vision_table(experiment: Experiment) -> list[Entry]:
-    """The image tower as CLIPVisionModel. Raises ValueError if it is not one."""
+    """Table of the image tower's names in CLIPVisionModel. Raises ValueError if the model has no such tower."""
     return clip_table(_tower(experiment))
 
 
 def write_language_files(
     experiment: Experiment, tokenizer: Path | None, out: Path, *, dtype: str, architecture: Architecture, vocab_rows: int | None
 ) -> None:
-    """Configuration and, where the checkpoint has one, tokenizer."""
+    """Write the configuration, the modeling code of a decoder that is not a Llama, and the tokenizer, if the checkpoint has one."""
     decoder: DecoderConfig = experiment.model.decoder
     length, rows = experiment.data.sequence_length, vocab_rows or decoder.vocab_size
     config = language_model_config(decoder, architecture=architecture, dtype=dtype, sequence_length=length, vocab_rows=vocab_rows)
@@ -72,7 +72,7 @@ def write_language_files(
 
 
 def write_vision_files(experiment: Experiment, out: Path, *, dtype: str) -> None:
-    """Configuration and image processor."""
+    """Write the configuration and the image processor's."""
     tower = _tower(experiment)
     write_document(out / "config.json", vision_model_config(tower, dtype=dtype))
     write_document(out / "preprocessor_config.json", image_processor_config(tower))

@@ -34,33 +34,33 @@ _STORAGES: dict[str, torch.dtype] = {
     "BoolStorage": torch.bool,
 }
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Of a member of a zip archive: signature, length of its name, length of what follows the name."""
+"""Header of a member of a zip archive: signature, length of the name, length of the extra field that follows the name."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored piece."""
+    """A stored piece of a tensor."""
 
     place: Place
-    """Of its storage's first value."""
+    """Position of its storage's first value."""
     info: TensorInfo
     strides: tuple[int, ...]
 
     def read(self) -> torch.Tensor:
-        """Its values, as a tensor of its shape."""
+        """Read its values into a tensor of its shape."""
         storage = torch.empty(self.info.numel, dtype=self.info.dtype)
         read_into(self.place, storage)
         return storage.as_strided(self.info.shape, self.strides)
 
     def read_into(self, target: torch.Tensor) -> None:
-        """Copy its values into a view of its shape; without another copy where both lie in order."""
+        """Read its values into a view of its shape, directly if both are contiguous."""
         if target.is_contiguous() and self.strides == target.stride():
             read_into(self.place, target)
         else:
             target.copy_(self.read())
 
     def read_row_into(self, target: torch.Tensor, *, row: int) -> None:
-        """Copy its part [row] into a view of that part's shape, reading no other part where rows lie one after another."""
+        """Read its row [row] into a view of the row's shape; other rows are read only if rows are not stored one after another."""
         shape, strides = self.info.shape[1:], self.strides[1:]
         count = torch.Size(shape).numel()
         if self.info.shape[0] > 1 and self.strides[0] != count:
@@ -71,9 +71,9 @@ class Piece:
 
 
 def find_piece(path: Path, *, offset: int, length: int, name: str) -> Piece:
-    """The piece whose archive is in these bytes of a file.
+    """Find the piece whose archive is in these bytes of a file.
 
-    Raises ValueError that names the tensor if they hold something else.
+    Raises ValueError that names the tensor if the bytes hold something else.
     """
     with path.open("rb", buffering=0) as file:
         try:
@@ -116,7 +116,7 @@ def _rebuilt(storage: _Storage, first: int, shape: tuple[int, ...], strides: tup
 
 
 class _Described(pickle.Unpickler):
-    """Turns the pickle of a tensor into numbers; any other name that it holds is an error."""
+    """Unpickles the description of a tensor as plain numbers; a pickle that names any other function or class is an error."""
 
     def find_class(self, module: str, name: str) -> Callable[..., Any] | torch.dtype:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -135,7 +135,7 @@ class _Described(pickle.Unpickler):
 
 
 class _Window(io.RawIOBase):
-    """Some bytes of a file as a file of their own."""
+    """A range of bytes of a file, as a file of its own."""
 
     def __init__(self, descriptor: int, offset: int, length: int) -> None:
         self.descriptor, self.offset, self.length, self.position = descriptor, offset, length, 0

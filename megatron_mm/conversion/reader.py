@@ -1,7 +1,7 @@
 """Reading single tensors of a training checkpoint, in one process and without building a model.
 
-A checkpoint's `tensors/` is torch's distributed-checkpoint format as megatron-core writes it: every tensor under its global name, in
-pieces. This module puts the pieces together, whatever layout wrote them.
+A checkpoint's `tensors/` has torch's distributed-checkpoint format as megatron-core writes it: every tensor under its global name, in
+pieces. This module assembles the pieces, whatever layout wrote them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_mm.training.checkpoint import belongs_to_model
 from megatron_mm.training.safe_pickle import check_pickles
 
 _NOT_EXPORTED = (".router.shares",)
-"""Ends of names: what training remembers of the last step."""
+"""Suffixes of names of tensors that hold state of the last training step and are not weights."""
 
 
 class CheckpointReader:
@@ -33,9 +33,9 @@ class CheckpointReader:
         Args:
             verify: compare every file with its recorded checksum, which reads the whole checkpoint once; sizes are always
                 compared.
-            threads: that read files for their checksums.
+            threads: number of threads that compute checksums.
 
-        Raises ValueError if the directory is no complete checkpoint, or a file is missing or damaged.
+        Raises ValueError if the directory is not a complete checkpoint, or a file is missing or damaged.
         """
         self.path = checkpoint / "tensors"
         manifest = checkpoint / "manifest.json"
@@ -48,24 +48,24 @@ class CheckpointReader:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(lambda item: _check_sum(self.path / item[0], item[1][1]), self.files.items()))
         check_pickles(self.path)
-        metadata: Metadata = pickle.loads((self.path / ".metadata").read_bytes())  # names nothing but such metadata: just checked
+        metadata: Metadata = pickle.loads((self.path / ".metadata").read_bytes())  # safe: checked just above
         self._stored = metadata.storage_data
         self._rows: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
         self._entries = {name: e for name, e in metadata.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)}
 
     def names(self) -> dict[str, TensorInfo]:
-        """The model's parameters by global name; optimizer state and random-number generators are left out."""
+        """Return the model's parameters by global name, without optimizer state and random-number generators."""
         return {name: info for name, info in self.all_names().items() if is_weight(name)}
 
     def all_names(self) -> dict[str, TensorInfo]:
-        """All tensors by global name."""
+        """Return all tensors by global name."""
         return {name: TensorInfo(tuple(entry.size), entry.properties.dtype) for name, entry in self._entries.items()}
 
     def read(self, name: str, *, row: int | None = None) -> torch.Tensor:
-        """One tensor, on the CPU. Raises KeyError for a name that is not there, ValueError if parts of it are not.
+        """Read one tensor, to the CPU. Raises KeyError for an unknown name, ValueError if pieces of the tensor are missing.
 
         Args:
-            row: read tensor[row] alone: one expert of a stack of experts, without the others' memory.
+            row: read only tensor[row], for example one expert of a stack, without memory for the others.
         """
         entry = self._entries[name]
         if row is None:
@@ -102,7 +102,7 @@ class CheckpointReader:
 
 
 def is_weight(name: str) -> bool:
-    """Whether a stored tensor is one of the model's parameters."""
+    """Return whether a stored tensor is one of the model's parameters."""
     return belongs_to_model(name) and not name.endswith(_NOT_EXPORTED)
 
 

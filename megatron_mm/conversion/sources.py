@@ -1,4 +1,4 @@
-"""Opens published weights: detects their format, finds the table of names that reads them, and checks the configuration beside them."""
+"""Opens published weights: detects their format, finds the table of names that reads them, and checks their configuration."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class Source:
 
 
 def all_formats() -> dict[str, AnyFormat]:
-    """Every format by name: whole models of each family, then the parts that families share."""
+    """Return every format by name: whole models of each family, then the parts that families share."""
     return {name: found for family in FAMILIES.values() for name, found in family.formats().items()} | FORMATS
 
 
 def open_source(path: Path, part: Part, model: ModelConfig, *, sequence_length: int) -> Source:
-    """Open a checkpoint that a part of the model is read from.
+    """Open a checkpoint from which a part of the model is read.
 
     Args:
-        sequence_length: tokens of a training sequence, for a warning where the source's own limit is less.
+        sequence_length: tokens per training sequence; a warning is logged if the source's own limit is smaller.
 
-    Raises ValueError if its format is unknown or is one of another part, or its settings are not the recipe's.
+    Raises ValueError if its format is unknown or belongs to another part, or if its settings differ from the recipe's.
     """
     formats = all_formats()
     reader = _unwrapped(HfReader(path), part, formats)
@@ -64,7 +64,9 @@ def open_source(path: Path, part: Part, model: ModelConfig, *, sequence_length: 
         _warn_of_limits(document, path, sequence_length=sequence_length)
         settings = _settings(document, name, known, where=reader.folder / known.config_file)
         tied = bool(settings.pop("tied_embeddings", tied))
-        if settings.get("max_positions", settings.get("decoder.max_positions")) == sequence_length:  # an export of a recipe that has none
+        if (
+            settings.get("max_positions", settings.get("decoder.max_positions")) == sequence_length
+        ):  # an export of a recipe without max_positions
             settings = {field: value for field, value in settings.items() if not field.endswith("max_positions")}
         group = {"language": "decoder.", "vision": "vision."}.get(part, "")
         _check_settings(settings, ours, where=str(reader.folder / known.config_file), group=group)
@@ -84,12 +86,13 @@ _PARTS: dict[Part, tuple[str, ...]] = {
     "vision": ("vision_config",),
     "whole": (),
 }
-"""Which part of a larger model's config.json describes it."""
+"""Keys of a larger model's config.json under which each part is described."""
 
 
 def _unwrapped(reader: HfReader, part: Part, known: Mapping[str, AnyFormat]) -> HfReader:
-    """The reader of what stands below a prefix that no format knows, such as `module.` of a training program, or `language_model.` of a
-    larger model. Says which tensors are not read then."""
+    """If the tensors of a known format are below a prefix that no format knows, such as `module.` of a training program or
+    `language_model.` of a larger model, return a reader of that prefix and log how many tensors are ignored. Otherwise return the
+    reader."""
     names = reader.names()
     signatures = {f"{prefix}{f.signature}": f.part for f in known.values() for prefix in f.prefixes}
     if signatures.keys() & names.keys():
@@ -109,7 +112,7 @@ def _unwrapped(reader: HfReader, part: Part, known: Mapping[str, AnyFormat]) -> 
 
 
 def _detect(reader: HfReader, part: Part, known: Mapping[str, AnyFormat]) -> tuple[str, str]:
-    """Name and prefix of the format whose signature is there."""
+    """Return the name and prefix of the format whose signature is among the tensors. Raises ValueError if none is."""
     names = reader.names()
     found = [(name, prefix) for name, f in known.items() for prefix in f.prefixes if f"{prefix}{f.signature}" in names]
     fitting = [(name, prefix) for name, prefix in found if known[name].part == part]
@@ -117,7 +120,7 @@ def _detect(reader: HfReader, part: Part, known: Mapping[str, AnyFormat]) -> tup
         return fitting[0]
     called = next(((name, next(iter(f.prefixes))) for name, f in known.items() if f.part == part and _calls_itself(reader, f)), None)
     if called and not found:
-        return called  # the tensor by which it would be known is missing: what is missing is listed later
+        return called  # the signature itself is missing; missing tensors are reported later
     formats = ", ".join(name for name, f in known.items() if f.part == part)
     if found:
         other = known[found[0][0]].part
@@ -132,7 +135,8 @@ def _calls_itself(reader: HfReader, known: AnyFormat) -> bool:
 
 
 def _checked_document(reader: HfReader, name: str, known: AnyFormat, part: Part) -> dict[str, Any] | None:
-    """config.json, or its part about what is read, of a model type that the format knows. Raises ValueError for any other."""
+    """Return config.json, or its section about the part that is read; None if there is no file. Raises ValueError if the format does not
+    know the model type."""
     document = reader.config(known.config_file)
     if document is not None and known.model_types and document.get("model_type") not in known.model_types:
         inner = next((document[field] for field in _PARTS[part] if isinstance(document.get(field), dict)), None)
@@ -146,7 +150,7 @@ def _checked_document(reader: HfReader, name: str, known: AnyFormat, part: Part)
 
 
 def _own_types(document: Mapping[str, Any]) -> tuple[str, ...]:
-    """What an exported decoder of a known variant calls itself, where that is another class than a Llama."""
+    """Model types of an exported decoder of a known variant whose class is not Llama's."""
     variant = document.get("decoder_variant")
     known = DECODER_VARIANTS.get(variant) if isinstance(variant, str) else None
     if known is None:
@@ -156,7 +160,7 @@ def _own_types(document: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _warn_of_limits(document: Mapping[str, Any], path: Path, *, sequence_length: int) -> None:
-    """Say where sequences are longer than what the language model was made for."""
+    """Warn if training sequences are longer than the language model's attention window or number of positions."""
     for name, meaning in (
         ("sliding_window", "its attention window is not applied"),
         ("max_position_embeddings", "it knows no more positions"),
@@ -167,7 +171,7 @@ def _warn_of_limits(document: Mapping[str, Any], path: Path, *, sequence_length:
 
 
 def _settings(document: dict[str, Any], name: str, known: AnyFormat, *, where: Path) -> dict[str, Any]:
-    """The fields of the recipe's part that must be equal. Raises ValueError if the document is no such configuration."""
+    """Return the fields that must be equal in the recipe. Raises ValueError if the document is not a configuration of the format."""
     try:
         return known.settings(document)
     except ValueError as error:
@@ -179,7 +183,7 @@ def _settings(document: dict[str, Any], name: str, known: AnyFormat, *, where: P
 
 
 def _check_settings(theirs: dict[str, Any], ours: Any, *, where: str, group: str) -> None:
-    """Raise ValueError for fields that differ; of those that change nothing in training say it."""
+    """Raise ValueError if fields differ; only warn of those that do not affect training."""
     differences = []
     for field, value in theirs.items():
         found: Any = ours
@@ -197,7 +201,7 @@ def _check_settings(theirs: dict[str, Any], ours: Any, *, where: str, group: str
 
 
 def _check_images(reader: HfReader, model: ModelConfig) -> None:
-    """Raise ValueError where the source's images were normalised otherwise; say where they became square in another way."""
+    """Raise ValueError if the source's images were normalised differently; warn if they were made square in another way."""
     parts = [part.name for part in fields(model) if hasattr(getattr(model, part.name), "mean")]
     documents = {name: reader.config(name) for name in ("preprocessor_config.json", "processor_config.json", "open_clip_config.json")}
     try:
@@ -217,7 +221,7 @@ def _check_images(reader: HfReader, model: ModelConfig) -> None:
 
 
 def _option(field: str, value: Any) -> str:
-    """The words on the command line that give a field of the model a value."""
+    """Return the command-line option that sets a field of the model to a value."""
     *parts, name = field.replace("_", "-").split(".")
     if isinstance(value, tuple):
         value = " ".join(map(str, value))
@@ -231,5 +235,5 @@ def _has_head(reader: HfReader, prefix: str) -> bool:
 
 
 def _unused_head(prefix: str, tied: bool) -> tuple[str, ...]:
-    """A tied model may carry its table a second time as an output layer."""
+    """Patterns of names to ignore: a tied model's files may hold the embeddings a second time, as an output layer."""
     return (re.escape(prefix.removesuffix("model.")) + r"(lm_head|output)\.weight",) if tied else ()

@@ -27,10 +27,10 @@ class Target:
     info: TensorInfo
     initial: InitialValue
     stacked: bool
-    """It is a stack, such as one of experts, whose rows are converted and drawn one by one."""
+    """Whether it is a stack, for example of experts, whose rows are converted and drawn one by one."""
 
     def draw(self, *, seed: int, row: int | None) -> torch.Tensor:
-        """Its initial value, or that of one row of a stack: what `initialize_weights` would give it on a CPU."""
+        """Draw its initial value, or that of one row of a stack, as `initialize_weights` would on a CPU."""
         shape = self.info.shape if row is None else self.info.shape[1:]
         if self.initial.constant is not None:
             return torch.full(shape, self.initial.constant, dtype=self.info.dtype)
@@ -39,11 +39,11 @@ class Target:
 
 
 def model_targets(experiment: Experiment) -> dict[str, Target]:
-    """Every tensor of the experiment's model, in the model's order."""
+    """Return every tensor of the experiment's model, by name, in the model's order."""
     parallel = ParallelConfig()
     found: dict[str, Target] = {}
     with topologies.pretend(parallel, pipeline_rank=0) as topology:
-        # FP8 training keeps its weights in bfloat16, and to build them takes no FP8 kernels.
+        # FP8 training keeps its weights in bfloat16, and building them needs no FP8 kernels.
         precision = "bf16" if experiment.train.precision == "fp8" else experiment.train.precision
         one_process = replace(experiment, parallel=parallel, train=replace(experiment.train, precision=precision))
         for chunk in build_chunks(one_process, topology):

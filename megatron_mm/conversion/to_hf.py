@@ -1,6 +1,6 @@
 """A training checkpoint -> a Hugging Face directory, tensor by tensor.
 
-A whole model loads in plain transformers with `trust_remote_code=True`, a decoder or an image tower alone without it. Tensors are read,
+Plain transformers loads a whole model with `trust_remote_code=True`, and a decoder or an image tower alone without it. Tensors are read,
 renamed, cast and written in the order of the table; the optimizer's tensors are never read. Names and shapes are checked before the first
 tensor is read.
 """
@@ -35,10 +35,10 @@ from megatron_mm.training.checkpoint import find_checkpoint
 logger = logging.getLogger(__name__)
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Types of written weights; auto writes them as the checkpoint has them."""
+"""Types of the written weights; auto keeps the checkpoint's types."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _LANE_BYTES = 1 << 27
-"""What one thread writes of a file before another may take over."""
+"""Largest part of a file that is written as one lane, in bytes."""
 _SPARE_MEMORY = 1 << 28
 
 ExportedPart = Literal["whole", "language", "vision"]
@@ -46,19 +46,19 @@ ExportedPart = Literal["whole", "language", "vision"]
 
 @dataclass(frozen=True)
 class Export:
-    """What was written."""
+    """Summary of a finished export."""
 
     path: Path
     num_parameters: int
     num_tensors: int
     num_shards: int
     num_bytes: int
-    """Of all tensors."""
+    """Size of all tensors, in bytes."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """An entry of the table and the tensors that it becomes; or tensors that follow from the model's configuration."""
+    """An entry of the table and the tensors that it is written as; or a tensor that follows from the model's configuration."""
 
     entry: Entry | None
     read: TensorInfo
@@ -88,15 +88,15 @@ def convert_to_hf(
         checkpoint: `RUN_DIR/checkpoints/step_...`, or RUN_DIR for its newest.
         out: a directory that does not exist or is empty; it appears when it is complete.
         part: the whole model, its decoder or its image tower.
-        architecture: what a decoder alone is written as; all compute the same.
-        dtype: of the written weights: auto, float32, bfloat16 or float16.
-        vocab_rows: rows of the vocabulary that are written, without those at the end that only fill it up; None writes all.
-        shard_size: of one weights file at most, such as "5GB" or "500MB"; a larger tensor gets a file of its own.
+        architecture: architecture as which a decoder alone is written; all of them compute the same.
+        dtype: type of the written weights: auto, float32, bfloat16 or float16.
+        vocab_rows: number of vocabulary rows that are written, to leave out padding rows at the end; None writes all.
+        shard_size: largest size of a weights file, such as "5GB" or "500MB"; a larger tensor gets a file of its own.
         verify: check the checkpoint's checksums first.
-        threads: that read and write at once.
+        threads: number of threads that read and write.
 
-    Raises ValueError if an argument is wrong, `out` holds something, the checkpoint is incomplete or damaged, or its
-    tensors are not those of its model.
+    Raises ValueError if an argument is wrong, `out` is not empty, the checkpoint is incomplete or damaged, or its tensors are not those of
+    its model.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, but must be one of {sorted(DTYPES)}")
@@ -136,7 +136,7 @@ def convert_to_hf(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB", "2GiB" or a plain number. Raises ValueError for anything else or nothing."""
+    """Parse "5GB", "500MB", "2GiB" or a plain number into bytes. Raises ValueError for anything else and for 0."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
     size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
     if size <= 0:
@@ -145,7 +145,7 @@ def parse_size(text: str) -> int:
 
 
 def plan_tensors(table: list[Entry], infos: dict[str, TensorInfo], *, dtype: torch.dtype | None) -> list[Written]:
-    """What each entry becomes, found by converting tensors without content. Raises ValueError for a shape that does not fit."""
+    """Find the tensors as which each entry is written, by converting meta tensors. Raises ValueError for a shape that does not fit."""
     plan = []
     for entry in table:
         stored = infos[entry.ours]
@@ -162,7 +162,7 @@ def _constants(tensors: dict[str, torch.Tensor]) -> list[Written]:
 
 
 def plan_shards(plan: list[Written], *, limit: int) -> list[list[Written]]:
-    """Cut the table, in its order, into files of at most `limit` bytes; an entry that is larger is a file of its own."""
+    """Divide the table, in its order, into files of at most `limit` bytes; a larger entry is a file of its own."""
     return cut(plan, limit=limit)
 
 
@@ -171,7 +171,7 @@ def _shard_bytes(shard: list[Written]) -> int:
 
 
 def _dtype_name(plan: list[Written]) -> str:
-    """The type of most of the written values."""
+    """Name of the type that most of the written values have."""
     counts: dict[torch.dtype, int] = {}
     for written in plan:
         for info in written.infos.values():
@@ -183,7 +183,7 @@ def _dtype_name(plan: list[Written]) -> str:
 
 
 def _describe(checkpoint: Path) -> tuple[Experiment, Path | None]:
-    """The experiment and the tokenizer of a checkpoint; None if it has none."""
+    """Return a checkpoint's experiment, and its tokenizer or None."""
     tokenizer = checkpoint / "tokenizer.model"
     return load_experiment(checkpoint / "experiment.json"), tokenizer if tokenizer.is_file() else None
 
@@ -197,7 +197,7 @@ def _check_rows(vocab_rows: int | None, experiment: Experiment, tokenizer: Path 
     if tokenizer is None:
         return
     ids = Tokenizer.open(tokenizer, special=family_of(experiment.model).special_tokens)
-    least = ids.vocab_size if part == "whole" else ids.num_pieces  # a decoder alone has no use for the tokens of images
+    least = ids.vocab_size if part == "whole" else ids.num_pieces  # a decoder alone does not use the image tokens
     if vocab_rows < least:
         raise ValueError(f"--vocab-size is {vocab_rows}, but the checkpoint's tokenizer has {least} tokens: use {least} or more")
 
@@ -211,7 +211,7 @@ def _exporter(
     architecture: Architecture,
     vocab_rows: int | None,
 ) -> tuple[list[Entry], Callable[..., None]]:
-    """The table of what is exported, and what writes the other files: (directory, dtype=...)."""
+    """Return the table of the exported part, and the function (directory, dtype=...) that writes the other files."""
     if part == "vision":
         return parts.vision_table(experiment), partial(parts.write_vision_files, experiment)
     if part == "language":
@@ -228,7 +228,7 @@ def _exporter(
 def _checked_infos(
     reader: CheckpointReader, experiment: Experiment, table: list[Entry], checkpoint: Path, *, part: ExportedPart
 ) -> dict[str, TensorInfo]:
-    """The stored tensors. Raises ValueError if they are not those of the checkpoint's own model, with the shapes."""
+    """Return the stored tensors. Raises ValueError if their names or shapes are not those of the checkpoint's own model."""
     infos, where = reader.names(), f"checkpoint {checkpoint}"
     wanted = {entry.ours for entry in table}
     check_names(wanted, infos if part == "whole" else wanted & infos.keys(), where=where)
@@ -249,7 +249,7 @@ def _checked_infos(
 
 
 def _check_language(left_out: Collection[str], experiment: Experiment) -> None:
-    """Raise ValueError for tensors of the decoder that no entry exports and that its family does not leave out."""
+    """Raise ValueError if a tensor of the decoder is neither exported nor one that its family leaves out on purpose."""
     extras = family_of(experiment.model).language_extras
     lost = sorted(name for name in left_out if name.startswith("language.") and not any(re.fullmatch(extra, name) for extra in extras))
     if lost:
@@ -263,7 +263,7 @@ def _check_language(left_out: Collection[str], experiment: Experiment) -> None:
 
 
 def _lanes(shards: list[list[Written]], reader: CheckpointReader) -> list[Lane]:
-    """The files, each cut into runs of bytes that are written beside one another."""
+    """Divide each file into ranges of bytes that can be written in parallel."""
     lanes: list[Lane] = []
     for number, shard in enumerate(shards, start=1):
         file = _file_name(number, len(shards))
@@ -298,7 +298,7 @@ def _file_name(number: int, count: int) -> str:
 
 
 def _write_index(shards: list[list[Written]], directory: Path) -> None:
-    """Which file holds which tensor, where there is more than one."""
+    """Write the index that names each tensor's file, if there is more than one file."""
     if len(shards) == 1:
         return
     weight_map = {

@@ -1,7 +1,7 @@
 """Upcycling: a sparse model in which every expert starts as a copy of the dense model's MLP (arXiv 2212.05055).
 
-The weights of a token's experts add up to 1, so the new sparse model computes the same as the dense one. Routers have their initial
-weights, and the optimizer starts afresh. Every process loads its own part of the dense checkpoint, whatever layout wrote it: each of its
+The gate weights of a token's experts add up to 1, so the new sparse model computes the same as the dense one. Routers have their initial
+weights, and the optimizer state is new. Every process loads its own part of the dense checkpoint, whatever layout wrote it: each of its
 experts loads the dense layer's MLP by name. Only the sparse layers of the recipe are changed; the MLPs of the image tower are not.
 """
 
@@ -44,11 +44,11 @@ _ROUTER = ".mlp.router."
 
 
 def upcycle(dense: Path, run_dir: Path, experiment: Experiment) -> Path:
-    """Make a run directory whose checkpoint of step 0 holds the sparse model; training resumes from it. Returns the checkpoint.
+    """Make a run directory whose checkpoint of step 0 holds the sparse model; training resumes from it. Return the checkpoint.
 
     Called by all processes of the experiment's layout together.
 
-    Raises ValueError if the models differ in more than experts, the layout does not fit, or the run has a checkpoint already.
+    Raises ValueError if the models differ in more than experts, the layout does not fit, or the run already has a checkpoint.
     """
     check_upcycling(experiment, dense)
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
@@ -72,7 +72,7 @@ def upcycle(dense: Path, run_dir: Path, experiment: Experiment) -> Path:
 
 
 def check_upcycling(experiment: Experiment, dense: Path) -> None:
-    """Raise ValueError where a dense checkpoint is not the sparse experiment's backbone; the message names the first difference."""
+    """Raise ValueError if a dense checkpoint is not the sparse experiment's backbone; the message names the first difference."""
     saved = load_experiment(dense / "experiment.json")
     decoder = experiment.model.decoder
     if decoder.moe is None:
@@ -88,7 +88,7 @@ def check_upcycling(experiment: Experiment, dense: Path) -> None:
 
 
 def load_dense(topology: Topology, model: list[DistributedDataParallel], dense: Path) -> None:
-    """Load a dense checkpoint's weights into a sparse model in place; routers stay as they are."""
+    """Load a dense checkpoint's weights into a sparse model in place; routers are not changed."""
     verify(dense, topology)
     wanted: dict[str, ShardedTensor] = {}
     targets: dict[str, list[torch.Tensor]] = {}
@@ -98,7 +98,7 @@ def load_dense(topology: Topology, model: list[DistributedDataParallel], dense: 
         for entry in nested_values(state):
             if isinstance(entry, ShardedTensor) and _ROUTER not in entry.key:
                 source = _of_dense_layer(entry) if _EXPERTS in entry.key else entry
-                part = f"{source.key}{source.global_offset}"  # what all experts of a layer ask for is read once
+                part = f"{source.key}{source.global_offset}"  # the experts of a layer need the same parts: each is read once
                 wanted[part] = replace(source, data=torch.empty_like(source.data))
                 targets.setdefault(part, []).append(entry.data)
     loaded = dist_checkpointing.load(
@@ -115,7 +115,7 @@ def load_dense(topology: Topology, model: list[DistributedDataParallel], dense: 
 
 
 def _of_dense_layer(expert: ShardedTensor) -> ShardedTensor:
-    """One expert's part of a stack, as the same part of the dense layer's MLP: without the axis of experts, every copy alike."""
+    """Describe one expert's part of a stack as the same part of the dense layer's MLP, without the experts' axis."""
     stacked = expert.prepend_axis_num
     return ShardedTensor(
         key=expert.key.replace(_EXPERTS, ".mlp."),

@@ -1,4 +1,4 @@
-"""Whether two checkpoints are the same model: names, shapes, values and, on a prompt, logits.
+"""Checks whether two checkpoints hold the same model: names, shapes, values and, on a prompt, logits.
 
 Each may be a Hugging Face directory or one of our checkpoints, which is first exported to a temporary directory. Tensors are compared one
 at a time; transformers computes the logits on a CPU in float32.
@@ -19,15 +19,15 @@ from megatron_mm.conversion.hf_reader import WEIGHT_FILES, HfReader
 from megatron_mm.conversion.to_hf import convert_to_hf
 
 LOGITS_TOLERANCE = 1e-4
-"""Of the largest logit: between two implementations on the same weights in float32 1e-6 was seen. Other settings in config.json, such as
-the base of rotary positions, give more."""
+"""Allowed difference of logits, relative to the largest logit. Two implementations with the same weights in float32 differed by 1e-6.
+Different settings in config.json, such as the base of rotary positions, lead to larger differences."""
 ROUNDED_TOLERANCE = 0.1
-"""The same where weights of one side are rounded, to bfloat16's 3 digits, say."""
+"""The tolerance if one checkpoint has rounded weights, for example bfloat16 with its 3 digits."""
 
 
 @dataclass(frozen=True)
 class Different:
-    """A tensor with other values."""
+    """A tensor whose values differ."""
 
     name: str
     norms: tuple[float, float]
@@ -37,32 +37,32 @@ class Different:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found."""
+    """Result of a comparison."""
 
     num_equal: int
-    """Tensors that are equal to the last bit."""
+    """Number of bit-identical tensors."""
     num_rounded: int = 0
-    """Tensors of two types that are equal once the wider one is rounded to the other's."""
+    """Number of tensors whose types differ and that are equal once the wider one is rounded to the narrower type."""
     only_in_first: list[str] = field(default_factory=list)
     only_in_second: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
-    """Names with both shapes, where these differ."""
+    """Name and both shapes of each tensor whose shapes differ."""
     different: list[Different] = field(default_factory=list)
     logits: float | None = None
     """Largest absolute difference of the logits; None if no prompt was given."""
     scale: float | None = None
     """Largest absolute logit."""
     not_loaded: list[str] = field(default_factory=list)
-    """Tensors that transformers did not find, or found and has no place for, where a prompt was given; there are no logits then."""
+    """Tensors that transformers reports as missing or unexpected if a prompt was given. If there are any, logits are not compared."""
 
     @property
     def passed(self) -> bool:
-        """The tensors are the same and, where a prompt was given, transformers loaded all of them and computes the same logits."""
+        """Whether the tensors are the same and, if a prompt was given, transformers loaded all of them and computes the same logits."""
         return self.same_tensors and not self.not_loaded and self.same_logits
 
     @property
     def same_logits(self) -> bool:
-        """Equal to `LOGITS_TOLERANCE`, or to that of rounded weights; true where no prompt was given."""
+        """Whether logits agree within `LOGITS_TOLERANCE`, or `ROUNDED_TOLERANCE` for rounded weights; true if no prompt was given."""
         if self.logits is None or self.scale is None:
             return True
         return self.logits <= self.scale * (ROUNDED_TOLERANCE if self.num_rounded else LOGITS_TOLERANCE)
@@ -77,7 +77,7 @@ def verify(first: Path, second: Path, *, prompt: str | None = None, threads: int
 
     Args:
         first, second: Hugging Face directories, run directories or checkpoints of ours.
-        prompt: a text to compute logits of. The code that travels with a model is then run: give it for models that you trust.
+        prompt: text for which logits are computed. This runs the code in a model's directory: use it only for models that you trust.
 
     Raises ValueError if one of them cannot be read.
     """
@@ -153,7 +153,7 @@ def _compare(first: HfReader, second: HfReader) -> Verification:
 
 
 def _equal_once_rounded(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors of different floating types are equal in the narrower one."""
+    """Return whether two tensors of different floating-point types are equal in the narrower type."""
     if left.dtype == right.dtype or not (left.is_floating_point() and right.is_floating_point()):
         return False
     narrow, wide = sorted((left, right), key=lambda tensor: tensor.element_size())
@@ -161,7 +161,8 @@ def _equal_once_rounded(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _check_code(path: Path, folder: Path) -> None:
-    """Raise ValueError where config.json names modeling code that is not beside it, as for models whose authors' code does not travel."""
+    """Raise ValueError if config.json names modeling code that is not in the folder, as for models whose code only their authors
+    publish."""
     config = folder / "config.json"
     named = json.loads(config.read_text()).get("auto_map", {}).values() if config.is_file() else ()
     files = sorted({f"{name.rpartition('--')[2].partition('.')[0]}.py" for name in named if isinstance(name, str)})
@@ -181,7 +182,7 @@ def _ids(folder: Path, prompt: str) -> torch.Tensor:
 
 
 def _load(folder: Path) -> tuple[torch.nn.Module, list[str]]:
-    """The model, and the tensors that its code misses or has no place for: those are drawn at random, and these dropped."""
+    """Load a model; also return its missing tensors, which transformers draws at random, and its unexpected ones, which it drops."""
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
