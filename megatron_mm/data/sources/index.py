@@ -36,44 +36,44 @@ from megatron_mm.data.text.keys import USUAL, Keys
 from megatron_mm.platform.local_copies import COPY_INDEX
 
 SHARDS_CHECKED_AT_ONCE = 32
-"""Threads that ask the file system about shards: one answer takes about as long as another hundred."""
+"""Number of threads that check shards. The file system answers a hundred requests about as fast as one."""
 _SHARDS_A_TURN = 64
-"""That a thread asks about one after another."""
+"""Number of shards that a thread checks in one task."""
 
 
 @dataclass(frozen=True)
 class SourceIndex:
-    """A source of shards, opened: memory-mapped rows and the files that they point into. See `data.sources.source.Source`."""
+    """An opened source of shards: memory-mapped rows and the files that they point into. See `data.sources.source.Source`."""
 
     name: str
     """Folder name of the source."""
     kind: Kind
     root: Path
-    """The folder of its shards, which is that of the index unless `prepare index --index-dir` wrote it; shard names are relative to it."""
+    """Folder of the shards: the source's folder, unless the index was written elsewhere by `prepare index --index-dir`."""
     shards: Sequence[str]
-    """Names, relative to `root`."""
+    """Names of the shards, relative to `root`."""
     tokenizer: str
     """Fingerprint of the tokenizer that counted the tokens."""
     rejected: dict[str, int]
-    """Samples that `prepare index` found unusable, by reason."""
+    """Number of samples that `prepare index` found unusable, by reason."""
     sample_rows: np.ndarray
-    """[num_samples] of SAMPLE."""
+    """[num_samples] SAMPLE rows."""
     item_rows: np.ndarray
-    """[num_items] of ITEM."""
+    """[num_items] ITEM rows."""
     chat_template: str | None = None
-    """Name of the template that renders the samples; None if they are no chats."""
+    """Name of the template that renders the samples; None if they are not chats."""
     caption_prompt: str | None = None
-    """What asks for the captions of pairs; None if they are no chats."""
+    """Question to which the captions of pairs are the answers; None if pairs are not rendered as chats."""
     size_rows: np.ndarray | None = None
-    """[num_samples] of SIZES; None in indexes of version 2."""
+    """[num_samples] SIZES rows; None in indexes of version 2."""
     keys: Keys = USUAL
-    """What the fields of the samples are called."""
+    """Names of the fields of the samples."""
     store: str | None = None
-    """Address of the object store that holds the shards; None where they lie in `root`."""
+    """Address of the object store that holds the shards; None if they are in `root`."""
 
     @property
     def answers_only(self) -> bool:
-        """Some items do not count in the loss."""
+        """Some items are not supervised."""
         return self.chat_template is not None
 
     def __len__(self) -> int:
@@ -91,7 +91,7 @@ class SourceIndex:
     def image_sizes(self, rows: np.ndarray | slice) -> ImageSizes:
         """See `Source.image_sizes`."""
         found = self.sample_rows[rows]
-        if isinstance(rows, slice) and len(found):  # neighbours, so their items are, too
+        if isinstance(rows, slice) and len(found):  # neighbouring samples have neighbouring items
             items = self.item_rows[found[0]["first_item"] : found[-1]["first_item"] + found[-1]["num_items"]]
         else:
             items = self.item_rows[ranges(found["first_item"], found["num_items"])]
@@ -123,7 +123,7 @@ class SourceIndex:
         return self._store.read(self._shard_name(row), int(image["offset"]), int(image["size"]))
 
     def shard_of(self, row: int) -> Path:
-        """The file that holds a sample of shards in a folder."""
+        """Return the path of the shard that contains a sample, if shards are in a folder."""
         return self.root / self._shard_name(row)
 
     def _shard_name(self, row: int) -> str:
@@ -141,11 +141,11 @@ class SourceIndex:
 def open_index(source: Path, *, check: bool = True) -> SourceIndex:
     """Open the index of a source folder.
 
-    Raises ValueError that names the folder and the command to run if there is no index, if it is of another version or damaged, or
-    if a shard is not the one that was indexed.
+    Raises ValueError, naming the folder and the command to run, if the index is missing, damaged or of an unsupported version, or if a
+    shard has changed since it was indexed.
 
     Args:
-        check: look at every shard and at the arrays' contents, which one process of a run does (`run.data`).
+        check: also check every shard and the contents of the arrays. In a run, one process does this (`run.data`).
     """
     check_local(source, instead=MAPPED)
     meta_path = source / "index" / META
@@ -189,7 +189,7 @@ _FIELDS = ("kind", "tokenizer", "rejected", "chat_template")
 
 
 def _check_shards(source: Path, shards: ShardTable, *, store: str | None) -> None:
-    """Raise ValueError where a shard is gone, has another size, or was written again and has other contents."""
+    """Raise ValueError if a shard is missing, has another size, or was rewritten with other contents."""
     remote = store_of(source, store)
 
     def problem(shard: Shard) -> str | None:
@@ -225,14 +225,14 @@ GIVE_DATA = "give --data.path DIR, a folder that `megatron-mm prepare` made or i
 
 
 def check_folder(root: Path) -> None:
-    """Raise ValueError where there is no folder of that name."""
+    """Raise ValueError if the folder does not exist."""
     check_local(root, instead=MAPPED)
     if not root.is_dir():
         raise ValueError(f"data.path {root} is not a directory: {GIVE_DATA}")
 
 
 def open_split(root: Path, split: str, *, sources: list[str], check: bool = True) -> list[Source]:
-    """Open the named sources of `root/split`, each in its format. Raises ValueError if the split or a source is missing or empty."""
+    """Open the given sources of `root/split`, each in its format. Raises ValueError if the split or a source is missing or empty."""
     folder = root / split
     check_folder(root)
     if not folder.is_dir():
@@ -250,7 +250,7 @@ def open_split(root: Path, split: str, *, sources: list[str], check: bool = True
 
 
 def open_source(folder: Path, *, check: bool = True) -> Source:
-    """Open a source folder: a format that matches it, or indexed shards. Raises ValueError as `open_index` does."""
+    """Open a source folder with the first registered format that matches it, or else as indexed shards (see `open_index`)."""
     for known in SOURCE_FORMATS.values():
         if known.matches(folder):
             return known.open(folder)
@@ -258,9 +258,9 @@ def open_source(folder: Path, *, check: bool = True) -> Source:
 
 
 def move_to_store(source: Path, url: str) -> int:
-    """Let the index of a source say that its shards are in an object store now; returns how many there are.
+    """Record in the index of a source that its shards are now in an object store. Returns the number of shards.
 
-    Raises ValueError if a shard is not there, or has another size than the one that was indexed.
+    Raises ValueError if a shard is missing there, or has another size than when it was indexed.
     """
     path = source / "index" / META
     shards = open_index(source, check=False).shards

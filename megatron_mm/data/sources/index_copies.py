@@ -32,13 +32,13 @@ _USED = ".used"
 
 
 def data_folder(path: Path, *, sources: Sequence[str], tokenizer: bool = True) -> Path:
-    """The folder of a data set on this machine; of one in an object store its indexes are copied first.
+    """Return the local folder of a data set. If it is in an object store, its indexes are first copied to the cache.
 
-    Raises ValueError if there is no index or no room, OSError if the store does not answer.
+    Raises ValueError if there is no index, no cache or no room in it, and OSError if the store does not answer.
 
     Args:
-        sources: those that are wanted, of the splits that have them.
-        tokenizer: the data set's own is wanted.
+        sources: names of the sources whose indexes are needed, in every split that has them.
+        tokenizer: also copy the data set's tokenizer.
     """
     address = address_of(path)
     return path if address is None else _copied(address, tuple(sources), tokenizer)
@@ -47,7 +47,7 @@ def data_folder(path: Path, *, sources: Sequence[str], tokenizer: bool = True) -
 @cache  # once in each process
 def _copied(address: str, sources: tuple[str, ...], tokenizer: bool) -> Path:
     found = cache_folder()
-    home = local_folder(Path(address))  # which says that there is no cache
+    home = local_folder(Path(address))  # raises if there is no cache
     assert found is not None, "a cache, since there is a folder in it"
     home.mkdir(parents=True, exist_ok=True)
     with (found.path / "indexes" / "lock").open("a") as lock:
@@ -69,7 +69,7 @@ def _copied(address: str, sources: tuple[str, ...], tokenizer: bool) -> Path:
 
 
 def _copy_index(address: str, source: Path, cache_to: CacheFolder) -> bool:
-    """Copy the index of a source; whether there is one. Raises ValueError if it is of another version, or there is no room."""
+    """Copy the index of a source. Returns whether it has one. Raises ValueError if it is unusable or there is no room for it."""
     store = ObjectStore(f"{address}/index")
     try:
         text = store.read(META, 0, store.size(META))
@@ -102,12 +102,12 @@ def _copy_index(address: str, source: Path, cache_to: CacheFolder) -> bool:
     write_json(index / META, {"store": address, **meta})
     for old in index.glob("arrays-*"):
         if old.name != folder:
-            shutil.rmtree(old, ignore_errors=True)  # a run that has mapped them keeps them
+            shutil.rmtree(old, ignore_errors=True)  # a run that has mapped the files can still read them
     return True
 
 
 def _copy(store: ObjectStore, name: str, to: Path) -> None:
-    """Copy a small object, if there is one."""
+    """Copy a small object if it exists."""
     try:
         data = store.read(name, 0, store.size(name))
     except FileNotFoundError:
@@ -119,7 +119,7 @@ def _copy(store: ObjectStore, name: str, to: Path) -> None:
 
 
 def _make_room(cache_to: CacheFolder, needed: int, *, keep: Path, of: str) -> None:
-    """Remove data sets that were not used for longest until there is room. Raises ValueError if there is none."""
+    """Remove the least recently used data sets until there is room. Raises ValueError if there is not enough."""
     others = [folder for folder in (cache_to.path / "indexes").iterdir() if folder.is_dir() and folder != keep]
     others.sort(key=lambda folder: (folder / _USED).stat().st_mtime if (folder / _USED).is_file() else 0.0)
     while bytes_in(cache_to.path / "indexes") + needed > cache_to.limit and others:

@@ -1,6 +1,6 @@
 """The files of an index: they are written so that they are complete or absent, and checked before they are used.
 
-    <source>/index/meta.json                  names the folder of the arrays; written last, by rename; a kilobyte for any source
+    <source>/index/meta.json                  names the folder of the arrays; written last, by rename; about 1 kB for any source
     <source>/index/arrays-<16 hex digits>/    samples.npy, items.npy, sizes.npy, shards.npy, names.npy
 
 Arrays are never overwritten, so a run that has mapped them can continue to read them. The folder that meta.json named before is kept until
@@ -24,18 +24,19 @@ from megatron_mm.data.sources.rows import ITEM, SAMPLE, SHARD, SIZES
 from megatron_mm.data.sources.shard_table import ShardTable
 
 FORMAT_VERSION = 4
-"""Version 3 listed shards in meta.json; version 2 had its arrays beside it and no sizes.npy. Both are read."""
+"""Version 3 lists shards in meta.json. Version 2 also has its arrays next to meta.json, and no sizes.npy. Both can still be read."""
 META = "meta.json"
 SAMPLES, ITEMS, SIZE_COLUMNS, SHARDS, NAMES = "samples.npy", "items.npy", "sizes.npy", "shards.npy", "names.npy"
 ARRAYS = {SAMPLES: SAMPLE, ITEMS: ITEM, SIZE_COLUMNS: SIZES, SHARDS: SHARD, NAMES: np.dtype(np.uint8)}
 _PROBES, _PROBE_BYTES = 8, 4096
 _CHECKED_WHOLE, _CHECKED_ROWS = 1 << 20, 1 << 12
-"""Rows of an array that are all checked when it is opened, and about how many of a larger one are: each may be a page to read."""
+"""Largest number of rows that are all checked on opening, and approximate number checked in a larger array, because each may cost reading a
+page."""
 
 
 def sampled_digest(path: Path) -> str:
-    """A digest of a file's size and of 8 blocks of 4 KiB spread over it, its first and last among them: finds another file of the same
-    size, not a changed byte."""
+    """Return a digest of a file's size and of 8 blocks of 4 KiB spread over it, including the first and the last. It detects a different
+    file of the same size, but not every changed byte."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -46,7 +47,7 @@ def sampled_digest(path: Path) -> str:
 
 
 class ArrayFile:
-    """A .npy file of so many rows that is written piece by piece."""
+    """A .npy file with a known number of rows, written piece by piece."""
 
     def __init__(self, path: Path, dtype: np.dtype, rows: int) -> None:
         self._file: BinaryIO = path.open("wb")
@@ -54,7 +55,7 @@ class ArrayFile:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
         np.lib.format.write_array_header_2_0(self._file, header)
         self.checksum = 0
-        """CRC-32 of the rows so far."""
+        """CRC-32 of the rows written so far."""
 
     def append(self, rows: np.ndarray) -> None:
         """Write the next rows."""
@@ -65,7 +66,7 @@ class ArrayFile:
         self._left -= len(rows)
 
     def close(self) -> None:
-        """Flush to the disk."""
+        """Flush the file to the disk and close it."""
         assert self._left == 0, f"{self._left} rows are missing"
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -81,13 +82,13 @@ def write_index(
     num_items: int,
     parts: Iterable[tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """Write a new index into `<source>/index`, which is whole or absent. Holds one part in memory at a time.
+    """Write a new index into `<source>/index`, so that it is complete or absent. Holds one part in memory at a time.
 
-    Raises OSError if the disk is full: the index that was there stays.
+    Raises OSError if the disk is full; the previous index is then kept.
 
     Args:
-        num_samples, num_items: of all parts.
-        parts: (SAMPLE rows, ITEM rows) in order, with `shard` and `first_item` counted over all of them.
+        num_samples, num_items: totals over all parts.
+        parts: (SAMPLE rows, ITEM rows) in order, with `shard` and `first_item` counted over all parts.
     """
     index = source / "index"
     index.mkdir(exist_ok=True)
@@ -131,13 +132,13 @@ def _remove_older(index: Path, *, keep: tuple[str | None, ...]) -> None:
     for folder in index.glob("arrays-*"):
         if folder.name not in keep:
             shutil.rmtree(folder, ignore_errors=True)
-    if keep[-1] is not None:  # so the arrays of version 2 are not those of before
+    if keep[-1] is not None:  # the previous index has a folder of its own, so arrays of version 2 are older
         for name in (SAMPLES, ITEMS):
             (index / name).unlink(missing_ok=True)
 
 
 def _name_by_contents(partial: Path, arrays: dict[str, Any]) -> Path:
-    """Rename a folder of arrays after what is in them. Where the same ones are there already, whole, they stay."""
+    """Rename a folder of arrays after their contents. If a complete folder with the same contents exists, it is kept instead."""
     folder = partial.with_name(f"arrays-{hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()[:16]}")
     if folder.is_dir():
         same = all((folder / name).is_file() and sampled_digest(folder / name) == entry["digest"] for name, entry in arrays.items())
@@ -158,7 +159,7 @@ def _named_arrays(index: Path) -> str | None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file that is whole or absent, after a crash too."""
+    """Write a JSON file so that it is complete or absent, even after a crash."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as file:
         file.write(json.dumps(content, indent=1) + "\n")
@@ -177,12 +178,12 @@ def _sync(folder: Path) -> None:
 
 
 def map_arrays(index: Path, meta: dict[str, Any], *, check: bool) -> dict[str, np.ndarray]:
-    """The arrays of an index of either version, memory-mapped, by file name.
+    """Memory-map the arrays of an index of any supported version. Returns them by file name.
 
-    Raises ValueError that names the file if one is missing, cut off, of other rows than meta.json says, or points outside.
+    Raises ValueError, naming the file, if an array is missing or truncated, disagrees with meta.json, or points outside the index.
 
     Args:
-        check: look at rows and digests too, which one process of a run does.
+        check: also check rows and digests. In a run, one process does this.
     """
     if meta["version"] == 2:
         expected: dict[str, Any] = {name: None for name in (SAMPLES, ITEMS)}
@@ -202,7 +203,7 @@ def map_arrays(index: Path, meta: dict[str, Any], *, check: bool) -> dict[str, n
 
 
 def _named_files(index: Path, meta: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-    """What meta.json says of each array, and the folder of the arrays. Raises ValueError if it does not."""
+    """Return meta.json's entry for each array, and the folder of the arrays. Raises ValueError if meta.json lacks them."""
     try:
         files, folder = dict(meta["arrays"]["files"]), str(meta["arrays"]["folder"])
         wanted = [name for name in ARRAYS if meta["version"] > 3 or name not in (SHARDS, NAMES)]
@@ -216,7 +217,7 @@ _AGAIN = "run `megatron-mm prepare index` again"
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
     try:
-        # As plain arrays over the mapped files: numpy's memmap class makes every row several times slower to read.
+        # Plain arrays over the mapped files: with numpy's memmap class, reading a row is several times slower.
         array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} cannot be read ({error}): {_AGAIN}") from None
@@ -226,7 +227,7 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def _check_rows(folder: Path, samples: np.ndarray, *, num_items: int, num_shards: int) -> None:
-    """Raise ValueError where rows point outside of what there is."""
+    """Raise ValueError if rows point outside the index."""
     stride = 1 if len(samples) <= _CHECKED_WHOLE else len(samples) // _CHECKED_ROWS
     rows = samples[::stride]
     if len(rows) == 0:

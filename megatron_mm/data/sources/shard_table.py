@@ -1,7 +1,7 @@
 """The table of shards in an index: names, sizes, and digests that distinguish shards of the same size.
 
-    shards.npy   a SHARD row for each
-    names.npy    their names, relative to the source, one after another in UTF-8
+    shards.npy   one SHARD row for each shard
+    names.npy    names of the shards, relative to the source, one after another in UTF-8
 
 Both are memory-mapped like the other arrays of an index: a process that reads three of a hundred thousand shards reads three rows. Indexes
 before version 4 list shards in meta.json; `of_meta` makes the same table from them.
@@ -20,15 +20,15 @@ from megatron_mm.data.sources.rows import SHARD
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard when it was indexed."""
+    """A shard as it was when it was indexed."""
 
     name: str
     size: int
-    """Bytes."""
+    """Size in bytes."""
     modified: int | None = None
-    """When it was written last, nanoseconds; None if that is not known."""
+    """Time of last modification, in nanoseconds; None if unknown."""
     digest: str = ""
-    """Of parts of it (`index_files.sampled_digest`)."""
+    """Digest of samples of its bytes (`index_files.sampled_digest`); empty if unknown."""
 
 
 class ShardTable(Sequence[str]):
@@ -37,14 +37,14 @@ class ShardTable(Sequence[str]):
     def __init__(self, rows: np.ndarray, names: np.ndarray) -> None:
         """
         Args:
-            rows: [shards] of SHARD.
+            rows: [shards] SHARD rows.
             names: [bytes] uint8.
         """
         self.rows, self.names = rows, names
 
     @classmethod
     def of(cls, shards: Iterable[Shard]) -> ShardTable:
-        """A table to write."""
+        """Make a table of these shards."""
         rows, names = [], bytearray()
         for shard in shards:
             names += shard.name.encode("utf-8", "surrogateescape")
@@ -53,7 +53,7 @@ class ShardTable(Sequence[str]):
 
     @classmethod
     def of_meta(cls, meta: dict[str, Any]) -> ShardTable:
-        """What meta.json of an older index says."""
+        """Make the table from meta.json of an index before version 4."""
         stamps = meta.get("stamps", {})
         return cls.of(Shard(name, size, *stamps.get(name, (None, ""))) for name, size in meta["shards"].items())
 
@@ -65,7 +65,7 @@ class ShardTable(Sequence[str]):
     @overload
     def __getitem__(self, number: slice) -> list[str]: ...
     def __getitem__(self, number: int | slice) -> str | list[str]:
-        """The name of a shard. Raises ValueError if it leads out of the source."""
+        """Return the name of a shard. Raises ValueError if it leads outside the source."""
         if isinstance(number, slice):
             return [self[one] for one in range(*number.indices(len(self)))]
         if not -len(self) <= number < len(self):
@@ -78,7 +78,7 @@ class ShardTable(Sequence[str]):
         return name
 
     def shards(self) -> Iterator[Shard]:
-        """All that is known of each shard. Raises ValueError as names do."""
+        """Yield all shards with their sizes and digests. Raises ValueError as `__getitem__` does."""
         for number, name in enumerate(self):
             row = self.rows[number]
             modified = int(row["modified"])
@@ -86,5 +86,5 @@ class ShardTable(Sequence[str]):
 
     @property
     def bytes(self) -> int:
-        """Of all shards."""
+        """Total size of all shards, in bytes."""
         return int(self.rows["size"].sum())

@@ -25,7 +25,8 @@ from megatron_mm.data.sources.tar import NO_TAR, TRUNCATED, EndMarker, Skipped, 
 logger = logging.getLogger(__name__)
 
 _OPEN_FILES = 4096
-"""Shards that a process holds open: those of a block of each source (`data.plan.stream`); fewer where the system allows fewer."""
+"""Maximum number of shards that a process keeps open, enough for a block of each source (`data.plan.stream`); less if the system allows
+less."""
 KeyEnds = Literal["first", "last"]
 """Whether a sample's key ends at the first or at the last dot of a file's name."""
 
@@ -36,14 +37,14 @@ class Member:
 
     name: str
     offset: int
-    """First byte of its contents in the shard."""
+    """Position in the shard of the first byte of its contents."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
     shard: Path
 
     @cached_property
     def data(self) -> bytes:
-        """Its contents, read when they are asked for. Raises OSError or ValueError if the shard cannot be read."""
+        """The contents, read on first access. Raises OSError or ValueError if the shard cannot be read."""
         return read_range(self.shard, self.offset, self.size)
 
 
@@ -53,20 +54,20 @@ class WebSample:
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
-    """By extension: what follows the key and its dot, in lower case ("jpg", "0.png", "json")."""
+    """Members by extension: the part of the name after the key and its dot, in lower case ("jpg", "0.png", "json")."""
 
 
 class BrokenShard(ValueError):
-    """A shard of which bytes are lost. Samples before and after the damage are good; one beside it may lack members, and is left out."""
+    """A shard that has lost bytes. Samples before and after the damage are good; a sample next to it may lack members and is left out."""
 
 
 def iterate_tar(path: Path, *, skipped: Callable[[Skipped], None] | None = None, key_ends: KeyEnds = "first") -> Iterator[WebSample]:
-    """The samples of a webdataset tar in order; neighbouring members with the same key belong together.
+    """Yield the samples of a webdataset tar in order. Neighbouring members with the same key form a sample.
 
-    Raises BrokenShard that names the shard and the first damaged byte, after the last sample, if no `skipped` is given.
+    If `skipped` is None and the shard is damaged, raises BrokenShard after the last sample, naming the shard and the first damaged byte.
 
     Args:
-        skipped: is told what is passed over: damage, and what is no file of a sample.
+        skipped: called for everything that is left out: damage, and entries that are not files of a sample.
     """
     sample: WebSample | None = None
     damage: list[Skipped] = []
@@ -104,7 +105,7 @@ BESIDE_DAMAGE = "sample beside damage in the shard"
 
 
 def describe_damage(path: Path, damage: Skipped) -> str:
-    """What is wrong with a shard, in a sentence."""
+    """Describe the damage of a shard in a sentence."""
     if damage.reason == NO_TAR:
         return f"shard {path} is not a tar{_compression(path)}"
     if damage.reason == TRUNCATED:
@@ -122,9 +123,9 @@ def _compression(path: Path) -> str:
 
 
 def split_key(name: str, key_ends: KeyEnds = "first") -> tuple[str, str]:
-    """Key and extension of a file in a tar.
+    """Split the name of a file in a tar into key and extension.
 
-    Worked example: "d.1/x.0.PNG" is ("d.1/x", "0.png"), or ("d.1/x.0", "png") where keys end at the last dot.
+    Worked example: "d.1/x.0.PNG" is ("d.1/x", "0.png"), or ("d.1/x.0", "png") if keys end at the last dot.
     """
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".") if key_ends == "first" else base.rpartition(".")
@@ -134,10 +135,10 @@ def split_key(name: str, key_ends: KeyEnds = "first") -> tuple[str, str]:
 
 
 def iterate_jsonl(path: Path, *, skipped: Callable[[Skipped], None] | None = None) -> Iterator[Member]:
-    """The lines of a .jsonl file, empty ones left out.
+    """Yield the lines of a .jsonl file, except empty ones.
 
     Args:
-        skipped: is told of lines that are too long to read.
+        skipped: called for lines that are too long to read.
     """
     with path.open("rb") as file:
         offset = number = 0
@@ -160,18 +161,18 @@ LONG_LINE = f"line of more than {MAX_FILE_BYTES // 2**20} MiB"
 
 @dataclass(frozen=True)
 class Line(Member):
-    """A line of a .jsonl, which is read anyway."""
+    """A line of a .jsonl, whose contents are already in memory."""
 
     line: bytes = b""
 
     @cached_property
     def data(self) -> bytes:
-        """The line, with its end."""
+        """The line, including its line break."""
         return self.line
 
 
 class TarWriter:
-    """Writes a webdataset tar whose bytes depend on nothing but its contents."""
+    """Writes a webdataset tar whose bytes depend only on its contents."""
 
     def __init__(self, path: Path) -> None:
         self._archive = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
@@ -183,7 +184,7 @@ class TarWriter:
         self._archive.addfile(info, io.BytesIO(data))
 
     def close(self) -> None:
-        """Write the end of the tar."""
+        """Write the end marker and close the file."""
         self._archive.close()
 
 
@@ -193,7 +194,7 @@ _lock = threading.Lock()
 
 @cache
 def _allowed_files() -> int:
-    """Files that this process may open, after asking for more."""
+    """Return the number of files that this process may open, after raising its limit if possible."""
     soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
     wanted = min(2 * _OPEN_FILES, hard)
     if soft < wanted:
@@ -202,15 +203,15 @@ def _allowed_files() -> int:
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
-    """Bytes [offset, offset + size) of a shard; any number of threads may call it.
+    """Read bytes [offset, offset + size) of a shard. Thread-safe.
 
-    Raises ValueError that names the shard and the range if the file is shorter.
+    Raises ValueError, naming the shard and the range, if the file is shorter.
     """
-    # A descriptor of its own, so that the cache may close the file while another thread still reads from it.
+    # Each call has its own descriptor, so that the cache may close the file while another thread still reads from it.
     with _lock:
         mine = _duplicate(path)
     if mine is None:
-        opened = os.open(path, os.O_RDONLY)  # not under the lock: a shared file system takes its time
+        opened = os.open(path, os.O_RDONLY)  # not under the lock, because opening may be slow on a shared file system
         with _lock:
             if path in _descriptors:
                 os.close(opened)

@@ -17,7 +17,7 @@ import numpy as np
 
 Kind = Literal["pairs", "interleaved", "text", "conversations", "tasks"]
 CHAT_KINDS: tuple[Kind, ...] = ("conversations", "tasks")
-"""Kinds that are always rendered by a chat template; of what is, only the answers are supervised."""
+"""Kinds that are always rendered by a chat template. In rendered samples, only the answers are supervised."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Items:
     is_image: np.ndarray
     """[items] bool."""
     supervised: np.ndarray
-    """[items] bool: its tokens are in the loss mask; of an image, what stands before it may be (the model says whether)."""
+    """[items] bool: the item's tokens are in the loss mask; of an image, only control tokens can be, depending on the model family."""
     tokens: np.ndarray
-    """[items] int64: tokens of a text, 1 for a control token, 0 for an image (the model says how many tokens an image is)."""
+    """[items] int64: number of tokens of a text, 1 for a control token, 0 for an image (the number depends on the model)."""
     widths: np.ndarray
-    """[images] int64, pixels."""
+    """[images] int64: pixels."""
     heights: np.ndarray
-    """[images] int64, pixels."""
+    """[images] int64: pixels."""
 
     def __len__(self) -> int:
         return len(self.is_image)
@@ -45,10 +45,10 @@ class Items:
 
 @dataclass(frozen=True)
 class DocumentSizes:
-    """What packing must know of many documents."""
+    """Sizes of many documents, for packing."""
 
     text_tokens: np.ndarray
-    """[documents] int64: tokens of all items that are not images."""
+    """[documents] int64: number of tokens of all items that are not images."""
     num_images: np.ndarray
     """[documents] int64."""
 
@@ -58,18 +58,18 @@ class DocumentSizes:
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """Pixels of the images of many documents, one document after another."""
+    """Sizes of the images of many documents, one document after another."""
 
     document: np.ndarray
-    """[images] int64: the number of the document among those asked for."""
+    """[images] int64: index of the image's document among the requested ones."""
     widths: np.ndarray
-    """[images] int64."""
+    """[images] int64: pixels."""
     heights: np.ndarray
-    """[images] int64."""
+    """[images] int64: pixels."""
 
 
 class Source(Protocol):
-    """A source of samples, opened."""
+    """An opened source of samples."""
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ class Source(Protocol):
 
     @property
     def location(self) -> str:
-        """Where it is, for messages."""
+        """Location of the source, for messages."""
         ...
 
     @property
@@ -91,12 +91,12 @@ class Source(Protocol):
 
     @property
     def chat_template(self) -> str | None:
-        """Name of the template that renders the samples; None if they are no chats."""
+        """Name of the template that renders the samples; None if they are not chats."""
         ...
 
     @property
     def caption_prompt(self) -> str | None:
-        """What asks for the captions of pairs; None if they are no chats."""
+        """Question to which the captions of pairs are the answers; None if pairs are not rendered as chats."""
         ...
 
     @property
@@ -107,23 +107,23 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def sizes(self, rows: np.ndarray | slice) -> DocumentSizes:
-        """Sizes of documents. Reads nothing but the columns that planning is for."""
+        """Return the sizes of documents. Reads only the columns that planning needs."""
         ...
 
     def image_sizes(self, rows: np.ndarray | slice) -> ImageSizes:
-        """Pixels of the images of documents."""
+        """Return the sizes of the images of documents."""
         ...
 
     def items(self, row: int) -> Items:
-        """The items of a document."""
+        """Return the items of a document."""
         ...
 
     def document(self, row: int) -> bytes:
-        """The encoded document (the bytes of a .txt, a .json or a .jsonl line). Raises OSError or ValueError if they cannot be read."""
+        """Return the encoded document (a .txt, a .json or a .jsonl line). Raises OSError or ValueError if it cannot be read."""
         ...
 
     def image(self, row: int, number: int) -> bytes:
-        """An encoded image of a document, numbered from 0. Raises OSError or ValueError if it cannot be read."""
+        """Return an encoded image of a document, numbered from 0. Raises OSError or ValueError if it cannot be read."""
         ...
 
 
@@ -132,16 +132,16 @@ class SourceFormat:
     """A way to store samples in a source's folder."""
 
     matches: Callable[[Path], bool]
-    """Whether a folder holds samples of this format."""
+    """Returns whether a folder contains samples in this format."""
     open: Callable[[Path], Source]
-    """Raises ValueError that names the folder if they cannot be used."""
+    """Opens a source folder. Raises ValueError, naming the folder, if its samples cannot be used."""
 
 
 SOURCE_FORMATS: dict[str, SourceFormat] = {}
-"""Formats beside the indexed shards of `data.sources.index`, by name. A folder that none of them matches holds shards."""
+"""Formats other than the indexed shards of `data.sources.index`, by name. A folder that none of them matches is opened as shards."""
 
 
 def register_source_format(name: str, known: SourceFormat) -> None:
-    """Make a format known that is defined outside of this package. Raises ValueError if its name is taken."""
+    """Register a format that is defined outside this package. Raises ValueError if its name is taken."""
     if SOURCE_FORMATS.setdefault(name, known) is not known:
         raise ValueError(f"a source format {name!r} is already registered: give yours another name")

@@ -28,20 +28,20 @@ from megatron_mm.platform.local_copies import address_of, bytes_in, cache_folder
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 6
-"""Of a read; the waits between them add up to about 12 seconds, besides the time that the store takes."""
+"""Maximum number of attempts per read. The waits between them add up to about 12 seconds, plus the time that the store takes."""
 FIRST_WAIT = 0.4
-"""Seconds before the second attempt; twice as long before each further one, and up to half of that more or less by chance."""
+"""Wait before the second attempt, in seconds. It doubles before each further attempt, and varies randomly by up to half."""
 TIMEOUT = 30
-"""Seconds without an answer after which an attempt has failed."""
+"""Seconds without an answer after which an attempt fails."""
 _RANGE = 32 * 2**20
-"""Bytes of one read of an object that is wanted whole."""
+"""Bytes per read when a whole object is copied."""
 
 
 def check_local(path: Path, *, instead: str) -> None:
-    """Raise ValueError where a path is the address of an object store, which `Path` writes as s3:/bucket/...
+    """Raise ValueError if a path is the address of an object store, which `Path` writes as s3:/bucket/...
 
     Args:
-        instead: what to do.
+        instead: advice for the user, appended to the message.
     """
     address = address_of(path)
     if address is not None:
@@ -49,10 +49,10 @@ def check_local(path: Path, *, instead: str) -> None:
 
 
 class Store(Protocol):
-    """Where the shards of a source lie."""
+    """Storage of a source's shards."""
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """Bytes [offset, offset + size) of a shard. Raises OSError or ValueError that names it where they cannot be read."""
+        """Read bytes [offset, offset + size) of a shard. Raises OSError or ValueError, naming the shard, if they cannot be read."""
         ...
 
 
@@ -75,21 +75,21 @@ class ObjectStore:
     ) -> None:
         """
         Args:
-            url: of the folder of the shards, such as s3://bucket/train/pairs.
-            sleep: waits; a test counts them instead.
+            url: address of the folder of the shards, such as s3://bucket/train/pairs.
+            sleep: called to wait between attempts; tests replace it.
         """
         self.url = url.rstrip("/")
         self._cache, self._attempts, self._sleep = cache, attempts, sleep
 
     @cached_property
     def _files(self) -> Any:
-        """fsspec's file system; made in the process and at the time of the first read."""
+        """fsspec's file system, created at the first read, in the process that reads."""
         try:
             import fsspec
 
             protocol = self.url.partition("://")[0]
             options: dict[str, Any] = {}
-            if protocol == "s3":  # its client would try again by itself, and wait for minutes
+            if protocol == "s3":  # by default its client also retries, for minutes
                 options = {"config_kwargs": {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT, "retries": {"total_max_attempts": 1}}}
             files = fsspec.filesystem(protocol, **options)
             if protocol == "s3":
@@ -111,7 +111,7 @@ class ObjectStore:
         return data
 
     def problem(self, name: str, size: int) -> str | None:
-        """What is wrong with a shard that should have so many bytes; None if nothing is."""
+        """Describe what is wrong with a shard that should have this many bytes; None if nothing is."""
         try:
             found = self.size(name)
         except OSError as error:
@@ -119,16 +119,16 @@ class ObjectStore:
         return None if found == size else f"{self.url}/{name} has {found} bytes, but had {size} when it was indexed"
 
     def size(self, name: str) -> int:
-        """Bytes of an object. Raises OSError, FileNotFoundError if it is not there."""
+        """Return the size of an object in bytes. Raises OSError; FileNotFoundError if the object does not exist."""
         return int(self._retrying(f"{self.url}/{name}", lambda path: self._files.info(path)["size"]))
 
     def copy(self, name: str, size: int, file: BinaryIO) -> None:
-        """Write so many bytes of an object into a file. Raises OSError."""
+        """Write the first `size` bytes of an object to a file. Raises OSError."""
         for begin in range(0, size, _RANGE):
             file.write(self.read(name, begin, min(_RANGE, size - begin)))
 
     def listed(self) -> dict[str, dict[str, Any]]:
-        """What the store says of every object below this address, by its path without the protocol. Raises OSError."""
+        """Return the store's metadata of every object below this address, by its path without the protocol. Raises OSError."""
         found: dict[str, dict[str, Any]] = self._retrying(self.url, lambda path: self._files.find(path, detail=True))
         return found
 
@@ -146,7 +146,7 @@ class ObjectStore:
                 raise type(error)(f"{path} cannot be read: {error}") from None
             except ValueError:
                 raise
-            except Exception as error:  # each store has exceptions of its own for the same faults of the network
+            except Exception as error:  # each store raises its own exceptions for the same network faults
                 if attempt == self._attempts:
                     raise OSError(f"{path} cannot be read after {attempt} attempts: {error!r}") from None
                 wait = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
@@ -156,18 +156,18 @@ class ObjectStore:
 
 
 class RangeCache:
-    """Ranges of objects on a local disk, the least recently read ones removed first. Processes of a machine may share a folder."""
+    """Keeps ranges of objects on a local disk and removes the least recently read ones first. Processes of a machine may share a folder."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         """
         Args:
-            limit: bytes of all files together.
+            limit: maximum size of all files together, in bytes.
         """
         self.folder, self.limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str, size: int) -> bytes | None:
-        """A range, if it is kept."""
+        """Return a range, or None if it is not in the cache."""
         path = self._path(key)
         try:
             data = path.read_bytes()
@@ -177,7 +177,7 @@ class RangeCache:
         return data if len(data) == size else None
 
     def put(self, key: str, data: bytes) -> None:
-        """Keep a range. A full or broken disk costs the cache and not the read."""
+        """Add a range to the cache. If the disk is full or broken, the range is not kept, but the read still succeeds."""
         if len(data) > self.limit:
             return
         path = self._path(key)
@@ -198,7 +198,10 @@ class RangeCache:
             logger.warning("cache %s: %s", self.folder, error)
 
     def _make_room(self, limit: int) -> int:
-        """Remove the least recently read files until a tenth of the limit is free; returns the bytes of what is left."""
+        """Remove the least recently read files until at most `limit` bytes are left and a tenth of the cache's own limit is free.
+
+        Returns the number of bytes left.
+        """
         files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.glob("??/*"))  # not the indexes
         used = sum(size for _, size, _ in files)
         for _, size, path in files:
@@ -214,7 +217,7 @@ class RangeCache:
 
 
 class _Locked:
-    """Holds a file's lock."""
+    """Context manager that holds the lock of a file."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -228,8 +231,8 @@ class _Locked:
 
 
 def cache_of_environment() -> RangeCache | None:
-    """What MEGATRON_MM_CACHE asks for, less what copies of indexes take of it. Raises ValueError if it is not FOLDER:NUMBER and MB, GB
-    or TB."""
+    """Return the cache that MEGATRON_MM_CACHE defines, minus the space of copied indexes; None if it is unset. Raises ValueError if it is
+    not FOLDER:NUMBER followed by MB, GB or TB."""
     found = cache_folder()
     if found is None:
         return None
@@ -237,5 +240,5 @@ def cache_of_environment() -> RangeCache | None:
 
 
 def store_of(source: Path, url: str | None) -> Store:
-    """The store of a source: its own folder, unless its index names an address."""
+    """Return the store of a source: its own folder, unless its index names an address."""
     return FolderStore(source) if url is None else ObjectStore(url, cache=cache_of_environment())

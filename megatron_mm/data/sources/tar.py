@@ -21,11 +21,11 @@ from typing import BinaryIO
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _MAX_NAME_BYTES = 2**20
-"""Of a long name or a PAX header. Longer ones are damage."""
+"""Maximum size of a long name or a PAX header, in bytes. A longer one counts as damage."""
 
 DAMAGED, TRUNCATED, NO_TAR = "damaged tar header", "truncated tar", "not a tar"
 DAMAGES = (DAMAGED, TRUNCATED, NO_TAR)
-"""Reasons that say that bytes of the shard itself are lost."""
+"""Reasons which mean that bytes of the shard itself are lost."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,20 @@ class TarFile:
 
     name: str
     offset: int
-    """First byte of its contents in the shard."""
+    """Position in the shard of the first byte of its contents."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was passed over."""
+    """A part of a shard that was left out."""
 
     reason: str
     name: str
-    """Of the file, where it is known."""
+    """Name of the file; empty if unknown."""
     offset: int
-    """Where it begins in the shard."""
+    """Position in the shard at which it begins."""
     size: int = 0
     """Bytes of the shard that could not be read as a tar; 0 if the file was left out on purpose."""
 
@@ -63,7 +63,7 @@ class EndMarker:
 
 @dataclass
 class _Extended:
-    """What headers before a file say of it."""
+    """Properties of a file from the extension headers before it."""
 
     name: str | None = None
     link: str | None = None
@@ -72,11 +72,11 @@ class _Extended:
 
 
 def walk_tar(file: BinaryIO, size: int) -> Iterator[TarFile | Skipped | EndMarker]:
-    """Everything in a tar, in order.
+    """Yield everything in a tar, in order.
 
     Args:
-        file: the shard, which can seek.
-        size: its bytes.
+        file: the shard; must be seekable.
+        size: size of the shard, in bytes.
     """
     position, extended, at_end, found_any = 0, _Extended(), False, False
     seen: dict[str, tuple[int, int]] = {}
@@ -119,7 +119,7 @@ _EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTY
 
 
 def parse_header(block: bytes) -> tarfile.TarInfo | None:
-    """A header of 512 bytes; None if it is none or its checksum is wrong."""
+    """Parse a block of 512 bytes as a header; None if it is not a header or its checksum is wrong."""
     try:
         stored = int(block[148:156].split(b"\0")[0].strip() or b"0", 8)
         if stored != _checksum(block) and stored != _signed_checksum(block):
@@ -131,17 +131,17 @@ def parse_header(block: bytes) -> tarfile.TarInfo | None:
 
 
 def _checksum(block: bytes) -> int:
-    """The sum of a header's bytes, its own field taken for spaces."""
+    """Return the sum of a header's bytes, with the checksum field taken as spaces."""
     return sum(block) - sum(block[148:156]) + 8 * 32
 
 
 def _signed_checksum(block: bytes) -> int:
-    """The same of signed bytes, which some old programs wrote."""
+    """Return the checksum over signed bytes, which some old programs wrote."""
     return _checksum(block) - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
 
 
 def _contents_end(header: tarfile.TarInfo, extended: _Extended, position: int, size: int) -> int | None:
-    """Where a file's contents end; None if that is beyond the shard or beyond what such a header may hold."""
+    """Return where a file's contents end; None if that is beyond the shard, or if an extension header is too large."""
     if header.type in _EXTENSIONS:
         length = header.size
         if length > _MAX_NAME_BYTES:
@@ -149,13 +149,13 @@ def _contents_end(header: tarfile.TarInfo, extended: _Extended, position: int, s
     elif header.isreg() or header.type not in tarfile.SUPPORTED_TYPES:
         length = header.size if extended.size is None else extended.size
     else:
-        length = 0  # folders and links have no contents, whatever size they give
+        length = 0  # folders and links have no contents, whatever their size field
     end = position + BLOCK + length
     return end if end <= size else None
 
 
 def _extend(extended: _Extended, kind: bytes, data: bytes) -> None:
-    """Take up a long name, a long link or a PAX header."""
+    """Add a long name, a long link or a PAX header to the properties of the next file."""
     text = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
     if kind == tarfile.GNUTYPE_LONGNAME:
         extended.name = text
@@ -173,7 +173,7 @@ def _extend(extended: _Extended, kind: bytes, data: bytes) -> None:
 
 
 def _pax_records(data: bytes) -> Iterator[tuple[str, str]]:
-    """Records "LENGTH KEY=VALUE\\n", up to the first that is none."""
+    """Yield the records "LENGTH KEY=VALUE\\n" up to the first malformed one."""
     position = 0
     while position < len(data):
         digits, space, _ = data[position : position + 20].partition(b" ")
@@ -189,7 +189,7 @@ def _pax_records(data: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _named(header: tarfile.TarInfo, extended: _Extended, contents: int, seen: dict[str, tuple[int, int]]) -> TarFile | Skipped | None:
-    """What a header stands for; None for a folder."""
+    """Return the entry that a header describes; None for a folder."""
     name = extended.name or header.name
     base = name.rpartition("/")[2]
     if header.isdir():
@@ -215,12 +215,12 @@ def _named(header: tarfile.TarInfo, extended: _Extended, contents: int, seen: di
 
 
 def _plain(name: str) -> str:
-    """A path without "./" and the like, as links may spell it otherwise than the file did."""
+    """Normalise a path ("./" and the like), because links may spell it differently from the file."""
     return posixpath.normpath(name) if name.startswith(".") or "/." in name or "//" in name else name
 
 
 def _after_sparse_headers(file: BinaryIO, block: bytes, contents: int) -> int:
-    """Where the contents of an old GNU sparse file begin: behind the headers that extend its map."""
+    """Return where the contents of an old GNU sparse file begin: after the headers that extend its map."""
     more, offset = block[482], 504
     while more:
         extension = _read(file, contents, BLOCK)
@@ -231,7 +231,7 @@ def _after_sparse_headers(file: BinaryIO, block: bytes, contents: int) -> int:
 
 
 def _next_header(file: BinaryIO, position: int, size: int) -> int | None:
-    """The first block from a position on that is a header; None if there is none."""
+    """Return the position of the first valid header at or after a position; None if there is none."""
     while position + BLOCK <= size:
         chunk = _read(file, position, 2**20)
         for start in range(0, len(chunk) - BLOCK + 1, BLOCK):
