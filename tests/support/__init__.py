@@ -1,1 +1,1 @@
-"""What several tests share: small models, batches, processes, references."""
+"""Helpers that several tests share: small models, batches, processes, references."""

@@ -18,7 +18,7 @@ CONVERSATIONS = [
 
 
 def write_conversations(path: Path) -> Path:
-    """Three conversations with one, two and no images, and a tokenizer that has the control tokens of all templates."""
+    """Write three conversations with one, two and no images, and a tokenizer that has the control tokens of all templates."""
     members: dict[str, bytes] = {}
     for number, values in enumerate(CONVERSATIONS):
         turns = [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]

@@ -1,4 +1,4 @@
-"""Checkpoints and Hugging Face models of the same weights: what they hold and what they compute."""
+"""Checkpoints and Hugging Face models of the same weights: their tensors and their outputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PIXELS = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manua
 
 @dataclass(frozen=True)
 class Computed:
-    """What a process of a layout computes with a checkpoint's weights."""
+    """Outputs of one process of a layout, computed with a checkpoint's weights."""
 
     logits: torch.Tensor | None
     """[tokens, vocabulary] of `IDS`, on the last stage."""
@@ -44,7 +44,7 @@ class Computed:
 
 
 def compute(settings: Experiment, run_dir: Path) -> Computed:
-    """Load as training does, on all processes of the settings' layout."""
+    """Load as training does and run the model; called on all processes of the settings' layout."""
     topology = topologies.initialize(settings.parallel, seed=3)
     model = build_model(settings, topology)
     load_weights(settings, topology, model, find_checkpoint(run_dir))
@@ -98,7 +98,7 @@ def hf_logits(folder: Path) -> torch.Tensor:
 
 
 def hf_features(folder: Path, settings: Experiment) -> torch.Tensor:
-    """The tower's last layer after its final norm, without the class token: what connectors take."""
+    """Return the input of connectors: the tower's last layer after its final norm, without the class token."""
     model = CLIPVisionModel.from_pretrained(folder)
     tower = getattr(model, "vision_model", model)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.model.vision.mean, settings.model.vision.std))
@@ -112,7 +112,7 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def internlm2(folder: Path) -> tuple[Path, Path]:
-    """The same random decoder under InternLM2's names, its wqkv packed as its definition says, and under Llama's."""
+    """Write one random decoder twice: under InternLM2's names, with wqkv packed as InternLM2 defines it, and under Llama's."""
     model = make_language()
     state, ours = model.state_dict(), {}
     groups, heads, width = DECODER["num_key_value_heads"], DECODER["num_attention_heads"], DECODER["hidden_size"]
@@ -154,7 +154,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 def _save_random(settings: Experiment, run_dir: Path) -> None:
-    """A checkpoint of random weights that no initialisation gives, with an optimizer, as training writes it."""
+    """Save a checkpoint with an optimizer, as training does; on one process its weights are random, unlike any initialisation."""
     topology = topologies.initialize(settings.parallel, seed=5)
     model = build_model(settings, topology)
     if topology.world_size == 1:
@@ -168,7 +168,7 @@ def _save_random(settings: Experiment, run_dir: Path) -> None:
 
 
 def written(settings: Experiment, run_dir: Path, parallel: dict[str, Any] | None = None, *, world_size: int = 1) -> dict[str, torch.Tensor]:
-    """A checkpoint from this layout; its tensors."""
+    """Save a checkpoint of random weights from this layout; return its tensors."""
     settings = replace(settings, parallel=ParallelConfig(**(parallel or {})), checkpoint=CheckpointConfig(asynchronous=False))
     run_processes(_save_random, world_size, settings, run_dir)
     return stored(run_dir)
@@ -184,7 +184,7 @@ def to_pillow(pixels: torch.Tensor) -> Image.Image:
 
 
 def exported_logits(model: torch.nn.Module, processor: ProcessorMixin, batch: PackedBatch) -> list[torch.Tensor]:
-    """[tokens, vocabulary] of `trained.DOCUMENTS`, each document alone, from its text and its images."""
+    """Return the logits [tokens, vocabulary] of each of `trained.DOCUMENTS`, computed separately from its text and its images."""
     assert batch.pixels is not None
     logits, images = [], [to_pillow(pixels) for pixels in batch.pixels]
     for num_images, text in DOCUMENTS:

@@ -1,4 +1,4 @@
-"""Counts the bytes that torch's reader of checkpoints takes from files."""
+"""Counts the bytes that torch's checkpoint reader reads from files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 BLOCK = 8192
-"""That a buffered file reads at least; a piece is looked at in a few."""
+"""Smallest read of a buffered file, in bytes; a stored piece is inspected in a few such reads."""
 
 
 class CountingFile(io.FileIO):
-    """Counts what is read of the files of all its instances."""
+    """Counts the bytes read from the files of all instances."""
 
     total = 0
 
@@ -27,7 +27,7 @@ class CountingFile(io.FileIO):
 
 
 def install() -> None:
-    """In this process."""
+    """Count the checkpoint reader's reads in this process."""
     FileSystem.create_stream = _counted_stream  # type: ignore[method-assign,assignment]
 
 

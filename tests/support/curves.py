@@ -19,12 +19,12 @@ from megatron_mm.training.step import TrainingStep
 
 STEPS = 20
 TOLERANCE = 1e-5
-"""Relative, fp32. Sums in another order differ by about 1e-7 a step."""
+"""Relative, fp32. A different order of summation changes a loss by about 1e-7 per step."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout on a number of processes, and what else differs from the small experiment."""
+    """A layout on a number of processes, and other changes to the small experiment."""
 
     world_size: int
     parallel: dict[str, Any] = field(default_factory=dict)
@@ -40,12 +40,12 @@ class Layout:
 class Curve:
     losses: list[float]
     by_source: list[float]
-    """Of the last step."""
+    """Losses of the last step, by source."""
     grad_norms: list[float]
     frozen_changed: list[str]
-    """Parameters that must not have changed and did."""
+    """Frozen parameters that changed; must be empty."""
     learned: list[str]
-    """Parameters that changed."""
+    """All parameters that changed."""
 
 
 def train_curve(
@@ -58,7 +58,7 @@ def train_curve(
 
     Args:
         batches: (experiment, topology, step=...) -> this process's micro-batches of a step.
-        prepare: what to do to the model before the first step.
+        prepare: changes the model before the first step.
     """
     topology: Topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     model = build_model(experiment, topology)
@@ -79,7 +79,7 @@ def train_curve(
 
 
 def assert_same(curves: list[Curve], expected: Curve) -> None:
-    """All processes agree with each other, and with the one-process run."""
+    """Check that all processes agree with each other, and with the one-process run."""
     assert all(curve.losses == curves[0].losses for curve in curves), "processes disagree about the losses"
     assert curves[0].losses == pytest.approx(expected.losses, rel=TOLERANCE)
     assert curves[0].by_source == pytest.approx(expected.by_source, rel=TOLERANCE)

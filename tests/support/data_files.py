@@ -35,13 +35,13 @@ ALONE = Topology(
 
 
 def experiment(path: Path, **data: Any) -> Experiment:
-    """`debug_mm1` on a data set, decoded by Pillow, with these fields of its data."""
+    """Return `debug_mm1` on a data set, decoded by Pillow, with these fields of `DataConfig` changed."""
     base = get_recipe("debug_mm1")
     return replace(base, data=replace(base.data, path=path, decoder="pillow", packing_window=64, **data))
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (20, 30), form: str = "JPEG") -> bytes:
-    """An encoded picture of noise, `size` = (width, height)."""
+    """Return an encoded picture of noise; `size` is (width, height)."""
     buffer = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
@@ -54,7 +54,7 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (20, 30), form: str = "JP
 
 
 def bomb(side: int) -> bytes:
-    """A small PNG whose header claims side x side pixels."""
+    """Return a small PNG whose header claims side x side pixels."""
     data = bytearray(picture(form="PNG"))
     data[16:24] = side.to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
@@ -62,7 +62,7 @@ def bomb(side: int) -> bytes:
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    """A shard of these files, in their order."""
+    """Write a shard of these files, in their order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tar = TarWriter(path)
     for name, data in members.items():
@@ -72,14 +72,14 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def rot(path: Path, content: bytes) -> None:
-    """Change what is in a shard, but not when it was written: a run that starts takes it for the one that was indexed."""
+    """Change a shard's content but not its modification time, so that a run still takes it for the indexed shard."""
     before = path.stat()
     path.write_bytes(content)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def blank_ranges(path: Path, ranges: Iterable[tuple[int, int]]) -> None:
-    """Let (offset, size) of a shard rot to zeros."""
+    """Overwrite ranges (offset, size) of a shard with zeros, keeping its modification time."""
     content = bytearray(path.read_bytes())
     for offset, size in ranges:
         content[offset : offset + size] = bytes(size)

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 _PRELOADED = ["torch", "torch.distributed.checkpoint", "megatron_mm.training.trainer", "megatron_mm.families.recipes"]
-"""Imported once by the server that the processes are forked from."""
+"""Modules that the fork server imports once, before the processes are forked from it."""
 
 
 _STACK_SECONDS = 1.0
-"""This long before the time is up every process writes down where it stands."""
+"""Every process writes its stack to a file this long before the deadline."""
 
 
 def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 240.0) -> list[Any]:
-    """Call `function(*arguments)` on world_size processes with torchrun's environment; their results by rank.
+    """Call `function(*arguments)` on world_size processes with torchrun's environment; return their results by rank.
 
-    Raises AssertionError with the traceback of the first process that fails, or where one of them takes longer than `timeout`
-    seconds, with the stacks of those that hang. No process outlives the call, nor does one that they started.
+    Raises AssertionError with the traceback of the first process that fails or, if a process takes longer than `timeout` seconds,
+    with the stacks of the processes that hang. All processes, and those that they started, are killed before the call returns.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
@@ -55,7 +55,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *arguments: Any
 
 
 def _kill(process: Any) -> None:
-    """The process and all that it has started, before or after it became the leader of its group."""
+    """Kill a process and its children, whether or not it has already become the leader of its process group."""
     if process.pid is not None:
         process.kill()
         with contextlib.suppress(ProcessLookupError):
@@ -107,7 +107,7 @@ def _child(
     with (stacks / str(rank)).open("w") as stack:
         faulthandler.dump_traceback_later(max(0.1, deadline - time.monotonic() - _STACK_SECONDS), file=stack)
         try:
-            # Pickled here: the queue would send a tensor as a handle of memory that ends with this process.
+            # Pickled here: the queue would send a tensor as a handle to shared memory that is gone when this process ends.
             value, failure = pickle.dumps(function(*arguments)), None
         except BaseException:
             value, failure = b"", traceback.format_exc()
@@ -116,9 +116,9 @@ def _child(
 
 
 def _free_port() -> int:
-    """A port that nobody listens on, below those that the system gives to outgoing connections: one of these could take it in between.
+    """Return a free port below the range of outgoing connections, so that none of these can take it before it is used.
 
-    Test processes that run side by side (pytest-xdist) each have ports of their own.
+    Each of several parallel test processes (pytest-xdist) has ports of its own.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))

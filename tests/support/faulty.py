@@ -1,7 +1,7 @@
-"""A hook that makes one process of a run fail in a given way at a given step; named in `--extra-hooks` by its file.
+"""A hook that makes one process of a run fail in a given way at a given step; used with `--extra-hooks` and this file's path.
 
-What it does comes from the environment: FAULT is "KIND RANK STEP", and FAULT_ONCE a file that is made first, so that a restart is spared.
-With FAULT_STOP the first process asks for an end with SIGTERM after that step, whatever happened before.
+The environment determines the fault: FAULT is "KIND RANK STEP"; FAULT_ONCE is a file that is created before failing, so that a restart
+does not fail again. With FAULT_STOP the first process sends itself SIGTERM after that step, whether or not the fault has occurred.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from megatron_mm.data.load.loader import Loader, StepBatch
 from megatron_mm.training.trainer import Hook, StepRecord, Trainer
 
 SMALL_FILE_BYTES = 4096
-"""Of a disk that takes no more than this in one file."""
+"""Largest file on the simulated full disk, in bytes."""
 
 
 class Faulty(Hook):
-    """KIND is
+    """KIND is one of
 
+    none                  no fault
     kill, stop            SIGKILL, SIGSTOP
     hang                  the main thread sleeps
-    collective            one that nobody else joins
-    loader                no batch comes any more
+    collective            the process enters a collective that no other process joins
+    loader                the loader returns no more batches
     term                  SIGTERM: stop with a checkpoint
-    pause                 none: all wait until there is a file FAULT_ONCE.go
+    pause                 no fault: all processes wait until the file FAULT_ONCE.go exists
     full_disk             files cannot grow beyond a few kilobytes, for four steps
-    killed_while_saving   SIGKILL as soon as a checkpoint is begun
+    killed_while_saving   SIGKILL after the first step at whose end a save is in progress
     """
 
     def __init__(self, trainer: Trainer) -> None:

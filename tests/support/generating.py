@@ -29,7 +29,7 @@ def experiment_of(family: str, parallel: dict[str, Any]) -> Experiment:
 
 
 def trained(family: str, parallel: dict[str, Any], *, steps: int = 3) -> tuple[Experiment, Topology, list[torch.nn.Module]]:
-    """Fresh weights repeat their input, so these have been trained a little."""
+    """Build and train a model for a few steps: with fresh weights it would only repeat its input."""
     experiment = experiment_of(family, parallel)
     topology = topologies.initialize(experiment.parallel, seed=1)
     model = build_model(experiment, topology)
@@ -37,7 +37,7 @@ def trained(family: str, parallel: dict[str, Any], *, steps: int = 3) -> tuple[E
     random_step = {"infimm": small_infimm.infimm_step, "mono_internvl": small_mono.mono_step}.get(family, small.random_step)
     for number in range(1, steps + 1):
         step.run(random_step(experiment, topology, step=number), step=number)
-    with torch.no_grad():  # gated blocks begin closed: what they look at would not be seen
+    with torch.no_grad():  # gates start closed, which would hide errors in cross-attention
         for name, parameter in ((name, parameter) for chunk in model for name, parameter in chunk.named_parameters()):
             if name.endswith(("attention_gate", "ffn_gate")):
                 parameter.fill_(1.0)
@@ -45,7 +45,7 @@ def trained(family: str, parallel: dict[str, Any], *, steps: int = 3) -> tuple[E
 
 
 def prompts_of(experiment: Experiment, family: str) -> list[Prompt]:
-    """Prompts of several lengths: with an image, with none, with two, with text after it, and a lone image at the end."""
+    """Return prompts of several lengths: with one image, none, two, one between texts, and one at the end."""
     generator = torch.Generator().manual_seed(0)
     if family == "infimm":
         size, image = experiment.model.vision.image_size, [small_infimm.END_OF_CHUNK_ID, small_infimm.IMAGE_ID]  # type: ignore[attr-defined]
@@ -66,7 +66,7 @@ def prompts_of(experiment: Experiment, family: str) -> list[Prompt]:
 
 
 def answers(family: str, parallel: dict[str, Any], cache: bool = True) -> dict[str, Any]:
-    """What a model gives for `prompts_of`, in every way of generation; each data-parallel rank begins with another prompt."""
+    """Return a model's outputs for `prompts_of` by every method of generation; each data-parallel rank begins with another prompt."""
     experiment, topology, model = trained(family, parallel)
     generator = Generator(experiment, model, topology, pad_id=0, cache=cache)
     prompts = prompts_of(experiment, family)

@@ -1,4 +1,4 @@
-"""Small random models of transformers' own classes, and the recipe that they fit."""
+"""Small random models of transformers' own classes, and an experiment of the same shapes."""
 
 from __future__ import annotations
 
@@ -69,20 +69,20 @@ def experiment(*, precision: str = "fp32", vocab_size: int = 416, image_size: in
 
 
 def make_language(kind: str = "llama", **fields: Any) -> torch.nn.Module:
-    """A random decoder, norms not all ones."""
+    """Return a random decoder; its norms' weights are random, too."""
     values = {**DECODER, **fields}
     model = MistralForCausalLM(MistralConfig(**values)) if kind == "mistral" else LlamaForCausalLM(LlamaConfig(**values))
     return scrambled(model, seed=1)
 
 
 def make_vision(**fields: Any) -> CLIPVisionModel:
-    """A random image tower."""
+    """Return a random image tower."""
     return scrambled(CLIPVisionModel(CLIPVisionConfig(**{**TOWER, **fields})), seed=2)
 
 
 @torch.no_grad()
 def scrambled(model: torch.nn.Module, *, seed: int) -> Any:
-    """The model with something added to every weight, so that nothing that is mixed up agrees by chance."""
+    """Add noise to every weight, so that swapped tensors never agree by chance; return the model in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))

@@ -1,14 +1,14 @@
 """InfiMM in plain PyTorch for one document on one process, its parameters under the names of released checkpoints.
 
-It is written from the definition of the model and shares no code with `megatron_mm`, which is judged by it. Speed and memory count
-for nothing here: attention is written out, masks are whole matrices.
+It is written from the definition of the model and shares no code with `megatron_mm`, which is compared with it. Speed and memory do not
+matter: attention is written out, and masks are whole matrices.
 
     model.vision_encoder    EVA-CLIP: pixels -> all tokens of the last block, before the final norm
     model.perceiver         Perceiver resampler: the tokens of an image -> its latents
     model.lang_encoder      Llama or Mistral with gated cross-attention before some of its layers
 
-Left out: Mistral's sliding window of 4096 tokens, longer than any sequence of InfiMM's training. The authors' modules hold the decoder's
-layers and gated blocks a second time under `old_decoder_blocks` and `gated_cross_attn_layers`; here these have one name.
+Left out: Mistral's sliding window of 4096 tokens, which is longer than any of InfiMM's training sequences. The authors' modules register
+the decoder's layers and gated blocks a second time as `old_decoder_blocks` and `gated_cross_attn_layers`; here they have one name each.
 
 Shape legend: s tokens of the document, n images, p tokens of the tower (class token first), l latents of an image, a heads, d head width.
 """
@@ -36,11 +36,11 @@ class TowerSizes:
     ffn: int
     output: int
     eva02: bool = False
-    """EVA02-L: three projections, SwiGLU, norms inside attention and MLP, rotary positions; or one projection, a GELU MLP."""
+    """If True (EVA02-L): three projections, SwiGLU, norms inside attention and MLP, rotary positions; else one projection, GELU MLP."""
     post_norm: bool = False
-    """x + norm(f(x)), else x + f(norm(x))."""
+    """If True, x + norm(f(x)); else x + f(norm(x))."""
     rotary_grid: int = 16
-    """Positions of the grid that rows and columns are spread over, where eva02."""
+    """Number of rotary positions that rows and columns are spread over (eva02 only)."""
 
     @property
     def grid(self) -> int:
@@ -59,7 +59,7 @@ class InfiMMSizes:
     heads: int
     kv_heads: int
     every: int
-    """A gated block stands before the layers i, from 0, with (i + 1) % every == 0."""
+    """A gated block precedes each layer i (from 0) with (i + 1) % every == 0."""
     rope_theta: float = 10000.0
     rms_eps: float = 1e-5
     image_token: int = 32001
@@ -116,7 +116,7 @@ class Flamingo(nn.Module):
 
 
 class EvaReference(nn.Module):
-    """EVA-CLIP's vision transformer; `norm` and `head` are in checkpoints and InfiMM does not use them."""
+    """EVA-CLIP's vision transformer; `norm` and `head` are in checkpoints, but InfiMM does not use them."""
 
     def __init__(self, sizes: TowerSizes) -> None:
         super().__init__()
@@ -197,9 +197,9 @@ class Eva01Attention(nn.Module):
 
 
 class EvaRope(nn.Module):
-    """Turns patches, not the class token: the first half of a head's channels by the row, the second by the column.
+    """Rotary positions of patches (not the class token): the first half of a head's channels by the row, the second by the column.
 
-    Neighbouring channels 2i and 2i + 1 of a half of h channels are a pair, turned by position * 10000^(-2i / h). Patch number r of g in
+    Neighbouring channels 2i and 2i + 1 of a half of h channels are a pair, rotated by position * 10000^(-2i / h). Patch number r of g in
     a row or column is at position r / g * rotary_grid.
     """
 
@@ -253,7 +253,7 @@ def feed_forward(width: int, multiplier: int) -> nn.Sequential:
 
 
 class Perceiver(nn.Module):
-    """Learned latents look at the tokens of an image and at themselves, layer after layer."""
+    """Learned latents attend to the tokens of an image and to themselves in every layer."""
 
     def __init__(self, sizes: InfiMMSizes) -> None:
         super().__init__()
@@ -302,17 +302,17 @@ class GatedBlock(nn.Module):
         self.ff = feed_forward(sizes.width, sizes.ffn_multiplier)
 
     def forward(self, x_sh: torch.Tensor, latents_nlv: torch.Tensor, text_time_s: torch.Tensor) -> torch.Tensor:
-        if len(latents_nlv) == 0:  # a document without any image goes by the whole block
+        if len(latents_nlv) == 0:  # a document without images skips the whole block
             return x_sh
         x_sh = x_sh + self.attn_gate.tanh() * self.attn(x_sh, latents_nlv, text_time_s)
         return x_sh + self.ff_gate.tanh() * self.ff(x_sh)
 
 
 class MaskedCrossAttention(nn.Module):
-    """A token looks at the latents of the last image before it or at it, and at nothing where there is none.
+    """A token attends to the latents of the last image before it or at it, and to nothing if there is none.
 
-    Worked example, with i for an image token: the document `a i b i c` has text times 0 1 1 2 2. `a` gets 0; the first `i` and `b` look at
-    the first image; the second `i` and `c` at the second.
+    Worked example, with i for an image token: the document `a i b i c` has text times 0 1 1 2 2. `a` gets 0; the first `i` and `b` attend
+    to the first image; the second `i` and `c` to the second.
     """
 
     def __init__(self, sizes: InfiMMSizes) -> None:

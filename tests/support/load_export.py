@@ -1,8 +1,8 @@
-"""Loads an export with every class that its config.json names, in whatever transformers is found first, and compares logits.
+"""Loads an export with every class that its config.json names, in the first transformers on the import path, and compares logits.
 
     python tests/support/load_export.py DIR CASE.safetensors      CASE has input_ids [b, s], pixel_values, logits [b, s, vocabulary]
 
-A script of its own, so that it runs beside another version of transformers (`PYTHONPATH=FOLDER_OF_THAT_VERSION`).
+It is a separate script so that it can run with another version of transformers (`PYTHONPATH=FOLDER_OF_THAT_VERSION`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A monitor of a small run, lines of metrics for it, and what it wrote."""
+"""A monitor of a small run, metrics for it, and the lines that it wrote."""
 
 from __future__ import annotations
 

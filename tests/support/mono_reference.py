@@ -1,7 +1,7 @@
 """Mono-InternVL-2B in plain PyTorch for one document on one process, its parameters under the names of released checkpoints.
 
-It is written from the definition of the model and shares no code with `megatron_mm`, which is judged by it. Every layer computes both
-of its feed-forward networks for every token and keeps one.
+It is written from the definition of the model and shares no code with `megatron_mm`, which is compared with it. Every layer computes both
+of its feed-forward networks for every token and keeps one result.
 
     vision_model      a convolution and learned positions: a tile -> patches
     mlp1              four neighbouring patches -> one image token of the language model's width
@@ -38,7 +38,7 @@ class MonoSizes:
     rope_theta: float = 1e6
     rms_eps: float = 1e-5
     image_token: int = 92546
-    """<IMG_CONTEXT>, the token that image features stand for; <img> and </img> are text."""
+    """<IMG_CONTEXT>, the token whose embeddings image features replace; <img> and </img> are text tokens."""
 
 
 MONO_INTERNVL_2B = MonoSizes()
@@ -82,7 +82,7 @@ class MonoReference(nn.Module):
 
 
 class PatchEmbeddings(nn.Module):
-    """Patches with learned positions; the class embedding and the positions' first row are in checkpoints and not used."""
+    """Patches with learned positions; the class embedding and the positions' first row are in checkpoints but not used."""
 
     def __init__(self, sizes: MonoSizes) -> None:
         super().__init__()
@@ -109,8 +109,8 @@ def pixel_unshuffle(x_kggv: torch.Tensor) -> torch.Tensor:
          8  9 10 11          (8 9 12 13)  (10 11 14 15)
         12 13 14 15
 
-    Neighbours in a row are joined first: (0 1) (2 3) ... Rows and columns change places, so that what lies below is next, and neighbours
-    are joined again: (0 1 4 5) ... Then rows and columns change back; an earlier version of the released code ("v1") left that out.
+    Neighbours in a row are joined first: (0 1) (2 3) ... Rows and columns are transposed, so that vertical neighbours become adjacent, and
+    neighbours are joined again: (0 1 4 5) ... Then they are transposed back; an earlier version of the released code ("v1") left that out.
     """
     x = x_kggv.unflatten(2, (-1, 2)).flatten(3)  # [k, g, g / 2, 2 v]
     x = x.transpose(1, 2)  # [k, g / 2 columns, g rows, 2 v]
@@ -119,7 +119,7 @@ def pixel_unshuffle(x_kggv: torch.Tensor) -> torch.Tensor:
 
 
 class InternLM2(nn.Module):
-    """Llama but for names and the packing of projections; with a second feed-forward network for image tokens."""
+    """Llama with other names and packed projections, and a second feed-forward network for image tokens."""
 
     def __init__(self, sizes: MonoSizes) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class InternLM2Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w1 is the gate, w3 the other branch, w2 leads back."""
+    """SwiGLU: w1 is the gate projection, w3 the up projection, w2 the down projection."""
 
     def __init__(self, sizes: MonoSizes) -> None:
         super().__init__()

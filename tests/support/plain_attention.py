@@ -22,7 +22,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Ten
     """Softmax attention of [n, a, s, d] over [n, a, keys, d].
 
     Args:
-        mask: [s, keys] bool, True where a query may look. A query that may look nowhere gets some average, to be replaced by the caller.
+        mask: [s, keys] bool, True where a query may attend. A query without any key gets an average, which the caller must replace.
     """
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     if mask is not None:

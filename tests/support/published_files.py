@@ -1,4 +1,4 @@
-"""The files of every task, as their publishers have them, with two or three examples each; images are small squares of one colour."""
+"""The files of every benchmark in its publisher's format, with two or three examples each; images are small squares of one colour."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _json(path: Path, value: Any) -> None:
 
 
 def write_all(data: Path) -> None:
-    """A folder for each task but those of drawn scenes."""
+    """Write a folder for each task except those of drawn scenes."""
     _captions(data)
     _questions(data)
     _choices(data)

@@ -1,4 +1,4 @@
-"""Weights that hide nothing: every parameter random, also those that modules start at zero or one."""
+"""Random values for every parameter, including those that modules initialise to zero or one, so that no error is hidden."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 @torch.no_grad()
 def randomize(module: torch.nn.Module, *, seed: int = 0) -> None:
-    """Normal distributions: 1 / sqrt(fan-in) wide for matrices, 0.2 for tables and vectors; around 1 for norms' weights, else around 0."""
+    """Draw normal values of standard deviation 1 / sqrt(fan-in) for matrices, else 0.2; of mean 1 for norms' weights, else 0."""
     generator = torch.Generator().manual_seed(seed)
     norms = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.LayerNorm | torch.nn.RMSNorm)}
     layers = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}

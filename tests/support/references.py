@@ -1,4 +1,4 @@
-"""The plain models of our configurations, every weight random."""
+"""Plain PyTorch reference models of our configurations, with random weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tower_sizes(vision: EvaConfig) -> TowerSizes:
 
 
 def infimm_reference(config: InfiMMConfig, *, image_token: int = IMAGE_ID) -> InfiMMReference:
-    """The plain model of a configuration: every weight random, gates at about 0.6."""
+    """Return the reference model of a configuration: every weight random, gates at about 0.6."""
     decoder = config.decoder
     reference = InfiMMReference(
         InfiMMSizes(
@@ -59,7 +59,7 @@ def infimm_reference(config: InfiMMConfig, *, image_token: int = IMAGE_ID) -> In
 
 
 def mono_reference(config: MonoInternVLConfig, *, image_token: int = CONTEXT_ID) -> MonoReference:
-    """The plain model of a configuration."""
+    """Return the reference model of a configuration, every weight random."""
     decoder, patches = config.decoder, config.patches
     sizes = MonoSizes(
         image_size=patches.image_size,

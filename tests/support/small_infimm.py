@@ -18,7 +18,7 @@ from support.small import packed_batch, small_experiment, step_of, tokens_of
 
 END_OF_CHUNK_ID, IMAGE_ID = 3, 4
 IMAGES_OF_MICRO_BATCHES = (0, 1, 6)
-"""In turn: no image, one (so that of two tensor-parallel processes one has none), six."""
+"""Images of successive micro-batches: none, one (so that one of two tensor-parallel processes has none), six."""
 
 
 def small_infimm(
@@ -29,7 +29,7 @@ def small_infimm(
     policy: str = "ift",
     **train: Any,
 ) -> Experiment:
-    """4 layers of width 64, a gated block before every second; 2 latent layers, 8 latents an image; 4 micro-batches of 96 tokens.
+    """Return 4 layers of width 64, a gated block per 2 layers; 2 resampler layers, 8 latents per image; 4 micro-batches of 96 tokens.
 
     Args:
         decoder, parallel, model, train: fields to change.
@@ -57,7 +57,7 @@ def small_infimm(
 
 
 def infimm_batch(experiment: Experiment, topology: Topology, *, number: int, num_images: int | None = None) -> PackedBatch:
-    """Micro-batch `number` of a run, the same in every layout: random words and pictures, up to three images a document."""
+    """Return micro-batch `number` of a run, the same in every layout: random words and pictures, up to three images per document."""
     generator = torch.Generator().manual_seed(number)
     total = tokens_of(experiment, number=number)
     ids = torch.randint(5, experiment.model.decoder.vocab_size, (total,), generator=generator)
@@ -69,7 +69,7 @@ def infimm_batch(experiment: Experiment, topology: Topology, *, number: int, num
     for begin, end in itertools.pairwise(bounds):
         places = range(begin + 4, end - 3, 6)[:3]
         if begin == 0 and wanted < 6:
-            continue  # a document without any image stands before those with some
+            continue  # the first document has no image
         starts += list(places)[: wanted - len(starts)]
     for start in starts:
         ids[start - 1], ids[start] = END_OF_CHUNK_ID, IMAGE_ID
@@ -84,7 +84,7 @@ def infimm_step(experiment: Experiment, topology: Topology, *, step: int) -> lis
 
 
 def infimm_run(data: Path, *, parallel: dict[str, Any] | None = None, policy: str = "ift", **train: Any) -> Experiment:
-    """`small_infimm` on demo data, with nothing but steps and checkpoints."""
+    """Return `small_infimm` on demo data, without evaluation or W&B."""
     experiment = small_infimm(decoder={"vocab_size": 520}, parallel=parallel, policy=policy, **{"global_batch_size": 2, **train})
     return replace(
         experiment,

@@ -1,4 +1,4 @@
-"""A small Mono-InternVL that has every part of a large one, and batches for it: with no tile, with some, with tiles alone."""
+"""A small Mono-InternVL that has every part of a large one, and batches for it: without tiles, with some, and of tiles alone."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from support.small import packed_batch, small_experiment, tokens_of
 IMG_ID, END_IMG_ID, CONTEXT_ID = 2, 3, 4
 TILE_TOKENS = 16
 TILES_OF_MICRO_BATCHES = (0, 1, 4, None)
-"""In turn: no tile, one, several; None fills the micro-batch with nothing else."""
+"""Tiles of successive micro-batches: none, one, several; None fills the micro-batch with tiles alone."""
 
 
 def small_mono(
     *, decoder: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, policy: str = "s2", **train: Any
 ) -> Experiment:
-    """4 layers of width 64; tiles of 32 px are 8 x 8 patches and 16 tokens; 4 micro-batches of 96 tokens.
+    """Return 4 layers of width 64; tiles of 32 px are 8 x 8 patches and 16 tokens; 4 micro-batches of 96 tokens.
 
     Args:
         decoder, parallel, train: fields to change.
@@ -49,7 +49,7 @@ def small_mono(
 
 
 def mono_run(data: Path, *, parallel: dict[str, Any] | None = None, **train: Any) -> Experiment:
-    """`small_mono` on demo data, with nothing but steps and checkpoints."""
+    """Return `small_mono` on demo data, without evaluation or W&B."""
     experiment = small_mono(decoder={"vocab_size": 528}, parallel=parallel, **{"global_batch_size": 2, **train})
     return replace(
         experiment,
@@ -61,7 +61,7 @@ def mono_run(data: Path, *, parallel: dict[str, Any] | None = None, **train: Any
 
 
 def mono_batch(experiment: Experiment, topology: Topology, *, number: int) -> PackedBatch:
-    """Micro-batch `number` of a run, the same in every layout: random words and tiles."""
+    """Return micro-batch `number` of a run, the same in every layout: random words and tiles."""
     generator = torch.Generator().manual_seed(number)
     total = tokens_of(experiment, number=number)
     ids = torch.randint(5, experiment.model.decoder.vocab_size, (total,), generator=generator)
@@ -80,7 +80,7 @@ def mono_batch(experiment: Experiment, topology: Topology, *, number: int) -> Pa
 
 
 def _documents(total: int, wanted: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
-    """Boundaries of documents, and where in them tiles begin: at most one in each."""
+    """Return the boundaries of documents and the starts of tiles, at most one per document."""
     bounds = [0]
     while bounds[-1] < total:
         bounds.append(min(total, bounds[-1] + int(torch.randint(TILE_TOKENS + 4, 30, (1,), generator=generator))))

@@ -1,4 +1,4 @@
-"""Slurm's programs as small scripts, for jobs that run without Slurm and without training."""
+"""Stand-ins for Slurm's programs: small scripts for jobs that run without Slurm and without training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ for word in "$@"; do echo "$word"; done > "$CALLS/srun"
 while [[ $1 == --* ]]; do shift; done
 SLURM_NODEID=1 PATH="$BIN:$PATH" "$@"
 """
-"""Writes down its arguments and runs the command as the second node would."""
+"""Records its arguments and runs the command as the second node would."""
 TRAINING = 'for word in "$@"; do echo "$word"; done > "$CALLS/training"; env > "$CALLS/environment"\n'
 SCONTROL = """
 case $1 in
@@ -28,18 +28,18 @@ SBATCH = """
 { echo "sbatch"; for word in "$@"; do echo "$word"; done; env | grep -E '^(STAGE|CHAIN|RUN_DIR|DATA_|SLURM_|PWD)'; } >> "$CALLS/sbatch"
 echo "$((100 + $(grep -c '^sbatch$' "$CALLS/sbatch")));federation"
 """
-"""Writes down its arguments and environment, and numbers jobs from 101 on, unless the cluster is closed."""
+"""Records its arguments and environment and numbers jobs from 101 on; fails if the cluster is closed."""
 
 
 @dataclass
 class Cluster:
-    """Stand-ins for Slurm's programs that write down how they were called."""
+    """Stand-ins for Slurm's programs that record their calls."""
 
     folder: Path
     script: str
 
     def training(self, body: str) -> None:
-        """What the stand-in for training does, in bash; RUN_DIR and CALLS are set."""
+        """Set the bash code of the stand-in for training; RUN_DIR and CALLS are set in it."""
         path = self.folder / "bin" / "train-here"
         path.write_text(f"#!/bin/bash\n{TRAINING}{body}\n")
         path.chmod(0o755)
@@ -66,22 +66,22 @@ class Cluster:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings, cwd=self.folder)
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
-        """Exit code, output and errors of a whole job."""
+        """Run a whole job; return its exit code, output and errors."""
         process = self.start(*arguments, **environment)
         out, err = process.communicate(timeout=30)
         return process.returncode, out, err
 
     def called(self, program: str) -> list[str]:
-        """A line for each argument of srun, training and environment; for each call of the others."""
+        """Return the recorded lines: for srun and training one per argument, for the others one or more per call."""
         path = self.folder / program
         return path.read_text().splitlines() if path.exists() else []
 
 
 def stand_in_cluster(folder: Path, *, script: str) -> Cluster:
-    """A cluster whose programs lie in `folder`, where training ends at once.
+    """Make a cluster whose programs are in `folder` and whose training ends at once.
 
     Args:
-        script: the Slurm script that is run, without its ending.
+        script: name of the Slurm script to run, without its suffix.
     """
     (folder / "bin").mkdir()
     programs = {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL, "squeue": SQUEUE, "sbatch": SBATCH}

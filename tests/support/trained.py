@@ -1,4 +1,4 @@
-"""A small MM1 checkpoint, written by the trainer's own code, and what its model computes."""
+"""A small MM1 checkpoint, written by the trainer's own code, and its model's outputs."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ TEXTS = [f"a {c} {s} left of the {d} {t}." for c in COLOURS for s in SHAPES for 
 TEXTS += [f"question: how many {s}s? answer: {n}." for s in SHAPES for n in range(100)]
 
 
-# A document: how many images it begins with, and its text.
+# For each document, the number of images that it begins with, and its text.
 DOCUMENTS = ((1, "a red circle left of the blue star."), (0, "question: how many stars? answer: 3."), (2, "a blue star"))
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint, and what the model that was written into it is and computes."""
+    """A checkpoint with its model's configuration, weights and outputs."""
 
     experiment: Experiment
     config: MM1Config
@@ -45,7 +45,7 @@ class Trained:
     weights: dict[str, torch.Tensor]
     batch: PackedBatch
     logits: list[torch.Tensor]
-    """[tokens, vocabulary] of each of `batch`'s documents."""
+    """Logits [tokens, vocabulary] of each of `batch`'s documents."""
 
 
 def train_one_step(
@@ -57,13 +57,13 @@ def train_one_step(
     variant: str = "llama",
     change: Callable[[torch.nn.Module], None] = lambda module: None,
 ) -> Trained:
-    """Random weights, norms and biases too, so that nothing that is mixed up agrees by chance; then one training step.
+    """Randomize all weights, including norms and biases, so that swapped tensors never agree by chance; train one step and save.
 
     Args:
-        variant: of the decoder.
-        change: what else is done to the model before it is saved.
+        variant: decoder variant.
+        change: changes the model before it is saved.
 
-    The process groups are gone when it returns, so that other tests can make theirs.
+    The process groups are shut down on return, so that other tests can create theirs.
     """
     base = get_recipe(recipe)
     assert isinstance(base.model, MM1Config)
@@ -102,7 +102,7 @@ def make_images(*, num_images: int, size: int) -> torch.Tensor:
 
 
 def make_batch(config: MM1Config, tokenizer: Tokenizer) -> PackedBatch:
-    """All documents in one row, as the data loader packs them."""
+    """Return all documents in one row, packed as the data loader does."""
     k = config.connector.num_tokens
     ids, starts, boundaries = [], [], [0]
     for num_images, text in DOCUMENTS:
@@ -127,7 +127,7 @@ def make_batch(config: MM1Config, tokenizer: Tokenizer) -> PackedBatch:
 
 
 def training_logits(model: MM1Model, batch: PackedBatch) -> list[torch.Tensor]:
-    """[tokens, vocabulary] of each document."""
+    """Return the logits [tokens, vocabulary] of each document."""
     with torch.no_grad():
         logits = model(batch, with_loss=False)[0]
     return list(logits.split(batch.cu_seqlens.diff().tolist()))

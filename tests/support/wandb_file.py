@@ -13,7 +13,7 @@ _BLOCK = 32768
 
 
 def records(path: Path) -> list[Any]:
-    """The protobuf records of a .wandb file."""
+    """Return the protobuf records of a .wandb file."""
     data, place, parts, found = path.read_bytes(), 7, b"", []
     while place + 7 <= len(data):
         if _BLOCK - place % _BLOCK < 7:
@@ -33,7 +33,7 @@ def records(path: Path) -> list[Any]:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """Everything that was logged, call by call."""
+    """Return everything that was logged, one dictionary per call."""
     return [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for record in records(path)
@@ -42,7 +42,7 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 def config(path: Path) -> dict[str, Any]:
-    """The run's config."""
+    """Return the run's config."""
     found: dict[str, Any] = {}
     for record in records(path):
         if record.WhichOneof("record_type") == "run":

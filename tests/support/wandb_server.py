@@ -1,4 +1,4 @@
-"""A stand-in for W&B's server, as far as a run needs it to begin; then it may stop answering.
+"""A stand-in for W&B's server: it answers what a run needs to begin, and can then be made to hang.
 
 python wandb_server.py      prints its port; a line on standard input makes it hang
 """
@@ -26,7 +26,7 @@ ANSWERS: dict[str, Any] = {
     "CreateRunFiles": {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": []}},
     "RunResumeStatus": {"model": {"id": "project", "name": "project", "entity": {"id": "entity", "name": "entity"}, "bucket": None}},
 }
-"""Of GraphQL, by a word of the question."""
+"""GraphQL answers, by a word of the query."""
 
 
 class Server(http.server.BaseHTTPRequestHandler):

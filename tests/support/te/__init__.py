@@ -1,12 +1,12 @@
-"""Transformer Engine's own Python layers over kernels written in PyTorch, on a CPU.
+"""Transformer Engine's own Python layers with kernels written in PyTorch, on a CPU.
 
-`install()` comes before anything imports megatron-core or Transformer Engine. It needs the package `transformer-engine` alone (pure Python,
-a megabyte); its compiled extension is replaced by a module whose functions and enumerations are those written down in VERSION.json
-(`record.py`), and whose kernels are in `kernels.py` and `fp8.py`. So shapes, types, names, what is kept for the backward pass, FP8 rounding
-and scaling, and what kernels refuse are Transformer Engine's and its kernels'; speed is not.
+Call `install()` before anything imports megatron-core or Transformer Engine. It needs only the package `transformer-engine` (pure Python,
+a megabyte). The compiled extension is replaced by a module with the functions and enumerations recorded in VERSION.json (`record.py`) and
+the kernels of `kernels.py` and `fp8.py`. Shapes, types, names, tensors kept for the backward pass, FP8 rounding and scaling, and refused
+inputs are therefore those of Transformer Engine and its kernels; speed is not.
 
-What is asked of a GPU goes to the CPU: in each module of Transformer Engine the name `torch` is a view of torch in which `cuda` is one
-Hopper GPU whose memory is this computer's (compare `megatron_mm.platform.cpu`).
+Requests to a GPU go to the CPU: in each module of Transformer Engine the name `torch` is a view of torch in which `cuda` is one Hopper GPU
+whose memory is the host's (compare `megatron_mm.platform.cpu`).
 """
 
 from support.te.install import install as install

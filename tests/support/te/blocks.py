@@ -1,6 +1,6 @@
 """FP8 tensors with a scale for each block: of 128 values of a row, or of 128 rows and columns (weights).
 
-The tensors are Transformer Engine's own, which also turns them back; here their data and scales are computed.
+The tensors are Transformer Engine's own, as is their dequantization; this file computes their data and scales.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ def _by_four(size: int) -> int:
 
 
 def _fill(rows_rc: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, quantizer: Any, *, float8: torch.dtype) -> None:
-    """Round [r, c] by blocks into `data`; what blocks are divided by goes to `scales`: [c / 128, r] of rows, [r / 128, c / 128] of squares,
-    filled up to multiples of 4."""
+    """Round [r, c] block by block into `data`, and write the inverse scales to `scales`.
+
+    These are [c / 128, r] for blocks of a row, [r / 128, c / 128] for square blocks, with the last dimension padded to a multiple of 4.
+    """
     largest, square = torch.finfo(float8).max, quantizer.block_scaling_dim == 2
     (rows, columns), height = rows_rc.shape, BLOCK if square else 1
     padded = F.pad(rows_rc, (0, -columns % BLOCK, 0, -rows % height))
@@ -70,13 +72,13 @@ def _fill(rows_rc: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, quant
 
 
 def _places(count: int, w: int, start_offset: int, block_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of blocks, of consecutive elements of a matrix of width w."""
+    """Return the block row and block column of `count` consecutive elements of a matrix of width w."""
     place = start_offset + torch.arange(count)
     return place // w // block_len, place % w // block_len
 
 
 def fp8_block_scaling_compute_partial_amax(tensor: torch.Tensor, amax: torch.Tensor, w: int, start_offset: int, block_len: int) -> None:
-    """Largest values of a matrix's blocks, as far as a run of its elements says."""
+    """Update the largest values of a matrix's blocks with a run of its elements."""
     places = _places(tensor.numel(), w, start_offset, block_len)
     flat = places[0] * amax.shape[1] + places[1]
     amax.view(-1).scatter_reduce_(0, flat, tensor.detach().abs().float().view(-1), "amax")

@@ -1,4 +1,4 @@
-"""A module `transformer_engine_torch` with the interface that VERSION.json writes down and kernels written in PyTorch."""
+"""A module `transformer_engine_torch` with the interface recorded in VERSION.json and kernels written in PyTorch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 from support.te import fp8, kernels
 
 CALLS: Counter[str] = Counter()
-"""How often each kernel was called."""
+"""Number of calls of each kernel."""
 
 
 def recorded(version: str) -> dict[str, Any]:
-    """What VERSION.json holds. Raises ValueError for a version that was not written down."""
+    """Return the content of VERSION.json. Raises ValueError for a version that was not recorded."""
     path = Path(__file__).with_name(f"{version}.json")
     if not path.is_file():
         known = sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
@@ -29,7 +29,7 @@ def recorded(version: str) -> dict[str, Any]:
 
 
 def extension(version: str) -> types.ModuleType:
-    """The module; a function without a kernel here raises NotImplementedError with its name."""
+    """Return the module; a function without a kernel here raises NotImplementedError with its name."""
     module = types.ModuleType("transformer_engine_torch")
     record = recorded(version)
     for name, members in record["enumerations"].items():
@@ -53,12 +53,15 @@ def extension(version: str) -> types.ModuleType:
 
 
 def _record_arguments(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Of a class that allocates what processes exchange through: what it was made of, and nothing else."""
+    """Constructor of a stand-in for a class that allocates communication buffers: only keep the arguments."""
     self.args, self.kwargs = args, kwargs
 
 
 def _function(name: str, parameters: list[str] | None, candidates: list[Callable[..., Any]]) -> Callable[..., Any]:
-    """Takes what the compiled function takes, and gives a kernel those of the arguments that it names: the first that names no others."""
+    """Return a function with the compiled one's parameters, which passes a kernel the arguments that it names.
+
+    The kernel is the first candidate that names only parameters of the compiled function.
+    """
     if not candidates:
 
         def missing(*args: object, **kwargs: object) -> None:
@@ -82,7 +85,7 @@ def _function(name: str, parameters: list[str] | None, candidates: list[Callable
         CALLS[name] += 1
         bound = takes.bind(*args, **kwargs)
         bound.apply_defaults()
-        with torch.no_grad():  # a compiled one records nothing for autograd
+        with torch.no_grad():  # compiled functions record nothing for autograd
             return kernel(**{parameter: bound.arguments[parameter] for parameter in wanted})
 
     return call

@@ -1,8 +1,8 @@
-"""FP8 tensors: rounding and scaling of whole tensors, by the tensor at hand (current) or by a scale that is given (delayed); scales of
-blocks are in `blocks.py`.
+"""FP8 tensors: rounding and scaling of whole tensors, with a scale from the current tensor (current) or a given one (delayed); scales per
+block are in `blocks.py`.
 
-Data are bytes of float8; `scale_inv` times their value is what they stand for. A tensor may be kept as it is (row-wise), with its last
-dimension first (column-wise, for products that need it so), or both.
+Data are bytes of float8; their value times `scale_inv` is the represented value. A tensor may be stored unchanged (row-wise), with its last
+dimension first (column-wise, for products that need this), or both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from support.te import blocks
 TEX: Any = None
 """The extension, for its enumerations."""
 QUANTIZERS: set[str] = set()
-"""Kinds that were asked to round."""
+"""Kinds of quantizers that have been used."""
 DTYPES = {
     "kByte": torch.uint8,
     "kInt16": torch.int16,
@@ -39,7 +39,7 @@ def bind(module: types.ModuleType) -> None:
 
 
 def dtype_of(value: Any) -> torch.dtype:
-    """torch's type for the extension's, or for torch's own."""
+    """Return torch's dtype for the extension's; torch's own dtypes are returned unchanged."""
     return value if isinstance(value, torch.dtype) else DTYPES[TEX.DType(int(value)).name]
 
 
@@ -48,7 +48,7 @@ def is_quantized(tensor: Any) -> bool:
 
 
 def value_of(tensor: Any) -> torch.Tensor:
-    """What a tensor stands for: FP8 as float32, others as they are."""
+    """Return a tensor's value: FP8 tensors as float32, others unchanged."""
     if not is_quantized(tensor):
         return tensor
     if hasattr(tensor, "_rowwise_scale_inv"):
@@ -68,9 +68,11 @@ def first_dimension_last(data: torch.Tensor) -> torch.Tensor:
 
 
 def scale_for(tensor: torch.Tensor, quantizer: Any, largest: float) -> torch.Tensor:
-    """[1] float32: what the tensor is multiplied with before it is rounded."""
-    if type(quantizer).__name__ == "Float8Quantizer":  # delayed: from earlier steps; this step's largest value is noted for later ones
-        if quantizer.amax.numel():  # none where master weights are rounded, whose scale is known
+    """Return the factor [1] float32 that the tensor is multiplied by before it is rounded."""
+    if (
+        type(quantizer).__name__ == "Float8Quantizer"
+    ):  # delayed: scale from earlier steps; this step's largest value is recorded for later ones
+        if quantizer.amax.numel():  # empty when master weights, whose scale is known, are rounded
             quantizer.amax.copy_(torch.maximum(quantizer.amax, _largest(tensor).reshape(quantizer.amax.shape)))
         return quantizer.scale.reshape(1)
     amax = _largest(tensor)
@@ -86,7 +88,7 @@ def _largest(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(tensor: Any, quantizer: Any, output: Any = None) -> Any:
-    """Round to what the quantizer says, into `output` where it is given."""
+    """Round as the quantizer specifies, into `output` if it is given."""
     kind = type(quantizer).__name__
     assert kind in ("Float8Quantizer", "Float8CurrentScalingQuantizer", "Float8BlockQuantizer"), f"no kernel of {kind} here"
     QUANTIZERS.add(kind)
@@ -136,12 +138,12 @@ def dequantize(input: Any, otype: Any) -> torch.Tensor:
 
 
 def bgrad_quantize(input: torch.Tensor, quantizer: Any) -> list[Any]:
-    """(Sum over rows, for a bias; the rounded tensor)."""
+    """Return [sum over rows (a bias's gradient), rounded tensor]."""
     return [input.reshape(-1, input.shape[-1]).float().sum(0).to(input.dtype), quantize(input, quantizer)]
 
 
 def split_quantize(tensor: torch.Tensor, split_sections: list[int], quantizer_list: list[Any]) -> list[Any]:
-    """Parts along the first dimension, each with its own scale."""
+    """Round parts along the first dimension, each with its own scale."""
     return [quantize(part, quantizer) for part, quantizer in zip(tensor.split(list(split_sections)), quantizer_list, strict=True)]
 
 
@@ -169,7 +171,7 @@ def fused_amax_and_scale_update_after_reduction(
     fp8_dtype: Any,
     margin: float,
 ) -> None:
-    """Delayed scaling, after a step: note the largest values that all processes saw, and make the next step's scales of the history."""
+    """Delayed scaling, after a step: record the largest values over all processes, and compute the next step's scales from the history."""
     largest = torch.finfo(dtype_of(fp8_dtype)).max / 2**margin
     begin = 0
     for history, scale in zip(amax_histories, scales, strict=True):

@@ -1,4 +1,4 @@
-"""Put the extension in place, and send what Transformer Engine's layers ask of a GPU to the CPU."""
+"""Install the extension, and redirect GPU requests of Transformer Engine's layers to the CPU."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from support.te import extension
 
 HOPPER = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="NVIDIA H100 80GB HBM3", total_memory=80 << 30)
 FOLDER = Path(__file__).parents[3] / "build" / "transformer_engine"
-"""Where `make` puts the package, in a folder named after its version, for environments that have none: so nothing else there finds it."""
+"""Folder in which `make` installs the package, in a subfolder per version, so that nothing else in the environment finds it."""
 
 
 DECORATORS = {"triton": ("triton.language", "triton.language.core", "triton.language.standard"), "onnx": ("onnx.defs",), "onnxscript": ()}
-"""What Transformer Engine decorates kernels in Triton and the export to ONNX with; neither runs here, so where these packages are missing
-anything will do."""
+"""Packages that Transformer Engine takes decorators from, for Triton kernels and the ONNX export. Neither runs here, so mocks replace the
+packages that are missing."""
 
 
 class _Cuda(cpu._CudaOnCpu):
@@ -65,8 +65,8 @@ class _Torch(cpu._TorchOnCpu):
 
 
 def python_of_transformer_engine() -> str | None:
-    """The version that this interpreter, or the folder that `make` fills, has of Transformer Engine's Python; None where there is none that
-    goes with the installed megatron-core. TE_VERSION in the environment names one of the folder's in place of any other."""
+    """Return the version of Transformer Engine's Python package in this interpreter, else the newest one in `FOLDER` that goes with the
+    installed megatron-core, or None. The environment variable TE_VERSION overrides both with a version of the folder."""
     if asked := os.environ.get("TE_VERSION"):
         return asked
     if importlib.util.find_spec("transformer_engine") is not None:
@@ -81,10 +81,10 @@ def python_of_transformer_engine() -> str | None:
 
 
 def install(*, on_cpu: bool = True) -> types.ModuleType:
-    """Import Transformer Engine over the kernels written in PyTorch; returns the extension that it calls.
+    """Import Transformer Engine with the kernels written in PyTorch; return the extension that it calls.
 
     Args:
-        on_cpu: send what is asked of a GPU to the CPU; who does not brings a GPU, or tensors that say they are on one.
+        on_cpu: redirect GPU requests to the CPU; if False, the caller needs a GPU, or tensors that claim to be on one.
     """
     assert not any(name.startswith("megatron.core") for name in sys.modules), "megatron-core looked for Transformer Engine already"
     version = python_of_transformer_engine()
@@ -104,7 +104,7 @@ def install(*, on_cpu: bool = True) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _anything_for_decorators() -> Iterator[None]:
-    importlib.import_module("torch._inductor")  # asks for Triton, too, and shall find what is there
+    importlib.import_module("torch._inductor")  # looks for Triton, too, and must not find the mocks
     absent = {package: parts for package, parts in DECORATORS.items() if importlib.util.find_spec(package) is None}
     names = [name for package, parts in absent.items() for name in (package, *parts)]
     sys.modules.update({name: MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None), __version__="3.5.0") for name in names})
@@ -132,7 +132,7 @@ def to_cpu() -> None:
 
 
 def _asked_by_te(frame: Any) -> bool:
-    if frame.f_globals.get("__name__") == cpu.__name__:  # which stands between for megatron-core
+    if frame.f_globals.get("__name__") == cpu.__name__:  # its wrapper for megatron-core is between the two
         frame = frame.f_back
     return frame.f_globals.get("__name__", "").startswith("transformer_engine")
 

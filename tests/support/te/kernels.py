@@ -1,7 +1,7 @@
 """Kernels of Transformer Engine's extension in PyTorch: products, norms, attention, rotary embedding, padding, optimizer.
 
-Each takes, by name, those parameters of the compiled function that it uses. Sums are made in float32, results rounded to the type that is
-asked for, and what a compiled kernel refuses is refused here.
+Each takes, by name, the parameters of the compiled function that it uses. Sums are computed in float32, results are rounded to the
+requested type, and inputs that a compiled kernel refuses are refused here.
 
 Shape legend: t tokens, n heads, d head width, s sequence, b batch.
 """
@@ -21,7 +21,7 @@ from support.te.fp8 import dtype_of, is_quantized, quantize, value_of
 TEX: Any = None
 """The extension, for its enumerations."""
 ASKED: list[dict[str, Any]] = []
-"""What attention was asked for: layout, mask and the rest, of each call."""
+"""Layout, mask, window and shapes of each call of attention."""
 
 
 def bind(module: types.ModuleType) -> None:
@@ -37,7 +37,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_fp8_product(a: Any, b: Any, *, rows: int, inner: int, columns: int) -> None:
-    """What cuBLAS asks of FP8: both operands in FP8, leading dimensions of 16 bytes."""
+    """Check cuBLAS's requirements for FP8: both operands in FP8, and sizes that are multiples of 16 (inner) or 8 (rows, columns)."""
     if not is_quantized(a) and not is_quantized(b):
         return
     assert is_quantized(a) and is_quantized(b), "FP8 products refuse an operand that is not FP8"
@@ -46,7 +46,7 @@ def check_fp8_product(a: Any, b: Any, *, rows: int, inner: int, columns: int) ->
 
 
 def product(a: Any, transa: bool, b: Any, transb: bool) -> torch.Tensor:
-    """[rows of b, columns of a] float32: cuBLAS's column-major a times b, which is b times a for row-major tensors."""
+    """Return [rows of b, columns of a] float32: cuBLAS's column-major a times b, which is b times a for row-major tensors."""
     left, right = _rows(value_of(b)), _rows(value_of(a))
     assert is_quantized(a) or left.dtype == right.dtype, f"a product of {left.dtype} and {right.dtype}"
     left, right = (left.t() if transb else left), (right.t() if transa else right)
@@ -165,7 +165,7 @@ def layernorm_bwd(dz: torch.Tensor, x: torch.Tensor, mu: torch.Tensor, rsigma: t
 def _normal(
     dz: torch.Tensor, x: torch.Tensor, rsigma: torch.Tensor, mu: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x normalised, gradient, scale), all float32 and of x's shape or broadcast to it."""
+    """Return (x normalised, gradient, scale), all float32 and of x's shape or broadcastable to it."""
     scale = rsigma.view(x.shape[:-1])[..., None]
     centred = x.float() if mu is None else x.float() - mu.view(x.shape[:-1])[..., None]
     return centred * scale, dz.float().view(x.shape), scale
@@ -175,7 +175,7 @@ def _normal(
 
 
 def get_fused_attn_backend(fused_attn_params: Any) -> tuple[Any, str]:
-    """Since 2.20 one object asks; before, as many arguments (`get_fused_attn_backend_of_arguments`)."""
+    """Interface since 2.20, with one object; earlier versions pass separate arguments (`get_fused_attn_backend_of_arguments`)."""
     return _attention_kernel(dtype_of(fused_attn_params.qkv_dtype)), ""
 
 
@@ -184,7 +184,7 @@ def get_fused_attn_backend_of_arguments(q_dtype: Any) -> Any:
 
 
 def _attention_kernel(dtype: torch.dtype) -> Any:
-    """cuDNN's, which takes 16-bit numbers: packed ones (thd) on compute capability 9.0 and later, which this GPU has."""
+    """Return cuDNN's kernel, which takes 16-bit numbers, packed (thd) on compute capability 9.0 (as simulated here) and later."""
     name = "NVTE_F16_arbitrary_seqlen" if dtype in (torch.float16, torch.bfloat16) else "NVTE_No_Backend"
     return getattr(TEX.NVTE_Fused_Attn_Backend, name)
 
@@ -199,7 +199,7 @@ def attend(
     mask: Any,
     cu_seqlens: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """Packed [t, n, d], document by document, or [s, b, n, d]; in the type of q."""
+    """Attention over packed [t, n, d], document by document, or over [s, b, n, d]; the result has q's type."""
     layout, mask = TEX.NVTE_QKV_Layout(int(layout)).name, TEX.NVTE_Mask_Type(int(mask)).name
     causal = "CAUSAL" in mask
 
@@ -267,7 +267,7 @@ def fused_attn_bwd(
 
 
 def convert_thd_to_bshd(tensor: torch.Tensor, cu_seqlens: torch.Tensor, b: int, max_seq_len: int) -> torch.Tensor:
-    """Packed documents -> one padded row for each."""
+    """Unpack documents into one padded row each."""
     out = tensor.new_zeros(b, max_seq_len, *tensor.shape[1:])
     for row, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
         out[row, : end - begin] = tensor[begin:end]
@@ -285,7 +285,7 @@ def convert_bshd_to_thd(tensor: torch.Tensor, cu_seqlens: torch.Tensor, t: int) 
 
 
 def _rotate(tensor_tnd: torch.Tensor, freqs: torch.Tensor, cu_seqlens: torch.Tensor, *, back: bool) -> torch.Tensor:
-    """Turn pairs of the first half and the second half of a head by the angle of their place in the document."""
+    """Rotate pairs of channels, one of each half of a head, by the angle of their position in the document."""
     places = torch.cat([torch.arange(length) for length in cu_seqlens.diff().tolist()])
     angles = freqs[places].flatten(1)[:, None].float()
     width = angles.shape[-1]
@@ -300,7 +300,7 @@ def _rotate(tensor_tnd: torch.Tensor, freqs: torch.Tensor, cu_seqlens: torch.Ten
 
 
 def _turn(tensor_nsad: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
-    """Turn neighbouring channels by the angle of their place, which both have."""
+    """Rotate pairs of neighbouring channels by the angle of their position, which is the same for both."""
     angles = freqs.flatten(1)[: tensor_nsad.shape[1], None].float()
     even, odd = tensor_nsad[..., 0::2].float(), tensor_nsad[..., 1::2].float()
     cos, sin = angles.cos()[..., 0::2], angles.sin()[..., 0::2]
@@ -325,7 +325,7 @@ def fused_rope_backward(
 
 
 def _route(logits: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over the chosen experts, others 0, and which are chosen."""
+    """Return the softmax over the chosen experts (0 for others), and a mask of the chosen experts."""
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(topk, dim=1).indices, True)
     return logits.masked_fill(~chosen, -torch.inf).softmax(dim=1), chosen
 
@@ -377,7 +377,7 @@ def multi_tensor_scale(tensor_lists: list[list[torch.Tensor]], scale: Any) -> No
 def multi_tensor_compute_scale_and_scale_inv(
     tensor_lists: list[list[torch.Tensor]], max_fp8: float, force_pow_2_scales: bool, epsilon: float
 ) -> None:
-    """Of (largest values, scales, their inverses)."""
+    """Compute scales and inverse scales; `tensor_lists` are (largest values, scales, inverse scales)."""
     for amax, scale, inverse in zip(*tensor_lists, strict=True):
         made = torch.where(amax > 0, max_fp8 / amax.clamp(min=epsilon), torch.ones_like(amax))
         scale.copy_(torch.exp2(torch.floor(torch.log2(made))) if force_pow_2_scales else made)
@@ -395,7 +395,7 @@ def multi_tensor_adam(
     bias_correction: int,
     weight_decay: float,
 ) -> None:
-    """AdamW on (gradients, weights, first moments, second moments), and fp32 copies of the weights where there are any."""
+    """AdamW step on (gradients, weights, first moments, second moments) and, if given, fp32 copies of the weights."""
     assert mode == 1, "weight decay is decoupled"
     corrections = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
     for gradient, weight, first, second, *master in zip(*tensor_lists, strict=True):

@@ -1,11 +1,11 @@
-"""Writes down the interface of Transformer Engine's compiled extension, from the source that PyPI has of it.
+"""Records the interface of Transformer Engine's compiled extension, from its source on PyPI.
 
     pip download --no-deps --no-build-isolation --no-binary :all: transformer-engine-torch==2.20.2
     tar xf transformer_engine_torch-2.20.2.tar.gz
     python tests/support/te/record.py transformer_engine_torch-2.20.2 > tests/support/te/2.20.2.json
 
-The result names every function with its parameters and their defaults, and every enumeration with its members: what the Python layers of
-Transformer Engine call. `tests/models/test_te.py` compares it with a compiled extension where one is installed.
+The result lists every function with its parameters (optional ones are marked), and every enumeration with its members: the interface that
+Transformer Engine's Python layers use. `tests/models/test_te.py` compares it with a compiled extension if one is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def without_comments(text: str) -> str:
 
 
 def cut(text: str) -> list[str]:
-    """At the commas that are in no bracket."""
+    """Split at the commas outside brackets."""
     parts, depth, last = [], 0, 0
     for place, sign in enumerate(text):
         depth += (sign in "(<{[") - (sign in ")>}]")
@@ -32,7 +32,7 @@ def cut(text: str) -> list[str]:
 
 
 def closing(text: str, opening: int) -> int:
-    """Place of the bracket that closes the one at `opening`."""
+    """Return the position of the parenthesis that closes the one at `opening`."""
     depth = 0
     for place in range(opening, len(text)):
         depth += (text[place] == "(") - (text[place] == ")")
@@ -42,7 +42,7 @@ def closing(text: str, opening: int) -> int:
 
 
 def declared(source: Path) -> dict[str, list[str]]:
-    """Parameter names of the functions that csrc/extensions.h declares."""
+    """Return the parameter names of the functions that csrc/extensions.h declares."""
     text = re.sub(r"^\s*#.*$", "", without_comments((source / "csrc" / "extensions.h").read_text()), flags=re.M)
     found = {}
     for match in re.finditer(r"[\w>&*]\s+\**&?(\w+)\(", text):
@@ -53,8 +53,10 @@ def declared(source: Path) -> dict[str, list[str]]:
 
 
 def functions(source: Path) -> dict[str, list[str] | None]:
-    """Name in Python -> parameters, None where the source of the extension does not say; one that may be left out is followed by a question
-    mark, and those after a star are given by name."""
+    """Return the parameters of each Python function, None if the extension's source does not state them.
+
+    A question mark follows a parameter that may be left out; those after a star are keyword-only.
+    """
     known, found = declared(source), {}
     for match in re.finditer(r"\bm\.def\(", text := bindings(source)):
         name, bound, *rest = cut(text[match.end() : closing(text, match.end() - 1)])
@@ -64,7 +66,7 @@ def functions(source: Path) -> dict[str, list[str] | None]:
 
 
 def bindings(source: Path) -> str:
-    """The source that names functions and enumerations to Python."""
+    """Return the source that binds functions and enumerations to Python."""
     paths = [source / "common_headers" / "common" / "util" / "pybind_helper.h", source / "csrc" / "extensions" / "pybind.cpp"]
     return "".join(without_comments(path.read_text()) for path in paths).replace("\\\n", " ")
 
@@ -75,7 +77,7 @@ def parameter(part: str) -> str:
 
 
 def values(source: Path) -> dict[str, int]:
-    """Members of all enumerations of the headers."""
+    """Return the members of all enumerations in the headers, with their values."""
     found: dict[str, int] = {}
     for path in sorted((source / "common_headers").rglob("*.h")) + sorted((source / "csrc").rglob("*.h")):
         for match in re.finditer(r"\benum\s+(?:class\s+)?(\w*)\s*(?::\s*\w+\s*)?\{(.*?)\}", without_comments(path.read_text()), re.S):
