@@ -1,16 +1,16 @@
 """Definitions of tokens, FLOPs and MFU, used by both the trainer and the planner.
 
-A multiplication and an addition are two FLOPs. A training step costs, for each matrix product of its forward pass,
+A multiplication and an addition are two FLOPs. In a training step, each matrix product of the forward pass is counted once, and
 
-    once more   for the gradient of the weight, where that is trainable
-    once more   for the gradient of the input, where anything before it is trainable
+    once more   for the gradient of the weight, if the weight is trainable
+    once more   for the gradient of the input, if any weight before it is trainable
 
-so three times the forward pass if everything is trainable, and one time if nothing up to that point is trainable. A product of activations
-(attention's scores and values) has two inputs, so it counts one or three times. Whether a weight is trainable is looked up by its name, so
-this code need not change for a new freeze policy. Attention is counted over the lengths of the documents, and causal attention as half. The
-image encoder is included. Recomputation, norms, activations, the embedding look-up and padding tokens are not.
+so three times if everything is trainable, and once if nothing up to that point is trainable. A product of activations (attention's scores
+and values) has two inputs, so it is counted once or three times. Whether a weight is trainable is looked up by its name, so this code need
+not change for a new freeze policy. Attention is counted over the lengths of the documents, and causal attention as half. The image encoder
+is included. Recomputation, norms, activations, the embedding look-up and padding tokens are not.
 
-This module has the blocks that families share; connectors (`models.connectors`) and families (`Family.flops`) define their own counts.
+This module covers the blocks that families share; connectors (`models.connectors`) and families (`Family.flops`) define their own counts.
 """
 
 from __future__ import annotations
@@ -21,57 +21,57 @@ from dataclasses import dataclass
 from megatron_mm.config import DecoderConfig, EvaConfig, Precision, ResamplerConfig, VisionConfig
 
 Trainable = Callable[[str], bool]
-"""Whether the parameter of a global name is trainable (`Family.trainable`)."""
+"""Predicate: whether the parameter with a global name is trainable (`Family.trainable`)."""
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a training step works on, over all processes; padding not counted."""
+    """Amount of data that a training step processes, over all processes and excluding padding."""
 
     num_tokens: int
-    """Tokens of the decoder's sequence."""
+    """Tokens of the decoder's sequences."""
     sum_squared_lengths: int
     """Sum over documents of their squared length in tokens."""
     num_images: int
 
 
 class FlopCount:
-    """Adds up what a chain of matrix products costs in training, in the order of the forward pass.
+    """Adds up the training FLOPs of a chain of matrix products, in the order of the forward pass.
 
-    Worked example: a frozen product, a trainable one and a frozen one of 10 FLOPs each cost 10 + 30 + 20.
+    Worked example: a frozen product, a trainable one and a frozen one, of 10 FLOPs each, cost 10 + 30 + 20.
     """
 
     def __init__(self, trainable: Trainable = lambda name: True) -> None:
         self.trainable = trainable
         self.flops = 0.0
         self.has_gradient = False
-        """Something that has been counted is trainable, so gradients flow down to here."""
+        """True if a weight counted so far is trainable, so gradients flow back to here."""
 
     def weight(self, name: str, forward: float = 0.0) -> None:
-        """A product with a weight.
+        """Count a product with a weight.
 
         Args:
             name: the weight's global name.
-            forward: FLOPs of the forward pass; 0 for a parameter that costs nothing itself, such as an embedding table or a norm.
+            forward: FLOPs of the forward pass; 0 for a parameter that is not counted itself, such as an embedding table or a norm.
         """
         if self.trainable(name):
-            # The first product of a tower is counted like the others, although pixels need no gradient: a thousandth of the tower.
+            # The first product of a tower is counted like the others, although pixels need no gradient: it is about 0.1% of the tower.
             self.flops += 3 * forward
             self.has_gradient = True
         else:
             self.flops += (2 if self.has_gradient else 1) * forward
 
     def activations(self, forward: float) -> None:
-        """A product of activations."""
+        """Count a product of activations."""
         self.flops += (3 if self.has_gradient else 1) * forward
 
     def join(self, other: FlopCount) -> None:
-        """Add a chain whose result enters this one here."""
+        """Add another chain whose result is an input of this one at this point."""
         self.flops += other.flops
         self.has_gradient = self.has_gradient or other.has_gradient
 
     def branch(self) -> FlopCount:
-        """A chain that begins anew, with the same trainable weights."""
+        """Return an empty chain with the same trainable weights."""
         return FlopCount(self.trainable)
 
 
@@ -80,11 +80,11 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "H200": {"bf16": 989, "fp8": 1979, "fp32": 67},
     "A100": {"bf16": 312, "fp32": 19.5},
 }
-"""Dense peaks of one device (NVIDIA's data sheets, SXM), by a part of the device's name."""
+"""Peak TFLOP/s of one device without sparsity (NVIDIA's data sheets, SXM), by a part of the device's name."""
 
 
 def peak_tflops(device_name: str, precision: Precision) -> float | None:
-    """Peak of a device in TFLOP/s; None for one that the table does not know (a CPU, say)."""
+    """Return the peak of a device in TFLOP/s, or None if the table does not list it (such as a CPU)."""
     for name, peaks in PEAK_TFLOPS.items():
         if name in device_name:
             return peaks.get(precision)
@@ -92,7 +92,7 @@ def peak_tflops(device_name: str, precision: Precision) -> float | None:
 
 
 def mfu(tflops: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation of one device, between 0 and 1; None if the peak is unknown."""
+    """Return the model FLOPs utilisation of one device, between 0 and 1, or None if the peak is unknown."""
     return tflops / peak if peak else None
 
 
@@ -100,7 +100,8 @@ def mfu(tflops: float, peak: float | None) -> float | None:
 
 
 def decoder_matmul_parameters(decoder: DecoderConfig) -> int:
-    """Weights that a token is multiplied with, the output layer included, tied or not; in a sparse layer the router and top-k experts."""
+    """Return the number of weights that a token is multiplied with. This includes the output layer, even if tied, and in a sparse layer the
+    router and the top-k experts."""
     width = decoder.hidden_size
     query, key_value = decoder.num_attention_heads * decoder.head_dim, decoder.num_query_groups * decoder.head_dim
     attention, mlp = width * (query + 2 * key_value) + query * width, 3 * width * decoder.ffn_hidden_size
@@ -111,7 +112,7 @@ def decoder_matmul_parameters(decoder: DecoderConfig) -> int:
 
 
 def decoder_flops(decoder: DecoderConfig, *, num_tokens: int, sum_squared_lengths: int) -> float:
-    """FLOPs of training the whole decoder on a batch.
+    """Return the FLOPs of training the whole decoder on a batch.
 
     Args:
         num_tokens: tokens that are not padding.
@@ -123,7 +124,7 @@ def decoder_flops(decoder: DecoderConfig, *, num_tokens: int, sum_squared_length
 
 
 def count_decoder(count: FlopCount, decoder: DecoderConfig, work: StepWork) -> None:
-    """The decoder on a step's tokens."""
+    """Count the decoder on a step's tokens."""
     count_embedding(count)
     for layer in range(decoder.num_layers):
         count_attention(count, decoder, layer, work)
@@ -132,23 +133,23 @@ def count_decoder(count: FlopCount, decoder: DecoderConfig, work: StepWork) -> N
 
 
 def count_embedding(count: FlopCount) -> None:
-    """The look-up costs nothing; gradients flow from the first layer down to it where it is trainable."""
+    """Count the embedding: the look-up costs nothing, but if it is trainable, gradients flow back to it from the first layer."""
     count.weight("language.embedding.word_embeddings.weight")
 
 
 def count_attention(count: FlopCount, decoder: DecoderConfig, layer: int, work: StepWork) -> None:
-    """Self-attention of a layer and the norm before it."""
+    """Count self-attention of a layer and the norm before it."""
     name, width, tokens = f"language.decoder.layers.{layer}", decoder.hidden_size, work.num_tokens
     query, key_value = decoder.num_attention_heads * decoder.head_dim, decoder.num_query_groups * decoder.head_dim
     count.weight(f"{name}.input_layernorm.weight")
     count.weight(f"{name}.self_attention.linear_qkv.weight", 2.0 * width * (query + 2 * key_value) * tokens)
-    # Scores and values: two products of 2 * length^2 * heads * head_dim, half of which causality leaves.
+    # Scores and values: two products of 2 * length^2 * heads * head_dim, of which the causal mask leaves half.
     count.activations(2.0 * query * work.sum_squared_lengths)
     count.weight(f"{name}.self_attention.linear_proj.weight", 2.0 * query * width * tokens)
 
 
 def count_mlp(count: FlopCount, decoder: DecoderConfig, layer: int, work: StepWork) -> None:
-    """The SwiGLU of a layer and the norm before it; in a sparse layer the router and the top-k experts."""
+    """Count the SwiGLU of a layer and the norm before it; in a sparse layer, the router and the top-k experts."""
     name, product = f"language.decoder.layers.{layer}", 2.0 * decoder.hidden_size * decoder.ffn_hidden_size * work.num_tokens
     count.weight(f"{name}.pre_mlp_layernorm.weight")
     if decoder.moe is None or layer not in decoder.sparse_layers:
@@ -161,7 +162,7 @@ def count_mlp(count: FlopCount, decoder: DecoderConfig, layer: int, work: StepWo
 
 
 def count_output(count: FlopCount, decoder: DecoderConfig, work: StepWork) -> None:
-    """The final norm and the output layer, which may be the embedding table."""
+    """Count the final norm and the output layer, which may be the embedding table."""
     name = "language.embedding.word_embeddings.weight" if decoder.tied_embeddings else "language.output_layer.weight"
     count.weight("language.decoder.final_layernorm.weight")
     count.weight(name, 2.0 * decoder.hidden_size * decoder.vocab_size * work.num_tokens)
@@ -171,14 +172,14 @@ def count_output(count: FlopCount, decoder: DecoderConfig, work: StepWork) -> No
 
 
 def vision_flops(vision: VisionConfig) -> float:
-    """FLOPs of training the image tower on one image."""
+    """Return the FLOPs of training the image tower on one image."""
     count = FlopCount()
     count_vision(count, vision, num_images=1)
     return count.flops
 
 
 def count_vision(count: FlopCount, vision: VisionConfig, *, num_images: int) -> None:
-    """The CLIP tower on some images."""
+    """Count the CLIP tower on some images."""
     width, tokens = vision.hidden_size, vision.num_patches + 1
     product = 2.0 * num_images * tokens * width
     count.weight("vision.patch_embedding.weight", 2.0 * num_images * vision.num_patches * 3 * vision.patch_size**2 * width)
@@ -192,7 +193,7 @@ def count_vision(count: FlopCount, vision: VisionConfig, *, num_images: int) -> 
 
 
 def count_eva(count: FlopCount, vision: EvaConfig, *, num_images: int) -> None:
-    """The EVA tower on some images."""
+    """Count the EVA tower on some images."""
     width, tokens = vision.hidden_size, vision.num_tokens
     product = 2.0 * num_images * tokens * width
     count.weight("vision.patch_embedding.weight", 2.0 * num_images * (tokens - 1) * 3 * vision.patch_size**2 * width)
@@ -208,11 +209,11 @@ def count_eva(count: FlopCount, vision: EvaConfig, *, num_images: int) -> None:
 
 
 def count_resampler(count: FlopCount, config: ResamplerConfig, *, width: int, num_features: int, num_images: int) -> None:
-    """The Perceiver resampler on the features of some images.
+    """Count the Perceiver resampler on the features of some images.
 
     Args:
-        width: of the tower.
-        num_features: of an image.
+        width: width of the tower.
+        num_features: number of features per image.
     """
     inner, latents, seen = config.num_attention_heads * config.head_dim, config.num_latents, num_features + config.num_latents
     product = 2.0 * num_images * latents * width

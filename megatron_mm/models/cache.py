@@ -31,18 +31,18 @@ from megatron_mm.platform.device import send
 
 
 class KeyValueCache:
-    """Keys and values of some sequences, on one process. A pipeline's chunks on a process share it: their layers have other numbers."""
+    """Keys and values of some sequences on one process, shared by all pipeline chunks of the process (their layer numbers differ)."""
 
     def __init__(self, *, images: list[bool], capacity: int) -> None:
         """
         Args:
-            images: of each sequence, whether its prompt has an image.
-            capacity: tokens that a sequence can get.
+            images: for each sequence, whether its prompt has an image.
+            capacity: maximum number of tokens of a sequence.
         """
         self.images = images
         self.capacity = capacity
         self.lengths = [0] * len(images)
-        """Tokens that each sequence has."""
+        """Number of cached tokens of each sequence."""
         self._kept: dict[tuple[int, str], torch.Tensor] = {}
 
     @property
@@ -51,18 +51,18 @@ class KeyValueCache:
 
     @property
     def filled(self) -> bool:
-        """The prompts have been computed."""
+        """True once the prompts have been computed."""
         return any(self.lengths)
 
     def keep(self, layer: int, name: str, value: torch.Tensor) -> None:
-        """Keep a layer's tensor [b, ...]."""
+        """Store a layer's tensor [b, ...] under a name."""
         self._kept[layer, name] = value
 
     def kept(self, layer: int, name: str) -> torch.Tensor:
         return self._kept[layer, name]
 
     def keys_values(self, layer: int, key_tgd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [b, c, g, d] of a layer; zeros at first, of the type of key_tgd."""
+        """Return keys and values [b, c, g, d] of a layer; initially zeros, of the type of key_tgd."""
         if (layer, "key") not in self._kept:
             shape = (self.num_sequences, self.capacity, *key_tgd.shape[1:])
             for name in ("key", "value"):
@@ -75,11 +75,11 @@ class KeyValueCache:
         assert max(self.lengths) <= self.capacity, f"sequences of {max(self.lengths)} tokens in a cache of {self.capacity}"
 
     def forget(self, counts: list[int]) -> None:
-        """Leave out the last tokens of each sequence, so that others can take their place."""
+        """Remove the last tokens of each sequence, so that later tokens overwrite them."""
         self.lengths = [length - count for length, count in zip(self.lengths, counts, strict=True)]
 
     def select(self, rows: list[int]) -> None:
-        """Become the cache of these sequences, in this order; one may stand several times."""
+        """Keep only these sequences, in this order; a sequence may occur several times."""
         if rows == list(range(self.num_sequences)):
             return
         self.lengths, self.images = [self.lengths[row] for row in rows], [self.images[row] for row in rows]
@@ -89,30 +89,31 @@ class KeyValueCache:
 
 @dataclass
 class CacheStep:
-    """A step of generation: where its tokens belong. Made once a step; every layer gets it with the document bounds."""
+    """The positions of the tokens of one generation step. Made once per step, and passed to every layer with the document bounds."""
 
     cache: KeyValueCache
     counts: list[int]
-    """New tokens of each sequence, in the order in which they lie in the row; 0 if it rests."""
+    """New tokens of each sequence, in the order of the row; 0 for a sequence that gets none."""
     sequences: torch.Tensor
     """[r]: the sequence of each token."""
     within: torch.Tensor
-    """[r]: number of each token among the new ones of its sequence."""
+    """[r]: index of each token among the new tokens of its sequence."""
     positions: torch.Tensor
-    """[t]: place of each token in its sequence; 0 for what fills the row."""
+    """[t]: position of each token in its sequence; 0 for padding of the row."""
     read: torch.Tensor
-    """[reads]: places in the row whose logits are wanted."""
+    """[reads]: positions in the row whose logits are needed."""
     mask: torch.Tensor | None
-    """[b, 1, new, keys] bool: what each new token attends to in the cache; None if whole prompts are computed."""
+    """[b, 1, new, keys] bool: the cached keys that each new token attends to; None if whole prompts are computed."""
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     """[t, 1, 1, d] each: cosines and sines of the tokens' rotary angles, for all layers."""
 
     @classmethod
     def plan(cls, cache: KeyValueCache, counts: list[int], *, row: int, read: list[int], device: torch.device) -> CacheStep:
-        """
+        """Plan a step that adds `counts` tokens to the sequences.
+
         Args:
-            row: tokens of the row, with what fills it.
-            read: places in the row whose logits are wanted.
+            row: number of tokens in the row, including padding.
+            read: positions in the row whose logits are needed.
         """
         assert not cache.filled or min(cache.lengths) > 0, "all prompts are computed in the first step"
         taken, lengths = torch.tensor(counts), torch.tensor(cache.lengths)
@@ -137,17 +138,17 @@ class CacheStep:
     _additive: torch.Tensor | None = None
 
     def rotate_by(self, angles_t11d: torch.Tensor, *, dtype: torch.dtype) -> None:
-        """Keep what layers rotate queries and keys by."""
+        """Store the cosines and sines with which layers rotate queries and keys."""
         self.rotary = (angles_t11d.cos().to(dtype), angles_t11d.sin().to(dtype))
 
     def attend(self, layer: int, query_tnd: torch.Tensor, key_tgd: torch.Tensor, value_tgd: torch.Tensor, *, scale: float) -> torch.Tensor:
-        """Put keys and values into the cache, and attend to it.
+        """Write keys and values to the cache, and attend to it.
 
         Args:
-            layer: its number in the whole model.
+            layer: number of the layer in the whole model.
 
         Returns:
-            [t, n * d], zeros for what fills the row.
+            [t, n * d], zeros for padding of the row.
         """
         real = len(self.sequences)
         keys_bcgd, values_bcgd = self.cache.keys_values(layer, key_tgd)
@@ -166,13 +167,13 @@ class CacheStep:
                 first += count
             return out_tnd.flatten(1)
         one_each = real == len(query_tnd) == len(self.counts) and self.mask.shape[2] == 1
-        if one_each:  # the row is a batch of single tokens as it is
+        if one_each:  # the row already is a batch of single tokens
             query_bmnd = query_tnd[:, None]
         else:
             query_bmnd = query_tnd.new_zeros(len(self.counts), self.mask.shape[2], *query_tnd.shape[1:])
             query_bmnd[self.sequences, self.within] = query_tnd[:real]
         seen = self.mask.shape[3]
-        if self._additive is None:  # torch would make it of the mask in every layer
+        if self._additive is None:  # otherwise torch would derive it from the mask in every layer
             self._additive = torch.zeros_like(self.mask, dtype=query_tnd.dtype).masked_fill_(~self.mask, -torch.inf)
         attended_bnmd = F.scaled_dot_product_attention(
             query_bmnd.transpose(1, 2),
@@ -191,13 +192,13 @@ class CacheStep:
 
 @dataclass
 class Layout(PackedSeqParams):
-    """What layers know of a micro-batch: where documents begin (megatron-core's fields), and in generation where they are continued."""
+    """What layers know about a micro-batch: document bounds (megatron-core's fields), and in generation the step with its cache."""
 
     cache: CacheStep | None = None
     padding: torch.Tensor | None = None
-    """[1, t] bool, True for padding among this process's tokens; for routers that are told of it so (`models.expert_overlap`)."""
+    """[1, t] bool, True for padding among this process's tokens; routers read it here under `models.expert_overlap`."""
 
 
 def cache_of(layout: PackedSeqParams | None) -> CacheStep | None:
-    """The cache of a micro-batch, for attention."""
+    """Return the generation step in a layout; None in training."""
     return getattr(layout, "cache", None)

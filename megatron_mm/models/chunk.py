@@ -24,10 +24,10 @@ from megatron_mm.platform.device import send
 
 
 def document_bounds(batch: PackedBatch, *, cache: CacheStep | None = None) -> Layout:
-    """The documents of a micro-batch, as attention wants to know them.
+    """Return the document bounds of a micro-batch in the form that attention takes.
 
     Args:
-        cache: where they are continued, in generation.
+        cache: in generation, the step that continues the documents.
     """
     return Layout(
         qkv_format="thd",
@@ -40,10 +40,10 @@ def document_bounds(batch: PackedBatch, *, cache: CacheStep | None = None) -> La
 
 
 class Chunk(MegatronModule):
-    """One pipeline chunk. `language` is its part of the decoder; the first stage also has what lies between pixels and decoder."""
+    """One pipeline chunk. `language` is its part of the decoder; the first stage also has the modules between pixels and decoder."""
 
     encoder: ImageEncoder | None
-    """What `image_features` encodes with; on the first stage, or beside it (`parallel.spread_encoder`)."""
+    """The encoder used by `image_features`: part of the first stage, or a separate module with `parallel.spread_encoder`."""
 
     def __init__(
         self,
@@ -57,9 +57,9 @@ class Chunk(MegatronModule):
         """
         Args:
             image: how images enter the model.
-            encoders: modules that every process of a tensor-parallel group has whole and runs on its own share of the images; none but on
-                the first stage. `image_features` takes an `ImageEncoder`.
-            layer_specs: of this chunk's decoder layers; None takes the decoder's own.
+            encoders: modules that every process of a tensor-parallel group holds in full and runs on its own share of the images; None
+                except on the first stage. `image_features` needs an `ImageEncoder`.
+            layer_specs: specs of this chunk's decoder layers; None for the decoder's default.
         """
         transformer_config = decoder_transformer_config(decoder, context)
         super().__init__(config=transformer_config)
@@ -73,7 +73,7 @@ class Chunk(MegatronModule):
         parts = encoders.parts if isinstance(encoders, ImageEncoder) else encoders or {}
         self.encoders = tuple(parts)
         self.spread_encoder: object = None
-        self.__dict__["encoder"] = encoders if isinstance(encoders, ImageEncoder) else None  # no module of this one: its parts are
+        self.__dict__["encoder"] = encoders if isinstance(encoders, ImageEncoder) else None  # not a submodule: its parts are
         for name, module in parts.items():
             mark_replicated(module)
             self.add_module(name, module)
@@ -81,34 +81,34 @@ class Chunk(MegatronModule):
 
     @property
     def module(self) -> GPTModel:
-        """What a schedule of megatron-core's that runs plans of `GPTModel` finds inside a chunk (`parallel.overlap_experts`)."""
+        """The decoder, under the name by which megatron-core's schedule of plans looks it up in a chunk (`parallel.overlap_experts`)."""
         return self.language
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor] | torch.Tensor | None) -> None:
-        """Take what the previous stage sent; called by the pipeline schedule before forward."""
+        """Set the input that the previous stage sent; called by the pipeline schedule before forward."""
         self.language.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
-        """The embedding table where this chunk has it, for the sum of its two gradients when it is tied."""
+        """Return the embedding table if this chunk has it, to sum its two gradients if it is tied."""
         return self.language.shared_embedding_or_output_weight()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """Every parameter under its global name: the encoders' (copies), and `language.` (cut).
+        """Return every parameter under its global name: those of the encoders (replicated), and `language.` (sharded).
 
-        Transformer Engine's modules would add a pickle each, in which FP8 keeps the scales of earlier steps. Ours has none to keep
-        (`decoder_transformer_config`), so these are left out: checkpoints are the same with and without Transformer Engine.
+        Each module of Transformer Engine would add a pickle with the FP8 scales of earlier steps. These are left out, so checkpoints are
+        the same with and without Transformer Engine.
         """
         state = self.language.sharded_state_dict(f"{prefix}language.", sharded_offsets, metadata)
         state.update(encoder_state({name: self.get_submodule(name) for name in self.encoders}, prefix=prefix))
         return {name: entry for name, entry in state.items() if "._extra_state" not in name}
 
     def image_features(self, batch: PackedBatch, encoded: torch.Tensor | None) -> torch.Tensor:
-        """Features of all images of a micro-batch, [num_images, tokens, width].
+        """Return the features of all images of a micro-batch, [num_images, tokens, width].
 
         Args:
-            encoded: those of this process's share, [num_owned, tokens, width], where they are known already (`parallel.spread_encoder`).
+            encoded: the features of this process's share, [num_owned, tokens, width], if already computed (`parallel.spread_encoder`).
         """
         if encoded is None:
             assert self.encoder is not None, "a chunk whose parts are an ImageEncoder encodes"
@@ -116,10 +116,10 @@ class Chunk(MegatronModule):
         return self.sharing.gather(encoded, owners=batch.image_owners)
 
     def own_pixels(self, batch: PackedBatch) -> torch.Tensor:
-        """The images that this process encodes, [max(1, num_owned), 3, H, W].
+        """Return the images that this process encodes, [max(1, num_owned), 3, H, W].
 
-        A process without an image encodes a blank one that nobody uses: so every encoder parameter takes part in every
-        micro-batch's graph (with gradient zero), and gradient reductions that wait for all of them never hang.
+        A process without an image encodes a blank one whose features are not used. So every encoder parameter takes part in every
+        micro-batch's graph (with gradient zero), and gradient reductions that wait for all parameters never hang.
         """
         assert batch.pixels is not None, "only the first stage encodes"
         if batch.pixels.shape[0]:
@@ -128,14 +128,14 @@ class Chunk(MegatronModule):
         return blank[None, :, None, None].expand(1, 3, self.image.size, self.image.size)
 
     def embed_text(self, batch: PackedBatch) -> torch.Tensor:
-        """Token embeddings; this process's part of [t, 1, h]."""
+        """Return token embeddings, this process's part of [t, 1, h]."""
         return self.language.embedding(input_ids=batch.token_ids[None], position_ids=batch.position_ids[None])
 
     def embed(self, batch: PackedBatch, features_nkh: torch.Tensor) -> torch.Tensor:
-        """Token embeddings with image features in their places; this process's part of [t, 1, h].
+        """Return token embeddings with image features at the image positions, this process's part of [t, 1, h].
 
         Args:
-            features_nkh: of all images of the micro-batch, `image.tokens` each.
+            features_nkh: features of all images of the micro-batch, `image.tokens` each.
         """
         embedded_t1h = self.embed_text(batch)
         rows, positions = image_token_rows(
@@ -159,10 +159,10 @@ class Chunk(MegatronModule):
 
         Args:
             decoder_input: embeddings, on the first stage.
-            layout: document bounds, and what else the family's layers know of the micro-batch.
-            context: what layers look at besides the hidden states.
-            with_loss: the last stage returns losses, or else logits; in generation those of `CacheStep.read`.
-            as_plan: run nothing; return megatron-core's schedule plan, which its schedule then runs (`parallel.overlap_experts`).
+            layout: document bounds, and further data of the micro-batch that the family's layers need.
+            context: further input of the layers, such as the latents that they attend to.
+            with_loss: the last stage returns losses; otherwise logits, in generation only those at `CacheStep.read`.
+            as_plan: do not run anything; return a schedule plan, which megatron-core's schedule then runs (`parallel.overlap_experts`).
         """
         if layout.cache is not None:
             return self._decode_with_cache(batch, decoder_input, layout, layout.cache, context=context)
@@ -182,9 +182,9 @@ class Chunk(MegatronModule):
     def _decode_with_cache(
         self, batch: PackedBatch, decoder_input: torch.Tensor | None, layout: Layout, step: CacheStep, *, context: torch.Tensor | None
     ) -> torch.Tensor:
-        """`decode`, where documents are continued. megatron-core's GPTModel would count their positions from 0."""
+        """`decode` for generation with a cache. megatron-core's GPTModel is not called, since it would count positions from 0."""
         language = self.language
-        # To rotary embeddings the row is one document, whose positions stand in the table that they get.
+        # The rotary embedding sees the row as one document; the table that it gets holds the angles of the tokens' positions.
         row = send(torch.tensor([0, batch.num_tokens], dtype=torch.int32), batch.token_ids.device)
         layout.cu_seqlens_q = layout.cu_seqlens_kv = row
         angles_t11d = language.rotary_pos_emb(step.cache.capacity).index_select(0, step.positions)
@@ -208,7 +208,7 @@ class Chunk(MegatronModule):
         return logits_r1v.transpose(0, 1)
 
     def _padding(self, batch: PackedBatch) -> torch.Tensor | None:
-        """[1, t] bool, True for padding among this process's tokens, for the routers of sparse layers (`models.moe`)."""
+        """Return [1, t] bool, True for padding among this process's tokens, for the routers of sparse layers; None for a dense model."""
         if self.config.num_moe_experts is None:
             return None
         local = self.sharing.local_tokens(batch.num_tokens)
@@ -216,18 +216,18 @@ class Chunk(MegatronModule):
 
 
 def image_token_rows(starts: torch.Tensor, *, tokens_per_image: int, local: range) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rows of the flattened image features go to which of this process's positions.
+    """Return which rows of the flattened image features go to which of this process's positions.
 
-    Worked example: two images of 3 tokens at positions 2 and 7, and this process holds tokens 4..7 (of 0..9). Tokens 2 3 4
-    belong to the first image and 7 8 9 to the second; 4 and 7 are here. Their rows among the 2 x 3 features are 2 and 3, and
+    Worked example: two images of 3 tokens start at positions 2 and 7, and this process holds tokens 4..7 (of 0..9). Tokens 2 3 4 belong to
+    the first image and 7 8 9 to the second; of these, 4 and 7 are on this process. Their rows among the 2 x 3 features are 2 and 3, and
     their local positions 4 - 4 = 0 and 7 - 4 = 3.
 
     Args:
-        starts: [n] positions of the first token of each image.
+        starts: [n] position of the first token of each image.
         local: the tokens that this process holds.
 
     Returns:
-        (rows, positions), both [tokens that are here].
+        (rows, positions), both [image tokens on this process].
     """
     positions = (starts[:, None] + torch.arange(tokens_per_image)).flatten()
     rows = ((positions >= local.start) & (positions < local.stop)).nonzero().squeeze(1)

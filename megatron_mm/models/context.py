@@ -1,4 +1,4 @@
-"""What building a pipeline chunk depends on, besides the model's configuration."""
+"""Everything that the construction of a pipeline chunk depends on, besides the model's configuration."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class ImageSharing(Protocol):
     """How the processes of a tensor-parallel group share the images of a micro-batch (parallel.images)."""
 
     def gather(self, owned: torch.Tensor, *, owners: torch.Tensor) -> torch.Tensor:
-        """Features of the images that this process encoded -> features of all images, with gradients back to each owner.
+        """Gather the features of all images from those that each process encoded; the backward pass returns gradients to each owner.
 
         Args:
-            owned: [max(1, num_owned), k, h], in the order of the images; one row that no image uses where num_owned is 0.
+            owned: [max(1, num_owned), k, h], in the order of the images; if num_owned is 0, one unused row.
             owners: [num_images] on the CPU: the rank that encoded each image.
 
         Returns:
@@ -28,13 +28,13 @@ class ImageSharing(Protocol):
         ...
 
     def local_tokens(self, num_tokens: int) -> range:
-        """The tokens, of num_tokens, whose embeddings this process holds: a part of them under sequence parallelism."""
+        """Return the range of tokens whose embeddings this process holds: all, or a part of them under sequence parallelism."""
         ...
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which fused kernels are taken (`config.KernelConfig`, decided)."""
+    """The fused kernels in use (`config.KernelConfig`, with its automatic choices resolved)."""
 
     weight_gradients: bool = False
     cross_entropy: bool = False
@@ -51,13 +51,13 @@ class ChunkContext:
     precision: Precision
     backend: Backend
     on_gpu: bool
-    """Use what needs CUDA: fused activations, overlapped point-to-point messages."""
+    """Use features that need CUDA, such as overlapped point-to-point messages."""
     sequence_length: int
     """Tokens of a packed sequence."""
     stage: int
     """Stage in pipeline order, from 0 to pipeline * virtual - 1."""
     encoder_groups: ProcessGroupCollection
-    """Process groups of this process alone, for modules that it shares with nobody."""
+    """Process groups of this process alone, for modules that are not split over processes."""
     sharing: ImageSharing
     kernels: Kernels = Kernels()
     fp8_recipe: str = "tensorwise"
@@ -71,20 +71,20 @@ class ChunkContext:
 
     @property
     def pre_process(self) -> bool:
-        """This chunk holds the embeddings."""
+        """True if this chunk holds the embeddings."""
         return self.stage == 0
 
     @property
     def holds_encoder(self) -> bool:
-        """This chunk holds the image encoder."""
+        """True if this chunk holds the image encoder."""
         return self.pre_process and not self.parallel.spread_encoder
 
     @property
     def post_process(self) -> bool:
-        """This chunk holds the final norm and the output layer."""
+        """True if this chunk holds the final norm and the output layer."""
         return self.stage == self.parallel.pipeline * self.parallel.virtual - 1
 
     @property
     def virtual_stage(self) -> int | None:
-        """Index of the chunk on its pipeline rank, as megatron-core wants it: None without interleaving."""
+        """Index of the chunk on its pipeline rank in megatron-core's convention: None without interleaving."""
         return self.stage // self.parallel.pipeline if self.parallel.virtual > 1 else None

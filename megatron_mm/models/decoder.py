@@ -23,7 +23,7 @@ from megatron_mm.parallel.stages import layers_per_stage, pipeline_layout
 
 
 def recompute_options(kind: str, modules: Sequence[str]) -> dict[str, Any]:
-    """`parallel.recompute` and `recompute_modules` in megatron-core's words."""
+    """Translate `parallel.recompute` and `recompute_modules` to megatron-core's options."""
     options: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": list(modules)},
@@ -37,12 +37,13 @@ NO_INITIALIZATION: dict[str, Any] = {
     "output_layer_init_method": lambda _: None,
     "embedding_init_method": lambda _: None,
 }
-"""Modules only allocate; `parallel.initial_weights` sets all weights by global name. (`perform_initialization=False` would not do:
-megatron-core then leaves out the marks that tell cut weights from copies, and gradient norms miss all but one process's.)"""
+"""Options with which modules only allocate weights; `parallel.initial_weights` then sets them by global name.
+(`perform_initialization=False` is no alternative: megatron-core then does not mark which weights are sharded and which are replicated, and
+gradient norms count only one process's shards.)"""
 
 
 def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> TransformerConfig:
-    """The decoder in megatron-core's words."""
+    """Translate the decoder's configuration to megatron-core's."""
     parallel = context.parallel
     on_te = context.backend == "te"
     interleaved = parallel.virtual > 1
@@ -96,13 +97,13 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
 
 
 def _recomputed(config: DecoderConfig, context: ChunkContext) -> list[str]:
-    """`recompute_modules` without those that this decoder lacks, which `training.options` has said or refused."""
+    """Return `recompute_modules` without modules that this decoder lacks; `training.options` has warned about these or refused them."""
     lacking = {*(("moe", "moe_act") if config.moe is None else ()), *(("moe_act",) if context.backend != "te" else ())}
     return [module for module in context.parallel.recompute_modules if module not in lacking]
 
 
 def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict[str, Any]:
-    """Sparse layers in megatron-core's words; the router's losses are our own (`models.moe`)."""
+    """Return megatron-core's options for sparse layers; the router's losses are our own (`models.moe`)."""
     moe, parallel = config.moe, context.parallel
     assert moe is not None
     return {
@@ -125,14 +126,14 @@ def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict[str, A
 
 
 def _dispatch_options(parallel: ParallelConfig) -> dict[str, Any]:
-    """`parallel.expert_dispatch` in megatron-core's words, which knows no group of one process there."""
+    """Translate `parallel.expert_dispatch` to megatron-core's options; its flex dispatcher does not support a group of one process."""
     if parallel.expert_dispatch == "alltoall" or parallel.expert * parallel.expert_tensor == 1:
         return {"moe_token_dispatcher_type": "alltoall"}
     return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": parallel.expert_dispatch}
 
 
 def layers_of_chunk(config: DecoderConfig, context: ChunkContext) -> range:
-    """Indices of the decoder layers of a pipeline chunk, from 0."""
+    """Return the indices of a pipeline chunk's decoder layers in the whole model, from 0."""
     stages = layers_per_stage(context.parallel, num_layers=config.num_layers)
     first = sum(stages[: context.stage])
     return range(first, first + stages[context.stage])
@@ -141,10 +142,10 @@ def layers_of_chunk(config: DecoderConfig, context: ChunkContext) -> range:
 def build_decoder(
     config: DecoderConfig, context: ChunkContext, *, transformer_config: TransformerConfig, layer_specs: list[ModuleSpec] | None = None
 ) -> GPTModel:
-    """One pipeline chunk of the decoder, its weights allocated and marked with their initial scale.
+    """Build one pipeline chunk of the decoder, with weights allocated and marked with their initial scale.
 
     Args:
-        layer_specs: of this chunk's layers, where a family adds something to them.
+        layer_specs: specs of this chunk's layers, if a family extends them; None for the default.
     """
     if layer_specs is None:
         own = layers_of_chunk(config, context)
@@ -177,20 +178,20 @@ def build_decoder(
             residual = name.rstrip("0123456789").endswith(_RESIDUAL_OUTPUTS)
             parameter.init_std = output_std if residual else config.init_std
         if ".experts." in name:
-            # megatron-core says so only where expert > 1. But under tensor parallelism each process's experts see its own tokens, and
-            # their gradients must be summed over the experts' data-parallel group; and checkpoints then have one form in all layouts.
+            # megatron-core sets this only if expert > 1. But under tensor parallelism each process's experts see its own tokens, and
+            # their gradients must be summed over the experts' data-parallel group. It also gives checkpoints the same form in all layouts.
             parameter.allreduce = False
     return decoder
 
 
 _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "linear_fc2.weight")
-"""What adds to the residual stream starts smaller, so that its variance does not grow with depth (GPT-2)."""
+"""Weights that write to the residual stream: their initial scale is smaller, so that its variance does not grow with depth (GPT-2)."""
 
 
 def check_decoder_layout(config: DecoderConfig, parallel: ParallelConfig, world_size: int) -> None:
-    """Reject a layout that the decoder or the number of processes does not allow, before anything is started.
+    """Check, before anything starts, that the decoder and the number of processes allow a layout.
 
-    Raises ValueError with both numbers and the fix.
+    Raises ValueError with both numbers and the fix if not.
     """
     parallel.data_parallel_size(world_size)
     variant_of(config)

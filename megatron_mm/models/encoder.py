@@ -1,4 +1,4 @@
-"""The image encoder, from pixels to the decoder's input: a tower and what follows it, as one module."""
+"""The image encoder, from pixels to the decoder's input: a tower and the modules after it, as one module."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from megatron_mm.parallel.replicated import mark_replicated, replicated_state
 class ImageEncoder(MegatronModule):
     """Pixels [n, 3, H, W] uint8 -> features [n, tokens, width]. A family's subclass adds `forward`.
 
-    Its parts have the names that they have in a checkpoint. A pipeline chunk takes them for its own (`Chunk`), unless every pipeline rank
-    holds the encoder (`parallel.spread_encoder`): then it stands beside the chunks, under the same names.
+    Its parts have the same names as in a checkpoint. They become submodules of a pipeline chunk (`Chunk`), unless every pipeline rank holds
+    the encoder (`parallel.spread_encoder`): then the encoder is separate from the chunks, under the same names.
     """
 
     def __init__(self, config: TransformerConfig, *, tokens: int, width: int, dtype: torch.dtype, **parts: torch.nn.Module) -> None:
         """
         Args:
-            config: of the decoder, for the data-parallel wrapper.
-            tokens: features of an image.
-            width: numbers of a feature.
-            dtype: of the features.
+            config: the decoder's configuration, for the data-parallel wrapper.
+            tokens: number of feature vectors per image.
+            width: width of a feature vector.
+            dtype: type of the features.
         """
         super().__init__(config=config)
         self.tokens, self.width, self.dtype = tokens, width, dtype
@@ -40,12 +40,12 @@ class ImageEncoder(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """Every parameter under its global name; a copy on each process."""
+        """Return every parameter under its global name, replicated on each process."""
         return encoder_state(self.parts, prefix=prefix)
 
 
 def encoder_state(parts: dict[str, torch.nn.Module], *, prefix: str = "") -> ShardedStateDict:
-    """Parameters of an encoder's parts for a checkpoint."""
+    """Return the parameters of an encoder's parts for a checkpoint."""
     state: ShardedStateDict = {}
     for name, part in parts.items():
         state.update(replicated_state(part, prefix=f"{prefix}{name}."))

@@ -30,15 +30,15 @@ from megatron_mm.models.plain import ImageConvolution, PixelNormalization, linea
 class EvaTower(nn.Module):
     """EVA-CLIP's vision transformer: pixels [n, 3, H, W] -> tokens [n, s, v]; n may be 0.
 
-    Weights are allocated, and marked with their initial scale: matrices 1 / sqrt(fan-in), those that write to the residual stream less
-    with depth.
+    Weights are allocated and marked with their initial scale: 1 / sqrt(fan-in) for matrices, less with increasing depth for matrices that
+    write to the residual stream.
     """
 
     def __init__(self, config: EvaConfig, *, dtype: torch.dtype, fused: bool = False) -> None:
         """
         Args:
-            dtype: of the parameters, and of everything that is computed but rotations.
-            fused: turn by Transformer Engine's kernel, and compute the SwiGLU by a compiled one (`config.KernelConfig.eva_tower`).
+            dtype: type of the parameters and of all computations except rotations.
+            fused: rotate with Transformer Engine's kernel, and compute the SwiGLU with a compiled one (`config.KernelConfig.eva_tower`).
         """
         super().__init__()
         self.config = config
@@ -78,7 +78,7 @@ class EvaTower(nn.Module):
 
 
 class EvaLayer(nn.Module):
-    """Attention and MLP, each with its norm before it or behind it: [n, s, v] -> [n, s, v]."""
+    """Attention and MLP, each with a norm before or after it: [n, s, v] -> [n, s, v]."""
 
     def __init__(self, config: EvaConfig, *, dtype: torch.dtype, fused: bool) -> None:
         super().__init__()
@@ -101,10 +101,10 @@ class EvaLayer(nn.Module):
 
 
 class EvaAttention(nn.Module):
-    """Every token attends to every token of its image.
+    """Attention of every token to every token of its image.
 
-    The three projections are one matrix, queries' rows first, as in EVA01-g's and EVA02-bigE's checkpoints; EVA02-L's hold three,
-    which are those rows.
+    The three projections are one matrix, with the rows of queries first, as in the checkpoints of EVA01-g and EVA02-bigE. Those of EVA02-L
+    have three matrices instead, which hold the same rows.
     """
 
     def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
@@ -164,18 +164,17 @@ def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def rotary_angles(config: EvaConfig) -> torch.Tensor | None:
-    """By what every pair of a head's channels is turned: [s, d / 2], or None without rotary positions.
+    """Return the angle by which every pair of a head's channels is rotated: [s, d / 2], or None without rotary positions.
 
-    The first half of the pairs turns with the row of the patch, the second with its column. Positions are spread over the
-    grid of pre-training, whatever the image size is now. The class token's angles are 0, which leaves it as it is.
+    The angles of the first half of the pairs depend on the row of the patch, those of the second half on its column. Positions are scaled
+    to the grid of pre-training, so they do not depend on the image size. The class token's angles are 0, so it is not rotated.
 
-    Worked example: heads of width 8 (4 pairs), 2 x 2 patches, a grid of 4. Rows and columns are at positions 0 and 2, and the
-    frequencies of two pairs are 10000^0 = 1 and 10000^(-1/2) = 0.01. The patch in row 1 and column 0 is turned by 2, 0.02 (row), 0, 0
-    (column).
+    Worked example: heads of width 8 (4 pairs), 2 x 2 patches, a grid of 4. Rows and columns are at positions 0 and 2, and the frequencies
+    of two pairs are 10000^0 = 1 and 10000^(-1/2) = 0.01. The patch in row 1 and column 0 is rotated by 2, 0.02 (row), 0, 0 (column).
     """
     if config.rotary_grid is None:
         return None
-    pairs = config.head_dim // 4  # of one axis
+    pairs = config.head_dim // 4  # for one axis
     frequencies = 10000.0 ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
     positions = torch.arange(config.grid_size, dtype=torch.float32) / config.grid_size * config.rotary_grid
     angles_gf = torch.outer(positions, frequencies)
@@ -185,7 +184,7 @@ def rotary_angles(config: EvaConfig) -> torch.Tensor | None:
 
 
 class Turn(nn.Module):
-    """Turns the pairs of neighbouring channels 0-1, 2-3, ... of [n, s, a, d] by angles, in float32."""
+    """Rotates the pairs of neighbouring channels 0-1, 2-3, ... of [n, s, a, d] by angles, in float32."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -206,7 +205,7 @@ class Turn(nn.Module):
 
 
 class FusedTurn(nn.Module):
-    """`Turn` by Transformer Engine's rotary kernel, which takes the angle of each channel: [s, 1, 1, d]."""
+    """`Turn` with Transformer Engine's rotary kernel, which takes the angle of each channel: [s, 1, 1, d]."""
 
     angles: torch.Tensor
 

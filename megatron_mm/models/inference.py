@@ -22,21 +22,21 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_mm.models.cache import CacheStep, cache_of
 
 Out = tuple[torch.Tensor, torch.Tensor | None]
-"""What megatron-core's modules return: an output, and a bias that whoever called adds."""
+"""Return type of megatron-core's modules: an output, and a bias that the caller adds."""
 
 
 class DecoderLayer(TransformerLayer):
-    """megatron-core's layer: attention, then a feed-forward network, each after a norm and added to what it got."""
+    """megatron-core's layer: attention, then a feed-forward network, each after a norm and with a residual connection."""
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """[t, 1, h] -> [t, 1, h], and megatron-core's context untouched."""
+        """[t, 1, h] -> [t, 1, h], and megatron-core's context, unchanged."""
         if not self._is_short(options) or type(self.mlp) is not MLP:
             return super().forward(*arguments, **options)
         hidden, context = self._forward_attention(*arguments, **options)
         return _added(hidden, _feed_forward(self.mlp, self.pre_mlp_layernorm(hidden))), context
 
     def _forward_attention(self, hidden_states: torch.Tensor, **options: Any) -> Out:
-        """The first half of `forward`, which families' layers call, too."""
+        """Run the first half of `forward`, which families' layers call, too."""
         if not self._is_short(options):
             found: Out = super()._forward_attention(hidden_states, **options)
             return found
@@ -57,7 +57,7 @@ def _added(hidden: torch.Tensor, found: Out) -> torch.Tensor:
 
 
 def _product(layer: torch.nn.Module, input_: torch.Tensor) -> Out:
-    """A linear layer's output, [..., in] -> [..., out], and the bias where others add it."""
+    """Return a linear layer's output, [..., in] -> [..., out], and its bias if the caller must add it."""
     if not isinstance(layer, ColumnParallelLinear | RowParallelLinear) or layer.tp_group.size() > 1:
         found: Out = layer(input_)
         return found
@@ -80,7 +80,7 @@ def _feed_forward(mlp: MLP, normed: torch.Tensor) -> Out:
 
 
 def _rotates_plainly(attention: SelfAttention, step: CacheStep) -> bool:
-    """Heads are rotated whole, as they come out of the projection."""
+    """Return whether heads are rotated over their whole width, directly after the projection (without a norm)."""
     config = attention.config
     other = config.rotary_interleaved or config.no_rope_freq or config.attention_output_gate
     normed = attention.q_layernorm is not None or attention.k_layernorm is not None
@@ -91,7 +91,7 @@ def _attended(attention: SelfAttention, normed: torch.Tensor, step: CacheStep) -
     """[t, 1, h] -> [t, 1, h]."""
     mixed, bias = _product(attention.linear_qkv, normed)
     groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-    # Of each group its queries, then its key and its value.
+    # For each group: its queries, then its key and its value.
     mixed_tgxd = (mixed if bias is None else mixed + bias).view(len(mixed), groups, -1, width)
     rotated_tgxd = _rotated(mixed_tgxd[:, :, :-1], step)
     attended = step.attend(
@@ -105,7 +105,7 @@ def _attended(attention: SelfAttention, normed: torch.Tensor, step: CacheStep) -
 
 
 def _rotated(x_tgxd: torch.Tensor, step: CacheStep) -> torch.Tensor:
-    """Queries and keys with their positions, as megatron-core rotates them."""
+    """Rotate queries and keys by their positions, as megatron-core does."""
     assert step.rotary is not None
     cos_t11d, sin_t11d = step.rotary
     first, second = x_tgxd.chunk(2, dim=-1)

@@ -40,7 +40,7 @@ Backend = Literal["te", "torch"]
 
 
 class TorchNorm(torch.nn.Module):
-    """LayerNorm or RMSNorm, by `config.normalization`, in float32 inside; [..., h] -> [..., h].
+    """LayerNorm or RMSNorm, depending on `config.normalization`, computed in float32; [..., h] -> [..., h].
 
     Its parameters are marked `sequence_parallel`, so that megatron-core sums their gradients over the tensor-parallel
     group when each process normalises its own part of the sequence.
@@ -63,10 +63,10 @@ class TorchNorm(torch.nn.Module):
 
 
 class TorchDotProductAttention(torch.nn.Module):
-    """Core attention by torch's scaled-dot-product attention; packed documents are attended to one by one.
+    """Core attention with torch's scaled-dot-product attention, which processes packed documents one by one.
 
-    Going document by document costs a kernel launch each, and in return computes the sum of squared document lengths
-    instead of the square of their sum, without a mask of that size.
+    This needs a kernel launch per document. In return it computes the sum of squared document lengths instead of the square of their sum,
+    and needs no mask of that size.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class TorchDotProductAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend; key and value may have fewer heads than the query (grouped queries).
+        """Compute attention; key and value may have fewer heads than the query (grouped queries).
 
         Args:
             query, key, value: packed [t, n, d], or [s, b, n, d].
-            packed_seq_params: document boundaries of packed input; those of keys may differ from those of queries.
+            packed_seq_params: document bounds of packed input; they may differ between keys and queries.
 
         Returns:
             Packed [t, n * d], or [s, b, n * d].
@@ -127,7 +127,7 @@ _FUSED_NORM_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
-"""Transformer Engine keeps a norm inside the linear that follows it; checkpoints name it as the norm it is."""
+"""Checkpoint names of norms that Transformer Engine keeps inside the linear layer after them."""
 
 
 def _torch_layer_spec(mask: AttnMaskType) -> ModuleSpec:
@@ -152,7 +152,7 @@ def _torch_layer_spec(mask: AttnMaskType) -> ModuleSpec:
 
 @functools.cache
 def _te_attention() -> type:
-    """Transformer Engine's core attention, which in generation attends to the cache as the torch backend does."""
+    """Return Transformer Engine's core attention, extended to attend to the cache in generation as the torch backend does."""
 
     class CachedAttention(te_layers.TEDotProductAttention):
         def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -178,11 +178,11 @@ _NORMS = {"te": te_layers.TENorm, "torch": TorchNorm}
 
 
 def decoder_layer_spec(backend: Backend, *, experts: bool = False, separate_norm: bool = False) -> ModuleSpec:
-    """A decoder layer: causal attention within each packed document, then the MLP that the config describes, or experts of it.
+    """Return the spec of a decoder layer: causal attention within each packed document, then an MLP or experts.
 
     Args:
-        separate_norm: the norm before the MLP is a module of its own, as it is with experts: Transformer Engine else fuses it with the
-            MLP's first matrix, and a router reads what that would have normalised.
+        separate_norm: make the norm before the MLP a module of its own. This is always so with experts, since their router needs the
+            normalised input; otherwise Transformer Engine fuses the norm with the MLP's first matrix.
     """
     spec = _decoder_layer_spec(backend)
     if backend == "te" and (experts or separate_norm):
@@ -196,16 +196,17 @@ def decoder_layer_spec(backend: Backend, *, experts: bool = False, separate_norm
 
 
 def _decoder_layer_spec(backend: Backend) -> ModuleSpec:
-    # Packed sequences are causal inside each document; Transformer Engine calls that mask padding_causal and derives it
-    # from cu_seqlens when it is given a causal mask and packed input.
+    # Packed sequences are causal inside each document. Transformer Engine calls that mask padding_causal, and derives it from cu_seqlens
+    # if it gets a causal mask and packed input.
     return _LAYER_SPECS[backend](AttnMaskType.causal)
 
 
 def vision_layer_spec(backend: Backend) -> ModuleSpec:
-    """A layer of an image tower: every patch attends to every patch of the same image.
+    """Return the spec of an image tower's layer: every patch attends to every patch of the same image.
 
-    On Transformer Engine its linear layers add their biases inside the matrix products. megatron-core else adds them afterwards, to fuse
-    that with what follows, which it cannot for a tower: three kernels more a layer, and three for the biases' gradients.
+    With Transformer Engine, its linear layers add their biases inside the matrix products. By default megatron-core adds them later, to
+    fuse the addition with the next operation. For a tower it cannot fuse them, which would take three more kernels per layer, and three for
+    the gradients of the biases.
     """
     spec = _LAYER_SPECS[backend](AttnMaskType.no_mask)
     if backend == "te":
@@ -219,12 +220,12 @@ def vision_layer_spec(backend: Backend) -> ModuleSpec:
 
 @functools.cache
 def _adding_its_bias(linear: type) -> type:
-    """One of megatron-core's linear layers of Transformer Engine that leaves no bias to others."""
+    """Return a subclass of one of megatron-core's Transformer Engine linear layers that adds its bias itself."""
 
     class AddingItsBias(linear):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **{**options, "skip_bias_add": False})
-            if self.tp_size == 1:  # else a bias is added once, to the sum over the tensor-parallel group
+            if self.tp_size == 1:  # otherwise the bias must be added once, to the sum over the tensor-parallel group
                 self.gemm_bias_unfused_add = False
 
     return AddingItsBias
@@ -232,13 +233,13 @@ def _adding_its_bias(linear: type) -> type:
 
 @dataclass(frozen=True)
 class PlainSubmodules:
-    """Single layers of a backend, for blocks that megatron-core has no spec of."""
+    """Single layers of a backend, for blocks that have no spec in megatron-core."""
 
     norm: type
     column: type
-    """Linear layer whose output is cut over tensor parallelism."""
+    """Linear layer whose output is split over tensor parallelism."""
     row: type
-    """Linear layer whose input is cut."""
+    """Linear layer whose input is split over tensor parallelism."""
     core_attention: type
 
 
@@ -251,10 +252,10 @@ _PLAIN_SUBMODULES = {
 
 
 def plain_submodules(backend: Backend) -> PlainSubmodules:
-    """The backend's single layers."""
+    """Return the backend's single layers."""
     return _PLAIN_SUBMODULES[backend]
 
 
 def norm_module(backend: Backend) -> type:
-    """The norm class for what stands outside a layer, such as the final norm."""
+    """Return the class of norms outside layers, such as the final norm."""
     return _NORMS[backend]

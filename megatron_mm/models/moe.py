@@ -40,33 +40,33 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RoutingRecord:
-    """Sums over what a router saw since `take`: on this process, in float64."""
+    """Sums over the tokens that a router has processed on this process since the last `take`, in float64."""
 
     FIELDS = ("tokens", "z", "entropy")
-    """Real tokens; the z-loss of each; the entropy of each one's probabilities, nats."""
+    """Number of real tokens; sum of their z-losses; sum of the entropies of their probabilities, in nats."""
     TABLES = ("chosen", "kept", "mass")
-    """For each expert: tokens that chose it; those of them that it had room for; the probabilities that tokens gave it."""
+    """For each expert: tokens that chose it; how many of them were kept; sum of the probabilities that tokens assigned to it."""
 
     def __init__(self, num_experts: int) -> None:
         self.size = len(self.FIELDS) + len(self.TABLES) * num_experts
         self.sums: torch.Tensor | None = None
 
     def add(self, *values: torch.Tensor) -> None:
-        """Add the fields, then the tables."""
+        """Add values: first the fields, then the tables."""
         row = torch.cat([value.detach().double().reshape(-1) for value in values])
         self.sums = row if self.sums is None else self.sums + row
 
     def take(self, device: torch.device) -> torch.Tensor:
-        """[fields + tables * experts] float64, and begin anew."""
+        """Return the sums, [fields + tables * experts] float64, and reset them."""
         sums, self.sums = self.sums, None
         return torch.zeros(self.size, dtype=torch.float64, device=device) if sums is None else sums
 
 
 def within_load(weights_te: torch.Tensor, chosen_te: torch.Tensor, *, groups: int, most: int) -> torch.Tensor:
-    """Those of the choices that leave each of `groups` equal runs of experts at most `most`: the ones of the largest weights, [t, e] bool.
+    """Keep at most `most` choices, those with the largest weights, for each of `groups` equal runs of experts; return them as [t, e] bool.
 
-    Worked example: 4 experts of 2 processes and at most 1 choice each. Tokens choose experts 0 and 1 (weights 0.7, 0.3), and 1 and 2 (0.6,
-    0.4). The first process has three choices, of which 0.7 stays; the second process has one, which stays.
+    Worked example: 4 experts on 2 processes, and at most 1 choice each. One token chooses experts 0 and 1 (weights 0.7, 0.3), the other 1
+    and 2 (0.6, 0.4). The first process has three choices, of which 0.7 is kept; the second process has one, which is kept.
     """
     rows, experts = chosen_te.shape
     by_group = torch.where(chosen_te, weights_te.detach(), -1.0).view(rows, groups, experts // groups).transpose(0, 1).flatten(1)
@@ -77,17 +77,17 @@ def within_load(weights_te: torch.Tensor, chosen_te: torch.Tensor, *, groups: in
 
 
 class Router(TopKRouter):
-    """Top-k softmax routing in float32; padding goes nowhere."""
+    """Top-k softmax routing in float32; padding is not routed."""
 
     max_load: float | None = None
-    """`ParallelConfig.max_expert_load`. Each process keeps to it with its own tokens, so that no process receives more than this multiple
-    of an equal share of all; nothing is asked of others."""
+    """`ParallelConfig.max_expert_load`. Each process applies the limit to its own tokens, without communication; then no process receives
+    more than this multiple of an equal share of all choices."""
 
     padding: torch.Tensor | None = None
-    """What `forward` takes for its padding_mask where it gets none (`models.expert_overlap`)."""
+    """Padding mask for `forward` when it is called without one (`models.expert_overlap`)."""
 
     shares: torch.Tensor
-    """[e] float32: the share of all choices that fell on each expert in the step before."""
+    """[e] float32: the share of all choices that fell on each expert in the previous step."""
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **options: Any) -> None:
         super().__init__(config, pg_collection, **options)
@@ -95,12 +95,12 @@ class Router(TopKRouter):
         assert num_experts is not None
         self.record = RoutingRecord(num_experts)
         self.register_buffer("shares", torch.full((num_experts,), 1.0 / num_experts, dtype=torch.float32))
-        self.shares.init_value = 1.0 / num_experts  # type: ignore[attr-defined]  # for who writes a checkpoint without the model's memory
+        self.shares.init_value = 1.0 / num_experts  # type: ignore[attr-defined]  # for writing a checkpoint without allocating the model
         self.token_weight: torch.Tensor | float = 1.0
-        """Counted tokens over real tokens of the global batch; the same for all of its micro-batches."""
+        """Ratio of supervised to real tokens in the global batch; the same for all of its micro-batches."""
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [..., e] in float32."""
+        """Return logits [..., e] in float32."""
         return F.linear(input.float(), self.weight.float())
 
     def forward(self, input: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +130,7 @@ class Router(TopKRouter):
             most = math.ceil(self.max_load * self.topk * len(logits_te) / groups)
             kept_te = within_load(weights_te, kept_te, groups=groups, most=most)
             weights_te = weights_te * kept_te
-        # Under recompute the first pass has no gradients: losses and records belong to the second alone.
+        # Under recompute the first pass has no gradients: only the second adds losses and records.
         if self.training and torch.is_grad_enabled():
             weights_te = self._with_losses(weights_te, logits_te, chosen_te, kept_te, real)
         return weights_te, kept_te
@@ -138,7 +138,7 @@ class Router(TopKRouter):
     def _with_losses(
         self, weights_te: torch.Tensor, logits_te: torch.Tensor, chosen_te: torch.Tensor, kept_te: torch.Tensor, real: torch.Tensor
     ) -> torch.Tensor:
-        """The same weights; in the backward pass the losses' gradients join theirs."""
+        """Return the weights unchanged; the backward pass also computes the gradients of the losses."""
         log_probs_te = F.log_softmax(logits_te, dim=-1)
         mass_e = real.float() @ log_probs_te.exp()
         z = real.float() @ logits_te.logsumexp(dim=-1).square()
@@ -150,7 +150,7 @@ class Router(TopKRouter):
 
 
 def routers(chunks: list[torch.nn.Module]) -> Iterator[tuple[int, Router]]:
-    """The routers of this process's chunks, each with its layer's index in the whole model, from 0."""
+    """Yield the routers of this process's chunks, each with its layer's index in the whole model, from 0."""
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, MoELayer):
@@ -159,7 +159,7 @@ def routers(chunks: list[torch.nn.Module]) -> Iterator[tuple[int, Router]]:
 
 
 def take_records(chunks: list[torch.nn.Module], *, layers: tuple[int, ...], num_experts: int, device: torch.device) -> torch.Tensor:
-    """What the routers of this process recorded since the last call, to be summed over all: [sparse layers, fields + tables * experts].
+    """Return the records of this process's routers since the last call, [sparse layers, fields + tables * experts], to sum over processes.
 
     Args:
         layers: indices of the sparse layers in the whole model, from 0.

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 _IMAGES_TOGETHER = 8
-"""On a GPU convolutions see multiples of so many images."""
+"""On a GPU, convolutions run on multiples of this number of images."""
 
 
 def linear(input_size: int, output_size: int, *, bias: bool = True, dtype: torch.dtype) -> nn.Linear:
-    """A linear layer whose weights will be drawn at 1 / sqrt(fan-in)."""
+    """Return a linear layer whose weights are marked with the initial scale 1 / sqrt(fan-in)."""
     device = torch.get_default_device()  # skip_init knows nothing of `with torch.device(...)`
     layer = nn.utils.skip_init(nn.Linear, input_size, output_size, bias=bias, dtype=dtype, device=device)
     layer.weight.init_std = input_size**-0.5
@@ -19,7 +19,7 @@ def linear(input_size: int, output_size: int, *, bias: bool = True, dtype: torch
 
 
 def norm(size: int, *, dtype: torch.dtype, epsilon: float = 1e-5) -> nn.LayerNorm:
-    """A LayerNorm; its weight begins as 1."""
+    """Return a LayerNorm whose weight is marked with the initial value 1."""
     layer = nn.LayerNorm(size, eps=epsilon, dtype=dtype)
     layer.weight.init_value = 1.0  # type: ignore[attr-defined]
     return layer
@@ -28,8 +28,9 @@ def norm(size: int, *, dtype: torch.dtype, epsilon: float = 1e-5) -> nn.LayerNor
 class ImageConvolution(nn.Conv2d):
     """A convolution over [n, channels, H, W] for any n.
 
-    cuDNN prepares itself for each new number of images, and every micro-batch has another one: on an H200 the steps of MM1 1.2B that met
-    a new number took 1.2 to 1.9 s longer. So on a GPU n is filled up with zeros to a multiple of eight, and what they give is cut off.
+    cuDNN does set-up work for each new number of images, and the number differs between micro-batches: on an H200, the steps of MM1 1.2B
+    with a new number took 1.2 to 1.9 s longer. So on a GPU the batch is padded with zeros to a multiple of eight images, and their outputs
+    are dropped.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -44,7 +45,7 @@ def _fills_up(images: torch.Tensor) -> bool:
 
 
 class PixelNormalization(nn.Module):
-    """uint8 pixels [n, 3, H, W] -> (x / 255 - mean) / std, as one multiplication and one addition. Nothing of it is in checkpoints."""
+    """uint8 pixels [n, 3, H, W] -> (x / 255 - mean) / std, as one multiplication and one addition. Its buffers are not in checkpoints."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -55,5 +56,5 @@ class PixelNormalization(nn.Module):
         self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(3, 1, 1), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """float32."""
+        """Return normalised pixels in float32."""
         return torch.addcmul(self.shift, pixels.float(), self.scale)

@@ -41,7 +41,7 @@ class PerceiverResampler(nn.Module):
 
 
 class ResamplerLayer(nn.Module):
-    """Latents attend to features and latents, then a feed-forward; both add to the latents."""
+    """Attention of the latents to features and latents, then a feed-forward network; the outputs of both are added to the latents."""
 
     def __init__(self, config: ResamplerConfig, *, width: int, dtype: torch.dtype) -> None:
         super().__init__()

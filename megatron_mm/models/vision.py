@@ -26,23 +26,23 @@ from megatron_mm.models.layers import TorchNorm
 from megatron_mm.models.plain import ImageConvolution, PixelNormalization
 
 TOWER_MODULES = ("core_attn", "mlp", "layernorm")
-"""What selective recompute may name in a tower, which has no experts."""
+"""Modules that selective recompute may name in a tower, which has no experts."""
 
 
 def vision_transformer_config(
     config: VisionConfig, *, params_dtype: torch.dtype, recompute: str, on_gpu: bool, recompute_modules: Sequence[str] = ("core_attn",)
 ) -> TransformerConfig:
-    """The tower's layers in megatron-core's words: LayerNorm, biases everywhere, nothing parallel, no dropout.
+    """Translate the tower's configuration to megatron-core's: LayerNorm, biases everywhere, no parallelism, no dropout.
 
-    The tower stays in params_dtype under FP8 training: its token counts (images x 730, say) are not the multiples of 16
-    that FP8 matrix products need.
+    The tower stays in params_dtype under FP8 training: FP8 matrix products need token counts that are multiples of 16, and the tower's
+    counts (for example images x 730) are not.
 
     Args:
         recompute: as `ParallelConfig.recompute`.
-        recompute_modules: as `ParallelConfig.recompute_modules`; experts' are left out.
+        recompute_modules: as `ParallelConfig.recompute_modules`; modules of experts are ignored.
         on_gpu: allocate on the current CUDA device rather than on torch's default device.
     """
-    # Looked up here, not when this module is imported: on a CPU platform.cpu replaces megatron-core's compiled activations.
+    # Looked up here, not when this module is imported, because on a CPU platform.cpu replaces megatron-core's compiled activations.
     activation_funcs = {"quick_gelu": activations.quick_gelu, "gelu": F.gelu}
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -72,9 +72,9 @@ def vision_transformer_config(
 class VisionTower(torch.nn.Module):
     """CLIP's vision transformer without its projection: pixels [n, 3, H, W] -> patch features [n, p, v].
 
-    The features are those of the last layer after the final LayerNorm. The class token takes part in attention, so that its
-    parameters learn, and is dropped at the end. Weights are allocated, and marked with their initial scale: that of
-    OpenAI's CLIP, widths standing for fan-in.
+    The features are the output of the last layer after the final LayerNorm. The class token takes part in attention, so its parameters
+    have gradients, and is dropped at the end. Weights are allocated and marked with their initial scale: that of OpenAI's CLIP, with
+    widths for fan-in.
     """
 
     def __init__(
@@ -87,9 +87,9 @@ class VisionTower(torch.nn.Module):
     ) -> None:
         """
         Args:
-            layer_spec: one layer, bidirectional (`layers.vision_layer_spec`).
-            transformer_config: from `vision_transformer_config`.
-            pg_collection: groups of this process alone.
+            layer_spec: spec of a bidirectional layer (`layers.vision_layer_spec`).
+            transformer_config: result of `vision_transformer_config`.
+            pg_collection: process groups of this process alone.
         """
         super().__init__()
         self.config = config

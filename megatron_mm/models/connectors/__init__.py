@@ -23,13 +23,13 @@ CONNECTORS: dict[str, Connector] = {"average": AVERAGE, "attention": ATTENTION, 
 
 
 def register_connector(kind: str, connector: Connector) -> None:
-    """Make a connector known from outside of this package. Raises ValueError if its name is taken."""
+    """Register a connector defined outside this package. Raises ValueError if its name is taken."""
     if CONNECTORS.setdefault(kind, connector) is not connector:
         raise ValueError(f"a connector {kind!r} is already registered: give yours another name")
 
 
 def connector_of(config: ConnectorConfig) -> Connector:
-    """The kind of a config. Raises ValueError if there is none of that name, or if the config is not of the kind's class."""
+    """Return the connector for a config. Raises ValueError if its kind does not exist, or if the config is not of that kind's class."""
     if config.kind not in CONNECTORS:
         raise ValueError(
             f"connector.kind is {config.kind!r}, but must be one of {sorted(CONNECTORS)}: to use one of your own, "
@@ -45,25 +45,25 @@ def connector_of(config: ConnectorConfig) -> Connector:
 
 
 def build_connector(config: ConnectorConfig, *, vision: VisionConfig, output_size: int, dtype: torch.dtype) -> nn.Module:
-    """A connector module: features [n, p, v] -> tokens [n, k, h]; n may be 0.
+    """Build a connector module: features [n, p, v] -> tokens [n, k, h]; n may be 0.
 
     Args:
         vision: the tower whose features it takes.
         output_size: width of the decoder.
-        dtype: of the parameters.
+        dtype: type of the parameters.
     """
     return connector_of(config).build(config, vision, output_size, dtype)
 
 
 def connector_flops(config: ConnectorConfig, vision: VisionConfig, *, output_size: int) -> float:
-    """FLOPs of training the connector on one image."""
+    """Return the FLOPs of training the connector on one image."""
     count = FlopCount()
     count_connector(count, config, vision=vision, output_size=output_size, num_images=1)
     return count.flops
 
 
 def count_connector(count: FlopCount, config: ConnectorConfig, *, vision: VisionConfig, output_size: int, num_images: int) -> None:
-    """The connector on some images.
+    """Count the FLOPs of the connector on some images.
 
     Args:
         vision: the tower whose features it takes.

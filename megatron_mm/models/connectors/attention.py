@@ -20,8 +20,8 @@ from megatron_mm.models.plain import linear, norm
 class AttentionConnector(nn.Module):
     """k learned queries attend to the patches; then a linear layer.
 
-    MM1 says no more than that. Ours: one cross-attention with LayerNorms on queries and patches, an output projection, and
-    the queries added to its result, which tells the tokens apart even where they attend alike.
+    The MM1 paper gives no further details. Our choices: one cross-attention with LayerNorms on queries and patches, an output projection,
+    and the queries added to its result, so that tokens differ even if their attention is the same.
     """
 
     def __init__(self, config: ConnectorConfig, vision: VisionConfig, output_size: int, dtype: torch.dtype) -> None:

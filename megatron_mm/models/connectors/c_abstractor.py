@@ -23,10 +23,10 @@ from megatron_mm.models.plain import ImageConvolution, linear, norm
 
 
 class CAbstractor(nn.Module):
-    """Honeybee's C-Abstractor: convolutions before and after pooling, which keep what stands beside what.
+    """Honeybee's C-Abstractor: convolutions before and after pooling, which preserve the spatial context of patches.
 
     Learned positions; `depth` RegNet blocks v -> c; average pooling to r x r; `depth` blocks c -> c; linear, SiLU, linear.
-    With c = 1024, depth 3, the 729 patches and 1280 channels of ViT-H at 378 px it has 31,056,704 / 39,447,360 / 69,599,040
+    With c = 1024, depth 3, and the 729 patches and 1280 channels of ViT-H at 378 px, it has 31,056,704 / 39,447,360 / 69,599,040
     parameters for decoder widths of 3072 / 4096 / 6656.
     """
 
@@ -52,9 +52,9 @@ class RegBlock(nn.Module):
     """RegNet's bottleneck block (arXiv 2003.13678, with squeeze-and-excitation), stride 1, channels last.
 
     1x1 -> depthwise 3x3 -> squeeze-and-excite -> 1x1, each convolution without bias and followed by a LayerNorm over
-    channels; SiLU after the first two norms and after the sum with the input. Where widths differ the input passes a 1x1
-    convolution and a norm first. Nothing is narrowed (bottleneck ratio 1), except in squeeze-and-excite, to a quarter of
-    the block's input channels.
+    channels; SiLU after the first two norms and after the sum with the input. If input and output widths differ, the input of that sum
+    passes through a 1x1 convolution and a norm. The width stays the same within the block (bottleneck ratio 1), except in
+    squeeze-and-excite, which narrows it to a quarter of the block's input channels.
     """
 
     def __init__(self, input_size: int, output_size: int, *, dtype: torch.dtype) -> None:
@@ -92,12 +92,12 @@ def _reg_stage(input_size: int, output_size: int, *, depth: int, dtype: torch.dt
 def _depthwise(size: int, *, dtype: torch.dtype) -> nn.Conv2d:
     device = torch.get_default_device()
     layer = nn.utils.skip_init(ImageConvolution, size, size, 3, padding=1, groups=size, bias=False, dtype=dtype, device=device)
-    layer.weight.init_std = 1 / 3  # each channel sees its 3 x 3 neighbours and nothing else
+    layer.weight.init_std = 1 / 3  # fan-in 9: each channel sees only its own 3 x 3 neighbourhood
     return layer
 
 
 def _flops(config: ConnectorConfig, vision: VisionConfig, output_size: int) -> Mapping[str, float]:
-    """Pooling, a product with a constant, is left out."""
+    """Return FLOPs by weight; pooling, a product with a constant, is not counted."""
     inner, found = config.hidden_size, {}
     for stage, places, entering in (("before", vision.num_patches, vision.hidden_size), ("after", config.num_tokens, inner)):
         for block in range(config.depth):
@@ -115,7 +115,7 @@ def _flops(config: ConnectorConfig, vision: VisionConfig, output_size: int) -> M
 
 
 def _entry(name: str, vision: VisionConfig) -> Entry:
-    """Positions are interpolated where the other side has another grid; all else is the same there."""
+    """Return the mapping of a parameter: positions are interpolated if the other model has another grid, all else is unchanged."""
     if name == "connector.position_embedding":
         return Positions(name, name, num_patches=vision.num_patches, class_token=False)
     return Direct(name, name)

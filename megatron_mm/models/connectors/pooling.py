@@ -1,4 +1,4 @@
-"""Pooling the patches of an image to a smaller square grid.
+"""Pools the patches of an image to a smaller square grid.
 
 Shape legend: n images, g patches along one side, p = g * g patches, v tower width, k tokens of an image, r tokens along one
 side (k = r * r), c inner width, h decoder width.
@@ -21,8 +21,8 @@ def to_grid(features_npv: torch.Tensor) -> torch.Tensor:
 class GridPool(nn.Module):
     """Adaptive average pooling [n, g, g, c] -> [n, r, r, c], with the windows of torch.nn.AdaptiveAvgPool2d.
 
-    Written as two products with a constant matrix, rows first: torch's own pooling adds up its gradient on a GPU in no fixed
-    order, and this one is exact at every run.
+    Written as two products with a constant matrix, rows first: on a GPU torch's own pooling sums its gradient in no fixed order, whereas
+    this one gives the same result in every run.
     """
 
     def __init__(self, input_side: int, output_side: int) -> None:
