@@ -64,9 +64,8 @@ def open_source(path: Path, part: Part, model: ModelConfig, *, sequence_length: 
         _warn_of_limits(document, path, sequence_length=sequence_length)
         settings = _settings(document, name, known, where=reader.folder / known.config_file)
         tied = bool(settings.pop("tied_embeddings", tied))
-        if (
-            settings.get("max_positions", settings.get("decoder.max_positions")) == sequence_length
-        ):  # an export of a recipe without max_positions
+        # An export of a recipe without max_positions has the sequence length in its place.
+        if settings.get("max_positions", settings.get("decoder.max_positions")) == sequence_length:
             settings = {field: value for field, value in settings.items() if not field.endswith("max_positions")}
         group = {"language": "decoder.", "vision": "vision."}.get(part, "")
         _check_settings(settings, ours, where=str(reader.folder / known.config_file), group=group)

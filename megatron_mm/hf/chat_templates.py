@@ -1,8 +1,8 @@
-"""Chat templates as Jinja, for exported tokenizers: they give the same tokens as in training.
+"""Chat templates as Jinja, for exported tokenizers: they produce the same tokens as in training.
 
 A message's content is a text, or a list of `{"type": "text", "text": ...}` and `{"type": "image"}`. A conversation that ends with a
-question is a prompt; with `add_generation_prompt=True` it extends to where the answer begins. A conversation that ends with an answer is
-written like a training document. Questions and answers must alternate, as in training; anything else is an error.
+question is a prompt; `add_generation_prompt=True` adds the text that precedes an answer. A conversation that ends with an answer is written
+like a training document. Questions and answers must alternate, as in training; anything else is an error.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _NAMES = {"<s>": "bos_token", "</s>": "eos_token"}
 
 
 def jinja_template(template: ChatTemplate, *, image: str = "<image>", begins_with_bos: bool = True) -> str:
-    """The Jinja source.
+    """Jinja source of a template.
 
     Args:
-        image: what an image is written as; a processor may write its other tokens.
-        begins_with_bos: write the begin-of-text token. Without it the tokenizer must add it, as it does to any text that it is given.
+        image: text that stands for an image; a processor may replace it with all of the image's tokens.
+        begins_with_bos: write the begin-of-text token. Otherwise the tokenizer must add it, as it does by default.
     """
     bos = "{{- bos_token }}" if begins_with_bos else ""
     end = "{{- eos_token }}" if template.supervises_eos else ""
@@ -49,20 +49,20 @@ def jinja_template(template: ChatTemplate, *, image: str = "<image>", begins_wit
 
 
 def exported_template(name: str | None, *, image: str = "<image>", begins_with_bos: bool = True) -> str | None:
-    """The Jinja source of a template by its name; None if a run has none."""
+    """Jinja source of a template, by its name; None for a run without a template."""
     return None if name is None else jinja_template(CHAT_TEMPLATES[name], image=image, begins_with_bos=begins_with_bos)
 
 
 def chat_control_tokens(name: str | None) -> tuple[str, ...]:
-    """Control tokens of a template that an exported tokenizer must know besides begin and end of text; none where a run has no template."""
+    """Control tokens of a template, other than begin and end of text, that an exported tokenizer must know; empty without a template."""
     return () if name is None else tuple(token for token in CHAT_TEMPLATES[name].control_tokens if token not in _NAMES)
 
 
 def _write(parts: Parts, *, system: str = "") -> str:
-    """Jinja that writes parts; `<s>` and `</s>` under the names that the tokenizer has for them.
+    """Jinja that writes parts. `<s>` and `</s>` are written by the tokenizer's variables for them.
 
     Args:
-        system: the expression of a conversation's own system prompt.
+        system: Jinja expression for a conversation's own system prompt.
     """
     words = []
     for part in parts:
@@ -74,5 +74,5 @@ def _write(parts: Parts, *, system: str = "") -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of Jinja, which reads JSON's."""
+    """Write a text as a Jinja string; Jinja accepts JSON strings."""
     return json.dumps(text, ensure_ascii=False)

@@ -15,11 +15,11 @@ Architecture = Literal["llama", "mistral", "internlm2"]
 
 
 def decoder_config(decoder: DecoderConfig, *, sequence_length: int, vocab_rows: int | None = None) -> dict[str, Any]:
-    """What a `LlamaConfig` and a `MistralConfig` say of a dense decoder.
+    """Fields of a `LlamaConfig` or `MistralConfig` that describe a dense decoder.
 
     Args:
-        sequence_length: tokens of a training sequence, for a decoder that was made for no length in particular.
-        vocab_rows: rows of the vocabulary that are written; None writes all.
+        sequence_length: tokens per training sequence: the maximum of positions if the decoder has no `max_positions`.
+        vocab_rows: number of vocabulary rows that are written; None writes all.
     """
     return {
         "vocab_size": vocab_rows or decoder.vocab_size,
@@ -43,12 +43,12 @@ def decoder_config(decoder: DecoderConfig, *, sequence_length: int, vocab_rows: 
 
 
 def rotary_scaling(decoder: DecoderConfig) -> dict[str, Any]:
-    """InternLM2's scaling of rotary positions, which acts beyond max_position_embeddings; nothing if there is none."""
+    """InternLM2's scaling of rotary positions, which acts beyond max_position_embeddings; empty if there is none."""
     return {} if decoder.rotary_scaling is None else {"rope_scaling": {"type": "dynamic", "factor": decoder.rotary_scaling}}
 
 
 def tower_config(vision: VisionConfig) -> dict[str, Any]:
-    """What a `CLIPVisionConfig` says of a tower."""
+    """Fields of a `CLIPVisionConfig` that describe a tower."""
     return {
         "model_type": "clip_vision_model",
         "hidden_size": vision.hidden_size,
@@ -65,7 +65,7 @@ def tower_config(vision: VisionConfig) -> dict[str, Any]:
 def language_model_config(
     decoder: DecoderConfig, *, architecture: Architecture, dtype: str, sequence_length: int, vocab_rows: int | None
 ) -> dict[str, Any]:
-    """config.json of a decoder alone. InternLM2's code is not part of transformers: its authors' files go beside the weights."""
+    """config.json of a decoder alone. InternLM2's code is not part of transformers: the user adds its authors' files."""
     of_internlm2 = {
         "auto_map": {
             "AutoConfig": "configuration_internlm2.InternLM2Config",
@@ -82,7 +82,7 @@ def language_model_config(
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5
         **decoder_config(decoder, sequence_length=sequence_length, vocab_rows=vocab_rows),
-        # None: every token of a document is attended to
+        # None: attention covers the whole document
         **({"sliding_window": decoder.attention_window} if architecture == "mistral" else {}),
         **(rotary_scaling(decoder) if architecture == "internlm2" else {}),
     }
@@ -94,10 +94,10 @@ def vision_model_config(vision: VisionConfig, *, dtype: str) -> dict[str, Any]:
 
 
 def image_processor_config(vision: VisionConfig) -> dict[str, Any]:
-    """preprocessor_config.json of an image tower alone. transformers rounds the place of the middle down where training rounds to even:
-    a cropped image may lie one pixel further to the left or top.
+    """preprocessor_config.json of an image tower alone. In a centre crop transformers rounds the offset down, but training rounds half to
+    even, so a cropped image may be shifted by one pixel to the left or top.
 
-    Raises ValueError for a tower of padded images, which CLIP's processor cannot make.
+    Raises ValueError for a tower with padded images, because CLIP's processor does not pad.
     """
     if vision.resize == "pad":
         raise ValueError("model.vision.resize is pad, but CLIPImageProcessor does not pad: export the whole model instead of --part vision")
@@ -120,12 +120,13 @@ def image_processor_config(vision: VisionConfig) -> dict[str, Any]:
 
 
 def copy_code(out: Path, folder: Path, names: Iterable[str], *, shared: Iterable[str]) -> None:
-    """Put modeling code beside exported weights.
+    """Copy modeling code into an export.
 
     Args:
-        folder: holds the family's own.
-        names: files of it.
-        shared: files of `hf/code`, which families share.
+        out: directory of the export.
+        folder: directory with the family's own code.
+        names: files in `folder`.
+        shared: files in `hf/code`, which families share.
     """
     for path in (*(folder / name for name in names), *(Path(__file__).with_name("code") / name for name in shared)):
         shutil.copyfile(path, out / path.name)

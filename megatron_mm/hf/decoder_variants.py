@@ -34,40 +34,40 @@ def _no_entries(ours: str, theirs: str) -> list[Entry]:
 
 @dataclass(frozen=True)
 class ModelingCode:
-    """Code for transformers that goes beside an exported decoder."""
+    """Code for transformers that is exported together with a decoder."""
 
     files: tuple[Path, ...]
-    """Python files, copied beside the weights."""
+    """Python files that are copied into the export."""
     architecture: str
-    """Class of the model with its head, such as ThreeNormsForCausalLM."""
+    """Name of the model class with an output layer, such as ThreeNormsForCausalLM."""
     auto_map: Mapping[str, str]
-    """transformers' automatic classes -> FILE.CLASS: AutoConfig and AutoModelForCausalLM."""
+    """transformers' auto classes (AutoConfig and AutoModelForCausalLM) -> FILE.CLASS."""
     model_type: str
     """`model_type` of its configuration class."""
 
 
 @dataclass(frozen=True)
 class DecoderVariant:
-    """What differs; each part is a Llama's unless it is given."""
+    """How a decoder differs from a Llama; by default nothing differs."""
 
     transformer_config: Callable[[TransformerConfig], TransformerConfig] = _same_config
     """megatron-core's configuration of a Llama -> the variant's."""
     layer_spec: Callable[[ModuleSpec, str], ModuleSpec] = _same_spec
-    """(the spec of a Llama's layer, layer backend) -> the variant's. New norms must be marked with `init_value`, new matrices get
-    `DecoderConfig.init_std`."""
+    """(the spec of a Llama's layer, layer backend) -> the variant's. New norms must be marked with `init_value`; new matrices are
+    initialised with `DecoderConfig.init_std`."""
     entries: Callable[[str, str], list[Entry]] = _no_entries
-    """(our prefix of a layer, theirs) -> how its additional tensors are called."""
+    """(our prefix of a layer, theirs) -> name mappings of the layer's additional tensors."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What config.json says of it, such as {"hidden_act": "gelu"}."""
+    """Entries of config.json that describe it, such as {"hidden_act": "gelu"}."""
     llama_computes: bool | None = None
-    """Whether transformers' Llama computes the same when config.json has `settings`. None: yes where layers are a Llama's and `settings`
-    say what `transformer_config` changes, no anywhere else."""
+    """Whether transformers' Llama computes the same if config.json has `settings`. None means yes if layers are a Llama's and any change by
+    `transformer_config` comes with `settings`, and no otherwise."""
     modeling: ModelingCode | None = None
-    """Code that computes an exported decoder where transformers' Llama does not."""
+    """Code that computes an exported decoder if transformers' Llama does not."""
 
     @property
     def is_llama(self) -> bool:
-        """transformers' Llama, told `settings`, computes the same."""
+        """Whether transformers' Llama with `settings` computes the same."""
         if self.llama_computes is not None:
             return self.llama_computes
         same_layers = self.layer_spec is _same_spec and self.entries is _no_entries
@@ -75,17 +75,17 @@ class DecoderVariant:
 
 
 DECODER_VARIANTS: dict[str, DecoderVariant] = {"llama": DecoderVariant()}
-"""Every variant (`DecoderConfig.variant`)."""
+"""Every variant by name (`DecoderConfig.variant`)."""
 
 
 def register_decoder_variant(name: str, variant: DecoderVariant) -> None:
-    """Make a variant known from outside of this package. Raises ValueError if its name is taken."""
+    """Register a variant that is defined outside this package. Raises ValueError if its name is taken."""
     if DECODER_VARIANTS.setdefault(name, variant) is not variant:
         raise ValueError(f"a decoder variant {name!r} is already registered: give yours another name")
 
 
 def variant_of(config: DecoderConfig) -> DecoderVariant:
-    """The variant of a decoder. Raises ValueError that lists all if there is none of that name."""
+    """Return the variant of a decoder. Raises ValueError that lists all variants if the name is unknown."""
     if config.variant not in DECODER_VARIANTS:
         raise ValueError(
             f"decoder.variant is {config.variant!r}, but must be one of {sorted(DECODER_VARIANTS)}: to use one of "
@@ -95,10 +95,10 @@ def variant_of(config: DecoderConfig) -> DecoderVariant:
 
 
 def check_exported_decoder(config: DecoderConfig, *, code: str) -> None:
-    """Raise ValueError where a whole model's modeling code, which computes a Llama, would compute something else.
+    """Raise ValueError if a whole model's modeling code, whose decoder is a Llama, would not compute this decoder.
 
     Args:
-        code: whose modeling code it is, such as "an exported MM1".
+        code: owner of the modeling code, such as "an exported MM1".
     """
     variant = variant_of(config)
     names = [entry.ours for layer in _layers(config) for entry in variant.entries(layer, layer)]
@@ -115,7 +115,7 @@ def check_exported_decoder(config: DecoderConfig, *, code: str) -> None:
 
 
 def check_decoder_alone(config: DecoderConfig) -> None:
-    """Raise ValueError where a decoder alone would be loaded as a Llama and is none."""
+    """Raise ValueError if a decoder exported alone would be loaded as a Llama but is not one."""
     variant = variant_of(config)
     if not variant.is_llama and variant.modeling is None and "architectures" not in variant.settings:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Tables of language models: our decoder <-> Llama's and Mistral's names, and InternLM2's."""
+"""Tables of language models: our decoder <-> Llama and Mistral, or InternLM2."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def llama_table(
     mlps: Sequence[str] = ("mlp",),
     vocab_rows: int | None = None,
 ) -> list[Entry]:
-    """A decoder as `LlamaForCausalLM` and `MistralForCausalLM` name it.
+    """Table of a decoder in `LlamaForCausalLM` and `MistralForCausalLM`.
 
     Args:
         body: prefix of their names.
         head: name of their output layer; a tied one is not stored.
-        inner: what stands between the name of a layer and those of its parts.
-        mlps: our names of a layer's feed-forward; with several the table only reads, and each is a copy.
-        vocab_rows: rows of the vocabulary that are written; None writes all.
+        inner: text between the name of a layer and the names of its parts.
+        mlps: our names of a layer's MLPs; if there are several, each is read from the same MLP, and the table cannot be used for writing.
+        vocab_rows: number of vocabulary rows that are written; None writes all.
     """
     rows = {"rows": config.vocab_size, "written_rows": vocab_rows or config.vocab_size}
     return [
@@ -59,7 +59,7 @@ def _llama_mlp(ours: str, theirs: str) -> list[Entry]:
 
 
 def _llama_experts(config: DecoderConfig, ours: str, theirs: str) -> list[Entry]:
-    """Ours are stacks of all experts, theirs a module for each."""
+    """Entries for the experts of a layer: a stack on our side, one module per expert on theirs."""
     assert config.moe is not None
     expert = _llama_mlp(f"{ours}.experts.experts", f"{theirs}.experts.{{expert}}")
     return [
@@ -76,12 +76,12 @@ def internlm2_table(
     mlps: Mapping[str, str] | None = None,
     vocab_rows: int | None = None,
 ) -> list[Entry]:
-    """A decoder as `InternLM2ForCausalLM` names it.
+    """Table of a decoder in `InternLM2ForCausalLM`.
 
     Its `wqkv` groups rows by key/value head as ours does: the group's queries, its key, its value.
 
     Args:
-        mlps: our names of a layer's feed-forwards and theirs; where several read the same the table only reads, and each is a copy.
+        mlps: our names of a layer's MLPs -> theirs; if several are read from the same one, the table cannot be used for writing.
     """
     rows = {"rows": config.vocab_size, "written_rows": vocab_rows or config.vocab_size}
     layers: list[Entry] = []

@@ -13,8 +13,8 @@ SAME = "does not change the result"
 _COMPUTED = "computed from several fields"
 
 EXPORTED_ALONE = frozenset({"max_positions", "attention_window", "rotary_scaling", "resize"})
-"""Fields of ours that change no weight and nothing inside training sequences; where a source says something else, a warning names it, as
-an export would say what the recipe does."""
+"""Our fields that affect neither weights nor training. If a source has another value, this is a warning and not an error; exports are
+written with the recipe's value."""
 
 DECODER_FIELDS = (
     ConfigField("architectures", kind=list, note="known from the tensors"),
@@ -45,14 +45,14 @@ DECODER_FIELDS = (
     ConfigField("attention_dropout", kind=float, note=TRAINING),
     ConfigField("decoder_variant", kind=str, read="variant", default="llama"),
 )
-"""Llama, Mistral and InternLM2."""
+"""Fields of Llama, Mistral and InternLM2."""
 
 EXPERT_FIELDS = (
     ConfigField("num_local_experts", kind=int, read="moe.num_experts"),
     ConfigField("num_experts_per_tok", kind=int, read="moe.top_k"),
     ConfigField("sparse_layers", kind=list, read="sparse_layers", convert=tuple, default=()),
 )
-"""What a sparse decoder of an exported MM1 has besides."""
+"""Additional fields of the sparse decoder of an exported MM1."""
 
 CLIP_FIELDS = (
     ConfigField("architectures", kind=list, note="known from the tensors"),
@@ -71,7 +71,7 @@ CLIP_FIELDS = (
     ConfigField("dropout", kind=float, note=TRAINING),
     ConfigField("initializer_factor", kind=float, note=TRAINING),
 )
-"""transformers' CLIP; of a whole one its vision_config."""
+"""Fields of transformers' CLIP tower; in a whole CLIP, those of vision_config."""
 
 OPEN_CLIP_FIELDS = (
     ConfigField("embed_dim", kind=int, note="CLIP's shared space, which no model here uses"),
@@ -99,7 +99,7 @@ OPEN_CLIP_FIELDS = (
     ConfigField("init_logit_bias", note="belongs to CLIP's loss"),
     ConfigField("nonscalar_logit_scale", note="belongs to CLIP's loss"),
 )
-"""open_clip's model_cfg. What prepares images stands beside it: `hf.preprocessing`."""
+"""Fields of open_clip's model_cfg. `hf.preprocessing` handles preprocess_cfg, which is next to it."""
 
 EVA_FIELDS = (
     ConfigField("image_size", kind=int, read="image_size", default=224),
@@ -125,4 +125,4 @@ EVA_FIELDS = (
     ConfigField("xattn", kind=bool, note=SAME),
     ConfigField("fusedLN", kind=bool, note=SAME),
 )
-"""EVA-CLIP's vision_cfg, and InfiMM's `visual`."""
+"""Fields of EVA-CLIP's vision_cfg and InfiMM's `visual`."""

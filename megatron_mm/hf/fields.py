@@ -17,30 +17,30 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConfigField:
-    """A field of config.json, or with `.*` at the end all fields of a part."""
+    """A field of config.json, or, with `.*` at the end, all fields of a part."""
 
     path: str
-    """Its name, with dots where it is in a part."""
+    """Its name; fields of a part have dotted names."""
     kind: type | None = None
-    """What its values are in JSON: int, float (which an int is too), bool, str, list or dict; None is anything."""
+    """Type of its values in JSON: int, float (which includes int), bool, str, list or dict; None allows any."""
     read: str = ""
-    """The field of the recipe's model that must equal it, with dots."""
+    """Dotted name of the field of the recipe's model that must equal it."""
     convert: Callable[[Any], Any] = lambda value: value
     """Their value -> ours."""
     default: Any = None
-    """What the authors' code takes where the file leaves it out."""
+    """Default of the authors' code if the file has no such field."""
     must_be: tuple[Any, ...] = ()
-    """The values that are what our model computes."""
+    """Values that our model supports."""
     note: str = ""
-    """Why it is not compared, or what it is."""
+    """Reason why it is not compared, or explanation of it."""
 
 
 def nested(part: str, fields: Iterable[ConfigField], *, ours: str) -> tuple[ConfigField, ...]:
-    """The fields of a part, as fields of the whole file.
+    """Turn fields of a part into fields of the whole file.
 
     Args:
-        part: the part's name there.
-        ours: the part of the recipe's model that it describes.
+        part: name of the part in the file.
+        ours: part of the recipe's model that it describes.
     """
     return tuple(replace(field, path=f"{part}.{field.path}", read=f"{ours}.{field.read}" if field.read else "") for field in fields)
 
@@ -48,13 +48,13 @@ def nested(part: str, fields: Iterable[ConfigField], *, ours: str) -> tuple[Conf
 def read_fields(
     document: Mapping[str, Any], fields: Iterable[ConfigField], *, also: Mapping[str, Any] | None = None, file: str = "config.json"
 ) -> dict[str, Any]:
-    """The fields of the recipe's model that must be equal, with their values.
+    """Read the fields of the recipe's model that must be equal, with their values.
 
     Args:
-        also: values that are right, too, by their paths: those that a decoder variant explains.
-        file: name of the file that holds the document, for the log.
+        also: one more allowed value for each of these paths, because of a decoder variant.
+        file: name of the document's file, for the log.
 
-    Raises ValueError that lists every field with a value of another type, or one that our model does not compute.
+    Raises ValueError that lists every field whose value has the wrong type or is not supported by our model.
     """
     found, wrong, fields = {}, [], tuple(fields)
     for field in fields:
@@ -88,14 +88,14 @@ _KINDS = {
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Whether a value of JSON is of a kind; true and false are no numbers."""
+    """Return whether a JSON value has a type; true and false are not numbers."""
     if kind in (int, float):
         return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
     return isinstance(value, Mapping if kind is dict else list | tuple if kind is list else kind)
 
 
 def unknown_fields(document: Mapping[str, Any], fields: Iterable[ConfigField]) -> list[str]:
-    """Fields that no table mentions and that are none which transformers writes into every file."""
+    """Fields that are neither in the table nor among those that transformers writes into every file."""
     names = {field.path for field in fields}
     parts = tuple(name.removesuffix("*") for name in names if name.endswith(".*"))
     return [
@@ -109,7 +109,7 @@ def unknown_fields(document: Mapping[str, Any], fields: Iterable[ConfigField]) -
 
 
 def flat(document: Mapping[str, Any], *, prefix: str = "") -> Iterator[str]:
-    """The names of all fields, with dots."""
+    """Yield the dotted names of all fields."""
     for name, value in document.items():
         if isinstance(value, Mapping) and name.endswith(("config", "cfg", "visual", "language")):
             yield from flat(value, prefix=f"{prefix}{name}.")
@@ -118,10 +118,10 @@ def flat(document: Mapping[str, Any], *, prefix: str = "") -> Iterator[str]:
 
 
 def table_lines(fields: Iterable[ConfigField], written: Mapping[str, Any]) -> Iterator[str]:
-    """The table in Markdown.
+    """Write the table in Markdown.
 
     Args:
-        written: a config.json that we export.
+        written: a config.json of one of our exports.
     """
     ours = set(flat(written))
     yield "| field | read and compared with | must be | written |"
@@ -133,7 +133,7 @@ def table_lines(fields: Iterable[ConfigField], written: Mapping[str, Any]) -> It
 
 
 def part_of(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A part of a configuration. Raises ValueError if it is missing or no object."""
+    """Return a part of a configuration. Raises ValueError if it is missing or not an object."""
     part = document.get(name)
     if not isinstance(part, Mapping):
         raise ValueError(f"{name} is {part!r}, but must be an object that describes this part of the model")
@@ -141,7 +141,7 @@ def part_of(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def number_in(document: Mapping[str, Any], name: str, *, where: str, default: float | None = None) -> float | None:
-    """A number of a part without a table of its own. Raises ValueError if it is something else."""
+    """Return a number from a part that has no table. Raises ValueError if the value is not a number."""
     value = document.get(name)
     if value is not None and not _is(value, float):
         raise ValueError(f"{where}{name} is {value!r}, but must be {_KINDS[float]}")
@@ -159,7 +159,7 @@ def _value(document: Mapping[str, Any], path: str) -> Any:
 
 @cache
 def _of_every_file() -> frozenset[str]:
-    """Fields that transformers wrote into every configuration, now or in earlier versions: how to save, generate and train."""
+    """Fields about saving, generation and training that current or earlier versions of transformers write into every configuration."""
     from transformers import GenerationConfig, PretrainedConfig
 
     earlier = """_name_or_path _commit_hash add_cross_attention auto_map bad_words_ids cross_attention_hidden_size decoder_start_token_id

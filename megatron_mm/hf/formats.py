@@ -1,9 +1,9 @@
 """Formats of weights that can be read: how each kind of checkpoint names and describes its contents.
 
-`FORMATS` has those of shared blocks; a family adds those of its whole models (`Family.formats`). A format is detected from tensor names and
-checked against config.json, because names are not enough: Gemma's tensors have the same names as Llama's, and the names in an image tower
-do not tell its number of heads. So if there is a configuration beside the weights, its model type must be one that the format knows, and
-its settings must match the recipe.
+`FORMATS` has the formats of shared blocks; a family adds those of its whole models (`Family.formats`). A format is detected from tensor
+names and checked against config.json, because names are not enough: Gemma's tensors have the same names as Llama's, and the names in an
+image tower do not reveal its number of heads. If there is a configuration next to the weights, its model type must be one that the format
+knows, and its settings must match the recipe.
 """
 
 from __future__ import annotations
@@ -24,40 +24,39 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Naming:
-    """What a table depends on besides the recipe's part."""
+    """How a checkpoint names its tensors, besides its format."""
 
     prefix: str
-    """Of their names."""
+    """Prefix of their names."""
     tied: bool = False
-    """Their output layer is the embedding table."""
+    """Whether their output layer is the embedding table."""
     mlps: tuple[str, ...] = ("mlp",)
-    """Our names of what their layers' feed-forward becomes: more than one where experts begin as copies of it."""
+    """Our names of the MLPs that are read from a layer's MLP; several if experts begin as copies of it."""
 
 
 @dataclass(frozen=True)
 class Format(Generic[Config]):
-    """How a kind of checkpoint names and describes what it holds."""
+    """How a kind of checkpoint names and describes its contents."""
 
     part: Part
-    """What of a model it is."""
+    """Part of a model that it contains."""
     signature: str
-    """A tensor that every checkpoint of the format has, without its prefix."""
+    """Name, without its prefix, of a tensor that every checkpoint of the format has."""
     prefixes: dict[str, tuple[str, ...]]
-    """What the names may begin with, and for each which other tensors may be there that are not read: regular expressions of whole
-    names."""
+    """Possible prefixes of names -> tensors that may be present and are not read, as regular expressions of whole names."""
     config: type[Config]
-    """Of the recipe's part that it fits."""
+    """Configuration type of the recipe's part that it fits."""
     table: Callable[[Config, Naming], list[Entry]]
-    """Of the recipe's part."""
+    """Makes the table of names for the recipe's part."""
     settings: Callable[[Mapping[str, Any]], dict[str, Any]]
     """config.json -> the fields of the recipe's part that must be equal."""
     model_types: tuple[str, ...] = ()
-    """What config.json may call itself; empty if it says nothing of that."""
+    """Values of `model_type` in config.json that belong to the format; empty if the file has none."""
     config_file: str = "config.json"
 
 
 AnyFormat: TypeAlias = Format[Any]
-"""A format of some part's configuration, which `Format.config` says."""
+"""A format for any type of configuration."""
 
 
 def _llama(config: DecoderConfig, naming: Naming) -> list[Entry]:
@@ -74,7 +73,7 @@ def _internlm2(config: DecoderConfig, naming: Naming) -> list[Entry]:
 
 EVA_ROTARY = r".*\.?rope\.freqs_(cos|sin)"
 ROTARY = r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
-"""Buffers that earlier versions of transformers saved: they follow from config.json."""
+"""Buffers that earlier versions of transformers saved, although they follow from config.json."""
 _CLIP_TEXT = (r"text_model\..*", r"logit_scale", r"(visual|text)_projection\.weight", r"vision_model\.embeddings\.position_ids")
 _OPEN_CLIP_TEXT = (
     r"visual\.proj|text_projection|positional_embedding|attn_mask|logit_scale|logit_bias",
@@ -83,7 +82,7 @@ _OPEN_CLIP_TEXT = (
 
 
 def register_format(name: str, known: AnyFormat) -> None:
-    """Make a format of decoders or image towers known from outside of this package. Raises ValueError if its name is taken."""
+    """Register a format of decoders or image towers that is defined outside this package. Raises ValueError if its name is taken."""
     if FORMATS.setdefault(name, known) is not known:
         raise ValueError(f"a format {name!r} is already registered: give yours another name")
 
@@ -135,4 +134,4 @@ FORMATS: dict[str, AnyFormat] = {
         config_file="eva_config.json",
     ),
 }
-"""Decoders and image towers that can be read; the first format whose signature is there is taken."""
+"""Formats of decoders and image towers that can be read; the first format whose signature is found is used."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 
 class Entry(Protocol):
-    """One tensor of ours and the tensors of theirs that it holds."""
+    """Maps one of our tensors to the Hugging Face tensors with the same values."""
 
     @property
     def ours(self) -> str: ...
@@ -30,11 +30,11 @@ class Entry(Protocol):
 
     @property
     def row(self) -> int | None:
-        """Which tensor of a stack the entry is about, such as one expert's; None for a tensor of its own."""
+        """Index in a stack, such as the number of an expert; None if the tensor is not part of a stack."""
         ...
 
     def renamed(self, rename: Mapping[str, int]) -> Entry:
-        """The same entry with values in the places of placeholders."""
+        """Return the entry with placeholders in its names replaced by values."""
         ...
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -75,10 +75,10 @@ class Direct(_OneToOne):
 
 @dataclass(frozen=True)
 class QKV:
-    """Queries, keys and values in one matrix (or bias), its rows grouped by key/value head.
+    """Queries, keys and values in one matrix (or bias) whose rows are grouped by key/value head.
 
-    Worked example: 4 query heads, 2 key/value heads. Our rows, in blocks of head_dim, are q0 q1 k0 v0 q2 q3 k1 v1: a
-    tensor-parallel process that holds the first half has all that the first key/value head needs.
+    Worked example: 4 query heads, 2 key/value heads. Our rows, in blocks of head_dim, are q0 q1 k0 v0 q2 q3 k1 v1. A tensor-parallel
+    process with the first half has all rows that belong to the first key/value head.
     """
 
     row: ClassVar[None] = None
@@ -143,7 +143,7 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class StackedQKV(_OneToOne):
-    """Queries, keys and values in one matrix (or bias) on both sides; theirs has all queries, then all keys, then all values."""
+    """Queries, keys and values in one matrix (or bias) on both sides. Theirs has all queries, then all keys, then all values."""
 
     num_heads: int
     head_dim: int
@@ -162,9 +162,9 @@ class StackedQKV(_OneToOne):
 
 @dataclass(frozen=True)
 class StackedKV(_OneToOne):
-    """Keys and values in one matrix on both sides; theirs has all keys, then all values; ours each head's key, then its value.
+    """Keys and values in one matrix on both sides. Theirs has all keys, then all values; ours has each head's key, then its value.
 
-    Worked example, 2 heads: theirs, in blocks of head_dim, k0 k1 v0 v1; ours k0 v0 k1 v1.
+    Worked example with 2 heads: theirs, in blocks of head_dim, is k0 k1 v0 v1; ours is k0 v0 k1 v1.
     """
 
     num_heads: int
@@ -182,7 +182,7 @@ class StackedKV(_OneToOne):
 
 @dataclass(frozen=True)
 class Wrapped(_OneToOne):
-    """The same tensor with axes of length 1 in front on their side."""
+    """The same tensor; theirs has additional leading axes of length 1."""
 
     axes: int = 1
 
@@ -195,25 +195,24 @@ class Wrapped(_OneToOne):
 
 @dataclass(frozen=True)
 class Positions(_OneToOne):
-    """Learned positions of an image tower, a row for each patch, row by row of the image, after the class token's where there is one.
+    """Learned positions of an image tower: one row per patch, row by row of the image, after the class token's row if there is one.
 
-    Those of another resolution are interpolated: each channel is a picture of grid x grid values, resized with bicubic weights, as
-    transformers does it; where it shrinks these are widened, so that no position is skipped. The class token's row stays as it is. The
-    same number of rows is copied untouched.
+    If the number of rows differs, positions are interpolated to our resolution: each channel is an image of grid x grid values, resized
+    bicubically as in transformers, with antialiasing if the grid shrinks. The class token's row does not change.
     """
 
     num_patches: int
     class_token: bool = True
     axes: int = 0
-    """Axes of length 1 in front on their side."""
+    """Number of leading axes of length 1 on their side."""
 
     @property
     def num_rows(self) -> int:
-        """Of our table."""
+        """Number of rows of our table."""
         return self.num_patches + self.class_token
 
     def describe(self, rows: int) -> str:
-        """A line for the log about the interpolation of a table of so many rows."""
+        """Line for the log about the interpolation of a table with this many rows."""
         there, here = (math.isqrt(count - self.class_token) for count in (rows, self.num_rows))
         return f"{self.ours}: positions of {there} x {there} patches are interpolated to {here} x {here} (bicubic)"
 
@@ -237,16 +236,16 @@ class Positions(_OneToOne):
 
 @dataclass(frozen=True)
 class Vocabulary(_OneToOne):
-    """A row for each token: an embedding table or an output layer.
+    """An embedding table or an output layer: one row per token.
 
-    Reading fewer rows than ours, the new ones become the mean of the old ones (in float32): a token that the model has never seen then
-    starts where the known ones are, and takes no probability from them. Writing may cut rows off the end that stand for no token.
+    If a table that is read has fewer rows than ours, the missing ones become the mean of the others (in float32). A token that the model
+    has never seen then starts near the known tokens and takes little probability from them. Padding rows at the end need not be written.
     """
 
     rows: int
-    """Of ours."""
+    """Number of rows of our table."""
     written_rows: int
-    """Of theirs, when it is written; at most as many."""
+    """Number of rows that are written, at most `rows`."""
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         _check_rows(self.ours, tensor, self.rows, "the tokens of the vocabulary")
@@ -268,7 +267,7 @@ class Vocabulary(_OneToOne):
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of a stack: what `entry` says, of tensor[row] alone, so that one expert is converted at a time."""
+    """One tensor of a stack: applies `entry` to tensor[row] only, so that experts are converted one at a time."""
 
     entry: Entry
     row: int
@@ -292,19 +291,19 @@ class Row:
 
 
 def stack(entries: Iterable[Entry], *, placeholder: str, count: int) -> list[Entry]:
-    """Entries of a stack's tensors: each once for every row 0 .. count - 1, which stands for `{placeholder}` in their names."""
+    """Repeat the entries for every row 0 .. count - 1 of a stack, with `{placeholder}` in names replaced by the row."""
     return [Row(entry.renamed({placeholder: row}), row) for row in range(count) for entry in entries]
 
 
 def both(ours: str, theirs: str) -> list[Entry]:
-    """A module with weight and bias under another name."""
+    """Entries for a module that has a weight and a bias under another name."""
     return [Direct(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")]
 
 
 def expand(table: Iterable[Entry], *, placeholder: str, count: int) -> list[Entry]:
-    """The table with `{placeholder}` replaced by 0 .. count - 1.
+    """Repeat the entries that contain `{placeholder}`, replaced by 0 .. count - 1.
 
-    Neighbouring entries that hold the placeholder are repeated together, so that the tensors of a layer stay side by side.
+    Neighbouring entries with the placeholder are repeated together, so that the tensors of a layer stay together.
     """
     entries: list[Entry] = []
     for repeated, group in itertools.groupby(table, key=lambda entry: f"{{{placeholder}}}" in entry.ours):
@@ -314,7 +313,7 @@ def expand(table: Iterable[Entry], *, placeholder: str, count: int) -> list[Entr
 
 
 def check_names(expected: Iterable[str], present: Iterable[str], *, where: str) -> None:
-    """Raise ValueError that lists the names that are missing and those that nothing maps."""
+    """Raise ValueError that lists missing and unknown names, if there are any."""
     wanted, found = set(expected), set(present)
     missing, unexpected = sorted(wanted - found), sorted(found - wanted)
     if missing or unexpected:

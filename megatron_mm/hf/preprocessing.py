@@ -1,8 +1,8 @@
-"""Reads how images were prepared for a released image tower, from the files beside its weights.
+"""Reads how images were prepared for a released image tower, from the files next to its weights.
 
-transformers writes preprocessor_config.json (since version 5 for some processors a part of processor_config.json), open_clip a
-`preprocess_cfg` in open_clip_config.json. A different normalisation is an error, because the tower was trained with it. A different way of
-making images square is allowed, with a warning.
+transformers writes preprocessor_config.json (since version 5 for some processors a part of processor_config.json); open_clip writes a
+`preprocess_cfg` in open_clip_config.json. A different normalisation is an error, because the tower was trained with its own. A different
+way of making images square is allowed, with a warning.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 _OPEN_CLIP_RESIZE = {"shortest": "crop", "squash": "squash", "longest": "pad"}
 _BICUBIC = 3
 _TOLERANCE = 1e-6
-"""Between means and standard deviations that are written with other digits."""
+"""Allowed difference of means and standard deviations that are written with different numbers of digits."""
 
 
 def image_settings(read: Callable[[str], Mapping[str, Any] | None]) -> dict[str, dict[str, Any]]:
-    """What each file says: `mean`, `std` and `resize` as `VisionConfig` has them, as far as it does, by the file's name.
+    """Return file name -> the settings in the file, as far as present: `mean`, `std` and `resize` in the form of `VisionConfig`.
 
     Args:
-        read: name of a file beside the weights -> its document, or None.
+        read: name of a file next to the weights -> its document, or None.
 
-    Raises ValueError for pixels that are not normalised as ours are, or not resized bicubically.
+    Raises ValueError for pixels that are not normalised or not divided by 255, or images that are not resized bicubically.
     """
     processor = read("preprocessor_config.json") or (read("processor_config.json") or {}).get("image_processor")
     found = {}
@@ -39,7 +39,7 @@ def image_settings(read: Callable[[str], Mapping[str, Any] | None]) -> dict[str,
 
 
 def same_colours(one: Any, other: Any) -> bool:
-    """Whether two means or standard deviations are the same, but for how many digits are written."""
+    """Return whether two means or standard deviations are equal up to the number of digits written."""
     return len(one) == len(other) and all(math.isclose(a, b, abs_tol=_TOLERANCE) for a, b in zip(one, other, strict=True))
 
 
@@ -60,7 +60,7 @@ def _of_transformers(document: Mapping[str, Any]) -> dict[str, Any]:
     if not is_clip:
         return found
     size = document.get("size", {"shortest_edge": 224})
-    whole = not isinstance(size, Mapping) or "shortest_edge" in size  # the shorter side; a middle is cut out of it
+    whole = not isinstance(size, Mapping) or "shortest_edge" in size  # the shorter side is resized, and the centre is cut out
     return {**found, "resize": "crop" if whole and document.get("do_center_crop", True) else "squash"}
 
 

@@ -1,4 +1,4 @@
-"""Translates the configuration beside weights: config.json -> fields of a recipe's model that must be equal.
+"""Translates the configuration of released weights: config.json -> fields of a recipe's model that must be equal.
 
 Fields of nested parts are written with dots: `decoder.num_layers`. Fields missing in the file have the default of the code that reads it.
 The tables in `hf.field_tables` define how each field is handled; this module handles what depends on several fields.
@@ -15,12 +15,12 @@ from megatron_mm.hf.fields import ConfigField, number_in, part_of, read_fields
 
 
 def decoder_settings(document: Mapping[str, Any], *, more: tuple[ConfigField, ...] = ()) -> dict[str, Any]:
-    """A config.json of Llama's kind -> fields of a DecoderConfig. What is not given has Llama's defaults.
+    """A Llama-like config.json -> fields of a DecoderConfig. Missing fields have Llama's defaults.
 
     Args:
-        more: fields that a family's decoders have besides.
+        more: additional fields of a family's decoders.
 
-    Raises ValueError for a decoder that ours is not: biases, another activation, scaled rotary positions.
+    Raises ValueError for a decoder that ours cannot compute: biases, another activation, scaled rotary positions.
     """
     fields = (*DECODER_FIELDS, *more)
     found = read_fields(document, fields, also=explained_fields(document))
@@ -28,10 +28,10 @@ def decoder_settings(document: Mapping[str, Any], *, more: tuple[ConfigField, ..
 
 
 def explained_fields(decoder: Mapping[str, Any], *, part: str = "") -> dict[str, Any]:
-    """Values that the decoder variant of a configuration explains, by their paths.
+    """Values by path that are allowed because the configuration's decoder variant sets them.
 
     Args:
-        part: name of the part that describes the decoder, with a dot.
+        part: name of the part that describes the decoder, with a dot at the end.
     """
     variant = decoder.get("decoder_variant")
     settings = DECODER_VARIANTS[variant].settings if isinstance(variant, str) and variant in DECODER_VARIANTS else {}
@@ -39,7 +39,7 @@ def explained_fields(decoder: Mapping[str, Any], *, part: str = "") -> dict[str,
 
 
 def decoder_values(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What takes several fields of a checked decoder. Raises ValueError for rotary positions that ours does not compute."""
+    """Fields of ours that depend on several fields of a checked decoder. Raises ValueError for unsupported rotary positions."""
     heads, width = document.get("num_attention_heads") or 32, document.get("hidden_size") or 4096
     parameters = document.get("rope_parameters") or {}
     scaling = document.get("rope_scaling") or parameters
@@ -67,12 +67,12 @@ def decoder_values(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def clip_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a CLIP model or its tower -> fields of a VisionConfig. What is not given has CLIP's defaults."""
+    """config.json of a CLIP model or its tower -> fields of a VisionConfig. Missing fields have CLIP's defaults."""
     return read_fields(document.get("vision_config") or document.get("vision_config_dict") or document, CLIP_FIELDS)
 
 
 def open_clip_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip_config.json -> fields of a VisionConfig. What is not given has open_clip's defaults."""
+    """open_clip_config.json -> fields of a VisionConfig. Missing fields have open_clip's defaults."""
     model = document.get("model_cfg") or document
     found = read_fields(model, OPEN_CLIP_FIELDS, file="open_clip_config.json")
     vision = model.get("vision_cfg") or {}
@@ -89,16 +89,16 @@ def open_clip_settings(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def eva_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """EVA-CLIP's model configuration (`EVA02-CLIP-L-14-336.json` and its like) -> fields of an EvaConfig."""
+    """EVA-CLIP's model configuration (such as `EVA02-CLIP-L-14-336.json`) -> fields of an EvaConfig."""
     visual = {**part_of(document, "vision_cfg"), "embed_dim": document.get("embed_dim")}
     return {**read_fields(visual, EVA_FIELDS, file="eva_config.json"), **eva_values(visual)}
 
 
 def eva_values(visual: Mapping[str, Any], *, part: str = "") -> dict[str, Any]:
-    """What takes several fields of a checked tower. Raises ValueError for a block that ours is not.
+    """Fields of ours that depend on several fields of a checked tower. Raises ValueError for an unsupported block.
 
     Args:
-        part: name of the part that describes the tower, with a dot.
+        part: name of the part that describes the tower, with a dot at the end.
     """
     for name, other in (("subln", "naiveswiglu"), ("intp_freq", "rope")):
         if bool(visual.get(name, False)) != bool(visual.get(other, False)):
@@ -114,5 +114,5 @@ def eva_values(visual: Mapping[str, Any], *, part: str = "") -> dict[str, Any]:
 
 
 def under(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a part, by their dotted names in the model."""
+    """Return the fields of a part under their dotted names in the model."""
     return {f"{part}.{name}": value for name, value in fields.items()}

@@ -1,12 +1,12 @@
 """A SentencePiece model -> tokenizer.json, with the same ids in plain transformers.
 
-transformers has its own converters, but its version and the files beside the model determine which of them runs, and whether it treats
+transformers has its own converters, but its version and the files next to the model determine which of them runs, and whether it treats
 spaces as the model does. A tokenizer.json is self-contained.
 
-Worked example: SentencePiece with a dummy prefix turns "a red ball" into "▁a▁red▁ball" and merges the pair of neighbouring
-pieces whose union has the best score until none is in the vocabulary. Here a normalizer does the first, and a list of merges
-in the order of the scores the second. Text between special tokens is normalised by itself, as the training documents' texts
-are: `<image>a red ball` is the image token and then the ids of "a red ball".
+Worked example: SentencePiece with a dummy prefix turns "a red ball" into "▁a▁red▁ball". Then it repeatedly merges the neighbouring pieces
+whose union has the best score, until no union is in the vocabulary. Here a normalizer does the first step, and a list of merges in the
+order of the scores the second. Text between special tokens is normalised separately, like the texts of training documents:
+`<image>a red ball` becomes the image token followed by the ids of "a red ball".
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from megatron_mm.data.text.tokenizer import Tokenizer as RunTokenizer
 
 _SPACE = "▁"
 _UNUSED = re.compile(r"\[UNUSED_TOKEN_\d+\]")
-"""Pieces that InternLM2 keeps free. No text is cut there in an exported tokenizer, as none has them."""
+"""Pieces that InternLM2 reserves. No text contains them, so they need no handling as user-defined symbols."""
 _SPM: Any = sentencepiece_model_pb2  # generated at import time, so without types
 
 
 def convert_tokenizer(model: Path, *, special: Mapping[str, int], bos_id: int, eos_id: int) -> Tokenizer:
-    """The SentencePiece BPE model at `model` with the stack's special tokens.
+    """Convert the SentencePiece BPE model at `model`, with special tokens added.
 
     Args:
-        special: ids of the family's special tokens; what the model lacks comes after its pieces.
+        special: ids of the special tokens; those that the model lacks follow its pieces.
         bos_id, eos_id: ids of `<s>` and `</s>`.
 
-    Raises ValueError if the model is not BPE with byte fallback, or has something without a counterpart.
+    Raises ValueError if the model is not BPE with byte fallback, uses features that cannot be converted, or would get other ids.
     """
     proto = _SPM.ModelProto()
     proto.ParseFromString(model.read_bytes())
@@ -78,11 +78,11 @@ def tokenizer_config(
     sequence_length: int,
     chat_template: str | None = None,
 ) -> dict[str, Any]:
-    """tokenizer_config.json: which token means what, that batches of prompts are padded on the left, and how chats are written.
+    """tokenizer_config.json: the special tokens' roles, padding of prompts on the left, and the chat template.
 
     Args:
-        sequence_length: tokens of the longest text that the model takes.
-        chat_template: Jinja (`hf.chat_templates`).
+        sequence_length: tokens of the longest text that the model accepts.
+        chat_template: Jinja source (`hf.chat_templates`).
     """
     roles = {"pad_token": pad_id, "bos_token": bos_id, "eos_token": eos_id}
     names = {role: tokenizer.id_to_token(index) for role, index in roles.items()}
@@ -99,7 +99,7 @@ def tokenizer_config(
 
 
 def write_tokenizer(tokenizer: Tokenizer, config: dict[str, Any], out: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into the directory, and the chat template where processors look for it."""
+    """Write tokenizer.json and tokenizer_config.json, and the chat template also as chat_template.jinja, which processors read."""
     (out / "tokenizer.json").write_text(_readable_by_all(tokenizer.to_str()))
     if "chat_template" in config:
         (out / "chat_template.jinja").write_text(config["chat_template"])
@@ -107,11 +107,11 @@ def write_tokenizer(tokenizer: Tokenizer, config: dict[str, Any], out: Path) -> 
 
 
 def _readable_by_all(text: str) -> str:
-    """tokenizer.json with each merge as one string, "a b": versions before 0.20 read nothing else, and later ones read it too. The authors'
-    code of Mono-InternVL needs transformers 4.37, whose tokenizers is 0.15."""
+    """Write each merge in tokenizer.json as one string, "a b". Versions of tokenizers before 0.20 read only this form, and later ones read
+    it, too. The code of Mono-InternVL's authors needs transformers 4.37, which uses tokenizers 0.15."""
     document = json.loads(text)
     pairs = document["model"]["merges"]
-    if not any(" " in piece for pair in pairs for piece in pair):  # SentencePiece writes spaces otherwise
+    if not any(" " in piece for pair in pairs for piece in pair):  # SentencePiece writes spaces as "▁"
         document["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
@@ -126,14 +126,14 @@ def export_tokenizer(
     chat_template: str | None = None,
     processor: dict[str, Any] | None = None,
 ) -> None:
-    """Write the run's tokenizer for transformers, and beside it as the SentencePiece model that it is.
+    """Write the run's tokenizer for transformers, and a copy of its SentencePiece model.
 
     Args:
         ids: the tokenizer at `path`, opened with the family's special tokens.
-        special: these, and control tokens of the chat template.
-        longest: tokens of the longest text that the model takes.
-        chat_template: Jinja.
-        processor: what else tokenizer_config.json says: which processor the tokenizer belongs to.
+        special: the family's special tokens and the chat template's control tokens.
+        longest: tokens of the longest text that the model accepts.
+        chat_template: Jinja source.
+        processor: further entries of tokenizer_config.json, which name the processor that the tokenizer belongs to.
 
     Raises ValueError if the model cannot be exported.
     """
@@ -149,7 +149,7 @@ def export_tokenizer(
         chat_template=chat_template,
     )
     write_tokenizer(converted, {**config, **(processor or {})}, out)
-    shutil.copyfile(path, out / "tokenizer.model")  # for those who read that, this project among them
+    shutil.copyfile(path, out / "tokenizer.model")  # for programs that read SentencePiece models, this project among them
 
 
 def _check_model(path: Path, proto: Any) -> None:
@@ -162,14 +162,14 @@ def _check_model(path: Path, proto: Any) -> None:
     kind = _SPM.ModelProto.SentencePiece.USER_DEFINED
     user_defined = [piece.piece for piece in proto.pieces if piece.type == kind and not _UNUSED.fullmatch(piece.piece)]
     if user_defined:
-        # transformers would cut the text there and put a dummy prefix after each.
+        # transformers would split the text at each symbol and add a dummy prefix after it.
         raise ValueError(f"{path} has user-defined symbols {user_defined[:4]}, which cannot be exported with the same ids around them")
     if trainer.treat_whitespace_as_suffix:
         raise ValueError(f"{path} puts spaces after words (treat_whitespace_as_suffix), which cannot be exported")
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Pairs of pieces whose union is a piece, best score first: the order in which SentencePiece joins them."""
+    """Pairs of pieces whose union is a piece, best score first: the order in which SentencePiece merges them."""
     merges = []
     for piece, score in scores.items():
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
@@ -192,17 +192,18 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
 
 
 def generation_config(ids: RunTokenizer, *, never: Iterable[int], rows: int) -> dict[str, Any]:
-    """generation_config.json of a model with so many embeddings.
+    """generation_config.json of a model.
 
     Args:
         never: tokens that are not generated.
+        rows: number of embeddings.
     """
-    never = [*never, *range(ids.vocab_size, rows)]  # rows beyond the tokenizer only fill the table up
+    never = [*never, *range(ids.vocab_size, rows)]  # rows beyond the tokenizer's are padding
     return {"bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id, "pad_token_id": ids.pad_id, "suppress_tokens": never}
 
 
 def open_run_tokenizer(path: Path, *, special: Sequence[str], rows: int) -> RunTokenizer:
-    """A run's tokenizer with its family's special tokens. Raises ValueError if it has more ids than `rows` embeddings."""
+    """Open a run's tokenizer with its family's special tokens. Raises ValueError if it has more ids than `rows` embeddings."""
     ids = RunTokenizer.open(path, special=special)
     if ids.vocab_size > rows:
         raise ValueError(f"{path} has {ids.vocab_size} ids, but {rows} embeddings are written: it is not the tokenizer of this run")

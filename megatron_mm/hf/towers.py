@@ -1,4 +1,4 @@
-"""Tables of image towers: our CLIP tower <-> transformers' `CLIPVisionModel`, and open_clip's names; our EVA tower <-> EVA-CLIP's."""
+"""Tables of image towers: our CLIP tower <-> transformers' `CLIPVisionModel` or open_clip; our EVA tower <-> EVA-CLIP."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _LAYER = "vision.transformer.layers.{layer}"
 
 
 def clip_table(config: VisionConfig, *, prefix: str = "vision_model.") -> list[Entry]:
-    """A tower as transformers names it.
+    """Table of a CLIP tower in transformers.
 
     Args:
-        prefix: of their names; transformers 5 writes a tower alone without one.
+        prefix: prefix of their names; transformers 5 writes a tower alone without one.
     """
     heads, width = config.num_attention_heads, config.hidden_size
     layer, theirs = _LAYER, f"{prefix}encoder.layers.{{layer}}"
@@ -42,7 +42,7 @@ def clip_table(config: VisionConfig, *, prefix: str = "vision_model.") -> list[E
 
 
 def open_clip_table(config: VisionConfig, *, prefix: str = "visual.") -> list[Entry]:
-    """A tower as open_clip names it: queries, keys and values in one matrix, all queries first."""
+    """Table of a CLIP tower in open_clip, which has queries, keys and values in one matrix, all queries first."""
     heads, width = config.num_attention_heads, config.hidden_size
     layer, theirs = _LAYER, f"{prefix}transformer.resblocks.{{layer}}"
     attention = f"{layer}.self_attention"
@@ -68,15 +68,15 @@ def open_clip_table(config: VisionConfig, *, prefix: str = "visual.") -> list[En
 
 
 def eva_table(config: EvaConfig, *, prefix: str = "") -> list[Entry]:
-    """A tower as EVA-CLIP names it: EVA02-L's kind, or EVA01-g's and EVA02-bigE's.
+    """Table of a tower in EVA-CLIP: like EVA02-L with SwiGLU, or like EVA01-g and EVA02-bigE without.
 
     Args:
-        prefix: of their names.
+        prefix: prefix of their names.
     """
     ours, theirs = "vision.layers.{layer}", f"{prefix}blocks.{{layer}}"
     names = {x: f"{theirs}.attn.{x}_proj.weight" for x in "qkv"}
     eva02 = [
-        # Three projections are the rows of one: a QKV of a single head as wide as the tower.
+        # Ours are the rows of the three projections one after another: a QKV with a single head as wide as the tower.
         QKV(
             f"{ours}.attention.qkv.weight",
             q=names["q"],

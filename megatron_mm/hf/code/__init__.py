@@ -1,1 +1,1 @@
-"""Code that exported models of several families carry, for transformers."""
+"""Code for transformers that is copied into exported models of several families."""

@@ -1,4 +1,4 @@
-"""Prompts with `<image>` in them and their images -> inputs of a model. Part of the checkpoint: imports NumPy and transformers alone."""
+"""Prompts that contain `<image>`, and their images -> inputs of a model. Part of the checkpoint: imports only NumPy and transformers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers.processing_utils import ProcessorMixin
 
 
 class ImagePromptProcessor(ProcessorMixin):
-    """Prompts with `<image>` in them and their images -> `input_ids`, `attention_mask`, `pixel_values`.
+    """Prompts that contain `<image>`, and their images -> `input_ids`, `attention_mask`, `pixel_values`.
 
-    Each `<image>` is written as the model's training documents write an image; `<s>` comes first, as there. A caption prompt is `<image>`
-    alone. Sequences are padded on the left where there are several.
+    As in the model's training documents, a sequence begins with `<s>`, and each `<image>` is expanded to the tokens of an image. A prompt
+    for a caption is just `<image>`. Several sequences are padded on the left.
     """
 
     image_token = "<image>"
-    if int(transformers.__version__.split(".")[0]) < 5:  # later versions find the parts by the names in __init__
+    if int(transformers.__version__.split(".")[0]) < 5:  # later versions find them from the parameter names of __init__
         attributes = ["image_processor", "tokenizer"]
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
@@ -28,27 +28,27 @@ class ImagePromptProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def image_text(self, squares: int) -> str:
-        """What an image of so many squares of pixels is written as."""
+        """Return the text that represents an image of this many squares of pixels."""
         raise NotImplementedError
 
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, low_resolution: bool | list[bool] = False, **kwargs: Any
     ) -> BatchFeature:
-        """Inputs for the model.
+        """Prepare the inputs of the model.
 
         Args:
-            images: one image, a list in the order of the `<image>`s of all prompts, or a list of such lists, one a prompt.
-            text: a prompt or several; without any, `<image>` for each image.
-            low_resolution: show images of several squares as their overviews alone, as demonstrations may be; one answer for all, or one
-                for each image in the order of the `<image>`s.
-            kwargs: for the tokenizer (`padding`, `max_length`, ...); `return_tensors` for all outputs.
+            images: one image, a list of images in the order of the `<image>`s in all prompts, or one such list per prompt.
+            text: one prompt or several. By default there is one prompt, `<image>`, for each image.
+            low_resolution: show an image of several squares only as its overview, for example in a demonstration. Either one value for all
+                images, or one for each image in the order of the `<image>`s.
+            kwargs: passed to the tokenizer (`padding`, `max_length`, ...); `return_tensors` applies to all outputs.
 
         Returns:
-            `input_ids`, `attention_mask` [b, s]; with images `pixel_values` [b, most squares of a prompt, 3, H, W], zeros where one has
-            fewer.
+            `input_ids` and `attention_mask` [b, s]; with images also `pixel_values` [b, most squares in a prompt, 3, H, W], filled with
+            zeros for prompts with fewer squares.
 
-        Raises ValueError where there is neither a prompt nor an image, where the prompts do not hold as many `<image>` as there are images,
-        or where low_resolution has another number.
+        Raises ValueError if there is neither a prompt nor an image, if the number of `<image>`s in the prompts is not the number of images,
+        or if low_resolution has another number of values.
         """
         flat = _flat(images)
         prompts = [text] if isinstance(text, str) else list(text) if text is not None else [self.image_token] * len(flat)
@@ -75,11 +75,11 @@ class ImagePromptProcessor(ProcessorMixin):
         return BatchFeature(inputs, tensor_type=return_tensors)
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """As the tokenizer's."""
+        """Call the tokenizer's `batch_decode`."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        """As the tokenizer's."""
+        """Call the tokenizer's `decode`."""
         return self.tokenizer.decode(*args, **kwargs)
 
     @property
@@ -88,13 +88,13 @@ class ImagePromptProcessor(ProcessorMixin):
 
 
 def _replaced(prompt: str, token: str, squares: list[int], image_text: Callable[[int], str]) -> str:
-    """A prompt with what the images are written as in the places of their token."""
+    """Replace each image token in a prompt with the text of its image."""
     first, *rest = prompt.split(token)
     return first + "".join(image_text(count) + text for count, text in zip(squares, rest, strict=True))
 
 
 def _padded(rows: list[list[np.ndarray]]) -> np.ndarray:
-    """Each prompt's squares, zeros behind them: [b, most squares of a prompt, 3, H, W] float32."""
+    """Stack each prompt's squares, padded with zeros at the end: [b, most squares in a prompt, 3, H, W] float32."""
     shape = next(square for row in rows for square in row).shape
     out = np.zeros((len(rows), max(map(len, rows)), *shape), dtype=np.float32)
     for place, row in zip(out, rows, strict=True):

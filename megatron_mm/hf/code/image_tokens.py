@@ -1,4 +1,4 @@
-"""Models whose images are tokens of the sequence. Part of the checkpoint: imports torch alone."""
+"""Models whose images are tokens of the sequence. Part of the checkpoint: imports only torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 class ImageTokens:
-    """What such a `PreTrainedModel` has besides: image features in the places of image tokens, in a pass and in generation.
+    """Mixin for such a `PreTrainedModel`: puts image features at the positions of image tokens, in a forward pass and in generation.
 
-    The model has `config.image_token_id`, and says below how many tokens a square of pixels takes and how it becomes features.
+    The model must have `config.image_token_id` and implement `tokens_per_square` and `get_image_features`.
 
-    Shape legend: b sequences, s tokens, n squares of all sequences, k tokens of a square, h decoder width.
+    Shape legend: b sequences, s tokens, n squares in all sequences, k tokens per square, h decoder width.
     """
 
     @property
     def tokens_per_square(self) -> int:
-        """Image tokens that one square of pixels takes."""
+        """Number of image tokens for one square of pixels."""
         raise NotImplementedError
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -25,19 +25,20 @@ class ImageTokens:
         raise NotImplementedError
 
     def embed_with_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Token embeddings [b, s, h] with image features in the places of image tokens.
+        """Return token embeddings [b, s, h] with image features at the positions of image tokens.
 
         Args:
             input_ids: [b, s].
-            pixel_values: [b, most squares of a sequence, 3, H, W], each sequence's own first; or [n, 3, H, W], those of all in order.
+            pixel_values: [b, most squares in a sequence, 3, H, W], each sequence's squares followed by padding; or [n, 3, H, W], the
+                squares of all sequences in order.
 
-        Raises ValueError where the two do not hold as many images.
+        Raises ValueError if the number of image tokens does not match the number of squares.
         """
         embedded = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return embedded
         is_image = input_ids == self.config.image_token_id
-        if pixel_values.ndim == 5:  # rows of squares, the shorter ones padded
+        if pixel_values.ndim == 5:  # one row of squares per sequence; shorter rows are padded
             num_squares = is_image.sum(dim=1) // self.tokens_per_square
             present = torch.arange(pixel_values.shape[1], device=num_squares.device) < num_squares[:, None]
             pixel_values = pixel_values[present.to(pixel_values.device)]
@@ -50,7 +51,7 @@ class ImageTokens:
         return embedded.masked_scatter(is_image[..., None], features.to(embedded.device, embedded.dtype))
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Pixels go with the step whose tokens hold image tokens: the first one, or every one without a cache."""
+        """Pass pixels only to steps whose tokens include image tokens: the first step, or every step without a cache."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         step_ids = inputs.get("input_ids")
         if inputs.get("pixel_values") is not None and (step_ids is None or not (step_ids == self.config.image_token_id).any()):

@@ -1,4 +1,4 @@
-"""Images -> normalised squares, as in training. Part of the checkpoint: imports NumPy, Pillow and transformers alone."""
+"""Images -> normalised squares, as in training. Part of the checkpoint: imports only NumPy, Pillow and transformers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers.image_transforms import to_pil_image
 
 
 class SquareImageProcessor(BaseImageProcessor):
-    """Make a square of each image (bicubic), scale to [0, 1], subtract mean, divide by std, as in training. EXIF orientation is ignored.
+    """Make each image square (bicubic), scale it to [0, 1], subtract mean and divide by std, as in training. EXIF orientation is ignored.
 
     Args:
-        size: {"height": pixels, "width": pixels}, equal.
-        image_mean, image_std: for each of red, green, blue.
-        resize: squash loses the aspect ratio, crop cuts out the middle, pad adds a border of the mean colour.
-        to_rgb: white lays what is transparent on white and takes the high byte of 16 bits, pillow does as `convert("RGB")`.
-        resize_first: with pillow, resize before the conversion, in the image's own mode.
+        size: {"height": pixels, "width": pixels}; both must be equal.
+        image_mean, image_std: values for red, green and blue.
+        resize: "squash" changes the aspect ratio, "crop" cuts out the centre, "pad" adds a border of the mean colour.
+        to_rgb: "white" puts transparent parts on white and keeps the high byte of 16-bit values; "pillow" calls `convert("RGB")`.
+        resize_first: with "pillow", and unless `resize` is "pad", resize in the image's own mode, before the conversion to RGB.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
@@ -46,7 +46,7 @@ class SquareImageProcessor(BaseImageProcessor):
         """One image or a list (Pillow, NumPy or torch) -> `pixel_values` [squares of all images, 3, H, W] float32.
 
         Args:
-            low_resolution: show an image of several squares as its overview alone; one answer for all images, or one for each.
+            low_resolution: show an image of several squares only as its overview; one value for all images, or one for each.
         """
         images = images if isinstance(images, list | tuple) else [images]
         low = [low_resolution] * len(images) if isinstance(low_resolution, bool) else list(low_resolution)
@@ -56,11 +56,11 @@ class SquareImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
     def squares(self, image: Any, low_resolution: bool = False) -> list[np.ndarray]:
-        """What an image (Pillow, NumPy or torch) becomes: one square [3, H, W] float32, or several in a family that shows more of it."""
+        """Convert an image (Pillow, NumPy or torch) to squares [3, H, W] float32: one here, several in families that divide images."""
         return [self._pixels(image)]
 
     def _pixels(self, image: Any, times: int = 1) -> np.ndarray:
-        """[3, times H, times W] float32."""
+        """Convert an image to one square [3, times * H, times * W] float32."""
         image = to_pillow(image)
         fill = tuple(round(255 * channel) for channel in self.image_mean)
         own_mode = self.resize_first and self.to_rgb == "pillow" and self.resize != "pad"
@@ -70,15 +70,15 @@ class SquareImageProcessor(BaseImageProcessor):
         return self._normalised(square)
 
     def _normalised(self, image: Image.Image) -> np.ndarray:
-        """[3, height, width] float32."""
+        """Normalise the pixels of an image: [3, height, width] float32."""
         scaled = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
         normalised = (scaled - np.float32(self.image_mean)) / np.float32(self.image_std)
         return normalised.transpose(2, 0, 1)
 
 
 def to_pillow(image: Any) -> Image.Image:
-    """A Pillow image of one that is Pillow's already, or an array of NumPy or torch: [height, width] grey, or with 1, 3 or 4 channels first
-    or last; integers from 0 to 255, or floats from 0 to 1.
+    """Convert an image to a Pillow image. It may be one already, or a NumPy or torch array: [height, width] grey, or with 1, 3 or 4
+    channels first or last; integers from 0 to 255, or floats from 0 to 1.
 
     Raises ValueError for anything else, and for an image without pixels.
     """
@@ -94,13 +94,13 @@ def to_pillow(image: Any) -> Image.Image:
     if array.ndim == 2:
         array = array[..., None]
     colours = (array.shape[0] in (3, 4), array.shape[-1] in (3, 4))
-    first = colours[0] if any(colours) else array.shape[-1] != 1  # where both could be, as transformers decides
+    first = colours[0] if any(colours) else array.shape[-1] != 1  # if both are possible, decide as transformers does
     return to_pil_image(array, input_data_format="channels_first" if first else "channels_last")
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB: transparent parts on white, the high byte of 16 bits."""
-    if image.mode.startswith("I"):  # Pillow itself would cut values off at 255
+    """Convert a Pillow image to RGB, with transparent parts on white and the high byte of 16-bit values."""
+    if image.mode.startswith("I"):  # Pillow itself would clip values at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -114,7 +114,7 @@ def _squash(image: Image.Image, size: int, fill: tuple[int, ...]) -> Image.Image
 
 
 def _crop(image: Image.Image, size: int, fill: tuple[int, ...]) -> Image.Image:
-    """The shorter side becomes `size`; of a picture more than 16 times as long as wide only the middle is resized."""
+    """Resize the shorter side to `size` and cut out the centre. If one side is more than 16 times the other, only its middle is resized."""
     across, down = (max(0, (a - 16 * b) // 2) for a, b in (image.size, image.size[::-1]))
     image = image.crop((across, down, image.width - across, image.height - down))
     width, height = image.size
