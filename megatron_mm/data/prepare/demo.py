@@ -53,7 +53,7 @@ _SEGMENTS = {  # seven-segment digits: top, upper left, upper right, middle, low
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is true of it."""
+    """A picture with its caption and questions about it."""
 
     image: Image.Image
     caption: str
@@ -93,7 +93,7 @@ SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, tuple[Any, ...]], None]] =
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """A scene of a random kind."""
+    """Draw a scene of a random kind."""
     width, height = rng.randint(48, 160), rng.randint(48, 160)
     image = Image.new("RGB", (width, height), rng.choice(_BACKGROUNDS))
     draw = ImageDraw.Draw(image)
@@ -215,7 +215,7 @@ def _write_text(folder: Path, rng: random.Random, count: int) -> None:
 
 
 def _write_conversations(folder: Path, rng: random.Random, count: int) -> None:
-    """One picture, and one or several of its questions."""
+    """Write conversations about one picture each, with one or more of its questions."""
     folder.mkdir(parents=True)
     for shard, first in enumerate(range(0, count, SAMPLES_PER_SHARD)):
         tar = TarWriter(folder / f"{shard:05d}.tar")
@@ -244,7 +244,7 @@ def _write_tasks(folder: Path, rng: random.Random, count: int) -> None:
 
 
 def _task(rng: random.Random, scene: Scene) -> dict[str, object]:
-    """A task of a random kind about a scene."""
+    """Return a task of a random kind about a scene."""
     task = rng.choice(list(TASKS))
     question, answer = rng.choice(scene.questions)
     if task == "caption":
@@ -261,11 +261,13 @@ def _task(rng: random.Random, scene: Scene) -> dict[str, object]:
 
 
 def prepare_demo(out: Path, *, samples: int = 2000, seed: int = 0) -> Summary:
-    """Make the data set under `out`: `samples` training samples (a half pairs, two fifths interleaved, a tenth text) and, beside them, a
-    quarter as many conversations and a quarter as many tasks; of each an eighth as many held-out ones; tokenizer and index. The same
-    seed makes the same bytes. The tokenizer is of the first three sources' texts.
+    """Create the data set under `out`, with tokenizer and index.
 
-    Raises ValueError if `out` has data already.
+    It has `samples` training samples (half of them pairs, two fifths interleaved, a tenth text) and, in addition, a quarter as many
+    conversations and a quarter as many tasks. The held-out split is made in the same way for max(40, samples // 8) samples. The tokenizer
+    is trained on pairs, interleaved documents and text. The same seed produces the same bytes.
+
+    Raises ValueError if `out` already contains data, or if `samples` is too small.
     """
     began = time.monotonic()
     if samples < 40:

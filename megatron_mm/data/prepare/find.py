@@ -24,20 +24,20 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
 SHARD_ENDINGS = (".tar", ".jsonl")
-"""In lower or upper case."""
+"""Endings of shards, in lower or upper case."""
 _UNREAD = (".ndjson", ".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip", ".7z", ".parquet", ".arrow", ".feather", ".lmdb")
-"""Endings of files that hold data; of these only those that `_belongs` knows are passed over."""
+"""Endings of files that contain data. Such a file is ignored only if `_belongs` recognises it."""
 _PERHAPS_UNREAD, _SMALL = (".json", ".txt", ".csv", ".tsv"), 2**20
-"""Endings of files that hold data where they have so many bytes, and notes otherwise."""
+"""Endings of files that are taken for data from this many bytes on, and for notes below."""
 
 
 def find_sources(path: Path, *, ignore: Sequence[str] = ()) -> list[Path]:
-    """The source folders of a data set, of one split, or the path itself.
+    """Return the source folders of a data set or of one split, or the path itself if it is a source.
 
-    Raises ValueError if there is none, or if shards lie both in a folder and below it, so that some would not be read.
+    Raises ValueError if there is none, or if there are shards that would not be read: outside of the sources, or on two levels of one.
 
     Args:
-        ignore: patterns of names of shards outside of source folders that are left alone, such as "*.jsonl".
+        ignore: name patterns of shards outside of source folders to ignore, such as "*.jsonl".
     """
     check_local(path, instead="copy it to a disk. `prepare index` alone takes addresses, with --index-dir")
     if not path.is_dir():
@@ -62,7 +62,7 @@ def find_sources(path: Path, *, ignore: Sequence[str] = ()) -> list[Path]:
 
 
 def _say_left_out(sources: list[Path]) -> None:
-    """Warn of folders beside sources that hold data in another form than shards: whoever indexes a whole data set may expect them in it."""
+    """Warn about folders next to sources whose data is not in shards, because a user may expect them to be indexed, too."""
     for folder in sorted({source.parent for source in sources if source.parent.name in SPLITS}):
         for other in (below for below in _folders(folder) if below not in sources):
             if (file := next((file for file in _files(other) if _looks_like_data(file)), None)) is not None:
@@ -73,7 +73,7 @@ def _say_left_out(sources: list[Path]) -> None:
 
 
 def absolute(path: Path) -> Path:
-    """A path from the root on. Links keep their names: a source that lies elsewhere is still called what its split calls it."""
+    """Return an absolute path without resolving links, so that a linked source keeps the name that it has in its split."""
     return path.resolve() if ".." in path.parts else path.absolute()
 
 
@@ -91,7 +91,7 @@ def _candidates(path: Path) -> list[Path]:
 
 
 def _check_levels(source: Path) -> None:
-    """Raise ValueError where shards lie in a source's folder and also below it: an index of some of them is easily taken for all."""
+    """Raise ValueError if a source has shards both in its folder and below it, because an index of only some could be taken for all."""
     direct = _direct(source)
     below = [shard for shard in shards_of(source) if shard.parent != source]
     if direct and below:
@@ -102,8 +102,8 @@ def _check_levels(source: Path) -> None:
 
 
 def _stray(path: Path, sources: list[Path]) -> list[Path]:
-    """Shards below a path that no source reads, by this name or by another, and that no source was made of."""
-    real_folder = cache(Path.resolve)  # asked about a folder once: a source has many more files
+    """Return the shards below a path that no source reads, under any name, and from which no source was made."""
+    real_folder = cache(Path.resolve)  # resolved once per folder, because a source has many more files
     inside = {source.resolve() for source in sources}
     left = [s for s in shards_of(path) if inside.isdisjoint((folder := real_folder(s.parent), *folder.parents))]
     if not left:
@@ -113,12 +113,12 @@ def _stray(path: Path, sources: list[Path]) -> list[Path]:
 
 
 def _made_of(sources: list[Path]) -> set[Path]:
-    """The files that `prepare pairs|text|...` made sources of, by what it wrote beside the shards."""
+    """Return the files from which `prepare pairs|text|...` made sources, according to the records that it keeps next to the shards."""
     found = set()
     for record in (record for source in sources for record in source.glob(".prepared/[0-9]*.json")):
         try:
             found.add(Path(json.loads(record.read_text())["input"]).resolve())
-        except (OSError, ValueError, KeyError, TypeError):  # it is not ours, so the shard stays in question
+        except (OSError, ValueError, KeyError, TypeError):  # not written by this program, so the shard still counts as unread
             continue
     return found
 
@@ -128,14 +128,14 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:  # which asks the file system about a folder, not about each file
+    with os.scandir(folder) as entries:  # one request for the folder, not one for each file
         return sorted(found for entry in entries if _is_folder(entry) and not _is_ours(found := Path(entry.path)))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False
 
 
@@ -156,12 +156,12 @@ def _direct(folder: Path) -> list[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder is what `prepare` writes, or hidden. One that is called "index" and holds shards is neither."""
+    """Return whether a folder was written by `prepare` or is hidden. A folder named "index" that contains shards is neither."""
     return folder.name.startswith(".") or (folder.name == "index" and not _direct(folder))
 
 
 def shards_of(source: Path) -> list[Path]:
-    """The shards in a source's folder and the folders below it, in order; each folder once, so that a link to one above ends."""
+    """Return the shards in and below a source's folder, in order. Each folder is visited once, so a link to a parent does no harm."""
     return _shards_below(source, set()) if source.is_dir() else []
 
 
@@ -177,10 +177,10 @@ def _shards_below(folder: Path, seen: set[tuple[int, int]]) -> list[Path]:
 
 
 def check_files(source: Path, shards: Sequence[Path], *, ignore: Sequence[str] = ()) -> None:
-    """Raise ValueError where a source has files that look like data and are not read.
+    """Raise ValueError if a source has files that look like data but are not read.
 
     Args:
-        ignore: patterns of names that are left alone, such as "*.csv".
+        ignore: name patterns of files to ignore, such as "*.csv".
     """
     stems = {shard.name.partition(".")[0] for shard in shards}
     unread = []
@@ -213,7 +213,7 @@ def _files(source: Path) -> Iterator[Path]:
 
 
 def _belongs(name: str, stems: set[str]) -> bool:
-    """Whether a file is what tools write beside shards: img2dataset's 00000.parquet and 00000_stats.json, energon's .nv-meta, a README."""
+    """Return whether tools put such files beside shards: img2dataset's 00000.parquet and 00000_stats.json, energon's .nv-meta, READMEs."""
     if is_note(name):
         return True
     stem = name.partition(".")[0]

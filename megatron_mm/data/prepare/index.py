@@ -35,33 +35,33 @@ from megatron_mm.platform.local_copies import address_of
 logger = logging.getLogger(__name__)
 
 MAX_REJECTED = 0.05
-"""Share of a source's samples, and of its documents' images, that may be lost unless the user allows more."""
+"""Maximum fraction of a source's samples, and of its documents' images, that may be lost unless the user allows more."""
 
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """What a user says of a source's samples."""
+    """The user's settings for indexing."""
 
     template: str = "plain"
     """Name of the chat template of conversations and tasks."""
     caption_prompt: str | None = None
-    """Makes chats of pairs, too: what asks for the caption. None leaves them an image and its caption."""
+    """Renders pairs as chats, too, with this question to which the caption is the answer. None leaves them as an image and its caption."""
     kind: Kind | None = None
-    """What the source holds; None asks its samples."""
+    """Kind of the source; None detects it from the samples."""
     key_ends: KeyEnds | None = None
-    """Whether keys end at the first or the last dot; None asks the samples."""
+    """Whether keys end at the first or the last dot; None detects it from the samples."""
     max_rejected: float = MAX_REJECTED
-    """Share of samples that may be rejected, and of the shards' bytes that may be damaged."""
+    """Maximum fraction of samples that may be rejected, and of the shards' bytes that may be damaged."""
     max_dropped_images: float = MAX_REJECTED
-    """Share of the images of documents that may be missing or bad."""
+    """Maximum fraction of the images of documents that may be missing or bad."""
     keys: Keys = USUAL
-    """What fields and files are called."""
+    """Names of fields and files."""
     ignore: tuple[str, ...] = ()
-    """Patterns of names of files that are left alone though they look like data."""
+    """Name patterns of files to ignore although they look like data."""
     verify: Verify = "full"
     """How much of each image is decoded."""
     index_dir: Path | None = None
-    """Where indexes are written, as INDEX_DIR/SPLIT/SOURCE; None writes each into its source's folder."""
+    """Folder in which indexes are written, as INDEX_DIR/SPLIT/SOURCE; None writes each into its source's folder."""
 
 
 def prepare_index(
@@ -75,16 +75,18 @@ def prepare_index(
     shards: str | None = None,
     merge_only: bool = False,
 ) -> Summary:
-    """Index every source under a path, or under the address of an object store (`mirror`). The result does not depend on the number of
-    workers. Shards that were read before, in the same way and unchanged since, are not read again.
+    """Index every source under a path, or under the address of an object store (`mirror`).
 
-    Raises ValueError if there is no shard, no tokenizer, a source without one usable sample or with too many that are not, files that
-    would not be read, or a tokenizer that lacks control tokens of the chat template, or an empty prompt.
+    The result does not depend on the number of workers. Shards that were already read in the same way, and are unchanged since, are not
+    read again.
+
+    Raises ValueError if there is no shard or no tokenizer, if a source has no usable sample or too many unusable ones, if files would not
+    be read, if the tokenizer lacks control tokens of the chat template, or if the caption prompt is empty.
 
     Args:
-        template, caption_prompt: of `IndexOptions`, where these are not given.
-        shards: read only these of each source (`choose_shards`), and write no index: that is for `merge_only`.
-        merge_only: read no shard. Raises ValueError if one has not been read.
+        template, caption_prompt: used in place of `IndexOptions` if `options` is None.
+        shards: read only these shards of each source (`choose_shards`), and do not write an index; `merge_only` writes it later.
+        merge_only: write the index without reading shards. Raises ValueError if a shard has not been read.
     """
     options = options or IndexOptions(template=template, caption_prompt=caption_prompt)
     if options.caption_prompt is not None and not options.caption_prompt.strip():
@@ -139,7 +141,7 @@ def _prepare(
 
 
 def _reading(shards: Sequence[Path], model: Path, options: IndexOptions) -> Reading:
-    """How a source is read. Raises ValueError if that is not clear, or if the tokenizer lacks tokens of the chat template."""
+    """Return how to read a source. Raises ValueError if its kind is unclear, or if the tokenizer lacks tokens of the chat template."""
     detected = detect_kind(shards, kind=options.kind, key_ends=options.key_ends, keys=options.keys)
     prompt = options.caption_prompt if detected.kind == "pairs" else None
     if detected.kind in CHAT_KINDS or prompt is not None:
@@ -161,18 +163,18 @@ class _SourceJob:
 
     source: Path
     home: Path
-    """The folder of its index."""
+    """Folder that contains the source's `index` folder."""
     shards: Sequence[Path]
     model: Path
     fingerprint: str
     reading: Reading
     options: IndexOptions
     mirror: Mirror | None = None
-    """Where its shards are objects of a store."""
+    """Stand-in files for the shards, if these are in an object store; otherwise None."""
 
     @property
     def shown(self) -> str:
-        """What messages call the source."""
+        """Name of the source in messages."""
         return str(self.source) if self.mirror is None else self.mirror.url_of(self.source)
 
     @property
@@ -180,11 +182,14 @@ class _SourceJob:
         return recipe_of(self.reading, tokenizer=self.fingerprint)
 
     def rows(self, shard: Path) -> Path:
-        """A shard's row file."""
+        """Return the path of a shard's row file."""
         return row_file_of(self.source, shard, home=self.home)
 
     def headers(self, shards: Sequence[Path]) -> Iterator[RowHeader | None]:
-        """Of these shards' row files, as far as they may be used again; looked at many at a time, as a shared file system answers late."""
+        """Yield the header of each shard's row file, or None if the shard must be read.
+
+        Checks many files at a time, because a shared file system answers slowly.
+        """
         with ThreadPoolExecutor(SHARDS_CHECKED_AT_ONCE) as threads:
             for first in range(0, len(shards), 4096):
                 part = shards[first : first + 4096]
@@ -192,7 +197,7 @@ class _SourceJob:
 
 
 def _read_shards(job: _SourceJob, shards: Sequence[Path], *, workers: int) -> None:
-    """Write the row files that are missing."""
+    """Read the shards whose row files are missing or outdated, and write these."""
     missing = [shard for shard, header in zip(shards, job.headers(shards), strict=True) if header is None]
     if len(missing) < len(shards):
         logger.info("%s: %d of %d shards are unchanged since they were read", job.shown, len(shards) - len(missing), len(shards))
@@ -223,7 +228,7 @@ class _Totals:
         self.losses = Losses()
 
     def add(self, header: RowHeader) -> None:
-        """One more."""
+        """Add a header."""
         self.samples += header.samples
         self.images += header.images
         self.text_tokens += header.text_tokens
@@ -233,13 +238,14 @@ class _Totals:
 
     @property
     def summary(self) -> SourceSummary:
-        """What is printed of them."""
+        """The totals as the summary of a source."""
         losses = {name: dict(sorted(getattr(self.losses, name).items())) for name in ("rejected", "dropped", "skipped")}
         return SourceSummary(self.samples, self.images, self.text_tokens, **losses)
 
 
 def _merge(job: _SourceJob) -> SourceSummary:
-    """Write the index of a source from the row files of its shards, one at a time. Raises ValueError if one is missing."""
+    """Write the index of a source from the row files of its shards, one at a time. Raises ValueError if one is missing, or if too much is
+    lost."""
     source, totals = job.source, _Totals()
 
     def shards() -> Iterator[Shard]:
@@ -290,7 +296,7 @@ def _merge(job: _SourceJob) -> SourceSummary:
 
 
 def _check_template(name: str, model: Path) -> None:
-    """Raise ValueError where the tokenizer lacks a control token of a chat template."""
+    """Raise ValueError if the tokenizer lacks a control token of a chat template."""
     tokenizer, lacking = Tokenizer.open(model), []
     for token in chat_template(name).control_tokens:
         try:

@@ -19,25 +19,25 @@ from megatron_mm.data.text.documents import document_kind, names_images
 from megatron_mm.data.text.keys import USUAL, Keys
 
 _SHARDS, _SAMPLES = 8, 64
-"""How many shards are looked into, and how many samples of each."""
+"""Number of shards to examine, and number of samples of each."""
 
 
 @dataclass(frozen=True)
 class Detected:
-    """What a source holds and how its files are named."""
+    """The kind of a source, and how its files are named."""
 
     kind: Kind
     key_ends: KeyEnds
 
 
 def detect_kind(shards: Sequence[Path], *, kind: Kind | None = None, key_ends: KeyEnds | None = None, keys: Keys = USUAL) -> Detected:
-    """What a source holds.
+    """Detect the kind of a source.
 
-    Raises ValueError if most samples are texts but some have images, so that these would be lost.
+    Raises ValueError if most samples are texts but some have images, which would be lost.
 
     Args:
-        kind, key_ends: what the user says, which nothing overrules.
-        keys: what fields and files are called.
+        kind, key_ends: the user's choice, which is returned unchanged; None to detect it.
+        keys: names of fields and files.
     """
     looked_at = [shard for shard in first_shards(shards) if shard.is_file()]
     if key_ends is None:
@@ -60,7 +60,7 @@ def detect_kind(shards: Sequence[Path], *, kind: Kind | None = None, key_ends: K
 
 
 def first_shards(shards: Sequence[Path]) -> Sequence[Path]:
-    """The shards of a source whose first samples tell what it holds."""
+    """Return the shards of a source whose first samples are used to detect its kind."""
     return shards[:: max(1, len(shards) // _SHARDS)][:_SHARDS]
 
 
@@ -73,19 +73,20 @@ def _first_samples(shards: Sequence[Path], key_ends: KeyEnds) -> Iterator[WebSam
 
 
 def iterate_samples(shard: Path, *, key_ends: KeyEnds = "first") -> Iterator[WebSample]:
-    """The samples of a shard of either form, damage passed over."""
+    """Yield the samples of a tar or .jsonl shard, skipping damage."""
     if shard.suffix.lower() == ".jsonl":
         return (WebSample(key=line.name, members={"json": line}) for line in iterate_jsonl(shard))
     return iterate_tar(shard, skipped=lambda _: None, key_ends=key_ends)
 
 
 def file_endings(shards: Sequence[Path]) -> Counter[str]:
-    """How the names of the first files of a source's first shards end, from the first dot on."""
+    """Count the extensions, after the first dot, of the first files in some shards of a source."""
     return Counter(extension for sample in _first_samples(first_shards(shards), "first") for extension in sample.members)
 
 
 def _has_dotted_keys(shards: Sequence[Path], keys: Keys) -> bool:
-    """Whether most samples would have neither text nor image at the first dot, but have both at the last: "v1.2_003.jpg"."""
+    """Return whether keys end at the last dot, as in "v1.2_003.jpg": most samples have no usual extension after the first dot, but a text
+    after the last one."""
     dotted = total = 0
     named = {"json", "txt", *(key.lower() for key in (keys.text, keys.image) if key is not None)}
     for shard in shards:
@@ -100,7 +101,7 @@ def _has_dotted_keys(shards: Sequence[Path], keys: Keys) -> bool:
 
 
 def _kind_of(sample: WebSample, keys: Keys) -> Kind | None:
-    """What a sample would be by itself; None if it says nothing."""
+    """Return the kind that a single sample suggests; None if it suggests none."""
     document = _json_bytes(sample.members.get("json"))
     found = document_kind(document, keys) if document is not None else None
     if found in ("conversations", "tasks"):

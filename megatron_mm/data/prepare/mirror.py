@@ -26,34 +26,34 @@ from megatron_mm.data.sources.stores import ObjectStore
 logger = logging.getLogger(__name__)
 
 _BEGIN = 8 * 2**20
-"""Bytes of a shard that tell what a source holds."""
+"""Bytes at the beginning of a shard that are downloaded to detect the kind of its source."""
 _TOKENIZER = "tokenizer.model"
 
 
 @dataclass(frozen=True)
 class Mirror:
-    """Empty files in the place of objects."""
+    """Empty local files that stand in for objects."""
 
     scratch: Path
-    """Folder that holds them, under the paths of the objects without their protocol."""
+    """Folder of the files, whose paths in it are those of the objects without the protocol."""
     protocol: str
-    """Such as s3."""
+    """Protocol of the store, such as s3."""
 
     def path_of(self, url: str) -> Path:
-        """Where an object or a folder of the store lies here."""
+        """Return the local path of an object or a folder of the store."""
         return self.scratch / url.partition("://")[2].strip("/")
 
     def url_of(self, path: Path) -> str:
-        """What an object or a folder here is called in the store."""
+        """Return the address of a local file or folder in the store."""
         return f"{self.protocol}://{path.relative_to(self.scratch).as_posix()}"
 
     def shown(self, text: str) -> str:
-        """A message with addresses in the place of paths here."""
+        """Replace local paths in a message with addresses."""
         return text.replace(f"{self.scratch}/", f"{self.protocol}://")
 
     @contextmanager
     def beginnings(self, files: Sequence[Path]) -> Iterator[None]:
-        """Let files hold the first megabytes of their objects and nothing else, as long as they are needed. Raises OSError."""
+        """Fill files with only the first megabytes of their objects while the context is open. Raises OSError."""
         before = [file.stat() for file in files]
         try:
             for file, found in zip(files, before, strict=True):
@@ -66,7 +66,7 @@ class Mirror:
 
     @contextmanager
     def filled(self, file: Path) -> Iterator[None]:
-        """Put an object's bytes into its file as long as they are needed. Raises OSError if they cannot be read."""
+        """Fill a file with its object's bytes while the context is open. Raises OSError if they cannot be read."""
         _fill(file, self.url_of(file))
         try:
             yield
@@ -77,8 +77,8 @@ class Mirror:
 
 @contextmanager
 def mirrored(url: str) -> Iterator[Mirror]:
-    """A mirror of all objects below an address, hidden ones and indexes left out. Raises ValueError if there are none, OSError if the
-    store does not answer."""
+    """Mirror all objects below an address, except hidden ones and indexes. Raises ValueError if there are none, OSError if the store does
+    not answer."""
     with tempfile.TemporaryDirectory(prefix="megatron_mm_mirror_") as scratch:
         mirror = Mirror(Path(scratch).resolve(), url.partition("://")[0])
         listed = ObjectStore(url).listed()
@@ -101,7 +101,7 @@ def mirrored(url: str) -> Iterator[Mirror]:
 
 
 def _written(details: dict[str, Any]) -> int:
-    """When an object was written, nanoseconds; where the store does not say, a number that another object has not."""
+    """Return when an object was written, in nanoseconds. If the store does not tell, return a number derived from its entity tag."""
     for key in ("LastModified", "last_modified", "updated", "mtime", "created"):
         found = details.get(key)
         if isinstance(found, datetime):
@@ -113,14 +113,14 @@ def _written(details: dict[str, Any]) -> int:
 
 
 def _make_empty(file: Path, size: int, written: int) -> None:
-    """A file of holes."""
+    """Make a sparse file of this size and modification time."""
     with file.open("wb") as opened:
         opened.truncate(size)
     os.utime(file, ns=(written, written))
 
 
 def _fill(file: Path, url: str) -> None:
-    """Put an object's bytes into its file, as many as that has."""
+    """Write the first bytes of an object to its file, up to the file's size."""
     folder, _, name = url.rpartition("/")
     store, found = ObjectStore(folder), file.stat()
     with file.open("r+b") as opened:

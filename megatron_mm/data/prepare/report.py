@@ -19,23 +19,23 @@ from megatron_mm.data.sources.index_files import META
 from megatron_mm.data.sources.shard_table import ShardTable
 
 _BLOCK = 1 << 20
-"""Samples that are looked at together."""
+"""Number of samples that are processed together."""
 _IMAGE_SAMPLES, _IMAGE_BLOCKS = 1_000_000, 64
 _SHARES = (0, 5, 25, 50, 75, 95, 100)
 _BINS = 10.0 ** np.linspace(0, 7, 141)
-"""Edges of the histogram of tokens: 20 a decade."""
+"""Edges of the histogram of tokens: 20 per decade."""
 
 
 @dataclass
 class SourceReport:
-    """What a source holds."""
+    """Statistics of a source."""
 
     kind: str
     samples: int
     images: int
     text_tokens: int
     bytes: int
-    """Of its shards."""
+    """Total size of the shards, in bytes."""
     shards: int
     chat_template: str | None
     rejected: dict[str, int]
@@ -44,16 +44,16 @@ class SourceReport:
     text_tokens_of_a_sample: dict[str, float] = field(default_factory=dict)
     """Percentiles, by name ("50%")."""
     images_of_a_sample: dict[str, int] = field(default_factory=dict)
-    """Samples by their number of images; "10+" for the rest."""
+    """Number of samples by their number of images; "10+" for the rest."""
     image_width: dict[str, float] = field(default_factory=dict)
     image_height: dict[str, float] = field(default_factory=dict)
     token_histogram: list[int] = field(default_factory=list)
-    """Samples by text tokens, between the edges `token_edges` of the report."""
+    """Number of samples by text tokens, between the edges `DataReport.token_edges`."""
 
 
 @dataclass
 class DataReport:
-    """What a data set holds, by split and source."""
+    """Statistics of a data set, by split and source."""
 
     path: str
     sources: dict[str, SourceReport]
@@ -93,7 +93,7 @@ def _percentiles_line(values: dict[str, float]) -> str:
 
 
 def report(path: Path) -> DataReport:
-    """The statistics of every indexed source under a path. Raises ValueError if one has no index."""
+    """Compute the statistics of every source under a path. Raises ValueError if a source has no index."""
     sources = {}
     for source in find_sources(path, ignore=("*",)):
         index = open_index(source, check=False)
@@ -134,7 +134,7 @@ def _source_report(index: SourceIndex, meta: dict[str, Any]) -> SourceReport:
 
 
 def _image_sizes(index: SourceIndex) -> tuple[np.ndarray, np.ndarray]:
-    """Widths and heights of images of evenly spread blocks of samples."""
+    """Return the widths and heights of images in evenly spread blocks of samples."""
     block = max(1, min(len(index), _IMAGE_SAMPLES) // _IMAGE_BLOCKS)
     starts = np.unique(np.linspace(0, max(0, len(index) - block), _IMAGE_BLOCKS if len(index) > _IMAGE_BLOCKS else 1).astype(int))
     if len(index) <= _IMAGE_SAMPLES:
@@ -148,7 +148,7 @@ def _percentiles(values: np.ndarray) -> dict[str, float]:
 
 
 def _percentiles_of(histogram: np.ndarray, least: int, most: int) -> dict[str, float]:
-    """Percentiles of a histogram over `_BINS`: the upper edge of the bin, at most 12% too large."""
+    """Return percentiles of a histogram over `_BINS`: each is the upper edge of its bin, so at most 12% too large."""
     total = np.cumsum(histogram)
     if not len(total) or not total[-1]:
         return {}
@@ -158,13 +158,13 @@ def _percentiles_of(histogram: np.ndarray, least: int, most: int) -> dict[str, f
 
 
 def draw_report(found: DataReport, out: Path) -> None:
-    """A picture of the report: text tokens of samples, images of samples, and what was rejected."""
+    """Draw the report: text tokens per sample, images per sample, and rejected samples by reason."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sources = dict(reversed(found.sources.items()))  # the first one comes on top
+    sources = dict(reversed(found.sources.items()))  # bars are drawn from the bottom up
     height = max(4.5, 1.2 + 0.35 * len(sources))
     figure, (tokens, images, losses) = plt.subplots(1, 3, figsize=(18, height), layout="constrained", width_ratios=[1.2, 1, 1])
     edges = np.array(found.token_edges)
@@ -196,7 +196,7 @@ def draw_report(found: DataReport, out: Path) -> None:
 
 
 def _stack(axes: Any, names: list[str], parts: dict[str, list[float]], *, colours: Any) -> None:
-    """A bar for each name, of the parts that are not zero everywhere."""
+    """Draw a stacked bar for each name, without parts that are zero in all bars."""
     left = np.zeros(len(names))
     for (part, shares), colour in zip(parts.items(), colours, strict=True):
         if any(shares):

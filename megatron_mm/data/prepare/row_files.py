@@ -25,7 +25,7 @@ from megatron_mm.data.sources.index_files import sampled_digest
 from megatron_mm.data.sources.rows import ITEM, SAMPLE
 
 READER_VERSION = 2
-"""Of how shards are read. Raise it where the same shard would give other rows: all shards are then read again."""
+"""Version of the code that reads shards. Raise it if the same shard would result in other rows: all shards are then read again."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class RowHeader:
     """The first line of a row file."""
 
     recipe: str
-    """Digest of how the shard was read (`recipe_of`)."""
+    """Digest of the way in which the shard was read (`recipe_of`)."""
     size: int
-    """Bytes of the shard."""
+    """Size of the shard, in bytes."""
     modified: int
-    """When the shard was written last, nanoseconds."""
+    """Time of the shard's last modification, in nanoseconds."""
     digest: str
-    """Of parts of the shard."""
+    """Digest of samples of the shard's bytes (`sampled_digest`)."""
     samples: int
     items: int
     images: int
@@ -50,19 +50,19 @@ class RowHeader:
 
 
 def recipe_of(reading: Reading, *, tokenizer: str) -> str:
-    """A digest of all that a shard's rows depend on besides the shard.
+    """Return a digest of everything besides the shard that determines its rows.
 
     Args:
-        tokenizer: its fingerprint.
+        tokenizer: the tokenizer's fingerprint.
     """
     return hashlib.sha256(f"{READER_VERSION} {tokenizer} {reading!r}".encode()).hexdigest()[:16]
 
 
 def row_file_of(source: Path, shard: Path, *, home: Path | None = None) -> Path:
-    """Where a shard's rows are kept.
+    """Return the path of a shard's row file.
 
     Args:
-        home: the folder of the source's index, which is the source's own unless that is read-only.
+        home: folder that contains the source's `index` folder; None for the source's own folder.
     """
     return (home or source) / "index" / "shards" / f"{shard.relative_to(source).as_posix()}.rows"
 
@@ -70,10 +70,10 @@ def row_file_of(source: Path, shard: Path, *, home: Path | None = None) -> Path:
 def write_row_file(path: Path, shard: Path, rows: ShardRows, *, recipe: str, before: os.stat_result) -> RowHeader:
     """Write a shard's rows, with `shard` and `first_item` counted from 0.
 
-    Raises OSError if the disk is full, and ValueError if the shard was written to while it was read; neither leaves a row file.
+    Raises OSError if the disk is full, and ValueError if the shard changed while it was read. No new row file is left in either case.
 
     Args:
-        before: the shard's size and date before it was read.
+        before: the shard's `stat` before it was read.
     """
     stat, data = shard.stat(), rows.samples.tobytes() + rows.items.tobytes()
     if (stat.st_size, stat.st_mtime_ns, stat.st_ino) != (before.st_size, before.st_mtime_ns, before.st_ino):
@@ -106,7 +106,7 @@ def write_row_file(path: Path, shard: Path, rows: ShardRows, *, recipe: str, bef
 
 
 def read_header(path: Path) -> RowHeader | None:
-    """The header of a row file; None if there is none, or the file is not whole."""
+    """Return the header of a row file; None if the file is missing or incomplete."""
     try:
         with path.open("rb") as file:
             header = RowHeader(**json.loads(file.readline()))
@@ -117,7 +117,7 @@ def read_header(path: Path) -> RowHeader | None:
 
 
 def current_header(path: Path, shard: Path, *, recipe: str) -> RowHeader | None:
-    """The header of a shard's row file where it may be used again; None if the shard must be read."""
+    """Return the header of a shard's row file if it can be used again; None if the shard must be read."""
     header = read_header(path)
     if header is None or header.recipe != recipe:
         return None
@@ -128,7 +128,7 @@ def current_header(path: Path, shard: Path, *, recipe: str) -> RowHeader | None:
 
 
 def read_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The SAMPLE and ITEM rows of a row file. Raises ValueError if they are damaged."""
+    """Return the SAMPLE and ITEM rows of a row file. Raises ValueError if they are damaged."""
     header = read_header(path)
     with path.open("rb") as file:
         file.readline()
@@ -140,6 +140,6 @@ def read_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def losses_of(header: RowHeader) -> Losses:
-    """What was not used of a shard."""
+    """Return the losses of a shard."""
     counts = {name: Counter(header.losses[name]) for name in ("rejected", "dropped", "skipped")}
     return Losses(**{**header.losses, **counts})

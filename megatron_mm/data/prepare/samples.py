@@ -43,11 +43,11 @@ from megatron_mm.data.text.tokenizer import Tokenizer
 
 Verify = Literal["full", "header", "sample"]
 _DECODED_OF_A_SAMPLE = 16
-"""One image in so many is decoded with verification of a sample."""
+"""With `verify="sample"`, one image in this many is decoded."""
 _NAMED_REJECTS = 3
-"""Rejected samples of each reason and shard that are named in the log."""
+"""Number of rejected samples per reason and shard that are named in the log."""
 
-# Pillow warns of what is rejected or treated here anyway. Not catch_warnings around each image: that is not safe in threads.
+# Pillow warns about problems that are handled here anyway. catch_warnings around each image would not be thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -59,41 +59,41 @@ class Reading:
     rendering: Rendering
     key_ends: KeyEnds = "first"
     keys: Keys = USUAL
-    """What fields and files are called."""
+    """Names of fields and files."""
     images_may_be_left_out: bool = False
-    """The user has said that the source is of texts, so images beside them are no surprise."""
+    """The user has declared the source as text, so images next to the texts are ignored, not an error."""
     verify: Verify = "full"
     """How much of an image is decoded: all of it, its header, or all of one image in 16 and the header of the others."""
 
 
 @dataclass
 class ShardRows:
-    """What a shard holds."""
+    """Rows of a shard's samples, and its losses."""
 
     samples: np.ndarray
-    """[samples] of SAMPLE; `first_item` counts from the shard's first item."""
+    """[samples] SAMPLE rows; `first_item` counts from the shard's first item."""
     items: np.ndarray
-    """[items] of ITEM."""
+    """[items] ITEM rows."""
     losses: Losses
 
 
 @dataclass
 class Losses:
-    """What is not used of a shard, or of a source."""
+    """Parts of a shard, or of a source, that are not used."""
 
     rejected: Counter[str] = field(default_factory=Counter)
-    """Samples by reason."""
+    """Number of rejected samples, by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Images and entries of samples that are used, by reason."""
+    """Number of images and entries that are left out of used samples, by reason."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Files of no sample, by reason."""
+    """Number of files that belong to no sample, by reason."""
     damaged_bytes: int = 0
     """Bytes of shards that could not be read as a tar or as lines."""
     named: list[str] = field(default_factory=list)
-    """Lines about rejected samples, the first few of each reason."""
+    """Log lines about damage and about the first few rejected samples of each reason."""
 
     def add(self, other: Losses) -> None:
-        """Count another shard's, too."""
+        """Add the losses of another shard."""
         self.rejected.update(other.rejected)
         self.dropped.update(other.dropped)
         self.skipped.update(other.skipped)
@@ -107,7 +107,7 @@ class CheckedSample:
 
     document: Member
     items: list[tuple[int, ...]]
-    """Of ITEM."""
+    """ITEM rows."""
     dropped: Counter[str]
 
 
@@ -115,7 +115,7 @@ def read_shard(shard: Path, *, number: int, reading: Reading, tokenizer: Tokeniz
     """Check every sample of a shard.
 
     Args:
-        number: of the shard in its source.
+        number: number of the shard in its source.
     """
     samples: list[tuple[int, ...]] = []
     items: list[tuple[int, ...]] = []
@@ -131,14 +131,14 @@ def read_shard(shard: Path, *, number: int, reading: Reading, tokenizer: Tokeniz
             num_images, tokens = sum(item[0] for item in found.items), sum(item[2] for item in found.items)
             samples.append((number, found.document.offset, found.document.size, len(items), len(found.items), tokens, num_images))
             items += found.items
-    except (OSError, ValueError) as error:  # BrokenShard among them
+    except (OSError, ValueError) as error:  # includes BrokenShard
         losses.rejected["broken shard"] += 1
         losses.named.append(f"{error}; the {len(samples)} samples before are used")
     return ShardRows(np.array(samples, SAMPLE), np.array(items, ITEM), losses)
 
 
 def iterate_shard(shard: Path, losses: Losses, key_ends: KeyEnds) -> Iterator[WebSample]:
-    """The samples of a shard of either form. What is passed over is counted in `losses`."""
+    """Yield the samples of a tar or .jsonl shard. Everything that is skipped is counted in `losses`."""
 
     def skipped(what: Skipped) -> None:
         losses.damaged_bytes += what.size
@@ -162,10 +162,10 @@ def _reject(losses: Losses, shard: Path, key: str, reason: str) -> None:
 
 
 def check_sample(sample: WebSample, reading: Reading, tokenizer: Tokenizer) -> CheckedSample:
-    """The document of a sample and its items' rows. Raises BadDocument with the reason to reject it.
+    """Return the document of a sample and the rows of its items. Raises BadDocument with the reason to reject the sample.
 
-    A document of texts and images loses an image that is missing or damaged and keeps the rest; a pair, a conversation or a task is
-    nothing without its images.
+    An interleaved document loses only the images that are missing or damaged. A pair, a conversation or a task with such an image is
+    rejected.
     """
     if reading.kind == "text" and not reading.images_may_be_left_out and any(is_image_name(e) for e in sample.members):
         raise BadDocument("text with images beside it")
@@ -205,7 +205,7 @@ def _read(member: Member) -> bytes:
 
 
 def document_of(kind: Kind, sample: WebSample, keys: Keys) -> Member:
-    """The member that holds a sample's text. Raises BadDocument if there is none."""
+    """Return the member that contains a sample's text. Raises BadDocument if there is none, or if it is too large."""
     named = "txt" if keys.text is None else keys.text.lower()
     for extension in (named, "json") if kind in ("pairs", "text") else ("json",):
         if extension in sample.members:
@@ -217,7 +217,7 @@ def document_of(kind: Kind, sample: WebSample, keys: Keys) -> Member:
 
 
 def parse_member(kind: Kind, document: Member, rendering: Rendering, *, keys: Keys, dropped: Counter[str] | None = None) -> list[Item]:
-    """The items of a document (`parse_document`)."""
+    """Return the items of a document (see `parse_document`)."""
     is_json = isinstance(document, Line) or document.name.lower().endswith(".json")
     return parse_document(kind, _read(document), is_json=is_json, rendering=rendering, keys=keys, dropped=dropped)
 
@@ -240,7 +240,7 @@ def _referenced(sample: WebSample, reference: ImageReference, keys: Keys) -> Mem
     if reference.extension == OWN_IMAGE:
         return _pair_image(sample, keys)
     named = sample.members.get(reference.extension) or next(
-        # A document may also give its files' whole names.
+        # A document may also contain the full names of its files.
         (member for member in sample.members.values() if f"/{member.name}".lower().endswith(f"/{reference.extension}")),
         None,
     )
@@ -250,10 +250,10 @@ def _referenced(sample: WebSample, reference: ImageReference, keys: Keys) -> Mem
 
 
 def check_image(data: bytes, *, whole: bool = True) -> tuple[int, int]:
-    """Width and height of an image that decodes to its last row. Raises BadDocument if it does not, or is too large.
+    """Return the width and height of an image. Raises BadDocument if it does not decode or is too large.
 
     Args:
-        whole: decode it; otherwise its header is enough.
+        whole: decode the whole image; if False, read only its header.
     """
     try:
         with open_image(data) as image:

@@ -40,18 +40,18 @@ class ShardJob:
     source: Path
     shard: Path
     rows: Path
-    """Its row file."""
+    """Path of the shard's row file."""
     tokenizer: Path
     reading: Reading
     recipe: str
     mirror: Mirror | None = None
-    """Where the shard is an object of a store."""
+    """Stand-in file for the shard, if this is in an object store; otherwise None."""
 
 
 def run_jobs(jobs: Sequence[ShardJob], *, workers: int) -> Iterator[tuple[ShardJob, RowHeader]]:
-    """Read shards and write their row files; yields each when it is done, in any order.
+    """Read shards and write their row files. Yields each job with its header when it is done, in any order.
 
-    Raises ValueError if a worker dies, of too little memory for example; what was done stays done.
+    Raises ValueError if a worker is killed, for example by a lack of memory. Finished row files are kept.
     """
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
@@ -91,7 +91,7 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 
 def _end_with_parent() -> None:
-    """A worker ends when the process that started it does, however that ends; Ctrl-C is left to that one."""
+    """Make a worker end as soon as its parent has ended, for whatever reason. Ctrl-C is handled by the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
@@ -104,7 +104,7 @@ def _end_with_parent() -> None:
 
 
 class Progress:
-    """Says every few seconds how many shards are done, how fast, and how long the rest takes."""
+    """Logs every few seconds how many shards are done, the speed, and the remaining time."""
 
     def __init__(self, total: int, *, of: str) -> None:
         self._total, self._of = total, of
@@ -112,7 +112,7 @@ class Progress:
         self._shards = self._samples = 0
 
     def add(self, header: RowHeader) -> None:
-        """One more shard."""
+        """Count a finished shard."""
         self._shards += 1
         self._samples += header.samples
         now = time.monotonic()
@@ -126,9 +126,10 @@ class Progress:
 
 
 def choose_shards(text: str, count: int) -> range:
-    """Which of `count` shards `--shards` names: "A-B" from A to B, both counted from 0 and included; "I/N" the I-th of N equal parts.
+    """Return the numbers of the shards that `--shards` selects out of `count`.
 
-    Raises ValueError if it is neither, or names none.
+    "A-B" selects A to B, both included and counted from 0. "I/N" selects the I-th of N equal parts, counted from 0. Raises ValueError if
+    the text is neither, or if "A-B" selects none.
 
     >>> choose_shards("10-19", 100), choose_shards("1/4", 100), choose_shards("95-199", 100)
     (range(10, 20), range(25, 50), range(95, 100))

@@ -11,22 +11,22 @@ from megatron_mm.data.prepare.kinds import file_endings
 
 @dataclass
 class SourceSummary:
-    """What `prepare index` found in a source."""
+    """Totals of a source after `prepare index`."""
 
     samples: int = 0
     images: int = 0
     text_tokens: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
-    """Samples by reason."""
+    """Number of rejected samples, by reason."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Images and entries that samples lost, by reason."""
+    """Number of images and entries that are left out of used samples, by reason."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Files that belong to no sample, by reason."""
+    """Number of files that belong to no sample, by reason."""
 
 
 @dataclass
 class Summary:
-    """What `prepare` did, by source."""
+    """Totals of every source."""
 
     sources: dict[str, SourceSummary]
     seconds: float
@@ -52,11 +52,11 @@ _HINTS = {
     "JSON has no conversations": "--messages-key FIELD says which field they are",
     "image is not in the shard": "images that a document names lie in the same tar, as KEY.NAME",
 }
-"""What is often the cause of a reason."""
+"""Advice for frequent reasons, by reason."""
 
 
 def _hints(summary: SourceSummary, shards: Sequence[Path]) -> str:
-    """What to do about the reasons that most rejected samples have."""
+    """Return advice about each reason that applies to most of the rejected samples."""
     most = sum(summary.rejected.values()) / 2
     hints = [f"{reason}: {hint}" for reason, hint in _HINTS.items() if summary.rejected.get(reason, 0) > most]
     if sum(summary.rejected.get(reason, 0) for reason in _NO_FILE) > most:
@@ -71,11 +71,11 @@ def _hints(summary: SourceSummary, shards: Sequence[Path]) -> str:
 def check_losses(
     source: Path, summary: SourceSummary, *, damage: float, max_rejected: float, max_dropped_images: float, shards: Sequence[Path] = ()
 ) -> None:
-    """Raise ValueError where no sample of a source is usable, or where more is lost than the user allows.
+    """Raise ValueError if no sample of a source is usable, or if more is lost than the user allows.
 
     Args:
-        damage: share of the shards' bytes that are damaged.
-        shards: of the source, for what an error says about them.
+        damage: fraction of the shards' bytes that is damaged.
+        shards: shards of the source, from which the error message lists file names.
     """
     rejected = sum(summary.rejected.values())
     if not summary.samples:
