@@ -124,7 +124,7 @@ def run(group: Group, arguments: Sequence[str], *, program: str) -> None:
 
 
 def _show(text: str) -> None:
-    """Print, also to a reader that leaves before the end, as in `--help | head -3`."""
+    """Print, even if the reader closes the pipe before the end, as in `--help | head -3`."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -200,7 +200,7 @@ def _add_options(parser: Parser, overrides: Sequence[Override]) -> None:
 
 
 def _add_help_groups(parser: Parser, overrides: Sequence[Override]) -> None:
-    """Add the fields' options, with their values, to a parser's help, in a group for each part."""
+    """Add the fields' options, with their values, to a parser's help, with one group per part."""
     groups: dict[tuple[str, ...], argparse._ArgumentGroup] = {}
     for option in overrides:
         if option.key is not None or option.name in parser.option_names:

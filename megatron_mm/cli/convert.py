@@ -118,7 +118,7 @@ def _inspect(given: argparse.Namespace) -> None:
     try:
         for line in lines:
             print(line, flush=True)
-    except BrokenPipeError:  # whoever read the lines has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

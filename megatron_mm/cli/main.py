@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         _fail(error)
     except OSError as error:
-        if error.filename is None:  # a connection, say
+        if error.filename is None:  # a lost connection, for example
             raise
         _fail(error)  # a file that cannot be written: a full disk, a read-only one, somebody else's folder
     except (AssertionError, AttributeError, ImportError, NotImplementedError, TypeError) as error:
@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _explain_by_engine(error: Exception) -> None:
-    """Leave with one line where megatron-core lacks what is used of it; beside another error say that nobody tried this version."""
+    """Exit with one line if megatron-core lacks something that is used here; otherwise, if this version is untested, add a note to the
+    error."""
     version = engines.installed()
     named = (error.name or "").split(".")[0] if isinstance(error, ImportError) else ""
     if version is not None or named == "megatron":

@@ -41,7 +41,7 @@ class Override:
     text: str
     """The field's docstring."""
     group_text: str
-    """The first sentence of its part's docstring."""
+    """The first paragraph of its part's docstring."""
     key: str | None = None
     """For an entry of a dict: its key."""
     earlier: str | None = None
@@ -69,7 +69,7 @@ def _dashed(names: Sequence[str]) -> str:
 def overrides_of(experiment: Experiment) -> list[Override]:
     """All options of an experiment, in the order of its fields."""
     found = [option for option in _of_part(experiment, type(experiment), ()) if option.path not in _NOT_OPTIONS]
-    return sorted(found, key=lambda option: len(option.path) > 1)  # its own fields before its parts'
+    return sorted(found, key=lambda option: len(option.path) > 1)  # the experiment's own fields first, then those of its parts
 
 
 def _of_part(part: Any, kind: type, path: tuple[str, ...]) -> Iterator[Override]:

@@ -79,7 +79,8 @@ def parse_words(name: str, hint: Any, words: Sequence[str]) -> Any:
     """The value of an option, from its words. Raises ValueError that names the option, the words and what the option accepts.
 
     Args:
-        name: the option's name. hint: the field's type.
+        name: the option's name.
+        hint: the field's type.
     """
     kind, arguments = without_none(hint), typing.get_args(without_none(hint))
     if (kind is None or takes_none(hint)) and [word.lower() for word in words] == ["none"]:

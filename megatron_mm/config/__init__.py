@@ -1,8 +1,11 @@
 """The configuration of a run: one dataclass, `Experiment`, made of one part for each concern.
 
-    blocks.py the blocks that families share; a family's own are in its folder kernels.py which fused kernels are used parallel.py how the
-    model is split over processes precision.py number formats of gradients, optimizer state and FP8 products train.py length of training,
-    handling of faults, checkpoints run.py data, optimizer, evaluation, monitoring, profiling; `Experiment`
+    blocks.py      the blocks that families share; a family's own are in its folder
+    kernels.py     which fused kernels are used
+    parallel.py    how the model is split over processes
+    precision.py   number formats of gradients, optimizer state and FP8 products
+    train.py       length of training, handling of faults, checkpoints
+    run.py         data, optimizer, evaluation, monitoring, profiling; `Experiment`
 
 A recipe (`megatron_mm.families.recipes`) is a function that returns a complete `Experiment`; the command line overrides its fields
 (`--train.steps 100`); the resolved result is written to the run directory as JSON and can be read back. Every part checks its values when

@@ -40,7 +40,7 @@ class MoEConfig:
         )
 
     def sparse_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Indices of the sparse layers, from 0: (1, 3) for every second of 4."""
+        """Indices of the sparse layers, counted from 0: (1, 3) if every second of 4 layers is sparse."""
         return tuple(layer for layer in range(num_layers) if (layer + 1) % self.every_n_layers == 0)
 
 
@@ -186,7 +186,8 @@ class ConnectorConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What every model family has. `family` is the key in `megatron_mm.families.registry.FAMILIES` of the family that builds the model."""
+    """Base of every family's model configuration. `family` is the key in `megatron_mm.families.registry.FAMILIES` of the family that builds
+    the model."""
 
     family: ClassVar[str]
     decoder: DecoderConfig
@@ -211,7 +212,7 @@ class EvaConfig:
     output_size: int
     """Width of CLIP's shared space: the rows of the head, which checkpoints contain and InfiMM does not use."""
     block: Literal["pre_norm", "post_norm"] = "pre_norm"
-    """x + f(norm(x)), or x + norm(f(x)) as in EVA02-bigE."""
+    """Position of the norms: pre_norm is x + f(norm(x)); post_norm is x + norm(f(x)), as in EVA02-bigE."""
     swiglu: bool = False
     """Use EVA-02's block: a SwiGLU with a LayerNorm inside, and another LayerNorm inside attention (sub-LN). Otherwise the MLP uses
     GELU."""

@@ -50,8 +50,8 @@ class ParallelConfig:
     """What selective recompute recomputes: the attention core, dense MLPs, norms, whole layers of experts, or the activation inside
     experts. Norms and the activation inside experts cost little, because no matrix product is computed twice."""
     recompute_encoder: Literal["none", "selective", "full"] | None = None
-    """The same for the image tower, whose layers store more than a decoder layer and are cheaper to recompute; None uses the value of
-    recompute."""
+    """Which activations of the image tower are recomputed; its layers store more than a decoder layer and are cheaper to recompute. None
+    uses the value of recompute."""
     spread_encoder: bool = False
     """Every pipeline rank has the image encoder and encodes its share of a step's images before the pipeline begins; the first stage
     receives the features and sends their gradients back. The encoder then delays no stage, and its optimizer state is sharded over all
@@ -107,7 +107,8 @@ class ParallelConfig:
 
     @property
     def overlaps_experts(self) -> bool:
-        """Whether tokens are sent between experts while another micro-batch computes: asked for, and there are others to send them to."""
+        """Whether tokens are sent between experts while another micro-batch computes: overlap_experts is set, and there are several
+        expert-parallel processes."""
         return self.overlap_experts and self.expert > 1
 
     @property

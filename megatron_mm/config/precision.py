@@ -17,7 +17,7 @@ class PrecisionConfig:
     exp_avg: Literal["fp32", "bf16"] = "fp32"
     """Format of Adam's first moment; bf16 saves 2 bytes per parameter, and needs Transformer Engine's Adam."""
     exp_avg_sq: Literal["fp32", "bf16"] = "fp32"
-    """Format of Adam's second moment; the same applies."""
+    """Format of Adam's second moment; bf16 saves and needs the same as for exp_avg."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     """How FP8 products are scaled under `train.precision fp8`: tensorwise has one scale per tensor, from its current values; delayed has
     one per tensor, from earlier steps; blockwise one per block of 128; mxfp8 one per 32 values (Blackwell GPUs)."""

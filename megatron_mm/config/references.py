@@ -111,7 +111,7 @@ def check_own(word: str, *, named_in: Path) -> None:
 def _origin(module: str) -> Path | None:
     """The file of a module that has not been imported yet; None if there is none."""
     try:
-        found = importlib.util.find_spec(module.partition(".")[0])  # of a package inside another this would run the outer one
+        found = importlib.util.find_spec(module.partition(".")[0])  # only the outermost package: finding a submodule would run its parents
     except (ImportError, ValueError):
         return None
     return Path(found.origin).absolute() if found is not None and found.origin not in (None, "built-in", "frozen") else None

@@ -18,7 +18,7 @@ from megatron_mm.platform.local_copies import local_folder
 FP8_MULTIPLE = 16
 """In FP8 matrix products, numbers of tokens and widths must be multiples of this."""
 FP8_MULTIPLES = {"tensorwise": FP8_MULTIPLE, "delayed": FP8_MULTIPLE, "blockwise": FP8_MULTIPLE, "mxfp8": 32}
-"""The same for each `precision.fp8_recipe`: mxfp8 has a scale for every 32 values, which must be complete."""
+"""The required multiple for each `precision.fp8_recipe`; mxfp8 has one scale per 32 values, and these blocks must be complete."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class MonitorConfig:
     prometheus: int | None = None
     """Port on which the main process serves `/metrics` for Prometheus; 0 chooses a free port, None disables it."""
     prometheus_host: str = "127.0.0.1"
-    """Address on which it listens; by default only this machine can connect."""
+    """Address on which the Prometheus server listens; by default only this machine can connect."""
 
     def __post_init__(self) -> None:
         require_positive(self, "console_interval")
@@ -258,7 +258,7 @@ class Experiment:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     init_from: Path | None = None
-    """A checkpoint, or the run directory of an earlier stage, with whose weights this run starts; the optimizer starts afresh. If the run
+    """A checkpoint, or the run directory of an earlier stage, whose weights this run starts with; the optimizer starts afresh. If the run
     already has a checkpoint of its own, it resumes from that one instead."""
     extensions: tuple[str, ...] = ()
     """Python files (FILE.py) or modules that are run before anything is built, to register families, connectors, decoder variants and

@@ -46,14 +46,14 @@ class TrainConfig:
     """Maximum number of consecutive steps that may be skipped because the gradient is not finite; 0 sets no limit. `after_skipped` says
     what happens then."""
     after_skipped: Literal["stop", "roll_back"] = "stop"
-    """What to do after `max_skipped_in_a_row` such steps: end the run with an error, or go back to the checkpoint before them and leave out
-    the data since then."""
+    """What to do after `max_skipped_in_a_row` skipped steps in a row: end the run with an error, or go back to the checkpoint before them
+    and leave out the data since then."""
     spike_ratio: float = 1.5
     """A loss of more than this many times the median of the last 64 steps is a spike, and is logged; 0 disables the check."""
     after_spike: Literal["alert", "roll_back"] = "alert"
     """What to do after a spike: only log it, or also go back to the newest checkpoint before it and leave out the data since then."""
     max_roll_backs: int = 3
-    """How often a run may go back to a checkpoint; the next time it ends with an error."""
+    """Maximum number of times that a run may go back to a checkpoint; one more ends it with an error."""
     checksum_interval: int = 0
     """Steps between comparisons of parameters that are replicated on several processes, to find a process with faulty memory or arithmetic;
     0 disables them."""

@@ -12,11 +12,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed import finalize_model_grads as megatron_finalize
 
 _BUCKET_ELEMENTS = 1 << 25
-"""Gradients that are added up in one message: 128 MiB of float32."""
+"""Number of gradient elements that are added up in one message: 128 MiB of float32."""
 
 
 class Beside(Protocol):
-    """A module beside the pipeline, whose backward pass follows the pipeline's (`training.spread_encoder`)."""
+    """A module outside the pipeline, whose backward pass follows the pipeline's (`training.spread_encoder`)."""
 
     wrapped: DistributedDataParallel
 
@@ -26,10 +26,9 @@ class Beside(Protocol):
 def finalize_model_grads(
     model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, *, beside: Beside | None = None, **kwargs: object
 ) -> None:
-    """megatron-core's reductions and per-token division, then the sum of the encoder's gradients over the tensor group.
+    """megatron-core's reductions, then the division by the number of tokens, then the sum of the encoder's gradients over the tensor group.
 
-    The order does not matter to the result (a sum of quotients is the quotient of the sum), and this one leaves
-    megatron-core's own work in one piece.
+    The order does not affect the result (a sum of quotients is the quotient of the sum); this one keeps megatron-core's own work together.
     """
     if beside is not None:
         beside.backward()
@@ -49,9 +48,9 @@ def finalize_model_grads(
 
 
 def _divide(model: list[torch.nn.Module], num_tokens: torch.Tensor) -> None:
-    """Divide all gradients by the tokens of the global batch, which the last pipeline stage of each data-parallel copy has its part of.
+    """Divide all gradients by the number of tokens in the global batch. The last pipeline stage of each data-parallel copy knows its share.
 
-    megatron-core would do so too, but asks first whether there are any (0.16.1), for which the processor waits for the device.
+    megatron-core could do so, too, but it first checks whether there are any tokens (0.16.1), which makes the host wait for the device.
     """
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(num_tokens, src=dist.get_process_group_ranks(pipeline)[-1], group=pipeline)

@@ -19,14 +19,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_mm.platform import fp8_weights
 
 STATE_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
-"""How checkpoints name things: each layer by its own number, optimizer state by parameter, so that any layout can read it."""
+"""How checkpoints name tensors: each layer by its own number, optimizer state by parameter, so that any layout can read them."""
 
 
 @torch.no_grad()
 def initialize_weights(chunks: list[MegatronModule], *, seed: int) -> None:
     """Set every parameter of the pipeline chunks of this process in place.
 
-    A parameter carries `init_value` (a constant) or `init_std` (a normal distribution around 0), and with that perhaps `init_like`
+    A parameter carries `init_value` (a constant), or `init_std` (a normal distribution around 0) and optionally `init_like`
     (`InitialValue.like`). A bias that carries neither is 0. Raises ValueError for any other parameter that carries neither, and
     AssertionError for one that has no global name.
     """
@@ -43,7 +43,8 @@ def initialize_weights(chunks: list[MegatronModule], *, seed: int) -> None:
 
 
 def _initialize(entry: ShardedTensor | ShardedTensorFactory, weight: torch.nn.Parameter, *, seed: int) -> None:
-    """Set a weight, whose values `entry` gives a global name: its own memory, or values that an FP8 weight is made of."""
+    """Set a weight through `entry`, which has its global name. The entry's data is the weight's own memory, or the values that an FP8
+    weight is made from."""
     rule = initial_value(entry.key, weight)
     if rule.constant is not None:
         entry.data.fill_(rule.constant)
@@ -61,20 +62,20 @@ def _draw_into(entry: ShardedTensor | ShardedTensorFactory, rule: InitialValue, 
     for piece in nested_values(pieces):
         stacked = piece.prepend_axis_num
         name, shape, row = rule.drawn_as(piece.key), piece.global_shape[stacked:], piece.global_offset[:stacked]
-        if which != (name, shape, row):  # both pieces of a SwiGLU are parts of what is drawn once
-            whole = torch.empty(0)  # let go of the one before first
+        if which != (name, shape, row):  # the two pieces of a SwiGLU are parts of one matrix, drawn once
+            whole = torch.empty(0)  # free the previous one first
             which, whole = (name, shape, row), draw(name, shape, std=rule.std, seed=seed, row=row, device=piece.data.device)
         piece.data.copy_(whole[piece.global_slice()[stacked:]])
 
 
 @dataclass(frozen=True)
 class InitialValue:
-    """How a parameter begins: at a constant, or drawn from a normal distribution around 0."""
+    """Initial value of a parameter: a constant, or drawn from a normal distribution around 0."""
 
     constant: float | None
     std: float = 0.0
     like: tuple[str, str] | None = None
-    """It begins as a copy of another parameter: (a part of its name, what stands there in the other's)."""
+    """Initialise as a copy of another parameter: (part of this parameter's name, what the other's name has instead)."""
 
     def drawn_as(self, name: str) -> str:
         """The name under which the parameter `name` is drawn."""
@@ -99,12 +100,12 @@ def initial_value(name: str, parameter: torch.Tensor) -> InitialValue:
 def draw(
     name: str, shape: Sequence[int], *, std: float, seed: int, row: Sequence[int] = (), device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """A whole parameter in float32.
+    """Draw a whole parameter in float32.
 
     Generators of different devices draw different numbers; every process of a run has the same kind of device.
 
     Args:
-        row: which of a stack, such as one expert of a layer's: each is drawn by itself, under its own number.
+        row: index in a stack, such as one expert of a layer: each is drawn separately, under its own number.
     """
     generator = torch.Generator(device=device).manual_seed(_seed_of("/".join([name, *map(str, row)]), seed))
     return torch.empty(tuple(shape), dtype=torch.float32, device=device).normal_(0.0, std, generator=generator)

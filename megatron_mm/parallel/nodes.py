@@ -16,24 +16,24 @@ import torch
 from megatron_mm.config import Experiment, ParallelConfig
 
 USUAL_GPUS = 8
-"""GPUs of a node where neither a launcher nor CUDA says how many."""
+"""GPUs per node if neither a launcher nor CUDA says how many there are."""
 
 
 def gpus_per_node() -> int:
-    """Processes of this run on each node, as torchrun says; or else this machine's GPUs."""
+    """Number of processes of this run on each node, according to torchrun; without torchrun, the number of this machine's GPUs."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])
     return torch.cuda.device_count() if torch.cuda.is_available() else USUAL_GPUS
 
 
 def nodes_of_expert_group(parallel: ParallelConfig, *, world_size: int, gpus: int) -> int:
-    """Nodes that a group of processes which exchange tokens lies on, at most.
+    """Maximum number of nodes that a group of processes which exchange tokens spans.
 
     >>> nodes_of_expert_group(ParallelConfig(expert=32), world_size=128, gpus=8)
     4
 
     Args:
-        gpus: of a node.
+        gpus: GPUs per node.
     """
     size = parallel.expert * parallel.expert_tensor
     return max((begin + size - 1) // gpus - begin // gpus + 1 for begin in range(0, max(world_size, size), size))
@@ -41,10 +41,10 @@ def nodes_of_expert_group(parallel: ParallelConfig, *, world_size: int, gpus: in
 
 @dataclass(frozen=True)
 class ExpertTraffic:
-    """What a process sends over the network for its experts in a step, and what it holds for them, bytes."""
+    """Bytes that a process sends over the network for its experts in a step, and bytes that it holds for them."""
 
     tokens: float
-    """Tokens to experts and back, forward and backward, as far as they leave the node."""
+    """Tokens sent to experts and back, forward and backward, to other nodes only."""
     weights: float
     """Gradients and weights of its experts, reduced and gathered over their data parallelism."""
     held: float
@@ -52,10 +52,10 @@ class ExpertTraffic:
 
 
 def expert_traffic(experiment: Experiment, *, expert: int, world_size: int, gpus: int) -> ExpertTraffic:
-    """Of a sparse model under an expert-parallel degree, routing being level.
+    """Expert traffic of a sparse model with this expert-parallel degree, if routing is balanced.
 
-    A step's tokens take 2 bytes a channel, go to top_k experts in each sparse layer and come back, forward and backward: 4 times. Where a
-    group lies on several nodes, those to the processes of other nodes count. Gradients have 4 or 2 bytes, weights 2.
+    A step's tokens take 2 bytes per channel. They go to top_k experts in each sparse layer and come back, forward and backward: 4 times. If
+    a group spans several nodes, only tokens to processes on other nodes count. Gradients have 4 or 2 bytes, weights 2.
     """
     decoder, parallel = experiment.model.decoder, experiment.parallel
     moe = decoder.moe

@@ -8,7 +8,7 @@ direction between two stages keep their order:
     plain 1F1B    0 1 2 3 ...
     interleaved   megatron-core's table of (micro-batch, chunk); with 2 stages, 2 chunks and 4 micro-batches
                   (0 0) (1 0) (0 1) (1 1) (2 0) (3 0) (2 1) (3 1)
-                  where what goes from the last stage to the first leaves out the last chunk: 0 1 2 3
+                  from the last stage to the first, without the last chunk: 0 1 2 3
 
 Backward passes visit micro-batches in the same order with the chunks reversed, so gradients follow the same table with the first and the
 last stage exchanged.
@@ -27,12 +27,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class PlannedMessages(P2PCommunicator):
-    """megatron-core's communicator for the passes of one step: it looks sizes up where megatron-core would exchange them."""
+    """megatron-core's communicator for the passes of one step. It looks up sizes that megatron-core would exchange."""
 
     def __init__(self, config: TransformerConfig, *, rows: Sequence[int]) -> None:
         """
         Args:
-            rows: of each micro-batch's message, over all processes of a tensor-parallel group.
+            rows: number of rows of each micro-batch's message, over all processes of a tensor-parallel group.
         """
         config = copy.copy(config)
         config.variable_seq_lengths = True  # makes P2PCommunicator ask `_communicate_shapes`
@@ -44,10 +44,10 @@ class PlannedMessages(P2PCommunicator):
         self._received_gradients, self._sent_gradients = self._order(around=is_last), self._order(around=is_first)
 
     def _order(self, *, around: bool) -> Iterator[list[int]]:
-        """Shapes of the messages of one direction over one edge of this stage.
+        """Shapes of the messages in one direction between this stage and one neighbour.
 
         Args:
-            around: the edge is the one between the last stage and the first.
+            around: whether they pass between the last stage and the first.
         """
         chunks = self.virtual_pipeline_model_parallel_size
         if chunks is None:
@@ -58,7 +58,7 @@ class PlannedMessages(P2PCommunicator):
     def _communicate_shapes(
         self, tensor_send_next: torch.Tensor | None, tensor_send_prev: torch.Tensor | None, recv_prev: bool, recv_next: bool
     ) -> tuple[list[int], list[int]]:
-        """Shapes of what comes from the previous and from the next stage. Called once before each exchange of messages."""
+        """Shapes of the messages from the previous and from the next stage. Called once before each exchange of messages."""
         for tensor, planned in ((tensor_send_next, self._sent), (tensor_send_prev, self._sent_gradients)):
             if tensor is not None:
                 shape = next(planned)

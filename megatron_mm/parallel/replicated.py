@@ -20,7 +20,7 @@ def mark_replicated(module: torch.nn.Module) -> None:
 
 
 def replicated_state(module: torch.nn.Module, *, prefix: str) -> ShardedStateDict:
-    """The module's parameters for a checkpoint: copies, of which the first process that has one writes it."""
+    """The module's parameters for a checkpoint, as replicas: the first process that holds one writes it."""
     state = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.nn.Parameter)}
     sharded = make_sharded_tensors_for_checkpoint(
         state,

@@ -24,9 +24,9 @@ from megatron_mm.config import ParallelConfig
 def layers_per_stage(parallel: ParallelConfig, *, num_layers: int) -> tuple[int, ...]:
     """Decoder layers of each stage, in pipeline order.
 
-    Without `parallel.stage_layers` the layers are spread as evenly as they go, and what is left over goes to the middle
-    stages, because the first stage also embeds and encodes and the last one also computes the logits: 56 layers on 10
-    stages are 5 6 6 6 6 6 6 5 5 5, with the last ones short.
+    Without `parallel.stage_layers` the layers are spread as evenly as possible, and the remaining ones go to the middle stages, because the
+    first stage also embeds and encodes and the last one also computes the logits: 56 layers on 10 stages are 5 6 6 6 6 6 6 5 5 5, with the
+    last ones short.
 
     Raises ValueError if explicit numbers do not add up, or there are more stages than layers.
     """
@@ -49,7 +49,7 @@ def layers_per_stage(parallel: ParallelConfig, *, num_layers: int) -> tuple[int,
 
 
 def pipeline_layout(parallel: ParallelConfig, *, num_layers: int) -> list[list[str]]:
-    """The same as megatron-core's `pipeline_model_parallel_layout`: one list of layer types for each stage."""
+    """The layout in the form of megatron-core's `pipeline_model_parallel_layout`: one list of layer types for each stage."""
     layout = [["decoder"] * count for count in layers_per_stage(parallel, num_layers=num_layers)]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
@@ -57,17 +57,17 @@ def pipeline_layout(parallel: ParallelConfig, *, num_layers: int) -> list[list[s
 
 
 def rows_for(num_vectors: int, *, width: int, hidden_size: int) -> int:
-    """Rows of width hidden_size that hold so many vectors of another width: 3 vectors of 10 in rows of 16 take 2."""
+    """Number of rows of width hidden_size that num_vectors vectors of another width need: 3 vectors of 10 in rows of 16 take 2."""
     return -(-num_vectors * width // hidden_size)
 
 
 def attach(hidden: torch.Tensor, states: torch.Tensor, *, rows: int) -> torch.Tensor:
-    """Put cross-attention states behind hidden states, padded with zeros.
+    """Append cross-attention states to hidden states, padded with zeros.
 
     Args:
         hidden: [t, 1, h].
         states: cross-attention states [m, 1, v].
-        rows: of the result.
+        rows: number of rows of the result.
 
     Returns:
         [rows, 1, h].

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 def sum_over_processes(*values: torch.Tensor) -> list[np.ndarray]:
-    """Add tensors up over all processes in one message, and wait for the result: arrays of the same shapes, the same on all of them.
+    """Add up tensors over all processes in one message, and wait for the result: arrays of the same shapes, equal on all processes.
 
     Args:
         values: float64, on the device of this process, of the same shapes on all.

@@ -13,18 +13,18 @@ from megatron_mm.parallel.topology import Topology
 
 
 class TextGroup:
-    """A gloo group: token ids come from the disk and are needed in host memory first. See `data.load.texts.TextSharing`."""
+    """A gloo group, because token ids are read from disk and needed in host memory first. See `data.load.texts.TextSharing`."""
 
     def __init__(self, group: dist.ProcessGroup, ranks: list[int]) -> None:
         self._group, self._ranks = group, ranks
 
     @property
     def is_reader(self) -> bool:
-        """The first tensor-parallel rank of the first stage, which also reads images."""
+        """Whether this process reads the texts: the first tensor-parallel rank of the first stage, which also reads images."""
         return dist.get_rank() == self._ranks[0]
 
     def share(self, values: np.ndarray) -> None:
-        """Fill every process's array with the reader's."""
+        """Copy the reader's array into every process's array."""
         dist.broadcast(torch.from_numpy(values), src=self._ranks[0], group=self._group)
 
 
@@ -32,7 +32,7 @@ _made: dict[int, TextGroup | None] = {}
 
 
 def text_group(topology: Topology, *, timeout: timedelta) -> TextGroup | None:
-    """This process's group, made once for all loaders of a run; None if it needs no texts, or nobody else needs the same.
+    """This process's group, made once for all loaders of a run; None if it needs no texts, or if no other process needs the same ones.
 
     All processes call it together.
     """

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this process stands. Sizes multiply to the world size: tensor x pipeline x data."""
+    """Ranks of this process and sizes of its groups. Sizes multiply to the world size: tensor x pipeline x data."""
 
     device: torch.device
     rank: int
@@ -50,22 +50,22 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
-        """The one process that writes logs and names checkpoints."""
+        """Whether this is the one process that writes logs and names checkpoints."""
         return self.rank == 0
 
     @property
     def reports_loss(self) -> bool:
-        """One process of every data-parallel copy: on the last stage, where the loss is known."""
+        """Whether this process reports the loss: in every data-parallel copy, one on the last stage, where the loss is known."""
         return self.is_last_stage and self.tensor_rank == 0
 
 
 def world_size() -> int:
-    """Processes of this run, as torchrun says; 1 without it."""
+    """Number of processes of this run, according to torchrun; 1 without it."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def initialize(parallel: ParallelConfig, *, seed: int) -> Topology:
-    """Join the process group that torchrun set up (or make one of a single process) and cut it into megatron-core's groups."""
+    """Join the process group that torchrun set up (or make one of a single process) and split it into megatron-core's groups."""
     cpu.install()
     engine.install()
     device = local_device()
@@ -84,7 +84,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Topology:
         else:
             dist.init_process_group(communication_backend(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel.data_parallel_size(dist.get_world_size())
-    if not parallel_state.model_parallel_is_initialized():  # it is where a run begins again in the same processes
+    if not parallel_state.model_parallel_is_initialized():  # it is if a run restarts in the same processes
         make_groups(parallel, distributed_timeout_minutes=max(1, round(parallel.collective_timeout_minutes)))
     topology = _current(parallel, device=device)
     seed_everything(seed + 100 * topology.pipeline_rank + 10_000 * topology.data_rank)
@@ -94,16 +94,16 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Topology:
 def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """torchrun's store, this process's rank, and the number of processes.
 
-    torchrun keeps its store when it starts the processes again within a job, and with it the addresses at which gloo's processes of before
-    listened (torch 2.13). So each start has names of its own in it.
+    When torchrun restarts the processes within a job, it keeps its store, which still has the addresses at which gloo's earlier processes
+    listened (torch 2.13). So each start uses names of its own in the store.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, size
 
 
 def make_groups(parallel: ParallelConfig, **options: Any) -> None:
-    """megatron-core's process groups of a layout; `options` are its own. Without the gloo groups that it would make beside those of data
-    parallelism: it sends optimizer state through them, and here nobody sends that."""
+    """Make megatron-core's process groups of a layout; `options` are its own. The additional gloo groups for data parallelism are left out:
+    megatron-core uses them to send optimizer state, which is not done here."""
     parallel_state.initialize_model_parallel(
         create_gloo_process_groups=False,
         tensor_model_parallel_size=parallel.tensor,
@@ -131,7 +131,7 @@ def _current(parallel: ParallelConfig, *, device: torch.device) -> Topology:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch, and megatron-core's tracker of the tensor-parallel ones."""
+    """Seed the generators of Python, NumPy and torch, and megatron-core's tracker of tensor-parallel generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -146,9 +146,9 @@ def shutdown() -> None:
 
 
 def single_process_groups() -> ProcessGroupCollection:
-    """Groups of this process alone, for a module that no other process shares a part of (an image tower).
+    """Groups of only this process, for a module that it does not share with others (an image tower).
 
-    The context-parallel group is such a group: there is no context parallelism here.
+    The context-parallel group is such a group, because context parallelism is not used here.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     alone = groups.cp
@@ -159,7 +159,7 @@ def single_process_groups() -> ProcessGroupCollection:
 
 
 def replicated_groups() -> ProcessGroupCollection:
-    """Groups for a module that all processes of the run hold whole: data parallelism over all of them, and nothing else."""
+    """Groups for a module that every process of the run holds whole: data parallelism over all processes, and nothing else."""
     groups, everybody = single_process_groups(), dist.group.WORLD
     for name in ("dp", "dp_cp", "intra_dp_cp", "intra_dist_opt"):
         setattr(groups, name, everybody)
@@ -169,7 +169,7 @@ def replicated_groups() -> ProcessGroupCollection:
 
 @contextlib.contextmanager
 def pretend(parallel: ParallelConfig, *, pipeline_rank: int, seed: int = 0) -> Iterator[Topology]:
-    """Stand on one pipeline stage of a layout without any other process, to build its model on the meta device.
+    """Act as one pipeline stage of a layout, without any other process, to build its model on the meta device.
 
     Collectives do nothing, so only construction works here, not a forward pass.
     """

@@ -29,16 +29,16 @@ from megatron_mm.parallel.text_sharing import text_group
 from megatron_mm.parallel.topology import Topology
 
 TRAINING = "train"
-"""The split that is trained on."""
+"""Name of the training split."""
 
 
 def open_tokenizer(experiment: Experiment) -> Tokenizer:
-    """The experiment's SentencePiece model with the special tokens of its model family.
+    """Open the experiment's SentencePiece model with the special tokens of its model family.
 
-    Raises ValueError that names the data's folder, or the file, if it is missing or is none.
+    Raises ValueError, naming the data folder or the file, if either is missing or the file is not a tokenizer.
     """
     data = experiment.data
-    if data.tokenizer is None:  # a named one needs no data: benchmarks of a model that came without any
+    if data.tokenizer is None:  # a tokenizer given by name needs no data set: benchmarks can run without one
         folder = local_data(data)
         check_folder(folder)
         if not data.tokenizer_path.is_file() and not any((folder / s).is_dir() for s in (TRAINING, HELD_OUT)):
@@ -49,20 +49,21 @@ def open_tokenizer(experiment: Experiment) -> Tokenizer:
 def has_data(experiment: Experiment) -> bool:
     """Whether there is a data set at the experiment's path.
 
-    A folder that somebody named and that holds none counts, so that opening it says what is wrong; the default's does not.
+    Any existing folder counts if it is not the default one, so that opening it reports what is wrong.
     """
     folder = local_data(experiment.data)
     return (folder / TRAINING).is_dir() or (folder.is_dir() and folder != DataConfig().path)
 
 
 def local_data(data: DataConfig) -> Path:
-    """The data set's folder on this machine. Of one in an object store the indexes are copied first (`data.sources.index_copies`)."""
+    """The data set's folder on this machine. If the data set is in an object store, its indexes are copied first
+    (`data.sources.index_copies`)."""
     return data_folder(data.path, sources=data.sources, tokenizer=data.tokenizer is None)
 
 
 def image_input(experiment: Experiment) -> ImageInput:
-    """How images enter the experiment's model. Raises ValueError if it wants tiles, or low resolution, and the model does not look at
-    images so."""
+    """How images enter the experiment's model. Raises ValueError if the experiment sets tiles or low resolution and the model does not
+    support them."""
     family, data = family_of(experiment.model), experiment.data
     image = replace(family.image_input(experiment.model), to_rgb=data.to_rgb)
     if data.low_resolution_demonstrations:
@@ -82,8 +83,8 @@ def image_input(experiment: Experiment) -> ImageInput:
 
 
 def open_sources(experiment: Experiment, *, split: str, check: bool = True) -> list[Source]:
-    """The sources of a split that the mixture names, each as `data.preprocessors` leave it. Raises ValueError if one is empty or
-    a preprocessor returns none."""
+    """The sources of a split that the mixture names, after `data.preprocessors`. Raises ValueError if a source has no samples left, or if a
+    preprocessor returns None."""
     data = experiment.data
     found: list[Source] = []
     for source in open_split(local_data(data), split, sources=data.sources, check=check):
@@ -103,10 +104,10 @@ def open_sources(experiment: Experiment, *, split: str, check: bool = True) -> l
 def make_plan(experiment: Experiment, *, split: str, check: bool = True) -> Plan:
     """The plan of a split: a pure function of the experiment and the indexes on disk.
 
-    Raises ValueError if the data path, a source or its index is missing or empty, or was made with another chat template.
+    Raises ValueError if the data path, a source or its index is missing or empty, or if a source was indexed with another chat template.
 
     Args:
-        check: look at every shard and into the index's arrays, which one process of a run does for all.
+        check: check every shard and the index's arrays; in a run only the main process does so.
     """
     data = experiment.data
     names = data.sources
@@ -132,7 +133,7 @@ def make_plan(experiment: Experiment, *, split: str, check: bool = True) -> Plan
 
 
 def costs(experiment: Experiment) -> Costs:
-    """FLOPs of training on a token, a squared length and an image: what a family's step costs is linear in each."""
+    """FLOPs of training on one token, one unit of squared length and one image. The FLOPs of a step are linear in each."""
     flops, model, policy = family_of(experiment.model).step_flops, experiment.model, experiment.train.freeze_policy
     nothing = StepWork(num_tokens=0, sum_squared_lengths=0, num_images=0)
     token, square, image = (
@@ -142,8 +143,8 @@ def costs(experiment: Experiment) -> Costs:
 
 
 def as_indexed(experiment: Experiment, indexes: Sequence[Source]) -> Experiment:
-    """The experiment with the chat template and the caption prompt that its sources were indexed with, where it names none: so that a
-    resume, or an evaluation, on data that was indexed otherwise since is noticed."""
+    """The experiment with the chat template and caption prompt of its indexed sources filled in where it sets none, so that a resume or
+    evaluation notices if the data has been re-indexed differently."""
     data = experiment.data
     templates = {index.chat_template for index in indexes} - {None}
     prompts = {index.caption_prompt for index in indexes if index.kind == "pairs"} - {None}
@@ -158,7 +159,7 @@ def as_indexed(experiment: Experiment, indexes: Sequence[Source]) -> Experiment:
 
 
 def _check_rendering(data: DataConfig, indexes: Sequence[Source]) -> None:
-    """Raise ValueError where a source was not indexed with the chat template or caption prompt that the experiment asks for."""
+    """Raise ValueError if a source was not indexed with the chat template or caption prompt that the experiment requires."""
     for index in indexes:
         if index.kind == "pairs" and data.caption_prompt not in (None, index.caption_prompt):
             raise ValueError(
@@ -179,7 +180,7 @@ def _check_rendering(data: DataConfig, indexes: Sequence[Source]) -> None:
 
 
 class TrainingData:
-    """An endless iterator of this process's batches, with a cursor to resume from. Images are augmented in the training split alone."""
+    """An endless iterator of this process's batches, with a cursor to resume from. Images are augmented only in the training split."""
 
     def __init__(
         self,
@@ -193,8 +194,8 @@ class TrainingData:
     ) -> None:
         """
         Args:
-            plan: of the split, where it has been made already.
-            cursor: of an earlier iterator; None begins with the first sample.
+            plan: plan of the split, if it has already been made.
+            cursor: cursor of an earlier iterator; None begins with the first sample.
         """
         plan = plan or make_plan(experiment, split=split, check=False)  # `start` has checked it
         data = experiment.data if split == TRAINING else replace(experiment.data, jpeg_quality=None)
@@ -223,7 +224,7 @@ class TrainingData:
 
     @property
     def cursor(self) -> dict[str, Any]:
-        """Where the plan stands after the last batch, as JSON values."""
+        """Position in the plan after the last batch, as JSON values."""
         return self._loader.state.to_dict()
 
     def close(self) -> None:
@@ -232,5 +233,5 @@ class TrainingData:
 
 
 def held_out_batches(experiment: Experiment, topology: Topology, tokenizer: Tokenizer) -> TrainingData:
-    """The held-out split from its first batch on."""
+    """Batches of the held-out split, from the first one on."""
     return TrainingData(experiment, topology, tokenizer, split=HELD_OUT)

@@ -25,15 +25,15 @@ from megatron_mm.platform import engines
 State = Literal["ok", "missing", "warning"]
 
 MIN_FREE_DISK = 50 * 2**30
-"""Bytes; a checkpoint of MM1 30B with its optimizer state is about 430 GB over all nodes, a demo's is a few MB."""
+"""Free disk space wanted, bytes. A checkpoint of MM1 30B with optimizer state is about 430 GB over all nodes; the demo's is a few MB."""
 MIN_SHARED_MEMORY = 2**30
-"""Bytes; NCCL and the checkpoint writers pass buffers through /dev/shm."""
+"""Free space wanted in /dev/shm, bytes. NCCL and the checkpoint writers pass buffers through it."""
 MIN_OPEN_FILES = 4096
-"""A process keeps shards, sockets to its peers and checkpoint files open."""
+"""Limit on open files wanted: a process keeps shards, sockets to its peers and checkpoint files open."""
 FP8_CAPABILITY = (8, 9)
 """CUDA compute capability of the first GPUs with FP8 matrix products (Ada); Hopper has 9.0, an A100 8.0."""
 FP8_TE_VERSION = (2, 2)
-"""The first Transformer Engine whose FP8 takes its scales from the tensor at hand."""
+"""First version of Transformer Engine that computes FP8 scales from the current tensor."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Finding:
     detail: str
     """Version or size, or why it is missing."""
     falls_back_to: str = ""
-    """What is used in its place; empty if nothing is missing."""
+    """What is used instead; empty if nothing is missing."""
 
 
 def diagnose(path: Path = Path(".")) -> list[Finding]:
-    """Look at everything that a run uses; `path` is where runs will be written. Never raises for what it finds."""
+    """Check everything that a run uses. `path` is where runs will be written. A check of a package that raises becomes a warning."""
     findings: list[Finding] = []
     for check in CHECKS:
         try:
@@ -83,7 +83,7 @@ def _version(package: str) -> str:
 
 
 def _find(module: str) -> importlib.machinery.ModuleSpec | None:
-    """Where a module would be imported from; importing nothing but its parents, and None if one of those is missing."""
+    """Spec of a module, found without importing more than its parent packages; None if it or a parent is missing."""
     try:
         return importlib.util.find_spec(module)
     except (ImportError, ValueError):
@@ -149,7 +149,7 @@ def _check_transformer_engine() -> Iterator[Finding]:
 
 
 def _packed_attention() -> Finding:
-    """Transformer Engine's attention on the first GPU."""
+    """Whether Transformer Engine's attention over packed documents works on the first GPU."""
     import torch
 
     from megatron_mm.platform.device import packed_attention_missing
@@ -162,7 +162,7 @@ def _packed_attention() -> Finding:
 
 
 def _fp8(version: str) -> Finding:
-    """FP8 products with this version of Transformer Engine on the first GPU."""
+    """Whether FP8 products work with this version of Transformer Engine on the first GPU."""
     import torch
 
     instead = "bf16 (--train.precision bf16)"
@@ -179,7 +179,7 @@ def _fp8(version: str) -> Finding:
 
 
 def _check_apex() -> Iterator[Finding]:
-    """With Transformer Engine, whose fused Adam megatron-core prefers, apex would add the output layer's gradient fusion alone."""
+    """With Transformer Engine, whose fused Adam megatron-core prefers, apex would add only the gradient fusion of the output layer."""
     spec = _find("apex")
     instead = "nothing is missed: Transformer Engine has a fused Adam" if _find("transformer_engine") else "torch's fused AdamW"
     if spec is None:
@@ -281,4 +281,4 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _check_packages,
     _check_wandb,
 )
-"""In the order of the report."""
+"""Checks, in the order of the report."""

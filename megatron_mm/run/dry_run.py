@@ -21,16 +21,15 @@ PLANNED_STEPS = 2
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Parameters that each process of a pipeline stage holds (its own cut of them), by part of the model."""
+    """Numbers of parameters that each process of a pipeline stage holds (its own shards only), by part of the model."""
 
     held: dict[str, int]
     trainable: dict[str, int]
-    """Those that are trainable under the experiment's freeze policy; parts of which none is are left out."""
+    """Parameters that are trainable under the experiment's freeze policy; parts without any are left out."""
 
 
 def describe(experiment: Experiment) -> Iterator[str]:
-    """Lines for the terminal. Raises ValueError if the layout cannot hold the model or its batches, or data is named and cannot be
-    opened."""
+    """Lines for the terminal. Raises ValueError if the layout cannot hold the model or its batches, or existing data cannot be opened."""
     parallel = experiment.parallel
     world_size = max(topologies.world_size(), parallel.model_parallel_size * parallel.expert)
     check_shapes(experiment, world_size)
@@ -47,7 +46,7 @@ def describe(experiment: Experiment) -> Iterator[str]:
 
 
 def stage_parameters(experiment: Experiment) -> list[StageParameters]:
-    """What every pipeline stage holds, in pipeline order. Raises ValueError if the freeze policy has a pattern that matches nothing."""
+    """Parameters of every pipeline stage, in pipeline order. Raises ValueError if the freeze policy has a pattern that matches nothing."""
     parallel, patterns = experiment.parallel, trainable_patterns(experiment)
     stages: dict[int, StageParameters] = {}
     names: list[str] = []
@@ -73,7 +72,7 @@ def _count(modules: Sequence[torch.nn.Module], *, only_trainable: bool) -> dict[
 
 
 def stage_table(experiment: Experiment) -> Iterator[str]:
-    """A line for each pipeline stage: its layers, the parameters that one process of it holds, and which of them are trainable."""
+    """A line for each pipeline stage: its layers, and the parameters that each of its processes holds, in total and trainable."""
     parallel = experiment.parallel
     layers = layers_per_stage(parallel, num_layers=experiment.model.decoder.num_layers)
     policy = experiment.train.freeze_policy

@@ -22,11 +22,11 @@ from megatron_mm.training.step import TrainingStep
 
 Images = Literal["true", "shuffled", "blank"]
 IMAGES: tuple[Images, ...] = ("true", "shuffled", "blank")
-"""What the model sees: each sample's own images, those of other samples, or the mean colour everywhere."""
+"""Images that the model sees: each sample's own, those of other samples, or the mean colour everywhere."""
 
 
 def agreed(checkpoint: Path) -> Path:
-    """The checkpoint that the first process has found: a run that is training may have saved another one since then."""
+    """Return the checkpoint that the first process found. Others may find a newer one, if the run is still training."""
     found = [str(checkpoint)]
     dist.broadcast_object_list(found, src=0)
     return Path(found[0])
@@ -34,14 +34,14 @@ def agreed(checkpoint: Path) -> Path:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What `evaluate` found; the same on every process."""
+    """Results of `evaluate`; the same on every process."""
 
     losses: dict[Images, dict[str, float]]
-    """By what the model saw: `heldout/loss` and `heldout/loss/SOURCE`, nats per token."""
+    """Losses by the images that the model saw: `heldout/loss` and `heldout/loss/SOURCE`, nats per token."""
     captions: list[CaptionSample]
-    """Of the first `eval.samples` held-out pairs."""
+    """Captions of the first `eval.samples` held-out pairs."""
     no_captions: str = ""
-    """Why there are none."""
+    """Why there are no captions; empty if there are."""
 
     def report(self) -> Iterator[str]:
         """Lines for the terminal."""
@@ -61,7 +61,7 @@ class Evaluated:
             yield f"true: {sample.true:44} generated: {sample.generated}"
 
     def worth_of_images(self) -> float:
-        """By which part the loss falls when shuffled images are replaced with the true ones."""
+        """Fraction by which the loss falls when shuffled images are replaced with the true ones."""
         name = f"{SPLIT}/loss"
         return 1.0 - self.losses["true"][name] / self.losses["shuffled"][name]
 
@@ -76,9 +76,9 @@ def experiment_of(checkpoint: Path) -> Experiment:
 
 
 def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
-    """Held-out losses and captions of a checkpoint, in the layout of the experiment.
+    """Compute held-out losses and captions of a checkpoint, in the layout of the experiment.
 
-    Raises ValueError if there is no held-out split, or checkpoint, layout or data do not fit.
+    Raises ValueError if there is no held-out split, or if the checkpoint, layout or data does not fit.
     """
     if not (local_data(experiment.data) / SPLIT).is_dir():
         raise ValueError(f"data path {experiment.data.path} has no {SPLIT} folder: give --data.path")

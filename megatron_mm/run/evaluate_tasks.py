@@ -37,13 +37,13 @@ from megatron_mm.training.checkpoint.names import MANIFEST
 logger = logging.getLogger(__name__)
 
 FOLDER = "evaluation"
-"""Of results, in the run directory or the exported model."""
+"""Folder of results, in the run directory or the exported model."""
 _DECODE_THREADS = 4
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is evaluated."""
+    """A checkpoint or exported model to evaluate."""
 
     path: Path
     """A run directory, a checkpoint, or an exported model."""
@@ -52,37 +52,38 @@ class Target:
 
     @property
     def folder(self) -> Path:
-        """The run directory, the exported model, or where a checkpoint lies that was copied out of its run."""
+        """The run directory or the exported model; for a checkpoint copied out of its run, the folder that contains it."""
         if self.is_export:
             return self.path
         return self.checkpoint.parents[1] if self.checkpoint.parent.name == "checkpoints" else self.checkpoint.parent
 
     @property
     def step(self) -> int:
-        """The training step that the checkpoint was made after; 0 of an exported model."""
+        """Training step after which the checkpoint was saved; 0 for an exported model."""
         return 0 if self.is_export else int(json.loads((self.checkpoint / MANIFEST).read_text())["step"])
 
     @property
     def name(self) -> str:
-        """How results call it."""
+        """Name of the target in results."""
         return "export" if self.is_export else self.checkpoint.name
 
 
 def is_export(path: Path) -> bool:
-    """A folder that `convert to-hf` has written, or a released model."""
+    """Whether a folder is an exported model (written by `convert to-hf`, or released)."""
     return (path / "config.json").is_file() and bool(list(path.glob("*.safetensors*")))
 
 
 def open_target(path: Path, recipe: Experiment | None, *, out: Path | None) -> Target:
-    """The checkpoint of a run or of an exported model; the weights of the latter become one below its results, once.
+    """Open a run, a checkpoint or an exported model. The weights of an exported model are converted once, to a checkpoint below its
+    results.
 
-    Raises ValueError if there is none, and if the recipe of an exported model is not given or does not fit.
+    Raises ValueError if there is no checkpoint, or if the recipe of an exported model is missing or does not fit.
     """
     if not is_export(path):
         return Target(path, _resolved(find_checkpoint(path)), is_export=False)
     if recipe is None:
         raise ValueError(f"{path} is an exported model: name its recipe, such as --recipe mm1_3b")
-    weights = (out or path / FOLDER) / f"weights_{_digest(recipe)}"  # a copy for each form that they are read in
+    weights = (out or path / FOLDER) / f"weights_{_digest(recipe)}"  # one copy for each set of settings
     if int(os.environ.get("RANK", "0")) == 0 and not list(weights.glob("checkpoints/step_*/manifest.json")):
         from megatron_mm.conversion.from_hf import convert_from_hf
 
@@ -92,13 +93,13 @@ def open_target(path: Path, recipe: Experiment | None, *, out: Path | None) -> T
 
 
 def _resolved(checkpoint: Path) -> Path:
-    """A checkpoint under its own name, where a link such as `best` points to it."""
+    """Resolve a link such as `best` to the checkpoint that it points to."""
     return checkpoint.resolve() if checkpoint.is_symlink() else checkpoint
 
 
 @contextlib.contextmanager
 def _while_it_is_there(checkpoint: Path) -> Iterator[None]:
-    """Raises ValueError that says so where reading fails because the training has removed the checkpoint meanwhile."""
+    """Raise a ValueError that explains the cause if reading fails because training has removed the checkpoint in the meantime."""
     try:
         yield
     except Exception as error:
@@ -111,14 +112,14 @@ def _while_it_is_there(checkpoint: Path) -> Iterator[None]:
 
 
 def _digest(experiment: Experiment) -> str:
-    """Of the settings that change answers: the model, its images, the words around a question, and the number format."""
+    """Hash of the settings that change answers: the model, its images, the chat template, and the number format."""
     data = experiment.data
     settings = [to_dict(experiment)["model"], data.to_rgb, data.min_tiles, data.max_tiles, data.chat_template, experiment.train.precision]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _wait_for(weights: Path, *, minutes: float = 120) -> Path:
-    """The checkpoint that the first process of a machine or cluster converts."""
+    """Wait for the checkpoint that the first process converts. Raises ValueError if it does not appear in time."""
     for _ in range(int(60 * minutes)):
         try:
             return find_checkpoint(weights)
@@ -128,8 +129,8 @@ def _wait_for(weights: Path, *, minutes: float = 120) -> Path:
 
 
 def for_evaluation(experiment: Experiment, checkpoint: Path) -> Experiment:
-    """The experiment as it is evaluated: in bf16 in the place of FP8, whose products want rows in multiples of 16; with room for all tokens
-    in every expert; with the checkpoint's own tokenizer."""
+    """The experiment as it is evaluated: in bf16 instead of FP8, whose products need rows in multiples of 16; with room for all tokens in
+    every expert; with the checkpoint's own tokenizer."""
     train = replace(experiment.train, precision="bf16") if experiment.train.precision == "fp8" else experiment.train
     model, moe = experiment.model, experiment.model.decoder.moe
     if moe is not None and moe.capacity_factor is not None:
@@ -141,7 +142,7 @@ def for_evaluation(experiment: Experiment, checkpoint: Path) -> Experiment:
 
 
 class BareChunk(torch.nn.Module):
-    """A pipeline chunk where training has a data-parallel wrapper: without gradients, and without memory for them."""
+    """A pipeline chunk without training's data-parallel wrapper: no gradients, and no memory for them."""
 
     def __init__(self, module: Any) -> None:
         super().__init__()
@@ -154,10 +155,10 @@ class BareChunk(torch.nn.Module):
 
 
 def load_model(experiment: Experiment, topology: Topology, checkpoint: Path) -> list[torch.nn.Module]:
-    """The chunks of this process with a checkpoint's weights, from any layout.
+    """Build the chunks of this process with a checkpoint's weights, from any layout.
 
     Args:
-        experiment: as the checkpoint has it; it is built as `for_evaluation` says.
+        experiment: the checkpoint's experiment; `for_evaluation` is applied to it here.
     """
     chunks = [BareChunk(chunk) for chunk in build_chunks(for_evaluation(experiment, checkpoint), topology)]
     load_weights(experiment, topology, chunks, checkpoint)
@@ -169,9 +170,10 @@ def load_model(experiment: Experiment, topology: Topology, checkpoint: Path) -> 
 def evaluate_tasks(
     experiment: Experiment, target: Target, tasks: Sequence[Task], *, shots: Sequence[int], data: Path, out: Path | None, options: Options
 ) -> list[Result]:
-    """Evaluate a checkpoint on tasks in the layout of the experiment; results are in out, in order of tasks and shots.
+    """Evaluate a checkpoint on tasks in the layout of the experiment. Results are written to `out` and returned in order of tasks and
+    shots.
 
-    Raises ValueError, before the model is built, if a task's files are missing or damaged or a layout does not fit.
+    Raises ValueError, before the model is built, if a task's files are missing or damaged or the layout does not fit.
     """
     if experiment.data.images != "true":
         raise ValueError(f"data.images is {experiment.data.images}, but benchmarks use only true images: remove data.images")
@@ -183,7 +185,7 @@ def evaluate_tasks(
     template = None if experiment.data.chat_template is None else chat_template(experiment.data.chat_template)
     forms = family_of(experiment.model).prompt_forms
     wordings = [Wording.of(task, template, form=options.form, family_forms=forms) for task in tasks]
-    for task in tasks:  # what is missing is found now, not after hours
+    for task in tasks:  # report missing files now, not after hours
         task.check_method(options.method)
         task.examples(data)
         if max(shots) or options.text_demonstrations:
@@ -199,7 +201,7 @@ def evaluate_tasks(
             chunks = load_model(experiment, topology, target.checkpoint)
         builder = PromptBuilder(tokenizer, image_input(built), threads=_DECODE_THREADS, with_pixels=topology.is_first_stage)
         runner = TaskRunner(Generator(built, chunks, topology, pad_id=tokenizer.pad_id), builder, topology, out=out, options=options)
-        model["settings"] = _digest(experiment)  # answers of other settings are not taken for these
+        model["settings"] = _digest(experiment)  # so that answers from other settings are not reused
         results = [
             runner.run(task, shots=count, data=data, wording=wording, model=model)
             for task, wording in zip(tasks, wordings, strict=True)
@@ -215,7 +217,7 @@ def evaluate_tasks(
 
 
 def log_to_wandb(experiment: Experiment, run_dir: Path, results: Sequence[Result], *, step: int) -> None:
-    """Log scores at the checkpoint's step in the run's own W&B run; while the run is training, which writes there, in one beside it."""
+    """Log scores at the checkpoint's step in the run's own W&B run; while the run is still training, in a separate one."""
     if not (run_dir / RUN_ID_FILE).is_file():
         return  # training did not log there, or the checkpoint is not in its run
     is_training = (run_dir / LOCK_FILE).exists()

@@ -22,13 +22,13 @@ from megatron_mm.training.trainer import Hook, StepRecord, Trainer
 logger = logging.getLogger(__name__)
 
 SPIKE_WINDOW = 64
-"""Steps whose median loss a spike is measured against."""
+"""Number of recent losses whose median a spike is compared with."""
 LEAST_STEPS = 16
-"""Fewer losses than this say nothing about what is usual."""
+"""Minimum number of recent losses; their median means little with fewer."""
 
 
 class HoldsRunDirectory(Hook):
-    """Ends a run, on all processes after the same step, whose lock was taken over: another run trains there now."""
+    """Ends a run whose lock was taken over, because another run now trains in its directory; on all processes after the same step."""
 
     def __init__(self, trainer: Trainer, lock: RunLock | None) -> None:
         super().__init__(trainer)
@@ -46,10 +46,10 @@ class HoldsRunDirectory(Hook):
 
 
 class NonFiniteSteps(Hook):
-    """Ends the run, or takes it back, once `train.max_skipped_in_a_row` steps in a row were skipped: on all processes after the same step.
+    """Ends the run, or rolls it back, after `train.max_skipped_in_a_row` skipped steps in a row; on all processes after the same step.
 
-    One such step is a bad batch. Many are a model or a machine that gives no finite gradient any more, and skip data for nothing. The
-    count is part of a checkpoint, so that a run which is requeued in the middle of them does not begin to count anew.
+    One skipped step means a bad batch. Many mean a model or a machine that no longer produces finite gradients, and data is skipped for
+    nothing. The count is part of a checkpoint, so a run that is requeued in the middle of such steps does not start counting from 0.
     """
 
     def after_step(self, record: StepRecord) -> None:
@@ -62,7 +62,7 @@ class NonFiniteSteps(Hook):
             f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, {first} to {record.step} (the last one: loss "
             f"{result.losses.mean}, gradient norm {result.update.grad_norm})"
         )
-        self.trainer.checkpointer.finish()  # what was saved before is whole
+        self.trainer.checkpointer.finish()  # complete the earlier saves
         if train.after_skipped == "roll_back":
             raise RollBack(what, before_step=first, state=state)
         raise RuntimeError(
@@ -73,9 +73,9 @@ class NonFiniteSteps(Hook):
 
 
 class LossSpikes(Hook):
-    """Says when the loss is far above what it was, and takes the run back where `train.after_spike` asks for it.
+    """Warns when the loss is far above its recent median, and rolls the run back if `train.after_spike` says so.
 
-    The losses that it compares with are part of a checkpoint: a resume sees the same spikes.
+    The recent losses are part of a checkpoint, so a resumed run detects the same spikes.
     """
 
     def after_step(self, record: StepRecord) -> None:
@@ -97,32 +97,32 @@ class LossSpikes(Hook):
 
 @dataclass(frozen=True)
 class Copies:
-    """What a process has of parameters that others hold copies of."""
+    """A process's copies of parameters that other processes hold, too."""
 
     host: str
     ranks: list[int]
-    """Of all that hold them."""
+    """Ranks of all processes that hold these parameters."""
     sums: dict[str, int]
-    """Of each parameter's bits, by name."""
+    """Sum of each parameter's bits, by name."""
 
 
 class ReplicaChecksums(Hook):
-    """Every `train.checksum_interval` steps: whether data-parallel copies of the parameters are still the same, bit for bit.
+    """Checks every `train.checksum_interval` steps that data-parallel copies of the parameters are still the same, bit for bit.
 
-    They are looked at after the passes and before the update, because the distributed optimizer then sends everybody the updated
-    parameters, which mends a copy. Two numbers over each data-parallel group tell whether all is well; only where it is not does anybody
-    look closer. A wrong value that the optimizer itself computed is in all copies alike, and is not found.
+    Copies are compared after the passes and before the update, because the distributed optimizer then sends the updated parameters to all
+    processes, which repairs a wrong copy. Two numbers over each data-parallel group show whether all copies agree; only if they do not are
+    details exchanged. A wrong value that the optimizer itself computed is the same in all copies, and is not detected.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
         self.sums: dict[str, int] = {}
-        """Of each parameter's bits, by name, when they were last looked at."""
+        """Sum of each parameter's bits at the last check, by name."""
         self.groups = {
             False: parallel_state.get_data_parallel_group(with_context_parallel=True),
             True: parallel_state.get_expert_data_parallel_group(),
         }
-        """Processes with the same parameters: dense ones, and experts."""
+        """Groups of processes with the same parameters: of dense ones (False) and of experts (True)."""
         self.names = [
             (f"chunk {number}: {name}", parameter, not getattr(parameter, "allreduce", True))
             for number, chunk in enumerate(wrapped_modules(trainer.model))
@@ -166,10 +166,11 @@ def _bits(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def odd_copies(everywhere: Sequence[Sequence[Copies]]) -> str:
-    """Which ranks have other parameters than most of their group, and how many; "rank 2 (node7) has others than ranks 0, 1 in ...".
+    """Describe which ranks have other parameters than most of their group, and how many: "rank 2 (node7) has others than ranks 0, 1 in
+    ...".
 
     Args:
-        everywhere: what each rank has of the kinds of parameters: its host, the ranks that have copies, and sums by name.
+        everywhere: for each rank, its copies of each kind of parameter (dense, experts).
     """
     said = []
     for kind in range(len(everywhere[0])):

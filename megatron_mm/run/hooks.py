@@ -39,11 +39,12 @@ from megatron_mm.training.trainer import Hook, StepRecord, Trainer
 logger = logging.getLogger(__name__)
 
 STOPPED_FILE = "stopped_early.txt"
-"""In the run directory of a run that a signal ended with steps left: one line that says after which; removed when it resumes."""
+"""File in the run directory of a run that a signal ended with steps left: one line that names the last step. It is removed when the run
+resumes."""
 
 
 class Metrics(Hook):
-    """metrics.jsonl, console and W&B."""
+    """Writes the metrics of every step to metrics.jsonl, the console, W&B and the other sinks of `Monitor`."""
 
     def __init__(self, trainer: Trainer, norms: Norms) -> None:
         super().__init__(trainer)
@@ -98,7 +99,7 @@ class Metrics(Hook):
         return tuple(float(batch.bad.get(name, 0)) for name in self.sources)
 
     def _bad_samples(self, record: StepRecord) -> dict[str, int]:
-        """Samples that failed so far by source, over all processes."""
+        """Number of samples that have failed so far, by source, over all processes."""
         total = self.trainer.state.bad_samples
         for name, count in zip(self.sources, record.told[self], strict=True):
             total[name] = total.get(name, 0) + round(count)
@@ -117,7 +118,7 @@ class Metrics(Hook):
 
 
 class Evaluation(Hook):
-    """Held-out losses and generated captions every `eval.interval` steps and at the end."""
+    """Computes held-out losses and generates captions every `eval.interval` steps and at the end."""
 
     def __init__(self, trainer: Trainer, monitor: Monitor, heldout: HeldOut) -> None:
         super().__init__(trainer)
@@ -131,7 +132,7 @@ class Evaluation(Hook):
             self._evaluate()
 
     def after_training(self) -> None:
-        # After a signal there may be little time, and the checkpoint comes first: the resumed run evaluates.
+        # After a signal there may be little time, and the checkpoint has priority: the resumed run evaluates.
         if self.config.interval and self.trainer.state.step > self.last_step and not self.trainer.should_stop:
             self._evaluate()
 
@@ -151,7 +152,7 @@ class Evaluation(Hook):
 
 
 class ExpertLoad(Hook):
-    """A heat map of the experts' tokens, `expert_load.png` and in W&B, every `eval.interval` steps and at the end."""
+    """Draws a heat map of the experts' tokens, in `expert_load.png` and W&B, every `eval.interval` steps and at the end."""
 
     def __init__(self, trainer: Trainer, monitor: Monitor) -> None:
         super().__init__(trainer)
@@ -171,7 +172,7 @@ class ExpertLoad(Hook):
         self._draw()
 
     def _warn_of_collapse(self, routing: RoutingStats, *, step: int) -> None:
-        """At most every 100 steps. (All that is dropped is counted in metrics.jsonl, as `dropped_tokens`.)"""
+        """Warn about dropped choices of experts, at most every 100 steps. (metrics.jsonl counts all of them, as `dropped_tokens`.)"""
         bound = self.trainer.experiment.parallel.max_expert_load
         if bound is None or step < self.warns_from or not routing.dropped.sum() or not self.trainer.topology.is_main:
             return
@@ -204,17 +205,18 @@ class ExpertLoad(Hook):
 
 
 class Stopping(Hook):
-    """SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) ends the run after the step in hand, on all processes after the same one, with a checkpoint.
+    """Ends the run on SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) after the current step, with a checkpoint; all processes stop after the same
+    step.
 
-    Slurm sends USR1 some time before the limit. Signals reach processes at different steps, so whether to stop is agreed upon.
-    A run that ends this way with steps left says so in `STOPPED_FILE`, which is what `examples/launch.sh` requeues on.
+    Slurm sends USR1 some time before the time limit. Signals reach processes at different steps, so the processes agree on when to stop. A
+    run that ends this way with steps left writes `STOPPED_FILE`, which tells `examples/launch.sh` to requeue the job.
 
-    Slurm signals every process of a job, and the helpers that a checkpoint's writers need would die of it in the middle of a
-    save. So this thread blocks these signals: what it starts inherits that across exec, which a handler would not survive. A
-    signal then either waits until `tell` looks, or is taken by a thread that was there before and runs the handler.
+    Slurm signals every process of a job. A signal in the middle of a save would kill the helper processes of the checkpoint writers, so
+    this thread blocks these signals: the processes that it starts inherit the mask across exec, whereas they would lose a handler. A signal
+    then either stays pending until `tell` checks for it, or is delivered to an older thread and runs the handler.
 
-    A launcher that is killed outright passes nothing on, and its processes would train on where nobody sees them: they take its end for
-    a signal.
+    A launcher that is killed outright forwards no signal, and its processes would continue to train unnoticed. They therefore treat the end
+    of their launcher as a signal.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -223,15 +225,15 @@ class Stopping(Hook):
         super().__init__(trainer)
         self.received: str | None = None
         self.agreed = False
-        """Some process received a signal."""
+        """Whether any process received a signal."""
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        """The process of torchrun that started this one."""
+        """PID of the torchrun process that started this one; None without torchrun."""
         self.file = trainer.run_dir / STOPPED_FILE
         if trainer.topology.is_main:
             self.file.unlink(missing_ok=True)
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         self.unblocked = set(self.SIGNALS) - signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGINT})
-        resource_tracker.ensure_running()  # it unblocks SIGTERM here when it starts, so not in the first save
+        resource_tracker.ensure_running()  # starting it unblocks SIGTERM in this thread: now, not in the first save
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
 
     def _note(self, number: int, frame: Any) -> None:
@@ -256,7 +258,7 @@ class Stopping(Hook):
                 )
 
     def close(self, *, failed: bool) -> None:
-        """Last of all that can fail: the checkpoint is complete by now."""
+        """Write `STOPPED_FILE` if steps are left, and restore the signal handlers. By now the checkpoint is complete."""
         step, steps = self.trainer.state.step, self.trainer.experiment.train.steps
         if self.trainer.should_stop and not failed and step < steps and self.trainer.topology.is_main:
             if self.agreed:
@@ -264,13 +266,14 @@ class Stopping(Hook):
             else:
                 logger.warning("stopped at step %d of %d by %s", step, steps, type(self.trainer.stopped_by).__name__)
         for number, handler in self.previous.items():
-            signal.signal(number, signal.SIG_IGN)  # drops a signal that still waits
+            signal.signal(number, signal.SIG_IGN)  # discards a pending signal
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {number} & self.unblocked)
             signal.signal(number, handler)
 
 
 class Checkpoints(Hook):
-    """A checkpoint every `checkpoint.interval` steps, at the end, and where the held-out loss is the lowest so far, if asked for."""
+    """Saves a checkpoint every `checkpoint.interval` steps, at the end, and, with `checkpoint.best`, when the held-out loss is the lowest
+    so far."""
 
     def tell(self, batch: StepBatch) -> tuple[float, ...]:
         return self.trainer.checkpointer.tell()
@@ -296,7 +299,7 @@ class Checkpoints(Hook):
 
 
 class GarbageCollection(Hook):
-    """Collects on all processes at the same steps: a process that pauses alone makes all others wait for it."""
+    """Collects garbage on all processes at the same steps: a process that pauses alone makes all others wait."""
 
     INTERVAL = 100
 
@@ -324,10 +327,10 @@ def standard_hooks(
     """The hooks of every run, in the order in which they see a step: a stop is known before a checkpoint is due.
 
     Args:
-        more: makes hooks that a command adds.
-        extra: makes those that the experiment names. Like `more` they see a step after its metrics are written and before a checkpoint is,
-            so that what they change is in it.
-        lock: of the run directory, on the first process.
+        more: makes the hooks that a command adds.
+        extra: make the hooks that the experiment names. Like those of `more`, they see a step after its metrics are written and before its
+            checkpoint is, so the checkpoint contains what they change.
+        lock: lock on the run directory, on the first process.
     """
     norms = Norms(trainer)
     metrics = Metrics(trainer, norms)

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 _WAITING = ("distributed_c10d.py", "p2p_communication.py", "param_and_grad_buffer.py", "parallel/sums.py", "parallel/text_sharing.py")
-"""Files in which a process waits for others, where one of them is near the top of its stack."""
+"""A process waits for others if one of these files is near the top of its stack."""
 _NEAR = 4
-"""Frames that are near the top."""
+"""Number of frames that count as near the top."""
 _PY_SPY_SECONDS = 20
 
 
@@ -33,17 +33,17 @@ class Here:
 
 @dataclass(frozen=True)
 class Standing(Here):
-    """Where a process stands."""
+    """Position of a process."""
 
     step: int
     phase: str
     seconds: float
-    """Since it last made progress."""
+    """Seconds since its last progress."""
     since: float
-    """When that was, seconds since 1970."""
+    """Time of its last progress, seconds since 1970."""
     last_collective: str
     frames: list[str] = field(default_factory=list)
-    """Of its main thread, the innermost first: FILE:LINE FUNCTION."""
+    """Frames of its main thread, innermost first: FILE:LINE FUNCTION."""
     problem: str = ""
     """The error that ended it; empty if it hangs."""
 
@@ -53,19 +53,19 @@ class Standing(Here):
 
     @property
     def where(self) -> str:
-        """What is the same for processes that stand at the same place."""
+        """Description of the position; the same for all processes at that position."""
         return f"step {self.step}, {self.phase}; last collective: {self.last_collective}; in {self.frames[0] if self.frames else '?'}"
 
 
 def write(value: Here, path: Path) -> None:
-    """A reader sees all of it or nothing."""
+    """Write a process's file so that a reader sees all of it or nothing."""
     partial = path.with_name(f".{path.name}")
     partial.write_text(json.dumps(asdict(value)) + "\n")
     partial.rename(path)
 
 
 def frames_of(thread: int) -> list[str]:
-    """The Python frames of a thread, the innermost first; paths as they are in their packages."""
+    """The Python frames of a thread, innermost first; paths are cut to their last three parts."""
     found: list[str] = []
     frame = sys._current_frames().get(thread)
     while frame is not None and len(found) < 40:
@@ -76,7 +76,7 @@ def frames_of(thread: int) -> list[str]:
 
 
 def read_folder(folder: Path) -> tuple[list[Standing], list[Here]]:
-    """What processes have written of where they stand, by rank; and the ones that have written nothing since they started."""
+    """Read the positions that processes have written, by rank, and which processes have written none since they started."""
     standings = [Standing(**json.loads(path.read_text())) for path in sorted(folder.glob("rank-*.json"))]
     ranks = {standing.rank for standing in standings}
     everybody = [Here(**json.loads(path.read_text())) for path in sorted(folder.glob("rank-*.here"))]
@@ -84,7 +84,8 @@ def read_folder(folder: Path) -> tuple[list[Standing], list[Here]]:
 
 
 def report(standings: Sequence[Standing], silent: Sequence[Here], *, folder: Path) -> str:
-    """Who is to blame, as far as that can be told, in the first line; then where everybody stands."""
+    """Compose the report: its first line names the process that caused the stop, as far as can be determined; the positions of all
+    processes follow."""
     lost = [standing for standing in standings if standing.problem]
     step = max((standing.step for standing in standings), default=0)
     longest = max((standing.seconds for standing in standings), default=0.0)
@@ -137,7 +138,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def spy_on(silent: Sequence[Here], folder: Path) -> None:
-    """Write down the stacks of processes of this host that do not do so themselves, where py-spy is installed and may look."""
+    """Record with py-spy the stacks of silent processes on this host, if it is installed and has permission."""
     program = shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     for here in silent if program else ():
         if here.host == socket.gethostname():

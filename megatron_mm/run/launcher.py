@@ -22,7 +22,7 @@ from torch.distributed.run import main
 
 
 class BoundStore(dist.TCPStore):
-    """A TCPStore that listens, where it is the one that does, on the address of its host name alone."""
+    """A TCPStore whose listening side binds only to the address of its host name."""
 
     def __init__(
         self,
@@ -52,14 +52,14 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def install() -> None:
-    """Give torchrun's rendezvous, and what else makes a store in this process, the bound one."""
+    """Make torchrun's rendezvous, and any other code in this process that creates a store, use `BoundStore`."""
     for module in (static_tcp_rendezvous, c10d_rendezvous_backend, dist):
         module.TCPStore = BoundStore  # type: ignore[attr-defined]
 
 
 def launch() -> None:
-    """torchrun's main. Raises SystemExit with the exit code of the first process that failed; 128 and the signal's number where it was
-    killed, as a shell says it."""
+    """Run torchrun's main. Raises SystemExit with the exit code of the first process that failed, or 128 plus the signal's number if it was
+    killed, as in a shell."""
     install()
     try:
         main()

@@ -38,7 +38,7 @@ _MARK = "<image>"
 
 
 class Request(Wording):
-    """lmms-eval's own prompts: images where its text has <image>, or before it, and the text as it is."""
+    """Prompts exactly as lmms-eval words them. Images replace <image> in the text, or precede it."""
 
     @classmethod
     def made(cls, template: ChatTemplate | None) -> Request:
@@ -53,7 +53,7 @@ class Request(Wording):
 
 
 def _parts(text: str, num_images: int) -> list[str | ImageReference]:
-    """Text and images in order."""
+    """Text and images in order; all images first if the text does not have one <image> for each."""
     image = ImageReference("image", counted=False)
     if text.count(_MARK) != num_images:
         return [*[image] * num_images, *([text] if text else [])]
@@ -65,7 +65,7 @@ def _parts(text: str, num_images: int) -> list[str | ImageReference]:
 
 
 class MegatronMM(lmms):
-    """A run or an exported model."""
+    """lmms-eval's interface to a run or an exported model."""
 
     is_simple = True
 
@@ -82,10 +82,10 @@ class MegatronMM(lmms):
         """
         Args:
             path: a run directory, a checkpoint, or an exported model.
-            recipe: of an exported model.
-            max_new_tokens: where a task says none.
+            recipe: recipe of an exported model.
+            max_new_tokens: maximum length of an answer, for tasks that set none.
 
-        Raises ValueError if there is no such model, or the processes are not tensor x pipeline.
+        Raises ValueError if there is no such model, or if the number of processes is not tensor x pipeline.
         """
         super().__init__()
         target = open_target(Path(path), get_recipe(recipe) if recipe else None, out=None)
@@ -106,7 +106,7 @@ class MegatronMM(lmms):
         self.max_new_tokens = max_new_tokens
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy answers, cut where the task says so; of requests with the same options a batch at once."""
+        """Greedy answers, cut at the task's stop strings. Consecutive requests with the same options are answered in batches."""
         found: list[str] = []
         for batch in _batches([request.args for request in requests], self.batch_size_per_gpu):
             options = batch[0][1]
@@ -120,7 +120,7 @@ class MegatronMM(lmms):
         return found
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether it is what greedy generation gives."""
+        """Log-likelihood of each continuation, and whether greedy generation produces it."""
         found = []
         for context, target, *rest in (request.args for request in requests):
             visuals, doc_id, task, split = rest
@@ -145,7 +145,7 @@ class MegatronMM(lmms):
 
 
 def _encoded(image: Any) -> bytes:
-    """A picture as a lossless file. Raises ValueError if it is none: these models take no video or sound."""
+    """Encode a picture without loss (PNG). Raises ValueError for anything else: these models take no video or sound."""
     if not isinstance(image, Image.Image):
         raise ValueError(f"megatron_mm models take images, not {type(image).__name__}: choose tasks with images")
     buffer = io.BytesIO()
@@ -154,7 +154,7 @@ def _encoded(image: Any) -> bytes:
 
 
 def _batches(arguments: list[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:
-    """Runs of requests with the same options."""
+    """Split requests into batches of consecutive ones with the same options."""
     batch: list[tuple[Any, ...]] = []
     for one in arguments:
         if batch and (len(batch) == size or one[1] != batch[0][1]):

@@ -4,7 +4,7 @@
 run ends, however it ends, unless the process is killed. It says who holds it. A thread of the holder touches it every `BEAT_SECONDS`; the
 file system's own clock counts, so nodes may disagree about the time. flock is not used: shared file systems often keep it to one node.
 
-A lock that was left behind is taken over. When it is one:
+A lock that was left behind is taken over. A lock counts as left behind if its holder is gone:
 
     holder ...                                             is gone when
     in an earlier attempt of the same Slurm job            at once: Slurm ends a job before it requeues it
@@ -12,9 +12,9 @@ A lock that was left behind is taken over. When it is one:
     on the same machine (host, boot, process namespace)    no process has its number and start time, or it is a zombie
     anywhere else                                          the last beat is older than `STALE_SECONDS`
 
-Of a holder elsewhere nobody knows at once. The new run watches the file: one more beat, and it refuses; none until the last is old, and
-none during two beats' time by its own clock (a file system's may have jumped), and it takes over. It does so, too, after `STALE_SECONDS`
-by its own clock without a beat, whatever the file system says of the last one's age, which may lie in the future.
+For a holder elsewhere, the new run has to watch the file. If it sees another beat, it refuses to start. If the last beat is old and no beat
+follows during two beats' time by its own clock (a file system's clock may have jumped), it takes over. It also takes over after
+`STALE_SECONDS` without a beat by its own clock, whatever the age of the last beat, whose time may be in the future.
 
 A run whose lock was taken over (because its node stalled for minutes) ends before it writes a checkpoint.
 """
@@ -37,11 +37,11 @@ from types import TracebackType
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "running.lock"
-"""In the run directory."""
+"""Name of the lock file in the run directory."""
 BEAT_SECONDS = 15.0
-"""Between two touches of the lock."""
+"""Seconds between two touches of the lock."""
 STALE_SECONDS = 240.0
-"""After the last touch; a holder elsewhere is taken for dead then."""
+"""Seconds after the last touch until a holder elsewhere is presumed dead."""
 
 
 def _first_line(path: str) -> str:
@@ -59,7 +59,7 @@ def _process_namespace() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this machine was started, in clock ticks since boot; None if there is none, or a zombie."""
+    """Start time of a process on this machine, in clock ticks since boot; None if there is no such process, or it is a zombie."""
     fields = _first_line(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return None if len(fields) < 20 or fields[0] in "ZX" else fields[19]
 
@@ -71,25 +71,25 @@ class Holder:
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     started: str | None = field(default_factory=lambda: _start_of(os.getpid()))
-    """Clock ticks from boot to the process's start: another process may get the same number later."""
+    """Start time of the process, in clock ticks since boot: another process may get the same number later."""
     machine: str = field(default_factory=lambda: f"{_first_line('/proc/sys/kernel/random/boot_id')} {_process_namespace()}")
-    """Within which process numbers are comparable: a boot, and a process namespace of it."""
+    """Boot and process namespace, within which process numbers are comparable."""
     job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))
     attempt: str = field(default_factory=lambda: os.environ.get("SLURM_RESTART_COUNT", "0"))
-    """Times that Slurm has requeued the job."""
+    """Number of times that Slurm has requeued the job."""
     launch: str = field(default_factory=lambda: os.environ.get("TORCHELASTIC_RUN_ID", "none"))
-    """torchrun's name for what it has started, which stays the same when it starts the processes again; "none" where it has none."""
+    """torchrun's run id, which stays the same when it restarts the processes; "none" if it has none."""
     restart: int = field(default_factory=lambda: int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
-    """Times that torchrun has started them again. Two torchruns may have been given the same name."""
+    """Number of times that torchrun has restarted the processes. Two torchruns may have been given the same id."""
     since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Differs between any two runs."""
+    """Unique to each run."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}{f', Slurm job {self.job}' if self.job else ''}, since {self.since}"
 
     def is_gone(self, *, asker: Holder) -> bool | None:
-        """Whether the holder has ended, as the asker knows it; None if that cannot be known from there."""
+        """Whether the holder has ended, as far as the asker can tell; None if it cannot tell."""
         if self.job is not None and self.job == asker.job and self.attempt != asker.attempt:
             return True
         if self.launch != "none" and (self.launch, self.job) == (asker.launch, asker.job) and self.restart < asker.restart:
@@ -106,7 +106,7 @@ class RunLock:
         self.path = run_dir / LOCK_FILE
         self.me = Holder()
         self.taken_by: str | None = None
-        """Who holds the lock now where it was taken over from this run."""
+        """The current holder, if the lock was taken over from this run."""
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -118,8 +118,8 @@ class RunLock:
         self.release()
 
     def acquire(self) -> None:
-        """Makes the run directory, for its owner alone, where there is none. Raises ValueError that names the holder if another run
-        is in it."""
+        """Acquire the lock. Creates the run directory, accessible only to its owner, if there is none. Raises ValueError, naming the
+        holder, if another run uses the directory."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         said, seen, since = False, None, time.monotonic()
         while not self._create():
@@ -168,14 +168,14 @@ class RunLock:
                 file.write(json.dumps(asdict(self.me), indent=1) + "\n")
                 file.flush()
                 os.fsync(descriptor)
-        except OSError as error:  # a lock that names nobody would hold up the next start
+        except OSError as error:  # a lock that names no holder would delay the next start
             self.path.unlink(missing_ok=True)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         return True
 
     def _remove_stale(self, token: str) -> None:
-        """Rename first: of two runs that take over at once only one succeeds. What the slower one may catch is the faster one's new lock,
-        which it gives back."""
+        """Remove a stale lock. It is renamed first, so that only one of two runs that take over at once succeeds. The slower one may catch
+        the faster one's new lock instead, and then puts it back."""
         aside = self.path.with_name(f".{LOCK_FILE}-{uuid.uuid4().hex[:8]}")
         try:
             self.path.rename(aside)
@@ -209,7 +209,7 @@ def _holder(content: bytes) -> Holder | None:
 
 
 def _token(path: Path) -> str | None:
-    """Of a lock's holder: "" where it does not say who holds it, None if there is no lock."""
+    """Token of a lock's holder: "" if the lock names no holder, None if there is no lock."""
     try:
         holder = _holder(path.read_bytes())
     except FileNotFoundError:
@@ -218,7 +218,8 @@ def _token(path: Path) -> str | None:
 
 
 def _read(path: Path) -> tuple[Holder | None, float, float] | None:
-    """A lock's holder (None if it is not written yet), its last beat, and the seconds since then by the file system's clock."""
+    """A lock's holder (None if not yet written), its last beat, and the seconds since then by the file system's clock; None if there is no
+    lock."""
     probe = path.with_name(f".{LOCK_FILE}-{uuid.uuid4().hex[:8]}")
     try:
         content, beat = path.read_bytes(), path.stat().st_mtime

@@ -26,23 +26,23 @@ import torch.multiprocessing as multiprocessing
 from megatron_mm.platform.device import communication_backend, local_device
 
 FREE_GPU_MEMORY = 0.95
-"""Share of a GPU's memory that nobody else may use."""
+"""Minimum free fraction of a GPU's memory."""
 FREE_HOST_MEMORY = 2 * 2**30
-"""Bytes for each process: shards' index, batches read ahead, a checkpoint being written."""
+"""Minimum free host memory per process, bytes: index of the shards, batches read ahead, a checkpoint being written."""
 FREE_SHARED_MEMORY = 64 * 2**20
-"""Bytes of /dev/shm for each process: NCCL's buffers and locks of checkpoint writers."""
+"""Minimum free space in /dev/shm per process, bytes: NCCL's buffers and locks of checkpoint writers."""
 SLOW = 0.8
-"""A device with less than this of the others' median speed is slow."""
+"""A device is slow if its speed is less than this fraction of the median."""
 MESSAGE_BYTES = {"cuda": 256 * 2**20, "cpu": 8 * 2**20}
-"""Of the all-reduce that is timed."""
+"""Size of the timed all-reduce, bytes."""
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 512}
-"""Rows and columns of the matrices."""
+"""Rows and columns of the multiplied matrices."""
 TIMEOUT_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line."""
+    """One line of the report."""
 
     name: str
     fit: bool
@@ -54,27 +54,27 @@ class Finding:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process found out."""
+    """Measurements of one process."""
 
     device: str
     free_memory: float
-    """Share of its GPU's memory; 1 on a CPU."""
+    """Free fraction of its GPU's memory; 1 on a CPU."""
     result: float
     """Sum of the product's elements, which are whole numbers."""
     tflops: float
-    """Of the product, TFLOP/s."""
+    """Speed of the product, TFLOP/s."""
     total: float
     """First element of the all-reduced message."""
     gb_per_s: float
-    """Bytes of the message over the seconds of an all-reduce, in GB/s."""
+    """Size of the message divided by the time of an all-reduce, GB/s."""
 
 
 def check_node(*, gpus: int | None = None, min_gb_per_s: float = 0.0, path: Path = Path(".")) -> list[Finding]:
-    """Look at this node for a few seconds.
+    """Check this node, which takes a few seconds.
 
     Args:
-        gpus: that it should have; None takes what is there.
-        min_gb_per_s: of an all-reduce between its processes.
+        gpus: expected number of GPUs; None accepts any.
+        min_gb_per_s: minimum speed of an all-reduce between its processes.
         path: where the run will write.
     """
     here = torch.cuda.device_count()
@@ -92,14 +92,14 @@ def check_node(*, gpus: int | None = None, min_gb_per_s: float = 0.0, path: Path
 
 
 def judge(measured: list[Measured], *, min_gb_per_s: float) -> Iterator[Finding]:
-    """What the processes' measurements say, one line for each kind."""
+    """Findings from the processes' measurements, one for each kind."""
     usual = statistics.multimode([one.result for one in measured])[0]
     wrong = [one.device for one in measured if one.result != usual]
     yield Finding("arithmetic", not wrong, f"another result on {', '.join(wrong)}" if wrong else f"the same on {len(measured)} devices")
     speed = statistics.median([one.tflops for one in measured])
     slow = [f"{one.device} {one.tflops:.3g}" for one in measured if one.tflops < SLOW * speed]
     on_gpu = measured[0].device.startswith("cuda")
-    # Processes of a CPU share its cores with everything else: their speeds say nothing of a defect.
+    # Processes of a CPU share its cores with everything else: their speeds do not show a defect.
     yield Finding("speed", not slow or not on_gpu, f"median {speed:.3g} TFLOP/s" + (f", slower: {', '.join(slow)}" if slow else ""))
     taken = [f"{one.device} {100 * one.free_memory:.0f}% free" for one in measured if one.free_memory < FREE_GPU_MEMORY]
     if on_gpu:
@@ -130,7 +130,7 @@ def _host(processes: int, path: Path) -> Iterator[Finding]:
 
 
 def _links(gpus: int) -> Iterator[Finding]:
-    """Whether each GPU reads each other's memory directly (NVLink, or PCIe where there is none)."""
+    """Whether every GPU can read every other GPU's memory directly (NVLink, or PCIe where there is none)."""
     if gpus < 2:
         return
     apart = [f"{a}-{b}" for a in range(gpus) for b in range(gpus) if a < b and not torch.cuda.can_device_access_peer(a, b)]
@@ -195,7 +195,7 @@ def _work(rank: int, processes: int, folder: str) -> None:
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that it takes the device."""
+    """Seconds that `work` takes on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()

@@ -1,8 +1,8 @@
 """Profiles a few steps of some processes: `--profile.steps 10:13 --profile.ranks 0,7`.
 
-Of each such process `RUN_DIR/profile` gets a Chrome trace (chrome://tracing, https://ui.perfetto.dev), on a GPU a memory snapshot
-(https://pytorch.org/memory_viz), and a text, which the main process logs too: where the step went, beside what the planner said. In the
-trace every phase, micro-batch and layer is a range with its name.
+For each such process, `RUN_DIR/profile` receives a Chrome trace (chrome://tracing, https://ui.perfetto.dev), on a GPU a memory snapshot
+(https://pytorch.org/memory_viz), and a text, which the main process also logs: the time of the step by part, next to the planner's
+prediction. In the trace every phase, micro-batch and layer is a range with its name.
 
 Module hooks, named timers and torch's profiler are installed at the first of these steps and removed after the last. Profiled steps are
 slower; their times are recorded like those of other steps.
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "profile"
 _LAYER = re.compile(r"(.*\.)?layers\.\d+")
 _WHOLE = re.compile(r"vision|connector|resampler|patches|projector|language\.embedding|language\.output_layer")
-"""Modules beside layers that have a range of their own, by the beginning of their whole name."""
+"""Modules, other than layers, that have a range of their own, by their full name."""
 _ROWS = 12
 _PLANNED: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
@@ -43,12 +43,12 @@ _PLANNED: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("optimizer", ("optimizer",), ("optimizer", "parameter gather")),
     ("data", ("data", "share"), ()),
 )
-"""What of a step is compared: a title, the phases that are measured, and the parts of a prediction."""
+"""The parts of a step that are compared: title, measured phases, and parts of the prediction."""
 
 
 class Profile(Hook):
-    """Profiles the steps that the experiment names, on a process that it names. The last of all hooks: a step's range begins where the step
-    begins."""
+    """Profiles the steps that the experiment names, on a rank that it names. It is the last of all hooks, so that a step's range begins
+    where the step begins."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
@@ -100,7 +100,7 @@ class Profile(Hook):
             self._profiler = None
 
     def _finish(self, step: int) -> None:
-        """Write what was found. A disk that is full costs the profile and not the run."""
+        """Write the profile. A full disk loses the profile, not the run."""
         self.ranges.remove()
         profiler, self._profiler = self._profiler, None
         profiler.stop()
@@ -138,11 +138,11 @@ def _own(on_gpu: bool) -> str:
 
 
 def where_it_went(phases: Sequence[dict[str, float]], predicted: dict[str, float]) -> Iterator[str]:
-    """Lines of a table: seconds of a step by what takes them, measured and predicted.
+    """Lines of a table: time of a step by part, measured and predicted.
 
     Args:
-        phases: of each step, with its `seconds`.
-        predicted: seconds by part, of `planning.step.Prediction`; nothing if the planner does not know the device.
+        phases: seconds by phase of each step, with the whole step as `seconds`.
+        predicted: seconds by part, from `planning.step.Prediction`; empty if the planner does not know the device.
     """
     whole = sum(step["seconds"] for step in phases) / len(phases)
     yield f"{'':32}{'measured':>12}{'':>8}{'predicted':>12}{'ratio':>8}"
@@ -175,12 +175,13 @@ def _table(title: str, events: Sequence[Any], *, whole: str, steps: int) -> Iter
 
 
 class NamedRanges:
-    """Ranges of a trace while a step runs: phases and micro-batches by the step's clock, layers by hooks of their modules."""
+    """Names the ranges of a trace while a step runs: phases and micro-batches through the step's clock, layers through hooks of their
+    modules."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.names: set[str] = set()
-        """Of all ranges so far."""
+        """Names of all ranges so far."""
         self._handles: list[Any] = []
         self._passes: Counter[str] = Counter()
         self._backward: tuple[str, Any] | None = None
@@ -188,7 +189,7 @@ class NamedRanges:
         self._data: Batches | None = None
 
     def install(self) -> None:
-        """Begin to name."""
+        """Start naming ranges."""
         self.trainer.clock.name_ranges(self._label)
         self._data, self.trainer.data = self.trainer.data, _NamedData(self.trainer.data, self._new)
         for chunk in wrapped_modules(self.trainer.model):
@@ -197,7 +198,7 @@ class NamedRanges:
                     self._follow(module, self._title(name, module), backward=_LAYER.fullmatch(name) is not None)
 
     def remove(self) -> None:
-        """Leave the trainer as it was."""
+        """Stop naming ranges, and leave the trainer as it was."""
         self.trainer.clock.name_ranges(None)
         if self._data is not None:
             self.trainer.data, self._data = self._data, None
@@ -213,7 +214,7 @@ class NamedRanges:
         return torch.profiler.record_function(name)
 
     def _label(self, phase: str) -> Any:
-        """The range of a phase that begins; passes have the number of their micro-batch."""
+        """The range of a phase that begins; forward and backward passes carry the number of their micro-batch."""
         if phase not in ("forward", "backward"):
             return self._new(phase)
         number = self._passes[phase]
@@ -221,7 +222,7 @@ class NamedRanges:
         return self._new(f"{phase} {self._micro_batch(number, backward=phase == 'backward')}")
 
     def _micro_batch(self, number: int, *, backward: bool) -> str:
-        """What the schedule's n-th pass is, by megatron-core's order (`parallel.pipeline`)."""
+        """Micro-batch, and chunk, of the schedule's n-th pass, in megatron-core's order (`parallel.pipeline`)."""
         parallel = self.trainer.experiment.parallel
         if parallel.virtual == 1:
             return f"micro-batch {number}"
@@ -232,7 +233,7 @@ class NamedRanges:
         return f"micro-batch {micro_batch} chunk {parallel.virtual - 1 - chunk if backward else chunk}"
 
     def _title(self, name: str, module: torch.nn.Module) -> str:
-        """Decoder layers by their number in the whole model, which is counted from 0; others by their name."""
+        """Title of a module: decoder layers by their number in the whole model, counted from 0; others by their name."""
         number = getattr(module, "layer_number", None)
         return f"layer {number - 1}" if name.startswith("language.") and isinstance(number, int) else name
 
@@ -255,27 +256,26 @@ class NamedRanges:
         self._handles.append(module.register_forward_hook(after, with_kwargs=True))
 
     def _begin_backward(self, title: str) -> None:
-        """The gradient of a layer's output is there. It is that of the next layer's input too, whose backward pass ends with it."""
+        """Called when the gradient of a layer's output is ready. It is also the gradient of the next layer's input, so that layer's
+        backward pass ends here."""
         self._end_backward(None)
         self._backward = title, self._new(f"{title} backward")
         self._backward[1].__enter__()
 
     def _end_backward(self, title: str | None) -> None:
-        """Args:
-        title: of the layer that has ended; None ends any.
-        """
+        """End the open backward range if it is that of the layer `title`; None ends any."""
         if self._backward is not None and title in (None, self._backward[0]):
             self._backward[1].__exit__(None, None, None)
             self._backward = None
 
 
 def _differentiable(values: Sequence[Any]) -> torch.Tensor | None:
-    """The first tensor that a gradient comes to."""
+    """The first tensor that requires a gradient; None if there is none."""
     return next((value for value in values if isinstance(value, torch.Tensor) and value.requires_grad), None)
 
 
 class _NamedData:
-    """Batches whose wait is a range."""
+    """Batches, with the wait for each as a named range."""
 
     def __init__(self, data: Batches, new: Callable[[str], Any]) -> None:
         self._data, self._new = data, new
@@ -293,6 +293,6 @@ class _NamedData:
 
 
 def profile_hooks(trainer: Trainer) -> list[Hook]:
-    """The hook of a process that is profiled; none elsewhere."""
+    """The profiling hook, if this process is profiled; otherwise none."""
     config = trainer.experiment.profile
     return [Profile(trainer)] if config.steps is not None and trainer.topology.rank in config.ranks else []

@@ -1,9 +1,9 @@
 """Rolls a run back to a checkpoint, and skips the data that followed it.
 
 A hook raises `RollBack` on all processes alike. `run.start` then sets aside the checkpoints since the trouble began, writes a line to
-`RUN_DIR/roll_backs.jsonl`, and starts again from the checkpoint before it, in the same processes. What is left out are the global batches
-that the plan had from that checkpoint to the step of the trouble: the line holds the plan's cursor after them. Whenever a run resumes from
-that checkpoint, then or later, it takes the cursor of the line, so a run that went back and a resume of it see the same data.
+`RUN_DIR/roll_backs.jsonl`, and starts again from the checkpoint before it, in the same processes. The global batches that the plan had from
+that checkpoint to the step of the trouble are left out: the line holds the plan's cursor after them. Whenever a run resumes from that
+checkpoint, then or later, it takes the cursor from the line, so a run that went back and a resume of it see the same data.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ from megatron_mm.training.metrics import ends_torn
 logger = logging.getLogger(__name__)
 
 FILE = "roll_backs.jsonl"
-"""In the run directory: a line for each time that the run went back."""
+"""File in the run directory with one line for each roll-back."""
 SET_ASIDE = "rolled-back-"
-"""Before the name of a checkpoint that was made in between."""
+"""Prefix of the names of checkpoints that were set aside."""
 
 
 class RollBack(Exception):
-    """The run is to go back; raised on all processes alike, when no save is under way."""
+    """Raised on all processes alike, when no save is under way, to make the run go back to a checkpoint."""
 
     def __init__(self, reason: str, *, before_step: int, state: TrainState) -> None:
         super().__init__(reason)
         self.reason = reason
         self.before_step = before_step
-        """The first step that is not to be: the checkpoint is of one before it."""
+        """The first step to undo: the checkpoint must be from an earlier step."""
         self.state = state
-        """Where the run stands."""
+        """State of the run when this was raised."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """What `roll_backs.jsonl` says of one time."""
+    """One roll-back, as recorded in `roll_backs.jsonl`."""
 
     time: str
     reason: str
     from_step: int
-    """The last step that was done."""
+    """The last completed step."""
     to_step: int
-    """The step of the checkpoint from which the run goes on."""
+    """Step of the checkpoint from which the run continues."""
     plan: dict[str, Any]
     """The plan's cursor after the data of from_step."""
 
 
 def read(run_dir: Path) -> list[Line]:
-    """What a run has gone back so far, oldest first."""
+    """Roll-backs of a run so far, oldest first."""
     found = []
     for number, values in enumerate(json_objects(run_dir / FILE), start=1):
         try:
@@ -71,15 +71,16 @@ def read(run_dir: Path) -> list[Line]:
 
 
 def go_back(run_dir: Path, roll_back: RollBack, *, train: TrainConfig) -> None:
-    """Set checkpoints aside and write the line; the next load resumes from the checkpoint before. Called by all processes together.
+    """Set checkpoints aside and write the line; the next load resumes from the newest checkpoint before `before_step`. Called by all
+    processes together.
 
-    Raises RuntimeError, on all of them, if there is no such checkpoint, or the run has gone back `train.max_roll_backs` times.
+    Raises RuntimeError, on all of them, if there is no such checkpoint, or if the run has already gone back `train.max_roll_backs` times.
     """
     reason, state, before_step = roll_back.reason, roll_back.state, roll_back.before_step
     checkpoints = {int(path.name.removeprefix("step_")): path for path in completed_checkpoints(run_dir)}
     earlier = [step for step in checkpoints if step < before_step]
     lines = read(run_dir)
-    dist.barrier()  # all have looked before anything changes
+    dist.barrier()  # all have read the folder before anything changes
     if len(lines) >= train.max_roll_backs:
         raise RuntimeError(
             f"{reason}. The run has gone back {len(lines)} times already ({run_dir / FILE}), and train.max_roll_backs is "
@@ -108,7 +109,8 @@ def go_back(run_dir: Path, roll_back: RollBack, *, train: TrainConfig) -> None:
 
 
 def leave_out(state: TrainState, run_dir: Path, *, topology: Topology) -> TrainState:
-    """The state of a checkpoint with the plan's cursor moved on where the run has gone back to it. Called by all processes together."""
+    """The state of a checkpoint; if the run has gone back to it, with the plan's cursor after the data that is left out. Called by all
+    processes together."""
     found: list[Any] = [[line.plan for line in read(run_dir) if line.to_step == state.step][-1:] if topology.is_main else None]
     dist.broadcast_object_list(found, src=0)
     if found[0]:

@@ -26,31 +26,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Slow:
-    """The process that exceeds its peers most, in the phase in which it does."""
+    """The process that exceeds its peers the most, and the phase in which it does so."""
 
     rank: int
     phase: str
     seconds: float
-    """By which its steps of the window take longer in that phase, on average."""
+    """Average excess in that phase, seconds per step of the window."""
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Steps between two looks."""
+    """Steps between two comparisons."""
 
     slow: Slow
     steps: int
     step_seconds: float
-    """Of a step, on average."""
+    """Average duration of a step."""
 
 
 _RANK_BITS, _PHASE_BITS = 20, 3
 _COLUMNS = (*PHASES, *(f"own {phase}" for phase in PASSES), "processes")
-"""What the processes of a stage sum up."""
+"""Values that are summed over the processes of a stage."""
 
 
 def pack(*, micros: int, rank: int, phase: int) -> int:
-    """One integer whose maximum over processes says how much, where and in what: 40 bits of microseconds are twelve days."""
+    """Pack excess, rank and phase into one integer, so that the maximum over processes is the greatest excess. 40 bits of microseconds are
+    twelve days."""
     return (max(0, min(micros, (1 << 40) - 1)) << (_RANK_BITS + _PHASE_BITS)) | (phase << _RANK_BITS) | rank
 
 
@@ -61,23 +62,24 @@ def unpack(packed: int) -> Slow:
 
 
 class SlowProcesses(Hook):
-    """Finds the process that the others wait for, and the phase in which it is slow; the means of all go to `phases.jsonl`.
+    """Finds the process that the others wait for, and the phase in which it is slow; the means of all processes are written to
+    `phases.jsonl`.
 
-    Every `detail_interval` steps the mean seconds of each phase of each pipeline stage travel in the step's one message. Each process then
-    knows by how much it exceeds its peers, and the greatest excess of all is one more message of two integers. So nothing grows with the
-    number of processes.
+    Every `detail_interval` steps, the mean seconds of each phase of each pipeline stage are part of the step's one message. Each process
+    then computes by how much it exceeds its peers, and one more message of two integers finds the greatest excess of all. So no message
+    grows with the number of processes.
 
-    Peers are the processes of the same pipeline stage: stages differ by what they hold. Processes that share layers (tensor and expert
-    parallelism) wait for the slowest in each, so their passes take as long; there the last step of a window is run with a timer in these
-    messages, and what is compared is the time of its passes outside of them. A process that has no peers is compared with its own earlier
-    windows; one that is alone has nobody who waits for it.
+    Peers are the processes of the same pipeline stage, because stages hold different parts of the model. Processes that share layers
+    (tensor and expert parallelism) wait for the slowest one in every layer, so their passes all take the same time. For them, messages
+    inside layers are timed in the last step of a window, and the time of the passes outside these messages is compared. A process without
+    peers is compared with its own earlier windows. A process that is alone in the run is not compared, because no other waits for it.
 
-    Any process is the slowest of some window: another program ran, a batch was long. What is reported is a process that was the slowest of
-    `WINDOWS` windows in a row which took `LEAST_SECONDS` together, in each of them by more than `monitor.slow_process` of a step.
+    Any process is the slowest in some window: another program ran, or a batch was long. A process is reported if it was the slowest in
+    `WINDOWS` consecutive windows that took `LEAST_SECONDS` together, in each of them by more than `monitor.slow_process` of a step.
     """
 
     EARLIER = 3
-    """Windows that a process without peers has behind it before it is compared with them."""
+    """Number of earlier windows that a process without peers needs before it is compared with them."""
     WINDOWS = 3
     LEAST_SECONDS = 60.0
 
@@ -92,15 +94,15 @@ class SlowProcesses(Hook):
         self._earlier: dict[str, deque[float]] = {phase: deque(maxlen=20) for phase in OWN_WORK}
         self._shares_layers = topology.tensor_size > 1 or trainer.experiment.parallel.expert > 1
         self._timing: contextlib.ExitStack | None = None
-        """Messages inside layers are timed in the step that comes."""
+        """Open while messages inside layers are timed, which is during one step."""
         self._own = dict.fromkeys(PASSES, 0.0)
-        """Seconds of the passes of the step in which they were, without these messages."""
+        """Seconds of the passes in the step with timed messages, without these messages."""
         self._asked: tuple[torch.Tensor, dict[str, Any]] | None = None
-        """The message under way, and the line that waits for it."""
+        """The message under way, and the line to be written when it arrives."""
         self._streak: list[_Window] = []
-        """The newest windows in a row whose slowest process was the same, by more than the limit."""
+        """The newest consecutive windows in which the same process was the slowest, by more than the limit."""
         self._said: int | None = None
-        """Rank whose streak was reported."""
+        """Rank of the current streak, if that was reported."""
 
     def tell(self, batch: StepBatch) -> tuple[float, ...]:
         if not self._due(self.trainer.state.step + 1):
@@ -135,7 +137,7 @@ class SlowProcesses(Hook):
             self._own = {name: record.phases[name] - waits[name] for name in PASSES}
 
     def _ask(self, record: StepRecord) -> None:
-        """Compare with the peers, and send by how much this process exceeds them; nobody waits for the answer."""
+        """Compare this process with its peers and send its excess. The result is read after the next step."""
         table = np.array(record.told[self]).reshape(self.stages, len(_COLUMNS))
         sums = dict(zip(_COLUMNS, table[self.trainer.topology.pipeline_rank].tolist(), strict=True))
         excess = {phase: self._excess(phase, sums) for phase in OWN_WORK}
@@ -153,10 +155,10 @@ class SlowProcesses(Hook):
         self._asked = (message, line)
 
     def _excess(self, phase: str, sums: dict[str, float]) -> float:
-        """Seconds of a step by which this process exceeds its peers in a phase; 0 if nothing is known of them.
+        """Seconds per step by which this process exceeds its peers in a phase; 0 if there is nothing to compare with.
 
         Args:
-            sums: over the processes of its stage.
+            sums: sums over the processes of its stage.
         """
         if self.trainer.topology.world_size == 1:
             return 0.0
@@ -175,7 +177,7 @@ class SlowProcesses(Hook):
         if self._asked is None:
             return
         (message, line), self._asked = self._asked, None
-        packed, memory = message.tolist()  # came with the step's message, or before
+        packed, memory = message.tolist()  # arrived with the step's message, or before it
         slow, fullest = unpack(packed), memory & ((1 << _RANK_BITS) - 1)
         most = (memory >> _RANK_BITS) / 1e6
         told = {"rank": slow.rank, "phase": slow.phase, "seconds": round(slow.seconds, 6)}
@@ -199,7 +201,7 @@ class SlowProcesses(Hook):
         self._said = slow.rank if is_slow else None
 
     def _is_slow(self, window: _Window) -> bool:
-        """Whether the slowest process of a window has been so for long enough, and by enough."""
+        """Whether the slowest process of a window has been the slowest for long enough, and by enough."""
         if self._streak and self._streak[-1].slow.rank != window.slow.rank:
             self._streak = []
         self._streak = [*self._streak[-1000:], window] if window.slow.seconds > self.limit * window.step_seconds else []

@@ -64,7 +64,7 @@ _SECRET = re.compile(
     r"|\bAKIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30}",
     re.IGNORECASE,
 )
-"""A URL with a password or a signature in it, keys of S3 and of the Hugging Face hub."""
+"""URLs with a password or a signature in them, and keys of S3 and the Hugging Face hub."""
 
 MoreHooks = Callable[[Trainer, Monitor, Plan], Sequence[Hook]]
 """Makes hooks of a run from its trainer, its monitor and the plan of its training data."""
@@ -77,11 +77,11 @@ def start(
     examine: Callable[[Checked], None] = lambda checked: None,
     more_hooks: MoreHooks = lambda trainer, monitor, plan: [],
 ) -> TrainState:
-    """Train an experiment; returns where the run stands at the end.
+    """Train an experiment and return the run's state at the end.
 
     Args:
-        examine: what else is to be found wrong before the run begins; raises ValueError.
-        more_hooks: hooks besides the standard ones.
+        examine: makes further checks before the run begins; raises ValueError.
+        more_hooks: makes hooks in addition to the standard ones.
 
     Raises ValueError, before processes meet, if layout, batch, data or an earlier run in run_dir does not fit.
     """
@@ -125,15 +125,15 @@ def start(
 
 @dataclass(frozen=True)
 class Checked:
-    """An experiment with which nothing was found wrong, and its opened data."""
+    """An experiment that passed all checks, and its opened data."""
 
     experiment: Experiment
-    """With what its data was indexed with (`run.data.as_indexed`)."""
+    """The experiment, with the settings that its data was indexed with (`run.data.as_indexed`)."""
     tokenizer: Tokenizer
     plan: Plan
-    """Of the training split."""
+    """Plan of the training split."""
     extra_hooks: list[Callable[[Trainer], Hook]]
-    """What makes those that the experiment names."""
+    """Functions that make the hooks that the experiment names."""
 
 
 def assemble(
@@ -145,7 +145,7 @@ def assemble(
     lock: RunLock | None = None,
     progress: Progress | None = None,
 ) -> Trainer:
-    """Join the other processes, build the model, load the run's newest checkpoint where it has one, and attach the hooks.
+    """Join the other processes, build the model, load the run's newest checkpoint, if any, and attach the hooks.
 
     Raises ValueError if the checkpoint does not fit the experiment.
     """
@@ -189,16 +189,16 @@ def assemble(
 
 
 def _begin_with(checkpoint: Path, experiment: Experiment, topology: Topology, model: list[DistributedDataParallel]) -> None:
-    """Take the weights of an earlier stage of training, and nothing else."""
+    """Load the weights of an earlier stage of training, and nothing else."""
     load_weights(experiment, topology, model, checkpoint)
     if topology.is_main:
         logger.info("begins with the weights of %s", checkpoint)
 
 
 def check(experiment: Experiment, run_dir: Path) -> Checked:
-    """Open the data and look for everything that can be found wrong without other processes.
+    """Open the data and check everything that can be checked without other processes.
 
-    Raises ValueError that names the thing and the fix.
+    Raises ValueError that names the problem and the fix.
     """
     _check_no_secrets(experiment)
     experiment = with_absolute_references(experiment)
@@ -212,7 +212,7 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
             f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
             "raise it, or use a smaller tokenizer"
         )
-    # One process looks at shards and checkpoints. Until it has, the others wait for it to join them; if it finds something, the launcher
+    # Only the main process checks shards and checkpoints. The others meanwhile wait for it to join them; if a check fails, the launcher
     # ends them.
     is_main = int(os.environ.get("RANK", "0")) == 0
     plan = make_plan(experiment, split=TRAINING, check=is_main)
@@ -223,9 +223,9 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
 
 
 def _check_for_all(experiment: Experiment, run_dir: Path) -> None:
-    """What one process of a run finds out for the others."""
+    """Checks that the main process makes for all others."""
     if experiment.eval.interval and (experiment.data.folder / HELD_OUT).is_dir():
-        make_plan(experiment, split=HELD_OUT)  # found now, not after the first thousand steps
+        make_plan(experiment, split=HELD_OUT)  # fails now, not after the first thousand steps
     newest = newest_described_checkpoint(run_dir)
     if newest is not None:
         check_same_model(experiment, newest)
@@ -236,7 +236,8 @@ def _check_for_all(experiment: Experiment, run_dir: Path) -> None:
 
 
 def _check_no_secrets(experiment: Experiment) -> None:
-    """Options stand in the run's files and in every checkpoint. Raises ValueError that names the field, and not its value."""
+    """Raise ValueError if an option contains a secret, because options are written to the run's files and to every checkpoint. The error
+    names the field, and not its value."""
     for name, value in flat(to_dict(experiment)):
         if _SECRET.search(value):
             raise ValueError(
@@ -246,7 +247,7 @@ def _check_no_secrets(experiment: Experiment) -> None:
 
 
 def _hook(name: str) -> Callable[[Trainer], Hook]:
-    """What makes a hook of `extra_hooks`: a class, or a function of the trainer. Raises ValueError if it is neither."""
+    """The class or function that makes a hook of `extra_hooks` from the trainer. Raises ValueError if it is neither."""
     found: Callable[[Trainer], Hook] = load_object(name)
     if not callable(found) or (isinstance(found, type) and not issubclass(found, Hook)):
         raise ValueError(f"extra_hooks names {name}, which is no hook: derive the class from megatron_mm.training.trainer.Hook")
@@ -254,7 +255,7 @@ def _hook(name: str) -> Callable[[Trainer], Hook]:
 
 
 def _check_machine(experiment: Experiment) -> None:
-    """What this machine's kernels and packages cannot do. Raises ValueError; one process warns of options without effect."""
+    """Check the experiment against this machine's kernels and packages. Raises ValueError; one process warns of options without effect."""
     is_main = int(os.environ.get("RANK", "0")) == 0
     if is_main and engines.remark(version := engines.installed()):
         engines.check_parts(version)
@@ -266,7 +267,7 @@ def _check_machine(experiment: Experiment) -> None:
 
 
 def _warn_of_versions(backend: Backend) -> None:
-    """Of engines that nobody tried, alone or with each other."""
+    """Warn of untested versions of the engines, alone or in combination."""
     core, transformer_engine = engines.installed(), engines.installed("transformer-engine")
     if remark := engines.remark(core):
         logger.warning(remark)
@@ -275,7 +276,7 @@ def _warn_of_versions(backend: Backend) -> None:
 
 
 def with_absolute_references(experiment: Experiment) -> Experiment:
-    """The experiment with whole paths of the files that it names, so that its resume may be started in any folder."""
+    """The experiment with full paths of the files that it names, so that it can be resumed from any working directory."""
     return replace(
         experiment,
         extensions=tuple(map(absolute, experiment.extensions)),
@@ -285,8 +286,8 @@ def with_absolute_references(experiment: Experiment) -> Experiment:
 
 
 def check_shapes(experiment: Experiment, world_size: int) -> None:
-    """What can be found wrong without data or an earlier run: extensions, layout, policy and batch on so many processes. Raises
-    ValueError."""
+    """Check everything that needs neither data nor an earlier run: extensions, layout, freeze policy, and the batch on `world_size`
+    processes. Raises ValueError."""
     load_extensions(experiment.extensions, where="the experiment")
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, world_size)
     trainable_patterns(experiment)
@@ -311,8 +312,8 @@ def check_shapes(experiment: Experiment, world_size: int) -> None:
 
 
 def check_fp8(experiment: Experiment) -> None:
-    """FP8 matrix products pad nothing: widths of every process must fit them (tokens do: `Experiment.token_multiple`). Raises ValueError
-    if one does not."""
+    """Raise ValueError if a width on a process is not a multiple of what FP8 products need: they pad nothing. (`Experiment.token_multiple`
+    pads the tokens.)"""
     decoder, parallel = experiment.model.decoder, experiment.parallel
     parts = {
         "model.decoder.hidden_size": (decoder.hidden_size, 1),
@@ -333,12 +334,12 @@ def check_fp8(experiment: Experiment) -> None:
 
 
 def _warn_of_changes(experiment: Experiment, path: Path) -> None:
-    """Say what a resume changes about the order of the samples, which it may, but rarely means to."""
+    """Warn if a resume changes the order of the samples or the learning rates, which it may, but rarely should."""
     if not path.is_file():
         return
     try:
         before = load_experiment(path)
-    except (ValueError, OSError) as error:  # cut off, or of another version: the checkpoint has its own
+    except (ValueError, OSError) as error:  # truncated, or from another version; the checkpoint has its own copy
         logger.warning("what this start changes cannot be told (%s): %s is written anew", error, path)
         return
     watched = {

@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 
 
 class StartTimes:
-    """Seconds of each part of the start, in order. The first one, imports, counts from the launch of this process, unless the run begins
-    again within it."""
+    """Seconds of each part of the start, in order. The first one, imports, counts from the launch of this process, unless the run restarts
+    within the process."""
 
     def __init__(self, *, launched: bool = True) -> None:
         self.seconds: dict[str, float] = {}
@@ -23,7 +23,7 @@ class StartTimes:
             self._add("imports", process_age())
 
     def lap(self, part: str) -> None:
-        """What was done since the last call is this part of the start."""
+        """Record the time since the last call as this part of the start."""
         now = time.monotonic()
         self._add(part, now - self._last)
         self._last = now
@@ -55,7 +55,7 @@ class LogStart(Hook):
 
 
 def process_age() -> float:
-    """Seconds since this process was launched, as the system knows; 0 if it does not say."""
+    """Seconds since this process was launched, according to the operating system; 0 if it does not say."""
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)

@@ -12,12 +12,12 @@ from megatron_mm.training.trainer import Hook, StepRecord, Trainer
 
 
 def is_due(step: int, interval: int) -> bool:
-    """Whether a step is one of those that are looked at: the first, and each `interval`-th."""
+    """Whether a step is measured in detail: the first step, and every `interval`-th."""
     return interval > 0 and (step == 1 or step % interval == 0)
 
 
 class Norms(Hook):
-    """Norms by part of the model. Runs before the metrics of a step are written, which take `of_step`."""
+    """Computes norms by part of the model. It runs before the hook that writes a step's metrics, which reads `of_step`."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
@@ -26,9 +26,9 @@ class Norms(Hook):
         self.parts = [*family.parts, "rest"]
         self.norms = PartNorms(trainer.model, trainer.optimizer, parts=self.parts, part_of=family.part_of)
         self.of_step: dict[str, dict[str, float]] = {}
-        """`grad_norms`, `param_norms` and `update_ratios` of the newest step; nothing if they were not measured."""
+        """`grad_norms`, `param_norms` and `update_ratios` of the newest step; empty if they were not measured."""
         self._last_lr: float | None = None
-        """Of the step before, where it changed the weights and this process saw it."""
+        """Learning rate of the previous step; None if that step was skipped or this process did not run it."""
 
     def tell(self, batch: StepBatch) -> tuple[float, ...] | torch.Tensor:
         if not is_due(self.trainer.state.step + 1, self.interval):
@@ -44,7 +44,7 @@ class Norms(Hook):
 
 
 def balance(batch: StepBatch, *, data_size: int) -> float:
-    """Planned work of the mean data-parallel rank over that of the busiest one."""
+    """Planned work of the mean data-parallel rank divided by that of the busiest rank."""
     plan = batch.plan
     costs = [plan.batching.costs.of(work) for work in plan.works]
     ranks = [sum(costs[i] for group in rank for i in group) for rank in plan.batching.micro_batches(plan.works, data_size)]
@@ -52,7 +52,7 @@ def balance(batch: StepBatch, *, data_size: int) -> float:
 
 
 def memory_gb(device: torch.device) -> float:
-    """GB of this process: the most that its GPU held, or what it has resident on a CPU."""
+    """Memory of this process, GB: peak allocation on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import psutil

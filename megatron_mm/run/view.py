@@ -31,13 +31,13 @@ _ALONE = Topology(
 
 
 def write_view(experiment: Experiment, out: Path, *, recipe: str, split: str, micro_batches: int) -> int:
-    """Write the page of the first micro-batches of a split. Returns how many tokens are on it.
+    """Write a page with the first micro-batches of a split. Returns the number of tokens on it.
 
     Raises ValueError if the data set or its index is missing, or a sample cannot be read.
 
     Args:
-        experiment: how documents are packed and images cut; its `data.path` is looked at.
-        recipe: its name, for the title.
+        experiment: how documents are packed and images cut; its `data.path` is shown.
+        recipe: name of the recipe, for the title.
     """
     data = TrainingData(experiment, _ALONE, tokenizer := open_tokenizer(experiment), split=split)
     shown: list[PackedBatch] = []
@@ -61,7 +61,7 @@ def write_view(experiment: Experiment, out: Path, *, recipe: str, split: str, mi
 
 
 def with_sources_of(experiment: Experiment, path: Path, *, split: str) -> Experiment:
-    """The experiment on a data set: where the recipe's sources are not those of the data, all of the data's in equal shares.
+    """The experiment on a data set. If the data set lacks a source of the mixture, the mixture becomes all of its sources in equal shares.
 
     Raises ValueError if the split has no indexed source.
     """
@@ -71,7 +71,7 @@ def with_sources_of(experiment: Experiment, path: Path, *, split: str) -> Experi
     if not present:
         raise ValueError(f"{folder} has no indexed source: run `megatron-mm prepare index {path}` first")
     for name in present:
-        open_index(folder / name, check=False)  # says what to do where the index is of another version
+        open_index(folder / name, check=False)  # its error says what to do if the index has another version
     mixture = experiment.data.mixture
     if not set(mixture) <= set(present):
         mixture = {name: 1 / len(present) for name in present}

@@ -5,14 +5,14 @@ hangs, all of them stall within the time of a step. In a healthy run, the thread
 progress for `train.watchdog` seconds writes the position of its process and the Python stacks of all its threads:
 
     RUN_DIR/watchdog/START/rank-00002.json, rank-00002.stacks     START: of this start of the processes, the same for all of them
-    RUN_DIR/watchdog/START/report.txt                             who hangs and where everybody stands, written by one of them
+    RUN_DIR/watchdog/START/report.txt                             which process hangs and the positions of all, written by one of them
 
-Then it waits until all have written, or some time has passed (a stopped process writes nothing), and ends with `EXIT_HUNG`. If the run goes
-on in the meantime, nothing happens.
+Then it waits until all have written, or some time has passed (a stopped process writes nothing), and ends with `EXIT_HUNG`. If the run
+makes progress in the meantime, nothing happens.
 
-Where a process dies, its neighbours' messages fail at once, and they end likewise with `EXIT_LOST` and one report (`lost_contact`).
-Messages of NCCL may wait instead: torchrun then asks for an end with SIGTERM, which a run answers after its step, and a process that makes
-no progress `ASKED_SECONDS` after that counts as having lost contact.
+If a process dies, its neighbours' messages fail at once, and these processes end with `EXIT_LOST` and one report (`lost_contact`). NCCL's
+messages may wait instead of failing: torchrun then sends SIGTERM, which a run answers after its step, and a process that makes no progress
+for `ASKED_SECONDS` after that counts as having lost contact.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from megatron_mm.training.progress import Progress
 logger = logging.getLogger(__name__)
 
 FOLDER = "watchdog"
-"""In the run directory."""
+"""Name of the folder in the run directory."""
 EXIT_HUNG = 75
 """Exit code of a process that hung, or waited for one that did: a temporary failure, worth another try (EX_TEMPFAIL)."""
 EXIT_LOST = 76
 """Exit code of a process that lost contact with another one."""
 ASKED_SECONDS = 20.0
-"""Without progress after a SIGTERM, until a process takes the others for dead."""
+"""Seconds without progress after a SIGTERM until a process presumes the others dead."""
 LOST_SECONDS = 3.0
-"""That one which lost contact waits for others to say so, too."""
+"""Seconds that a process which lost contact waits for others to report the same."""
 KEPT = 5
-"""Folders of earlier starts that stay."""
+"""Number of folders of earlier starts that are kept."""
 _MESSAGE_FAILED = (
     "connection closed by peer",
     "connection reset",
@@ -63,7 +63,7 @@ _MESSAGE_FAILED = (
     "nccl",
     "gloo",
 )
-"""In the text of an error, in lower case, where a message to another process failed."""
+"""Parts of the lower-case text of an error that show that a message to another process failed."""
 
 
 class LostContact(RuntimeError):
@@ -71,26 +71,26 @@ class LostContact(RuntimeError):
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether an error says that another process does not answer, and not that this one did something wrong."""
+    """Whether an error means that another process does not answer, and not that this one made a mistake."""
     return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
         type(error) is RuntimeError and any(words in str(error).lower() for words in _MESSAGE_FAILED)
     )
 
 
 class Watchdog:
-    """Looks on from `__enter__` to `__exit__`; made by all processes together once they have met."""
+    """Watches from `__enter__` to `__exit__`; created by all processes together after process groups are initialised."""
 
     def __init__(self, run_dir: Path, progress: Progress, topology: Topology, *, seconds: float) -> None:
         """
         Args:
-            seconds: without progress until a process counts as hung; 0 notices only processes that end.
+            seconds: time without progress until a process counts as hung; 0 detects only processes that end.
         """
         name = [f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"]
         dist.broadcast_object_list(name, src=0)
         self.folder = run_dir / FOLDER / name[0]
         self.progress, self.topology, self.seconds = progress, topology, seconds
         self.patience = min(max(10.0, seconds / 4), 120.0)
-        """Seconds that one which has written waits for the others."""
+        """Seconds that a process which has written its position waits for the others."""
         self._me = Here(topology.rank, socket.gethostname(), os.getpid())
         self._stopped = threading.Event()
         self._main = threading.get_ident()
@@ -107,7 +107,7 @@ class Watchdog:
             return self
         collectives.install()
         if threading.current_thread() is threading.main_thread():
-            self._signals = os.pipe2(os.O_NONBLOCK)  # a signal's handler waits for the main thread, which may hang; this does not
+            self._signals = os.pipe2(os.O_NONBLOCK)  # a signal handler runs in the main thread, which may hang; this pipe does not need it
             signal.set_wakeup_fd(self._signals[1], warn_on_full_buffer=False)
         self._thread.start()
         return self
@@ -160,7 +160,7 @@ class Watchdog:
         return f"rank-{self.topology.rank:05d}"
 
     def lost_contact(self, error: BaseException) -> LostContact:
-        """What to raise where a message to another process failed."""
+        """The exception to raise when a message to another process failed."""
         self._stopped.set()
         return LostContact(self._tell(str(error).strip().split("\n")[0]))
 
@@ -169,7 +169,7 @@ class Watchdog:
         return self._gather(LOST_SECONDS) or ""
 
     def _write(self, problem: str) -> None:
-        """Where this process stands, and its stacks."""
+        """Write the position of this process, and its stacks."""
         progress = self.progress
         standing = Standing(
             **vars(self._me),
@@ -189,8 +189,8 @@ class Watchdog:
             logger.error("the watchdog cannot write to %s (%s): %s", self.folder, error, standing)
 
     def _gather(self, seconds: float, *, while_marked: float | None = None) -> str | None:
-        """Wait until all have written, or for so many seconds; one of them reports. What this one reported, or "" where another did; None
-        if the run goes on in the meantime."""
+        """Wait until all have written, or for `seconds`; one process then reports. Returns the report if this process made it, "" if
+        another did, and None if the run made progress in the meantime."""
         path, deadline, said = self.folder / "report.txt", time.monotonic() + seconds, ""
         while not path.exists():
             if while_marked is not None and self.progress.marked != while_marked:
@@ -201,16 +201,16 @@ class Watchdog:
                 said = self._report(path)
                 break
             time.sleep(0.1)
-        time.sleep(0.5)  # the launcher ends all of them with the first: let each see that the report is there
+        time.sleep(0.5)  # the launcher ends all processes when the first one ends: let each see the report before
         return said
 
     def _report(self, path: Path) -> str:
-        """Print what is known of all processes and keep it; only the first that gets here does."""
+        """Print and store what is known of all processes; only the first process to get here does so."""
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         except FileExistsError:
             return ""
-        except OSError:  # nothing can be written; it can still be said
+        except OSError:  # nothing can be written, but the report can still be printed
             descriptor = os.open(os.devnull, os.O_WRONLY)
         standings, silent = read_folder(self.folder)
         text = report(standings, silent, folder=self.folder)
@@ -228,7 +228,7 @@ class Watchdog:
 
 
 def end_process(code: int) -> NoReturn:
-    """Without clean-up, which would wait for processes that never answer."""
+    """End this process without clean-up, which would wait for processes that never answer."""
     for child in multiprocessing.active_children():  # writers of a checkpoint that nobody will complete
         child.kill()
     for stream in (sys.stdout, sys.stderr):
@@ -238,7 +238,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def _forget_old(folder: Path) -> None:
-    """All but the newest few that have a report: the others ended well, or were killed altogether."""
+    """Delete all folders but the newest few that have a report: the other runs ended well, or were killed outright."""
     earlier = sorted(folder.glob("*/")) if folder.is_dir() else []
     told = [path for path in earlier if (path / "report.txt").exists()]
     for path in set(earlier) - set(told[-KEPT:]):
