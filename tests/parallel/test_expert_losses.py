@@ -1,4 +1,4 @@
-"""The routers' losses are those of the whole global batch: however it is packed, and with the gradients that their definition has."""
+"""The routers' losses are those of the whole global batch, however it is packed, and their gradients match their definition."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ STEPS = 5
 
 
 def sparse_experiment(experts: MoEConfig = EXPERTS, **train: int) -> Experiment:
-    """Not clipped, so that gradients are as they come."""
+    """Build a small sparse model without gradient clipping."""
     experiment = small_experiment(decoder={"moe": experts}, **train)
     return replace(experiment, optimizer=replace(experiment.optimizer, clip_grad_norm=0.0))
 
 
 def uneven_step(experiment: Experiment, topology: Topology, *, step: int) -> list[PackedBatch]:
-    """Micro-batches of one sequence that differ in images, so in supervised tokens, and in real ones: 96, 64, 64 and 48."""
+    """Return micro-batches of one sequence each, with different numbers of images and real tokens: 96, 64, 64 and 48."""
     batches = random_step(experiment, topology, step=step)
     for index, batch in enumerate(batches):
         is_token, mask = batch.is_token.clone(), batch.loss_mask.clone()
@@ -41,7 +41,7 @@ def uneven_step(experiment: Experiment, topology: Topology, *, step: int) -> lis
 
 
 def joined(first: PackedBatch, second: PackedBatch) -> PackedBatch:
-    """Two micro-batches as one."""
+    """Join two micro-batches into one."""
     cut = ("token_ids", "labels", "loss_mask", "is_token", "position_ids", "source_ids", "image_owners", "pixels")
     return replace(
         first,
@@ -54,7 +54,7 @@ def joined(first: PackedBatch, second: PackedBatch) -> PackedBatch:
 
 
 def train_packed(groups: list[tuple[int, ...]]) -> list[list[float]]:
-    """Loss, gradient norm and the routers' values of some steps; `groups` says which sequences of a step make a micro-batch."""
+    """Train; return loss, gradient norm and router values of each step. `groups` lists the sequences of each micro-batch."""
     experiment = sparse_experiment()
     topology = topologies.initialize(experiment.parallel, seed=1)
     model = build_model(experiment, topology)
@@ -89,7 +89,7 @@ def _router(experiment: Experiment) -> Router:
 
 
 def _gradient_of_the_router_alone() -> tuple[torch.Tensor, torch.Tensor]:
-    """(the router's, that of the written-out definition): 10 tokens of which 3 are padding, uneven shares."""
+    """Return (the router's gradient, that of the written-out definition) for 10 tokens, 3 of them padding, and uneven shares."""
     torch.manual_seed(0)
     router = _router(sparse_experiment(replace(EXPERTS, load_balance_loss=0.3, z_loss=0.2)))
     shares = torch.tensor([0.4, 0.3, 0.2, 0.1])
@@ -116,7 +116,7 @@ def test_a_routers_gradient_is_that_of_the_definition() -> None:
 
 
 def _first_step(z_loss: float, shift: float) -> tuple[torch.Tensor, RoutingStats]:
-    """The router's gradient in a whole step, its weights moved by `shift` in a random direction."""
+    """Run a whole step with the router's weights moved by `shift` in a fixed direction; return its gradient and statistics."""
     experiment = sparse_experiment(replace(EXPERTS, load_balance_loss=0.0, z_loss=z_loss))
     topology = topologies.initialize(experiment.parallel, seed=1)
     model = build_model(experiment, topology)
@@ -136,7 +136,7 @@ def _direction() -> torch.Tensor:
 
 
 def _slopes() -> tuple[float, float]:
-    """(what the z-loss adds to the step's gradient along the direction, by how much the logged z-loss rises along it)."""
+    """Return (the z-loss's part of the step's gradient along the direction, the slope of the logged z-loss along it)."""
     coefficient, distance = 50.0, 0.00125
     added = (_first_step(coefficient, 0.0)[0] - _first_step(0.0, 0.0)[0]) / coefficient
     rise = _first_step(0.0, distance)[1].z - _first_step(0.0, -distance)[1].z
@@ -144,7 +144,7 @@ def _slopes() -> tuple[float, float]:
 
 
 def test_a_steps_gradient_is_that_of_the_logged_loss() -> None:
-    """So a coefficient means the same for the objective, a loss per counted token, whatever part of the tokens count."""
+    """A coefficient therefore has the same effect on the objective, whatever share of the tokens is counted."""
     gradient, slope = run_processes(_slopes, 1)[0]
     assert abs(slope) > 0.1
     assert gradient == pytest.approx(slope, rel=2e-4)  # the error of the central difference, which falls with its square, is 4e-5

@@ -1,4 +1,4 @@
-"""Experts whose exchange runs beside products of another micro-batch: the same losses, and padding routed nowhere."""
+"""Experts' exchange overlapped with another micro-batch's matrix products: same losses, and padding is not routed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ PADDING = 20
 
 
 def train(parallel: dict[str, Any], depth: int) -> tuple[list[float], list[float], np.ndarray]:
-    """Losses, gradient norms, and tokens of each expert; called by all processes of a layout.
+    """Train; return losses, gradient norms, and tokens of each expert. Called by all processes of a layout.
 
-    In fp32, where equality can be seen: megatron-core asks for bf16, but nothing of its schedule depends on that.
+    In fp32, so that equality can be tested: megatron-core requires bf16, but its schedule does not depend on it.
     """
     check = TransformerConfig.__post_init__
 

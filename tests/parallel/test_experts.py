@@ -1,4 +1,4 @@
-"""Sparse layers: the same losses, auxiliary ones included, in every layout; and experts that get nothing."""
+"""Sparse layers: the same losses, including auxiliary ones, in every layout; experts that receive no token."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Run:
 def train(
     parallel: dict[str, Any], experts: MoEConfig = EXPERTS, padding: int = 0, bias: tuple[float, ...] = (), only_images: bool = False
 ) -> Run:
-    """A few steps; called by all processes of a layout.
+    """Train for `STEPS` steps; called by all processes of a layout.
 
     Args:
-        padding: tokens at the end of each micro-batch that are made padding.
+        padding: number of tokens at the end of each micro-batch that become padding.
         bias: added to the router's logits.
-        only_images: the first micro-batch of every step has nothing but image tokens.
+        only_images: the first micro-batch of every step has only image tokens.
     """
     if bias:
         gating = moe.Router.gating
@@ -74,7 +74,7 @@ def train(
 
 
 def _depth(parallel: dict[str, Any]) -> int:
-    """Layers: as few as the stages need."""
+    """Return the smallest number of layers that the stages allow."""
     return 2 * parallel.get("virtual", 1)
 
 
@@ -128,7 +128,7 @@ def test_losses_and_auxiliary_losses_equal_those_of_one_process(world_size: int,
 
 
 def test_padding_is_routed_nowhere_and_counted_nowhere() -> None:
-    """20 tokens of each of 4 micro-batches, of 96 or 64 tokens, are padding, under sequence parallelism all on the second process."""
+    """Each of 4 micro-batches of 96 or 64 tokens ends with 20 tokens of padding: with sequence parallelism, all on the second process."""
     padded, cut = _one_process(20), run_processes(train, 2, {"tensor": 2}, EXPERTS, 20)[0]
     assert padded.tokens_per_expert.sum() == STEPS * 2 * (96 - 20 + 64 - 20) * 2  # top-2 of one layer
     assert cut.losses == pytest.approx(padded.losses, rel=TOLERANCE)
@@ -137,7 +137,7 @@ def test_padding_is_routed_nowhere_and_counted_nowhere() -> None:
 
 
 def test_losses_are_as_defined() -> None:
-    """Equal logits: every expert has probability 1/4, entropy log 4, z = log(4)^2, and the balance is 1 whoever is chosen."""
+    """With equal logits every expert has probability 1/4, so entropy is log 4, z is log(4)^2, and the balance loss is 1 for any choice."""
     run = run_processes(_even, 1)[0]
     assert run["router_entropy"] == pytest.approx(math.log(4), rel=1e-5)
     assert run["z_loss"] == pytest.approx(math.log(4) ** 2, rel=1e-5)
@@ -156,7 +156,7 @@ def _even() -> dict[str, float]:
 
 
 def test_a_process_whose_tokens_all_go_elsewhere_and_experts_that_get_nothing() -> None:
-    """Experts 2 and 3, the whole second process, get no token in 20 steps."""
+    """Experts 2 and 3, which the second process holds, receive no token in 20 steps."""
     runs = run_processes(train, 2, {"expert": 2}, EXPERTS, 0, (0.0, 0.0, -1e4, -1e4))
     assert (runs[0].tokens_per_expert[:, 2:] == 0).all() and (runs[0].tokens_per_expert[:, :2] > 0).all()
     assert all(math.isfinite(value) for value in [*runs[0].losses, *runs[0].grad_norms])
@@ -243,7 +243,7 @@ def test_the_heat_map_is_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_collapsed_router_sends_no_process_more_than_its_bound() -> None:
-    """All tokens want the two experts of the first process: with a bound of 1.5 equal shares, 0.5 of 2 go nowhere, and training goes on."""
+    """All tokens choose the two experts of the first process: with a bound of 1.5 equal shares, 0.5 of 2 are dropped."""
     collapsed = (9.0, 9.0, 0.0, 0.0)
     bounded = run_processes(train, 2, {"expert": 2, "max_expert_load": 1.5}, EXPERTS, 0, collapsed)[0]
     free = run_processes(train, 2, {"expert": 2}, EXPERTS, 0, collapsed)[0]

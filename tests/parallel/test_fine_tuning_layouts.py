@@ -1,5 +1,5 @@
-"""MM1's fine-tuning under every layout: begun with a run of another image size, on real pictures shown as sub-images, some demonstrations
-at low resolution. Losses of 20 steps equal one process's."""
+"""MM1's fine-tuning in every layout: initialised from a run of another image size, on real pictures split into sub-images, with some
+demonstrations at low resolution. Losses of 20 steps equal those of one process."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ POSITIONS = ("vision.position_embedding", "connector.position_embedding")
 
 
 def pretraining(data: Path, moe: MoEConfig | None = None) -> Experiment:
-    """16 px as one square."""
+    """Return the pre-training experiment: images of 16 px, each one square."""
     return _sparse(small_run(data, steps=2, schedule_steps=2), moe)
 
 
 def fine_tuning(data: Path, layout: Layout = ALONE, *, steps: int = STEPS) -> Experiment:
-    """Sub-images of 24 px: 45 tokens an image. Questions about several pictures, and conversations."""
+    """Return the fine-tuning experiment: sub-images of 24 px (45 tokens per image), interleaved documents and conversations."""
     base = small_run(data, parallel=layout.parallel, steps=steps, schedule_steps=steps, global_batch_size=4)
     assert isinstance(base.model, MM1Config)
     model = replace(base.model, vision=replace(base.model.vision, image_size=24), sub_images=SubImages())
@@ -79,7 +79,7 @@ def _start(experiment: Experiment, run_dir: Path) -> None:
 
 
 def _begin(experiment: Experiment, run_dir: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Weights before the first step, and what the log says."""
+    """Assemble a run; return the weights before the first step, and the log lines."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -92,7 +92,7 @@ def _begin(experiment: Experiment, run_dir: Path) -> tuple[dict[str, torch.Tenso
 
 @pytest.fixture(scope="module")
 def pretrained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Run directories of pre-training by their experts."""
+    """Function that returns the pre-training run directory for given experts."""
 
     @functools.cache
     def run(moe: MoEConfig | None) -> Path:
@@ -105,7 +105,7 @@ def pretrained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any
 
 @pytest.fixture(scope="module")
 def losses(demo_data: Path, tmp_path_factory: pytest.TempPathFactory, pretrained: Any) -> Any:
-    """Losses of fine-tuning in a layout."""
+    """Function that returns the losses of fine-tuning in a layout."""
 
     @functools.cache
     def train(world_size: int, parallel: tuple[Any, ...], moe: MoEConfig | None) -> list[float]:
@@ -127,7 +127,7 @@ def test_losses_equal_those_of_one_process(layout: Layout, losses: Any) -> None:
 def test_positions_are_interpolated_as_conversion_does_it(
     demo_data: Path, tmp_path: Path, pretrained: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By --init-from and by from-hf of the export: the same numbers, all other weights untouched, and a line in the log."""
+    """--init-from and from-hf of the export yield the same positions, leave all other weights unchanged, and log a line."""
     settings, run_dir = replace(fine_tuning(demo_data, steps=1), init_from=pretrained(None)), pretrained(None)
     (begun,) = run_processes(_begin, 1, settings, tmp_path / "begun")
     weights, lines = begun
@@ -171,4 +171,4 @@ def test_only_how_images_are_shown_may_differ(demo_data: Path, tmp_path: Path, p
     with pytest.raises(ValueError, match=r"holds another model .*: model.vision.patch_size is 4 there and 8 here: use the recipe"):
         check(replace(settings, model=other), tmp_path)
     with pytest.raises(ValueError, match=r"holds another model .*: model.sub_images is None there and .*model.vision.image_size is 16"):
-        check(settings, pretrained(None))  # a resume is of the same model
+        check(settings, pretrained(None))  # a resumed run must have the same model

@@ -1,4 +1,4 @@
-"""The encoder's gradient is one process's, however its images are shared out."""
+"""The encoder's gradient equals that of one process, however the images are distributed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_mm.training.step import TrainingStep
 
 Gradients = dict[str, torch.Tensor]
 ONE, MANY = 1, 2
-"""Micro-batches (`small.IMAGES_OF_MICRO_BATCHES`) with one image and with several."""
+"""Numbers of micro-batches (`small.IMAGES_OF_MICRO_BATCHES`) with one image and with several."""
 STEPS: list[list[tuple[int, str]]] = [
     [(MANY, "in turn")],
     [(MANY, "all of the last")],
@@ -26,11 +26,11 @@ STEPS: list[list[tuple[int, str]]] = [
     [(0, "in turn")],
     [(0, "in turn"), (ONE, "all of the last"), (MANY, "in turn")],
 ]
-"""The micro-batches of each step and who owns their images."""
+"""The micro-batches of each step, and the owners of their images."""
 
 
 def _shared(batch: PackedBatch, sharing: str, *, rank: int, size: int) -> PackedBatch:
-    """The micro-batch, which has all pixels, as one process of a tensor-parallel group gets it."""
+    """Return a micro-batch (given with all pixels) as one process of a tensor-parallel group receives it."""
     count = batch.num_images
     owners = {
         "in turn": torch.arange(count) % size,
@@ -42,7 +42,7 @@ def _shared(batch: PackedBatch, sharing: str, *, rank: int, size: int) -> Packed
 
 
 def _encoder_gradients(tensor: int, sequence: bool, bucket: int) -> list[Gradients]:
-    """After each step's backward pass, by name; the weights stay as they are."""
+    """Return the gradients after each step's backward pass, by name; the weights are not updated."""
     gradients._BUCKET_ELEMENTS = bucket
     experiment = small_experiment(parallel={"tensor": tensor, "sequence": sequence})
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)

@@ -1,4 +1,4 @@
-"""Shares of images: gathered in order whoever owns them, and every process gets the gradient of its own images back."""
+"""Distributed images: features are gathered in order for any owners, and every process gets the gradient of its own images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS, WIDTH = 2, 3
 
 
 def _gather() -> dict[str, int]:
-    """Features and gradients of every case, checked on both processes; how many images this process had in each."""
+    """Check features and gradients of every case on this process; return its number of images in each case."""
     topology = topologies.initialize(ParallelConfig(tensor=2), seed=1)
     group, generator = parallel_state.get_tensor_model_parallel_group(), torch.Generator().manual_seed(0)
     had = {}
@@ -29,14 +29,14 @@ def _gather() -> dict[str, int]:
         owners = torch.tensor(listed, dtype=torch.int64)
         mine = owners == topology.tensor_rank
         features = torch.randn(len(listed), TOKENS, WIDTH, generator=generator)
-        weights = torch.randn(2, len(listed), TOKENS, WIDTH, generator=generator)  # what each process does with the features
+        weights = torch.randn(2, len(listed), TOKENS, WIDTH, generator=generator)  # weights of the features in each process's loss
         for sequence_parallel in (False, True):
             case = f"{name}, sequence parallel {sequence_parallel}"
             # A process without an image encodes a blank one, as the models do.
             owned = (features[mine] if mine.any() else torch.full((1, TOKENS, WIDTH), 7.0)).requires_grad_()
             gathered = TensorParallelImages(group, sequence_parallel=sequence_parallel).gather(owned, owners=owners)
             assert torch.equal(gathered, features), case
-            # Without sequence parallelism both do the same; with it each has its own tokens, and gradients add up.
+            # Without sequence parallelism both compute the same; with it each has its own tokens, and their gradients are summed.
             (gathered * (weights[topology.tensor_rank] if sequence_parallel else weights[0])).sum().backward()
             assert owned.grad is not None, case
             expected = (weights.sum(0) if sequence_parallel else weights[0])[mine] if mine.any() else torch.zeros_like(owned)

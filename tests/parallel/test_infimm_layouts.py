@@ -1,4 +1,4 @@
-"""InfiMM under every layout: loss curves of 20 steps equal one process's, with 0 to 6 images a micro-batch and latents on every stage."""
+"""InfiMM in every layout: losses of 20 steps equal those of one process, with 0 to 6 images per micro-batch and latents on every stage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MORE_LAYOUTS = [
 
 
 def train(layout: Layout) -> Curve:
-    """The loss curve in a layout; called by all its processes. Gates are opened, so that images matter from the first step."""
+    """Return the loss curve in a layout; called by all its processes. Gates are opened, so that images matter from the first step."""
     return train_curve(small_infimm(parallel=layout.parallel, policy=layout.policy), infimm_step, prepare=open_gates)
 
 

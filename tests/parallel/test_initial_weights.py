@@ -1,4 +1,4 @@
-"""Initial weights depend on the seed and the parameter's global name alone: every layout's pieces make up the same model."""
+"""Initial weights depend only on the seed and the parameter's global name: the pieces of every layout form the same model."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ class Piece:
     name: str
     global_shape: tuple[int, ...]
     place: tuple[int | slice, ...]
-    """Where in the whole; a number for an axis that the piece itself has not (its expert)."""
+    """Index into the whole parameter; a number for an axis that the piece itself lacks (its expert)."""
     value: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Held:
-    """What one process has."""
+    """Pieces that one process holds."""
 
     cut: list[list[Piece]]
-    """In each of the layouts."""
+    """Pieces in each of `LAYOUTS`."""
     whole: dict[str, list[Piece]]
-    """Of each decoder where nothing is cut."""
+    """Pieces of each decoder without any parallelism."""
 
 
 def _pieces(decoder: str, parallel: dict[str, Any], *, seed: int) -> list[Piece]:
@@ -76,7 +76,7 @@ def _held(seed: int) -> Held:
 
 
 def _assemble(pieces: list[Piece]) -> dict[str, torch.Tensor]:
-    """Whole parameters by name; NaN where no piece is."""
+    """Return whole parameters by name, with NaN where no piece is."""
     whole: dict[str, torch.Tensor] = {}
     for piece in pieces:
         target = whole.setdefault(piece.name, torch.full(piece.global_shape, float("nan")))
@@ -97,7 +97,7 @@ def test_the_pieces_of_every_layout_make_up_the_same_model(by_rank: list[Held], 
     cut = _assemble([piece for held in by_rank for piece in held.cut[number]])
     assert set(cut) == set(whole) and len(whole) > 50
     for name, value in whole.items():
-        assert torch.equal(cut[name], value), name  # to the last bit, and a NaN equals nothing
+        assert torch.equal(cut[name], value), name  # bit-identical; a NaN (missing piece) equals nothing
     most = max(sum(piece.value.numel() for piece in held.cut[number]) for held in by_rank)
     assert most < sum(value.numel() for value in whole.values()), "nothing was cut, so nothing was compared"
 
@@ -122,7 +122,7 @@ def _pieces_of_another_seed() -> list[Piece]:
 
 @pytest.mark.parametrize(("name", "shape"), [("connector.scale", (4,)), ("language.rms.weight", (4,)), ("connector.weight", (4, 4))])
 def test_a_parameter_that_nobody_marked_is_an_error(name: str, shape: tuple[int, ...]) -> None:
-    """A norm whose weight began at 0 would silence its layer for the whole run."""
+    """A norm whose weight started at 0 would silence its layer for the whole run."""
     with pytest.raises(ValueError, match=f"parameter {name} of shape .* has no initial value: give it `init_std`"):
         initial_value(name, torch.nn.Parameter(torch.empty(shape)))
 

@@ -1,4 +1,4 @@
-"""Layout never changes the result: loss curves of 20 steps equal the one-process run's."""
+"""The layout never changes the result: losses of 20 steps equal those of one process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MORE_LAYOUTS = [
 
 
 def train(layout: Layout, precision: str = "fp32") -> Curve:
-    """The loss curve in a layout; called by all its processes."""
+    """Return the loss curve in a layout; called by all its processes."""
     return train_curve(small_experiment(parallel=layout.parallel, decoder=layout.decoder, precision=precision), random_step)
 
 
@@ -63,7 +63,7 @@ def test_loss_curve_equals_that_of_one_process(layout: Layout) -> None:
 
 
 def test_bf16_stays_close_to_one_process() -> None:
-    """Rounding to 8 bits of mantissa (4e-3) after sums in another order; 20 steps stay within 1e-2."""
+    """bf16 rounds to 8 bits of mantissa (4e-3) after sums in another order; 20 steps stay within 1e-2."""
     curve = run_processes(train, 4, Layout(4, {"tensor": 2, "pipeline": 2}), "bf16")[0]
     assert curve.losses == pytest.approx(_one_process((), "bf16").losses, rel=1e-2)
 

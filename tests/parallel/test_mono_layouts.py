@@ -1,4 +1,4 @@
-"""Mono-InternVL under every layout: loss curves of 20 steps equal one process's, with no tile, some, and tiles alone in a micro-batch."""
+"""Mono-InternVL in every layout: losses of 20 steps equal those of one process; micro-batches have no tiles, some, or only tiles."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MORE_LAYOUTS = [
 
 
 def train(layout: Layout) -> Curve:
-    """The loss curve in a layout; called by all its processes."""
+    """Return the loss curve in a layout; called by all its processes."""
     return train_curve(small_mono(parallel=layout.parallel, policy=layout.policy), mono_step)
 
 

@@ -1,4 +1,4 @@
-"""Which nodes an expert-parallel group lies on, and what it sends between them."""
+"""Number of nodes that an expert-parallel group spans, and the traffic between them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_groups_are_those_of_megatron_core(expert: int, expert_tensor: int, pipe
 
 
 def test_what_experts_send_and_hold() -> None:
-    """MM1 3B-MoE on 128 GPUs: 2,097,152 tokens of 3072 channels go to 2 experts of 13 layers; an expert has 3 x 3072 x 8064 weights."""
+    """MM1 3B-MoE on 128 GPUs sends 2,097,152 tokens of 3072 channels to 2 experts in 13 layers; an expert has 3 x 3072 x 8064 weights."""
     experiment = get_recipe("mm1_3b_moe")
     far, near = (expert_traffic(experiment, expert=degree, world_size=128, gpus=8) for degree in (32, 8))
     assert far.tokens == pytest.approx(4 * 2 * (2_097_152 * 13 / 128) * 3072 * 2 * 24 / 32) and near.tokens == 0

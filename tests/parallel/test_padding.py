@@ -1,4 +1,4 @@
-"""Padding changes no loss: batches as long as their tokens train as those that are padded to a full sequence."""
+"""Padding changes no loss: batches without padding train like batches padded to full sequences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAMILIES: dict[str, tuple[Callable[..., Experiment], Callable[..., list[PackedBa
 
 
 def padded(batch: PackedBatch, tokens: int) -> PackedBatch:
-    """The same batch with a last document of padding."""
+    """Return the batch with a last document of padding, `tokens` tokens in all."""
     more = tokens - batch.num_tokens
     if not more:
         return batch
@@ -65,7 +65,7 @@ def losses(family: str, parallel: dict[str, Any], with_padding: bool) -> tuple[l
     ],
 )
 def test_losses_are_those_of_padded_batches(family: str, world_size: int, parallel: dict[str, Any]) -> None:
-    """1e-6 is what sums in another order explain in float32 over 20 steps of these models."""
+    """Summing in another order in float32 accounts for 1e-6 over 20 steps of these models."""
     without, with_padding = (run_processes(losses, world_size, family, parallel, flag)[0] for flag in (False, True))
     assert without[0] == pytest.approx(with_padding[0], rel=1e-6)
     assert without[1] == pytest.approx(with_padding[1], rel=1e-4)

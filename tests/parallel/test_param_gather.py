@@ -1,4 +1,4 @@
-"""Parameters of a sparse model are gathered once a step, and the weights are those of megatron-core's own step."""
+"""Parameters of a sparse model are gathered once per step, and the weights equal those of megatron-core's own step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_mm.training.step import TrainingStep
 
 
 def train(by_upstream: bool) -> tuple[Counter[str], int, list[torch.Tensor]]:
-    """Two steps of two processes; collectives over buckets, how many buckets there are, and the weights at the end."""
+    """Train two steps on two processes; return the counts of collectives, the number of buckets, and the final weights."""
     calls: Counter[str] = Counter()
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(param_and_grad_buffer, name, _counted(getattr(param_and_grad_buffer, name), name, calls))

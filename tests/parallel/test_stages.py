@@ -1,4 +1,4 @@
-"""What lives on which pipeline stage, and how large it is: built on the meta device, so that a 30B model costs no memory."""
+"""Contents and sizes of pipeline stages; models are built on the meta device, so that a 30B model needs no memory."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def test_stage_layers_that_do_not_add_up_are_refused() -> None:
 
 @pytest.mark.parametrize(("recipe", "decoder"), [("mm1_1b", 1.296e9), ("mm1_3b", 3.065e9), ("mm1_7b", 7.047e9), ("mm1_30b", 30.29e9)])
 def test_decoder_sizes(recipe: str, decoder: float) -> None:
-    """Uncut, the decoder has the size that its recipe names; the tower and the connector have their exact ones."""
+    """Without parallelism, the decoder has about the size that its recipe names; tower and connector have exact sizes."""
     experiment = get_recipe(recipe)
     whole = replace(experiment, parallel=ParallelConfig())
     (parts,) = stage_parameters(whole)
@@ -37,7 +37,7 @@ def test_decoder_sizes(recipe: str, decoder: float) -> None:
 
 
 def test_stages_of_the_30b_layout_hold_the_whole_decoder() -> None:
-    """Tensor 4 holds a quarter of every matrix; the tied table stands on the first and the last stage."""
+    """With tensor 4 a process holds a quarter of every matrix; the tied table is on the first and the last stage."""
     experiment = get_recipe("mm1_30b")
     (whole,) = stage_parameters(replace(experiment, parallel=ParallelConfig()))
     stages = stage_parameters(experiment)

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, and loading one never runs what it holds."""
+"""A checkpoint is complete or absent, and loading one never executes code that it contains."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def train(data: Path, run_dir: Path, steps: int, options: dict[str, Any]) -> int
 
 
 def train_and_report(data: Path, run_dir: Path, steps: int) -> str:
-    """The error of a start that should fail."""
+    """Start a run that should fail; return its error."""
     try:
         start(experiment(data, steps), run_dir)
     except ValueError as error:
@@ -49,7 +49,7 @@ def train_and_report(data: Path, run_dir: Path, steps: int) -> str:
 
 @pytest.fixture(scope="module")
 def finished(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes with checkpoints of steps 2 and 4."""
+    """Run directory of two processes with checkpoints of steps 2 and 4."""
     run_dir = tmp_path_factory.mktemp("finished")
     run_processes(train, 2, demo_data, run_dir, 4, {"interval": 2})
     return run_dir
@@ -96,11 +96,11 @@ def test_a_path_names_a_checkpoint_or_the_newest_of_a_run(run_dir: Path, tmp_pat
 
 
 def _killed_while_saving(data: Path, run_dir: Path, after_files: int, victims: set[str]) -> None:
-    """Train on; some processes are killed as soon as the save of step 6 has written some of its files."""
+    """Continue training; kill `victims` as soon as the save of step 6 has written `after_files` of its files."""
     write = integrity.write_checksums
 
     def slowly(partial: Path, *, rank: int) -> None:
-        time.sleep(30)  # tensors are written, nothing is summed or named yet
+        time.sleep(30)  # tensors are written, but checksums and the final name are not
         write(partial, rank=rank)
 
     integrity.write_checksums = slowly
@@ -112,7 +112,7 @@ def _killed_while_saving(data: Path, run_dir: Path, after_files: int, victims: s
 def _kill_when_saving(folder: Path, after_files: int) -> None:
     while not list(folder.glob(".partial-*/state.json")) or len(list(folder.glob(".partial-*/tensors/*.distcp"))) < after_files:
         time.sleep(0.005)
-    os.killpg(0, signal.SIGKILL)  # this process and the one that writes for it
+    os.killpg(0, signal.SIGKILL)  # this process and its writer process
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def _kill_when_saving(folder: Path, after_files: int) -> None:
     ids=["before the first file", "one process, after the first file", "after the last file"],
 )
 def test_sigkill_in_a_save_leaves_the_previous_checkpoint(demo_data: Path, run_dir: Path, after_files: int, victims: set[str]) -> None:
-    # Where one process survives, it fails because the other one is gone: whichever is seen first.
+    # A surviving process fails because the other one is gone; either may be noticed first.
     with pytest.raises(AssertionError, match=r"ended without a result|rank 0 of 2 failed"):
         run_processes(_killed_while_saving, 2, demo_data, run_dir, after_files, victims)
     assert [path.name for path in completed_checkpoints(run_dir)] == ["step_00000002", "step_00000004"]
@@ -155,7 +155,7 @@ def _remove(tensors: Path) -> Path:
 
 
 class _Dangerous:
-    """Unpickling it would make a file."""
+    """Unpickling an instance would create a directory."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("executed",)
@@ -175,7 +175,7 @@ def _poison(name: str) -> Any:
 
 
 def _sum_again(path: Path) -> None:
-    """Whoever changes a file can change its checksum too."""
+    """Update a file's checksum, as an attacker who changes the file can do."""
     manifest = path.parents[1] / "manifest.json"
     content = json.loads(manifest.read_text())
     content["files"][path.name] = [path.stat().st_size, checksum_of(path)]
@@ -183,7 +183,7 @@ def _sum_again(path: Path) -> None:
 
 
 def _pickle_for_a_tensor(tensors: Path) -> Path:
-    """The description says that an optimizer's tensor is an object, which torch unpickles from the place where the tensor was."""
+    """Declare an optimizer's tensor to be an object in the metadata, so that torch would unpickle it."""
     path = tensors / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     name = next(name for name in metadata.state_dict_metadata if name.startswith("optimizer.") and "exp_avg" in name)
@@ -201,7 +201,7 @@ def _pickle_for_a_tensor(tensors: Path) -> Path:
 
 
 def _pickle_for_plain_values(tensors: Path) -> Path:
-    """As megatron-core 0.19 keeps the optimizer's options; 0.16 would not ask for it, and it is refused all the same."""
+    """Store a pickle as megatron-core 0.19 stores the optimizer's options; 0.16 would not read it, but it is refused, too."""
     path = tensors / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     name = "common_state/shard_0_1"
@@ -262,7 +262,7 @@ def _no_archive(tensors: Path) -> Path:
 def test_a_damaged_checkpoint_is_refused_by_name(
     demo_data: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, reason: str
 ) -> None:
-    """Where no other one is left; nothing is renamed then, since the file system may be what is at fault."""
+    """No other checkpoint is left; nothing is renamed then, since the file system may be at fault."""
     shutil.rmtree(run_dir / "checkpoints" / "step_00000002")
     path = damage(run_dir / "checkpoints" / "step_00000004" / "tensors")
     monkeypatch.chdir(run_dir)
@@ -273,7 +273,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(
 
 
 def train_and_log(data: Path, run_dir: Path, steps: int, options: dict[str, Any] | None = None) -> str:
-    """What is logged as errors and warnings."""
+    """Start a run; return the warnings and errors that it logs."""
     heard = io.StringIO()
     handler = logging.StreamHandler(heard)
     handler.setLevel(logging.WARNING)
@@ -309,7 +309,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_not_the_run(demo_data: Path, r
 
 
 def test_a_run_directory_in_disorder_is_resumed(demo_data: Path, run_dir: Path) -> None:
-    """What people and crashes leave: a copy of a checkpoint beside it, a folder in the place of the link `best`, files that are cut off."""
+    """Leftovers of users and crashes: a copy of a checkpoint next to it, a folder instead of the link `best`, truncated files."""
     checkpoints = run_dir / "checkpoints"
     shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000002.old")
     shutil.copytree(checkpoints / "step_00000002", checkpoints / "best")

@@ -1,4 +1,4 @@
-"""A save gathers nothing and writes every byte once; the boxes of a run are what it covers."""
+"""A save gathers nothing and writes every byte once; a run of elements is covered exactly by its boxes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_boxes_cover_every_run_in_order_and_nothing_else(shape: tuple[int, ...])
 
 
 def save(folder: Path, parallel: dict[str, Any]) -> tuple[int, int]:
-    """Save after a step; bytes of floating-point numbers that went through collectives meanwhile, and that this process copied."""
+    """Save after a step; return the bytes of floating-point tensors sent in collectives meanwhile, and those that this process copied."""
     experiment = small_experiment(parallel=parallel, global_batch_size=8)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     model = build_model(experiment, topology)

@@ -1,4 +1,4 @@
-"""A freeze policy says by name what is trainable, and a name that nothing has is an error."""
+"""A freeze policy selects trainable parameters by name, and a pattern that matches no parameter is an error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_pattern_that_matches_nothing_is_found_in_a_dry_run(monkeypatch: pytes
 
 
 def _build() -> list[str]:
-    """What is wrong with the policy, and with the same one without the mistake."""
+    """Return the error of building a model with the mistaken policy, and with the correct one ("" if none)."""
     found = []
     experiment = small_infimm(policy="pt", parallel={"pipeline": 2})
     topology = topologies.initialize(experiment.parallel, seed=1)
@@ -44,7 +44,7 @@ def _build() -> list[str]:
 
 
 def test_all_processes_find_it() -> None:
-    """The resampler is on the first stage alone, which is no mistake; a pattern that matches on neither stage is one on both."""
+    """The resampler is only on the first stage, which is fine; a pattern that matches on neither stage is an error on both."""
     for mistaken, right in run_processes(_build, 2):
         assert "['resampled']" in mistaken and not right
 

@@ -1,4 +1,4 @@
-"""From one stage of training to the next: a checkpoint's weights, a fresh optimizer, other parts frozen, strictness about names."""
+"""From one training stage to the next: a checkpoint's weights, a fresh optimizer, other frozen parts, strict matching of names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def first_stage(data: Path, run_dir: Path, layout: dict[str, Any]) -> None:
 
 
 def second_stage(data: Path, first: Path, run_dir: Path, layout: dict[str, Any]) -> dict[str, Any]:
-    """Weights before and after 20 steps of pre-training's policy, and what the optimizer holds."""
+    """Train 20 steps with policy "pt"; return the weights before and after, and the sizes of optimizer state and gradient buffers."""
     experiment = replace(infimm_run(data, parallel=layout, steps=20, schedule_steps=20, policy="pt"), init_from=first)
     trainer = assemble(check(experiment, run_dir), run_dir)
     before = _weights(trainer)
@@ -66,7 +66,7 @@ def _fresh_weights(data: Path, run_dir: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_another_layout_begins_with_the_same_weights(first: Path, demo_data: Path, tmp_path: Path) -> None:
-    """Pipeline 2 with a last stage that has no gated block: nothing of it learns."""
+    """Pipeline 2 whose last stage has no gated block, so nothing on it is trainable."""
     layout = {"pipeline": 2, "stage_layers": (4, 0)}
     run_processes(second_stage, 1, demo_data, first, tmp_path / "alone", {})
     run_processes(second_stage, 2, demo_data, first, tmp_path / "two", layout)
@@ -104,7 +104,7 @@ def test_another_model_and_another_tokenizer_are_refused(first: Path, demo_data:
 
 
 def _strict(data: Path, first: Path, run_dir: Path) -> str:
-    """Load a checkpoint into a model one of whose tensors has another name."""
+    """Load a checkpoint into a model with a renamed module; return the error."""
     experiment = infimm_run(data, steps=1, schedule_steps=1, policy="pt")
     trainer = assemble(check(experiment, run_dir), run_dir)
     chunk = trainer.model[0].module

@@ -1,4 +1,4 @@
-"""Fused kernels: taken where they can run, refused where they are asked for and cannot."""
+"""Fused kernels are used if they can run, and refused if they are requested but cannot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A load reads each stored byte once for a data-parallel group, whatever wrote it, and one process reads for all where pieces lie."""
+"""A load reads each stored byte once per data-parallel group, whatever layout wrote it, and one process reads the metadata for all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_mm.training.step import TrainingStep
 
 @dataclass
 class Read:
-    """What a process read of a checkpoint's tensors."""
+    """Counts of what a process read while loading, and its losses afterwards."""
 
     bytes: int = 0
     descriptions: int = 0
@@ -42,7 +42,7 @@ def build(parallel: dict[str, Any], folder: Path) -> tuple[Any, TrainingStep, Ch
 
 
 def save(folder: Path, parallel: dict[str, Any]) -> tuple[float, ...]:
-    """Save after a step; the losses of the next one."""
+    """Save after a step; return the loss of the next step."""
     about, step, checkpointer = build(parallel, folder)
     step.run(random_step(*about, step=1), step=1)
     checkpointer.save(TrainState(step=1))
@@ -51,7 +51,7 @@ def save(folder: Path, parallel: dict[str, Any]) -> tuple[float, ...]:
 
 
 def load(folder: Path, parallel: dict[str, Any]) -> Read:
-    """What loading reads, and the losses of the next step."""
+    """Load; return what was read, and the loss of the next step."""
     about, step, checkpointer = build(parallel, folder)
     read = Read()
     stored_piece, of_file = part_reader._Piece.__init__, FileSystemReader.read_metadata

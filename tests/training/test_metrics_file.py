@@ -1,4 +1,4 @@
-"""metrics.jsonl after crashes and full disks, and the picture that is drawn of it."""
+"""metrics.jsonl after crashes and full disks, and the picture drawn from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl tells every step once; W&B tells the same, goes on after a resume, and may fail."""
+"""metrics.jsonl has every step once; W&B gets the same, continues after a resume, and may fail without harm."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_resume_appends_and_drops_what_came_after_the_checkpoint(tmp_path: Pat
         file.write(metrics(step))
     file.close()
     with path.open("a") as torn:
-        torn.write('{"step": 6, "los')  # the process died while it wrote
+        torn.write('{"step": 6, "los')  # the process died while writing
     file = MetricsFile(path, resume_step=3)
     file.write(metrics(4, loss=9.0))
     file.close()
@@ -68,7 +68,7 @@ def test_wandb_has_everything_of_metrics_jsonl_and_a_resume_goes_on_with_the_sam
         watched.close(exit_code=0)
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
-    deadline = time.monotonic() + 30  # a process of its own writes them, and may be a moment behind
+    deadline = time.monotonic() + 30  # a separate process writes them, possibly with a delay
     while not all(run_ids(file) and len(history(file)) >= 7 for file in files) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert run_ids(files[0]) == run_ids(files[1]) == {(run_dir / "wandb_run_id").read_text().strip()}
@@ -117,7 +117,7 @@ def test_training_goes_on_when_wandb_cannot_start(
 
 
 def started(watched: Monitor) -> Any:
-    """The library's run, once its thread has begun it."""
+    """Wait until the library's thread has started its run; return the run."""
     deadline = time.monotonic() + 60
     while not watched._wandb._counts and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -163,7 +163,7 @@ watched.close(exit_code=0)
 
 
 def test_training_goes_on_when_wandb_is_killed(tmp_path: Path) -> None:
-    """In a process of its own, as the library has one service for all that a process does."""
+    """In a process of its own, as the library has one service per process."""
     tests = Path(__file__).parents[1]
     own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}  # not this process's service
     environment = {**own, "PYTHONPATH": f"{tests.parent}:{tests}"}

@@ -1,4 +1,4 @@
-"""Copies of the training state beside checkpoints: in memory, elsewhere, and the best one."""
+"""Copies of the training state in addition to checkpoints: in memory, in other storage, and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _DiesAfter(Hook):
 
 
 def _train(data: Path, run_dir: Path, steps: int, checkpoint: dict[str, Any], dies_after: int = 0, **others: Any) -> list[str]:
-    """What a run resumed from, as its log says; it may die in the step after `dies_after`."""
+    """Train, possibly dying in the step after `dies_after`; return the log lines about resuming and copies."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]

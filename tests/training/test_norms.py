@@ -1,4 +1,4 @@
-"""Norms by part are those of the model's tensors, in every layout and with every optimizer."""
+"""Norms by part equal those of the model's tensors, in every layout and with every optimizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_mm.training.step import TrainingStep
 
 Norms = dict[str, dict[str, float]]
 TOLERANCE = 1e-5
-"""Relative, fp32: two steps in another order of sums. Updates divide by roots of small second moments, and get ten times as much."""
+"""Relative, fp32: two steps summed in another order. Update ratios divide by roots of small second moments; they get ten times as much."""
 EXPERTS = {"moe": MoEConfig(num_experts=4, every_n_layers=1)}
 DENSE = {"num_layers": 4}
 LAYOUTS = [
@@ -40,7 +40,7 @@ MORE_LAYOUTS = [
 
 
 def measure(layout: Layout, precision: str = "fp32") -> tuple[Norms, Norms]:
-    """Norms of the third step as they are measured, and as they follow from the whole tensors where one process has these."""
+    """Return the norms of the third step as measured, and as computed from this process's tensors (correct on one process)."""
     experiment = small_experiment(parallel=layout.parallel, decoder=layout.decoder, precision=precision)
     experiment = replace(experiment, optimizer=replace(experiment.optimizer, warmup_steps=0, epsilon=1e-5, weight_decay=0.3))
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
@@ -111,7 +111,7 @@ def test_norms_are_the_same_in_every_layout(layout: Layout) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("distributed", [True, False])
 def test_norms_in_bf16_are_of_the_fp32_weights(distributed: bool) -> None:
-    """Rounding to 8 bits of mantissa; the update is measured on fp32 weights, and the model's differ by half a last bit."""
+    """bf16 rounds to 8 bits of mantissa: norms are measured on fp32 weights, from which the model's differ by half of the last bit."""
     found, direct = run_processes(measure, 1, Layout(1, {"distributed_optimizer": distributed}, DENSE), "bf16")[0]
     assert found["grad_norms"] == pytest.approx(direct["grad_norms"], rel=1e-3)
     assert found["param_norms"] == pytest.approx(direct["param_norms"], rel=1e-2)

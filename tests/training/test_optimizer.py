@@ -1,4 +1,4 @@
-"""The learning rate, weight decay, clipping, and what a step that is not finite does."""
+"""The learning rate, weight decay, clipping, and steps with non-finite gradients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_no_warm_up_starts_at_the_peak() -> None:
 
 
 def _decayed() -> dict[str, float]:
-    """Weight decay of each parameter's group, by name."""
+    """Return the weight-decay multiplier of each parameter, by name."""
     experiment = small_experiment()
     model = build_model(experiment, topologies.initialize(experiment.parallel, seed=1))
     optimizer = build_optimizer(experiment, model)
@@ -61,7 +61,7 @@ def test_weight_decay_leaves_out_norms_biases_and_vectors() -> None:
 
 
 def _poisoned(rank_to_poison: int) -> dict[str, Any]:
-    """Three steps on two data-parallel processes; in the second one the loss mask of one process holds a NaN."""
+    """Run three steps on two data-parallel ranks; in the second step, the loss mask of one rank has a NaN."""
     experiment = small_experiment(parallel={"tensor": 2})
     topology = topologies.initialize(experiment.parallel, seed=1)
     model = build_model(experiment, topology)
@@ -88,7 +88,7 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(rank: int) -
 
 
 def _clipped(limit: float) -> float:
-    """How far the weights move in a first step."""
+    """Return the norm of the weights' change in the first step."""
     experiment = small_experiment()
     experiment = replace(
         experiment, optimizer=replace(experiment.optimizer, clip_grad_norm=limit, epsilon=1.0, weight_decay=0.0, warmup_steps=0)

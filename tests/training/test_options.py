@@ -1,4 +1,4 @@
-"""Options are held against the machine, the layout and the model before a run starts."""
+"""Options are checked against the machine, the layout and the model before a run starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The clock of a step: on the processor, and on a device whose events come late."""
+"""The clock of a step: on the processor, and on a device whose events complete late."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_phases_of_a_step_sum_to_it_and_megatrons_timers_go_to_their_phase() -> 
 
 
 class Device:
-    """A stream that is as far as `passed` says."""
+    """A stream whose events are complete up to number `passed`."""
 
     def __init__(self) -> None:
         self.recorded, self.passed, self.made = 0, 0, 0
@@ -68,10 +68,10 @@ def test_events_are_read_when_the_device_has_passed_them_and_used_again(monkeypa
             clock("forward-compute").start()
             clock("forward-compute").stop()
         with clock.phase("reduce"):
-            device.passed = device.recorded  # the message is here: the device is idle
+            device.passed = device.recorded  # the message has arrived: the device is idle
         device.passed = device.recorded
         with clock.phase("optimizer"):
-            pass  # still under way when the step is over for the processor
+            pass  # still running on the device when the step ends on the processor
         found = clock.end_step(seconds=10.0, data=0.0, share=0.0)
         assert found["forward"] == 3.0 and found["reduce"] == 1.0
         assert found["optimizer"] == (1.0 if step else 0.0), "of the step before"

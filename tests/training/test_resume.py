@@ -1,4 +1,4 @@
-"""A resume is exact: the same losses on the same layout, the same samples and curve on any other."""
+"""Resuming is exact: identical losses on the same layout, the same samples and loss curve on any other."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def straight(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Runs of 12 steps without a stop, on one process and on four, by world size."""
+    """Run directories of 12 steps without a stop, by world size (1 and 4)."""
     runs = {}
     for world_size, layout in ((1, {}), (4, TENSOR_PIPELINE)):
         runs[world_size] = tmp_path_factory.mktemp("straight")
@@ -61,7 +61,7 @@ def copy(run_dir: Path, to: Path) -> Path:
 def test_resume_on_the_same_layout_is_bit_identical(
     demo_data: Path, straight: dict[int, Path], half: dict[int, Path], tmp_path: Path, world_size: int, layout: Layout
 ) -> None:
-    """Resumed twice: what a load restores wrongly may show in the checkpoint that follows it."""
+    """Resume twice: an error in loading may only show in the checkpoint saved afterwards."""
     run_dir = copy(half[world_size], tmp_path)
     for steps in (9, STEPS):
         run_processes(run, world_size, demo_data, run_dir, layout, steps)
@@ -100,7 +100,7 @@ def test_resume_on_another_layout_continues_the_curve(
 
 @pytest.mark.slow
 def test_resume_of_a_run_whose_pipeline_ranks_all_encode(demo_data: Path, straight: dict[int, Path], tmp_path: Path) -> None:
-    """Exact on the same layout, and any other layout reads its checkpoint."""
+    """Resuming is exact on the same layout, and any other layout can load the checkpoint."""
     spread: Layout = {"tensor": 2, "pipeline": 2, "spread_encoder": True}
     without_stop, stopped = tmp_path / "straight", tmp_path / "stopped"
     run_processes(run, 4, demo_data, without_stop, spread, STEPS)

@@ -1,4 +1,4 @@
-"""A resume is exact where most of the model is frozen, and where a pipeline stage has nothing to train."""
+"""Resuming is exact if most of the model is frozen, and if a pipeline stage has nothing to train."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_mm.run.start import start
 
 FAMILIES: dict[str, tuple[Callable[..., Experiment], str]] = {"infimm": (infimm_run, "pt"), "mono": (mono_run, "s1_1")}
 NOTHING_TO_TRAIN = {"pipeline": 2, "stage_layers": (4, 0)}
-"""The second stage has the frozen output layer alone."""
+"""The second stage has only the frozen output layer."""
 
 
 def run(family: str, data: Path, run_dir: Path, layout: dict[str, Any], steps: int) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps that is no tensor is looked at before it is unpickled, wherever it lies."""
+"""All pickled values in a checkpoint are checked before they are unpickled, wherever they are stored."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatron_mm.training.safe_pickle import check_pickles
 
 
 class _Runs:
-    """Runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("true",)
 
 
 def save(folder: Path, **others: Any) -> Path:
-    """As torch's distributed checkpoint writes tensors and, in the same file, pickles."""
+    """Save tensors and, in the same file, pickles, as torch's distributed checkpoint does."""
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     state = {"weight": torch.ones(3), **others}
     distributed_checkpoint.save(state, checkpoint_id=str(folder), planner=planner, no_dist=True)
@@ -30,7 +30,7 @@ def save(folder: Path, **others: Any) -> Path:
 
 
 COMMON = "common_state/shard_0_1"
-"""megatron-core 0.19 keeps there what is not a tensor."""
+"""Name under which megatron-core 0.19 stores values that are not tensors."""
 
 
 def test_the_common_state_beside_tensors_is_looked_at(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A save that cannot be written costs that checkpoint and not the run: full disks and read-only ones are real (a small tmpfs)."""
+"""A failed save loses that checkpoint, not the run. Full and read-only disks are real here (a small tmpfs)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _mount(*options: str, at: Path) -> bool:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A run directory whose checkpoints lie on a file system of their own, of 64 MB."""
+    """A run directory whose checkpoints are on a separate file system of 64 MB."""
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     if not _mount("size=64m", at=folder):
@@ -41,7 +41,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class _AtStep(Hook):
-    """Does something to the disk after a step."""
+    """Runs a command (a change of the disk) after a step."""
 
     step, command = 0, [""]
 
@@ -53,7 +53,7 @@ class _AtStep(Hook):
 
 
 def _train(data: Path, run_dir: Path, steps: int, at_step: int, command: list[str], asynchronous: bool = True) -> tuple[str, str]:
-    """What the run ended with, and what the log says of errors."""
+    """Train; return the error that ended the run ("" if none), and the logged errors."""
     _AtStep.step, _AtStep.command = at_step, command
     experiment = small_run(data, steps=steps, schedule_steps=20)
     checkpoint = replace(experiment.checkpoint, interval=2, asynchronous=asynchronous)
@@ -96,7 +96,7 @@ def test_a_full_disk_costs_checkpoints_until_there_is_room(asynchronous: bool, d
 @pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_middle_of_a_save(demo_data: Path, small_disk: Path) -> None:
     folder = small_disk / "checkpoints"
-    for free_kb in (1, 40, 200, 1500):  # it ends at another file each time
+    for free_kb in (1, 40, 200, 1500):  # the save fails at a different file each time
         fill = [
             "sh",
             "-c",
@@ -116,7 +116,7 @@ def test_a_disk_that_becomes_read_only(demo_data: Path, small_disk: Path) -> Non
 
 
 def _one_writer_fails(data: Path, run_dir: Path, how: str) -> tuple[str, str]:
-    """In the save of step 4, on the second process alone, unless it is what the first writes alone."""
+    """Train with a failure in the save of step 4: on the second process, or in the metadata, which only the first process writes."""
     write = integrity.write_checksums
 
     def writing(partial: Path, *, rank: int) -> None:
@@ -167,7 +167,7 @@ mount -t tmpfs -o size=64k tmpfs /dev/shm && { head -c 65536 /dev/zero >/dev/shm
 
 @pytest.mark.slow
 def test_a_full_shared_memory_costs_copies_there_and_no_checkpoint(demo_data: Path, tmp_path: Path) -> None:
-    """In a mount namespace of its own: nobody else sees that /dev/shm."""
+    """In a mount namespace of its own, so that no other process sees this /dev/shm."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         pytest.skip("only root may have a file system of its own")
     run_dir = tmp_path / "run"

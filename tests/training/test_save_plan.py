@@ -1,4 +1,4 @@
-"""Who writes what is agreed once: later saves of a run send nothing about it, and hold what they should."""
+"""The save plan is agreed on once: later saves of a run send no messages about it, and are correct."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ MESSAGES = (*GATHERS, "all_reduce", "broadcast", "broadcast_object_list", "barri
 
 
 def steps_while_writing(checkpointer: Checkpointer) -> tuple[int, int]:
-    """Save, with files that take a second to be written on the last process; polls until the checkpoint is there, and messages that polls
-    sent before the last one."""
+    """Save, with writing slowed by a second on the last process.
+
+    Return the number of polls until the checkpoint is complete, and the number of messages that all polls but the last sent.
+    """
     write, last = integrity.write_checksums, dist.get_rank() == dist.get_world_size() - 1
 
     def slow(partial: Path, *, rank: int) -> None:
@@ -61,7 +63,10 @@ def steps_while_writing(checkpointer: Checkpointer) -> tuple[int, int]:
 
 
 def save_and_load(folder: Path, parallel: dict[str, Any]) -> tuple[list[int], bool, tuple[int, int]]:
-    """Gathers of each of four saves, with a step before each; whether the last one loads as what it was saved of; `steps_while_writing`."""
+    """Save four times, with a step before each.
+
+    Return the number of gathers in each save, True if the last checkpoint loads exactly, and the results of `steps_while_writing`.
+    """
     experiment = small_experiment(parallel=parallel, global_batch_size=8)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     model = build_model(experiment, topology)

@@ -1,4 +1,4 @@
-"""A run whose pipeline ranks all encode is the same run, whatever else happens in it: evaluations, captions, profiles, going back."""
+"""A run with `spread_encoder` gives the same results, including evaluations, captions, profiles and roll-backs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from megatron_mm.run.start import start
 from megatron_mm.training.step import StepResult, TrainingStep
 
 SPIKE, STEPS = 5, 6
-"""The step whose loss is ten times what it should be, the first time; and all steps."""
+"""Step whose loss is multiplied by ten the first time, and number of steps."""
 
 
 def train(data: Path, run_dir: Path, parallel: dict[str, Any]) -> None:
-    """A run with everything in it."""
+    """Train with evaluations, captions, a profile, and a loss spike that causes a roll-back."""
     run, fault_hooks.LEAST_STEPS, seen = TrainingStep.run, 3, list[int]()
 
     def spiking(self: TrainingStep, *arguments: Any, step: int, **others: Any) -> StepResult:

@@ -1,4 +1,4 @@
-"""A step waits for its device once: whatever reads a tensor's values on the processor is counted."""
+"""A step waits for its device once: every read of a tensor's values on the processor is counted."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 
 READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
-"""Methods for which a GPU's values must have come to the processor."""
+"""Methods that wait until a GPU's values are on the processor."""
 ON_THE_PROCESSOR = {
     ("megatron_mm.parallel.images", "gather"): "who encodes which image",
     ("megatron.core.tensor_parallel.random", "fork"): "whether the processor's own generator has moved",
     ("megatron_mm.models.chunk", "image_token_rows"): "where images lie",
     ("megatron_mm.training.spread_encoder", "encode"): "how many images each pipeline rank encodes, of the plan",
-    # What stands in for Transformer Engine's kernels, which take the same on the device:
+    # Replacements for Transformer Engine's kernels, which read the same values on the device:
     ("megatron_mm.models.layers", "<genexpr>"): "document lengths, in PyTorch's attention",
     ("megatron.core.models.common.embeddings.rope_utils", "_apply_rotary_pos_emb_thd"): "document lengths, in rotary positions",
     ("megatron.core.utils", "local_multi_tensor_l2_norm"): "norms of gradients, one by one",
@@ -35,11 +35,11 @@ ON_THE_PROCESSOR = {
     ("megatron_mm.training.routing", "routing_stats"): "what the one message brought",
     ("megatron_mm.parallel.sums", "sum_over_processes"): "the values of the message, once it is here",
 }
-"""Who reads tensors that lie on the processor by design. Reading the message itself, `cpu`, is counted."""
+"""Functions that read tensors that are on the processor by design. Reading the message itself (`cpu`) is counted."""
 
 
 def reads_of_a_step(parallel: dict[str, Any], decoder: dict[str, Any]) -> tuple[dict[str, int], int]:
-    """What read a tensor during the second step of a run, and the sums over all processes in it."""
+    """Return the counted reads of tensors during the second step of a run, and the number of sums over all processes in it."""
     experiment = small_experiment(parallel=parallel, decoder=decoder)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     model = build_model(experiment, topology)

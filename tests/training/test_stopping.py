@@ -1,4 +1,4 @@
-"""A signal ends a run after the same step everywhere, with a whole checkpoint, and the next start resumes from there."""
+"""A signal ends a run after the same step on all processes, with a complete checkpoint, from which the next start resumes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MANY = 500
 
 
 def _train(data: Path, run_dir: Path, steps: int, send: Callable[[], None] | None) -> tuple[int, list[bool]]:
-    """Where the run ends, and whether the signals are as they were; `send` is called again and again once a save is under way."""
+    """Train, calling `send` repeatedly once a save is in progress; return the last step, and True for each signal setting restored."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # as examples/launch.sh does, for those that come before or after
-    resource_tracker._resource_tracker._fd = None  # none runs yet, as in a process that torchrun starts
+        signal.signal(number, signal.SIG_IGN)  # as examples/launch.sh does, for signals that arrive before or after training
+    resource_tracker._resource_tracker._fd = None  # as if none were running yet, as in a process that torchrun starts
     ended = threading.Event()
 
     def keep_sending() -> None:
@@ -52,7 +52,7 @@ def _train(data: Path, run_dir: Path, steps: int, send: Callable[[], None] | Non
 
 
 def _both_to_everything() -> None:
-    """To this process and all that it has started, the checkpoint's writers among them, as Slurm does it."""
+    """Signal this process and all its children, including the checkpoint writers, as Slurm does."""
     os.killpg(0, signal.SIGUSR1)
     os.killpg(0, signal.SIGTERM)
 
@@ -63,14 +63,14 @@ def _term_to_the_second() -> None:
 
 
 def _interrupt_once() -> None:
-    """Ctrl-C, which a terminal sends to all; a second one would end the run at once."""
+    """Send Ctrl-C's signal once; a second one would end the run at once."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler and "INTERRUPTED" not in os.environ:
         os.environ["INTERRUPTED"] = "1"
         os.kill(os.getpid(), signal.SIGINT)
 
 
 def _launcher_dies() -> None:
-    os.getppid = lambda: 1  # as the system has it from then on
+    os.getppid = lambda: 1  # as the system reports after the launcher's death
 
 
 def _train_under_a_launcher(data: Path, run_dir: Path) -> tuple[int, list[bool]]:

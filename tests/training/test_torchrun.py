@@ -1,4 +1,4 @@
-"""The command line under the real torchrun: SIGTERM to it ends the run with a checkpoint, and the next start goes on."""
+"""The command line under the real torchrun: SIGTERM to torchrun ends the run with a checkpoint, and the next start resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_mm.run.lock import _start_of
 from megatron_mm.training.checkpoint import completed_checkpoints
 
 TIMEOUT = 120
-"""Seconds for each start; about 15 on two cores."""
+"""Time limit of each start, in seconds; it takes about 15 on two cores."""
 
 
 def _train_command(data: Path, run_dir: Path, *, steps: int, pipeline: int) -> list[str]:
@@ -37,7 +37,7 @@ def _train_command(data: Path, run_dir: Path, *, steps: int, pipeline: int) -> l
 
 
 class Torchrun:
-    """torchrun with two processes, of which none outlives the test."""
+    """torchrun with two processes; all are killed at the end of the context."""
 
     def __init__(self, command: list[str], *, metrics: Path, log: Path) -> None:
         self.metrics, self.log = metrics, log

@@ -1,4 +1,4 @@
-"""The training loop counts what it skips, writes it down, and knows it after a resume."""
+"""The training loop counts skipped steps, logs the count, and restores it after a resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POISONED = (2, 3)
 
 
 def _train(data: Path, run_dir: Path, steps: int) -> tuple[int, int]:
-    """Steps done and skipped, as this process knows them."""
+    """Train; return the numbers of steps done and skipped, as counted by this process."""
     run = TrainingStep.run
 
     def poisoned(self: TrainingStep, micro_batches: list[PackedBatch], *, step: int, **others: Any) -> StepResult:
@@ -46,7 +46,7 @@ def test_skipped_steps_are_counted_on_all_processes_and_over_a_resume(demo_data:
 
 
 def _train_until_error(data: Path, run_dir: Path, steps: int, limit: int) -> str:
-    """The error that ends a run of this process, whose first process's weights hold a NaN from step 2 on."""
+    """Train with NaN in the first process's weights from step 2 on; return the error that ends the run ("" if none)."""
     run = TrainingStep.run
 
     def poisoned(self: TrainingStep, micro_batches: list[PackedBatch], *, step: int, **others: Any) -> StepResult:

@@ -1,4 +1,4 @@
-"""A sparse model made of a dense checkpoint computes what the dense one does, whatever layouts wrote and read it."""
+"""A sparse model made from a dense checkpoint computes the same as the dense one, whatever layouts write and read it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _upcycle(data: Path, dense: Path, run_dir: Path, parallel: dict[str, Any]) -
 
 
 def _loss(experiment: Experiment, checkpoint: Path) -> float:
-    """Of a checkpoint on fixed batches, in the experiment's layout."""
+    """Return a checkpoint's loss on fixed batches, in the experiment's layout."""
     topology = topologies.initialize(experiment.parallel, seed=7)
     model = build_model(experiment, topology)
     load_weights(experiment, topology, model, checkpoint)
@@ -63,7 +63,7 @@ def _train_sparse(data: Path, run_dir: Path, parallel: dict[str, Any]) -> int:
 
 @pytest.fixture(scope="module")
 def dense(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense checkpoint that tensor parallel 2 wrote."""
+    """A dense checkpoint written with tensor parallel 2."""
     run_dir = tmp_path_factory.mktemp("dense")
     run_processes(_train_dense, 2, demo_data, run_dir, {"tensor": 2})
     return find_checkpoint(run_dir)
@@ -90,7 +90,7 @@ def test_the_fresh_sparse_model_is_the_dense_one_and_learns(
 
 
 def _weights(data: Path, checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Of the image tower's MLPs, and of the experts."""
+    """Return the weights of the image tower's MLPs, and those of the experts."""
     experiment = sparse_experiment(data)
     topology = topologies.initialize(experiment.parallel, seed=7)
     model = build_model(experiment, topology)
