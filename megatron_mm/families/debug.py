@@ -27,11 +27,11 @@ DEBUG_DECODER = DecoderConfig(
     head_dim=32,
     vocab_size=512,
 )
-"""A tiny decoder, for a vocabulary of the demo's 500 tokens and a few special ones."""
+"""A tiny decoder, whose vocabulary has room for the demo's 500 tokens and a few special ones."""
 
 
 def debug_experiment(recipe: str, model: ModelConfig) -> Experiment:
-    """400 steps of 16 sequences of 256 tokens in fp32."""
+    """Return an experiment of 400 steps with 16 sequences of 256 tokens each, in fp32."""
     return Experiment(
         recipe=recipe,
         model=model,

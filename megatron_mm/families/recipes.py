@@ -11,7 +11,7 @@ from megatron_mm.families.registry import FAMILIES
 
 
 def _collect() -> dict[str, Recipe]:
-    """The recipes of all families by name, those for a laptop first."""
+    """Return the recipes of all families by name, beginning with those for a laptop (debug_...)."""
     recipes = {recipe.__name__: recipe for family in FAMILIES.values() for recipe in family.recipes}
     return dict(sorted(recipes.items(), key=lambda item: not item[0].startswith("debug_")))
 
@@ -20,10 +20,12 @@ RECIPES = _collect()
 
 
 def get_recipe(name: str) -> Experiment:
-    """The experiment of a recipe, given as a name in `RECIPES` or as a function, FILE.py:FUNCTION or MODULE:FUNCTION. For a function,
-    `extensions` of the experiment records the file or module, so that a resume, an evaluation or a conversion finds what it registers.
+    """Return the experiment of a recipe, given as a name in `RECIPES` or as a function, FILE.py:FUNCTION or MODULE:FUNCTION.
 
-    Raises ValueError, with a list of the recipes, if there is no recipe of that name, or if the function does not return an experiment.
+    For a function, the experiment's `extensions` record its file or module, so that a resume, an evaluation or a conversion runs the
+    registrations in it again.
+
+    Raises ValueError if there is no recipe of that name (listing the recipes), or if the function does not return an experiment.
     """
     if is_reference(name):
         return _recipe_of_file(name)

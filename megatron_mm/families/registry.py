@@ -17,7 +17,7 @@ FAMILIES: dict[str, Family[Any]] = {"mm1": MM1, "infimm": INFIMM, "mono_internvl
 
 
 def register_family(family: Family[Any]) -> None:
-    """Make a family known that is defined outside of this package. Raises ValueError if its name is taken."""
+    """Register a family defined outside this package. Raises ValueError if its name is taken."""
     known = FAMILIES.setdefault(family.name, family)
     if known is not family:
         raise ValueError(
@@ -27,7 +27,7 @@ def register_family(family: Family[Any]) -> None:
 
 
 def family_of(model: Config) -> Family[Config]:
-    """The family that a model config belongs to. Raises ValueError if nobody has registered it."""
+    """Return the family that a model config belongs to. Raises ValueError if it is not registered."""
     if model.family not in FAMILIES:
         raise ValueError(
             f"model family {model.family!r} is unknown; known families are {sorted(FAMILIES)}: "
@@ -37,5 +37,5 @@ def family_of(model: Config) -> Family[Config]:
 
 
 def pipeline_rows(experiment: Experiment, batch: PackedBatch) -> int:
-    """Rows [rows, 1, hidden_size] that go from stage to stage for a micro-batch."""
+    """Return the number of rows [rows, 1, hidden_size] sent between stages for a micro-batch."""
     return family_of(experiment.model).pipeline_rows(experiment.model, experiment.parallel, batch.num_tokens, batch.num_images)

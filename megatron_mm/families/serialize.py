@@ -1,4 +1,4 @@
-"""An experiment as JSON and back."""
+"""Converts experiments to JSON and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_mm.families.registry import FAMILIES
 
 
 def to_dict(value: Any) -> Any:
-    """A config part as plain JSON values: a model carries its `family`, paths are strings, tuples are lists."""
+    """Convert a config part to plain JSON values: a model includes its `family`, paths become strings, tuples become lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"family": value.family, **result} if isinstance(value, ModelConfig) else result
@@ -30,9 +30,9 @@ def to_dict(value: Any) -> Any:
 
 
 def from_dict(kind: type, values: dict[str, Any], *, where: str = "config") -> Any:
-    """The config part `kind` from plain values, the inverse of `to_dict`.
+    """Build the config part `kind` from plain values; the inverse of `to_dict`.
 
-    Raises ValueError that names an unknown or missing field, or an unknown model family.
+    Raises ValueError, naming it, for an unknown or missing field or an unknown model family.
     """
     if kind is ModelConfig:
         family = values.get("family")
@@ -54,7 +54,7 @@ def from_dict(kind: type, values: dict[str, Any], *, where: str = "config") -> A
 
 
 def _connector_config(kind: Any) -> type[ConnectorConfig]:
-    """A connector may have settings of its own; one that is not known is reported where the model is checked."""
+    """Return the configuration class of a kind of connector; an unknown kind is reported later, when the model is built."""
     from megatron_mm.models.connectors import CONNECTORS
 
     return CONNECTORS[kind].config if kind in CONNECTORS else ConnectorConfig
@@ -73,15 +73,18 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
 
 
 def save_experiment(experiment: Experiment, path: Path) -> None:
-    """Write the resolved experiment as JSON. A reader sees all of it or what was there before."""
+    """Write the resolved experiment as JSON, atomically: a reader sees either the old file or the complete new one."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(to_dict(experiment), indent=2) + "\n")
     partial.rename(path)
 
 
 def load_experiment(path: Path) -> Experiment:
-    """Read what `save_experiment` wrote, after running its extensions. Raises ValueError that names the file and the field, and if code
-    that it names is not the user's (`references.check_own`)."""
+    """Read a file written by `save_experiment`, after running its extensions.
+
+    Raises ValueError, naming the file and the field, for invalid contents, and if code that the file names does not belong to the user
+    (`references.check_own`).
+    """
     try:
         values = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -96,7 +99,8 @@ def load_experiment(path: Path) -> Experiment:
 
 
 def load_extensions(places: Iterable[str], *, where: str) -> None:
-    """Run what registers families and the like (`Experiment.extensions`). Raises ValueError, with `where`, for one that is not there."""
+    """Run the code that registers families, connectors and the like (`Experiment.extensions`). Raises ValueError, with `where`, if a file
+    or module is missing."""
     for place in places:
         try:
             load_module(place)

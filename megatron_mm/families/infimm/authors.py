@@ -1,7 +1,7 @@
-"""The files that an exported InfiMM contains for its authors' own code, in `authors_code/`: those that name the authors' classes.
+"""The files of an exported InfiMM, in `authors_code/`, that refer to the authors' classes, for use with the authors' own code.
 
-The code itself (Infi-MM/infimm-zephyr, CC BY-NC 4.0, transformers 4.37) is not part of the export. Put it beside the weights, and replace
-our files with those of the same name in `authors_code/`; then the released quickstart runs.
+The code itself (Infi-MM/infimm-zephyr, CC BY-NC 4.0, transformers 4.37) is not part of the export. Copy it next to the weights, and replace
+our files with the files of the same name in `authors_code/`; then the released quickstart runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ AUTHORS_FILES = (
 """Files of Infi-MM/infimm-zephyr that its classes need."""
 
 AUTHORS_PACKAGES = ("transformers==4.37.2", "torchvision", "timm<1", "einops", "einops-exts", "sentencepiece", "protobuf")
-"""What they import besides torch."""
+"""Packages that these files import besides torch."""
 
 _CONFIG = {
     "architectures": ["InfiMMZephyrModel"],
@@ -43,8 +43,8 @@ _PROCESSOR = {
 
 
 def fits_authors_code(model: InfiMMConfig) -> bool:
-    """Whether the authors' classes can hold the model: they are a Mistral with constants for latents, heads and the sides of images, which
-    they crop."""
+    """Return whether the authors' classes support the model: a Mistral whose numbers of latents and heads and whose image size (cropped)
+    are constants."""
     resampler, gated = model.resampler, model.gated
     constants = (resampler.num_latents, resampler.num_layers, resampler.num_attention_heads, resampler.head_dim, resampler.ffn_multiplier)
     is_mistral = model.decoder.num_query_groups < model.decoder.num_attention_heads
@@ -56,11 +56,11 @@ def fits_authors_code(model: InfiMMConfig) -> bool:
 def write_authors_files(
     model: InfiMMConfig, out: Path, *, config: dict[str, Any], ids: Tokenizer, tokenizer_config: dict[str, Any]
 ) -> None:
-    """Write the folder's files.
+    """Write the files of the folder `out`, which must not exist yet.
 
     Args:
-        config: config.json of the export.
-        tokenizer_config: its tokenizer_config.json.
+        config: contents of the export's config.json.
+        tokenizer_config: contents of the export's tokenizer_config.json.
     """
     out.mkdir()
     write_document(out / "config.json", {**config, **_CONFIG})
@@ -70,8 +70,8 @@ def write_authors_files(
 
 
 def _tokenizer_config(ours: dict[str, Any], ids: Tokenizer) -> dict[str, Any]:
-    """That of transformers' LlamaTokenizer, which the authors' processor asks for: it reads tokenizer.model, where special tokens of the
-    family may be missing."""
+    """Return the configuration of transformers' LlamaTokenizer, which the authors' processor uses. It reads tokenizer.model, which may lack
+    special tokens of the family, so these are added here."""
     names = {ids.piece(index)[0]: index for index in (ids.bos_id, ids.eos_id)}
     names |= {name: ids.special_id(name) for name in ours["additional_special_tokens"]}
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}

@@ -29,7 +29,7 @@ class GatedConfig:
         require_positive(self, "every_n_layers", "num_attention_heads", "head_dim", "ffn_multiplier")
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
-        """Indices of the decoder layers with a block, from 0: (1, 3) for every second of 4."""
+        """Return the indices, from 0, of the decoder layers with a block: (1, 3) for every second layer of 4."""
         return tuple(layer for layer in range(num_layers) if (layer + 1) % self.every_n_layers == 0)
 
 
@@ -52,7 +52,7 @@ class InfiMMConfig(ModelConfig):
 
 
 def image_input(config: InfiMMConfig) -> ImageInput:
-    """An image is two tokens, which are not replaced by image features; the loss includes the first of them."""
+    """Return how images enter the model: each is two tokens, which are not replaced by image features; the loss includes the first."""
     return ImageInput(
         size=config.vision.image_size,
         fill=fill_colour(config.vision.mean),

@@ -24,7 +24,7 @@ _BRIDGE = (r"resampler\.", r"language\.decoder\.layers\.\d+\.gated\.")
 
 
 class InfiMMFamily(Family[InfiMMConfig]):
-    """EVA-CLIP tower -> Perceiver resampler -> latents beside the sequence, at which gated blocks of the language model look."""
+    """EVA-CLIP tower -> Perceiver resampler -> latents outside the sequence, to which gated blocks of the language model attend."""
 
     config = InfiMMConfig
     recipes = recipes.RECIPES
@@ -35,7 +35,8 @@ class InfiMMFamily(Family[InfiMMConfig]):
         "ift": (*_BRIDGE, r"language\."),
         "ift_frozen_language": _BRIDGE,
     }
-    """The paper's three stages. Its IFT trains all but the tower; the model card keeps the language model frozen for Zephyr and Vicuna."""
+    """The paper's three stages. In the paper, IFT trains everything except the tower; according to the model card, the language model stays
+    frozen for Zephyr and Vicuna."""
     parts = {  # noqa: RUF012
         "cross-attention": r"language\..*\.gated\.",
         "decoder": r"language\.",
@@ -48,7 +49,7 @@ class InfiMMFamily(Family[InfiMMConfig]):
         "vqa": "{image}Question:{question} Short answer:",
         "yes_no": "{image}Question:{question} Short answer:",
     }
-    """Those of OpenFlamingo's evaluation; the authors' own are not published."""
+    """Prompts of OpenFlamingo's evaluation; InfiMM's own are not published."""
     language_extras = (r"language\.decoder\.layers\.\d+\.gated\..*",)
 
     def build(self, model: InfiMMConfig, context: ChunkContext) -> InfiMMModel:
@@ -77,7 +78,7 @@ class InfiMMFamily(Family[InfiMMConfig]):
                 raise ValueError(f"parallel.tensor {parallel.tensor} does not divide the {count} {name}: use a divisor of it")
 
     def pipeline_rows(self, model: InfiMMConfig, parallel: ParallelConfig, num_tokens: int, num_images: int) -> int:
-        """Rows for the hidden states of num_tokens tokens and the latents of num_images images."""
+        """Return the rows for the hidden states of num_tokens tokens and the latents of num_images images."""
         from megatron_mm.parallel.stages import rows_for
 
         parts = parallel.tensor if parallel.sequence_parallel else 1
@@ -85,7 +86,7 @@ class InfiMMFamily(Family[InfiMMConfig]):
         return num_tokens + parts * rows_for(vectors, width=model.vision.hidden_size, hidden_size=model.decoder.hidden_size)
 
     def fp8_sizes(self, model: InfiMMConfig, parallel: ParallelConfig) -> dict[str, tuple[int, int]]:
-        """The gated blocks are computed as their decoder layers are, so their products with the latents are, too."""
+        """Return the sizes of the gated blocks' products: they are in FP8 like those of the decoder layers, also those with the latents."""
         gated = model.gated
         return {
             "model.vision.hidden_size": (model.vision.hidden_size, 1),

@@ -28,8 +28,8 @@ from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_r
 def write_infimm_files(
     model: InfiMMConfig, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None, language_is_frozen: bool
 ) -> None:
-    """Configuration, tokenizer, processor and code: see `Family.write_files`. The configuration says whether the language model was frozen
-    last."""
+    """Write configuration, tokenizer, processor and code: see `Family.write_files`. The configuration records whether the language model
+    was frozen in the last stage."""
     rows, template = vocab_rows or model.decoder.vocab_size, experiment.data.chat_template
     ids = open_run_tokenizer(tokenizer, special=(END_OF_CHUNK, IMAGE), rows=rows)
     length = experiment.data.sequence_length
@@ -61,7 +61,7 @@ _SHARED_CODE = ("square_images.py", "image_prompts.py")
 
 
 def card_notes(model: InfiMMConfig) -> list[str]:
-    """How the model is loaded, for its README.md."""
+    """Return lines for the export's README.md on prompts and on use with the authors' code."""
     lines = ["", "A prompt writes each image as `<image>`; the processor makes `<|endofchunk|><image>` of it."]
     if not fits_authors_code(model):
         return [
@@ -94,7 +94,7 @@ def _images(model: InfiMMConfig, *, to_rgb: str) -> dict[str, Any]:
 def infimm_config(
     model: InfiMMConfig, ids: Tokenizer, *, sequence_length: int, language_is_frozen: bool, dtype: str, vocab_rows: int | None
 ) -> dict[str, Any]:
-    """config.json of an InfiMM, with our own modeling code."""
+    """Return config.json of an exported InfiMM, which refers to our own modeling code."""
     decoder, mistral = model.decoder, model.decoder.num_query_groups < model.decoder.num_attention_heads
     kind: Architecture = "mistral" if mistral else "llama"
     language = language_model_config(decoder, architecture=kind, dtype=dtype, sequence_length=sequence_length, vocab_rows=vocab_rows)
@@ -125,7 +125,7 @@ def infimm_config(
 
 
 def _visual_config(vision: EvaConfig) -> dict[str, Any]:
-    """The authors' description of a tower; widths of MLPs are given as ratios, of which they take the whole part of the product."""
+    """Return the authors' configuration of a tower. It gives the width of MLPs as a ratio; the authors' code rounds the product down."""
     ratio = round(vision.ffn_hidden_size / vision.hidden_size + 5e-4, 4)
     assert int(vision.hidden_size * ratio) == vision.ffn_hidden_size, f"no ratio gives {vision.ffn_hidden_size} of {vision.hidden_size}"
     return {
@@ -170,11 +170,12 @@ CONFIG_FIELDS = (
     *nested("visual", EVA_FIELDS, ours="vision"),
     *nested("language", DECODER_FIELDS, ours="decoder"),
 )
-"""What becomes of each field of a released config.json. Latents and heads are constants of the authors' code; our own writes them."""
+"""How each field of a released config.json is read. Numbers of latents and heads are constants of the authors' code; our exports write
+them."""
 
 
 def infimm_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a released InfiMM -> fields of an InfiMMConfig. Raises ValueError for a model that ours is not."""
+    """Convert config.json of a released InfiMM to fields of an InfiMMConfig. Raises ValueError if our model does not support a setting."""
     visual, language = part_of(document, "visual"), part_of(document, "language")
     found = read_fields(document, CONFIG_FIELDS, also=explained_fields(language, part="language."))
     return {**found, **under("vision", eva_values(visual, part="visual.")), **under("decoder", decoder_values(language))}

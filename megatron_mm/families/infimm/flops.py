@@ -17,8 +17,8 @@ from megatron_mm.flops import (
 
 
 def infimm_flops(model: InfiMMConfig, trainable: Trainable, work: StepWork) -> float:
-    """Tower, resampler, and the decoder with its gated blocks. The first trainable gated block is as far down as gradients flow in a frozen
-    decoder."""
+    """Return the FLOPs of tower, resampler, and decoder with its gated blocks. In a frozen decoder, gradients flow back only to the first
+    trainable gated block."""
     latents = FlopCount(trainable)
     count_eva(latents, model.vision, num_images=work.num_images)
     count_resampler(
@@ -41,8 +41,8 @@ def infimm_flops(model: InfiMMConfig, trainable: Trainable, work: StepWork) -> f
 
 
 def _count_gated(count: FlopCount, model: InfiMMConfig, layer: int, work: StepWork, *, latents_have_gradient: bool) -> None:
-    """A gated block. Every token is counted as looking at an image, which overstates the block's attention (under a thousandth of its work)
-    where some do not."""
+    """Count a gated block. Every token is counted as attending to an image. If some do not, this overstates the block's attention, which is
+    under a thousandth of its work."""
     name, gated, width = f"language.decoder.layers.{layer}.gated", model.gated, model.decoder.hidden_size
     inner, product = gated.num_attention_heads * gated.head_dim, 2.0 * width * work.num_tokens
     latents = count.branch()

@@ -8,7 +8,7 @@ document. Before the first image of a document, attention adds nothing but the f
 images, neither applies. Worked example, two documents (E is <|endofchunk|>, I is <image>; images A, B, C):
 
     tokens        <s>  a   E   I   b   E   I   c  </s> | <s>  d   E   I  </s> | <s>  e  </s>
-    looks at       -   -   -   A   A   A   B   B   B   |  -   -   -   C   C   |  -   -   -
+    attends to     -   -   -   A   A   A   B   B   B   |  -   -   -   C   C   |  -   -   -
     feed-forward   x   x   x   x   x   x   x   x   x   |  x   x   x   x   x   |  -   -   -
 
 So the tokens that attend to image k are contiguous, from its <image> to the next one or to the end of the document. Attention is packed
@@ -19,7 +19,7 @@ Under tensor parallelism the blocks are split like those of the decoder: heads a
 a separate sequence, [m, 1, v], which sequence parallelism splits.
 
 Shape legend: t packed tokens (this process's part under sequence parallelism), n images, k latents of an image, m = n * k, v tower width,
-h decoder width, r tokens that look at an image, a heads of this process, d head width.
+h decoder width, r tokens that attend to an image, a heads of this process, d head width.
 """
 
 from __future__ import annotations
@@ -48,26 +48,26 @@ from megatron_mm.platform.device import send
 
 @dataclass
 class MediaLayout(Layout):
-    """Which tokens look at which image. It travels with the document bounds to every layer of a micro-batch, recomputed ones included."""
+    """Which tokens attend to which image. It is passed with the document bounds to every layer of a micro-batch, also under recompute."""
 
     rows: torch.Tensor | None = None
-    """[r] int64: positions, in the whole micro-batch, of the tokens that look at an image, in order."""
+    """[r] int64: positions, in the whole micro-batch, of the tokens that attend to an image, in order."""
     runs: PackedSeqParams | None = None
-    """The runs of these tokens that look at the same image, each with that image's latents."""
+    """Bounds of the runs of these tokens that attend to the same image, and of that image's latents."""
     looks: torch.Tensor | None = None
-    """[r, 1] in the model's type: 1; 0 for the one row that stands in where there is no image, so that all weights have a gradient."""
+    """[r, 1] in the model's type: 1; without any image, 0 for the single dummy row, which gives all weights a gradient."""
     in_media_document: torch.Tensor | None = None
-    """[t, 1, 1] in the model's type: 1 for this process's tokens of documents with an image, else 0."""
+    """[t, 1, 1] in the model's type: 1 for this process's tokens in documents with an image, else 0."""
     images: torch.Tensor | None = None
-    """In generation. Where prompts are computed, [sequences]: the last image of each, among those of the micro-batch, or 0 if it has
-    none. Later, [runs]: the sequence whose last image a run looks at."""
+    """Only in generation. While prompts are computed, [sequences]: index of each sequence's last image in the micro-batch, or 0 if it has
+    none. Later, [runs]: the sequence whose last image a run attends to."""
 
 
 def media_layout(batch: PackedBatch, *, num_latents: int, local: range, dtype: torch.dtype) -> MediaLayout:
-    """The layout of a micro-batch; see the module's worked example.
+    """Return the layout of a micro-batch; see the module's worked example.
 
     Args:
-        num_latents: of an image.
+        num_latents: number of latents of an image.
         local: the tokens that this process holds.
     """
     device = batch.token_ids.device
@@ -96,7 +96,7 @@ def _layout_of(
     num_latents: int,
     local: range,
 ) -> MediaLayout:
-    """A layout of what is on the processor.
+    """Build a layout from tensors on the CPU (except `looks`).
 
     Args:
         lengths: [runs + 1]: 0, and the tokens of each run.
@@ -123,11 +123,11 @@ def _layout_of(
 
 
 _CACHED = ("latent_key", "latent_value")
-"""What generation keeps of each sequence: keys and values [sequences, k, a, d] of its last image."""
+"""Tensors that generation caches for each sequence: keys and values [sequences, k, a, d] of its last image."""
 
 
 def last_images(batch: PackedBatch, *, num_sequences: int) -> torch.Tensor:
-    """Of each of the first documents of a micro-batch its last image, [num_sequences]; 0 if it has none."""
+    """Return the index of the last image of each of the first documents of a micro-batch, [num_sequences]; 0 if it has none."""
     found = torch.zeros(num_sequences, dtype=torch.int64)
     begins = batch.cu_seqlens[:num_sequences].tolist()
     for image, begin in enumerate(batch.image_documents[:, 0].tolist()):
@@ -136,7 +136,8 @@ def last_images(batch: PackedBatch, *, num_sequences: int) -> torch.Tensor:
 
 
 def continued_media_layout(batch: PackedBatch, step: CacheStep, *, num_latents: int, local: range, dtype: torch.dtype) -> MediaLayout:
-    """The layout of new tokens of cached sequences: each looks at the last image of its sequence, whose keys and values are cached."""
+    """Return the layout of new tokens of cached sequences: each attends to the last image of its sequence, whose keys and values are
+    cached."""
     device = batch.token_ids.device
     runs = [(number, count) for number, count in enumerate(step.counts) if count and step.cache.images[number]]
     looks = torch.tensor(step.cache.images)[torch.arange(len(step.counts)).repeat_interleave(torch.tensor(step.counts))]
@@ -164,7 +165,7 @@ class GatedCrossAttention(MegatronModule):
     ) -> None:
         """
         Args:
-            config: the decoder's.
+            config: the decoder's configuration.
             latent_size: width of the latents.
         """
         own = _block_config(config, gated)
@@ -224,14 +225,14 @@ class GatedCrossAttention(MegatronModule):
         return out_t1h
 
     def _keys_values(self, latents_m1v: torch.Tensor, media: MediaLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the runs look at, [m, a, d] each: from the latents, or of cached sequences."""
+        """Return the keys and values that the runs attend to, [m, a, d] each: computed from the latents, or cached."""
         cache = None if media.cache is None else media.cache.cache
         if cache is not None and cache.filled:
             assert media.images is not None
             key, value = (cache.kept(self.layer_number, name).index_select(0, media.images) for name in _CACHED)
             return key.flatten(0, 1), value.flatten(0, 1)
         seen_m1q, _ = self.linear_kv(latents_m1v)
-        # Keys and values of a head lie side by side, so that a process's part of the rows is whole heads of both.
+        # Key and value of a head are adjacent, so that each process's part of the rows contains whole heads of both.
         seen = [part.contiguous() for part in seen_m1q.squeeze(1).unflatten(-1, (-1, 2, self.head_dim)).unbind(2)]
         if cache is not None:
             assert media.images is not None and media.runs is not None
@@ -241,7 +242,7 @@ class GatedCrossAttention(MegatronModule):
 
 
 class GatedTransformerLayer(DecoderLayer):
-    """A decoder layer with a gated block before it; the latents come as megatron-core's `context`."""
+    """A decoder layer with a gated block before it; the latents are passed as megatron-core's `context`."""
 
     def __init__(
         self,
@@ -261,19 +262,19 @@ class GatedTransformerLayer(DecoderLayer):
     def forward(
         self, hidden_states: torch.Tensor, *, context: torch.Tensor, packed_seq_params: MediaLayout, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """([t, 1, h], latents [m, 1, v]) -> the same."""
+        """([t, 1, h], latents [m, 1, v]) -> ([t, 1, h], latents [m, 1, v])."""
         hidden_states = self.gated(hidden_states, context, packed_seq_params)
         return super().forward(hidden_states, context=context, packed_seq_params=packed_seq_params, **kwargs)
 
 
 def gated_layer_spec(layer: ModuleSpec, *, block: PlainSubmodules, gated: GatedConfig, latent_size: int) -> ModuleSpec:
-    """A decoder layer's spec with a gated block before it."""
+    """Return the spec of a decoder layer with a gated block before it."""
     params = {**layer.params, "block": block, "gated": gated, "latent_size": latent_size}
     return ModuleSpec(module=GatedTransformerLayer, params=params, submodules=layer.submodules)
 
 
 def _block_config(config: TransformerConfig, gated: GatedConfig) -> TransformerConfig:
-    """The decoder's config with the block's own shapes. A copy of the finished object: making one anew would derive the rest again."""
+    """Return the decoder's config with the block's own shapes. It is a copy, since a new object would derive its other fields again."""
     own = copy.copy(config)
     own.num_attention_heads = own.num_query_groups = gated.num_attention_heads
     own.kv_channels = gated.head_dim

@@ -47,7 +47,7 @@ class InfiMMModel(Chunk):
         self.received: torch.Tensor | None = None
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor] | torch.Tensor | None) -> None:
-        """Take what the previous stage sent, until `forward` takes it apart."""
+        """Store the tensor that the previous stage sent; `forward` splits it into hidden states and latents."""
         self.received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(
@@ -59,14 +59,14 @@ class InfiMMModel(Chunk):
         with_loss: bool = True,
         cache: CacheStep | None = None,
     ) -> torch.Tensor:
-        """Hidden states and latents for the next stage, or on the last stage the result.
+        """Compute hidden states and latents for the next stage, or on the last stage the result.
 
         Args:
-            batch: the micro-batch, its tensors on this process's device (`image_...` on the CPU).
-            pipeline_rows: rows of what goes to the next stage, as `Family.pipeline_rows` says.
+            batch: the micro-batch, with tensors on this process's device (`image_...` on the CPU).
+            pipeline_rows: number of rows sent to the next stage (`Family.pipeline_rows`).
             encoded: see `Chunk.image_features`.
-            with_loss: the last stage returns losses, or else logits.
-            cache: where documents are continued, in generation. Once it has what gated blocks need of the images, no latents travel.
+            with_loss: the last stage returns losses, otherwise logits.
+            cache: in generation, the step that continues the documents. Once the prompts are cached, no latents are sent.
 
         Returns:
             [pipeline_rows / tensor, 1, h] or [pipeline_rows, 1, h]; on the last stage per-token losses [1, t] in float32, or logits
@@ -92,7 +92,7 @@ class InfiMMModel(Chunk):
         return out if self.post_process else attach(out, latents_m1v, rows=len(self.sharing.local_tokens(pipeline_rows)))
 
     def _continue(self, batch: PackedBatch, cache: CacheStep) -> torch.Tensor:
-        """`forward` of tokens that follow on cached prompts."""
+        """`forward` for tokens that continue cached prompts."""
         decoder_input = self.embed_text(batch) if self.pre_process else None
         if not self.pre_process:
             self.language.set_input_tensor(self.received)
@@ -103,7 +103,7 @@ class InfiMMModel(Chunk):
         return self.decode(batch, decoder_input, media, context=none_01v, with_loss=False)
 
     def _latents(self, batch: PackedBatch, encoded: torch.Tensor | None) -> torch.Tensor:
-        """This process's part of the latents [m, 1, v] of all images of the micro-batch; zeros where there is none."""
+        """Return this process's part of the latents [m, 1, v] of all images of the micro-batch; zeros if it has no image."""
         latents_nkv = self.image_features(batch, encoded)
         if batch.num_images == 0:
             latents_nkv = F.pad(latents_nkv, (0, 0, 0, 0, 0, 1))
@@ -113,7 +113,7 @@ class InfiMMModel(Chunk):
 
 
 class InfiMMEncoder(ImageEncoder):
-    """Tower, without gradients -> resampler."""
+    """The tower, which runs without gradients, followed by the resampler."""
 
     def __init__(self, config: InfiMMConfig, context: ChunkContext) -> None:
         width = config.vision.hidden_size

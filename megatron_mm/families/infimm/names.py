@@ -2,7 +2,7 @@
 
 model.vision_encoder    EVA-CLIP
 model.perceiver         the resampler
-model.lang_encoder      Llama or Mistral; each layer is stored beside the gated block that precedes it
+model.lang_encoder      Llama or Mistral; each layer is stored together with the gated block before it
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from megatron_mm.models.eva import rotary_angles
 
 
 def infimm_table(config: InfiMMConfig, *, vocab_rows: int | None = None) -> list[Entry]:
-    """Every parameter of an InfiMM.
+    """Return the mapping of every parameter of an InfiMM.
 
     Args:
-        vocab_rows: rows of the vocabulary that are written; None writes all.
+        vocab_rows: number of vocabulary rows to write; None writes all.
     """
     language = "model.lang_encoder."
     return [
@@ -40,8 +40,8 @@ def infimm_table(config: InfiMMConfig, *, vocab_rows: int | None = None) -> list
 
 
 def infimm_constants(config: InfiMMConfig) -> dict[str, torch.Tensor]:
-    """Tensors of released checkpoints that are no weights: the tower's rotary cosines and sines [patches, head_dim], once for the tower and
-    once more for each block. Their authors' code expects to find them."""
+    """Return tensors of released checkpoints that are not weights: the tower's rotary cosines and sines [patches, head_dim], once for the
+    tower and once more for each block. The authors' code expects them in a checkpoint."""
     angles = rotary_angles(config.vision)
     if angles is None:
         return {}
@@ -98,4 +98,4 @@ FORMATS: dict[str, AnyFormat] = {
         model_types=("infimm", "infimm-zephyr"),
     )
 }
-"""The authors' modules hold layers a second time under other names."""
+"""Formats of whole InfiMM models. The ignored prefixes are second copies of layers in the authors' modules, and rotary tables."""

@@ -1,1 +1,1 @@
-"""Code that an exported InfiMM carries, for transformers."""
+"""Code for transformers that an exported InfiMM contains."""

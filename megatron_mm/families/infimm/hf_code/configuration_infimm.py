@@ -1,4 +1,4 @@
-"""Configuration of an InfiMM checkpoint for Hugging Face transformers. Part of the checkpoint: imports transformers alone."""
+"""Configuration of an InfiMM for Hugging Face transformers. This file is part of the checkpoint and imports only transformers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ class InfiMMConfig(PretrainedConfig):
     """An EVA-CLIP tower, a Perceiver resampler, and a Llama or Mistral with gated cross-attention.
 
     Args:
-        visual: of the tower, as EVA-CLIP's authors write it.
-        language: of the decoder, as a `LlamaConfig` or `MistralConfig`, or its fields with `model_type`.
-        cross_attn_every_n_layers: a gated block stands before layers n, 2n, 3n ... (counted from 1).
-        resampler_config: `num_latents` (of an image), `num_layers`, `num_attention_heads`, `head_dim`, `ffn_multiplier`.
+        visual: configuration of the tower, in the format of EVA-CLIP's authors.
+        language: configuration of the decoder: a `LlamaConfig` or `MistralConfig`, or a dict of its fields including `model_type`.
+        cross_attn_every_n_layers: n, if there is a gated block before layers n, 2n, 3n ... (counted from 1).
+        resampler_config: `num_latents` (per image), `num_layers`, `num_attention_heads`, `head_dim`, `ffn_multiplier`.
         gated_config: `num_attention_heads`, `head_dim`, `ffn_multiplier`.
-        image_token_id, eoc_token_id: an image is written as the second and then the first.
+        image_token_id: id of `<image>`, the second token of an image.
+        eoc_token_id: id of `<|endofchunk|>`, the first token of an image.
     """
 
     model_type = "infimm"
-    sub_configs = {"language": AutoConfig}  # noqa: RUF012 - transformers asks for a dict
+    sub_configs = {"language": AutoConfig}  # noqa: RUF012 - transformers needs a dict
 
     def __init__(
         self,
@@ -49,12 +50,15 @@ class InfiMMConfig(PretrainedConfig):
 
     @property
     def text_config(self) -> PretrainedConfig:
-        """The decoder's, by the name that transformers looks for."""
+        """Configuration of the decoder, under the name that transformers uses."""
         return self.language
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
-        """The decoder's. transformers 4.50 would go on with it alone where it looks for the class of an `AutoModelForCausalLM`, and make
-        a language model of random weights: there this is asked with `decoder=True`, and the answer is the whole model."""
+        """Return the decoder's configuration.
+
+        Exception: to find the class of an `AutoModelForCausalLM`, transformers 4.50 calls this with `decoder=True`. Given the decoder's
+        configuration, it would build a plain language model with random weights, so it gets the whole configuration.
+        """
         if _VERSION < (4, 51) and kwargs.get("decoder"):
             return self
         return self.language
@@ -66,5 +70,5 @@ _RESAMPLER = {"num_latents": 64, "num_layers": 6, "num_attention_heads": 8, "hea
 _GATED = {"num_attention_heads": 8, "head_dim": 64, "ffn_multiplier": 4}
 
 
-# So that `save_pretrained` writes this file, too, in every version of transformers.
+# Makes `save_pretrained` write this file, too, in every version of transformers.
 InfiMMConfig.register_for_auto_class()

@@ -1,10 +1,11 @@
-"""InfiMM (arXiv 2403.01487) for Hugging Face transformers. Part of the checkpoint: imports torch and transformers alone.
+"""InfiMM (arXiv 2403.01487) for Hugging Face transformers. This file is part of the checkpoint and imports only torch and transformers.
 
-Image -> EVA-CLIP tower (all tokens of the last block, before the final norm) -> Perceiver resampler -> latents, at which gated blocks of
-the language model look: a token at those of the last image before it. Tensors have the names of the authors' checkpoints.
+Image -> EVA-CLIP tower (all tokens of the last block, before the final norm) -> Perceiver resampler -> latents. Gated blocks of the
+language model attend to the latents: each token to those of the last image before it. Tensors have the same names as in the authors'
+checkpoints.
 
-Shape legend: b sequences, s tokens, n images, t images of a sequence at most, p tokens of the tower, v its width, l latents of an image,
-h decoder width, a heads, d head width.
+Shape legend: b sequences, s tokens, n images, t maximum number of images per sequence, p tokens of the tower, v tower width, l latents of
+an image, h decoder width, a heads, d head width.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 
 
 class EvaRotary(nn.Module):
-    """Turns patches, not the class token: the first half of a head's channels by the row, the second by the column."""
+    """Rotates the patches but not the class token: the first half of a head's channels by the patch's row, the second by its column."""
 
     def __init__(self, visual: dict[str, Any]) -> None:
         super().__init__()
@@ -49,14 +50,17 @@ class EvaRotary(nn.Module):
         self.register_buffer("freqs_sin", turns.sin())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, a, p, d], class token first."""
+        """[n, a, p, d] -> [n, a, p, d], class token first."""
         patches = x[:, :, 1:].float()
         turned = torch.stack([-patches[..., 1::2], patches[..., 0::2]], dim=-1).flatten(-2)
         return torch.cat([x[:, :, :1], (patches * self.freqs_cos + turned * self.freqs_sin).to(x.dtype)], dim=2)
 
 
 class EvaAttention(nn.Module):
-    """EVA02-L has three projections, rotary positions and an inner norm; EVA01-g and EVA02-bigE have one projection. Keys have no bias."""
+    """Attention of every token to all tokens of its image.
+
+    EVA02-L has three projections, rotary positions and an inner norm; EVA01-g and EVA02-bigE have one projection. Keys have no bias.
+    """
 
     def __init__(self, visual: dict[str, Any]) -> None:
         super().__init__()
@@ -115,7 +119,7 @@ class EvaBlock(nn.Module):
 
 
 class EvaTower(nn.Module):
-    """Final norm and head are in checkpoints; InfiMM does not use them."""
+    """EVA-CLIP's vision transformer. Checkpoints contain its final norm and head, but InfiMM does not use them."""
 
     def __init__(self, visual: dict[str, Any]) -> None:
         super().__init__()
@@ -123,7 +127,7 @@ class EvaTower(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (visual["image_size"] // patch) ** 2, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
-        self.rope = EvaRotary(visual) if visual["rope"] else None  # checkpoints hold it here too
+        self.rope = EvaRotary(visual) if visual["rope"] else None  # unused here; its tables are in checkpoints
         self.blocks = nn.ModuleList(EvaBlock(visual) for _ in range(visual["layers"]))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, visual["embed_dim"])
@@ -161,7 +165,7 @@ class PerceiverAttention(nn.Module):
 
 
 class Perceiver(nn.Module):
-    """Learned latents look at the tokens of an image and at themselves, layer after layer."""
+    """Resampler: in each layer, learned latents attend to the tokens of an image and to themselves."""
 
     def __init__(self, config: InfiMMConfig) -> None:
         super().__init__()
@@ -194,7 +198,7 @@ class MaskedCrossAttention(nn.Module):
         self.to_out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """[b, s, h], [b, t * l, v], [b, s, t * l] -> [b, s, h]; zero for tokens that look at nothing."""
+        """[b, s, h], [b, t * l, v], [b, s, t * l] -> [b, s, h]; zero for tokens that attend to no image."""
         k, v = self.to_kv(latents).chunk(2, dim=-1)
         q, k, v = (_heads(part, self.num_heads) for part in (self.to_q(self.norm(x)), k, v))
         sees = mask.any(dim=-1, keepdim=True)
@@ -209,14 +213,14 @@ class GatedBlock(nn.Module):
         self.ff = _feed_forward(config.language.hidden_size, config.gated_config["ffn_multiplier"])
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor, mask: torch.Tensor, has_images: torch.Tensor) -> torch.Tensor:
-        """A sequence without any image goes by the whole block."""
+        """[b, s, h] -> [b, s, h]; sequences without any image are not changed."""
         y = x + self.attn_gate.tanh() * self.attn(x, latents, mask)
         y = y + self.ff_gate.tanh() * self.ff(y)
         return torch.where(has_images[:, None, None], y, x)
 
 
 class InfiMMLayer(nn.Module):
-    """A decoder layer and the gated block before it. What the block looks at is set before the decoder runs."""
+    """A decoder layer and the gated block before it. The latents and masks for the block (`media`) are set before the decoder runs."""
 
     def __init__(self, decoder_layer: nn.Module, config: InfiMMConfig, *, gated: bool) -> None:
         super().__init__()
@@ -227,12 +231,12 @@ class InfiMMLayer(nn.Module):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # transformers asks its layers for their kind of attention
+        except AttributeError:  # transformers reads attributes of its layers, such as their kind of attention
             return getattr(super().__getattr__("decoder_layer"), name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.gated_cross_attn_layer is not None and self.media is not None:
-            media = (part.to(hidden_states.device) for part in self.media)  # layers may lie on several devices
+            media = (part.to(hidden_states.device) for part in self.media)  # layers may be on different devices
             hidden_states = self.gated_cross_attn_layer(hidden_states, *media)
         return self.decoder_layer(hidden_states, *args, **kwargs)
 
@@ -278,7 +282,7 @@ class InfiMMForConditionalGeneration(InfiMMPreTrainedModel, GenerationMixin):
         return self.model["lang_encoder"].model
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Latents: normalised pixels [n, 3, H, W] -> [n, l, v]."""
+        """Encode images: normalised pixels [n, 3, H, W] -> latents [n, l, v]."""
         pixels = pixel_values.to(self.model["perceiver"].latents)
         return self.model["perceiver"](self.model["vision_encoder"](pixels))
 
@@ -292,14 +296,14 @@ class InfiMMForConditionalGeneration(InfiMMPreTrainedModel, GenerationMixin):
         image_latents: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where labels are given.
+        """Compute logits, and the loss if labels are given.
 
         Args:
-            input_ids: [b, s], each image as its two tokens.
-            pixel_values: normalised, [b, t, 3, H, W], each sequence's own images first.
-            labels: [b, s], -100 where nothing is to be predicted; not shifted.
-            image_numbers: [b, s], which image each token looks at, from 1; 0 for none. Counted in input_ids where it is not given.
-            image_latents: [b, t, l, v] in the place of pixel_values: `get_image_features` of these, so that they are not encoded again.
+            input_ids: [b, s], with two tokens for each image.
+            pixel_values: normalised pixels [b, t, 3, H, W]; each sequence's images come first, then padding.
+            labels: [b, s], not shifted; -100 for tokens without a loss.
+            image_numbers: [b, s], number of the image that each token attends to, from 1; 0 for none. By default counted from input_ids.
+            image_latents: [b, t, l, v], results of `get_image_features`, to pass instead of pixel_values if images are already encoded.
         """
         kwargs.pop("return_dict", None)
         if image_numbers is None:
@@ -321,13 +325,13 @@ class InfiMMForConditionalGeneration(InfiMMPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As transformers', with the images encoded once for all steps."""
+        """Generate as in transformers, but encode the images only once for all steps."""
         if pixel_values is not None:
             kwargs["image_latents"] = self._encode(pixel_values)
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """With a cache a step has the last token alone: which image it looks at is counted in the whole text."""
+        """Add `image_numbers`, counted from the whole text, because with a cache the step's own input is only the last token."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         numbers = (input_ids == self.config.image_token_id).cumsum(dim=1)
         inputs["image_numbers"] = numbers[:, -inputs["input_ids"].shape[1] :]
@@ -335,11 +339,12 @@ class InfiMMForConditionalGeneration(InfiMMPreTrainedModel, GenerationMixin):
 
 
 def _media(latents: torch.Tensor, image_numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Latents [b, t, l, v] of all images in a row [b, t * l, v], who looks at which [b, s, t * l], and which sequences have images [b]."""
+    """Return the latents [b, t, l, v] flattened to [b, t * l, v], a mask of the latents that each token attends to [b, s, t * l], and which
+    sequences have images [b]."""
     numbers = torch.arange(1, latents.shape[1] + 1, device=latents.device).repeat_interleave(latents.shape[2])
     mask = image_numbers[:, :, None].to(latents.device) == numbers
     return latents.flatten(1, 2), mask, (image_numbers[:, -1] > 0).to(latents.device)
 
 
-# So that `save_pretrained` writes this file, too, in every version of transformers.
+# Makes `save_pretrained` write this file, too, in every version of transformers.
 InfiMMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")

@@ -1,4 +1,4 @@
-"""Images and text -> the inputs of InfiMM. Part of the checkpoint: imports transformers alone."""
+"""Prepares images and text as inputs of InfiMM. This file is part of the checkpoint and imports only transformers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .square_images import SquareImageProcessor
 
 
 class InfiMMImageProcessor(SquareImageProcessor):
-    """InfiMM's images."""
+    """InfiMM's image processor."""
 
 
 class InfiMMProcessor(ImagePromptProcessor):
-    """InfiMM's prompts: each `<image>` is written `<|endofchunk|><image>`."""
+    """InfiMM's processor: it replaces each `<image>` of a prompt with `<|endofchunk|><image>`."""
 
     written = "<|endofchunk|><image>"
 
@@ -23,7 +23,7 @@ class InfiMMProcessor(ImagePromptProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
-        """As `ImagePromptProcessor`. A chat template writes both tokens of an image: they are not written twice."""
+        """As in `ImagePromptProcessor`. A chat template already writes both tokens of an image; they are not written twice."""
         if text is not None:
             text = [prompt.replace(self.written, self.image_token) for prompt in ([text] if isinstance(text, str) else text)]
         return super().__call__(images, text, **kwargs)
@@ -32,6 +32,6 @@ class InfiMMProcessor(ImagePromptProcessor):
         return self.written
 
 
-# So that `save_pretrained` writes this file, too, in every version of transformers.
+# Makes `save_pretrained` write this file, too, in every version of transformers.
 InfiMMImageProcessor.register_for_auto_class("AutoImageProcessor")
 InfiMMProcessor.register_for_auto_class("AutoProcessor")
