@@ -66,7 +66,8 @@ class FusedAdamW(torch.optim.Optimizer):
 
 
 def complete_groups(optimizer: Any) -> None:
-    """Give parameter groups that another kind of Adam wrote to a checkpoint the fields that this kind reads and that one lacks."""
+    """Add the fields that this optimizer reads to parameter groups that lack them, because another kind of Adam wrote them to a
+    checkpoint."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in part.optimizer.param_groups:
             for name, value in part.optimizer.defaults.items():
@@ -74,8 +75,8 @@ def complete_groups(optimizer: Any) -> None:
 
 
 def install() -> None:
-    """Give megatron-core `FusedAdamW` where it found no FusedAdam of its own; or one whose kernels need the GPU that
-    is not there; does nothing elsewhere or when called again.
+    """Give megatron-core `FusedAdamW` if it found no FusedAdam, or found one whose kernels need a GPU when there is none. Otherwise, or
+    when called again, do nothing.
 
     What upstream lacks: see above. `tests/platform/test_adam.py` fails when upstream no longer needs it.
     """

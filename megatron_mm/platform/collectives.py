@@ -21,20 +21,20 @@ NAMES = (
     *("all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter", "reduce_scatter_tensor", "all_to_all_single"),
     *("all_to_all", "gather", "scatter", "reduce", "_all_gather_base", "_reduce_scatter_base"),
 )
-"""Functions of torch.distributed that are noted."""
+"""Functions of torch.distributed whose calls are recorded."""
 
 
 @dataclass
 class Noted:
-    """The last of them."""
+    """The last recorded call."""
 
     name: str = "none"
     count: int = 0
-    """Calls so far, this one counted."""
+    """Number of calls so far, including this one."""
     group: Any = None
-    """None is all processes."""
+    """Process group; None for all processes."""
     running: bool = False
-    """The call has not returned; what an asynchronous one began may take longer."""
+    """Whether the call has not returned yet; an asynchronous collective may take longer than its call."""
 
     def __str__(self) -> str:
         if not self.count:
@@ -47,11 +47,11 @@ class Noted:
 
 
 LAST = Noted()
-"""Of this process."""
+"""Last recorded call of this process."""
 
 
 def install() -> None:
-    """Note calls from here on; again and again does nothing more."""
+    """Record calls from here on; does nothing when called again."""
     if hasattr(dist.all_reduce, "noted"):
         return
     replaced: dict[Any, Callable[..., Any]] = {}

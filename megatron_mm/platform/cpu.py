@@ -48,7 +48,7 @@ class _Nothing:
 
 
 class _CpuRandom:
-    """`torch.cuda.random`: the CPU generator stands for the device's."""
+    """`torch.cuda.random`, with the CPU generator in place of the device's."""
 
     @staticmethod
     def get_rng_state(device: object = None) -> torch.Tensor:
@@ -56,7 +56,7 @@ class _CpuRandom:
 
 
 class _CudaOnCpu:
-    """`torch.cuda` as megatron-core uses it, on the CPU. What is not listed comes from torch.cuda."""
+    """`torch.cuda` as megatron-core uses it, on the CPU. All other attributes come from torch.cuda."""
 
     Stream = Event = _Nothing
     random = _CpuRandom
@@ -92,7 +92,7 @@ class _CudaOnCpu:
     default_stream = current_stream
 
     class nvtx:
-        """Ranges for a profiler of CUDA."""
+        """Ranges for CUDA's profiler, which do nothing."""
 
         @staticmethod
         def range_push(message: str) -> None:
@@ -122,7 +122,7 @@ class _CudaOnCpu:
 
 
 def _on_cpu(factory: Any) -> Any:
-    """A factory function that makes its tensor on the CPU where a CUDA device is asked for."""
+    """Wrap a factory function so that it makes its tensor on the CPU when called with a CUDA device."""
 
     @functools.wraps(factory)
     def made(*args: Any, **kwargs: Any) -> Any:
@@ -135,11 +135,11 @@ def _on_cpu(factory: Any) -> Any:
 
 
 FACTORIES = ("tensor", "zeros", "ones", "empty", "arange", "empty_like")
-"""What megatron-core calls with a CUDA device."""
+"""Functions that megatron-core calls with a CUDA device."""
 
 
 class _TorchOnCpu(types.ModuleType):
-    """The name `torch` inside megatron-core."""
+    """What the name `torch` refers to inside megatron-core."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -154,7 +154,7 @@ class _TorchOnCpu(types.ModuleType):
 
 
 def _for_megatron(replacement: Any, original: Any) -> Any:
-    """A method that is another one when megatron-core calls it."""
+    """A method that calls `replacement` if its caller is in megatron-core, and `original` otherwise."""
 
     @functools.wraps(original)
     def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -165,28 +165,28 @@ def _for_megatron(replacement: Any, original: Any) -> Any:
 
 
 def _parameter_type(self: torch.nn.Parameter, *args: Any, **kwargs: Any) -> Any:
-    """`Parameter.type()`: the optimizers sort parameters by the name of their CUDA tensor type and know no CPU names."""
+    """`Parameter.type()`: the optimizers sort parameters by the name of their CUDA tensor type and do not know CPU types."""
     name = torch.Tensor.type(self, *args, **kwargs)
     return name.replace("torch.", "torch.cuda.") if isinstance(name, str) and not name.startswith("torch.cuda.") else name
 
 
 def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`Tensor.cuda()`: megatron-core moves a few tensors so."""
+    """`Tensor.cuda()`, with which megatron-core moves a few tensors to the GPU: here they stay on the CPU."""
     return self
 
 
 def _on_stream(self: torch.Tensor, stream: object) -> None:
-    """`Tensor.record_stream()`: memory of the CPU belongs to no stream."""
+    """`Tensor.record_stream()`: CPU memory belongs to no stream, so there is nothing to record."""
 
 
 def _set_rng_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
-    """`tensor_parallel.random._set_cuda_rng_state`: reaches for CUDA's generators through torch._C."""
+    """`tensor_parallel.random._set_cuda_rng_state`: the original accesses CUDA's generators through torch._C."""
     torch.set_rng_state(new_state)
 
 
 def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """`moe_utils.maybe_move_tensor_to_cpu`: makes plain numbers of split sizes only where they come from a GPU, but gloo's
-    all-to-all wants them as well."""
+    """`moe_utils.maybe_move_tensor_to_cpu`: the original converts split sizes to plain numbers only if they come from a GPU, but gloo's
+    all-to-all needs plain numbers, too."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -199,8 +199,8 @@ def _run_eagerly(module: types.ModuleType) -> None:
 
 
 def _without_kernels() -> None:
-    """Norms and scales of many tensors at once: Transformer Engine's and apex's kernels are taken where these packages are installed,
-    but need a GPU; megatron-core has its own for where they are not."""
+    """Norms and scales of many tensors at once: if Transformer Engine or apex is installed, their kernels are used, which need a GPU. Use
+    megatron-core's own functions instead."""
     utils: Any = importlib.import_module("megatron.core.utils")
     local = {
         "multi_tensor_applier": utils.local_multi_tensor_applier,

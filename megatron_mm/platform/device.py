@@ -14,14 +14,14 @@ PACKED_ATTENTION_CAPABILITY = (9, 0)
 
 
 def local_device() -> torch.device:
-    """The GPU of this process (by LOCAL_RANK) where CUDA is available, else the CPU."""
+    """The GPU of this process (by LOCAL_RANK) if CUDA is available, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def communication_backend(device: torch.device) -> str:
-    """NCCL between GPUs, with gloo beside it for CPU tensors; gloo alone otherwise."""
+    """NCCL between GPUs and gloo for CPU tensors; without GPUs, only gloo."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
@@ -38,12 +38,13 @@ def packed_attention_missing() -> str:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device, without waiting for what the device still does: from the CPU to a GPU by way of pinned memory."""
+    """Copy a tensor to a device without waiting for the device's pending work; from the CPU to a GPU through pinned memory."""
     return (pinned(tensor) if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the CPU in memory that a GPU reads by itself; one that is pinned already or lies on a device stays as it is."""
+    """A CPU tensor in pinned memory, which a GPU can read directly; a tensor that is already pinned, or on a device, is returned as it
+    is."""
     return tensor.pin_memory() if tensor.device.type == "cpu" and not tensor.is_pinned() else tensor
 
 
@@ -57,7 +58,7 @@ def fp8_recipe_missing(recipe: str) -> str:
 
 
 def dispatch_missing(name: str) -> str:
-    """Why tokens cannot go to experts by DeepEP or HybridEP here (`ParallelConfig.expert_dispatch`); empty if they can."""
+    """Why tokens cannot be sent to experts by DeepEP or HybridEP here (`ParallelConfig.expert_dispatch`); empty if they can."""
     if not torch.cuda.is_available():
         return "its kernels need GPUs: use --parallel.expert-dispatch alltoall"
     if importlib.util.find_spec("deep_ep") is None:

@@ -30,7 +30,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 SAVE_OPTIONS: dict[str, Any] = (
     {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 )
-"""Of `dist_checkpointing.save`: megatron-core's own writer, the only one of 0.16. Later versions would else ask for
+"""Options of `dist_checkpointing.save` that select megatron-core's own writer, the only one in 0.16. Later versions would otherwise need
 nvidia-resiliency-ext."""
 
 
@@ -42,28 +42,30 @@ def te_experts() -> Any:
 
 
 def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
-    """Of this process's parameters, each counted by one process of the model: a method whose name changed after 0.16."""
+    """Gradients of this process's parameters, so that each parameter is counted by one process of the model. The method's name changed
+    after 0.16."""
     before = getattr(optimizer, "get_main_grads_for_grad_norm", None)
     return optimizer.get_grads_for_grad_norm() if before is None else before()
 
 
 def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers that a chained one is made of: that of dense parameters, and that of experts where there are some."""
+    """The optimizers in a chained one: that of dense parameters and, if there are experts, that of experts. Any other optimizer by
+    itself."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def step_and_gather(optimizer: MegatronOptimizer) -> None:
     """Update all weights, then gather each bucket of them over data parallelism once.
 
-    What upstream lacks: the optimizers of dense parameters and of experts each gather all buckets of the model after their own update, and
-    so those of the other: twice the bytes in a step of a sparse model, the first time with weights that are still to change. Where gathers
-    overlap the next forward pass, its hooks do them, once.
+    What upstream lacks: the optimizers of dense parameters and of experts each gather all buckets of the model after their own update,
+    including those of the other. A step of a sparse model thus sends twice the bytes, the first time with weights that are still to be
+    updated. If gathers overlap with the next forward pass, its hooks do them, once.
     """
     parts = parts_of(optimizer)
     chunks: dict[int, Any] = {}
     for part in parts:
         if isinstance(part, DistributedOptimizer):
-            super(DistributedOptimizer, part).step_with_ready_grads()  # without the gathers that follow in its own
+            super(DistributedOptimizer, part).step_with_ready_grads()  # without the gathers in its own method
             if not part.ddp_config.overlap_param_gather:
                 chunks.update((id(chunk), chunk) for chunk in part.model_chunks)
         else:
@@ -73,11 +75,11 @@ def step_and_gather(optimizer: MegatronOptimizer) -> None:
 
 
 def make_user_buffers(*, tokens: int, width: int, tensor: int, fp8: bool) -> None:
-    """Allocate what Transformer Engine's layers exchange through (`ParallelConfig.overlap_tensor`); called by all processes before a model
-    is built. A later call replaces them.
+    """Allocate the buffers through which Transformer Engine's layers exchange tensors (`ParallelConfig.overlap_tensor`). Called by all
+    processes before a model is built; a later call replaces the buffers.
 
     Args:
-        tokens, width: of the hidden states of a micro-batch, all tensor-parallel processes together.
+        tokens, width: size of a micro-batch's hidden states, over all tensor-parallel processes.
     """
     module: Any = importlib.import_module("transformer_engine.pytorch.module.base")
     modes = module.UserBufferQuantizationMode
@@ -88,8 +90,8 @@ def make_user_buffers(*, tokens: int, width: int, tensor: int, fp8: bool) -> Non
 
 
 def leave_generators_alone(modules: Iterable[torch.nn.Module]) -> None:
-    """Tell Transformer Engine's attention, if it has no dropout, not to switch the state of the device's generator for each layer of each
-    micro-batch: it draws nothing, and each switch costs the host about ten operations."""
+    """Keep Transformer Engine's attention, if it has no dropout, from switching the state of the device's generator in each layer of each
+    micro-batch. It draws nothing, and each switch takes about ten operations on the host."""
     for module in modules:
         for attention in module.modules():
             if getattr(attention, "attention_dropout", None) == 0.0:
@@ -99,32 +101,32 @@ def leave_generators_alone(modules: Iterable[torch.nn.Module]) -> None:
 
 
 def is_writing(saves: AsyncCallsQueue) -> bool:
-    """Whether a process that writes one of these saves is still at work, asked of this process's own writers alone."""
+    """Whether a process that writes one of these saves is still running; only this process's own writers are checked."""
     writers = (call.async_caller.process for call in saves.async_calls)
     return any(writer is not None and writer.is_alive() for writer in writers)
 
 
 def mlp_spec(submodules: MLPSubmodules) -> Any:
-    """A layer's MLP of these linear layers: a ModuleSpec in 0.16; 0.19 wants a function, and warns of specs."""
+    """A layer's MLP with these linear layers: a ModuleSpec in 0.16, a function in 0.19, which warns of specs."""
     build = getattr(MLP, "as_mlp_submodule", None)
     return ModuleSpec(module=MLP, submodules=submodules) if build is None else functools.partial(build, submodules=submodules)
 
 
 EXPLAINED = {
-    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # HybridModel, which is to follow it, is not in 0.16
-    "distributed.distributed_data_parallel": "full_param_layout not provided",  # what is computed instead is what we want
-    "dist_checkpointing.strategies.torch": "async save is deprecated",  # the other writer is a package of its own
+    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # its successor, HybridModel, is not in 0.16
+    "distributed.distributed_data_parallel": "full_param_layout not provided",  # the layout computed instead is the one we want
+    "dist_checkpointing.strategies.torch": "async save is deprecated",  # the other writer is a separate package
 }
-"""Warnings of megatron-core 0.19 about what we do on purpose: the module that logs each, and words of it."""
+"""Warnings of megatron-core 0.19 about uses that are intended: module that logs each -> words of its text."""
 
 
 def install() -> None:
-    """Mend what the installed megatron-core does wrong, and keep back what it warns of without need; does nothing when called again."""
+    """Fix errors of the installed megatron-core, and suppress its unnecessary warnings; does nothing when called again."""
     for module, words in EXPLAINED.items():
         log = logging.getLogger(f"megatron.core.{module}")
         if not any(isinstance(known, _Without) for known in log.filters):
             log.addFilter(_Without(words))
-    # megatron-core 0.19 hands queries, keys and values of one buffer over as views of it, which Transformer Engine finds out by itself.
+    # megatron-core 0.19 passes queries, keys and values as views of one buffer, which Transformer Engine detects by itself.
     warnings.filterwarnings("ignore", message="Relying on pointer-based detection", category=DeprecationWarning)
     if not getattr(_DeepepManager.setup_metadata, "masks_unrouted", False):
         _DeepepManager.setup_metadata = _sending_nothing_nowhere(_DeepepManager.setup_metadata)
@@ -139,8 +141,8 @@ def install() -> None:
 def _sending_nothing_nowhere(setup_metadata: Any) -> Any:
     """`_DeepepManager.setup_metadata`, for tokens that go to fewer than top-k experts.
 
-    What upstream lacks: without a capacity factor it sends a token to its top-k experts by weight, whatever the weights are; and padding,
-    which has none, to the first experts. HybridEP and all-to-all read which experts are chosen.
+    What upstream lacks: without a capacity factor, it sends a token to its top-k experts by weight, even if a weight is 0, and padding,
+    which has no weights, to the first experts. HybridEP and all-to-all read which experts are chosen.
     """
 
     @functools.wraps(setup_metadata)
@@ -153,10 +155,10 @@ def _sending_nothing_nowhere(setup_metadata: Any) -> Any:
 
 
 def _with_own_bias(forward: Any) -> Any:
-    """`MLP.forward`, whose second output is the last layer's bias, for MLPs that are computed again in the backward pass.
+    """`MLP.forward`, whose second output is the last layer's bias, for MLPs that are recomputed in the backward pass.
 
-    What upstream lacks: the checkpoint function returns that parameter itself, which makes it an output of the checkpoint, whose backward
-    pass then runs into itself without end. A copy is an output like any other.
+    What upstream lacks: the checkpoint function returns the bias parameter itself. The parameter thereby becomes an output of the
+    checkpoint, whose backward pass then calls itself without end. A copy is an ordinary output.
     """
 
     @functools.wraps(forward)
@@ -170,9 +172,9 @@ def _with_own_bias(forward: Any) -> Any:
 
 
 def _without_fp8(init: Any) -> Any:
-    """`CheckpointWithoutOutput.__init__`, which computes norms again, where Transformer Engine is not installed.
+    """`CheckpointWithoutOutput.__init__`, which is used to recompute norms, for when Transformer Engine is not installed.
 
-    What upstream lacks: it takes every checkpoint for one of FP8, and asks Transformer Engine whether that is under way.
+    What upstream lacks: it assumes that every checkpoint may be in FP8, and asks Transformer Engine whether FP8 is active.
     """
 
     @functools.wraps(init)
@@ -185,7 +187,7 @@ def _without_fp8(init: Any) -> Any:
 
 
 class _Without(logging.Filter):
-    """Leaves out messages with these words."""
+    """Drops messages that contain these words."""
 
     def __init__(self, words: str) -> None:
         super().__init__()
@@ -198,9 +200,9 @@ class _Without(logging.Filter):
 def _counting_routed_tokens(preprocess: Any) -> Any:
     """`MoEAlltoAllTokenDispatcher.preprocess`, for tokens that go to fewer than top-k experts.
 
-    What upstream lacks: without a capacity factor it takes tokens times top-k for the number of rows after the permutation. Padding
-    goes to no expert here, so there are fewer. 0.16 selects rows by mask and never reads the number; from 0.17 on, rows are the first that
-    many of a sort, and what follows the routed ones is garbage that the splits of the all-to-all do not add up to.
+    What upstream lacks: without a capacity factor, it assumes that there are tokens times top-k rows after the permutation. Padding goes to
+    no expert here, so there are fewer. 0.16 selects rows by mask and never reads the number. From 0.17 on, that many rows of a sort are
+    taken; the rows after the routed ones are garbage, and the splits of the all-to-all do not add up to the number.
     """
 
     @functools.wraps(preprocess)
@@ -208,7 +210,7 @@ def _counting_routed_tokens(preprocess: Any) -> Any:
         tokens_per_expert = preprocess(self, routing_map)
         if not self.drop_and_pad:
             self.num_out_tokens = routing_map.sum()
-            self._maybe_update_cuda_sync_point("before_permutation_1")  # a number on the GPU until then
+            self._maybe_update_cuda_sync_point("before_permutation_1")  # the number stays on the GPU until then
         return tokens_per_expert
 
     counting.counts_routed_tokens = True  # type: ignore[attr-defined]

@@ -1,17 +1,17 @@
-"""What this package uses of megatron-core, read from its own sources, and what of that an installed version lacks.
+"""Finds what this package uses of megatron-core, from its own sources, and which of these parts an installed version lacks.
 
-For versions that nobody tried: most of what they break is a name that moved or an argument that is gone, and both can be found before
-a run starts, instead of an hour into the queue. What is looked up:
+This is for untested versions. What breaks in them is mostly a name that moved or an argument that was removed, and both can be found before
+a run starts, instead of an hour into the queue. What is checked:
 
     from megatron.core.distributed import DistributedDataParallel    the module, and the name in it
     parallel_state.get_tensor_model_parallel_group()                 an attribute of an imported module or class
     dist_checkpointing.save(state, path, validate_access_integrity=False)    that it takes these arguments by name
 
-Worked example: where `save` no longer takes the argument, `missing()` gives
+Worked example: if `save` no longer takes the argument, `missing()` returns
 ["megatron.core.dist_checkpointing.save(validate_access_integrity=)"].
 
-What sources do not tell is listed below: methods that subclasses override and names that `platform/` replaces, since without them nothing
-would call ours, and no error would say so; and methods of objects that megatron-core makes.
+Parts that the sources do not show are listed below: methods that subclasses override and names that `platform/` replaces, because without
+them our code would never be called, and no error would say so; and methods of objects that megatron-core makes.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ OF_OBJECTS = (
     "optimizer.distrib_optimizer.DistributedOptimizer.step_with_ready_grads",
     "distributed.DistributedDataParallel.start_param_sync",
 )
-"""Methods that are called on what megatron-core makes, and that have no public name or had another one in earlier versions."""
+"""Methods called on objects that megatron-core makes, which have no public name or had another one in earlier versions."""
 
 
 def missing(sources: Iterable[Path] | None = None) -> list[str]:
-    """What the installed megatron-core lacks of all that is used, sorted by name; empty if nothing is missing. Imports most of it."""
+    """The parts in use that the installed megatron-core lacks, sorted by name; empty if nothing is missing. Imports most of
+    megatron-core."""
     uses = {use for path in (PACKAGE.rglob("*.py") if sources is None else sources) for use in _uses(path)}
     if sources is None:
         uses.update(f"{ENGINE}.{name}" for name in (*OVERRIDDEN, *REPLACED, *OF_OBJECTS))
@@ -69,7 +70,8 @@ def missing(sources: Iterable[Path] | None = None) -> list[str]:
 
 
 def _uses(path: Path) -> Iterator[str]:
-    """Of one file, such as "megatron.core.utils.get_model_config" and, for an argument, "megatron.core.dist_checkpointing.save(x=)"."""
+    """The parts that one file uses, such as "megatron.core.utils.get_model_config" and, for an argument,
+    "megatron.core.dist_checkpointing.save(x=)"."""
     text = path.read_text()
     if ENGINE not in text:
         return
@@ -91,7 +93,8 @@ def _uses(path: Path) -> Iterator[str]:
 
 
 def _is_guard(node: ast.AST) -> bool:
-    """Whether code asks first: `getattr(holder, name, None)`, `hasattr(holder, name)`, or a choice by such."""
+    """Whether code checks for a part before it uses it: an `if` with `getattr(holder, name, None)` or `hasattr(holder, name)` in its
+    condition."""
     return isinstance(node, ast.IfExp | ast.If) and any(
         isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id in ("hasattr", "getattr")
         for inner in ast.walk(node.test)
@@ -99,7 +102,7 @@ def _is_guard(node: ast.AST) -> bool:
 
 
 def _dotted(node: ast.AST, names: dict[str, str]) -> str | None:
-    """The whole name of an expression that begins with an imported one."""
+    """The full name of an expression that begins with an imported name; None for any other."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
     if isinstance(node, ast.Attribute) and (before := _dotted(node.value, names)):
@@ -112,22 +115,22 @@ def _is_there(use: str) -> bool:
     try:
         found = _find(name)
     except (ImportError, AttributeError):
-        return bool(argument)  # the name itself is among what is missing
+        return bool(argument)  # the name itself is reported as missing
     return not argument or _takes(found, argument.removesuffix("=)"))
 
 
 def _find(name: str) -> Any:
-    """A module, or what a module or class holds. Raises ImportError or AttributeError."""
+    """A module, or an attribute of a module or class. Raises ImportError or AttributeError."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         try:
             found: Any = importlib.import_module(".".join(parts[:length]))
         except ModuleNotFoundError as error:
             if error.name is None or not ".".join(parts[:length]).startswith(error.name):
-                raise  # something else that the module needs
+                raise  # a dependency of the module is missing
             continue
         for part in parts[length:]:
-            if part not in getattr(found, "__dataclass_fields__", ()):  # those without a default are no attributes
+            if part not in getattr(found, "__dataclass_fields__", ()):  # fields without a default are not class attributes
                 found = getattr(found, part)
         return found
     raise ModuleNotFoundError(f"no module named {name}", name=name)
@@ -136,6 +139,6 @@ def _find(name: str) -> Any:
 def _takes(function: Any, argument: str) -> bool:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # no function of Python's
+    except (TypeError, ValueError):  # not a Python function
         return True
     return any(parameter.name == argument or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)

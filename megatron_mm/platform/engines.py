@@ -1,4 +1,4 @@
-"""Versions of megatron-core and Transformer Engine that go together. Imports neither, so that asking costs nothing."""
+"""Versions of megatron-core and Transformer Engine that go together. Imports neither, so that checks take no time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 ENGINES = {(0, 16): ((2, 9), (2, 12)), (0, 17): ((2, 20), (2, 21)), (0, 18): ((2, 20), (2, 21)), (0, 19): ((2, 20), (2, 21))}
-"""Versions of megatron-core that the tests run on, and of Transformer Engine that go with each: from the first on, before the second. 0.16
-declares its own range; with a later one it continues without some kernels and says nothing. Later ones declare none: the range is what was
-run. pyproject.toml says the same to pip; docs/gpu.md says what was run with what."""
+"""Versions of megatron-core that the tests run on -> versions of Transformer Engine that go with each: from the first, before the second.
+0.16 declares its own range; with a later one it silently continues without some kernels. Later versions declare none: the range is what was
+run. pyproject.toml has the same ranges for pip; docs/gpu.md lists which combinations were run."""
 
 
 def is_supported(megatron_core: str) -> bool:
@@ -18,7 +18,7 @@ def is_supported(megatron_core: str) -> bool:
 
 
 def goes_with(megatron_core: str, transformer_engine: str) -> bool:
-    """Whether these versions go together; False for an engine that is not supported.
+    """Whether these versions go together; False for a megatron-core that is not supported.
 
     >>> goes_with("0.16.1", "2.11.0"), goes_with("0.16.1", "2.20.2"), goes_with("0.19.2", "2.20.2")
     (True, False, True)
@@ -28,7 +28,7 @@ def goes_with(megatron_core: str, transformer_engine: str) -> bool:
 
 
 def range_of(megatron_core: str) -> str:
-    """The versions of Transformer Engine that go with an engine, as pip is told them.
+    """The versions of Transformer Engine that go with a megatron-core, in pip's notation.
 
     >>> range_of("0.16.1")
     '>=2.9,<2.12'
@@ -48,7 +48,7 @@ def numbers(version: str) -> tuple[int, int]:
 
 
 def mismatch(megatron_core: str, transformer_engine: str) -> str:
-    """What is wrong with a pair of versions; empty if they go together, or the engine is none of ours."""
+    """What is wrong with a pair of versions; empty if they go together, or if this megatron-core is not supported."""
     if not is_supported(megatron_core) or goes_with(megatron_core, transformer_engine):
         return ""
     wanted = range_of(megatron_core)
@@ -56,8 +56,8 @@ def mismatch(megatron_core: str, transformer_engine: str) -> str:
 
 
 def installed(package: str = "megatron-core") -> str | None:
-    """The version that is here; None if there is none. Of megatron-core the one that an import would find, which may be a checkout on
-    PYTHONPATH that pip knows nothing of."""
+    """The installed version; None if there is none. For megatron-core, the version that an import would find, which may be a checkout on
+    PYTHONPATH that pip does not know."""
     if package == "megatron-core" and (version := _in_sources()) is not None:
         return version
     try:
@@ -67,7 +67,7 @@ def installed(package: str = "megatron-core") -> str | None:
 
 
 def _in_sources() -> str | None:
-    """What the sources of megatron-core say of themselves, without importing them."""
+    """The version that megatron-core's sources state, without importing them; None if there are none."""
     spec = importlib.util.find_spec("megatron")
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / "core" / "package_info.py"
@@ -80,14 +80,14 @@ def _in_sources() -> str | None:
 
 
 def check(version: str | None) -> None:
-    """Raise ValueError for a megatron-core that is too old. One that is newer than all that was tried is left to be tried: `check_parts`
-    looks whether it has what is used of it, and `remark` says that nobody tried it."""
+    """Raise ValueError for a megatron-core that is too old. A version newer than all tested ones is allowed: `check_parts` checks whether
+    it has everything that is used, and `remark` says that it is untested."""
     if version is not None and numbers(version) < min(ENGINES):
         raise ValueError(f"megatron-core {version} is too old for megatron_mm, which runs on {_SPAN}: pip install '{WANTED}'")
 
 
 def check_parts(version: str | None) -> None:
-    """Raise ValueError for a megatron-core that is not there, or that lacks what is used of it."""
+    """Raise ValueError if megatron-core is not installed, or lacks something that is used."""
     if version is None:
         raise ValueError(f"megatron-core is not installed: pip install '{WANTED}'")
     from megatron_mm.platform import engine_parts
@@ -101,7 +101,7 @@ def check_parts(version: str | None) -> None:
 
 
 def remark(version: str | None) -> str:
-    """What to say of a version that nobody has tried; empty of the others."""
+    """Remark about an untested version; empty for tested ones."""
     if version is None or is_supported(version):
         return ""
     return f"megatron-core {version} has not been tried with megatron_mm, whose tests run on {_SPAN}: pip install '{WANTED}'"

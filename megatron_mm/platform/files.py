@@ -11,7 +11,7 @@ BLOCK_BYTES = 1 << 24
 
 
 def checksum_of(path: Path, *, offset: int = 0, length: int | None = None) -> int:
-    """CRC-32 of a file or of a part of it; of less where it ends earlier.
+    """CRC-32 of a file or of a part of it; if the file ends earlier, of the bytes up to its end.
 
     Raises OSError if the file cannot be read.
     """
@@ -28,7 +28,7 @@ def checksum_of(path: Path, *, offset: int = 0, length: int | None = None) -> in
 
 
 def sync_to_disk(path: Path) -> None:
-    """Have the system write a file, or a directory's names, to the disk."""
+    """Have the system write a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,7 +20,7 @@ _problems: list[str] = []
 
 
 def install() -> None:
-    """Does nothing when called again."""
+    """Record errors from here on; does nothing when called again."""
     of_common = getattr(common, "TorchCommonSaveStrategy", None)  # not in megatron-core 0.19, which has no common part any more
     for holder, name in ((of_common, "save_common"), (FileSystemWriterAsync, "finish"), (serialization, "save_config")):
         function = getattr(holder, name, None)
@@ -29,7 +29,7 @@ def install() -> None:
 
 
 def take_problems() -> list[str]:
-    """What went wrong since the last call, on this process."""
+    """Errors since the last call, on this process."""
     found, _problems[:] = list(_problems), []
     return found
 

@@ -27,12 +27,13 @@ def is_fp8(weight: Any) -> bool:
 
 @torch.no_grad()
 def values_of(weight: torch.Tensor) -> torch.Tensor:
-    """What a weight stands for: [...] bf16 of its own where it is an FP8 tensor, else the weight itself."""
+    """The values of a weight: a new bf16 tensor [...] if it is an FP8 tensor, else the weight itself."""
     return dequantize_fp8_tensor(weight.detach()) if is_fp8(weight) else weight
 
 
 def with_values(state: dict[str, Any]) -> dict[str, Any]:
-    """The same state of a module, pieces of global tensors by name, with values in place of FP8 weights. `weight_of` finds those again."""
+    """A module's state (pieces of global tensors by name), with FP8 weights replaced in place with their values. `weight_of` finds the
+    weights again."""
     for entry in nested_values(state):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and is_fp8(entry.data):
             values = values_of(entry.data)
@@ -42,13 +43,13 @@ def with_values(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def weight_of(data: Any) -> Any:
-    """The FP8 weight whose values these are; other tensors themselves."""
+    """The FP8 weight whose values these are; any other tensor itself."""
     return getattr(data, "fp8_weight", data)
 
 
 @torch.no_grad()
 def set_values(weight: torch.Tensor, values: torch.Tensor) -> None:
-    """Give an FP8 weight values in bf16, rounded. Master weights that are still to be made of it begin with the values as they are."""
+    """Set an FP8 weight to bf16 values, rounded. Master weights that are later made from it start with the unrounded values."""
     weight.copy_(values)
     precise = getattr(weight, "get_high_precision_init_val", lambda: None)()
     if precise is not None:
@@ -56,7 +57,8 @@ def set_values(weight: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def round_master_weights(optimizer: MegatronOptimizer) -> None:
-    """Make weights of the master weights that a checkpoint gave; called by all processes. The checkpoint's own may have been FP8 ones."""
+    """Make all weights from the master weights that a checkpoint contained; called by all processes. The checkpoint's own weights may have
+    been in FP8."""
     chunks: dict[int, Any] = {}
     for part in parts_of(optimizer):
         if isinstance(part, DistributedOptimizer):

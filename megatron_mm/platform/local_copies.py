@@ -18,15 +18,15 @@ class CacheFolder:
 
     path: Path
     limit: int
-    """Bytes of all that is kept in it."""
+    """Maximum size of its contents, bytes."""
 
     def data_set(self, address: str) -> Path:
-        """The folder of the indexes of a data set in a store."""
+        """The folder for the indexes of a data set in an object store."""
         return self.path / "indexes" / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
 def cache_folder() -> CacheFolder | None:
-    """What MEGATRON_MM_CACHE asks for; None if it is not set. Raises ValueError if it is not FOLDER:NUMBER and MB, GB or TB."""
+    """The cache that MEGATRON_MM_CACHE names; None if it is not set. Raises ValueError if it is not FOLDER:NUMBER and MB, GB or TB."""
     text = os.environ.get(CACHE_VARIABLE, "")
     if not text:
         return None
@@ -37,18 +37,18 @@ def cache_folder() -> CacheFolder | None:
 
 
 def bytes_in(folder: Path) -> int:
-    """Of all files below a folder; 0 if there is none."""
+    """Total size of all files below a folder, bytes; 0 if there are none."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def address_of(path: Path) -> str | None:
-    """The address of an object store that a path is, which `Path` writes as s3:/bucket/...; None if it is a path of this machine."""
+    """The address in an object store that a path refers to, which `Path` writes as s3:/bucket/...; None if it is a path on this machine."""
     found = re.match(r"([a-z][a-z0-9+.-]+):/+(?=[^/])", str(path))
     return None if found is None else f"{found[1]}://{str(path)[found.end() :]}"
 
 
 def local_folder(path: Path) -> Path:
-    """A folder of this machine: the path, or where the copy of a data set's indexes lies that a path in an object store names.
+    """A folder on this machine: the path, or, if it is in an object store, the folder for the local copy of the data set's indexes.
 
     Raises ValueError if there is no cache to copy them to.
     """

@@ -20,7 +20,7 @@ _FUNCTIONS = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "broadcast",
 )  # fmt: skip
 _BOUND = ("dist_all_gather_func", "dist_reduce_scatter_func")
-"""Names that modules of megatron-core gave to such functions when they were imported."""
+"""Names under which modules of megatron-core imported such functions."""
 
 
 class StartStop(Protocol):
@@ -33,7 +33,7 @@ class StartStop(Protocol):
 
 @contextlib.contextmanager
 def timed(timer: StartStop) -> Iterator[None]:
-    """Run a timer while this process is in a collective, as long as the context lasts."""
+    """Run a timer whenever this process is in a collective, as long as the context lasts."""
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("megatron.core.") and module is not None]
     places: list[tuple[Any, str]] = [(dist, name) for name in _FUNCTIONS]
     places += [(module, name) for module in modules for name in _BOUND if name in vars(module)]
@@ -61,7 +61,7 @@ def _with_timer(function: Any, timer: StartStop) -> Any:
 
 
 class _Work:
-    """A message under way whose wait is timed."""
+    """An asynchronous message whose wait is timed."""
 
     def __init__(self, work: Any, timer: StartStop) -> None:
         self._work, self._timer = work, timer

@@ -1,8 +1,8 @@
-"""What megatron-core does parameter by parameter, done for many parameters at a time, in a few kernels instead of hundreds.
+"""Does for many parameters at once, in a few kernels, what megatron-core does parameter by parameter, in hundreds.
 
-What upstream lacks: in every micro-batch it adds the gradient of each parameter to its buffer by a kernel of its own, and after every
-update it copies each master weight to the model likewise. A model has several hundred vectors (norms and biases): their kernels take a GPU
-no time, and the processor, which launches them, some microseconds each. Sums and copies are the same ones here, bit for bit.
+What upstream lacks: in every micro-batch, it adds the gradient of each parameter to its buffer with a separate kernel, and after every
+update it copies each master weight to the model in the same way. A model has several hundred vectors (norms and biases). Their kernels take
+a GPU almost no time, but the host needs some microseconds to launch each. The sums and copies here are identical, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class DataParallel(DistributedDataParallel):
-    """megatron-core's wrapper, in which gradients of vectors are added to their buffers together: at the end of a micro-batch's backward
-    pass, or before a complete bucket is reduced."""
+    """megatron-core's wrapper, but gradients of vectors are added to their buffers together: at the end of a micro-batch's backward pass,
+    or before a complete bucket is reduced."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._waiting: dict[torch.nn.Parameter, torch.Tensor] = {}
-        """Gradients that are not in their buffers yet."""
+        """Gradients that have not been added to their buffers yet."""
         for group in [*self.bucket_groups, *self.expert_parallel_bucket_groups]:
             group.start_grad_sync = self._adding_first(group.start_grad_sync)
 
     def zero_grad_buffer(self) -> None:
-        self._waiting.clear()  # of a pass that was broken off
+        self._waiting.clear()  # left over from an interrupted pass
         super().zero_grad_buffer()
 
     def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
@@ -75,7 +75,7 @@ class DataParallel(DistributedDataParallel):
 
 
 def install() -> None:
-    """Let distributed optimizers copy their master weights to the model together; does nothing when called again."""
+    """Make distributed optimizers copy their master weights to the model together; does nothing when called again."""
     if not hasattr(DistributedOptimizer._copy_main_params_to_model_params, "one_by_one"):
         DistributedOptimizer._copy_main_params_to_model_params = _copying_together(DistributedOptimizer._copy_main_params_to_model_params)
 
@@ -89,7 +89,7 @@ def _copying_together(one_by_one: Callable[[Any], None]) -> Callable[[Any], None
             one_by_one(self)
             return
         if not hasattr(self, "_copied_together"):
-            self._copied_together = _alike(_weights_and_masters(self))  # views: where they lie does not change in a run
+            self._copied_together = _alike(_weights_and_masters(self))  # views, whose memory does not move during a run
         for weights, masters in self._copied_together:
             torch._foreach_copy_(weights, masters)
 
@@ -98,7 +98,7 @@ def _copying_together(one_by_one: Callable[[Any], None]) -> Callable[[Any], None
 
 
 def _weights_and_masters(optimizer: Any) -> Iterable[Pair]:
-    """This process's run of each parameter in the buffer of weights, and its master weights: [elements] each."""
+    """This process's part of each parameter in the buffer of weights, and its master weights: [elements] each."""
     groups = [
         *zip(optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups, strict=True),
         *zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True),
@@ -113,7 +113,7 @@ def _weights_and_masters(optimizer: Any) -> Iterable[Pair]:
 
 
 def _alike(pairs: Iterable[Pair]) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """First and second tensors of the pairs, those of the same types together: one operation takes no others."""
+    """First and second tensors of the pairs, grouped by their types: one operation takes tensors of the same types."""
     found: dict[tuple[torch.dtype, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
     for one, other in pairs:
         ones, others = found[one.dtype, other.dtype]

@@ -5,8 +5,8 @@ What upstream lacks: torch's reader of distributed checkpoints reads a whole sto
 the piece is read once for every box. Here only the bytes from the first to the last element of a box are read, provided that the piece is
 stored in the file as it is in memory; otherwise the whole piece is read.
 
-Worked example: of a stored piece of 4 rows and 3 columns the box of rows 1 and 2 is elements 3 to 8, 24 bytes in fp32. Of a box of
-columns 1 and 2 in all rows, elements 1 to 11 are read, and those between are left out.
+Worked example: in a stored piece of 4 rows and 3 columns, the box of rows 1 and 2 is elements 3 to 8, 24 bytes in fp32. For the box of
+columns 1 and 2 in all rows, elements 1 to 11 are read, and those of column 0 are left out.
 
 In addition, the description of all pieces (`.metadata`), which every process would read from the file, can be passed in instead
 (`give_metadata`).
@@ -35,7 +35,7 @@ _given: dict[str, bytes] = {}
 
 
 def install() -> None:
-    """Does nothing when called again."""
+    """Make torch's reader read parts, and use given metadata; does nothing when called again."""
     if not hasattr(FileSystemReader.read_data, "reads_parts"):
         _read_parts.reads_parts = True  # type: ignore[attr-defined]
         FileSystemReader.read_data = _read_parts  # type: ignore[method-assign]
@@ -43,7 +43,7 @@ def install() -> None:
 
 
 def give_metadata(folder: Path, data: bytes | None) -> None:
-    """What the file `METADATA` of a folder holds, so that it is not read; None forgets it."""
+    """Provide the contents of the file `METADATA` of a folder, so that it is not read; None removes them."""
     if data is None:
         _given.pop(os.path.abspath(folder), None)
     else:
@@ -66,7 +66,7 @@ def _given_or_read(read: Any) -> Any:
 
 
 def _read_parts(self: Any, plan: Any, planner: Any) -> Any:
-    """`FileSystemReader.read_data`."""
+    """Replacement of `FileSystemReader.read_data`."""
     wanted: dict[str, dict[Any, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for item in plan.items:
         wanted[self.storage_data[item.storage_index].relative_path][item.storage_index].append(item)
@@ -96,8 +96,8 @@ class _Piece:
     def __init__(self, view: Any, file: Any, offset: int) -> None:
         """
         Args:
-            view: of the file's bytes of this piece.
-            offset: where they begin in the file.
+            view: view of the piece's bytes in the file.
+            offset: position of these bytes in the file.
         """
         self.view, self.file = view, file
         tensor = torch.load(view, map_location="meta", weights_only=True)  # its description, without its elements

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 
 def install() -> None:
-    """Does nothing when called again."""
+    """Make torch's planner read only plain values; calling it again changes nothing."""
     DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
 
 

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 def problem() -> str:
-    """Why this process can make no lock that processes share; empty if it can."""
+    """Why this process cannot make a lock that processes share; empty if it can."""
     try:
         multiprocessing.get_context("fork").Lock()
     except OSError as error:
@@ -28,7 +28,8 @@ def problem() -> str:
 
 @contextlib.contextmanager
 def threads_where_there_are_no_locks() -> Iterator[None]:
-    """Inside, megatron-core's writer takes threads where this process can make no such lock. Logs nothing: the caller may be a fork."""
+    """Make megatron-core's writer use threads, inside the context, if this process cannot make such a lock. Logs nothing: the caller may be
+    a fork."""
     before = filesystem_async.mp
     if problem():
         filesystem_async.mp = SimpleNamespace(get_context=lambda method=None: multiprocessing.dummy)

@@ -1,1 +1,1 @@
-"""Where metrics and pictures of a run go."""
+"""Destinations of a run's metrics and pictures, and what is made from them: reports and live progress."""

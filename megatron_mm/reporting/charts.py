@@ -24,10 +24,10 @@ from megatron_mm.reporting.run_files import Curve
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 32
 MAX_POINTS = 480
-"""Points of a drawn curve at most."""
+"""Maximum number of points of a drawn curve."""
 NUM_COLOURS = 8
 _LOG_RATIO = 20.0
-"""A chart of positive values becomes logarithmic where the greatest is more than this times the least."""
+"""A chart of positive values is logarithmic if the greatest is more than this many times the least."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Series:
     name: str
     curve: Curve
     colour: int
-    """Number of a colour of the page."""
+    """Number of one of the page's colours."""
     dashed: bool = False
 
 
@@ -53,7 +53,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A curve with few enough points."""
+    """A curve reduced to at most MAX_POINTS points."""
 
     steps: np.ndarray
     mean: np.ndarray
@@ -77,7 +77,7 @@ def _few(curve: Curve) -> _Drawn:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Values -> places on the page."""
+    """Maps values to positions on the page."""
 
     least: float
     most: float
@@ -103,7 +103,7 @@ class _Axis:
 
 
 def nice_ticks(least: float, most: float, *, count: int = 5) -> list[float]:
-    """Round numbers between two.
+    """Round numbers between two values.
 
     >>> nice_ticks(0.0, 1.0)
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
@@ -149,12 +149,12 @@ def line_chart(
     from_zero: bool = False,
     most: float | None = None,
 ) -> str:
-    """Lines over steps as an HTML figure; nothing if no series has a value.
+    """Lines over steps as an HTML figure; an empty string if no series has a finite value.
 
     Args:
-        unit: of the values, in a few words.
-        from_zero: the axis of the values begins at 0.
-        most: that values can have, where the axis ends.
+        unit: unit of the values, in a few words.
+        from_zero: whether the value axis begins at 0.
+        most: greatest possible value, at which the axis ends.
     """
     series = [one for one in series if np.isfinite(one.curve.values).any()]
     if not series:
@@ -173,7 +173,7 @@ def line_chart(
 
 
 def stacked_chart(series: Sequence[Series], *, title: str, unit: str = "", marks: Sequence[Mark] = ()) -> str:
-    """Areas on one another, of curves that have the same steps; nothing if there is none."""
+    """Stacked areas of curves that have the same steps; an empty string if there is nothing to draw."""
     if not series or not len(series[0].curve):
         return ""
     drawn = [_few(Curve(one.curve.steps, np.nan_to_num(one.curve.values))) for one in series]
@@ -274,7 +274,7 @@ def _places(steps: np.ndarray, values: np.ndarray, x: _Axis, y: _Axis) -> list[t
 
 
 def _alone(values: np.ndarray) -> np.ndarray:
-    """Which values have a gap on both sides, so that no line goes through them."""
+    """Mask of the values with a gap on both sides, which no line goes through."""
     finite = np.pad(np.isfinite(values), 1)
     return finite[1:-1] & ~finite[:-2] & ~finite[2:]
 
@@ -303,7 +303,7 @@ def _round(values: np.ndarray) -> list[float | None]:
 
 
 def _attribute(text: str) -> str:
-    """JSON in an attribute in single quotes, shorter than with every double quote escaped."""
+    """JSON for a single-quoted attribute, which is shorter than if every double quote were escaped."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("'", "&#39;")
 
 

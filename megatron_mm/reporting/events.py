@@ -16,17 +16,17 @@ from collections.abc import Callable
 
 LOGGER = "megatron_mm"
 _ALIKE = 10
-"""Warnings of the same text, numbers and names aside, that become events; the log has all."""
+"""Maximum number of warnings of the same text, apart from numbers and names, that become events; the log has all of them."""
 _PENDING = 200
 
 
 class Warnings(logging.Handler):
-    """Keeps warnings until there is a place for them, and then passes them on."""
+    """Keeps warnings until a receiver is set, and then passes them on."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.pending: list[tuple[str, str]] = []
-        """(kind, text) of warnings that no one has taken yet."""
+        """(kind, text) of warnings that have not been passed on yet."""
         self._take: Callable[[str, str], None] | None = None
         self._alike: Counter[str] = Counter()
 
@@ -44,7 +44,7 @@ class Warnings(logging.Handler):
             self.pending.append((kind, text))
 
     def pass_to(self, take: Callable[[str, str], None]) -> None:
-        """Give what was kept, and what follows, to `take(kind, text)`."""
+        """Pass the kept warnings, and all later ones, to `take(kind, text)`."""
         self._take = take
         for kind, text in self.pending:
             take(kind, text)
@@ -52,7 +52,7 @@ class Warnings(logging.Handler):
 
 
 def listen() -> Warnings:
-    """Keep warnings from here on. What was listening before stops."""
+    """Keep warnings from here on. Any earlier handler is removed."""
     stop()
     found = Warnings()
     logging.getLogger(LOGGER).addHandler(found)
@@ -60,12 +60,12 @@ def listen() -> Warnings:
 
 
 def listening() -> Warnings | None:
-    """What `listen` has started."""
+    """The handler that `listen` added; None if there is none."""
     return next((handler for handler in logging.getLogger(LOGGER).handlers if isinstance(handler, Warnings)), None)
 
 
 def stop() -> None:
-    """Keep no warnings any more."""
+    """Stop keeping warnings."""
     logger = logging.getLogger(LOGGER)
     for handler in [handler for handler in logger.handlers if isinstance(handler, Warnings)]:
         logger.removeHandler(handler)

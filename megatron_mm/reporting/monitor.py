@@ -1,4 +1,4 @@
-"""Where metrics go: files in the run directory, the console, and the places that the experiment names (`reporting.sinks`)."""
+"""Logs a run's metrics to files in the run directory, the console, and the destinations that the experiment names (`reporting.sinks`)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from megatron_mm.training.metrics import MetricsFile, StepMetrics, draw_loss_cur
 logger = logging.getLogger(__name__)
 
 _ALERTS_NOT = ("start", "resume", "end", "stop")
-"""Kinds of events that are no alerts."""
+"""Kinds of events that are not alerts."""
 
 
 class Monitor:
-    """Writes on the main process; does nothing on the others."""
+    """Logs a run on the main process; does nothing on the others."""
 
     def __init__(self, experiment: Experiment, run_dir: Path, *, resume_step: int, world_size: int, is_main: bool) -> None:
         self.is_main = is_main
@@ -106,14 +106,14 @@ class Monitor:
             self._tell(step, values)
 
     def log_details(self, name: str, step: int, values: dict[str, Any]) -> None:
-        """Append to a file of details of the run directory, `PHASES` or `EXPERTS`."""
+        """Append to one of the run directory's files of details, `PHASES` or `EXPERTS`."""
         if self.is_main:
             self._details[name].write({"step": step, **values})
 
     # --------------------------------------------------------------------------------------------------- events, evaluation
 
     def event(self, kind: str, text: str) -> None:
-        """Something happened after the newest step."""
+        """Record an event that happened after the newest step."""
         if not self.is_main:
             return
         with self._lock:
@@ -132,7 +132,7 @@ class Monitor:
         logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
 
     def _say_nothing_held_out(self, step: int) -> None:
-        """Once: a run without held-out data is none that failed."""
+        """Log once that there is no held-out data, which is not an error."""
         if not self._said_nothing_held_out:
             logger.info(
                 "step %d: no held-out loss, because %s has no folder heldout (--eval.interval 0 leaves evaluations out)",
@@ -142,7 +142,7 @@ class Monitor:
         self._said_nothing_held_out = True
 
     def log_captions(self, step: int, samples: list[CaptionSample]) -> None:
-        """Log a table of images with true and generated captions; each image is kept once, in `captions/`."""
+        """Log a table of images with true and generated captions; each image is stored once, in `captions/`."""
         if not self.is_main or not samples:
             return
         self._sinks.tell("captions", step, samples)
@@ -168,10 +168,10 @@ class Monitor:
             self._sinks.tell("picture", step, name, path)
 
     def close(self, *, exit_code: int, events_of_end: Sequence[tuple[str, str]] = ()) -> None:
-        """Draw the loss curve and end everything.
+        """Draw the loss curve, and close all files and destinations.
 
         Args:
-            events_of_end: (kind, text) of how the run ended.
+            events_of_end: (kind, text) of the events that say how the run ended.
         """
         if not self.is_main:
             return
@@ -183,22 +183,22 @@ class Monitor:
         try:
             if (self.run_dir / METRICS).stat().st_size:
                 self._sinks.tell("picture", self._last_step, "loss_curve", draw_loss_curve(self.run_dir))
-        except Exception as error:  # a full disk, a font that is missing: a picture ends no run
+        except Exception as error:  # a full disk, a missing font: a picture must not end the run
             logger.warning("loss_curve.png cannot be drawn (%s: %s); metrics.jsonl has the numbers", type(error).__name__, error)
         self._sinks.close(exit_code=exit_code)
 
 
 def _loss(metrics: StepMetrics) -> str:
-    """Of a step without a supervised token it is not a number, and nothing is wrong."""
+    """The loss as text. In a step without supervised tokens it is not a number, which is not an error."""
     return f"{metrics.loss:.4f}" if any(metrics.source_tokens.values()) or math.isfinite(metrics.loss) else "none (no supervised tokens)"
 
 
 _GROUPS = {"losses": "loss"}
-"""Names of metrics' groups in other places, where they are not the same."""
+"""Names of metric groups in other destinations, where they differ."""
 
 
 def flat_metrics(metrics: StepMetrics) -> dict[str, Any]:
-    """A step's numbers by one name each: `train/loss`, `train/loss/pairs`."""
+    """A step's numbers under one name each: `train/loss`, `train/loss/pairs`."""
     flat: dict[str, Any] = {}
     for name, value in asdict(metrics).items():
         if isinstance(value, dict):

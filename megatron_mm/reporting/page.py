@@ -98,21 +98,21 @@ class Section:
 
 
 def missing(text: str) -> str:
-    """What stands where a run has nothing to show."""
+    """The text in place of something that a run does not have."""
     return f'<p class="missing">{html.escape(text)}</p>'
 
 
 def charts(*found: str) -> str:
-    """Charts side by side; nothing if all are empty."""
+    """Charts side by side; an empty string if all are empty."""
     shown = [one for one in found if one]
     return f'<div class="charts">{"".join(shown)}</div>' if shown else ""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:
-    """A table of cells that are HTML already.
+    """A table of cells that are already HTML.
 
     Args:
-        numbers: columns that are set flush right.
+        numbers: indices of the right-aligned columns.
     """
     head = "".join(f'<th class="n">{cell}</th>' if n in numbers else f"<th>{cell}</th>" for n, cell in enumerate(header))
     lines = [

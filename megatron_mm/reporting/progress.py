@@ -20,11 +20,11 @@ from megatron_mm.reporting.run_files import CONFIG, EVALUATIONS, EVENTS, METRICS
 
 _TAIL_BYTES = 1 << 20
 _KEPT = 600
-"""Steps that the line of the loss is drawn from, at most."""
+"""Maximum number of steps from which the loss line is drawn."""
 _QUIET_SECONDS = 120.0
-"""Without a new step for so long, and for ten steps' time, the display says so."""
+"""Seconds without a new step after which the display mentions it, if they are also longer than ten steps."""
 _WIDTH_OF_A_FILE = 1000
-"""Characters of a line where nobody's terminal cuts it."""
+"""Characters per line if the output is not a terminal."""
 _ENDS = {
     "end": "the run is finished",
     "stop": "the run has stopped: start the same command again to resume",
@@ -35,7 +35,8 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class Follower:
-    """The objects that are appended to a .jsonl file, from its end on; a file that was cut (by a resume) is read again."""
+    """Reads the objects that are appended to a .jsonl file, beginning near its end. A file that was truncated (by a resume) is read
+    again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,7 +44,7 @@ class Follower:
         self._half = b""
 
     def new(self) -> tuple[bool, list[dict[str, Any]]]:
-        """(whether what was read before counts no more, the new objects)."""
+        """(whether the file was truncated, so that earlier objects are void; the new objects)."""
         try:
             size = self.path.stat().st_size
         except FileNotFoundError:
@@ -74,14 +75,14 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 @dataclass
 class Progress:
-    """What is known of a run."""
+    """State of a run, read from its files."""
 
     run_dir: Path
     steps: int | None = None
     """`train.steps` of its newest start."""
     recipe: str = ""
     lines: list[dict[str, Any]] = field(default_factory=list)
-    """The newest steps."""
+    """Metrics of the newest steps."""
     held_out: dict[str, Any] = field(default_factory=dict)
     phases: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -115,7 +116,7 @@ class Progress:
 
     @property
     def ended(self) -> str | None:
-        """The kind of event that ended the run; None while it goes on. Without events: "end" once all steps are there."""
+        """The kind of event that ended the run; None while it is running. Without events: "end" after the last step."""
         kinds = [event.get("kind") for event in self.events if event.get("kind") in (*_ENDS, "start", "resume")]
         if kinds:
             return kinds[-1] if kinds[-1] in _ENDS else None
@@ -156,7 +157,7 @@ class Progress:
             yield f"time     {'   '.join(shares)}"[:width]
         mine, most = (_mean([line], "memory_gb") for line in (last, self.phases))
         memory = [f"{mine:.3g} GB on rank 0"] if mine > 0 else []
-        if not most <= mine and math.isfinite(most):  # looked at some steps ago
+        if not most <= mine and math.isfinite(most):  # measured some steps ago
             memory.append(f"most, {most:.3g} GB, on rank {self.phases.get('memory_rank')}")
         if memory:
             yield f"memory   {'   '.join(memory)}"
@@ -164,7 +165,7 @@ class Progress:
         if isinstance(slow, dict):
             yield f"slow     rank {slow['rank']} in {slow['phase']}, by {slow['seconds']:.3g} s a step"
         if last.get("time"):
-            quiet = max(0.0, now - last["time"])  # by two machines' clocks
+            quiet = max(0.0, now - last["time"])  # the clocks of two machines may differ
             late = "  no news: evaluating, saving, waiting, or gone" if quiet > max(_QUIET_SECONDS, 10 * pace) and not self.ended else ""
             yield f"newest   {duration(quiet)} ago{late}"
 
@@ -181,7 +182,7 @@ def progress_bar(step: int, steps: int | None, *, pace: float, width: int, now: 
 
 
 def sparkline(values: list[Any], *, width: int) -> str:
-    """A line of block characters, each the mean of as many neighbours; a blank where none is finite."""
+    """A line of block characters, each the mean of equally many neighbouring values; blank if none of them is finite."""
     count = min(width, len(values))
     means = []
     for number in range(count):
@@ -212,14 +213,14 @@ def _mean(lines: list[dict[str, Any]], name: str) -> float:
 
 
 def _loss(line: dict[str, Any]) -> str:
-    """Of a step without a supervised token there is none, and nothing is wrong."""
+    """The loss as text. A step without supervised tokens has none, which is not an error."""
     if line.get("loss") is None and line.get("source_tokens") and not any(line["source_tokens"].values()):
         return "none (no supervised tokens)"
     return _number(line.get("loss"), ".4f")
 
 
 def _printable(text: str) -> str:
-    """What a file says without what a terminal would take for a command: names in it come from data."""
+    """Text without characters that a terminal would interpret: names in it come from data."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
@@ -234,8 +235,8 @@ def _total(counts: Any) -> str:
 def watch(run_dir: Path, *, interval: float, once: bool = False, out: TextIO | None = None) -> str | None:
     """Show a run until it ends; returns the kind of event that ended it.
 
-    On a terminal the display is drawn again and again in its place. Elsewhere new events and, every `interval` seconds, the newest step are
-    a line each. Raises ValueError if run_dir is not a run directory.
+    On a terminal, the display is redrawn in place. Elsewhere, a line is written for each new event and, every `interval` seconds, for the
+    newest step. Raises ValueError if run_dir is not a run directory.
     """
     if not any((run_dir / name).is_file() for name in (CONFIG, METRICS)):
         raise ValueError(f"{run_dir} is not a run directory: it has neither {METRICS} nor {CONFIG}")

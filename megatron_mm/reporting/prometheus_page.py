@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "megatron_mm_"
 _COUNTERS = ("total_tokens", "total_images", "skipped_steps")
-"""Numbers that only grow: `..._total` there."""
+"""Numbers that only grow; in Prometheus their names end with `_total`."""
 _BY_LABEL = {"loss": "source", "bad_samples": "source", "source_tokens": "source", "phases": "phase", "grad_norms": "part"} | {
     "param_norms": "part",
     "update_ratios": "part",
@@ -62,7 +62,7 @@ class PrometheusPage(Sink):
             self._events[kind] = self._events.get(kind, 0) + 1
 
     def text(self) -> str:
-        """The page."""
+        """The text of the page."""
         with self._lock:
             values, events = dict(self._values), dict(self._events)
         metrics: dict[str, list[str]] = {}
@@ -113,7 +113,7 @@ def _number(value: float) -> str:
 
 def _server(page: PrometheusPage, host: str, port: int) -> http.server.ThreadingHTTPServer:
     class Handler(http.server.BaseHTTPRequestHandler):
-        timeout = 5  # seconds that a client may take to ask
+        timeout = 5  # seconds that a client may take to send a request
 
         def do_GET(self) -> None:
             if self.path != "/metrics":
@@ -127,6 +127,6 @@ def _server(page: PrometheusPage, host: str, port: int) -> http.server.Threading
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Not in the run's log."""
+            """Keep requests out of the run's log."""
 
     return http.server.ThreadingHTTPServer((host, port), Handler)

@@ -31,7 +31,7 @@ def benchmarks(run: RunFiles) -> str:
             key = f"{result['title']}{part}", int(setting["shots"]), str(result["metric"])
             rows.setdefault(key, {})[int(setting["model"]["step"])] = f"{result['scores']['score']:.1f}"
         except (KeyError, TypeError, ValueError):
-            continue  # of another version
+            continue  # written by another version
     if not rows:
         return missing("No benchmarks: megatron-mm evaluate RUN_DIR --tasks ... writes them.")
     steps = sorted({step for scores in rows.values() for step in scores})[-6:]
@@ -44,7 +44,7 @@ def benchmarks(run: RunFiles) -> str:
 
 
 def captions(run: RunFiles) -> str:
-    """The newest captions of held-out images, with what was said of them at earlier evaluations."""
+    """The newest captions of held-out images, with those of earlier evaluations."""
     if not run.captions.lines:
         return missing("No captions: eval.samples is 0, there are no pairs, or the run is of a version that kept them in W&B alone.")
     newest = run.captions.lines[-1]
@@ -64,7 +64,7 @@ def captions(run: RunFiles) -> str:
 
 
 def _image(run_dir: Path, name: str) -> str:
-    """An image of the run directory inside the page; nothing if it is gone, or lies elsewhere."""
+    """An image of the run directory, embedded in the page; a note if it is missing, too large, or outside the run directory."""
     path = run_dir / name
     inside = path.resolve().is_relative_to(run_dir.resolve())
     if not name or not inside or not path.is_file() or path.stat().st_size > _MOST_IMAGE_BYTES:
@@ -114,7 +114,7 @@ def _load(run: RunFiles, title: str) -> str:
 
 
 def events(runs: Sequence[RunFiles]) -> str:
-    """Starts, resumes, skipped steps, alerts: as the run wrote them, or as its metrics show."""
+    """Starts, resumes, skipped steps and alerts, as the run recorded them; for a run without events, as its metrics show them."""
     parts = []
     for run in runs:
         head = f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else ""
@@ -155,7 +155,7 @@ def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def configuration(runs: Sequence[RunFiles]) -> str:
-    """What differs between the runs, and all of it."""
+    """The fields that differ between the runs, and all fields."""
     fields = [dict(flat(run.config)) for run in runs]
     names = list(dict.fromkeys(name for one in fields for name in one))
     if not names or names == [""]:
@@ -176,7 +176,7 @@ def configuration(runs: Sequence[RunFiles]) -> str:
 
 
 def files(runs: Sequence[RunFiles]) -> str:
-    """What the report was made of, and what could not be read."""
+    """The runs that the report was made from, with numbers of replaced and damaged lines."""
     rows = []
     for run in runs:
         damaged = ", ".join(f"{count} of {name}" for name, count in run.damaged.items())

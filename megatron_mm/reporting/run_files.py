@@ -27,7 +27,7 @@ PHASES, EXPERTS, CAPTIONS, EVENTS = "phases.jsonl", "experts.jsonl", "captions.j
 CONFIG = "config.json"
 _MOST_OBJECTS = 5000
 RESULTS = "evaluation"
-"""Folder of `megatron-mm evaluate`'s results, a JSON file each."""
+"""Folder with the results of `megatron-mm evaluate`, one JSON file each."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Curve:
 
     steps: np.ndarray
     values: np.ndarray
-    """NaN where the run wrote null: a number that was not finite."""
+    """NaN where the run wrote null, because the number was not finite."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -53,17 +53,17 @@ NOTHING = Curve(np.zeros(0, dtype=np.int64), np.zeros(0))
 
 @dataclass
 class Lines:
-    """The numbers of a .jsonl file of steps, in columns: `losses/pairs` is what stands under `losses`, `pairs`."""
+    """The numbers of a .jsonl file of steps, in columns: `losses/pairs` is the value of `pairs` within `losses`."""
 
     columns: dict[str, Curve] = field(default_factory=dict)
     damaged: int = 0
-    """Lines that are no JSON object with a step."""
+    """Number of lines that are not a JSON object with a step."""
     replaced: int = 0
-    """Lines of steps that a later line has again."""
+    """Number of lines that were left out because a later line has the same or an earlier step."""
     restarts: list[int] = field(default_factory=list)
-    """Steps of lines that follow one of a later step."""
+    """Steps of lines that follow a line of the same or a later step."""
     steps: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """Of the lines that count."""
+    """Steps of the lines that were kept."""
 
     def curve(self, name: str) -> Curve:
         return self.columns.get(name, NOTHING)
@@ -74,7 +74,7 @@ class Lines:
 
 
 def json_objects(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The objects of a .jsonl file, line by line; None for a line that is none."""
+    """The objects of a .jsonl file, line by line; None for a line that is not an object."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -128,7 +128,7 @@ def read_lines(path: Path) -> Lines:
 
 
 def _not_replaced(steps: np.ndarray) -> np.ndarray:
-    """Which lines no later line has a step before or at: with the example above, 1 1 1 0 0 1 1 1."""
+    """Mask of the lines that are kept, because every later line has a later step: with the example above, 1 1 1 0 0 1 1 1."""
     if not len(steps):
         return np.zeros(0, dtype=bool)
     least_after = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.iinfo(np.int64).max)
@@ -142,15 +142,15 @@ class Objects:
     lines: list[dict[str, Any]] = field(default_factory=list)
     damaged: int = 0
     every: int = 1
-    """Of a long file one line in so many is kept, and the newest."""
+    """In a long file, one line in this many is kept, and the newest line."""
 
 
 def read_objects(path: Path, *, replaces: bool, most: int = _MOST_OBJECTS) -> Objects:
     """The objects of a file that have a step.
 
     Args:
-        replaces: a line replaces all earlier ones of its step or a later one.
-        most: of a file with more lines, about so many are kept, evenly.
+        replaces: whether a line replaces all earlier ones of its step or a later one.
+        most: about this many lines of a longer file are kept, evenly spaced.
     """
     found, number = Objects(), 0
     newest: dict[str, Any] | None = None
@@ -187,7 +187,7 @@ class RunFiles:
     captions: Objects
     events: Objects
     results: list[dict[str, Any]]
-    """Of `megatron-mm evaluate`."""
+    """Results of `megatron-mm evaluate`."""
 
     @property
     def damaged(self) -> dict[str, int]:
@@ -217,7 +217,7 @@ class RunFiles:
 
 
 def read_run(path: Path, *, name: str | None = None) -> RunFiles:
-    """Read a run directory. Raises ValueError if there is none, or nothing of a run in it."""
+    """Read a run directory. Raises ValueError if it does not exist or is not a run directory."""
     if not path.is_dir():
         raise ValueError(f"run directory {path} does not exist")
     if not any((path / name).is_file() for name in (METRICS, CONFIG)):

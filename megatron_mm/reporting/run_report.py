@@ -20,11 +20,11 @@ PHASES = ("data", "share", "encoder", "forward", "backward", "p2p", "reduce", "o
 """Phases of a step in the order in which they are drawn."""
 _PHASE_NAMES = {"data": "wait for data", "share": "texts to other ranks", "p2p": "wait for other stages", "reduce": "gradient reduction"}
 MOST_EVENTS = 60
-"""Vertical lines of a chart at most."""
+"""Maximum number of vertical lines in a chart."""
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> list[RunFiles]:
-    """Write the report of some runs; returns what was read. Raises ValueError if one is no run directory."""
+    """Write the report of some runs; returns what was read. Raises ValueError if one is not a run directory."""
     runs = [read_run(path) for path in run_dirs]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
@@ -55,7 +55,8 @@ def report(runs: Sequence[RunFiles]) -> str:
 
 
 def _or_why_not(make: Callable[[Sequence[RunFiles]], str], runs: Sequence[RunFiles]) -> str:
-    """A section; of files that are not as this version writes them it says what is wrong, and the others are there."""
+    """Make a section. If a file is not as this version writes it, the section says what is wrong, and the other sections are not
+    affected."""
     try:
         return make(runs)
     except Exception as error:  # files of another version, or changed by hand
@@ -116,7 +117,7 @@ def _duration(seconds: float) -> str:
 
 
 def marks(run: RunFiles) -> list[Mark]:
-    """What happened in a run, as vertical lines: resumes and alerts."""
+    """Resumes and alerts of a run, as vertical lines."""
     found = [Mark(step, "resumed", "resume") for step in run.restarts()]
     for line in run.events.lines:
         if line.get("kind") not in ("start", "resume", "end", "checkpoint"):
@@ -135,10 +136,10 @@ def _of_runs(
     most: float | None = None,
     at_times: bool = False,
 ) -> str:
-    """A number of metrics.jsonl, a line for each run.
+    """Chart of a number in metrics.jsonl, with one line per run.
 
     Args:
-        at_times: steps without the number are no gaps.
+        at_times: whether steps without the number are left out instead of drawn as gaps.
     """
     series = []
     for number, run in enumerate(runs):
@@ -151,7 +152,7 @@ def _of_runs(
 
 
 def _by_part(run: RunFiles, curves: dict[str, Curve], *, title: str, unit: str = "", several: bool, from_zero: bool = False) -> str:
-    """Lines of one run, one for each part."""
+    """Chart of one run, with one line per part."""
     series = [Series(name, curve, number) for number, (name, curve) in enumerate(sorted(curves.items()))]
     return line_chart(series, title=_of_run(title, run, several), unit=unit, marks=marks(run), from_zero=from_zero)
 

@@ -36,21 +36,21 @@ h2 { margin-top: 2em; border-bottom: 2px solid #888 }
 
 @dataclass(frozen=True)
 class PageNotes:
-    """What the page says around the micro-batches."""
+    """Information on the page around the micro-batches."""
 
     title: str
     sources: Sequence[str]
     """Names of the mixture's sources, in the order of `PackedBatch.source_ids`."""
     image_tokens: int
-    """Places of an image's features, or of a tile's."""
+    """Number of positions for the features of an image, or of a tile."""
     bad: dict[str, int]
-    """Texts and images of each source that could not be read."""
+    """Number of texts and images that could not be read, by source."""
     max_image_pixels: int = 224
-    """Side at which larger pictures are shown."""
+    """Maximum side of a shown picture, pixels; larger ones are reduced."""
 
 
 def sequence_page(batches: Sequence[PackedBatch], tokenizer: Tokenizer, notes: PageNotes) -> str:
-    """The page of some micro-batches, whose pixels one process has."""
+    """The page of some micro-batches. This process must have all of their pixels."""
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -84,7 +84,7 @@ def _micro_batch(batch: PackedBatch, number: int, tokenizer: Tokenizer, notes: P
 def _document(batch: PackedBatch, begin: int, end: int, pictures: dict[int, str], tokenizer: Tokenizer, notes: PageNotes) -> str:
     if end > begin and not bool(batch.is_token[begin]):
         return f'<div class="document padding"><div class="facts">{end - begin} tokens of padding</div></div>'
-    learned = np.zeros(end - begin, dtype=bool)  # the loss mask belongs to the place before the token that is predicted
+    learned = np.zeros(end - begin, dtype=bool)  # the loss mask is at the position before the predicted token
     learned[1:] = batch.loss_mask[begin : end - 1].numpy() > 0
     ids, spans, place = batch.token_ids[begin:end].tolist(), [], begin
     while place < end:

@@ -20,42 +20,42 @@ from megatron_mm.evaluation.captions import CaptionSample
 logger = logging.getLogger(__name__)
 
 _QUEUE = 1000
-"""Calls that wait for a place at most."""
+"""Maximum number of calls that wait for a destination."""
 _CLOSE_SECONDS = 60.0
-"""How long the end of a run waits for all of them."""
+"""Seconds that the end of a run waits for all destinations."""
 
 
 class Sink:
-    """One such place. Its methods run in a thread of its own; whatever they raise switches it off."""
+    """A destination. Its methods run in a thread of its own; any exception from them switches it off."""
 
     name: str
-    """As warnings call it."""
+    """Name in warnings."""
 
     def __init__(self) -> None:
         self.is_on = True
 
     def attempt(self, what: str, call: Callable[[], Any]) -> None:
-        """Call something of the place, unless it failed before."""
+        """Call a function of the destination, unless one failed before."""
         if not self.is_on:
             return
         try:
             call()
         except Exception as error:  # whatever a library raises, training continues
             if not self.is_on:
-                return  # given up already, and said so
+                return  # already switched off, with a warning
             self.is_on = False
             logger.warning(
                 "%s failed to %s (%s: %s) and is switched off; metrics.jsonl is still written", self.name, what, type(error).__name__, error
             )
 
     def start(self) -> None:
-        """Before everything else."""
+        """Called before all other methods."""
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Numbers of a step."""
 
     def event(self, step: int, kind: str, text: str, is_alert: bool) -> None:
-        """Something happened: a resume, an alert."""
+        """An event, such as a resume or an alert."""
 
     def captions(self, step: int, samples: Sequence[CaptionSample]) -> None:
         """Images with true and generated captions."""
@@ -68,7 +68,7 @@ class Sink:
 
 
 class _Worker:
-    """One place, its queue, and the thread that works it off."""
+    """A destination, its queue, and the thread that processes the queue."""
 
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
@@ -94,7 +94,7 @@ class _Worker:
             self.sink.attempt(method, partial(getattr(self.sink, method), *arguments))
 
     def end(self, deadline: float) -> None:
-        """Wait for the queue's end until then."""
+        """Wait until the queue has been processed, or until the deadline."""
         try:
             self._queue.put(None, timeout=max(0.01, deadline - time.monotonic()))
         except queue.Full:
@@ -109,7 +109,7 @@ class _Worker:
 
 
 class Sinks:
-    """All of a run's places."""
+    """All destinations of a run."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = list(sinks)
@@ -117,16 +117,16 @@ class Sinks:
 
     @property
     def left_out(self) -> int:
-        """Messages that did not fit."""
+        """Number of messages that were dropped because a queue was full."""
         return sum(worker.left_out for worker in self._workers)
 
     def tell(self, method: str, *arguments: Any) -> None:
-        """Have a method of every place called soon; returns at once."""
+        """Queue a call of this method of every destination; returns at once."""
         for worker in self._workers:
             worker.tell(method, arguments)
 
     def close(self, *, exit_code: int) -> None:
-        """Work the queues off and end all places; gives up on those that hang."""
+        """Process the queues and end all destinations; gives up on those that hang."""
         self.tell("finish", exit_code)
         deadline = time.monotonic() + _CLOSE_SECONDS
         for worker in self._workers:

@@ -1,4 +1,4 @@
-"""TensorBoard's event files in `RUN_DIR/tensorboard`, where `monitor.tensorboard` asks for them and the package is installed."""
+"""TensorBoard's event files in `RUN_DIR/tensorboard`, if `monitor.tensorboard` is set and the package is installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoardRun(Sink):
-    """One writer; a resume purges what came after its step."""
+    """One writer; a resume purges what was written after its step."""
 
     name = "TensorBoard"
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 RUN_ID_FILE = "wandb_run_id"
 _INIT_SECONDS = 60
-"""That W&B's server is waited for, in a thread."""
+"""Seconds to wait for W&B's server, in a thread."""
 _SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)[^/]*=|://[^/]*:[^/]*@|AKIA[0-9A-Z]{12}|hf_[A-Za-z0-9]{20}")
 
 
@@ -48,8 +48,8 @@ class WandbRun(Sink):
     def __init__(self, experiment: Experiment, run_dir: Path, *, world_size: int, part: str = "", own_run: bool = False) -> None:
         """
         Args:
-            part: what logs here, where it is not the training: it leaves the run's configuration as it is.
-            own_run: the part has a W&B run of its own, beside the training's: W&B has one writer a run.
+            part: what logs here, if it is not training; it leaves the run's configuration unchanged.
+            own_run: whether the part logs to a separate W&B run, because a W&B run has only one writer.
         """
         super().__init__()
         self.experiment, self.run_dir, self.world_size = experiment, run_dir, world_size
@@ -59,7 +59,8 @@ class WandbRun(Sink):
         self.is_on = experiment.monitor.wandb != "disabled"
 
     def start(self) -> None:
-        """Takes as long as the network does. What cannot be sent from the start on is kept in the run directory instead."""
+        """Takes as long as the network does. If the server cannot be reached, the numbers of this start are stored in the run directory
+        instead."""
         mode = self.experiment.monitor.wandb
         try:
             self._run = self._init(mode)
@@ -87,7 +88,7 @@ class WandbRun(Sink):
         config = self.experiment.monitor
         run_id, name = id_file.read_text().strip(), config.run_name or self.run_dir.name
         settings = {"console": "off", "silent": True, "disable_git": True, "save_code": False, "init_timeout": _INIT_SECONDS}
-        before = os.umask(0o077)  # what W&B stores is for its owner alone
+        before = os.umask(0o077)  # only the owner may read what W&B stores
         try:
             return wandb.init(
                 project=config.project,
