@@ -213,7 +213,7 @@ def _files(source: Path) -> Iterator[Path]:
 
 
 def _belongs(name: str, stems: set[str]) -> bool:
-    """Return whether tools put such files beside shards: img2dataset's 00000.parquet and 00000_stats.json, energon's .nv-meta, READMEs."""
+    """Return whether a file accompanies shards: img2dataset's 00000.parquet and 00000_stats.json, energon's .nv-meta, a README."""
     if is_note(name):
         return True
     stem = name.partition(".")[0]

@@ -3,8 +3,8 @@
     vqav2, okvqa   questions {questions: [{question_id, image_id, question}]}, annotations {annotations: [{question_id,
                    multiple_choice_answer, answers: [{answer}]}]}; images COCO_SUBSET_000000000000.jpg, where SUBSET is their `data_subtype`
     textvqa        {data: [{image_id, question, answers: [...]}]}; images IMAGE_ID.jpg
-    textcaps       {data: [{image_id, caption_str}]}, an entry for each caption; or `reference_strs`, a list, where there is one for each
-                   image; images IMAGE_ID.jpg
+    textcaps       {data: [{image_id, caption_str}]}, one entry per caption, or one entry per image with a list `reference_strs`; images
+                   IMAGE_ID.jpg
     gqa            {id: {imageId, question, answer}}; images IMAGE_ID.jpg
     vizwiz         [{image, question, answers: [{answer}]}]
     coco           {images: [{id, file_name}], annotations: [{image_id, caption}]}
@@ -31,14 +31,15 @@ _MALFORMED = "malformed entry"
 def read_annotations(
     form: str, questions: str, *, annotations: str | None = None, split: str | None = None, as_captions: bool = False
 ) -> list[Record | BadRecord]:
-    """The records of a form's files.
+    """Return the records of one or two files in the given form, sorted by image.
 
-    Raises ValueError if a file is not of that form.
+    Raises ValueError if a file is not in that form, or if an argument does not suit it.
 
     Args:
-        annotations: the file of answers, for forms that have one.
-        split: of forms whose file holds several, the one that is wanted; None takes all.
-        as_captions: images and what describes them are wanted, and no questions.
+        form: key of `FORMS`.
+        annotations: file of answers, for forms that have one.
+        split: split to read, for forms whose file contains several; None for all.
+        as_captions: the records will be written as image-caption pairs, so forms with questions are refused.
     """
     if form not in FORMS:
         raise ValueError(f"format {form!r} is unknown: use one of {', '.join(FORMS)}")
@@ -65,7 +66,7 @@ def read_annotations(
 
 
 def _each(entries: Iterable[Any], records_of: Callable[[Any], Records]) -> Records:
-    """The records of every entry; one that is not as its form says costs itself and not the file."""
+    """Yield the records of every entry. A malformed entry is lost by itself, without the rest of the file."""
     for entry in entries:
         try:
             yield from records_of(entry)
@@ -113,8 +114,8 @@ def _textcaps(data: Any) -> Records:
 
 
 def _captions_of(entry: Record) -> list[Any]:
-    """The captions of an entry or a row. TextCaps repeats all captions of an image (`reference_strs`) beside each of them (`caption_str`),
-    which would teach each one five times."""
+    """Return the captions of an entry or a row. TextCaps repeats all captions of an image (`reference_strs`) next to each single one
+    (`caption_str`), so `caption_str` comes first; otherwise each caption would be used five times."""
     if isinstance(entry.get("caption_str"), str):
         return [entry["caption_str"]]
     found: Any = next((entry[name] for name in _CAPTION_FIELDS if entry.get(name)), [])
@@ -174,7 +175,7 @@ def _karpathy(data: Any, split: str | None) -> Records:
 
 
 def _check_split(split: str | None, entries: Iterable[Any]) -> None:
-    """Raise ValueError where no entry is of a split that is wanted."""
+    """Raise ValueError if a split is given but no entry belongs to it."""
     splits = sorted({str(entry.get("split", "")) for entry in entries if isinstance(entry, dict)})
     if split is not None and split not in splits:
         raise ValueError(f"no entry is in the split {split!r}: the splits are {', '.join(splits)}")
@@ -193,13 +194,13 @@ def _scienceqa(data: Any, split: str | None) -> Records:
 
 
 def scienceqa_record(entry: Record) -> Record:
-    """The task of an entry of ScienceQA, as JSON or as a row of a parquet file."""
+    """Return the task of a ScienceQA entry, from JSON or from a row of a parquet file."""
     names = ("question", "choices", "answer", "image")
     return {"task": "scienceqa", "context": entry.get("hint") or None, **{name: entry.get(name) for name in names}}
 
 
 def row_records(form: str, row: Record) -> Records:
-    """The tasks of a row of a parquet or arrow file, which has questions, answers and images in one, as such data sets are republished."""
+    """Yield the tasks of a row of a parquet or arrow file, in which republished data sets combine question, answers and image."""
     if form == "scienceqa":
         yield scienceqa_record(row)
         return
@@ -233,7 +234,7 @@ FORMS: dict[str, Callable[..., Records]] = {
     "scienceqa": _scienceqa,
 }
 WITH_SPLITS = ("karpathy", "scienceqa")
-"""Forms whose file holds several splits."""
+"""Forms whose file contains several splits."""
 CAPTIONS = ("textcaps", "coco", "karpathy")
-"""Forms that describe images and ask nothing."""
+"""Forms that have captions and no questions."""
 TWO_FILES = ("vqav2", "okvqa")

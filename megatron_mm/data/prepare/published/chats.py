@@ -1,4 +1,4 @@
-"""Conversations as tools write them, in the one form that `layouts.llava` reads: turns, and a list of images beside them.
+"""Converts conversations from the forms of various tools to the form that `layouts.llava` reads: turns and a separate list of images.
 
 OpenAI and others   {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "1.jpg"}},
                                                                {"type": "text", "text": "What is it?"}]}, ...]}
@@ -15,12 +15,12 @@ from megatron_mm.data.text.conversations import IMAGE_MARK, IMAGE_PARTS, is_conv
 from megatron_mm.data.text.keys import Keys
 
 _SAID = ("from", "role", "value", "content")
-"""Fields of a turn that are read."""
+"""Fields of a turn that are kept."""
 _LISTS = ("conversations", "messages")
 
 
 def usual_chat(record: Record, keys: Keys) -> Record:
-    """A record with its images in `images` and turns without anything else than words. Other records come back as they are."""
+    """Return a conversation with its images in `images` and only text in its turns. Other records are returned unchanged."""
     if keys.messages is not None or keys.image is not None:
         return record
     if not is_conversation(record, keys):
@@ -36,7 +36,7 @@ def usual_chat(record: Record, keys: Keys) -> Record:
 
 
 def _turn(turn: Any, images: list[Any]) -> Any:
-    """A turn's words; the images that stand among them are added to `images`."""
+    """Return a turn in which placeholders replace images, and append the images to `images`."""
     if not isinstance(turn, dict):
         return turn
     said = {key: turn[key] for key in _SAID if key in turn}
@@ -58,7 +58,7 @@ def _part(part: Any, images: list[Any]) -> Any:
 
 
 def _of_pairs(record: Record) -> Record:
-    """A conversation of questions with their answers, The Cauldron's form."""
+    """Convert The Cauldron's pairs of questions and answers to a conversation."""
     pairs = record.get("texts")
     if (
         not isinstance(pairs, list)

@@ -5,9 +5,9 @@ small files do not allow. The price is disk space for a copy. Tars from img2data
 conversion.
 
     OUT/00000-00000.tar ...    shard 0 of input 0; .jsonl for texts
-    OUT/.prepared/00000.json   input 0 is done: its size and date, its shards and what was lost
-    OUT/.prepared/00000.rejected.jsonl   what it lost, a line for each record or image (`losses`)
-    OUT/.prepared/images.sqlite  where images lie (`images`)
+    OUT/.prepared/00000.json   input 0 is done: a digest of its size and date, its shards, and counts of losses
+    OUT/.prepared/00000.rejected.jsonl   losses of input 0, a line for each record or image (`losses`)
+    OUT/.prepared/images.sqlite  locations of images (`images`)
 
 An input is converted again only if it or the options have changed, and its shards are renamed into place when they are complete. So the
 same command, started again after an interruption, resumes.
@@ -48,32 +48,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Options:
-    """How inputs are read and written. Changing one of these does the inputs again."""
+    """How inputs are read and written. If one of these changes, all inputs are converted again."""
 
     layout: str
-    """A key of `layouts.LAYOUTS`."""
+    """Key of `layouts.LAYOUTS`."""
     text_keys: tuple[str, ...] = ()
-    """Fields that may hold the text, best first; empty takes the usual ones."""
+    """Fields that may contain the text, in order of preference; empty for the usual ones."""
     image_keys: tuple[str, ...] = ()
-    """Fields that may hold or name the image."""
+    """Fields that may contain or name the image, in order of preference; empty for the usual ones."""
     messages_key: str | None = None
-    """Field with the turns of a conversation; None takes the usual ones."""
+    """Field with the turns of a conversation; None for the usual ones."""
     images: str | None = None
     """Folder of images."""
     form: str | None = None
-    """Of annotation files, `annotations.FORMS`."""
+    """Form of annotation files, a key of `annotations.FORMS`; None if inputs are not annotations."""
     annotations: str | None = None
-    """The file of answers, where answers have their own."""
+    """File of answers, for forms with a separate one."""
     split: str | None = None
-    """Of annotation files that hold several."""
+    """Split to read, from annotation files that contain several; None for all."""
     texts: TextDocuments = "file"
     shard_bytes: int = 2**30
-    """About how large a shard becomes."""
+    """Approximate size of a shard, in bytes."""
 
 
 @dataclass
 class Converted:
-    """What became of inputs."""
+    """Result of converting inputs."""
 
     samples: int = 0
     images: int = 0
@@ -83,13 +83,13 @@ class Converted:
     fields: str = ""
     """Names of the fields of the first record that was rejected."""
     examples: list[str] = field(default_factory=list)
-    """Of what is rejected or dropped, the first few of each reason and input."""
+    """Lines about rejected records and dropped images, the first few for each reason and input."""
     damaged: list[str] = field(default_factory=list)
-    """Inputs that could not be read to their end, with the reason."""
+    """Inputs that could not be read to the end, with the reason."""
     shards: list[str] = field(default_factory=list)
 
     def add(self, other: Converted) -> None:
-        """Count another input's, too."""
+        """Add the result of another input."""
         self.samples += other.samples
         self.images += other.images
         for mine, more in ((self.rejected, other.rejected), (self.dropped, other.dropped), (self.left_out, other.left_out)):
@@ -108,7 +108,7 @@ class Converted:
         return "\n".join([*lines, *(f"damaged: {line}" for line in self.damaged), *self.named()])
 
     def named(self) -> list[str]:
-        """Lines about some of what is lost: the first few of each reason."""
+        """Return lines about some of the losses: the first few for each reason."""
         chosen, seen = list[str](), Counter[str]()
         for example in self.examples:
             reason = example.partition(": ")[0]
@@ -119,7 +119,7 @@ class Converted:
 
 
 _EXAMPLES = 3
-"""Losses of each reason that the summary names."""
+"""Number of losses per reason that the summary names."""
 
 
 def _listed(counts: dict[str, int]) -> str:
@@ -129,9 +129,9 @@ def _listed(counts: dict[str, int]) -> str:
 def convert(
     inputs: Sequence[str], out: Path, *, options: Options, workers: int = 1, max_rejected: float = 0.05, max_dropped_images: float = 0.05
 ) -> Converted:
-    """Make shards of published files.
+    """Convert published files to shards.
 
-    Raises ValueError if an input does not exist or is of another format, and after all inputs where more is lost than allowed.
+    Raises ValueError if an input does not exist or has another format, and, after all inputs, if more is lost than allowed.
 
     Args:
         inputs: paths, folders, patterns, or URLs that fsspec reads.
@@ -166,8 +166,8 @@ def convert(
 
 
 def _check_former(out: Path, inputs: Collection[str]) -> None:
-    """Raise ValueError where a folder holds shards of inputs that are not given any more: nothing could make them again. Shards that no
-    call of this command wrote are said."""
+    """Raise ValueError if a folder has shards of inputs that are no longer given, because these could not be made again. Warn about shards
+    that this command did not write."""
     ours = set[str]()
     for record in sorted((out / ".prepared").glob("[0-9]*.json")):
         known = json.loads(record.read_text())
@@ -185,7 +185,7 @@ def _check_former(out: Path, inputs: Collection[str]) -> None:
 
 
 def _inputs(inputs: Sequence[str], options: Options) -> list[str]:
-    """What one worker does at a time: a file, or for pairs a folder of files."""
+    """Return the units of work: files, or, for pairs, also folders of images with their texts."""
     files = expand(inputs, images=options.layout == "pairs" and options.form is None)
     if options.form is not None:
         if options.form in TWO_FILES and len(files) > 1:
@@ -201,7 +201,7 @@ def _inputs(inputs: Sequence[str], options: Options) -> list[str]:
     records = [
         file
         for file in files
-        if not (os.path.dirname(file) in folders and file.endswith((".txt", ".json")))  # of an image
+        if not (os.path.dirname(file) in folders and file.endswith((".txt", ".json")))  # belongs to an image
         and file not in described
         and not is_image_name(file.rpartition(".")[2].lower())
         and not file.endswith("_stats.json")
@@ -262,7 +262,7 @@ def _convert_input(arguments: tuple[int, str, Path, Options, Path | None]) -> Co
 def _samples(
     path: str, options: Options, context: Context, rejected: Counter[str], left_out: Counter[str], lost: LossList, found: Converted
 ) -> Iterator[OutSample]:
-    """The samples of an input; every record that is none is counted and written down."""
+    """Yield the samples of an input. Every record that does not become a sample is counted, and listed if it is a loss."""
     layout, number = LAYOUTS[options.layout], 0
     for record in _records(path, options):
         number += record.count if isinstance(record, BadRecord) else 1
@@ -303,12 +303,12 @@ def _records(path: str, options: Options) -> Iterable[Record | BadRecord]:
 
 
 def _as_pair(record: Record | BadRecord) -> Record | BadRecord:
-    """A task that describes an image, as a pair."""
+    """Convert a caption task to a pair."""
     return record if isinstance(record, BadRecord) else {"image": record.get("image"), "caption": record.get("answer")}
 
 
 def _stamp(path: str, options: Options, table: Path | None) -> str:
-    """Changes where an input, an option, or the folder of images does."""
+    """Return a digest that changes if an input, an option or the folder of images changes."""
     import fsspec
 
     facts = [path, json.dumps(asdict(options), sort_keys=True), str(table_stamp(table) if table is not None else None)]
@@ -316,7 +316,7 @@ def _stamp(path: str, options: Options, table: Path | None) -> str:
         system, name = fsspec.core.url_to_fs(file)
         try:
             details = system.info(name)
-        except FileNotFoundError:  # a link into nowhere, which is found damaged when it is read
+        except FileNotFoundError:  # a dangling link, which is reported as damaged when it is read
             details = {}
         facts.append(str([details.get(key) for key in ("size", "mtime", "ETag", "etag", "LastModified")]))
     if os.path.isdir(path):
@@ -325,7 +325,7 @@ def _stamp(path: str, options: Options, table: Path | None) -> str:
 
 
 def _finished(record_of_work: Path, stamp: str, out: Path) -> Converted | None:
-    """What is known of an input that was done before; None if it has to be done."""
+    """Return the result of an input that was already converted; None if it must be converted."""
     try:
         known = json.loads(record_of_work.read_text())
     except (OSError, ValueError):

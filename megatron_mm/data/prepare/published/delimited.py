@@ -1,4 +1,4 @@
-"""Records of .csv and .tsv files, of which the first line names the fields. All values are texts."""
+"""Reads records from .csv and .tsv files, whose first line names the fields. All values are text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from megatron_mm.data.prepare.published.losses import BadRecord, DamagedFile, Re
 from megatron_mm.data.prepare.published.tables import check_names
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-"""What stands between fields, by the ending of the file."""
+"""Field separator, by the file's ending."""
 
 
 def delimited_records(stream: BinaryIO, *, separator: str) -> Iterator[Record | BadRecord]:
-    """The rows of a file; one that has more or fewer fields than the first line costs itself. Raises DamagedFile after the last row that
-    can be read. A byte that is no UTF-8 stays in its text as half of a surrogate pair, which costs the record that needs it."""
+    """Yield the rows of a file. Raises DamagedFile after the last row that can be read.
+
+    A row with more or fewer fields than the first line becomes a BadRecord. A byte that is not UTF-8 becomes half of a surrogate pair, so a
+    record that needs this text is rejected later.
+    """
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(MAX_FILE_BYTES)
     rows = csv.reader(text, delimiter=separator, strict=True)

@@ -22,13 +22,13 @@ from megatron_mm.data.prepare.published.losses import DamagedFile
 COMPRESSIONS = (".gz", ".zst", ".zip", ".bz2", ".xz")
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PK\x03\x04": ".zip", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
-"""After a first byte of 0x50 to 0x5f: a frame without contents, with which files of `pzstd` begin."""
+"""Follows a first byte of 0x50 to 0x5f in a skippable frame, with which files written by `pzstd` begin."""
 _ZSTD_WINDOW = 2**31
-"""Largest window that is unpacked: `zstd --long=31` writes such files, which zstd's own limit of 128 MiB refuses."""
+"""Largest window that is accepted. `zstd --long=31` writes such files, which zstd's default limit of 128 MiB refuses."""
 
 
 def ending(path: str) -> str:
-    """How a file ends, compression left out: ".jsonl" of "a.jsonl.zst"."""
+    """Return a file's extension, ignoring compression: ".jsonl" for "a.jsonl.zst"."""
     name = PurePosixPath(path).name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
@@ -36,14 +36,16 @@ def ending(path: str) -> str:
 
 
 def check_is_file(path: str) -> None:
-    """Raise DamagedFile where a path on a disk is a pipe or a device, which would be waited for or never ends."""
+    """Raise DamagedFile if a local path is a pipe or a device, because reading it might block or never end."""
     if "://" not in path and os.path.exists(path) and not os.path.isfile(path):
         raise DamagedFile("it is not a file but a pipe or a device: write what it gives to a file")
 
 
 def open_streams(path: str) -> Iterator[BinaryIO]:
-    """The contents of a file, unpacked, by its first bytes and not by its name; of a .zip each of its files. Raises DamagedFile if the
-    name promises an archive and there is none."""
+    """Yield the unpacked contents of a file; for a .zip, of each file in it. The first bytes, not the name, determine the compression.
+
+    Raises DamagedFile if the file should be compressed according to its name but is empty, or is named .zip but is not one.
+    """
     import fsspec
 
     with fsspec.open(path, "rb") as raw:
@@ -72,7 +74,7 @@ def open_streams(path: str) -> Iterator[BinaryIO]:
 
 
 class _ZstdStream(io.RawIOBase):
-    """All frames of a zstd file. Raises EOFError if the last one is cut off."""
+    """Reads all frames of a zstd file. Raises EOFError if the last frame is truncated."""
 
     def __init__(self, file: BinaryIO) -> None:
         import zstandard

@@ -1,7 +1,7 @@
-"""Image-text pairs that lie in folders as files.
+"""Reads image-text pairs from the files of folders.
 
-NAME.jpg with NAME.txt or NAME.json (`caption` or `text`): anybody's, and img2dataset's `files`
-metadata.jsonl, .csv or .parquet with a `file_name` a row, about the images in its folder and below: Hugging Face's `imagefolder`
+NAME.jpg with NAME.txt or NAME.json (`caption` or `text`): the usual layout, also written by img2dataset as `files`
+metadata.jsonl, .csv or .parquet with a `file_name` in each row, for images in its folder and below: Hugging Face's `imagefolder`
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _NAME = "file_name"
 
 
 def describes(folder: Path) -> bool:
-    """Whether a folder has a table that names its images."""
+    """Return whether a folder has a table that names its images."""
     for path in (folder / name for name in DESCRIPTIONS if (folder / name).is_file()):
         try:
             first = next(islice(iterate_records(str(path)), 1), None)
-        except (DamagedFile, ValueError):  # it is damaged when it is read
+        except (DamagedFile, ValueError):  # reported when the table is read
             continue
         if isinstance(first, dict) and isinstance(first.get(_NAME), str):
             return True
@@ -36,7 +36,7 @@ def describes(folder: Path) -> bool:
 
 
 def described_folder(folder: Path) -> Iterator[Record | BadRecord]:
-    """Pairs of a folder and of those below it, by the folder's table; then of the images that it does not name, by their own files."""
+    """Yield the pairs that a folder's table names, in and below the folder; then pairs of the other images with their own text files."""
     named = set[str]()
     for path in (folder / name for name in DESCRIPTIONS if (folder / name).is_file()):
         for row in iterate_records(str(path)):
@@ -50,13 +50,13 @@ def described_folder(folder: Path) -> Iterator[Record | BadRecord]:
 
 
 def listing(folder: Path) -> list[str]:
-    """Changes where a file of a folder does; of one with a table, a file below it, too."""
+    """List the files of a folder with sizes and times, to detect changes. For a folder with a table, includes files below it."""
     files = walk_files(folder) if describes(folder) else sorted(folder.iterdir())
     found = []
     for path in files:
         try:
             stat = path.stat()
-        except OSError:  # a link into nowhere
+        except OSError:  # a dangling link
             continue
         found.append(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}")
     return found
@@ -70,7 +70,7 @@ def _with_image(row: Record, folder: Path, name: str) -> Record | BadRecord:
         if image.stat().st_size > MAX_FILE_BYTES:
             return BadRecord(_TOO_LARGE, what=name)
         return {**row, "image": image.read_bytes()}
-    except (OSError, ValueError):  # a file that may not be read, a name that is none
+    except (OSError, ValueError):  # no permission, or an invalid name
         return BadRecord(_UNREADABLE, what=name)
 
 
@@ -79,10 +79,10 @@ _UNREADABLE = "image file cannot be read"
 
 
 def folder_pairs(folder: Path, *, files: Iterable[Path] | None = None) -> Iterator[Record | BadRecord]:
-    """Pairs of the files of a folder: NAME.jpg with NAME.txt, or with the `caption` or `text` of NAME.json.
+    """Yield the pairs among the files of a folder: NAME.jpg with NAME.txt, or with the `caption` or `text` of NAME.json.
 
     Args:
-        files: those that are looked at, which may be below; None takes all that lie in the folder itself.
+        files: files to use, possibly from subfolders; None for all files directly in the folder.
     """
     present = sorted(f for f in (folder.iterdir() if files is None else files) if not is_note(f.name) and not f.is_dir())
     images = [file for file in present if is_image_name(file.suffix.lower().lstrip("."))]
@@ -97,7 +97,7 @@ def folder_pairs(folder: Path, *, files: Iterable[Path] | None = None) -> Iterat
 def _pair_of(image: Path) -> Record | BadRecord:
     text, described = image.with_suffix(".txt"), image.with_suffix(".json")
     try:
-        if not image.is_file():  # a pipe would be waited for
+        if not image.is_file():  # reading a pipe might block
             return BadRecord(_UNREADABLE, what=str(image))
         if image.stat().st_size > MAX_FILE_BYTES:
             return BadRecord(_TOO_LARGE, what=str(image))
@@ -107,7 +107,7 @@ def _pair_of(image: Path) -> Record | BadRecord:
         if described.is_file():
             loaded = json.loads(described.read_text("utf-8-sig"))
             return {**{key: loaded.get(key) for key in CAPTION_KEYS}, **fields}
-    except OSError:  # a link into nowhere, a file that may not be read
+    except OSError:  # a dangling link, or no permission
         return BadRecord(_UNREADABLE, what=str(image))
     except (ValueError, AttributeError, RecursionError):
         return BadRecord("malformed JSON", what=str(described))

@@ -1,17 +1,17 @@
-"""Where the images of a published data set lie: a folder of files, or of tars such as img2dataset writes. Never the web.
+"""Finds the images of a published data set in a folder of files, or of tars such as img2dataset writes. Never on the web.
 
-Documents name an image by a path, by a file name alone or by its URL. A path below the folder is looked up by itself; for everything else
-the folder is walked once, links to other folders included, and a table of names is written (SQLite, so that it takes disk and not memory:
-about 40 bytes a name). An image is found by
+Documents name an image by a path, by a file name alone or by its URL. A path below the folder is opened directly. For all other names
+the folder is walked once, following links, and a table of names is written (SQLite, so that it takes disk space instead of memory: about
+40 bytes per name). An image is found by
 
-    its path, or the end of it: "train2017/1.jpg" of "coco/train2017/1.jpg"; or its file name without extension
-    a longer path than its own, as that begins with folders that are not there: "coco/train2017/1.jpg" where "train2017/1.jpg" lies
+    its path, or the end of it: "train2017/1.jpg" finds "coco/train2017/1.jpg"; or its file name without extension
+    a path that begins with folders that do not exist here: "coco/train2017/1.jpg" finds "train2017/1.jpg"
     the URL in the .json beside it (img2dataset)
     the SHA-256, SHA-1 or MD5 of its URL, in hexadecimal, as file name
-    COCO's name of 2017: "000000000009.jpg" of "COCO_train2014_000000000009.jpg"
+    COCO's name since 2017: "COCO_train2014_000000000009.jpg" finds "000000000009.jpg"
 
-Nothing else is the image that is meant. A name that two files share finds neither: one of them would be the wrong picture; and neither does
-"vg/1.jpg" find "coco/1.jpg".
+There are no other matches. A name that two files share finds neither, because one of them would be the wrong picture. And "vg/1.jpg" does
+not find "coco/1.jpg".
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ logger = logging.getLogger(__name__)
 
 _AMBIGUOUS = -1
 _COCO_2014 = re.compile(r"COCO_(?:train|val|test)20\d\d_(?P<rest>\d{12}\.jpg)")
-"""What COCO called a picture until 2014; since 2017 it is called by its number alone, which no other picture of COCO has."""
+"""COCO's file names until 2014. Since 2017 a name is only the number, which is unique within COCO."""
 
 
 class ImageStore:
-    """Images by what documents call them; any number of processes may have one open."""
+    """Looks up images by the names that documents use. Any number of processes may open the same table."""
 
     def __init__(self, root: Path, *, table: Path | None) -> None:
         """
         Args:
-            table: what `build_table` wrote; None looks up paths alone.
+            table: table written by `build_table`; None to look up only paths.
         """
         self.root = root
         self._table = sqlite3.connect(f"file:{table}?mode=ro", uri=True) if table is not None else None
         self._files: dict[int, str] = {}
 
     def read(self, name: str) -> bytes:
-        """An encoded image. Raises BadDocument if it is not there, or if two are."""
+        """Return an encoded image. Raises BadDocument if no image or more than one has this name, or if it cannot be read."""
         data = self._below(name)
         if data is None and self._table is not None:
             data = self._from_table(name)
@@ -59,7 +59,7 @@ class ImageStore:
         return data
 
     def _below(self, name: str) -> bytes | None:
-        """A file by its path below the root; what leads out of it is not followed."""
+        """Read a file by its path below the root; None if there is none, or if the path leads outside."""
         if "://" in name or "\0" in name:
             return None
         path = Path(os.path.normpath(self.root / name.lstrip("/")))
@@ -104,7 +104,7 @@ class ImageStore:
 
 
 def _lookups(name: str) -> Iterator[tuple[str, bool]]:
-    """Keys under which an image may be known, and whether a key is a part of the name that has to be the image's whole path."""
+    """Yield keys under which an image may be stored. The flag is True for a tail of the name, which must be the image's whole path."""
     yield name, False
     if "://" in name:
         data = name.encode("utf-8", "surrogateescape")
@@ -117,7 +117,7 @@ def _lookups(name: str) -> Iterator[tuple[str, bool]]:
 
 
 def _tails(path: str) -> list[str]:
-    """A path and its ends, longest first: a/b/c, b/c, c."""
+    """Return a path and its tails, longest first: a/b/c, b/c, c."""
     parts = path.split("/")
     return ["/".join(parts[number:]) for number in range(len(parts))]
 
@@ -127,7 +127,7 @@ def _digest(key: str) -> bytes:
 
 
 def build_table(root: Path, table: Path) -> int:
-    """Write the table of a folder's images, unless it is there and no folder or tar has changed since. Returns how many names it has.
+    """Write the table of a folder's images, unless it exists and no folder or tar has changed since. Returns the number of names in it.
 
     Raises ValueError if the folder does not exist.
     """
@@ -164,7 +164,7 @@ _TABLE_VERSION = "2"
 
 
 def listing_stamp(root: Path) -> str:
-    """Changes where a file is added to a folder or removed from it, or a tar is written."""
+    """Return a digest that changes if a file is added or removed anywhere in a folder, or if a tar changes."""
     digest = hashlib.sha256(_TABLE_VERSION.encode())
     folder = None
     for path in walk_files(root):
@@ -178,7 +178,7 @@ def listing_stamp(root: Path) -> str:
 
 
 def table_stamp(table: Path) -> str | None:
-    """What `listing_stamp` was when a table was written; None if there is no table."""
+    """Return the `listing_stamp` with which a table was written; None if there is no valid table."""
     if not table.is_file():
         return None
     try:
@@ -189,12 +189,12 @@ def table_stamp(table: Path) -> str | None:
 
 
 def _add_file(connection: sqlite3.Connection, root: Path, path: Path, number: int) -> None:
-    """Add the images of a file. One that cannot be read is none."""
+    """Add the image or images of a file. A file that cannot be read is skipped with a warning."""
     ending = path.suffix.lower().lstrip(".")
     if path.name.startswith(".") or not (ending == "tar" or is_image_name(ending)):
         return
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe might block
             logger.warning("%s is not a file but a pipe or a device, so it is no image", path)
             return
         if ending == "tar":
@@ -203,7 +203,7 @@ def _add_file(connection: sqlite3.Connection, root: Path, path: Path, number: in
             described_by = path.with_suffix(".json")
             url = _url(described_by.read_bytes()) if described_by.is_file() else None
             _insert(connection, path.relative_to(root).as_posix(), url, (number, 0, path.stat().st_size))
-    except (OSError, BrokenShard) as error:  # a link into nowhere, a file that may not be read
+    except (OSError, BrokenShard) as error:  # a dangling link, or no permission
         logger.warning("%s", error)
         return
     connection.execute("INSERT INTO files VALUES (?, ?)", (number, os.fsencode(path.relative_to(root))))
@@ -218,7 +218,7 @@ def _add_tar(connection: sqlite3.Connection, path: Path, number: int) -> None:
             _insert(connection, image.name, url, (number, image.offset, image.size))
 
 
-# A whole path is worth more than the end of another; of two that are worth as much none is taken.
+# A whole path takes precedence over the tail of another. If two of the same rank collide, the key becomes ambiguous.
 _INSERT = f"""
 INSERT INTO images VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET
     file = CASE WHEN excluded.is_whole > is_whole THEN excluded.file WHEN excluded.is_whole = is_whole THEN {_AMBIGUOUS} ELSE file END,
@@ -232,7 +232,7 @@ def _insert(connection: sqlite3.Connection, path: str, url: str | None, place: t
     tails = _tails(os.path.normpath(path).lstrip("/"))
     for key in {*tails, PurePosixPath(path).stem}:
         connection.execute(_INSERT, (_digest(key), *place, key == tails[0]))
-    if url:  # fetched twice, it is still the same picture
+    if url:  # if it was fetched twice, both are the same picture
         connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, 1) ON CONFLICT (key) DO NOTHING", (_digest(url), *place))
 
 
@@ -257,7 +257,7 @@ _MAGIC = (
 
 
 def image_extension(data: bytes) -> str:
-    """How a file of this image ends, by its first bytes. Raises BadDocument if it is of no format that is read."""
+    """Return the file extension of an image, judging by its first bytes. Raises BadDocument if its format is not supported."""
     for magic, extension in _MAGIC:
         if data.startswith(magic):
             return extension

@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def expand(inputs: Iterable[str], *, images: bool = False) -> list[str]:
-    """Files of paths, patterns and folders, in order. Raises ValueError if one of them is nothing, or cannot be looked at.
+    """Return the files of paths, patterns and folders, in order. Raises ValueError if one does not exist or cannot be accessed.
 
     Args:
-        images: images in folders are inputs, too.
+        images: also include images in folders.
     """
     import fsspec
 
@@ -36,7 +36,7 @@ def expand(inputs: Iterable[str], *, images: bool = False) -> list[str]:
                 else [file]
                 for file in files
             ]
-        except Exception as error:  # each store has exceptions of its own, for missing credentials for example
+        except Exception as error:  # each store raises its own exceptions, for example for missing credentials
             raise ValueError(f"input {pattern} cannot be accessed: {error!r}") from None
         if not files:
             raise ValueError(f"input {pattern} does not exist")
@@ -45,9 +45,9 @@ def expand(inputs: Iterable[str], *, images: bool = False) -> list[str]:
 
 
 def walk_files(root: Path) -> Iterator[Path]:
-    """The files below a folder and the folders that it has links to, in order; each folder once, so that a link to one above ends.
+    """Yield the files below a folder in order, following links. Each folder is visited once, so a link to a parent does no harm.
 
-    Raises OSError if a folder may not be read.
+    Raises OSError if a folder cannot be read.
     """
     seen = set[tuple[int, int]]()
     for folder, folders, files in os.walk(root, followlinks=True, onerror=_fail):
@@ -68,7 +68,7 @@ _READ = (".parquet", ".arrow", ".feather", ".jsonl", ".json", ".ndjson", ".txt",
 
 
 def _readable(files: list[str], folder: str, images: bool) -> list[str]:
-    """The files of a folder that hold records, or images where these are wanted; how many others there are is said."""
+    """Return the files of a folder that contain records, and images if `images` is set. Logs how many others there are."""
     kept = [file for file in files if ending(file) in _READ or (images and _is_of_images(file))]
     kept = [file for file in kept if not is_note(file.removeprefix(folder))]
     by_datasets = {os.path.dirname(file) for file in files if os.path.basename(file) in DATASETS_NOTES}
@@ -82,11 +82,11 @@ def _readable(files: list[str], folder: str, images: bool) -> list[str]:
 
 
 def _is_of_images(file: str) -> bool:
-    """Whether a file is an image, or Hugging Face's table of the images in a folder in its one form that otherwise is not read."""
+    """Return whether a file is an image, or metadata.csv: Hugging Face's table of a folder's images in a format not in `_READ`."""
     return is_image_name(ending(file).lstrip(".")) or os.path.basename(file) == "metadata.csv"
 
 
 def _is_cached(file: str) -> bool:
-    """Whether `datasets` wrote a file as the result of a `map` or `filter`: its records are in the data set's own files already."""
+    """Return whether a file is `datasets`' cached result of a `map` or `filter`, whose records are already in the data set's own files."""
     name = PurePosixPath(file).name
     return name.startswith("cache-") and name.endswith(".arrow")

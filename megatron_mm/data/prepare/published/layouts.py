@@ -1,13 +1,14 @@
-"""How the records of published data sets become samples: one function a layout.
+"""Converts records of published data sets to samples: one function per layout.
 
-    pairs      {image, caption}: img2dataset's parquet, Hugging Face parquet, JSON lines with a path; folders come as such records
-    obelics    {texts, images}: of texts and URLs, in reading order
-    mmc4       {text_list, image_info: [{image_name, raw_url, matched_text_index}]}: an image stands before the sentence it matches
-    llava      {conversations | messages, image?}: `image` is one path or a list; or the images are parts of what is said (`chats`)
-    tasks      {task, question, answer, image}: what `annotations` makes of VQA, caption and choice files
+    pairs      {image, caption}: img2dataset's parquet, Hugging Face parquet, JSON lines with a path; also records made from folders
+    obelics    {texts, images}: texts and URLs, in reading order
+    mmc4       {text_list, image_info: [{image_name, raw_url, matched_text_index}]}: an image is placed before the sentence it matches
+    llava      {conversations | messages, image?}: `image` is one path or a list; or the images are parts of turns (`chats`)
+    tasks      {task, question, answer, image}: made by `annotations` from VQA, caption and choice files
     text       {text}
 
-An image is named by its path or its URL, or it is there itself: as bytes, as Hugging Face's {bytes, path}, or as base64 (`data:image/...`).
+An image is named by its path or its URL, or contained in the record: as bytes, as Hugging Face's {bytes, path}, or as base64
+(`data:image/...`).
 
 A sample is a document in the form that `data.text.documents` reads, and the images that it names.
 """
@@ -32,20 +33,20 @@ from megatron_mm.data.text.keys import USUAL, Keys, field_of
 
 
 class LeftOut(Exception):
-    """A record that is no sample and no loss either, such as an image that img2dataset could not fetch; the message is the reason."""
+    """A record that is left out without being a loss, such as an image that img2dataset could not fetch; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What layouts need besides a record."""
+    """Everything that layouts need besides a record."""
 
     images: ImageStore | None = None
     text_keys: tuple[str, ...] = ("text",)
     image_keys: tuple[str, ...] = ()
     keys: Keys = USUAL
-    """What the fields of conversations are called."""
+    """Names of the fields of conversations."""
     dropped: Dropped = field(default_factory=Dropped)
-    """Images that documents lose."""
+    """Images and entries that are dropped from documents."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ CAPTION_KEYS = ("caption", "text", "TEXT", "txt", "top_caption", "alt_text")
 TEXT_KEYS = ("text", "txt")
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "image", "image_path", "img", "image_bytes", "file_name")
 URL_KEYS = ("url", "URL")
-"""Fields that name an image where no other does: of LAION's and COYO's tables, for images that were fetched apart."""
+"""Fields that name an image if no other field does, in the tables of LAION and COYO, whose images are fetched separately."""
 
 
 def pair(record: Record, context: Context) -> OutSample:
-    """An image and its caption. Raises BadDocument, LeftOut."""
+    """Convert an image and its caption. Raises BadDocument, LeftOut."""
     image = _first_image(record, context.image_keys, context)
     if image is None:
         status = record.get("status")
@@ -87,7 +88,7 @@ def _first_image(record: Record, keys: Sequence[str], context: Context) -> bytes
 
 
 def _image_bytes(value: Any, context: Context) -> bytes | None:
-    """An image that a field holds or names; None if the field is empty. Raises BadDocument."""
+    """Return the image that a field contains or names; None if the field is empty. Raises BadDocument."""
     if isinstance(value, dict):  # Hugging Face's image feature
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, list) and len(value) == 1:
@@ -113,7 +114,7 @@ def _of_base64(text: str) -> bytes:
 
 
 def obelics(record: Record, context: Context) -> OutSample:
-    """A document of texts and of images or their URLs; images that are not found are dropped. Raises BadDocument."""
+    """Convert a document of texts and of images or their URLs. Images that are not found are dropped. Raises BadDocument."""
     texts, images = record.get("texts"), record.get("images")
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
         raise BadDocument("malformed texts list")
@@ -127,7 +128,7 @@ def obelics(record: Record, context: Context) -> OutSample:
 
 
 def mmc4(record: Record, context: Context) -> OutSample:
-    """A document of sentences and images that each match one. Raises BadDocument."""
+    """Convert a document of sentences and images that each match a sentence. Raises BadDocument."""
     texts, infos = record.get("text_list"), record.get("image_info")
     infos = [] if infos is None else infos
     if not isinstance(texts, list) or not isinstance(infos, list) or not all(isinstance(text, str) for text in texts):
@@ -144,8 +145,8 @@ def mmc4(record: Record, context: Context) -> OutSample:
 
 
 def _mmc4_image(info: Record, context: Context) -> str | None:
-    """The image itself where it is there (`image_base64`, as OpenFlamingo writes it); else the name under which it lies here: its file
-    name, or its URL where only that is found. None if it has neither."""
+    """Return the image itself if the record contains it (`image_base64`, as OpenFlamingo writes it); otherwise its file name, or its URL if
+    the file name is not found. None if it has neither."""
     if isinstance(encoded := info.get("image_base64"), str) and encoded:
         return encoded if encoded.startswith("data:image/") else f"data:image/unknown;base64,{encoded}"
     names = [info[key] for key in ("image_name", "raw_url") if isinstance(info.get(key), str)]
@@ -183,13 +184,13 @@ def _interleaved(entries: Sequence[tuple[str | None, Any]], context: Context) ->
 
 
 def _shown(image: Any) -> str:
-    """What an image is called in a list of losses."""
+    """Return the name of an image for a list of losses."""
     name = image.get("path") if isinstance(image, dict) else image
     return name if isinstance(name, str) and not name.startswith("data:") else "without a name"
 
 
 def llava(record: Record, context: Context) -> OutSample:
-    """A conversation and the images that it asks about. Raises BadDocument."""
+    """Convert a conversation with its images. Raises BadDocument."""
     record = usual_chat(record, context.keys)
     if not is_conversation(record, context.keys):
         raise BadDocument(f"JSON has no {context.keys.messages or 'conversations'}")
@@ -213,12 +214,12 @@ def llava(record: Record, context: Context) -> OutSample:
 
 
 _NOT_READ = ("video", "videos", "audio", "audios")
-"""Fields of what no model here looks at or listens to."""
+"""Fields of media that no model here can use."""
 
 
 def _answered(turns: list[Any], context: Context) -> list[Any]:
-    """The turns without an answer that comes before any question, as LLaVA's own loader leaves it out, and without a last question that
-    nobody answers."""
+    """Return the turns without an answer that precedes all questions, which LLaVA's own loader also removes, and without an unanswered last
+    question."""
     kept, first = list(turns), 1 if turns and speaker(turns[0]) == SYSTEM else 0
     if speaker(kept[first] if len(kept) > first else None) in ANSWERS:
         del kept[first]
@@ -230,7 +231,7 @@ def _answered(turns: list[Any], context: Context) -> list[Any]:
 
 
 def task(record: Record, context: Context) -> OutSample:
-    """A question with its answer. Raises BadDocument."""
+    """Convert a question with its answer. Raises BadDocument."""
     data = _image_bytes(record.get("image"), context)
     images = () if data is None else ((f"0.{image_extension(data)}", data),)
     fields = {key: value for key, value in record.items() if key != "image" and value not in (None, "")}
@@ -240,7 +241,7 @@ def task(record: Record, context: Context) -> OutSample:
 
 
 def text(record: Record, context: Context) -> OutSample:
-    """A text. Raises BadDocument."""
+    """Convert a text. Raises BadDocument."""
     return OutSample(_json({"text": text_of(record, context.text_keys)}), is_json=True)
 
 

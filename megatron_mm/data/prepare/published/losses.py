@@ -1,6 +1,6 @@
 """Records, images and files that are lost in conversion, and the lists of them for the user.
 
-OUT/.prepared/00000.rejected.jsonl    of input 0, a line for each rejected record and each image that a document loses:
+OUT/.prepared/00000.rejected.jsonl    for input 0, a line for each rejected record and each image that is dropped from a document:
 {"record": 14, "reason": "image not found", "what": "coco/train2017/missing.jpg", "id": "000000000013"}
 """
 
@@ -15,76 +15,76 @@ from typing import Any, TextIO
 Record = dict[str, Any]
 
 _EXAMPLES = 3
-"""Losses of each reason and input that a summary names."""
+"""Number of losses per reason and input that a summary names."""
 _LONGEST = 120
-"""Characters of a field that are shown."""
+"""Maximum number of characters of a field that are shown."""
 _IDENTITIES = ("id", "key", "question_id", "__key__", "uid", "image_id", "url", "image", "image_path", "file_name")
-"""Fields that tell one record from another, best first."""
+"""Fields that identify a record, in order of preference."""
 
 
 EMPTY = "empty entry"
 UNANSWERED = "turn without its question or answer"
 NO_IMAGES = (EMPTY, UNANSWERED)
-"""Reasons to leave out a part of a document that is no image."""
+"""Reasons for dropping parts of a document that are not images."""
 
 
 class DamagedFile(ValueError):
-    """A file that cannot be read to its end."""
+    """A file that cannot be read to the end."""
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that cannot be read, where the next one can."""
+    """One or more records that cannot be read, while later ones can."""
 
     reason: str
     count: int = 1
     what: str = ""
-    """What tells it from others, where that is known."""
+    """Text that identifies the record, if known."""
 
 
 @dataclass
 class Dropped:
-    """Images and entries that documents lose while the rest of them is used."""
+    """Images and entries that are dropped from documents whose other parts are used."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """By reason."""
+    """Number of dropped images and entries, by reason."""
     named: list[tuple[str, str]] = field(default_factory=list)
-    """(reason, name) of the images of the document at hand; whoever writes the list takes them out."""
+    """(reason, name) of each image dropped from the current document, until `taken` removes them."""
 
     def add(self, reason: str, name: str | None = None) -> None:
-        """Count one; without a name it is an entry of no contents, which is not listed."""
+        """Count a dropped part. Without a name it is not listed, as for empty entries."""
         self.counts[reason] += 1
         if name is not None:
             self.named.append((reason, name))
 
     def taken(self) -> list[tuple[str, str]]:
-        """`named`, which is empty then."""
+        """Return `named` and empty it."""
         found, self.named = self.named, []
         return found
 
 
 class LossList:
-    """Writes the losses of one input into a file, all of them, and keeps the first few of each reason."""
+    """Writes all losses of one input to a file, and keeps the first few for each reason."""
 
     def __init__(self, path: Path, *, of: str) -> None:
         """
         Args:
-            path: of the file, which is written aside until `close`; without a loss there is none.
-            of: the input, as messages name it.
+            path: path of the file, which has another name until `close`. If nothing is lost, no file is written.
+            of: name of the input in messages.
         """
         self._path, self._of = path, of
         self._file: TextIO | None = None
         self._seen = Counter[str]()
         self.examples: list[str] = []
-        """Lines for people."""
+        """Lines about the first few losses for each reason."""
 
     def add(self, number: int, reason: str, *, what: str = "", record: Record | None = None, count: int = 1) -> None:
-        """Write one down.
+        """Write a loss to the file.
 
         Args:
-            number: of the record in its input, counted from 1.
-            what: the image or file that is meant, where it is a part of the record.
-            count: records that are lost at this place.
+            number: number of the record in its input, counted from 1.
+            what: name of the lost image or file, or text that identifies the record.
+            count: number of records that are lost here.
         """
         named = _identity(record) if record is not None else {}
         line = {"record": number, "reason": reason, **({"what": what} if what else {}), **({"count": count} if count > 1 else {}), **named}
@@ -98,7 +98,7 @@ class LossList:
             self.examples.append(f"{reason}: {self._of}, record {number:,}{''.join(f' ({text})' for text in shown)}")
 
     def close(self) -> None:
-        """Name the file, or remove that of an earlier attempt."""
+        """Rename the file to its final name. If nothing was lost, remove the file of an earlier attempt."""
         if self._file is None:
             self._path.unlink(missing_ok=True)
             return
@@ -111,7 +111,7 @@ class LossList:
 
 
 def _identity(record: Record) -> dict[str, str]:
-    """The first two fields that tell a record from others."""
+    """Return the first two fields that identify a record."""
     found: dict[str, str] = {}
     for key in _IDENTITIES:
         value = record.get(key)

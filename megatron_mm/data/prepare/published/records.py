@@ -1,6 +1,7 @@
-"""Records of published files: JSON lines, JSON lists, parquet, arrow, tars and plain text, compressed or not, wherever fsspec reads.
+"""Reads the records of published files: JSON lines, JSON lists, .csv, parquet, arrow, tars and plain text, from any place that fsspec
+supports. Text formats may be compressed.
 
-A file that is damaged in the middle gives the records before it, and `DamagedFile` says that there were more.
+If a file is damaged in the middle, the records before the damage are returned, followed by `DamagedFile`.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from megatron_mm.data.text.items import BadDocument
 from megatron_mm.data.text.keys import field_of
 
 TextDocuments = Literal["file", "line", "paragraph"]
-"""What one text of a .txt is: the whole file, a line, or what stands between empty lines."""
+"""Unit that becomes one text of a .txt: the whole file, a line, or a paragraph between empty lines."""
 TABLES = (".parquet", ".arrow", ".feather")
-"""Endings of files of rows."""
+"""Endings of files that store tables."""
 _BOM = b"\xef\xbb\xbf"
 _UTF16, _UTF32 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"), (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 
 
 def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Record | BadRecord]:
-    """The records of a file.
+    """Yield the records of a file.
 
-    Raises DamagedFile after the last record that can be read, ValueError if the format is none that is read.
+    Raises DamagedFile after the last record that can be read, ValueError if the format is not supported.
 
     Args:
-        texts: what a record of a .txt is; it has the field `text`.
+        texts: unit of a .txt that becomes a record, with the field `text`.
     """
     kind = ending(path)
     if kind in (".tar", ".tgz") and ("://" in path or not path.lower().endswith(".tar")):
@@ -71,7 +72,7 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
 
 
 def load_json(path: str) -> Any:
-    """A JSON file that is one value. Raises ValueError that names it if it is none."""
+    """Load a JSON file that contains one value. Raises ValueError, naming the file, if it is not JSON."""
     check_is_file(path)
     parts = [stream.read() for stream in open_streams(path)]
     try:
@@ -81,12 +82,12 @@ def load_json(path: str) -> Any:
 
 
 def _text_of(data: bytes) -> str:
-    """JSON as a string. A byte that is no UTF-8 stays in it as half of a surrogate pair, which costs the record that it is in."""
+    """Decode JSON. A byte that is not UTF-8 becomes half of a surrogate pair, so that only the record that contains it is rejected."""
     return data.decode(json.detect_encoding(data), "surrogateescape")
 
 
 def _json_records(stream: BinaryIO) -> Iterator[Record | BadRecord]:
-    """Lines, or one list of objects, or one object."""
+    """Yield the records of a JSON file: lines, one list of objects, or one object."""
     first = stream.readline(MAX_FILE_BYTES)
     if first.startswith(_UTF16):
         coding = "utf-32" if first.startswith(_UTF32) else "utf-16"
@@ -108,7 +109,7 @@ def _json_records(stream: BinaryIO) -> Iterator[Record | BadRecord]:
 
 
 def _whole(first: bytes, stream: BinaryIO) -> Iterator[Record | BadRecord]:
-    """The objects of a file that is one JSON value. Raises DamagedFile after those before the damage."""
+    """Yield the objects of a file that is one JSON value. Raises DamagedFile after the objects before the damage."""
     text = _text_of(first + stream.read())
     try:
         value = json.loads(text)
@@ -120,7 +121,7 @@ def _whole(first: bytes, stream: BinaryIO) -> Iterator[Record | BadRecord]:
 
 
 def _before_damage(text: str) -> Iterator[Record | BadRecord]:
-    """The entries of a damaged JSON list up to the damage; raises DamagedFile then."""
+    """Yield the entries of a damaged JSON list up to the damage, then raise DamagedFile."""
     decoder, position, count = json.JSONDecoder(), len(text) - len(text.lstrip()) + 1, 0
     while text.lstrip().startswith("["):
         while position < len(text) and text[position] in " \t\r\n,":
@@ -181,7 +182,7 @@ def _decoded(data: bytes) -> Record | BadRecord:
 
 
 def _tar(path: str) -> Iterator[Record | BadRecord]:
-    """Samples of a webdataset tar: a field for each member, called by its extension, and the fields of its .json."""
+    """Yield the samples of a webdataset tar: a field for each member, named by its extension, and the fields of its .json."""
     lost: list[BadRecord] = []
     noticed = lost.append
     for sample in iterate_tar(Path(path), skipped=lambda what: noticed(BadRecord(what.reason)) if what.is_damage else None):
@@ -213,11 +214,11 @@ def _fields_of(sample: WebSample) -> Record | BadRecord:
 
 
 def text_of(record: Record, keys: Iterable[str]) -> str:
-    """The first of some fields that is a text. Raises BadDocument."""
+    """Return the first of some fields that is a text. Raises BadDocument if none is."""
     keys, reason = tuple(keys), "no text"
     for key in keys:
         value = field_of(record, key)
-        if isinstance(value, bytes | bytearray):  # parquet's binary columns, and those of which a value is no UTF-8
+        if isinstance(value, bytes | bytearray):  # parquet's binary columns, and text that is not UTF-8
             try:
                 value = bytes(value).decode("utf-8-sig")
             except UnicodeDecodeError:
@@ -231,7 +232,7 @@ def text_of(record: Record, keys: Iterable[str]) -> str:
 
 
 def _encodable(text: str) -> str:
-    """The text. Raises BadDocument if it holds half of a surrogate pair."""
+    """Return the text unchanged. Raises BadDocument if it contains half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -13,11 +13,14 @@ from typing import Any
 from megatron_mm.data.prepare.published.losses import BadRecord, DamagedFile, Record
 
 ROWS = 256
-"""Rows that are in memory at once."""
+"""Maximum number of rows in memory at once."""
 
 
 def parquet_records(path: str) -> Iterator[Record | BadRecord]:
-    """Rows of a parquet file; those of a row group that is damaged are counted, and the next group is read. Raises DamagedFile."""
+    """Yield the rows of a parquet file. If a row group is damaged, its remaining rows are counted and the next group is read.
+
+    Raises DamagedFile if the file is not a readable parquet file.
+    """
     import fsspec
     import pyarrow
     import pyarrow.parquet
@@ -39,7 +42,7 @@ def parquet_records(path: str) -> Iterator[Record | BadRecord]:
 
 
 def arrow_records(path: str) -> Iterator[Record | BadRecord]:
-    """Rows of an arrow file of either form: one with a table of contents, or a stream as Hugging Face's `datasets` writes. Raises
+    """Yield the rows of an arrow file in the file format or in the stream format, which Hugging Face's `datasets` writes. Raises
     DamagedFile."""
     import fsspec
     import pyarrow
@@ -60,13 +63,13 @@ def arrow_records(path: str) -> Iterator[Record | BadRecord]:
 
 
 def check_names(path: str, names: Sequence[str]) -> None:
-    """Raise DamagedFile where two columns have the same name: one of them would be lost unseen."""
+    """Raise DamagedFile if two columns have the same name, because one of them would be lost silently."""
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise DamagedFile(f"{path} has several columns of the name {twice[0]!r}: rename them")
 
 
 def rows_of(batch: Any) -> Iterator[Record | BadRecord]:
-    """The rows of a record batch."""
+    """Yield the rows of a record batch."""
     try:
         found: list[Record] = batch.to_pylist()
     except Exception:  # pyarrow, datetime and codecs each raise their own
@@ -86,7 +89,7 @@ def _row(batch: Any, number: int) -> Record | BadRecord:
             if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
                 return BadRecord(NOT_UTF8)
             record[name] = column[number].as_buffer().to_pybytes()
-        except Exception:  # such as a time that Python has no type for; a record that needs the field is rejected for want of it
+        except Exception:  # for example a time outside Python's range; a record that needs the field is rejected later
             record[name] = None
     return record
 

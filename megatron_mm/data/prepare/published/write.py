@@ -12,12 +12,13 @@ from megatron_mm.data.prepare.published.layouts import OutSample
 
 
 class ShardWriter:
-    """Writes PREFIX-00000.tar and so on; texts as lines of .jsonl. The same samples give the same bytes."""
+    """Writes shards PREFIX-00000.tar and so on, or .jsonl for texts. The same samples result in the same bytes."""
 
     def __init__(self, out: Path, *, prefix: str, lines: bool, shard_bytes: int) -> None:
         """
         Args:
-            lines: documents alone, a line each.
+            lines: write .jsonl shards with only the documents, one per line.
+            shard_bytes: size from which a shard is full.
         """
         self._out, self._prefix, self._lines, self._limit = out, prefix, lines, shard_bytes
         self._shards: list[str] = []
@@ -27,7 +28,7 @@ class ShardWriter:
         self._samples = 0
 
     def add(self, sample: OutSample) -> None:
-        """Append a sample, in a new shard where this one is full."""
+        """Append a sample, starting a new shard if the current one is full."""
         if self._file is not None and self._file.tell() >= self._limit:
             self._finish()
         if self._file is None:
@@ -43,7 +44,7 @@ class ShardWriter:
         self._add_file(f"{key}.{'json' if sample.is_json else 'txt'}", sample.document)
 
     def _add_image(self, name: str, data: bytes) -> None:
-        """An image, or a hard link to the same one earlier in the shard: questions often share their picture."""
+        """Add an image, or a hard link if the shard already contains it, because questions often share an image."""
         digest = hashlib.blake2b(data, digest_size=16).digest()
         known = self._images.setdefault(digest, name)
         if known == name:
@@ -77,7 +78,7 @@ class ShardWriter:
         (self._out / f".{self._shards[-1]}.partial").replace(self._out / self._shards[-1])
 
     def close(self) -> list[str]:
-        """Finish the last shard. Returns the names of all."""
+        """Finish the last shard. Returns the names of all shards."""
         if self._file is not None:
             self._finish()
         return self._shards
