@@ -2,8 +2,8 @@
 
 megatron-core numbers the processes of a pipeline stage with expert tensor parallelism first and expert parallelism next, so a group of both
 consists of consecutive processes. A group within one node exchanges tokens over NVLink. A group that spans several nodes sends them over
-the network, but each of its processes holds fewer experts, whose gradients and weights go over the network once per step. Which of these is
-less depends on the number of tokens per step: with many tokens their exchange is larger, with few the gradients are.
+the network, but each of its processes holds fewer experts, whose gradients and weights go over the network once per step. Which is less
+depends on the number of tokens per step: with many tokens, their exchange is larger; with few, the gradients are.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class PlannedMessages(P2PCommunicator):
             rows: number of rows of each micro-batch's message, over all processes of a tensor-parallel group.
         """
         config = copy.copy(config)
-        config.variable_seq_lengths = True  # makes P2PCommunicator ask `_communicate_shapes`
+        config.variable_seq_lengths = True  # makes P2PCommunicator call `_communicate_shapes`
         super().__init__(parallel_state.get_pipeline_model_parallel_group(), config)
         parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self._shapes = [[count // parts, 1, config.hidden_size] for count in rows]

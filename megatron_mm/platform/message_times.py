@@ -2,8 +2,8 @@
 
 What upstream lacks: megatron-core's timers include these messages in the passes. In a group whose members wait for each other in every
 layer, all passes therefore take as long as the slowest one. For the duration of one step, the functions of `torch.distributed` are replaced
-with ones that run a timer (also where megatron-core has imported them under its own names). A message that was started early counts where
-it is waited for.
+with ones that run a timer (also where megatron-core has imported them under its own names). An asynchronous message counts while it is
+waited for.
 """
 
 from __future__ import annotations

@@ -143,8 +143,8 @@ def costs(experiment: Experiment) -> Costs:
 
 
 def as_indexed(experiment: Experiment, indexes: Sequence[Source]) -> Experiment:
-    """The experiment with the chat template and caption prompt of its indexed sources filled in where it sets none, so that a resume or
-    evaluation notices if the data has been re-indexed differently."""
+    """The experiment, with the chat template and caption prompt of its indexed sources where it sets none, so that a resume or evaluation
+    notices if the data has been indexed differently since."""
     data = experiment.data
     templates = {index.chat_template for index in indexes} - {None}
     prompts = {index.caption_prompt for index in indexes if index.kind == "pairs"} - {None}

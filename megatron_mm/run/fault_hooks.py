@@ -73,7 +73,7 @@ class NonFiniteSteps(Hook):
 
 
 class LossSpikes(Hook):
-    """Warns when the loss is far above its recent median, and rolls the run back if `train.after_spike` says so.
+    """Warns when the loss is far above its recent median, and rolls the run back if `train.after_spike` is roll_back.
 
     The recent losses are part of a checkpoint, so a resumed run detects the same spikes.
     """

@@ -258,7 +258,8 @@ class Stopping(Hook):
                 )
 
     def close(self, *, failed: bool) -> None:
-        """Write `STOPPED_FILE` if steps are left, and restore the signal handlers. By now the checkpoint is complete."""
+        """Write `STOPPED_FILE` if a signal ended the run with steps left, and restore the signal handlers. The checkpoint is complete by
+        now."""
         step, steps = self.trainer.state.step, self.trainer.experiment.train.steps
         if self.trainer.should_stop and not failed and step < steps and self.trainer.topology.is_main:
             if self.agreed:

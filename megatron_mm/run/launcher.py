@@ -1,8 +1,7 @@
 """torchrun with a store that listens on only one address: `python -m megatron_mm.run.launcher`, with torchrun's options.
 
 What torch lacks: the store through which processes find each other listens on every address of its node, whatever `--master-addr` says, and
-anyone who can reach it can read and change its contents. This launcher gives it a socket that is bound to the address where the processes
-meet.
+anyone who can reach it can read and change its contents. This launcher gives it a socket that is bound only to the rendezvous address.
 
 If processes fail, it exits with the exit code of the first one that failed, without a traceback of its own, because the processes have
 already reported the error.

@@ -2,7 +2,7 @@
 
     python -m lmms_eval --model megatron_mm --model_args path=runs/mm1_3b,tensor=2 --tasks mme --batch_size 8
 
-lmms-eval finds it by this package's entry point `lmms_eval.models`. Its answers come from the layout that trains, with the key/value cache.
+lmms-eval finds it by this package's entry point `lmms_eval.models`. Answers are generated in the training layout, with the key/value cache.
 All processes answer the same requests: start `tensor x pipeline` of them with torchrun, and use lmms-eval's own options to divide a task's
 items among several jobs. Prompts of models with a chat template are written in it; other models get images and text unchanged.
 """

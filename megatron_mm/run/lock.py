@@ -1,7 +1,7 @@
 """The lock on a run directory: only one run at a time may use it.
 
 `RUN_DIR/running.lock` is made by the first process of a run before it writes anything else, with an exclusive create, and removed when the
-run ends, however it ends, unless the process is killed. It says who holds it. A thread of the holder touches it every `BEAT_SECONDS`; the
+run ends, however it ends, unless the process is killed. It names its holder. A thread of the holder touches it every `BEAT_SECONDS`; the
 file system's own clock counts, so nodes may disagree about the time. flock is not used: shared file systems often keep it to one node.
 
 A lock that was left behind is taken over. A lock counts as left behind if its holder is gone:

@@ -83,7 +83,7 @@ def start(
         examine: makes further checks before the run begins; raises ValueError.
         more_hooks: makes hooks in addition to the standard ones.
 
-    Raises ValueError, before processes meet, if layout, batch, data or an earlier run in run_dir does not fit.
+    Raises ValueError, before processes communicate, if layout, batch, data or an earlier run in run_dir does not fit.
     """
     times = StartTimes()
     listen()  # warnings from here on are events of the run

@@ -4,15 +4,15 @@ Every process has a thread that watches its `training.progress.Progress`. No pro
 hangs, all of them stall within the time of a step. In a healthy run, the threads do not communicate at all. A thread that has seen no
 progress for `train.watchdog` seconds writes the position of its process and the Python stacks of all its threads:
 
-    RUN_DIR/watchdog/START/rank-00002.json, rank-00002.stacks     START: of this start of the processes, the same for all of them
+    RUN_DIR/watchdog/START/rank-00002.json, rank-00002.stacks     START: name of this start, the same for all processes
     RUN_DIR/watchdog/START/report.txt                             which process hangs and the positions of all, written by one of them
 
 Then it waits until all have written, or some time has passed (a stopped process writes nothing), and ends with `EXIT_HUNG`. If the run
 makes progress in the meantime, nothing happens.
 
 If a process dies, its neighbours' messages fail at once, and these processes end with `EXIT_LOST` and one report (`lost_contact`). NCCL's
-messages may wait instead of failing: torchrun then sends SIGTERM, which a run answers after its step, and a process that makes no progress
-for `ASKED_SECONDS` after that counts as having lost contact.
+messages may wait instead of failing: torchrun then sends SIGTERM, to which a run responds after its current step, and a process that makes
+no progress for `ASKED_SECONDS` after that counts as having lost contact.
 """
 
 from __future__ import annotations
