@@ -1,8 +1,8 @@
 """PackedBatch: one micro-batch of one data-parallel rank, as the model sees it.
 
-The packed sequences of a micro-batch lie one after another, without padding between them, in ONE row of T tokens: as many as they have,
-rounded up to what sequence parallelism and FP8 need (`Experiment.token_multiple`). `cu_seqlens` says where documents begin. A document
-never attends to another, so it does not matter where one sequence ends and the next begins.
+The packed sequences of a micro-batch follow each other, without padding between them, in ONE row of T tokens: the sum of their lengths,
+rounded up to a multiple that sequence parallelism and FP8 need (`Experiment.token_multiple`). `cu_seqlens` contains the boundaries of
+documents. A document never attends to another, so it does not matter where one sequence ends and the next begins.
 
     token_ids   <s>  IMG IMG IMG IMG a red ball </s> | <s> the sky </s> | PAD PAD
     labels       _    _   _   _   a red ball </s>  _ | the sky </s>  _  |  _   _

@@ -6,16 +6,16 @@ How a rectangle becomes a square of `size` pixels (bicubic, antialiased, as Pill
 
     squash   both sides become `size`; the aspect ratio is lost                                           DFN5B CLIP, Mono-InternVL's tiles
     crop     the shorter side becomes `size`, the longer int(size * longer / shorter); the middle is cut out      OpenAI's CLIP, EVA-CLIP
-    pad      the picture lies in the middle of a square of the fill colour, which becomes `size`           LLaVA 1.5
+    pad      the picture is centred in a square of the fill colour, which is resized to `size`             LLaVA 1.5
 
 Worked example of `crop` to 336: 640 x 480 becomes 448 x 336, and columns 56 to 391 of it are kept. Of a picture more than 16 times as
 long as wide only the middle is resized, so that a line of 30,000 x 3 pixels does not take gigabytes.
 
 How other kinds of pictures become RGB:
 
-    white    what is transparent lies on white, and of 16 bits the high byte counts
-    pillow   what Pillow's `convert("RGB")` gives: transparency is dropped, whatever colour is stored under it, and 16 bits saturate at 255.
-             Released processors do this, so models that are exported to the authors' code are trained with it.
+    white    transparent parts are put on white, and 16-bit values are reduced to their high byte
+    pillow   as Pillow's `convert("RGB")`: transparency is dropped, which shows any colour stored under it, and 16-bit values saturate at
+             255. Released processors do this, so models that are exported to the authors' code are trained with it.
 
 EXIF orientation is never applied: no released processor of these families applies it, and img2dataset's output has none.
 """

@@ -1,4 +1,4 @@
-"""Packing of documents into sequences of a fixed number of tokens and at most so many images (`data.plan.filling` chooses which).
+"""Packs documents into sequences with limited numbers of tokens and images (`data.plan.filling` chooses which documents go together).
 
 A document is the token stream BOS, items, EOS, in which `ImageInput` says how many positions an image takes. A piece is a range [begin,
 end) of that stream: all of it, or a part if the document is longer than a sequence or has too many images. An image is never split, and

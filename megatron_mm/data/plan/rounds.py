@@ -6,8 +6,8 @@ divided into bands of similar cost; those of a band are sorted by their number o
 At the end of the step, all ranks wait for the one with the most work. Therefore micro-batches within a round are exchanged between ranks
 until the sums of attention cost, of total cost and of images are balanced over the ranks.
 
-Worked example, two ranks: micro-batches of cost 100 98 97 95 | 60 55 and images 1 9 2 8 | 0 0 are two bands. Rounds by cost alone would put
-9 images beside 1 and 8 beside 2; rounds within the first band are 9 8 and 2 1.
+Worked example, two ranks: micro-batches of cost 100 98 97 95 | 60 55 and images 1 9 2 8 | 0 0 are two bands. Rounds by cost alone would
+combine 9 images with 1, and 8 with 2; rounds within the first band are 9 8 and 2 1.
 
 Only integers are used, because processes on different processors must get the same result.
 """

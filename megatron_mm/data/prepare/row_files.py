@@ -1,4 +1,4 @@
-"""Row files: the results of `prepare index` for one shard, kept beside the index so that no shard is read twice.
+"""Row files: the results of `prepare index` for one shard, kept with the index so that no shard is read twice.
 
     <home>/index/shards/<shard>.rows        a line of JSON (`RowHeader`), then the shard's SAMPLE rows, then its ITEM rows
 
@@ -39,7 +39,7 @@ class RowHeader:
     modified: int
     """Time of the shard's last modification, in nanoseconds."""
     digest: str
-    """Digest of samples of the shard's bytes (`sampled_digest`)."""
+    """Digest of parts of the shard's contents (`sampled_digest`)."""
     samples: int
     items: int
     images: int

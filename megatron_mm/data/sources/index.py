@@ -1,6 +1,6 @@
 """The index of a source: where the bytes of every sample are, and what the plan needs to know about it.
 
-A source is a folder of shards of one kind. `prepare index` reads every sample once and writes, beside the shards,
+A source is a folder of shards of one kind. `prepare index` reads every sample once and writes, next to the shards,
 
     <source>/index/meta.json            kind, tokenizer fingerprint, chat template and caption prompt, counts of rejected samples by reason
     <source>/index/arrays-*/samples.npy one SAMPLE row for each valid sample, in shard order

@@ -22,7 +22,7 @@ SHARD = np.dtype(
         ("name_end", "<i8"),  # index in names.npy after the last byte of its name, which begins where the previous name ends
         ("size", "<i8"),  # bytes
         ("modified", "<i8"),  # time of last modification in nanoseconds; -1 if unknown
-        ("digest", "S16"),  # digest of samples of its bytes; empty if unknown
+        ("digest", "S16"),  # digest of parts of its contents; empty if unknown
     ]
 )
 """One shard (`data.sources.shard_table`)."""

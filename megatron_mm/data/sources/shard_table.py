@@ -28,7 +28,7 @@ class Shard:
     modified: int | None = None
     """Time of last modification, in nanoseconds; None if unknown."""
     digest: str = ""
-    """Digest of samples of its bytes (`index_files.sampled_digest`); empty if unknown."""
+    """Digest of parts of its contents (`index_files.sampled_digest`); empty if unknown."""
 
 
 class ShardTable(Sequence[str]):

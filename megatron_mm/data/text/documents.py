@@ -1,7 +1,7 @@
 """Parses a sample's bytes into its items in reading order.
 
     pairs        an image (`image_formats.IMAGE_EXTENSIONS`) + KEY.txt, or KEY.json with `text` or `caption`. The image comes first.
-    interleaved  KEY.json with an ordered list, and images beside it whose names the list gives. Three forms:
+    interleaved  KEY.json with an ordered list, and images that the list names. Three forms:
                  {"items": [{"text": "..."}, {"image": "0.jpg"}, ...]}
                  {"texts": ["...", null, ...], "images": [null, "1.jpg", ...]}                          (OBELICS)
                  {"text_list": ["..."], "image_info": [{"image_name": "0.png", "matched_text_index": 0}]}    (MMC4;

@@ -4,7 +4,7 @@ Both preparation and the loader use `encode_items`, so a run gets the numbers of
 
 Worked example: a rendered chat is one string for SentencePiece, of which only the answer is supervised. "USER: a ball? ASSISTANT:" and "
 red" are two items, the second of which continues the first. If they were tokenized separately, SentencePiece would add a space before "red"
-and give a different token than in the whole string. So they are tokenized together,
+and produce a different token than in the whole string. So they are tokenized together,
 
     ▁USER : ▁a ▁ball ? ▁ASS IST ANT : ▁red
 

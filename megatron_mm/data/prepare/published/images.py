@@ -6,7 +6,7 @@ the folder is walked once, following links, and a table of names is written (SQL
 
     its path, or the end of it: "train2017/1.jpg" finds "coco/train2017/1.jpg"; or its file name without extension
     a path that begins with folders that do not exist here: "coco/train2017/1.jpg" finds "train2017/1.jpg"
-    the URL in the .json beside it (img2dataset)
+    the URL in the .json next to it (img2dataset)
     the SHA-256, SHA-1 or MD5 of its URL, in hexadecimal, as file name
     COCO's name since 2017: "COCO_train2014_000000000009.jpg" finds "000000000009.jpg"
 
