@@ -1,9 +1,9 @@
-"""Forward passes on tensors that say they are on a GPU and have no values: an operation on tensors of different devices is refused.
+"""Forward passes on fake tensors, which claim to be on a GPU and have no values: operations that mix devices are refused.
 
     python te_fake_cuda.py
 
-torch's fake tensors know shapes, types and devices. What asks CUDA for its state is answered here in the words of one Hopper GPU; kernels
-of `support.te` that read values give results of the right shape instead. A program of its own: it changes torch. Prints a line of JSON.
+torch's fake tensors know shapes, types and devices. Queries of CUDA's state are answered as by one Hopper GPU; kernels of `support.te` that
+read values return results of the right shape instead. It is a separate program because it changes torch. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ANSWERS: dict[str, Any] = {
     },
     "_lazy_init": lambda: None,
 }
-"""Of torch.cuda."""
+"""Replacements for functions of torch.cuda."""
 
 
 def on_gpu(*tensors: torch.Tensor) -> None:
@@ -77,7 +77,7 @@ def empty(quantizer: Any, shape: list[int], dtype: Any) -> Any:
 
 
 class OnlyFakes(TorchDispatchMode):
-    """Leaves real tensors of the CPU (the plan's integers) real: the fake mode is asked only where a fake or a GPU takes part."""
+    """Keeps real CPU tensors (the plan's integers) real: the fake mode handles only operations with a fake tensor or a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -93,7 +93,7 @@ class OnlyFakes(TorchDispatchMode):
 
 
 class WithoutDriver(TorchFunctionMode):
-    """`x[...]` by operations, and `device=0` by its name: torch's own look for the GPU."""
+    """Replaces `x[...]` with operations and `device=0` with the device's name: torch's own implementations need the GPU's driver."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__ and isinstance(args[0], fake_tensors.FakeTensor):
@@ -132,7 +132,7 @@ def part_of(tensor: torch.Tensor, index: Any) -> torch.Tensor:
 
 
 def pretend() -> None:
-    """Put the answers, and what torch does not do with fakes, in place. Before megatron-core is imported."""
+    """Install the answers, and replacements for functions that do not work on fakes; call before importing megatron-core."""
     for name, answer in ANSWERS.items():
         setattr(torch.cuda, name, answer)
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *a, **k: None  # type: ignore[assignment]
@@ -140,7 +140,7 @@ def pretend() -> None:
     made = torch.tensor
 
     def tensor(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        """Of values that are known: made on the CPU, then moved."""
+        """Make a tensor of known values on the CPU, then move it."""
         wanted = torch.device(device if device is not None else torch.get_default_device())
         with fake_tensors.unset_fake_temporarily(), torch.device("cpu"):
             here = made(*args, **{name: value for name, value in kwargs.items() if name != "pin_memory"})
@@ -154,7 +154,7 @@ def pretend() -> None:
 
 
 def choose_attention_for_tensors() -> None:
-    """A fake tensor is a tensor, whatever its class says: else fused attention would not be taken."""
+    """Present fake tensors as plain tensors to Transformer Engine, which would otherwise not choose fused attention."""
     utils = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
     choose = utils.get_attention_backend
 
@@ -166,7 +166,7 @@ def choose_attention_for_tensors() -> None:
 
 
 def mixed() -> str:
-    """What an operation on tensors of two devices raises."""
+    """Return the error that an operation on tensors of two devices raises."""
     with fake_tensors.FakeTensorMode(allow_non_fake_inputs=True), OnlyFakes(), WithoutDriver():
         try:
             torch.zeros(2, device=GPU) + torch.zeros(2)
@@ -194,12 +194,12 @@ def main() -> None:
     topologies.parallel_state.initialize_model_parallel = partial(groups, create_gloo_process_groups=False)
     found: dict[str, Any] = {"mixed devices": mixed()}
     for family, subject in te_program.SUBJECTS.items():
-        for precision in ("bf16", "fp8"):  # (plain PyTorch's attention goes document by document, by lengths that are values)
+        for precision in ("bf16", "fp8"):  # (not plain PyTorch: its attention reads document lengths, which are values)
             experiment = subject.experiment(precision=precision)
             te_program.use_backend("te")
             topology = topologies.initialize(experiment.parallel, seed=1)
             with fake_tensors.FakeTensorMode(allow_non_fake_inputs=True), OnlyFakes(), WithoutDriver(), torch.no_grad():
-                chunk = build.build_chunks(experiment, topology)[0].requires_grad_(False)  # a graph would ask for streams
+                chunk = build.build_chunks(experiment, topology)[0].requires_grad_(False)  # an autograd graph would need streams
                 devices = {str(tensor.device) for tensor in (*chunk.parameters(), *chunk.buffers())}
                 outs = [chunk(batch.to(topology.device), with_loss=False) for batch in subject.batches(experiment, topology, step=3)]
                 found[f"{family} {precision}"] = [sorted(devices), [f"{list(out.shape)} on {out.device}" for out in outs]]

@@ -1,8 +1,8 @@
-"""What differs between a compiled extension of Transformer Engine and what `support.te` has written down of it, a line each.
+"""Differences between Transformer Engine's compiled extension and the interface recorded in `support.te`, one per line.
 
     python te_interface.py
 
-A program of its own: it loads the real extension, whose place the tests' kernels take elsewhere. Prints `not compiled` where none is here.
+It is a separate program because it loads the real extension, which other tests replace. Prints `not compiled` if none is installed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from support.te.record import cut
 
 
 def parameters(function: Any) -> list[str]:
-    """As pybind11 writes them into the docstring: unnamed ones are arg0, arg1, ..."""
+    """Return the parameters that pybind11 writes into the docstring; unnamed ones are arg0, arg1, ..."""
     line = function.__doc__.splitlines()[0]
     inside = line[line.index("(") + 1 : line.rindex(") ->")]
     return [part.split(":")[0] + ("?" if "=" in part else "") for part in cut(inside)]

@@ -1,9 +1,9 @@
-"""What `test_te.py` compares: the same model on the `torch` and the `te` layer backend, the latter over kernels written in
-PyTorch (`support.te`).
+"""Program of `test_te.py`: runs the same model on the `torch` and the `te` layer backend, the latter with kernels written in PyTorch
+(`support.te`).
 
     python te_program.py mm1|infimm|mono_internvl
 
-A program of its own, as megatron-core asks for Transformer Engine when it is imported. Prints one line of JSON.
+It is a separate program because megatron-core looks for Transformer Engine when it is imported. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from megatron_mm.training.optimizer import build_optimizer  # noqa: E402
 from megatron_mm.training.step import TrainingStep  # noqa: E402
 
 GATE = 0.7
-"""What gates are opened to: a closed one hides all that is behind it."""
+"""Value that gates are set to: a closed gate hides every error behind it."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A family, as it is compared."""
+    """A family to compare."""
 
     experiment: Callable[..., Experiment]
-    """Takes fields of `train` to change."""
+    """Builds the experiment; takes fields of `train` to change."""
     batches: Callable[..., list[PackedBatch]]
-    """Micro-batches of a step; the first has no image."""
+    """Returns the micro-batches of a step; the first has no image."""
     also: Callable[[Experiment], dict[str, Experiment]] = lambda base: {}
-    """Variants to compare in fp32 as well."""
+    """Further variants to compare in fp32."""
     misfits: Callable[[Experiment], dict[str, Experiment]] = lambda base: {}
     """Variants with a size that FP8 products refuse, by the name of that size."""
 
@@ -62,7 +62,7 @@ def _with_experts(base: Experiment) -> dict[str, Experiment]:
 
 
 def _small_infimm(**train: Any) -> Experiment:
-    """With 16 latents: FP8 products take them by 16."""
+    """Build a small InfiMM with 16 latents, as FP8 products require multiples of 16."""
     return small_infimm(model={"resampler": ResamplerConfig(num_latents=16, num_layers=2, num_attention_heads=4, head_dim=8)}, **train)
 
 
@@ -87,7 +87,7 @@ def _misfits_of_infimm(base: Experiment) -> dict[str, Experiment]:
 
 
 def _changed(base: Experiment, **parts: dict[str, int]) -> Experiment:
-    """With other values in parts of the model's config."""
+    """Return the experiment with changed fields in parts of the model's configuration."""
     changed: dict[str, Any] = {part: replace(getattr(base.model, part), **fields) for part, fields in parts.items()}
     return replace(base, model=replace(base.model, **changed))
 
@@ -100,7 +100,7 @@ SUBJECTS = {
 
 
 class Trainee:
-    """A model on one backend and the means to train it."""
+    """A model on one backend, with its training step and checkpointer."""
 
     def __init__(self, subject: Subject, experiment: Experiment, backend: str, run_dir: Path) -> None:
         use_backend(backend)
@@ -113,7 +113,7 @@ class Trainee:
         self.checkpointer = Checkpointer(experiment, self.topology, run_dir, self.model, optimizer)
 
     def train(self, first: int, last: int) -> list[float]:
-        """Losses of steps, each after an evaluation of its batch, which must say the same of the same weights."""
+        """Train; return the losses. Each batch is first evaluated with the same weights, which must yield the same loss."""
         losses = []
         for number in range(first, last + 1):
             batches = self.subject.batches(self.experiment, self.topology, step=number)
@@ -127,7 +127,7 @@ class Trainee:
         self.checkpointer.finish()
 
     def names(self) -> dict[str, list[Any]]:
-        """Global names and shapes of what a checkpoint holds of the model."""
+        """Return the global names and shapes of the model's entries in a checkpoint."""
         return {entry.key: list(getattr(entry, "global_shape", ())) for entry in entries(self.model[0].module)}
 
 
@@ -137,13 +137,13 @@ def use_backend(backend: str) -> None:
 
 
 def kernels_of(backend: str) -> Kernels:
-    """Transformer Engine's, but for those that are written in Triton."""
+    """Return Transformer Engine's fused kernels, except those written in Triton."""
     on = backend == "te"
     return Kernels(weight_gradients=on, router=on, eva_tower=on)
 
 
 def hide_nothing(chunk: torch.nn.Module) -> None:
-    """Open the gates, and make visual experts, which begin as copies, differ from the text's."""
+    """Open the gates, and make the visual experts, which begin as copies, differ from the text experts."""
     for name, parameter in chunk.named_parameters():
         if name.endswith("_gate"):
             parameter.data.fill_(GATE)
@@ -152,12 +152,12 @@ def hide_nothing(chunk: torch.nn.Module) -> None:
 
 
 def entries(chunk: torch.nn.Module) -> list[Any]:
-    """What a checkpoint holds of a chunk."""
+    """Return a chunk's entries in a checkpoint."""
     return list(chunk.sharded_state_dict(metadata=dict(initial_weights.STATE_METADATA)).values())  # type: ignore[operator]
 
 
 def compare(subject: Subject, experiment: Experiment) -> dict[str, Any]:
-    """Four steps on each backend, and the last two of them again on the other backend, from the checkpoint of the first two."""
+    """Train four steps on each backend, and repeat the last two on the other backend from the checkpoint of step 2."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for backend in ("torch", "te"):
@@ -176,16 +176,16 @@ def compare(subject: Subject, experiment: Experiment) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model computes of some micro-batches, each by itself."""
+    """A model's outputs for some micro-batches, each run separately."""
 
     images: list[int]
     logits: list[torch.Tensor]
     gradients: list[dict[str, torch.Tensor]]
-    """Of the sum of the losses, by name in checkpoints; parameters without any are left out."""
+    """Gradients of the sum of the losses, by name in checkpoints; parameters without a gradient are left out."""
 
 
 def look(subject: Subject, backend: str, **train: Any) -> Seen:
-    """Logits and gradients on a backend, from weights that hide nothing."""
+    """Return logits and gradients on a backend, with weights prepared by `hide_nothing`."""
     return look_at(subject, subject.experiment(**train), backend)
 
 
@@ -209,10 +209,10 @@ def look_at(subject: Subject, experiment: Experiment, backend: str) -> Seen:
 
 
 def distances(one: Seen, other: Seen) -> dict[str, list[float]]:
-    """Norm of the difference over the norm, for each micro-batch: of the logits, and of the tensor whose gradient is farthest off.
+    """Return |one - other| / |other| for each micro-batch: of the logits, and of the gradient with the largest ratio.
 
-    A gradient that is zero in both is as it should be, and so is rounding of less than a millionth of the largest one. The gradient of a
-    single number (a gate) is a sum over all tokens whose terms may cancel: all such are compared together.
+    Gradients that are zero in both, or rounding of less than a millionth of the largest gradient, count as equal. The gradient of a single
+    number (a gate) is a sum over all tokens whose terms may cancel: all such gradients are compared as one vector.
     """
     found: dict[str, list[float]] = {"logits": [], "gradients": []}
     for index in range(len(one.images)):
@@ -235,7 +235,7 @@ def _distance(one: torch.Tensor, other: torch.Tensor, *, floor: float) -> float:
 
 
 def compare_passes(subject: Subject) -> dict[str, Any]:
-    """How far from plain PyTorch's fp32 logits and gradients others are."""
+    """Return the distances of other backends and precisions from plain PyTorch's fp32 logits and gradients."""
     exact = look(subject, "torch", precision="fp32")
     found = {
         f"{backend} {precision}": distances(look(subject, backend, precision=precision), exact)
@@ -245,7 +245,7 @@ def compare_passes(subject: Subject) -> dict[str, Any]:
 
 
 def compare_fp8(subject: Subject) -> dict[str, list[float]]:
-    """Losses on `te` in bf16 and FP8, the latter with recomputed layers too."""
+    """Return losses on `te` in bf16, in FP8, and in FP8 with recomputed layers."""
     found = {}
     for name, precision, recompute in (("bf16", "bf16", "none"), ("fp8", "fp8", "none"), ("fp8 recomputed", "fp8", "full")):
         experiment = subject.experiment(precision=precision)
@@ -259,7 +259,7 @@ def compare_fp8(subject: Subject) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Of this process's part of a parameter."""
+    """Gradient of this process's part of a parameter."""
 
     size: int
     squared: float
@@ -267,13 +267,13 @@ class Gradient:
 
 
 def gradients_of(family: str, tensor: int, backend: str) -> dict[str, Gradient]:
-    """Gradients of a step on a process of a tensor-parallel group, with sequence parallelism where it has several."""
+    """Return the gradients of a step on one process of a tensor-parallel group (with sequence parallelism if it has several)."""
     subject = SUBJECTS[family]
     experiment = subject.experiment(precision="fp32")
     experiment = replace(
         experiment,
         parallel=replace(experiment.parallel, tensor=tensor),
-        optimizer=replace(experiment.optimizer, clip_grad_norm=0.0),  # nothing is done to gradients before they are looked at
+        optimizer=replace(experiment.optimizer, clip_grad_norm=0.0),  # gradients are read unclipped
     )
     with tempfile.TemporaryDirectory() as folder:
         trainee = Trainee(subject, experiment, backend, Path(folder))
@@ -284,9 +284,11 @@ def gradients_of(family: str, tensor: int, backend: str) -> dict[str, Gradient]:
 
 
 def compare_cut(family: str) -> dict[str, list[float]]:
-    """Norms of the gradients: on one process with plain PyTorch's layers, and on each of two with Transformer Engine's; what is cut is put
-    together."""
-    distributed._PRELOADED.clear()  # processes begin with this file, and so with Transformer Engine
+    """Return the norms of the gradients on one process with plain PyTorch's layers, and on each of two with Transformer Engine's.
+
+    For a parameter that is split, the two parts' norms are combined.
+    """
+    distributed._PRELOADED.clear()  # processes start by importing this file, and so Transformer Engine
     whole = gradients_of(family, 1, "torch")
     parts = distributed.run_processes(gradients_of, 2, family, 2, "te")
     norms: dict[str, list[float]] = {}
@@ -299,7 +301,7 @@ def compare_cut(family: str) -> dict[str, list[float]]:
 
 
 def try_misfits(subject: Subject) -> dict[str, list[str]]:
-    """What FP8 products say of each misfit, and what the check before the start says; nothing where they accept it."""
+    """Return the errors of FP8 products and of the check before the start for each misfit; "" if it is accepted."""
     found = {}
     for name, experiment in subject.misfits(subject.experiment(precision="fp8")).items():
         said = ["", ""]

@@ -1,9 +1,9 @@
-"""Every stage of recipes at full size, on the `torch` and the `te` layer backend: what checkpoints would hold of it, and what is in memory.
+"""Compare every stage of recipes at full size on the `torch` and the `te` layer backend: checkpoint entries and parameters in memory.
 
     python te_recipes.py fp8 mm1_30b ...
 
-A program of its own, as megatron-core asks for Transformer Engine when it is imported. Weights have shapes and no values (meta device).
-Prints a line of JSON for each recipe: how many entries its stages have, how many parameters, and what differs.
+It is a separate program because megatron-core looks for Transformer Engine when it is imported. Weights have shapes but no values (meta
+device). Prints a line of JSON for each recipe: the numbers of entries and parameters of its stages, and the differences.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from megatron_mm.parallel.images import TensorParallelImages  # noqa: E402
 from megatron_mm.platform import cpu  # noqa: E402
 
 PLACE = ("key", "global_shape", "local_shape", "global_offset", "dtype", "replica_id", "allow_shape_mismatch")
-"""What a checkpoint knows of a tensor."""
+"""Attributes that a checkpoint stores of a tensor."""
 
 
 def stage(experiment: Experiment, topology: topologies.Topology, backend: str) -> list[dict[str, Any]]:
-    """Of each chunk of a stage: entries of its checkpoint, and number, types and devices of its parameters."""
+    """Return, for each chunk of a stage, its checkpoint entries, and the number, types and devices of its parameters."""
     found = []
     for virtual_stage in range(experiment.parallel.virtual):
         context = ChunkContext(

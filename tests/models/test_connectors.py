@@ -1,4 +1,4 @@
-"""The connectors against references written from their definitions, channels first and functional."""
+"""The connectors against references written from their definitions (functional, channels first)."""
 
 import math
 
@@ -23,7 +23,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def make(config: ConnectorConfig, *, vision: VisionConfig = VISION, output_size: int = OUTPUT_SIZE) -> torch.nn.Module:
-    """A connector with random weights everywhere, norms and biases included."""
+    """Return a connector with random weights everywhere, including norms and biases."""
     connector = build_connector(config, vision=vision, output_size=output_size, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -98,7 +98,7 @@ REFERENCES = {"average": reference_average, "attention": reference_attention, "c
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_agrees_with_its_definition(config: ConnectorConfig) -> None:
-    """fp32, the same operations in another order."""
+    """In fp32; the same operations in another order."""
     connector, features = make(config), make_features(num_images=3)
     with torch.no_grad():
         tokens = connector(features)

@@ -33,14 +33,14 @@ GEOMETRIES = {
 
 
 def make_reference(config: EvaConfig) -> EvaReference:
-    """A reference tower whose every parameter is random, norms and biases included."""
+    """Return a reference tower in which every parameter is random, including norms and biases."""
     reference = EvaReference(tower_sizes(config))
     randomize(reference)
     return reference
 
 
 def make_tower(config: EvaConfig, *, dtype: torch.dtype = torch.float32) -> EvaTower:
-    """A tower with the weights of `make_reference`."""
+    """Return a tower with the weights of `make_reference`."""
     tower = EvaTower(config, dtype=dtype)
     ours = from_hf(eva_table(config), dict(make_reference(config).named_parameters()))
     tower.load_state_dict({name.removeprefix("vision."): tensor for name, tensor in ours.items()}, strict=True)
@@ -54,8 +54,8 @@ def make_pixels(config: EvaConfig, *, num_images: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("config", GEOMETRIES.values(), ids=GEOMETRIES.keys())
 def test_same_tokens_as_the_reference(config: EvaConfig) -> None:
-    """fp32 and the same operations in another order, on tokens of about unit scale. Measured: at most 1.6e-5, of the post-norm towers,
-    whose norms scale up what a branch gives."""
+    """In fp32, the same operations in another order, on tokens of about unit scale. The largest difference measured is 1.6e-5, in post-norm
+    towers, whose norms scale up the branches' outputs."""
     pixels = make_pixels(config, num_images=2)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (config.mean, config.std))
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_images_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("config", [EVA_TINY, PLAIN])
 def test_no_image_is_no_tokens(config: EvaConfig) -> None:
-    """A frozen tower needs no blank image: without gradients no reduction waits for it."""
+    """A frozen tower needs no blank image: it has no gradients that a reduction would wait for."""
     assert make_tower(config)(make_pixels(config, num_images=0)).shape == (0, config.num_tokens, config.hidden_size)
 
 
@@ -99,7 +99,7 @@ def test_positions_are_turned_by_row_then_column() -> None:
 
 
 def test_no_graph_is_kept() -> None:
-    """Neither under no_grad nor where the tower is frozen; and no parameter has a gradient."""
+    """Neither under no_grad nor if the tower is frozen; and no parameter has a gradient."""
     tower, pixels = make_tower(EVA_TINY), make_pixels(EVA_TINY, num_images=2)
     assert tower(pixels).requires_grad, "otherwise this test says nothing"
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The bound on what the experts of one process receive."""
+"""The bound on the tokens that the experts of one process receive."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from megatron_mm.models import plain
 
 @pytest.mark.parametrize("number", [0, 1, 8, 11])
 def test_a_convolution_filled_up_is_the_same_convolution(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does with a number of images that is no multiple of eight."""
+    """On a GPU, a number of images that is not a multiple of eight is padded to one."""
     torch.manual_seed(0)
     layer = plain.ImageConvolution(6, 6, 3, padding=1, groups=6).double()
     images = torch.randn(number, 6, 5, 5, dtype=torch.double, requires_grad=True)

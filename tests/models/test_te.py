@@ -1,7 +1,7 @@
-"""The Transformer Engine backend is the torch backend by other means: same names, same initial weights, same losses, same checkpoints.
+"""The Transformer Engine backend is equivalent to the torch backend: same names, initial weights, losses and checkpoints.
 
-What runs here is Transformer Engine's own Python over kernels written in PyTorch (`support.te`); what its kernels compute is checked on a
-GPU by `make gpu-check`.
+These tests run Transformer Engine's own Python layers with kernels written in PyTorch (`support.te`); `make gpu-check` tests the real
+kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ MODELS = [
     ("mm1", "experts"),
     *(pytest.param(name, "fp32", marks=pytest.mark.slow) for name in ("infimm", "mono_internvl")),
 ]
-"""Families and what te_program calls their variants."""
+"""Families, with te_program's names of their variants."""
 
 
 @functools.cache
 def found(family: str) -> dict[str, Any]:
-    """What te_program prints of a family; run once."""
+    """Run te_program for a family (once); return its output."""
     return json.loads(program("te_program.py", family)[-1])
 
 
@@ -61,7 +61,7 @@ def test_checkpoints_name_everything_alike(family: str, model: str) -> None:
 
 @pytest.mark.parametrize(("family", "model"), MODELS)
 def test_losses_are_the_same(family: str, model: str) -> None:
-    """From the same initial weights; 1e-6 is what fp32 sums in another order leave after four steps."""
+    """From the same initial weights; fp32 sums in another order account for 1e-6 after four steps."""
     runs = found(family)[model]
     assert runs["te"]["losses"] == pytest.approx(runs["torch"]["losses"], rel=1e-6)
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_of_one_backend_goes_on_with_the_other(family: str, model: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_the_same(family: str) -> None:
-    """With no image, one and several, gates open: in fp32 to the order of sums, in bf16 as near to that as plain PyTorch's bf16."""
+    """With no image, one and several, gates open: in fp32 up to the order of sums, in bf16 as close as plain PyTorch's bf16."""
     passes = found(family)["passes"]
     images = passes.pop("images")
     assert images[0] == 0 and max(images) > 2 and 1 in images
@@ -86,8 +86,8 @@ def test_logits_and_gradients_are_the_same(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp8_rounds_and_no_more(family: str) -> None:
-    """Logits within 3% of fp32's; losses of four steps near bf16's, and the same to the last digit where layers are computed again. A copy
-    of the weights from an earlier step would show: each step's batch is evaluated first, and must then have the same loss."""
+    """Logits are within 3% of fp32's; losses of four steps are close to bf16's, and bit-identical if layers are recomputed. A stale copy of
+    the weights would be noticed: each step's batch is evaluated first, and must have the same loss in training."""
     bf16, fp8 = (found(family)["passes"][f"te {precision}"] for precision in ("bf16", "fp8"))
     assert max(bf16["logits"]) < 1e-2 and 1e-2 < max(fp8["logits"]) < 3e-2
     assert max(bf16["gradients"]) < max(fp8["gradients"]) < 0.25
@@ -99,7 +99,7 @@ def test_fp8_rounds_and_no_more(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_two_processes_are_those_of_one(family: str) -> None:
-    """Tensor and sequence parallelism on te against plain PyTorch uncut: the norm of every parameter's gradient."""
+    """Tensor and sequence parallelism on te against plain PyTorch on one process: the norm of every parameter's gradient."""
     norms = found(family)["cut"]
     cut = [name for name, (_, *here) in norms.items() if len(here) == 1]
     copies = [name for name, (_, *here) in norms.items() if len(here) == 2]
@@ -116,7 +116,7 @@ def test_gradients_of_two_processes_are_those_of_one(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_that_fp8_products_refuse_are_known(family: str) -> None:
-    """What the check before the start refuses would fail, and it names the size."""
+    """Sizes that the check before the start refuses would indeed fail, and its error names the size."""
     misfits = found(family)["misfits"]
     assert len(misfits) == {"mm1": 4, "infimm": 7, "mono_internvl": 4}[family]
     for name, (products, refusal) in misfits.items():
@@ -128,7 +128,7 @@ def test_sizes_that_fp8_products_refuse_are_known(family: str) -> None:
 
 
 def program(name: str, *arguments: str, timeout: float = 240) -> list[str]:
-    """Lines that a program of this folder prints, in a process of its own."""
+    """Run a program of this folder in a process of its own; return the lines that it prints."""
     if python_of_transformer_engine() is None:
         pytest.skip("no transformer-engine here: see `make test-te`")
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
@@ -157,7 +157,7 @@ def test_stages_of_every_recipe_at_full_size(precision: str) -> None:
 
 @pytest.mark.slow
 def test_forward_passes_stay_on_the_gpu() -> None:
-    """Every family in bf16 and FP8 on tensors that say they are on a GPU: all weights and buffers, and no operation that mixes devices."""
+    """Every family in bf16 and FP8 on fake GPU tensors: all weights and buffers are on the GPU, and no operation mixes devices."""
     seen = json.loads(program("te_fake_cuda.py")[-1])
     refused = seen.pop("mixed devices")
     assert "cuda:0" in refused and "cpu" in refused
@@ -167,7 +167,7 @@ def test_forward_passes_stay_on_the_gpu() -> None:
 
 
 def test_what_was_written_down_of_the_extension_is_what_a_compiled_one_has() -> None:
-    """Where one is installed: the same functions, the same parameters where it names them and as many where not, the same enumerations."""
+    """If one is installed, it has the same functions, parameters (as many, if it does not name them) and enumerations."""
     lines = program("te_interface.py")
     if lines == ["not compiled"]:
         pytest.skip("Transformer Engine is here without its extension")
@@ -219,7 +219,7 @@ def test_what_a_backend_cannot_do_is_refused(layers: str, precision: str, on_gpu
 def test_a_gpu_without_packed_attention_takes_torch_and_says_so(
     with_flash_attn: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An A100: cuDNN has no such kernel for it, flash-attn has."""
+    """On an A100, cuDNN has no such kernel, but flash-attn does."""
     here = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: (SimpleNamespace() if with_flash_attn else None) if name == "flash_attn" else here(name)

@@ -1,4 +1,4 @@
-"""Options of Transformer Engine's layers, FP8 and Adam, one at a time, on its own Python over kernels in PyTorch (`te_options.py`)."""
+"""Options of Transformer Engine's layers, FP8 and Adam, one at a time, on its own Python layers with PyTorch kernels (`te_options.py`)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_recompute_of_a_part_changes_nothing_in_fp8(part: str) -> None:
     [("fp8", "Float8CurrentScalingQuantizer"), ("delayed", "Float8Quantizer"), ("blockwise", "Float8BlockQuantizer")],
 )
 def test_fp8_takes_the_scales_that_are_asked_for(recipe: str, quantizer: str) -> None:
-    """And its losses are near those of bf16."""
+    """Its losses are close to those of bf16."""
     assert found()[recipe]["quantizers"] == [quantizer]
     assert found()[recipe]["losses"] == pytest.approx(found()["plain"]["losses"][:3], rel=1e-3)
     assert found()[recipe]["losses"] != found()["plain"]["losses"][:3]
@@ -43,7 +43,7 @@ def test_fp8_takes_the_scales_that_are_asked_for(recipe: str, quantizer: str) ->
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
 def test_weights_that_are_fp8_themselves_change_nothing(recipe: str) -> None:
-    """bf16 weights are rounded to the same ones in each step. A resume begins with the master weights, whichever kind was saved."""
+    """In each step, bf16 weights are rounded to the same FP8 values. A resume starts from the master weights, whichever kind was saved."""
     losses = found()["fp8 weights"][recipe]
     assert losses["fp8"] == losses["bf16"] and losses["bf16 from fp8"] == losses["bf16"][2:]
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_goes_on_with_moments_of_the_other_format() -> None:
 
 
 def test_the_routers_kernel_runs() -> None:
-    """(What it computes is held to plain PyTorch's by `test_te.test_losses_are_the_same`.)"""
+    """`test_te.test_losses_are_the_same` compares its results with plain PyTorch's."""
     calls = found()["plain"]["calls"]
     assert calls["fused_topk_with_score_function_fwd"] > 0 and calls["fused_topk_with_score_function_bwd"] > 0
 
@@ -86,7 +86,7 @@ def test_attention_that_drops_nothing_leaves_generators_alone() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_layers_exchange_through_user_buffers_of_one_size(precision: str) -> None:
-    """All products of both decoder layers, and none of the tower's, which is not cut; what kernels do with the buffers needs a GPU."""
+    """All products of both decoder layers use them, and none of the tower, which is not split; the kernels' use of them needs a GPU."""
     seen = found()["user buffers"][precision]
     layers = {f"module.language.decoder.layers.{layer}.{name}" for layer in (0, 1) for name in PRODUCTS}
     assert set(seen["layers"]) == layers and set(seen["layers"].values()) == {"qkv", "proj", "fc1", "fc2"}

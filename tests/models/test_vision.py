@@ -1,4 +1,4 @@
-"""The image tower against transformers' CLIP, and that it is trainable as a part of the stack."""
+"""The image tower equals transformers' CLIP, and all of its parameters are trained."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -42,7 +42,7 @@ def make_tower(config: VisionConfig, *, dtype: torch.dtype = torch.float32, reco
 
 
 def make_clip(config: VisionConfig) -> CLIPVisionModel:
-    """A CLIP tower whose every parameter is random: transformers starts norms and biases at ones and zeros."""
+    """Return a CLIP tower in which every parameter is random: transformers initialises norms and biases to ones and zeros."""
     clip = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=config.hidden_size,
@@ -74,7 +74,7 @@ def make_pixels(config: VisionConfig, *, num_images: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("config", GEOMETRIES.values(), ids=GEOMETRIES.keys())
 def test_same_features_as_clip(config: VisionConfig) -> None:
-    """fp32 and the same operations in another order: 1e-5 of features that have unit scale after the final LayerNorm."""
+    """In fp32, the same operations in another order: 1e-5 on features of unit scale (after the final LayerNorm)."""
     tower, clip = make_tower(config), make_clip(config)
     load(tower, clip)
     pixels = make_pixels(config, num_images=2)
@@ -96,7 +96,7 @@ def test_images_do_not_see_each_other() -> None:
 
 
 def test_every_parameter_learns() -> None:
-    """The class token is dropped at the end, and must all the same have a gradient from the attention to it."""
+    """The class token is dropped at the end, but must still have a gradient from attention to it."""
     tower = make_tower(VIT_TINY)
     load(tower, make_clip(VIT_TINY))
     (tower(make_pixels(VIT_TINY, num_images=2)) * torch.randn(64, 64)).sum().backward()

@@ -1,4 +1,4 @@
-"""The doctor reports what is there, never fails on what is not, and says what is used instead."""
+"""The doctor reports what is installed, never fails on missing parts, and names what is used instead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_mm.run.doctor import Finding, diagnose, report
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose packages are found before all others, those that are loaded included, and forgotten at the end."""
+    """A folder whose packages take precedence over all others, even loaded ones, and are unloaded at the end."""
     monkeypatch.syspath_prepend(tmp_path)
     loaded = {name: module for name, module in sys.modules.items() if _is_stood_in_for(name)}
     for name in loaded:

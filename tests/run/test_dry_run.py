@@ -1,4 +1,4 @@
-"""A dry run tells what a run would be: what each stage holds, what of it is trainable, and what would not run."""
+"""A dry run describes a run: the parameters of each stage, which of them are trainable, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def changed(experiment: Experiment, **parts: dict[str, Any]) -> Experiment:
 
 
 def test_only_the_bridge_of_infimm_is_trainable_in_pretraining() -> None:
-    """Half of 16 gated blocks' matrices on a process of tensor 2, their norms and gates and the resampler whole."""
+    """With tensor 2 a process holds half of the matrices of 16 gated blocks, and all of their norms, gates and the resampler."""
     (stage,) = stage_parameters(changed(get_recipe("infimm_zephyr_7b_pt"), parallel={"tensor": 2}))
     width, tower, inner = 4096, 1024, 512
     block = (2 * width * inner + 2 * inner * tower + 8 * width * width) // 2 + 4 * width + 2
@@ -38,7 +38,7 @@ def test_visual_experts_and_in_the_end_attention_are_trainable_in_mono_internvl(
 
 
 def test_a_stage_may_have_nothing_or_all_trainable() -> None:
-    """Of debug_infimm's four layers on four stages the second and the fourth have a gated block."""
+    """On four stages of one layer each, debug_infimm has a gated block on the second and the fourth."""
     four = changed(get_recipe("debug_infimm"), parallel={"pipeline": 4})
     bridge = list(stage_table(changed(four, train={"freeze_policy": "pt"})))
     assert "the trainable ones under freeze policy pt" in bridge[0]

@@ -1,4 +1,4 @@
-"""One run directory, one run: held against real other processes, and taken over from those that are gone."""
+"""Only one run may use a run directory: its lock refuses real other processes, and is taken over from dead ones."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_holder_on_another_machine_is_believed_while_it_beats(tmp_path: Path, 
 
 @pytest.mark.parametrize("jump", [-86400.0, 86400.0], ids=["a day back", "a day ahead"])
 def test_a_file_system_whose_clock_jumps_fools_nobody(tmp_path: Path, holding: list[Holding], jump: float) -> None:
-    """A holder elsewhere that lives is believed, and one that is gone is not waited for until its last beat is in the past."""
+    """A live holder on another machine is respected; a dead one is not waited for until its last beat is in the past."""
     holding.append(Holding(tmp_path, "elsewhere"))
     now = time.time() + jump
     os.utime(tmp_path / LOCK_FILE, (now, now))
@@ -126,7 +126,7 @@ def test_the_next_attempt_of_the_same_job_takes_over_at_once(
 
 
 def test_two_torchruns_of_one_name_are_two_runs(tmp_path: Path, holding: list[Holding], monkeypatch: pytest.MonkeyPatch) -> None:
-    """--rdzv-id is the user's, and a script that is started twice gives it twice."""
+    """Users choose --rdzv-id, and a script that is started twice passes the same one twice."""
     holding.append(Holding(tmp_path, "elsewhere", TORCHELASTIC_RUN_ID="mine", TORCHELASTIC_RESTART_COUNT="0"))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     with pytest.raises(ValueError, match=r"is in use by process \d+ on node7"):
@@ -171,7 +171,7 @@ def test_of_several_runs_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> N
 
 
 def _clock_jumps(data: Path, run_dir: Path) -> int:
-    """A day ahead after step 2 on the second process alone, then two days back; the watchdog has eight seconds."""
+    """Train with the second process's clock a day ahead from step 2, then all clocks two days back; the watchdog allows eight seconds."""
     true, ahead = time.time, [0.0]
     time.time = lambda: true() + ahead[0]  # type: ignore[assignment]
     one_step = Trainer._one_step
@@ -188,7 +188,7 @@ def _clock_jumps(data: Path, run_dir: Path) -> int:
 
 @pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(demo_data: Path, tmp_path: Path) -> None:
-    """The clock of the machine is everybody's, so what reads it is replaced."""
+    """The test replaces `time.time`, since all programs share the machine's clock."""
     assert run_processes(_clock_jumps, 2, demo_data, tmp_path) == [8, 8]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 9)) and all(0 < line["seconds"] < 100 for line in lines)

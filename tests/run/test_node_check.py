@@ -1,4 +1,4 @@
-"""A node that is unfit is told from one that is fit."""
+"""The node check distinguishes unfit nodes from fit ones."""
 
 from __future__ import annotations
 

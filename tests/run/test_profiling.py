@@ -20,7 +20,7 @@ from megatron_mm.training.trainer import Trainer
 
 
 def train(data: Path, run_dir: Path, steps: str | None, ranks: tuple[int, ...], parallel: dict[str, Any], batch: int) -> dict[int, int]:
-    """Train 4 steps; how many hooks and named timers there were after each."""
+    """Train 4 steps; return the number of hooks and named timers after each."""
     experiment = small_run(data, parallel=parallel, steps=4, schedule_steps=20, global_batch_size=batch)
     seen: dict[int, int] = {}
     one_step = Trainer._one_step
@@ -42,7 +42,7 @@ def train(data: Path, run_dir: Path, steps: str | None, ranks: tuple[int, ...], 
 
 
 def ranges(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """(begin, end) of the named ranges of a trace."""
+    """Return (begin, end) of each named range of a trace."""
     trace = json.loads(gzip.decompress(path.read_bytes()))
     found: dict[str, list[tuple[float, float]]] = {}
     for event in trace["traceEvents"]:

@@ -1,4 +1,4 @@
-"""Numbers that went wrong: a run ends or goes back as it was told to, leaves out the data, and a resume sees the same."""
+"""After bad numbers a run ends or rolls back, as configured, and skips the data; a resumed run sees the same batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_mm.training.checkpoint import completed_checkpoints
 from megatron_mm.training.step import StepResult, TrainingStep
 
 BAD = 5
-"""The global batch, counted from 1, whose data is bad."""
+"""Number of the global batch with bad data, from 1."""
 
 
 def _digest(batch: PackedBatch) -> int:
@@ -30,7 +30,7 @@ def _digest(batch: PackedBatch) -> int:
 
 
 def _batches(data: Path, run_dir: Path, steps: int) -> list[list[int]]:
-    """What tells the micro-batches of this process from others, for each step."""
+    """Train; return a digest of each micro-batch of this process, for each step."""
     run, found = TrainingStep.run, []
 
     def noting(self: TrainingStep, micro_batches: list[PackedBatch], **others: Any) -> StepResult:
@@ -43,7 +43,7 @@ def _batches(data: Path, run_dir: Path, steps: int) -> list[list[int]]:
 
 
 def _train(data: Path, run_dir: Path, kind: str, bad: set[int], steps: int) -> None:
-    """A run whose loss is ten times what it should be ("spike"), or not a number ("nan"), whichever step sees one of the bad batches."""
+    """Train with a loss that is ten times too large ("spike") or not a number ("nan") in every step that sees a bad batch."""
     run, fault_hooks.LEAST_STEPS = TrainingStep.run, 3
 
     def poisoned(self: TrainingStep, micro_batches: list[PackedBatch], *, step: int, **others: Any) -> StepResult:
@@ -70,7 +70,7 @@ def _losses(run_dir: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def batches(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[set[int]]:
-    """The micro-batches of each global batch."""
+    """Digests of the micro-batches of each global batch."""
     found = run_processes(_batches, 2, demo_data, tmp_path_factory.mktemp("clean"), 7)
     return [set().union(*of_step) for of_step in zip(*found, strict=True)]
 

@@ -1,4 +1,4 @@
-"""A process that the others wait for is found, and the phase in which it is slow."""
+"""A process that others wait for is found, with the phase in which it is slow."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ INTERVAL = 4
 SLEEP = 0.6
 
 Delays = list[tuple[str, int, range]]
-"""(phase, rank, steps): where the process of this rank sleeps."""
+"""(phase, rank, steps): the process of this rank sleeps in this phase of these steps."""
 
 
 def train(data: Path, run_dir: Path, parallel: dict[str, Any], steps: int, delays: Delays) -> list[float]:
-    """Train with delays; the part of each step that its phases do not cover, at most."""
+    """Train with delays; return the relative difference between each step's time and the sum of its phases."""
     mine = [(phase, steps) for phase, rank, steps in delays if rank == int(os.environ["RANK"])]
     now, missed = [0], []
 
@@ -63,7 +63,7 @@ def train(data: Path, run_dir: Path, parallel: dict[str, Any], steps: int, delay
 
 
 def found(run_dir: Path) -> dict[int, tuple[int, str]]:
-    """The rank that exceeds its peers most and the phase in which it does, by the step at which a window was looked at."""
+    """Return the rank that exceeds its peers most, and the phase, by the last step of each window."""
     lines = [json.loads(line) for line in (run_dir / "phases.jsonl").read_text().splitlines()]
     return {line["step"]: (line["greatest"]["rank"], line["greatest"]["phase"]) for line in lines}
 
@@ -89,7 +89,7 @@ def test_a_delay_in_the_loader_of_one_process_and_in_the_forward_pass_of_another
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_delay_within_a_tensor_parallel_group_is_found(demo_data: Path, tmp_path: Path, world_size: int) -> None:
-    """All of the group wait in every layer: what tells them apart is how long."""
+    """All members of the group wait in every layer; they differ in how long they wait."""
     last = world_size - 1
     delays: Delays = [("data", 1, range(4, 8)), ("forward", last, range(8, 12)), ("forward", last - 1, range(12, 16))]
     run_processes(train, world_size, demo_data, tmp_path, {"tensor": 2}, 17, delays)
@@ -109,8 +109,8 @@ def test_a_stage_of_one_process_is_compared_with_its_earlier_windows(demo_data: 
     ("windows", "expected"),
     [
         ([(1, 0.4), (1, 0.5), (1, 0.3)], [False, False, True]),
-        ([(1, 0.4), (0, 0.5), (1, 0.4), (1, 0.3)], [False] * 4),  # now this one, now that one
-        ([(1, 0.4), (1, 0.05), (1, 0.4), (1, 0.3)], [False] * 4),  # too little to matter in between
+        ([(1, 0.4), (0, 0.5), (1, 0.4), (1, 0.3)], [False] * 4),  # different processes in turn
+        ([(1, 0.4), (1, 0.05), (1, 0.4), (1, 0.3)], [False] * 4),  # one excess in between is too small
         ([(2, 0.3)] * 5, [False, False, True, True, True]),
     ],
 )

@@ -1,4 +1,4 @@
-"""A process that hangs or dies is found, named, and all end, under the real torchrun with four processes."""
+"""A process that hangs or dies is detected and named, and all processes end; under the real torchrun with four processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_mm.run.incident import Here, Standing, report
 from megatron_mm.training.checkpoint import completed_checkpoints
 
 TIMEOUT = 400
-"""Seconds for each start; about 40 on two idle cores."""
+"""Time limit of each start, in seconds; it takes about 40 on two idle cores."""
 
 pytestmark = pytest.mark.timeout(2 * TIMEOUT + 60)
 OPTIONS = {
@@ -41,7 +41,7 @@ class Ended:
     code: int
     log: str
     seconds: float
-    """From the fault to the end."""
+    """Seconds from the fault to the end."""
 
     @property
     def said(self) -> list[str]:
@@ -49,7 +49,7 @@ class Ended:
 
 
 def train(data: Path, run_dir: Path, fault: str, *, steps: int, restarts: int = 0, watchdog: float = 8) -> Ended:
-    """Run torchrun to its end, without a process left."""
+    """Run torchrun to its end and kill all remaining processes."""
     options = {**OPTIONS, "--run-dir": run_dir, "--data.path": data, "--train.steps": steps, "--train.watchdog": watchdog}
     command = ["-m", "megatron_mm", "train", "debug_mm1", *(str(word) for option in options.items() for word in option)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "--max-restarts", str(restarts)]
@@ -79,7 +79,7 @@ def train(data: Path, run_dir: Path, fault: str, *, steps: int, restarts: int = 
 
 
 def _workers(run_dir: Path) -> list[int]:
-    """Processes that a run has started and that live still."""
+    """Return the pids of a run's processes that are still alive."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
