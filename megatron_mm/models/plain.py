@@ -12,7 +12,7 @@ _IMAGES_TOGETHER = 8
 
 def linear(input_size: int, output_size: int, *, bias: bool = True, dtype: torch.dtype) -> nn.Linear:
     """Return a linear layer whose weights are marked with the initial scale 1 / sqrt(fan-in)."""
-    device = torch.get_default_device()  # skip_init knows nothing of `with torch.device(...)`
+    device = torch.get_default_device()  # skip_init ignores `with torch.device(...)`
     layer = nn.utils.skip_init(nn.Linear, input_size, output_size, bias=bias, dtype=dtype, device=device)
     layer.weight.init_std = input_size**-0.5
     return layer

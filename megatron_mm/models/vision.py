@@ -95,7 +95,7 @@ class VisionTower(torch.nn.Module):
         self.config = config
         width, dtype = config.hidden_size, transformer_config.params_dtype
         patch = config.patch_size
-        device = torch.get_default_device()  # skip_init knows nothing of `with torch.device(...)`
+        device = torch.get_default_device()  # skip_init ignores `with torch.device(...)`
         self.patch_embedding = torch.nn.utils.skip_init(
             ImageConvolution, 3, width, patch, stride=patch, bias=False, dtype=dtype, device=device
         )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class MM1Family(Family[MM1Config]):
-    """CLIP tower -> connector -> image tokens inside the decoder's sequence. Pre-training and fine-tuning train everything."""
+    """CLIP tower -> connector -> image tokens in the decoder's sequence. Everything is trainable in pre-training and fine-tuning."""
 
     config = MM1Config
     plain_layers = True

@@ -24,7 +24,7 @@ _SHARED_CODE = ("square_images.py", "image_prompts.py", "image_tokens.py")
 
 
 def check_mm1_export(model: MM1Config) -> None:
-    """Raise ValueError for a connector or a decoder variant that modeling_mm1.py cannot compute."""
+    """Raise ValueError for a connector or a decoder variant that modeling_mm1.py does not support."""
     if model.connector.kind not in _EXPORTED_CONNECTORS:
         raise ValueError(
             f"exported MM1 models have code for the connectors {', '.join(_EXPORTED_CONNECTORS)}, but not for "
@@ -36,7 +36,7 @@ def check_mm1_export(model: MM1Config) -> None:
 def write_mm1_files(
     model: MM1Config, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None = None
 ) -> None:
-    """Configuration, tokenizer, processor and code: see `Family.write_files`."""
+    """Write configuration, tokenizer, processor and code: see `Family.write_files`."""
     names = ("<pad>", "<image>")
     rows = vocab_rows or model.decoder.vocab_size
     ids = open_run_tokenizer(tokenizer, special=names, rows=rows)
@@ -55,12 +55,12 @@ def write_mm1_files(
         "config.json": config,
         "generation_config.json": generation_config(
             ids, never=(ids.bos_id, ids.pad_id, ids.image_id), rows=rows
-        ),  # an image token alone means nothing
+        ),  # generated text must not contain image tokens
         "preprocessor_config.json": _image_processor_config(model, to_rgb=experiment.data.to_rgb),
         "processor_config.json": {
             "processor_class": "MM1Processor",
             "auto_map": {"AutoProcessor": "processing_mm1.MM1Processor"},
-            "tokens_per_image": model.connector.num_tokens,  # of one square
+            "tokens_per_image": model.connector.num_tokens,  # tokens of one square
         },
     }
     for name, document in documents.items():
@@ -82,13 +82,13 @@ def _image_processor_config(model: MM1Config, *, to_rgb: str) -> dict[str, Any]:
 
 
 def hf_config(config: MM1Config, *, dtype: str, ids: Tokenizer, sequence_length: int, vocab_rows: int | None = None) -> dict[str, Any]:
-    """config.json of an exported MM1.
+    """Return config.json of an exported MM1.
 
     Args:
-        dtype: of the weights, by torch's name.
+        dtype: type of the weights, by torch's name.
         ids: the tokenizer, for the ids of special tokens.
         sequence_length: tokens of a training sequence.
-        vocab_rows: rows of the vocabulary that are written; None writes all.
+        vocab_rows: number of vocabulary rows to write; None writes all.
     """
     decoder, vision = config.decoder, config.vision
     return {
@@ -119,7 +119,7 @@ def hf_config(config: MM1Config, *, dtype: str, ids: Tokenizer, sequence_length:
 
 
 def _experts_config(decoder: DecoderConfig) -> dict[str, Any]:
-    """What a sparse decoder's `text_config` has besides a Llama's."""
+    """Return the fields that a sparse decoder's `text_config` has in addition to a Llama's."""
     if decoder.moe is None:
         return {}
     return {
@@ -145,11 +145,12 @@ CONFIG_FIELDS = (
     *nested("text_config", (field for field in DECODER_FIELDS if field.path != _TIED), ours="decoder"),
     *nested("text_config", EXPERT_FIELDS, ours="decoder"),
 )
-"""What becomes of each field of an exported MM1's config.json."""
+"""How each field of an exported MM1's config.json is read."""
 
 
 def mm1_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of an exported MM1 -> fields of an MM1Config, with dots. Raises ValueError for a model that ours is not."""
+    """Convert config.json of an exported MM1 to fields of an MM1Config (dotted names). Raises ValueError if our model does not support a
+    setting."""
     text, _ = part_of(document, "text_config"), part_of(document, "vision_config")
     found = read_fields(document, CONFIG_FIELDS, also=explained_fields(text, part="text_config."))
     return {**found, **under("decoder", decoder_values(text))}

@@ -25,7 +25,7 @@ STEPS = 10_000
 
 
 def _fine_tuning(pretrained: Experiment, *, parallel: ParallelConfig, micro_batch_size: int) -> Experiment:
-    """The fine-tuning of a pre-trained model."""
+    """Return the fine-tuning experiment of a pre-trained model."""
     assert isinstance(pretrained.model, MM1Config)
     return replace(
         pretrained,

@@ -8,7 +8,7 @@ from megatron_mm.models.connectors import count_connector
 
 
 def mm1_flops(model: MM1Config, trainable: Trainable, work: StepWork) -> float:
-    """Image tower, connector and decoder."""
+    """Return the FLOPs of image tower, connector and decoder."""
     images = FlopCount(trainable)
     count_vision(images, model.vision, num_images=work.num_images)
     count_connector(images, model.connector, vision=model.vision, output_size=model.decoder.hidden_size, num_images=work.num_images)

@@ -36,14 +36,14 @@ class MM1Model(Chunk):
         cache: CacheStep | None = None,
         as_plan: bool = False,
     ) -> torch.Tensor:
-        """Hidden states for the next stage, or on the last stage the result.
+        """Compute hidden states for the next stage, or on the last stage the result.
 
         Args:
-            batch: the micro-batch, its tensors on this process's device (`image_starts`, `image_owners` on the CPU).
-            pipeline_rows: unused: hidden states are all that travels.
+            batch: the micro-batch, with tensors on this process's device (`image_starts`, `image_owners` on the CPU).
+            pipeline_rows: unused, since only hidden states are sent.
             encoded: see `Chunk.image_features`.
-            with_loss: the last stage returns losses, or else logits.
-            cache: where documents are continued, in generation.
+            with_loss: the last stage returns losses, otherwise logits.
+            cache: in generation, the step that continues the documents.
             as_plan: see `Chunk.decode`.
 
         Returns:
@@ -59,7 +59,7 @@ class MM1Model(Chunk):
 
 
 class MM1Encoder(ImageEncoder):
-    """Tower -> connector."""
+    """The tower followed by the connector."""
 
     def __init__(self, config: MM1Config, context: ChunkContext) -> None:
         tower = VisionTower(

@@ -14,10 +14,10 @@ from megatron_mm.models.connectors import build_connector, connector_of
 
 
 def mm1_table(config: MM1Config, *, vocab_rows: int | None = None) -> list[Entry]:
-    """Every parameter of an MM1.
+    """Return the mapping of every parameter of an MM1.
 
     Args:
-        vocab_rows: rows of the vocabulary that are written; None writes all.
+        vocab_rows: number of vocabulary rows to write; None writes all.
     """
     return [
         *clip_table(config.vision, prefix="vision."),
@@ -27,7 +27,7 @@ def mm1_table(config: MM1Config, *, vocab_rows: int | None = None) -> list[Entry
 
 
 def _connector_table(config: MM1Config) -> list[Entry]:
-    """Connectors have the same names on both sides."""
+    """Return the mapping of the connector, whose names are the same on both sides."""
     with torch.device("meta"):
         connector = build_connector(config.connector, vision=config.vision, output_size=config.decoder.hidden_size, dtype=torch.float32)
     entry = connector_of(config.connector).entry

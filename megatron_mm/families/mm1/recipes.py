@@ -60,7 +60,7 @@ def _pretraining(
     parallel: ParallelConfig,
     micro_batch_size: int,
 ) -> Experiment:
-    """The settings that all MM1 pre-training runs share."""
+    """Return an experiment with the settings that all MM1 pre-training runs share."""
     peak_lr = peak_learning_rate(non_embedding_parameters(decoder))
     return Experiment(
         recipe=recipe,
@@ -123,10 +123,10 @@ def mm1_30b() -> Experiment:
     )
 
 
-# -- Mixture of experts (section 3.4, "scaling via MoE"). Published: experts and which layers are sparse, top-2, load-balance loss
-# 0.01, router z-loss 0.001, everything else as the dense backbone, its learning rate included. Ours: experts have no capacity (the paper's
-# lineage uses a factor; --model.decoder.moe.capacity-factor 2.0 is that), so that nothing is dropped until one process would receive 8
-# equal shares of tokens, for which there would be no memory; the layouts.
+# -- Mixture of experts (section 3.4, "scaling via MoE"). Published: number of experts and which layers are sparse, top-2, load-balance loss
+# 0.01, router z-loss 0.001, everything else as in the dense backbone, including its learning rate. Ours: the layouts, and no capacity limit
+# per expert (the work that the paper builds on uses a factor; --model.decoder.moe.capacity-factor 2.0 sets it). Tokens are dropped only if
+# one process would receive more than 8 equal shares of them, for which it would not have the memory.
 
 
 def _sparse(dense: Experiment, recipe: str, *, moe: MoEConfig, parallel: ParallelConfig) -> Experiment:

@@ -21,15 +21,15 @@ class PatchEmbeddingConfig:
     """How Mono-InternVL turns pixels into decoder tokens: patches with learned positions, squares of patches concatenated, and an MLP."""
 
     image_size: int
-    """Side of a tile, pixels."""
+    """Side of a tile, in pixels."""
     patch_size: int
-    """Side of a patch, pixels."""
+    """Side of a patch, in pixels."""
     hidden_size: int
     """Width of a patch's embedding."""
     unshuffle: int = 2
     """Patches along the side of the square that becomes one token."""
     position_grid: int = 32
-    """Side of the learned grid of positions, patches; interpolated if a tile has another number of patches."""
+    """Side of the grid of learned positions, in patches; interpolated if a tile has another number of patches."""
     norm_epsilon: float = 1e-5
     """Added to the variance inside the MLP's LayerNorm."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -58,7 +58,7 @@ class PatchEmbeddingConfig:
 
 @dataclass(frozen=True)
 class MonoInternVLConfig(ModelConfig):
-    """Mono-InternVL (arXiv 2410.08202): one decoder with a visual expert beside the MLP of every layer, and no image tower."""
+    """Mono-InternVL (arXiv 2410.08202): one decoder with a visual expert in addition to the MLP of every layer, and no image tower."""
 
     family: ClassVar[str] = "mono_internvl"
     patches: PatchEmbeddingConfig
@@ -68,7 +68,7 @@ class MonoInternVLConfig(ModelConfig):
 
 
 def image_input(config: MonoInternVLConfig) -> ImageInput:
-    """A tile takes one token per square of patches; there is a token before the image and one after it."""
+    """Return how images enter the model: a tile takes one token per square of patches; one token precedes the image and one follows it."""
     return ImageInput(
         size=config.patches.image_size,
         fill=fill_colour(config.patches.mean),

@@ -23,7 +23,7 @@ _ATTENTION = r"language\.decoder\.layers\.\d+\.self_attention\.linear_(qkv|proj)
 
 
 class MonoInternVLFamily(Family[MonoInternVLConfig]):
-    """One decoder that sees patches, with a visual expert beside the text's feed-forward in every layer."""
+    """One decoder that takes patches directly, with a visual expert in addition to the text feed-forward network in every layer."""
 
     config = MonoInternVLConfig
     recipes = recipes.RECIPES
@@ -34,7 +34,7 @@ class MonoInternVLFamily(Family[MonoInternVLConfig]):
         "s1_3": (*_VISUAL, _ATTENTION),
         "s2": (r"patches\.(?!class_embedding)", r"projector\.", r"language\."),
     }
-    """The stages of endogenous visual pre-training (table 1) and instruction tuning. The class embedding takes no part in anything."""
+    """The stages of endogenous visual pre-training (table 1) and instruction tuning. The class embedding is unused, so it stays frozen."""
     parts = {  # noqa: RUF012
         "experts": r"language\..*\.mlp\.visual\.",
         "decoder": r"language\.",

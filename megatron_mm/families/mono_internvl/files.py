@@ -24,7 +24,7 @@ from megatron_mm.hf.tokenizer import export_tokenizer, generation_config, open_r
 def write_mono_internvl_files(
     model: MonoInternVLConfig, out: Path, *, experiment: Experiment, tokenizer: Path, dtype: str, vocab_rows: int | None = None
 ) -> None:
-    """Configuration, tokenizer and image settings: see `Family.write_files`."""
+    """Write configuration, tokenizer, processor and code: see `Family.write_files`."""
     rows, template = vocab_rows or model.decoder.vocab_size, experiment.data.chat_template
     ids = open_run_tokenizer(tokenizer, special=SPECIAL_TOKENS, rows=rows)
     config = mono_internvl_config(model, experiment, ids, dtype=dtype, vocab_rows=vocab_rows)
@@ -41,7 +41,7 @@ def write_mono_internvl_files(
         ids=ids,
         special=special,
         longest=length,
-        chat_template=exported_template(template),  # the processor writes an image's tiles in the place of <image>
+        chat_template=exported_template(template),  # the processor replaces <image> with the tokens of an image's tiles
         processor={"processor_class": "MonoInternVLProcessor", "auto_map": {"AutoProcessor": processor["AutoProcessor"]}},
     )
     stops = [ids.eos_id, *(ids.special_id(token) for token in reversed(chat_control_tokens(template)))]
@@ -59,7 +59,7 @@ _SHARED_CODE = ("square_images.py", "image_prompts.py", "image_tokens.py")
 
 
 def _image_config(model: MonoInternVLConfig, experiment: Experiment) -> dict[str, Any]:
-    """preprocessor_config.json of the processor that cuts tiles."""
+    """Return preprocessor_config.json of our processor, which splits images into tiles."""
     return {
         "image_processor_type": "MonoInternVLImageProcessor",
         "size": {"height": model.patches.image_size, "width": model.patches.image_size},
@@ -72,7 +72,7 @@ def _image_config(model: MonoInternVLConfig, experiment: Experiment) -> dict[str
 
 
 def _write_authors_files(model: MonoInternVLConfig, out: Path, *, config: dict[str, Any]) -> None:
-    """What names the authors' classes, in the place of our files of the same name."""
+    """Write the files that refer to the authors' classes, to replace our files of the same name."""
     out.mkdir()
     write_document(out / "config.json", {**config, "auto_map": _AUTHORS_CLASSES})
     side = {"height": model.patches.image_size, "width": model.patches.image_size}
@@ -87,7 +87,7 @@ def _write_authors_files(model: MonoInternVLConfig, out: Path, *, config: dict[s
         "image_mean": list(model.patches.mean),
         "image_std": list(model.patches.std),
     }
-    write_document(out / "preprocessor_config.json", images)  # of one tile: `load_image` of the released quickstart cuts them
+    write_document(out / "preprocessor_config.json", images)  # for a single tile: `load_image` in the released quickstart splits images
 
 
 _AUTHORS_CLASSES = {
@@ -108,7 +108,7 @@ AUTHORS_FILES = (
 
 
 def card_notes() -> list[str]:
-    """How the model is loaded, for its README.md."""
+    """Return lines for the export's README.md on prompts and on use with the authors' code."""
     files = ", ".join(f"`{name}`" for name in AUTHORS_FILES)
     return [
         "",
@@ -123,7 +123,7 @@ def card_notes() -> list[str]:
 def mono_internvl_config(
     model: MonoInternVLConfig, experiment: Experiment, ids: Tokenizer, *, dtype: str, vocab_rows: int | None
 ) -> dict[str, Any]:
-    """config.json of a Mono-InternVL."""
+    """Return config.json of an exported Mono-InternVL."""
     decoder, patches = model.decoder, model.patches
     length = experiment.data.sequence_length
     return {
@@ -171,7 +171,7 @@ def mono_internvl_config(
 
 
 def _squares(downsample_ratio: float) -> int:
-    """Patches along a square's side."""
+    """Return the number of patches along a square's side."""
     return round(1 / downsample_ratio)
 
 
@@ -201,11 +201,12 @@ CONFIG_FIELDS = (
     ConfigField("vision_config.image_size", kind=int, note="with patch_size, gives the grid of positions"),
     ConfigField("vision_config.*", note="tower layers, which a patch embedding does not have"),
 )
-"""What becomes of each field of a released config.json."""
+"""How each field of a released config.json is read."""
 
 
 def mono_internvl_settings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a released Mono-InternVL -> fields of a MonoInternVLConfig. Raises ValueError for a model that ours is not."""
+    """Convert config.json of a released Mono-InternVL to fields of a MonoInternVLConfig. Raises ValueError if our model does not support a
+    setting."""
     vision, language = part_of(document, "vision_config"), part_of(document, "llm_config")
     document = {"force_image_size": vision["image_size"], **document}
     found = read_fields(document, CONFIG_FIELDS, also=explained_fields(language, part="llm_config."))

@@ -7,7 +7,7 @@ from megatron_mm.flops import FlopCount, StepWork, Trainable, count_attention, c
 
 
 def mono_internvl_flops(model: MonoInternVLConfig, trainable: Trainable, work: StepWork) -> float:
-    """Patches, projector and decoder. A token goes through one feed-forward network, text's or images'."""
+    """Return the FLOPs of patch embedding, projector and decoder. A token goes through one feed-forward network, for text or for images."""
     patches, decoder = model.patches, model.decoder
     visual = work.num_images * patches.num_tokens
     count = FlopCount(trainable)

@@ -45,12 +45,12 @@ from megatron_mm.platform.device import send
 
 @dataclass(frozen=True)
 class Rows:
-    """The tokens of one modality."""
+    """The rows of one modality's tokens in a micro-batch."""
 
     gather: torch.Tensor
-    """Rows to compute, [count] int64: the tokens in order, then, where kernels want a multiple of some number, copies of row 0."""
+    """Rows to compute, [at least count] int64: the tokens in order, then copies of row 0 if kernels need a multiple of some number."""
     count: int
-    """Tokens; what follows them is thrown away."""
+    """Number of tokens; results of later rows are dropped."""
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -59,18 +59,18 @@ class Rows:
 
 @dataclass
 class ModalityLayout(Layout):
-    """Which tokens are whose."""
+    """The rows of each modality's tokens, with the document bounds."""
 
     text: Rows | None = None
     visual: Rows | None = None
 
 
 def modality_layout(batch: PackedBatch, *, tokens_per_image: int, multiple: int) -> ModalityLayout:
-    """The layout of a micro-batch; see the module's worked example. Padding counts as text.
+    """Return the layout of a micro-batch; see the module's worked example. Padding counts as text.
 
     Args:
-        multiple: of which the layers want the tokens of each network: what FP8 products take on Transformer Engine's, none of which wants
-            no tokens, and 1 elsewhere.
+        multiple: pad the tokens of each network to a multiple of this number, and if it is more than 1, to at least one multiple. With
+            Transformer Engine it is the multiple that FP8 products need, otherwise 1.
     """
     visual = torch.zeros(batch.num_tokens, dtype=torch.bool)
     visual[(batch.image_starts[:, None] + torch.arange(tokens_per_image)).flatten()] = True
@@ -87,7 +87,7 @@ def modality_layout(batch: PackedBatch, *, tokens_per_image: int, multiple: int)
 
 
 def rows_of(mask: torch.Tensor, *, multiple: int, device: torch.device) -> Rows:
-    """The tokens that a mask [t] on the CPU says, filled up to a multiple of some number."""
+    """Return the rows of the tokens that a mask [t] on the CPU selects, padded to a multiple of a number."""
     rows = mask.nonzero().squeeze(1)
     wanted = -(-max(len(rows), multiple if multiple > 1 else 0) // multiple) * multiple
     padded = torch.cat([rows, torch.zeros(wanted - len(rows), dtype=torch.int64)])
@@ -100,7 +100,7 @@ class ModalityExperts(MegatronModule):
     def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config=config)
         self.tp_group = tp_group
-        # megatron-core's experts are linear layers that leave all communication to whoever holds them, as is wanted here.
+        # With is_expert, megatron-core's linear layers leave all communication to the enclosing module, as needed here.
         options = {"is_expert": True, "ffn_hidden_size": config.ffn_hidden_size, "tp_group": tp_group}
         self.text = MLP(config, submodules, **options)
         self.visual = MLP(config, submodules, **options)
@@ -118,7 +118,7 @@ class ModalityExperts(MegatronModule):
         return self._reduce(out_t1h)
 
     def _gather(self, hidden: torch.Tensor) -> torch.Tensor:
-        """All tokens, with gradients summed over the group, which holds a part of the networks each."""
+        """Return all tokens; the backward pass sums their gradients over the group, in which each process has a part of both networks."""
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
         return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
@@ -131,7 +131,7 @@ class ModalityExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """Both networks under their names, cut like dense ones."""
+        """Return the parameters of both networks under their names, sharded like those of a dense MLP."""
         return {
             name: entry
             for part in ("text", "visual")
@@ -151,13 +151,13 @@ class ModalityTransformerLayer(DecoderLayer):
     def forward(
         self, hidden_states: torch.Tensor, *, packed_seq_params: ModalityLayout, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[l, 1, h] -> the same, and megatron-core's context untouched."""
+        """[l, 1, h] -> [l, 1, h], and megatron-core's context, unchanged."""
         hidden_states, context = self._forward_attention(hidden_states, packed_seq_params=packed_seq_params, **kwargs)
         return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states), packed_seq_params), context
 
 
 def modality_layer_spec(backend: Backend) -> ModuleSpec:
-    """A decoder layer with text and visual experts, which the layer makes itself in the place of its MLP."""
+    """Return the spec of a decoder layer with text and visual experts, which the layer itself builds in place of its MLP."""
     layer, plain = decoder_layer_spec(backend, separate_norm=True), plain_submodules(backend)
     layer.submodules.mlp = IdentityOp
     params = {**layer.params, "experts": MLPSubmodules(linear_fc1=plain.column, linear_fc2=plain.row)}

@@ -32,7 +32,7 @@ class MonoInternVLModel(Chunk):
     def forward(
         self, batch: PackedBatch, *, pipeline_rows: int = 0, with_loss: bool = True, cache: CacheStep | None = None
     ) -> torch.Tensor:
-        """Hidden states for the next stage, or on the last stage the result; as `MM1Model.forward`."""
+        """Compute hidden states for the next stage, or on the last stage the result, as in `MM1Model.forward`."""
         decoder_input = None
         if self.pre_process and cache is not None and cache.cache.filled:
             decoder_input = self.embed_text(batch)

@@ -2,7 +2,7 @@
 
 vision_model      patch embedding
 mlp1              projector
-language_model    InternLM2, with feed_forward_ve beside feed_forward in every layer
+language_model    InternLM2, with feed_forward_ve in addition to feed_forward in every layer
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from megatron_mm.hf.mapping import Entry, Wrapped, both
 
 
 def mono_internvl_table(config: MonoInternVLConfig, *, vocab_rows: int | None = None) -> list[Entry]:
-    """Every parameter of a Mono-InternVL.
+    """Return the mapping of every parameter of a Mono-InternVL.
 
     Args:
-        vocab_rows: rows of the vocabulary that are written; None writes all.
+        vocab_rows: number of vocabulary rows to write; None writes all.
     """
     patches = "vision_model.embeddings."
     return [

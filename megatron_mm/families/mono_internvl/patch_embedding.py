@@ -34,7 +34,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.config = config
         width, patch = config.hidden_size, config.patch_size
-        device = torch.get_default_device()  # skip_init knows nothing of `with torch.device(...)`
+        device = torch.get_default_device()  # skip_init ignores `with torch.device(...)`
         self.projection = nn.utils.skip_init(ImageConvolution, 3, width, patch, stride=patch, dtype=dtype, device=device)
         self.projection.weight.init_std = (3 * patch**2) ** -0.5
         self.class_embedding = nn.Parameter(torch.empty(width, dtype=dtype))
@@ -44,7 +44,8 @@ class PatchEmbedding(nn.Module):
         self.normalize = PixelNormalization(config.mean, config.std)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """
+        """Embed tiles.
+
         Args:
             pixels: [n, 3, H, W] uint8, RGB, H = W = `config.image_size`.
         """
@@ -55,7 +56,7 @@ class PatchEmbedding(nn.Module):
         return unshuffle(patches_nggv, self.config.unshuffle)
 
     def _positions(self) -> torch.Tensor:
-        """[v, g, g]."""
+        """Return the positions [v, g, g], interpolated if the tile has another grid."""
         grid = self.config.position_grid
         positions = self.position_embedding[1:].T.unflatten(1, (grid, grid))
         if grid == self.config.grid_size:

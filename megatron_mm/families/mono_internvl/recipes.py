@@ -77,7 +77,7 @@ def mono_internvl_2b_s1_1() -> Experiment:
 
 
 def _next(stage: Experiment, *, recipe: str, policy: str, steps: int, sequence_length: int, tiles: int) -> Experiment:
-    """The stage that follows another one.
+    """Return the stage that follows another one.
 
     Args:
         tiles: maximum number of tiles, including the thumbnail.

@@ -1,4 +1,4 @@
-"""Configuration of an InfiMM for Hugging Face transformers. This file is part of the checkpoint and imports only transformers."""
+"""Configuration of an InfiMM checkpoint for Hugging Face transformers. Part of the checkpoint: imports only transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InfiMM (arXiv 2403.01487) for Hugging Face transformers. This file is part of the checkpoint and imports only torch and transformers.
+"""InfiMM (arXiv 2403.01487) for Hugging Face transformers. Part of the checkpoint: imports only torch and transformers.
 
 Image -> EVA-CLIP tower (all tokens of the last block, before the final norm) -> Perceiver resampler -> latents. Gated blocks of the
 language model attend to the latents: each token to those of the last image before it. Tensors have the same names as in the authors'
@@ -300,7 +300,7 @@ class InfiMMForConditionalGeneration(InfiMMPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [b, s], with two tokens for each image.
-            pixel_values: normalised pixels [b, t, 3, H, W]; each sequence's images come first, then padding.
+            pixel_values: normalised pixels [b, t, 3, H, W]: each sequence's images, followed by padding.
             labels: [b, s], not shifted; -100 for tokens without a loss.
             image_numbers: [b, s], number of the image that each token attends to, from 1; 0 for none. By default counted from input_ids.
             image_latents: [b, t, l, v], results of `get_image_features`, to pass instead of pixel_values if images are already encoded.

@@ -1,4 +1,4 @@
-"""Prepares images and text as inputs of InfiMM. This file is part of the checkpoint and imports only transformers."""
+"""Prepares images and text as inputs of InfiMM. Part of the checkpoint: imports only transformers."""
 
 from __future__ import annotations
 

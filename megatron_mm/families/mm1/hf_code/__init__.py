@@ -1,1 +1,1 @@
-"""Code that an exported MM1 carries, for transformers."""
+"""Code for transformers that an exported MM1 contains."""

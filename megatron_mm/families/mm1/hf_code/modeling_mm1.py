@@ -1,8 +1,8 @@
-"""MM1 (arXiv 2403.09611) for Hugging Face transformers. Part of the checkpoint: imports torch and transformers alone.
+"""MM1 (arXiv 2403.09611) for Hugging Face transformers. Part of the checkpoint: imports only torch and transformers.
 
 Image -> CLIP tower (final LayerNorm on all patches, class token dropped) -> connector -> image tokens in the decoder's
-sequence. A prompt is `<s>`, then for each image its image tokens, and text, as in the training documents; `MM1Processor`
-writes it.
+sequence. As in the training documents, a prompt begins with `<s>`, followed by text and each image's image tokens, in order;
+`MM1Processor` builds it.
 
 Shape legend: b sequences, s tokens, n images, g patches along one side, p = g * g patches, v tower width, k tokens of an
 image, c inner width of the connector, h decoder width.
@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from .configuration_mm1 import MM1Config
 from .image_tokens import ImageTokens
 
-try:  # before transformers 5 the tower is a class of its own, with the same parameter names
+try:  # before transformers 5 the tower is a separate class, with the same parameter names
     from transformers.models.clip.modeling_clip import CLIPVisionTransformer as VisionTower
 except ImportError:
     from transformers import CLIPVisionModel as VisionTower
@@ -48,7 +48,7 @@ class MM1PreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.position_embedding, std=0.02)
         elif isinstance(module, MM1AttentionConnector):
             nn.init.normal_(module.queries, std=0.02)
-        elif "position_ids" in module._buffers:  # the tower's; transformers 5.0 leaves them to whoever holds the tower
+        elif "position_ids" in module._buffers:  # in the tower; transformers 5.0 leaves it to the enclosing model to set them
             module.position_ids.copy_(torch.arange(module.position_ids.shape[-1]))
 
 
@@ -66,7 +66,7 @@ class MM1AverageConnector(nn.Module):
 
 
 class MM1AttentionConnector(nn.Module):
-    """Learned queries that attend to the patches, then a linear layer."""
+    """Attention of learned queries to the patches, then a linear layer."""
 
     def __init__(self, config: MM1Config) -> None:
         super().__init__()
@@ -154,8 +154,8 @@ def _pool(grid: torch.Tensor, side: int) -> torch.Tensor:
 
 
 class MM1SparseMLP(nn.Module):
-    """A mixture of experts in the place of a Llama layer's MLP: each token goes to its likeliest experts, weighted with a softmax
-    over these; none is dropped."""
+    """A mixture of experts that replaces a Llama layer's MLP. Each token goes to its `top_k` most probable experts, whose outputs are
+    weighted by a softmax over these experts; no token is dropped."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -187,9 +187,7 @@ class MM1ForConditionalGeneration(ImageTokens, MM1PreTrainedModel, GenerationMix
 
     def __init__(self, config: MM1Config) -> None:
         super().__init__(config)
-        if (
-            getattr(config.vision_config, "_attn_implementation", None) is None
-        ):  # from 4.52 to 4.57 transformers sets it for whole models alone
+        if getattr(config.vision_config, "_attn_implementation", None) is None:  # transformers 4.52 to 4.57 sets it only for whole models
             config.vision_config._attn_implementation = config._attn_implementation
         self.vision = VisionTower(config.vision_config)
         self.connector = CONNECTORS[config.connector_config["kind"]](config)
@@ -219,7 +217,7 @@ class MM1ForConditionalGeneration(ImageTokens, MM1PreTrainedModel, GenerationMix
         return self.config.connector_config["num_tokens"]
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Image tokens: normalised pixels [n, 3, H, W] -> [n, k, h]."""
+        """Encode images: normalised pixels [n, 3, H, W] -> image tokens [n, k, h]."""
         hidden = self.vision(
             pixel_values.to(self.vision.post_layernorm.weight)
         ).last_hidden_state  # before the final norm, class token first
@@ -238,13 +236,13 @@ class MM1ForConditionalGeneration(ImageTokens, MM1PreTrainedModel, GenerationMix
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where labels are given.
+        """Compute logits, and the loss if labels are given.
 
         Args:
-            input_ids: [b, s], `num_tokens` image tokens in a row for each image, and for each sub-image where images are shown so.
-            pixel_values: normalised, as `MM1Processor` gives them: [b, max images of a sequence, 3, H, W], each sequence's
-                own images first; or [n, 3, H, W], the images of all sequences in order. A sub-image is an image here.
-            labels: [b, s], -100 where nothing is to be predicted; not shifted.
+            input_ids: [b, s], with `num_tokens` consecutive image tokens for each image, or for each of its sub-images if it has some.
+            pixel_values: normalised pixels, as returned by `MM1Processor`: [b, maximum images of a sequence, 3, H, W], each sequence's
+                images followed by padding; or [n, 3, H, W], the images of all sequences in order. Here each sub-image is an image.
+            labels: [b, s], not shifted; -100 for tokens without a loss.
         """
         kwargs.pop("return_dict", None)
         if inputs_embeds is None:
@@ -274,5 +272,5 @@ class MM1ForConditionalGeneration(ImageTokens, MM1PreTrainedModel, GenerationMix
         )
 
 
-# So that `save_pretrained` writes this file, too, in every version of transformers.
+# Makes `save_pretrained` write this file, too, in every version of transformers.
 MM1ForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")

@@ -1,4 +1,4 @@
-"""Images and text -> the inputs of MM1. Part of the checkpoint: imports NumPy, Pillow and transformers alone."""
+"""Prepares images and text as inputs of MM1. Part of the checkpoint: imports only NumPy, Pillow and transformers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .square_images import SquareImageProcessor
 
 
 class MM1ImageProcessor(SquareImageProcessor):
-    """MM1's images: one square each or, of a model that was fine-tuned at high resolution, an overview and crops.
+    """MM1's image processor: an image becomes one square or, for a model that was fine-tuned at high resolution, an overview and crops.
 
     Args:
-        sub_images: {"grid": crops along a side, "overview_first": whether the overview comes before the crops}; None for one square.
-        kwargs: of `SquareImageProcessor`.
+        sub_images: {"grid": number of crops along a side, "overview_first": whether the overview precedes the crops}; None for one square.
+        kwargs: arguments of `SquareImageProcessor`.
     """
 
     def __init__(self, sub_images: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -24,7 +24,7 @@ class MM1ImageProcessor(SquareImageProcessor):
         self.sub_images = sub_images
 
     def squares(self, image: Any, low_resolution: bool = False) -> list[np.ndarray]:
-        """An image's squares [3, H, W] in the order of their tokens."""
+        """Return an image's squares [3, H, W] in the order of their tokens; with low_resolution only the overview."""
         overview = self._pixels(image)
         if self.sub_images is None or low_resolution:
             return [overview]
@@ -35,10 +35,10 @@ class MM1ImageProcessor(SquareImageProcessor):
 
 
 class MM1Processor(ImagePromptProcessor):
-    """MM1's prompts: each `<image>` becomes as many image tokens as the squares of the image take.
+    """MM1's processor: it replaces each `<image>` of a prompt with the image tokens for all squares of the image.
 
     Args:
-        tokens_per_image: image tokens that an image of one square takes.
+        tokens_per_image: number of image tokens for one square.
     """
 
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -60,6 +60,6 @@ class MM1Processor(ImagePromptProcessor):
         return self.image_token * (self.tokens_per_image * squares)
 
 
-# So that `save_pretrained` writes this file, too, in every version of transformers.
+# Makes `save_pretrained` write this file, too, in every version of transformers.
 MM1ImageProcessor.register_for_auto_class("AutoImageProcessor")
 MM1Processor.register_for_auto_class("AutoProcessor")

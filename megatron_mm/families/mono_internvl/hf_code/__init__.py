@@ -1,1 +1,1 @@
-"""Code that an exported Mono-InternVL carries, for transformers."""
+"""Code for transformers that an exported Mono-InternVL contains."""

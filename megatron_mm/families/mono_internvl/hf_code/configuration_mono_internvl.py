@@ -1,4 +1,4 @@
-"""Configuration of a Mono-InternVL checkpoint for Hugging Face transformers. Part of the checkpoint: imports transformers alone."""
+"""Configuration of a Mono-InternVL checkpoint for Hugging Face transformers. Part of the checkpoint: imports only transformers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from transformers import LlamaConfig, PretrainedConfig
 
 
 class MonoInternVLConfig(PretrainedConfig):
-    """One decoder with a visual expert in every layer, and a patch embedding. Fields have the released names.
+    """A patch embedding, and one decoder with a visual expert in every layer. Fields have the same names as in the released checkpoints.
 
     Args:
-        llm_config: of the decoder, as a `LlamaConfig` or its fields: an InternLM2 is a Llama with other names of tensors.
-        vision_config: `hidden_size` of a patch, `patch_size`, `image_size` (which with patch_size gives the grid of learned positions).
-        force_image_size: side of a tile, pixels.
-        downsample_ratio: 0.5 makes one token of a square of 2 x 2 patches.
-        image_token_id: <IMG_CONTEXT>, whose embeddings image features replace.
-        kwargs: the released file's other fields, which the authors' own code reads.
+        llm_config: configuration of the decoder: a `LlamaConfig` or a dict of its fields (InternLM2 is a Llama with other tensor names).
+        vision_config: `hidden_size` (of a patch), `patch_size`, `image_size`, which with patch_size gives the grid of learned positions.
+        force_image_size: side of a tile, in pixels.
+        downsample_ratio: 0.5 turns each square of 2 x 2 patches into one token.
+        image_token_id: id of <IMG_CONTEXT>, whose embeddings are replaced by image features.
+        kwargs: other fields of released files, which only the authors' own code reads.
     """
 
     model_type = "internvl_chat"
-    sub_configs = {"llm_config": LlamaConfig}  # noqa: RUF012 - transformers asks for a dict
+    sub_configs = {"llm_config": LlamaConfig}  # noqa: RUF012 - transformers needs a dict
 
     def __init__(
         self,
@@ -45,12 +45,15 @@ class MonoInternVLConfig(PretrainedConfig):
 
     @property
     def text_config(self) -> PretrainedConfig:
-        """The decoder's, by the name that transformers looks for."""
+        """Configuration of the decoder, under the name that transformers uses."""
         return self.llm_config
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
-        """The decoder's. transformers 4.50 would go on with it alone where it looks for the class of an `AutoModelForCausalLM`, and make
-        a Llama of random weights: there this is asked with `decoder=True`, and the answer is the whole model."""
+        """Return the decoder's configuration.
+
+        Exception: to find the class of an `AutoModelForCausalLM`, transformers 4.50 calls this with `decoder=True`. Given the decoder's
+        configuration, it would build a plain Llama with random weights, so it gets the whole configuration.
+        """
         if _VERSION < (4, 51) and kwargs.get("decoder"):
             return self
         return self.llm_config
@@ -59,5 +62,5 @@ class MonoInternVLConfig(PretrainedConfig):
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
-# So that `save_pretrained` writes this file, too, in every version of transformers.
+# Makes `save_pretrained` write this file, too, in every version of transformers.
 MonoInternVLConfig.register_for_auto_class()

@@ -1,9 +1,10 @@
-"""Mono-InternVL (arXiv 2410.08202) for Hugging Face transformers. Part of the checkpoint: imports torch and transformers alone.
+"""Mono-InternVL (arXiv 2410.08202) for Hugging Face transformers. Part of the checkpoint: imports only torch and transformers.
 
-Tile -> patches with learned positions -> squares of patches -> image tokens in the decoder's sequence. In every layer image tokens go
-through a feed-forward network of their own, the visual expert. Tensors have the names of the authors' checkpoints.
+Tile -> patches with learned positions -> squares of patches -> image tokens in the decoder's sequence. In every layer, image tokens go
+through a feed-forward network of their own, the visual expert. Tensors have the same names as in the authors' checkpoints.
 
-transformers' Llama does the work: an InternLM2 is one whose queries, keys and values are one projection and whose parts have other names.
+The decoder is based on transformers' Llama: InternLM2 differs from it only in a single projection for queries, keys and values, and in the
+names of its parts.
 
 Shape legend: b sequences, s tokens, n tiles, g patches along one side of a tile, u patches along a square's side, v patch width,
 k = (g / u)^2 tokens of a tile, h decoder width, d head width.
@@ -28,7 +29,7 @@ from .image_tokens import ImageTokens
 
 
 class PatchEmbeddings(nn.Module):
-    """Patches with learned positions. The class embedding and its position are in checkpoints and take no part in anything."""
+    """Patch embedding with learned positions. Checkpoints contain a class embedding and its position, which are not used."""
 
     def __init__(self, config: MonoInternVLConfig) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class PatchEmbeddings(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Patches alone: there is no tower."""
+    """The patch embedding, under its name in checkpoints; there is no image tower."""
 
     def __init__(self, config: MonoInternVLConfig) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class VisionModel(nn.Module):
 
 
 def unshuffle(patches: torch.Tensor, side: int) -> torch.Tensor:
-    """Squares of patches become one vector each, row by row: [n, g, g, v] -> [n, k, u * u * v]."""
+    """Concatenate each square of patches to one vector, row by row: [n, g, g, v] -> [n, k, u * u * v]."""
     squares = patches.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # [n, rows, u, columns, u, v]
     return squares.transpose(2, 3).flatten(3).flatten(1, 2)
 
@@ -66,7 +67,7 @@ def unshuffle(patches: torch.Tensor, side: int) -> torch.Tensor:
 
 
 class InternLM2Attention(LlamaAttention):
-    """Llama's, with one projection whose rows are grouped by key/value head: the group's queries, its key, its value."""
+    """Llama's attention with a single projection, whose rows are grouped by key/value head: the group's queries, its key, its value."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -78,7 +79,7 @@ class InternLM2Attention(LlamaAttention):
         self.wo = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
         self._left: list[torch.Tensor] = []
 
-    # Llama's forward asks for queries, keys and values in this order.
+    # Llama's forward calls q_proj, k_proj and v_proj in this order.
 
     def q_proj(self, x: torch.Tensor) -> torch.Tensor:
         groups = self.wqkv(x).unflatten(-1, (self.num_groups, -1, self.head_dim))
@@ -96,7 +97,7 @@ class InternLM2Attention(LlamaAttention):
 
 
 class FeedForward(nn.Module):
-    """w1 is the gate, w3 the other branch, w2 leads back."""
+    """SwiGLU: w1 is the gate, w3 the other branch, w2 the output projection."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class FeedForward(nn.Module):
 
 
 class MonoInternVLLayer(LlamaDecoderLayer):
-    """Llama's, with a visual expert. Which tokens are images' is set before the decoder runs."""
+    """Llama's layer with a visual expert. The mask of image tokens (`is_image`) is set before the decoder runs."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -123,7 +124,7 @@ class MonoInternVLLayer(LlamaDecoderLayer):
         self.feed_forward, self.feed_forward_ve = FeedForward(config), FeedForward(config)
         self.is_image: torch.Tensor | None = None
 
-    # What Llama's forward calls them.
+    # The names under which Llama's forward calls these modules.
 
     def self_attn(self, *args: Any, **kwargs: Any) -> Any:
         return self.attention(*args, **kwargs)
@@ -135,7 +136,7 @@ class MonoInternVLLayer(LlamaDecoderLayer):
         return self.ffn_norm(x)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, s, h] -> [b, s, h], each token through one of the two networks."""
+        """[b, s, h] -> [b, s, h]; each token goes through one of the two networks."""
         if self.is_image is None:
             return self.feed_forward(x)
         is_image, out = self.is_image.to(x.device), torch.empty_like(x)
@@ -219,7 +220,7 @@ class InternVLChatModel(ImageTokens, MonoInternVLPreTrainedModel, GenerationMixi
         return (self.config.force_image_size // self.config.vision_config["patch_size"] // self.squares) ** 2
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Image tokens: normalised tiles [n, 3, H, W] -> [n, k, h]."""
+        """Encode tiles: normalised pixels [n, 3, H, W] -> image tokens [n, k, h]."""
         pixels = pixel_values.to(self.vision_model.embeddings.position_embedding)
         return self.mlp1(unshuffle(self.vision_model.embeddings(pixels), self.squares))
 
@@ -234,14 +235,14 @@ class InternVLChatModel(ImageTokens, MonoInternVLPreTrainedModel, GenerationMixi
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where labels are given.
+        """Compute logits, and the loss if labels are given.
 
         Args:
-            input_ids: [b, s], as many <IMG_CONTEXT> in a row as an image's tiles take, between <img> and </img>.
-            pixel_values: normalised tiles, as `MonoInternVLProcessor` gives them: [b, most tiles of a sequence, 3, H, W], each sequence's
-                own first; or [n, 3, H, W], those of all sequences in order.
-            inputs_embeds: [b, s, h] in the place of input_ids: then no token is an image's.
-            labels: [b, s], -100 where nothing is to be predicted; not shifted.
+            input_ids: [b, s]; each image is <img>, one <IMG_CONTEXT> for each token of its tiles, and </img>.
+            pixel_values: normalised tiles, as returned by `MonoInternVLProcessor`: [b, maximum tiles of a sequence, 3, H, W], each
+                sequence's tiles followed by padding; or [n, 3, H, W], the tiles of all sequences in order.
+            inputs_embeds: [b, s, h], instead of input_ids; then all tokens are processed as text.
+            labels: [b, s], not shifted; -100 for tokens without a loss.
         """
         kwargs.pop("return_dict", None)
         is_image = None
@@ -272,5 +273,5 @@ class InternVLChatModel(ImageTokens, MonoInternVLPreTrainedModel, GenerationMixi
         )
 
 
-# So that `save_pretrained` writes this file, too, in every version of transformers.
+# Makes `save_pretrained` write this file, too, in every version of transformers.
 InternVLChatModel.register_for_auto_class("AutoModelForCausalLM")

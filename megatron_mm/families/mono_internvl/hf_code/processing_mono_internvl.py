@@ -1,4 +1,4 @@
-"""Images and text -> the inputs of Mono-InternVL. Part of the checkpoint: imports NumPy, Pillow and transformers alone."""
+"""Prepares images and text as inputs of Mono-InternVL. Part of the checkpoint: imports only NumPy, Pillow and transformers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from .square_images import SquareImageProcessor, on_white, to_pillow
 
 
 class MonoInternVLImageProcessor(SquareImageProcessor):
-    """A grid of tiles that suits the image's shape, row by row, and where there are several the whole image as one more.
+    """Mono-InternVL's image processor: an image becomes a grid of tiles that fits its shape, row by row, and if there are several tiles,
+    the whole image as one more tile.
 
-    The grid is the one whose columns / rows is closest to width / height. Of grids that are equally close, one with more tiles is taken
-    where the image has more than half of that grid's pixels.
+    The grid is the one whose ratio of columns to rows is closest to the image's ratio of width to height. Among equally close grids, one
+    with more tiles is chosen only if the image has more than half as many pixels as the grid.
 
     Args:
-        min_tiles, max_tiles: of a grid; the whole image is not counted.
-        kwargs: of `SquareImageProcessor`.
+        min_tiles: minimum number of tiles in a grid, not counting the whole image.
+        max_tiles: maximum number of tiles in a grid, not counting the whole image.
+        kwargs: arguments of `SquareImageProcessor`.
     """
 
     def __init__(self, min_tiles: int = 1, max_tiles: int = 12, **kwargs: Any) -> None:
@@ -29,7 +31,7 @@ class MonoInternVLImageProcessor(SquareImageProcessor):
         self.max_tiles = max_tiles
 
     def squares(self, image: Any, low_resolution: bool = False) -> list[np.ndarray]:
-        """An image's tiles [3, H, W]; with low_resolution the whole image as one."""
+        """Return an image's tiles [3, H, W]; with low_resolution, the whole image as a single tile."""
         image, side = to_pillow(image), self.size["height"]
         rgb = image.convert("RGB") if self.to_rgb == "pillow" else on_white(image)
         columns, rows = (1, 1) if low_resolution else self.grid(*rgb.size)
@@ -39,7 +41,7 @@ class MonoInternVLImageProcessor(SquareImageProcessor):
         return tiles + whole
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """(columns, rows) of an image of so many pixels."""
+        """Return (columns, rows) of the grid for an image of `width` x `height` pixels."""
         sides, side = range(1, self.max_tiles + 1), self.size["height"]
         grids = [(columns, rows) for columns in sides for rows in sides if self.min_tiles <= columns * rows <= self.max_tiles]
         chosen, least = (1, 1), float("inf")
@@ -52,10 +54,10 @@ class MonoInternVLImageProcessor(SquareImageProcessor):
 
 
 class MonoInternVLProcessor(ImagePromptProcessor):
-    """Mono-InternVL's prompts: each `<image>` becomes `<img>`, as many `<IMG_CONTEXT>` as its tiles take, `</img>`.
+    """Mono-InternVL's processor: it replaces each `<image>` of a prompt with `<img>`, one `<IMG_CONTEXT>` per image token, and `</img>`.
 
     Args:
-        tokens_per_image: image tokens that one tile takes.
+        tokens_per_image: number of image tokens for one tile.
     """
 
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -76,6 +78,6 @@ class MonoInternVLProcessor(ImagePromptProcessor):
         return f"<img>{'<IMG_CONTEXT>' * (self.tokens_per_image * squares)}</img>"
 
 
-# So that `save_pretrained` writes this file, too, in every version of transformers.
+# Makes `save_pretrained` write this file, too, in every version of transformers.
 MonoInternVLImageProcessor.register_for_auto_class("AutoImageProcessor")
 MonoInternVLProcessor.register_for_auto_class("AutoProcessor")
