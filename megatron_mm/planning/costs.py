@@ -1,4 +1,4 @@
-"""Seconds that matrix products, attention and memory traffic take on a GPU; there are few constants, each with a physical meaning."""
+"""Seconds that matrix products, attention and memory traffic take on a GPU, from few constants, each with a physical meaning."""
 
 from __future__ import annotations
 
@@ -10,51 +10,52 @@ from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Prod
 from megatron_mm.planning.network import Network
 
 TILE_ROWS, TILE_COLS = 128, 256
-"""Of the output of a product that one multiprocessor computes at a time."""
+"""Size of the output tile of a product that one multiprocessor computes at a time."""
 PRODUCT_FILL = 160
-"""Steps along the inner dimension that filling and draining a tile's pipeline costs."""
+"""Cost of filling and draining a tile's pipeline, in steps along the inner dimension."""
 WAVE_SHARE = 0.5
-"""Part of the last wave's idle multiprocessors that is really lost; split and persistent kernels win the rest back."""
+"""Fraction of the last wave's idle time that is really lost; split and persistent kernels recover the rest."""
 STREAMS = 4
-"""Products of as many experts run at once (Transformer Engine's grouped linear, one cuBLAS product for each expert on four streams)."""
+"""Number of experts whose products run at once (Transformer Engine's grouped linear: one cuBLAS product per expert, on four streams)."""
 KERNEL_GAP = 2 * MICRO
-"""Between the end of a kernel and the start of the next one on the device."""
+"""Seconds between the end of a kernel and the start of the next one on the device."""
 
 ATTENTION_RAMP = {"fused": 370.0, "flash2": 450.0, "triton": 350.0, "unfused": 0.0}
-"""Tokens of a document at which causal attention reaches half of its rate (tiles on the diagonal are computed whole)."""
+"""Document length, in tokens, at which causal attention reaches half of its rate (tiles on the diagonal are computed whole)."""
 ATTENTION_SHARE = {"fused": 1.0, "flash2": 0.62, "triton": 0.36, "unfused": 0.0}
-"""Rate on Hopper, of cuDNN's; FlashAttention 2 and before do not use its asynchronous copies and products."""
+"""Rate on Hopper relative to cuDNN's. FlashAttention 2 and earlier do not use Hopper's asynchronous copies and products."""
 ATTENTION_SHARE_AMPERE = {"fused": 1.0, "flash2": 1.0, "triton": 0.60, "unfused": 0.0}
 BACKWARD_ATTENTION = 0.86
-"""Rate of the backward pass, of the forward pass's."""
+"""Rate of the backward pass relative to the forward pass."""
 FP8_ATTENTION = {False: 1.35, True: 1.10}
-"""Rate in FP8, of that in bf16, forward and backward (True): cuDNN's on GB200 and GB300 at 4096 tokens with scales by block, of heads of
-128 and of 192 and 128 (cudnn-frontend, benchmark/sdpa_benchmark_training/results: 1.20 to 1.58 and 0.92 to 1.33)."""
+"""Rate in FP8 relative to bf16, of the forward (False) and the backward pass (True): cuDNN's on GB200 and GB300 at 4096 tokens with
+block scales, for heads of 128 and of 192 and 128 (cudnn-frontend, benchmark/sdpa_benchmark_training/results: 1.20 to 1.58 and 0.92 to
+1.33)."""
 FP8_WINDOW = 0.25
-"""The same of the backward pass of attention to a window (there, gpt_oss: 0.22 to 0.27)."""
+"""Rate in FP8 relative to bf16 in the backward pass of windowed attention (gpt_oss in the same results: 0.22 to 0.27)."""
 PERMUTED = {"alltoall": 1.0, "allgather": 1.0, "deepep": 1.0, "hybridep": 0.35}
-"""Bytes of permutation that are left to kernels beside the exchange: what HybridEP saves against DeepEP in megatron-core's moe_perf test
-(benchmarks/anchors/micro.csv, deepseek in bf16)."""
+"""Fraction of the permutation's bytes that kernels outside of the exchange still move. HybridEP's follows from its advantage over DeepEP in
+megatron-core's moe_perf test (benchmarks/anchors/micro.csv, deepseek in bf16)."""
 ROUTING = ("router", "permutation", "sorting")
 DROPOUT_ATTENTION = 0.78
-"""Rate with dropout of scores: a random number for each pair."""
+"""Rate with dropout of scores, which needs a random number for each pair, relative to attention without."""
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of a part of the model, by what takes it."""
+    """Time of a part of the model, by kind of work."""
 
     product: float = 0.0
     attention: float = 0.0
     moved: float = 0.0
     messages: float = 0.0
     launch: float = 0.0
-    """Time of the host to launch all of it, beside the device's work. The host runs ahead where it is the faster of the two, so this is
-    to be compared over a whole pass and not kernel by kernel."""
+    """Time that the host needs to launch all of it, concurrently with the device's work. A faster host runs ahead, so compare this over a
+    whole pass, not kernel by kernel."""
 
     @property
     def busy(self) -> float:
-        """Of the device."""
+        """Time that the device works."""
         return self.product + self.attention + self.moved + self.messages
 
     @property
@@ -78,7 +79,7 @@ _PARTS = ("product", "attention", "moved", "messages", "launch")
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds on a GPU, under a software stack, in a layout's network."""
+    """Computes seconds on a GPU, with a software stack and a layout's network."""
 
     gpu: Gpu
     software: Software
@@ -88,7 +89,7 @@ class Costs:
         return self.kernels(block.backward if backward else block.forward)
 
     def kernels(self, kernels: tuple[Kernel, ...]) -> Seconds:
-        """One after another; messages that the stack hides cost what sticks out."""
+        """Add up kernels that run one after another. A hidden message counts only as far as it outlasts the work that hides it."""
         product = attention = moved = messages = beside = ring = host = 0.0
         software = self.software
         for kernel in kernels:
@@ -113,9 +114,9 @@ class Costs:
                 beside += seconds * hidden
                 messages += seconds * (1 - hidden)
                 host += software.message_seconds
-        # What is hidden cannot exceed what it hides under.
+        # Messages can be hidden only for as long as the products run.
         messages += max(0.0, beside - 0.9 * product)
-        # Keys and values travel under attention to those that came before.
+        # Keys and values are sent while attention to the previous ones is computed.
         messages += max(0.0, ring - attention) + software.interference * min(ring, attention)
         return Seconds(product, attention, moved, messages, host * self.gpu.host * (1 - software.graphed))
 
@@ -127,7 +128,7 @@ class Costs:
         return self.software.hides_expert_messages if message.group == "expert" else 0.0
 
     def product(self, product: Product) -> float:
-        """Bound by arithmetic (with tiles and waves that are not full) or by memory."""
+        """Time of a product, limited by arithmetic (with tiles and waves that are not full) or by memory."""
         gpu = self.gpu
         fp8 = product.fp8 and gpu.fp8_tflops > 0
         peak = (gpu.fp8_tflops * gpu.efficiency.product_fp8 if fp8 else gpu.bf16_tflops * gpu.efficiency.product) * TERA
@@ -162,7 +163,7 @@ class Costs:
         return attention.flops / rate + KERNEL_GAP
 
     def _unfused(self, attention: Attention) -> float:
-        """Batched products over all pairs, and scores that go through memory: written, masked, normalised, dropped out, read."""
+        """Time of batched products over all pairs, and of scores in memory, which are written, masked, normalised, dropped out and read."""
         pairs = attention.pairs * (2 if attention.causal else 1)
         products = (4 if attention.backward else 2) * 2.0 * pairs * attention.heads * attention.head_dim
         bytes_of_a_pair = 22 if attention.backward else 13
@@ -175,12 +176,12 @@ class Costs:
         return moved / (self.gpu.memory_tb_s * TERA * self.gpu.efficiency.memory) + (KERNEL_GAP * stream.kernels if share else 0.0)
 
     def _share(self, stream: Stream) -> float:
-        """Of a stream's bytes, that the stack moves."""
+        """Fraction of a stream's bytes that the stack moves."""
         software = self.software
         if stream.part == "permutation":
             return PERMUTED[software.dispatcher]
         if stream.part == "sorting":
-            return 1.0 if software.dispatcher == "alltoall" else 0.0  # the others permute what arrived by expert at once
+            return 1.0 if software.dispatcher == "alltoall" else 0.0  # the others sort by expert on arrival
         if stream.part in ("expert activation", "expert bias"):
             return 0.0 if software.fuses_experts else 1.0
         if stream.part == "expert weight cast":
@@ -188,8 +189,8 @@ class Costs:
         return 1.0
 
     def optimizer(self, parameters: float) -> float:
-        """Adam on so many parameters of this process: norm of gradients (copied into float32 where they are not), master weights and
-        moments read and written, weights written."""
+        """Time of Adam on this many parameters of a process: gradients are copied to float32 if necessary, their norm is computed, master
+        weights and moments are read and written, weights are written."""
         copied = 6 if self.software.gradient_bytes < 4 else 0
         return (18 + copied + 2 * self.software.optimizer_bytes) * parameters / (self.gpu.memory_tb_s * TERA * self.gpu.efficiency.memory)
 

@@ -13,12 +13,13 @@ from megatron_mm.planning.layer_sections import linear
 from megatron_mm.planning.layout import Layout
 
 WINDOW_TOKENS = 1000
-"""Tokens that attention to a window costs beside the window's: cuDNN's of GPT-OSS (a window of 128 in documents of 4096) takes 0.75 of the
-time of attention to everything before, forward, and 0.54 backward (cudnn-frontend, benchmark/sdpa_benchmark_training/results/gpt_oss)."""
+"""Cost of windowed attention in addition to the window itself, in tokens. For GPT-OSS (a window of 128 in documents of 4096) cuDNN takes
+0.75 of the time of full causal attention in the forward pass, and 0.54 in the backward pass (cudnn-frontend,
+benchmark/sdpa_benchmark_training/results/gpt_oss)."""
 
 
 def _joined(shape: DecoderShape, layout: Layout, tokens: Tokens, *, fp8: bool) -> Block:
-    """Before a layer that predicts further tokens: the last layer's output and the next token's embedding, joined and projected."""
+    """Block before a layer of multi-token prediction: concatenates and projects the last layer's output and the next token's embedding."""
     t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
     forward, backward = linear(t, h / tp, 2 * h, fp8=fp8, trained=Trained())
     return Block(
@@ -32,12 +33,12 @@ def _joined(shape: DecoderShape, layout: Layout, tokens: Tokens, *, fp8: bool) -
 
 
 LAYERS_OF_LAST = 3
-"""Layers that the last stage has less than the others where it predicts further tokens too: as Megatron-Bridge deals DeepSeek-V3's
-(set_deepseek_v3_pipeline_model_parallel_layout)."""
+"""Number of layers that the last stage has fewer than the others under multi-token prediction, as in Megatron-Bridge's layout of
+DeepSeek-V3 (set_deepseek_v3_pipeline_model_parallel_layout)."""
 
 
 def _layers(shape: DecoderShape, layout: Layout) -> tuple[int, ...]:
-    """Decoder layers of each stage."""
+    """Number of decoder layers of each stage."""
     if shape.predicted_ahead and layout.stages > 1 and layout.stage_layers is None:
         each = -(-(shape.num_layers + LAYERS_OF_LAST) // layout.stages)
         last = shape.num_layers - each * (layout.stages - 1)
@@ -59,7 +60,11 @@ def decoder_job(
     recompute: Recompute,
     frozen: bool = False,
 ) -> Job:
-    """A decoder on full sequences of one document each. `frozen`: its weights are; what adapters beside them cost is left out."""
+    """Job of a decoder on full sequences of one document each.
+
+    Args:
+        frozen: its weights are frozen; the cost of adapters is left out.
+    """
     tokens = Tokens.whole(sequences=micro_batch_size, length=sequence_length, context=layout.context)
     trained = Trained(weights=not frozen)
     pairs = min(tokens.pairs, tokens.tokens * (shape.window + WINDOW_TOKENS))

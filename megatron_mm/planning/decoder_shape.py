@@ -1,4 +1,4 @@
-"""The shape of a decoder, its tokens and its trainable parts, as far as kernels depend on them."""
+"""The shape of a decoder, its tokens and its trainable parts, as far as they determine the kernels."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from megatron_mm.config import DecoderConfig
 
 Recompute = frozenset[str]
-"""What is recomputed: "full" (whole layers) or modules: "core_attn", "mlp", "layernorm", "moe", "moe_act"."""
+"""What is recomputed: "full" (whole layers), or modules such as "core_attn", "mlp", "layernorm", "moe", "moe_act"."""
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Multi-head latent attention: queries, keys and values come out of narrow latents. The sizes that all DeepSeek models share."""
+    """Multi-head latent attention: queries, keys and values come from narrow latents. Defaults are the sizes of all DeepSeek models."""
 
     queries: int = 0
-    """Width of the queries' latent; 0: none."""
+    """Width of the queries' latent; 0 if they have none."""
     keys: int = 512
-    """Of the latent of keys and values."""
+    """Width of the latent of keys and values."""
     rotary: int = 64
-    """Of a head, with positions: one such key for all heads."""
+    """Width of the part of a head with rotary positions; all heads share this part of the key."""
     plain: int = 128
-    """Of a head, without positions."""
+    """Width of the part of a head without positions."""
     value: int = 128
 
     @property
@@ -31,7 +31,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """A decoder as kernels see it."""
+    """The properties of a decoder that determine its kernels."""
 
     num_layers: int
     hidden_size: int
@@ -47,23 +47,23 @@ class DecoderShape:
     shared_ffn: int = 0
     sparse_layers: tuple[int, ...] = ()
     capacity: float = 1.0
-    """Tokens that the fullest process's experts get, of the mean."""
+    """Tokens of the experts on the most loaded process, relative to the mean."""
     tied: bool = False
     dropout: bool = False
     causal: bool = True
     rotary: bool = True
-    """Queries and keys are turned, into tensors of their own."""
+    """Queries and keys are rotated, into new tensors."""
     latents: Latents | None = None
     norms_heads: bool = False
     """Queries and keys are normalised (Qwen3, OLMo 2, Gemma 3)."""
     expert_biases: bool = False
     """Experts have biases and a clamped activation (GPT-OSS)."""
     window: int = 0
-    """Tokens that every second layer's attention looks back on; 0: all layers on all."""
+    """Attention window of every second layer, in tokens; 0 if no layer has one."""
     routed_machines: int = 0
-    """Machines that the router's groups let a token go to; 0: all."""
+    """Number of machines to which the router's groups limit a token; 0 for no limit."""
     predicted_ahead: int = 0
-    """Layers after the last that predict further tokens (multi-token prediction), each with an output layer's loss."""
+    """Number of additional layers that predict further tokens (multi-token prediction), each followed by an output layer and a loss."""
 
     @classmethod
     def of(cls, decoder: DecoderConfig, *, imbalance: float = 1.0) -> DecoderShape:
@@ -94,7 +94,7 @@ class DecoderShape:
 
     @property
     def score_dim(self) -> float:
-        """Width of a head that a query-key pair costs: of queries and keys half, of values half."""
+        """Mean of the head widths of keys and of values, which determines the FLOPs of a query-key pair."""
         return self.head_dim if self.latents is None else (self.latents.key_dim + self.latents.value) / 2
 
     @property
@@ -107,7 +107,7 @@ class DecoderShape:
         return self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
 
     def parameters(self) -> float:
-        """Of the whole model, norms left out."""
+        """Number of parameters of the whole model, without norms."""
         sparse = len(self.sparse_layers)
         total = self.num_layers * self.attention_parameters + (self.num_layers - sparse) * self.mlp_parameters(self.ffn)
         expert = (
@@ -118,20 +118,20 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A micro-batch on one context share."""
+    """The part of a micro-batch on one context-parallel rank."""
 
     tokens: float
-    """t: computed, padding included."""
+    """t: number of computed tokens, padding included."""
     pairs: float
     """Causal query-key pairs (half of the sum of squared lengths) on this process."""
     length: float
-    """Mean length of the document that a token is in."""
+    """Length of a token's document, averaged over tokens."""
     windowed: bool = False
-    """Attention looks back on a window."""
+    """Whether attention is limited to a window."""
 
     @classmethod
     def whole(cls, *, sequences: float, length: float, context: int = 1) -> Tokens:
-        """Sequences of one document each."""
+        """Tokens of sequences that consist of one document each."""
         return cls(tokens=sequences * length / context, pairs=sequences * length * length / 2 / context, length=length)
 
 
@@ -141,4 +141,4 @@ class Trained:
 
     weights: bool = True
     inputs: bool = True
-    """Gradients of its inputs: something before it is trainable."""
+    """Gradients of its inputs, which are needed if something before it is trainable."""

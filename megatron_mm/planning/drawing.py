@@ -11,7 +11,7 @@ COLOURS = {"forward": "#4c78a8", "backward": "#f58518"}
 
 
 def draw_timeline(result: PipelineResult, path: Path, *, title: str) -> None:
-    """One row a pipeline rank, one bar a pass; later chunks are paler."""
+    """Draw one row per pipeline rank and one bar per pass; later chunks are paler."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,7 +38,7 @@ def draw_timeline(result: PipelineResult, path: Path, *, title: str) -> None:
 
 
 def write_trace(result: PipelineResult, path: Path) -> None:
-    """The trace event format: one thread a pipeline rank, times in microseconds."""
+    """Write the trace event format, with one thread per pipeline rank and times in microseconds."""
     events = [
         {
             "name": f"{event.kind} {event.micro_batch}",

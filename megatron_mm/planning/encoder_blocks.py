@@ -1,7 +1,7 @@
 """The image encoder as blocks: towers, connectors, the resampler, patches. Every process of the first stage has all of them and runs them
 on its own share of a micro-batch's images.
 
-Shape legend: n images of this process, s tokens of an image inside the tower, v tower width, k tokens of an image in the decoder.
+Shape legend: n images of this process, s tokens per image inside the tower, v tower width, k tokens per image in the decoder.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from megatron_mm.planning.layer_sections import linear
 from megatron_mm.planning.layout import Layout
 
 ALONE = Layout(gpus=1, sequence=False)
-"""Towers are not cut."""
+"""Layout of towers, which are not split."""
 
 
 def tower_blocks(vision: VisionConfig | EvaConfig, *, images: int, trained: Trained, recompute: Recompute) -> list[Block]:
-    """A vision transformer: patches, then its layers."""
+    """Blocks of a vision transformer: patches, then its layers."""
     tokens = vision.grid_size**2 + 1
     gated = isinstance(vision, EvaConfig) and vision.swiglu
     shape = DecoderShape(
@@ -46,7 +46,7 @@ def tower_blocks(vision: VisionConfig | EvaConfig, *, images: int, trained: Trai
 
 
 def patches_block(vision: VisionConfig | EvaConfig | PatchEmbeddingConfig, *, images: int, trained: Trained) -> Block:
-    """Normalised pixels -> embedded patches."""
+    """Block that turns normalised pixels into embedded patches."""
     rows, width, inner = images * vision.grid_size**2, vision.hidden_size, 3 * vision.patch_size**2
     forward, backward = linear(rows, width, inner, fp8=False, trained=trained)
     pixels = images * 3 * vision.image_size**2
@@ -61,7 +61,7 @@ def patches_block(vision: VisionConfig | EvaConfig | PatchEmbeddingConfig, *, im
 
 
 def connector_block(connector: ConnectorConfig, vision: VisionConfig, *, output_size: int, images: int, trainable: Trainable) -> Block:
-    """The connector: products as `models.connectors` counts them, and the passes over memory of what lies between them."""
+    """Block of the connector: products as `models.connectors` counts them, and the memory traffic between them."""
     from megatron_mm.models.connectors import count_connector
 
     def flops(trainable: Trainable) -> float:
@@ -72,7 +72,7 @@ def connector_block(connector: ConnectorConfig, vision: VisionConfig, *, output_
     once, trained = flops(lambda name: False), flops(trainable)
     inner = connector.hidden_size
     places = images * (vision.grid_size**2 + connector.num_tokens) * (connector.depth if connector.kind == "c_abstractor" else 1)
-    # A bottleneck block: three convolutions' norms and activations, a depthwise convolution, squeeze-and-excite, the sum.
+    # Passes of a bottleneck block: norms and activations of three convolutions, a depthwise convolution, squeeze-and-excite, the sum.
     passes = 34 if connector.kind == "c_abstractor" else 6
     rows = max(1.0, images * vision.grid_size**2)
     product = Product(rows, inner, once / (2 * rows * inner))
@@ -95,7 +95,7 @@ def connector_block(connector: ConnectorConfig, vision: VisionConfig, *, output_
 
 
 def resampler_block(config: ResamplerConfig, *, width: int, num_features: int, images: int, trained: Trained) -> Block:
-    """The Perceiver resampler."""
+    """Block of the Perceiver resampler."""
     inner, latents, seen = config.num_attention_heads * config.head_dim, config.num_latents, num_features + config.num_latents
     rows = images * latents
     forward: list[Kernel] = []
@@ -125,7 +125,7 @@ def resampler_block(config: ResamplerConfig, *, width: int, num_features: int, i
 
 
 def projector_block(patches: PatchEmbeddingConfig, *, output_size: int, images: int, trained: Trained) -> Block:
-    """Mono-InternVL's norm and two linears on squares of patches."""
+    """Block of Mono-InternVL's norm and two linear layers on squares of patches."""
     rows, wide = images * patches.num_tokens, patches.unshuffle**2 * patches.hidden_size
     first, first_back = linear(rows, output_size, wide, fp8=False, trained=trained)
     second, second_back = linear(rows, output_size, output_size, fp8=False, trained=trained)

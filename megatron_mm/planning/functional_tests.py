@@ -1,7 +1,8 @@
-"""Megatron-LM's functional tests as measurements: a row of benchmarks/anchors/megatron_ci_memory.csv in the columns of throughput.csv.
+"""Megatron-LM's functional tests as measurements: converts rows of benchmarks/anchors/megatron_ci_memory.csv to the columns of
+throughput.csv.
 
-They are small models on machines with eight GPUs, whose step time the host limits. No published throughput shows this, so the planner's
-times of the host come from these tests.
+The tests run small models on machines with eight GPUs, where the host limits the step time. No published throughput shows this, so the
+planner's times of the host were chosen from these tests.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 COLUMNS = {"test", "plat", "num-layers", "hidden-size"}
-"""By which such a file is known."""
+"""Columns by which a file of functional tests is recognised."""
 
 _NAMES = {
     "layers": "num-layers",
@@ -32,16 +33,16 @@ _NAMES = {
     "step_time_s": "it_med",
 }
 GPT2_VOCABULARY = 50257
-"""Padded up to a multiple of 128 times the tensor-parallel size."""
+"""Vocabulary size, which is padded to a multiple of 128 times the tensor-parallel size."""
 GPUS = 8
-"""Of a machine: those whose name says "release" ran on more, and how many is not known."""
+"""GPUs of a test's machine. Tests with "release" in their names ran on an unknown, larger number of GPUs."""
 
 
 def columns_of(row: Mapping[str, str]) -> dict[str, str]:
-    """The same row in the columns of throughput.csv, with Megatron-LM's defaults where an argument is not given.
+    """Convert a row to the columns of throughput.csv, with Megatron-LM's defaults for arguments that are not given.
 
-    Columns that throughput.csv lacks: `state_gb` (allocated between steps), `sharding` (of the optimizer), `sequence` (parallelism),
-    `tied` (embeddings), `overlap` (of the reduction), `unplanned` (why a row cannot be planned).
+    Additional columns: `state_gb` (allocated between steps), `sharding` (of the optimizer), `sequence` (parallelism), `tied` (embeddings),
+    `overlap` (of the reduction), `unplanned` (reason why a row cannot be planned).
     """
     cells = {name: row.get(source, "") for name, source in _NAMES.items()}
     name = row.get("test", "")

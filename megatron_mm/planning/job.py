@@ -11,14 +11,14 @@ from megatron_mm.planning.layout import Layout
 
 @dataclass(frozen=True)
 class Beside:
-    """What every process does before the pipeline begins, and the backward pass of it after the pipeline: `parallel.spread_encoder`."""
+    """Work that every process does before the pipeline begins, and its backward pass after the pipeline (`parallel.spread_encoder`)."""
 
     blocks: tuple[Block, ...] = ()
-    """For the images that go through the encoder together."""
+    """Blocks for the images that are encoded at once."""
     times: int = 0
-    """How often, in a step."""
+    """Number of times that the blocks run in a step."""
     message_bytes: float = 0.0
-    """Features of a process's share of a step, which go to the first stage."""
+    """Bytes of the features of a process's share of a step, which are sent to the first stage."""
 
     @property
     def parameters(self) -> float:
@@ -31,20 +31,20 @@ class Beside:
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned: the work of each micro-batch on each stage of a layout, on a GPU, under a software stack."""
+    """The work of each micro-batch on each stage of a layout, on a GPU, with a software stack."""
 
     layout: Layout
     gpu: Gpu
     software: Software
     kinds: tuple[tuple[tuple[Block, ...], ...], ...]
-    """Micro-batches that differ: [kind][stage] -> blocks."""
+    """Blocks of each kind of micro-batch on each stage: [kind][stage] -> blocks."""
     micro_batches: tuple[int, ...]
     """The kind of each micro-batch of a process, in order."""
     hidden_bytes: float
-    """Of a message from stage to stage, of one process."""
+    """Bytes that a process sends to the next stage for a micro-batch."""
     overlap_parameter_gather: bool = True
     replicated_parameters: float = 0.0
-    """Trainable parameters that every process of a tensor-parallel group has whole: their gradients are summed over it after the step."""
+    """Trainable parameters that are replicated in a tensor-parallel group; their gradients are summed over it after the backward passes."""
     beside: Beside = Beside()
     micro_batches_at_once: int = 1
-    """That go through the layers together: 2 with `parallel.overlap_experts`."""
+    """Number of micro-batches that pass through the layers together: 2 with `parallel.overlap_experts`."""

@@ -1,5 +1,5 @@
-"""The work of a part of the model on one GPU: matrix products, attention, memory traffic, messages. Only shapes; `costs` and `network` give
-seconds."""
+"""The work of a part of the model on one GPU: matrix products, attention, memory traffic, messages. It has only shapes; `costs` and
+`network` compute seconds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ Group = Literal["tensor", "context", "expert", "expert_tensor", "data", "expert_
 
 
 Part = Literal["other", "router", "permutation", "sorting", "expert activation", "expert bias", "expert weight cast"]
-"""Of element-wise kernels: routing; permutation of tokens by expert before and after their exchange; sorting of what arrived by expert; the
-experts' activation and biases; what turns their weights into FP8."""
+"""Purpose of element-wise kernels: routing; permutation of tokens by expert before and after their exchange; sorting of received tokens by
+expert; the experts' activation and biases; casting their weights to FP8."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Product:
     count: int = 1
     fp8: bool = False
     passes: float = 1.0
-    """Of the module around it: the two products of a linear layer's backward pass are half a pass each."""
+    """Passes through the module around it. The two products of a linear layer's backward pass are half a pass each."""
 
     @property
     def flops(self) -> float:
@@ -33,7 +33,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Attention:
-    """Fused attention of some heads: `pairs` query-key pairs that count, in documents of about `length` tokens."""
+    """Fused attention of `heads` heads with `pairs` unmasked query-key pairs, in documents of about `length` tokens."""
 
     pairs: float
     length: float
@@ -43,11 +43,11 @@ class Attention:
     backward: bool = False
     dropout: bool = False
     windowed: bool = False
-    """Queries look back on a window."""
+    """Whether attention is limited to a window."""
 
     @property
     def flops(self) -> float:
-        """Two products forward; the backward pass computes the scores again and four products more."""
+        """FLOPs of two products in the forward pass; the backward pass recomputes the scores and has four more products."""
         return 4.0 * self.pairs * self.heads * self.head_dim * (2.5 if self.backward else 1.0)
 
 
@@ -58,25 +58,25 @@ class Stream:
     bytes: float
     kernels: int = 1
     part: Part = "other"
-    """What it is of, where stacks differ in whether and how they run it."""
+    """Purpose of the kernels, if software stacks differ in whether and how they run them."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """A collective over a group. `bytes`: of the whole gathered or scattered tensor; of what one process sends in an all-to-all; of what
-    one process passes on at each turn of a ring."""
+    """A collective operation over a group. `bytes` is the size of the whole gathered or scattered tensor, of the data that one process
+    sends in an all-to-all, or of the data that one process passes on in each step of a ring."""
 
     kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "ring"]
     bytes: float
     group: Group
     beside_product: bool = False
-    """It runs under a product that does not need it, on any stack."""
+    """Whether it runs at the same time as a product that does not need it, on any stack."""
     copies: int = 1
-    """Of an all-to-all: how many experts each row goes to."""
+    """Number of experts to which an all-to-all sends each row."""
     rows: float = 0.0
-    """Of an all-to-all: rows that one process sends, copies counted."""
+    """Number of rows that one process sends in an all-to-all, counting copies."""
     machines: int = 0
-    """Of an all-to-all: to how many machines a router's groups let a row go; 0: to all."""
+    """Number of machines to which a router's groups limit a row of an all-to-all; 0 for no limit."""
 
 
 Kernel = Product | Attention | Stream | Message
@@ -84,23 +84,23 @@ Kernel = Product | Attention | Stream | Message
 
 @dataclass(frozen=True)
 class Block:
-    """A layer, a tower, an output layer: what it runs for one micro-batch, forward and backward, and what it keeps in between."""
+    """A part of the model, such as a layer or an output layer: its kernels for one micro-batch, and the bytes that it keeps."""
 
     name: str
     forward: tuple[Kernel, ...]
     backward: tuple[Kernel, ...]
     parameters: float = 0.0
-    """Of this process, reduced over the data-parallel group."""
+    """Trainable parameters of this process whose gradients are reduced over the data-parallel group."""
     expert_parameters: float = 0.0
-    """Of this process, reduced over the experts' data-parallel group."""
+    """Trainable parameters of this process whose gradients are reduced over the experts' data-parallel group."""
     frozen_parameters: float = 0.0
     fp8_parameters: float = 0.0
-    """Those that products take in FP8."""
+    """Parameters that products use in FP8."""
     saved: float = 0.0
     """Bytes kept for the backward pass."""
     saved_recomputed: float = 0.0
-    """The same where the whole block is recomputed: its input."""
+    """Bytes kept if the whole block is recomputed: its input."""
     transient: float = 0.0
-    """Bytes that only live while it runs."""
+    """Bytes that are allocated only while it runs."""
     tensors: int = 0
-    """Trainable parameter tensors."""
+    """Number of trainable parameter tensors."""

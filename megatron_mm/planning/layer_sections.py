@@ -13,24 +13,25 @@ from megatron_mm.planning.kernels import Attention, Kernel, Message, Product, St
 from megatron_mm.planning.layout import Layout
 
 ROUTER_OPERATIONS, PERMUTE_OPERATIONS, SORT_OPERATIONS = 50, 10, 8
-"""Operations of torch in megatron-core's router (probabilities, top-k, losses, counts), permutation and sorting by expert, of one pass:
-what its functional tests with experts need at the time of an operation that those without have. The torch backend is traced to run 0.6 of
-them (`tests/planning/test_host.py`); the rest stands for waiting until the split sizes have come back to the host."""
+"""Operations of torch in one pass through megatron-core's router (probabilities, top-k, losses, counts), permutation and sorting by expert.
+They are chosen to explain the functional tests with experts, given the time per operation of the tests without. A trace of the torch
+backend has 0.6 of them (`tests/planning/test_host.py`); the rest accounts for waiting until the split sizes are on the host."""
 LATENT_OPERATIONS = 30
-"""Of latent attention besides: rotary positions on part of each head, pieces that are cut and joined."""
+"""Additional operations of latent attention: rotary positions on part of each head, splitting and concatenation."""
 CLAMP_BYTES, CLAMP_BYTES_BACK = 8, 10
-"""For each number before an activation that is clamped in kernels of its own (megatron-core's weighted_bias_quick_geglu_impl): both halves
-are clamped (read and written) and joined again; back, masked by their values and joined."""
+"""Bytes per number that enters an activation clamped by separate kernels (megatron-core's weighted_bias_quick_geglu_impl). Forward, both
+halves are clamped (read and written) and concatenated; backward, their gradients are masked and concatenated."""
 BIAS_BYTES, BIAS_BYTES_BACK, BIAS_OPERATIONS, BIAS_OPERATIONS_BACK = 28, 40, 3, 7
-"""For each output of an expert with a bias (TEGroupedMLP._apply_bias): the bias times a token's probability in float32, added, joined over
-the experts and cast, expert by expert; back, the gradients of bias and probability besides."""
+"""Bytes per output of an expert with a bias, and operations per expert (TEGroupedMLP._apply_bias). Forward, the bias times a token's
+probability is added in float32, and the experts' outputs are concatenated and cast; backward, there are also the gradients of bias and
+probability."""
 CHECKPOINT_OPERATIONS = 8
-"""In which recomputing a module keeps and restores the state of random numbers, forward and again backward."""
+"""Operations with which recomputing a module saves and restores the random-number state, in the forward and again in the backward pass."""
 ATTENTION_TENSORS, MLP_TENSORS, ROUTER_TENSORS = 4, 3, 2
 
 
 def linear(rows: float, cols: float, inner: float, *, fp8: bool, trained: Trained, count: int = 1) -> tuple[list[Kernel], list[Kernel]]:
-    """Kernels of a linear layer, forward and backward; in FP8 with the casts of its input and of the gradient of its output."""
+    """Kernels of a linear layer, forward and backward. In FP8 they include the casts of its input, weights and output gradient."""
     forward: list[Kernel] = [Product(rows, cols, inner, count, fp8)]
     backward: list[Kernel] = []
     passes = 0.5 if trained.inputs and trained.weights else 1.0
@@ -39,7 +40,7 @@ def linear(rows: float, cols: float, inner: float, *, fp8: bool, trained: Traine
     if trained.weights:
         backward.append(Product(cols, inner, rows, count, fp8, passes))
     if fp8:
-        # read 2 bytes (once more for the largest value), write 1 and its transpose; weights likewise, once a micro-batch
+        # read 2 bytes (twice, for the largest value), write 1 and its transpose; the same for weights, once per micro-batch
         forward.append(Stream(count * 8 * rows * inner, kernels=2))
         forward.append(Stream(count * 6 * cols * inner, part="other" if count == 1 else "expert weight cast"))
         if backward:
@@ -48,7 +49,7 @@ def linear(rows: float, cols: float, inner: float, *, fp8: bool, trained: Traine
 
 
 def tensor_messages(layout: Layout, size: float, *, trained: Trained, entering: bool) -> tuple[list[Kernel], list[Kernel]]:
-    """Messages around a tensor-parallel pair of linears: before its first (entering) or after its last."""
+    """Messages of a tensor-parallel pair of linear layers: before the first (entering) or after the second."""
     if layout.tensor == 1:
         return [], []
     if not layout.sequence:
@@ -64,7 +65,7 @@ def tensor_messages(layout: Layout, size: float, *, trained: Trained, entering: 
 def _projections(
     shape: DecoderShape, layout: Layout, tokens: Tokens, *, fp8: bool, trained: Trained
 ) -> tuple[list[Kernel], list[Kernel], float, float, float]:
-    """From hidden states to queries, keys and values: (forward, backward, widths of queries, of keys and values, of the core's output)."""
+    """Projections to queries, keys and values: (forward, backward, widths of queries, of keys and values, of core attention's output)."""
     t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
     if shape.latents is None:
         q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
@@ -109,7 +110,7 @@ def attention_section(
     context: list[Kernel] = []
     context_back: list[Kernel] = []
     if layout.context > 1:
-        # keys and values of the other shares pass by; what attention to each share gives is joined in float32
+        # keys and values of the other ranks pass by; the outputs of attention to each rank's share are combined in float32
         turns = layout.context - 1
         context = [
             Message("ring", 2 * 2 * t * kv, "context"),
@@ -146,7 +147,7 @@ def attention_section(
 def mlp_section(
     shape: DecoderShape, layout: Layout, tokens: Tokens, *, ffn: float, fp8: bool, trained: Trained, with_messages: bool = True
 ) -> tuple[list[Kernel], list[Kernel]]:
-    """Norm, two linears around an activation, residual."""
+    """Norm, two linear layers around an activation, residual: (forward, backward)."""
     t, h, tp, b = tokens.tokens, shape.hidden_size, layout.tensor, shape.branches
     rows = t / tp if layout.sequence else t
     enter, enter_back = tensor_messages(layout, 2 * t * h, trained=trained, entering=True) if with_messages else ([], [])
@@ -161,7 +162,7 @@ def mlp_section(
 def expert_section(
     shape: DecoderShape, layout: Layout, tokens: Tokens, *, fp8: bool, trained: Trained
 ) -> tuple[list[Kernel], list[Kernel]]:
-    """Norm, router, permutation, exchange, grouped products, exchange back, residual."""
+    """Norm, router, permutation, exchange, grouped products, exchange back, residual: (forward, backward)."""
     t, h, b, ffn = tokens.tokens, shape.hidden_size, shape.branches, shape.expert_ffn / layout.expert_tensor
     local = t / layout.tensor if layout.sequence else t
     routed = local * shape.top_k * shape.capacity
@@ -201,7 +202,7 @@ def expert_section(
 
 
 def tensors_of_layer(shape: DecoderShape, layout: Layout, *, sparse: bool) -> int:
-    """Parameter tensors of a layer: every expert of this process has its own."""
+    """Number of parameter tensors of a layer; every expert of this process has its own."""
     if not sparse:
         return ATTENTION_TENSORS + MLP_TENSORS
     experts = 2 * max(1, shape.experts // layout.expert)

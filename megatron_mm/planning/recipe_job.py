@@ -25,27 +25,27 @@ from megatron_mm.planning.layout import Layout
 from megatron_mm.planning.workload import MicroBatch, Workload, Workloads
 
 EXPERT_IMBALANCE = 1.10
-"""Tokens of the fullest process's experts, of the mean, under load-balance losses."""
+"""Tokens of the experts on the most loaded process, relative to the mean, under load-balance losses."""
 DECODING_BESIDE = 1.33
-"""Host time beside threads of Pillow, which share the interpreter with the one that launches kernels, of that without: a forward pass of
-mm1_1b took 0.60 and 0.45 s (docs/gpu.md)."""
+"""Host time while threads decode with Pillow, which share the interpreter with the thread that launches kernels, relative to host time
+without: a forward pass of mm1_1b took 0.60 and 0.45 s (docs/gpu.md)."""
 MOST_KINDS = 12
-"""Micro-batches that differ, at most; more are put together by their images."""
+"""Largest number of different micro-batches; if there are more, those with similar numbers of images are merged."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A recipe's job and what it works on."""
+    """A recipe's job and its workload."""
 
     experiment: Experiment
     job: Job
     work: Workload
     flops: float
-    """Of the whole step, on real tokens."""
+    """FLOPs of the whole step, on real tokens."""
 
 
 def recompute_of(experiment: Experiment, *, encoder: bool = False) -> Recompute:
-    """The recipe's recomputation in the planner's words; of the image tower or of the decoder."""
+    """The recipe's recomputation in the planner's terms, of the image tower (`encoder`) or of the decoder."""
     parallel = experiment.parallel
     kind, modules = parallel.recompute, parallel.recompute_modules
     if encoder:
@@ -54,14 +54,14 @@ def recompute_of(experiment: Experiment, *, encoder: bool = False) -> Recompute:
 
 
 def _software_of(experiment: Experiment, software: Software) -> Software:
-    """The stack with what the experiment chooses of it: formats, messages under products, how tokens go to experts."""
+    """Apply the experiment's choices to the stack: number formats, overlapped messages, how tokens are sent to experts."""
     parallel = experiment.parallel
     if experiment.data.decoder == "pillow":
         software = with_host(software, DECODING_BESIDE)
     stack = with_precision(software, experiment.precision, single=experiment.train.precision == "fp32")
     if parallel.overlap_tensor:
         stack = replace(stack, hides_tensor_messages=STACKS["nemo"].hides_tensor_messages)
-    if parallel.expert_dispatch != "alltoall":  # a token goes to a machine once, and permutation is part of it
+    if parallel.expert_dispatch != "alltoall":  # a token is sent once per machine, and permutation is part of the exchange
         stack = replace(stack, dispatcher=parallel.expert_dispatch, expert_operations=0.5)
     if parallel.overlaps_experts:
         stack = replace(stack, hides_expert_messages=OVERLAPPED)
@@ -69,7 +69,7 @@ def _software_of(experiment: Experiment, software: Software) -> Software:
 
 
 def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Software | None = None, work: Workload | None = None) -> Planned:
-    """The job of a recipe on some GPUs.
+    """Make the job of a recipe on a number of GPUs.
 
     Raises ValueError if the layout cannot hold the model or its batch.
     """
@@ -102,7 +102,7 @@ def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Softwa
 
 
 def _beside(experiment: Experiment, layout: Layout, work: Workload) -> Beside:
-    """The encoder on every process, for its share of the images of a step."""
+    """The encoder's work on every process, for its share of the images of a step."""
     model = experiment.model
     images = -(-sum(micro.images for micro in work.micro_batches) // (layout.tensor * layout.pipeline))
     times = max(1, -(-images // IMAGES_AT_ONCE))
@@ -124,7 +124,7 @@ def _replicated(stage: tuple[Block, ...]) -> float:
 
 
 def _kinds(micro_batches: tuple[MicroBatch, ...]) -> tuple[list[MicroBatch], tuple[int, ...]]:
-    """Micro-batches that differ, and which each is. Where many do, neighbours by images are put together at their mean."""
+    """Return the kinds of micro-batches, and the kind of each one. If there are too many, similar ones (by images) become their mean."""
     distinct = sorted(set(micro_batches), key=lambda m: (-m.images, -m.sum_squared_lengths))
     size = -(-len(distinct) // MOST_KINDS)
     groups = [distinct[first : first + size] for first in range(0, len(distinct), size)]
@@ -146,13 +146,13 @@ def _kinds(micro_batches: tuple[MicroBatch, ...]) -> tuple[list[MicroBatch], tup
 
 @dataclass
 class _Chain:
-    """Blocks in the order of the forward pass, and whether gradients flow down to here (as `flops.FlopCount` asks)."""
+    """Tracks, in the order of the forward pass, whether gradients flow back to the current block (as `flops.FlopCount` does)."""
 
     trainable: Trainable
     has_gradient: bool = False
 
     def trained(self, name: str) -> Trained:
-        """What the backward pass does with a weight of this name."""
+        """Return what the backward pass computes for a weight of this name."""
         weights = self.trainable(name)
         self.has_gradient = self.has_gradient or weights
         return Trained(weights=weights, inputs=self.has_gradient)
@@ -195,7 +195,7 @@ def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch) -> tuple[
 
 
 def _blocks_of(model: ModelConfig) -> Callable[..., _Parts]:
-    """What makes a family's blocks. Raises ValueError if the planner knows none."""
+    """Return the function that makes a family's blocks. Raises ValueError if the planner has none."""
     build = _FAMILIES.get(type(model))
     if build is None:
         raise ValueError(
@@ -219,12 +219,12 @@ class _LayerContext:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a family adds to a decoder."""
+    """A family's encoders, and how it makes its decoder layers."""
 
     encoders: tuple[Block, ...]
     layer: Callable[[_LayerContext], tuple[Block, ...]]
     key: Callable[[int], Any] = lambda layer: None
-    """Layers with the same key have the same blocks."""
+    """Key of a layer; layers with the same key have the same blocks."""
 
 
 def _plain_layer(context: _LayerContext) -> tuple[Block, ...]:
@@ -270,7 +270,7 @@ def _infimm(model: InfiMMConfig, chain: _Chain, images: int, recompute: Recomput
 
 
 def _gated_block(model: InfiMMConfig, context: _LayerContext) -> Block:
-    """Tokens look at latents; a feed-forward behind."""
+    """Block of a gated layer: attention of tokens to latents, then an MLP."""
     gated, layout, h = model.gated, context.layout, model.decoder.hidden_size
     t, tp = context.tokens.tokens, layout.tensor
     rows = t / tp if layout.sequence else t
@@ -292,7 +292,7 @@ def _gated_block(model: InfiMMConfig, context: _LayerContext) -> Block:
     parameters = 2 * inner * h + 2 * inner * model.vision.hidden_size + 2 * wide * h
     kept = 8 * rows * h + 2 * t * (3 * inner + 2 * wide) + 4 * latents * inner
     if "full" in context.recompute:
-        backward, kept = [*forward, *backward], 0.0  # within the layer that it stands before
+        backward, kept = [*forward, *backward], 0.0  # part of the recomputed layer that follows it
     return Block(
         name="gated block",
         forward=tuple(forward),
@@ -316,7 +316,7 @@ def _mono_internvl(model: MonoInternVLConfig, chain: _Chain, images: int, recomp
 
 
 def _modality_layer(model: MonoInternVLConfig, context: _LayerContext) -> Block:
-    """Attention, then each token through its modality's network."""
+    """Block of a Mono-InternVL layer: attention, then the MLP of each token's modality."""
     shape, layout, tokens, chain = context.shape, context.layout, context.tokens, context.chain
     name, h, tp, b = f"language.decoder.layers.{context.layer}", shape.hidden_size, layout.tensor, shape.branches
     rows = tokens.tokens / tp if layout.sequence else tokens.tokens

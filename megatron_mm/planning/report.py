@@ -1,4 +1,4 @@
-"""The output of `megatron-mm plan` for a recipe: whether it fits, how long a step takes, where the time goes, and what the run costs."""
+"""The output of `megatron-mm plan` for a recipe: whether it fits, the time of a step and its breakdown, and the cost of the run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megatron_mm.planning.search import SearchResult, options
 from megatron_mm.planning.step import Prediction
 
 ERROR_BAND = {"dense": 0.12, "moe": 0.20}
-"""Nine of ten published step times lie within this of their prediction (docs/planning.md); MoE with a band for the experts' balance."""
+"""Relative error that nine of ten published step times do not exceed (docs/planning.md); for MoE including the experts' balance."""
 
 
 def kind_of(planned: Planned) -> str:
-    """dense or moe."""
+    """Return "dense" or "moe"."""
     return "moe" if planned.experiment.model.decoder.moe is not None else "dense"
 
 
 def mfu(planned: Planned, prediction: Prediction) -> float:
-    """Of the bf16 peak, on real tokens."""
+    """Model FLOPs utilisation, on real tokens, relative to the bf16 peak."""
     gpu = planned.job.gpu
     return planned.flops / planned.job.layout.gpus / prediction.seconds / (gpu.bf16_tflops * 1e12)
 
@@ -30,7 +30,7 @@ def describe(planned: Planned, prediction: Prediction, *, price: float | None = 
     """Lines for the terminal.
 
     Args:
-        price: of a GPU for an hour, in any currency.
+        price: price of a GPU-hour, in any currency.
     """
     experiment, job, work = planned.experiment, planned.job, planned.work.whole
     train, gpu, gpus = experiment.train, job.gpu, job.layout.gpus
@@ -87,7 +87,7 @@ def _run(planned: Planned, prediction: Prediction, *, price: float | None) -> It
 
 
 def table(result: SearchResult) -> Iterator[str]:
-    """The best layouts of a search, the first with its options."""
+    """Lines with the best layouts of a search, and the options of the first."""
     yield (
         f"{result.considered} layouts, {result.simulated} simulated (the others cannot be better), {result.too_large} of these too large; "
         f"the best {len(result.best)}:"

@@ -1,4 +1,4 @@
-"""The costs of saves, resumes and the start of a run. Bytes and numbers are counted; rates and seconds were measured."""
+"""The costs of saves, resumes and the start of a run. Bytes and drawn numbers are computed; rates and seconds were measured."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from megatron_mm.planning.job import Job
 from megatron_mm.planning.memory import parameters_of_ranks, share_of
 
 COPY_GB_S = 1.2
-"""Rate at which a process copies its state to the host when it saves, GB/s; training waits for that and no longer. That of one process on
-an H200 (docs/gpu.md)."""
+"""Rate, in GB/s, at which a process copies its state to the host for a save, measured with one process on an H200 (docs/gpu.md). Training
+waits only for this copy."""
 START_SECONDS = {"imports": (15.0, 19.0), "checks, data, groups, model and optimizer": (2.5, 3.0), "first step": (13.0, 25.0)}
-"""Parts of a start, least and most. Imports and the first step, in which kernels are compiled and prepared: MM1 1.2B and 3B on one H200
-(docs/gpu.md). The others: as one process of 512 of mm1_30b, on a CPU (benchmarks/start_time.py); none of them grows faster than the run."""
+"""Shortest and longest time of each part of a start. Imports and the first step, in which kernels are compiled and prepared, were measured
+with MM1 1.2B and 3B on one H200 (docs/gpu.md). The others were measured as one process of 512 of mm1_30b, on a CPU
+(benchmarks/start_time.py); none of them grows faster than the run."""
 
 
 @dataclass(frozen=True)
 class SaveCost:
-    """Of the process that has most to write."""
+    """Cost of a save on the process that has the most to write."""
 
     state_bytes: float
-    """Master weights and moments: this process's share of its model-parallel rank's."""
+    """Bytes of this process's share of its model-parallel rank's master weights and moments."""
     weight_bytes: float
-    """Weights of the model, which data-parallel ranks write a part each."""
+    """Bytes of this process's share of its model-parallel rank's weights, which data-parallel ranks divide among them."""
 
     @property
     def staged_bytes(self) -> float:
-        """Copied to the host once, and then written."""
+        """Bytes that are copied to the host and then written."""
         return self.state_bytes + self.weight_bytes
 
     @property
     def seconds(self) -> float:
-        """Training waits so long."""
+        """Time for which training waits."""
         return self.staged_bytes / (COPY_GB_S * GIGA)
 
 
 def save_cost(job: Job) -> SaveCost:
-    """What a save asks of a process. A resume reads as many bytes, once each."""
+    """Compute the cost of a save. A resume reads the same number of bytes, each once."""
     beside, costs = job.beside, []
     for held in parameters_of_ranks(job):
         owned = share_of(job, dense=held.dense, experts=held.experts, beside=beside.parameters)
@@ -48,7 +49,8 @@ def save_cost(job: Job) -> SaveCost:
 
 
 def numbers_drawn(job: Job) -> float:
-    """Random numbers of initial weights on the process that draws most: whole tensors, of which it keeps its tensor-parallel part."""
+    """Count the random numbers that the process with the most draws for initial weights: it draws whole tensors and keeps its part of
+    each."""
     layout, most = job.layout, 0.0
     for rank, held in enumerate(parameters_of_ranks(job)):
         whole = job.replicated_parameters if rank == 0 else 0.0

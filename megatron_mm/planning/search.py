@@ -1,8 +1,8 @@
-"""Search for the layout with the shortest step among all layouts that fit and that the code can run, most promising ones first.
+"""Searches for the layout with the shortest step among all layouts that fit and that the code can run, most promising ones first.
 
-A lower bound of the step time is cheap to compute: the work of the busiest rank, plus what must happen before its first and after its last
-micro-batch. Layouts are simulated in the order of their bounds, until the next bound is worse than the worst layout in the list of the
-best. The remaining layouts cannot be better, so the result is the same as that of an exhaustive search with the same simulator.
+A lower bound of the step time is cheap to compute: the work of the busiest rank, plus the work that must precede its first and follow its
+last micro-batch. Layouts are simulated in the order of their bounds, until the next bound is not better than the worst layout in the list
+of the best. The remaining layouts cannot be better, so the result is that of an exhaustive search with the same simulator.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from megatron_mm.planning.workload import Workload, Workloads
 
 MICRO_BATCHES = (1, 2, 4, 8)
 RECOMPUTE = (("none", None), ("none", "full"), ("full", None))
-"""Of (decoder, image tower); recomputing fused attention alone saves nothing."""
+"""Recomputation of (decoder, image tower). Recomputing only fused attention saves nothing."""
 VIRTUAL = (1, 2, 3, 4, 6, 8)
 MOST_STAGES = 32
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that may be tried."""
+    """A layout to be simulated."""
 
     experiment: Experiment
     bound: float
-    """Seconds that a step takes at least."""
+    """Lower bound of the step time, in seconds."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A layout that was simulated."""
+    """A simulated layout."""
 
     planned: Planned
     prediction: Prediction
@@ -52,13 +52,13 @@ class Found:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best, and how many were looked at."""
+    """The best layouts, and numbers of layouts."""
 
     best: list[Found]
     considered: int
     simulated: int
     too_large: int
-    """Simulated and found not to fit."""
+    """Number of simulated layouts that do not fit."""
 
 
 def search(
@@ -73,15 +73,15 @@ def search(
     usable: float = USABLE,
     spread: bool = True,
 ) -> SearchResult:
-    """The layouts of an experiment with the shortest steps.
+    """Find the layouts of an experiment with the shortest steps.
 
     Args:
-        keep: so many of the best.
-        exhaustive: simulate everything, to check what the bounds leave out.
-        loads: what is worked on; drawn where not given.
-        software: the stack that it runs on.
-        usable: part of the GPU's memory that a layout may take.
-        spread: also layouts in which all pipeline ranks encode images.
+        keep: number of best layouts to return.
+        exhaustive: simulate all layouts, to check the bounds.
+        loads: workloads; by default they are drawn.
+        software: software stack.
+        usable: fraction of the GPU's memory that a layout may use.
+        spread: also consider layouts in which all pipeline ranks encode images.
 
     Raises ValueError if no layout fits.
     """
@@ -118,7 +118,7 @@ def _work(loads: Workloads, experiment: Experiment, data_size: int) -> Workload:
 
 
 def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, software: Software, *, spread: bool) -> Iterator[Candidate]:
-    """Every layout that model, batch and number of GPUs allow."""
+    """Yield every layout that model, batch and number of GPUs allow."""
     decoder = experiment.model.decoder
     base = replace(experiment.parallel, virtual=1, stage_layers=None, spread_encoder=False)
     experts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if decoder.moe and decoder.moe.num_experts % n == 0] or [1]
@@ -166,7 +166,7 @@ def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, s
 
 
 def _weights_alone(experiment: Experiment, gpus: int) -> float:
-    """Bytes of the decoder's weights and gradients on an average rank: more than the memory is hopeless."""
+    """Bytes of the decoder's weights on an average rank. A layout whose weights exceed the memory cannot fit."""
     decoder, parallel = experiment.model.decoder, experiment.parallel
     mlp = 3 * decoder.hidden_size * decoder.ffn_hidden_size
     attention = decoder.hidden_size * decoder.head_dim * 2 * (decoder.num_attention_heads + decoder.num_query_groups)
@@ -178,18 +178,21 @@ def _weights_alone(experiment: Experiment, gpus: int) -> float:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Seconds that the device is busy with a micro-batch, mean over micro-batches, by where they are spent."""
+    """Seconds of the device for a micro-batch, averaged over micro-batches, by part of the model as (forward, backward)."""
 
     first: tuple[float, float]
-    """(forward, backward) of what the first stage has besides layers."""
+    """Blocks of the first stage besides layers."""
     layer: tuple[float, float]
+    """One layer."""
     last: tuple[float, float]
+    """The output block of the last stage."""
     beside: float
-    """What all do before and after the pipeline."""
+    """Seconds of the work that all ranks do before and after the pipeline."""
     count: int
+    """Number of micro-batches."""
     num_layers: int
     least_bytes: float
-    """Of all pipeline ranks together at some moment, however layers are dealt to them."""
+    """Bytes that all pipeline ranks together need at some moment, however layers are divided among them."""
 
     @classmethod
     def of(cls, experiment: Experiment, gpu: Gpu, gpus: int, work: Workload, software: Software) -> _Parts:
@@ -219,7 +222,7 @@ class _Parts:
         )
 
     def splits(self, pipeline: int, virtual: int) -> Iterator[tuple[int, ...]]:
-        """Ways to deal layers to stages: so that all ranks work about as long, and a little to either side of it."""
+        """Yield ways to divide layers among stages that are close to equal work on all ranks."""
         if pipeline == 1:
             yield (self.num_layers,)
             return
@@ -240,7 +243,7 @@ class _Parts:
                 yield split
 
     def _spread(self, head: int, tail: int, pipeline: int, virtual: int) -> tuple[int, ...]:
-        """Layers of each stage where the first rank has `head` and the last `tail`; () where that cannot be."""
+        """Number of layers of each stage if the first rank has `head` layers and the last `tail`; () if that is impossible."""
         middle = self.num_layers - head - tail
         ranks = [head, *_even(middle, pipeline - 2), tail] if pipeline > 2 else [head, tail]
         if min(ranks) < 0:
@@ -256,7 +259,8 @@ class _Parts:
         return tuple(stages)
 
     def bound(self, split: tuple[int, ...], pipeline: int, virtual: int) -> float:
-        """The busiest rank's work, after the first micro-batch has come to it and before the last has gone back."""
+        """Lower bound of the step time: the busiest rank's work, and the work on earlier ranks before its first and after its last
+        micro-batch."""
         before = worst = 0.0
         layer, last_stage = sum(self.layer), pipeline * virtual - 1
         for rank in range(pipeline):
@@ -269,7 +273,7 @@ class _Parts:
 
 
 def _least_bytes(job: Job) -> float:
-    """State of all ranks, and what they keep of micro-batches when the first comes back: rank r then holds `pipeline` - r of them."""
+    """State of all ranks, and their activations when the first micro-batch comes back: rank r then holds `pipeline` - r micro-batches."""
     layout, software = job.layout, job.software
     blocks = list(itertools.chain(*job.kinds[-1]))
     dense, experts = sum(block.parameters for block in blocks), sum(block.expert_parameters for block in blocks)
@@ -290,7 +294,7 @@ def _even(count: int, ranks: int) -> list[int]:
 
 
 def _level(count: int, extras: list[float]) -> list[int]:
-    """Deal layers to chunks, each to the one that has least so far; extras count as layers."""
+    """Distribute layers over chunks, each to the chunk that has the fewest so far. `extras` is other work, counted in layers."""
     dealt = [0] * len(extras)
     for _ in range(count):
         least = min(range(len(extras)), key=lambda chunk: extras[chunk] + dealt[chunk])
@@ -299,12 +303,12 @@ def _level(count: int, extras: list[float]) -> list[int]:
 
 
 def blocks_of(planned: Planned) -> list[Block]:
-    """All blocks of the first kind of micro-batch, for tests."""
+    """Return all blocks of the first kind of micro-batch, for tests."""
     return list(itertools.chain(*planned.job.kinds[0]))
 
 
 def options(parallel: ParallelConfig, *, micro_batch_size: int) -> str:
-    """The layout as options of `train`."""
+    """Write a layout as options of `train`."""
     words = [f"--parallel.{name} {getattr(parallel, name)}" for name in ("tensor", "pipeline", "virtual", "recompute")]
     words += [f"--parallel.recompute-encoder {parallel.recompute_encoder}"] if parallel.recompute_encoder is not None else []
     words += [f"--parallel.expert {parallel.expert}"] if parallel.expert > 1 else []

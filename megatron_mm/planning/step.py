@@ -1,5 +1,5 @@
-"""A training step: blocks on stages -> seconds of each pass -> simulated pipeline -> reductions and update, as far as nothing hides
-them."""
+"""Prediction of a training step: blocks on stages -> seconds of each pass -> simulated pipeline -> reductions and update, as far as they
+are not hidden."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_mm.planning.memory import MemoryUse, memory_of_ranks
 from megatron_mm.planning.pipeline import PipelineResult, PipelineTimes, simulate
 
 JITTER = 0.0035
-"""For each doubling of the machines: everybody waits for the slowest."""
+"""Relative increase of the step time for each doubling of the number of machines, because all processes wait for the slowest."""
 BUCKET_PARAMETERS = 40e6
 
 
@@ -26,12 +26,12 @@ class Prediction:
 
     seconds: float
     parts: dict[str, float]
-    """Seconds of the step on the rank that is busiest, by what takes them; they sum to `seconds`."""
+    """Seconds of the step on the busiest rank, by kind of work; they add up to `seconds`."""
     memory: tuple[MemoryUse, ...]
-    """Of each pipeline rank."""
+    """Memory of each pipeline rank."""
     pipeline: PipelineResult
     stage_seconds: tuple[tuple[Seconds, Seconds], ...] = field(default=())
-    """(forward, backward) of each stage, mean over micro-batches."""
+    """(forward, backward) of each stage, averaged over micro-batches."""
 
     @property
     def peak_bytes(self) -> float:
@@ -39,7 +39,7 @@ class Prediction:
 
     @property
     def limit(self) -> str:
-        """What takes most of the time besides the products."""
+        """The kind of work that takes most of the time besides products."""
         others = {name: value for name, value in self.parts.items() if name != "products"}
         return max(others, key=lambda name: others[name])
 
@@ -79,7 +79,7 @@ class StepModel:
     # -- passes
 
     def beside_seconds(self) -> tuple[float, float]:
-        """What all ranks do before and after the pipeline, and the messages of it."""
+        """Seconds of the work that all ranks do before and after the pipeline, and of its messages."""
         passes, exchanged = self._beside()
         return passes.busy, exchanged
 
@@ -90,13 +90,13 @@ class StepModel:
             alike.setdefault(id(block), []).append(block)
         for same in alike.values():
             total = total + self.seconds(same[0], backward=backward).times(len(same))
-        if self.job.layout.pipeline > 1:  # what comes from the stage before and goes to the next
+        if self.job.layout.pipeline > 1:  # messages from the previous stage and to the next
             total = total + Seconds(launch=2 * self.job.software.message_seconds * self.job.gpu.host)
         return total
 
     def _beside(self) -> tuple[Seconds, float]:
-        """What processes do before and after the pipeline, and seconds of its messages: features to the first stage, one rank after
-        another, their gradients back, and the reduction and gather of the encoder's weights, which hide under nothing."""
+        """Work of each process before and after the pipeline, and seconds of its messages: features to the first stage, one rank after
+        another, their gradients back, and the reduction and gather of the encoder's weights. Nothing hides these messages."""
         beside, network = self.job.beside, self.costs.network
         if not beside.times:
             return Seconds(), 0.0
@@ -107,14 +107,14 @@ class StepModel:
         return passes.times(beside.times), exchanged
 
     def seconds(self, block: Block, *, backward: bool) -> Seconds:
-        """Of one block, its weights' own messages included."""
+        """Seconds of one block, including the messages of sharded weights."""
         key = (id(block), backward)
         if key not in self._cache:
             self._cache[key] = self._block(block, backward=backward)
         return self._cache[key]
 
     def _block(self, block: Block, *, backward: bool) -> Seconds:
-        """With the weights' own messages where they are sharded: gathered ahead of the block, gradients scattered behind it."""
+        """Seconds of one block. Sharded weights are gathered before it, and their gradients are scattered after it."""
         seconds = self.costs.block(block, backward=backward)
         if self.job.layout.sharding not in ("full", "gradients") or not (block.forward or block.backward):
             return seconds
@@ -164,7 +164,8 @@ class StepModel:
         )
 
     def _simulate(self, times: PipelineTimes, *, keep_events: bool) -> tuple[PipelineResult, float]:
-        """The simulated pipeline; where all micro-batches are alike and many, the steady middle is counted instead of run."""
+        """Return the simulated pipeline and seconds to be added to it. If there are many equal micro-batches, only some are simulated, and
+        the seconds of the others are extrapolated."""
         layout, count = self.job.layout, len(self.job.micro_batches)
         ranks = layout.pipeline
         few = 3 * ranks if layout.virtual == 1 else 4 * ranks
@@ -179,7 +180,7 @@ class StepModel:
 
     @cached_property
     def _held(self) -> list[tuple[float, float]]:
-        """Trainable parameters of each stage: (reduced over data parallelism, over the experts' copies)."""
+        """Trainable parameters of each stage: (reduced over the data-parallel group, reduced over the experts' data-parallel group)."""
         blocks = self.job.kinds[0]
         return [(sum(b.parameters for b in stage), sum(b.expert_parameters for b in stage)) for stage in blocks]
 
@@ -199,7 +200,7 @@ class StepModel:
             return 0.0
         dense, experts = self._held[stage]
         network, width = self.costs.network, 2.0
-        if self.job.software.fp8_weights and dense + experts:  # one byte for each weight of an FP8 product
+        if self.job.software.fp8_weights and dense + experts:  # one byte per weight of an FP8 product
             in_fp8 = sum(block.fp8_parameters for block in self.job.kinds[0][stage] if block.parameters + block.expert_parameters)
             width = 2 - in_fp8 / (dense + experts)
         return network.seconds(Message("all_gather", width * dense, "data")) + network.seconds(
@@ -222,7 +223,7 @@ class StepModel:
         return whole * min(1.0, bucket / parameters) if parameters else 0.0
 
     def _reduction(self, result: PipelineResult) -> tuple[list[float], list[float]]:
-        """(when each rank's gradients are reduced, how long after its last backward pass)."""
+        """Return (time at which each rank's gradients are reduced, delay after its last backward pass)."""
         layout = self.job.layout
         ends, tails = [], []
         for rank in range(layout.pipeline):
@@ -244,7 +245,7 @@ class StepModel:
         return ends, tails
 
     def _optimizer(self) -> float:
-        """Update of the share that a process owns."""
+        """Seconds of the update of the parameters that a process owns."""
         layout = self.job.layout
         sharded = layout.sharding != "none"
         copies, expert_copies = (layout.data * layout.context, layout.expert_data) if sharded else (1, 1)
@@ -255,7 +256,7 @@ class StepModel:
         return self.costs.optimizer(most) + 100e-6 * math.log2(max(2, layout.gpus))
 
     def _between_steps(self) -> float:
-        """Of the host, on the rank with most parameter tensors."""
+        """Seconds of the host between steps, on the rank with the most parameter tensors."""
         layout, software = self.job.layout, self.job.software
         stages = self.job.kinds[0]
         tensors = [
@@ -304,7 +305,7 @@ class StepModel:
 
 
 def _first(times: PipelineTimes, number: int) -> PipelineTimes:
-    """The same with only the first micro-batches."""
+    """Keep only the first micro-batches."""
     cut: Callable[[Sequence[Sequence[float]]], list[Sequence[float]]] = lambda table: [row[:number] for row in table]  # noqa: E731
     return PipelineTimes(
         forward=cut(times.forward),

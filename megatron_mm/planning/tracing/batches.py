@@ -1,5 +1,5 @@
-"""Micro-batches like those of the loader, made from the planner's workload: bounds, positions, owners and pixels; all token ids are
-equal."""
+"""Micro-batches like the loader's, made from the planner's workload, with document bounds, image positions, owners and pixels. All token
+ids are equal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from megatron_mm.planning.workload import MicroBatch
 
 
 def packed_batch(experiment: Experiment, micro: MicroBatch, topology: Topology, *, device: torch.device) -> PackedBatch:
-    """One micro-batch: documents of equal length, images dealt to them evenly, one after another at a document's begin."""
+    """Make a micro-batch of documents of equal length. Images are distributed over them and placed one after another from a document's
+    start."""
     image = family_of(experiment.model).image_input(experiment.model)
     total = micro.tokens
     documents = max(1, round(total * total / max(1, micro.sum_squared_lengths)))

@@ -1,8 +1,9 @@
-"""Stand-ins for kernels while a step is traced: they allocate and save what the kernels do, and compute nothing.
+"""Stand-ins for kernels while a step is traced: they allocate and save the same tensors as the kernels, and compute nothing.
 
-Two sets. `torch_kernels` are what the torch backend runs on a CPU: attention document by document, as
-`torch.nn.functional.scaled_dot_product_attention` keeps it. `te_kernels` are Transformer Engine's (`te_saves.TE_SAVES`), and
-megatron-core's fused SwiGLU, which keeps its input (core/fusions/fused_bias_swiglu.py, SwiGLUFunction).
+There are two sets (`stand_ins`). The default stands in for the torch backend on a CPU: attention document by document, which saves the same
+tensors as `torch.nn.functional.scaled_dot_product_attention`. With `te` they stand in for Transformer Engine's kernels
+(`te_saves.TE_SAVES`); megatron-core's fused SwiGLU, which saves its input (core/fusions/fused_bias_swiglu.py, SwiGLUFunction), is switched
+on by `trace`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron_mm.planning.tracing.recorder import Recorder
 
 @contextlib.contextmanager
 def stand_ins(recorder: Recorder, *, te: bool) -> Iterator[None]:
-    """Replace kernels that meta tensors cannot run, and, with `te`, those that keep other tensors than the torch backend's."""
+    """Replace kernels that cannot run on meta tensors, and, with `te`, those that save other tensors than the torch backend's."""
     with contextlib.ExitStack() as stack:
         attend = _te_attention if te else _document_attention
         stack.enter_context(patch.object(layer_modules.TorchDotProductAttention, "forward", _attention(recorder, attend)))
@@ -36,7 +37,7 @@ def stand_ins(recorder: Recorder, *, te: bool) -> Iterator[None]:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Queries [..., heads, d], keys, values -> output; saves these and a number for each row and head."""
+    """Queries [..., heads, d], keys, values -> output; saves all of them and one number per row and head."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, flops: float, recorder: Recorder) -> torch.Tensor:
@@ -83,7 +84,7 @@ def _flops(query: torch.Tensor, pairs: int, causal: bool) -> float:
 def _te_attention(
     recorder: Recorder, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, of_queries: list[int], of_keys: list[int], causal: bool
 ) -> torch.Tensor:
-    """All documents in one kernel."""
+    """Attend to all documents in one kernel."""
     pairs = sum(q * k for q, k in zip(of_queries, of_keys, strict=True))
     return _FusedAttention.apply(query, key, value, _flops(query, pairs, causal), recorder).flatten(1)
 
@@ -91,7 +92,7 @@ def _te_attention(
 def _document_attention(
     recorder: Recorder, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, of_queries: list[int], of_keys: list[int], causal: bool
 ) -> torch.Tensor:
-    """One kernel a document, and their outputs put together, as the torch backend does."""
+    """Run one kernel per document and concatenate their outputs, as the torch backend does."""
     documents = zip(query.split(of_queries), key.split(of_keys), value.split(of_keys), strict=True)
     outputs = []
     for q, k, v in documents:
@@ -128,7 +129,7 @@ class _Rotary(torch.autograd.Function):
 
 
 class _KeepsInput(torch.autograd.Function):
-    """A compiled activation."""
+    """A compiled activation, which saves its input."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,12 @@
-"""Records what a process allocates, sends and multiplies, operation by operation, for real tensors as well as for meta tensors.
+"""Records the memory, messages and matrix products of a process, operation by operation, for real tensors as well as for meta tensors.
 
 A `TorchDispatchMode` sees every operation below autograd, including c10d's messages. Memory is counted by storage: a view costs nothing,
-and a storage is freed when its last tensor is deleted. So the recorder must not keep tensors itself: one kept in a reference cycle would
-live until the garbage collector runs, and raise every peak.
+and a storage is freed when its last tensor is deleted. Therefore the recorder must not keep tensors itself: a tensor in a reference cycle
+would live until the garbage collector runs, and raise every peak.
 
-Two things need special treatment on meta tensors. Integers computed by the plan are kept as real tensors beside their meta tensors
-(`_twins`), because document bounds and rows of images determine shapes. And numbers that would be read back from a device (a norm, a loss)
-are replaced with ones.
+Two things need special treatment on meta tensors. Integers computed by the plan are kept as real tensors next to their meta tensors
+(`_twins`), because document bounds and rows of images determine shapes. Numbers that would be read back from a device (a norm, a loss) are
+replaced with ones.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from torch.utils.weak import WeakTensorKeyDictionary
 aten = torch.ops.aten
 
 LARGEST_TWIN = 1 << 20
-"""Elements of the largest integer tensor whose values are kept."""
+"""Number of elements of the largest integer tensor whose values are kept."""
 
 
 @dataclass(frozen=True)
 class MessageKey:
-    """Messages that are alike."""
+    """Messages that are counted together."""
 
     kind: str
-    """c10d's name of the operation: allreduce_, _allgather_base_, send ..."""
+    """c10d's name of the operation, without outer underscores: allreduce, allgather_base, send, ..."""
     group: str
     """megatron-core's description of the group."""
     size: int
-    """Processes of the group."""
+    """Number of processes in the group."""
     phase: str
     part: str
 
 
 @dataclass(frozen=True)
 class ProductKey:
-    """Matrix products and attentions that are alike."""
+    """Matrix products and attention calls that are counted together."""
 
     operation: str
     shapes: tuple[tuple[int, ...], ...]
@@ -56,11 +56,11 @@ class ProductKey:
 
 @dataclass
 class Volume:
-    """How often, and how much in all."""
+    """Number and total amount of messages or products."""
 
     count: int = 0
     amount: float = 0.0
-    """Bytes of messages (the larger side of a gather or a scatter), FLOPs of products."""
+    """Bytes of messages (of the larger side of a gather or a scatter), or FLOPs of products."""
 
 
 def _runs_on_a_device(func: Any) -> bool:
@@ -70,14 +70,14 @@ def _runs_on_a_device(func: Any) -> bool:
 
 
 class Recorder(TorchDispatchMode):
-    """Stands around a run; `phase` and `part` say what it is doing and are set from outside."""
+    """Context manager that records a run. `phase` and `part`, which are set from outside, label its operations."""
 
     def __init__(self, *, on_meta: bool, routed_rows: int = 0, settle: Callable[[], None] | None = None) -> None:
         """
         Args:
-            on_meta: tensors have no data, and messages go nowhere.
-            routed_rows: rows that the experts of this process get in a micro-batch, under balanced routing.
-            settle: called after each real message, so that its threads let go of what they hold.
+            on_meta: tensors have no data, and messages are not sent.
+            routed_rows: rows that the experts of this process receive in a micro-batch, under balanced routing.
+            settle: called after each real message, to wait until its threads have released their tensors.
         """
         super().__init__()
         self.on_meta = on_meta
@@ -90,20 +90,20 @@ class Recorder(TorchDispatchMode):
         self.peak_parts: dict[tuple[str, str], int] = {}
         self.phase_peaks: Counter[str] = Counter()
         self.timeline: list[tuple[int, int, str]] = []
-        """(operations so far, live bytes, phase) at every new phase and at peaks of each."""
+        """(operations so far, live bytes, text) at the start of each phase and at peaks."""
         self.messages: dict[MessageKey, Volume] = {}
         self.products: dict[ProductKey, Volume] = {}
         self.operations = 0
         self.launches: Counter[tuple[str, str]] = Counter()
-        """Operations that a device would run, by phase and part: no views, no empty tensors."""
+        """Number of operations that a device would run, by phase and part, without views and empty tensors."""
         self.guessed: Counter[str] = Counter()
-        """Numbers that a device would have given back, by operation: they are ones here."""
+        """Number of values that a device would have returned, by operation; ones are returned in their place."""
         self._at_peak = False
         self._parts: Counter[tuple[str, str]] = Counter()
         self._known: dict[int, tuple[Any, int, tuple[str, str]]] = {}
         self._twins = WeakTensorKeyDictionary()
 
-    # -- what is going on
+    # -- phases and products
 
     def enter(self, phase: str, part: str = "-") -> None:
         """Begin a phase of the step."""
@@ -112,12 +112,12 @@ class Recorder(TorchDispatchMode):
         self.phase, self.part = phase, part
 
     def start_peak(self) -> None:
-        """Forget the peak so far: what follows is to be known alone."""
+        """Reset the peak, so that it covers only what follows."""
         self.peak, self._at_peak = self.live, True
         self.phase_peaks.clear()
 
     def finish(self) -> None:
-        """Take the peak's composition, if it still stands."""
+        """Record the peak's composition if memory is still at the peak."""
         if self._at_peak:
             self._snapshot()
 
@@ -126,7 +126,7 @@ class Recorder(TorchDispatchMode):
         return sum(volume.amount for volume in self.products.values())
 
     def add_product(self, operation: str, shapes: Sequence[Sequence[int]], flops: float) -> None:
-        """Count a product that no operation of torch stands for."""
+        """Count a product, for example one that is not an operation of torch."""
         key = ProductKey(operation, tuple(tuple(shape) for shape in shapes), self.phase, self.part)
         volume = self.products.setdefault(key, Volume())
         volume.count += 1
@@ -188,7 +188,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _without_data(self, packet: Any, args: Any, kwargs: Any) -> Any:
-        """What only data could answer; NotImplemented for everything else."""
+        """Return a substitute for the result of an operation that needs data; NotImplemented for all other operations."""
         first = args[0] if args else None
         if not isinstance(first, torch.Tensor):
             return NotImplemented
@@ -220,7 +220,7 @@ class Recorder(TorchDispatchMode):
         return torch.ones(tensor.shape, dtype=dtype)
 
     def _keep_values(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Real values beside a small integer tensor on meta, where all that it comes of has them."""
+        """Keep real values for a small integer tensor on meta, if all of its inputs have them."""
         made = out if isinstance(out, tuple | list) else (out,)
         if not any(_small_integers(tensor) for tensor in made):
             return
@@ -258,7 +258,7 @@ class Recorder(TorchDispatchMode):
                     Work.unbox(out[-1] if isinstance(out, tuple) else out).wait()
                 self.settle()
             return out
-        # A real message keeps its tensors until its handle is dropped: so does this one.
+        # Like a real message, this one keeps its tensors until its handle is deleted.
         held = list(tensors)
         work = Work.boxed(PythonCallbackWork(partial(_done, held)) if held else FakeWork())
         return (args[0], work) if len(func._schema.returns) == 2 else work
@@ -287,7 +287,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _replaced(value: Any, real: Any) -> Any:
-    """The same arguments with their tensors taken from an iterator, in the order of `_tensors`."""
+    """Replace the tensors in arguments with tensors from an iterator, in the order of `_tensors`."""
     if isinstance(value, torch.Tensor):
         return next(real)
     if isinstance(value, list | tuple):

@@ -12,7 +12,7 @@ _SHOWN = 6
 
 
 def describe_traces(traces: Sequence[Trace]) -> Iterator[str]:
-    """By pipeline rank: memory at the peak by part and phase, FLOPs, messages."""
+    """Lines for each pipeline rank: memory at the peak by part and phase, FLOPs, messages."""
     yield "traced, one process of each pipeline rank (allocated bytes; libraries and fragmentation come on top)"
     for trace in traces:
         before, peak, work = trace.built_bytes / GIGA, trace.peak_bytes / GIGA, trace.flops / TERA
@@ -26,7 +26,7 @@ def describe_traces(traces: Sequence[Trace]) -> Iterator[str]:
 
 
 def draw_memory(traces: Sequence[Trace], path: Path) -> None:
-    """Live bytes over the operations of a step, a line a pipeline rank."""
+    """Plot live bytes over the operations of a step, one line per pipeline rank."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,9 @@
-"""The start of a run, as one process among any number of processes: the real code, from checking the experiment to the first batch.
+"""Traces the start of a run as one process among any number of processes, with the real code from checking the experiment to the first
+batch.
 
 Process groups are fake, and weights are on the meta device, because a stage of a large model does not fit on a CPU. Everything else is
-real: the data set, its plan, reading and decoding, the run directory. Seconds are those of this machine. Counts show whether the cost of a
-start grows with the number of processes: files opened, calls of stat, messages between processes and their bytes, process groups.
+real: the data set, its plan, reading and decoding, the run directory. Seconds are those of this machine. Counts of opened files, calls of
+stat, messages and their bytes, and process groups show whether the cost of a start grows with the number of processes.
 """
 
 from __future__ import annotations
@@ -37,26 +38,26 @@ from megatron_mm.run.start_times import StartTimes
 from megatron_mm.training import build
 
 _DRAWN = 1 << 24
-"""Numbers that are drawn to find out how many are drawn in a second."""
+"""Number of random numbers that are drawn to measure the rate of drawing."""
 
 
 @dataclass
 class Counts:
-    """What a process has asked of the file system and of other processes."""
+    """Accesses of a process to the file system, and its messages."""
 
     opened: int = 0
-    """Files that were opened for reading, Python's own apart."""
+    """Number of files opened, without Python's own."""
     asked: int = 0
-    """How often the status of a file was asked for, or a folder listed, Python's own apart."""
+    """Number of calls of stat and of listed folders, without Python's own."""
     groups: int = 0
-    """Process groups that this process is a member of."""
+    """Number of process groups of which this process is a member."""
     messages: int = 0
-    """Collective operations that this process took part in."""
+    """Number of collective operations in which this process took part."""
     received: int = 0
-    """Bytes that they brought."""
+    """Bytes received in them."""
 
     def since(self, before: Counts) -> Counts:
-        """What was counted since `before`."""
+        """Return the difference from earlier counts."""
         return Counts(**{name: value - getattr(before, name) for name, value in asdict(self).items()})
 
 
@@ -67,20 +68,20 @@ class StartTrace:
     rank: int
     world_size: int
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of the clock, by part."""
+    """Wall time, by part."""
     processor_seconds: dict[str, float] = field(default_factory=dict)
-    """Of all threads of the process, by part."""
+    """CPU time of all threads of the process, by part."""
     counts: dict[str, Counts] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
-    """How often each file was opened."""
+    """Number of times that each file was opened."""
     drawn: int = 0
-    """Numbers that initial weights would be drawn from."""
+    """Number of random numbers that would be drawn for initial weights."""
     drawn_a_second: float = 0.0
-    """On this machine's processor, by one thread."""
+    """Random numbers that one thread draws in a second on this machine's processor."""
 
 
 class Watch(StartTimes):
-    """Laps of the start, with what was counted in each."""
+    """Times the parts of the start and counts in each of them."""
 
     def __init__(self, trace: StartTrace, recorder: Recorder) -> None:
         self.trace = trace
@@ -104,7 +105,7 @@ class Watch(StartTimes):
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Inside, what this process asks of the file system and of others is counted."""
+        """Count file accesses and messages of this process inside the context."""
         sys.addaudithook(self._audit)
         new_group = dist.new_group
 
@@ -114,7 +115,7 @@ class Watch(StartTimes):
             return group
 
         def broadcast_objects(values: list[Any], src: int = 0, group: Any = None, **options: Any) -> None:
-            self._message(len(pickle.dumps(values)))  # the fake group brings nothing: each process keeps its own
+            self._message(len(pickle.dumps(values)))  # a fake group sends nothing: each process keeps its own values
 
         def gather_objects(out: list[Any], value: Any, group: Any = None) -> None:
             self._message(len(pickle.dumps(value)) * len(out))
@@ -155,9 +156,10 @@ def _is_pythons(path: str) -> bool:
 
 
 def trace_start(experiment: Experiment, run_dir: Path, *, rank: int, world_size: int) -> StartTrace:
-    """Start as that process, up to the first batch. Changes modules of this process for good: call it in one of its own.
+    """Start as the given rank, up to the first batch. This changes modules of the calling process permanently, so call it in a separate
+    process.
 
-    Raises what the start raises.
+    Raises any error that the start raises.
     """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank % 8))
     trace = StartTrace(rank, world_size)
@@ -187,7 +189,8 @@ def trace_start(experiment: Experiment, run_dir: Path, *, rank: int, world_size:
 
 
 def numbers_drawn(chunks: list[Any]) -> int:
-    """Random numbers that `parallel.initial_weights` draws for these chunks: whole parameters, of which a process keeps its part."""
+    """Count the random numbers that `parallel.initial_weights` draws for chunks: it draws whole parameters and keeps this process's
+    part."""
     drawn = 0
     for chunk in chunks:
         for entry in nested_values(chunk.sharded_state_dict(metadata=dict(STATE_METADATA))):

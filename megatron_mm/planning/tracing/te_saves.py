@@ -1,7 +1,7 @@
-"""What Transformer Engine's modules store between the forward and the backward pass, with references to its source.
+"""Tensors that Transformer Engine's modules store between the forward and the backward pass, with references to its source.
 
-A test reads the source of the release that the tests run on (2.11.0) and compares the names that the line passes to
-`prepare_for_saving` or `save_for_backward`.
+A test reads the source of the release that the tests use (2.11.0) and compares the names that are passed to `prepare_for_saving` or
+`save_for_backward` at each line.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ RELEASE = "2.11.0"
 
 @dataclass(frozen=True)
 class Saved:
-    """One module."""
+    """Tensors that one module saves."""
 
     file: str
-    """Below transformer_engine/pytorch."""
+    """Path below transformer_engine/pytorch."""
     line: int
-    """Where the call begins that keeps the tensors."""
+    """Line at which the call that saves the tensors begins."""
     names: tuple[str, ...]
-    """Its arguments, as the source has them."""
+    """Arguments of this call, as in the source."""
     bytes: str
-    """What that is of a bf16 layer, and in FP8."""
+    """Description of the saved tensors and their bytes, in bf16 and in FP8."""
 
 
 TE_SAVES: dict[str, Saved] = {

@@ -1,4 +1,4 @@
-"""Whole training steps of one process of a layout, traced: the real model, schedule, DDP and distributed optimizer.
+"""Traces whole training steps of one process of a layout, with the real model, schedule, DDP and distributed optimizer.
 
 `trace_rank` traces one process of a layout; `trace_ranks` traces each pipeline rank in a separate process. `real_rank` runs the same step
 on real tensors; tests compare the two.
@@ -30,35 +30,35 @@ from megatron_mm.training import optimizer as optimizers
 from megatron_mm.training import step as steps
 
 SETTLE_SECONDS = 0.02
-"""After each real message, until gloo's threads have let go of its tensors."""
+"""Wait after each real message, in seconds, until gloo's threads have released its tensors."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one process does in a step."""
+    """The memory, messages and operations of one process in a step."""
 
     rank: int
     pipeline_rank: int
     built_bytes: int
-    """Live before the step: weights, gradient buffers, optimizer state."""
+    """Live bytes before the step: weights, gradient buffers, optimizer state."""
     peak_bytes: int
     peak_parts: dict[str, int]
-    """The peak by `phase|part`."""
+    """Live bytes at the peak, by `phase|part`."""
     phase_peaks: dict[str, int]
     timeline: list[tuple[int, int, str]]
-    """(operations so far, live bytes, what begins or peaks)."""
+    """(operations so far, live bytes, phase that begins or peaks)."""
     messages: dict[str, tuple[int, float]]
-    """`kind|group|size|phase|part` -> (number, bytes)."""
+    """`kind|group|size|phase|part` -> (number of messages, bytes)."""
     products: list[tuple[str, list[list[int]], str, str, int, float]]
     """(operation, shapes, phase, part, number, FLOPs)."""
     flops: float
     launches: dict[str, int]
-    """Operations that a device would run, by `phase|part`."""
+    """Number of operations that a device would run, by `phase|part`."""
     guessed: dict[str, int]
     seconds: float
 
     def message_totals(self) -> dict[str, tuple[int, float]]:
-        """`kind|group|size` -> (number, bytes)."""
+        """Return `kind|group|size` -> (number of messages, bytes)."""
         totals: dict[str, tuple[int, float]] = {}
         for key, (number, size) in self.messages.items():
             short = "|".join(key.split("|")[:3])
@@ -70,11 +70,11 @@ class Trace:
 def trace_rank(
     experiment: Experiment, *, rank: int, world_size: int, te: bool = True, gpu_messages: bool = True, work: Workload | None = None
 ) -> Trace:
-    """Trace a process that does not exist. Changes modules of this process for good: call it in one of its own.
+    """Trace a simulated process. This changes modules of the calling process permanently, so call it in a separate process.
 
     Args:
-        te: count what Transformer Engine's kernels keep instead of the torch backend's.
-        gpu_messages: overlap messages between stages as a GPU does.
+        te: count the tensors that Transformer Engine's kernels save, instead of the torch backend's.
+        gpu_messages: overlap messages between stages as on a GPU.
     """
     began = time.time()
     topology = stand_in_world(experiment, rank=rank, world_size=world_size)
@@ -88,7 +88,7 @@ def trace_rank(
 def trace_ranks(
     experiment: Experiment, *, world_size: int, te: bool = True, work: Workload | None = None, processes: int = 2
 ) -> list[Trace]:
-    """The first process of every pipeline rank, each traced in a process of its own."""
+    """Trace the first process of every pipeline rank, each in a separate process."""
     stride = world_size // experiment.parallel.pipeline
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
@@ -98,7 +98,7 @@ def trace_ranks(
 
 
 def real_rank(experiment: Experiment, *, work: Workload | None = None) -> Trace:
-    """The same on this process of a real run, with the kernels that there are."""
+    """Trace this process of a real run, with the kernels that it has."""
     began = time.time()
     topology = topologies.initialize(experiment.parallel, seed=1)
     load = work or Workloads(experiment).of(data_size=topology.data_size)
@@ -173,7 +173,7 @@ def _report(recorder: Recorder, topology: Topology, *, built: int, seconds: floa
 
 
 def _fuse_activations(model: list[Any]) -> None:
-    """megatron-core's fused SwiGLU, which runs on a GPU."""
+    """Switch on megatron-core's fused SwiGLU, as on a GPU."""
     for chunk in model:
         for module in chunk.module.language.modules():
             if getattr(getattr(module, "config", None), "gated_linear_unit", False):
@@ -181,7 +181,7 @@ def _fuse_activations(model: list[Any]) -> None:
 
 
 def _mark_phases(recorder: Recorder) -> None:
-    """Let the recorder know what the schedule is doing."""
+    """Tell the recorder which phase of the step is running."""
     forward, backward, finalize, update = schedules.forward_step, schedules.backward_step, build.finalize_model_grads, steps.update
 
     def marked(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
@@ -199,7 +199,7 @@ def _mark_phases(recorder: Recorder) -> None:
 
 
 def _mark_parts(chunk: Any, recorder: Recorder) -> None:
-    """Let the recorder know which part of the model works, forward and backward."""
+    """Tell the recorder which part of the model is running, forward and backward."""
     inside: list[str] = []
     parts = {name: module for name, module in chunk.named_children() if name != "language"}
     language = chunk.language

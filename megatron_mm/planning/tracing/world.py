@@ -1,7 +1,7 @@
-"""Simulates one process of a layout of any size, without the other processes and without devices: fake process groups, and meta tensors in
-place of CUDA tensors.
+"""Simulates one process of a layout of any size, without the other processes and without devices: process groups are fake, and meta tensors
+take the place of CUDA tensors.
 
-Everything here changes modules of the running process for good, so a trace runs in a process of its own (`trace.trace_rank`).
+Everything here changes modules of the running process permanently, so each trace runs in a separate process (`trace.trace_rank`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ META = torch.device("meta")
 
 
 def stand_in_world(experiment: Experiment, *, rank: int, world_size: int) -> Topology:
-    """Become that process. "cuda" means meta in megatron-core from here on."""
+    """Turn this process into the given rank. From then on "cuda" means meta in megatron-core."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     cpu._CPU = META
@@ -42,16 +42,16 @@ def _cuda_type(self: torch.nn.Parameter, *args: Any, **kwargs: Any) -> Any:
 
 
 def answer_without_data(experiment: Experiment, recorder: Recorder) -> None:
-    """Replace what asks for values that no meta tensor has, in ways that the recorder cannot see."""
+    """Replace functions that need values, which meta tensors do not have, and that the recorder cannot intercept."""
     from megatron_mm.training import build, step
 
     build.initialize_weights = _draw_nothing
-    build.check_patterns = _believe  # one process knows its own stage's names only
+    build.check_patterns = _believe  # a single process knows only the names of its own stage
     clip: Any = sys.modules["megatron.core.optimizer.clip_grads"]
     applier = clip.multi_tensor_applier
 
     def apply(operation: Any, flag: Any, lists: Any, *rest: Any) -> Any:
-        if operation is clip.l2_norm_impl:  # makes a tensor of a list of scalars, below the recorder
+        if operation is clip.l2_norm_impl:  # makes a tensor from a list of scalars, which the recorder does not see
             return torch.zeros(1, device=META), None
         return applier(operation, flag, lists, *rest)
 
@@ -64,7 +64,7 @@ def answer_without_data(experiment: Experiment, recorder: Recorder) -> None:
     step.sum_over_processes = sum_over_processes
 
     def gather_objects(out: list[Any], value: Any, group: Any = None) -> None:
-        out[:] = [value] * len(out)  # pickles through bytes that a fake group never fills
+        out[:] = [value] * len(out)  # the original unpickles bytes that a fake group never fills
 
     dist.all_gather_object = gather_objects  # type: ignore[assignment]
     if experiment.model.decoder.moe is not None:
@@ -72,15 +72,15 @@ def answer_without_data(experiment: Experiment, recorder: Recorder) -> None:
 
 
 def _believe(experiment: Experiment, names: Any) -> None:
-    """That a pattern of the freeze policy matches on some stage."""
+    """Check nothing: a pattern of the freeze policy may match only on another stage."""
 
 
 def _draw_nothing(chunks: list[Any], *, seed: int) -> None:
-    """Weights on meta have no values."""
+    """Do nothing: weights on meta have no values."""
 
 
 def _route_evenly(experiment: Experiment, recorder: Recorder) -> None:
-    """Every expert gets the same number of tokens: what a process receives is as much as it sends."""
+    """Give every expert the same number of tokens, so that a process receives as many rows as it sends."""
     dispatcher: Any = sys.modules["megatron.core.transformer.moe.token_dispatcher"]
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
