@@ -1,4 +1,4 @@
-"""Samples of which only the answers count, from shards to PackedBatch."""
+"""Samples in which only the answers are supervised, from shards to PackedBatch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENIENT = IndexOptions(max_rejected=1)
 
 
 def chat_experiment(path: Path, *, sequences: int = 4, **data: Any) -> Experiment:
-    """An epoch of the three conversations to a window, `sequences` of them to a batch of one micro-batch."""
+    """Return an experiment whose packing window is one epoch of the three conversations, with one micro-batch of `sequences` sequences."""
     settings = experiment(path, **{"mixture": {"chat": 1.0}, **data})
     train = replace(settings.train, global_batch_size=sequences, micro_batch_size=sequences)
     return replace(settings, train=train, data=replace(settings.data, packing_window=3))
@@ -47,7 +47,7 @@ def load(path: Path, topology: Topology = ALONE, *, sequences: int = 4, **data: 
 
 
 def answers_of(batch: PackedBatch, tokenizer: Tokenizer) -> set[tuple[str, ...]]:
-    """Of each document the texts whose tokens count as labels, run by run; <E> for the end of the stream."""
+    """Return, for each document, the supervised texts (one per run of labels); <E> marks a supervised end of the document."""
     found = set()
     for begin, end in itertools.pairwise(batch.cu_seqlens.tolist()):
         runs: list[list[int]] = []
@@ -95,7 +95,7 @@ def test_a_middle_stage_knows_the_mask_from_the_plan(tmp_path: Path) -> None:
 
 
 def test_a_cut_conversation_counts_what_it_counts_whole(tmp_path: Path) -> None:
-    """But for the tokens that a piece begins with: nothing before them is left to predict them from."""
+    """Except for the first token of each piece, which has no token before it to be predicted from."""
     path = write_conversations(tmp_path)
     prepare_index(path)
     plan = make_plan(chat_experiment(path, sequence_length=24), split="train")
@@ -185,7 +185,7 @@ def test_the_demo_s_conversations_and_tasks_train(demo_data: Path) -> None:
 
 @pytest.mark.parametrize("template", ["plain", "vicuna", "internlm2"])
 def test_pairs_may_be_asked_for_their_captions(tmp_path: Path, template: str) -> None:
-    """The prompt does not count, the caption does, and generation begins after the prompt."""
+    """The prompt is not supervised, the caption is, and generation begins after the prompt."""
     path, prompt = write_conversations(tmp_path), "what is it?"
     members = {f"{n}.{e}": d for n, text in enumerate(("a red circle", "two")) for e, d in (("jpg", picture()), ("txt", text.encode()))}
     write_tar(path / "train" / "pairs" / "0.tar", {**members, "2.jpg": picture(), "2.txt": b" "})
@@ -213,7 +213,7 @@ def test_pairs_may_be_asked_for_their_captions(tmp_path: Path, template: str) ->
 
 
 def test_of_a_caption_in_tiles_every_stage_knows_what_counts(demo_data: Path, tmp_path: Path) -> None:
-    """Mono-InternVL's first stage, between <img> and </img>: no token of an image or of the prompt counts."""
+    """In Mono-InternVL, with tiles between <img> and </img>, no token of an image or of the prompt is supervised, on any stage."""
     captions = ("a red circle", "two blue squares")
     members = {f"{n}.{e}": d for n, text in enumerate(captions) for e, d in (("jpg", picture(size=(90, 40))), ("txt", text.encode()))}
     write_tar(tmp_path / "train" / "pairs" / "0.tar", members)

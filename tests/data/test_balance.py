@@ -1,4 +1,4 @@
-"""Micro-batches: within the budget, alike in cost, and as long as their tokens."""
+"""Micro-batches stay within the budget, have similar costs, and are only as long as their tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_micro_batches_are_as_many_as_before_unless_fewer_are_asked_for() -> Non
 
 
 def test_what_does_not_fit_by_cost_is_dealt_by_number() -> None:
-    """Three sequences that are full and one that is costly: by cost one micro-batch would get all full ones."""
+    """With three full sequences and one costly one, balancing by cost would put all full ones into one micro-batch."""
     works = [Work(100, 0, 0), Work(100, 0, 0), Work(100, 0, 0), Work(10, 1000, 0)]
     batching = Batching(micro_batch_size=2, sequence_length=100, max_images=1, costs=Costs(square=1))
     (groups,) = batching.micro_batches(works, 1)

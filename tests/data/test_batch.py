@@ -22,7 +22,7 @@ MM1_IMAGE = ImageInput(size=8, fill=(0, 0, 0), tokens=4)
 
 
 def worked_example(path: Path, image: ImageInput = MM1_IMAGE, *, length: int = 15) -> tuple[PackedBatch, Tokenizer]:
-    """A picture of a red ball and a text about the sky, in a sequence of 15 tokens with images of 4."""
+    """Load a picture of a red ball and a text about the sky, by default in a sequence of 15 tokens with images of 4."""
     documents = [{"items": [{"image": "0.jpg"}, {"text": "a red ball"}]}, {"items": [{"text": "the sky"}]}]
     members = {"0.0.jpg": picture()} | {f"{n}.json": json.dumps(document).encode() for n, document in enumerate(documents)}
     write_tar(path / "train" / "documents" / "0.tar", members)
@@ -86,7 +86,7 @@ def test_on_a_device_all_but_the_image_indices_move(tmp_path: Path) -> None:
 
 
 def test_a_token_before_the_image_may_count_and_the_image_does_not(tmp_path: Path) -> None:
-    """InfiMM: an image is an end-of-chunk token, which is learned, and one token for its place, which is not."""
+    """In InfiMM, an image is an end-of-chunk token, which is supervised, and one image token, which is not."""
     image = ImageInput(size=8, fill=(0, 0, 0), tokens=1, before=("<|endofchunk|>",), learn_before=True)
     batch, tokenizer = worked_example(tmp_path, image, length=13)
     bos, eos, chunk, place = tokenizer.bos_id, tokenizer.eos_id, tokenizer.special_id("<|endofchunk|>"), tokenizer.image_id
@@ -109,7 +109,7 @@ def test_tokens_around_the_features_do_not_count_unless_they_are_to(tmp_path: Pa
 
 
 def test_documents_of_images() -> None:
-    """Also at the first and last token of a document, of several images in one, and of none."""
+    """Including images at the first and last token of a document, several images in one document, and no images."""
     cu_seqlens = torch.tensor([0, 9, 13, 15], dtype=torch.int32)
     found = documents_of_images(torch.tensor([0, 1, 8, 9, 13, 14]), cu_seqlens=cu_seqlens)
     assert found.tolist() == [[0, 9]] * 3 + [[9, 13]] + [[13, 15]] * 2

@@ -13,7 +13,7 @@ VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-EXPECTED = {  # between BOS and EOS; [what counts] in double brackets
+EXPECTED = {  # between BOS and EOS; supervised text in double brackets
     "plain": "«img»\nWhat is it?\n[[A ball.\n]]Which colour?\n[[Red.]]",
     "zephyr": "<|system|>\n«</s>»\n<|user|>\n«img»\nWhat is it?«</s>»\n<|assistant|>\n[[A ball.«</s>»]]\n<|user|>\nWhich colour?«</s>»\n"
     "<|assistant|>\n[[Red.]]",
@@ -37,7 +37,7 @@ def test_a_conversation_is_written_as_the_models_authors_write_it(name: str) -> 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_texts_next_to_each_other_are_one_string(name: str) -> None:
-    """No two of the same sort lie side by side, and one continues another exactly where nothing stands between them."""
+    """No two adjacent texts have the same `counted`, and a text has `continues` exactly if it follows another text."""
     items = render(TURNS, CHAT_TEMPLATES[name])
     for before, item in zip([None, *items], items, strict=False):
         if isinstance(item, Text):

@@ -1,4 +1,4 @@
-"""Conversations and tasks: what they mean, and by which reason one is refused."""
+"""Parsing of conversations and tasks, and the reasons for which they are refused."""
 
 from __future__ import annotations
 

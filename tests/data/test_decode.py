@@ -1,4 +1,4 @@
-"""Decoding: Pillow and DALI agree, and a damaged image costs itself alone."""
+"""Decoding: Pillow and DALI agree, and a damaged image affects no other image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def decoder(backend: str, size: int = 24, **options: object) -> ImageDecoder:
 
 
 def picture(form: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (90, 60), **options: object) -> bytes:
-    """A smooth picture: red grows to the right, green downwards."""
+    """Return a smooth picture: red increases to the right, green downwards."""
     width, height = size
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[..., 0] = np.linspace(0, 255, width)[None]
@@ -47,7 +47,7 @@ def test_pictures_become_squares_of_their_colours(backend: str) -> None:
 
 
 def noise(form: str, size: tuple[int, int], **options: object) -> bytes:
-    """Blocks of random colours, 4 pixels wide: the hardest case for chroma that is stored at half size."""
+    """Return blocks of random colours, 4 pixels wide: the hardest case for chroma stored at half resolution."""
     width, height = size
     blocks = np.random.default_rng(width).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -67,8 +67,8 @@ def noise(form: str, size: tuple[int, int], **options: object) -> bytes:
     ],
 )
 def test_dali_and_pillow_agree(form: str, options: dict[str, Any], size: tuple[int, int]) -> None:
-    """Measured: equal to the last bit, as both decode with libjpeg-turbo, libpng and libwebp and both resize with Pillow. One level
-    of 255 is left for builds of these that round differently."""
+    """The results measured are bit-identical, as both decode with libjpeg-turbo, libpng and libwebp and resize with Pillow. A difference of
+    one level of 255 is allowed for builds of these libraries that round differently."""
     with_dali = decoder("dali")
     blob = noise(form, size, **options)
     assert with_dali._with_dali([blob]) is not None, "DALI itself decodes it"  # type: ignore[attr-defined]
@@ -79,8 +79,8 @@ def test_dali_and_pillow_agree(form: str, options: dict[str, Any], size: tuple[i
 @needs_dali
 @pytest.mark.parametrize(("form", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})])
 def test_what_pillow_accepts_dali_accepts(form: str, options: dict[str, Any]) -> None:
-    """So that no image which `prepare index` found good, with Pillow, counts as bad in a run with DALI. Truncated ones are bad to both;
-    of bytes that changed in the middle DALI lets some pass that Pillow does not: a marker that no JPEG has, for one."""
+    """Therefore no image that `prepare index` accepts (with Pillow) is bad in a run with DALI. Both refuse truncated images; DALI accepts
+    some images with changed bytes that Pillow refuses, for example with a marker that no JPEG has."""
     whole = noise(form, (200, 150), **options)
     truncated = [whole[: len(whole) - cut] for cut in (1, 2, 20, len(whole) // 50, len(whole) // 2)]
     changed = []
@@ -165,7 +165,7 @@ SIZES = [(90, 60), (60, 91), (24, 24), (10, 13), (301, 203), (1000, 20), (7, 400
 
 
 def cut_from_the_middle(image: Image.Image, size: int) -> Image.Image:
-    """What torchvision's Resize and CenterCrop do with a Pillow image, as open_clip's and InfiMM's processors call them."""
+    """Resize and crop like torchvision's Resize and CenterCrop on a Pillow image, as open_clip's and InfiMM's processors use them."""
     width, height = image.size
     short, long = min(width, height), max(width, height)
     other = int(size * long / short)
@@ -202,7 +202,7 @@ def test_padding_keeps_the_whole_picture() -> None:
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
 @pytest.mark.parametrize("size", SIZES)
 def test_what_dali_resizes_on_a_gpu_is_placed_alike(resize: str, size: tuple[int, int]) -> None:
-    """DALI's own operators, here on a CPU. Its bicubic filter rounds otherwise than Pillow's: measured are 2 levels
+    """DALI's own operators, here on a CPU. Its bicubic filter rounds differently from Pillow's: the differences measured are 2 levels
     of 255 within a smooth picture and 3 at the edge of a padded one."""
     transform = ImageTransform(24, FILL, resize=resize)  # type: ignore[arg-type]
     blob = picture("PNG", size=size)
@@ -214,7 +214,7 @@ def test_what_dali_resizes_on_a_gpu_is_placed_alike(resize: str, size: tuple[int
 
 
 def kinds() -> dict[str, Image.Image]:
-    """A picture of every kind that is not 8-bit RGB."""
+    """Return a picture of every mode that is not 8-bit RGB."""
     rgb = Image.open(io.BytesIO(picture("PNG")))
     alpha = rgb.convert("RGBA")
     alpha.putalpha(Image.fromarray(np.tile(np.linspace(0, 255, 90).astype(np.uint8), (60, 1))))
@@ -224,7 +224,7 @@ def kinds() -> dict[str, Image.Image]:
 
 @pytest.mark.parametrize("kind", ["RGBA", "P", "I;16", "L", "1", "CMYK"])
 def test_released_processors_are_followed_in_every_mode(kind: str) -> None:
-    """Mono-InternVL's converts and then resizes; InfiMM's and open_clip's resize, cut, and then convert."""
+    """Mono-InternVL's processor converts, then resizes; InfiMM's and open_clip's resize, crop, then convert."""
     image = kinds()[kind]
     mono = ImageTransform(24, FILL, to_rgb="pillow").square(image)
     assert np.array_equal(mono, image.convert("RGB").resize((24, 24), Image.Resampling.BICUBIC))
@@ -249,13 +249,13 @@ def test_exif_orientation_is_not_applied(backend: str) -> None:
 
 
 def test_a_jpeg_without_its_end_goes_to_pillow() -> None:
-    """The GPU's decoder takes it as whole."""
+    """The GPU's decoder would accept it as complete."""
     whole = picture("JPEG")
     assert is_plain(whole) and is_plain(whole + bytes(8))
     assert not any(is_plain(whole[:-cut]) for cut in (1, 2, 20, len(whole) // 2))
 
 
 def test_pixels_of_dali_and_of_pillow_meet_on_a_device() -> None:
-    """What lies on a device already is sent there without a detour; only tensors of the CPU are pinned."""
+    """Tensors that are already on a device are not copied; only CPU tensors are pinned."""
     there = torch.empty(2, dtype=torch.uint8, device="meta")
     assert pinned(there) is there and send(there, torch.device("meta")) is there

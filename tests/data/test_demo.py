@@ -1,4 +1,4 @@
-"""The demo data: repeatable, of every format, packed full, and with held-out scenes of their own."""
+"""The demo data is reproducible, has every format, fills its sequences, and has separate held-out scenes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_demo_data_is_the_same_for_the_same_seed_and_has_every_format(tmp_path: 
 
 
 def test_the_first_sources_and_the_tokenizer_are_those_of_earlier_versions(demo_data: Path) -> None:
-    """Their texts, to the byte, and the pictures' formats: what other sources are drawn beside them changes neither."""
+    """Texts are identical byte by byte, and so are the pictures' formats: drawing further sources changes neither."""
     digest = hashlib.sha256((demo_data / "tokenizer.model").read_bytes())
     for split in ("train", "heldout"):
         for name in ("pairs", "interleaved"):
@@ -90,7 +90,7 @@ def test_held_out_samples_are_not_training_samples(demo_data: Path) -> None:
 
 
 def test_captions_say_what_is_in_the_picture() -> None:
-    """The colour that a caption of one shape names is in the middle of its picture; crosses and triangles cover it too."""
+    """In a picture of a single shape, the centre pixel has the colour named in the caption; crosses and triangles cover it, too."""
     rng = random.Random(0)
     found = 0
     for _ in range(200):

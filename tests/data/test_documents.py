@@ -1,4 +1,4 @@
-"""What the bytes of a document mean, and by which reason one is refused."""
+"""Parsing of a document's bytes, and the reasons for which documents are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Filling keeps the limits, loses nothing, and leaves little empty of whatever is scarce."""
+"""Filling sequences respects the limits, loses nothing, and uses nearly all of the scarce resource."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_full_size_pieces_and_none_at_all() -> None:
 
 
 def part_of_possible(sizes: np.ndarray, images: np.ndarray, limits: Limits) -> float:
-    """How many sequences are needed at least, over how many there are."""
+    """Return the smallest possible number of sequences over the number used."""
     bins = fill_sequences(sizes, images, limits, rng=np.random.default_rng(0))
     assert np.bincount(bins, sizes).max() <= limits.sequence_length and np.bincount(bins, images).max() <= limits.max_images
     return max(sizes.sum() / limits.sequence_length, images.sum() / limits.max_images) / (bins.max() + 1)
 
 
 def test_images_and_tokens_that_are_both_scarce_run_out_together() -> None:
-    """By tokens alone, sequences full of tokens come first and ones full of images remain: 93% of what is possible."""
+    """Filled by tokens alone, the first sequences reach the token limit and the last ones the image limit: only 93% of the optimum."""
     rng = np.random.default_rng(0)
     images = rng.integers(1, 9, 4096)
     sizes = np.minimum(2 + 144 * images + rng.lognormal(6, 0.9, 4096).astype(int), 4096)

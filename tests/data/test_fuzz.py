@@ -1,4 +1,4 @@
-"""Property tests: whatever bytes come, preparation neither dies nor hangs, and nothing of them is lost unseen.
+"""Property tests: on any bytes, preparation neither crashes nor hangs, and no data is lost without being counted.
 
 Ten thousand inputs of each kind in `make test-all`, fifty otherwise.
 """
@@ -75,7 +75,7 @@ def damaged(data: bytes, damage: list[tuple[float, bytes]], keep: float) -> byte
 
 
 def check_whole_tar(members: list[tuple[str, bytes, bytes]], form: int) -> None:
-    """All regular files come out, with their bytes; with or without another tar behind."""
+    """Check that all regular files are found with their bytes, also if another tar follows."""
     data = tar_of(members, form)
     found = [entry for entry in walk_tar(io.BytesIO(data + data), 2 * len(data)) if isinstance(entry, TarFile)]
     wanted = [(n, d) for n, kind, d in members if kind == tarfile.REGTYPE and not n.rpartition("/")[2].startswith(".")]
@@ -87,7 +87,7 @@ def check_whole_tar(members: list[tuple[str, bytes, bytes]], form: int) -> None:
 
 
 def check_damaged_tar(members: list[tuple[str, bytes, bytes]], damage: list[tuple[float, bytes]], keep: float) -> None:
-    """Every byte of the shard is a header, contents, an end, or counted as lost; and what comes out lies inside the shard."""
+    """Check that all entries are inside the shard, and that missing files are reported as skipped."""
     data = damaged(tar_of(members, tarfile.GNU_FORMAT), damage, keep)
     entries = list(walk_tar(io.BytesIO(data), len(data)))
     for entry in entries:
@@ -148,7 +148,7 @@ DOCUMENTS = st.dictionaries(KEYS, VALUES, max_size=5)
 
 
 def check_document(document: Any, tokenizer: Tokenizer) -> None:
-    """Its items, or the reason why not: nothing else, for any kind; and what is encoded twice is encoded alike."""
+    """Check that a document of any kind yields items or a reason, and that encoding is deterministic."""
     data = json.dumps(document).encode()
     for kind in KINDS:
         try:
@@ -206,7 +206,7 @@ WHOLE = {form: picture(form=form) for form in FORMS}
 
 
 def check_bytes_of_image(form: str, damage: list[tuple[float, bytes]], keep: float, decoder: PillowDecoder) -> None:
-    """What is accepted decodes; what is refused gets the fill colour. No exception comes out of either."""
+    """Check that accepted images decode, and that decoding refused ones raises no exception."""
     data = damaged(WHOLE[form], damage, keep)
     try:
         width, height = check_image(data)
@@ -253,7 +253,7 @@ PARQUET = parquet_bytes()
 
 
 def check_parquet(damage: list[tuple[float, bytes]], keep: float) -> None:
-    """All of its 40 rows, or word of those that are missing."""
+    """Check that a damaged file yields all of its 40 rows or reports missing ones."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "0.parquet"
         path.write_bytes(damaged(PARQUET, damage, keep))
@@ -274,7 +274,7 @@ def test_damaged_parquet_says_what_is_missing(damage: list[tuple[float, bytes]],
 
 
 def check_shard(damage: list[tuple[float, bytes]], keep: float, whole: bytes, tokenizer: Tokenizer) -> None:
-    """A shard of pairs, damaged, through all of preparation: rows that a run can read, and every sample that is not there counted."""
+    """Prepare a damaged shard of pairs; check that a run can read its rows, and that missing samples are counted."""
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "0.tar"
         shard.write_bytes(damaged(whole, damage, keep))

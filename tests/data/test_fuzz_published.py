@@ -1,4 +1,4 @@
-"""Records and files of published data sets with any value in any place: each becomes a sample, or has its reason."""
+"""Records and files of published data sets with arbitrary values in any place: each becomes a sample or has a reason."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def inputs(count: int) -> settings:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every place in a JSON value: what it is in, and under which key."""
+    """Return every place in a JSON value as (container, key)."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [place for key, child in children for place in ((value, key), *places(child))]
 
 
 def changed(value: Any, changes: list[tuple[int, Any]]) -> Any:
-    """A copy with other values in some places."""
+    """Return a copy with other values in some places."""
     value = copy.deepcopy(value)
     for number, other in changes:
         found = places(value)

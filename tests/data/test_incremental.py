@@ -1,4 +1,4 @@
-"""Indexing shard by shard: what was read is not read again, whatever ends the process; parts of the shards may be read anywhere."""
+"""Indexing shard by shard: shards are not read twice, even after the process is killed, and different processes may read parts of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tokenizer(demo_data: Path) -> Path:
 
 
 def write_shards(source: Path, count: int, *, samples: int = 3) -> list[Path]:
-    """Shards of pairs, of which no two are the same."""
+    """Write shards of pairs, all different."""
     return [
         write_tar(
             source / f"{number:03d}.tar",
@@ -42,7 +42,7 @@ def write_shards(source: Path, count: int, *, samples: int = 3) -> list[Path]:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the shards that are read."""
+    """Names of the shards that have been read."""
     names: list[str] = []
     original = shard_jobs._read
     monkeypatch.setattr(shard_jobs, "_read", lambda job: (names.append(job.shard.name), original(job))[1])
@@ -50,7 +50,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def index_of(source: Path) -> tuple[bytes, ...]:
-    """All that an index says."""
+    """Return the whole content of an index."""
     index = open_index(source)
     return (*(array.tobytes() for array in (index.sample_rows, index.item_rows, index.size_rows)), str(list(index.shards)).encode())
 
@@ -61,7 +61,7 @@ def test_only_new_and_changed_shards_are_read(tmp_path: Path, tokenizer: Path, r
     prepare_index(tmp_path, tokenizer=tokenizer)
     assert reads == ["000.tar", "001.tar", "002.tar", "003.tar"]
     reads.clear()
-    os.utime(shards[1])  # touched, and the same as before
+    os.utime(shards[1])  # a new modification time, but the same content
     write_shards(source, 5)[4].rename(source / "0005.tar")  # same bytes again, and a new one between two others
     shards[2].write_bytes(write_tar(tmp_path / "other.tar", {"7.png": picture(form="PNG"), "7.txt": b"another"}).read_bytes())
     prepare_index(tmp_path / "pairs", tokenizer=tokenizer)
@@ -182,7 +182,7 @@ def test_a_killed_process_leaves_whole_shards_and_no_workers(tmp_path: Path, tok
 
 
 def _alive(group: int) -> bool:
-    """Whether processes of a group run."""
+    """Return True if any process of a process group is running."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = stat.read_text().rpartition(")")[2].split()

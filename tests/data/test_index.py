@@ -1,4 +1,4 @@
-"""An index is whole, of this version, and of the shards that lie beside it; or an error says what to do."""
+"""An index is complete, of a known version, and matches its shards; otherwise an error states the remedy."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def arrays(source: Path) -> Path:
 
 
 def as_version(number: int, source: Path) -> None:
-    """The index as earlier versions wrote it."""
+    """Rewrite the index as an earlier version wrote it."""
     meta, index = json.loads((source / "index" / "meta.json").read_text()), open_index(source)
     shards = list(index.shards.shards())
     meta["shards"] = {shard.name: shard.size for shard in shards}
@@ -172,7 +172,7 @@ def test_a_shard_outside_of_the_source_is_an_error(pairs: Path, name: str) -> No
 
 
 def test_shards_are_mapped_and_meta_does_not_grow_with_them(tmp_path: Path, demo_data: Path) -> None:
-    """So a process of hundreds looks at the rows of what it reads."""
+    """Each of hundreds of processes therefore only reads the rows that it needs."""
     for number in range(300):
         write_tar(tmp_path / "many" / f"{number:05d}.tar", {"1.txt": b"a circle"})
     prepare_index(tmp_path / "many", tokenizer=demo_data / "tokenizer.model")

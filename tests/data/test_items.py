@@ -1,4 +1,4 @@
-"""From items to ids: texts of one rendered template are one string to SentencePiece, all others are strings of their own."""
+"""From items to ids: adjacent texts of a rendered template are tokenized as one string, all others separately."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def normalizing() -> Tokenizer:
-    """A model that changes texts before it cuts them up: NFKC, and no more than one space."""
+    """A model that normalizes texts before tokenizing them: NFKC, and single spaces."""
     model = io.BytesIO()
     texts = iter([f"{text} and {n}" for text in WORDS for n in range(30)])
     sentencepiece.SentencePieceTrainer.train(
@@ -52,7 +52,7 @@ def test_texts_that_do_not_continue_are_tokenized_alone(tokenizer: Tokenizer) ->
 
 
 def test_a_text_that_continues_has_the_tokens_it_has_in_the_whole(tokenizer: Tokenizer) -> None:
-    """The space before an answer belongs to the answer's first token, though it stands in the template."""
+    """The space before an answer is part of the answer's first token, though the template contains it."""
     question, answer = encode_items([Text("ASSISTANT: ", counted=False), Text("blue", continues=True)], tokenizer)
     assert question + answer == tokenizer.encode("ASSISTANT: blue")
     assert answer == tokenizer.encode("blue") and len(answer) == 1
@@ -68,7 +68,7 @@ def test_images_and_control_tokens_end_a_string(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer", "normalizing"])
 def test_tokens_belong_to_the_text_of_their_last_character(name: str, request: pytest.FixtureRequest) -> None:
-    """Any string cut anywhere: nothing is lost or doubled, and decoding the first part's tokens never says more than it does."""
+    """For any string split anywhere, no token is lost or doubled, and decoding the first parts' tokens yields no more than these parts."""
     tokenizer: Tokenizer = request.getfixturevalue(name)
     rng = random.Random(0)
     for _ in range(300):
@@ -78,7 +78,7 @@ def test_tokens_belong_to_the_text_of_their_last_character(name: str, request: p
         found = tokenizer.encode_together(parts)
         assert len(found) == len(parts) and list(itertools.chain(*found)) == tokenizer.encode(whole)
         if name == "normalizing":
-            continue  # what it decodes is not what was there
+            continue  # decoding does not restore the original text
         for number in range(len(parts)):
             said = tokenizer.decode(itertools.chain(*found[: number + 1])).rstrip("\N{REPLACEMENT CHARACTER}")
             before = "".join(parts[: number + 1])
@@ -94,7 +94,7 @@ def test_an_unknown_control_token_is_an_error(tokenizer: Tokenizer) -> None:
 
 
 def test_a_control_token_may_be_a_piece_of_another_name(tmp_path: Path) -> None:
-    """InternLM2's model has free pieces where its chat models have <|im_start|> and <|im_end|>."""
+    """InternLM2's model has unused pieces at the ids of its chat models' <|im_start|> and <|im_end|>."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(WORDS * 20),

@@ -1,4 +1,4 @@
-"""Fields and files that are not called as usual, read in place: `prepare index --text-key --image-key --messages-key`."""
+"""Fields and files with unusual names, read in place: `prepare index --text-key --image-key --messages-key`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader: PackedBatch as documented, each process its own part, and what happens when bytes go bad while a run goes on."""
+"""The loader: batches are as documented, each process gets its own part, and data that goes bad during a run is handled."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def test_a_batch_is_as_documented(demo_data: Path) -> None:
     ids=["whole", "cut"],
 )
 def test_runs_of_earlier_versions_go_on_with_the_same_batches(demo_data: Path, data: dict[str, Any], expected: str) -> None:
-    """The hashes are of the documents of each global batch, in the version before padding was left out. A change of them changes what a
-    resumed run trains on and is to be labelled so in the changelog. (They also depend on the tokenizer, hence on sentencepiece's
+    """The hashes cover the documents of each global batch, as of the version before padding was left out. A change of them changes what a
+    resumed run trains on and must be labelled so in the changelog. (They also depend on the tokenizer, hence on sentencepiece's
     training.)"""
     names = ("token_ids", "labels", "loss_mask", "position_ids", "source_ids")
     digest = hashlib.sha256()
@@ -105,7 +105,7 @@ def test_every_image_knows_its_document(demo_data: Path) -> None:
 
 
 def test_captions_belong_to_their_pictures(demo_data: Path) -> None:
-    """The red pictures of single shapes are red."""
+    """Pictures of a single square have the colour that their caption names."""
     tokenizer = Tokenizer.open(demo_data / "tokenizer.model")
     (step,) = load(demo_data, mixture={"pairs": 1.0})
     found = 0
@@ -140,7 +140,7 @@ def test_every_process_gets_its_part(demo_data: Path) -> None:
 
 
 def test_pipeline_ranks_share_the_images_of_a_step(demo_data: Path) -> None:
-    """Every image is decoded by one process, each rank has as many as any other, and all know who has which."""
+    """Every image is decoded by one process, the counts of all ranks differ by at most one, and all know every image's rank."""
     (whole,) = load(demo_data)
     parts: list[StepBatch] = []
     for rank in range(3):
@@ -176,7 +176,7 @@ def test_a_resume_continues_with_the_next_batch(demo_data: Path) -> None:
     first = TrainingData(settings, ALONE, tokenizer)
     for _ in range(2):
         next(first)
-    cursor = first.cursor  # although later batches are read ahead already
+    cursor = first.cursor  # although later batches have already been read ahead
     first.close()
     second = TrainingData(settings, ALONE, tokenizer, cursor=cursor)
     for expected in straight[2:]:
@@ -222,7 +222,7 @@ def test_too_many_bad_samples_stop_the_run_by_name(demo_data: Path, tmp_path: Pa
 
 
 def _replace_line(data: Path, line: bytes) -> int:
-    """Write `line`, padded, over the first text; its length in tokens when it was indexed."""
+    """Overwrite the first text with `line`, padded; return the number of tokens that the text had when it was indexed."""
     path = data / "train" / "text" / "00000.jsonl"
     content = path.read_bytes()
     length = content.index(b"\n")
@@ -238,7 +238,7 @@ def test_a_text_that_went_bad_costs_itself_alone(demo_data: Path, tmp_path: Path
     indexed = _replace_line(data, line)
     (good,) = load(demo_data, mixture={"text": 1.0})
     (step,) = load(data, mixture={"text": 1.0}, max_bad_fraction=0.5)
-    times = step.bad["text"]  # so many epochs of the few texts are in one global batch
+    times = step.bad["text"]  # a global batch has several epochs of the few texts
     assert "unusable text in sample 0 of text" in caplog.text
     lost = sum(int((a.loss_mask - b.loss_mask).sum()) for a, b in zip(good.micro_batches, step.micro_batches, strict=True))
     assert times > 0 and lost == times * (indexed + 1)  # its tokens and EOS
@@ -264,7 +264,7 @@ def test_a_shard_that_is_gone_is_counted_until_the_run_stops(demo_data: Path, tm
             for _ in range(20):
                 next(loader)
         with pytest.raises(ValueError, match=r"of source pairs failed"):
-            next(loader)  # and says so again
+            next(loader)  # raises again
     finally:
         loader.close()
 

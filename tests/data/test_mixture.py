@@ -1,4 +1,4 @@
-"""Which source and which sample come next."""
+"""Choice of the next source and the next sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is not trained on is an error or is counted: hostile tars, layouts, documents and images."""
+"""All data that is not trained on is counted or causes an error: hostile tars, layouts, documents and images."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_what_preparation_accepts_decoding_accepts(form: str) -> None:
 
 @pytest.fixture
 def fake_gs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `gs` on the PATH that leaves a file behind when it runs."""
+    """A program `gs` on the PATH that creates a file when it runs; the path of that file."""
     folder, mark = tmp_path / "bin", tmp_path / "gs_has_run"
     folder.mkdir()
     program = folder / "gs"
@@ -112,10 +112,10 @@ def fake_gs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_no_program_runs_for_a_picture(fake_gs: Path) -> None:
-    """Pillow gives EPS to Ghostscript, whatever the file is called."""
+    """Pillow passes EPS images to Ghostscript, whatever the file's name."""
     buffer = io.BytesIO()
     Image.new("RGB", (9, 9)).save(buffer, "EPS")
-    with pytest.raises(OSError):  # the fake one makes no picture
+    with pytest.raises(OSError):  # the fake program makes no picture
         Image.open(io.BytesIO(buffer.getvalue())).load()
     assert fake_gs.exists(), "Pillow by itself runs it"
     fake_gs.unlink()
@@ -137,7 +137,7 @@ def test_a_format_that_is_not_read_is_named(tmp_path: Path, tokenizer: Path) -> 
 
 
 def test_a_document_keeps_its_texts_and_its_other_images(tmp_path: Path, tokenizer: Path) -> None:
-    """And what a run reads is what was counted."""
+    """And a run reads exactly what was counted."""
     info = [{"image_name": name, "matched_text_index": 0} for name in ("0.jpg", "gone.jpg", "bad.jpg")]
     members = {
         "d.0.jpg": picture(),
@@ -238,13 +238,13 @@ def test_a_broken_header_costs_what_is_beside_it(tmp_path: Path, tokenizer: Path
     shard = write_tar(tmp_path / "a" / "0.tar", pairs(range(10)))
     data, place = bytearray(shard.read_bytes()), header_of(shard, "4.jpg")
     data[place + field[0] : place + field[0] + len(field[1])] = field[1]
-    if field[0] == 124:  # a checksum that is right: only the size is absurd
+    if field[0] == 124:  # a correct checksum: only the size is absurd
         data[place + 148 : place + 156] = b"        "
         data[place + 148 : place + 156] = b"%06o\0 " % sum(data[place : place + BLOCK])
     shard.write_bytes(data)
     prepare_index(tmp_path, tokenizer=tokenizer, options=ALL)
     index = open_index(tmp_path / "a")
-    # 3 may lack members that the damage held, 4 lost its picture
+    # sample 3 may lack members in the damaged part, sample 4 lost its picture
     assert [index.document(n) for n in range(len(index))] == [f"circle {n}".encode() for n in (0, 1, 2, 5, 6, 7, 8, 9)]
     assert index.rejected == {"damaged tar header": 1, "sample beside damage in the shard": 1, "no image file": 1}
 
@@ -301,7 +301,7 @@ def test_apple_double_hidden_and_sparse_files_are_no_samples(tmp_path: Path) -> 
 
 
 def test_keys_with_dots(tmp_path: Path, tokenizer: Path) -> None:
-    """v1.0_1.jpg and v1.0_2.jpg are two samples, and not one with four members."""
+    """v1.0_1.jpg and v1.0_2.jpg belong to two samples, not to one sample "v1"."""
     shard = write_tar(tmp_path / "a" / "0.tar", pairs(range(9), key="v1.0_{}"))
     found = detect_kind([shard])
     assert (found.kind, found.key_ends) == ("pairs", "last")
@@ -328,7 +328,7 @@ def test_97_percent_rejected_ends_with_the_reasons(tmp_path: Path, tokenizer: Pa
 
 
 def test_a_huge_member_that_is_no_data_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A film of gigabytes beside its caption costs no memory."""
+    """A film of gigabytes next to its caption uses no memory."""
     shard = write_tar(tmp_path / "0.tar", {"0.mp4": b"x" * 100_000, "0.txt": b"a film"})
     read = []
     monkeypatch.setattr("megatron_mm.data.sources.shards.read_range", lambda path, offset, size: read.append(size) or b"")
@@ -373,7 +373,7 @@ def test_shards_in_upper_case_are_shards_and_folders_and_dead_links_are_none(tmp
 
 
 def test_samples_without_their_other_half_say_how_files_end(tmp_path: Path, demo_data: Path) -> None:
-    """Gzipped members, names of other tools, files that do not follow one another: the error shows what there is."""
+    """For gzipped members, names of other tools or members that are not adjacent, the error lists the suffixes found."""
     files = {f"{number}.{ending}": b"x" for ending in ("img.png", "json.gz") for number in range(3)}
     write_tar(tmp_path / "train" / "odd" / "0.tar", files)
     with pytest.raises(ValueError, match=r"--text-key and --image-key say.*end with \.img\.png \(3\), \.json\.gz \(3\)"):

@@ -1,4 +1,4 @@
-"""Windows: whole documents where they fit, cut ones where they do not, nothing lost, and no order by length."""
+"""Packing a window: documents stay whole if they fit and are cut if not; nothing is lost or ordered by length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_mm.data.sources.index import ITEM, SAMPLE, SourceIndex
 
 
 def source(documents: list[list[int | None]]) -> SourceIndex:
-    """An index of documents, each a list of items: the tokens of a text, or None for an image."""
+    """Return an index of documents, each a list of items: the number of tokens of a text, or None for an image."""
     samples = np.zeros(len(documents), SAMPLE)
     items = np.zeros(sum(map(len, documents)), ITEM)
     first = 0
@@ -32,22 +32,22 @@ def source(documents: list[list[int | None]]) -> SourceIndex:
 
 
 def image_of(tokens: int, **fields: Any) -> ImageInput:
-    """An image of so many tokens of features."""
+    """Return an image input of `tokens` feature tokens."""
     return ImageInput(size=8, fill=(0, 0, 0), tokens=tokens, **fields)
 
 
 def pack(index: SourceIndex, rows: np.ndarray, limits: Limits, image: ImageInput, **options: int) -> Window:
-    """These samples, packed."""
+    """Pack the samples `rows` into a window."""
     return pack_window(index, samples_of(index, rows, image), limits, image, **options)
 
 
 def pieces(window: Window) -> list[tuple[int, int, int]]:
-    """(sample, begin, end), sorted."""
+    """Return the pieces (sample, begin, end), sorted."""
     return sorted(zip(window.sample.tolist(), window.begin.tolist(), window.end.tolist(), strict=True))
 
 
 def test_places_of_images_in_a_document() -> None:
-    """BOS, 3 tokens, an image of 4, 2 tokens, an image, EOS: images at 4 and 10, 15 places in all."""
+    """BOS, 3 tokens, an image of 4, 2 tokens, an image, EOS: images start at 4 and 10; 15 tokens in all."""
     index = source([[3, None, 2, None]])
     images = document_images(index, 0, image_of(4))
     assert images.starts.tolist() == [4, 10] and images.ends.tolist() == [8, 14] and images.length == 15
@@ -60,7 +60,7 @@ def test_places_of_images_in_a_document() -> None:
         ([8], [(0, 10)]),  # just fits
         ([9], [(0, 10), (10, 11)]),
         ([30], [(0, 10), (10, 20), (20, 30), (30, 32)]),
-        ([7, None], [(0, 8), (8, 13)]),  # the image, at 8 to 12, would be cut
+        ([7, None], [(0, 8), (8, 13)]),  # the image, at 8 to 12, would be split
         ([2, None, None, 1], [(0, 7), (7, 13)]),  # so would the second one, at 7 to 11
         ([None] * 3 + [1], [(0, 9), (9, 15)]),  # two images to a sequence
         ([20, None], [(0, 10), (10, 20), (20, 26)]),  # an image just after a cut
@@ -105,7 +105,7 @@ def test_a_sample_that_comes_twice_is_packed_twice() -> None:
 
 
 def test_long_and_short_documents_come_at_all_times() -> None:
-    """Filling begins with the long ones; what comes out of a window does not."""
+    """Filling starts with the long documents, but the sequences of a window are shuffled."""
     rng = np.random.default_rng(0)
     index = source([[int(tokens)] for tokens in rng.integers(1, 200, 2000)])
     window = pack(index, np.arange(2000), Limits(256, 1), image_of(16), seed=0)
@@ -120,7 +120,7 @@ def test_an_image_longer_than_a_sequence_is_an_error() -> None:
 
 
 def test_what_stands_around_an_image_is_never_cut_off() -> None:
-    """8 tokens and an image of 1 + 2 + 1 places at 9 to 12 in sequences of 10."""
+    """8 tokens and an image of 1 + 2 + 1 tokens, at 9 to 12, in sequences of 10."""
     image = image_of(2, before=("<img>",), after=("</img>",))
     window = pack(source([[8, None, 1]]), np.array([0]), Limits(10, 2), image, seed=0)
     assert pieces(window) == [(0, 0, 9), (0, 9, 15)]
@@ -138,7 +138,7 @@ def test_a_document_with_more_images_than_one_may_have_is_cut() -> None:
 
 
 def test_places_that_count_are_those_of_counted_items() -> None:
-    """BOS, 2 tokens, an image of 4, 3 tokens, EOS: EOS counts where the last item does, BOS never."""
+    """BOS, 2 tokens, an image of 4, 3 tokens, EOS: EOS is supervised if the last item is, BOS never."""
     index = source([[2, None, 3]])
     for counted in itertools.product((0, 1), repeat=3):
         index.item_rows["counted"] = counted
@@ -147,7 +147,7 @@ def test_places_that_count_are_those_of_counted_items() -> None:
 
 
 def test_pieces_know_their_place_in_the_stream() -> None:
-    """Those of a document that is cut have the same one, and a document that comes again another."""
+    """All pieces of a cut document have the same position; a repeated document has another one."""
     window = pack(source([[5], [30]]), np.array([1, 0, 0]), Limits(20, 1), image_of(4), seed=0, first_position=70)
     found = sorted(zip(window.sample.tolist(), window.begin.tolist(), window.position.tolist(), strict=True))
     assert found == [(0, 0, 71), (0, 0, 72), (1, 0, 70), (1, 20, 70)]

@@ -1,4 +1,4 @@
-"""From an experiment to batches: what is wrong with the data path is said before anything starts."""
+"""From an experiment to batches: errors in the data path are reported before anything starts."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_an_error_in_the_start_leaves_no_threads(demo_data: Path, tmp_path: Path
 
 
 def test_the_cursor_is_of_the_batches_handed_out(demo_data: Path) -> None:
-    """Not of those that are read ahead."""
+    """It does not include the batches that have been read ahead."""
     settings = experiment(demo_data)
     data = TrainingData(settings, ALONE, Tokenizer.open(settings.data.tokenizer_path))
     try:
