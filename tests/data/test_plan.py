@@ -1,4 +1,4 @@
-"""The plan: nothing is lost, limits hold, every process computes the same, and a resume is a few integers."""
+"""The plan loses nothing, respects the limits, is the same on every process, and resumes from a few integers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def experiment(path: Path, **data: object) -> Experiment:
 
 
 def contents(batch: GlobalBatch) -> list[tuple[int, int, int, int]]:
-    """(source, sample, begin, end) of every piece, in order."""
+    """Return (source, sample, begin, end) of every piece, in order."""
     found = []
     for sequence in batch.sequences:
         window, pieces = sequence.window, slice(sequence.first, sequence.last)
@@ -32,7 +32,7 @@ def contents(batch: GlobalBatch) -> list[tuple[int, int, int, int]]:
 
 
 def test_every_sample_of_an_epoch_is_used_once_and_whole(demo_data: Path) -> None:
-    """Whether a global batch ends within a window or spans several."""
+    """For global batches that end within a window or span several."""
     for global_batch_size in (1, 2, 16):
         base = experiment(demo_data, mixture={"pairs": 1.0}, packing_window=30)
         sizes = replace(base.train, global_batch_size=global_batch_size, micro_batch_size=1)
@@ -124,7 +124,7 @@ def test_micro_batches_and_ranks_cost_alike(demo_data: Path) -> None:
 
 
 def test_pipeline_ranks_encode_equal_shares() -> None:
-    """Of what each tensor-parallel rank has in a step; a micro-batch without images, and a step without any."""
+    """Equal shares of each tensor-parallel rank's images in a step; including a micro-batch and a step without images."""
     found = encoding_stages([np.array([0, 1, 0]), np.array([], dtype=np.int64), np.array([0])], stages=2)
     assert [stages.tolist() for stages in found] == [[0, 0, 0], [], [1]]
     assert [stages.tolist() for stages in encoding_stages([np.array([], dtype=np.int64)] * 2, stages=4)] == [[], []]

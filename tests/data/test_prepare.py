@@ -1,4 +1,4 @@
-"""`prepare index` and `prepare tokenizer`: what is good is found, what is bad is rejected by reason, and nothing stops."""
+"""`prepare index` and `prepare tokenizer`: good samples are indexed, bad ones are rejected with a reason, and none stops the command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_mm.data.sources.index import open_index
 from megatron_mm.data.text.tokenizer import Tokenizer
 
 LENIENT = IndexOptions(max_rejected=1, max_dropped_images=1)
-"""However much is lost, the rest is indexed."""
+"""Options that index the rest however much is lost."""
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_the_kind_is_that_of_the_first_sample(tmp_path: Path, members: list[str]
     ],
 )
 def test_conversations_and_tasks_are_known_by_their_fields(tmp_path: Path, document: dict[str, Any], kind: str) -> None:
-    """Also where the picture lies beside the document as a pair's does."""
+    """Also if the picture is next to the document, as in a pair."""
     shard = write_tar(tmp_path / "0.tar", {"0.jpg": picture(), "0.json": json.dumps(document).encode()})
     assert detect_kind([shard]).kind == kind
     (tmp_path / "0.jsonl").write_text("\n" + json.dumps(document))

@@ -1,4 +1,4 @@
-"""Public data sets as they are published become shards that `prepare index` reads, and what is lost is counted."""
+"""Public data sets in their published form are converted to shards that `prepare index` reads, and losses are counted."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_images(folder: Path, names: list[str]) -> Path:
 
 
 def test_img2dataset_tars_are_indexed_as_they_are(tmp_path: Path, demo_data: Path) -> None:
-    """With the parquet and statistics that lie beside them."""
+    """Including the parquet and statistics files next to them."""
     source = tmp_path / "train" / "laion"
     described = json.dumps({"url": "http://x/1.jpg", "caption": "a red circle", "key": "000000001", "status": "success"}).encode()
     write_tar(source / "00000.tar", {"000000001.jpg": picture(), "000000001.json": described, "000000001.txt": b"a red circle"})
@@ -78,7 +78,7 @@ def test_img2dataset_parquet(tmp_path: Path, demo_data: Path) -> None:
 
 
 def test_folders_of_images_and_texts(tmp_path: Path, demo_data: Path) -> None:
-    """img2dataset's `files`, whose names say the shard, and anybody's; names with dots keep them apart."""
+    """img2dataset's `files` format, whose names contain the shard, and other folders; names with dots stay distinct."""
     for folder, names in (("00000", ["000000001", "000000002"]), ("00001", ["000010001"]), ("mine", ["v1.2_a", "v1.2_b"])):
         write_images(tmp_path / "in" / folder, [f"{name}.jpg" for name in names])
         for name in names:
@@ -110,7 +110,7 @@ def test_pairs_with_keys_of_their_own(tmp_path: Path) -> None:
 
 
 def test_tars_with_names_of_their_own(tmp_path: Path, demo_data: Path) -> None:
-    """As energon's field maps allow: the members' extensions, or fields of the .json, are given."""
+    """As in energon's field maps, the members' extensions or fields of the .json are given as options."""
     described = json.dumps({"captions": {"short": "a red circle"}}).encode()
     write_tar(
         tmp_path / "in" / "0.tar",
@@ -150,7 +150,7 @@ def obelics_parquet(path: Path, rows: list[tuple[list[str | None], list[str | No
 
 
 def test_obelics_with_images_by_url_and_by_its_hash(tmp_path: Path, demo_data: Path) -> None:
-    """From img2dataset's tars, and from files that are called by the hash of their URL."""
+    """Images are found in img2dataset's tars, and in files named by the hash of their URL."""
     urls = [f"https://x.org/{n}.jpg?a=b" for n in range(4)]
     store = tmp_path / "images"
     for n in (0, 1):
@@ -159,7 +159,7 @@ def test_obelics_with_images_by_url_and_by_its_hash(tmp_path: Path, demo_data: P
     write_images(store / "hashed", [f"{hashlib.sha256(urls[2].encode()).hexdigest()}.jpg"])
     rows: list[tuple[list[str | None], list[str | None]]] = [
         (["one", None, "two", None], [None, urls[0], None, urls[2]]),
-        ([None, "three", None, None], [urls[1], None, urls[3], None]),  # one image was not fetched, one entry is nothing
+        ([None, "three", None, None], [urls[1], None, urls[3], None]),  # one image was not fetched, one entry is empty
     ]
     found = run("obelics", [obelics_parquet(tmp_path / "0.parquet", rows)], tmp_path / "out", images=str(store), lose=0.5)
     assert (found.samples, found.images, found.rejected) == (2, 3, {})
@@ -300,7 +300,7 @@ def test_scienceqa_as_json_and_as_parquet(tmp_path: Path, demo_data: Path) -> No
     without, with_image = documents(tmp_path / "out")
     assert with_image == {
         **{"task": "scienceqa", "context": "Metals.", "question": "Which?", "choices": ["salt", "iron"], "answer": 1},
-        "images": ["0.jpg"],  # whatever it is called, its bytes are JPEG
+        "images": ["0.jpg"],  # the file is called .png, but its bytes are JPEG
     }
     assert without["images"] == []
     rows = [{**entry, "image": {"bytes": picture(), "path": None} if entry["image"] else None} for entry in problems.values()]
@@ -313,10 +313,10 @@ def test_scienceqa_as_json_and_as_parquet(tmp_path: Path, demo_data: Path) -> No
 
 
 def text_files(folder: Path, texts: list[str]) -> list[Path]:
-    """The same texts in every format that is read."""
+    """Write the same texts in every supported format."""
     lines = "".join(json.dumps({"text": text, "meta": {"n": 1}}) + "\n" for text in texts).encode()
     table = pyarrow.table({"text": texts})
-    frames = b"".join(zstandard.compress(line + b"\n") for line in lines.splitlines())  # several frames, as parallel writers leave them
+    frames = b"".join(zstandard.compress(line + b"\n") for line in lines.splitlines())  # several frames, as written by parallel writers
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("a.jsonl", lines)
@@ -434,7 +434,7 @@ def test_inputs_that_are_nothing_are_named(tmp_path: Path) -> None:
 
 
 def test_inputs_that_are_not_given_any_more_are_an_error(tmp_path: Path) -> None:
-    """Their shards may be all that is left of them, and are neither replaced nor taken for those of this call."""
+    """Their shards may be all that is left of them: they are neither replaced nor counted as shards of the current inputs."""
     for number in range(3):
         (tmp_path / f"{number}.jsonl").write_text('{"text": "a red circle"}\n')
     run("text", sorted(tmp_path.glob("*.jsonl")), tmp_path / "out")
@@ -498,7 +498,7 @@ CONVERSATION = [{"from": "human", "value": "which one?"}, {"from": "gpt", "value
 
 
 def table_with_a_bad_text(rows: int, *, bad: int) -> pyarrow.Table:
-    """A column of strings of which one is no UTF-8, and one of times that Python's datetime cannot hold."""
+    """Return a table with one string that is not UTF-8, and a column of times that Python's datetime cannot represent."""
     values = pyarrow.array([b"a red circle" if row != bad else b"\xc3\x28" for row in range(rows)], pyarrow.binary())
     times = pyarrow.array([10**18 + 1] * rows, pyarrow.timestamp("ns"))
     return pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), rows, values.buffers()), "when": times, "id": range(rows)})
@@ -518,7 +518,7 @@ def test_one_bad_text_of_a_table_costs_its_row(tmp_path: Path, ending: str) -> N
 
 
 def test_lost_records_and_images_are_listed(tmp_path: Path) -> None:
-    """All of them in a file, the first three of each reason in the summary."""
+    """A file lists all of them; the summary lists the first three of each reason."""
     images = write_images(tmp_path / "images", ["0.jpg"])
     lines = [{"texts": ["a", None, None], "images": [None, f"{number}.jpg", "0.jpg"], "id": number} for number in range(5)]
     (tmp_path / "a.jsonl").write_text("\n".join([*map(json.dumps, lines), "{", '{"texts": 3, "url": "http://x/9"}']))
@@ -547,7 +547,7 @@ def test_a_list_with_a_byte_order_mark(tmp_path: Path, data: bytes) -> None:
 
 
 def test_json_that_is_damaged_in_the_middle(tmp_path: Path) -> None:
-    """Of a list, what stands before the damage is used; of lines, all but the damaged ones, whichever these are."""
+    """In a JSON list, the records before the damage are used; in JSON lines, all but the damaged lines."""
     (tmp_path / "list.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}, {"text": "c"}])[:-6])
     found = run("text", [tmp_path / "list.json"], tmp_path / "list", lose=1)
     assert found.samples == 2 and "damaged after 2 records" in found.damaged[0]
@@ -563,7 +563,7 @@ def test_json_that_is_damaged_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_zstd_with_a_long_window(tmp_path: Path) -> None:
-    """As `zstd --long=31` writes it."""
+    """Similar to the output of `zstd --long=31`."""
     parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
     packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(b'{"text": "a"}\n') + packer.flush())
@@ -571,7 +571,7 @@ def test_zstd_with_a_long_window(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
-    """`save_to_disk`: what it says about the data is no record, and results of `map` are no further ones."""
+    """In a folder of `save_to_disk`, metadata files are not records, and cached results of `map` are not read."""
     folder = tmp_path / "saved" / "train"
     folder.mkdir(parents=True)
     table = pyarrow.table({"text": ["a", "b"]})
@@ -631,7 +631,7 @@ def test_an_image_of_another_folder_is_another_image(tmp_path: Path, named: str,
 
 
 def test_conversations_with_odd_turns(tmp_path: Path) -> None:
-    """As they occur in LLaVA's mix and in what was made of it."""
+    """As they occur in LLaVA's mix and data sets derived from it."""
     entries = [
         {"id": 0, "image": "", "conversations": CONVERSATION},
         {"id": 1, "image": None, "conversations": CONVERSATION},
@@ -650,7 +650,7 @@ def test_conversations_with_odd_turns(tmp_path: Path) -> None:
 
 
 def test_question_files_in_folders_and_tables(tmp_path: Path, demo_data: Path) -> None:
-    """GQA's training questions are ten files; question sets are republished as parquet, images and all."""
+    """GQA's training questions are ten files; question sets are also republished as parquet files with images."""
     images = write_images(tmp_path / "images", ["1.jpg", "2.jpg"])
     for number in (1, 2):
         content = {f"0{number}": {"imageId": str(number), "question": "what?", "answer": "a cross"}}

@@ -1,4 +1,4 @@
-"""Published data beside its usual form: images inside of records, tables of folders, links, and what a reader must not wait for."""
+"""Published data in unusual forms: images inside records, tables in folders, links, and pipes that a reader must not wait for."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(layout: str, path: Path, out: Path, *, lose: float = 0.0, **options: Any
 
 
 def samples(out: Path) -> list[tuple[str, list[bytes]]]:
-    """(document, images) of each sample of a source, by another reader of tars than the package's."""
+    """Return (document, images) of each sample of a source, read with Python's tarfile instead of the package's reader."""
     found = []
     for shard in sorted(out.glob("*.tar")):
         with tarfile.open(shard) as archive:
@@ -68,7 +68,7 @@ def lines(path: Path, records: list[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
 def test_a_table_in_a_folder_describes_its_images(tmp_path: Path, table: str) -> None:
-    """Hugging Face's imagefolder; images that it does not name keep the texts beside them, and none is lost unseen."""
+    """Hugging Face's imagefolder; images that the table does not name use the text files next to them, and losses are counted."""
     folder = tmp_path / "in" / "train"
     for number, name in enumerate(["0.jpg", "sub/1.jpg", "2.jpg", "3.jpg"]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -85,13 +85,13 @@ def test_a_table_in_a_folder_describes_its_images(tmp_path: Path, table: str) ->
     found = run("pairs", tmp_path / "in", tmp_path / "out", lose=0.6)
     assert [text for text, _ in samples(tmp_path / "out")] == ["about 0.jpg", "about sub/1.jpg", "its own text"]
     assert found.rejected == {"image not found": 2, "no text": 1}
-    (folder / "2.txt").write_text("another text")  # which the folder's own date does not show
+    (folder / "2.txt").write_text("another text")  # the folder's modification time does not change
     assert run("pairs", tmp_path / "in", tmp_path / "out", lose=0.6).samples == 3
     assert samples(tmp_path / "out")[2][0] == "another text"
 
 
 def test_records_beside_images_are_read(tmp_path: Path) -> None:
-    """A table in a folder of images, or of the folder's name, is not passed over because there are images."""
+    """A table in a folder of images, or with the folder's name, is not skipped because images exist."""
     folder = tmp_path / "in" / "photos"
     folder.mkdir(parents=True)
     (folder / "0.jpg").write_bytes(picture())
@@ -215,7 +215,7 @@ def test_any_record_is_a_chat_or_a_reason(record: dict[str, Any]) -> None:
 
 
 def test_captions_are_taught_once(tmp_path: Path) -> None:
-    """TextCaps repeats all captions of an image beside each of them; Karpathy's files hold several splits."""
+    """TextCaps repeats all captions of an image with each of them; Karpathy's files hold several splits."""
     for name in ("a", "b"):
         (tmp_path / "im" / "val2014").mkdir(parents=True, exist_ok=True)
         (tmp_path / "im" / "val2014" / f"{name}.jpg").write_bytes(picture())
@@ -255,7 +255,7 @@ def test_pictures_of_coco_under_their_later_name_and_laion_by_address(tmp_path: 
 
 
 def test_sources_and_shards_that_are_links(tmp_path: Path, demo_data: Path) -> None:
-    """A source that lies elsewhere keeps its name, also in --index-dir; a shard that is read under another name is no stray one."""
+    """A linked source keeps its name, also in --index-dir; a shard that is read under another name is not a stray one."""
     data, tokenizer = tmp_path / "data", demo_data / "tokenizer.model"
     for name in ("one", "two"):
         write_tar(tmp_path / "disk" / name / "shards" / "0.tar", {"0.jpg": picture(), "0.txt": name.encode()})
@@ -319,7 +319,7 @@ def test_nothing_waits_for_a_pipe(tmp_path: Path) -> None:
 
 
 def test_frames_without_contents_in_zstd(tmp_path: Path) -> None:
-    """`pzstd` begins a file with one; they stand between frames, too."""
+    """`pzstd` begins a file with such a frame; they also occur between frames."""
     skipped, path = b"\x5f\x2a\x4d\x18\x04\0\0\0abcd", tmp_path / "a.jsonl.zst"
     path.write_bytes(skipped + b"".join(zstandard.compress(json.dumps({"text": text}).encode() + b"\n") + skipped for text in "ab"))
     assert list(iterate_records(str(path))) == [{"text": "a"}, {"text": "b"}]
@@ -337,7 +337,7 @@ def test_two_columns_of_one_name(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_is_written_to_while_it_is_read(tmp_path: Path) -> None:
-    """Its rows are not kept: they would be taken for those of the new file."""
+    """Its rows are not stored: they would be taken for the rows of the new file."""
     import numpy as np
 
     shard = write_tar(tmp_path / "0.tar", {"0.txt": b"a"})

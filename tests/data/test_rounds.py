@@ -1,4 +1,4 @@
-"""Micro-batches are dealt once each, in rounds of like images, and ranks have the same work in all."""
+"""Each micro-batch is distributed once, in rounds of similar numbers of images, and ranks have similar total work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_every_micro_batch_is_dealt_once(rounds: int, data_size: int) -> None:
 
 
 def test_attention_and_cost_are_level_over_32_ranks() -> None:
-    """Of the squared lengths of captions, long texts and documents, 16 micro-batches a rank."""
+    """With typical squared lengths of captions, long texts and documents, and 16 micro-batches per rank."""
     rng = np.random.default_rng(0)
     attention = np.concatenate(
         [rng.integers(10**6, 2 * 10**6, 230), rng.integers(2 * 10**6, 9 * 10**6, 230), rng.integers(4 * 10**6, 16 * 10**6, 52)]

@@ -1,4 +1,4 @@
-"""Tars are read as webdataset writes them, and byte ranges by many threads."""
+"""Reading tars as webdataset writes them, and byte ranges from many threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards in an object store: a real server that speaks S3, behind a gate that makes requests fail as networks and servers do."""
+"""Shards in an object store: a real S3 server behind a proxy that makes requests fail as networks and servers do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytest.importorskip("s3fs")
 
 
 class Gate(ThreadingHTTPServer):
-    """Passes requests on to a server, except those that are to fail."""
+    """Passes requests on to a server, except those in `faults`."""
 
     daemon_threads = True
 
@@ -38,7 +38,7 @@ class Gate(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.behind = port
         self.faults: list[str] = []
-        """Of the next requests of ranges, in order: "503", "cut", "hang" or "reset"."""
+        """Faults of the next range requests, in order: "503", "cut", "hang" or "reset"; others pass."""
         self.seen: Counter[str] = Counter()
         self.release = threading.Event()
 
@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def server() -> Iterator[int]:
 
 @pytest.fixture
 def gate(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """Also in the environment, which is all that says where the service is and who asks."""
+    """The proxy, with its address and credentials in the environment, which is the only place that has them."""
     import s3fs
 
     gate = Gate(server)
@@ -242,7 +242,7 @@ def test_training_reads_the_same_batches_from_a_store_through_faults(gate: Gate,
 
 
 def test_shards_are_indexed_in_a_store(gate: Gate, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through faults, with the result that the same files have; what is known is not read again, what has changed is."""
+    """Despite faults, the index equals that of local files; only changed shards are read again."""
     data, out, files, scratch = Path("s3://lake/mine"), tmp_path / "index", tmp_path / "files", tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
@@ -300,7 +300,7 @@ def test_parts_of_a_store_are_merged(gate: Gate, demo_data: Path, tmp_path: Path
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], None]:
-    """A cache of this machine, and a call after which this process is like one that has just begun."""
+    """Set up a cache folder; return a function that makes this process forget its copies, like a new process."""
     monkeypatch.setenv(CACHE_VARIABLE, f"{tmp_path / 'cache'}:100MB")
     index_copies._copied.cache_clear()
     return index_copies._copied.cache_clear

@@ -1,4 +1,4 @@
-"""Streams of sources of many blocks: every sample once an epoch, the same from any position, few reads, and well mixed."""
+"""Streams over many blocks: every sample once per epoch, the same order from any position, few reads, good mixing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IMAGE = ImageInput(size=8, fill=(0, 0, 0), tokens=4)
 
 
 class Counting(SourceIndex):
-    """A source of pairs whose row r has r text tokens; counts what is asked of it."""
+    """A source of pairs whose row r has r text tokens; records its reads."""
 
     reads: list[object]
 
@@ -66,11 +66,11 @@ def test_a_position_has_the_same_sample_whatever_was_read_before() -> None:
 
 
 def test_a_source_of_one_block_keeps_the_order_that_it_always_had() -> None:
-    """All samples permuted at once, which checkpoints of earlier versions rely on."""
+    """All samples are permuted at once; checkpoints of earlier versions rely on this order."""
     rows = SampleStream(source(1025), IMAGE, seed=5).read(0, 2050).rows.reshape(2, 1025)
     for epoch in range(2):
         assert rows[epoch].tolist() == permute(np.arange(1025), size=1025, keys=np.full(1025, stream_keys(5, epoch))).tolist()
-    # The first places as version 0.1 had them.
+    # The first samples in version 0.1.
     assert rows[0, :8].tolist() == [979, 253, 651, 936, 334, 101, 335, 609]
 
 
@@ -90,7 +90,7 @@ def test_sizes_are_read_in_runs_and_ahead_of_their_use() -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_window_comes_from_one_block_of_many_shards() -> None:
-    """Of 100 shards of 10 samples, 4 at a time, other ones together in each epoch."""
+    """Of 100 shards of 10 samples, each block uses 4, in other combinations in each epoch."""
     stream = SampleStream(source(1000), IMAGE, seed=5)
     shards = [[set((stream.read(1000 * epoch + 40 * block, 40).rows // 10).tolist()) for block in range(25)] for epoch in range(2)]
     assert all(len(found) == 4 for epoch in shards for found in epoch)

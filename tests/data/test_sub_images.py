@@ -1,4 +1,4 @@
-"""Sub-images: an overview and crops of each image, some demonstrations at low resolution, from the plan to the pixels."""
+"""Sub-images, from the plan to the pixels: an overview and crops of each image, and some demonstrations at low resolution."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SUB_IMAGES = SubImages()
 
 
 def settings_on(path: Path, *, sub_images: SubImages | None = SUB_IMAGES, **data: Any) -> Experiment:
-    """`debug_mm1_sft` on questions about several pictures."""
+    """Return `debug_mm1_sft` on interleaved documents of several pictures."""
     base = get_recipe("debug_mm1_sft")
     assert isinstance(base.model, MM1Config)
     fields = {
@@ -54,7 +54,7 @@ def load(settings: Experiment, topology: Topology = ALONE) -> StepBatch:
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
 def test_an_overview_and_crops_row_by_row(resize: Any) -> None:
-    """The crops are those of the square of twice the side; each may be asked for alone."""
+    """The crops are parts of the square of twice the side; each may be decoded alone."""
     image = Image.open(io.BytesIO(picture(size=(100, 61), form="PNG")))
     transform = ImageTransform(16, (1, 2, 3), resize=resize)
     large = np.asarray(replace(transform, size=32).square(image)).transpose(2, 0, 1)
@@ -72,7 +72,7 @@ def test_an_overview_and_crops_row_by_row(resize: Any) -> None:
 
 
 def test_numbers_of_the_paper() -> None:
-    """1344 px: an overview and four crops of 672 px, 720 tokens; 1792 px with sub-images of 896 px; as one square 144 tokens."""
+    """1344 px: an overview and four crops of 672 px, 720 tokens in all; 1792 px with sub-images of 896 px."""
     settings = get_recipe("mm1_30b_sft")
     image = image_input(settings)
     assert image.size == 672 and image.max_tiles * image.tokens == 720 and image.transform.enlarged(2).size == 1344
@@ -86,7 +86,7 @@ def test_numbers_of_the_paper() -> None:
 
 
 def test_which_images_are_shown_at_low_resolution() -> None:
-    """A share of those that are not their document's last, by seed, row and number alone."""
+    """A share of all images but each document's last; the choice depends only on seed, row and number."""
     rows, counts = np.arange(4000), np.random.default_rng(0).integers(0, 5, 4000)
     chosen = LowResolution(SHARE, seed=5).chosen(rows, counts)
     ends = np.cumsum(counts)
@@ -131,7 +131,7 @@ def test_without_sub_images_there_is_no_lower_resolution(demo_data: Path) -> Non
 
 @pytest.mark.parametrize("overview_first", [True, False])
 def test_a_batch_of_sub_images(demo_data: Path, overview_first: bool) -> None:
-    """Every sub-image is an image of the batch with its own pixels; the plan's numbers are the batch's."""
+    """Every sub-image is an image of the batch with its own pixels, and the batch has the plan's numbers."""
     sub_images = SubImages(overview_first=overview_first)
     settings = settings_on(demo_data, sub_images=sub_images)
     plan, step, image = make_plan(settings, split="train"), load(settings), image_input(settings)

@@ -1,4 +1,4 @@
-"""Texts are read and tokenized once: for all processes of a data-parallel rank, and for all pieces of a document."""
+"""Texts are read and tokenized only once for all processes of a data-parallel rank, and for all pieces of a document."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batches(path: Path, topology: topologies.Topology, *, steps: int, **data: An
 
 
 def read_by_each(path: Path, parallel: ParallelConfig) -> tuple[int, list[Any]]:
-    """On one of several processes: how many documents it tokenized, and its batches, of two loaders that take turns."""
+    """Load batches with two loaders in turn on this process; return the number of documents it tokenized, and the batches."""
     reads = Counter[str]()
     original = texts.TextReader._read
 
@@ -47,7 +47,7 @@ def read_by_each(path: Path, parallel: ParallelConfig) -> tuple[int, list[Any]]:
 
 
 def test_one_process_of_a_data_parallel_rank_reads_the_texts(demo_data: Path) -> None:
-    """On two pipeline stages of two tensor-parallel ranks; all get what one process alone reads."""
+    """On two pipeline stages of two tensor-parallel ranks; all get the same texts as a single process."""
     found = run_processes(read_by_each, 4, demo_data, ParallelConfig(tensor=2, pipeline=2), timeout=240)
     assert [count > 0 for count, _ in found] == [True, False, False, False]
     alone = batches(demo_data, ALONE, steps=2) + batches(demo_data, ALONE, steps=1, mixture={"text": 1.0})
@@ -57,7 +57,7 @@ def test_one_process_of_a_data_parallel_rank_reads_the_texts(demo_data: Path) ->
 
 
 def test_a_document_in_many_pieces_is_tokenized_once(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four documents of many pieces each, and short ones, which are not kept."""
+    """Four documents of many pieces each, and short ones, which are not cached."""
     lines = [{"text": "a red circle over a blue square " * (800 if n % 21 == 0 else 1) + f"{n:03}"} for n in range(64)]
     folder = tmp_path / "train" / "text"
     folder.mkdir(parents=True)

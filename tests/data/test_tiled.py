@@ -1,4 +1,4 @@
-"""Images in tiles, from the plan to the pixels; and JPEG artefacts that a resume finds again."""
+"""Images in tiles, from the plan to the pixels, and JPEG artefacts that are the same after a resume."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TILED = ImageInput(
 
 @pytest.fixture
 def tiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """MM1 whose images are written as Mono-InternVL's, in small."""
+    """MM1 with images written as in Mono-InternVL, at a small size."""
 
     class Tiled(MM1Family):
         special_tokens = ("<img>", "</img>", "<IMG_CONTEXT>")
@@ -80,7 +80,7 @@ def pixels_of(steps: list[StepBatch]) -> torch.Tensor:
 
 
 def sized_source(documents: list[list[int | tuple[int, int]]]) -> SourceIndex:
-    """An index of documents, each a list of items: the tokens of a text, or the width and height of an image."""
+    """Return an index of documents, each a list of items: the number of tokens of a text, or the width and height of an image."""
     samples, items = np.zeros(len(documents), SAMPLE), np.zeros(sum(map(len, documents)), ITEM)
     first = 0
     for row, document in zip(samples, documents, strict=True):
@@ -186,7 +186,7 @@ def test_the_wanted_tiles_of_an_image() -> None:
 
 
 def test_an_image_in_another_s_place_has_as_many_tiles() -> None:
-    """As shuffled images are, and images that changed their size."""
+    """For shuffled images, and images whose size has changed."""
     decoder = TileDecoder(TILED, threads=1)
     wanted = EncodedTiles(picture(size=(33, 90), form="PNG"), width=100, height=50, tiles=range(3))
     found = decoder.decode([wanted])
@@ -212,7 +212,7 @@ def test_artefacts_of_an_image_that_is_not_cut_come_before_it_is_resized() -> No
 
 
 def test_every_tile_has_its_own_artefacts_after_it_is_cut() -> None:
-    """The order of Mono-InternVL's training: resize, cut, thumbnail last, then each tile by itself through JPEG."""
+    """The order of Mono-InternVL's training: resize, cut, append the thumbnail, then compress each tile separately as JPEG."""
     decoder, qualities = TileDecoder(TILED, threads=1), (10, 80, 40)
     wanted = EncodedTiles(picture(size=(100, 50), form="PNG"), width=100, height=50, tiles=range(3), qualities=qualities)
     found = decoder.decode([wanted, replace(wanted, tiles=range(1, 3), qualities=qualities[1:])]).pixels
@@ -269,8 +269,8 @@ def test_a_batch_of_tiled_images(demo_data: Path) -> None:
 @pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize(("images", "jpeg_quality"), [("true", None), ("true", (20, 90)), ("shuffled", None), ("blank", None)])
 def test_the_tensor_ranks_share_the_tiles(demo_data: Path, images: str, jpeg_quality: tuple[int, int] | None) -> None:
-    """Also of images of which two of them have a part; shuffled and blank images take the same places, and a tile has the same artefacts
-    wherever it is decoded."""
+    """Also the tiles of an image that two ranks share; shuffled and blank images take the same places, and a tile has the same artefacts on
+    any rank."""
     data: dict[str, Any] = {"images": images, "mixture": {"pairs": 1.0}, "jpeg_quality": jpeg_quality}
     (whole,), (true,) = load(demo_data, **data), load(demo_data, mixture={"pairs": 1.0}, jpeg_quality=jpeg_quality)
     parts = [load(demo_data, replace(ALONE, tensor_size=3, tensor_rank=rank), **data)[0] for rank in range(3)]
@@ -340,10 +340,10 @@ def test_a_resume_sees_the_same_artefacts(demo_data: Path, fixture: str | None, 
 
 
 def test_artefacts_depend_on_the_place_in_the_stream_alone(demo_data: Path) -> None:
-    """Not on batches, packing or processes; and they are others in the next epoch, and with another seed."""
+    """Not on batches, packing or processes; they differ in the next epoch, and with another seed."""
 
     def seen(seed: int = 1234, **changes: Any) -> dict[bytes, set[bytes]]:
-        """What is seen in place of each clean picture, in the first two epochs."""
+        """Return the degraded versions of each clean picture in the first two epochs."""
         found: dict[bytes, set[bytes]] = {}
         settings = experiment(demo_data, mixture={"pairs": 1.0}, jpeg_quality=(5, 95))
         window = changes.pop("packing_window", 60)

@@ -17,7 +17,7 @@ STAGES = [Tiling(1, 4), Tiling(1, 6), Tiling(1, 12), Tiling(1, 24), Tiling(3, 9)
 
 
 def reference_grid(width: int, height: int, tiling: Tiling, size: int) -> tuple[int, int]:
-    """The rule for one image: grids from small to large, each against the best until then."""
+    """Apply the rule to one image: compare grids, from small to large, with the best one so far."""
     grids = []
     for tiles in range(tiling.min_tiles, tiling.max_tiles + 1):
         for columns in range(1, tiles + 1):
@@ -33,7 +33,7 @@ def reference_grid(width: int, height: int, tiling: Tiling, size: int) -> tuple[
 
 
 def make_sizes() -> np.ndarray:
-    """[n, 2]: random sizes, many of them with the shape of a grid or midway between two, and extreme ones."""
+    """Return sizes [n, 2]: random ones, many with the shape of a grid or midway between two, and extreme ones."""
     rng = np.random.default_rng(0)
     free = rng.integers(1, 4000, (1000, 2))
     of_grids = rng.integers(1, 25, (500, 2)) * rng.integers(1, 200, (500, 1))
@@ -58,13 +58,13 @@ def test_grids_and_counts_are_those_of_the_rule(tiling: Tiling) -> None:
         ((1, 1), Tiling(1, 12), (1, 1)),
         ((10000, 40), Tiling(1, 12), (12, 1)),
         ((40, 10000), Tiling(1, 12), (1, 12)),
-        ((633, 633), Tiling(1, 4), (1, 1)),  # 400,689 pixels of the 401,408 that are half of 2 x 2 tiles
+        ((633, 633), Tiling(1, 4), (1, 1)),  # 400,689 pixels, less than the 401,408 that are half of 2 x 2 tiles
         ((634, 634), Tiling(1, 4), (2, 2)),  # 401,956
         ((634, 634), Tiling(1, 3), (1, 1)),
         ((1900, 1900), Tiling(1, 12), (3, 3)),
-        ((800, 400), Tiling(1, 12), (2, 1)),  # 4 x 2 has the same shape and would need 802,816 pixels
+        ((800, 400), Tiling(1, 12), (2, 1)),  # 4 x 2 has the same shape, but needs more than 802,816 pixels
         ((1280, 640), Tiling(1, 12), (4, 2)),
-        ((300, 400), Tiling(1, 2), (1, 1)),  # midway between 1 x 2 and 1 x 1: 120,000 pixels of the 200,704 for two tiles
+        ((300, 400), Tiling(1, 2), (1, 1)),  # midway between 1 x 2 and 1 x 1: 120,000 pixels, and two tiles need more than 200,704
         ((450, 600), Tiling(1, 2), (1, 2)),  # 270,000
         ((896, 448), Tiling(3, 4), (3, 1)),  # midway between 2 x 2 and 3 x 1: exactly half of 2 x 2 tiles is not enough
         ((898, 449), Tiling(3, 4), (2, 2)),
@@ -78,12 +78,12 @@ def test_ties_are_decided_by_area(size: tuple[int, int], tiling: Tiling, expecte
 
 @pytest.mark.parametrize(("max_tiles", "patches"), [(4, 1280), (6, 1792), (12, 3328), (24, 6400)])
 def test_patches_of_the_stages(max_tiles: int, patches: int) -> None:
-    """Mono-InternVL's limits: 256 patches of 28 pixels a tile of 448, the thumbnail counted."""
+    """Mono-InternVL's limits: 256 patches of 28 pixels per tile of 448, including the thumbnail."""
     assert Tiling(1, max_tiles).max_count * (448 // 28) ** 2 == patches
 
 
 def test_the_order_of_grids_with_equally_many_tiles_never_matters() -> None:
-    """From one tile on: no two neighbouring shapes have grids of the same number of tiles, so none can be equally close."""
+    """With min_tiles 1, no two adjacent aspect ratios have grids of the same number of tiles, so no two such grids are equally close."""
     for max_tiles in range(1, 41):
         tiles_of: dict[Fraction, set[int]] = {}
         for columns, rows in Tiling(1, max_tiles).grids:
@@ -93,7 +93,7 @@ def test_the_order_of_grids_with_equally_many_tiles_never_matters() -> None:
 
 
 def picture(width: int, height: int) -> Image.Image:
-    """Blocks of random colours."""
+    """Return blocks of random colours."""
     blocks = np.random.default_rng(width).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
     return Image.fromarray(blocks.repeat(8, axis=0).repeat(8, axis=1)[:height, :width])
 

@@ -1,4 +1,4 @@
-"""The tokenizer's special tokens cannot be spelled, and training is repeatable."""
+"""No text can spell the tokenizer's special tokens, and training is reproducible."""
 
 from __future__ import annotations
 
