@@ -54,7 +54,7 @@ def from_dict(kind: type, values: dict[str, Any], *, where: str = "config") -> A
 
 
 def _connector_config(kind: Any) -> type[ConnectorConfig]:
-    """Return the configuration class of a kind of connector; an unknown kind is reported later, when the model is built."""
+    """Return the configuration class of a kind of connector; an unknown kind is reported later, when the layout is checked."""
     from megatron_mm.models.connectors import CONNECTORS
 
     return CONNECTORS[kind].config if kind in CONNECTORS else ConnectorConfig

@@ -1,4 +1,4 @@
-"""What the pipeline chunks of all families have in common: the decoder, the modules that encode images, and one state dict."""
+"""The base class of all families' pipeline chunks: the decoder, the modules that encode images, and their common state dict."""
 
 from __future__ import annotations
 

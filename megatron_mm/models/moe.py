@@ -5,7 +5,7 @@ not on which of them share a micro-batch or a process, on their order, or on pad
 with E experts, k choices per token, p_te the softmax over all experts and s_e the fraction of all choices that fell on expert e (before any
 was dropped; these shares add up to 1),
 
-    load balance = E / N * sum over tokens and experts of s_e * p_te     GShard, Switch; 1 where all experts get the same
+    load balance = E / N * sum over tokens and experts of s_e * p_te     GShard, Switch; 1 if all experts get equal shares
     z            = 1 / N * sum over tokens of logsumexp(logits)^2        ST-MoE, equation (5)
 
 The objective is the language model's loss per supervised token, plus coefficient * loss for both losses and every sparse layer. All

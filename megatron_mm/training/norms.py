@@ -2,7 +2,7 @@
 
 Each process adds up the squares of its elements, and over all processes each element counts once: replicas under tensor parallelism and
 tied embeddings are left out, as in the norm of the whole gradient (`training.optimizer.squared_grad_norm`). So the sums are the same in
-every layout; they are part of the step's one message. Nothing here waits for the device. Many small parameters are processed at a time,
+every layout; they are part of the step's single message. Nothing here waits for the device. Many small parameters are processed at a time,
 because on a GPU the number of kernels determines the cost.
 
 The update of a step is not stored: it is computed from the parameters after the step and Adam's moments. With parameters p and direction u,

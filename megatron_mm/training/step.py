@@ -81,8 +81,8 @@ class TrainingStep:
         Args:
             micro_batches: the micro-batches of this process.
             step: number of the step, counted from 1.
-            tell: called after the passes, when gradients are ready. Returns numbers to sum over all processes: floats, or a float64 tensor
-                on the device.
+            tell: called once the passes are launched (a GPU may still be computing). Returns numbers to sum over all processes: floats, or
+                a float64 tensor on the device.
         """
         assert self.optimizer is not None, "training needs an optimizer"
         config = self.experiment.optimizer

@@ -65,8 +65,8 @@ class Hook:
     def tell(self, batch: StepBatch) -> tuple[float, ...] | torch.Tensor:
         """Return numbers to sum over all processes in the step's single message; every process must return equally many.
 
-        Called when the gradients of the step on `batch` are ready. Return values computed on the device as a float64 tensor, so that the
-        process does not wait for them.
+        Called before the update of the step on `batch`, when its gradients are final. Return values computed on the device as a float64
+        tensor, so that the process does not wait for them.
         """
         return ()
 

@@ -184,7 +184,7 @@ def infimm_vicuna_13b_mtt() -> Experiment:
     Predicted on 32 H100: 0.36 s a step (to 12%), 44% of the bf16 peak, 64 GB; as many A100-80GB: 0.80 s.
     """
     base = _multi_task(infimm_vicuna_13b_pt())
-    return replace(base, parallel=replace(base.parallel, recompute="none"))  # its images are small enough to keep everything
+    return replace(base, parallel=replace(base.parallel, recompute="none"))  # its images are small, so all activations fit in memory
 
 
 def infimm_vicuna_13b_ift() -> Experiment:

@@ -33,7 +33,7 @@ class MM1Config(ModelConfig):
 
 
 def image_input(config: MM1Config) -> ImageInput:
-    """An image, or each of its sub-images, takes as many tokens as the connector produces."""
+    """Return how images enter the model: each image, or each of its sub-images, takes as many tokens as the connector produces."""
     vision = config.vision
     return ImageInput(
         size=vision.image_size,

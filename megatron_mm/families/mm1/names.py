@@ -1,4 +1,4 @@
-"""MM1's table: our tensor names <-> those of the Hugging Face code in `megatron_mm.hf`."""
+"""MM1's table: our tensor names <-> those of an exported MM1 (`hf_code/modeling_mm1.py`)."""
 
 from __future__ import annotations
 

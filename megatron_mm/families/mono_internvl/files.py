@@ -1,7 +1,7 @@
 """The files of an exported Mono-InternVL besides its weights: configuration, tokenizer, processor, and our own modeling code.
 
 Weights have the released names and config.json the released fields, so the authors' code can read them as well: `authors_code/` contains
-the files that name the authors' classes. Their code (OpenGVLab/Mono-InternVL-2B, transformers 4.37) is not part of the export.
+the files that refer to the authors' classes. Their code (OpenGVLab/Mono-InternVL-2B, transformers 4.37) is not part of the export.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Mono-InternVL (arXiv 2410.08202): one decoder that takes image patches directly, with a visual expert beside the text feed-forward
-network in every layer.
+"""Mono-InternVL (arXiv 2410.08202): one decoder that takes image patches directly, with a text feed-forward network and a visual expert in
+every layer.
 
-In the sequence, an image is `<img>`, 256 times `<IMG_CONTEXT>` for each of its tiles, `</img>`. The embedded patches replace the embeddings
-of `<IMG_CONTEXT>`, and only these tokens go through visual experts.
+In the sequence, an image is `<img>`, then 256 times `<IMG_CONTEXT>` for each of its tiles, then `</img>`. The embedded patches replace the
+embeddings of `<IMG_CONTEXT>`, and only these tokens go through visual experts.
 """
 
 from __future__ import annotations

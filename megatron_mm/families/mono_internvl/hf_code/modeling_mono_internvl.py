@@ -146,7 +146,7 @@ class MonoInternVLLayer(LlamaDecoderLayer):
 
 
 class InternLM2Model(LlamaModel):
-    """The decoder's body."""
+    """The decoder without its output layer."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
