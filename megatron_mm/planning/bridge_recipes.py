@@ -1,7 +1,7 @@
-"""What Megatron-Bridge's performance recipes of mixtures of experts set, which its tables of results do not print.
+"""Settings of Megatron-Bridge's performance recipes for mixtures of experts, which its tables of results do not show.
 
-Read in NVIDIA-NeMo/Megatron-Bridge, scripts/performance/configs/*/*_workload_base_configs.py, at the tags of its releases: v0.2.0 (25.11),
-v0.3.0 (26.02), v0.3.1 (26.02.01), v0.4.0 (26.04), v0.5.0 (26.06; src/megatron/bridge/perf_recipes of v0.6.0, 26.08, is alike).
+Source: NVIDIA-NeMo/Megatron-Bridge, scripts/performance/configs/*/*_workload_base_configs.py, at the tags of its releases: v0.2.0 (25.11),
+v0.3.0 (26.02), v0.3.1 (26.02.01), v0.4.0 (26.04), v0.5.0 (26.06; src/megatron/bridge/perf_recipes of v0.6.0, 26.08, has the same).
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from megatron_mm.planning.hardware import Dispatcher, Software
 Release = tuple[int, int, int]
 
 ROUTING_GRAPHED, ATTENTION_GRAPHED, ALL_GRAPHED = 0.35, 0.6, 1.0
-"""Part of a layer's host time that its CUDA graphs replay: router and preparation of the exchange; attention too; the whole step."""
+"""Fraction of a layer's host time that CUDA graphs save: graphs of the router and the preparation of the exchange; of attention, too; of
+the whole step."""
 OVERLAPPED = 0.8
-"""Part of the exchange that runs under another micro-batch's products where a recipe overlaps it."""
+"""Fraction of the exchange that runs at the same time as another micro-batch's products, if a recipe overlaps it."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Of a recipe."""
+    """Settings of recipes."""
 
     models: str
-    """Regular expression of a model's name."""
+    """Regular expression for names of models."""
     gpus: str
-    """The same of a GPU's."""
+    """Regular expression for names of GPUs."""
     dispatcher: Dispatcher = "alltoall"
     graphed: float = 0.0
     overlaps: bool = False
@@ -37,12 +38,12 @@ class Setting:
     since: Release = (0, 0, 0)
     before: Release = (99, 0, 0)
     precision: str = ""
-    """Regular expression of the precision."""
+    """Regular expression for the precision."""
     machines: bool | None = None
-    """Only where experts are on several machines (True), or on one (False)."""
+    """Applies only if experts are on several machines (True), or only if they are on one (False)."""
 
     def of(self, stack: Software) -> Software:
-        """A stack as the recipe has it."""
+        """Apply the settings to a stack."""
         return replace(
             stack,
             dispatcher=self.dispatcher,
@@ -99,12 +100,16 @@ SETTINGS: tuple[Setting, ...] = (
     replace(_FULL, fp8_attention=False),
     Setting(_ANY, _GRACE, "hybridep", ROUTING_GRAPHED),
 )
-"""The first that fits holds; the last two are what most recipes for a rack of 72 GPUs have."""
+"""The first setting that matches is used; the last two are those of most recipes for a rack of 72 GPUs."""
 _OTHERWISE = Setting(_ANY, _ANY)
 
 
 def setting_of(*, model: str, gpu: str, precision: str, release: Release, on_machines: bool) -> Setting:
-    """What the recipe of a model on a kind of GPU set in a release. `on_machines`: its experts are on several machines."""
+    """Return the setting of the recipe for a model on a kind of GPU in a release.
+
+    Args:
+        on_machines: its experts are on several machines.
+    """
     for setting in SETTINGS:
         if (
             re.search(setting.models, model.lower())

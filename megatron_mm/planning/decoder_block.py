@@ -32,7 +32,7 @@ def decoder_layer(
     trained: Trained,
     unfused: bool = False,
 ) -> Block:
-    """One layer."""
+    """Block of one layer."""
     attention, attention_back, core, _ = attention_section(shape, layout, tokens, fp8=fp8, trained=trained)
     if sparse:
         mlp, mlp_back = expert_section(shape, layout, tokens, fp8=fp8, trained=trained)
@@ -63,7 +63,7 @@ def decoder_layer(
         backward = (*(k for k in mlp if not isinstance(k, Stream) or k.kernels > 0), *backward)
         kept = {name: size for name, size in kept.items() if not name.startswith("mlp")}
         kept["mlp input"] = 2 * rows * h
-    if "mlp_half" in recompute:  # every second product again, as torchtitan's selective recomputation does
+    if "mlp_half" in recompute:  # recomputes every second product, like torchtitan's selective recomputation
         backward = (*(k for i, k in enumerate(k for k in forward if isinstance(k, Product)) if i % 2 == 0), *backward)
         outputs = t * (shape.heads + 2 * shape.kv_heads) * shape.head_dim / tp + 2 * rows * h + t * shape.branches * shape.ffn / tp
         kept = {"input": 2 * rows * h, "attention output": kept["attention output"], "products": outputs}
@@ -84,18 +84,18 @@ def decoder_layer(
 def saved_by_layer(
     shape: DecoderShape, layout: Layout, tokens: Tokens, *, sparse: bool, fp8: bool = False, unfused: bool = False
 ) -> dict[str, float]:
-    """Bytes that a layer keeps for its backward pass, by what they are: 2 of a number, and in FP8 1 of what products take in.
+    """Bytes that a layer keeps for its backward pass, by kind of tensor: 2 per number, and in FP8 1 per number for inputs of products.
 
-    As Transformer Engine's modules keep them (module/layernorm_linear.py: input, its norm's statistics, and the normalised input that the
-    weight's gradient needs; module/linear.py: input; attention: queries, keys, values, output and one number for each row; the activation:
-    its input).
+    These are the tensors that Transformer Engine's modules keep (module/layernorm_linear.py: input, its norm's statistics, and the
+    normalised input that the weight's gradient needs; module/linear.py: input; attention: queries, keys, values, output and one number per
+    row and head; the activation: its input).
     """
     t, h, tp, b = tokens.tokens, shape.hidden_size, layout.tensor, shape.branches
     rows = t / tp if layout.sequence else t
     q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
     taken = 1 if fp8 else 2
     qkv, inner = q + 2 * kv, q
-    if shape.rotary:  # values are a view of what the projection made, which is kept whole beside the turned queries and keys
+    if shape.rotary:  # values are a view of the projection's output, which is kept whole in addition to the rotated queries and keys
         qkv += q + kv
     if shape.latents is not None:
         small, heads = shape.latents, shape.heads / tp
@@ -159,7 +159,7 @@ def _finish(
 
 
 def embedding(shape: DecoderShape, layout: Layout, tokens: Tokens, *, trained: Trained) -> Block:
-    """The embedding table."""
+    """Block of the embedding table."""
     t, h = tokens.tokens, shape.hidden_size
     message = Message("reduce_scatter" if layout.sequence else "all_reduce", 2 * t * h, "tensor")
     back = Message("all_gather", 2 * t * h, "tensor")
@@ -177,13 +177,13 @@ def embedding(shape: DecoderShape, layout: Layout, tokens: Tokens, *, trained: T
 def output(
     shape: DecoderShape, layout: Layout, tokens: Tokens, *, trained: Trained, owns_table: bool, fused: bool = False, copies: bool = False
 ) -> Block:
-    """Final norm, output layer, cross-entropy in float32.
+    """Block of the final norm, the output layer and cross-entropy in float32.
 
     Args:
-        owns_table: the output layer's table is not the embedding's on the same process.
-        fused: the loss is computed without a float32 copy of the logits; else one is kept, beside those in bf16 while it is made
-            (core/tensor_parallel/cross_entropy.py).
-        copies: the loss is plain torch's: its backward pass has the logits in bf16 beside their log-softmax and two gradients in float32.
+        owns_table: the output layer's table is not the embedding table of the same process.
+        fused: the loss is computed without a float32 copy of the logits. Otherwise a copy is kept, and while it is made the bf16 logits
+            exist, too (core/tensor_parallel/cross_entropy.py).
+        copies: the loss is plain torch's, whose backward pass holds the bf16 logits, their log-softmax and two gradients in float32.
     """
     t, h, v = tokens.tokens, shape.hidden_size, shape.vocab / layout.tensor
     enter, enter_back = tensor_messages(layout, 2 * t * h, trained=trained, entering=True)

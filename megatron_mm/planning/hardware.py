@@ -1,6 +1,6 @@
 """GPUs and software stacks that the planner knows: values from data sheets, and the few constants that data sheets do not give.
 
-Peaks are for dense products and come from NVIDIA's data sheets. `Efficiency` has the fraction that kernels and networks reach.
+Peaks are for dense products and come from data sheets. `Efficiency` has the fraction of them that kernels reach.
 docs/planning.md explains how these constants were found, and `benchmarks/planning_accuracy.py` measures how accurate they are.
 """
 
@@ -17,56 +17,56 @@ TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What an architecture's kernels reach of its peaks, on shapes that fill it."""
+    """Fractions of an architecture's peak rates that its kernels reach on shapes that fill it."""
 
     product: float
-    """bf16 matrix products, of the bf16 peak: at the clock that the power limit leaves in a long run."""
+    """bf16 matrix products, relative to the bf16 peak, at the clock that the power limit allows in a long run."""
     product_fp8: float
-    """FP8 matrix products, of the FP8 peak."""
+    """FP8 matrix products, relative to the FP8 peak."""
     attention: float
-    """Fused attention's forward pass, of the bf16 peak, long sequences, causal half counted."""
+    """Forward pass of fused attention to long sequences, relative to the bf16 peak, counting the causal half."""
     memory: float
-    """Kernels that only move data, of the memory rate."""
+    """Kernels that only move data, relative to the memory rate."""
     product_fp4: float = 0.0
-    """FP4 matrix products, of the FP4 peak."""
+    """FP4 matrix products, relative to the FP4 peak."""
     head_of_64: float = 0.72
-    """Rate of attention with heads of 64, of that with heads of 128: half of the products for each exponential, which has units of its
-    own."""
+    """Rate of attention with heads of 64, relative to heads of 128: there are half as many products per exponential, and exponentials have
+    units of their own."""
 
 
 AMPERE = Efficiency(product=0.82, product_fp8=0.0, attention=0.58, memory=0.80, head_of_64=0.97)
 HOPPER = Efficiency(product=0.655, product_fp8=0.67, attention=0.56, memory=0.80)
 BLACKWELL = Efficiency(product=0.52, product_fp8=0.56, attention=0.50, memory=0.80, product_fp4=0.43)
 BLACKWELL_ULTRA = Efficiency(product=0.68, product_fp8=0.72, attention=0.50, memory=0.80, product_fp4=0.43)
-"""Of few runs (benchmarks/anchors/chosen_on.csv): GB200, and GB300 under its power limit of 1400 W."""
+"""`BLACKWELL` and this one come from few runs (benchmarks/anchors/chosen_on.csv), on GB200 and on GB300 with its power limit of 1400 W."""
 ADA, CDNA = HOPPER, HOPPER
-"""No run of Ada or of AMD's CDNA was at hand: Hopper's numbers, carried over."""
+"""Hopper's numbers, because no runs on Ada or on AMD's CDNA were available."""
 VOLTA = Efficiency(product=0.70, product_fp8=0.0, attention=0.30, memory=0.80)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU in its usual machine. Rates are of one GPU, one way."""
+    """One kind of GPU in its usual machine. Rates are per GPU and in one direction."""
 
     name: str
     bf16_tflops: float
     fp8_tflops: float
     memory_gb: float
-    """Bytes / 1e9 that the driver shows."""
+    """Memory that the driver reports, in units of 1e9 bytes."""
     memory_tb_s: float
     nvlink_gb_s: float
     nvlink_domain: int
-    """GPUs that NVLink joins."""
+    """Number of GPUs that NVLink connects."""
     nic_gb_s: float
-    """InfiniBand or RoCE rate that one GPU has to itself."""
+    """InfiniBand or RoCE rate per GPU."""
     efficiency: Efficiency
     multiprocessors: int = 132
     fp4_tflops: float = 0.0
     host: float = 1.0
-    """Time that the processor of its usual machine takes for the same Python, of an H100's."""
+    """Time that the processor of its usual machine takes for the same Python code, relative to an H100's machine."""
 
     def with_power(self, watts: float, *, usual: float = 700.0) -> Gpu:
-        """The same chip under a lower power limit: products run at a clock that grows with the root of the power."""
+        """Return the same chip with a lower power limit. The rates of products and attention scale with the square root of the power."""
         scale = min(1.0, (watts / usual) ** 0.5)
         return replace(
             self,
@@ -89,7 +89,7 @@ GPUS: dict[str, Gpu] = {
     "b200": Gpu("b200", 2250, 4500, 191.0, 8.0, 900, 8, 50, BLACKWELL, multiprocessors=148, fp4_tflops=9000),
     "a100-80g": A100,
 }
-"""What `--gpu` takes."""
+"""GPUs that `--gpu` accepts."""
 
 MEASURED_GPUS: dict[str, Gpu] = {
     **GPUS,
@@ -111,14 +111,14 @@ MEASURED_GPUS: dict[str, Gpu] = {
     "mi355x": Gpu("mi355x", 2500, 5000, 309.0, 8.0, 538, 8, 50, CDNA, multiprocessors=256),
     "v100": Gpu("v100", 125, 0, 34.0, 0.9, 150, 8, 12.5, VOLTA, multiprocessors=80, host=2.0),
 }
-"""Kinds that published measurements may name besides."""
+"""GPUs that published measurements may name."""
 
 
 _CHIPS = sorted({name.split("-")[0] for name in MEASURED_GPUS}, key=len, reverse=True)
 
 
 def gpu_named(text: str) -> Gpu | None:
-    """The GPU that a published table means: "H100", "A100-40GB", "NVIDIA H100 80GB HBM3", "8xB200"; None for one that nobody here knows."""
+    """Return the GPU with a name as in published tables: "H100", "A100-40GB", "NVIDIA H100 80GB HBM3", "8xB200"; None if it is unknown."""
     name = re.sub(r"[\s_()/]+", "-", text.strip().lower())
     if name in MEASURED_GPUS:
         return MEASURED_GPUS[name]
@@ -134,64 +134,64 @@ def gpu_named(text: str) -> Gpu | None:
 
 
 Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
-"""How tokens go to experts: NCCL's all-to-all of permuted copies; a gather of all tokens; DeepEP, which sends a token once to a GPU and
-permutes there; HybridEP, which permutes as it receives."""
+"""How tokens are sent to experts: NCCL's all-to-all of permuted copies; an all-gather of all tokens; DeepEP, which sends a token once to
+each GPU and permutes there; HybridEP, which permutes while receiving."""
 
 
 @dataclass(frozen=True)
 class Software:
-    """A training stack, by what it does to kernels and messages."""
+    """A training stack, described by its effects on kernels and messages."""
 
     name: str
     attention: str = "fused"
     """fused (cuDNN or FlashAttention 3), flash2, triton (the first FlashAttention's kernels), or unfused (scores in memory)."""
     moved: float = 1.0
-    """Bytes that element-wise kernels move, of those of fused ones."""
+    """Bytes that element-wise kernels move, relative to fused ones."""
     kernel_seconds: float = 25 * MICRO
-    """Time of the host for an operation of torch: Python, autograd, allocator, launch."""
+    """Host time of an operation of torch: Python, autograd, allocator, launch."""
     module_seconds: float = 250 * MICRO
-    """Time of the host in one pass of the module around a matrix product or attention, forward or backward."""
+    """Host time of one pass, forward or backward, through the module around a matrix product or attention."""
     message_seconds: float = 80 * MICRO
-    """Time of the host to start a collective."""
+    """Host time to start a collective."""
     tensor_seconds: float = 50 * MICRO
-    """Time of the host for a parameter tensor in a step: its gradient's hook, copies from and to master weights."""
+    """Host time per parameter tensor and step: its gradient's hook, copies from and to master weights."""
     step_seconds: float = 12e-3
-    """Time of the host between steps: batch to the device, loss back, learning rate, timers."""
+    """Host time between steps: batch to the device, loss to the host, learning rate, timers."""
     fp8_module: float = 1.0
-    """Host time of such a module in FP8, of that in bf16."""
+    """Host time of a module in FP8, relative to bf16."""
     hides_tensor_messages: float = 0.0
-    """Part of the tensor-parallel messages that runs under products."""
+    """Fraction of the tensor-parallel messages that products hide."""
     hides_data_messages: bool = True
     """Gradients are reduced while the backward pass runs."""
     shards_optimizer: bool = True
     gradient_bytes: int = 4
-    """Of a gradient that is reduced."""
+    """Bytes per number of reduced gradients."""
     interference: float = 0.12
-    """Part of the time of a hidden message that the kernels beside it lose to it."""
+    """Time by which concurrent kernels become slower, relative to the time of the hidden message."""
     optimizer_bytes: int = 12
-    """Of a trainable parameter: float32 master weights and two float32 moments."""
+    """Bytes of optimizer state per trainable parameter: float32 master weights and two float32 moments."""
     fp8_weights: bool = False
-    """Weights are kept in FP8 alone; else their FP8 copies, as they are and transposed, are kept beside those in bf16."""
+    """Weights are kept only in FP8. Otherwise FP8 copies, plain and transposed, are kept in addition to bf16 weights."""
     fuses_loss: bool = False
     """The loss keeps no float32 copy of the logits."""
     copies_logits: bool = False
     """The loss keeps several float32 copies of the logits."""
     hides_expert_messages: float = 0.0
-    """Part of the exchange of experts that runs under products."""
+    """Fraction of the experts' exchange that products hide."""
     expert_operations: float = 1.0
-    """Operations around experts (router, permutation, sorting), of those of megatron-core's unfused ones."""
+    """Number of operations around experts (router, permutation, sorting), relative to megatron-core's unfused ones."""
     dispatcher: Dispatcher = "alltoall"
     graphed: float = 0.0
-    """Part of the host's time in layers that CUDA graphs replay."""
+    """Fraction of the host's time in layers that CUDA graphs save."""
     fuses_experts: bool = False
-    """Grouped products add biases, activate and cast to FP8 themselves."""
+    """Kernels of grouped products also add biases, apply the activation and cast to FP8."""
     fp8_attention: bool = False
-    """Attention multiplies in FP8."""
+    """Attention computes its products in FP8."""
 
 
 MEGATRON = Software("megatron-core with Transformer Engine")
 _FLAT = Software("", kernel_seconds=8 * MICRO, module_seconds=40 * MICRO, tensor_seconds=10 * MICRO, step_seconds=4e-3, fp8_weights=True)
-"""Plain modules, a layer's gradients in one tensor, an optimizer that takes all tensors at once; weights are cast where they are used."""
+"""Plain modules, a layer's gradients in one tensor, an optimizer that updates all tensors at once; weights are cast when they are used."""
 _COMPILED = replace(_FLAT, kernel_seconds=4 * MICRO, module_seconds=10 * MICRO, message_seconds=20 * MICRO)
 
 STACKS: dict[str, Software] = {
@@ -216,15 +216,18 @@ STACKS: dict[str, Software] = {
     ),
     "jax": replace(_COMPILED, name="JAX and XLA", moved=1.0, gradient_bytes=2, hides_tensor_messages=0.5),
 }
-"""What the published measurements ran on."""
+"""Software stacks of the published measurements."""
 
 OURS = replace(MEGATRON, name="this trainer with Transformer Engine", fp8_module=1.5)
-"""This trainer. The factor of FP8 modules is that of its own steps of mm1_1b (`benchmarks/planning_own_runs.py`)."""
+"""This trainer. The factor for FP8 modules was measured on its steps of mm1_1b (`benchmarks/planning_own_runs.py`)."""
 
 
 def with_precision(software: Software, precision: PrecisionConfig, *, single: bool = False) -> Software:
-    """The same with an experiment's formats of gradients, moments and weights. `single`: it trains in float32, where gradients are float32
-    too."""
+    """Apply an experiment's formats of gradients, moments and weights.
+
+    Args:
+        single: the experiment trains in float32, so gradients are float32, too.
+    """
     moments = sum(2 if format == "bf16" else 4 for format in (precision.exp_avg, precision.exp_avg_sq))
     gradients = 2 if precision.gradients == "bf16" and not single else 4
     fp8_weights = software.fp8_weights or precision.fp8_weights
@@ -232,6 +235,6 @@ def with_precision(software: Software, precision: PrecisionConfig, *, single: bo
 
 
 def with_host(software: Software, factor: float) -> Software:
-    """The same on a host that takes `factor` times as long for everything."""
+    """Multiply all times of the host by `factor`."""
     names = ("kernel_seconds", "module_seconds", "message_seconds", "tensor_seconds", "step_seconds")
     return replace(software, **{name: factor * getattr(software, name) for name in names})

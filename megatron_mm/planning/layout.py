@@ -1,4 +1,4 @@
-"""The layout of a job: degrees of parallelism, the groups that follow from them, and what is sharded over data parallelism."""
+"""The layout of a job: degrees of parallelism, the groups that follow from them, and what is sharded over data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_mm.planning.kernels import Group
 from megatron_mm.planning.network import Members, Network
 
 Sharding = Literal["none", "optimizer", "gradients", "full"]
-"""Over data parallelism: nothing, the optimizer (ZeRO-1), gradients too (ZeRO-2), weights too (ZeRO-3, FSDP)."""
+"""What data-parallel ranks shard: nothing, the optimizer (ZeRO-1), also gradients (ZeRO-2), also weights (ZeRO-3, FSDP)."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How GPUs share a model. Ranks are numbered as megatron-core does: tensor, context, data, pipeline; pipeline outermost."""
+    """How GPUs share a model. Ranks are numbered as in megatron-core: tensor, context, data, pipeline, from innermost to outermost."""
 
     gpus: int
     tensor: int = 1
@@ -26,11 +26,11 @@ class Layout:
     expert_tensor: int = 1
     context: int = 1
     sequence: bool = True
-    """Activations between tensor-parallel layers are cut along the sequence."""
+    """Activations between tensor-parallel layers are split along the sequence."""
     sharding: Sharding = "optimizer"
     folded: bool = True
-    """Expert parallelism is taken out of data and context parallelism alike; else out of data parallelism alone, which sets its members
-    further apart."""
+    """Expert-parallel groups may span data- and context-parallel ranks. Otherwise they span only data-parallel ranks, which are further
+    apart."""
     stage_layers: tuple[int, ...] | None = None
 
     @property
@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def expert_data(self) -> int:
-        """Copies of an expert."""
+        """Number of copies of an expert."""
         return max(1, self.gpus // (self.pipeline * self.expert * self.expert_tensor))
 
     @property
@@ -47,7 +47,7 @@ class Layout:
         return self.pipeline * self.virtual
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
-        """Decoder layers of each stage; what is left over goes to the middle, as `parallel.stages` deals."""
+        """Number of decoder layers of each stage. Remaining layers go to the stages after the first, as in `parallel.stages`."""
         if self.stage_layers is not None:
             return self.stage_layers
         base, left = divmod(num_layers, self.stages)

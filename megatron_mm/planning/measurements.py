@@ -1,7 +1,7 @@
-"""Published measurements as jobs: a row of a table (columns as in benchmarks/anchors/throughput.csv) -> what ran, on what, how fast.
+"""Published measurements as jobs: a row of a table (columns as in benchmarks/anchors/throughput.csv) -> model, layout, GPU and step time.
 
-A row may lack almost anything. What the published source leaves out is chosen as its authors would have: the fastest that fits. What
-cannot be planned (no model shape, an unknown GPU) is a `Skipped` with the reason, never an exception.
+A row may lack almost anything. A setting that the published source leaves out is chosen as its authors would choose it: the fastest one
+that fits. A row that cannot be planned (no model shape, an unknown GPU) becomes a `Skipped` with the reason, never an exception.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from megatron_mm.planning.step import Prediction, StepModel
 
 GIB = 2**30
 MADE_TO_FIT = 1.2
-"""Of a GPU's memory: a run that needs no more was made to fit by what costs little time (bf16 gradients and moments, FP8 weights,
-recomputed norms) before its authors gave a third of the time for recomputing everything."""
+"""Fraction of a GPU's memory up to which a run is assumed to have been made to fit by cheap means (bf16 gradients and moments, FP8 weights,
+recomputed norms). Its authors would prefer these to recomputing everything, which takes a third more time."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,26 @@ class Measurement:
     source: str
     model: str
     kind: str
-    """dense or moe."""
+    """Either "dense" or "moe"."""
     group: str
-    """Rows that only differ in scale or in batch share a group: a held-out group tells more than a held-out row."""
+    """Rows that differ only in scale or batch share a group. A held-out group is a stronger test than a held-out row."""
     jobs: tuple[Job, ...]
-    """Candidates where the source leaves something out; one where it does not."""
+    """Candidates if the source leaves something out; otherwise a single job."""
     step_seconds: float | None
     memory_bytes: float | None
     state_bytes: float | None
-    """Allocated between steps: weights, gradients and optimizer state."""
+    """Bytes allocated between steps: weights, gradients and optimizer state."""
     memory_of_last_rank: bool
-    """Megatron's trainers log what the last process has; others the most of any."""
+    """The published memory is that of the last process, as Megatron's trainers log it; otherwise the largest of any process."""
     flops_per_gpu: float
-    """Of a step, causal attention counted half, recomputation not."""
+    """FLOPs of a step per GPU, counting half of causal attention and no recomputation."""
     peak: float
-    """Of the GPU, FLOP/s in bf16: what a constant-MFU guess divides by."""
+    """Peak rate of the GPU in bf16, in FLOP/s."""
     assumed: tuple[str, ...]
+    """Columns that the source leaves out."""
 
     def predict(self) -> Prediction:
-        """The fastest candidate that fits, or could be made to; where none fits, the smallest."""
+        """Predict the fastest candidate that fits or could be made to fit; if there is none, the smallest."""
         predictions = [(StepModel(job).predict(), job) for job in self.jobs]
         fitting = [p for p, job in predictions if p.peak_bytes <= MADE_TO_FIT * job.gpu.memory_gb * 1e9]
         if fitting:
@@ -64,7 +65,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that cannot be planned, and why."""
+    """A row that cannot be planned, and the reason."""
 
     row: str
     source: str
@@ -73,7 +74,7 @@ class Skipped:
 
 
 def read_measurements(path: Path) -> Iterator[Measurement | Skipped]:
-    """Every row of a file. Raises ValueError if the file is no table of measurements, FileNotFoundError if it is not there."""
+    """Read every row of a file. Raises ValueError if it is not a table of measurements, FileNotFoundError if it does not exist."""
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.DictReader(file)
         names = {(name or "").strip().lower() for name in reader.fieldnames or ()}
@@ -93,11 +94,11 @@ def read_measurements(path: Path) -> Iterator[Measurement | Skipped]:
 
 
 class _Unusable(Exception):
-    """A row lacks what a plan needs."""
+    """A row lacks information that the planner needs."""
 
 
 def number(cells: Mapping[str, str], name: str) -> float | None:
-    """A cell as a number: "22B" is 22, "1,024" is 1024, "~4" is 4; None if there is none."""
+    """Read a cell as a number: "22B" is 22, "1,024" is 1024, "~4" is 4; None if it contains none."""
     match = re.search(r"-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?", cells.get(name, ""), flags=re.IGNORECASE)
     if match is None:
         return None
@@ -108,13 +109,13 @@ def number(cells: Mapping[str, str], name: str) -> float | None:
 
 
 def count(cells: Mapping[str, str], name: str) -> int | None:
-    """A cell as a positive whole number; None if there is none, or none that a run could have had."""
+    """Read a cell as a positive whole number; None if it contains none, or if the number is implausible."""
     value = number(cells, name)
     return None if value is None or not 1 <= value <= _LARGEST.get(name, 1e6) else round(value)
 
 
 _LARGEST = {"layers": 2000, "vpp": 200, "experts": 10_000, "seq": 1e8, "vocab": 1e8, "head_dim": 4096, "grad_accum": 10_000}
-"""No model or run had more."""
+"""Largest plausible value by column; 1e6 for other columns."""
 
 
 def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
@@ -177,7 +178,7 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
 
 
 def _gpu(cells: Mapping[str, str]) -> Gpu:
-    """The row's GPU, with the power limit and the memory that its notes state."""
+    """Return the row's GPU, with the power limit and the kind of memory that its notes state."""
     gpu, notes = gpu_named(cells.get("gpu", "")), cells.get("notes", "")
     if gpu is None:
         raise _Unusable(f"unknown GPU {cells.get('gpu', '')!r}")
@@ -190,7 +191,8 @@ def _gpu(cells: Mapping[str, str]) -> Gpu:
 
 
 def _at_precision(cells: Mapping[str, str], gpu: Gpu, software: Software) -> tuple[Gpu, Software]:
-    """Rates of products in FP4, which take the place of those in FP8, and of float32 on tensor cores, which also moves twice the bytes."""
+    """Adapt rates to the row's precision: for FP4, replace those of FP8; for float32 on tensor cores, halve those of bf16 and double the
+    moved bytes."""
     precision = cells.get("precision", "").lower()
     if re.search(r"fp4|float4|int4", precision) and gpu.fp4_tflops:
         rates = replace(gpu.efficiency, product_fp8=gpu.efficiency.product_fp4)
@@ -202,7 +204,7 @@ def _at_precision(cells: Mapping[str, str], gpu: Gpu, software: Software) -> tup
 
 
 def _step_seconds(cells: Mapping[str, str], *, tokens_per_gpu: float, flops_per_gpu: float) -> float | None:
-    """As published, or from the tokens per second or the model FLOPs per second that were; None if nothing was."""
+    """Return the published step time, or derive it from published tokens or FLOPs per second; None if none of them is published."""
     seconds, tokens, tflops = (number(cells, name) for name in ("step_time_s", "tokens_per_s_per_gpu", "tflops_causal_half"))
     if seconds is None and tokens:
         seconds = tokens_per_gpu / tokens
@@ -212,14 +214,14 @@ def _step_seconds(cells: Mapping[str, str], *, tokens_per_gpu: float, flops_per_
 
 
 def _memory_bytes(cells: Mapping[str, str]) -> float | None:
-    """Peak as published, bytes. Logs of Megatron-Bridge count in 1e9 bytes, others in GiB unless their notes say GB."""
+    """Published peak memory in bytes. Megatron-Bridge's logs are in units of 1e9 bytes, others in GiB unless their notes say GB."""
     memory, notes = number(cells, "mem_gib"), cells.get("notes", "")
     in_gb = "bridge" in cells.get("source", "").lower() or re.search(r"\bGB\b", re.sub(r"\d+\s*GB", "", notes))
     return memory * (1e9 if in_gb else GIB) if memory else None
 
 
 def _is_fp8(cells: Mapping[str, str], assumed: list[str]) -> bool:
-    """Whether products run in FP8; so are those of narrower formats taken, which no run here has shown."""
+    """Return whether products run in FP8 or in a narrower format; a narrower format is noted as an assumption."""
     precision = cells.get("precision", "").lower()
     if re.search(r"fp4|float4|int4|int8|fp6", precision):
         assumed.append("precision")
@@ -228,13 +230,13 @@ def _is_fp8(cells: Mapping[str, str], assumed: list[str]) -> bool:
 
 
 def _is_adapter(cells: Mapping[str, str]) -> bool:
-    """Whether only adapters beside frozen weights are trained."""
+    """Return whether only adapters are trained and the model's weights are frozen."""
     text = " ".join(cells.get(name, "") for name in ("model", "source", "ref", "notes")).lower()
     return bool(re.search(r"\bq?lora\b|\bdora\b|\bpeft\b|adapter", text))
 
 
 def _flops(shape: DecoderShape, length: int) -> float:
-    """Of training one token."""
+    """FLOPs of training on one token."""
     sparse = len(shape.sparse_layers)
     products = shape.num_layers * shape.attention_parameters + (shape.num_layers - sparse) * shape.mlp_parameters(shape.ffn)
     products += sparse * (shape.top_k * shape.mlp_parameters(shape.expert_ffn) + shape.mlp_parameters(shape.shared_ffn))
@@ -286,12 +288,12 @@ def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
 
 
 def _latents(cells: Mapping[str, str], hidden: int) -> Latents | None:
-    """Of models that have latent attention, by their names or a row's notes; the large ones compress queries too."""
+    """Return the latents of models with latent attention; large models have a latent for queries, too."""
     return Latents(queries=1536 if hidden >= 5120 else 0) if has_latents(cells) else None
 
 
 def _shared_ffn(cells: Mapping[str, str], hidden: int, expert_ffn: int) -> int:
-    """All models with latent attention have shared experts, the small ones two, the large ones one."""
+    """Return the total width of shared experts. If a row does not give it, models with latent attention have two if small, one if large."""
     given = count(cells, "shared_ffn")
     if given is None and cells.get("shared_ffn", "") in ("", "-") and _latents(cells, hidden):
         return expert_ffn * (1 if hidden >= 5120 else 2)
@@ -299,13 +301,13 @@ def _shared_ffn(cells: Mapping[str, str], hidden: int, expert_ffn: int) -> int:
 
 
 def _dense_layers(cells: Mapping[str, str]) -> int:
-    """Layers without experts, before all others, as notes have it: "26 MLA+MoE + 1 dense layer"."""
+    """Return the number of leading layers without experts, from notes such as "26 MLA+MoE + 1 dense layer"."""
     found = re.search(r"(\d+) dense layer", cells.get("notes", "").lower())
     return int(found.group(1)) if found else 0
 
 
 def _layouts(cells: Mapping[str, str], shape: DecoderShape, gpus: int, software: Software) -> tuple[list[Layout], list[str]]:
-    """The layout, or several where the virtual pipeline is not given."""
+    """Return the layout, or several if the virtual pipeline size is not given; and the columns that are assumed."""
     tensor, pipeline, context = (count(cells, name) or 1 for name in ("tp", "pp", "cp"))
     data = count(cells, "dp")
     if tensor * pipeline * context > gpus:
@@ -350,8 +352,8 @@ def _layouts(cells: Mapping[str, str], shape: DecoderShape, gpus: int, software:
 
 
 def _expert_tensor(cells: Mapping[str, str], shape: DecoderShape, tensor: int, gpus_of_stage: int) -> int:
-    """megatron-core cuts experts like the rest unless told (as Megatron-Bridge does); where that takes more GPUs than there are, they are
-    whole."""
+    """Tensor-parallel size of experts. By default megatron-core splits experts like other layers, and Megatron-Bridge does not split them.
+    Experts are also not split if there are too few GPUs."""
     if not shape.experts:
         return 1
     whole = "w/ folding" in cells.get("notes", "").lower() or "bridge" in cells.get("source", "").lower()
@@ -373,13 +375,13 @@ _MODULES = {"norm": "layernorm", "act": "moe_act", "attn": "core_attn", "attenti
 
 
 def _recompute(cells: Mapping[str, str], software: Software, gpu: Gpu) -> Recompute | None:
-    """What was recomputed; None if the source does not say."""
+    """Return what was recomputed; None if the source does not say."""
     text = cells.get("recompute", "").lower()
     setting = recipe_setting(cells, gpu) if not text and count(cells, "experts") else None
     if setting is not None:
         return frozenset(setting.recompute)
     if not text and software.name.startswith("JAX"):
-        return frozenset({"mlp_half"})  # MaxText's usual policy keeps some of the products
+        return frozenset({"mlp_half"})  # MaxText's usual policy keeps only some of the products
     if not text:
         return frozenset() if re.search(r"dgxc|nemo", " ".join((cells.get("source", ""), cells.get("ref", ""))).lower()) else None
     if text.startswith("none") or text in ("no", "0", "false"):

@@ -9,15 +9,15 @@ from megatron_mm.planning.job import Job
 from megatron_mm.planning.pipeline import PipelineResult
 
 LIBRARIES = 3.0e9
-"""CUDA context, NCCL's buffers, cuBLAS's and Transformer Engine's workspaces: not in what the allocator counts, but on the device."""
+"""Bytes of the CUDA context, NCCL's buffers, cuBLAS's and Transformer Engine's workspaces, which the allocator does not count."""
 FRAGMENTATION = 0.04
-"""Of the allocated bytes, that the allocator holds and cannot use."""
+"""Memory that the allocator holds and cannot use, relative to the allocated bytes."""
 USABLE = 0.96
-"""Of the device's memory, up to which a layout is said to fit."""
+"""Fraction of the device's memory up to which a layout is considered to fit."""
 
 
 USABLE_BY_RECIPES = 0.90
-"""The same for the layouts of the recipes, which leave room for what is not foreseen."""
+"""Fraction of the device's memory that the recipes' layouts may use. The rest is a reserve."""
 
 
 @dataclass(frozen=True)
@@ -30,36 +30,36 @@ class MemoryUse:
     activations: float
     transient: float
     update: float = 0.0
-    """What only lives while the optimizer steps, when activations are gone."""
+    """Bytes that exist only during the optimizer's update, after activations are freed."""
 
     @property
     def allocated(self) -> float:
-        """What the framework's allocator counts (torch.cuda.max_memory_allocated)."""
+        """Bytes that torch's allocator counts at the peak (torch.cuda.max_memory_allocated)."""
         return self.state + max(self.activations + self.transient, self.update)
 
     @property
     def state(self) -> float:
-        """What is allocated between steps."""
+        """Bytes that are allocated between steps."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> float:
-        """What the device needs."""
+        """Bytes that the device must have."""
         return self.allocated * (1 + FRAGMENTATION) + LIBRARIES
 
 
 @dataclass(frozen=True)
 class RankParameters:
-    """Parameters on each process of a pipeline rank."""
+    """Numbers of parameters on each process of a pipeline rank."""
 
     dense: float
-    """Trainable ones outside of experts."""
+    """Trainable parameters outside experts."""
     experts: float
     frozen: float
 
 
 def parameters_of_ranks(job: Job) -> tuple[RankParameters, ...]:
-    """Of one process of each pipeline rank, without an encoder beside the pipeline."""
+    """Parameters of one process of each pipeline rank, without an encoder that runs outside the pipeline (`Job.beside`)."""
     return tuple(
         RankParameters(
             sum(block.parameters for block in blocks),
@@ -71,10 +71,10 @@ def parameters_of_ranks(job: Job) -> tuple[RankParameters, ...]:
 
 
 def share_of(job: Job, *, dense: float, experts: float, beside: float) -> float:
-    """Of numbers that data-parallel processes share (`Layout.sharding`), those of one process.
+    """Return the number of parameters that one process owns, according to `Layout.sharding`.
 
     Args:
-        dense, experts, beside: numbers of a process's parameters outside and inside of experts, and of the encoder beside the pipeline.
+        dense, experts, beside: parameters on a process outside experts, in experts, and in an encoder outside the pipeline (`Job.beside`).
     """
     layout = job.layout
     copies, expert_copies = (layout.data * layout.context, layout.expert_data) if layout.sharding != "none" else (1, 1)
@@ -87,7 +87,7 @@ def _stages_of_ranks(job: Job) -> list[list[int]]:
 
 
 def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
-    """Of one process of each pipeline rank."""
+    """Memory of one process of each pipeline rank."""
     layout, software = job.layout, job.software
     copies = layout.data * layout.context
     uses = []
@@ -97,7 +97,7 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
         largest = max((block.parameters + block.frozen_parameters for block in blocks), default=0.0)
         transient = max((block.transient for kind in job.kinds for stage in stages for block in kind[stage]), default=0.0)
         if layout.sharding == "full" and layout.pipeline > 1:
-            # gathered once a step and kept for all micro-batches; gradients are scattered after the last
+            # weights are gathered once per step and kept for all micro-batches; gradients are scattered after the last one
             weights, gradients = 2 * (dense + frozen) * (1 + 1 / copies), 4 * dense * (1 + 1 / copies)
         elif layout.sharding == "full":
             weights = 2 * (dense + frozen) / copies + 2 * 2 * largest
@@ -109,7 +109,7 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
             weights += 2 * sum(block.fp8_parameters for block in blocks)
         activations = result.saved_bytes[rank]
         activations += (job.micro_batches_at_once - 1) * max(sum(b.saved for b in kind[stage]) for kind in job.kinds for stage in stages)
-        beside = job.beside  # its activations stay from before the pipeline until after it
+        beside = job.beside  # its activations are kept from before the pipeline until after it
         weights += 2 * (beside.parameters + beside.frozen_parameters)
         gradients += software.gradient_bytes * beside.parameters
         owned = share_of(job, dense=dense, experts=experts, beside=beside.parameters)
@@ -122,5 +122,5 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
 
 
 def fits(peak_bytes: float, gpu: Gpu, *, usable: float = USABLE) -> bool:
-    """Whether a step with this peak is said to run."""
+    """Return whether a step with this peak is considered to fit."""
     return peak_bytes <= usable * gpu.memory_gb * 1e9

@@ -9,21 +9,21 @@ from megatron_mm.planning.hardware import GIGA, MICRO, Dispatcher, Gpu
 from megatron_mm.planning.kernels import Group, Message
 
 NVLINK_RATE = 0.82
-"""Of NVLink's rate that collectives reach on large messages."""
+"""Fraction of NVLink's rate that collectives reach with large messages."""
 NIC_RATE = 0.80
-"""Of the network card's rate."""
+"""Fraction of the network card's rate that they reach."""
 NVLINK_LATENCY = 12 * MICRO
 NIC_LATENCY = 18 * MICRO
 ROW_SECONDS = 4e-9
-"""Of DeepEP and HybridEP for a row beside its bytes: a few multiprocessors look up, copy and count rows one by one. Chosen on the first
-half of the groups of benchmarks/anchors/held_out.csv, where models with narrow rows came out too fast and those with wide rows did not."""
+"""Seconds per row of DeepEP and HybridEP, in addition to its bytes: a few multiprocessors look up, copy and count rows one by one. Chosen
+on the first half of the groups of benchmarks/anchors/held_out.csv, where models with narrow rows were otherwise predicted too fast."""
 HOP_LATENCY = 3 * MICRO
-"""For each doubling of the machines in a group."""
+"""Additional latency for each doubling of the machines in a group."""
 
 
 @dataclass(frozen=True)
 class Members:
-    """A process group: how many, and how far apart in rank neighbours are."""
+    """A process group: its size, and the difference in rank between neighbours."""
 
     size: int
     stride: int
@@ -34,12 +34,12 @@ class Members:
 
 @dataclass(frozen=True)
 class Network:
-    """The groups of a layout on machines of a kind of GPU."""
+    """Computes the seconds of messages in the groups of a layout, on machines with a kind of GPU."""
 
     gpu: Gpu
     groups: dict[Group, Members]
     dispatcher: Dispatcher = "alltoall"
-    """How tokens go to experts: what stands for an all-to-all."""
+    """How tokens are sent to experts, which replaces a plain all-to-all."""
 
     def seconds(self, message: Message) -> float:
         members = self.groups[message.group]
@@ -59,7 +59,7 @@ class Network:
         return NVLINK_LATENCY if machines == 1 else NIC_LATENCY + HOP_LATENCY * math.log2(machines)
 
     def _gather(self, size: float, members: Members) -> float:
-        """An all-gather or a reduce-scatter: every machine takes in what it lacks through the cards of its members."""
+        """Seconds of an all-gather or a reduce-scatter: every machine receives the missing parts through its members' network cards."""
         near = members.per_machine(self.gpu.nvlink_domain)
         machines = members.size / near
         inside = size * (near - 1) / near / (self.gpu.nvlink_gb_s * GIGA * NVLINK_RATE) if near > 1 else 0.0
@@ -67,9 +67,10 @@ class Network:
         return max(inside, between) + self._latency(members)
 
     def _all_to_all(self, message: Message, members: Members) -> float:
-        """Rows to where their experts are. Sent once, a row goes to each machine that has experts of it, and over NVLink on to their GPUs.
+        """Seconds of sending rows to their experts. DeepEP and HybridEP send a row once to each machine with one of its experts, and from
+        there over NVLink to the experts' GPUs.
 
-        Worked example, 8 experts of a row on 8 GPUs of one machine: it goes to 8 (1 - (7/8)^8) = 5.3 of them, 66% of its 8 copies.
+        Worked example: a row has 8 experts, and there are 8 GPUs on one machine. It is sent to 8 (1 - (7/8)^8) = 5.3 GPUs, 66% of 8 copies.
         """
         near = members.per_machine(self.gpu.nvlink_domain)
         machines = members.size / near
@@ -86,13 +87,13 @@ class Network:
         return max(inside, between) + handled + self._latency(members)
 
     def _ring(self, passed: float, members: Members) -> float:
-        """Every process passes on to its neighbour, size - 1 times; the slowest neighbours are those on two machines."""
+        """Seconds of a ring: every process sends to its neighbour, size - 1 times. Neighbours on different machines are the slowest."""
         near = members.per_machine(self.gpu.nvlink_domain) == members.size
         rate = self.gpu.nvlink_gb_s * NVLINK_RATE if near else self.gpu.nic_gb_s * NIC_RATE
         return (members.size - 1) * (passed / (rate * GIGA) + (NVLINK_LATENCY if near else NIC_LATENCY))
 
     def send(self, size: float) -> float:
-        """One message to the next pipeline stage."""
+        """Seconds of one message to the next pipeline stage."""
         members = self.groups["pipeline"]
         if members.size == 1:
             return 0.0
@@ -102,5 +103,5 @@ class Network:
 
 
 def _distinct(copies: float, places: float) -> float:
-    """Places that so many copies go to, drawn evenly."""
+    """Expected number of distinct places to which copies go, drawn uniformly."""
     return places * (1 - (1 - 1 / places) ** copies)

@@ -1,7 +1,7 @@
-"""Simulation of the pipeline, event by event: when each rank runs the forward or backward pass of each micro-batch.
+"""Simulates the pipeline event by event: when each rank runs the forward and the backward pass of each micro-batch.
 
-Orders are those of megatron-core's schedules (pipeline_parallel/schedules.py): one forward one backward after a warm-up, plain or
-interleaved. A stage is a chunk of one pipeline rank: stage s is chunk s // ranks of rank s % ranks.
+The order of passes is that of megatron-core's schedules (pipeline_parallel/schedules.py): one forward, one backward after a warm-up, plain
+or interleaved. A stage is a chunk of one pipeline rank: stage s is chunk s // ranks of rank s % ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Pass = Literal["forward", "backward"]
 
 @dataclass(frozen=True)
 class Event:
-    """One bar of the picture; times in seconds from the step's begin."""
+    """One pass of a micro-batch; times in seconds from the start of the step."""
 
     rank: int
     kind: str
@@ -27,43 +27,43 @@ class Event:
 
 @dataclass(frozen=True)
 class PipelineTimes:
-    """How long everything takes: seconds by [stage][micro_batch]."""
+    """Durations of passes in seconds, [stage][micro_batch], and of messages."""
 
     forward: Sequence[Sequence[float]]
     backward: Sequence[Sequence[float]]
     send: float = 0.0
-    """A message between stages."""
+    """Duration of a message between stages."""
     send_overlaps: bool = False
-    """Messages travel while the ranks compute; else both ends wait for them."""
+    """Messages are sent while the ranks compute; otherwise the sender waits for them, too."""
     first_ready: Sequence[float] = ()
-    """Time before which a stage cannot start (its weights are still being gathered)."""
+    """Time before which a stage cannot start, because its weights are still being gathered."""
     saved: Sequence[Sequence[float]] = ()
-    """Bytes that a stage keeps of a micro-batch from its forward pass to its backward pass."""
+    """Bytes that a stage keeps for a micro-batch between its forward and its backward pass, [stage][micro_batch]."""
 
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What came of it."""
+    """Result of a simulation."""
 
     seconds: float
-    """Until the last rank's last backward pass ended."""
+    """End of the last backward pass on any rank."""
     rank_end: tuple[float, ...]
     rank_busy: tuple[float, ...]
     stage_last_backward: tuple[float, ...]
-    """When each stage's last micro-batch had been through its backward pass."""
+    """End of each stage's last backward pass."""
     stage_last_begin: tuple[float, ...]
-    """When that pass began."""
+    """Start of each stage's last backward pass."""
     in_flight: tuple[int, ...]
-    """Most micro-batches (of any chunk) whose activations a rank held at once."""
+    """Largest number of micro-batches, over all chunks, whose activations each rank holds at once."""
     saved_bytes: tuple[float, ...]
-    """Most bytes of activations that a rank held at once."""
+    """Largest number of bytes of activations that each rank holds at once."""
     events: tuple[Event, ...] = field(default=())
 
 
 def order(*, ranks: int, chunks: int, micro_batches: int, rank: int) -> list[tuple[Pass, int, int]]:
-    """What a rank runs: (pass, chunk, micro-batch).
+    """Order in which a rank runs its passes: (pass, chunk, micro-batch).
 
-    Worked example, 2 ranks, 1 chunk, 3 micro-batches: rank 0 runs F0 F1 B0 F2 B1 B2, rank 1 runs F0 B0 F1 B1 F2 B2.
+    Worked example with 2 ranks, 1 chunk, 3 micro-batches: rank 0 runs F0 F1 B0 F2 B1 B2, rank 1 runs F0 B0 F1 B1 F2 B2.
     """
     if chunks == 1:
         warmup = min(ranks - rank - 1, micro_batches)
@@ -81,7 +81,7 @@ def order(*, ranks: int, chunks: int, micro_batches: int, rank: int) -> list[tup
 
 
 def _interleaved(ranks: int, chunks: int, micro_batches: int) -> list[tuple[int, int]]:
-    """(chunk, micro-batch) in groups of `ranks` micro-batches that pass all chunks before the next group begins."""
+    """(chunk, micro-batch) in groups of `ranks` micro-batches; a group passes through all chunks before the next one begins."""
     result = []
     for first in range(0, micro_batches, ranks):
         group = range(first, min(first + ranks, micro_batches))
@@ -90,9 +90,9 @@ def _interleaved(ranks: int, chunks: int, micro_batches: int) -> list[tuple[int,
 
 
 def simulate(times: PipelineTimes, *, ranks: int, chunks: int, keep_events: bool = False) -> PipelineResult:
-    """Run all ranks' orders against each other.
+    """Simulate the passes of all ranks, each in its order.
 
-    Interleaving goes by groups of `ranks` micro-batches; a last group that is short is filled up with ones that take no time.
+    Interleaved schedules use groups of `ranks` micro-batches; a short last group is padded with micro-batches that take no time.
     """
     count = len(times.forward[0])
     if chunks > 1 and count % ranks:
@@ -107,7 +107,7 @@ def simulate(times: PipelineTimes, *, ranks: int, chunks: int, keep_events: bool
 
 
 class _Simulation:
-    """How far each rank and each stage has come."""
+    """Progress of each rank and each stage."""
 
     def __init__(self, times: PipelineTimes, ranks: int, chunks: int, keep_events: bool) -> None:
         count, stages = len(times.forward[0]), ranks * chunks
@@ -124,9 +124,9 @@ class _Simulation:
         self.events: list[Event] = []
 
     def advance(self, rank: int) -> bool:
-        """Run a rank's passes until one waits for another rank. Returns whether all are done.
+        """Run a rank's passes until one has to wait for another rank. Return whether all passes are done.
 
-        One loop without calls: a search simulates thousands of pipelines.
+        This is one loop without function calls because a search simulates thousands of pipelines.
         """
         times, ranks, stages, passes = self.times, self.ranks, self.stages, self.orders[rank]
         forward, backward, saved, lag, wait = times.forward, times.backward, times.saved, times.send, self.wait
@@ -183,7 +183,7 @@ class _Simulation:
 
 
 def _filled(times: PipelineTimes, number: int) -> PipelineTimes:
-    """With so many empty micro-batches at the end."""
+    """Append `number` empty micro-batches."""
 
     def fill(table: Sequence[Sequence[float]]) -> list[list[float]]:
         return [[*row, *([0.0] * number)] for row in table]

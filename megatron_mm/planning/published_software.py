@@ -11,7 +11,7 @@ from megatron_mm.planning.hardware import STACKS, Dispatcher, Gpu, Software
 
 
 def with_experts(stack: Software, cells: Mapping[str, str], setting: Setting | None) -> Software:
-    """The same with how tokens go to experts: as a row says (dispatcher, overlap, CUDA graphs), else as its source's recipe had it."""
+    """Set how tokens are sent to experts, as stated in a row (dispatcher, overlap, CUDA graphs), or else in its source's recipe."""
     text = " ".join(cells.get(name, "") for name in ("source", "ref", "notes", "dispatcher")).lower()
     if setting is not None:
         stack = setting.of(stack)
@@ -36,27 +36,28 @@ _DISPATCHERS: dict[str, Dispatcher] = {
     r"all-?gather dispatch|dispatch\w* all-?gather": "allgather",
     r"\ba2a\b(?! overlap)|\ball-?to-?all\b": "alltoall",
 }
-"""By the words of a row's dispatcher or notes."""
+"""Regular expression for the text of a row -> dispatcher."""
 FUSED_OPERATIONS = 0.5
-"""Operations around experts with DeepEP or HybridEP, of those of megatron-core's all-to-all: permutation is part of the exchange."""
+"""Operations around experts with DeepEP or HybridEP, whose exchange includes permutation, relative to megatron-core's all-to-all."""
 COUNTED_OPERATIONS = 0.6
-"""The same where every expert gets the same number of tokens, and nothing waits for counts to come back (`layer_sections`)."""
+"""Relative operations around experts if every expert gets the same number of tokens, so that nothing waits for counts
+(`layer_sections`)."""
 
 
 def has_latents(cells: Mapping[str, str]) -> bool:
-    """Whether a row's model has latent attention, by its name or the row's notes."""
+    """Return whether a row's model has latent attention, according to its name or the row's notes."""
     text = " ".join(cells.get(name, "") for name in ("model", "notes")).lower()
     return bool(re.search(r"\bmla\b|moonlight|kimi|deepseek[-_ ]?(v[23]|r1(?!-distill))", text))
 
 
 def software_of(cells: Mapping[str, str], gpu: Gpu) -> Software:
-    """The stack that a source ran, by its words, and what a row says of it."""
+    """Return the stack of a row, from the text about its source and from the row's other columns."""
     notes = cells.get("notes", "").lower()
     stack = _stack(cells)
     if "unfused attention" in notes:
         stack = replace(stack, attention="unfused")
     if stack.name == STACKS["bridge"].name and has_latents(cells):
-        # its recipes of these models keep moments in bf16, beside float32 weights
+        # its recipes for these models keep moments in bf16 and master weights in float32
         stack = replace(stack, optimizer_bytes=8)
     if re.search(r"async[- ]?tp", notes) and not stack.hides_tensor_messages:
         stack = replace(stack, hides_tensor_messages=ASYNC_TENSOR)
@@ -68,7 +69,7 @@ def software_of(cells: Mapping[str, str], gpu: Gpu) -> Software:
 
 
 ASYNC_TENSOR = 0.5
-"""Part of the tensor-parallel messages that torch's asynchronous tensor parallelism hides."""
+"""Fraction of the tensor-parallel messages that torch's asynchronous tensor parallelism hides."""
 
 
 def _stack(cells: Mapping[str, str]) -> Software:
@@ -94,7 +95,7 @@ def _stack(cells: Mapping[str, str]) -> Software:
 
 
 def recipe_setting(cells: Mapping[str, str], gpu: Gpu) -> Setting | None:
-    """What the performance recipe of a row of Megatron-Bridge's set of how experts run; None of other rows."""
+    """Return the experts' setting in the performance recipe of a row from Megatron-Bridge; None for other rows."""
     source = cells.get("source", "").lower()
     if "bridge" not in source or "performance" not in source:
         return None
@@ -110,4 +111,4 @@ def recipe_setting(cells: Mapping[str, str], gpu: Gpu) -> Setting | None:
 
 
 LATEST = (26, 8, 0)
-"""The release that a row which names none is taken to be of."""
+"""Release that is assumed for a row that names none."""

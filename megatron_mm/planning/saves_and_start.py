@@ -49,8 +49,7 @@ def save_cost(job: Job) -> SaveCost:
 
 
 def numbers_drawn(job: Job) -> float:
-    """Count the random numbers that the process with the most draws for initial weights: it draws whole tensors and keeps its part of
-    each."""
+    """Largest count of random numbers that a process draws for initial weights. It draws whole tensors and keeps its part of each."""
     layout, most = job.layout, 0.0
     for rank, held in enumerate(parameters_of_ranks(job)):
         whole = job.replicated_parameters if rank == 0 else 0.0

@@ -1,5 +1,5 @@
-"""Accuracy of the planner: predicted and published values, by source and kind, with a separate result for the half on which no constant was
-chosen."""
+"""Accuracy of the planner: predicted and published values, by source and kind, with a separate result for the half that was not used to
+choose constants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_mm.planning.measurements import Measurement, Skipped, read_measure
 
 @dataclass(frozen=True)
 class Compared:
-    """A measured row beside its prediction."""
+    """A measured row and its prediction."""
 
     measured: Measurement
     seconds: float | None
@@ -21,7 +21,7 @@ class Compared:
     memory: float | None
     """Predicted / published memory."""
     state: float | None
-    """The same of what is allocated between steps."""
+    """Predicted / published memory that is allocated between steps."""
     held_out: bool
     limit: str
 
@@ -45,7 +45,7 @@ def compare(rows: Sequence[Measurement]) -> list[Compared]:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Of sorted values, linear between neighbours."""
+    """Return a percentile of values, with linear interpolation between neighbours."""
     ordered = sorted(values)
     position = share * (len(ordered) - 1)
     low = int(position)
@@ -54,7 +54,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def summary(kind: str, ratios: Sequence[float]) -> str:
-    """`dense: median 4.1% p90 9.0% of 120 rows` of |ratio - 1|."""
+    """Summarise |ratio - 1| as `dense: median 4.1% p90 9.0% of 120 rows`."""
     errors = [abs(ratio - 1) for ratio in ratios]
     return f"{kind}: median {100 * statistics.median(errors):.1f}% p90 {100 * percentile(errors, 0.9):.1f}% of {len(errors)} rows"
 

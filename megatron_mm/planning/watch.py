@@ -28,23 +28,23 @@ from megatron_mm.training.trainer import Hook, StepRecord, Trainer
 logger = logging.getLogger(__name__)
 
 WINDOW = 20
-"""Steps whose median is compared with the prediction; the first ones, which warm up, are left out."""
+"""Number of most recent steps whose median is compared with the prediction. A warning needs this many steps."""
 
 
 def gpu_here() -> Gpu | None:
-    """This process's GPU as the planner knows it; None on a CPU or another kind."""
+    """Return this process's GPU; None on a CPU, or if the planner does not know the GPU."""
     device = local_device()
     return gpu_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def predict(experiment: Experiment, *, world_size: int, gpu: Gpu, plan: Plan | None = None) -> Prediction:
-    """The step of an experiment on so many GPUs, on its data's own plan where that is given."""
+    """Predict a step of an experiment on `world_size` GPUs, with the workload of its data's plan if that is given."""
     work = Workloads(experiment, plan=plan).of(data_size=experiment.parallel.data_parallel_size(world_size))
     return StepModel(plan_recipe(experiment, gpu, world_size, work=work).job).predict()
 
 
 def check_fits(experiment: Experiment, *, world_size: int, gpu: Gpu, plan: Plan | None = None) -> None:
-    """Raise ValueError where the planner says that the layout cannot fit."""
+    """Raise ValueError if the layout cannot fit according to the planner."""
     prediction = predict(experiment, world_size=world_size, gpu=gpu, plan=plan)
     if not fits(prediction.peak_bytes, gpu):
         rank = max(range(len(prediction.memory)), key=lambda rank: prediction.memory[rank].total)
@@ -56,25 +56,25 @@ def check_fits(experiment: Experiment, *, world_size: int, gpu: Gpu, plan: Plan 
 
 
 def examine(checked: Checked) -> None:
-    """`check_fits` on this process's GPU, where the planner knows it."""
+    """Call `check_fits` for this process's GPU, if the planner knows it."""
     gpu = gpu_here()
     if gpu is not None:
         check_fits(checked.experiment, world_size=topologies.world_size(), gpu=gpu, plan=checked.plan)
 
 
 def plan_hooks(trainer: Trainer, monitor: Monitor, plan: Plan) -> list[Hook]:
-    """What `train` adds to a run's hooks."""
+    """Return the hooks that `train` adds to a run."""
     return [PlanRatio(trainer, monitor, gpu=gpu_here(), plan=plan)]
 
 
 class PlanRatio(Hook):
-    """`plan.jsonl` and `plan/...` in W&B: predicted step time and memory, and measured / predicted."""
+    """Writes predicted step time and memory, and measured / predicted, to `plan.jsonl` and to `plan/...` in W&B."""
 
     def __init__(self, trainer: Trainer, monitor: Monitor, *, gpu: Gpu | None, plan: Plan | None = None) -> None:
         """
         Args:
-            gpu: of this run; None has no prediction.
-            plan: of the training data.
+            gpu: GPU of this run; without one there is no prediction.
+            plan: plan of the training data.
         """
         super().__init__(trainer)
         self.monitor = monitor

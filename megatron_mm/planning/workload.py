@@ -17,11 +17,11 @@ from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork
 
 CAPTION_TOKENS = 90
-"""Mean text tokens of an image's caption, drawn from a gamma distribution of shape 4."""
+"""Mean number of text tokens in a caption; the number is drawn from a gamma distribution of shape 4."""
 DOCUMENT_TOKENS = 700
-"""Mean text tokens of an interleaved or a text document, drawn likewise."""
+"""Mean number of text tokens in an interleaved or a text document, from the same kind of distribution."""
 IMAGES_OF_DOCUMENT = 3.0
-"""Mean images of an interleaved document, at least one; of models that show sub-images every document has one."""
+"""Mean number of images in an interleaved document, which has at least one. With sub-images every document has exactly one image."""
 
 
 @dataclass(frozen=True)
@@ -29,32 +29,32 @@ class MicroBatch:
     """One micro-batch of one data-parallel rank."""
 
     tokens: int
-    """Rows that are computed, padding included."""
+    """Computed tokens, padding included."""
     real_tokens: int
     sum_squared_lengths: int
-    """Of documents, padding's own included: what attention computes."""
+    """Sum of the squared lengths of documents, including padding, which counts as one: the work of attention."""
     images: int
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A step of one data-parallel rank, and of all."""
+    """The work of one data-parallel rank in a step, and of all ranks."""
 
     micro_batches: tuple[MicroBatch, ...]
     whole: StepWork
-    """All processes' real work, as FLOPs are counted on it."""
+    """Work of all ranks without padding, from which FLOPs are counted."""
     drawn: bool
-    """Not from real data."""
+    """Drawn at random and not from real data."""
 
 
 class Workloads:
-    """The first global batch of an experiment, dealt to any data-parallel size in micro-batches of any size as `data.plan.balance` does."""
+    """Distributes the first global batch of an experiment over data-parallel ranks, in micro-batches of any size (`data.plan.balance`)."""
 
     def __init__(self, experiment: Experiment, *, plan: Plan | None = None, images: int | None = None) -> None:
         """
         Args:
-            plan: of the experiment's data; without one, sequences are drawn.
-            images: so many in every sequence, instead of what the plan or the drawing says.
+            plan: plan of the experiment's data; without one, sequences are drawn.
+            images: largest number of images in a sequence; sequences are then drawn, with as many images as fit up to this number.
         """
         self.experiment = experiment
         self.drawn = plan is None or images is not None
@@ -66,7 +66,7 @@ class Workloads:
         self._costs = _costs(experiment)
 
     def of(self, *, data_size: int, micro_batch_size: int | None = None, token_multiple: int | None = None) -> Workload:
-        """What one rank of so many works on. Raises ValueError if the batch cannot be cut evenly."""
+        """Return the work of one of `data_size` ranks. Raises ValueError if the batch cannot be divided evenly."""
         train, data = self.experiment.train, self.experiment.data
         size = micro_batch_size or train.micro_batch_size
         replace(self.experiment, train=replace(train, micro_batch_size=size)).num_micro_batches(data_size)
@@ -94,7 +94,7 @@ class Workloads:
 
 
 def _costs(experiment: Experiment) -> Costs:
-    """FLOPs of training on a token, a squared length and an image, by which micro-batches are balanced."""
+    """FLOPs of training per token, per unit of squared length and per image, by which micro-batches are balanced."""
     flops, policy = family_of(experiment.model).step_flops, experiment.train.freeze_policy
     nothing = StepWork(num_tokens=0, sum_squared_lengths=0, num_images=0)
     token, square, image = (
@@ -105,7 +105,7 @@ def _costs(experiment: Experiment) -> Costs:
 
 
 def _sequence(experiment: Experiment, rng: np.random.Generator, *, images: int | None) -> Work:
-    """A packed sequence of one source of the mixture."""
+    """Draw a packed sequence from one source of the mixture."""
     data = experiment.data
     names = list(data.sources)
     weights = np.array([data.mixture[name] for name in names])

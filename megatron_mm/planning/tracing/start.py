@@ -1,5 +1,4 @@
-"""Traces the start of a run as one process among any number of processes, with the real code from checking the experiment to the first
-batch.
+"""Traces the start of a run, as one process among any number, with the real code from checking the experiment to the first batch.
 
 Process groups are fake, and weights are on the meta device, because a stage of a large model does not fit on a CPU. Everything else is
 real: the data set, its plan, reading and decoding, the run directory. Seconds are those of this machine. Counts of opened files, calls of
@@ -189,8 +188,7 @@ def trace_start(experiment: Experiment, run_dir: Path, *, rank: int, world_size:
 
 
 def numbers_drawn(chunks: list[Any]) -> int:
-    """Count the random numbers that `parallel.initial_weights` draws for chunks: it draws whole parameters and keeps this process's
-    part."""
+    """Count the random numbers that `parallel.initial_weights` draws for chunks, which are those of whole parameters."""
     drawn = 0
     for chunk in chunks:
         for entry in nested_values(chunk.sharded_state_dict(metadata=dict(STATE_METADATA))):
