@@ -5,7 +5,7 @@ is a micro-batch with its own cache (`models.cache`). The values that the last s
 every process of a replica knows the next tokens. If experts are divided among data-parallel ranks, these ranks run every pass together
 (`agree`).
 
-Shape legend: r positions that are read, k most likely tokens at each, q tokens asked for at each, v this process's part of the vocabulary.
+Shape legend: r positions that are read, k most likely and q wanted tokens at each of them, v this process's part of the vocabulary.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class TaskRunner:
         return result
 
     def _answer(self, job: _Job, mine: list[Example], *, rounds: int, items: _Items) -> None:
-        """Answer this rank's items. All data-parallel ranks run the same number of rounds, since experts are exchanged between them."""
+        """Answer this rank's items. All data-parallel ranks run the same number of rounds, because experts may be divided among them."""
         began, size, last_told = time.monotonic(), self.options.batch_size, 0.0
         for number in range(rounds):
             batch = mine[number * size : (number + 1) * size]

@@ -19,7 +19,7 @@ def jinja_template(template: ChatTemplate, *, image: str = "<image>", begins_wit
     """Jinja source of a template.
 
     Args:
-        image: text that stands for an image; a processor may replace it with all of the image's tokens.
+        image: text that represents an image; a processor may replace it with all of the image's tokens.
         begins_with_bos: write the begin-of-text token. Otherwise the tokenizer must add it, as it does by default.
     """
     bos = "{{- bos_token }}" if begins_with_bos else ""

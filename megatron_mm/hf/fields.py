@@ -26,7 +26,7 @@ class ConfigField:
     read: str = ""
     """Dotted name of the field of the recipe's model that must equal it."""
     convert: Callable[[Any], Any] = lambda value: value
-    """Their value -> ours."""
+    """Converts the file's value to ours."""
     default: Any = None
     """Default of the authors' code if the file has no such field."""
     must_be: tuple[Any, ...] = ()

@@ -38,17 +38,17 @@ class Entry(Protocol):
         ...
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Our tensor -> theirs, in the order of `hf`. Raises ValueError if its shape does not fit."""
+        """Our tensor -> Hugging Face tensors, in the order of `hf`. Raises ValueError if its shape does not fit."""
         ...
 
     def from_hf(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Theirs, in the order of `hf` -> our tensor. Raises ValueError if shapes do not fit."""
+        """Hugging Face tensors, in the order of `hf` -> our tensor. Raises ValueError if shapes do not fit."""
         ...
 
 
 @dataclass(frozen=True)
 class _OneToOne:
-    """An entry with one tensor on their side."""
+    """An entry with a single Hugging Face tensor."""
 
     row: ClassVar[None] = None
     ours: str
@@ -324,7 +324,7 @@ def check_names(expected: Iterable[str], present: Iterable[str], *, where: str) 
 
 
 def from_hf(entries: Iterable[Entry], tensors: Mapping[str, torch.Tensor], *, where: str = "checkpoint") -> dict[str, torch.Tensor]:
-    """Their tensors -> ours. Raises ValueError for missing or unknown names and for shapes that do not fit."""
+    """Hugging Face tensors -> ours. Raises ValueError for missing or unknown names and for shapes that do not fit."""
     entries = list(entries)
     check_names((name for entry in entries for name in entry.hf), tensors, where=where)
     found: dict[str, list[torch.Tensor]] = {}
@@ -335,7 +335,7 @@ def from_hf(entries: Iterable[Entry], tensors: Mapping[str, torch.Tensor], *, wh
 
 
 def to_hf(entries: Iterable[Entry], tensors: Mapping[str, torch.Tensor], *, where: str = "checkpoint") -> dict[str, torch.Tensor]:
-    """Our tensors -> theirs. Raises ValueError for missing or unknown names and for shapes that do not fit."""
+    """Our tensors -> Hugging Face tensors. Raises ValueError for missing or unknown names and for shapes that do not fit."""
     entries = list(entries)
     check_names((entry.ours for entry in entries), tensors, where=where)
     return {

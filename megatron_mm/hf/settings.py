@@ -46,7 +46,7 @@ def decoder_values(document: Mapping[str, Any]) -> dict[str, Any]:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     by_layer = [name for name, value in scaling.items() if isinstance(value, Mapping)]
     explained = "rope_scaling" in explained_fields(document)
-    # dynamic changes nothing up to max_position_embeddings
+    # dynamic scaling has no effect up to max_position_embeddings
     if not explained and (kind not in ("default", "dynamic") or by_layer or scaling.get("partial_rotary_factor", 1.0) != 1.0):
         given = {name: document[name] for name in ("rope_scaling", "rope_parameters") if document.get(name)}
         raise ValueError(f"the language model has {given}, but our decoder supports only plain and dynamic rotary positions")

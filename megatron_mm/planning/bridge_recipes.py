@@ -32,7 +32,7 @@ class Setting:
     graphed: float = 0.0
     overlaps: bool = False
     fuses_experts: bool = False
-    """cutedsl_fused_grouped_mlp."""
+    """`cutedsl_fused_grouped_mlp` in a recipe."""
     fp8_attention: bool = False
     recompute: tuple[str, ...] = ()
     since: Release = (0, 0, 0)

@@ -1,4 +1,4 @@
-"""GPUs and software stacks that the planner knows: values from data sheets, and the few constants that data sheets do not give.
+"""GPUs and software stacks that the planner knows: values from data sheets, and the few constants that data sheets lack.
 
 Peaks are for dense products and come from data sheets. `Efficiency` has the fraction of them that kernels reach.
 docs/planning.md explains how these constants were found, and `benchmarks/planning_accuracy.py` measures how accurate they are.

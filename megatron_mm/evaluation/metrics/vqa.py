@@ -8,7 +8,7 @@ does not normalise the references if all annotators gave exactly the same one; t
 this order:
 
 1. Line breaks and tabs become spaces; leading and trailing spaces are dropped.
-2. A punctuation mark is dropped if it occurs next to a space anywhere in the text, or if the text has a comma between digits; otherwise it
+2. A punctuation mark is dropped if it is next to a space anywhere in the text, or if the text has a comma between digits; otherwise it
    becomes a space. A full stop is dropped unless a digit follows.
 3. Lower case; number words up to ten become digits ("none" is 0); the articles a, an, the are dropped; contractions get their apostrophe.
 """
