@@ -84,7 +84,7 @@ nightly: test-all test-isa check
 
 # Everything that the tests have of Transformer Engine: its own Python over kernels written in PyTorch (tests/support/te), the slow ones too.
 test-te: $(STAMP)
-	$(BIN)/$(PYTEST) tests/models/test_te.py tests/models/test_te_options.py tests/tools/test_gpu_tools.py
+	$(BIN)/$(PYTEST) tests/models/test_te.py tests/models/test_te_options.py tests/models/test_te_spread.py tests/tools/test_gpu_tools.py
 
 # The whole suite on two engines: the one of `make install`, and megatron-core 0.19 with Python 3.12 (VENV312=... names an environment that has
 # it; PYTEST_ADDOPTS="-k ..." takes some of the tests).

@@ -73,7 +73,7 @@ def overrides_of(experiment: Experiment) -> list[Override]:
 
 
 def _of_part(part: Any, kind: type, path: tuple[str, ...]) -> Iterator[Override]:
-    hints, texts, group = typing.get_type_hints(kind), field_texts(kind), _first_sentence(kind)
+    hints, texts, group = typing.get_type_hints(kind), field_texts(kind), _first_paragraph(kind)
     earlier = {now: before for before, now in getattr(kind, "renamed", {}).items()}
     for field in dataclasses.fields(kind):
         value = _default(field) if part is None else getattr(part, field.name)
@@ -98,7 +98,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else ABSENT
 
 
-def _first_sentence(kind: type) -> str:
+def _first_paragraph(kind: type) -> str:
     text = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0]
     return " ".join(text.split())
 

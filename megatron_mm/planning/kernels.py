@@ -98,8 +98,6 @@ class Block:
     """Parameters that products use in FP8."""
     saved: float = 0.0
     """Bytes kept for the backward pass."""
-    saved_recomputed: float = 0.0
-    """Bytes kept if the whole block is recomputed: its input."""
     transient: float = 0.0
     """Bytes that are allocated only while it runs."""
     tensors: int = 0

@@ -14,8 +14,6 @@ FRAGMENTATION = 0.04
 """Memory that the allocator holds and cannot use, relative to the allocated bytes."""
 USABLE = 0.96
 """Fraction of the device's memory up to which a layout is considered to fit."""
-
-
 USABLE_BY_RECIPES = 0.90
 """Fraction of the device's memory that the recipes' layouts may use. The rest is a reserve."""
 

@@ -213,9 +213,20 @@ def _throughput(runs: Sequence[RunFiles]) -> str:
         _of_runs(runs, "tflops", title="TFLOP/s of one device", from_zero=True),
         _of_runs(runs, "seconds", title="Step time", unit="seconds", from_zero=True),
         _of_runs(runs, "memory_gb", title="Memory", unit="GB of the main process: GPU, at most; on a CPU resident", from_zero=True),
-        _of_runs(runs, "most_memory_gb", title="Memory of the fullest process", unit="GB", from_zero=True),
+        line_chart(_most_memory(runs), title="Memory of the fullest process", unit="GB", from_zero=True),
     )
     return found or missing("No step has been written yet.")
+
+
+def _most_memory(runs: Sequence[RunFiles]) -> list[Series]:
+    """Memory of the process that uses most, per window of steps; one line per run that measured it."""
+    series = []
+    for number, run in enumerate(runs):
+        lines = [line for line in run.phases.lines if isinstance(line.get("memory_gb"), int | float)]
+        if lines:
+            curve = Curve(np.array([line["step"] for line in lines]), np.array([line["memory_gb"] for line in lines], dtype=float))
+            series.append(Series(run.name, curve, number))
+    return series
 
 
 def _phases(runs: Sequence[RunFiles]) -> str:
@@ -232,9 +243,9 @@ def _phases(runs: Sequence[RunFiles]) -> str:
             found.append(_stack(curves, title=_of_run(title, run, several), run=run))
         shown = charts(*found)
         slow = [line["slow"] for line in run.phases.lines if line.get("slow")]
-        note = f'<p class="note">{len(slow)} windows of steps had a slow process; they are under Events</p>' if slow else ""
+        note = f'<p class="note">{len(slow)} windows of steps had a slow process; they are listed under Events</p>' if slow else ""
         if run.phases.every > 1:
-            note = f'<p class="note">of pipeline stages one window of steps in {run.phases.every} is drawn; slow ones are under Events</p>'
+            note += f'<p class="note">For pipeline stages, one window of steps in {run.phases.every} is drawn.</p>'
         parts.append(
             shown + note
             if shown

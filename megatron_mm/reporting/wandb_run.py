@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 from megatron_mm.config import Experiment
 from megatron_mm.evaluation.captions import CaptionSample
 from megatron_mm.families.serialize import to_dict
+from megatron_mm.platform.secrets import contains_secret
 from megatron_mm.reporting.sinks import Sink
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 RUN_ID_FILE = "wandb_run_id"
 _INIT_SECONDS = 60
 """Seconds to wait for W&B's server, in a thread."""
-_SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)[^/]*=|://[^/]*:[^/]*@|AKIA[0-9A-Z]{12}|hf_[A-Za-z0-9]{20}")
 
 
 def redact(value: Any) -> Any:
@@ -37,7 +36,7 @@ def redact(value: Any) -> Any:
         return {name: redact(item) for name, item in value.items()}
     if isinstance(value, list):
         return [redact(item) for item in value]
-    return "[redacted]" if isinstance(value, str) and _SECRET.search(value) else value
+    return "[redacted]" if isinstance(value, str) and contains_secret(value) else value
 
 
 class WandbRun(Sink):

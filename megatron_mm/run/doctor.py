@@ -250,7 +250,8 @@ def _in_netrc(host: str) -> bool:
 
 
 def _check_limits(path: Path) -> Iterator[Finding]:
-    yield _size("free disk here", path, MIN_FREE_DISK, "keep checkpoints elsewhere with --run-dir")
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    yield _size("free disk here", there, MIN_FREE_DISK, "keep checkpoints elsewhere with --run-dir")
     shared = Path("/dev/shm")
     if shared.is_dir():
         yield _size("/dev/shm", shared, MIN_SHARED_MEMORY, "in a container give it --ipc=host or --shm-size")

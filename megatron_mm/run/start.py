@@ -9,7 +9,6 @@ import contextlib
 import gc
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +28,7 @@ from megatron_mm.models.layers import Backend
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.platform import engines
+from megatron_mm.platform.secrets import contains_secret
 from megatron_mm.reporting.events import listen
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.reporting.report_details import flat
@@ -59,13 +59,6 @@ from megatron_mm.training.trainer import Hook, Trainer
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-_SECRET = re.compile(
-    r"://[^/\s]*:[^/\s]*@|[?&][\w-]*(key|token|secret|passw|signature|credential)[\w-]*="
-    r"|\bAKIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30}",
-    re.IGNORECASE,
-)
-"""URLs with a password or a signature in them, and keys of S3 and the Hugging Face hub."""
-
 MoreHooks = Callable[[Trainer, Monitor, Plan], Sequence[Hook]]
 """Makes hooks of a run from its trainer, its monitor and the plan of its training data."""
 
@@ -239,7 +232,7 @@ def _check_no_secrets(experiment: Experiment) -> None:
     """Raise ValueError if an option contains a secret, because options are written to the run's files and to every checkpoint. The error
     names the field, and not its value."""
     for name, value in flat(to_dict(experiment)):
-        if _SECRET.search(value):
+        if contains_secret(value):
             raise ValueError(
                 f"{name} holds what looks like a password or a key, which would stand in the run's files: give it in the environment, "
                 "or in the store's own configuration"

@@ -55,6 +55,7 @@ def train(experiment: Experiment, folder: Path, *, first: int = 1, last: int = 3
     fp8.QUANTIZERS.clear()
     trainee = te_program.Trainee(SUBJECT, experiment, "te", folder)
     trainee.checkpointer.load_latest()
+    CALLS.pop(FORKS, None)  # building a model initialises its layers under the tracker
     losses = run(trainee, first, last)
     if keep:
         trainee.save(last)

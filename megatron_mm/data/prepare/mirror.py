@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ def mirrored(url: str) -> Iterator[Mirror]:
 
 
 def _written(details: dict[str, Any]) -> int:
-    """Return when an object was written, in nanoseconds. If the store does not tell, return a number derived from its entity tag."""
+    """Return when an object was written, in nanoseconds. If the store does not tell, return a number derived from its entity tag; without
+    a tag, return the current time, so that contents are compared."""
     for key in ("LastModified", "last_modified", "updated", "mtime", "created"):
         found = details.get(key)
         if isinstance(found, datetime):
@@ -109,6 +111,8 @@ def _written(details: dict[str, Any]) -> int:
         if isinstance(found, int | float):
             return int(found * 1e6) * 1000
     tag = str(details.get("ETag") or details.get("etag") or details.get("md5Hash") or "")
+    if not tag:
+        return time.time_ns()
     return int(hashlib.sha256(tag.encode()).hexdigest()[:7], 16) * 10**9
 
 

@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from multiprocessing import connection
 from pathlib import Path
@@ -121,7 +122,7 @@ class Progress:
             left = seconds / self._shards * (self._total - self._shards)
             logger.info(
                 "%s: %d of %d shards, %d samples, %.0f samples/s, %s left",
-                self._of, self._shards, self._total, self._samples, self._samples / seconds, time.strftime("%H:%M:%S", time.gmtime(left)),
+                self._of, self._shards, self._total, self._samples, self._samples / seconds, timedelta(seconds=round(left)),
             )  # fmt: skip
 
 

@@ -185,7 +185,7 @@ class RangeCache:
         try:
             with (self.folder / "total").open("a+") as total, _Locked(total):
                 total.seek(0)
-                used = int(total.read() or 0)
+                used = int(total.read() or 0) - (path.stat().st_size if path.exists() else 0)
                 if used + len(data) > self.limit:
                     used = self._make_room(self.limit - len(data))
                 path.parent.mkdir(exist_ok=True)

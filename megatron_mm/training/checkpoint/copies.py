@@ -8,6 +8,7 @@ newest copy when it starts.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import shutil
@@ -48,14 +49,15 @@ class Copies:
         self.superseded = superseded
         self.busy: set[Path] = set()
         """Checkpoints that still have to be copied, so they must not be removed yet."""
-        self._waiting: queue.Queue[Path | None] = queue.Queue()
+        self._waiting: queue.Queue[Path] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="copies of checkpoints", daemon=True)
         self._thread.start()
 
     def add(self, checkpoint: Path) -> None:
         """Queue a checkpoint for copying. It replaces an older one that is still waiting, which is then not copied."""
-        while not self._waiting.empty():
-            self.busy.discard(self._waiting.get_nowait() or checkpoint)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.busy.discard(self._waiting.get_nowait())
         self.busy.add(checkpoint)
         self._waiting.put(checkpoint)
 
@@ -66,7 +68,7 @@ class Copies:
             beat()
             time.sleep(0.05)
         if self.busy:
-            logger.error("the copy of %s was not made within %.0f s and is given up", ", ".join(p.name for p in self.busy), seconds)
+            logger.error("the copy of %s was not made within %.0f s and is given up", ", ".join(p.name for p in self.busy.copy()), seconds)
 
     def complete(self) -> list[str]:
         """Return the names of the complete copies, oldest first."""
@@ -98,7 +100,8 @@ class Copies:
     # -------------------------------------------------------------------------------------------------------- in a thread
 
     def _work(self) -> None:
-        while (checkpoint := self._waiting.get()) is not None:
+        while True:  # until the process ends: a daemon thread
+            checkpoint = self._waiting.get()
             began = time.monotonic()
             try:
                 size = self._copy(checkpoint)
