@@ -1,4 +1,4 @@
-"""A wrong value is refused when the configuration is made, with both numbers and the fix."""
+"""A wrong value is refused when the configuration is created, with an error that names both numbers and the fix."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_every_part_is_frozen(kind: type) -> None:
 
 
 def test_a_field_of_an_earlier_version_is_read_under_its_name_of_now() -> None:
-    """Checkpoints written before `train.freeze_policy` had that name say `train.policy`."""
+    """Checkpoints written before `train.freeze_policy` had its present name contain `train.policy`."""
     values = to_dict(replace(DEBUG, train=replace(DEBUG.train, freeze_policy="s2")))
     earlier = {("policy" if name == "freeze_policy" else name): value for name, value in values["train"].items()}
     assert from_dict(Experiment, {**values, "train": earlier}).train.freeze_policy == "s2"

@@ -1,4 +1,4 @@
-"""The runner of the multi-process tests itself: a rank that fails or hangs fails the test, and nothing stays behind."""
+"""The runner of multi-process tests itself: a rank that fails or hangs fails the test, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _who() -> tuple[str, str]:
 
 
 def _is_gone(pid: int) -> bool:
-    """Ended, if not yet waited for by whoever adopted it."""
+    """Return True if a process has ended, including a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
@@ -67,7 +67,7 @@ def test_a_failure_shows_its_traceback_and_ends_the_others(tmp_path: Path) -> No
 
 
 def test_a_hang_ends_at_the_time_limit_with_the_stack_of_who_hangs(tmp_path: Path) -> None:
-    run_processes(_who, 1)  # so that the server is up, and the time limit below is the function's own
+    run_processes(_who, 1)  # starts the fork server, so that the time limit below covers only the function
     with pytest.raises(AssertionError, match=r"(?s)timed out; ranks without a result: \[1\].*_wait_for_ever"):
         run_processes(_wait_for_ever, 2, tmp_path, timeout=6)
     _wait_until_gone(tmp_path, {"0", "1", "helper"})

@@ -1,4 +1,4 @@
-"""The documentation names files, commands, recipes and options that there are."""
+"""All files, commands, recipes and options named in the documentation exist."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron_mm.families.recipes import RECIPES, get_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("benchmarks/**/*.md")])
-DOCUMENTS.remove(ROOT / "CHANGELOG.md")  # it tells of what is gone, too
+DOCUMENTS.remove(ROOT / "CHANGELOG.md")  # it also names removed things
 FOLDERS = ("", "megatron_mm", "megatron_mm/planning", "benchmarks/anchors", "tests", "docs", "tests/conversion")
-"""What paths in the text are relative to."""
+"""Folders that paths in the text may be relative to."""
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -46,7 +46,7 @@ def test_every_command_is_in_the_list_of_commands() -> None:
 
 
 def test_every_recipe_is_in_the_list_of_recipes() -> None:
-    """Where names are shortened, `mm1_ablation_*` and `infimm_zephyr_7b_{pt,mtt,ift}`, they are written out first."""
+    """Shortened names, `mm1_ablation_*` and `infimm_zephyr_7b_{pt,mtt,ift}`, are expanded first."""
     text = (ROOT / "docs" / "recipes.md").read_text()
     patterns = [name.replace("*", r"\w+") for name in re.findall(r"`([\w*]+)`", text)]
     for stem, endings in re.findall(r"`(\w+)\{([\w,]+)\}`", text):

@@ -1,6 +1,6 @@
-"""The debug recipes train as they always have: the same tensors in a checkpoint and the same losses, whatever is rearranged around them.
+"""The debug recipes train as before: checkpoints have the same tensors and losses are the same, whatever is refactored.
 
-`python tests/test_golden_runs.py` writes the golden files anew; `--compare-exactly` compares with them to the last bit instead, which holds
+`python tests/test_golden_runs.py` writes the golden files anew; `--compare-exactly` instead requires bit-identical results, which hold
 on the machine that wrote them.
 """
 
@@ -23,11 +23,11 @@ GOLDEN = Path(__file__).parent / "golden_runs"
 RECIPES = ("debug_mm1", "debug_mm1_moe", "debug_infimm", "debug_mono_internvl")
 STEPS = 4
 TOLERANCE = 1e-5
-"""Relative, fp32, between processors: their kernels add in another order."""
+"""Relative tolerance in fp32 between processors, whose kernels add in different orders."""
 
 
 def run(recipe: str, *, data: Path, out: Path) -> dict[str, Any]:
-    """Losses and gradient norms of the first steps on one process, and the shape of every tensor of the checkpoint by its name."""
+    """Train on one process; return losses and gradient norms, and the shape of every tensor in the checkpoint by name."""
     quick = ["--train.steps", str(STEPS), "--eval.interval", "0", "--monitor.wandb", "disabled", "--data.decoder", "pillow"]
     main(["train", recipe, "--run-dir", str(out), "--data.path", str(data), *quick])
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -55,7 +55,7 @@ def test_a_debug_recipe_trains_as_before(recipe: str, demo_data: Path, tmp_path:
 
 def _write_or_compare(*, exactly: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.set_num_threads(1)  # sums are in the order of the threads
+        torch.set_num_threads(1)  # the number of threads changes the order of sums
         data = Path(folder) / "data"
         prepare_demo(data, samples=240)
         for recipe in RECIPES:

@@ -1,4 +1,4 @@
-"""No room imports a room above it, and no modules import one another in a circle: computed from the imports, those inside functions too."""
+"""No top-level package ("room") imports one above it, and no modules import each other in a circle; imports inside functions count, too."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ROOMS = (
     "planning",
     "cli",
 )
-"""From the ground up: a room imports rooms before it only. docs/architecture.md says the same."""
+"""From bottom to top: a room imports only rooms before it, as docs/architecture.md states."""
 CARRIED = "/hf_code/"
-"""Code that exported models carry: transformers imports it, nothing of ours."""
+"""Code that is exported with models: transformers imports it, our modules do not."""
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its name in the package, such as `training.trainer`."""
+    """Return every module of the package by its name in the package, such as `training.trainer`."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         if CARRIED not in path.as_posix():
@@ -42,7 +42,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[str, bool]]:
-    """The package's modules that a module imports, and whether it does so only for types."""
+    """Yield each of the package's modules that a module imports, and True if only for type checking."""
     tree = ast.parse(path.read_text())
     for_types = {
         id(inner)
@@ -72,7 +72,7 @@ def room_of(module: str) -> str:
 
 
 def graph(*, types: bool) -> dict[str, set[str]]:
-    """What each module imports; with or without what it imports only for types."""
+    """Return the modules that each module imports; imports for type checking are included if `types`."""
     known = modules()
     return {
         name: {target for target, for_types in imports(name, path, known) if types or not for_types} for name, path in known.items() if name
@@ -80,7 +80,7 @@ def graph(*, types: bool) -> dict[str, set[str]]:
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """The groups of modules that reach one another (Tarjan's strongly connected components of more than one)."""
+    """Return the groups of modules that reach each other (Tarjan's strongly connected components of more than one)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -128,7 +128,7 @@ def test_no_arrow_runs_up() -> None:
 
 
 def test_no_circle() -> None:
-    """Between modules, as they run. (Between rooms there is none where no arrow runs up.)"""
+    """Between modules. (There is none between rooms if no import goes up.)"""
     assert circles(graph(types=True)) == []
 
 

@@ -1,4 +1,4 @@
-"""What docs/security.md claims."""
+"""The claims of docs/security.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALLOWED = {
     "platform/part_reader.py": {"pickle.loads"},
     "conversion/verify.py": {"trust_remote_code"},
 }
-"""Pickles that `training.safe_pickle` has looked through; the model's own code, which `convert verify --prompt` is asked to run."""
+"""Pickles that `training.safe_pickle` has checked, and the model's own code, which `convert verify --prompt` runs on request."""
 
 
 def _called(node: ast.Call) -> str:
@@ -164,7 +164,7 @@ def test_the_launcher_listens_on_the_address_where_processes_meet_alone(meeting:
 
 
 def _checkpoint(folder: Path, **values: object) -> Path:
-    """The configuration of a checkpoint in a run directory."""
+    """Write the configuration of a checkpoint in a run directory; return its path."""
     path = folder / "checkpoints" / "step_00000001" / "experiment.json"
     path.parent.mkdir(parents=True)
     experiment = to_dict(get_recipe("debug_mm1"))
@@ -174,7 +174,7 @@ def _checkpoint(folder: Path, **values: object) -> Path:
 
 
 def _code(path: Path) -> Path:
-    """Python that leaves a trace where it is run."""
+    """Write Python code that creates a file when it runs; return its path."""
     path.write_text(f"from pathlib import Path\nPath({str(path.with_suffix('.ran'))!r}).touch()\n")
     return path
 

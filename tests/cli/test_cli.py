@@ -1,4 +1,4 @@
-"""The command line: a user's mistake is one line that names the thing, the value and the fix, and exit code 2."""
+"""The command line: a user's mistake yields one line that names the thing, the value and the fix, and exit code 2."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Left(BaseException):
 
 @pytest.fixture
 def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
-    """Run a command in this process; it must leave with 2 and say one line, which is returned."""
+    """Function that runs a command in this process, which must exit with code 2 and one line of error; returns the line."""
 
     def leave(code: int) -> None:
         assert code == 2
@@ -178,7 +178,7 @@ def test_a_file_that_cannot_be_written_is_named(fails: Fails, tmp_path: Path) ->
 
 
 def _commands(group: Group, names: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every command and group, by its words."""
+    """Yield the words of every command and group."""
     yield names
     for name, command in group.commands.items():
         if isinstance(command, Group):
@@ -196,7 +196,7 @@ def test_help_has_the_same_shape_everywhere(command: tuple[str, ...], capsys: py
 
 
 def test_help_imports_neither_torch_nor_megatron_core() -> None:
-    """What keeps it under a second."""
+    """This keeps it under a second."""
     heavy = "('torch', 'megatron.core', 'transformers')"
     commands = [list(command) for command in _commands(cli.COMMANDS)] + [["train", "mm1_30b"]]
     program = (

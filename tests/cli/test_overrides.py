@@ -1,4 +1,4 @@
-"""Every field of an experiment is an option: what its words mean, what they may be, and what an error says."""
+"""Every field of an experiment is an option: parsing of its words, allowed values, and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_mm.families.recipes import RECIPES, get_recipe
 
 
 def override(experiment: Experiment, **options: str) -> Experiment:
-    """With options as `train__steps="5"`; words are separated by spaces."""
+    """Apply options given as `train__steps="5"`; words are separated by spaces."""
     words = {"--" + name.replace("__", ".").replace("_", "-"): value.split() for name, value in options.items()}
     known = overrides_of(experiment)
     assert set(words) <= {option.name for option in known}

@@ -14,7 +14,7 @@ from megatron_mm.data.text.tokenizer import train_tokenizer
 
 @pytest.fixture(scope="session", autouse=True)
 def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Exported code is copied here when it is loaded, and not into the user's cache."""
+    """Let transformers copy exported code to a temporary folder instead of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
@@ -35,7 +35,7 @@ def trained(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> T
 
 @pytest.fixture(scope="session")
 def sparse(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """The same with 4 experts in the second of its 3 layers."""
+    """A model with 4 experts in the second of its 3 layers, and its checkpoint."""
     return train_one_step(tokenizer_path, tmp_path_factory.mktemp("run"), moe=MoEConfig(num_experts=4, every_n_layers=2))
 
 

@@ -1,4 +1,4 @@
-"""Exported chat templates give the tokens of training, under transformers, for every template."""
+"""Every exported chat template yields the tokens of training in transformers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def exported(name: str, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedT
 
 
 def trained_on(turns: int, template: ChatTemplate, tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """A conversation's token ids in training, and how many of them are a prompt for its last answer."""
+    """Return a conversation's token ids in training, and the number of them that precede its last answer."""
     spoken = [part for pair in zip(QUESTIONS, ANSWERS, strict=True) for part in pair][: 2 * turns]
     fields = {"conversations": [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(spoken)], "image": "0.jpg"}
     items = render(conversation_turns(fields), template)
@@ -102,7 +102,7 @@ def test_turns_that_training_never_saw_are_refused(exported: PreTrainedTokenizer
 
 
 def test_zephyr_writes_what_the_released_tokenizer_does(tokenizer: Tokenizer) -> None:
-    """The released template, of which every message is `<|role|>`, a newline, the text, </s> and a newline; its tokenizer adds <s>."""
+    """In the released template, every message is `<|role|>`, a newline, the text, </s> and a newline; its tokenizer adds <s>."""
     import jinja2
 
     chat = [

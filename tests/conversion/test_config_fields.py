@@ -1,4 +1,4 @@
-"""Released configurations: what is computed otherwise is refused by name, what is unknown is said, what is true survives a round trip."""
+"""Released configurations: fields that change the computation are refused, unknown ones are reported, others survive a round trip."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def of_recipe(name: str, tokenizer_path: Path) -> tuple[Any, Experiment, Tokeniz
 
 
 def with_positions(recipe: Experiment) -> Experiment:
-    """A recipe whose decoder knows its own length, which MM1's is not said to."""
+    """Return a recipe whose decoder has `max_positions`, which is not published for MM1."""
     decoder = recipe.model.decoder
     return replace(recipe, model=replace(recipe.model, decoder=replace(decoder, max_positions=decoder.max_positions or 4096)))
 
@@ -68,7 +68,7 @@ def infimm_document(tokenizer_path: Path, name: str = "infimm_zephyr_7b_ift") ->
     ("field", "value", "told"),
     [
         ("ps_version", "v1", "ps_version is 'v1', but our model computes 'v2'"),
-        ("ps_version", None, "ps_version is 'v1'"),  # what the authors' code takes without one
+        ("ps_version", None, "ps_version is 'v1'"),  # the default in the authors' code
         ("select_layer", -4, "select_layer is -4"),
         ("use_thumbnail", False, "use_thumbnail is False"),
         ("pad2square", True, "pad2square is True"),
@@ -127,7 +127,7 @@ def assert_equal(settings: dict[str, Any], model: Any) -> None:
 
 
 def test_lengths_are_the_decoder_s(tokenizer_path: Path) -> None:
-    """And not those of training sequences, which are 512 and 8192 here."""
+    """Not the lengths of training sequences, which are 512 and 8192 here."""
     language = infimm_document(tokenizer_path)["language"]
     assert {name: language[name] for name in ZEPHYR_LANGUAGE} == ZEPHYR_LANGUAGE
     document = mono_document(tokenizer_path)
@@ -146,8 +146,8 @@ def test_who_fits_the_authors_classes() -> None:
 
 
 def test_what_the_authors_code_asks_for(tokenizer_path: Path, tmp_path: Path) -> None:
-    """Files that name its classes alone: with ours beside them their quickstart would take our processor. Their slow tokenizer reads
-    tokenizer.model, which knows no tokens of images."""
+    """Files that name only its classes: if ours were next to them, the authors' quickstart would use our processor. Their slow tokenizer
+    reads tokenizer.model, which has no image tokens."""
     recipe = get_recipe("infimm_zephyr_7b_ift")
     recipe = replace(recipe, data=replace(recipe.data, chat_template="zephyr"))
     ids = Tokenizer.open(tokenizer_path, special=family_of(recipe.model).special_tokens)
@@ -176,11 +176,12 @@ OPEN_CLIP = {
     },
     "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711], "resize_mode": "squash"},
 }
-"""What is published of DFN5B's ViT-H/14 at 378 px."""
+"""Published configuration of DFN5B's ViT-H/14 at 378 px."""
 
 
 def described(tokenizer_path: Path) -> dict[str, tuple[dict[str, Any], tuple[ConfigField, ...], Callable[..., dict[str, Any]], Any, str]]:
-    """What from-hf reads: an accepted document, its table, what reads it, the recipe's part that it describes, and where its fields lie."""
+    """Return, for each kind of document that from-hf reads: an accepted document, its table, its reader, the part of the recipe that it
+    describes, and the prefix of its fields."""
     zephyr, mm1_3b, moe = (with_positions(get_recipe(name)).model for name in ("infimm_zephyr_7b_ift", "mm1_3b", "mm1_3b_moe"))
     language = language_model_config(zephyr.decoder, architecture="mistral", dtype="bfloat16", sequence_length=512, vocab_rows=None)
     infimm_whole, mono_model = infimm_document(tokenizer_path), get_recipe("mono_internvl_2b_s2").model
@@ -206,11 +207,11 @@ NAMES = ("MM1", "InfiMM", "Mono-InternVL", "Decoder", "CLIP", "open_clip", "EVA-
 SEVERAL = {"num_key_value_heads": 3, "head_dim": 48, "rope_theta": 77.0, "head_width": 32, "mlp_ratio": 3.0, "norm_kwargs": {"eps": 0.1},
            "subln": False, "intp_freq": False, "rope_scaling": {"type": "linear", "factor": 2.0}, "pt_hw_seq_len": 8,
            "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0}}  # fmt: skip
-"""Fields that are computed with, and values that no recipe here has."""
+"""Fields that change the computation, with values that no recipe here has."""
 
 
 def other(field: ConfigField, given: Any) -> Any:
-    """A value of the same type that a field does not have."""
+    """Return another value of the same type as a field's."""
     value = field.default if given is None else given
     if isinstance(value, bool):
         return not value
@@ -239,7 +240,7 @@ def check_document(document: dict[str, Any], case: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_field_that_changes_the_computation_is_checked(name: str, all_described: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Each of the table's fields in turn gets another value. It is an error, or says itself why it is none."""
+    """Each field of the table in turn gets another value: this must be an error, or the field must have a note that explains why not."""
     case = all_described[name]
     document, table, _, _, part = case
     with caplog.at_level(logging.WARNING):
@@ -281,7 +282,7 @@ def test_a_field_of_another_type_is_named(name: str, all_described: Any) -> None
 
 
 def test_nothing_of_the_released_code_is_unknown(tokenizer_path: Path) -> None:
-    """Every field that the classes behind these files take stands in a table: transformers' own here, the authors' by their names."""
+    """Every field of the configuration classes is in a table: transformers' classes are imported, the authors' fields are listed here."""
     from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig
 
     for config, table in ((LlamaConfig(), DECODER_FIELDS), (MistralConfig(), DECODER_FIELDS), (CLIPVisionConfig(), CLIP_FIELDS)):
@@ -338,7 +339,7 @@ def test_another_way_to_make_images_square_is_said(
 
 
 def check_images(folder: Path, file: str, change: dict[str, Any]) -> None:
-    """As open_source does, for the tower of mm1_3b."""
+    """Check a description of images as open_source does, for the tower of mm1_3b."""
     if file == "open_clip_config.json":
         document = {**OPEN_CLIP, "preprocess_cfg": {"mean": OPEN_CLIP["preprocess_cfg"]["mean"], **change}}
     else:
@@ -356,13 +357,13 @@ def check_images(folder: Path, file: str, change: dict[str, Any]) -> None:
 
 
 def collapsed(fields: tuple[ConfigField, ...], shared: dict[str, str]) -> list[ConfigField]:
-    """A family's table with one row for each part that has a table of its own below."""
+    """Return a family's table with one row for each part that has a table of its own."""
     found = [field for field in fields if not field.path.startswith(tuple(f"{part}." for part in shared)) or field.path.endswith(".*")]
     return [*found, *(ConfigField(f"{part}.*", note=note) for part, note in shared.items())]
 
 
 def page(tokenizer_path: Path) -> str:
-    """docs/config_fields.md."""
+    """Return the text of docs/config_fields.md."""
     cases = described(tokenizer_path)
     shared = {
         "MM1": {"vision_config": "as for a CLIP tower", "text_config": "as for a decoder, with experts"},
@@ -399,7 +400,7 @@ def page(tokenizer_path: Path) -> str:
 
 
 def _written(name: str, document: dict[str, Any]) -> dict[str, Any]:
-    """What an export has; nobody exports to open_clip or EVA-CLIP alone."""
+    """Return the fields that an export writes; there is no export to open_clip or EVA-CLIP alone."""
     return {} if name == "open_clip" else {**document["vision_cfg"], "embed_dim": 0} if name == "EVA-CLIP" else document
 
 

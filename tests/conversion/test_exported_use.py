@@ -1,4 +1,4 @@
-"""What users do with exports of InfiMM and Mono-InternVL: batches, beams, other weights, more tokens, images of their own."""
+"""Typical uses of exported InfiMM and Mono-InternVL models: batches, beams, other weights, more tokens, arbitrary images."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_padded_batch_generates_what_each_prompt_does(case: tuple[Experiment, 
 
 @torch.no_grad()
 def test_other_weights_and_other_pixels_count_at_once(case: tuple[Experiment, Path]) -> None:
-    """Nothing of an earlier call is kept."""
+    """No result of an earlier call is cached."""
     model, processor = load(case[1])
     inputs = processor(images=RGB, text="<image>a red", return_tensors="pt")
     first = model(**inputs).logits
@@ -72,7 +72,7 @@ def test_other_weights_and_other_pixels_count_at_once(case: tuple[Experiment, Pa
 
 
 def test_more_tokens_and_saving(case: tuple[Experiment, Path], tmp_path: Path) -> None:
-    """Embeddings grow, the saved model loads, and what transformers saved is read back into a checkpoint of ours."""
+    """Embeddings can grow, the saved model loads, and a model saved by transformers can be imported into a checkpoint."""
     settings, path = case
     model, processor = load(path)
     inputs = processor(images=RGB, text="<image>a red", return_tensors="pt")
@@ -97,7 +97,7 @@ def test_mono_internvls_tiles_and_prompts_are_trainings(case: tuple[Experiment, 
     """Grids, pixels and token ids, for images of many shapes and kinds."""
     settings, path = case
     if settings.model.family == "infimm":
-        return  # one square an image: tests of MM1's processor
+        return  # one square per image: covered by the tests of MM1's processor
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
     own, family = processor.image_processor, family_of(settings.model)
     image_input: Any = replace(family.image_input(settings.model), **tiled(settings))

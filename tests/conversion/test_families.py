@@ -1,4 +1,4 @@
-"""InfiMM and Mono-InternVL: written under the released names, read back to the last bit, begun with plain language models and towers."""
+"""InfiMM and Mono-InternVL: exported under released names, imported bit-identically, initialised from plain language models and towers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of
 
 EXPORTED: dict[str, dict[str, Any]] = {"infimm": {"attention_window": 512}, "mono_internvl": {"rotary_scaling": 2.0}}
-"""Fields of decoders that exports alone have."""
+"""Decoder fields that only affect exports."""
 SMALL = {"infimm": small_infimm, "mono_internvl": small_mono}
 
 
 def small(family: str, tokenizer: Path | None = None, *, precision: str = "fp32") -> Experiment:
-    """Of the shapes of `hf_models`' decoders, with room for the tokenizer."""
+    """Return an experiment with the shapes of `hf_models`' decoders and room for the tokenizer."""
     decoder = {"vocab_size": 416, "head_dim": 16, "rotary_base": 500.0, "max_positions": 4096, **EXPORTED[family]}
     settings = SMALL[family](decoder=decoder)
     data = replace(settings.data, tokenizer=tokenizer, max_tiles=6 if family == "mono_internvl" else None, to_rgb="pillow")
@@ -55,7 +55,7 @@ def test_released_names_and_back(
     convert_to_hf(tmp_path / "run", tmp_path / "hf", shard_size="60KB")
     exported, plain = weights(tmp_path / "hf"), reference(settings)
     assert exported.keys() == plain.state_dict().keys()
-    for name, value in plain.named_buffers():  # what follows from the configuration is written too
+    for name, value in plain.named_buffers():  # buffers that follow from the configuration are written, too
         torch.testing.assert_close(exported[name], value)
     made = convert_from_hf(settings, tmp_path / "again", whole=tmp_path / "hf")
     assert not made.drawn and same(stored(tmp_path / "again"), before)
@@ -72,12 +72,12 @@ def test_released_names_and_back(
 
 
 def documents(folder: Path) -> dict[str, str]:
-    """All files but weights and README.md, which says how many steps were trained."""
+    """Return the contents of all files except weights and README.md, which states the number of training steps."""
     return {path.name: path.read_text() for path in folder.glob("*") if path.suffix in (".json", ".jinja", ".py")}
 
 
 def reference(settings: Experiment) -> torch.nn.Module:
-    """The plain model of the same shape, under the names of released checkpoints."""
+    """Return the reference model of the same shape, with the names of released checkpoints."""
     if settings.model.family == "infimm":
         return infimm_reference(settings.model)  # type: ignore[arg-type]
     return mono_reference(settings.model)  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def test_a_language_model_fills_text_and_visual_experts_alike(tmp_path: Path) ->
 
 
 def test_infimm_begins_with_a_mistral_and_an_eva_tower(tokenizer_path: Path, tmp_path: Path) -> None:
-    """The tower as its authors name it, with its text model beside it."""
+    """The tower has its authors' names and comes with its text model."""
     settings = small("infimm", tokenizer_path)
     language = save(make_language("mistral"), tmp_path / "mistral")
     whole = reference(settings).state_dict()

@@ -1,4 +1,4 @@
-"""Checkpoints that training begins with, made of Hugging Face weights: loaded by megatron-core on any layout, the same outputs."""
+"""Initial checkpoints made from Hugging Face weights: megatron-core loads them in any layout, with the same outputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def imported(llama: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with the checkpoint."""
+    """Run directory with the checkpoint."""
     run_dir = tmp_path_factory.mktemp("imported") / "run"
     convert_from_hf(experiment(), run_dir, language=llama, vision=clip)
     return run_dir
@@ -57,7 +57,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 def test_outputs_are_those_of_transformers_on_every_layout(
     imported: Path, llama: Path, clip: Path, world_size: int, parallel: dict[str, Any]
 ) -> None:
-    """fp32 rounding on logits of about 1."""
+    """The tolerance is fp32 rounding on logits of about 1."""
     settings = replace(experiment(), parallel=ParallelConfig(**parallel))
     found = run_processes(compute, world_size, settings, imported)
     torch.testing.assert_close(found[-1].logits[:, :VOCABULARY], hf_logits(llama), atol=1e-4, rtol=1e-4)
@@ -66,7 +66,7 @@ def test_outputs_are_those_of_transformers_on_every_layout(
 
 
 def _initial(settings: Experiment) -> dict[str, torch.Tensor]:
-    """Global name -> the weights that training would begin with."""
+    """Return the initial weights of training, by global name."""
     topology = topologies.initialize(settings.parallel, seed=settings.train.seed)
     chunk = build_model(settings, topology)[0].module
     state = chunk.sharded_state_dict(metadata=dict(STATE_METADATA))
@@ -81,7 +81,7 @@ def _initial(settings: Experiment) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_no_source_gives_is_drawn_as_training_would(clip: Path, precision: str, tmp_path: Path) -> None:
-    """Experts, routers and what routers remember included."""
+    """Including experts, routers and the routers' shares."""
     settings = experiment(precision=precision, moe=MoEConfig(num_experts=4, every_n_layers=2))
     made = convert_from_hf(settings, tmp_path, vision=clip)
     assert set(made.drawn) == {"language", "connector"}
@@ -114,7 +114,7 @@ def test_internlm2_is_the_same_decoder_under_other_names(tmp_path: Path) -> None
 
 
 def open_clip(vision: Path, folder: Path, *, quick_gelu: bool = True) -> Path:
-    """A tower under open_clip's names, beside a text model that is not read, pickled as such checkpoints are."""
+    """Write a tower with open_clip's names and a text model that is not read, pickled as such checkpoints are."""
     state, theirs = load_file(vision / "model.safetensors"), {}
     names = {
         "class_embedding": "embeddings.class_embedding",
@@ -155,7 +155,7 @@ def test_open_clips_activation_must_be_the_recipes(clip: Path, tmp_path: Path) -
 
 
 def test_a_whole_clip_model_gives_its_tower_with_or_without_prefix(clip: Path, tmp_path: Path) -> None:
-    """As on the hub: the tower beside the text model."""
+    """As on the Hugging Face hub: the tower together with the text model."""
     state = load_file(clip / "model.safetensors")
     whole = {f"vision_model.{name}": tensor for name, tensor in state.items()}
     whole |= {"text_model.embeddings.token_embedding.weight": torch.ones(4, 8), "logit_scale": torch.tensor(1.0)}
@@ -171,7 +171,7 @@ def test_a_whole_clip_model_gives_its_tower_with_or_without_prefix(clip: Path, t
 
 
 def test_another_resolution_and_more_tokens(llama: Path, clip: Path, tmp_path: Path) -> None:
-    """What fits is untouched; positions are interpolated as `Positions` says, new tokens are the mean."""
+    """Matching weights are unchanged; positions are interpolated as `Positions` does, and new tokens get the mean embedding."""
     convert_from_hf(experiment(image_size=48, vocab_size=480), tmp_path / "run", language=llama, vision=clip)
     found, table = tensors(tmp_path / "run"), AutoModelForCausalLM.from_pretrained(llama).model.embed_tokens.weight.detach()
     embeddings = found["language.embedding.word_embeddings.weight"]

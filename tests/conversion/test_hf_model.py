@@ -1,4 +1,4 @@
-"""The exported model under plain transformers: the same logits as in training, and everything that one does with it."""
+"""The exported model in plain transformers: the same logits as in training, and all typical uses."""
 
 import ast
 import io
@@ -48,7 +48,7 @@ def processor(exported: Export) -> ProcessorMixin:
 
 
 def test_logits_are_the_training_models(trained: Trained, model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """From text and pictures through tokenizer, processor, tower, connector and decoder: fp32 rounding on logits of about 10."""
+    """From text and pictures through tokenizer, processor, tower, connector and decoder; fp32 rounding on logits of about 10."""
     for ours, theirs in zip(trained.logits, exported_logits(model, processor, trained.batch), strict=True):
         torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
         assert ours.std() > 0.1
@@ -75,7 +75,7 @@ def test_variants_have_the_training_models_logits(
     processor: ProcessorMixin,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Tensors converted in memory, loaded into the Hugging Face class."""
+    """Tensors are converted in memory and loaded into the Hugging Face class."""
     config = trained.config
     config = replace(
         config,
@@ -178,7 +178,7 @@ def test_what_is_no_image_is_an_error(processor: ProcessorMixin) -> None:
 
 
 def test_pixels_are_the_training_decoders(processor: ProcessorMixin) -> None:
-    """Formats that need a decision (transparency, 16 bits, CMYK, palette) are decided as in training, to the last bit."""
+    """Formats that need a convention (transparency, 16 bits, CMYK, palette) are converted as in training, bit by bit."""
     rng = np.random.default_rng(0)
     rgba = Image.fromarray(rng.integers(0, 256, (20, 30, 4), dtype=np.uint8))
     gray16 = Image.fromarray(rng.integers(0, 1 << 16, (20, 30), dtype=np.uint16))
@@ -188,7 +188,7 @@ def test_pixels_are_the_training_decoders(processor: ProcessorMixin) -> None:
         image.save(file := io.BytesIO(), kind)
         saved.append(file.getvalue())
     exif = Image.Exif()
-    exif[0x0112] = 6  # asks for a turn by 90 degrees
+    exif[0x0112] = 6  # rotation by 90 degrees
     Image.fromarray(rng.integers(0, 256, (40, 200, 3), dtype=np.uint8)).save(file := io.BytesIO(), "JPEG", exif=exif)
     saved.append(file.getvalue())
     images = [Image.open(io.BytesIO(data)) for data in saved]
@@ -218,7 +218,7 @@ def test_save_and_load_again(model: PreTrainedModel, processor: ProcessorMixin, 
 
 
 def test_exported_code_stands_alone() -> None:
-    """What travels with a checkpoint imports the standard library, NumPy, Pillow, torch and transformers."""
+    """Code that is exported with a checkpoint imports only the standard library, NumPy, Pillow, torch and transformers."""
     files = list((Path(megatron_mm.__path__[0]) / "families").glob("*/hf_code/*_*.py"))
     files += (Path(megatron_mm.__path__[0]) / "hf" / "code").glob("*_*.py")
     assert len(files) == 16

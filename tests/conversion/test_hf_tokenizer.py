@@ -1,4 +1,4 @@
-"""The exported tokenizer gives SentencePiece's ids under plain transformers."""
+"""The exported tokenizer yields SentencePiece's ids in plain transformers."""
 
 import io
 from pathlib import Path
@@ -46,7 +46,7 @@ def export(path: Path, out: Path) -> PreTrainedTokenizerBase:
 
 
 def train(path: Path, **options: object) -> Path:
-    """A SentencePiece model with other settings than our own."""
+    """Train a SentencePiece model with other settings than our own."""
     model = io.BytesIO()
     settings = {"model_type": "bpe", "byte_fallback": True, "vocab_size": 350, "hard_vocab_limit": False, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, **{**settings, **options})

@@ -1,4 +1,4 @@
-"""An exported MM1 that was fine-tuned with sub-images: its processor makes the pixels of training, and its logits are training's."""
+"""An exported MM1 fine-tuned with sub-images: its processor computes the pixels of training, and its logits equal those of training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_mm.parallel import topology
 from megatron_mm.training.build import build_chunks
 
 DOCUMENTS = (((5,), "a red circle"), ((), "question: how many stars? answer: 3."), ((1, 5), "a blue star"))
-"""Sub-images of each image that a document begins with, and its text."""
+"""For each document, the number of sub-images of each image that it begins with, and its text."""
 IMAGES = [picture(size=size, form="PNG") for size in ((100, 70), (31, 200), (96, 96))]
 
 
@@ -78,7 +78,7 @@ def batch_of(tuned: Trained) -> PackedBatch:
 
 
 def test_the_processor_makes_the_pixels_of_training(tuned: Trained, processor: ProcessorMixin) -> None:
-    """To the last bit, whatever the shape of the image; overviews alone where they are asked for."""
+    """Bit by bit, for any shape of the image; only overviews if they are requested."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tuned.config.vision.mean, tuned.config.vision.std))
     for counts, low in (([5, 5, 5], False), ([1, 5, 1], [True, False, True])):
         expected = (training_pixels(tuned, counts) / 255 - mean) / std
@@ -92,7 +92,7 @@ def test_the_processor_makes_the_pixels_of_training(tuned: Trained, processor: P
 
 
 def logits_of_training(tuned: Trained) -> list[torch.Tensor]:
-    """Of each of `DOCUMENTS`."""
+    """Return the logits of each of `DOCUMENTS`."""
     process = topology.initialize(ParallelConfig(), seed=1)
     try:
         (chunk,) = build_chunks(tuned.experiment, process)
@@ -104,7 +104,7 @@ def logits_of_training(tuned: Trained) -> list[torch.Tensor]:
 
 
 def test_logits_are_the_training_models(tuned: Trained, model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Within 1e-6, relative, of all logits of a document: fp32's rounding."""
+    """Within 1e-6 relative to the norm of a document's logits, which is fp32 rounding."""
     images, expected = iter(opened()), logits_of_training(tuned)
     for logits, (counts, text) in zip(expected, DOCUMENTS, strict=True):
         own = [next(images) for _ in counts]
@@ -117,7 +117,7 @@ def test_logits_are_the_training_models(tuned: Trained, model: PreTrainedModel, 
 
 
 def test_generation_with_and_without_cache(model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Prompts with other numbers of sub-images in one batch."""
+    """Prompts with different numbers of sub-images in one batch."""
     images = opened()
     text = ["<image>a red", "<image>a<image>the blue star left"]
     inputs = processor(images=[images[:1], images[1:]], text=text, low_resolution=[False, True, False], return_tensors="pt")
@@ -138,7 +138,7 @@ def test_there_and_back(tuned: Trained, exported: Export, tmp_path: Path) -> Non
 
 
 def test_how_images_are_shown_is_in_the_export(tuned: Trained, exported: Export, tmp_path: Path) -> None:
-    """And only where they are shown as sub-images; it does not keep weights from going into another recipe."""
+    """It does not prevent importing the weights into a recipe with other sub-images."""
     said = json.loads((exported.path / "preprocessor_config.json").read_text())
     assert said["sub_images"] == {"grid": 2, "overview_first": True} and said["size"] == {"height": 48, "width": 48}
     settings = replace(tuned.experiment, model=replace(tuned.config, sub_images=SubImages(grid=3)))

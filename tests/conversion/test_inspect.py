@@ -1,4 +1,4 @@
-"""What `convert inspect` says of checkpoints of both kinds."""
+"""Output of `convert inspect` for our checkpoints and Hugging Face's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversions that are interrupted, resumed, run in parallel, watched for memory."""
+"""Conversions: interruption, resuming, parallelism, and the memory bound."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make(calls: list[int], number: int, size: int = 1000) -> Sequence[torch.Tens
 
 
 def lanes(calls: list[int], *, tasks: int = 6, archives: bool = False) -> list[Lane]:
-    """Two lanes of a safetensors file, or two files of archives."""
+    """Return two lanes of one safetensors file, or of two files of archives."""
     infos = {str(number): TensorInfo((1000,), torch.float32) for number in range(2 * tasks)}
     header, begins = safetensors_header(infos)
     found = []
@@ -61,7 +61,7 @@ def run(folder: Path, calls: list[int], *, archives: bool = False, name: str = "
 
 
 def stop_after(calls: list[int], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the journal take so many lines and then fail, as a full disk would."""
+    """Let the journal fail after `count` lines, as on a full disk."""
     add = job._Journal.add
 
     def failing(self: job._Journal, written: job.Written) -> None:

@@ -1,6 +1,6 @@
-"""Exports under transformers: every class that config.json names gives the exported model, on the oldest and newest version supported.
+"""Exports in transformers: every class that config.json names loads the exported model, in the oldest and newest supported version.
 
-`make test` tries the installed version. `make test-transformers` installs others into build/transformers/VERSION and tries these
+`make test` tries the installed version. `make test-transformers` installs others into build/transformers/VERSION and tries them,
 too, each in a process of its own.
 """
 
@@ -42,7 +42,7 @@ def infimm(tokenizer_path: Path, *, groups: int) -> Experiment:
 
 @pytest.fixture(scope="module", params=["mm1", "infimm_mistral", "infimm_llama", "mono_internvl"])
 def case(request: pytest.FixtureRequest, tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An export, and inputs with the logits that they should give."""
+    """An export, and a file with inputs and their expected logits."""
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "mm1":
         exported: Export = request.getfixturevalue("exported")
@@ -73,7 +73,7 @@ def mm1_case(trained: Trained, path: Path) -> dict[str, torch.Tensor]:
 
 
 def infimm_case(settings: Experiment, path: Path) -> dict[str, torch.Tensor]:
-    """Two sequences with two images and one, by the plain reference."""
+    """Two sequences with two images and one; logits of the plain reference."""
     config = json.loads((path / "config.json").read_text())
     reference = infimm_reference(settings.model, image_token=config["image_token_id"])  # type: ignore[arg-type]
     reference.load_state_dict(load_file(path / "model.safetensors"))
@@ -93,7 +93,7 @@ def mono(tokenizer_path: Path) -> Experiment:
 
 
 def mono_case(settings: Experiment, path: Path) -> dict[str, torch.Tensor]:
-    """Two sequences with two tiles and one, by the plain reference."""
+    """Two sequences with two tiles and one; logits of the plain reference."""
     config, generator = json.loads((path / "config.json").read_text()), torch.Generator().manual_seed(0)
     reference = mono_reference(settings.model, image_token=config["image_token_id"])  # type: ignore[arg-type]
     reference.load_state_dict(load_file(path / "model.safetensors"))
@@ -108,7 +108,7 @@ def mono_case(settings: Experiment, path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_in_a_process(case: tuple[Path, Path], *, first: Path | None) -> str:
-    """Run the loader with the packages of a folder in front of the installed ones; returns what it prints last."""
+    """Run the loader with the packages of a folder before the installed ones; return its last line of output."""
     paths = {} if first is None else {"PYTHONPATH": str(first)}
     done = subprocess.run(
         [sys.executable, str(LOADER), *map(str, case)], env={**os.environ, **paths}, capture_output=True, text=True, timeout=240
@@ -125,7 +125,7 @@ def test_every_class_under_the_installed_transformers(case: tuple[Path, Path]) -
 
 @pytest.mark.parametrize("case", ["infimm_mistral", "infimm_llama"], indirect=True)
 def test_verify_of_a_run_of_infimm_and_its_decoder_alone(case: tuple[Path, Path], tmp_path: Path) -> None:
-    """The whole model through its exported code, and the decoder as transformers' own class, which sees no images."""
+    """The whole model with its exported code, and the decoder alone as transformers' own class, without images."""
     folder, run_dir = case[0], case[0].parent / "run"
     found = verify(run_dir, folder, prompt="a red circle")
     assert found.passed and found.logits == 0

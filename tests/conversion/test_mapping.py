@@ -1,4 +1,4 @@
-"""Tables of names: exact in both directions, and loud about what does not fit."""
+"""Tables of names are exact in both directions, and raise errors for tensors that do not fit."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ MODEL = MM1Config(
 
 
 def test_qkv_rows_by_key_value_head() -> None:
-    """The worked example of the docstring, each head one row."""
+    """The worked example of the docstring, with one row per head."""
     entry = QKV("ours", "q", "k", "v", num_heads=4, num_groups=2, head_dim=1)
     fused = torch.tensor([[0], [1], [10], [20], [2], [3], [11], [21]])  # q0 q1 k0 v0 q2 q3 k1 v1
     q, k, v = entry.to_hf(fused)
@@ -54,7 +54,7 @@ def test_expand_keeps_a_layer_together() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_mm1_table_round_trip_is_bit_exact(tied: bool) -> None:
-    """bf16 from one side to the other and back, through every entry of the table."""
+    """bf16 tensors are converted to Hugging Face names and back through every entry of the table."""
     entries = mm1_table(replace(MODEL, decoder=replace(MODEL.decoder, tied_embeddings=tied)))
     heads = {"vision": VIT_TINY.hidden_size * 3, "language": (4 + 2 * 2) * 4}
     rows = {e.ours: heads[e.ours.split(".")[0]] if isinstance(e, QKV) else 6 for e in entries}
@@ -90,7 +90,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 
 
 def test_stacked_qkv_is_all_queries_then_all_keys_then_all_values() -> None:
-    """Two heads of one row each."""
+    """With two heads of one row each."""
     entry = StackedQKV("ours", "theirs", num_heads=2, head_dim=1)
     ours = torch.tensor([[0], [10], [20], [1], [11], [21]])  # q0 k0 v0 q1 k1 v1
     (theirs,) = entry.to_hf(ours)
@@ -120,7 +120,7 @@ def test_positions_of_the_same_resolution_are_untouched(class_token: bool) -> No
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize("side", [8, 3])
 def test_positions_of_another_resolution_keep_their_meaning(side: int, class_token: bool) -> None:
-    """A field that rises linearly from left to right and from top to bottom still does, away from the edges; rows are not columns."""
+    """A field that increases linearly in both directions still does, away from the edges; rows and columns are not swapped."""
     there = 5
     row, column = torch.meshgrid(torch.arange(there) + 0.5, torch.arange(there) + 0.5, indexing="ij")
     field = torch.stack([row / there, column / there], dim=-1).flatten(0, 1)

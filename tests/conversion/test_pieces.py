@@ -1,4 +1,4 @@
-"""Pieces of distributed checkpoints are read in place, whatever their strides, and hold nothing but numbers."""
+"""Pieces of distributed checkpoints are read in place, with any strides, and may contain only numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_mm.conversion.pieces import find_piece
 
 
 def write(path: Path, tensor: object, *, before: int = 100) -> tuple[int, int]:
-    """An archive in the middle of a file; its offset and length."""
+    """Write an archive into the middle of a file; return its offset and length."""
     buffer = io.BytesIO()
     torch.save(tensor, buffer)
     path.write_bytes(b"x" * before + buffer.getvalue() + b"y" * 50)
@@ -52,7 +52,7 @@ def test_values_come_back(tensor: torch.Tensor, tmp_path: Path) -> None:
 
 
 class Payload:
-    """Makes a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -31,7 +31,7 @@ def run(*words: object) -> str:
 
 @pytest.mark.slow
 def test_there_training_and_back(demo_data: Path, tmp_path: Path) -> None:
-    """With a learning rate of next to nothing the decoder comes back nearly as it was: it was the imported one that trained."""
+    """With a tiny learning rate the exported decoder is nearly the imported one, which shows that the imported one was trained."""
     language, vision = save(make_language(), tmp_path / "language"), save(make_vision(), tmp_path / "vision")
     options = ["--data.tokenizer", demo_data / "tokenizer.model", *MODEL]
     out = run("from-hf", tmp_path / "imported", "--recipe", "debug_mm1", "--language", language, "--vision", vision, *options)
@@ -82,7 +82,7 @@ def test_mistakes_are_one_line(words: list[str], message: str) -> None:
 
 
 def test_a_reader_may_leave_before_the_end(tmp_path: Path) -> None:
-    """As `inspect ... | head -1` does."""
+    """As in `inspect ... | head -1`."""
     folder = save(make_language(), tmp_path / "llama")
     command = [*PROGRAM, "inspect", str(folder), "--unfold"]
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The forms in which people publish the same weights: shards, pickles, prefixes, buffers, wrappers of training programs."""
+"""Forms in which the same weights are published: shards, pickles, prefixes, buffers, wrappers of training programs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ DECODERS: dict[str, tuple[Callable[[State], State], Callable[[dict[str, Any]], d
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[State, dict[str, Any], State]:
-    """Tensors and config.json of a Llama, and the checkpoint that they become."""
+    """Tensors and config.json of a Llama, and the tensors of the checkpoint made from them."""
     folder = save(make_language(), tmp_path_factory.mktemp("decoder") / "llama")
     convert_from_hf(experiment(), folder / "run", language=folder)
     return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text()), tensors(folder / "run")

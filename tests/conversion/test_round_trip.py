@@ -1,4 +1,4 @@
-"""There and back again: every tensor bit-identical, in bf16 and fp32, through every layout."""
+"""Round trips: every tensor is bit-identical, in bf16 and fp32, for every layout."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CHECKPOINTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     "tensor 2 pipeline 2": (4, {"tensor": 2, "pipeline": 2}, {}, "bf16"),
     "expert 2": (2, {"expert": 2}, SPARSE, "bf16"),
 }
-"""Processes, layout, decoder; and the precision of the quick test, the other one being tested with the slow ones."""
+"""Processes, layout, decoder, and the precision of the quick test; the other precision is tested with the slow tests."""
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_our_checkpoints_come_back_as_they_were(name: str, precision: str, token
 
 @pytest.fixture(scope="module")
 def trained_in_parts(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path]:
-    """A run directory that tensor parallel 2 and pipeline 2 wrote."""
+    """The experiment, and a run directory written with tensor parallel 2 and pipeline 2."""
     settings = experiment()
     settings = replace(settings, data=replace(settings.data, tokenizer=tokenizer_path))
     run_dir = tmp_path_factory.mktemp("trained") / "run"
@@ -84,7 +84,7 @@ def trained_in_parts(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_the_parts_compute_what_the_model_does(trained_in_parts: tuple[Experiment, Path], tmp_path: Path) -> None:
-    """fp32 rounding on logits of about 1."""
+    """The tolerance is fp32 rounding on logits of about 1."""
     settings, run_dir = trained_in_parts
     (ours,) = run_processes(compute, 1, settings, run_dir)
     for kind in ("llama", "mistral"):

@@ -1,4 +1,4 @@
-"""Sources that are damaged, malicious or of another model: found before anything is written, and told exactly."""
+"""Sources that are damaged, malicious or of another model are found before anything is written, with an exact error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def llama(whole_llama: Path, tmp_path: Path) -> Path:
 
 
 def refused(source: Path, tmp_path: Path, **options: Any) -> str:
-    """Why it is not converted; nothing may have been written."""
+    """Return the error of a conversion that must fail without writing anything."""
     with pytest.raises(ValueError) as error:
         convert_from_hf(options.pop("settings", experiment()), tmp_path / "run", **{"language": source, **options})
     left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -46,7 +46,7 @@ def edit_json(path: Path, **values: Any) -> None:
 
 
 def edit_shard(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
-    """Replace or drop a tensor of a sharded checkpoint, index included."""
+    """Replace, add or remove a tensor of a sharded checkpoint, and update its index."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     file = folder / index["weight_map"].get(name, min(index["weight_map"].values()))
     tensors = load_file(file)
@@ -118,7 +118,7 @@ def test_values_that_are_not_finite_are_named(llama: Path, tmp_path: Path, value
 
 
 def test_a_model_without_the_tensor_by_which_it_is_known(llama: Path, tmp_path: Path) -> None:
-    """config.json says what it is, and then what it lacks is named."""
+    """config.json determines the format, so the error names the missing tensor."""
     edit_shard(llama, "model.layers.0.self_attn.q_proj.weight", None)
     assert f"{llama} lacks 1 tensors: model.layers.0.self_attn.q_proj.weight" in refused(llama, tmp_path)
     edit_json(llama / "config.json", model_type="other")
@@ -225,7 +225,7 @@ def test_headers_that_lie(content: bytes, message: str, tmp_path: Path) -> None:
 
 
 class Payload:
-    """Makes a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -279,7 +279,7 @@ def test_weights_alone_are_no_run_to_go_on_with(whole_llama: Path, tmp_path: Pat
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(whole_llama: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    """DECODER's vocabulary fits the tokenizer exactly; a smaller recipe is refused for its weights first."""
+    """DECODER's vocabulary has exactly the tokenizer's size; a smaller recipe is refused because of its weights first."""
     folder = Path(shutil.copytree(whole_llama, tmp_path / "llama"))
     shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
     made = convert_from_hf(experiment(), tmp_path / "good", language=folder)

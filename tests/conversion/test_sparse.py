@@ -1,4 +1,4 @@
-"""Sparse models: experts are read and written one at a time, and the exported model is the training model."""
+"""Sparse models: experts are read and written one at a time, and the exported model equals the training model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The export of a checkpoint: complete, exact, in shards, or an error that says what is wrong."""
+"""The export of a checkpoint is complete, exact and sharded, or fails with a precise error."""
 
 import json
 import shutil
@@ -89,7 +89,7 @@ def test_shards_and_their_index(exported: Export) -> None:
         with safe_open(file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
             content.update(dict.fromkeys(opened.keys(), file.name))
-        assert file.stat().st_size <= 500_000 + 20_000  # the header comes on top
+        assert file.stat().st_size <= 500_000 + 20_000  # plus the header
     assert index["weight_map"] == content
     assert index["metadata"]["total_size"] == exported.num_bytes
 
@@ -183,7 +183,7 @@ def test_a_failed_export_leaves_nothing(trained: Trained, tmp_path: Path, monkey
 
 
 def test_too_small_an_embedding_table_is_refused(trained: Trained, tmp_path: Path) -> None:
-    """The tokenizer of another run beside the checkpoint, or too many rows cut off."""
+    """Because the tokenizer belongs to another run, or too many rows are cut off."""
     with pytest.raises(ValueError, match="ids, but 300 embeddings are written"):
         write_mm1_files(
             trained.config,
@@ -211,7 +211,7 @@ def test_values_that_float16_cannot_hold_are_named(tokenizer_path: Path, tmp_pat
 
 
 def own_code(folder: Path) -> ModelingCode:
-    """A Llama whose feed-forwards count twice."""
+    """Write modeling code of a Llama whose feed-forward outputs are doubled."""
     (folder / "modeling_twice.py").write_text(TWICE)
     auto_map = {"AutoConfig": "modeling_twice.TwiceConfig", "AutoModelForCausalLM": "modeling_twice.TwiceForCausalLM"}
     return ModelingCode((folder / "modeling_twice.py",), "TwiceForCausalLM", auto_map, "twice")
@@ -234,7 +234,7 @@ class TwiceForCausalLM(LlamaForCausalLM):
 
 
 class MLPTwice(MLP):
-    """A feed-forward that counts twice."""
+    """A feed-forward network whose output is doubled."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         made, bias = super().forward(*args, **kwargs)
@@ -249,7 +249,7 @@ def with_mlps_that_count_twice(spec: ModuleSpec, backend: str) -> ModuleSpec:
 
 
 def test_a_decoder_variant_of_other_layers_is_no_llama(tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has a Llama's tensors and computes something else: it goes out alone, with code of its own, or not at all."""
+    """It has a Llama's tensors but computes something else: only the decoder with code of its own can be exported."""
     silent = DecoderVariant(layer_spec=with_mlps_that_count_twice)
     monkeypatch.setitem(DECODER_VARIANTS, "twice", silent)
     trained = train_one_step(tokenizer_path, tmp_path / "run", variant="twice")
@@ -274,7 +274,7 @@ def test_a_decoder_variant_of_other_layers_is_no_llama(tokenizer_path: Path, tmp
 
 
 def test_a_decoder_variant_with_tensors_of_its_own(trained: Trained, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code of whole models does not know them; the decoder alone goes out with all of them, or not at all."""
+    """The code of whole models does not know them; the decoder alone is exported with all of them, or not at all."""
     norm = "post_mlp_layernorm.weight"
     forgets = DecoderVariant(layer_spec=with_a_third_norm)
     complete = replace(forgets, entries=lambda ours, theirs: [Direct(f"{ours}.{norm}", f"{theirs}.{norm}")])

@@ -1,4 +1,4 @@
-"""`convert verify`: the same model, or what differs."""
+"""`convert verify` confirms equal models, and reports differences."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_same_tensors_under_another_configuration(trained: Trained, tmp_path
 
 
 def test_weights_of_another_type(trained: Trained, tmp_path: Path) -> None:
-    """Rounded is the same; changed beyond that is not."""
+    """Rounded weights count as the same; larger changes do not."""
     rounded = convert_to_hf(trained.checkpoint, tmp_path / "b", dtype="bfloat16").path
     found = verify(trained.checkpoint, rounded, prompt="a red circle")
     assert found.passed and (found.num_equal, found.num_rounded) == (0, len(load_file(rounded / "model.safetensors")))
@@ -65,7 +65,7 @@ def test_weights_of_another_type(trained: Trained, tmp_path: Path) -> None:
 
 
 def test_what_transformers_does_not_load_is_a_failure(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both are the same, so only the loading tells."""
+    """Both models are the same, so only loading them can fail."""
     folder = convert_to_hf(trained.checkpoint, tmp_path / "a", part="language", dtype="float32").path
     assert verify(folder, folder, prompt="a red circle").passed
     tensors = load_file(folder / "model.safetensors")
@@ -81,7 +81,7 @@ def test_what_transformers_does_not_load_is_a_failure(trained: Trained, tmp_path
 
 
 def test_modeling_code_that_is_not_there(exported: Export, tmp_path: Path) -> None:
-    """That of an InternLM2 alone, for example: its authors' code does not travel."""
+    """For example that of an InternLM2 alone: exports do not include its authors' code."""
     folder = Path(shutil.copytree(exported.path, tmp_path / "a"))
     (folder / "modeling_mm1.py").unlink()
     assert verify(folder, exported.path).passed

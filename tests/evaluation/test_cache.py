@@ -1,4 +1,4 @@
-"""Generation with the key/value cache gives what passes over whole sequences give, in every family and layout."""
+"""Generation with the key/value cache equals generation by passes over whole sequences, in every family and layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYOUTS = {
 
 
 def _same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Equal tokens; log-likelihoods to float32's accuracy: sums over up to four tokens of about 5 nats each."""
+    """Check for equal tokens, and for log-likelihoods (sums over up to four tokens of about 5 nats each) equal to float32's accuracy."""
     for name in ("greedy", "ended", "beam"):
         assert found[name] == expected[name], name
     for row, wanted in zip(found["likelihoods"], expected["likelihoods"], strict=True):
@@ -36,7 +36,7 @@ def without_cache() -> dict[str, dict[str, Any]]:
 
 
 def test_cached_generation_equals_whole_passes() -> None:
-    """`test_generation.py` has plain MM1."""
+    """`test_generation.py` tests dense MM1."""
     (found,) = run_processes(_both, 1)
     for cached, whole in found.values():
         _same(cached, whole)

@@ -31,7 +31,7 @@ def _run(folder: Path, recipe: str, scores: dict[tuple[str, int], float]) -> Pat
 
 
 def test_ablations_are_drawn_with_what_they_change(tmp_path: Path) -> None:
-    """The newest checkpoint counts, and parts of tasks do not; the mean is over the tasks that all runs have."""
+    """Results of the newest checkpoint count, those of partial tasks do not; the mean is over the tasks that all runs have."""
     mm1 = {(task, 4): 10.0 for task in GROUPS["mm1"]}
     text = {(task, 0): 50.0 for task in TEXTCORE}
     first = _run(tmp_path / "a", "mm1_ablation_average_64", {**mm1, **text, ("vqav2", 4): 17.0})
@@ -59,7 +59,7 @@ def test_runs_without_results_are_refused(tmp_path: Path) -> None:
 
 
 def test_unlike_results_are_not_compared(tmp_path: Path) -> None:
-    """Parts of tasks, and tasks that were asked in other words; other steps are said in the labels."""
+    """Partial tasks, and tasks with another wording, are not compared; labels show different steps."""
     runs = [
         _run(tmp_path / name, recipe, {("vqav2", 0): 1.0}) for name, recipe in (("a", "mm1_ablation"), ("b", "mm1_ablation_attention_64"))
     ]

@@ -60,7 +60,7 @@ def mm1(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
-    """The whole lines of all items."""
+    """Return the complete lines of all items."""
     texts = [line for path in sorted(out.glob("items/*/rank_*.jsonl")) for line in path.read_text().splitlines()]
     return [json.loads(line) for line in texts if line.endswith("}")]
 
@@ -81,7 +81,7 @@ def test_an_evaluation_resumes_and_a_bad_image_costs_an_item(mm1: Path, files: P
     written = read_results(out)
     assert {one.task: one.scores for one in written} == {"vqav2": result.scores, "scienceqa": choice.scores}
     assert any("1 items of vqav2 were left out" in line for line in table(written, recipe="mm1_3b"))
-    # Interrupted: of one task half a line is left, which is answered again; nothing else is.
+    # Simulate an interruption: half a line of one task is left. Only items without a complete line are answered again.
     kept = next(out.glob("items/*vqav2*/rank_0.jsonl"))
     first, *_ = kept.read_text().splitlines()
     kept.write_text(first + "\n" + '{"key": "2", "ans')
@@ -92,7 +92,7 @@ def test_an_evaluation_resumes_and_a_bad_image_costs_an_item(mm1: Path, files: P
 
 
 def test_prompts_of_chats_are_those_of_training(files: Path, demo_data: Path) -> None:
-    """Demonstrations are exchanges in the words of multi-task training; the prompt ends where the answer begins."""
+    """Demonstrations are turns with the wording of multi-task training; the prompt ends where the answer begins."""
     experiment = infimm_run(demo_data)
     family = family_of(experiment.model)
     image = family.image_input(experiment.model)
@@ -124,7 +124,7 @@ def test_prompts_of_chats_are_those_of_training(files: Path, demo_data: Path) ->
 
 
 def test_demonstrations_may_be_shown_as_overviews_alone(files: Path, demo_data: Path) -> None:
-    """MM1's mixed resolution: the question's image as an overview and four crops, the demonstrations' as overviews."""
+    """MM1's mixed resolution: the question's image has an overview and four crops, the demonstrations' only overviews."""
     experiment = get_recipe("debug_mm1_sft")
     family = family_of(experiment.model)
     image = family.image_input(experiment.model)
@@ -163,7 +163,7 @@ def _train_on_chats(family: str, data: Path, run_dir: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["infimm", "mono_internvl"])
 def test_fine_tuned_stages_are_asked_in_their_chat_template(family: str, demo_data: Path, files: Path, tmp_path: Path) -> None:
-    """InfiMM's instruction tuning and Mono-InternVL's: the template is the one that the run's data was indexed with."""
+    """For instruction tuning of InfiMM and Mono-InternVL, the template is that of the index of the run's data."""
     run_processes(_train_on_chats, 1, family, demo_data, run_dir := tmp_path / "run")
     tasks = ["vqav2", "scienceqa", "pope"]
     vqa, science, pope = run_processes(_evaluate, 1, run_dir, files, tmp_path / "results", tasks, [0], {})[0]

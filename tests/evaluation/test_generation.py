@@ -1,4 +1,4 @@
-"""Generation in the training layout gives the same tokens in every layout, and those of a plain loop."""
+"""Generation gives the same tokens in every training layout, equal to those of a plain loop."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _generated(parallel: dict[str, Any], *, naive: bool = False) -> list[list[in
     topology = topologies.initialize(experiment.parallel, seed=1)
     model = build_model(experiment, topology)
     step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=2)
-    for number in (1, 2, 3):  # fresh weights repeat their input
+    for number in (1, 2, 3):  # untrained weights repeat their input
         step.run(random_step(experiment, topology, step=number), step=number)
     prompts = _prompts(experiment.model.vision.image_size)
     if naive:
@@ -45,7 +45,7 @@ def _generated(parallel: dict[str, Any], *, naive: bool = False) -> list[list[in
 
 @torch.no_grad()
 def _plain_loop(model: torch.nn.Module, prompt: Prompt) -> list[int]:
-    """One prompt, one forward pass a token, nothing packed."""
+    """Generate for one prompt with one forward pass per token, without packing."""
     ids = list(prompt.ids)
     for _ in range(NEW_TOKENS):
         row = torch.tensor(ids)

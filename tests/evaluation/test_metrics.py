@@ -1,4 +1,4 @@
-"""Metrics against published worked examples, and against the libraries of the field where they are installed."""
+"""Metrics against published worked examples, and against the usual libraries if they are installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_mm.evaluation.tasks.base import Answered, Example
     [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],
 )
 def test_vqa_accuracy_is_that_of_the_challenge(given_by: int, accuracy: float) -> None:
-    """visualqa.org/evaluation: averaged over the ten subsets of nine annotators. Three of ten: (3 * 2/3 + 7 * 1) / 10."""
+    """visualqa.org/evaluation: the average over the ten subsets of nine annotators. With three of ten: (3 * 2/3 + 7 * 1) / 10."""
     assert vqa_accuracy("red", ["red"] * given_by + ["blue"] * (10 - given_by)) == pytest.approx(accuracy)
 
 
@@ -55,10 +55,10 @@ def _captions(number: int) -> tuple[list[list[str]], list[list[list[str]]]]:
 
 
 def test_cider_d_of_the_only_reference_of_an_image_is_ten() -> None:
-    """Two images with nothing in common: every n-gram weighs log 2, and all four cosines are 1."""
+    """For two images without common words, every n-gram has weight log 2, and all four cosines are 1."""
     texts = [["a", "red", "ball", "here"], ["some", "blue", "dog", "there"]]
     assert cider.cider_d(texts, [[text] for text in texts]) == pytest.approx([10.0, 10.0])
-    # Half of the words: 1-grams 1/2, 2-grams 1/3, the others 0, no difference in length.
+    # Half of the words match: 1-grams 1/2, 2-grams 1/3, longer ones 0; the lengths are equal.
     half = ["a", "red", "cat", "sat"]
     assert cider.cider_d([half, texts[1]], [[text] for text in texts])[0] == pytest.approx(10 * (1 / 2 + 1 / 3) / 4)
 
@@ -79,7 +79,7 @@ PENN = {
     "cannot you see 1,000 birds?": "can not you see 1,000 birds",
     "a woman's hand holding a $5 bill & a half-eaten hot-dog": "a woman 's hand holding a $ 5 bill & a half-eaten hot-dog",
 }
-"""Captions, and what Stanford's PTBTokenizer makes of them."""
+"""Captions, and the output of Stanford's PTBTokenizer for them."""
 
 
 @pytest.mark.parametrize("caption", PENN)
@@ -98,14 +98,14 @@ def _yes_no(pairs: list[tuple[str, str]], category: str) -> list[Answered]:
 
 
 def test_pope_is_the_f1_of_yes() -> None:
-    """Two of three yeses found, one false alarm: precision 2/3, recall 2/3."""
+    """Two of three "yes" found and one false positive: precision 2/3, recall 2/3."""
     found = pope_scores(_yes_no([("Yes.", "yes"), ("yes, there is", "yes"), ("No", "yes"), ("Yes", "no"), ("not here", "no")], "random"))
     assert found["score"] == pytest.approx(200 / 3) and found["accuracy"] == 60.0
     assert pope_answer("There is no dog. Yes") == "no" and pope_answer("Not here") == "yes", "as its evaluation spells them"
 
 
 def test_mme_adds_accuracy_and_accuracy_of_whole_images() -> None:
-    """One image right in both questions, one in one of two: 75 + 50."""
+    """Both questions are right for one image, one of two for the other: 75 + 50."""
     answers = [("a#0", "Yes", "yes"), ("a#1", "no", "no"), ("b#0", "yes.", "yes"), ("b#1", "Yes", "no")]
     found = mme_scores([Answered(Example(f"count/{key}", answers=(true,), category="count"), said) for key, said, true in answers])
     assert found["perception"] == 125.0 and found["cognition"] == 0.0
@@ -132,7 +132,7 @@ def test_mmbench_counts_a_question_that_is_right_in_every_order() -> None:
     ],
 )
 def test_letters_are_read_as_mmmu_does(answer: str, letter: str) -> None:
-    """What the official `parse_multi_choice_response` says, but for the last four: there it draws a letter at random."""
+    """Results of the official `parse_multi_choice_response`, except for the last four, where it draws a letter at random."""
     assert chosen_letter(answer, ["cat", "dog", "cow", "bird"]) == letter
 
 
@@ -145,7 +145,7 @@ def test_letters_are_read_as_mmmu_does(answer: str, letter: str) -> None:
         ("It is a Gothic church", ["gothic church"], True),
         ("gothic", ["gothic church"], False),
         ("the result is x", ["x"], True),
-        ("the result is xy", ["x"], False),  # one letter counts beside a space
+        ("the result is xy", ["x"], False),  # a single letter must be next to a space
         ("12", ["2"], False),
         ("$6,000", ["$6,000"], True),
         ("", ["3"], False),
@@ -153,7 +153,7 @@ def test_letters_are_read_as_mmmu_does(answer: str, letter: str) -> None:
     ],
 )
 def test_open_answers_are_read_as_mmmu_does(answer: str, references: list[str], right: bool) -> None:
-    """What the official `eval_open` says of the official `parse_open_response`."""
+    """Results of the official `eval_open` on the official `parse_open_response`."""
     assert open_is_right(answer, references) is right
 
 

@@ -1,4 +1,4 @@
-"""An evaluation, or a resume, on data that means something else is noticed."""
+"""An evaluation, or a resumed run, on data with another template or tokenizer is noticed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _train(data: Path, run_dir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run on conversations under vicuna's template, and its data."""
+    """A run on conversations with vicuna's template, and its data."""
     folder = tmp_path_factory.mktemp("chats")
     data = Path(shutil.copytree(demo_data, folder / "data"))
     prepare_index(data, template="vicuna")

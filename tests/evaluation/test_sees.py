@@ -1,4 +1,4 @@
-"""The model looks at the images: it predicts words that only they can tell."""
+"""The model uses the images: it predicts words that only they determine."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.slow
 
 STEPS = 130
 TIMEOUT = 480
-"""Seconds; about 40 on two cores."""
+"""Time limit of a run, in seconds; it takes about 40 on two cores."""
 RUNS = {
     "mm1": ("debug_mm1", "true"),
     "mm1 without images": ("debug_mm1", "blank"),
     "infimm": ("debug_infimm", "true"),
     "mono_internvl": ("debug_mono_internvl", "true"),
 }
-"""Recipe, and what it sees in training."""
+"""Recipe, and the images used in training (`data.images`)."""
 
 
 def _start(recipe: str, run_dir: Path, data: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -50,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(names: list[str], folder: Path, data: Path) -> dict[str, Evaluated]:
-    """Models after the same steps on the same data, at once; what they are worth on held-out data."""
+    """Train models at the same time for the same steps on the same data; return their results on held-out data."""
     runs = {name: _start(RUNS[name][0], folder / name, data, "--data.images", RUNS[name][1]) for name in names}
     try:
         codes = [run.wait(TIMEOUT) for run in runs.values()]
@@ -80,7 +80,7 @@ def others(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Ev
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["infimm", "mono_internvl"])
 def test_other_families_answer_the_questions_from_the_images(others: dict[str, Evaluated], family: str) -> None:
-    """Interleaved documents ask before each picture and answer behind it."""
+    """Interleaved documents have a question before each picture and the answer after it."""
     losses = others[family].losses
     assert losses["true"]["heldout/loss/interleaved"] < 0.85 * losses["shuffled"]["heldout/loss/interleaved"]
     assert others[family].worth_of_images() > 0.2

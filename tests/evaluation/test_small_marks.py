@@ -16,7 +16,7 @@ from benchmarks.high_resolution import ANSWERS, LOW, SIDE, compare, draw, encode
 
 
 def test_reduced_lines_are_all_alike() -> None:
-    """As drawn, neighbours differ along or across; of half as many pixels no two kinds differ by more than noise."""
+    """As drawn, neighbouring pixels differ in one direction; at half the side, the kinds differ only by noise."""
     rng, seen = random.Random(0), {side: {kind: [] for kind in ANSWERS["lines"]} for side in (SIDE, LOW)}
     for _ in range(300):
         image, answer = draw(rng, "lines")
@@ -29,7 +29,7 @@ def test_reduced_lines_are_all_alike() -> None:
 
 
 def test_reduced_digits_are_as_grey_as_their_ground() -> None:
-    """As drawn, a digit stands out; of half as many pixels there is noise alone."""
+    """As drawn, a digit stands out; at half the side, only noise is left."""
     rng = random.Random(0)
     for _ in range(100):
         image, _ = draw(rng, "digits")
@@ -40,7 +40,7 @@ def test_reduced_digits_are_as_grey_as_their_ground() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(2700)
 def test_true_resolution_is_learned_from_and_low_resolution_is_not(tmp_path: Path) -> None:
-    """The same scenes, tokens and steps, as drawn and reduced to what one square image of the tower shows; chance is a third."""
+    """The same scenes, tokens and steps, with scenes as drawn or reduced to the side of the tower's images; chance is one third."""
     found = compare(tmp_path, steps=140, asked=120, timeout=900)
     print(found)
     chance = 1 / len(ANSWERS["lines"])

@@ -1,4 +1,4 @@
-"""Every task reads its published files, and says what is missing or damaged."""
+"""Every task reads its published files, and reports missing or damaged ones."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, contents: str) -> None:
 
 
 def test_a_folder_of_images_that_is_not_there_is_named(files: Path, tmp_path: Path) -> None:
-    """One missing image costs an item; none of them at all is an error before the model is built."""
+    """A missing image loses one item; if none exist at all, that is an error before the model is built."""
     shutil.copytree(files / "textvqa", tmp_path / "textvqa")
     (tmp_path / "textvqa" / "train_images").rename(tmp_path / "textvqa" / "pictures")
     with pytest.raises(ValueError, match=r"none of 2 images that were checked exists; the first is .*val0.jpg: put .*train_images"):
@@ -87,7 +87,7 @@ def test_questions_without_answers_are_counted(files: Path, tmp_path: Path) -> N
 
 
 def test_mmbench_without_other_orders_gets_them(files: Path, tmp_path: Path) -> None:
-    """The first version of the benchmark has each question once; its evaluation asks in every rotation."""
+    """The benchmark's first version has each question once; its evaluation asks every rotation of the choices."""
     (tmp_path / "mmbench").mkdir()
     lines = (files / "mmbench" / "MMBench_DEV_EN.tsv").read_text().splitlines()
     (tmp_path / "mmbench" / "MMBench_DEV_EN.tsv").write_text("\n".join(lines[:2]) + "\n")
@@ -124,7 +124,7 @@ def test_open_questions_of_mmmu_have_all_of_their_answers_and_images(files: Path
 
 
 def test_marks_and_line_breaks_of_unicode_are_read(files: Path, tmp_path: Path) -> None:
-    """A byte order mark before JSON, JSON lines and tables; line separators within a text."""
+    """Byte order marks before JSON, JSON lines and tables, and Unicode line separators inside a text."""
     for name, file in (
         ("vizwiz", "val.json"),
         ("pope", "coco_pope_random.json"),

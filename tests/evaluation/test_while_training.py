@@ -1,4 +1,4 @@
-"""A run may be evaluated while it trains: its W&B run is left to it, a checkpoint may go, and links to checkpoints have a name."""
+"""Evaluating a run while it trains: its W&B run is not touched, a checkpoint may be removed, and linked checkpoints are named."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _result() -> Result:
 
 
 def _scores(path: Path) -> dict[str, Any]:
-    """The line of W&B's file that has them; its service may write it a moment after the run has ended."""
+    """Return the line of W&B's file with the scores; its service may write it shortly after the run has ended."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for line in history(path):

@@ -1,4 +1,4 @@
-"""chain.sh without Slurm and without training: what it submits, what every stage begins with, and what it says is missing."""
+"""chain.sh without Slurm and training: its submissions, the initial weights of every stage, and its errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cluster(tmp_path: Path) -> Cluster:
 
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, str]:
-    """DATA_* of every stage, each another folder."""
+    """DATA_* of every stage, each with its own folder."""
     folders = {f"DATA_{stage.upper()}": tmp_path / f"data_{stage}" for stage in STAGES}
     for folder in folders.values():
         folder.mkdir()
@@ -33,7 +33,7 @@ def data(tmp_path: Path) -> dict[str, str]:
 
 
 def submissions(cluster: Cluster) -> list[list[str]]:
-    """Arguments and environment of each call of sbatch."""
+    """Return arguments and environment of each call of sbatch."""
     calls: list[list[str]] = []
     for word in cluster.called("sbatch"):
         if word == "sbatch":
@@ -44,7 +44,7 @@ def submissions(cluster: Cluster) -> list[list[str]]:
 
 
 def trained(cluster: Cluster) -> list[str]:
-    """What follows `train`."""
+    """Return the words of the training command after `train`."""
     words = cluster.called("training")
     return words[words.index("train") + 1 :]
 
@@ -108,7 +108,7 @@ def test_a_requeued_stage_submits_nothing_twice(cluster: Cluster, data: dict[str
 
 
 def test_a_chain_that_was_cut_off_is_completed(cluster: Cluster, data: dict[str, str]) -> None:
-    """A node that fails between two submissions: the restart goes on where it was."""
+    """After a node failure between two submissions, the restart submits the rest."""
     record = cluster.folder / "run" / "s1_1" / "logs" / "job-77-submitted.txt"
     record.parent.mkdir(parents=True)
     record.write_text("s1_2 55\n")

@@ -1,4 +1,4 @@
-"""launch.sh without Slurm and without training: what it starts, how it passes a signal on, and when it requeues."""
+"""launch.sh without Slurm and training: what it starts, how it forwards signals, and when it requeues."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_cluster_that_does_not_requeue_is_reported(cluster: Cluster) -> None:
 
 
 def test_a_signal_to_the_job_is_passed_on_to_its_step_until_that_has_stopped(cluster: Cluster) -> None:
-    """Training, here, listens only from the second signal on, as it does while it still loads."""
+    """The stand-in for training ignores the first signal, as real training does while it is still loading."""
     cluster.training(
         'while [ "$(wc -l < "$CALLS/scancel" 2>/dev/null || echo 0)" -lt 2 ]; do sleep 0.02; done\n'
         'echo "stopped after step 3 of 9 on SIGUSR1" > "$RUN_DIR/stopped_early.txt"'

@@ -1,4 +1,4 @@
-"""docs/operations.md: every command in it can be given, and the walk to a finished run is taken, on a Slurm of three nodes."""
+"""docs/operations.md: all its commands are valid, and its walk to a finished run works on a Slurm cluster of three nodes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PROGRAM = r"(?:megatron-mm|-m megatron_mm)"
 
 
 def blocks(document: str) -> list[str]:
-    """The indented lines of a document, a continued one as one; comments left out."""
+    """Return the indented lines of a document, with continued lines joined and comments removed."""
     text = (ROOT / "docs" / f"{document}.md").read_text().replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines() if re.match(r" {4,}\S", line)]
     return [re.sub(r"\s+#.*", "", line) for line in lines]
 
 
 def commands(document: str) -> list[list[str]]:
-    """The words of every call of the program, from blocks and from the running text."""
+    """Return the words of every call of the program, in blocks and in running text."""
     text = (ROOT / "docs" / f"{document}.md").read_text()
     quoted = re.findall(rf"`([^`\n]*{PROGRAM} [^`\n]*)`", text)
     found = []
@@ -45,7 +45,7 @@ def commands(document: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_that_is_named_can_be_given(document: str) -> None:
-    """They are parsed as they stand, and not run; an upper-case word stands for a value. One word is a mention, no command line."""
+    """Commands are parsed as written, but not run; an upper-case letter is a placeholder. A single word is only a mention."""
     for words in commands(document):
         group: Command | Group = COMMANDS
         rest, names = list(words), []
@@ -55,7 +55,7 @@ def test_every_command_that_is_named_can_be_given(document: str) -> None:
             group = group.commands[names[-1]]
         if not rest or any(word.startswith("[") for word in rest):
             continue
-        if names[0] in ("eval", "evaluate"):  # the fields are those of a run that is not here
+        if names[0] in ("eval", "evaluate"):  # their fields depend on a run that does not exist here
             rest = shlex.split(re.sub(r"--\w+\.\S+ \S+", "", shlex.join(rest)))
         rest = ["debug_mm1" if word == "RECIPE" else "1" if re.fullmatch(r"(?!RECIPE)[A-Z]", word) else word for word in rest]
         try:
@@ -75,7 +75,7 @@ def cluster() -> Iterator[SlurmCluster]:
 
 
 class Account:
-    """An account on a cluster: a folder with the repository, and what its user types there."""
+    """An account on a cluster: a folder with the repository, in which its user runs commands."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
         self.cluster, self.folder, self.home = cluster, folder, folder / "megatron_mm"
@@ -89,7 +89,7 @@ class Account:
             path.chmod(0o755)
 
     def types(self, line: str, *, seconds: float = 1200.0) -> str:
-        """A line of the document, with this cluster's folders and a small run in place of the large one."""
+        """Run a line of the document, with this cluster's folders and a small run instead of the large one."""
         for written, here in (
             ("/scratch", str(self.folder / "scratch")),
             ("/archive", str(self.folder / "archive")),
@@ -118,7 +118,7 @@ class Account:
         return done.stdout
 
     def wait(self, what: str, *, seconds: float = 1200.0) -> None:
-        """Until the job's state, or its number of restarts, is so."""
+        """Wait until the job has this state, or number of restarts."""
         deadline = time.monotonic() + seconds
         while what not in (self.cluster.state(self.job), f"restarts {self.cluster.job(self.job)['Restarts']}"):
             assert time.monotonic() < deadline, (self.home / f"slurm-{self.job}.out").read_text()

@@ -1,5 +1,5 @@
-"""The scripts on a real Slurm: two nodes, a stop by signal, the requeue, the resume, and a chain of stages. Skipped where Slurm is not
-installed."""
+"""The scripts on a real Slurm cluster of two nodes: a stop by signal, requeuing, resuming, and a chain of stages. Skipped if Slurm is
+not installed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cluster() -> Iterator[SlurmCluster]:
 
 
 def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = 1200.0) -> None:
-    """A job that cannot get there fails by itself: the limit is for a cluster that hangs, and far above what a busy machine takes."""
+    """Wait for a condition. A job that cannot reach it fails by itself; the limit only catches a cluster that hangs."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s until {what}"
@@ -102,7 +102,7 @@ ONE_SMALL_NODE = ("--nodes=1", "--gpus-per-node=0", "--time=00:20:00")
 
 
 def submit_chain(cluster: SlurmCluster, run_dir: Path, *arguments: str, data: Path) -> tuple[str, list[str]]:
-    """Mono-InternVL's script with a tiny model. Returns the job, and the others' once they are submitted."""
+    """Submit Mono-InternVL's script with a tiny model; return its job, and the jobs of the later stages once they are submitted."""
     environment = {f"DATA_{stage.upper()}": str(data) for stage in STAGES} | {"RECIPE": "debug_mono_internvl"}
     job = submit(cluster, run_dir, *arguments, script="mono_internvl_2b", data=data, options=ONE_SMALL_NODE, **environment)
     record = run_dir / "s1_1" / "logs" / f"job-{job}-submitted.txt"
@@ -111,7 +111,7 @@ def submit_chain(cluster: SlurmCluster, run_dir: Path, *arguments: str, data: Pa
 
 
 def weights(run_dir: Path, part: str) -> dict[str, torch.Tensor]:
-    """The tensors of a run's newest checkpoint whose name has `part` in it."""
+    """Return the tensors of a run's newest checkpoint whose names contain `part`."""
     reader = CheckpointReader(find_checkpoint(run_dir))
     return {name: reader.read(name) for name in reader.names() if part in name}
 
@@ -122,7 +122,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def test_stages_in_a_chain_begin_with_one_another_and_are_submitted_once(cluster: SlurmCluster, demo_data: Path, tmp_path: Path) -> None:
-    """The first stage is stopped and requeued on its way, and the others wait until it is really done."""
+    """The first stage is stopped and requeued midway, and the others wait until it is done."""
     base, run_dir, last = tmp_path / "base", tmp_path / "runs", 12
     settings = ["--checkpoint.interval", "1", "--eval.interval", "0", "--monitor.wandb", "disabled", "--train.global-batch-size", "4"]
     command = [sys.executable, "-m", "megatron_mm", "train", "debug_mono_internvl", "--run-dir", base, "--data.path", demo_data]
@@ -148,7 +148,7 @@ def test_stages_in_a_chain_begin_with_one_another_and_are_submitted_once(cluster
         log = (run_dir / stage / "logs" / f"job-{others[number]}-attempt-1-node-0.log").read_text()
         assert f"begins with the weights of {run_dir / before}/checkpoints/step_{last:08d}" in log
         assert json.loads((run_dir / stage / "config.json").read_text())["train"]["freeze_policy"] == stage
-    # What a stage does not train is what its predecessor had, down to the weights that the first one was given.
+    # Weights that a stage does not train equal its predecessor's, down to the initial weights of the first stage.
     frozen = {".mlp.text.": STAGES[:3], ".self_attention.linear_qkv.": STAGES[:2]}
     for part, stages in frozen.items():
         given = weights(base, part)
@@ -174,7 +174,7 @@ def spare_cluster() -> Iterator[SlurmCluster]:
 def test_an_unfit_node_is_left_out_and_a_failed_run_starts_again_within_the_job(
     spare_cluster: SlurmCluster, demo_data: Path, tmp_path: Path
 ) -> None:
-    """Of three nodes the first is unfit; on the other two a process is killed in step 5."""
+    """The first of three nodes is unfit; on the other two, a process is killed in step 5."""
     run_dir, python = tmp_path / "run", tmp_path / "python"
     python.write_text(
         "#!/bin/bash\n"

@@ -1,4 +1,4 @@
-"""The Slurm scripts: what they start, what they say when something is missing, and a run through them on two stand-in nodes."""
+"""The Slurm scripts: what they start, their errors if something is missing, and a run through them on two stand-in nodes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def start(script: Path, *arguments: str, **environment: str) -> subprocess.Compl
 
 
 def recipes_of(script: Path) -> list[Experiment]:
-    """What a script trains, by its last line: a recipe, or the recipes of a chain of stages."""
+    """Return the recipe that a script trains, or the recipes of its chain of stages, from its last line."""
     last = script.read_text().splitlines()[-1]
     if last == f'exec "$launch" {script.stem} "$@"':
         return [get_recipe(script.stem)]
@@ -86,7 +86,7 @@ def test_what_is_missing_is_said_in_one_line(environment: dict[str, str], messag
 
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> str:
-    """A PATH on which srun starts its command once for each of two nodes, on this machine."""
+    """A PATH with an srun that starts its command locally, once for each of two nodes."""
     programs = {
         "scontrol": 'if [ "$2" = hostnames ]; then echo n1; echo n2; else echo "NodeName=$3 NodeAddr=127.0.0.1 CPUs=2"; fi',
         "srun": 'while [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=0 "$@" & a=$!\nSLURM_NODEID=1 "$@" & b=$!\nwait $a && wait $b',
@@ -121,7 +121,7 @@ def test_a_mistake_ends_the_job_with_an_error(two_nodes: str, demo_data: Path, t
 
 
 def test_evaluation_takes_the_checkpoints_that_are_asked_for_and_comes_again(tmp_path: Path) -> None:
-    """Each once; a checkpoint without its manifest is not complete."""
+    """Each is evaluated once; a checkpoint without its manifest is not complete."""
     run_dir, programs, log = tmp_path / "run", tmp_path / "bin", tmp_path / "log"
     for step in (10, 20, 30, 40):
         (run_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
@@ -150,7 +150,7 @@ def test_evaluation_takes_the_checkpoints_that_are_asked_for_and_comes_again(tmp
 
 
 def test_a_checkpoint_that_fails_or_is_gone_does_not_end_the_watch(tmp_path: Path) -> None:
-    """The second of four fails, and the third is removed meanwhile, as a training that keeps the newest ones does."""
+    """The second of four fails, and the third is removed meanwhile, as by a training run that keeps only the newest checkpoints."""
     run_dir, programs, log = tmp_path / "run", tmp_path / "bin", tmp_path / "log"
     for step in (10, 20, 30, 40):
         (run_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)

@@ -1,5 +1,5 @@
-"""A connector, a hook, a preprocessor, a decoder variant, a source format and a whole family from outside the package: what
-docs/extending.md shows trains, resumes, evaluates and exports, without a change to the package."""
+"""A connector, a hook, a preprocessor, a decoder variant, a source format and a whole family from outside the package: the examples of
+docs/extending.md train, resume, evaluate and export without a change to the package."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_family_trains_resumes_exports_and_begins_as_what_was_exported(
 ) -> None:
     run_dir = tmp_path / "run"
     hook = f"{EXAMPLES / 'weight_norm_hook.py'}:WeightNorms"
-    monkeypatch.chdir(EXAMPLES)  # from where it is named by less than its path
+    monkeypatch.chdir(EXAMPLES)  # so that it can be named by its file name alone
     train("patch_family.py:debug_patches", run_dir, demo_data, steps=1, more=("--extra-hooks", "weight_norm_hook.py:WeightNorms"))
     monkeypatch.chdir(tmp_path)
     resumed = train(PATCHES, run_dir, demo_data, steps=2, more=("--extra-hooks", hook))
@@ -69,7 +69,7 @@ def test_a_family_trains_resumes_exports_and_begins_as_what_was_exported(
 
 
 def test_a_connector_and_a_preprocessor_and_what_they_change(demo_data: Path, tmp_path: Path) -> None:
-    """The preprocessor drops samples before they are planned, so nothing of them is ever read."""
+    """The preprocessor drops samples before planning, so they are never read."""
     recipe = get_recipe(f"{EXAMPLES / 'pixel_shuffle_connector.py'}:debug_pixel_shuffle")
     assert from_dict(Experiment, to_dict(recipe)) == recipe, "settings of its own come back"
     (tmp_path / "drop.py").write_text(DROP_MANY)
@@ -112,7 +112,7 @@ def only_the_first(source):
 
 @pytest.fixture(scope="module")
 def table(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures and their captions, and the demo's tokenizer."""
+    """A data set of pictures and a table of their captions, with the demo's tokenizer."""
     root = tmp_path_factory.mktemp("table")
     folder = root / "train" / "pairs"
     folder.mkdir(parents=True)
@@ -138,7 +138,7 @@ def test_a_source_format(table: Path, tmp_path: Path) -> None:
 
 
 def test_a_variant_of_the_layers(demo_data: Path, tmp_path: Path) -> None:
-    """The example's export is a Qwen3 to transformers, which computes what ours does."""
+    """The example's export loads as a Qwen3 in transformers, with the same logits as ours."""
     transformers = pytest.importorskip("transformers")
     train(f"{EXAMPLES / 'qk_norm_decoder.py'}:debug_qk_norm", tmp_path / "run", demo_data, steps=2)
     convert_to_hf(tmp_path / "run", tmp_path / "hf", part="language")
@@ -154,7 +154,7 @@ def test_a_variant_of_the_layers(demo_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_decoder_variant(demo_data: Path, tmp_path: Path) -> None:
-    """transformers computes what ours does when it is told of the other activation, and only then."""
+    """With the other activation in its config.json, the export has the same logits in transformers."""
     transformers = pytest.importorskip("transformers")
     train(f"{EXAMPLES / 'geglu_decoder.py'}:debug_geglu", tmp_path / "run", demo_data, steps=1)
     convert_to_hf(tmp_path / "run", tmp_path / "hf", part="language")
@@ -171,7 +171,7 @@ def test_a_decoder_variant(demo_data: Path, tmp_path: Path) -> None:
 
 
 def _logits(run_dir: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Ours, of the decoder alone: [1, tokens, vocabulary]."""
+    """Return our logits of the decoder alone: [1, tokens, vocabulary]."""
     no_images = torch.empty(0, 3, 32, 32, dtype=torch.uint8)
     experiment = load_experiment(run_dir / "config.json")
     topology = topologies.initialize(experiment.parallel, seed=1)

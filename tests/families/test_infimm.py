@@ -1,4 +1,4 @@
-"""InfiMM's model: what images do to tokens, and what they do not."""
+"""InfiMM's model: which tokens images affect, and which they do not."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build(experiment: Experiment, topology: Topology, *, gate: float) -> torch.n
 
 @torch.no_grad()
 def logits(chunk: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """[t, vocabulary]."""
+    """Return the logits [t, vocabulary]."""
     return chunk(batch, with_loss=False)[0]
 
 
@@ -59,7 +59,7 @@ def test_closed_gates_are_the_bare_language_model(topology: Topology) -> None:
 
 
 def document(*, before: int, after: list[int], generator: torch.Generator) -> list[int]:
-    """Words, then an image and `after[k]` words for each k."""
+    """Return token ids: words, then an image and `after[k]` words for each k."""
 
     def words(count: int) -> list[int]:
         return torch.randint(5, 128, (count,), generator=generator).tolist()
@@ -79,7 +79,7 @@ def pictures(count: int, *, seed: int = 0) -> torch.Tensor:
 
 
 def test_packed_documents_never_see_each_others_images(topology: Topology) -> None:
-    """Three documents in a row give what each gives alone: with two images, with none, with one."""
+    """Three packed documents, with two images, none and one, give the same logits as each alone."""
     experiment, generator = small_infimm(), torch.Generator().manual_seed(1)
     chunk = build(experiment, topology, gate=0.7)
     documents = [
@@ -94,7 +94,7 @@ def test_packed_documents_never_see_each_others_images(topology: Topology) -> No
 
 
 def test_a_token_looks_at_the_last_image_before_it_and_at_no_other(topology: Topology) -> None:
-    """One gated block, before the last layer, and attention that adds nothing there: what reaches a token's logits is its own image."""
+    """With one layer, one gated block and self-attention that adds nothing, a token's logits depend only on its own image."""
     experiment = small_infimm(decoder={"num_layers": 1}, model={"gated": replace(small_infimm().model.gated, every_n_layers=1)})
     chunk = build(experiment, topology, gate=0.7)
     for name, parameter in chunk.named_parameters():
@@ -103,7 +103,7 @@ def test_a_token_looks_at_the_last_image_before_it_and_at_no_other(topology: Top
     tokens = document(before=2, after=[3, 4], generator=torch.Generator().manual_seed(2))
     pixels, others = pictures(2), pictures(2, seed=9)
     base = logits(chunk, packed([tokens], pixels))
-    seen_by = torch.tensor([-1] * 3 + [0] * 5 + [1] * 5)  # the end-of-chunk token still looks at the image before
+    seen_by = torch.tensor([-1] * 3 + [0] * 5 + [1] * 5)  # the end-of-chunk token still attends to the previous image
     for image in (0, 1):
         changed = pixels.clone()
         changed[image] = others[image]

@@ -1,4 +1,4 @@
-"""Our InfiMM against the plain one: the same logits and the same training, document by document and packed."""
+"""Our InfiMM against the plain reference: the same logits and the same training, document by document and packed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def copy_weights(reference: InfiMMReference, chunk: torch.nn.Module, config: Inf
 
 
 def documents() -> list[tuple[list[int], torch.Tensor]]:
-    """Token ids and pixels: several images and words before the first, one at the beginning, none, two side by side."""
+    """Return token ids and pixels of documents: several images after words, one at the beginning, none, two adjacent ones."""
     generator = torch.Generator().manual_seed(3)
 
     def words(count: int) -> list[int]:
@@ -54,7 +54,7 @@ def documents() -> list[tuple[list[int], torch.Tensor]]:
 
 
 def packed(chosen: list[tuple[list[int], torch.Tensor]], *, total: int = 0) -> PackedBatch:
-    """Documents in one row, padded to `total` tokens with a document that does not count."""
+    """Pack documents into one row, padded to `total` tokens with a document of padding."""
     length = sum(len(ids) for ids, _ in chosen)
     padding = max(0, total - length)
     rows = [ids for ids, _ in chosen] + [[0] * padding] * bool(padding)
@@ -71,7 +71,7 @@ def reference_logits(reference: InfiMMReference, config: InfiMMConfig, ids: list
 
 
 def test_the_same_logits(topology: Topology) -> None:
-    """fp32; logits of about unit scale."""
+    """In fp32, on logits of about unit scale."""
     experiment = small_infimm()
     assert isinstance(experiment.model, InfiMMConfig)
     reference = infimm_reference(experiment.model)
@@ -88,7 +88,7 @@ def test_the_same_logits(topology: Topology) -> None:
 
 @pytest.mark.parametrize("policy", ["pt", "ift"])
 def test_the_same_training(topology: Topology, policy: str) -> None:
-    """Five steps of AdamW on both, the reference's with torch's own optimizer: the same losses, and the same weights in the end."""
+    """After five steps of AdamW (the reference with torch's own optimizer), losses and weights are the same."""
     experiment = with_smooth_adam(small_infimm(policy=policy, global_batch_size=4))
     assert isinstance(experiment.model, InfiMMConfig)
     reference, optimizer = infimm_reference(experiment.model), experiment.optimizer

@@ -1,4 +1,4 @@
-"""The plain InfiMM itself: its names, its language model against transformers' Llama, and who sees which image."""
+"""The plain InfiMM reference itself: its names, its language model against transformers' Llama, and which tokens see which image."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TEXT_TIME = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2])
 
 
 def make(sizes: InfiMMSizes = SMALL, *, attention_gate: float = 0.5, ff_gate: float = 0.5) -> InfiMMReference:
-    """A model with random weights whose gates are all set to two values."""
+    """Return a model with random weights and the given values of all attention and feed-forward gates."""
     model = InfiMMReference(sizes)
     randomize(model)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def make(sizes: InfiMMSizes = SMALL, *, attention_gate: float = 0.5, ff_gate: fl
 
 
 def make_bare(model: InfiMMReference, sizes: InfiMMSizes = SMALL) -> LlamaForCausalLM:
-    """transformers' Llama with the weights of the model's decoder."""
+    """Return transformers' Llama with the weights of the model's decoder."""
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=sizes.vocab,
@@ -80,7 +80,7 @@ def make_bare(model: InfiMMReference, sizes: InfiMMSizes = SMALL) -> LlamaForCau
 
 
 def make_images(*seeds: int) -> torch.Tensor:
-    """[n, 3, 8, 8]; equal seeds make equal images."""
+    """Return images [n, 3, 8, 8]; equal seeds make equal images."""
     shape = (3, TOWER.image_size, TOWER.image_size)
     images = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(images) if images else torch.empty(0, *shape)
@@ -88,13 +88,13 @@ def make_images(*seeds: int) -> torch.Tensor:
 
 @torch.no_grad()
 def changed(before: torch.Tensor, after: torch.Tensor) -> list[bool]:
-    """Which tokens' logits differ, to the last bit."""
+    """Return True for each token whose logits are not bit-identical."""
     return (before != after).any(dim=1).tolist()
 
 
 @torch.no_grad()
 def test_closed_gates_leave_the_language_model() -> None:
-    """fp32 against transformers' Llama, on logits of about unit scale."""
+    """In fp32 against transformers' Llama, on logits of about unit scale."""
     model = make(attention_gate=0.0, ff_gate=0.0)
     expected = make_bare(model)(IDS[None]).logits[0]
     assert expected.std() > 0.5
@@ -110,7 +110,7 @@ def test_a_document_without_images_is_the_language_model_whatever_the_gates() ->
 
 @torch.no_grad()
 def test_open_gates_change_every_token_of_a_document_with_images() -> None:
-    """Also those before its first image: the feed-forward part of a gated block is theirs too."""
+    """Also tokens before the first image: the feed-forward part of a gated block applies to them, too."""
     model = make()
     assert all(changed(model(IDS, make_images(1, 2)), make_bare(model)(IDS[None]).logits[0]))
     attention_only = make(ff_gate=0.0)
@@ -120,7 +120,7 @@ def test_open_gates_change_every_token_of_a_document_with_images() -> None:
 
 @torch.no_grad()
 def test_an_image_changes_no_token_before_it() -> None:
-    """Neither words nor the end-of-chunk token in front of it; later words hear of it through self-attention too."""
+    """Neither words nor the end-of-chunk token before it; later words also receive it through self-attention."""
     model = make()
     logits = model(IDS, make_images(1, 2))
     assert changed(logits, model(IDS, make_images(3, 2))) == [time >= 1 for time in TEXT_TIME]
@@ -129,7 +129,7 @@ def test_an_image_changes_no_token_before_it() -> None:
 
 @torch.no_grad()
 def test_a_token_looks_at_the_last_image_alone() -> None:
-    """Without self-attention tokens hear of images through cross-attention only: then each of them depends on one image."""
+    """Without self-attention, tokens receive images only through cross-attention, so each token depends on one image."""
     model = make()
     for layer in model.model.lang_encoder.model.layers:
         layer.decoder_layer.self_attn.o_proj.weight.zero_()

@@ -1,4 +1,4 @@
-"""Our Mono-InternVL against a plain one that computes both networks for every token, and what is its own."""
+"""Our Mono-InternVL against a plain reference that computes both networks for every token; routing of tokens."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def topology() -> Iterator[Topology]:
 
 
 def documents() -> list[tuple[list[int], torch.Tensor]]:
-    """Token ids and tiles: an image of two tiles between words, none, an image of one at the beginning, two images."""
+    """Return token ids and tiles of documents: an image of two tiles between words, none, one of one tile at the beginning, two images."""
     generator = torch.Generator().manual_seed(3)
 
     def words(count: int) -> list[int]:
@@ -67,7 +67,7 @@ def reference_logits(reference: MonoReference, config: MonoInternVLConfig, ids: 
 
 
 def test_the_same_logits_as_computing_both_networks_and_masking(topology: Topology) -> None:
-    """fp32; logits of about unit scale."""
+    """In fp32, on logits of about unit scale."""
     experiment = small_mono()
     assert isinstance(experiment.model, MonoInternVLConfig)
     reference = mono_reference(experiment.model)
@@ -84,7 +84,7 @@ def test_the_same_logits_as_computing_both_networks_and_masking(topology: Topolo
 
 @pytest.mark.parametrize("policy", ["s1_1", "s1_3", "s2"])
 def test_the_same_training(topology: Topology, policy: str) -> None:
-    """Five steps of AdamW on both, the reference's with torch's own optimizer: the same losses, and the same weights in the end."""
+    """After five steps of AdamW (the reference with torch's own optimizer), losses and weights are the same."""
     experiment = with_smooth_adam(small_mono(policy=policy, global_batch_size=2))
     assert isinstance(experiment.model, MonoInternVLConfig)
     reference, optimizer = mono_reference(experiment.model), experiment.optimizer
@@ -122,7 +122,7 @@ def test_the_same_training(topology: Topology, policy: str) -> None:
 
 
 def test_equal_experts_are_a_plain_decoder(topology: Topology) -> None:
-    """Fresh visual experts are copies of the text's networks: the model is then InternLM2, which is Llama under other names."""
+    """Initial visual experts are copies of the text experts, so the model is InternLM2, which is Llama with other names."""
     experiment = small_mono()
     assert isinstance(experiment.model, MonoInternVLConfig)
     (chunk,) = build_chunks(experiment, topology)

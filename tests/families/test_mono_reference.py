@@ -1,4 +1,4 @@
-"""The plain Mono-InternVL itself: its names, its language model against transformers' Llama, and which token goes to which network."""
+"""The plain Mono-InternVL reference itself: names, language model against transformers' Llama, and routing of tokens to networks."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def make() -> MonoReference:
 
 
 def make_tiles(*seeds: int, size: int = SMALL.image_size) -> torch.Tensor:
-    """[k, 3, size, size]; equal seeds make equal tiles."""
+    """Return tiles [k, 3, size, size]; equal seeds make equal tiles."""
     tiles = [torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(tiles) if tiles else torch.empty(0, 3, size, size)
 
 
 def make_bare(model: MonoReference) -> LlamaForCausalLM:
-    """transformers' Llama with the weights of the model's text part."""
+    """Return transformers' Llama with the weights of the model's text part."""
     head_dim, queries = SMALL.width // SMALL.heads, SMALL.heads // SMALL.kv_heads
     llama = LlamaForCausalLM(
         LlamaConfig(
@@ -75,13 +75,13 @@ def make_bare(model: MonoReference) -> LlamaForCausalLM:
 
 
 def changed(before: torch.Tensor, after: torch.Tensor) -> list[bool]:
-    """Which tokens' logits differ, to the last bit."""
+    """Return True for each token whose logits are not bit-identical."""
     return (before != after).any(dim=1).tolist()
 
 
 @torch.no_grad()
 def test_text_alone_is_the_language_model() -> None:
-    """fp32 against transformers' Llama, on logits of about unit scale."""
+    """In fp32 against transformers' Llama, on logits of about unit scale."""
     model = make()
     expected = make_bare(model)(TEXT[None]).logits[0]
     assert expected.std() > 0.5
@@ -90,7 +90,7 @@ def test_text_alone_is_the_language_model() -> None:
 
 @torch.no_grad()
 def test_with_equal_networks_images_are_embeddings_like_others() -> None:
-    """As at the start of training, where the visual network is a copy of the other: Llama on embeddings with features in their places."""
+    """As at the start of training, when both networks are equal: the model is Llama on embeddings that include image features."""
     model = make()
     for layer in model.language_model.model.layers:
         layer.feed_forward_ve.load_state_dict(layer.feed_forward.state_dict())
@@ -104,7 +104,7 @@ def test_with_equal_networks_images_are_embeddings_like_others() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("network", ["feed_forward", "feed_forward_ve"])
 def test_each_network_has_its_own_tokens(network: str) -> None:
-    """Without attention a token depends on its own network alone; the marks around an image are text."""
+    """Without attention, a token depends only on its own network; the markers around an image are text."""
     model, tiles = make(), make_tiles(1, 2)
     for layer in model.language_model.model.layers:
         layer.attention.wo.weight.zero_()
@@ -133,7 +133,7 @@ def test_the_class_slot_is_carried_and_unused() -> None:
 
 @torch.no_grad()
 def test_patches_have_the_positions_of_their_places() -> None:
-    """Without pixels the patch in row r and column c of 4 x 4 is the bias and row 1 + 4 r + c of the table."""
+    """For zero pixels, the patch in row r and column c of 4 x 4 is the bias plus row 1 + 4 r + c of the table."""
     embeddings = make().vision_model.embeddings
     patches = embeddings(torch.zeros(1, 3, 16, 16))
     torch.testing.assert_close(patches[0, 1, 2], embeddings.patch_embedding.bias + embeddings.position_embedding[0, 1 + 4 + 2])
@@ -141,7 +141,7 @@ def test_patches_have_the_positions_of_their_places() -> None:
 
 @torch.no_grad()
 def test_positions_stretch_to_other_tile_sizes() -> None:
-    """On tiles of twice the size column 3 of 8 is at 1.25 of 4: cubic convolution of its four neighbours, with torch's a = -0.75."""
+    """For tiles of twice the size, column 3 of 8 is at 1.25 of 4: a cubic convolution of four neighbours, with torch's a = -0.75."""
     embeddings = make().vision_model.embeddings
     embeddings.patch_embedding.weight.zero_()
     embeddings.patch_embedding.bias.zero_()

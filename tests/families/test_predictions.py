@@ -1,4 +1,4 @@
-"""What recipes say of their step, memory and layout, against the planner.
+"""Step time, memory and layout stated in recipes, against the planner.
 
 `python tests/families/test_predictions.py` prints the sentences that their docstrings should have.
 """
@@ -27,7 +27,7 @@ SENTENCE = re.compile(
 
 
 def _gpus(name: str) -> int:
-    """Those of its script, or of its docstring where it has none."""
+    """Return the number of GPUs stated in the recipe's docstring, else a default by family."""
     found = SENTENCE.search(" ".join((RECIPES[name].__doc__ or "").split()))
     return int(found.group(1)) if found else {"mono": 256, "infi": 32}.get(name[:4], 64)
 
@@ -73,8 +73,8 @@ def test_a_script_asks_for_the_gpus_and_names_the_layout(script: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith(("_sft", "_mtt")) and "moe" not in name])
 def test_a_recipe_takes_the_layout_that_the_search_finds(name: str) -> None:
-    """Within 3%, among those that leave a tenth of the memory free and encode on the first stage. (InfiMM recomputes in mtt, as
-    table 7 has it.)"""
+    """Within 3%, among layouts that leave a tenth of the memory free and encode on the first stage. (InfiMM's mtt recipes recompute,
+    as in table 7.)"""
     best = search(get_recipe(name), GPUS["h100-sxm"], _gpus(name), keep=1, usable=USABLE_BY_RECIPES, spread=False).best[0]
     assert _predict(name, "h100-sxm")[0].seconds <= 1.03 * best.seconds
 

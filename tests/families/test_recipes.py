@@ -1,4 +1,4 @@
-"""Recipes: their resolved values do not change unseen, and their sizes are the published ones.
+"""Recipes: their resolved values do not change unnoticed, and their sizes are the published ones.
 
 `python tests/families/test_recipes.py` writes the golden files anew.
 """
@@ -40,7 +40,7 @@ def test_an_experiment_comes_back_from_disk(name: str, tmp_path: Path) -> None:
 
 
 def totals(name: str, **parallel: object) -> dict[str, int]:
-    """Parameters by part over all stages; a tensor-parallel process's share of the decoder."""
+    """Return the parameters by part over all stages, with one tensor-parallel process's share of the decoder."""
     experiment = get_recipe(name)
     if parallel:
         experiment = replace(experiment, parallel=ParallelConfig(**parallel))  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def test_decoders_have_their_sizes(name: str, billions: float, without_embedding
 
 
 def test_mm1_30b_on_its_own_layout() -> None:
-    """Four stages; a process holds a quarter of each, norms and the image parts whole; the tied table stands at both ends."""
+    """Four stages: a process holds a quarter of each, but all norms and image parts; the tied table is on the first and the last."""
     stages = stage_parameters(get_recipe("mm1_30b"))
     assert len(stages) == 4
     assert stages[0].held["vision"] == 631_371_520 and stages[0].held["connector"] == 69_599_040
@@ -94,7 +94,7 @@ def test_variants_differ_in_what_they_name(connector: str) -> None:
 
 @pytest.mark.parametrize(("name", "billions", "active_billions"), [("mm1_3b_moe", 63.93, 4.033), ("mm1_7b_moe", 47.62, 8.356)])
 def test_sparse_decoders_have_their_sizes(name: str, billions: float, active_billions: float) -> None:
-    """All parameters within 1% of the published size; the active ones are those that a token is multiplied with."""
+    """All parameters are within 1% of the published size; the active ones are those that a token is multiplied with."""
     experiment = get_recipe(name)
     assert isinstance(experiment.model, MM1Config)
     assert totals(name, tensor=1)["language"] / 1e9 == pytest.approx(billions, rel=1e-3)
@@ -102,7 +102,7 @@ def test_sparse_decoders_have_their_sizes(name: str, billions: float, active_bil
 
 
 def test_a_process_holds_its_share_of_the_experts() -> None:
-    """mm1_3b_moe on expert 32: the dense weights, two whole experts of each of 13 sparse layers."""
+    """With expert 32, a process of mm1_3b_moe holds the dense weights and two whole experts in each of 13 sparse layers."""
     (stage,) = stage_parameters(get_recipe("mm1_3b_moe"))
     width, mlp = 3072, 3 * 3072 * 8064
     dense = 13 * mlp + 26 * 4 * width * width + 49152 * width
@@ -123,7 +123,7 @@ def test_sparse_models_learn_as_fast_as_their_backbones() -> None:
     ],
 )
 def test_infimm_models_have_their_sizes(model: str, tower: int, language: int, gated_layers: int) -> None:
-    """The towers' published sizes; the language models', with two more tokens; gated blocks of 8 heads of 64, feed-forward of 4 widths."""
+    """Published sizes of towers and language models (with two more tokens); gated blocks of 8 heads of 64 and feed-forwards of 4 widths."""
     name = f"infimm_{model}_pt"
     experiment = get_recipe(name)
     assert isinstance(experiment.model, InfiMMConfig)
@@ -146,7 +146,7 @@ def test_infimm_stages_differ_in_what_table_7_says() -> None:
 
 
 def test_mono_internvl_has_its_size() -> None:
-    """3,111,355,392 parameters with the 92553 rows of the released vocabulary; ours are filled up to 92672, at both ends."""
+    """3,111,355,392 parameters with the 92553 rows of the released vocabulary; ours is padded to 92672 rows, in embedding and output."""
     found = sum(totals("mono_internvl_2b_s1_1", tensor=1).values())
     assert found - 2 * (92672 - 92553) * 2048 == 3_111_355_392
 

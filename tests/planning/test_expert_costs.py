@@ -1,4 +1,4 @@
-"""How tokens go to experts, and what stacks do about it: dispatchers, CUDA graphs, fusions, models with odd experts."""
+"""Costs of experts: dispatchers, CUDA graphs, fusions, and models with unusual experts."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _exchange(dispatcher: Dispatcher, *, gpus: int, machines: int = 0) -> float:
 
 
 def test_a_row_goes_to_a_gpu_once() -> None:
-    """8 copies over 8 GPUs reach 5.25 of them; over 8 machines too, over which a router's groups may let them reach no more than 4."""
+    """8 copies reach 5.25 of 8 GPUs on average, and as many of 8 machines, unless a router's groups limit them to 4 machines."""
     inside = 1e9 * 7 / 8 / (450e9 * 0.82)
     assert _exchange("alltoall", gpus=8) == pytest.approx(inside, rel=0.01)
     assert _exchange("deepep", gpus=8) == pytest.approx(inside * 5.25 / 8, rel=0.02)
     assert _exchange("hybridep", gpus=64) < 0.7 * _exchange("alltoall", gpus=64)
     assert _exchange("hybridep", gpus=64, machines=4) < _exchange("hybridep", gpus=64)
-    assert _exchange("allgather", gpus=8) == pytest.approx(inside, rel=0.01)  # each token to all 8, and 8 copies: the same
+    assert _exchange("allgather", gpus=8) == pytest.approx(inside, rel=0.01)  # each token to all 8 GPUs: as much as 8 copies
 
 
 def _layer(dispatcher: Dispatcher = "alltoall", *, shape: DecoderShape = SHAPE, fuses: bool = False) -> Seconds:
@@ -98,7 +98,7 @@ def test_recipes_of_megatron_bridge_are_looked_up_by_release_and_gpu() -> None:
 
 
 def test_all_parts_that_a_stack_may_leave_out_are_there() -> None:
-    """Every part of a stream that a stack may leave out is one that the layer really has."""
+    """The layer really has every part that a stack may leave out."""
     kernels = expert_section(SHAPE, Layout(8, expert=8), Tokens.whole(sequences=1, length=4096), fp8=True, trained=Trained())[0]
     parts = {kernel.part for kernel in kernels if isinstance(kernel, Stream)}
     assert {"router", "permutation", "sorting", "expert activation", "expert bias", "expert weight cast"} <= parts

@@ -1,4 +1,4 @@
-"""FLOPs are counted as the module says, by hand and by torch's own counter."""
+"""FLOP counts against counts by hand and torch's own counter."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def test_a_sparse_layer_counts_the_router_and_top_k_experts() -> None:
         num_layers=4, hidden_size=8, ffn_hidden_size=24, num_attention_heads=4, num_query_groups=4, head_dim=2, vocab_size=100
     )
     sparse = replace(dense, moe=MoEConfig(num_experts=16, every_n_layers=2, top_k=2))
-    more = 2 * (3 * 8 * 24 + 8 * 16)  # in two layers one expert more than the dense layer's MLP, and the router
+    more = 2 * (3 * 8 * 24 + 8 * 16)  # in each of two layers, one expert more than the dense MLP, and the router
     assert decoder_matmul_parameters(sparse) - decoder_matmul_parameters(dense) == more
 
 
 def test_a_sequence_of_mm1_30b() -> None:
-    """4096 tokens in one document: 6 N t for the weights, the output layer's among them, and 3 x 2 x 56 x 6656 x 4096^2 for attention."""
+    """4096 tokens in one document: 6 N t for the weights, including the output layer, and 3 x 2 x 56 x 6656 x 4096^2 for attention."""
     found = decoder_flops(MM1_30B.decoder, num_tokens=4096, sum_squared_lengths=4096**2)
     layer = 4 * 6656 * 6656 + 3 * 6656 * 17920
     weights, attention = 6 * (56 * layer + 49152 * 6656) * 4096, 3 * 2 * 56 * 6656 * 4096**2
     assert found == weights + attention
     images = 16 * vision_flops(MM1_30B.vision)  # a full sequence's
     assert images == pytest.approx(48.3e12, rel=1e-3)
-    # The estimate that the planned cluster time rests on, 770.8 + 48.3 TFLOP, was made apart from this formula; logits alone are 1%.
+    # The estimate of 770.8 + 48.3 TFLOP was made independently of this formula; the logits alone are 1%.
     assert found + images == pytest.approx(819.1e12, rel=1.5e-2)
 
 
 def test_the_image_tower_by_hand() -> None:
-    """ViT-H at 378 pixels: 729 patches and a class token; attention over 730 tokens both ways."""
+    """ViT-H at 378 pixels: 729 patches and a class token; bidirectional attention over 730 tokens."""
     tokens, width = 730, 1280
     layers = 32 * (2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width)
     assert vision_flops(VIT_H_14_378) == pytest.approx(3 * (layers + 2 * 729 * 588 * width), rel=1e-12)
@@ -74,7 +74,7 @@ def test_average_pooling_counts_its_linear_layer() -> None:
 
 @pytest.mark.parametrize("kind", ["attention", "c_abstractor"])
 def test_connectors_against_torchs_counter(kind: str) -> None:
-    """The forward pass, but for pooling, a product with a constant, which is not counted as the model's."""
+    """The forward pass without pooling, a product with a constant that is not counted as the model's FLOPs."""
     vision = replace(VIT_H_14_378, image_size=14 * 24, hidden_size=256, ffn_hidden_size=512)
     config = ConnectorConfig(kind=kind, num_tokens=144, hidden_size=256)
     with torch.device("meta"):
@@ -99,7 +99,7 @@ def test_an_unknown_connector_is_counted_as_nothing_else() -> None:
     [("", 30), ("b", 10 + 30 + 20), ("c", 20 + 30), ("abc", 90)],
 )
 def test_a_chain_costs_what_is_trainable(trainable: str, expected: int) -> None:
-    """Once forward; once more for a trainable weight; once more where anything before is trainable."""
+    """A weight counts once forward, once more if it is trainable, and once more if anything before it is trainable."""
     count = FlopCount(lambda name: name in trainable)
     for name in "abc":
         count.weight(name, 10.0)

@@ -1,4 +1,4 @@
-"""The FLOPs that we say a step has, against those that torch counts while it runs."""
+"""Our FLOP counts of a step against those that torch counts while it runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_mm.training.build import build_chunks
 from megatron_mm.training.freezing import freeze, trainable_patterns
 
 WIDE = {"hidden_size": 256, "ffn_hidden_size": 512, "head_dim": 32}
-"""A decoder that is most of the model, as in a real one."""
+"""A decoder that dominates the model, as in a real one."""
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,8 @@ WIDE = {"hidden_size": 256, "ffn_hidden_size": 512, "head_dim": 32}
     ],
 )
 def test_as_many_as_torch_counts(make: Callable[..., Experiment], batch_of: Callable[..., PackedBatch], policy: str) -> None:
-    """Within 3%: torch counts causal attention whole and the gated blocks' attention as it is, we count one half and the other for all
-    tokens."""
+    """Within 3%: torch counts causal attention in full and the gated blocks' attention as computed; we count half of the former, and the
+    latter for all tokens."""
     experiment = make(policy=policy, decoder=WIDE)
     topology = topologies.initialize(experiment.parallel, seed=1)
     (chunk,) = build_chunks(experiment, topology)

@@ -1,4 +1,4 @@
-"""The host's times and counts: small models that the host limits, published and traced."""
+"""The host's times and operation counts: small models that the host limits, published and traced."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_functional_tests_of_megatron_lm_are_within_bounds() -> None:
 
 @pytest.mark.parametrize(("recipe", "precision", "batch", "measured"), [("mm1_1b", "bf16", 8, 1.60), ("mm1_3b", "fp8", 4, 1.81)])
 def test_own_training_runs_are_met_by_the_host_and_decoding_beside_it(recipe: str, precision: str, batch: int, measured: float) -> None:
-    """On one H200 of a virtual machine, whose host takes 1.6 times as long (benchmarks/planning_own_runs.py): both steps wait for it."""
+    """On one H200 of a virtual machine with a 1.6 times slower host (benchmarks/planning_own_runs.py); both steps wait for the host."""
     experiment = get_recipe(recipe)
     train = replace(experiment.train, precision=precision, global_batch_size=batch, micro_batch_size=batch // 4)
     experiment = replace(experiment, train=train, data=replace(experiment.data, decoder="pillow"))
@@ -59,7 +59,7 @@ def _operations(kernels: list[Kernel]) -> float:
 
 @pytest.mark.slow
 def test_experts_ask_as_much_of_the_host_as_is_traced() -> None:
-    """Operations that a sparse layer has more than a dense one, forward and backward: those that are traced, and waits besides."""
+    """A sparse layer's operations beyond a dense one's, forward and backward: the planner counts those traced, and also waits."""
     sparse, dense = _traced("debug_mm1_moe"), _traced("debug_mm1")
     shape = DecoderShape.of(get_recipe("debug_mm1_moe").model.decoder)
     layout, tokens = Layout(8, tensor=2, expert=4), Tokens.whole(sequences=1, length=512)

@@ -1,4 +1,4 @@
-"""Published measurements: every column may be missing or odd, and what comes of the known ones is held to a bound."""
+"""Published measurements: any column may be missing or odd, and the errors on known rows must stay within bounds."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_file_of_something_else_is_an_error(tmp_path: Path) -> None:
 
 
 def test_models_with_latent_attention_have_its_sizes(tmp_path: Path) -> None:
-    """Moonlight-16B: 15.96B parameters, of which a row gives neither the latents nor the shared experts."""
+    """Moonlight-16B has 15.96B parameters; its row states neither the latents nor the shared experts."""
     names, rows = _rows()
     found = [row for row in rows if row["model"].startswith("moonlight")]
     jobs = [row.jobs[0] for row in read_measurements(_write(tmp_path / "rows.csv", names, found[:1])) if isinstance(row, Measurement)]
@@ -77,7 +77,7 @@ def test_names_of_gpus(text: str, name: str) -> None:
 
 
 def test_changes_of_a_row_have_the_right_sign(tmp_path: Path) -> None:
-    """Recomputation and longer sequences cost, FP8 and more GPUs save, whatever row they are changed in."""
+    """Recomputation and longer sequences increase the time, FP8 and more GPUs reduce it, in any row."""
     names, rows = _rows()
     for row in (rows[2], next(row for row in rows if row["model"] == "llama3-70B" and row["tp"] == "4" and row["gbs"] == "128")):
         plain = {**row, "recompute": "none", "precision": "bf16", "gpu": "H100"}
@@ -96,7 +96,7 @@ def test_changes_of_a_row_have_the_right_sign(tmp_path: Path) -> None:
 
 
 def test_more_of_anything_takes_longer_and_more_gpus_do_not(tmp_path: Path) -> None:
-    """Over layers, batch and GPUs, of a dense model and of one with experts; lengths may be written with a K."""
+    """For layers, batch, GPUs and lengths (which may have a suffix K), of a dense and of a sparse model."""
     names, rows = _rows()
     for row in (next(row for row in rows if row["model"] == model) for model in ("llama3-70B", "mixtral-8x22B")):
         plain = {**row, "gbs": "512", "mbs": "1", "dp": "", "n_gpus": "256", "grad_accum": "", "vpp": "1", "recompute": "none"}
@@ -136,7 +136,7 @@ def test_one_row_in_six_stays_within_the_band(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.slow
 def test_known_rows_stay_within_the_published_band(capsys: pytest.CaptureFixture[str]) -> None:
-    """The bounds are those that docs/planning.md states, with room for a change of a constant; they are no fit to single rows."""
+    """The bounds are those of docs/planning.md, with room for changes of constants; they are not fitted to single rows."""
     found = _errors(capsys, ANCHORS)
     assert found["dense"] < 5
     assert found["moe"] < 8
@@ -144,14 +144,14 @@ def test_known_rows_stay_within_the_published_band(capsys: pytest.CaptureFixture
 
 @pytest.mark.slow
 def test_held_out_rows_stay_within_the_published_band(capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows that no constant was chosen on: other releases, other GPUs, FP4, other layouts."""
+    """Rows that no constant was fitted to: other releases, other GPUs, FP4, other layouts."""
     found = _errors(capsys, HELD_OUT)
     assert found["dense"] < 5
     assert found["moe"] < 10
 
 
 def test_memory_peaks_where_activations_or_the_update_do(tmp_path: Path) -> None:
-    """Gradients in bf16 are copied into float32 for the update, when activations are gone: recomputing more than that saves nothing."""
+    """bf16 gradients are copied to float32 for the update, when activations are freed: beyond that peak, more recompute saves nothing."""
     names, rows = _rows()
     plain = next(row for row in rows if row["source"].startswith("Megatron-Bridge") and row["tp"] == "4")
     changed = [{**plain, "recompute": recompute} for recompute in ("none", "mlp", "full")]

@@ -1,4 +1,4 @@
-"""The simulated pipeline against what its schedules are known to give."""
+"""The simulated pipeline against known results of its schedules."""
 
 from __future__ import annotations
 

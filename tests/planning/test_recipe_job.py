@@ -1,4 +1,4 @@
-"""Recipes as jobs: their products are those that `flops` counts, and what a plan says of them."""
+"""Recipes as jobs: their FLOPs are those that `flops` counts, and plans report them correctly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_mm.planning.workload import MicroBatch, Workload
 
 def _flops(block: Block) -> float:
     kernels = [kernel for kernel in (*block.forward, *block.backward) if isinstance(kernel, Product | Attention)]
-    # Fused attention computes the scores again in its backward pass, which `flops` does not count: 2.5 times the forward instead of 2.
+    # Fused attention recomputes the scores in its backward pass, which `flops` does not count: 2.5 times the forward instead of 2.
     return sum(kernel.flops * (0.8 if isinstance(kernel, Attention) and kernel.backward else 1.0) for kernel in kernels)
 
 
@@ -29,8 +29,10 @@ def _flops(block: Block) -> float:
     "recipe", ["mm1_1b", "mm1_3b_moe", "infimm_zephyr_7b_pt", "infimm_llama_13b_ift", "mono_internvl_2b_s1_1", "mono_internvl_2b_s2"]
 )
 def test_products_are_those_that_are_counted(recipe: str) -> None:
-    """One process, one micro-batch: what the planner's kernels compute is what the trainer's MFU counts, to 1%: the connector's depthwise
-    convolutions, its pooling and the fullest experts apart."""
+    """With one process and one micro-batch, the planner's kernels have the FLOPs of the trainer's MFU, to 1.5% (7% with experts).
+
+    The differences are the connector's depthwise convolutions and pooling, and the fullest experts.
+    """
     experiment = get_recipe(recipe)
     length = experiment.data.sequence_length
     parallel = replace(experiment.parallel, tensor=1, pipeline=1, virtual=1, expert=1, stage_layers=None, recompute="none")
@@ -65,7 +67,7 @@ def test_parts_add_up_to_the_step() -> None:
 
 
 def test_directions_are_right() -> None:
-    """What must be faster is predicted to be: more GPUs, FP8, no recomputation, a faster GPU; the host being fast enough for them."""
+    """More GPUs, FP8, no recomputation and a faster GPU are predicted to be faster, with a host that is fast enough."""
 
     def seconds(gpus: int = 64, gpu: str = "h100-sxm", **changes: str) -> float:
         experiment = get_recipe("mm1_7b")
@@ -82,7 +84,7 @@ def test_directions_are_right() -> None:
 
 
 def test_an_encoder_on_every_rank_takes_the_load_off_the_first() -> None:
-    """The same work, a step without the tower's wait, and memory that is even; its weights on every rank."""
+    """With the same work, the step no longer waits for the tower, and memory is more even; its weights are on every rank."""
     base = get_recipe("mm1_30b")
     layout = ParallelConfig(tensor=4, pipeline=4, virtual=2)
     plain = replace(base, parallel=layout, train=replace(base.train, micro_batch_size=1))
@@ -102,7 +104,7 @@ def test_an_exchange_beside_another_micro_batch_takes_time_for_memory() -> None:
 
 
 def test_formats_of_gradients_moments_and_weights_count() -> None:
-    """In memory by what each takes of a parameter (config/precision.py), and in the messages of data parallelism."""
+    """They change memory by their bytes per parameter (config/precision.py), and the messages of data parallelism."""
     experiment = get_recipe("mm1_7b")
     experiment = replace(experiment, train=replace(experiment.train, precision="fp8"))
 

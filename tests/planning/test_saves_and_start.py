@@ -1,4 +1,4 @@
-"""What the planner says of saves and the start is what a real process stages, and draws."""
+"""The planner's numbers for saves and the start equal the bytes that a real process stages and the numbers that it draws."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def job(settings: Experiment, gpus: int) -> Job:
 
 
 def staged_and_drawn(recipe: str) -> tuple[int, int]:
-    """Bytes of the state that this process has, of weights all copies; and numbers that its initial weights are drawn from."""
+    """Return the bytes of state that this process stages (weights divided by their copies), and the numbers drawn for its weights."""
     settings = experiment(recipe)
     topology = topologies.initialize(settings.parallel, seed=1)
     model = build_model(settings, topology)
@@ -52,7 +52,7 @@ def staged_and_drawn(recipe: str) -> tuple[int, int]:
     [("debug_mm1", 1), pytest.param("debug_mm1_moe", 1, marks=pytest.mark.slow), pytest.param("debug_mm1", 2, marks=pytest.mark.slow)],
 )
 def test_bytes_of_a_save_are_those_that_a_process_stages(recipe: str, processes: int) -> None:
-    """To 2%: the planner leaves some vectors out."""
+    """To 2%, because the planner leaves out some vectors."""
     planned = job(experiment(recipe), processes)
     found = run_processes(staged_and_drawn, processes, recipe)
     assert save_cost(planned).staged_bytes == pytest.approx(max(staged for staged, _ in found), rel=0.02)

@@ -1,4 +1,4 @@
-"""The search against trying everything."""
+"""The search against an exhaustive one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the start of a run costs one process does not grow with the number of processes."""
+"""The cost of a run's start on one process does not grow with the number of processes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron_mm.families.recipes import get_recipe
 from megatron_mm.planning.tracing.start import StartTrace, trace_start
 
 SHARDS = 4
-"""Of the demo's three training sources."""
+"""Shards of the demo's three training sources."""
 
 
 def trace(data: Path, folder: Path, rank: int, world_size: int) -> StartTrace:
-    """Four sequences a data-parallel rank, whatever the size of the run."""
+    """Trace a start with four sequences per data-parallel rank, whatever the size of the run."""
     base = get_recipe("debug_mm1")
     parallel = ParallelConfig(tensor=2, pipeline=2)
     experiment = replace(

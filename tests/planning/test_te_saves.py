@@ -1,4 +1,4 @@
-"""The table of what Transformer Engine keeps, against its source."""
+"""The table of tensors that Transformer Engine saves for the backward pass, against its source."""
 
 from __future__ import annotations
 

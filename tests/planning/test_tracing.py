@@ -18,10 +18,10 @@ from megatron_mm.planning.step import StepModel
 from megatron_mm.planning.tracing.trace import Trace, real_rank, trace_rank, trace_ranks
 
 MEMORY_TOLERANCE = 0.02
-"""Of allocated bytes."""
+"""Relative tolerance of allocated bytes."""
 LAST_STAGE_TOLERANCE = 0.04
-"""On the last of several stages under tensor parallelism: gloo still holds one gradient of the output layer's input when the next is made,
-which was 2.1% of the peak of `debug_mm1`."""
+"""Tolerance on the last of several stages with tensor parallelism: gloo still holds one gradient of the output layer's input when the
+next is made, which was 2.1% of the peak of `debug_mm1`."""
 GPUS_OF = {"mm1_30b": 512, "mm1_3b_moe": 128, "mm1_7b_moe": 128, "mono": 256, "infimm": 32}
 
 
@@ -44,7 +44,7 @@ def _matrix_flops(trace: Trace) -> float:
 def _assert_equal(traced: Trace, real: Trace, *, tolerance: float = MEMORY_TOLERANCE) -> None:
     assert traced.messages == real.messages
     assert _matrix_flops(traced) == _matrix_flops(real)
-    # The batch's integers are on the host where there is a device, and on the CPU's only memory where there is none.
+    # With a device the batch's integers are on the host; without one they are in the only memory.
     bytes_of = [trace.peak_bytes - trace.peak_parts.get("batch|-", 0) for trace in (traced, real)]
     assert bytes_of[0] == pytest.approx(bytes_of[1], rel=tolerance)
 
@@ -83,7 +83,7 @@ FULL_SIZE = [name for name in RECIPES if not name.startswith(("debug", "mm1_abla
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("recipe", FULL_SIZE)
 def test_every_recipe_runs_at_full_size_without_a_device(recipe: str) -> None:
-    """Forward, backward and update on every pipeline rank; and the planner's memory is what is traced, to 8%."""
+    """Forward, backward and update on every pipeline rank; the planner's memory equals the traced one to 8%."""
     gpus = next((number for name, number in GPUS_OF.items() if recipe.startswith(name)), 64)
     experiment = get_recipe(recipe)
     planned = plan_recipe(experiment, GPUS["h100-sxm"], gpus)

@@ -1,4 +1,4 @@
-"""A run beside its prediction: a layout that cannot fit is refused, and predicted stands next to measured."""
+"""A run and its prediction: a layout that cannot fit is refused, and predicted and measured times are logged together."""
 
 from __future__ import annotations
 

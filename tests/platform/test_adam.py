@@ -1,4 +1,4 @@
-"""FusedAdamW is AdamW, and keeps its state as apex's and Transformer Engine's do."""
+"""FusedAdamW computes AdamW, and keeps its state as apex's and Transformer Engine's Adam do."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_going_on_from_a_state_is_exact() -> None:
 
 
 def test_groups_of_older_checkpoints_are_completed() -> None:
-    """Transformer Engine's Adam looks `bias_correction` up in groups that our checkpoints did not have it in."""
+    """Transformer Engine's Adam reads `bias_correction` from parameter groups, in which our older checkpoints lack it."""
     optimizer = FusedAdamW(_parameters(), **OPTIONS)
     assert optimizer.param_groups[0]["bias_correction"] is True
     del optimizer.param_groups[0]["bias_correction"]
@@ -90,7 +90,7 @@ def test_groups_of_older_checkpoints_are_completed() -> None:
 
 
 def _steps_after_loading(*, installed: bool) -> dict[str, Any]:
-    """Which Adam megatron-core builds, and what it counts before and after its own state is loaded."""
+    """Return the class of Adam that megatron-core builds, and its step counters after its own state is loaded."""
     if not installed:
         adam.install = lambda: None
     experiment = small_experiment(precision="fp32")
@@ -112,7 +112,7 @@ def _steps_after_loading(*, installed: bool) -> dict[str, Any]:
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="megatron-core takes Transformer Engine's Adam here")
 def test_upstream_still_gives_all_parameters_one_counter_of_steps() -> None:
-    """Each of a step's updates then counts it on: after loading, N parameters make N steps of one."""
+    """The update of each parameter then increments it: after loading, one step with N parameters counts as N steps."""
     (found,) = run_processes(functools.partial(_steps_after_loading, installed=False), 1)
     assert found["kind"] == "AdamW", "megatron-core falls back to another Adam now: see platform/adam.py"
     assert found["parameters"] > 1 and found["counters"] == 1, "megatron-core keeps counters apart now: platform/adam.py may go"

@@ -1,4 +1,4 @@
-"""megatron-core on a machine without CUDA: what platform.cpu changes, that each change is needed, and that nothing else is changed."""
+"""megatron-core on a machine without CUDA: each change of platform.cpu is needed, and nothing else is changed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ARGUMENTS = r"(?:[^()]|\((?:[^()]|\([^()]*\))*\))*"
 
 @functools.cache
 def _sources() -> str:
-    """What is loaded of megatron-core for training."""
+    """Return the source of all megatron-core modules loaded for training."""
     importlib.import_module("megatron_mm.training.trainer")
     cpu.install()
     files = [module.__file__ for name, module in sys.modules.items() if name.startswith("megatron.core") and ".inference" not in name]
@@ -54,11 +54,11 @@ PATCHED = {
     "Parameter.type": "torch.nn:Parameter.type",
     "Tensor.cuda": "torch:Tensor.cuda",
 }
-"""What `install` replaces besides the name `torch`, and a step fails without."""
+"""Replacements of `install` besides the name `torch`, without which a step fails."""
 
 
 def _step_without(patch: str | None) -> str:
-    """Train one step of a sparse model with a patch undone; the name of the error, empty where there was none.
+    """Train one step of a sparse model with a patch undone; return the name of the error, empty if there was none.
 
     On two processes: expert parallelism, or a pipeline whose ends share the embedding table.
     """
@@ -98,7 +98,7 @@ def test_a_step_needs_each_patch(patch: str) -> None:
 
 
 def _restores_generators() -> tuple[bool, bool]:
-    """Whether megatron-core brings a generator back to where it was, before and after `install`."""
+    """Return True if megatron-core restores a generator's state, before and after `install`."""
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
 
     def restores() -> bool:
@@ -113,7 +113,7 @@ def _restores_generators() -> tuple[bool, bool]:
 
 
 def test_generators_are_restored() -> None:
-    """Recomputation draws the same numbers again. Without the patch nothing fails, and nothing is restored."""
+    """Recomputation must draw the same numbers again. Without the patch nothing fails, but nothing is restored."""
     ((before, after),) = run_processes(_restores_generators, 1)
     assert not before, "megatron-core restores generators on a CPU now: remove the patch of _set_cuda_rng_state"
     assert after
@@ -131,7 +131,7 @@ def _compiled_before_and_after() -> tuple[int, int]:
 
 
 def test_nothing_is_compiled_inside_megatron_core() -> None:
-    """Its activations are compiled when they are imported, and the first call of each would start a C++ compiler."""
+    """Its activations are wrapped with torch.compile on import, and the first call of each would start a C++ compiler."""
     ((before, after),) = run_processes(_compiled_before_and_after, 1)
     assert before > 0, "megatron-core compiles nothing on import any more: remove _run_eagerly"
     assert after == 0

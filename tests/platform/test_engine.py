@@ -1,4 +1,4 @@
-"""Differences between versions of megatron-core: each is still there, and what stands for it works with the installed one."""
+"""Differences between versions of megatron-core: each still exists, and its workaround works with the installed version."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_an_mlp_is_what_the_installed_version_wants() -> None:
 
 
 def test_rows_after_a_permutation_are_those_of_routed_tokens() -> None:
-    """Of 4 tokens with 2 choices each, one is padding: 6 rows, of the tokens in the order of their experts."""
+    """Of 4 tokens with 2 choices each, one is padding: 6 rows remain, in the order of their experts."""
     engine.install()
     routing_map = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 0], [1, 0, 1]], dtype=torch.bool)
     preprocess = MoEAlltoAllTokenDispatcher.preprocess
@@ -59,7 +59,7 @@ def test_upstream_still_counts_padding_as_routed() -> None:
 
 
 def _dispatcher(routing_map: torch.Tensor) -> SimpleNamespace:
-    """What `preprocess` reads, on one process with all experts."""
+    """Return the attributes that `preprocess` reads, for one process with all experts."""
     config = SimpleNamespace(
         moe_expert_capacity_factor=None,
         moe_router_padding_for_quantization=False,
@@ -100,7 +100,7 @@ def test_upstream_still_returns_a_bias_as_an_output_of_its_checkpoint() -> None:
 
 
 def test_deepep_sends_padding_nowhere() -> None:
-    """Of 2 tokens with 2 choices of 3 experts each, one is padding."""
+    """One of 2 tokens, with 2 choices of 3 experts each, is padding."""
     routing_map = torch.tensor([[1, 0, 1], [0, 0, 0]], dtype=torch.bool)
     weights = torch.tensor([[0.25, 0.0, 0.75], [0.0, 0.0, 0.0]])
     state = SimpleNamespace(num_experts=3, router_topk=2, capacity_factor=None)

@@ -1,4 +1,4 @@
-"""What is used of megatron-core is read from sources, and what an engine lacks of it is found."""
+"""The parts of megatron-core in use are read from our sources, and parts that an engine lacks are found."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_names_and_arguments_that_are_gone_are_found(tmp_path: Path) -> None:
 
 
 def test_methods_that_are_overridden_are_listed() -> None:
-    """Without them megatron-core would go on with its own, and nothing would say so."""
+    """If upstream renamed one, megatron-core would silently use its own method."""
     found = set()
     for path in engine_parts.PACKAGE.rglob("*.py"):
         if engine_parts.ENGINE in path.read_text():
@@ -52,7 +52,7 @@ def test_methods_that_are_overridden_are_listed() -> None:
 
 
 def _overridden(cls: type, base: type) -> set[str]:
-    """Methods of a class of ours that its base, of megatron-core, has too."""
+    """Return the methods of one of our classes that its megatron-core base also has."""
     if not base.__module__.startswith(engine_parts.ENGINE):
         return set()
     of_engine = {name for ancestor in base.__mro__ if ancestor.__module__.startswith("megatron") for name in vars(ancestor)}

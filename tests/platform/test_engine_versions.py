@@ -1,4 +1,4 @@
-"""Versions that go together, and what is said of others."""
+"""Versions that work together, and messages about others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_examples() -> None:
 
 
 def test_an_engine_that_is_too_old_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before anything of it is imported."""
+    """The error is raised before any part of megatron-core is imported."""
     monkeypatch.setattr(engines, "installed", lambda package="megatron-core": "0.14.0")
     monkeypatch.setattr("os._exit", sys.exit)
     with pytest.raises(SystemExit) as left:
@@ -33,7 +33,7 @@ def test_an_engine_that_is_too_old_is_one_line(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_what_fails_on_an_engine_that_is_newer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is tried; whatever goes wrong may come from it."""
+    """A newer version is tried; any error may be caused by it."""
 
     def fail(*unused: object, **also_unused: object) -> None:
         raise ImportError("cannot import name 'GPTModel'")
@@ -48,7 +48,7 @@ def test_what_fails_on_an_engine_that_is_newer_says_so(monkeypatch: pytest.Monke
 
 
 def test_what_an_engine_lacks_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever its version says."""
+    """Whatever its version."""
 
     def fail(*unused: object, **also_unused: object) -> None:
         raise TypeError("save() got an unexpected keyword argument")
@@ -79,7 +79,7 @@ def test_no_engine_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 def test_a_checkout_before_the_installed_engine_is_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an import would find it; pip knows nothing of it."""
+    """As an import finds it; pip does not know about it."""
     core = tmp_path / "megatron" / "core"
     core.mkdir(parents=True)
     (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 21\nPATCH = 3\nPRE_RELEASE = 'rc1'\n")

@@ -1,4 +1,4 @@
-"""`prepare view` shows what a run trains on, `prepare report` what an index holds; a browser shows the page."""
+"""`prepare view` shows a run's training data, `prepare report` the contents of an index; a browser shows the page."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_report_counts_what_the_index_holds(demo_data: Path, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_a_browser_shows_the_page(demo_data: Path, tmp_path: Path) -> None:
-    """Pictures are decoded, supervised tokens are green, and nothing is asked of the network."""
+    """Pictures are shown, and supervised tokens are green."""
     experiment = with_sources_of(get_recipe("debug_mm1"), demo_data, split="train")
     page = tmp_path / "view.html"
     write_view(experiment, page, recipe="debug_mm1", split="train", micro_batches=1)
@@ -92,5 +92,5 @@ def test_a_browser_shows_the_page(demo_data: Path, tmp_path: Path) -> None:
     with Image.open(tmp_path / "view.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
     green = np.abs(pixels - (0xC9, 0xEF, 0xCF)).max(1) < 3
-    strong = (pixels.max(1) - pixels.min(1)) > 150  # the demo's pictures are of strong colours
+    strong = (pixels.max(1) - pixels.min(1)) > 150  # the demo's pictures have strong colours
     assert green.mean() > 0.005 and strong.mean() > 0.001 and (pixels == 255).all(1).mean() > 0.3

@@ -80,7 +80,7 @@ def test_a_resumed_run_goes_on_and_one_of_an_earlier_version_ends_with_its_last_
     state.update()
     assert state.ended == "failed"
     event(run_dir, 2, "resume")
-    write_steps(run_dir, 3)  # the file is cut to step 2, and goes on
+    write_steps(run_dir, 3)  # the file is truncated after step 2 and continued
     state.update()
     assert state.ended is None and [line["step"] for line in state.lines] == [1, 2, 3]
     (run_dir / "events.jsonl").unlink()

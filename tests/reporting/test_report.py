@@ -1,4 +1,4 @@
-"""`megatron-mm report` shows what run directories say, whatever state their files are in; a browser shows the page."""
+"""`megatron-mm report` shows the contents of run directories, whatever the state of their files; a browser shows the page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def full_run(run_dir: Path, *, seed: int = 1, steps: int = 30) -> Path:
-    """A run directory with every file that a report reads."""
+    """Write a run directory with every file that a report reads."""
     (run_dir / "captions").mkdir(parents=True)
     buffer = io.BytesIO()
     Image.fromarray(np.full((8, 8, 3), 200, dtype=np.uint8)).save(buffer, "PNG")
@@ -81,7 +81,7 @@ def test_half_a_line_is_left_out_and_counted_and_of_repeated_steps_the_last_coun
     path = tmp_path / "metrics.jsonl"
     write_lines(path, [{"step": s, "loss": float(s), "losses": {"pairs": s / 2}} for s in (1, 2, 3, 4, 5)])
     with path.open("a") as file:
-        file.write('{"step": 6, "lo\n')  # the process died while it wrote
+        file.write('{"step": 6, "lo\n')  # the process died while writing
         file.write('{"step": 4, "loss": 40.0, "losses": {"pairs": null}}\n[1, 2]\n{"loss": 3}\n{"step": 5, "loss": 50.0}\n')
     found = read_lines(path)
     assert found.steps.tolist() == [1, 2, 3, 4, 5]
@@ -220,7 +220,7 @@ def test_an_image_outside_the_run_directory_is_not_shown(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_a_browser_draws_the_page(tmp_path: Path, colours: str) -> None:
-    """The paper has the colour of the style, so the style was understood; there are many colours, so charts were drawn."""
+    """The background has the style's colour, so the style was applied; there are many colours, so charts were drawn."""
     run_dir = full_run(tmp_path / "run")
     main(["report", str(run_dir)])
     picture = tmp_path / "page.png"

@@ -1,4 +1,4 @@
-"""Places that metrics go to: what they get, and that none of them can stop or slow a run."""
+"""Destinations of metrics receive the right values, and none of them can stop or slow down a run."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_place_that_hangs_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, cap
     good = Recorder()
     sinks = Sinks([Recorder(lambda step: stuck.wait(60)), good])
     for step in range(50):
-        sinks.tell("log", step, {})  # would wait for ever, if it waited
+        sinks.tell("log", step, {})  # would block for ever if it waited for the sink
         time.sleep(0.001)
     assert sinks.left_out >= 39 and good.steps == list(range(50)), "it costs its own numbers alone"
     sinks.close(exit_code=0)

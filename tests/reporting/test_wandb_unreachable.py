@@ -1,4 +1,4 @@
-"""W&B's server cannot be reached, or stops answering: the run goes on, says it once, keeps everything on its own disk, and ends with 0."""
+"""If W&B's server is unreachable or stops answering, the run continues, reports it once, keeps all data on disk, and exits with 0."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def environment(port: int) -> dict[str, str]:
 
 @contextmanager
 def silent_port(*, listens: bool) -> Iterator[int]:
-    """A port that takes connections and never answers, or that takes none."""
+    """Yield a port that accepts connections but never answers, or one that refuses them."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if listens:

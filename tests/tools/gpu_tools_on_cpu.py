@@ -1,8 +1,8 @@
-"""What the GPU tools do with Transformer Engine, over kernels written in PyTorch; run by `test_gpu_tools.py`.
+"""Runs the GPU tools with Transformer Engine on kernels written in PyTorch; used by `test_gpu_tools.py`.
 
     python gpu_tools_on_cpu.py gpu_check|routed_experts
 
-A program of its own, as megatron-core asks for Transformer Engine when it is imported.
+It is a separate program because megatron-core looks for Transformer Engine when it is imported.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def load(path: str) -> ModuleType:
 
 
 def check_layers() -> None:
-    """A line for each check: its name, what it found, what it allows."""
+    """Print a line for each check: its name, the value found, the value allowed."""
     tool = load("tools/gpu_check.py")
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         prepare_demo(data, samples=400)
         for recipe in ("debug_mm1", "debug_mm1_moe", "debug_infimm", "debug_mono_internvl"):
-            for line in tool.check_layers(data, torch.device("cuda", 0), recipe=recipe):  # it asks only what kind of device it is
+            for line in tool.check_layers(data, torch.device("cuda", 0), recipe=recipe):  # only the device's type is used
                 print(line.what, line.found, line.allowed, sep="; ")
 
 
 def compare_routed() -> None:
-    """The benchmark's lines of the cases that a GPU has."""
+    """Print the benchmark's lines for the cases of a GPU."""
     benchmark = load("benchmarks/routed_experts.py")
     options = argparse.Namespace(tokens=208, hidden_size=64, ffn_hidden_size=128, shares=[0.0, 0.3, 1.0], repeats=1)
     for case in benchmark.cases_on(torch.device("cuda", 0)):

@@ -1,4 +1,4 @@
-"""The GPU check and benchmark on a machine without a GPU: what needs none runs, and the rest says so."""
+"""The GPU check and benchmark on a machine without a GPU: parts that need no GPU run, and the others report that they need one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def gpu_check() -> ModuleType:
 def test_without_a_gpu_one_line_says_so(program: str) -> None:
     done = run(program, "--device", "cuda")
     assert done.returncode == 2 and done.stdout == ""
-    # Where Transformer Engine is installed, torch remarks before that it finds no CUDA.
+    # If Transformer Engine is installed, torch first warns that it finds no CUDA.
     assert done.stderr.splitlines()[-1:] == [
         f"{Path(program).stem}: error: torch finds no GPU here: run it on a machine with one, or with --device cpu"
     ]
@@ -81,7 +81,7 @@ def test_the_check_passes_on_a_cpu() -> None:
 
 
 def on_cpu(tool: str) -> list[str]:
-    """Lines that a tool prints of Transformer Engine, whose kernels are written in PyTorch here."""
+    """Run a tool with Transformer Engine on kernels written in PyTorch; return the lines that it prints."""
     program = REPOSITORY / "tests" / "tools" / "gpu_tools_on_cpu.py"
     path = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
@@ -93,7 +93,7 @@ def on_cpu(tool: str) -> list[str]:
 @NEEDS_TE
 @pytest.mark.slow
 def test_the_check_of_transformer_engine_is_wired_for_every_family() -> None:
-    """Everything within its limits, and FP8 rounded more than bf16 is."""
+    """Everything is within its limits, and FP8 differs more than bf16."""
     found = {what: (float(here), float(allowed)) for what, here, allowed in (line.split("; ") for line in on_cpu("gpu_check"))}
     assert all(here <= allowed for here, allowed in found.values()), found
     for recipe in ("debug_mm1", "debug_mm1_moe", "debug_infimm", "debug_mono_internvl"):
@@ -104,7 +104,7 @@ def test_the_check_of_transformer_engine_is_wired_for_every_family() -> None:
 
 @NEEDS_TE
 def test_routed_experts_are_compared_on_both_backends_and_in_fp8() -> None:
-    """With no image, some and nothing else; what the two ways compute is compared before it is timed."""
+    """With no, some and only image tokens; the results of both ways are compared before they are timed."""
     lines = [line.split() for line in on_cpu("routed_experts")]
     cases = [["torch", "bf16"], ["te", "bf16"], ["te", "fp8"]]
     assert [line[:3] for line in lines] == [[*case, share] for case in cases for share in ("0%", "30%", "100%")]
@@ -134,7 +134,7 @@ def test_the_benchmark_writes_its_table(tmp_path: Path) -> None:
 
 
 def test_parts_pass_on_what_they_print_and_the_rest_goes_on(tmp_path: Path) -> None:
-    """One result before a part dies, one part that is killed at the deadline, one that never begins."""
+    """One part dies after a result, one is killed at the deadline, and one never begins."""
     say = "import sys; sys.stdin.readline(); print('{\"value\": 1}', flush=True); "
     parts = [
         Part("dies", ["-c", say + "raise RuntimeError('no luck')"]),

@@ -1,4 +1,4 @@
-"""The table of engines: a row for each version, and what says most of a failure."""
+"""The table of engines has a row for each version, and failures are reported with their error line."""
 
 from __future__ import annotations
 
