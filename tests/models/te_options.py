@@ -1,8 +1,8 @@
-"""What `test_te_options.py` looks at: a small sparse MM1 on Transformer Engine's own Python (`support.te`) with one option at a time.
+"""Program of `test_te_options.py`: trains a small sparse MM1 on Transformer Engine's own Python layers (`support.te`), option by option.
 
     python te_options.py
 
-A program of its own, as megatron-core asks for Transformer Engine when it is imported. Prints one line of JSON.
+It is a separate program because megatron-core looks for Transformer Engine when it is imported. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def sparse(*, precision: str = "bf16", parallel: dict[str, Any] | None = None, *
 
 
 def train(experiment: Experiment, folder: Path, *, first: int = 1, last: int = 3, keep: bool = False) -> dict[str, Any]:
-    """Losses of some steps, from the checkpoint in a folder where there is one; which kernels ran; formats of what is kept."""
+    """Train from the checkpoint in a folder, if any; return losses, kernel calls, and formats of gradients, moments and quantizers."""
     check_options(experiment, backend="te")
     CALLS.clear()
     fp8.QUANTIZERS.clear()
@@ -67,13 +67,13 @@ def train(experiment: Experiment, folder: Path, *, first: int = 1, last: int = 3
 
 
 def run(trainee: te_program.Trainee, first: int, last: int) -> list[float]:
-    """Losses of steps. (`Trainee.train` evaluates each batch first, whose scales of earlier steps are others.)"""
+    """Train; return the losses. (`Trainee.train` would evaluate each batch first, which changes delayed scales.)"""
     batches = {number: SUBJECT.batches(trainee.experiment, trainee.topology, step=number) for number in range(first, last + 1)}
     return [trainee.step.run(batches[number], step=number).losses.mean for number in batches]
 
 
 def user_buffers(precision: str) -> dict[str, Any]:
-    """What each of two tensor-parallel processes allocates, and which of its layers exchange through it, by name."""
+    """Return the user buffers that a tensor-parallel process allocates, and the layers that exchange through them, by name."""
     base = SUBJECT.experiment(precision=precision)
     experiment = replace(base, parallel=ParallelConfig(tensor=2, overlap_tensor=True), eval=replace(base.eval, samples=0))
     check_options(experiment, backend="te")
@@ -88,7 +88,7 @@ def user_buffers(precision: str) -> dict[str, Any]:
 
 
 def gather_one_by_one() -> None:
-    """Weights over data parallelism: gloo, which puts together what waits for nothing, mixes up tensors of different types."""
+    """Gather weights over data parallelism one by one: gloo mixes up tensors of different types when it coalesces synchronous gathers."""
     buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     together = buffers._coalescing_manager
     buffers._coalescing_manager = lambda *args, async_ops=False, **kwargs: (
@@ -97,7 +97,7 @@ def gather_one_by_one() -> None:
 
 
 def fp8_weights(folder: Path) -> dict[str, Any]:
-    """Losses of four steps with weights of either kind, at once and with a stop in the middle, where the kind may change."""
+    """Return losses of four steps with either kind of weights, with and without a stop in the middle, where the kind may change."""
     found: dict[str, Any] = {}
     gather_one_by_one()
     for recipe in ("tensorwise", "blockwise"):
@@ -111,7 +111,7 @@ def fp8_weights(folder: Path) -> dict[str, Any]:
 
 
 def fp8_weights_of_two(kept: bool, folder: str) -> dict[str, Any]:
-    """The same of two data-parallel processes, which gather weights of a byte each; and how those are kept."""
+    """Return losses of two data-parallel processes, and the numbers of gathered weights by type."""
     adam.install = lambda: None
     gather_one_by_one()
     experiment = sparse(precision="fp8", fp8_weights=kept)
@@ -126,7 +126,7 @@ def fp8_weights_of_two(kept: bool, folder: str) -> dict[str, Any]:
 
 
 def overlapped(options: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Losses of two expert-parallel processes."""
+    """Return the losses of two expert-parallel processes."""
     adam.install = lambda: None
     experiment = sparse(precision=precision, parallel={"expert": 2, **options})
     check_options(experiment, backend="te")

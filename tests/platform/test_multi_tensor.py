@@ -1,4 +1,4 @@
-"""Many parameters at a time: the same sums and copies as megatron-core makes one by one, in fewer operations."""
+"""Sums and copies of many parameters at once equal megatron-core's, made one by one, with fewer operations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 3
 
 
 class Operations(TorchDispatchMode):
-    """How often each was asked for."""
+    """Counts the calls of each operation."""
 
     def __init__(self) -> None:
         super().__init__()
