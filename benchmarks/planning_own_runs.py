@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpu_steps import MICRO_BATCHES, MODELS, Case, full_batch, on_one_process
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the other files of benchmarks, from wherever this is started
 
+from benchmarks.gpu_steps import MICRO_BATCHES, MODELS, Case, full_batch, on_one_process
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.flops import StepWork
 from megatron_mm.planning.hardware import GPUS, OURS, with_host

@@ -1,7 +1,8 @@
 """GPUs and software stacks that the planner knows: values from data sheets, and the few constants that data sheets lack.
 
 Peaks are for dense products and come from data sheets. `Efficiency` has the fraction of them that kernels reach.
-docs/planning.md explains how these constants were found, and `benchmarks/planning_accuracy.py` measures how accurate they are.
+docs/planning.md explains how these constants were found, and `megatron-mm plan --measurements` measures how accurate
+predictions with them are.
 """
 
 from __future__ import annotations
