@@ -65,7 +65,7 @@ class Place:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous tensor."""
-    assert tensor.is_contiguous(), "only a contiguous tensor is a run of bytes"
+    assert tensor.is_contiguous(), "only a contiguous tensor occupies one range of bytes"
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -159,7 +159,7 @@ def _entries(document: dict[str, Any], path: Path, *, data: int) -> Iterator[tup
         if name == "__metadata__":
             continue
         if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: tensor {name} has the type {entry['dtype']}, which is none of {sorted(SAFETENSORS_DTYPES)}")
+            raise ValueError(f"{path}: tensor {name} has the type {entry['dtype']}, but must be one of {sorted(SAFETENSORS_DTYPES)}")
         info = TensorInfo(tuple(int(size) for size in entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
         begin, end = entry["data_offsets"]
         if min((0, *info.shape)) < 0 or end - begin != info.num_bytes:

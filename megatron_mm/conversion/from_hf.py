@@ -107,9 +107,9 @@ def convert_from_hf(
     given: dict[Part, Path | None] = {"whole": whole, "language": language, "vision": vision}
     paths = {part: path for part, path in given.items() if path is not None}
     if not paths or (whole and len(paths) > 1):
-        raise ValueError("give --whole DIR, or --language DIR, --vision DIR or both")
+        raise ValueError("use --whole DIR, or --language DIR, --vision DIR or both")
     if completed_checkpoints(run_dir):
-        raise ValueError(f"{run_dir} has checkpoints already: give another directory")
+        raise ValueError(f"{run_dir} has checkpoints already: choose another directory")
     length = experiment.data.sequence_length
     sources = [open_source(path, part, experiment.model, sequence_length=length) for part, path in paths.items()]
     tensors = _plan(model_targets(experiment), sources, resize_positions=resize_positions)
@@ -171,12 +171,12 @@ def _problems(source: Source, targets: dict[str, Target]) -> Iterable[str]:
     if missing:
         yield f"{where} lacks {len(missing)} tensors: {_some(missing)}"
     if unexpected:
-        yield f"{where} has {len(unexpected)} tensors that are not known: {_some(unexpected)}"
+        yield f"{where} has {len(unexpected)} unknown tensors: {_some(unexpected)}"
     quantised = [
         f"{name} ({str(there[name].dtype).removeprefix('torch.')})" for name in sorted(wanted & there.keys()) if _is_quantised(there[name])
     ]
     if quantised:
-        yield f"{where} has {len(quantised)} weights of a type that training does not take: {_some(quantised)}: give the unquantised ones"
+        yield f"{where} has {len(quantised)} weights of a type that training does not support: {_some(quantised)}: use unquantised ones"
     for entry in source.entries:
         if all(name in there for name in entry.hf):
             yield from _shape_problems(entry, targets[entry.ours], [there[name] for name in entry.hf], where)
@@ -246,8 +246,8 @@ def _find_tokenizer(experiment: Experiment, sources: list[Source]) -> Path | Non
     found = [path for path in ([named] if named else [*beside, experiment.data.tokenizer_path]) if path.is_file()]
     if not found:
         if named:
-            raise ValueError(f"tokenizer {named} does not exist: give another --data.tokenizer")
-        logger.warning("there is no tokenizer.model beside the weights, so the checkpoint has none: add one with --data.tokenizer FILE")
+            raise ValueError(f"tokenizer {named} does not exist: choose another --data.tokenizer")
+        logger.warning("there is no tokenizer.model next to the weights, so the checkpoint has none: add one with --data.tokenizer FILE")
         return None
     special = family_of(experiment.model).special_tokens
     size, rows = Tokenizer.open(found[0], special=special).vocab_size, experiment.model.decoder.vocab_size

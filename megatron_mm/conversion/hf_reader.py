@@ -112,7 +112,7 @@ class HfReader:
 
 def _weight_files(path: Path) -> list[Path]:
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give a Hugging Face directory or a file of weights in it")
+        raise ValueError(f"{path} does not exist: specify a Hugging Face directory or a file of weights in it")
     if path.is_file():
         found = path
     else:
@@ -122,7 +122,7 @@ def _weight_files(path: Path) -> list[Path]:
             shards = [name for name in others if "-of-" in name]
             if shards:
                 raise ValueError(f"{path} has shards {_some(shards)} without their index {_index_of(shards[0])}: download that file, too")
-            hint = f"; to read one of {_some(others)}, give the file itself" if others else ""
+            hint = f"; to read one of {_some(others)}, specify the path of the file" if others else ""
             raise ValueError(f"{path} holds no weights: looked for {', '.join(WEIGHT_FILES)}{hint}")
         found = there[0]
     if not found.name.endswith(".index.json"):
@@ -130,7 +130,7 @@ def _weight_files(path: Path) -> list[Path]:
     names = sorted(set(_weight_map(found).values()))
     for name in names:
         if Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{found} names the file {name!r}, which is not in the same folder: it is not read")
+            raise ValueError(f"{found} names the file {name!r}, which is outside its own folder: such files are not read")
         if not (found.parent / name).is_file():
             raise ValueError(f"{found} names the file {name}, which does not exist: download it again")
     return [found.parent / name for name in names]
@@ -165,12 +165,12 @@ def _check_index(path: Path, holders: dict[str, str]) -> None:
     missing, unexpected = sorted(listed - set(holders)), sorted(set(holders) - listed)
     if missing or unexpected:
         raise ValueError(
-            f"{index} and its files do not agree: {len(missing)} tensors are in no file {_some(missing)}, "
+            f"{index} does not match its files: {len(missing)} tensors are in no file {_some(missing)}, "
             f"{len(unexpected)} are not in the index {_some(unexpected)}"
         )
     elsewhere = [f"{name} is in {holders[name]}, not in {file}" for name, file in sorted(weight_map.items()) if holders[name] != file]
     if elsewhere:
-        raise ValueError(f"{index} and its files do not agree: {_some(elsewhere)}: download it again")
+        raise ValueError(f"{index} does not match its files: {_some(elsewhere)}: download it again")
 
 
 def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
@@ -179,13 +179,13 @@ def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} cannot be read as a file that contains only tensors, and nothing else is loaded ({reason})") from None
+        raise ValueError(f"{file} cannot be read as a file that contains only tensors, and other files are not loaded ({reason})") from None
     for wrapper in _WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
     others = sorted(str(name) for name, value in found.items() if not isinstance(value, torch.Tensor)) if isinstance(found, dict) else [""]
     if others:
-        raise ValueError(f"{file} should hold tensors by name, but holds something else {_some(others)}")
+        raise ValueError(f"{file} should contain only named tensors, but contains something else {_some(others)}")
     return dict(found)
 
 

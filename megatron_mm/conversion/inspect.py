@@ -103,16 +103,16 @@ def _open_ours(checkpoint: Path) -> Opened:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     parallel = experiment.parallel
     degrees = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "virtual": parallel.virtual, "expert": parallel.expert}
-    layout = " ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "nothing cut"
+    layout = " ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "not split"
     everything = reader.all_names()
     others = {name: info for name, info in everything.items() if not is_weight(name)}
     weights_only = manifest.get("weights_only", False)
     title = [
         f"{checkpoint}: {experiment.recipe} ({experiment.model.family}), step {manifest['step']}, "
-        + ("weights alone" if weights_only else f"written by {manifest['world_size']} processes, {layout}"),
+        + ("weights only" if weights_only else f"written by {manifest['world_size']} processes, {layout}"),
     ]
     extra = sum(info.num_bytes for info in others.values())
-    note = f"; {len(others)} tensors, {extra / 1e9:.3f} GB, of optimizer and generators" if others else ""
+    note = f"; {len(others)} tensors, {extra / 1e9:.3f} GB, of optimizer and random generators" if others else ""
     return Opened(title, reader.names(), lambda name: _parts(reader, name, everything[name]), note)
 
 

@@ -141,7 +141,7 @@ def partial_directory(path: Path, *, fingerprint: dict[str, Any]) -> Iterator[Pa
         if _first_line(path / PROGRESS) != {"conversion": digest}:
             leftover = [entry for entry in path.iterdir() if entry.name != ".lock"]
             if leftover:
-                logger.info("removing %s, which is left from a conversion with other files or options", path)
+                logger.info("removing %s, left over from a conversion with other files or options", path)
             for entry in leftover:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             (path / PROGRESS).write_text(json.dumps({"conversion": digest}) + "\n")
@@ -240,7 +240,7 @@ def _still_right(path: Path, lane: Lane, known: list[Written]) -> Iterator[Writt
     offset = lane.start
     for written in known[: len(lane.tasks)]:
         if written.offset != offset or checksum_of(path, offset=offset, length=written.length) != written.checksum:
-            logger.warning("%s is incomplete from byte %d on; that part is written again", path, offset)
+            logger.warning("%s is incomplete from byte %d; the rest is written again", path, offset)
             return
         yield written
         offset += written.length
@@ -342,7 +342,7 @@ class _Progress:
 
     def finish(self) -> None:
         seconds = max(time.monotonic() - self.started, 1e-9)
-        kept = f"; {self.skipped / 1e9:.2f} GB were there already" if self.skipped else ""
+        kept = f"; {self.skipped / 1e9:.2f} GB were already written" if self.skipped else ""
         written = self.done - self.skipped
         logger.info("wrote %.2f GB in %.1f s (%.2f GB/s)%s", written / 1e9, seconds, written / seconds / 1e9, kept)
 

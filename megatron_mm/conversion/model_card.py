@@ -15,10 +15,10 @@ from megatron_mm.config import Experiment
 from megatron_mm.data.text.chat import CHAT_TEMPLATES
 from megatron_mm.families.registry import family_of
 
-LICENSE_NOTE = """This directory holds weights, and code that loads them. The code is of megatron_mm, under the Apache License 2.0.
+LICENSE_NOTE = """This directory holds weights and the code that loads them. The code is part of megatron_mm, under the Apache License 2.0.
 
-The license of the weights is for whoever publishes them to state, in this file, in the place of this note. It depends on
-  - the models that training began with: Llama 2, Vicuna, Zephyr, InternLM2, EVA-CLIP and CLIP each have licenses of their own,
+The publisher of the weights must state their license in this file, in place of this note. It depends on
+  - the models whose weights training started from: Llama 2, Vicuna, Zephyr, InternLM2, EVA-CLIP and CLIP each have their own license,
   - the data that they were trained on.
 """
 _PACKAGES = ("megatron_mm", "torch", "megatron-core", "transformers")
@@ -40,23 +40,23 @@ def write_model_card(out: Path, experiment: Experiment, checkpoint: Path, *, par
 def _lines(out: Path, experiment: Experiment, checkpoint: Path, *, part: str, dtype: str) -> Iterator[str]:
     tags = {"whole": "image-text-to-text", "language": "text-generation", "vision": "image-feature-extraction"}
     yield from ("---", "library_name: transformers", f"pipeline_tag: {tags[part]}", "license: other", "---", "")
-    what = {"whole": "", "language": ", the language model alone", "vision": ", the image tower alone"}[part]
+    what = {"whole": "", "language": ", only the language model", "vision": ", only the image tower"}[part]
     yield from (f"# {experiment.recipe}{what}", "")
-    yield f"A model of the family {experiment.model.family}, trained with megatron_mm. Weights are {dtype}."
+    yield f"A model of the family {experiment.model.family}, trained with megatron_mm. The weights are {dtype}."
     yield from ("", "## Use", "", *_use(out, part=part), *family_of(experiment.model).card_notes(experiment.model, out, part=part))
     yield from ("", "## Training", "", "| | |", "|---|---|", *_training(experiment, checkpoint))
     yield from _evaluation(checkpoint)
     if part != "vision":
         yield from ("", "## Prompts", "", *_prompts(experiment))
     yield from ("", "## Made with", "", *(f"- {name} {version}" for name, version in _versions()))
-    yield from ("", "## License", "", "See LICENSE: the publisher states the license of the weights.")
+    yield from ("", "## License", "", "See LICENSE: the publisher must state the license of the weights there.")
 
 
 def _use(out: Path, *, part: str) -> Iterator[str]:
     config = json.loads((out / "config.json").read_text())
     remote = "auto_map" in config
     if part == "whole" and not remote and not _is_in_transformers(config.get("model_type")):
-        yield "This model's family brings no modeling code, and transformers has none of its own: the weights and config.json are for code"
+        yield "This model's family has no modeling code, and neither has transformers: the weights and config.json are for code"
         yield "that its authors supply."
         return
     names = {"whole": "AutoModelForCausalLM", "language": "AutoModelForCausalLM", "vision": "CLIPVisionModel"}
@@ -83,8 +83,8 @@ def _training(experiment: Experiment, checkpoint: Path) -> Iterator[str]:
     yield f"| recipe | `{experiment.recipe}` |"
     yield f"| data (share of sequences) | {shares} |"
     yield f"| steps | {step:,} of {train.steps:,} |"
-    yield f"| sequences a step, tokens of a sequence | {train.global_batch_size:,} x {data.sequence_length:,} |"
-    yield f"| tokens at most | {step * train.global_batch_size * data.sequence_length:,} |"
+    yield f"| sequences per step, tokens per sequence | {train.global_batch_size:,} x {data.sequence_length:,} |"
+    yield f"| tokens (at most) | {step * train.global_batch_size * data.sequence_length:,} |"
     yield f"| precision | {train.precision} |"
     yield f"| seed | {train.seed} |"
 
@@ -113,14 +113,14 @@ def _last_evaluation(checkpoint: Path) -> dict[str, Any]:
 def _prompts(experiment: Experiment) -> Iterator[str]:
     name = experiment.data.chat_template
     if name is None:
-        yield "The model continues documents and has seen no chat template. Each text is tokenized by itself between images."
+        yield "The model continues documents; it was not trained with a chat template. Each text is tokenized by itself between images."
         return
     call = "apply_chat_template(messages, add_generation_prompt=True, tokenize=True)"
-    yield f"Chats are written with the template `{name}`: `{call}` gives the tokens of training."
-    yield "Where the text that it gives without `tokenize` begins with `<s>`, pass `add_special_tokens=False` with it."
+    yield f"Chats are written with the template `{name}`: `{call}` returns the same tokens as in training."
+    yield "Without `tokenize`, it returns text. If this text begins with `<s>`, tokenize it with `add_special_tokens=False`."
     yield f"An answer ends with `{CHAT_TEMPLATES[name].end_of_answer}`."
     if experiment.data.caption_prompt is not None:
-        yield f"Captions were asked for with `{experiment.data.caption_prompt}`."
+        yield f"The prompt for captions was `{experiment.data.caption_prompt}`."
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -61,8 +61,8 @@ def write_language_files(
         else:
             shutil.copyfile(tokenizer, out / "tokenizer.model")
             logger.info(
-                "the %d rows written do not include the special tokens, so tokenizer.model is written without "
-                "changes and without other tokenizer files",
+                "the %d rows written do not include the special tokens, so tokenizer.model is copied without "
+                "changes and no other tokenizer files are written",
                 rows,
             )
     write_document(out / "config.json", config)

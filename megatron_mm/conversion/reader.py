@@ -40,7 +40,9 @@ class CheckpointReader:
         self.path = checkpoint / "tensors"
         manifest = checkpoint / "manifest.json"
         if not manifest.is_file():
-            raise ValueError(f"{checkpoint} is not a complete checkpoint (no manifest.json): give a directory RUN_DIR/checkpoints/step_...")
+            raise ValueError(
+                f"{checkpoint} is not a complete checkpoint (no manifest.json): specify a directory RUN_DIR/checkpoints/step_..."
+            )
         self.files: dict[str, list[int]] = json.loads(manifest.read_text())["files"]
         for name, (size, _) in self.files.items():
             _check_size(self.path / name, size)

@@ -54,12 +54,12 @@ def open_source(path: Path, part: Part, model: ModelConfig, *, sequence_length: 
         raise ValueError(f"the recipe's family {model.family} has no image tower: leave out --{part}")
     if not isinstance(ours, known.config):
         raise ValueError(
-            f"{path} is a checkpoint of format {name}, which {model.family} models cannot take as --{part}: choose another recipe"
+            f"{path} is a checkpoint of format {name}, which {model.family} models do not support as --{part}: choose another recipe"
         )
     document = _checked_document(reader, name, known, part)
     tied = part == "language" and not _has_head(reader, prefix)
     if document is None:
-        logger.warning("%s has no %s beside it: only shapes are checked, not heads, norms or activations", path, known.config_file)
+        logger.warning("%s has no %s next to it: only shapes are checked, not heads, norms or activations", path, known.config_file)
     else:
         _warn_of_limits(document, path, sequence_length=sequence_length)
         settings = _settings(document, name, known, where=reader.folder / known.config_file)
@@ -105,7 +105,7 @@ def _unwrapped(reader: HfReader, part: Part, known: Mapping[str, AnyFormat]) -> 
         heads = () if set(_HEADS) & inside.names().keys() else set(_HEADS) & names.keys()
         others = len(names) - len(inside.names()) - len(heads)
         if others:
-            logger.info("%s: reading the tensors below %s and ignoring %d others", reader.path, outer.removesuffix("."), others)
+            logger.info("%s: reading the tensors under %s and ignoring %d others", reader.path, outer.removesuffix("."), others)
         return reader.below(outer, also=heads)
     return reader
 
@@ -125,7 +125,7 @@ def _detect(reader: HfReader, part: Part, known: Mapping[str, AnyFormat]) -> tup
         other = known[found[0][0]].part
         raise ValueError(f"{reader.path} is a checkpoint of format {found[0][0]}, which is read with --{other}, not with --{part}")
     some = ", ".join(sorted(names)[:4])
-    raise ValueError(f"{reader.path} is in none of the formats that --{part} reads ({formats}); its first tensors are {some}")
+    raise ValueError(f"{reader.path} is not in a format that --{part} reads ({formats}); its first tensors are {some}")
 
 
 def _calls_itself(reader: HfReader, known: AnyFormat) -> bool:
@@ -143,7 +143,7 @@ def _checked_document(reader: HfReader, name: str, known: AnyFormat, part: Part)
     if document is not None and known.model_types and document.get("model_type") not in (*known.model_types, *_own_types(document)):
         raise ValueError(
             f"{reader.path} has tensors named like those of {name}, but its {known.config_file} says model_type "
-            f"{document.get('model_type')!r}, which computes something else; known are {list(known.model_types)}"
+            f"{document.get('model_type')!r}, which is a different architecture; supported are {list(known.model_types)}"
         )
     return document
 
@@ -162,7 +162,7 @@ def _warn_of_limits(document: Mapping[str, Any], path: Path, *, sequence_length:
     """Warn if training sequences are longer than the language model's attention window or number of positions."""
     for name, meaning in (
         ("sliding_window", "its attention window is not applied"),
-        ("max_position_embeddings", "it knows no more positions"),
+        ("max_position_embeddings", "the model was not trained for further positions"),
     ):
         limit = document.get(name)
         if isinstance(limit, int) and "vocab_size" in document and sequence_length > limit:
@@ -196,7 +196,7 @@ def _check_settings(theirs: dict[str, Any], ours: Any, *, where: str, group: str
         else:
             differences.append(line)
     if differences:
-        raise ValueError(f"{where} describes another model: {'; '.join(differences)}")
+        raise ValueError(f"{where} describes a different model: {'; '.join(differences)}")
 
 
 def _check_images(reader: HfReader, model: ModelConfig) -> None:

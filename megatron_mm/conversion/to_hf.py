@@ -102,7 +102,7 @@ def convert_to_hf(
         raise ValueError(f"dtype is {dtype!r}, but must be one of {sorted(DTYPES)}")
     limit = parse_size(shard_size)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty directory: give another one or remove it")
+        raise ValueError(f"{out} exists and is not an empty directory: choose another one or remove it")
     checkpoint = find_checkpoint(checkpoint)
     experiment, tokenizer = _describe(checkpoint)
     _check_rows(vocab_rows, experiment, tokenizer, part=part)
@@ -237,7 +237,7 @@ def _checked_infos(
     targets = model_targets(experiment)
     left_out = sum(info.numel for name, info in infos.items() if name not in wanted)
     if left_out:
-        logger.info("%s parameters of the model are not exported (image parts, gated blocks and the like)", f"{left_out:,}")
+        logger.info("%s parameters of the model are not exported (image parts, gated blocks and similar)", f"{left_out:,}")
     wrong = [
         f"{name} should be {list(targets[name].info.shape)}, but is {list(infos[name].shape)}"
         for name in infos
@@ -254,8 +254,8 @@ def _check_language(left_out: Collection[str], experiment: Experiment) -> None:
     lost = sorted(name for name in left_out if name.startswith("language.") and not any(re.fullmatch(extra, name) for extra in extras))
     if lost:
         raise ValueError(
-            f"--part language would lose {len(lost)} tensors of the decoder of {experiment.recipe}, which no table names: "
-            f"{', '.join(lost)}. Name them in `DecoderVariant.entries`, or in `Family.language_extras` if a plain decoder has no such part"
+            f"--part language would lose {len(lost)} tensors of the decoder of {experiment.recipe} that are in no table: "
+            f"{', '.join(lost)}. Add them to `DecoderVariant.entries`, or to `Family.language_extras` if a plain decoder has no such part"
         )
 
 

@@ -53,7 +53,7 @@ def upcycle(dense: Path, run_dir: Path, experiment: Experiment) -> Path:
     check_upcycling(experiment, dense)
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
     if completed_checkpoints(run_dir):
-        raise ValueError(f"{run_dir} has checkpoints already: give another run directory")
+        raise ValueError(f"{run_dir} has checkpoints already: choose another run directory")
     experiment = replace(experiment, data=replace(experiment.data, tokenizer=dense / "tokenizer.model"))
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     try:
@@ -78,7 +78,7 @@ def check_upcycling(experiment: Experiment, dense: Path) -> None:
     if decoder.moe is None:
         raise ValueError(f"recipe {experiment.recipe} has no experts: choose a sparse one, such as mm1_3b_moe")
     if saved.model.decoder.moe is not None:
-        raise ValueError(f"checkpoint {dense} is already sparse ({saved.recipe}): give a dense one")
+        raise ValueError(f"checkpoint {dense} is already sparse ({saved.recipe}): use a dense one")
     backbone = replace(experiment.model, decoder=replace(decoder, moe=None))
     for name, ours, theirs in model_differences(backbone, saved.model):
         raise ValueError(

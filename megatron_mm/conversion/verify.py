@@ -102,20 +102,21 @@ def verify(first: Path, second: Path, *, prompt: str | None = None, threads: int
 
 def report(found: Verification) -> Iterator[str]:
     """Lines for the terminal."""
-    yield f"{found.num_equal} tensors are equal to the last bit"
+    yield f"{found.num_equal} tensors are bit-identical"
     if found.num_rounded:
-        yield f"{found.num_rounded} tensors have two types and are equal once they are rounded to the narrower one"
+        yield f"{found.num_rounded} tensors differ in type and are equal after rounding to the narrower type"
     for title, names in (("only in the first", found.only_in_first), ("only in the second", found.only_in_second)):
         if names:
             yield f"{len(names)} {title}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
     for line in found.shapes:
         yield f"other shape: {line}"
     for tensor in found.different:
-        yield f"other values: {tensor.name}: norms {tensor.norms[0]:.6g} and {tensor.norms[1]:.6g}, largest difference {tensor.largest:.3g}"
+        norms = f"norms {tensor.norms[0]:.6g} and {tensor.norms[1]:.6g}"
+        yield f"different values: {tensor.name}: {norms}, largest difference {tensor.largest:.3g}"
     for line in found.not_loaded:
         yield f"transformers does not load {line}"
     if found.logits is not None:
-        verdict = "" if found.same_logits else ": too much for the same model; compare the two config.json"
+        verdict = "" if found.same_logits else ": too much for the same model; compare the two config.json files"
         yield f"logits differ by at most {found.logits:.3g}, of values up to {found.scale:.3g}{verdict}"
 
 
@@ -170,8 +171,8 @@ def _check_code(path: Path, folder: Path) -> None:
     if missing:
         raise ValueError(
             f"{path}: its Hugging Face model needs {', '.join(missing)}, which exports do not include (its "
-            "README.md says where to get them): "
-            "compare two exports that have these files beside them, or leave out --prompt"
+            "README.md names their source): "
+            "compare two exports that contain these files, or leave out --prompt"
         )
 
 

@@ -82,7 +82,7 @@ def tile_counts(widths: np.ndarray, heights: np.ndarray, tiling: Tiling, size: i
 
 def cut_tiles(image: Image.Image, tiling: Tiling, size: int) -> np.ndarray:
     """Return the tiles of an RGB image, row by row, followed by its thumbnail: [k, 3, size, size] uint8."""
-    assert image.mode == "RGB", f"an image of mode {image.mode}, but tiles are cut of RGB"
+    assert image.mode == "RGB", f"image has mode {image.mode}, but tiles are cut from RGB images"
     grid = choose_grid(image.width, image.height, tiling, size)
     columns, rows = grid
     tiles = np.empty((tiling.count(grid), 3, size, size), dtype=np.uint8)

@@ -57,7 +57,7 @@ def read_run(run_dir: Path) -> RunResults:
     found = [result for result in every if result.setting["limit"] is None]
     if not found:
         limits = ", ".join(sorted({f"--limit {result.setting['limit']}" for result in every}))
-        only = f" ({len(every)} results are of {limits}, which are not compared)" if every else ""
+        only = f" ({len(every)} results with {limits} are not compared)" if every else ""
         raise ValueError(
             f"{run_dir} has no results of whole tasks in {folder}{only}: run `megatron-mm evaluate {run_dir} --tasks ...` first"
         )
@@ -104,7 +104,7 @@ def check_asked_alike(runs: Sequence[RunResults]) -> None:
                 if here[name] != there[name]
             ]
             if unlike:
-                what = f"{task} with {shots} shots was not evaluated alike: {'; '.join(unlike)}"
+                what = f"{task} with {shots} shots was evaluated with different settings: {'; '.join(unlike)}"
                 raise ValueError(f"{what}: evaluate both runs with the same options and files")
 
 

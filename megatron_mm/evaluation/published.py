@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 _MM1 = "MM1, arXiv 2403.09611, few-shot evaluation of the pre-trained models, not from the paper itself: "
 _ARTICLE = "an article about it (notes on ECCV 2024)"
-_MM1_3B = f"{_MM1}{_ARTICLE} and the model card of Salesforce's xGen-MM (its VQAv2 and VizWiz are of testdev)"
-_MM1_3B_4 = f"{_MM1}the model card of Salesforce's xGen-MM (its VQAv2 and VizWiz are of testdev)"
+_MM1_3B = f"{_MM1}{_ARTICLE} and the model card of Salesforce's xGen-MM (its VQAv2 and VizWiz figures are for testdev)"
+_MM1_3B_4 = f"{_MM1}the model card of Salesforce's xGen-MM (its VQAv2 and VizWiz figures are for testdev)"
 _MM1_7B = f"{_MM1}{_ARTICLE}, and for TextVQA, VQAv2 and VizWiz a second collection"
 _MM1_30B = f"{_MM1}{_ARTICLE}"
 _MM1_SFT = (
-    "MM1, arXiv 2403.09611, fine-tuned models, not from the paper itself: two collections of results that agree; those of 3B-MoE stand in "
-    "NaViL's comparison tables, too"
+    "MM1, arXiv 2403.09611, fine-tuned models, not from the paper itself: two collections of results that agree; those of 3B-MoE are also "
+    "in NaViL's comparison tables"
 )
 _INFIMM_PT = "InfiMM's model card (Infi-MM/infimm-zephyr), table PreTraining Evaluation"
 _INFIMM_IFT = "InfiMM's model card (Infi-MM/infimm-zephyr), table IFT Evaluation"
-_MONO = "Mono-InternVL's README (OpenGVLab/Mono-InternVL), table Performance; all but SEED stand in NaViL's comparison tables, too"
+_MONO = "Mono-InternVL's README (OpenGVLab/Mono-InternVL), table Performance; all but SEED are also in NaViL's comparison tables"
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
         if bad:
             yield f"  {bad} items of {task} were left out: their images cannot be read"
         if any(result is not None and result.setting["limit"] is not None for result in row):
-            yield f"  of {task} only {first.num_items} items: not to be compared with figures of all"
+            yield f"  {task}: only {first.num_items} items; do not compare with figures for all items"
     for number, average in textcore(results).items():
         yield f"{'TextCore, average':{width}}{average:12.1f}   {number} shots"
     for source in sources:

@@ -277,7 +277,7 @@ class _Items:
             (self.folder / "setting.json").write_text(json.dumps(setting, indent=2) + "\n")
         self.done = set(self.gather())
         if self.done and topology.is_main:
-            logger.info("%s: %d items have already been answered", name, len(self.done))
+            logger.info("%s: %d items have already been evaluated", name, len(self.done))
         self.writes = topology.tensor_rank == 0 and topology.is_first_stage
         self._file = _append_to(self.folder / f"rank_{topology.data_rank}.jsonl") if self.writes else None
 
@@ -299,7 +299,7 @@ class _Items:
                 try:
                     yield json.loads(line)
                 except ValueError:  # the last line of a process that was killed
-                    logger.warning("%s has an incomplete line: its item is answered again", path)
+                    logger.warning("%s has an incomplete line: its item is evaluated again", path)
 
 
 def _append_to(path: Path) -> TextIO:

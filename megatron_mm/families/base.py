@@ -76,7 +76,7 @@ class Family(ABC, Generic[Config]):
         """Return the patterns of a freeze policy. Raises ValueError, listing the policies, if the family has none of that name."""
         if policy not in self.freeze_policies:
             raise ValueError(
-                f"train.freeze_policy is {policy!r}, but must be one of those of {self.name} models: {sorted(self.freeze_policies)}"
+                f"train.freeze_policy is {policy!r}, but must be one of the policies of {self.name} models: {sorted(self.freeze_policies)}"
             )
         return self.freeze_policies[policy]
 

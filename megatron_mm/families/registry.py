@@ -22,7 +22,7 @@ def register_family(family: Family[Any]) -> None:
     if known is not family:
         raise ValueError(
             f"a family {family.name!r} is already registered, {type(known).__module__}.{type(known).__name__}: "
-            "give yours another name, or refer to its file in only one way (by its path or as a module)"
+            "choose another name, or refer to its file in only one way (by its path or as a module)"
         )
 
 

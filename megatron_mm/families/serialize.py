@@ -46,7 +46,7 @@ def from_dict(kind: type, values: dict[str, Any], *, where: str = "config") -> A
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
-    require(not unknown, f"{where} has unknown fields {unknown}; {kind.__name__} knows {sorted(fields)}")
+    require(not unknown, f"{where} has unknown fields {unknown}; the fields of {kind.__name__} are {sorted(fields)}")
     optional = dataclasses.MISSING
     missing = [n for n, f in fields.items() if n not in values and f.default is optional and f.default_factory is optional]
     require(not missing, f"{where} lacks the fields {missing}")
@@ -90,7 +90,7 @@ def load_experiment(path: Path) -> Experiment:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}): restore it") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not the configuration that this program writes, but a JSON {type(values).__name__}: restore it")
+        raise ValueError(f"{path} must be a configuration written by this program, but is a JSON {type(values).__name__}: restore it")
     places = [*values.get("extensions", ()), *values.get("extra_hooks", ()), *values.get("data", {}).get("preprocessors", ())]
     for place in places:
         check_own(place, named_in=path)

@@ -81,14 +81,14 @@ DECODER_VARIANTS: dict[str, DecoderVariant] = {"llama": DecoderVariant()}
 def register_decoder_variant(name: str, variant: DecoderVariant) -> None:
     """Register a variant that is defined outside this package. Raises ValueError if its name is taken."""
     if DECODER_VARIANTS.setdefault(name, variant) is not variant:
-        raise ValueError(f"a decoder variant {name!r} is already registered: give yours another name")
+        raise ValueError(f"a decoder variant {name!r} is already registered: choose another name")
 
 
 def variant_of(config: DecoderConfig) -> DecoderVariant:
     """Return the variant of a decoder. Raises ValueError that lists all variants if the name is unknown."""
     if config.variant not in DECODER_VARIANTS:
         raise ValueError(
-            f"decoder.variant is {config.variant!r}, but must be one of {sorted(DECODER_VARIANTS)}: to use one of "
+            f"decoder.variant is {config.variant!r}, but must be one of {sorted(DECODER_VARIANTS)}: to use "
             "your own, add its file to `extensions`"
         )
     return DECODER_VARIANTS[config.variant]
@@ -105,11 +105,11 @@ def check_exported_decoder(config: DecoderConfig, *, code: str) -> None:
     if names:
         raise ValueError(
             f"the modeling code of {code} has no module for {len(names)} tensors of the decoder variant {config.variant!r} ({names[0]}, "
-            "...): it would drop them and compute something else. Export with --part language, with modeling code of your own"
+            "...): it would drop them and give wrong results. Export with --part language, with modeling code of your own"
         )
     if not variant.is_llama:
         raise ValueError(
-            f"the modeling code of {code} computes a Llama, and the decoder variant {config.variant!r} computes something else: "
+            f"the modeling code of {code} computes a Llama, but the decoder variant {config.variant!r} is not one: "
             f"{_DECLARE}. Or export with --part language, with modeling code of your own"
         )
 
@@ -119,13 +119,13 @@ def check_decoder_alone(config: DecoderConfig) -> None:
     variant = variant_of(config)
     if not variant.is_llama and variant.modeling is None and "architectures" not in variant.settings:
         raise ValueError(
-            f"transformers' Llama does not compute the decoder variant {config.variant!r}: set "
+            f"transformers' Llama cannot compute the decoder variant {config.variant!r}: set "
             "`DecoderVariant.modeling` to code that does, "
             f"or name another class of transformers in `settings` (model_type, architectures). Or {_DECLARE}"
         )
 
 
-_DECLARE = "if config.json can say all that differs, give `DecoderVariant.settings`, and llama_computes=True where layers differ, too"
+_DECLARE = "if config.json can express all differences, give `DecoderVariant.settings`, and llama_computes=True if the layers also differ"
 
 
 def _layers(config: DecoderConfig) -> list[str]:

@@ -17,14 +17,14 @@ EXPORTED_ALONE = frozenset({"max_positions", "attention_window", "rotary_scaling
 written with the recipe's value."""
 
 DECODER_FIELDS = (
-    ConfigField("architectures", kind=list, note="known from the tensors"),
+    ConfigField("architectures", kind=list, note="determined from the tensors"),
     ConfigField("model_type", kind=str, note="llama, mistral or internlm2: all are equivalent"),
-    ConfigField("vocab_size", kind=int, note="known from the shape of the embedding table"),
+    ConfigField("vocab_size", kind=int, note="determined from the shape of the embedding table"),
     ConfigField("hidden_size", kind=int, read="hidden_size", default=4096),
     ConfigField("intermediate_size", kind=int, read="ffn_hidden_size", default=11008),
     ConfigField("num_hidden_layers", kind=int, read="num_layers", default=32),
     ConfigField("num_attention_heads", kind=int, read="num_attention_heads", default=32),
-    ConfigField("num_key_value_heads", kind=int, note="`num_query_groups`; if missing, as many as heads"),
+    ConfigField("num_key_value_heads", kind=int, note="`num_query_groups`; if missing, equal to the number of heads"),
     ConfigField("head_dim", kind=int, note="`head_dim`; if missing, hidden_size / num_attention_heads"),
     ConfigField("rms_norm_eps", kind=float, read="norm_epsilon", default=1e-6),
     ConfigField("hidden_act", kind=str, must_be=("silu", "swish"), default="silu"),
@@ -55,7 +55,7 @@ EXPERT_FIELDS = (
 """Additional fields of the sparse decoder of an exported MM1."""
 
 CLIP_FIELDS = (
-    ConfigField("architectures", kind=list, note="known from the tensors"),
+    ConfigField("architectures", kind=list, note="determined from the tensors"),
     ConfigField("model_type", kind=str, note="clip or clip_vision_model"),
     ConfigField("hidden_size", kind=int, read="hidden_size", default=768),
     ConfigField("intermediate_size", kind=int, read="ffn_hidden_size", default=3072),
@@ -82,14 +82,14 @@ OPEN_CLIP_FIELDS = (
     ConfigField("vision_cfg.mlp_ratio", kind=float, note="with width, gives the width of the MLP"),
     ConfigField("vision_cfg.patch_size", kind=int, read="patch_size", default=16),
     ConfigField("vision_cfg.image_size", kind=int, note="positions are interpolated to the recipe's grid"),
-    ConfigField("vision_cfg.norm_kwargs", kind=dict, note="`norm_epsilon` is its eps; it may have nothing else"),
+    ConfigField("vision_cfg.norm_kwargs", kind=dict, note="`norm_epsilon` is its eps; no other entries are supported"),
     ConfigField("vision_cfg.act_kwargs", must_be=(None, {})),
     ConfigField("vision_cfg.ls_init_value", must_be=(None, 0, 0.0), note="layer-scale"),
     ConfigField("vision_cfg.attentional_pool", must_be=(None, False), default=False),
     ConfigField("vision_cfg.no_ln_pre", kind=bool, must_be=(False,), default=False),
     ConfigField("vision_cfg.pos_embed_type", kind=str, must_be=("learnable",), default="learnable"),
     ConfigField("vision_cfg.final_ln_after_pool", kind=bool, must_be=(False,), default=False),
-    ConfigField("vision_cfg.pool_type", kind=str, note="how CLIP makes one vector per image; here the patches are used"),
+    ConfigField("vision_cfg.pool_type", kind=str, note="how CLIP pools to one vector per image; the patches are used here"),
     ConfigField("vision_cfg.output_tokens", kind=bool, note="patches are always used here"),
     ConfigField("vision_cfg.timm_model_name", must_be=(None,), note="another kind of tower"),
     ConfigField("vision_cfg.patch_dropout", kind=float, note=TRAINING),

@@ -70,7 +70,7 @@ def read_fields(
         if field.read and (given is not None or field.default is not None):
             found[field.read] = field.convert(value)
     if wrong:
-        raise ValueError(f"it describes another model: {'; '.join(wrong)}")
+        raise ValueError(f"it describes a different model: {'; '.join(wrong)}")
     unknown = unknown_fields(document, fields)
     if unknown:
         logger.warning("%s has unknown fields, which are ignored: %s", file, ", ".join(unknown))

@@ -84,7 +84,7 @@ _OPEN_CLIP_TEXT = (
 def register_format(name: str, known: AnyFormat) -> None:
     """Register a format of decoders or image towers that is defined outside this package. Raises ValueError if its name is taken."""
     if FORMATS.setdefault(name, known) is not known:
-        raise ValueError(f"a format {name!r} is already registered: give yours another name")
+        raise ValueError(f"a format {name!r} is already registered: choose another name")
 
 
 FORMATS: dict[str, AnyFormat] = {

@@ -130,7 +130,7 @@ class GatedMLP:
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if tensor.shape[0] % 2:
             raise ValueError(
-                f"{self.ours} has {tensor.shape[0]} rows, an odd number, but must have as many rows for the gate as for the other branch"
+                f"{self.ours} has {tensor.shape[0]} rows, but must have an even number: half for the gate, half for the other branch"
             )
         return tuple(tensor.chunk(2))
 
@@ -355,7 +355,7 @@ def _put(name: str, rename: Mapping[str, int]) -> str:
 
 def _check_rows(name: str, tensor: torch.Tensor, rows: int, meaning: str) -> None:
     if tensor.shape[0] != rows:
-        raise ValueError(f"{name} has {tensor.shape[0]} rows, but {meaning} make {rows}: the configuration belongs to another model")
+        raise ValueError(f"{name} has {tensor.shape[0]} rows, but {meaning} make {rows}: the configuration belongs to a different model")
 
 
 def _unwrapped(name: str, wrapped: torch.Tensor, *, axes: int) -> torch.Tensor:

@@ -79,7 +79,7 @@ def open_clip_settings(document: Mapping[str, Any]) -> dict[str, Any]:
     width, norms = vision.get("width", 768), dict(vision.get("norm_kwargs") or {})
     epsilon = norms.pop("eps", 1e-5)
     if norms:
-        raise ValueError(f"it describes another model: vision_cfg.norm_kwargs has {norms} besides eps")
+        raise ValueError(f"it describes a different model: vision_cfg.norm_kwargs has {norms} in addition to eps")
     return {
         **found,
         "ffn_hidden_size": int(width * vision.get("mlp_ratio", 4.0)),
@@ -103,7 +103,7 @@ def eva_values(visual: Mapping[str, Any], *, part: str = "") -> dict[str, Any]:
     for name, other in (("subln", "naiveswiglu"), ("intp_freq", "rope")):
         if bool(visual.get(name, False)) != bool(visual.get(other, False)):
             raise ValueError(
-                f"it describes another model: {part}{name} differs from {part}{other}, and our EVA tower has both or none of them"
+                f"it describes a different model: {part}{name} differs from {part}{other}, but our EVA tower has both or neither"
             )
     width = visual.get("width", 768)
     return {

@@ -163,7 +163,9 @@ def _check_model(path: Path, proto: Any) -> None:
     user_defined = [piece.piece for piece in proto.pieces if piece.type == kind and not _UNUSED.fullmatch(piece.piece)]
     if user_defined:
         # transformers would split the text at each symbol and add a dummy prefix after it.
-        raise ValueError(f"{path} has user-defined symbols {user_defined[:4]}, which cannot be exported with the same ids around them")
+        raise ValueError(
+            f"{path} has user-defined symbols {user_defined[:4]}, which cannot be exported without changing the ids around them"
+        )
     if trainer.treat_whitespace_as_suffix:
         raise ValueError(f"{path} puts spaces after words (treat_whitespace_as_suffix), which cannot be exported")
 
@@ -206,5 +208,5 @@ def open_run_tokenizer(path: Path, *, special: Sequence[str], rows: int) -> RunT
     """Open a run's tokenizer with its family's special tokens. Raises ValueError if it has more ids than `rows` embeddings."""
     ids = RunTokenizer.open(path, special=special)
     if ids.vocab_size > rows:
-        raise ValueError(f"{path} has {ids.vocab_size} ids, but {rows} embeddings are written: it is not the tokenizer of this run")
+        raise ValueError(f"{path} has {ids.vocab_size} ids, but only {rows} embeddings are written: it is not the tokenizer of this run")
     return ids

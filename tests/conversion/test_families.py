@@ -126,7 +126,7 @@ def test_part_of_another_family_is_refused(tokenizer_path: Path, tmp_path: Path)
     vision = save(make_vision(), tmp_path / "vision")
     with pytest.raises(ValueError, match="family mono_internvl has no image tower: leave out --vision"):
         convert_from_hf(small("mono_internvl"), tmp_path / "new", vision=vision)
-    with pytest.raises(ValueError, match="of format clip, which infimm models cannot take as --vision: choose another recipe"):
+    with pytest.raises(ValueError, match="of format clip, which infimm models do not support as --vision: choose another recipe"):
         convert_from_hf(small("infimm"), tmp_path / "new", vision=vision)
 
 

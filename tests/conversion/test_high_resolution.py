@@ -87,7 +87,7 @@ def test_the_processor_makes_the_pixels_of_training(tuned: Trained, processor: P
         is_image = (inputs["input_ids"][0] == tuned.tokenizer.image_id).int().tolist()
         runs = [len(list(group)) for value, group in itertools.groupby(is_image) if value]
         assert runs == [16 * count for count in counts]
-    with pytest.raises(ValueError, match="low_resolution has 2 answers, but 3 images are given"):
+    with pytest.raises(ValueError, match="low_resolution has 2 values, but 3 images are given"):
         processor(images=opened(), text="<image>" * 3, low_resolution=[True, False])
 
 

@@ -17,7 +17,7 @@ from megatron_mm.platform.files import checksum_of
 
 def test_ours_with_recipe_step_and_norms(trained: Trained) -> None:
     lines = list(inspect(trained.checkpoint.parent.parent))
-    assert "debug_mm1 (mm1), step 1, written by 1 processes, nothing cut" in lines[0]
+    assert "debug_mm1 (mm1), step 1, written by 1 processes, not split" in lines[0]
     count = sum(tensor.numel() for tensor in trained.weights.values())
     assert any(line.startswith(f"{count:,} parameters in {len(trained.weights)} tensors") and "of optimizer" in line for line in lines)
     name = "language.decoder.layers.1.self_attention.linear_qkv.weight"

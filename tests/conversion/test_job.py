@@ -112,7 +112,7 @@ def test_what_was_written_is_read_again_before_it_is_believed(
     file.write_bytes(data)
     calls: list[int] = []
     run(tmp_path, calls, archives=archives, threads=1)
-    assert calls[:4] == [2, 3, 4, 5] and "that part is written again" in caplog.text
+    assert calls[:4] == [2, 3, 4, 5] and "the rest is written again" in caplog.text
     run(tmp_path / "reference", [], archives=archives)
     assert contents(tmp_path / "out") == contents(tmp_path / "reference" / "out")
 
@@ -131,7 +131,7 @@ def test_another_conversion_begins_anew(tmp_path: Path, monkeypatch: pytest.Monk
     calls: list[int] = []
     with caplog.at_level(logging.INFO, logger="megatron_mm"):
         run(tmp_path, calls, name="b")
-    assert sorted(calls) == list(range(12)) and "left from a conversion with other files or options" in caplog.text
+    assert sorted(calls) == list(range(12)) and "left over from a conversion with other files or options" in caplog.text
 
 
 def test_two_conversions_do_not_write_to_the_same_place(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_killed_export_is_finished_by_the_same_command(trained: Trained, tmp_p
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial" / PROGRESS).is_file()
     with caplog.at_level(logging.INFO, logger="megatron_mm"):
         convert_to_hf(trained.checkpoint, tmp_path / "out", shard_size="500KB", threads=2)
-    assert "GB were there already" in caplog.text
+    assert "GB were already written" in caplog.text
     convert_to_hf(trained.checkpoint, tmp_path / "reference", shard_size="500KB")
     assert contents(tmp_path / "out") == contents(tmp_path / "reference")
 

@@ -65,7 +65,7 @@ def test_from_hf_says_what_it_wants(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.param(["from-hf"], "missing OUT, --recipe", marks=pytest.mark.slow),
         pytest.param(["from-hf", "x", "--recipe", "none_such"], "unknown recipe 'none_such'", marks=pytest.mark.slow),
         pytest.param(
-            ["from-hf", "x", "--recipe", "debug_mm1"], "give --whole DIR, or --language DIR, --vision DIR or both", marks=pytest.mark.slow
+            ["from-hf", "x", "--recipe", "debug_mm1"], "use --whole DIR, or --language DIR, --vision DIR or both", marks=pytest.mark.slow
         ),
         (["from-hf", "x", "--recipe", "debug_mm1", "--language", "/nowhere"], "/nowhere does not exist"),
         (["inspect", "/nowhere"], "/nowhere is neither a complete checkpoint nor a run directory"),

@@ -64,7 +64,7 @@ def test_an_index_must_stay_in_its_directory(llama: Path, tmp_path: Path, name: 
     index = json.loads((llama / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.norm.weight"] = name
     (llama / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert f"names the file {name!r}, which is not in the same folder" in refused(llama, tmp_path)
+    assert f"names the file {name!r}, which is outside its own folder" in refused(llama, tmp_path)
 
 
 def test_a_missing_file_and_a_cut_off_one(llama: Path, tmp_path: Path) -> None:
@@ -96,14 +96,14 @@ def test_an_index_that_names_another_file(llama: Path, tmp_path: Path) -> None:
     wrong = next(file for file in files if file != right)
     index["weight_map"]["model.norm.weight"] = wrong
     (llama / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert f"do not agree: (model.norm.weight is in {right}, not in {wrong}): download it again" in refused(llama, tmp_path)
+    assert f"does not match its files: (model.norm.weight is in {right}, not in {wrong}): download it again" in refused(llama, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn])
 def test_quantised_weights_are_no_weights_to_train(llama: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     name = "model.layers.2.mlp.down_proj.weight"
     edit_shard(llama, name, torch.ones(64, 96).to(dtype))
-    said = f"{llama} has 1 weights of a type that training does not take: {name} ({str(dtype).removeprefix('torch.')})"
+    said = f"{llama} has 1 weights of a type that training does not support: {name} ({str(dtype).removeprefix('torch.')})"
     assert said in refused(llama, tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_a_model_without_the_tensor_by_which_it_is_known(llama: Path, tmp_path: 
     edit_shard(llama, "model.layers.0.self_attn.q_proj.weight", None)
     assert f"{llama} lacks 1 tensors: model.layers.0.self_attn.q_proj.weight" in refused(llama, tmp_path)
     edit_json(llama / "config.json", model_type="other")
-    assert "is in none of the formats that --language reads" in refused(llama, tmp_path)
+    assert "is not in a format that --language reads" in refused(llama, tmp_path)
 
 
 def test_a_tensor_in_two_files_is_named(llama: Path, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_one_error_lists_all_that_is_missing_unknown_and_of_another_shape(llama:
     edit_shard(llama, "model.layers.0.self_attn.k_proj.weight", torch.ones(32, 64))
     message = refused(llama, tmp_path)
     assert f"{llama} lacks 1 tensors: model.layers.1.mlp.up_proj.weight" in message
-    assert "has 1 tensors that are not known: model.layers.2.self_attn.q_proj.bias" in message
+    assert "has 1 unknown tensors: model.layers.2.self_attn.q_proj.bias" in message
     assert "model.layers.3.mlp.down_proj.weight should be [64, 96], but is [64, 95]" in message
     assert "model.layers.0.self_attn.k_proj.weight should be [64, 64], but is [32, 64]" in message
 
@@ -153,7 +153,7 @@ def test_too_many_tokens_for_the_recipe(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma"}, "its config.json says model_type 'gemma', which computes something else"),
+        ({"model_type": "gemma"}, "its config.json says model_type 'gemma', which is a different architecture"),
         (
             {"num_attention_heads": 4, "head_dim": 32},
             "num_attention_heads is 4 there and 8 in the recipe (--model.decoder.num-attention-heads",
@@ -164,7 +164,7 @@ def test_too_many_tokens_for_the_recipe(llama: Path, tmp_path: Path) -> None:
             {"rope_parameters": {"rope_theta": 500.0, "rope_type": "llama3", "factor": 8.0}},
             "config.json: the language model has {'rope_parameters': {",
         ),
-        ({"attention_bias": True}, "config.json: it describes another model: attention_bias is True, but our model computes False"),
+        ({"attention_bias": True}, "config.json: it describes a different model: attention_bias is True, but our model computes False"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but our model computes 'silu' or 'swish'"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers is '4', but must be a whole number"),
         ({"rope_parameters": [1]}, "rope_parameters is [1], but must be an object"),
@@ -190,11 +190,11 @@ def test_a_source_of_another_part(llama: Path, tmp_path: Path) -> None:
     assert "of format llama, which is read with --language, not with --vision" in refused(llama, tmp_path, language=None, vision=llama)
     assert "of format clip, which is read with --vision, not with --whole" in refused(llama, tmp_path, language=None, whole=vision)
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
-    assert "is in none of the formats that --language reads (llama, internlm2" in refused(tmp_path / "x.safetensors", tmp_path)
-    assert "give --whole DIR, or --language DIR, --vision DIR or both" in refused(llama, tmp_path, whole=vision)
+    assert "is not in a format that --language reads (llama, internlm2" in refused(tmp_path / "x.safetensors", tmp_path)
+    assert "use --whole DIR, or --language DIR, --vision DIR or both" in refused(llama, tmp_path, whole=vision)
     (tmp_path / "empty").mkdir()
     assert "holds no weights: looked for model.safetensors.index.json" in refused(tmp_path / "empty", tmp_path)
-    assert "does not exist: give a Hugging Face directory" in refused(tmp_path / "nowhere", tmp_path)
+    assert "does not exist: specify a Hugging Face directory" in refused(tmp_path / "nowhere", tmp_path)
 
 
 def header(document: bytes, data: bytes = b"") -> bytes:
@@ -272,7 +272,7 @@ def test_weights_alone_are_no_run_to_go_on_with(whole_llama: Path, tmp_path: Pat
     settings = experiment(vocab_size=512)
     settings = replace(settings, data=replace(settings.data, path=demo_data))
     convert_from_hf(settings, tmp_path / "run", language=whole_llama)
-    with pytest.raises(ValueError, match="holds weights alone and cannot be resumed: use another --run-dir and --init-from"):
+    with pytest.raises(ValueError, match="has only weights and cannot be resumed: use another --run-dir and --init-from"):
         check(settings, tmp_path / "run")
     with pytest.raises(ValueError, match="has checkpoints already"):
         convert_from_hf(settings, tmp_path / "run", language=whole_llama)

@@ -86,7 +86,7 @@ def test_modeling_code_that_is_not_there(exported: Export, tmp_path: Path) -> No
     (folder / "modeling_mm1.py").unlink()
     assert verify(folder, exported.path).passed
     with pytest.raises(
-        ValueError, match=r"a: its Hugging Face model needs modeling_mm1.py, which exports do not include \(its README.md says"
+        ValueError, match=r"a: its Hugging Face model needs modeling_mm1.py, which exports do not include \(its README.md names"
     ):
         verify(folder, exported.path, prompt="a red circle")
 
@@ -94,6 +94,6 @@ def test_modeling_code_that_is_not_there(exported: Export, tmp_path: Path) -> No
 def test_an_export_is_ready_to_publish(exported: Export) -> None:
     card, config = (exported.path / "README.md").read_text(), json.loads((exported.path / "config.json").read_text())
     assert "AutoProcessor.from_pretrained" in card and "| steps | 1 of 400 |" in card and config["architectures"]
-    assert "license of the weights" in (exported.path / "LICENSE").read_text()
+    assert "must state their license" in (exported.path / "LICENSE").read_text()
     index = json.loads((exported.path / "model.safetensors.index.json").read_text())
     assert {(exported.path / file).is_file() for file in index["weight_map"].values()} == {True}

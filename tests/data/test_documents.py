@@ -91,4 +91,4 @@ def test_an_image_of_no_sentence_is_dropped_and_counted(info: dict[str, Any]) ->
     dropped = Counter[str]()
     data = json.dumps({"text_list": ["a"], "image_info": [{"image_name": None, "matched_text_index": None, **info}]}).encode()
     assert parse_document("interleaved", data, is_json=True, dropped=dropped) == [Text("a")]
-    assert dropped == {"image without a name or a text that it belongs to": 1}
+    assert dropped == {"image without a name or without a text to belong to": 1}

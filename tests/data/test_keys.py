@@ -69,4 +69,4 @@ def test_a_key_twice_in_an_object_is_no_guess(tmp_path: Path, demo_data: Path) -
     lines = ['{"text": "a circle", "text": "a square"}', '{"text": "a circle", "text": "a circle"}', '{"text": "a ball"}']
     (tmp_path / "0.jsonl").write_text("\n".join(lines))
     index = indexed(tmp_path, demo_data, max_rejected=0.5)
-    assert len(index) == 2 and index.rejected == {"JSON has a key twice": 1}
+    assert len(index) == 2 and index.rejected == {"JSON has a duplicate key": 1}

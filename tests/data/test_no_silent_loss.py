@@ -63,7 +63,7 @@ def test_one_strange_member_does_not_make_pairs_texts(tmp_path: Path, tokenizer:
 def test_texts_beside_images_are_refused_unless_the_kind_is_given(tmp_path: Path, tokenizer: Path) -> None:
     texts = {f"t{n}.txt": b"a text" for n in range(30)}
     write_tar(tmp_path / "a" / "0.tar", {**texts, **pairs(range(5))})
-    with pytest.raises(ValueError, match=r"looks like texts, but 5 of 35 samples have images, which would be lost: give --kind"):
+    with pytest.raises(ValueError, match=r"looks like texts, but 5 of 35 samples have images, which would be lost: use --kind"):
         prepare_index(tmp_path, tokenizer=tokenizer)
     prepare_index(tmp_path, tokenizer=tokenizer, options=IndexOptions(kind="text"))
     assert len(open_index(tmp_path / "a")) == 35
@@ -76,7 +76,7 @@ def test_texts_beside_images_are_refused_unless_the_kind_is_given(tmp_path: Path
 def test_an_image_far_behind_the_samples_that_voted_is_counted(tmp_path: Path, tokenizer: Path) -> None:
     write_tar(tmp_path / "a" / "0.tar", {**{f"t{n:03d}.txt": b"a text" for n in range(300)}, **pairs(range(3))})
     prepare_index(tmp_path, tokenizer=tokenizer)
-    assert open_index(tmp_path / "a").rejected == {"text with images beside it": 3}
+    assert open_index(tmp_path / "a").rejected == {"text with images next to it": 3}
 
 
 def test_lines_that_name_images_are_no_texts(tmp_path: Path, tokenizer: Path) -> None:
@@ -130,7 +130,7 @@ def test_no_program_runs_for_a_picture(fake_gs: Path) -> None:
 def test_a_format_that_is_not_read_is_named(tmp_path: Path, tokenizer: Path) -> None:
     write_tar(tmp_path / "a" / "0.tar", {**pairs(range(9)), "9.heic": b"x", "9.txt": b"a phone's picture"})
     prepare_index(tmp_path, tokenizer=tokenizer, options=ALL)
-    assert open_index(tmp_path / "a").rejected == {"image of a format that is not read: heic": 1}
+    assert open_index(tmp_path / "a").rejected == {"image in an unsupported format: heic": 1}
 
 
 # ----------------------------------------------------------------------------------------------------------------- documents
@@ -169,13 +169,13 @@ def test_a_stray_manifest_hides_no_source(tmp_path: Path) -> None:
     write_tar(tmp_path / "train" / "pairs" / "0.tar", pairs(range(2)))
     for stray in (tmp_path / "manifest.jsonl", tmp_path / "train" / "manifest.jsonl"):
         stray.write_text("{}\n")
-        with pytest.raises(ValueError, match=r"manifest.jsonl lies beside the folders of shards \(pairs\) and would be ignored"):
+        with pytest.raises(ValueError, match=r"manifest.jsonl is next to the folders of shards \(pairs\) and would be ignored"):
             find_sources(tmp_path)
         stray.unlink()
     assert [source.name for source in find_sources(tmp_path)] == ["pairs"]
     (tmp_path / "train" / "pairs" / "more").mkdir()
     write_tar(tmp_path / "train" / "pairs" / "more" / "1.tar", pairs(range(2)))
-    with pytest.raises(ValueError, match=r"has shards of its own \(0.tar\) and in folders below \(more/1.tar\)"):
+    with pytest.raises(ValueError, match=r"has shards both at its top level \(0.tar\) and in folders below it \(more/1.tar\)"):
         find_sources(tmp_path)
 
 
@@ -246,7 +246,7 @@ def test_a_broken_header_costs_what_is_beside_it(tmp_path: Path, tokenizer: Path
     index = open_index(tmp_path / "a")
     # sample 3 may lack members in the damaged part, sample 4 lost its picture
     assert [index.document(n) for n in range(len(index))] == [f"circle {n}".encode() for n in (0, 1, 2, 5, 6, 7, 8, 9)]
-    assert index.rejected == {"damaged tar header": 1, "sample beside damage in the shard": 1, "no image file": 1}
+    assert index.rejected == {"damaged tar header": 1, "sample next to damage in the shard": 1, "no image file": 1}
 
 
 def test_a_shard_that_is_mostly_damage_is_an_error(tmp_path: Path, tokenizer: Path) -> None:
@@ -279,7 +279,7 @@ def test_links_lead_to_the_file_that_they_mean(tmp_path: Path, form: int) -> Non
     losses = Losses()
     samples = list(iterate_shard(shard, losses, "first"))
     assert [sample.members["jpg"].data == image for sample in samples[:3]] == [True] * 3
-    assert "jpg" not in samples[3].members and losses.skipped == {"link to a file that is not before it in the tar": 1}
+    assert "jpg" not in samples[3].members and losses.skipped == {"link to a file that does not precede it in the tar": 1}
 
 
 def test_apple_double_hidden_and_sparse_files_are_no_samples(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_a_read_only_data_directory_is_indexed_elsewhere(tmp_path: Path, tokeniz
     write_tar(data / "train" / "pairs" / "0.tar", pairs(range(3)))
     with monkeypatch.context() as patched:
         patched.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-        with pytest.raises(ValueError, match=r"pairs cannot be written to: give --index-dir DIR, and train with --data.path DIR"):
+        with pytest.raises(ValueError, match=r"pairs cannot be written to: use --index-dir DIR, and train with --data.path DIR"):
             prepare_index(data, tokenizer=tokenizer)
     prepare_index(data, tokenizer=tokenizer, options=IndexOptions(index_dir=tmp_path / "indexes"))
     assert not (data / "train" / "pairs" / "index").exists()
@@ -376,5 +376,5 @@ def test_samples_without_their_other_half_say_how_files_end(tmp_path: Path, demo
     """For gzipped members, names of other tools or members that are not adjacent, the error lists the suffixes found."""
     files = {f"{number}.{ending}": b"x" for ending in ("img.png", "json.gz") for number in range(3)}
     write_tar(tmp_path / "train" / "odd" / "0.tar", files)
-    with pytest.raises(ValueError, match=r"--text-key and --image-key say.*end with \.img\.png \(3\), \.json\.gz \(3\)"):
+    with pytest.raises(ValueError, match=r"--text-key and --image-key give.*end with \.img\.png \(3\), \.json\.gz \(3\)"):
         prepare_index(tmp_path / "train" / "odd", tokenizer=demo_data / "tokenizer.model")

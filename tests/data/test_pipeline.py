@@ -19,7 +19,7 @@ from megatron_mm.run.data import TrainingData, make_plan, open_tokenizer
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path / "nowhere", r"data.path .*nowhere is not a directory: give --data.path DIR"),
+        (lambda path: path / "nowhere", r"data.path .*nowhere is not a directory: use --data.path DIR"),
         (lambda path: path, r"has no folder 'train'; it has \[\]"),
         (lambda path: (path / "train").mkdir() or path, r"train lacks the sources \['interleaved', 'pairs', 'text'\] .* it has \[\]"),
     ],

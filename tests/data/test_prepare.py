@@ -51,7 +51,7 @@ def test_every_kind_of_bad_pair_is_rejected_by_its_reason(tmp_path: Path, tokeni
     assert index.kind == "pairs" and len(index) == 6
     assert index.rejected == {
         "image does not decode": 2,
-        "image of more than 64 megapixels": 2,
+        "image larger than 64 megapixels": 2,
         "malformed JSON": 1,
         "JSON has no text or caption": 1,
         "no image file": 1,
@@ -142,7 +142,7 @@ def test_the_number_of_workers_does_not_change_the_index(demo_data: Path, tmp_pa
 def test_paths_without_data_are_named(tmp_path: Path, tokenizer: Path) -> None:
     with pytest.raises(ValueError, match=r"does not exist"):
         prepare_index(tmp_path / "nowhere", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match=f"{tmp_path} has no .tar or .jsonl shards"):
+    with pytest.raises(ValueError, match=f"{tmp_path} contains no .tar or .jsonl shards"):
         prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
     write_tar(tmp_path / "pairs" / "0.tar", {"0.jpg": picture(), "0.txt": b"x"})
     with pytest.raises(ValueError, match=r"no tokenizer"):

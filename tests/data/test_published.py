@@ -208,7 +208,7 @@ def test_one_file_name_in_two_folders_is_no_image(tmp_path: Path) -> None:
     line = {"text_list": ["x"], "image_info": [{"image_name": "0.jpg", "matched_text_index": 0}]}
     (tmp_path / "0.jsonl").write_text(json.dumps(line))
     found = run("mmc4", [tmp_path / "0.jsonl"], tmp_path / "out", images=str(images), lose=1.0)
-    assert found.dropped == {"several images of that name": 1}
+    assert found.dropped == {"several images with that name": 1}
 
 
 # ---------------------------------------------------------------------------------------------------- conversations, tasks
@@ -469,12 +469,12 @@ def test_an_image_of_mmc4_without_a_place_costs_itself(tmp_path: Path, demo_data
     rows = [{"text_list": ["a circle"], "image_info": infos}, {"text_list": ["a square"], "image_info": None}]
     (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = run("mmc4", [tmp_path / "docs.jsonl"], tmp_path / "out", lose=0.8, images=str(tmp_path / "images"))
-    assert (found.samples, found.images, found.dropped) == (2, 1, {"image without a name or a text that it belongs to": 3})
+    assert (found.samples, found.images, found.dropped) == (2, 1, {"image without a name or without a text to belong to": 3})
 
 
 def test_fields_that_are_there_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"content": "a red circle", "id": 7}\n')
-    with pytest.raises(ValueError, match="The fields of the first one are content, id: --text-key"):
+    with pytest.raises(ValueError, match="The fields of the first one are content, id: choose with --text-key"):
         run("text", [tmp_path / "a.jsonl"], tmp_path / "out")
 
 
@@ -626,7 +626,7 @@ def test_an_image_is_found_by_the_end_of_its_path(tmp_path: Path, named: str, li
 def test_an_image_of_another_folder_is_another_image(tmp_path: Path, named: str, lies: str) -> None:
     images = write_images(tmp_path / "images", [lies])
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": named, "caption": "a cross"}))
-    with pytest.raises(ValueError, match=f"image of that name lies in another folder: 1(?s:.*)record 1 .image {named}"):
+    with pytest.raises(ValueError, match=f"image with that name is in another folder: 1(?s:.*)record 1 .image {named}"):
         run("pairs", [tmp_path / "a.jsonl"], tmp_path / "out", images=str(images))
 
 
@@ -642,8 +642,8 @@ def test_conversations_with_odd_turns(tmp_path: Path) -> None:
     ]
     (tmp_path / "a.json").write_text(json.dumps(entries))
     found = run("llava", [tmp_path / "a.json"], tmp_path / "out", lose=0.5)
-    assert found.samples == 4 and found.dropped == {"turn without its question or answer": 3}
-    assert found.rejected == {"conversation about a video or a sound": 1, "conversation is not of questions with answers": 1}
+    assert found.samples == 4 and found.dropped == {"turn without a question or an answer": 3}
+    assert found.rejected == {"conversation about a video or a sound": 1, "conversation does not alternate questions and answers": 1}
     assert [[turn["value"] for turn in document["conversations"]] for document in documents(tmp_path / "out")] == 4 * [
         ["which one?", "the red one"]
     ]

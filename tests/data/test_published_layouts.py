@@ -118,9 +118,9 @@ def test_damaged_csv_is_an_error_behind_its_good_rows(tmp_path: Path) -> None:
     path.write_bytes(b'text\tn\none\t1\ntwo\ncaf\xe9\t3\n"cut off\t4')
     records = iterate_records(str(path))
     assert next(records) == {"text": "one", "n": "1"}
-    assert getattr(next(records), "reason", None) == "row of another number of fields than the first line"
+    assert getattr(next(records), "reason", None) == "row with a different number of fields than the first line"
     assert next(records) == {"text": "caf\udce9", "n": "3"}
-    with pytest.raises(DamagedFile, match="cannot be read behind line"):
+    with pytest.raises(DamagedFile, match="cannot be read beyond line"):
         next(records)
 
 
@@ -234,7 +234,7 @@ def test_captions_are_taught_once(tmp_path: Path) -> None:
     assert run("tasks", tmp_path / "karpathy.json", tmp_path / "all", form="karpathy", **options).samples == 4
     with pytest.raises(ValueError, match=r"no entry is in the split 'dev': the splits are test, train"):
         run("pairs", tmp_path / "karpathy.json", tmp_path / "k2", form="karpathy", split="dev", **options)
-    with pytest.raises(ValueError, match=r"format textcaps has no --split"):
+    with pytest.raises(ValueError, match=r"format textcaps takes no --split"):
         run("pairs", tmp_path / "textcaps.json", tmp_path / "k3", form="textcaps", split="train", **options)
 
 
@@ -281,7 +281,7 @@ def test_what_a_source_was_made_of_is_no_stray_shard(tmp_path: Path, demo_data: 
     run("text", made_of, tmp_path / "train" / "texts")
     assert [source.name for source in find_sources(tmp_path)] == ["texts"]
     lines(tmp_path / "other.jsonl", [{"text": "b"}])
-    with pytest.raises(ValueError, match=r"other.jsonl lies beside .* skip it with --ignore 'other.jsonl'"):
+    with pytest.raises(ValueError, match=r"other.jsonl is next to .* skip it with --ignore 'other.jsonl'"):
         find_sources(tmp_path)
     options = IndexOptions(ignore=("other*",))
     assert prepare_index(tmp_path, tokenizer=demo_data / "tokenizer.model", options=options).sources["train/texts"].samples == 1
@@ -295,7 +295,7 @@ def test_folders_without_shards_are_said(tmp_path: Path, caplog: pytest.LogCaptu
         (tmp_path / "train" / name).write_bytes(b"packed")
     assert [source.name for source in find_sources(tmp_path)] == ["index", "pairs"]
     assert "web has no .tar or .jsonl shards and is left out; 1.tgz can be made into shards" in caplog.text and "notes" not in caplog.text
-    with pytest.raises(ValueError, match=r"1.tgz is a file, and a folder is wanted"):
+    with pytest.raises(ValueError, match=r"1.tgz is a file, but must be a folder"):
         find_sources(tmp_path / "train" / "web" / "1.tgz")
 
 
@@ -332,7 +332,7 @@ def test_frames_without_contents_in_zstd(tmp_path: Path) -> None:
 
 def test_two_columns_of_one_name(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
-    with pytest.raises(DamagedFile, match="several columns of the name 'text'"):
+    with pytest.raises(DamagedFile, match="several columns named 'text'"):
         list(iterate_records(str(tmp_path / "a.parquet")))
 
 

@@ -177,7 +177,7 @@ def test_what_is_not_there_is_an_error_at_once(gate: Gate) -> None:
 
 def test_an_object_that_ends_early_is_an_error(gate: Gate) -> None:
     upload("s3://data/one", {"0.tar": CONTENT})
-    with pytest.raises(OSError, match=r"10 of 20 bytes came"):
+    with pytest.raises(OSError, match=r"received 10 of 20 bytes"):
         ObjectStore("s3://data/one", attempts=2, sleep=lambda seconds: None).read("0.tar", len(CONTENT) - 10, 20)
 
 
@@ -251,7 +251,7 @@ def test_shards_are_indexed_in_a_store(gate: Gate, demo_data: Path, tmp_path: Pa
     shutil.copyfile(demo_data / "tokenizer.model", files / "tokenizer.model")
     upload("s3://lake/mine", {path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()})
     upload("s3://lake/mine", {"train/pairs/00000_stats.json": b"{}", "train/pairs/.nv-meta/index.sqlite": b"x"})
-    with pytest.raises(ValueError, match=r"^s3://lake/mine is in an object store: give --index-dir"):
+    with pytest.raises(ValueError, match=r"^s3://lake/mine is in an object store: use --index-dir"):
         prepare_index(data)
     gate.faults = ["503", "ok", "cut", "ok", "reset"] * 3
     summary = prepare_index(data, options=IndexOptions(index_dir=out))
@@ -342,7 +342,7 @@ def test_what_is_no_index_in_a_store(gate: Gate, fresh: Callable[[], None], monk
     with pytest.raises(ValueError, match=r"s3://pool/none has no index of the sources pairs: run .*--index-dir"):
         index_copies.data_folder(Path("s3://pool/none"), sources=["pairs"])
     upload("s3://pool/none", {"train/pairs/index/meta.json": b"{}"})
-    with pytest.raises(ValueError, match=r"s3://pool/none/train/pairs/index/meta.json does not say"):
+    with pytest.raises(ValueError, match=r"s3://pool/none/train/pairs/index/meta.json does not describe the arrays"):
         index_copies.data_folder(Path("s3://pool/none"), sources=["pairs"])
     monkeypatch.delenv(CACHE_VARIABLE)
     with pytest.raises(ValueError, match=r"^s3://pool/none is in an object store: set MEGATRON_MM_CACHE"):
@@ -350,9 +350,11 @@ def test_what_is_no_index_in_a_store(gate: Gate, fresh: Callable[[], None], monk
 
 
 def test_an_index_in_a_store_is_an_error_that_says_what_to_copy(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^s3://bucket/data is in an object store, not on this machine: an index is mapped .*aws s3 sync"):
+    with pytest.raises(
+        ValueError, match=r"^s3://bucket/data is in an object store, not on this machine: an index must be on a local disk.*aws s3 sync"
+    ):
         open_split(Path("s3://bucket/data"), "train", sources=["pairs"])
-    with pytest.raises(ValueError, match=r"^s3://bucket/data is in an object store.*copy it to a disk"):
+    with pytest.raises(ValueError, match=r"^s3://bucket/data is in an object store.*copy it to a local disk"):
         prepare_tokenizer(Path("s3://bucket/data"), out=tmp_path / "tokenizer.model", vocab_size=100)
     with pytest.raises(ValueError, match=r"^gs://bucket/out is in an object store"):
         convert(["a.jsonl"], Path("gs://bucket/out"), options=Options("text"))

@@ -69,11 +69,13 @@ def test_unlike_results_are_not_compared(tmp_path: Path) -> None:
     asked = _result("vqav2", 0, 2.0, step=20)
     asked.setting["wording"] = "{image}Question: {question}"
     asked.write(runs[1] / "evaluation")
-    with pytest.raises(ValueError, match=r"vqav2 with 0 shots was not evaluated alike: wording is None in .*a and '{image}Question"):
+    with pytest.raises(
+        ValueError, match=r"vqav2 with 0 shots was evaluated with different settings: wording is None in .*a and '{image}Question"
+    ):
         list(compare(runs, out=tmp_path / "x.png"))
     for path in (runs[1] / "evaluation").glob("step*shot.json"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"has no results of whole tasks .*1 results are of --limit 3, which are not compared"):
+    with pytest.raises(ValueError, match=r"has no results of whole tasks .*1 results with --limit 3 are not compared"):
         list(compare(runs, out=tmp_path / "x.png"))
 
 

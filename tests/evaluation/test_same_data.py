@@ -53,7 +53,7 @@ def test_evaluation_refuses_another_template_and_another_tokenizer(trained: tupl
     other = tmp_path / "data"
     shutil.copytree(demo_data, other)
     train_tokenizer((f"a {word} of other words" for word in "abcdefgh" * 40), other / "tokenizer.model", vocab_size=300)
-    with pytest.raises(ValueError, match="was trained with another tokenizer than"):
+    with pytest.raises(ValueError, match="was trained with a different tokenizer than"):
         evaluate(replace(experiment, data=replace(experiment.data, path=other)), checkpoint)
 
 

@@ -65,7 +65,7 @@ def test_a_folder_of_images_that_is_not_there_is_named(files: Path, tmp_path: Pa
     """A missing image loses one item; if none exist at all, that is an error before the model is built."""
     shutil.copytree(files / "textvqa", tmp_path / "textvqa")
     (tmp_path / "textvqa" / "train_images").rename(tmp_path / "textvqa" / "pictures")
-    with pytest.raises(ValueError, match=r"none of 2 images that were checked exists; the first is .*val0.jpg: put .*train_images"):
+    with pytest.raises(ValueError, match=r"none of the 2 images that were checked exists; the first is .*val0.jpg: put .*train_images"):
         TASKS["textvqa"].examples(tmp_path)
 
 
@@ -75,7 +75,7 @@ def test_examples_of_one_number_are_kept_apart_and_counted(files: Path, tmp_path
     (first, second) = json.loads(path.read_text())["data"]
     path.write_text(json.dumps({"data": [first, second, first, {**first, "question": "What else?"}]}))
     assert [example.key for example in TASKS["textvqa"].examples(tmp_path)] == ["0", "1", "0~2"]
-    assert "1 examples occur twice" in caplog.text and "1 examples have the id of another example" in caplog.text
+    assert "1 examples occur more than once" in caplog.text and "1 examples share an id with another example" in caplog.text
 
 
 def test_questions_without_answers_are_counted(files: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_examples_without_an_answer_are_left_out_and_counted(files: Path, tmp_pa
     assert len(TASKS["vizwiz"].examples(tmp_path)) == 1
     assert f"1 of 2 examples have no answer and are left out; the first is {second['image']}" in caplog.text
     path.write_text(json.dumps([second]))
-    with pytest.raises(ValueError, match=r"all 1 examples of val.json have no answer: of some splits the answers are not published"):
+    with pytest.raises(ValueError, match=r"all 1 examples of val.json have no answer: the answers of some splits are not published"):
         TASKS["vizwiz"].examples(tmp_path)
     first["answers"] = [{"answer": ""}] * 9 + [{"answer": "a cup"}]
     path.write_text(json.dumps([first]))
@@ -175,7 +175,7 @@ def test_damaged_rows_of_mmbench_cost_themselves(files: Path, tmp_path: Path, ca
     assert found["6"].choices == ("cat", "", "cow", "dog"), "a letter keeps its place"
     assert found["9"].images[0].read() == b""
     assert (
-        "1 of 10 examples have no answer" in caplog.text and "1 of 9 examples have an answer that is none of their choices" in caplog.text
+        "1 of 10 examples have no answer" in caplog.text and "1 of 9 examples have an answer that is not among their choices" in caplog.text
     )
 
 

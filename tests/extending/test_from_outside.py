@@ -61,7 +61,7 @@ def test_a_family_trains_resumes_exports_and_begins_as_what_was_exported(
     exported = convert_to_hf(run_dir, tmp_path / "hf")
     assert load_file(tmp_path / "hf" / "model.safetensors")["patch_projection.weight"].shape == (128, 3 * 8 * 8)
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert "brings no modeling code" in card and "from_pretrained" not in card
+    assert "has no modeling code" in card and "from_pretrained" not in card
     imported = convert_from_hf(get_recipe(PATCHES), tmp_path / "again", whole=tmp_path / "hf")
     before, after = (CheckpointReader(path) for path in (run_dir / "checkpoints" / "step_00000002", imported.checkpoint))
     assert exported.num_tensors == 40 and imported.sources == {"whole (patches)": imported.num_parameters}
@@ -198,7 +198,7 @@ def test_names_are_taken_once() -> None:
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("nowhere.py:recipe", r"there is no file .*nowhere.py: give the path where it is"),
+        ("nowhere.py:recipe", r"there is no file .*nowhere.py: correct the path"),
         ("no.such.module:recipe", "there is no module 'no.such.module': install its package or put its folder on PYTHONPATH"),
         (f"{EXAMPLES / 'patch_family.py'}:debug_patch", "defines no 'debug_patch': did you mean debug_patches?"),
         (f"{EXAMPLES / 'patch_family.py'}:MEAN", "is not a recipe: it returns tuple instead of an Experiment"),
@@ -217,7 +217,7 @@ def test_a_kind_of_connector_needs_its_configuration() -> None:
     ):
         connector_of(ConnectorConfig(kind="pixel_shuffle", num_tokens=16))
     with pytest.raises(
-        ValueError, match=r"connector.kind is 'strips', but must be one of .*: to use one of your own, add its file to `extensions`"
+        ValueError, match=r"connector.kind is 'strips', but must be one of .*: to use your own, add its file to `extensions`"
     ):
         connector_of(ConnectorConfig(kind="strips", num_tokens=16))
 
@@ -232,7 +232,7 @@ def test_a_lost_extension_is_named(tmp_path: Path) -> None:
     values = {**to_dict(get_recipe(PATCHES)), "extensions": [str(tmp_path / "mine" / "gone.py")]}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "experiment.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"extensions of .*experiment.json: there is no file .*gone.py: give the path where it is"):
+    with pytest.raises(ValueError, match=r"extensions of .*experiment.json: there is no file .*gone.py: correct the path"):
         load_experiment(tmp_path / "run" / "experiment.json")
 
 
@@ -266,7 +266,7 @@ def test_a_benchmark_is_read_from_its_files(tmp_path: Path) -> None:
     (example,) = task.examples(tmp_path)
     assert example.answer == "red" and task.score([Answered(example, "Red.")])["score"] == 100
     (folder / "test.jsonl").write_text('{"image": "1.png"}\n')
-    with pytest.raises(ValueError, match=r"task colours: .*test\.jsonl is not as published: something in it lacks 'colour'"):
+    with pytest.raises(ValueError, match=r"task colours: .*test\.jsonl is not in its published format: an entry lacks 'colour'"):
         task.examples(tmp_path)
     with pytest.raises(ValueError, match=r"colour_task\.py:read is a function, but must be a Task"):
         tasks_of([f"{EXAMPLES / 'colour_task.py'}:read"])

@@ -162,8 +162,8 @@ class Loader:
             if index.tokenizer != tokenizer.fingerprint:
                 raise ValueError(
                     f"source {index.location} was indexed with tokenizer {index.tokenizer}, "
-                    f"and {data.tokenizer_path} is {tokenizer.fingerprint}: "
-                    "index it again with `megatron-mm prepare index`, or use the tokenizer that it was indexed with"
+                    f"but {data.tokenizer_path} is {tokenizer.fingerprint}: "
+                    "index it again with `megatron-mm prepare index`, or use the tokenizer it was indexed with"
                 )
         self.plan = plan
         self.tokenizer = tokenizer

@@ -83,7 +83,7 @@ class TileDecoder:
         transform, tiling, sub_images = self.image.transform, self.image.tiling, self.image.sub_images
         if sub_images is not None:
             return cut_sub_images(image, sub_images, transform, wanted=wanted.tiles, count=wanted.count or sub_images.count)
-        assert tiling is not None, "an image of several squares is cut by its shape or into sub-images"
+        assert tiling is not None, "an image of several squares needs a tiling or sub-images"
         rgb = transform.rgb(image)
         if rgb.size != (wanted.width, wanted.height):
             rgb = rgb.resize((wanted.width, wanted.height), Image.Resampling.BICUBIC)

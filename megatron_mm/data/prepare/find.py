@@ -39,14 +39,14 @@ def find_sources(path: Path, *, ignore: Sequence[str] = ()) -> list[Path]:
     Args:
         ignore: name patterns of shards outside of source folders to ignore, such as "*.jsonl".
     """
-    check_local(path, instead="copy it to a disk. `prepare index` alone takes addresses, with --index-dir")
+    check_local(path, instead="copy it to a local disk. Only `prepare index` accepts addresses, with --index-dir")
     if not path.is_dir():
-        raise ValueError(f"data path {path} {'is a file, and a folder is wanted' if path.exists() else 'does not exist'}")
+        raise ValueError(f"data path {path} {'is a file, but must be a folder' if path.exists() else 'does not exist'}")
     found = _candidates(absolute(path))
     if not found:
         other = next((file for file in _files(path) if _looks_like_data(file)), None)
         raise ValueError(
-            f"data path {path} has no .tar or .jsonl shards, nor folders (split/source) that have"
+            f"data path {path} contains no .tar or .jsonl shards, and no folders (split/source) that contain any"
             + (f"; {other.relative_to(path)} can be made into shards with `megatron-mm prepare pairs|text|...`" if other else "")
         )
     for source in found:
@@ -55,8 +55,8 @@ def find_sources(path: Path, *, ignore: Sequence[str] = ()) -> list[Path]:
     left = [shard for shard in _stray(absolute(path), found) if not _is_ignored(shard, ignore)]
     if left:
         raise ValueError(
-            f"{left[0]} lies beside the folders of shards ({', '.join(sorted({p.name for p in found})[:5])}) and would be ignored: "
-            f"move it into a source folder of its own, or elsewhere, or skip it with --ignore '{left[0].name}'"
+            f"{left[0]} is next to the folders of shards ({', '.join(sorted({p.name for p in found})[:5])}) and would be ignored: "
+            f"move it to a source folder of its own or elsewhere, or skip it with --ignore '{left[0].name}'"
         )
     return found if found != [absolute(path)] else [path]
 
@@ -96,8 +96,8 @@ def _check_levels(source: Path) -> None:
     below = [shard for shard in shards_of(source) if shard.parent != source]
     if direct and below:
         raise ValueError(
-            f"source {source} has shards of its own ({direct[0].name}) and in folders below ({below[0].relative_to(source)}): "
-            "move them to one level, or index the folders one by one"
+            f"source {source} has shards both at its top level ({direct[0].name}) and in folders below it "
+            f"({below[0].relative_to(source)}): move them to one level, or index each folder separately"
         )
 
 
@@ -151,7 +151,7 @@ def _direct(folder: Path) -> list[Path]:
                 f"shard {entry.path} is a link to {os.readlink(entry.path)}, which does not exist: restore it or remove the link"
             )
         if not entry.is_file():
-            raise ValueError(f"shard {entry.path} is not a file but a pipe or a device: write what it gives to a file, or remove it")
+            raise ValueError(f"shard {entry.path} is not a file but a pipe or a device: write its output to a file, or remove it")
     return [Path(entry.path) for entry in found]
 
 

@@ -95,7 +95,7 @@ def prepare_index(
     if address is None:
         return _prepare(path, tokenizer, options, workers, shards, merge_only)
     if options.index_dir is None:
-        raise ValueError(f"{address} is in an object store: give --index-dir DIR for its index, and train with --data.path DIR")
+        raise ValueError(f"{address} is in an object store: use --index-dir DIR for its index, and train with --data.path DIR")
     with mirrored(address) as mirror:
         try:
             return _prepare(mirror.path_of(address), tokenizer, options, workers, shards, merge_only, mirror)
@@ -118,7 +118,7 @@ def _prepare(
         (p / "tokenizer.model" for p in (path, path.parent, path.parent.parent) if (p / "tokenizer.model").is_file()), None
     )
     if model is None:
-        raise ValueError(f"no tokenizer.model in {path}: run `megatron-mm prepare tokenizer {path}` first, or give --tokenizer")
+        raise ValueError(f"no tokenizer.model in {path}: run `megatron-mm prepare tokenizer {path}` first, or use --tokenizer")
     fingerprint = Tokenizer.open(model).fingerprint
     summaries, kinds = {}, set()
     for source in sources:
@@ -130,7 +130,7 @@ def _prepare(
         split, name = absolute(source).parts[-2:]
         home = source if options.index_dir is None else options.index_dir / split / name
         if home == source and not os.access(source, os.W_OK):
-            raise ValueError(f"source {source} cannot be written to: give --index-dir DIR, and train with --data.path DIR")
+            raise ValueError(f"source {source} cannot be written to: use --index-dir DIR, and train with --data.path DIR")
         job = _SourceJob(source, home, found, model, fingerprint, reading, options, mirror)
         if not merge_only:
             _read_shards(job, found if shards is None else [found[n] for n in choose_shards(shards, len(found))], workers=workers)
@@ -215,7 +215,7 @@ def _read_so_far(job: _SourceJob) -> SourceSummary:
         if header is not None:
             totals.add(header)
             done += 1
-    complete = ": `prepare merge` is next" if done == len(job.shards) else ""
+    complete = ": run `prepare merge` next" if done == len(job.shards) else ""
     logger.info("%s: %d of %d shards are read%s", job.shown, done, len(job.shards), complete)
     return totals.summary
 
@@ -306,7 +306,7 @@ def _check_template(name: str, model: Path) -> None:
     if lacking:
         raise ValueError(
             f"chat template {name} needs the control tokens {', '.join(lacking)}, which {model} lacks: "
-            "choose another --chat-template, or give the --tokenizer of the model that uses this template"
+            "choose another --chat-template, or use the --tokenizer of a model with this template"
         )
 
 

@@ -54,7 +54,7 @@ def detect_kind(shards: Sequence[Path], *, kind: Kind | None = None, key_ends: K
     if winner == "text" and with_images:
         raise ValueError(
             f"source {shards[0].parent} looks like texts, but {with_images} of {votes.total()} samples have images, which would be lost: "
-            "give --kind pairs|interleaved|conversations|tasks|text, or put them into sources of their own"
+            "use --kind pairs|interleaved|conversations|tasks|text, or move them to separate sources"
         )
     return Detected(winner, key_ends)
 

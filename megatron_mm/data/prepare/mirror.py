@@ -95,7 +95,7 @@ def mirrored(url: str) -> Iterator[Mirror]:
                 _fill(file, mirror.url_of(file))
         if not root.is_dir():
             raise ValueError(
-                f"{url} contains no objects: give the address of a data set, such as s3://bucket/data, of a split or of a source"
+                f"{url} contains no objects: specify the address of a data set, such as s3://bucket/data, of a split or of a source"
             )
         logger.info("%s: %d objects", url, len(listed))
         yield mirror

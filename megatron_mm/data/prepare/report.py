@@ -173,7 +173,7 @@ def draw_report(found: DataReport, out: Path) -> None:
         line = "-" if name.startswith("train") else "--"
         used = slice(max(0, int(np.argmax(counts > 0)) - 1), len(counts) - int(np.argmax(counts[::-1] > 0)) + 1)
         tokens.plot(edges[1:][used], (np.cumsum(counts) / max(1, counts.sum()))[used], line, drawstyle="steps-post", label=name)
-    tokens.set(xscale="log", xlabel="text tokens", ylabel="share of samples with so many or fewer", ylim=(0, 1.02))
+    tokens.set(xscale="log", xlabel="text tokens", ylabel="share of samples with at most this many", ylim=(0, 1.02))
     tokens.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     numbers = [str(n) for n in range(10)] + ["10+"]
     by_number = {n: [100 * source.images_of_a_sample.get(n, 0) / max(1, source.samples) for source in sources.values()] for n in numbers}

@@ -77,7 +77,7 @@ def write_row_file(path: Path, shard: Path, rows: ShardRows, *, recipe: str, bef
     """
     stat, data = shard.stat(), rows.samples.tobytes() + rows.items.tobytes()
     if (stat.st_size, stat.st_mtime_ns, stat.st_ino) != (before.st_size, before.st_mtime_ns, before.st_ino):
-        raise ValueError(f"shard {shard} changed while it was read: run this again when it is complete. Shards that are done stay done")
+        raise ValueError(f"shard {shard} changed while it was read: run this again when it is complete. Finished shards are kept")
     header = RowHeader(
         recipe=recipe,
         size=stat.st_size,

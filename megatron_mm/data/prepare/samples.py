@@ -133,7 +133,7 @@ def read_shard(shard: Path, *, number: int, reading: Reading, tokenizer: Tokeniz
             items += found.items
     except (OSError, ValueError) as error:  # includes BrokenShard
         losses.rejected["broken shard"] += 1
-        losses.named.append(f"{error}; the {len(samples)} samples before are used")
+        losses.named.append(f"{error}; the {len(samples)} samples before it are used")
     return ShardRows(np.array(samples, SAMPLE), np.array(items, ITEM), losses)
 
 
@@ -144,7 +144,7 @@ def iterate_shard(shard: Path, losses: Losses, key_ends: KeyEnds) -> Iterator[We
         losses.damaged_bytes += what.size
         if what.is_damage:
             losses.rejected[what.reason if what.reason == DAMAGED else "broken shard"] += 1
-            losses.named.append(f"{describe_damage(shard, what)}; the samples before and behind are used")
+            losses.named.append(f"{describe_damage(shard, what)}; the samples before and after it are used")
         elif what.reason in (BESIDE_DAMAGE, LONG_LINE):
             _reject(losses, shard, what.name.lstrip("/"), what.reason)
         else:
@@ -168,7 +168,7 @@ def check_sample(sample: WebSample, reading: Reading, tokenizer: Tokenizer) -> C
     rejected.
     """
     if reading.kind == "text" and not reading.images_may_be_left_out and any(is_image_name(e) for e in sample.members):
-        raise BadDocument("text with images beside it")
+        raise BadDocument("text with images next to it")
     document, dropped = document_of(reading.kind, sample, reading.keys), Counter[str]()
     items = parse_member(reading.kind, document, reading.rendering, keys=reading.keys, dropped=dropped)
     if reading.kind == "text" and not reading.images_may_be_left_out and names_images(document.data, reading.keys):
@@ -191,7 +191,7 @@ def check_sample(sample: WebSample, reading: Reading, tokenizer: Tokenizer) -> C
 
 def _image_row(image: Member, *, counted: bool, verify: Verify) -> tuple[int, ...]:
     if image.size > MAX_FILE_BYTES:
-        raise BadDocument(f"image file of more than {MAX_FILE_BYTES // 2**20} MiB")
+        raise BadDocument(f"image file larger than {MAX_FILE_BYTES // 2**20} MiB")
     whole = verify == "full" or (verify == "sample" and zlib.crc32(image.name.encode()) % _DECODED_OF_A_SAMPLE == 0)
     width, height = check_image(_read(image), whole=whole)
     return 1, int(counted), 0, image.offset, image.size, width, height
@@ -211,7 +211,7 @@ def document_of(kind: Kind, sample: WebSample, keys: Keys) -> Member:
         if extension in sample.members:
             document = sample.members[extension]
             if document.size > MAX_FILE_BYTES:
-                raise BadDocument(f"text file of more than {MAX_FILE_BYTES // 2**20} MiB")
+                raise BadDocument(f"text file larger than {MAX_FILE_BYTES // 2**20} MiB")
             return document
     raise BadDocument("no text file")
 
@@ -232,7 +232,7 @@ def _pair_image(sample: WebSample, keys: Keys) -> Member:
             return sample.members[extension]
     for extension in sample.members:
         if is_image_name(extension) and "." not in extension:
-            raise BadDocument(f"image of a format that is not read: {extension}")
+            raise BadDocument(f"image in an unsupported format: {extension}")
     raise BadDocument("no image file")
 
 
@@ -259,13 +259,13 @@ def check_image(data: bytes, *, whole: bool = True) -> tuple[int, int]:
         with open_image(data) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise BadDocument(f"image of more than {MAX_PIXELS // 10**6} megapixels")
+                raise BadDocument(f"image larger than {MAX_PIXELS // 10**6} megapixels")
             if whole:
                 image.load()
     except BadDocument:
         raise
     except Image.DecompressionBombError:
-        raise BadDocument(f"image of more than {MAX_PIXELS // 10**6} megapixels") from None
+        raise BadDocument(f"image larger than {MAX_PIXELS // 10**6} megapixels") from None
     except Exception:
         raise BadDocument("image does not decode") from None
     return width, height

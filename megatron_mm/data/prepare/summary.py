@@ -47,10 +47,10 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 _NO_FILE = ("no image file", "no text file")
 _HINTS = {
-    "JSON has no text or caption": "--text-key FIELD says which field it is",
-    "JSON has no items, texts or text_list": "--text-key, --image-key and --messages-key say what fields and files are called",
-    "JSON has no conversations": "--messages-key FIELD says which field they are",
-    "image is not in the shard": "images that a document names lie in the same tar, as KEY.NAME",
+    "JSON has no text or caption": "--text-key FIELD names the field",
+    "JSON has no items, texts or text_list": "--text-key, --image-key and --messages-key give the names of fields and files",
+    "JSON has no conversations": "--messages-key FIELD names the field",
+    "image is not in the shard": "images that a document names must be in the same tar, as KEY.NAME",
 }
 """Advice for frequent reasons, by reason."""
 
@@ -63,7 +63,7 @@ def _hints(summary: SourceSummary, shards: Sequence[Path]) -> str:
         found = ", ".join(f".{name} ({count})" for name, count in file_endings(shards).most_common(6))
         hints.append(
             "a sample lacks its image or its text: its files must follow one another in the tar (tar --sort=name), and --text-key and "
-            "--image-key say how their names end" + (f". The first files end with {found}" if found else "")
+            "--image-key give the ends of their names" + (f". The first files end with {found}" if found else "")
         )
     return "".join(f". {hint}" for hint in hints)
 

@@ -158,7 +158,9 @@ def open_index(source: Path, *, check: bool = True) -> SourceIndex:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{meta_path} is damaged ({error}): {again} again") from None
     if version not in READ_VERSIONS:
-        raise ValueError(f"{meta_path} has version {version}, this program reads {' and '.join(map(str, READ_VERSIONS))}: {again} again")
+        raise ValueError(
+            f"{meta_path} has version {version}, but this program reads {' and '.join(map(str, READ_VERSIONS))}: {again} again"
+        )
     lacking = [name for name in (*_FIELDS, *(["shards"] if version < 4 else [])) if name not in meta]
     if lacking or not isinstance(meta.get("shards", {}), dict):
         raise ValueError(f"{meta_path} lacks {', '.join(lacking) or 'a table of shards'}: {again} again")
@@ -203,7 +205,7 @@ def _check_shards(source: Path, shards: ShardTable, *, store: str | None) -> Non
         if found.st_size != size:
             return f"shard {path} has {found.st_size} bytes, but had {size} when it was indexed"
         if shard.modified not in (None, found.st_mtime_ns) and sampled_digest(Path(path)) != shard.digest:
-            return f"shard {path} has other contents than when it was indexed, though as many bytes"
+            return f"shard {path} has the same size as when it was indexed, but other contents"
         return None
 
     def problems_of(some: list[Shard]) -> list[str]:
@@ -220,8 +222,8 @@ def _check_shards(source: Path, shards: ShardTable, *, store: str | None) -> Non
         raise ValueError(f"{problems[0]}{more}: restore it or index {source} again")
 
 
-MAPPED = f"an index is mapped from a disk: {COPY_INDEX}"
-GIVE_DATA = "give --data.path DIR, a folder that `megatron-mm prepare` made or indexed"
+MAPPED = f"an index must be on a local disk: {COPY_INDEX}"
+GIVE_DATA = "use --data.path DIR, a folder that `megatron-mm prepare` made or indexed"
 
 
 def check_folder(root: Path) -> None:

@@ -48,7 +48,7 @@ def data_folder(path: Path, *, sources: Sequence[str], tokenizer: bool = True) -
 def _copied(address: str, sources: tuple[str, ...], tokenizer: bool) -> Path:
     found = cache_folder()
     home = local_folder(Path(address))  # raises if there is no cache
-    assert found is not None, "a cache, since there is a folder in it"
+    assert found is not None, "local_folder found no cache"
     home.mkdir(parents=True, exist_ok=True)
     with (found.path / "indexes" / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -79,10 +79,10 @@ def _copy_index(address: str, source: Path, cache_to: CacheFolder) -> bool:
         meta = json.loads(text)
         folder, files = Path(meta["arrays"]["folder"]).name, [name for name in ARRAYS if name in meta["arrays"]["files"]]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{address}/index/{META} does not say what the arrays are: run `megatron-mm prepare index` again") from None
+        raise ValueError(f"{address}/index/{META} does not describe the arrays: run `megatron-mm prepare index` again") from None
     if "root" in meta and "store" not in meta:
         raise ValueError(
-            f"the shards of {address} are files in {meta['root']}: `megatron-mm prepare store` says where they are in the store"
+            f"the shards of {address} are files in {meta['root']}: run `megatron-mm prepare store` to name their address in the store"
         )
     index = source / "index"
     sizes = {name: store.size(f"{folder}/{name}") for name in files}

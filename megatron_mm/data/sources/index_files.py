@@ -209,7 +209,7 @@ def _named_files(index: Path, meta: dict[str, Any]) -> tuple[dict[str, Any], Pat
         wanted = [name for name in ARRAYS if meta["version"] > 3 or name not in (SHARDS, NAMES)]
         return {name: {"rows": files[name]["rows"], "digest": files[name]["digest"]} for name in wanted}, index / Path(folder).name
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{index / META} does not say what the arrays are ({error!r}): {_AGAIN}") from None
+        raise ValueError(f"{index / META} does not describe the arrays ({error!r}): {_AGAIN}") from None
 
 
 _AGAIN = "run `megatron-mm prepare index` again"
@@ -237,6 +237,6 @@ def _check_rows(folder: Path, samples: np.ndarray, *, num_items: int, num_shards
     bad |= (rows["text_tokens"] < 0) | (rows["num_images"] < 0) | (rows["num_images"] > rows["num_items"])
     if bad.any():
         row = int(bad.argmax())
-        raise ValueError(f"{folder / 'samples.npy'}: row {row * stride} points outside of the index: {_AGAIN}")
+        raise ValueError(f"{folder / 'samples.npy'}: row {row * stride} points outside the index: {_AGAIN}")
     if int(samples[-1]["first_item"]) + int(samples[-1]["num_items"]) != num_items:
-        raise ValueError(f"{folder / 'items.npy'} has {num_items} rows, but samples.npy ends at another one: {_AGAIN}")
+        raise ValueError(f"{folder / 'items.npy'} has {num_items} rows, but samples.npy refers to a different number: {_AGAIN}")

@@ -74,7 +74,7 @@ class ShardTable(Sequence[str]):
         begin, end = int(self.rows["name_end"][number - 1]) if number else 0, int(self.rows["name_end"][number])
         name = self.names[begin:end].tobytes().decode("utf-8", "surrogateescape")
         if not name or name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"the index names the shard {name!r}, which is outside of its source: run `megatron-mm prepare index` again")
+            raise ValueError(f"the index names the shard {name!r}, which is outside its source: run `megatron-mm prepare index` again")
         return name
 
     def shards(self) -> Iterator[Shard]:

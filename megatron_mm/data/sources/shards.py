@@ -101,7 +101,7 @@ def iterate_tar(path: Path, *, skipped: Callable[[Skipped], None] | None = None,
         raise BrokenShard(describe_damage(path, damage[0]))
 
 
-BESIDE_DAMAGE = "sample beside damage in the shard"
+BESIDE_DAMAGE = "sample next to damage in the shard"
 
 
 def describe_damage(path: Path, damage: Skipped) -> str:
@@ -156,7 +156,7 @@ def iterate_jsonl(path: Path, *, skipped: Callable[[Skipped], None] | None = Non
                 yield Line(f"line {number}", begin, length, path, line)
 
 
-LONG_LINE = f"line of more than {MAX_FILE_BYTES // 2**20} MiB"
+LONG_LINE = f"line longer than {MAX_FILE_BYTES // 2**20} MiB"
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
             mine = _duplicate(path)
             while len(_descriptors) > min(_OPEN_FILES, _allowed_files() // 2):
                 os.close(_descriptors.popitem(last=False)[1])
-        assert mine is not None, "it was opened just now"
+        assert mine is not None, "it has just been opened"
     try:
         parts = bytearray()
         while len(parts) < size:

@@ -144,4 +144,4 @@ SOURCE_FORMATS: dict[str, SourceFormat] = {}
 def register_source_format(name: str, known: SourceFormat) -> None:
     """Register a format that is defined outside this package. Raises ValueError if its name is taken."""
     if SOURCE_FORMATS.setdefault(name, known) is not known:
-        raise ValueError(f"a source format {name!r} is already registered: give yours another name")
+        raise ValueError(f"a source format {name!r} is already registered: choose another name")

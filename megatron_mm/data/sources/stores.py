@@ -135,7 +135,7 @@ class ObjectStore:
     def _read_once(self, path: str, offset: int, size: int) -> bytes:
         data: bytes = self._files.cat_file(path, start=offset, end=offset + size)
         if len(data) != size:
-            raise OSError(f"{len(data)} of {size} bytes came")
+            raise OSError(f"received {len(data)} of {size} bytes")
         return data
 
     def _retrying(self, path: str, action: Callable[[str], Any]) -> Any:

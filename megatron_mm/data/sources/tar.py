@@ -205,7 +205,7 @@ def _named(header: tarfile.TarInfo, extended: _Extended, contents: int, seen: di
         target = extended.link or header.linkname
         place = seen.get(posixpath.normpath(posixpath.join(posixpath.dirname(name), target) if header.issym() else target))
         if place is None:
-            return Skipped("link to a file that is not before it in the tar", name, contents)
+            return Skipped("link to a file that does not precede it in the tar", name, contents)
         seen[_plain(name)] = place
         return TarFile(name, *place)
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):

@@ -85,12 +85,12 @@ def conversation_turns(fields: dict[str, Any], keys: Keys = USUAL) -> list[Turn]
     system = spoken.pop(0)[1] if spoken and spoken[0][0] == SYSTEM else ""
     asked, answered = spoken[::2], spoken[1::2]
     if not spoken or len(spoken) % 2 or any(who not in ASKS for who, _ in asked) or any(who not in ANSWERS for who, _ in answered):
-        raise BadDocument("conversation is not of questions with answers")
+        raise BadDocument("conversation does not alternate questions and answers")
     if not all(answer for _, answer in answered):
         raise BadDocument("empty answer")
     images = _images(fields, keys)
     if sum(question.count(IMAGE_MARK) for _, question in asked) != len(images):
-        raise BadDocument("images and <image> marks differ in number")
+        raise BadDocument("number of images differs from number of <image> marks")
     left = iter(images)
     turns = [Turn(_with_images(question, left), answer) for (_, question), (_, answer) in zip(asked, answered, strict=True)]
     return [replace(turns[0], system=system), *turns[1:]]
@@ -107,15 +107,15 @@ def _words(content: object) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise TypeError("a turn without words")
+        raise TypeError("a turn has no text")
     return "".join(IMAGE_MARK if part["type"] in IMAGE_PARTS else part["text"] for part in map(_part, content))
 
 
 def _part(part: object) -> dict[str, Any]:
     if not isinstance(part, dict) or part.get("type") not in ("text", *IMAGE_PARTS):
-        raise TypeError("a part of a turn is a text or an image")
+        raise TypeError("a part of a turn must be a text or an image")
     if part["type"] == "text" and not isinstance(part.get("text"), str):
-        raise TypeError("a text without words")
+        raise TypeError("a part of type text has no text")
     return part
 
 

@@ -71,7 +71,7 @@ def parse_document(
 
 def _items(kind: Kind, decoded: str, *, is_json: bool, rendering: Rendering | None, keys: Keys, dropped: Counter[str]) -> list[Item]:
     if kind in CHAT_KINDS:
-        assert rendering is not None, "conversations are rendered by a template"
+        assert rendering is not None, "conversations need a chat template"
         fields = _json(decoded)
         return render(conversation_turns(fields, keys) if kind == "conversations" else task_turns(fields), rendering.template)
     if kind == "pairs" and rendering is not None and rendering.caption_prompt is not None:
@@ -146,7 +146,7 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object. Raises BadDocument if a key occurs twice with different values, because one would be lost silently."""
     found = dict(pairs)
     if len(found) < len(pairs) and any(found[key] != value for key, value in pairs):
-        raise BadDocument("JSON has a key twice")
+        raise BadDocument("JSON has a duplicate key")
     return found
 
 
@@ -170,7 +170,7 @@ def _item(text: object, image: object) -> Item | None:
         return Text(text)
     if isinstance(image, str) and text is None:
         return ImageReference(image.lower())
-    raise TypeError("an item is a text or an image")
+    raise TypeError("an item must be a text or an image")
 
 
 def _own(fields: dict[str, Any], dropped: Counter[str]) -> list[Item | None]:
@@ -179,7 +179,7 @@ def _own(fields: dict[str, Any], dropped: Counter[str]) -> list[Item | None]:
 
 def _obelics(fields: dict[str, Any], dropped: Counter[str]) -> list[Item | None]:
     if len(fields["texts"]) != len(fields["images"]):
-        raise TypeError("texts and images differ in length")
+        raise TypeError("lists of texts and images differ in length")
     return [_item(text, image) for text, image in zip(fields["texts"], fields["images"], strict=True)]
 
 
@@ -194,5 +194,5 @@ def _mmc4(fields: dict[str, Any], dropped: Counter[str]) -> list[Item | None]:
     return [item for images, text in zip(before, texts, strict=True) for item in (*images, text)]
 
 
-UNPLACED = "image without a name or a text that it belongs to"
+UNPLACED = "image without a name or without a text to belong to"
 _FORMS = {"items": _own, "texts": _obelics, "text_list": _mmc4}

@@ -89,5 +89,5 @@ def _runs(items: Sequence[Item]) -> tuple[list[int], list[range]]:
 
 
 def _text(item: Item) -> str:
-    assert isinstance(item, Text), "a run is of texts"
+    assert isinstance(item, Text), "a run holds only texts"
     return item.text

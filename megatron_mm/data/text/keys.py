@@ -26,7 +26,7 @@ USUAL = Keys()
 def keys_of(source: Source) -> Keys:
     """Return the names of an opened source's fields. A source of another format need not have `keys`."""
     found = getattr(source, "keys", USUAL)
-    assert isinstance(found, Keys), "a source's `keys` are Keys"
+    assert isinstance(found, Keys), "a source's `keys` must be Keys"
     return found
 
 

@@ -58,7 +58,7 @@ class Tokenizer:
     def open(cls, path: Path, *, special: Sequence[str] = (PAD, IMAGE)) -> Tokenizer:
         """Read a SentencePiece model. Raises ValueError, naming the file, if it is missing or not a SentencePiece model."""
         if not path.is_file():
-            raise ValueError(f"tokenizer {path} does not exist: train one with `megatron-mm prepare tokenizer`, or give --data.tokenizer")
+            raise ValueError(f"tokenizer {path} does not exist: train one with `megatron-mm prepare tokenizer`, or use --data.tokenizer")
         model = path.read_bytes()
         try:
             if not model:

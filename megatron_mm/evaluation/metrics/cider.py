@@ -38,7 +38,7 @@ def has_official_tokenizer() -> bool:
     if not found:
         logger.warning(
             "captions are tokenized almost, but not exactly, as in the COCO evaluation: install pycocoevalcap (pip install "
-            "'megatron_mm[eval]') and Java for scores to publish"
+            "'megatron_mm[eval]') and Java for publishable scores"
         )
     return found
 

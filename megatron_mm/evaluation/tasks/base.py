@@ -142,9 +142,7 @@ class Task:
         if self.demonstrations is None:
             raise ValueError(f"task {self.name} has no training split: evaluate it with --shots 0")
         found = self._read(self.demonstrations, data)
-        return self._left(
-            found, [example for example in found if example.answer.strip()], "have an empty answer to show", self.demonstrations
-        )
+        return self._left(found, [example for example in found if example.answer.strip()], "have an empty answer", self.demonstrations)
 
     def _read(self, split: Split, data: Path) -> list[Example]:
         folder = self.path(data)
@@ -163,7 +161,7 @@ class Task:
         answered = self._left(found, [one for one in found if one.is_answered], "have no answer", split)
         if self.kind == "choice":
             answered = self._left(
-                answered, [one for one in answered if one.has_right_choice], "have an answer that is none of their choices", split
+                answered, [one for one in answered if one.has_right_choice], "have an answer that is not among their choices", split
             )
         self._check_images(answered, folder)
         return self._with_own_keys(answered)
@@ -172,8 +170,8 @@ class Task:
         """Return the kept examples and log how many are left out. Raises ValueError if none is kept."""
         if not kept:
             raise ValueError(
-                f"task {self.name}: all {len(examples)} examples of {', '.join(split.files)} {why}: of some splits the answers are not "
-                f"published, take the files that the task names ({self.published_at})"
+                f"task {self.name}: all {len(examples)} examples of {', '.join(split.files)} {why}: the answers of some splits are not "
+                f"published; use the files named for the task ({self.published_at})"
             )
         if len(kept) < len(examples):
             lost = next(one for one, other in itertools.zip_longest(examples, kept) if one is not other)
@@ -189,7 +187,7 @@ class Task:
         paths = [image.path for example in examples[:: len(examples) // _IMAGES_LOOKED_FOR + 1] for image in example.images if image.path]
         if paths and not any(path.is_file() for path in paths):
             raise ValueError(
-                f"task {self.name}: none of {len(paths)} images that were checked exists; the first is {paths[0]}: put the images into "
+                f"task {self.name}: none of the {len(paths)} images that were checked exists; the first is {paths[0]}: put the images into "
                 f"{', '.join(str(folder / name) for name in self.images) or folder} ({self.published_at})"
             )
 
@@ -206,9 +204,9 @@ class Task:
             renamed += number > 1 and key not in kept
             kept.setdefault(key, example if number == 1 else replace(example, key=key))
         if repeated:
-            logger.warning("task %s: %d examples occur twice in its files and count once", self.name, repeated)
+            logger.warning("task %s: %d examples occur more than once in its files and are counted once", self.name, repeated)
         if renamed:
-            logger.warning("task %s: %d examples have the id of another example: each of them counts", self.name, renamed)
+            logger.warning("task %s: %d examples share an id with another example; each is counted", self.name, renamed)
         return list(kept.values())
 
 
@@ -255,9 +253,9 @@ def parsed(path: Path, rows: Callable[[], list[Example]]) -> list[Example]:
     except DamagedFile:
         raise
     except KeyError as error:
-        raise DamagedFile(f"{path} is not as published: something in it lacks {error}") from None
+        raise DamagedFile(f"{path} is not in its published format: an entry lacks {error}") from None
     except (TypeError, AttributeError, IndexError, ValueError) as error:
-        raise DamagedFile(f"{path} is not as published ({type(error).__name__}: {error})") from None
+        raise DamagedFile(f"{path} is not in its published format ({type(error).__name__}: {error})") from None
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

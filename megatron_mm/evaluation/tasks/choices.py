@@ -337,7 +337,7 @@ MME = Task(
     score=mme_scores,
     evaluated=Split(("*/",), mme),
     demonstrations=None,
-    published_at="MME_Benchmark_release_version (its authors send it; github.com/BradyFU/Awesome-Multimodal-Large-Language-Models)",
+    published_at="MME_Benchmark_release_version (available from its authors; github.com/BradyFU/Awesome-Multimodal-Large-Language-Models)",
     images=("CATEGORY/images",),
 )
 TASKS = (SCIENCEQA, MMMU, SEED, MMBENCH, POPE, MME)

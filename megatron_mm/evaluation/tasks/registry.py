@@ -29,7 +29,7 @@ def tasks_of(names: list[str]) -> list[Task]:
     found = [_task_of_file(name) if is_reference(name) else _known(name) for name in wanted]
     for task in found:
         if sum(task.name == other.name for other in found) > 1 or TASKS.get(task.name, task) is not task:
-            raise ValueError(f"two tasks are called {task.name!r}: give yours another name")
+            raise ValueError(f"two tasks are called {task.name!r}: choose another name")
     return found
 
 

@@ -45,8 +45,8 @@ class InfiMMConfig(ModelConfig):
     def __post_init__(self) -> None:
         require(
             len(self.gated.layers(self.decoder.num_layers)) > 0,
-            f"gated.every_n_layers {self.gated.every_n_layers} puts no block before any of the {self.decoder.num_layers} decoder layers: "
-            "use a smaller number",
+            f"gated.every_n_layers {self.gated.every_n_layers} places no gated block before any of the "
+            f"{self.decoder.num_layers} decoder layers: use a smaller number",
         )
         require(self.decoder.moe is None, "InfiMM's decoder has no experts: set model.decoder.moe to None")
 

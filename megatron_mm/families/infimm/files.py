@@ -62,18 +62,19 @@ _SHARED_CODE = ("square_images.py", "image_prompts.py")
 
 def card_notes(model: InfiMMConfig) -> list[str]:
     """Return lines for the export's README.md on prompts and on use with the authors' code."""
-    lines = ["", "A prompt writes each image as `<image>`; the processor makes `<|endofchunk|><image>` of it."]
+    lines = ["", "A prompt writes each image as `<image>`; the processor replaces it with `<|endofchunk|><image>`."]
     if not fits_authors_code(model):
         return [
             *lines,
-            "The authors' own classes cannot hold this model: they are a Mistral with 64 latents, 8 heads of 64, images cropped to 336 px.",
+            "The authors' own classes do not support this model: they expect a Mistral, 64 latents, 8 heads of width 64, and images "
+            "cropped to 336 px.",
         ]
     files, packages = (", ".join(f"`{name}`" for name in names) for names in (AUTHORS_FILES, AUTHORS_PACKAGES))
     return [
         *lines,
         "",
-        "For the quickstart of Infi-MM/infimm-zephyr, with its authors' code: copy this directory, put these files of that model into the",
-        f"copy ({files}), and all of `authors_code/` in the place of those of the same name. It needs {packages}.",
+        "For the quickstart of Infi-MM/infimm-zephyr, with its authors' code: copy this directory, add these files of that model to",
+        f"the copy ({files}), then copy all of `authors_code/` over the files of the same names. It needs {packages}.",
     ]
 
 
@@ -127,7 +128,7 @@ def infimm_config(
 def _visual_config(vision: EvaConfig) -> dict[str, Any]:
     """Return the authors' configuration of a tower. It gives the width of MLPs as a ratio; the authors' code rounds the product down."""
     ratio = round(vision.ffn_hidden_size / vision.hidden_size + 5e-4, 4)
-    assert int(vision.hidden_size * ratio) == vision.ffn_hidden_size, f"no ratio gives {vision.ffn_hidden_size} of {vision.hidden_size}"
+    assert int(vision.hidden_size * ratio) == vision.ffn_hidden_size, f"no ratio of {vision.hidden_size} gives {vision.ffn_hidden_size}"
     return {
         **({"eva_model_name": "eva-clip-l-14-336"} if replace(vision, resize="crop") == EVA02_L_14_336 else {}),
         "image_size": vision.image_size,
@@ -150,15 +151,15 @@ def _visual_config(vision: EvaConfig) -> dict[str, Any]:
 
 
 CONFIG_FIELDS = (
-    ConfigField("architectures", note="Mistral or Llama: known from the tensors"),
+    ConfigField("architectures", note="Mistral or Llama: determined from the tensors"),
     ConfigField("model_type", must_be=("infimm", "infimm-zephyr"), default="infimm"),
     ConfigField("cross_attn_every_n_layers", kind=int, read="gated.every_n_layers", default=2),
     ConfigField("seq_length", kind=int, note="not used by the authors' code"),
     ConfigField("use_grad_checkpoint", kind=bool, note=TRAINING),
     ConfigField("freeze_llm", kind=bool, note=TRAINING),
     ConfigField("use_flash_attn", kind=bool, note=SAME),
-    ConfigField("image_token_id", kind=int, note="known from the tokenizer"),
-    ConfigField("eoc_token_id", kind=int, note="known from the tokenizer"),
+    ConfigField("image_token_id", kind=int, note="determined from the tokenizer"),
+    ConfigField("eoc_token_id", kind=int, note="determined from the tokenizer"),
     ConfigField("resampler_config.num_latents", kind=int, read="resampler.num_latents", default=64),
     ConfigField("resampler_config.num_layers", kind=int, read="resampler.num_layers", default=6),
     ConfigField("resampler_config.num_attention_heads", kind=int, read="resampler.num_attention_heads", default=8),

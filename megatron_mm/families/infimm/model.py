@@ -81,7 +81,7 @@ class InfiMMModel(Chunk):
             decoder_input = self.embed_text(batch)
             latents_m1v = self._latents(batch, encoded)
         else:
-            assert self.received is not None, "a later stage receives before it runs"
+            assert self.received is not None, "a later stage must receive before it runs"
             hidden, latents_m1v = detach_states(self.received, num_hidden=len(local), num_states=num_latents, width=self.latent_size)
             self.language.set_input_tensor(hidden)
         media = media_layout(batch, num_latents=self.num_latents, local=local, dtype=latents_m1v.dtype)

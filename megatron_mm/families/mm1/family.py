@@ -74,7 +74,7 @@ class MM1Family(Family[MM1Config]):
             return []
         return [
             "",
-            "`<image>` stands where an image does:",
+            "`<image>` marks the place of an image:",
             "",
             "```python",
             "from PIL import Image",

@@ -133,7 +133,7 @@ _TIED = "tie_word_embeddings"
 CONFIG_FIELDS = (
     ConfigField("architectures", must_be=(["MM1ForConditionalGeneration"],), default=["MM1ForConditionalGeneration"]),
     ConfigField("model_type", must_be=("mm1",), default="mm1"),
-    ConfigField("image_token_id", kind=int, note="known from the tokenizer"),
+    ConfigField("image_token_id", kind=int, note="determined from the tokenizer"),
     ConfigField(_TIED, kind=bool, read="decoder.tied_embeddings", default=True),
     ConfigField("connector_config.kind", kind=str, read="connector.kind", default="c_abstractor"),
     ConfigField("connector_config.num_tokens", kind=int, read="connector.num_tokens", default=144),
@@ -141,7 +141,7 @@ CONFIG_FIELDS = (
     ConfigField("connector_config.depth", kind=int, read="connector.depth", default=3),
     ConfigField("connector_config.num_attention_heads", kind=int, read="connector.num_attention_heads", default=16),
     *nested("vision_config", CLIP_FIELDS, ours="vision"),
-    ConfigField(f"text_config.{_TIED}", kind=bool, note="that of the whole model counts"),
+    ConfigField(f"text_config.{_TIED}", kind=bool, note="the whole model's value is used"),
     *nested("text_config", (field for field in DECODER_FIELDS if field.path != _TIED), ours="decoder"),
     *nested("text_config", EXPERT_FIELDS, ours="decoder"),
 )

@@ -114,8 +114,8 @@ def card_notes() -> list[str]:
         "",
         "A prompt writes each image as `<image>`; the processor cuts the image into tiles and writes their tokens in its place.",
         "",
-        "For the quickstart of OpenGVLab/Mono-InternVL-2B (`model.chat`), with its authors' code: copy this directory, put these files of",
-        f"that model into the copy ({files}), and all of `authors_code/` in the place of those of the same name.",
+        "For the quickstart of OpenGVLab/Mono-InternVL-2B (`model.chat`), with its authors' code: copy this directory, add these files of",
+        f"that model to the copy ({files}), then copy all of `authors_code/` over the files of the same names.",
         "It needs transformers==4.37.2.",
     ]
 
@@ -177,7 +177,7 @@ def _squares(downsample_ratio: float) -> int:
 
 _CALLER = "the caller cuts the tiles"
 CONFIG_FIELDS = (
-    ConfigField("image_token_id", kind=int, note="known from the tokenizer"),
+    ConfigField("image_token_id", kind=int, note="determined from the tokenizer"),
     ConfigField("architectures", must_be=(["InternVLChatModel"],), default=["InternVLChatModel"]),
     ConfigField("model_type", must_be=("internvl_chat",), default="internvl_chat"),
     ConfigField("force_image_size", kind=int, read="patches.image_size"),
@@ -185,7 +185,7 @@ CONFIG_FIELDS = (
     ConfigField("ps_version", must_be=("v2",), default="v1", note="v1 would transpose each tile"),
     ConfigField("select_layer", must_be=(-1,), default=-4, note="the patches are used directly"),
     ConfigField("pad2square", must_be=(False,), default=False, note="tiles are stretched"),
-    ConfigField("use_thumbnail", must_be=(True,), default=False, note="of several tiles the last is the whole image"),
+    ConfigField("use_thumbnail", must_be=(True,), default=False, note="if there are several tiles, the last is the whole image"),
     ConfigField("use_backbone_lora", must_be=(0,), default=0),
     ConfigField("use_llm_lora", must_be=(0,), default=0),
     ConfigField("template", must_be=("internlm2-chat",), default="internlm2-chat", note="how `chat` writes conversations"),

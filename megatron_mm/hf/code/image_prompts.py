@@ -53,13 +53,17 @@ class ImagePromptProcessor(ProcessorMixin):
         flat = _flat(images)
         prompts = [text] if isinstance(text, str) else list(text) if text is not None else [self.image_token] * len(flat)
         if not prompts:
-            raise ValueError("there is neither a prompt nor an image: give text, images or both")
+            raise ValueError("no prompt and no image given: pass text, images or both")
         counts = [prompt.count(self.image_token) for prompt in prompts]
         if sum(counts) != len(flat):
-            raise ValueError(f"the prompts hold {sum(counts)} times {self.image_token}, but {len(flat)} images are given: make them equal")
+            raise ValueError(
+                f"the prompts contain {self.image_token} {sum(counts)} times, but {len(flat)} images are given: make the numbers equal"
+            )
         low = [low_resolution] * len(flat) if isinstance(low_resolution, bool) else list(low_resolution)
         if len(low) != len(flat):
-            raise ValueError(f"low_resolution has {len(low)} answers, but {len(flat)} images are given: give one for each, or one for all")
+            raise ValueError(
+                f"low_resolution has {len(low)} values, but {len(flat)} images are given: pass one value per image, or one for all"
+            )
         return_tensors = kwargs.pop("return_tensors", None)
         kwargs.setdefault("padding", len(prompts) > 1)
         squares = [self.image_processor.squares(image, is_low) for image, is_low in zip(flat, low, strict=True)]

@@ -44,8 +44,8 @@ class ImageTokens:
             pixel_values = pixel_values[present.to(pixel_values.device)]
         if is_image.sum() != pixel_values.shape[0] * self.tokens_per_square:
             raise ValueError(
-                f"input_ids hold {int(is_image.sum())} image tokens, but {pixel_values.shape[0]} images of {self.tokens_per_square} tokens "
-                "are given: write <image> once for each image, let the model's processor expand it, and do not truncate prompts"
+                f"input_ids contain {int(is_image.sum())} image tokens, but {pixel_values.shape[0]} images of {self.tokens_per_square} "
+                "tokens are given: write <image> once for each image, let the model's processor expand it, and do not truncate prompts"
             )
         features = self.get_image_features(pixel_values)
         return embedded.masked_scatter(is_image[..., None], features.to(embedded.device, embedded.dtype))

@@ -46,7 +46,7 @@ def read_annotations(
     if (form in TWO_FILES) != (annotations is not None):
         raise ValueError(f"format {form} {'needs' if form in TWO_FILES else 'has no'} --annotations")
     if split is not None and form not in WITH_SPLITS:
-        raise ValueError(f"format {form} has no --split: its files are of one split each")
+        raise ValueError(f"format {form} takes no --split: each of its files holds one split")
     if as_captions and form not in CAPTIONS:
         raise ValueError(f"format {form} has questions, which --as pairs would lose: only {' and '.join(CAPTIONS)} can be pairs")
     main = load_json(questions)
@@ -61,7 +61,7 @@ def read_annotations(
         raise ValueError(f"{questions} is not a file in the format {form} ({error!r})") from None
     if records and all(isinstance(record, BadRecord) and record.reason == _MALFORMED for record in records):
         (first,) = (record.what for record in records[:1] if isinstance(record, BadRecord))
-        raise ValueError(f"{questions} is not a file in the format {form}: none of its entries is in that format, for example {first} ...")
+        raise ValueError(f"{questions} is not a file in the format {form}: no entry is in that format, for example {first} ...")
     return sorted(records, key=lambda record: str(record.get("image") or "") if isinstance(record, dict) else "")
 
 
@@ -149,7 +149,7 @@ def _coco(data: Any) -> Records:
 
     def record(entry: Any) -> Records:
         if entry["image_id"] not in files:
-            yield BadRecord("caption of an image that is not listed", what=f"image_id {entry['image_id']}")
+            yield BadRecord("caption of an unlisted image", what=f"image_id {entry['image_id']}")
             return
         with_captions.add(entry["image_id"])
         yield {"task": "caption", "answer": entry["caption"], "image": files[entry["image_id"]]}

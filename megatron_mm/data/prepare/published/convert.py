@@ -138,12 +138,12 @@ def convert(
         out: the source's folder, such as DATA/train/obelics.
     """
     for folder in filter(None, (str(out), options.images)):
-        check_local(Path(folder), instead="give a folder here; shards may be copied to a store once they are indexed (`prepare store`)")
+        check_local(Path(folder), instead="use a local folder; after indexing, shards may be copied to a store (`prepare store`)")
     tasks = list(enumerate(_inputs(inputs, options)))
     if not tasks:
-        raise ValueError(f"there is no file to read in {', '.join(inputs)}")
+        raise ValueError(f"no files to read in {', '.join(inputs)}")
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: give --out the folder of a source, such as DATA/train/NAME")
+        raise ValueError(f"{out} is a file: --out must be the folder of a source, such as DATA/train/NAME")
     out.mkdir(parents=True, exist_ok=True)
     _check_former(out, {path for _, path in tasks})
     table = None
@@ -174,7 +174,7 @@ def _check_former(out: Path, inputs: Collection[str]) -> None:
         if known["shards"] and known["input"] not in inputs:
             raise ValueError(
                 f"{out} has {len(known['shards'])} shards of {known['input']}, which is not among the inputs of this "
-                "command: give all inputs of a source in one command, give another --out, or remove the folder to create it again"
+                "command: pass all inputs of a source to one command, choose another --out, or remove the folder to create it again"
             )
         ours.update(known["shards"])
     others = sorted(path.name for path in out.iterdir() if path.suffix in (".tar", ".jsonl") and path.name not in ours)
@@ -189,7 +189,7 @@ def _inputs(inputs: Sequence[str], options: Options) -> list[str]:
     files = expand(inputs, images=options.layout == "pairs" and options.form is None)
     if options.form is not None:
         if options.form in TWO_FILES and len(files) > 1:
-            raise ValueError(f"format {options.form} takes one file of questions and one of answers at a time, but {len(files)} are given")
+            raise ValueError(f"format {options.form} takes one file of questions and one of answers at a time, but {len(files)} were given")
         return files
     files = [file for file in files if not os.path.basename(file).startswith(".")]
     if options.layout != "pairs":
@@ -297,7 +297,7 @@ def _records(path: str, options: Options) -> Iterable[Record | BadRecord]:
     if form is None:
         return records
     if options.split is not None:
-        raise ValueError(f"{path}: --split is of files that hold several splits. Of this kind give the files of the split alone")
+        raise ValueError(f"{path}: --split applies only to files that hold several splits: pass only the files of the split")
     tasks = chain.from_iterable([record] if isinstance(record, BadRecord) else row_records(form, record) for record in records)
     return tasks if options.layout == "tasks" else map(_as_pair, tasks)
 
@@ -341,10 +341,10 @@ def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dr
     again = f"The shards are in {out}; repair the inputs, or allow more with"
     share, damaged = rejected / max(1, rejected + total.samples), len(total.damaged)
     if not total.samples and not rejected:
-        raise ValueError(f"there is no sample in {inputs} inputs: {_listed(total.left_out) or 'they are empty'}")
+        raise ValueError(f"no samples in {inputs} inputs: {_listed(total.left_out) or 'they are empty'}")
     examples = "".join(f"\n{line}" for line in total.named())
     usual = max(total.rejected, key=lambda reason: total.rejected[reason], default="")
-    fields = f". The fields of the first one are {total.fields}: --text-key, --image-key or --messages-key says which is wanted"
+    fields = f". The fields of the first one are {total.fields}: choose with --text-key, --image-key or --messages-key"
     too_many = not total.samples or share > max_rejected
     limit = f"more than --max-rejected {max_rejected:g}" if share > max_rejected else "and nothing is left"
     fields = fields if too_many and total.fields and usual in ("no text", "no image", "JSON has no conversations") else ""

@@ -31,6 +31,6 @@ def delimited_records(stream: BinaryIO, *, separator: str) -> Iterator[Record | 
             if len(row) == len(names):
                 yield dict(zip(names, row, strict=True))
             elif row:
-                yield BadRecord("row of another number of fields than the first line")
+                yield BadRecord("row with a different number of fields than the first line")
     except csv.Error as error:
-        raise DamagedFile(f"it cannot be read behind line {rows.line_num}: {error}") from None
+        raise DamagedFile(f"it cannot be read beyond line {rows.line_num}: {error}") from None

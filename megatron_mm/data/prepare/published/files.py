@@ -38,7 +38,7 @@ def ending(path: str) -> str:
 def check_is_file(path: str) -> None:
     """Raise DamagedFile if a local path is a pipe or a device, because reading it might block or never end."""
     if "://" not in path and os.path.exists(path) and not os.path.isfile(path):
-        raise DamagedFile("it is not a file but a pipe or a device: write what it gives to a file")
+        raise DamagedFile("it is not a file but a pipe or a device: write its output to a file")
 
 
 def open_streams(path: str) -> Iterator[BinaryIO]:

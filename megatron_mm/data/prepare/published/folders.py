@@ -74,7 +74,7 @@ def _with_image(row: Record, folder: Path, name: str) -> Record | BadRecord:
         return BadRecord(_UNREADABLE, what=name)
 
 
-_TOO_LARGE = f"image file of more than {MAX_FILE_BYTES // 2**20} MiB"
+_TOO_LARGE = f"image file larger than {MAX_FILE_BYTES // 2**20} MiB"
 _UNREADABLE = "image file cannot be read"
 
 

@@ -67,7 +67,7 @@ class ImageStore:
             if not path.is_relative_to(self.root) or not path.is_file():
                 return None
             if path.stat().st_size > MAX_FILE_BYTES:
-                raise BadDocument(f"image file of more than {MAX_FILE_BYTES // 2**20} MiB")
+                raise BadDocument(f"image file larger than {MAX_FILE_BYTES // 2**20} MiB")
             return path.read_bytes()
         except OSError:  # a name too long for a file, or a file that cannot be read
             return None
@@ -84,15 +84,15 @@ class ImageStore:
                 elsewhere = True
                 continue
             if file == _AMBIGUOUS:
-                raise BadDocument("several images of that name")
+                raise BadDocument("several images with that name")
             if size > MAX_FILE_BYTES:
-                raise BadDocument(f"image file of more than {MAX_FILE_BYTES // 2**20} MiB")
+                raise BadDocument(f"image file larger than {MAX_FILE_BYTES // 2**20} MiB")
             try:
                 return read_range(self.root / self._path(file), offset, size)
             except (OSError, ValueError):
                 raise BadDocument("image file cannot be read") from None
         if elsewhere:
-            raise BadDocument("image of that name lies in another folder")
+            raise BadDocument("image with that name is in another folder")
         return None
 
     def _path(self, file: int) -> str:
@@ -195,7 +195,7 @@ def _add_file(connection: sqlite3.Connection, root: Path, path: Path, number: in
         return
     try:
         if path.exists() and not path.is_file():  # reading a pipe might block
-            logger.warning("%s is not a file but a pipe or a device, so it is no image", path)
+            logger.warning("%s is not a file but a pipe or a device; it is skipped", path)
             return
         if ending == "tar":
             _add_tar(connection, path, number)
@@ -265,4 +265,4 @@ def image_extension(data: bytes) -> str:
         return "webp"
     if data[4:8] == b"ftyp" and {data[at : at + 4] for at in range(8, min(len(data), 64), 4)} & {b"avif", b"avis"}:
         return "avif"
-    raise BadDocument("image of a format that is not read" if data else "image is empty")
+    raise BadDocument("image in an unsupported format" if data else "image is empty")

@@ -101,7 +101,7 @@ def _image_bytes(value: Any, context: Context) -> bytes | None:
         return _of_base64(value.partition(",")[2])
     if isinstance(value, str) and value:
         if context.images is None:
-            raise BadDocument("image is named, and no --images folder is given")
+            raise BadDocument("image is named, but no --images folder is given")
         return context.images.read(value.removeprefix("file://"))
     return None
 
@@ -251,7 +251,7 @@ def _json(fields: dict[str, Any]) -> bytes:
     except UnicodeEncodeError:
         raise BadDocument("text is not UTF-8") from None
     except (TypeError, ValueError):
-        raise BadDocument("record holds what JSON cannot") from None
+        raise BadDocument("record has values that JSON cannot represent") from None
 
 
 LAYOUTS: dict[str, Layout] = {"pairs": pair, "obelics": obelics, "mmc4": mmc4, "llava": llava, "tasks": task, "text": text}

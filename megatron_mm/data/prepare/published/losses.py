@@ -23,7 +23,7 @@ _IDENTITIES = ("id", "key", "question_id", "__key__", "uid", "image_id", "url", 
 
 
 EMPTY = "empty entry"
-UNANSWERED = "turn without its question or answer"
+UNANSWERED = "turn without a question or an answer"
 NO_IMAGES = (EMPTY, UNANSWERED)
 """Reasons for dropping parts of a document that are not images."""
 

@@ -68,7 +68,7 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
     except DamagedFile as error:
         raise DamagedFile(f"{path}: {error}" if path not in str(error) else str(error)) from None
     except (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
-        raise DamagedFile(f"{path} cannot be read to its end: {error}") from None
+        raise DamagedFile(f"{path} cannot be read to the end: {error}") from None
 
 
 def load_json(path: str) -> Any:
@@ -91,7 +91,7 @@ def _json_records(stream: BinaryIO) -> Iterator[Record | BadRecord]:
     first = stream.readline(MAX_FILE_BYTES)
     if first.startswith(_UTF16):
         coding = "utf-32" if first.startswith(_UTF32) else "utf-16"
-        raise DamagedFile(f"it is {coding.upper()}, and UTF-8 is read: convert it with iconv -f {coding} -t utf-8")
+        raise DamagedFile(f"it is {coding.upper()}, but must be UTF-8: convert it with iconv -f {coding} -t utf-8")
     first = first.removeprefix(_BOM)
     begin = first.lstrip()[:1]
     if begin == b"[" or (begin == b"{" and not _is_json(first) and first.rstrip().endswith((b"{", b"[", b","))):
@@ -102,7 +102,7 @@ def _json_records(stream: BinaryIO) -> Iterator[Record | BadRecord]:
         if len(line) >= MAX_FILE_BYTES and not line.endswith(b"\n"):
             while (rest := stream.readline(MAX_FILE_BYTES)) and not rest.endswith(b"\n"):
                 pass
-            yield BadRecord(f"line of more than {MAX_FILE_BYTES // 2**20} MiB")
+            yield BadRecord(f"line longer than {MAX_FILE_BYTES // 2**20} MiB")
         elif line.strip():
             yield _parsed(line)
         line = stream.readline(MAX_FILE_BYTES)
@@ -161,7 +161,7 @@ def _parsed(line: bytes) -> Record | BadRecord:
 def _text_records(stream: BinaryIO, texts: TextDocuments) -> Iterator[Record | BadRecord]:
     if texts == "file":
         data = stream.read(MAX_FILE_BYTES)
-        yield _decoded(data) if len(data) < MAX_FILE_BYTES else BadRecord(f"text file of more than {MAX_FILE_BYTES // 2**20} MiB")
+        yield _decoded(data) if len(data) < MAX_FILE_BYTES else BadRecord(f"text file larger than {MAX_FILE_BYTES // 2**20} MiB")
         return
     paragraph: list[bytes] = []
     while line := stream.readline(MAX_FILE_BYTES):
@@ -227,7 +227,7 @@ def text_of(record: Record, keys: Iterable[str]) -> str:
         if isinstance(value, str) and value.strip():
             return _encodable(value)
         if value is not None and not isinstance(value, str) and reason == "no text":
-            reason = f"{key} is not a text"
+            reason = f"{key} is not text"
     raise BadDocument(reason)
 
 

@@ -59,13 +59,13 @@ def arrow_records(path: str) -> Iterator[Record | BadRecord]:
                 for start in range(0, batch.num_rows, ROWS):
                     yield from rows_of(batch.slice(start, ROWS))
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise DamagedFile(f"{path} cannot be read to its end: {error}") from None
+            raise DamagedFile(f"{path} cannot be read to the end: {error}") from None
 
 
 def check_names(path: str, names: Sequence[str]) -> None:
     """Raise DamagedFile if two columns have the same name, because one of them would be lost silently."""
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
-        raise DamagedFile(f"{path} has several columns of the name {twice[0]!r}: rename them")
+        raise DamagedFile(f"{path} has several columns named {twice[0]!r}: rename them")
 
 
 def rows_of(batch: Any) -> Iterator[Record | BadRecord]:

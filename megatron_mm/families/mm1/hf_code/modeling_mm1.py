@@ -248,7 +248,7 @@ class MM1ForConditionalGeneration(ImageTokens, MM1PreTrainedModel, GenerationMix
         if inputs_embeds is None:
             inputs_embeds = self.embed_with_images(input_ids, pixel_values)
         elif pixel_values is not None:
-            raise ValueError("pixel_values need input_ids to say where the images stand: give input_ids, not inputs_embeds")
+            raise ValueError("pixel_values need input_ids to locate the images: pass input_ids, not inputs_embeds")
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

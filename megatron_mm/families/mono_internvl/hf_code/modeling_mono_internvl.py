@@ -250,7 +250,7 @@ class InternVLChatModel(ImageTokens, MonoInternVLPreTrainedModel, GenerationMixi
             inputs_embeds = self.embed_with_images(input_ids, pixel_values)
             is_image = input_ids == self.config.image_token_id
         elif pixel_values is not None:
-            raise ValueError("pixel_values need input_ids to say where the images stand: give input_ids, not inputs_embeds")
+            raise ValueError("pixel_values need input_ids to locate the images: pass input_ids, not inputs_embeds")
         body = self.language_model.model
         for layer in body.layers:
             layer.is_image = is_image if is_image is not None and is_image.any() else None
