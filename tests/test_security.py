@@ -196,7 +196,7 @@ def test_a_checkpoint_brings_no_code_along(field: str, where: str, tmp_path: Pat
     _code(code)
     if where == "of everybody":
         code.chmod(0o666)
-    with pytest.raises(ValueError, match=r"experiment.json names .*\.py, Python that would be run"):
+    with pytest.raises(ValueError, match=r"experiment.json names .*\.py, whose Python code would be run"):
         load_experiment(path)
     assert not code.with_suffix(".ran").exists()
 
@@ -224,5 +224,5 @@ def test_a_folder_in_shared_memory_must_be_ones_own(tmp_path: Path) -> None:
     (tmp_path / "copies").chmod(0o755)
     (tmp_path / "link").symlink_to(tmp_path / "copies")
     for path in (tmp_path / "copies", tmp_path / "link"):
-        with pytest.raises(PermissionError, match="is not a folder of this user alone"):
+        with pytest.raises(PermissionError, match="is not private to this user"):
             _check_private(path)

@@ -32,7 +32,7 @@ def main() -> None:
     out, began = arguments.out, time.monotonic()
     data, run_dir, model = out / "data", out / "run", out / "model"
     if out.exists():
-        sys.exit(f"{out} exists already: remove it or give another --out")
+        sys.exit(f"{out} exists already: remove it or choose another --out")
     program = (sys.executable, "-m", "megatron_mm")
     run("Draw a data set, train its tokenizer, index it", *program, "prepare", "demo", "--out", data, "--samples", str(arguments.samples))
     train = (

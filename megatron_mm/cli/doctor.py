@@ -45,7 +45,7 @@ def _run(given: argparse.Namespace) -> None:
 
 
 DOCTOR = Command(
-    help="report what is installed and what is used in place of missing parts; --node: check whether it is fit to join a run",
+    help="report what is installed and what replaces missing parts; --node: check whether this node is fit to join a run",
     run=_run,
     arguments=_arguments,
 )

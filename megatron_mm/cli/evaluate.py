@@ -32,7 +32,7 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument(
         "--batch-size", type=integer, default=16, metavar="N", help="items that a data-parallel rank processes at once (default: 16)"
     )
-    parser.add_argument("--beams", type=integer, default=1, metavar="N", help="beams of a beam search (default: 1, greedy)")
+    parser.add_argument("--beams", type=integer, default=1, metavar="N", help="number of beams in beam search (default: 1, greedy)")
     parser.add_argument(
         "--method", help="generate answers or rank choices, instead of the tasks' own method", **one_of(["generate", "rank"])
     )
@@ -49,7 +49,7 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument(
         "--low-resolution-demonstrations",
         action="store_true",
-        help="show images of demonstrations as overviews alone, for models that show images as an overview and crops",
+        help="show images of demonstrations only as overviews, for models that show images as an overview and crops",
     )
     parser.add_argument("--recipe", metavar="RECIPE", help="recipe of an exported model")
     parser.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="plot the results of several runs, instead of evaluating")
@@ -89,7 +89,9 @@ def _run(given: argparse.Namespace) -> None:
             print(line)
         return
     if given.target is None or not given.tasks:
-        raise ValueError("nothing to evaluate: give RUN_OR_EXPORT and --tasks, or --compare RUN RUN ...: see megatron-mm evaluate --help")
+        raise ValueError(
+            "nothing to evaluate: specify RUN_OR_EXPORT and --tasks, or use --compare RUN RUN ...: see megatron-mm evaluate --help"
+        )
     if (
         min(*given.shots, given.text_demonstrations, 0) < 0
         or given.batch_size < 1

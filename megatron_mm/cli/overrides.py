@@ -165,7 +165,7 @@ def _rebuild(part: Any, kind: type, values: Mapping[tuple[str, ...], Any], path:
         inside = [changed for changed in values if changed[: len(here)] == here and changed != here]
         if here in values:
             if inside:
-                raise ValueError(f"--{_dashed(here)} None removes the part to which --{_dashed(inside[0])} belongs: give only one of them")
+                raise ValueError(f"--{_dashed(here)} None removes the part to which --{_dashed(inside[0])} belongs: use only one of them")
             changes[field.name] = values[here]
         elif inner is not None and inside:
             changes[field.name] = _rebuild(value, inner, values, here)
@@ -179,7 +179,7 @@ def _make(kind: type, values: dict[str, Any], path: tuple[str, ...]) -> Any:
     missing = [field.name for field in dataclasses.fields(kind) if _default(field) is ABSENT and field.name not in values]
     if missing:
         options = " and ".join("--" + _dashed([*path, name]) for name in missing)
-        raise ValueError(f"the recipe does not have the part {'.'.join(path)}: to add it, also give {options}")
+        raise ValueError(f"the recipe does not have the part {'.'.join(path)}: to add it, also set {options}")
     return kind(**values)
 
 

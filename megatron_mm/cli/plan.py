@@ -71,7 +71,7 @@ def _run(given: argparse.Namespace) -> None:
             print(line)
         return
     if given.experiment is None:
-        raise ValueError("nothing to plan: give a RECIPE with --num-gpus N, or --measurements FILE.csv")
+        raise ValueError("nothing to plan: specify a RECIPE and --num-gpus N, or use --measurements FILE.csv")
     if given.num_gpus is None or given.num_gpus < 1:
         raise ValueError("no number of GPUs given: add --num-gpus N")
     _plan(given)
@@ -127,7 +127,7 @@ def _trace(given: argparse.Namespace, planned: Planned) -> None:
 def _notes() -> str:
     return (
         "With --measurements: predicted and published step times and memory, by source and kind (dense, moe). FILE.csv has the\n"
-        "columns of benchmarks/anchors/throughput.csv. Missing values are chosen, and a row that cannot be predicted is named with\n"
+        "columns of benchmarks/anchors/throughput.csv. Missing values are assumed. Rows that cannot be predicted are listed with\n"
         "the reason.\n\n" + list_recipes()
     )
 

@@ -58,7 +58,7 @@ def _index_arguments(parser: Parser) -> None:
     parser.add_argument("--kind", help="kind of the sources (default: the kind of most of their first samples)", **one_of(KINDS))
     parser.add_argument(
         "--key-ends",
-        help="dot in a file name at which a sample's key ends (default: what most names need)",
+        help="dot in file names at which a sample's key ends (default: the one that suits most names)",
         **one_of(("first", "last")),
     )
     add_keys(parser, text=True, image=True, messages=True)

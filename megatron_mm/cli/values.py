@@ -98,12 +98,12 @@ def parse_words(name: str, hint: Any, words: Sequence[str]) -> Any:
         if arguments[0] in (int, float):
             words = [part for word in words for part in word.split(",") if part]
         if not several and len(words) != len(arguments):
-            raise ValueError(f"{name} takes {len(arguments)} words ({placeholder(hint)}), but has {len(words)}: {' '.join(words)!r}")
+            raise ValueError(f"{name} takes {len(arguments)} values ({placeholder(hint)}), but got {len(words)}: {' '.join(words)!r}")
         kinds = [arguments[0]] * len(words) if several else arguments
         return tuple(parse_words(name, kind, [word]) for kind, word in zip(kinds, words, strict=True))
     if len(words) != 1:
         written = " ".join(words)
-        raise ValueError(f"{name} takes {expected(hint)}, but has {f'{len(words)} words: {written!r}' if words else 'no value'}")
+        raise ValueError(f"{name} takes {expected(hint)}, but got {f'{len(words)} values: {written!r}' if words else 'no value'}")
     return _parse_word(name, hint, kind, words[0])
 
 

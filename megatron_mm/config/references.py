@@ -50,7 +50,7 @@ def load_module(place: str) -> ModuleType:
             raise ValueError(f"there is no module {place!r}: install its package or put its folder on PYTHONPATH") from None
     path = Path(place).resolve()
     if not path.is_file():
-        raise ValueError(f"there is no file {path}: give the path where it is")
+        raise ValueError(f"there is no file {path}: correct the path")
     name = _module_name(path)
     if name in sys.modules:
         return sys.modules[name]
@@ -93,18 +93,18 @@ def check_own(word: str, *, named_in: Path) -> None:
         return
     folder = named_in.resolve().parent
     folder = folder.parents[1] if folder.parent.name == "checkpoints" else folder
-    run = f"{named_in} names {place}, Python that would be run"
+    run = f"{named_in} names {place}, whose Python code would be run"
     if not path.is_absolute():
-        raise ValueError(f"{run}, without its full path: write the full path there")
+        raise ValueError(f"{run}, but not by its full path: write the full path there")
     if path.resolve().is_relative_to(folder):
         raise ValueError(
-            f"{run}, and that file came with it: inspect it; if you trust it, move it out of {folder} and write its new path there"
+            f"{run}, but that file came with it: inspect it; if you trust it, move it out of {folder} and write its new path there"
         )
     if path.is_file():
         found = path.stat()
         if found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o002:
             raise ValueError(
-                f"{run}, and other users of this machine can change that file: make it yours alone (chown, chmod o-w), or remove it"
+                f"{run}, but other users of this machine can change that file: deny them write access (chown, chmod o-w), or remove it"
             )
 
 

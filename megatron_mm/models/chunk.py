@@ -111,7 +111,7 @@ class Chunk(MegatronModule):
             encoded: the features of this process's share, [num_owned, tokens, width], if already computed (`parallel.spread_encoder`).
         """
         if encoded is None:
-            assert self.encoder is not None, "a chunk whose parts are an ImageEncoder encodes"
+            assert self.encoder is not None, "only a chunk with an image encoder encodes"
             encoded = self.encoder(self.own_pixels(batch))
         return self.sharing.gather(encoded, owners=batch.image_owners)
 

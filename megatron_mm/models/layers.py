@@ -104,7 +104,7 @@ class TorchDotProductAttention(torch.nn.Module):
         Returns:
             Packed [t, n * d], or [s, b, n * d].
         """
-        assert attention_bias is None, "the torch backend takes no attention bias"
+        assert attention_bias is None, "the torch backend does not support an attention bias"
         cached = cache_of(packed_seq_params)
         if cached is not None:
             return cached.attend(self.layer_number, query, key, value, scale=self.scale)

@@ -62,5 +62,5 @@ class PlannedMessages(P2PCommunicator):
         for tensor, planned in ((tensor_send_next, self._sent), (tensor_send_prev, self._sent_gradients)):
             if tensor is not None:
                 shape = next(planned)
-                assert list(tensor.shape) == shape, f"a message of shape {list(tensor.shape)}, but the plan says {shape}"
+                assert list(tensor.shape) == shape, f"a message of shape {list(tensor.shape)}, but the plan has {shape}"
         return next(self._received) if recv_prev else [], next(self._received_gradients) if recv_next else []

@@ -57,6 +57,6 @@ def _make_groups(topology: Topology, *, timeout: timedelta) -> TextGroup | None:
         group = dist.new_group(ranks, backend="gloo", timeout=timeout)
         if dist.get_rank() in ranks:
             in_model = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
-            assert set(ranks) <= set(in_model), f"ranks {ranks} are of several copies of the model: {in_model}"
+            assert set(ranks) <= set(in_model), f"ranks {ranks} belong to several replicas of the model: {in_model}"
             mine = TextGroup(group, ranks)
     return mine

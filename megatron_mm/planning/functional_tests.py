@@ -49,9 +49,9 @@ def columns_of(row: Mapping[str, str]) -> dict[str, str]:
     if not re.match(r"(gpt|moe|mixtral)/", name) or "grpo" in name:
         return {**cells, "unplanned": "it does not train a plain decoder"}
     if "release" in name or "fsdp" in name:
-        return {**cells, "unplanned": "how many GPUs it ran on is not known"}
+        return {**cells, "unplanned": "the number of GPUs is unknown"}
     if re.search(r"cudagraph|mtp|offload|a2a_ovlp|muon|op_fuser|frozen|tp_comm|tp_overlap|nondeterministic", name):
-        return {**cells, "unplanned": "it tests something that is not planned for"}
+        return {**cells, "unplanned": "it tests a feature that the planner does not model"}
     tensor = int(cells["tp"] or 1)
     unit = 128 * tensor
     stage_layers, each = int(cells["layers"] or 0) // int(cells["pp"] or 1), row.get("num-layers-per-virtual-pipeline-stage", "")

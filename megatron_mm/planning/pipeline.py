@@ -102,7 +102,7 @@ def simulate(times: PipelineTimes, *, ranks: int, chunks: int, keep_events: bool
     while waiting:
         before = sum(simulation.position)
         waiting = [rank for rank in waiting if not simulation.advance(rank)]
-        assert not waiting or sum(simulation.position) > before, f"the pipeline's orders wait for each other: ranks {waiting}"
+        assert not waiting or sum(simulation.position) > before, f"the pipeline schedule deadlocks: ranks {waiting}"
     return simulation.result()
 
 

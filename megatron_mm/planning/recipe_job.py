@@ -199,7 +199,7 @@ def _blocks_of(model: ModelConfig) -> Callable[..., _Parts]:
     build = _FAMILIES.get(type(model))
     if build is None:
         raise ValueError(
-            f"the planner does not know the blocks of {model.family} models: add them to planning.recipe_job, or use `plan --trace`"
+            f"the planner has no model of the blocks of {model.family} models: add them to planning.recipe_job, or use `plan --trace`"
         )
     return build
 

@@ -51,7 +51,7 @@ def describe(planned: Planned, prediction: Prediction, *, price: float | None = 
     for name, value in sorted(prediction.parts.items(), key=lambda part: -part[1]):
         if value > 0.0005 * seconds:
             yield f"         {value:8.3f} s  {100 * value / seconds:5.1f}%  {name}"
-    yield f"limit    {prediction.limit}: what takes most of the time besides matrix products"
+    yield f"limit    {prediction.limit}: the largest part of the time besides matrix products"
     yield from _run(planned, prediction, price=price)
 
 
@@ -103,7 +103,7 @@ def table(result: SearchResult) -> Iterator[str]:
             f"{prediction.seconds:6.3f} {100 * mfu(found.planned, prediction):5.1f}%  {used:9.1f}  {recompute:11s}  "
             f"{experiment.train.micro_batch_size:5d}  {found.planned.job.layout!s:26s}  {prediction.limit:20s}  {layers}"
         )
-    yield "recompute: of the decoder / of the vision tower; batch: sequences of a micro-batch; besides products: what takes most of the"
-    yield "time after matrix products; layers of stages: decoder layers of each stage in order, where they are not even"
+    yield "recompute: of the decoder / of the vision tower; batch: sequences per micro-batch; besides products: the largest part of the"
+    yield "time besides matrix products; layers of stages: decoder layers of each stage in order, if uneven"
     best = result.best[0].planned.experiment
     yield f"\noptions of the first: {options(best.parallel, micro_batch_size=best.train.micro_batch_size)}"

@@ -68,6 +68,6 @@ def describe_saves_and_start(job: Job) -> Iterator[str]:
     least, most = (sum(bounds) for bounds in zip(*START_SECONDS.values(), strict=True))
     parts = ", ".join(f"{name} {low:.0f} to {high:.0f}" for name, (low, high) in START_SECONDS.items())
     yield (
-        f"start    {least:.0f} to {most:.0f} s to the end of the first step ({parts}), and the time to draw "
-        f"{numbers_drawn(job) / 1e9:.1f}e9 initial weights on the device and to connect the processes, which are not measured"
+        f"start    {least:.0f} to {most:.0f} s to the end of the first step ({parts}), plus the time to draw "
+        f"{numbers_drawn(job) / 1e9:.1f}e9 initial weights on the device and to connect the processes (not measured)"
     )

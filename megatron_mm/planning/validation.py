@@ -68,7 +68,7 @@ def report(path: Path, *, every_row: bool = False) -> Iterator[str]:
     yield f"step time, |predicted / measured - 1|, all rows of {path.name}"
     yield from _by_kind(timed)
     yield from _memory(compared)
-    halves = ("first half of the groups (of throughput.csv: the half that constants may be chosen on)", "second half, held out")
+    halves = ("first half of the groups (of throughput.csv: the half used to choose constants)", "second half, held out")
     for half, name in zip((False, True), halves, strict=True):
         yield f"\n{name}"
         yield from _by_kind([row for row in timed if row.held_out is half], indent="  ")

@@ -50,7 +50,7 @@ def check_fits(experiment: Experiment, *, world_size: int, gpu: Gpu, plan: Plan 
         rank = max(range(len(prediction.memory)), key=lambda rank: prediction.memory[rank].total)
         needed = prediction.peak_bytes / GIGA
         raise ValueError(
-            f"a process of pipeline rank {rank} would need {needed:.1f} GB of the {gpu.memory_gb:.0f} GB of a {gpu.name}: "
+            f"a process of pipeline rank {rank} would need {needed:.1f} GB, but a {gpu.name} has {gpu.memory_gb:.0f} GB: "
             f"`megatron-mm plan {experiment.recipe} --num-gpus {world_size} --search` finds a layout that fits; --force trains anyway"
         )
 
@@ -104,7 +104,7 @@ class PlanRatio(Hook):
             self.warned = True
             logger.warning(
                 "steps take %.2f times the predicted %.3f s, which is beyond the error band of %.0f%%. Possible "
-                "causes: a host that is slower than those of the "
+                "causes: a slower host than those of the "
                 "published runs (plan --host-microseconds), a slow GPU, a shared network, slow data loading",
                 ratio,
                 self.prediction.seconds,

@@ -33,7 +33,7 @@ def packed_attention_missing() -> str:
     needed, here = (".".join(map(str, numbers)) for numbers in (PACKED_ATTENTION_CAPABILITY, capability))
     return (
         f"this GPU has compute capability {here}, cuDNN's attention over packed documents needs {needed}, and the package flash-attn, "
-        "which Transformer Engine would take in its place, is not installed"
+        "which Transformer Engine would use instead, is not installed"
     )
 
 
@@ -54,7 +54,7 @@ def fp8_recipe_missing(recipe: str) -> str:
     engine: Any = importlib.import_module("transformer_engine.pytorch")
     ask = {"blockwise": engine.is_fp8_block_scaling_available, "mxfp8": engine.is_mxfp8_available}.get(recipe, engine.is_fp8_available)
     available, reason = ask(return_reason=True)
-    return "" if available else f"Transformer Engine says: {reason} Use --precision.fp8-recipe tensorwise"
+    return "" if available else f"Transformer Engine reports: {reason} Use --precision.fp8-recipe tensorwise"
 
 
 def dispatch_missing(name: str) -> str:

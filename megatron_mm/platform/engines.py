@@ -52,7 +52,7 @@ def mismatch(megatron_core: str, transformer_engine: str) -> str:
     if not is_supported(megatron_core) or goes_with(megatron_core, transformer_engine):
         return ""
     wanted = range_of(megatron_core)
-    return f"{transformer_engine}, but megatron-core {megatron_core} goes with {wanted}: it would run without some kernels"
+    return f"{transformer_engine}, but megatron-core {megatron_core} needs {wanted}: some kernels would not be used"
 
 
 def installed(package: str = "megatron-core") -> str | None:
@@ -83,7 +83,7 @@ def check(version: str | None) -> None:
     """Raise ValueError for a megatron-core that is too old. A version newer than all tested ones is allowed: `check_parts` checks whether
     it has everything that is used, and `remark` says that it is untested."""
     if version is not None and numbers(version) < min(ENGINES):
-        raise ValueError(f"megatron-core {version} is too old for megatron_mm, which runs on {_SPAN}: pip install '{WANTED}'")
+        raise ValueError(f"megatron-core {version} is too old for megatron_mm, which supports {_SPAN}: pip install '{WANTED}'")
 
 
 def check_parts(version: str | None) -> None:
@@ -96,7 +96,7 @@ def check_parts(version: str | None) -> None:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         raise ValueError(
             f"megatron-core {version} lacks {', '.join(lacking[:3])}{more}, which megatron_mm uses; "
-            f"it runs on {_SPAN}: pip install '{WANTED}'"
+            f"versions {_SPAN} are supported: pip install '{WANTED}'"
         )
 
 
@@ -104,7 +104,7 @@ def remark(version: str | None) -> str:
     """Remark about an untested version; empty for tested ones."""
     if version is None or is_supported(version):
         return ""
-    return f"megatron-core {version} has not been tried with megatron_mm, whose tests run on {_SPAN}: pip install '{WANTED}'"
+    return f"megatron-core {version} is untested with megatron_mm, which is tested on {_SPAN}: pip install '{WANTED}'"
 
 
 _SPAN = f"{'.'.join(map(str, min(ENGINES)))} to {'.'.join(map(str, max(ENGINES)))}"

@@ -65,5 +65,5 @@ def local_folder(path: Path) -> Path:
 
 COPY_INDEX = (
     "copy index and tokenizer (aws s3 sync s3://bucket/data DIR --exclude '*' --include '*/index/*' --include tokenizer.model "
-    "--exclude '*/index/shards/*') and give DIR; shards stay where they are: `megatron-mm prepare store`"
+    "--exclude '*/index/shards/*') and use DIR; the shards may stay in the store (`megatron-mm prepare store`)"
 )

@@ -82,7 +82,7 @@ def _read_parts(self: Any, plan: Any, planner: Any) -> Any:
                 for item in items:
                     values = piece.box(item.storage_offsets, item.lengths)
                     target = planner.resolve_tensor(item).detach()
-                    assert target.size() == values.size(), f"{index}: {target.size()} is wanted of {values.size()}"
+                    assert target.size() == values.size(), f"{index}: expected {target.size()}, but the checkpoint has {values.size()}"
                     target.copy_(values)
                     planner.commit_tensor(item, target)
     done: Future[None] = Future()

@@ -36,7 +36,7 @@ class Warnings(logging.Handler):
         count = self._alike[template]
         if count > _ALIKE:
             return
-        more = " (the log alone has further ones like this)" if count == _ALIKE else ""
+        more = " (further ones like this are only in the log)" if count == _ALIKE else ""
         kind, text = str(getattr(record, "kind", "warning")), record.getMessage() + more
         if self._take is not None:
             self._take(kind, text)

@@ -135,7 +135,7 @@ class Monitor:
         """Log once that there is no held-out data, which is not an error."""
         if not self._said_nothing_held_out:
             logger.info(
-                "step %d: no held-out loss, because %s has no folder heldout (--eval.interval 0 leaves evaluations out)",
+                "step %d: no held-out loss, because %s has no folder heldout (--eval.interval 0 turns evaluations off)",
                 step,
                 self.experiment.data.path,
             )

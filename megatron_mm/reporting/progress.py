@@ -166,7 +166,7 @@ class Progress:
             yield f"slow     rank {slow['rank']} in {slow['phase']}, by {slow['seconds']:.3g} s a step"
         if last.get("time"):
             quiet = max(0.0, now - last["time"])  # the clocks of two machines may differ
-            late = "  no news: evaluating, saving, waiting, or gone" if quiet > max(_QUIET_SECONDS, 10 * pace) and not self.ended else ""
+            late = "  no update: evaluating, saving, waiting, or dead" if quiet > max(_QUIET_SECONDS, 10 * pace) and not self.ended else ""
             yield f"newest   {duration(quiet)} ago{late}"
 
 

@@ -46,7 +46,7 @@ def benchmarks(run: RunFiles) -> str:
 def captions(run: RunFiles) -> str:
     """The newest captions of held-out images, with those of earlier evaluations."""
     if not run.captions.lines:
-        return missing("No captions: eval.samples is 0, there are no pairs, or the run is of a version that kept them in W&B alone.")
+        return missing("No captions: eval.samples is 0, there are no pairs, or the run was made by a version that kept them only in W&B.")
     newest = run.captions.lines[-1]
     earlier = run.captions.lines[-4:-1]
     cards = []
@@ -135,7 +135,7 @@ def events(runs: Sequence[RunFiles]) -> str:
         parts.append(
             head
             + (f"<ul>{said}</ul>" if said else "")
-            + missing("No events.jsonl: the run has not begun, or is of a version that did not write one.")
+            + missing("No events.jsonl: the run has not started, or was made by a version that did not write one.")
         )
     return "".join(parts)
 
@@ -189,7 +189,7 @@ def files(runs: Sequence[RunFiles]) -> str:
             ]
         )
     note = (
-        '<p class="note">A damaged line is no JSON object with a step, as a kill leaves it. A repeated step counts as it was written last.'
-        "</p>"
+        '<p class="note">A damaged line is not a JSON object with a step, for example because the run was killed. '
+        "Of a repeated step, the last line counts.</p>"
     )
     return table(["run", "steps", "lines replaced by a later one", "damaged lines"], rows, numbers=[1, 2]) + note

@@ -60,7 +60,9 @@ def _or_why_not(make: Callable[[Sequence[RunFiles]], str], runs: Sequence[RunFil
     try:
         return make(runs)
     except Exception as error:  # files of another version, or changed by hand
-        return missing(f"This section cannot be shown, because a file is not as this version writes it: {type(error).__name__}: {error}")
+        return missing(
+            f"This section cannot be shown, because a file is not in the format of this version: {type(error).__name__}: {error}"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- summary
@@ -180,7 +182,7 @@ def _losses(runs: Sequence[RunFiles]) -> str:
     )
     lines = [mark.kind for run in runs for mark in marks(run)] if not several else []
     said = [text for kind, text in (("resume", "green: the run was resumed"), ("alert", "red: a warning")) if kind in lines]
-    note = f'<p class="note">Vertical lines on all charts: {", ".join(said)} (Events says which)</p>' if said else ""
+    note = f'<p class="note">Vertical lines on all charts: {", ".join(said)} (listed under Events)</p>' if said else ""
     return found + note if found else missing("No step has been written yet.")
 
 
@@ -212,7 +214,7 @@ def _throughput(runs: Sequence[RunFiles]) -> str:
         _of_runs(runs, "mfu", title="MFU", unit="percent of a device's peak", scale=100, from_zero=True),
         _of_runs(runs, "tflops", title="TFLOP/s of one device", from_zero=True),
         _of_runs(runs, "seconds", title="Step time", unit="seconds", from_zero=True),
-        _of_runs(runs, "memory_gb", title="Memory", unit="GB of the main process: GPU, at most; on a CPU resident", from_zero=True),
+        _of_runs(runs, "memory_gb", title="Memory", unit="GB of the main process: GPU peak; on a CPU, resident", from_zero=True),
         line_chart(_most_memory(runs), title="Memory of the fullest process", unit="GB", from_zero=True),
     )
     return found or missing("No step has been written yet.")
@@ -245,7 +247,7 @@ def _phases(runs: Sequence[RunFiles]) -> str:
         slow = [line["slow"] for line in run.phases.lines if line.get("slow")]
         note = f'<p class="note">{len(slow)} windows of steps had a slow process; they are listed under Events</p>' if slow else ""
         if run.phases.every > 1:
-            note += f'<p class="note">For pipeline stages, one window of steps in {run.phases.every} is drawn.</p>'
+            note += f'<p class="note">For pipeline stages, one window of steps in {run.phases.every} is shown.</p>'
         parts.append(
             shown + note
             if shown
@@ -261,7 +263,7 @@ def _stack(curves: dict[str, Curve], *, title: str, run: RunFiles) -> str:
         if name in curves and len(curves[name]) and np.nanmax(curves[name].values) > 0
     ]
     whole = [one for one in series if len(one.curve) == max(len(other.curve) for other in series)]
-    return stacked_chart(whole, title=title, unit="seconds of a step", marks=marks(run))
+    return stacked_chart(whole, title=title, unit="seconds per step", marks=marks(run))
 
 
 def _norms(runs: Sequence[RunFiles]) -> str:
@@ -301,7 +303,7 @@ def _data(runs: Sequence[RunFiles]) -> str:
                 at_times=True,
             ),
             line_chart(shares, title="Wait for data", unit="percent of the step, main process", from_zero=True),
-            _of_runs(runs, "images", title="Images of a step", from_zero=True),
+            _of_runs(runs, "images", title="Images per step", from_zero=True),
             *(
                 _by_part(run, run.metrics.under("source_tokens"), title="Supervised tokens by source", unit="of a step", several=several)
                 for run in runs
@@ -329,4 +331,6 @@ def _plan(runs: Sequence[RunFiles]) -> str:
             if len(curve := run.plan.curve(name))
         }
         found.append(_by_part(run, ratios, title="Measured / predicted", unit="1 is as planned", several=len(runs) > 1))
-    return charts(*found) or missing("No prediction: the planner knows the step of GPUs alone, and these runs had none that it knows.")
+    return charts(*found) or missing(
+        "No prediction: the planner predicts steps only for GPUs that it knows, and these runs used none of them."
+    )

@@ -57,11 +57,11 @@ def sequence_page(batches: Sequence[PackedBatch], tokenizer: Tokenizer, notes: P
         f"<title>{html.escape(notes.title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{html.escape(notes.title)}</h1>",
         '<p><span class="token learned">green</span>: the model is taught to predict this token (its loss mask is 1). '
-        '<span class="token special">violet</span>: a control token. A box is a document: nothing in it attends to another box. '
-        "Pictures are the pixels that the image tower gets.</p>",
+        '<span class="token special">violet</span>: a control token. A box is a document: no token attends to another box. '
+        "Pictures show the pixels that the image tower receives.</p>",
     ]
     if notes.bad:
-        parts.append(f"<p>Could not be read: {html.escape(str(notes.bad))}; blanks or padding stand for them.</p>")
+        parts.append(f"<p>Could not be read: {html.escape(str(notes.bad))}; they are replaced by blanks or padding.</p>")
     for number, batch in enumerate(batches):
         parts += _micro_batch(batch, number, tokenizer, notes)
     return "\n".join([*parts, "</body></html>", ""])
@@ -95,7 +95,7 @@ def _document(batch: PackedBatch, begin: int, end: int, pictures: dict[int, str]
         spans.append(_token(ids[place - begin], bool(learned[place - begin]), tokenizer))
         place += 1
     source = notes.sources[int(batch.source_ids[begin])]
-    facts = f"{html.escape(source)}, places {begin:,} to {end - 1:,}: {end - begin:,} tokens, {int(learned.sum()):,} in the loss"
+    facts = f"{html.escape(source)}, positions {begin:,} to {end - 1:,}: {end - begin:,} tokens, {int(learned.sum()):,} in the loss"
     return f'<div class="document"><div class="facts">{facts}</div><div>{"".join(spans)}</div></div>'
 
 

@@ -84,7 +84,7 @@ class _Worker:
             self.left_out += 1
             if self.left_out == 1:
                 logger.warning(
-                    "%s is behind by %d messages: further metrics are not sent there and are only in metrics.jsonl", self.sink.name, _QUEUE
+                    "%s is behind by %d messages: further metrics are not sent to it and are only in metrics.jsonl", self.sink.name, _QUEUE
                 )
 
     def _work(self) -> None:

@@ -71,7 +71,7 @@ class WandbRun(Sink):
             wandb.teardown()  # its service holds the run that it could not start
             self._run = self._init("offline")
             logger.warning(
-                "W&B cannot be reached (%s): the numbers of this start are kept in %s; upload them later with `wandb sync`",
+                "W&B cannot be reached (%s): the numbers since this start are kept in %s; upload them later with `wandb sync`",
                 str(error).strip().partition("\n")[0],
                 self.run_dir / "wandb",
             )

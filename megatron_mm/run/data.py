@@ -165,7 +165,7 @@ def _check_rendering(data: DataConfig, indexes: Sequence[Source]) -> None:
             raise ValueError(
                 f"source {index.location} was indexed with the caption prompt {index.caption_prompt!r}, but data.caption_prompt is "
                 f"{data.caption_prompt!r}: run `megatron-mm prepare index {data.path} --caption-prompt {data.caption_prompt!r}`, "
-                "or give --data.caption-prompt None"
+                "or use --data.caption-prompt None"
             )
     if data.chat_template is None:
         return
@@ -175,7 +175,7 @@ def _check_rendering(data: DataConfig, indexes: Sequence[Source]) -> None:
             raise ValueError(
                 f"source {index.location} was indexed with the chat template {index.chat_template}, but data.chat_template is "
                 f"{data.chat_template}: run `megatron-mm prepare index {data.path} --chat-template {data.chat_template}`, "
-                "or give --data.chat-template None"
+                "or use --data.chat-template None"
             )
 
 

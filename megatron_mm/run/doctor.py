@@ -105,7 +105,7 @@ def _check_torch() -> Iterator[Finding]:
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         yield Finding("GPU", "ok", f"{count} x {', '.join(names)}, {memory:.0f} GiB, CUDA {torch.version.cuda}")
     else:
-        why = "torch is a CPU build" if torch.version.cuda is None else f"torch's CUDA {torch.version.cuda} finds no device"
+        why = "torch is a CPU build" if torch.version.cuda is None else f"torch's CUDA {torch.version.cuda} finds no GPU"
         yield Finding("GPU", "missing", why, "CPU, fp32 or bf16")
     if dist.is_nccl_available() and torch.cuda.is_available():
         yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
@@ -181,13 +181,13 @@ def _fp8(version: str) -> Finding:
 def _check_apex() -> Iterator[Finding]:
     """With Transformer Engine, whose fused Adam megatron-core prefers, apex would add only the gradient fusion of the output layer."""
     spec = _find("apex")
-    instead = "nothing is missed: Transformer Engine has a fused Adam" if _find("transformer_engine") else "torch's fused AdamW"
+    instead = "nothing is lost: Transformer Engine has a fused Adam" if _find("transformer_engine") else "torch's fused AdamW"
     if spec is None:
         yield Finding("apex (NVIDIA)", "missing", "not installed", instead)
         return
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
-        detail = "an unrelated package of the same name is installed: pip uninstall apex; NVIDIA's is built from its source"
+        detail = "an unrelated package of the same name is installed: pip uninstall apex; NVIDIA's must be built from source"
         yield Finding("apex (NVIDIA)", "warning", detail, instead)
         return
     built = _find("amp_C") is not None
@@ -219,7 +219,7 @@ def _check_dali() -> Iterator[Finding]:
     if pixels is None or pixels[0, 0].float().mean() < 200:
         yield Finding("DALI", "warning", f"{detail} does not decode a red JPEG here", instead)
     else:
-        yield Finding("DALI", "ok", f"{detail} decodes; images in tiles take Pillow")
+        yield Finding("DALI", "ok", f"{detail} decodes; images in tiles use Pillow")
 
 
 def _check_packages() -> Iterator[Finding]:
@@ -254,7 +254,7 @@ def _check_limits(path: Path) -> Iterator[Finding]:
     yield _size("free disk here", there, MIN_FREE_DISK, "keep checkpoints elsewhere with --run-dir")
     shared = Path("/dev/shm")
     if shared.is_dir():
-        yield _size("/dev/shm", shared, MIN_SHARED_MEMORY, "in a container give it --ipc=host or --shm-size")
+        yield _size("/dev/shm", shared, MIN_SHARED_MEMORY, "in a container, use --ipc=host or --shm-size")
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = soft == resource.RLIM_INFINITY or soft >= MIN_OPEN_FILES
     detail = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)

@@ -93,8 +93,8 @@ def _plan(experiment: Experiment) -> Iterator[str]:
 
     if not has_data(experiment):
         data = experiment.data.path
-        missing = "holds no data set" if experiment.data.folder.is_dir() else "does not exist"
-        yield f"no plan: data path {data} {missing} (give --data.path)"
+        missing = "contains no data set" if experiment.data.folder.is_dir() else "does not exist"
+        yield f"no plan: data path {data} {missing} (use --data.path)"
         return
     plan = make_plan(experiment, split=TRAINING)
     state = plan.initial_state()

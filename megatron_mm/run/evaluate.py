@@ -53,7 +53,7 @@ class Evaluated:
         yield (
             f"with the true images the loss is {worth:.0f}% lower than with shuffled ones"
             if worth >= 0.5
-            else "the true images do not lower the loss: the model gets nothing from them"
+            else "the true images do not lower the loss: the model does not use them"
         )
         if not self.captions:
             yield f"no captions: {self.no_captions}"
@@ -81,7 +81,7 @@ def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
     Raises ValueError if there is no held-out split, or if the checkpoint, layout or data does not fit.
     """
     if not (local_data(experiment.data) / SPLIT).is_dir():
-        raise ValueError(f"data path {experiment.data.path} has no {SPLIT} folder: give --data.path")
+        raise ValueError(f"data path {experiment.data.path} has no {SPLIT} folder: set --data.path")
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
     check_same_tokenizer(experiment, checkpoint)
     tokenizer = open_tokenizer(experiment)

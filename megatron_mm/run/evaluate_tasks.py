@@ -106,8 +106,8 @@ def _while_it_is_there(checkpoint: Path) -> Iterator[None]:
         if (checkpoint / MANIFEST).is_file():
             raise
         raise ValueError(
-            f"{checkpoint} was removed while it was read: its training keeps the newest ones alone (checkpoint.keep). Evaluate the run "
-            "directory again, which takes its newest, or train with --checkpoint.keep-every"
+            f"{checkpoint} was removed while it was read: its training run keeps only the newest ones (checkpoint.keep). Evaluate the run "
+            "directory again, which uses its newest, or train with --checkpoint.keep-every"
         ) from error
 
 
@@ -223,7 +223,7 @@ def log_to_wandb(experiment: Experiment, run_dir: Path, results: Sequence[Result
     is_training = (run_dir / LOCK_FILE).exists()
     run = WandbRun(experiment, run_dir, world_size=topologies.world_size(), part="evaluation", own_run=is_training)
     if run.is_on and is_training:
-        logger.info("the run is training: scores go to a W&B run of their own, called %s evaluation", run_dir.name)
+        logger.info("the run is training: scores go to a separate W&B run, called %s evaluation", run_dir.name)
     run.attempt("start", run.start)
     run.attempt("log", lambda: run.log(step, metric_names(results)))
     run.attempt("finish", lambda: run.finish(0))

@@ -66,9 +66,9 @@ class NonFiniteSteps(Hook):
         if train.after_skipped == "roll_back":
             raise RollBack(what, before_step=first, state=state)
         raise RuntimeError(
-            f"{what}, and train.max_skipped_in_a_row is {limit}: look at metrics.jsonl for where it began; to resume from before that, "
-            "rename the checkpoints since then, and lower the learning rate or change the data. With --train.after-skipped roll_back a run "
-            "goes back by itself, and --train.max-skipped-in-a-row 0 allows any number"
+            f"{what}, and train.max_skipped_in_a_row is {limit}: see metrics.jsonl for where it began; to resume from before that, "
+            "rename the later checkpoints, and lower the learning rate or change the data. With --train.after-skipped roll_back a run "
+            "rolls back by itself, and --train.max-skipped-in-a-row 0 allows any number"
         )
 
 
@@ -154,7 +154,7 @@ class ReplicaChecksums(Hook):
         dist.all_gather_object(everywhere, mine)
         raise RuntimeError(
             f"copies of the same parameters differ before the update of step {record.step}: {odd_copies(everywhere)}. The memory or the "
-            "arithmetic of that device is wrong. Nothing was saved since it was found: take its node out and start the same command again, "
+            "arithmetic of that device is faulty. Nothing has been saved since: remove its node and start the same command again, "
             "which resumes from the newest checkpoint"
         )
 
@@ -166,7 +166,7 @@ def _bits(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def odd_copies(everywhere: Sequence[Sequence[Copies]]) -> str:
-    """Describe which ranks have other parameters than most of their group, and how many: "rank 2 (node7) has others than ranks 0, 1 in
+    """Describe which ranks have other parameters than most of their group, and how many: "rank 2 (node7) differs from ranks 0, 1 in
     ...".
 
     Args:
@@ -185,6 +185,6 @@ def odd_copies(everywhere: Sequence[Sequence[Copies]]) -> str:
                 names = [name for (name, value), (_, expected) in zip(sums, usual, strict=True) if value != expected]
                 odd = ", ".join(f"rank {rank} ({everywhere[rank][kind].host})" for rank in groups[sums])
                 most = ", ".join(map(str, groups[usual]))
-                tie = "; which of them is wrong cannot be told" if len(groups[sums]) == len(groups[usual]) else ""
-                said.append(f"{odd} has others than ranks {most} in {len(names)} parameters, such as {names[0]}{tie}")
+                tie = "; it cannot be determined which of them is wrong" if len(groups[sums]) == len(groups[usual]) else ""
+                said.append(f"{odd} differs from ranks {most} in {len(names)} parameters, such as {names[0]}{tie}")
     return "; ".join(said)

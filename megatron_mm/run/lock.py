@@ -143,7 +143,7 @@ class RunLock:
             seen = (token, beat)
             if not said:
                 wait = min(max(STALE_SECONDS - age, 2 * BEAT_SECONDS), STALE_SECONDS)
-                logger.warning("%s is held by %s: waiting up to %.0f s for a sign of life", self.path, holder or "nobody known", wait)
+                logger.warning("%s is held by %s: waiting up to %.0f s for a sign of life", self.path, holder or "an unknown process", wait)
                 said = True
             time.sleep(min(1.0, BEAT_SECONDS / 4))
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)

@@ -95,7 +95,9 @@ def judge(measured: list[Measured], *, min_gb_per_s: float) -> Iterator[Finding]
     """Findings from the processes' measurements, one for each kind."""
     usual = statistics.multimode([one.result for one in measured])[0]
     wrong = [one.device for one in measured if one.result != usual]
-    yield Finding("arithmetic", not wrong, f"another result on {', '.join(wrong)}" if wrong else f"the same on {len(measured)} devices")
+    yield Finding(
+        "arithmetic", not wrong, f"different result on {', '.join(wrong)}" if wrong else f"same result on {len(measured)} devices"
+    )
     speed = statistics.median([one.tflops for one in measured])
     slow = [f"{one.device} {one.tflops:.3g}" for one in measured if one.tflops < SLOW * speed]
     on_gpu = measured[0].device.startswith("cuda")
@@ -116,9 +118,9 @@ def judge(measured: list[Measured], *, min_gb_per_s: float) -> Iterator[Finding]
 def _host(processes: int, path: Path) -> Iterator[Finding]:
     available = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
     wanted = processes * FREE_HOST_MEMORY
-    yield Finding("memory", available >= wanted, f"{available / 2**30:.1f} GiB available, {wanted / 2**30:.1f} wanted")
+    yield Finding("memory", available >= wanted, f"{available / 2**30:.1f} GiB available, {wanted / 2**30:.1f} needed")
     shared, wanted = shutil.disk_usage("/dev/shm").free, processes * FREE_SHARED_MEMORY
-    yield Finding("/dev/shm", shared >= wanted, f"{shared / 2**30:.2f} GiB free, {wanted / 2**30:.2f} wanted")
+    yield Finding("/dev/shm", shared >= wanted, f"{shared / 2**30:.2f} GiB free, {wanted / 2**30:.2f} needed")
     try:
         with tempfile.NamedTemporaryFile(dir=path) as file:
             file.write(b"x")

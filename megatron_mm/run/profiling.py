@@ -120,7 +120,7 @@ class Profile(Hook):
 
     def _report(self, profiler: Any, step: int) -> Iterator[str]:
         steps = len(self._phases)
-        yield f"profile of steps {self.first} to {step} on rank {self.trainer.topology.rank}: means of {steps} steps, which profiling slows"
+        yield f"profile of steps {self.first} to {step} on rank {self.trainer.topology.rank}: means of {steps} steps, slowed by profiling"
         predicted = next((found for hook in self.trainer.hooks if (found := hook.predicted_seconds())), {})
         yield from where_it_went(self._phases, predicted)
         on_gpu = self.trainer.topology.device.type == "cuda"
@@ -151,7 +151,7 @@ def where_it_went(phases: Sequence[dict[str, float]], predicted: dict[str, float
         yield _row(title, measured, whole, sum(predicted.get(part, 0.0) for part in predicted_parts) if predicted else None)
     yield _row("step", whole, whole, sum(predicted.values()) if predicted else None)
     if not predicted:
-        yield "no prediction: the planner does not know this device"
+        yield "no prediction: the planner has no model of this device"
     means = {name: sum(step.get(name, 0.0) for step in phases) / len(phases) for name in PHASES}
     yield "phases: " + "  ".join(f"{name} {1e3 * value:.1f} ms" for name, value in means.items())
 

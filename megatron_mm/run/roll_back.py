@@ -66,7 +66,7 @@ def read(run_dir: Path) -> list[Line]:
         try:
             found.append(Line(**(values or {})))
         except TypeError:  # cut off by a full disk or a crash
-            logger.warning("line %d of %s is damaged and counts for nothing", number, run_dir / FILE)
+            logger.warning("line %d of %s is damaged and ignored", number, run_dir / FILE)
     return found
 
 
@@ -84,7 +84,7 @@ def go_back(run_dir: Path, roll_back: RollBack, *, train: TrainConfig) -> None:
     if len(lines) >= train.max_roll_backs:
         raise RuntimeError(
             f"{reason}. The run has gone back {len(lines)} times already ({run_dir / FILE}), and train.max_roll_backs is "
-            f"{train.max_roll_backs}: look for the cause, or raise it"
+            f"{train.max_roll_backs}: find the cause, or raise it"
         )
     if not earlier:
         raise RuntimeError(f"{reason}. There is no checkpoint from before step {before_step} to go back to")
@@ -93,7 +93,7 @@ def go_back(run_dir: Path, roll_back: RollBack, *, train: TrainConfig) -> None:
     line = Line(time=datetime.now(UTC).isoformat(timespec="seconds"), reason=reason, from_step=state.step, to_step=to, plan=state.plan)
     if dist.get_rank() == 0:
         logger.warning(
-            "%s: going back to the checkpoint of step %d; the data of steps %d to %d is left out from here on",
+            "%s: going back to the checkpoint of step %d; the data of steps %d to %d is left out from now on",
             reason,
             to,
             to + 1,
@@ -116,5 +116,5 @@ def leave_out(state: TrainState, run_dir: Path, *, topology: Topology) -> TrainS
     if found[0]:
         state.plan = found[0][0]
         if topology.is_main:
-            logger.info("the data that followed step %d is left out: %s says why", state.step, run_dir / FILE)
+            logger.info("the data that followed step %d is left out (reason in %s)", state.step, run_dir / FILE)
     return state

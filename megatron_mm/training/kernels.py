@@ -22,15 +22,15 @@ def choose_kernels(experiment: Experiment, *, backend: Backend) -> Kernels:
     for field in fields(KernelConfig):
         wanted, why = getattr(experiment.kernels, field.name), missing[field.name]
         if wanted and why:
-            raise ValueError(f"kernels.{field.name} is True, but {why}: leave it unset, and the kernel is used where it can run")
+            raise ValueError(f"kernels.{field.name} is True, but {why}: leave it unset to use the kernel wherever it can run")
         chosen[field.name] = not why if wanted is None else wanted
     return Kernels(**chosen)
 
 
 def _missing(experiment: Experiment, *, backend: Backend) -> dict[str, str]:
     """Return, for each kernel, the reason why it cannot run here; empty if it can."""
-    no_te = "" if backend == "te" else "layers are plain PyTorch here, and it is Transformer Engine's"
-    no_triton = no_te or ("" if importlib.util.find_spec("triton") is not None else "it is written in Triton, which is not installed")
+    no_te = "" if backend == "te" else "it is part of Transformer Engine, but layers are plain PyTorch here"
+    no_triton = no_te or ("" if importlib.util.find_spec("triton") is not None else "it needs Triton, which is not installed")
     no_experts = "" if experiment.model.decoder.moe is not None else "the model has no experts"
     no_eva = "" if isinstance(getattr(experiment.model, "vision", None), EvaConfig) else "the model has no EVA tower"
     return {

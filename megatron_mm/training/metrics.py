@@ -111,7 +111,7 @@ class MetricsFile:
             written = self._file.write(data)
             if written < len(data):
                 self._torn = True
-                raise OSError(f"{written} of {len(data)} bytes were taken")
+                raise OSError(f"only {written} of {len(data)} bytes were written")
         except OSError as error:
             self._lost += 1
             if self._lost == 1:

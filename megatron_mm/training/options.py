@@ -71,28 +71,30 @@ def asked_for(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
 def _overlap(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
     if not experiment.parallel.overlap_tensor:
         return
-    useless = "" if experiment.parallel.sequence_parallel else "sequences are not cut over tensor-parallel processes"
+    useless = "" if experiment.parallel.sequence_parallel else "sequences are not split across tensor-parallel processes"
     yield Option(
         "parallel.overlap_tensor",
         True,
         impossible="" if useless else _overlap_impossible(experiment, backend=backend),
         useless=useless,
-        costs="micro-batches are padded to full sequences; what `fill` in metrics.jsonl lacks to 1 is computed for nothing",
+        costs="micro-batches are padded to full sequences; the computation on padding (1 - `fill` in metrics.jsonl) is wasted",
     )
 
 
 def _overlap_impossible(experiment: Experiment, *, backend: Backend) -> str:
     parallel, gpus = experiment.parallel, gpus_per_node()
     if backend != "te":
-        return "user buffers are Transformer Engine's, and layers are plain PyTorch here: leave it out"
+        return "user buffers need Transformer Engine, but layers are plain PyTorch here: leave it out"
     if not family_of(experiment.model).plain_layers or experiment.model.decoder.moe is not None:
-        return "this model's layers exchange other numbers of tokens beside those of a micro-batch: leave it out"
+        return "this model's layers also exchange other numbers of tokens than a micro-batch has: leave it out"
     if gpus % parallel.tensor:
-        return f"tensor-parallel groups of {parallel.tensor} lie on several nodes of {gpus} GPUs: use a divisor of that"
+        return f"tensor-parallel groups of {parallel.tensor} span several nodes of {gpus} GPUs: use a divisor of {gpus}"
     if experiment.train.precision == "fp8" and experiment.precision.fp8_recipe not in ("tensorwise", "delayed"):
-        return f"user buffers hold FP8 with one scale, not {experiment.precision.fp8_recipe}: use --precision.fp8-recipe tensorwise"
+        return (
+            f"user buffers hold FP8 with one scale per tensor, not {experiment.precision.fp8_recipe}: use --precision.fp8-recipe tensorwise"
+        )
     if experiment.eval.interval and experiment.eval.samples:
-        return "captions of held-out images are written token by token, in other sizes: use --eval.samples 0"
+        return "captions of held-out images are generated token by token, with other sizes: use --eval.samples 0"
     return user_buffers_missing()
 
 
@@ -120,10 +122,10 @@ def _recompute(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
 
 def _recompute_impossible(experiment: Experiment, module: str, *, backend: Backend) -> str:
     if module == "moe_act" and experiment.model.decoder.moe is not None and backend != "te":
-        return "it is a part of Transformer Engine's grouped experts, and layers are plain PyTorch here: name moe in its place"
+        return "it is part of Transformer Engine's grouped experts, but layers are plain PyTorch here: use moe instead"
     delayed = experiment.train.precision == "fp8" and experiment.precision.fp8_recipe == "delayed"
     if module in ("layernorm", "moe_act") and delayed:
-        return "FP8 with delayed scales cannot compute it again: use --precision.fp8-recipe tensorwise"
+        return "FP8 with delayed scaling cannot recompute it: use --precision.fp8-recipe tensorwise"
     return ""
 
 
@@ -133,7 +135,7 @@ def _recompute_useless(module: str, *, part: str, sparse: bool, backend: Backend
     if module in ("moe", "moe_act") and not sparse:
         return "the model has no experts"
     if module == "layernorm" and backend == "te" and (part == "tower" or not sparse):
-        return "Transformer Engine's layers compute norms inside their matrix products and keep no output of them"
+        return "Transformer Engine's layers fuse norms with their matrix products and keep no output of the norms"
     return ""
 
 
@@ -148,7 +150,7 @@ def _experts(experiment: Experiment) -> Iterator[Option]:
         if experiment.model.decoder.moe is None:
             useless = "the model has no experts"
         elif parallel.expert == 1:
-            useless = "every process has all experts, and works on as many choices whatever the router does"
+            useless = "every process has all experts, so its load does not depend on the router"
         elif parallel.max_expert_load >= parallel.expert:
             useless = f"one of {parallel.expert} processes cannot receive more than {parallel.expert} equal shares"
         yield Option("parallel.max_expert_load", parallel.max_expert_load, useless=useless)
@@ -163,8 +165,8 @@ def _spread(experiment: Experiment, *, nodes: int, world_size: int, gpus: int) -
         f"{traffic.tokens / 1e9:.1f} GB of tokens and {traffic.weights / 1e9:.1f} GB of gradients and weights" for traffic in (here, there)
     ]
     return (
-        f"each group of experts lies on {nodes} nodes of {gpus} GPUs; a step sends up to {sent[0]} a GPU over the network. With "
-        f"--parallel.expert {within} on one node it would be {sent[1]}, and {(there.held - here.held) / 1e9:.1f} GB more of memory"
+        f"each expert-parallel group spans {nodes} nodes of {gpus} GPUs; a step sends up to {sent[0]} per GPU over the network. With "
+        f"--parallel.expert {within} on one node it would be {sent[1]}, with {(there.held - here.held) / 1e9:.1f} GB more memory per GPU"
     )
 
 
@@ -185,7 +187,7 @@ def _no_exchange(experiment: Experiment, *, degree: int) -> str:
     """Return why tokens are not sent to experts on other processes; empty if they are."""
     if experiment.model.decoder.moe is None:
         return "the model has no experts"
-    return "every process has all experts, and tokens go to no other" if degree == 1 else ""
+    return "every process has all experts, so no tokens are sent" if degree == 1 else ""
 
 
 def _expert_overlap(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
@@ -197,23 +199,23 @@ def _expert_overlap(experiment: Experiment, *, backend: Backend) -> Iterator[Opt
             True,
             impossible="" if useless else _expert_overlap_impossible(experiment),
             useless=useless,
-            costs="two micro-batches are in memory where there would be one",
+            costs="two micro-batches are in memory instead of one",
         )
 
 
 def _expert_overlap_impossible(experiment: Experiment) -> str:
     parallel, decoder, precision = experiment.parallel, experiment.model.decoder, experiment.train.precision
     if precision == "fp32":
-        return "megatron-core overlaps in bf16 and FP8 alone: use --train.precision bf16"
+        return "megatron-core overlaps only in bf16 and FP8: use --train.precision bf16"
     if parallel.pipeline > 1 and parallel.virtual == 1:
-        return f"with parallel.pipeline {parallel.pipeline} it needs stages that interleave: use --parallel.virtual 2"
+        return f"with parallel.pipeline {parallel.pipeline} it needs an interleaved schedule: use --parallel.virtual 2"
     if parallel.recompute == "full" or (parallel.recompute == "selective" and "moe" in parallel.recompute_modules):
-        return "layers that are computed again cannot be cut into parts: use --parallel.recompute none"
+        return "recomputed layers cannot be split into parts: use --parallel.recompute none"
     if decoder.num_layers - 1 not in decoder.sparse_layers:
-        return "the last layer has no experts, and megatron-core leaves out the final norm then: change moe.every_n_layers"
+        return "the last layer has no experts, and megatron-core would then omit the final norm: change moe.every_n_layers"
     connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if connections == "1" and torch.cuda.is_available():
-        return "CUDA_DEVICE_MAX_CONNECTIONS is 1, which runs one stream after another: set it to 32"
+        return "CUDA_DEVICE_MAX_CONNECTIONS is 1, which serialises streams: set it to 32"
     return ""
 
 
@@ -225,7 +227,7 @@ def _precision(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
             "precision.gradients",
             "bf16",
             useless=useless,
-            costs="every sum of gradients is rounded to 8 bits; compare a loss curve with fp32",
+            costs="every sum of gradients is rounded to 8 significant bits; compare a loss curve with fp32",
         )
     for name in ("exp_avg", "exp_avg_sq"):
         if getattr(precision, name) == "bf16":
@@ -236,7 +238,7 @@ def _precision(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
             True,
             impossible=_fp8_weights_impossible(experiment) if train.precision == "fp8" else "",
             useless="" if train.precision == "fp8" else f"train.precision is {train.precision}",
-            costs="checkpoints hold the rounded weights beside the master weights: a resume is exact, an export is of the rounded ones",
+            costs="checkpoints hold the rounded weights in addition to the master weights: a resume is exact, an export has rounded ones",
         )
     if precision.fp8_recipe != "tensorwise":
         yield Option(
@@ -244,7 +246,7 @@ def _precision(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
             precision.fp8_recipe,
             impossible=fp8_recipe_missing(precision.fp8_recipe) if backend == "te" and train.precision == "fp8" else "",
             useless="" if train.precision == "fp8" else f"train.precision is {train.precision}",
-            costs="checkpoints hold no scales of earlier steps, so a resume is not bit-identical"
+            costs="checkpoints do not hold the scales of earlier steps, so a resume is not bit-identical"
             if precision.fp8_recipe == "delayed"
             else "",
         )
@@ -252,14 +254,14 @@ def _precision(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
 
 def _fp8_weights_impossible(experiment: Experiment) -> str:
     if not experiment.parallel.distributed_optimizer:
-        return "only the distributed optimizer makes FP8 weights of its master weights: use --parallel.distributed-optimizer True"
+        return "only the distributed optimizer can make FP8 weights from its master weights: use --parallel.distributed-optimizer True"
     if experiment.precision.fp8_recipe not in FP8_WEIGHT_RECIPES:
-        return f"weights are not kept with scales of the recipe {experiment.precision.fp8_recipe}: use --precision.fp8-recipe tensorwise"
+        return f"weights cannot be kept in the recipe {experiment.precision.fp8_recipe}: use --precision.fp8-recipe tensorwise"
     patterns = trainable_patterns(experiment)
     frozen = [name for name in _OF_THE_DECODER if not any(re.match(pattern, name) for pattern in patterns)]
     if frozen:
         return (
-            f"freeze policy {experiment.train.freeze_policy!r} freezes weights of the decoder, and of these the optimizer has no master "
+            f"freeze policy {experiment.train.freeze_policy!r} freezes weights of the decoder, for which the optimizer has no master "
             "weights to save: leave it out"
         )
     return ""
@@ -270,7 +272,7 @@ _OF_THE_DECODER = tuple(f"language.decoder.layers.0.{name}.weight" for name in (
 
 def _moments_impossible(experiment: Experiment, *, backend: Backend) -> str:
     if backend != "te" or importlib.util.find_spec("transformer_engine") is None:
-        return "only Transformer Engine's Adam keeps moments in bf16, and layers are plain PyTorch here: leave it out"
+        return "only Transformer Engine's Adam keeps moments in bf16, but layers are plain PyTorch here: leave it out"
     if not experiment.parallel.distributed_optimizer:
         return "only the distributed optimizer keeps moments in bf16: use --parallel.distributed-optimizer True"
     return ""

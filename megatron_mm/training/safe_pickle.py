@@ -82,7 +82,7 @@ def _check_description(path: Path, data: bytes) -> None:
     for name, entry in metadata.state_dict_metadata.items():
         if type(entry) is not TensorStorageMetadata and name != _COMMON:
             raise ValueError(
-                f"checkpoint file {path} says that {name} is no tensor but a pickle, which loading it would run; this program did not "
+                f"checkpoint file {path} says that {name} is a pickle, not a tensor. Loading it would run code, and this program did not "
                 "write it: remove it"
             )
     for index, info in metadata.storage_data.items():
@@ -90,7 +90,7 @@ def _check_description(path: Path, data: bytes) -> None:
             raise ValueError(f"checkpoint file {path} names the file {info.relative_path}, which is outside its folder: remove it")
         if getattr(info, "transform_descriptors", None):  # the data after a transformation would not be the data checked here
             raise ValueError(
-                f"checkpoint file {path} says that {index.fqn} is to be transformed, which this program did not write: remove it"
+                f"checkpoint file {path} says that {index.fqn} must be transformed; this program did not write that: remove it"
             )
         if index.fqn == _COMMON:
             holder = path.parent / info.relative_path
@@ -106,7 +106,7 @@ def _check(path: Path, data: bytes) -> None:
         _NamesOnly(io.BytesIO(data)).load()
     except _Forbidden as error:
         raise ValueError(
-            f"checkpoint file {path} names {error}, which loading it would run; this program did not write it: remove it"
+            f"checkpoint file {path} names {error}. Loading it would run that, and this program did not write it: remove it"
         ) from None
     except Exception as error:
         raise ValueError(

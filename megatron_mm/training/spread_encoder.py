@@ -134,14 +134,14 @@ class SpreadEncoder:
 
     def _stages(self, batch: PackedBatch) -> torch.Tensor:
         """Return [num_owned]: for each image of this tensor-parallel rank, the pipeline rank that encodes it."""
-        assert batch.image_stages is not None, "the loader says who encodes"
+        assert batch.image_stages is not None, "the loader assigns images to stages"
         return batch.image_stages[batch.image_owners == self.tensor_rank]
 
     def _gather(self, own: list[torch.Tensor], counts: list[int], group: dist.ProcessGroup, device: torch.device) -> torch.Tensor | None:
         """Return all features [sum of counts, tokens, width], in the order of pipeline ranks, on the first stage; None elsewhere."""
         rank = group.rank()
         mine = torch.cat([features.detach() for features in own]) if own else self._empty(0, device)
-        assert len(mine) == counts[rank], f"{len(mine)} images were read and {counts[rank]} planned"
+        assert len(mine) == counts[rank], f"{len(mine)} images were encoded, but {counts[rank]} were planned"
         if rank:
             _run([dist.P2POp(dist.isend, mine.contiguous(), group=group, group_peer=0)] if len(mine) else [])
             return None

@@ -138,7 +138,7 @@ class Trainer:
     def fit(self) -> TrainState:
         """Train up to `train.steps`, or until a hook requests a stop; return the final state."""
         if self.state.step >= self.experiment.train.steps and self.topology.is_main:
-            logger.info("the run has already completed its %d steps: give a larger --train.steps to continue", self.state.step)
+            logger.info("the run has already completed its %d steps: use a larger --train.steps to continue", self.state.step)
         failed = True
         try:
             while self.state.step < self.experiment.train.steps and not self.should_stop:

@@ -50,7 +50,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["mm1_99b"], "unknown recipe 'mm1_99b': did you mean mm1_7b? choose one of debug_mm1, "),
         (["mm1_3x"], "unknown recipe 'mm1_3x': did you mean mm1_3b? choose one of debug_mm1, "),
         (["recipes.py"], "recipes.py is a file: name a function in it, recipes.py:FUNCTION"),
-        (["nowhere.py:recipe"], "nowhere.py: give the path where it is"),
+        (["nowhere.py:recipe"], "nowhere.py: correct the path"),
         (["debug_mm1", "--train.stepz", "3"], "error: unknown option --train.stepz: did you mean --train.steps?"),
         (["debug_mm1", "--steps=3"], "error: unknown option --steps: did you mean --train.steps?"),
         (["debug_mm1", "--zzz"], "error: unknown option --zzz: see megatron-mm train --help"),
@@ -81,8 +81,8 @@ def test_mistakes_on_the_command_line(fails: Fails, options: list[str], message:
         ),
         (["--parallel.virtual", "2"], "parallel.virtual is 2, but interleaving needs parallel.pipeline > 1"),
         (["--train.global-batch-size", "10"], "train.global_batch_size 10 is not a multiple of train.micro_batch_size 4"),
-        (["--data.path", "/nowhere"], "error: data.path /nowhere is not a directory: give --data.path DIR"),
-        (["--data.path", "/usr"], "error: data.path /usr is not a data set, because it has no folder 'train': give --data.path DIR"),
+        (["--data.path", "/nowhere"], "error: data.path /nowhere is not a directory: use --data.path DIR"),
+        (["--data.path", "/usr"], "error: data.path /usr is not a data set, because it has no folder 'train': use --data.path DIR"),
         (["--extra-hooks", "json:JSONDecoder"], "extra_hooks names json:JSONDecoder, which is no hook: derive the class from"),
         (["--data.preprocessors", "builtins:print"], "the preprocessor builtins:print returns None for source "),
         (["--data.tokenizer", "/nowhere.model"], "tokenizer /nowhere.model does not exist: train one"),
@@ -111,7 +111,7 @@ def test_heads_that_tensor_parallelism_does_not_divide(
 
 def test_empty_and_broken_data(fails: Fails, demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    assert "has no .tar or .jsonl shards" in fails("prepare", "index", tmp_path / "empty")
+    assert "contains no .tar or .jsonl shards" in fails("prepare", "index", tmp_path / "empty")
     data = tmp_path / "data"
     (data / "train" / "pairs").mkdir(parents=True)
     shutil.copyfile(demo_data / "tokenizer.model", data / "tokenizer.model")
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_model_and_export_errors(fails: Fails, demo_data
     done = subprocess.run([*PROGRAM, *map(str, [*run, *quick])], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     error = fails(*run, *quick[:2], "--model.decoder.ffn-hidden-size", 256)
-    assert "holds another model (debug_mm1): model.decoder.ffn_hidden_size is 320 there and 256 here" in error
+    assert "holds a different model (debug_mm1): model.decoder.ffn_hidden_size is 320 there and 256 here" in error
     assert "is neither a complete checkpoint nor a run directory" in fails("eval", tmp_path / "nothing")
     checkpoint = find_checkpoint(tmp_path / "run")
     (tmp_path / "full").mkdir()

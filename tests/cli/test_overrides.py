@@ -57,13 +57,13 @@ def test_words_of_every_kind_of_field(hint: Any, words: str, value: object) -> N
     [
         (int, "many", "--x is 'many', but takes an integer"),
         (int | None, "many", "--x is 'many', but takes an integer or None"),
-        (int, "", "--x takes an integer, but has no value"),
-        (int, "1 2", "--x takes an integer, but has 2 words: '1 2'"),
+        (int, "", "--x takes an integer, but got no value"),
+        (int, "1 2", "--x takes an integer, but got 2 values: '1 2'"),
         (float, "1,5", "--x is '1,5', but takes a number"),
         (bool, "maybe", "--x is 'maybe', but takes True or False"),
         (Literal["fp32", "bf16"], "bf61", "--x is 'bf61', but takes one of fp32, bf16: did you mean bf16?"),
         (tuple[int, ...], "1 b", "--x is 'b', but takes an integer"),
-        (tuple[int, int], "1", "--x takes 2 words (INTEGER INTEGER), but has 1: '1'"),
+        (tuple[int, int], "1", "--x takes 2 values (INTEGER INTEGER), but got 1: '1'"),
         (dict[str, float], "pairs", "--x takes NAME=NUMBER, for example pairs=0.5, not 'pairs'"),
         (dict[str, float], "pairs=all", "--x pairs is 'all', but takes a number"),
     ],
@@ -111,7 +111,7 @@ def test_a_part_may_be_added_changed_and_taken_away() -> None:
     assert override(get_recipe("debug_mm1_moe"), model__decoder__moe="None").model.decoder.moe is None
     with pytest.raises(
         ValueError,
-        match=r"does not have the part model\.decoder\.moe: to add it, also give --model\.decoder\.moe\.num-experts and --model\.decod",
+        match=r"does not have the part model\.decoder\.moe: to add it, also set --model\.decoder\.moe\.num-experts and --model\.decod",
     ):
         override(DEBUG, model__decoder__moe__top_k="1")
 

@@ -168,7 +168,7 @@ def test_only_how_images_are_shown_may_differ(demo_data: Path, tmp_path: Path, p
     check(settings, tmp_path)
     assert isinstance(settings.model, MM1Config)
     other = replace(settings.model, vision=replace(settings.model.vision, patch_size=8))
-    with pytest.raises(ValueError, match=r"holds another model .*: model.vision.patch_size is 4 there and 8 here: use the recipe"):
+    with pytest.raises(ValueError, match=r"holds a different model .*: model.vision.patch_size is 4 there and 8 here: use the recipe"):
         check(replace(settings, model=other), tmp_path)
-    with pytest.raises(ValueError, match=r"holds another model .*: model.sub_images is None there and .*model.vision.image_size is 16"):
+    with pytest.raises(ValueError, match=r"holds a different model .*: model.sub_images is None there and .*model.vision.image_size is 16"):
         check(settings, pretrained(None))  # a resumed run must have the same model

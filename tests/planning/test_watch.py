@@ -20,7 +20,7 @@ def test_a_layout_that_cannot_fit_is_refused() -> None:
     check_fits(experiment, world_size=512, gpu=GPUS["h100-sxm"])
     alone = replace(experiment.parallel, tensor=1, pipeline=1, virtual=1, stage_layers=None)
     whole = replace(experiment, parallel=alone, train=replace(experiment.train, micro_batch_size=1))
-    with pytest.raises(ValueError, match=r"would need .* GB of the 85 GB .* --force"):
+    with pytest.raises(ValueError, match=r"would need .* GB, but a .* has 85 GB: .* --force"):
         check_fits(whole, world_size=512, gpu=GPUS["h100-sxm"])
 
 

@@ -27,7 +27,7 @@ def test_an_engine_that_is_too_old_is_one_line(monkeypatch: pytest.MonkeyPatch, 
         program.main(["train", "debug_mm1"])
     assert left.value.code == 2
     assert capsys.readouterr().err == (
-        "megatron-mm: error: megatron-core 0.14.0 is too old for megatron_mm, which runs on 0.16 to 0.19: "
+        "megatron-mm: error: megatron-core 0.14.0 is too old for megatron_mm, which supports 0.16 to 0.19: "
         "pip install 'megatron-core>=0.16,<0.20'\n"
     )
 
@@ -43,7 +43,7 @@ def test_what_fails_on_an_engine_that_is_newer_says_so(monkeypatch: pytest.Monke
     with pytest.raises(ImportError, match="GPTModel") as error:
         program.main(["train", "debug_mm1"])
     (note,) = error.value.__notes__
-    assert note.startswith("megatron-mm: megatron-core 0.21.3 has not been tried") and note.endswith("'megatron-core>=0.16,<0.20'")
+    assert note.startswith("megatron-mm: megatron-core 0.21.3 is untested") and note.endswith("'megatron-core>=0.16,<0.20'")
     assert engines.remark("0.18.2") == engines.remark(None) == ""
 
 
@@ -62,7 +62,7 @@ def test_what_an_engine_lacks_is_one_line(monkeypatch: pytest.MonkeyPatch, capsy
     assert left.value.code == 2
     assert capsys.readouterr().err == (
         "megatron-mm: error: megatron-core 0.21.3 lacks megatron.core.part0, megatron.core.part1, megatron.core.part2 and 2 more, "
-        "which megatron_mm uses; it runs on 0.16 to 0.19: pip install 'megatron-core>=0.16,<0.20'\n"
+        "which megatron_mm uses; versions 0.16 to 0.19 are supported: pip install 'megatron-core>=0.16,<0.20'\n"
     )
 
 

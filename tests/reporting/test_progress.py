@@ -97,9 +97,9 @@ def test_the_display_tells_of_a_run_without_news(tmp_path: Path) -> None:
     state.update()
     lines = list(state.display(width=120, now=time.time() + 3600))
     assert any("2 of 100 steps, 2.0%, 49 s left" in line for line in lines)
-    assert any("60 min ago  no news" in line for line in lines)
+    assert any("60 min ago  no update" in line for line in lines)
     assert any("forward 80%   data 20%" in line for line in lines) and any("bad 3" in line for line in lines)
-    assert not any("no news" in line for line in state.display(width=120, now=time.time() + 5))
+    assert not any("no update" in line for line in state.display(width=120, now=time.time() + 5))
 
 
 def test_on_a_pipe_no_line_is_cut_and_no_character_is_a_command(tmp_path: Path) -> None:

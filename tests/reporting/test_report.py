@@ -191,7 +191,7 @@ def test_files_that_are_not_as_they_should_be_cost_their_sections_alone(tmp_path
     (run_dir / "config.json").write_text('{"train": 5}')
     main(["report", str(run_dir)])
     page = (run_dir / "report.html").read_text()
-    assert page.count("This section cannot be shown, because a file is not as this version writes it") == 2
+    assert page.count("This section cannot be shown, because a file is not in the format of this version") == 2
     assert "Training loss" in page and "Gradient norm by part" in page and "Expert load" in page
     main(["watch", str(run_dir), "--once"])
     assert "loss     0.0667" in capsys.readouterr().out

@@ -168,7 +168,7 @@ def test_warnings_are_events_and_those_before_the_monitor_too(tmp_path: Path) ->
     assert found[0][:2] == (2, "resume") and found[1] == (2, "warning", "checkpoint step_3 is damaged")
     assert [step for step, kind, _ in found if kind == "skipped"] == [4]
     blanks = [text for _, _, text in found if text.startswith("blank")]
-    assert len(blanks) == 10 and blanks[-1].endswith("(the log alone has further ones like this)")
+    assert len(blanks) == 10 and blanks[-1].endswith("(further ones like this are only in the log)")
     assert found[-1] == (19, "end", "all steps are done")
 
 

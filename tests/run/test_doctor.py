@@ -88,10 +88,10 @@ def test_fp8_needs_a_gpu_and_a_version_that_have_it(
     ("core", "engine", "state", "detail"),
     [
         ("0.16.1", "2.11.0", "ok", "2.11.0"),
-        ("0.16.1", "2.20.2", "warning", "2.20.2, but megatron-core 0.16.1 goes with >=2.9,<2.12: it would run without some kernels"),
+        ("0.16.1", "2.20.2", "warning", "2.20.2, but megatron-core 0.16.1 needs >=2.9,<2.12: some kernels would not be used"),
         ("0.19.2", "2.20.2", "ok", "2.20.2"),
         ("0.17.1", "2.20.2", "ok", "2.20.2"),
-        ("0.19.2", "2.11.0", "warning", "2.11.0, but megatron-core 0.19.2 goes with >=2.20,<2.21: it would run without some kernels"),
+        ("0.19.2", "2.11.0", "warning", "2.11.0, but megatron-core 0.19.2 needs >=2.20,<2.21: some kernels would not be used"),
     ],
 )
 def test_versions_that_do_not_go_together_are_said(
@@ -107,7 +107,7 @@ def test_an_engine_that_no_test_runs_on_is_said(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(doctor, "_version", lambda package: "0.20.0")
     (found,) = doctor._check_engine()
     assert found.state == "warning" and found.detail == (
-        "megatron-core 0.20.0 has not been tried with megatron_mm, whose tests run on 0.16 to 0.19: pip install 'megatron-core>=0.16,<0.20'"
+        "megatron-core 0.20.0 is untested with megatron_mm, which is tested on 0.16 to 0.19: pip install 'megatron-core>=0.16,<0.20'"
     )
 
 

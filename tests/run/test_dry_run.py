@@ -50,7 +50,11 @@ def test_a_stage_may_have_nothing_or_all_trainable() -> None:
 @pytest.mark.parametrize(
     ("recipe", "changes", "message"),
     [
-        ("debug_infimm", {"train": {"freeze_policy": "s2"}}, "train.freeze_policy is 's2', but must be one of those of infimm models"),
+        (
+            "debug_infimm",
+            {"train": {"freeze_policy": "s2"}},
+            "train.freeze_policy is 's2', but must be one of the policies of infimm models",
+        ),
         (
             "debug_infimm",
             {"train": {"global_batch_size": 12}, "parallel": {"pipeline": 2, "virtual": 2}},

@@ -17,7 +17,7 @@ NODE = [GPU, replace(GPU, device="cuda:1"), replace(GPU, device="cuda:2")]
     ("changes", "least", "said"),
     [
         ({}, 0.0, []),
-        ({"result": 8.0}, 0.0, ["arithmetic: another result on cuda:1"]),
+        ({"result": 8.0}, 0.0, ["arithmetic: different result on cuda:1"]),
         ({"tflops": 300.0}, 0.0, ["speed: median 600 TFLOP/s, slower: cuda:1 300"]),
         ({"free_memory": 0.5}, 0.0, ["GPU memory: cuda:1 50% free"]),
         ({"total": 5.0}, 0.0, ["all-reduce: 200 GB/s between 3 processes; wrong sums on cuda:1"]),

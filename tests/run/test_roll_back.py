@@ -145,12 +145,12 @@ def _flips_a_bit(data: Path, run_dir: Path) -> str:
 def test_one_flipped_bit_in_a_copy_of_a_weight_names_its_rank(demo_data: Path, tmp_path: Path) -> None:
     errors = run_processes(_flips_a_bit, 3, demo_data, tmp_path / "found")
     assert errors == [errors[0]] * 3
-    assert "differ before the update of step 3: rank 2 (" in errors[0] and "has others than ranks 0, 1 in 1 parameters" in errors[0]
+    assert "differ before the update of step 3: rank 2 (" in errors[0] and "differs from ranks 0, 1 in 1 parameters" in errors[0]
     assert "language.decoder.layers.1.mlp.linear_fc1.weight" in errors[0]
 
 
 def test_which_copy_is_odd_is_said_as_far_as_it_can_be() -> None:
     usual, odd = Copies("a", [0, 1, 2], {"w": 1, "v": 5}), Copies("b", [0, 1, 2], {"w": 2, "v": 5})
-    assert odd_copies([[usual], [odd], [usual]]) == "rank 1 (b) has others than ranks 0, 2 in 1 parameters, such as w"
+    assert odd_copies([[usual], [odd], [usual]]) == "rank 1 (b) differs from ranks 0, 2 in 1 parameters, such as w"
     two = [[Copies("a", [0, 1], {"w": 1})], [Copies("b", [0, 1], {"w": 2})]]
-    assert "which of them is wrong cannot be told" in odd_copies(two)
+    assert "it cannot be determined which of them is wrong" in odd_copies(two)

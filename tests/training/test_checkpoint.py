@@ -242,7 +242,7 @@ def _no_archive(tensors: Path) -> Path:
         (_remove, "is missing"),
         (_poison(".metadata"), "mkdir"),
         (_poison("common.pt"), "mkdir"),
-        (_pickle_for_a_tensor, "is no tensor but a pickle"),
+        (_pickle_for_a_tensor, "is a pickle, not a tensor"),
         pytest.param(_pickle_for_plain_values, "mkdir", marks=pytest.mark.slow),
         pytest.param(_file_elsewhere, "which is outside its folder", marks=pytest.mark.slow),
         pytest.param(_no_archive, "is damaged", marks=pytest.mark.slow),
@@ -297,7 +297,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_not_the_run(demo_data: Path, r
 
     logs = run_processes(train_and_log, 2, demo_data, run_dir, 6)
     log, other = logs
-    assert f"step_00000004 is damaged and left out: checkpoint file {path} is damaged (its CRC-32 is " in log and ", expected " in log
+    assert f"step_00000004 is damaged and ignored: checkpoint file {path} is damaged (its CRC-32 is " in log and ", expected " in log
     assert f"{damaged / 'state.json'} is damaged" in log and "restore it" not in log, "the run has mended it already"
     assert log.count("The run resumes from step_00000002 and repeats the steps in between") == 2
     assert "The run resumes" not in other, "one process speaks for all"

@@ -50,5 +50,7 @@ def test_all_processes_find_it() -> None:
 
 
 def test_an_unknown_policy_lists_all() -> None:
-    with pytest.raises(ValueError, match=r"train.freeze_policy is 'all', but must be one of those of infimm models: \['ift', .*'pt'\]"):
+    with pytest.raises(
+        ValueError, match=r"train.freeze_policy is 'all', but must be one of the policies of infimm models: \['ift', .*'pt'\]"
+    ):
         trainable_patterns(small_infimm(policy="all"))

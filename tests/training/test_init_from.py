@@ -84,7 +84,7 @@ def test_an_unknown_policy_lists_those_of_the_family(demo_data: Path, tmp_path: 
     experiment = infimm_run(demo_data, steps=8, schedule_steps=8, policy="all")
     with pytest.raises(
         ValueError,
-        match=r"train.freeze_policy is 'all', but must be one of those of infimm models: \['ift', 'ift_frozen_language', 'mtt', 'pt'\]",
+        match=r"train.freeze_policy is 'all', but must be one of the policies of infimm models: \['ift', 'ift_frozen_language', 'mtt',",
     ):
         check(experiment, tmp_path)
 
@@ -93,11 +93,11 @@ def test_another_model_and_another_tokenizer_are_refused(first: Path, demo_data:
     experiment = replace(infimm_run(demo_data, steps=8, schedule_steps=8, policy="pt"), init_from=first)
     check(experiment, tmp_path)
     other = replace(experiment, model=replace(experiment.model, decoder=replace(experiment.model.decoder, num_layers=6)))
-    with pytest.raises(ValueError, match=r"holds another model .*model.decoder.num_layers is 4 there and 6 here"):
+    with pytest.raises(ValueError, match=r"holds a different model .*model.decoder.num_layers is 4 there and 6 here"):
         check(other, tmp_path)
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_bytes((demo_data / "tokenizer.model").read_bytes() + b"\n")
-    with pytest.raises(ValueError, match=r"not a SentencePiece model|another tokenizer"):
+    with pytest.raises(ValueError, match=r"not a SentencePiece model|a different tokenizer"):
         check(replace(experiment, data=replace(experiment.data, tokenizer=tokenizer)), tmp_path)
     with pytest.raises(ValueError, match="neither a complete checkpoint nor a run directory"):
         check(replace(experiment, init_from=tmp_path / "nowhere"), tmp_path)

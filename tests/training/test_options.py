@@ -37,11 +37,11 @@ def test_defaults_ask_for_nothing() -> None:
     ("asked", "backend", "message"),
     [
         (experiment(exp_avg="bf16"), "torch", "precision.exp_avg is bf16, but only Transformer Engine's Adam"),
-        (experiment(sparse=True, parallel=selective("moe_act")), "torch", "parallel.recompute_modules is moe_act, but it is a part of"),
-        (experiment(parallel={"tensor": 2, "overlap_tensor": True}), "torch", "overlap_tensor is True, but user buffers are"),
-        (experiment(sparse=True, parallel={"tensor": 2, "overlap_tensor": True}), "te", "layers exchange other numbers of tokens"),
-        (replace(get_recipe("debug_infimm"), parallel=OVERLAPPED), "te", "layers exchange other numbers of tokens"),
-        (experiment(parallel={"tensor": 3, "overlap_tensor": True}), "te", "groups of 3 lie on several nodes of 8 GPUs"),
+        (experiment(sparse=True, parallel=selective("moe_act")), "torch", "parallel.recompute_modules is moe_act, but it is part of"),
+        (experiment(parallel={"tensor": 2, "overlap_tensor": True}), "torch", "overlap_tensor is True, but user buffers need"),
+        (experiment(sparse=True, parallel={"tensor": 2, "overlap_tensor": True}), "te", "layers also exchange other numbers of tokens"),
+        (replace(get_recipe("debug_infimm"), parallel=OVERLAPPED), "te", "layers also exchange other numbers of tokens"),
+        (experiment(parallel={"tensor": 3, "overlap_tensor": True}), "te", "groups of 3 span several nodes of 8 GPUs"),
         (experiment(parallel={"tensor": 2, "overlap_tensor": True}), "te", "captions of held-out images .*: use --eval.samples 0"),
         (
             experiment(sparse=True, parallel=OVERLAPPED_EXPERTS, precision="fp32"),
@@ -52,15 +52,15 @@ def test_defaults_ask_for_nothing() -> None:
         (
             experiment(sparse=True, parallel={**OVERLAPPED_EXPERTS, "recompute": "full"}),
             "te",
-            "computed again .*: use --parallel.recompute none",
+            "recomputed .*: use --parallel.recompute none",
         ),
         (experiment(sparse=True, parallel={"expert": 2, "expert_dispatch": "deepep"}), "te", "deepep, but its kernels need GPUs"),
         (
             experiment(sparse=True, parallel=selective("moe_act"), precision="fp8", fp8_recipe="delayed"),
             "te",
-            "parallel.recompute_modules is moe_act, but FP8 with delayed scales",
+            "parallel.recompute_modules is moe_act, but FP8 with delayed scaling",
         ),
-        (experiment(precision="fp8", fp8_weights=True, fp8_recipe="delayed"), "te", "fp8_weights is True, but weights are not kept with"),
+        (experiment(precision="fp8", fp8_weights=True, fp8_recipe="delayed"), "te", "fp8_weights is True, but weights cannot be kept in"),
         (
             experiment(precision="fp8", fp8_weights=True, parallel={"distributed_optimizer": False}),
             "te",
@@ -87,14 +87,14 @@ def test_what_cannot_run_is_refused(asked: Experiment, backend: Any, message: st
         (experiment(fp8_recipe="blockwise"), "torch", "precision.fp8_recipe is blockwise and has no effect: train.precision is bf16"),
         (experiment(parallel={"recompute_modules": ("mlp",)}), "torch", "has no effect: parallel.recompute is none"),
         (experiment(parallel=selective("moe")), "torch", "parallel.recompute_modules is moe and has no effect: the model has no experts"),
-        (experiment(parallel=selective("layernorm")), "te", "layernorm and has no effect: Transformer Engine's layers compute norms"),
+        (experiment(parallel=selective("layernorm")), "te", "layernorm and has no effect: Transformer Engine's layers fuse norms"),
         (
             experiment(sparse=True, parallel=selective("layernorm", recompute_encoder_modules=("layernorm",))),
             "te",
             "parallel.recompute_encoder_modules is layernorm and has no effect",
         ),
         (experiment(parallel={"max_expert_load": 2.0}), "torch", "max_expert_load is 2.0 and has no effect: the model has no experts"),
-        (experiment(parallel={"overlap_tensor": True}), "te", "overlap_tensor is True and has no effect: sequences are not cut"),
+        (experiment(parallel={"overlap_tensor": True}), "te", "overlap_tensor is True and has no effect: sequences are not split"),
         (experiment(sparse=True, parallel={"expert_dispatch": "deepep"}), "te", "deepep and has no effect: every process has all experts"),
         (experiment(sparse=True, parallel={"max_expert_load": 2.0, "expert": 2}), "torch", "one of 2 processes cannot receive more"),
     ],
@@ -117,16 +117,16 @@ def test_it_is_found_before_data_is_opened(tmp_path: Path) -> None:
 def test_experts_on_several_nodes_are_said_with_what_they_send(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("WORLD_SIZE", "128")
     check_options(get_recipe("mm1_3b_moe"), backend="te")
-    assert "parallel.expert is 32: each group of experts lies on 4 nodes of 8 GPUs" in caplog.text
+    assert "parallel.expert is 32: each expert-parallel group spans 4 nodes of 8 GPUs" in caplog.text
     assert "7.9 GB of tokens and 8.7 GB of gradients and weights" in caplog.text and "--parallel.expert 8 on one node" in caplog.text
     caplog.clear()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "72")
     check_options(get_recipe("mm1_3b_moe"), backend="te")
-    assert "lies on 2 nodes of 72 GPUs" in caplog.text, "the third group of 32 begins on one and ends on another"
+    assert "spans 2 nodes of 72 GPUs" in caplog.text, "the third group of 32 begins on one and ends on another"
     caplog.clear()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     check_options(get_recipe("mm1_3b_moe"), backend="te")
-    assert "lies on" not in caplog.text
+    assert "spans" not in caplog.text
 
 
 def test_micro_batches_have_one_size_with_user_buffers() -> None:

@@ -36,7 +36,7 @@ COMMON = "common_state/shard_0_1"
 def test_the_common_state_beside_tensors_is_looked_at(tmp_path: Path) -> None:
     plain = {"step": 3, "param_groups": [{"lr": 1.0, "betas": (0.9, 0.95)}], "none": None}
     check_pickles(save(tmp_path / "plain", **{COMMON: [plain]}))
-    with pytest.raises(ValueError, match=r"__0_0\.distcp names posix\.system, which loading it would run"):
+    with pytest.raises(ValueError, match=r"__0_0\.distcp names posix\.system\. Loading it would run that"):
         check_pickles(save(tmp_path / "runs", **{COMMON: [_Runs()]}))
     lost = save(tmp_path / "lost", **{COMMON: [plain]})
     (lost / "__0_0.distcp").unlink()
@@ -45,5 +45,5 @@ def test_the_common_state_beside_tensors_is_looked_at(tmp_path: Path) -> None:
 
 
 def test_no_other_pickle_may_lie_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"says that other/shard_0_1 is no tensor but a pickle"):
+    with pytest.raises(ValueError, match=r"says that other/shard_0_1 is a pickle, not a tensor"):
         check_pickles(save(tmp_path / "other", **{"other/shard_0_1": [{}]}))

@@ -179,6 +179,6 @@ def test_a_full_shared_memory_costs_copies_there_and_no_checkpoint(demo_data: Pa
     done = subprocess.run([*own, *command], capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     assert _names(run_dir) == ["step_00000002", "step_00000004"] and _steps(run_dir) == [1, 2, 3, 4]
-    assert "no copy of step 1 in /dev/shm/copies" in done.stderr and "too little room" in done.stderr
+    assert "no copy of step 1 in /dev/shm/copies" in done.stderr and "not enough space" in done.stderr
     again = subprocess.run([*command, "--train.steps", "5"], capture_output=True, text=True, timeout=250, check=False)
     assert again.returncode == 0 and "resumed from" in again.stderr, "it can be loaded"

@@ -25,15 +25,14 @@ CONNECTORS: dict[str, Connector] = {"average": AVERAGE, "attention": ATTENTION, 
 def register_connector(kind: str, connector: Connector) -> None:
     """Register a connector defined outside this package. Raises ValueError if its name is taken."""
     if CONNECTORS.setdefault(kind, connector) is not connector:
-        raise ValueError(f"a connector {kind!r} is already registered: give yours another name")
+        raise ValueError(f"a connector {kind!r} is already registered: choose another name")
 
 
 def connector_of(config: ConnectorConfig) -> Connector:
     """Return the connector for a config. Raises ValueError if its kind does not exist, or if the config is not of that kind's class."""
     if config.kind not in CONNECTORS:
         raise ValueError(
-            f"connector.kind is {config.kind!r}, but must be one of {sorted(CONNECTORS)}: to use one of your own, "
-            "add its file to `extensions`"
+            f"connector.kind is {config.kind!r}, but must be one of {sorted(CONNECTORS)}: to use your own, add its file to `extensions`"
         )
     connector = CONNECTORS[config.kind]
     if not isinstance(config, connector.config):

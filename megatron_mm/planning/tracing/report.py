@@ -13,7 +13,7 @@ _SHOWN = 6
 
 def describe_traces(traces: Sequence[Trace]) -> Iterator[str]:
     """Lines for each pipeline rank: memory at the peak by part and phase, FLOPs, messages."""
-    yield "traced, one process of each pipeline rank (allocated bytes; libraries and fragmentation come on top)"
+    yield "traced, one process per pipeline rank (allocated bytes, without libraries and fragmentation)"
     for trace in traces:
         before, peak, work = trace.built_bytes / GIGA, trace.peak_bytes / GIGA, trace.flops / TERA
         yield f"pipeline rank {trace.pipeline_rank}: {before:.2f} GB before the step, {peak:.2f} GB at the peak, {work:.1f} TFLOP"

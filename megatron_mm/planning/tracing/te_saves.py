@@ -30,36 +30,36 @@ TE_SAVES: dict[str, Saved] = {
         "module/layernorm_linear.py",
         466,
         ("inputmat", "weightmat", "weight", "bias", "ln_weight", "ln_out", "mu", "rsigma"),
-        "the input and the normalised input, 2 bytes of a number each (the second 1 in FP8: the weight gradient takes it), and one or two "
-        "fp32 numbers of a row. Under sequence parallelism the normalised input is kept cut, and gathered again in the backward pass. "
-        "`weightmat` is the weight itself, in FP8 its copy",
+        "the input and the normalised input, 2 bytes per number (in FP8, 1 for the normalised input, which the weight gradient uses), and "
+        "one or two fp32 numbers per row. Under sequence parallelism the normalised input is kept split, and gathered again in the "
+        "backward pass. `weightmat` is the weight itself; in FP8, a copy",
     ),
     "Linear": Saved(
         "module/linear.py",
         433,
         ("saved_inputmat", "weightmat", "weight", "bias"),
-        "the input, 2 bytes of a number (1 in FP8)",
+        "the input, 2 bytes per number (1 in FP8)",
     ),
     "GroupedLinear": Saved(
         "module/grouped_linear.py",
         250,
         ("inputmats", "weights_fp8", "weights", "biases"),
-        "the inputs of all experts of the process, 2 bytes of a number (1 in FP8)",
+        "the inputs of all experts of the process, 2 bytes per number (1 in FP8)",
     ),
     "FusedAttention": Saved(
         "attention/dot_product_attention/backends.py",
         1323,
         ("fp8_tensors", "qkvo_tensors", "cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded", "aux_ctx_tensors"),
-        "queries, keys, values and the output, 2 bytes of a number each; an fp32 log-sum-exp of each row and head, the random state",
+        "queries, keys, values and the output, 2 bytes per number; an fp32 log-sum-exp per row and head; the random state",
     ),
-    "RMSNorm": Saved("ops/basic/rmsnorm.py", 202, ("x", "rstdevs"), "the input and an fp32 number of a row"),
-    "LayerNorm": Saved("ops/basic/layer_norm.py", 221, ("x", "means", "rstdevs"), "the input and two fp32 numbers of a row"),
+    "RMSNorm": Saved("ops/basic/rmsnorm.py", 202, ("x", "rstdevs"), "the input and an fp32 number per row"),
+    "LayerNorm": Saved("ops/basic/layer_norm.py", 221, ("x", "means", "rstdevs"), "the input and two fp32 numbers per row"),
     "rotary positions": Saved(
         "attention/rope.py",
         152,
         ("freqs", "cu_seqlens", "start_positions"),
-        "frequencies alone: the gradient is a rotation back. What it returns is new, so attention keeps turned queries and keys beside the "
-        "projection's output, of which its values are a view",
+        "only the frequencies: the gradient is the inverse rotation. The result is a new tensor, so attention keeps rotated queries and "
+        "keys in addition to the projection's output, of which the values are a view",
     ),
-    "parallel cross-entropy": Saved("cross_entropy.py", 62, ("inp.detach()",), "the logits, over which the gradient is written"),
+    "parallel cross-entropy": Saved("cross_entropy.py", 62, ("inp.detach()",), "the logits, which the gradient overwrites"),
 }

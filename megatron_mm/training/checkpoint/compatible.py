@@ -31,7 +31,7 @@ def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer
         more = f", and {len(differences) - len(told)} more settings differ" if len(differences) > len(told) else ""
         advice = "use another --run-dir, or" if with_optimizer else "use"
         raise ValueError(
-            f"checkpoint {checkpoint} holds another model ({saved.recipe}): {', '.join(told)}{more}: "
+            f"checkpoint {checkpoint} holds a different model ({saved.recipe}): {', '.join(told)}{more}: "
             f"{advice} the recipe and model settings of the checkpoint"
         )
     if with_optimizer and experiment.train.freeze_policy != saved.train.freeze_policy:
@@ -42,7 +42,7 @@ def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer
         )
     if with_optimizer and read_manifest(checkpoint).get("weights_only", False):
         raise ValueError(
-            f"checkpoint {checkpoint} holds weights alone and cannot be resumed: use another --run-dir and --init-from {checkpoint}"
+            f"checkpoint {checkpoint} has only weights and cannot be resumed: use another --run-dir and --init-from {checkpoint}"
         )
     if with_optimizer and experiment.parallel.distributed_optimizer != saved.parallel.distributed_optimizer:
         raise ValueError(
@@ -55,7 +55,7 @@ def check_same_tokenizer(experiment: Experiment, checkpoint: Path) -> None:
     ours, theirs = experiment.data.tokenizer_path, checkpoint / "tokenizer.model"
     if theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
         raise ValueError(
-            f"{checkpoint} was trained with another tokenizer than {ours}: use --data.tokenizer {theirs} and index the data with it"
+            f"{checkpoint} was trained with a different tokenizer than {ours}: use --data.tokenizer {theirs} and index the data with it"
         )
 
 

@@ -68,7 +68,9 @@ class Copies:
             beat()
             time.sleep(0.05)
         if self.busy:
-            logger.error("the copy of %s was not made within %.0f s and is given up", ", ".join(p.name for p in self.busy.copy()), seconds)
+            logger.error(
+                "the copy of %s was not complete after %.0f s and is abandoned", ", ".join(p.name for p in self.busy.copy()), seconds
+            )
 
     def complete(self) -> list[str]:
         """Return the names of the complete copies, oldest first."""
@@ -86,7 +88,7 @@ class Copies:
             for file, (size, checksum) in _files(partial).items():
                 self._get(f"{self.root}/{name}/{file}", partial / file)
                 if (partial / file).stat().st_size != size or checksum_of(partial / file) != checksum:
-                    raise ValueError(f"{self.target}/{name}/{file} is not what was copied there: restore it or remove {self.target}/{name}")
+                    raise ValueError(f"{self.target}/{name}/{file} differs from what was copied: restore it or remove {self.target}/{name}")
                 sync_to_disk(partial / file)
             for own in completed_checkpoints(folder.parent):  # they are damaged, otherwise no copy would be fetched
                 set_aside(own, prefix=DAMAGED)

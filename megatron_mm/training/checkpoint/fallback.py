@@ -40,7 +40,7 @@ def newest_whole_checkpoint(run_dir: Path, topology: Topology) -> Path | None:
             continue
         for damaged, problem in zip(candidates[:number], problems, strict=True) if topology.is_main else ():
             logger.error(
-                "checkpoint %s is damaged and left out: %s. The run resumes from %s and repeats the steps in between. The damaged folder "
+                "checkpoint %s is damaged and ignored: %s. The run resumes from %s and repeats the steps in between. The damaged folder "
                 "is kept as %s%s: look at the disk, then delete it",
                 damaged.name,
                 problem.partition(ADVICE)[0],
@@ -55,8 +55,8 @@ def newest_whole_checkpoint(run_dir: Path, topology: Topology) -> Path | None:
         return candidate
     if problems:
         raise ValueError(
-            f"no checkpoint in {run_dir / 'checkpoints'} can be resumed from: {'; '.join(problems)}. Where every file is affected, look at "
-            "the file system first; to begin again, use another --run-dir"
+            f"no checkpoint in {run_dir / 'checkpoints'} can be resumed from: {'; '.join(problems)}. If every file is affected, check "
+            "the file system first; to start again, use another --run-dir"
         )
     return None
 
@@ -70,7 +70,7 @@ def newest_described_checkpoint(run_dir: Path) -> Path | None:
         try:
             check_descriptions(candidate)
         except (ValueError, OSError) as error:
-            logger.warning("looking at the checkpoint before it: %s", str(error).partition(ADVICE)[0])
+            logger.warning("trying the previous checkpoint: %s", str(error).partition(ADVICE)[0])
         else:
             return candidate
     return None

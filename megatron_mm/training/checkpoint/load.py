@@ -67,7 +67,7 @@ def _check_names(state: dict[str, Any], checkpoint: Path) -> None:
     dist.all_gather_object(names, mine, group=group)
     wanted = set().union(*names)
     stored = {name for name in stored_tensors(checkpoint) if belongs_to_model(name)}
-    for what, missed in (("lacks", wanted - stored), ("holds, beyond the model's,", stored - wanted)):
+    for what, missed in (("lacks", wanted - stored), ("has, in addition to the model's,", stored - wanted)):
         if missed:
             named = ", ".join(sorted(missed)[:_NAMED]) + (", ..." if len(missed) > _NAMED else "")
             raise ValueError(f"checkpoint {checkpoint} {what} {len(missed)} tensors: {named}")

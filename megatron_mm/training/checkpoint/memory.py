@@ -79,7 +79,7 @@ class MemoryCopy:
             partial.rename(final)
         except (OSError, RuntimeError) as error:
             full = isinstance(error, RuntimeError)  # torch.save reports only an unexpected position in the file
-            reason = f"there is too little room ({shutil.disk_usage(self.folder).free / 1e9:.3g} GB free)" if full else error
+            reason = f"not enough space ({shutil.disk_usage(self.folder).free / 1e9:.3g} GB free)" if full else error
             logger.error("rank %d: no copy of step %d in %s: %s", self.topology.rank, state.step, self.folder, reason)
             final.with_suffix(".partial").unlink(missing_ok=True)
             return
@@ -128,7 +128,7 @@ class MemoryCopy:
             content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
             return json.loads(content["state"])["step"] if content["made_by"] == self.made_by else None
         except Exception as error:  # truncated, or from another version: the checkpoint is used instead
-            logger.warning("rank %d: the copy %s is of no use: %s", self.topology.rank, path, error)
+            logger.warning("rank %d: the copy %s cannot be used: %s", self.topology.rank, path, error)
             return None
 
 
@@ -142,7 +142,7 @@ def _check_private(folder: Path) -> None:
     found = folder.lstat()
     if found.st_uid != os.geteuid() or found.st_mode & 0o077 or not stat.S_ISDIR(found.st_mode):
         raise PermissionError(
-            f"{folder} is not a folder of this user alone (owner {found.st_uid}, mode {found.st_mode & 0o777:o}): remove it, or give "
+            f"{folder} is not private to this user (owner {found.st_uid}, mode {found.st_mode & 0o777:o}): remove it, or choose "
             "another checkpoint.memory"
         )
 

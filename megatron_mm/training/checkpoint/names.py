@@ -30,7 +30,7 @@ def find_checkpoint(path: Path) -> Path:
     found = completed_checkpoints(path.parent if path.name == "checkpoints" else path)
     if not found:
         raise ValueError(
-            f"{path} is neither a complete checkpoint nor a run directory with one: give RUN_DIR or RUN_DIR/checkpoints/step_..."
+            f"{path} is neither a complete checkpoint nor a run directory with one: specify RUN_DIR or RUN_DIR/checkpoints/step_..."
         )
     return found[-1]
 

@@ -124,7 +124,7 @@ def _state_of_part(part: DistributedOptimizer, entries: dict[int, Any], *, loadi
             run = ranges["param"]
             tensors = part._get_main_param_and_optimizer_states(parameter)
             missing = [name for name in _STATES if name not in tensors]
-            assert not missing, f"the optimizer has no {missing} yet: initialize_state makes them"
+            assert not missing, f"the optimizer has no {missing} yet: initialize_state creates them"
             for piece in _pieces(entries[id(parameter)], run.start, run.end, is_copied=not is_beside(part)):
                 for name in _STATES:
                     key = f"optimizer.state.{name}.{piece.key}"

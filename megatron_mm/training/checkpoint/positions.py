@@ -53,7 +53,7 @@ class Interpolation:
         for entries in state.values():
             for name, entry in entries.items():
                 if isinstance(entry, ShardedTensor) and entry.key in self.tables:
-                    assert entry.data is not None and entry.local_shape == entry.global_shape, f"{entry.key} is cut over processes"
+                    assert entry.data is not None and entry.local_shape == entry.global_shape, f"{entry.key} is split across processes"
                     place = torch.empty(self.stored[entry.key], dtype=entry.data.dtype, device=entry.data.device)
                     entries[name] = ShardedTensor.from_rank_offsets(entry.key, place, replica_id=entry.replica_id)
 
