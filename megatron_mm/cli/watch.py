@@ -25,13 +25,14 @@ def _arguments(parser: Parser) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
-    from megatron_mm.reporting.progress import watch
+    from megatron_mm.reporting.progress import GONE, watch
+    from megatron_mm.run.lock import gone_since
 
     try:
-        ended = watch(given.run_dir, interval=given.interval, once=given.once)
+        ended = watch(given.run_dir, interval=given.interval, once=given.once, gone_since=gone_since)
     except KeyboardInterrupt:
         return
-    if ended == "failed":
+    if ended in ("failed", GONE):
         raise SystemExit(1)
 
 

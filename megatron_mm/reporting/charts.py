@@ -25,7 +25,8 @@ WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 32
 MAX_POINTS = 480
 """Maximum number of points of a drawn curve."""
-NUM_COLOURS = 8
+NUM_COLOURS = 9
+"""Colours of the page's style; the phases of a step need all of them."""
 _LOG_RATIO = 20.0
 """A chart of positive values is logarithmic if the greatest is more than this many times the least."""
 

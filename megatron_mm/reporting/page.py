@@ -12,10 +12,11 @@ from dataclasses import dataclass
 STYLE = """
 :root { color-scheme: light dark; --ink:#1c2330; --soft:#5b6678; --paper:#fff; --card:#f7f8fa; --rule:#dfe3ea; --hot:#c8321f;
  --cold:#1f62c8; --c0:#2563b8; --c1:#d9662b; --c2:#2b8a5a; --c3:#9b3fa5; --c4:#b08a00; --c5:#008c9e; --c6:#c23b5a;
- --c7:#6b7280; --warn:#b3541e }
+ --c7:#6b7280; --c8:#6fae2e; --warn:#b3541e }
 @media (prefers-color-scheme: dark) {
  :root { --ink:#e4e8ef; --soft:#98a3b5; --paper:#14171d; --card:#1c2129; --rule:#323a47; --hot:#ff7a66; --cold:#6aa5ff;
- --c0:#6ea8ff; --c1:#ff9a5c; --c2:#5cc992; --c3:#d98be2; --c4:#e0bc3f; --c5:#4ccbdc; --c6:#ff86a3; --c7:#a4adba; --warn:#ffb27a } }
+ --c0:#6ea8ff; --c1:#ff9a5c; --c2:#5cc992; --c3:#d98be2; --c4:#e0bc3f; --c5:#4ccbdc; --c6:#ff86a3; --c7:#a4adba; --c8:#a5d65a;
+ --warn:#ffb27a } }
 * { box-sizing: border-box }
 body { font: 14px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 84em; padding: 1.5em 1.2em 4em; color: var(--ink);
  background: var(--paper) }

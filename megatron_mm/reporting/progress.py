@@ -10,7 +10,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,6 +23,12 @@ _KEPT = 600
 """Maximum number of steps from which the loss line is drawn."""
 _QUIET_SECONDS = 120.0
 """Seconds without a new step after which the display mentions it, if they are also longer than ten steps."""
+_START_SECONDS = 600.0
+"""Seconds that a run may take until its directory exists."""
+_LOCK = "running.lock"
+"""The first file that a run writes (`run/lock.py`)."""
+GONE = "gone"
+"""What `watch` returns for a run whose processes have disappeared without an event that says so."""
 _WIDTH_OF_A_FILE = 1000
 """Characters per line if the output is not a terminal."""
 _ENDS = {
@@ -122,13 +128,20 @@ class Progress:
             return kinds[-1] if kinds[-1] in _ENDS else None
         return "end" if self.lines and self.steps is not None and self.lines[-1]["step"] >= self.steps else None
 
-    def display(self, *, width: int, now: float) -> Iterator[str]:
-        """Lines for a terminal."""
+    def quiet(self, now: float) -> float | None:
+        """Seconds since the newest step, if they are many for a run that continues; None if they are few, or no step has a time."""
+        since = _mean(self.lines[-1:], "time")
+        quiet = now - since if math.isfinite(since) else 0.0
+        pace = _mean(self.lines[-20:], "seconds")
+        return quiet if self.ended is None and quiet > max(_QUIET_SECONDS, 10 * pace if math.isfinite(pace) else 0.0) else None
+
+    def display(self, *, width: int, now: float, gone: float | None = None) -> Iterator[str]:
+        """Lines for a terminal; `gone` is when the run's processes gave their last sign of life, if they are gone."""
         yield f"{self.run_dir.resolve().name}  {self.recipe}"
         if not self.lines:
             yield "no step yet"
         else:
-            yield from self._of_steps(width, now)
+            yield from self._of_steps(width, now, gone)
         for event in self.events[-5:]:
             stamp = (
                 time.strftime("%H:%M:%S", time.localtime(_mean([event], "time"))) if math.isfinite(_mean([event], "time")) else "--:--:--"
@@ -136,11 +149,13 @@ class Progress:
             yield _printable(f"  {stamp} step {event['step']:,} {event.get('kind')}: {event.get('text')}")[:width]
         if self.ended is not None:
             yield _ENDS[self.ended]
+        elif gone is not None:
+            yield _gone(gone, now)
 
-    def _of_steps(self, width: int, now: float) -> Iterator[str]:
+    def _of_steps(self, width: int, now: float, gone: float | None) -> Iterator[str]:
         last, recent = self.lines[-1], self.lines[-20:]
-        pace = _mean(recent, "seconds")
-        yield progress_bar(last["step"], self.steps, pace=pace, width=width, now=now)
+        pace, quiet = _mean(recent, "seconds"), self.quiet(now)
+        yield progress_bar(last["step"], self.steps, pace=pace if quiet is None and gone is None else math.nan, width=width, now=now)
         held = self.held_out.get("heldout/loss")
         held_out = f"   held out {held:.4f} at step {self.held_out['step']:,}" if isinstance(held, int | float) else ""
         curve = sparkline([line.get("loss") for line in self.lines], width=min(40, max(8, width - 50)))
@@ -165,13 +180,13 @@ class Progress:
         if isinstance(slow, dict):
             yield f"slow     rank {slow['rank']} in {slow['phase']}, by {slow['seconds']:.3g} s a step"
         if last.get("time"):
-            quiet = max(0.0, now - last["time"])  # the clocks of two machines may differ
-            late = "  no update: evaluating, saving, waiting, or dead" if quiet > max(_QUIET_SECONDS, 10 * pace) and not self.ended else ""
-            yield f"newest   {duration(quiet)} ago{late}"
+            late = "  no update: evaluating, saving, waiting, or dead" if quiet is not None and gone is None else ""
+            yield f"newest   {duration(max(0.0, now - last['time']))} ago{late}"  # the clocks of two machines may differ
 
 
 def progress_bar(step: int, steps: int | None, *, pace: float, width: int, now: float) -> str:
-    """`[####----] 50 of 100 steps, 50%, 3 min left, until 12:34`; `pace` in seconds a step."""
+    """`[####----] 50 of 100 steps, 50%, 3 min left, until 12:34`; `pace` in seconds a step,
+    NaN if nobody knows when the run will end."""
     if not steps:
         return f"step {step:,}"
     part = min(1.0, step / steps)
@@ -232,22 +247,37 @@ def _total(counts: Any) -> str:
     return f"{sum(counts.values()):,}" if isinstance(counts, dict) else "0"
 
 
-def watch(run_dir: Path, *, interval: float, once: bool = False, out: TextIO | None = None) -> str | None:
-    """Show a run until it ends; returns the kind of event that ended it.
+def _gone(since: float, now: float) -> str:
+    when = time.strftime("%a %H:%M:%S", time.localtime(since))
+    return f"the run's processes are gone since {when}, {duration(now - since)} ago: start the same command again to resume"
+
+
+def watch(
+    run_dir: Path,
+    *,
+    interval: float,
+    once: bool = False,
+    out: TextIO | None = None,
+    gone_since: Callable[[Path], float | None] = lambda run_dir: None,
+) -> str | None:
+    """Show a run until it ends; returns the kind of event that ended it, or `GONE`. A run that has written nothing yet is waited for.
 
     On a terminal, the display is redrawn in place. Elsewhere, a line is written for each new event and, every `interval` seconds, for the
-    newest step. Raises ValueError if run_dir is not a run directory.
+    newest step, or for how long there has been none. Raises ValueError if run_dir is not a run directory.
+
+    Args:
+        gone_since: tells when the run's processes gave their last sign of life, if they are gone.
     """
-    if not any((run_dir / name).is_file() for name in (CONFIG, METRICS)):
-        raise ValueError(f"{run_dir} is not a run directory: it has neither {METRICS} nor {CONFIG}")
     out = sys.stdout if out is None else out
-    progress, drawn = Progress(run_dir), 0
+    _wait_for_start(run_dir, interval=interval, once=once, out=out, gone_since=gone_since)
+    progress, drawn, mentioned = Progress(run_dir), 0, 0.0
     while True:
+        gone = gone_since(run_dir)  # before the files are read: what the run wrote last is then shown
         steps, events = progress.update()
         now = time.time()
         if out.isatty() or once:
             width = shutil.get_terminal_size().columns if out.isatty() else _WIDTH_OF_A_FILE
-            lines = list(progress.display(width=width, now=now))
+            lines = list(progress.display(width=width, now=now, gone=gone))
             if drawn:
                 out.write(f"\x1b[{drawn}A\x1b[J")
             out.write("\n".join(lines) + "\n")
@@ -255,15 +285,42 @@ def watch(run_dir: Path, *, interval: float, once: bool = False, out: TextIO | N
         else:
             for event in events:
                 out.write(_printable(f"step {event['step']} {event.get('kind')}: {event.get('text')}") + "\n")
-            if steps:
-                out.write(_one_line(progress, now) + "\n")
+            quiet = progress.quiet(now) or 0.0
+            if steps or quiet > 2 * mentioned:
+                out.write(_one_line(progress, now, gone) + "\n")
+                mentioned = quiet
+            if gone is not None and progress.ended is None:
+                out.write(_gone(gone, now) + "\n")
         out.flush()
-        if once or progress.ended is not None:
-            return progress.ended
+        ended = progress.ended or (GONE if gone is not None else None)
+        if once or ended is not None:
+            return ended
         time.sleep(interval)
 
 
-def _one_line(progress: Progress, now: float) -> str:
-    last, recent = progress.lines[-1], progress.lines[-20:]
-    bar = progress_bar(last["step"], progress.steps, pace=_mean(recent, "seconds"), width=0, now=now).partition("] ")
-    return f"{bar[2] or bar[0]}  loss {_loss(last)}  {short(_mean(recent, 'tokens_per_s'))} tokens/s"
+def _wait_for_start(run_dir: Path, *, interval: float, once: bool, out: TextIO, gone_since: Callable[[Path], float | None]) -> None:
+    """Wait until a run has written its first files, or has ended before. Raises ValueError if run_dir holds other files, or does not
+    exist and does not appear."""
+    said, began = False, time.monotonic()
+    while not any((run_dir / name).is_file() for name in (CONFIG, METRICS)):
+        missing = not run_dir.exists()
+        others = [] if missing else sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else [run_dir.name]
+        if any(name != EVENTS and _LOCK not in name for name in others):
+            raise ValueError(f"{run_dir} is not a run directory: it has neither {METRICS} nor {CONFIG}, but {', '.join(others[:3])}")
+        if missing and (once or not run_dir.absolute().parent.is_dir() or time.monotonic() - began > _START_SECONDS):
+            raise ValueError(f"run directory {run_dir} does not exist: give the --run-dir of the run")
+        if not said:
+            out.write(f"{run_dir} {'does not exist' if missing else 'is empty'} yet: waiting for a run to start (Ctrl-C to end)\n")
+            out.flush()
+            said = True
+        if once or gone_since(run_dir) is not None:
+            return
+        time.sleep(interval)
+
+
+def _one_line(progress: Progress, now: float, gone: float | None) -> str:
+    last, recent, quiet = progress.lines[-1], progress.lines[-20:], progress.quiet(now)
+    pace = _mean(recent, "seconds") if quiet is None and gone is None else math.nan
+    bar = progress_bar(last["step"], progress.steps, pace=pace, width=0, now=now).partition("] ")
+    late = f"  newest step {duration(quiet)} ago" if quiet is not None else ""
+    return f"{bar[2] or bar[0]}  loss {_loss(last)}  {short(_mean(recent, 'tokens_per_s'))} tokens/s{late}"

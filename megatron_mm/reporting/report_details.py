@@ -189,7 +189,7 @@ def files(runs: Sequence[RunFiles]) -> str:
             ]
         )
     note = (
-        '<p class="note">A damaged line is not a JSON object with a step, for example because the run was killed. '
-        "Of a repeated step, the last line counts.</p>"
+        '<p class="note">A damaged line is not a JSON object with a step: a process that was killed while it wrote left only a part of it. '
+        "If steps were repeated after a resume, the values written last are shown.</p>"
     )
     return table(["run", "steps", "lines replaced by a later one", "damaged lines"], rows, numbers=[1, 2]) + note

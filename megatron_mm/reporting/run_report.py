@@ -11,20 +11,23 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mm.reporting import page
-from megatron_mm.reporting.charts import Mark, Series, line_chart, short, stacked_chart
+from megatron_mm.reporting.charts import NUM_COLOURS, Mark, Series, line_chart, short, stacked_chart
 from megatron_mm.reporting.page import Section, charts, missing
 from megatron_mm.reporting.report_details import benchmarks, captions, configuration, events, experts, files
 from megatron_mm.reporting.run_files import Curve, RunFiles, read_run
 
 PHASES = ("data", "share", "encoder", "forward", "backward", "p2p", "reduce", "optimizer", "other")
 """Phases of a step in the order in which they are drawn."""
-_PHASE_NAMES = {"data": "wait for data", "share": "texts to other ranks", "p2p": "wait for other stages", "reduce": "gradient reduction"}
+_PHASE_NAMES = {"data": "wait for data", "share": "sending texts", "p2p": "wait for other stages", "reduce": "gradient reduction"}
 MOST_EVENTS = 60
 """Maximum number of vertical lines in a chart."""
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> list[RunFiles]:
-    """Write the report of some runs; returns what was read. Raises ValueError if one is not a run directory."""
+    """Write the report of some runs; returns what was read. Raises ValueError if one is not a run directory, or `out` is a
+    directory."""
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a directory: give the file to write, such as --out {out / 'report.html'}")
     runs = [read_run(path) for path in run_dirs]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
@@ -87,7 +90,7 @@ def _summary(run: RunFiles, number: int, count: int) -> str:
     tiles = "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in values)
     recipe = run.config.get("recipe")
     about = f"{html.escape(str(recipe))}, " if recipe else ""
-    head = f'<h3><span class="chip" style="--c:var(--c{number % 8})"></span>{html.escape(run.name)}</h3>' if count > 1 else ""
+    head = f'<h3><span class="chip" style="--c:var(--c{number % NUM_COLOURS})"></span>{html.escape(run.name)}</h3>' if count > 1 else ""
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     note = f'<p class="note">{about}{html.escape(str(run.path))}; report of {written}</p>'
     return f'{head}{note}<div class="tiles">{tiles}</div>'
@@ -305,8 +308,9 @@ def _data(runs: Sequence[RunFiles]) -> str:
             line_chart(shares, title="Wait for data", unit="percent of the step, main process", from_zero=True),
             _of_runs(runs, "images", title="Images per step", from_zero=True),
             *(
-                _by_part(run, run.metrics.under("source_tokens"), title="Supervised tokens by source", unit="of a step", several=several)
+                _by_part(run, curves, title="Supervised tokens by source", unit=f"of a step; mean of {window} steps", several=several)
                 for run in runs
+                for curves, window in [_smoothed(run.metrics.under("source_tokens"))]
             ),
             *(
                 _by_part(
@@ -320,6 +324,17 @@ def _data(runs: Sequence[RunFiles]) -> str:
         if not run.metrics.under("bad_samples"):
             parts.append(f'<p class="note">{html.escape(run.name)}: no sample failed</p>')
     return "".join(parts) or missing("No step has been written yet.")
+
+
+def _smoothed(curves: dict[str, Curve]) -> tuple[dict[str, Curve], int]:
+    """(running means of curves; over how many steps, at most 100). The sources of single steps alternate, which no eye can follow."""
+    window = min(100, max(1, max(map(len, curves.values()), default=0) // 30))
+    found = {}
+    for name, curve in curves.items():
+        count = min(window, max(1, len(curve)))
+        values = np.convolve(np.nan_to_num(curve.values), np.full(count, 1 / count), mode="valid")
+        found[name] = Curve(curve.steps[count - 1 :], values)
+    return found, window
 
 
 def _plan(runs: Sequence[RunFiles]) -> str:

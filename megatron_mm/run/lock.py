@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -198,6 +199,25 @@ class RunLock:
                 return
             except OSError as error:
                 logger.warning("%s cannot be touched: %s", self.path, error)
+
+
+def gone_since(run_dir: Path) -> float | None:
+    """When the processes of a run gave their last sign of life, in seconds since 1970, if they are gone; None while they are there, or
+    cannot be told to be gone yet, or before a run has written anything. Only reads, so anybody may ask.
+
+    A process that is no longer on this machine counts as gone four beats after its last one, because torchrun or Slurm may be starting the
+    run again. A run that left no lock has ended; it counts as gone `STALE_SECONDS` after it wrote its last file.
+    """
+    try:
+        content, beat = (run_dir / LOCK_FILE).read_bytes(), (run_dir / LOCK_FILE).stat().st_mtime
+    except FileNotFoundError:
+        written = [path.stat().st_mtime for path in run_dir.glob("*") if path.suffix in (".json", ".jsonl")]
+        newest = max(written, default=math.inf)
+        return newest if time.time() - newest > STALE_SECONDS else None
+    holder = _holder(content)
+    here = holder.is_gone(asker=Holder(job=None, launch="none")) if holder is not None else None
+    patience = 4 * BEAT_SECONDS if here else STALE_SECONDS
+    return beat if here is not False and time.time() - beat > patience else None
 
 
 def _holder(content: bytes) -> Holder | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from support.monitors import metrics
 from megatron_mm.cli.main import main
 from megatron_mm.reporting import progress
 from megatron_mm.reporting.progress import Follower, Progress, duration, sparkline, watch
+from megatron_mm.run.lock import LOCK_FILE, Holder, gone_since
 from megatron_mm.training.metrics import MetricsFile
 
 
@@ -96,10 +99,68 @@ def test_the_display_tells_of_a_run_without_news(tmp_path: Path) -> None:
     state = Progress(run_dir)
     state.update()
     lines = list(state.display(width=120, now=time.time() + 3600))
-    assert any("2 of 100 steps, 2.0%, 49 s left" in line for line in lines)
+    assert any("2 of 100 steps, 2.0%" in line and "left" not in line for line in lines)
     assert any("60 min ago  no update" in line for line in lines)
     assert any("forward 80%   data 20%" in line for line in lines) and any("bad 3" in line for line in lines)
-    assert not any("no update" in line for line in state.display(width=120, now=time.time() + 5))
+    soon = list(state.display(width=120, now=time.time() + 5))
+    assert any("2.0%, 49 s left" in line for line in soon) and not any("no update" in line for line in soon)
+
+
+def test_a_run_whose_processes_are_gone_ends_the_watch_with_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, then = new_run(tmp_path / "run", steps=100), time.time() - 900
+    file = MetricsFile(run_dir / "metrics.jsonl", resume_step=0)
+    file.write(metrics(1, time=then))
+    file.close()
+    lock, left_by = run_dir / LOCK_FILE, Holder(pid=2**30, started="1")
+    lock.write_text(json.dumps(asdict(left_by)))
+    os.utime(lock, (then, then))
+    for options in (["--interval", "0.02"], ["--once"]):
+        with pytest.raises(SystemExit) as left:
+            main(["watch", str(run_dir), *options])
+        said = capsys.readouterr().out
+        assert left.value.code == 1 and "15 min ago: start the same command again to resume" in said and " left, until" not in said
+        assert "no update" not in said
+    os.utime(lock)
+    assert gone_since(run_dir) is None, "it may be restarting"
+    os.utime(lock, (then, then))
+    lock.write_text(json.dumps(asdict(Holder())))  # this process: it is only slow
+    os.utime(lock, (then, then))
+    assert gone_since(run_dir) is None
+    lock.unlink()
+    assert gone_since(run_dir) is None, "its files are new"
+    for path in run_dir.iterdir():
+        os.utime(path, (then, then))
+    assert gone_since(run_dir) == pytest.approx(then, abs=1)
+
+
+def test_in_a_pipe_a_run_without_news_is_mentioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, out = new_run(tmp_path / "run", steps=100), io.StringIO()
+    monkeypatch.setattr(progress, "_QUIET_SECONDS", 0.05)
+    MetricsFile(run_dir / "metrics.jsonl", resume_step=0).write(metrics(1, seconds=1e-4, time=time.time()))
+    asked = iter([None] * 8 + [time.time()])
+    watch(run_dir, interval=0.05, out=out, gone_since=lambda run_dir: next(asked))
+    said = out.getvalue().splitlines()
+    assert 2 <= sum("newest step 0 s ago" in line for line in said) <= 5 and said[-1].startswith("the run's processes are gone")
+
+
+def test_a_run_that_has_written_nothing_yet_is_waited_for(tmp_path: Path) -> None:
+    run_dir, out = tmp_path / "run", io.StringIO()
+
+    def train() -> None:
+        time.sleep(0.05)
+        run_dir.mkdir()
+        (run_dir / LOCK_FILE).touch()
+        time.sleep(0.05)
+        (run_dir / "config.json").write_text(json.dumps({"recipe": "debug_mm1", "train": {"steps": 3}}))
+        event(run_dir, 3, "end", "all 3 steps are done")
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert watch(run_dir, interval=0.01, out=out) == "end"
+    thread.join()
+    assert out.getvalue().startswith(f"{run_dir} does not exist yet: waiting for a run to start (Ctrl-C to end)")
+    with pytest.raises(ValueError, match="does not exist: give the --run-dir"):
+        watch(tmp_path / "no" / "run", interval=1)
 
 
 def test_on_a_pipe_no_line_is_cut_and_no_character_is_a_command(tmp_path: Path) -> None:
@@ -129,7 +190,8 @@ def test_half_a_line_waits_for_its_other_half_and_a_long_file_is_read_from_its_e
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a run directory"):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"is not a run directory: .* but notes\.txt"):
         watch(tmp_path, interval=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import re
@@ -17,9 +18,10 @@ from PIL import Image
 from support.monitors import metrics
 
 from megatron_mm.cli.main import main
-from megatron_mm.reporting.charts import MAX_POINTS, Series, line_chart, nice_ticks
+from megatron_mm.reporting.charts import MAX_POINTS, NUM_COLOURS, Series, line_chart, nice_ticks
+from megatron_mm.reporting.page import STYLE
 from megatron_mm.reporting.run_files import Curve, read_lines, read_objects, read_run
-from megatron_mm.reporting.run_report import report
+from megatron_mm.reporting.run_report import PHASES, report
 from megatron_mm.training.metrics import MetricsFile
 
 CONFIG = {"recipe": "debug_mm1", "train": {"steps": 40, "seed": 1}, "data": {"mixture": {"pairs": 0.5, "text": 0.5}}}
@@ -205,6 +207,26 @@ def test_two_runs_share_their_charts_and_their_differences_are_listed(tmp_path: 
     assert "train.seed" in differences and "train.steps" not in differences
     chart = page[page.index("Training loss <") :]
     assert re.findall(r"<button[^>]*>([^<]*)</button>", chart[: chart.index("</figure>")]) == ["a", "b"]
+
+
+def test_no_two_phases_share_a_colour() -> None:
+    assert len(PHASES) <= NUM_COLOURS
+    assert all(STYLE.count(f"--c{number}:") == 2 for number in range(NUM_COLOURS)), "in light and in dark mode"
+
+
+def test_supervised_tokens_are_drawn_as_means_of_several_steps(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [{"step": s, "source_tokens": {"a": 100 * (s % 2), "b": 100}} for s in range(1, 301)])
+    page = report([read_run(tmp_path)])
+    chart = page[page.index("Supervised tokens by source") :]
+    assert "of a step; mean of 10 steps" in chart
+    values = json.loads(html.unescape(page[: page.index("Supervised tokens by source")].rpartition("data-chart='")[2].partition("'")[0]))
+    assert set(values["s"][0]["y"]) == {50.0} and set(values["s"][1]["y"]) == {100.0} and values["s"][0]["x"][0] == 10
+
+
+def test_a_directory_is_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", str(full_run(tmp_path / "run")), "--out", str(tmp_path)])
+    assert f"--out {tmp_path} is a directory: give the file to write, such as --out {tmp_path}/report.html" in capsys.readouterr().err
 
 
 def test_an_image_outside_the_run_directory_is_not_shown(tmp_path: Path) -> None:
