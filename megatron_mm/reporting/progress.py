@@ -249,7 +249,7 @@ def _total(counts: Any) -> str:
 
 def _gone(since: float, now: float) -> str:
     when = time.strftime("%a %H:%M:%S", time.localtime(since))
-    return f"the run's processes are gone since {when}, {duration(now - since)} ago: start the same command again to resume"
+    return f"the run's processes have been gone since {when}, {duration(now - since)} ago: start the same command again to resume"
 
 
 def watch(
@@ -308,7 +308,7 @@ def _wait_for_start(run_dir: Path, *, interval: float, once: bool, out: TextIO, 
         if any(name != EVENTS and _LOCK not in name for name in others):
             raise ValueError(f"{run_dir} is not a run directory: it has neither {METRICS} nor {CONFIG}, but {', '.join(others[:3])}")
         if missing and (once or not run_dir.absolute().parent.is_dir() or time.monotonic() - began > _START_SECONDS):
-            raise ValueError(f"run directory {run_dir} does not exist: give the --run-dir of the run")
+            raise ValueError(f"run directory {run_dir} does not exist: specify the --run-dir of the run")
         if not said:
             out.write(f"{run_dir} {'does not exist' if missing else 'is empty'} yet: waiting for a run to start (Ctrl-C to end)\n")
             out.flush()

@@ -27,7 +27,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[RunFiles]:
     """Write the report of some runs; returns what was read. Raises ValueError if one is not a run directory, or `out` is a
     directory."""
     if out.is_dir():
-        raise ValueError(f"--out {out} is a directory: give the file to write, such as --out {out / 'report.html'}")
+        raise ValueError(f"--out {out} is a directory: specify the file to write, such as --out {out / 'report.html'}")
     runs = [read_run(path) for path in run_dirs]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:

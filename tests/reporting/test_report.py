@@ -224,7 +224,7 @@ def test_supervised_tokens_are_drawn_as_means_of_several_steps(tmp_path: Path) -
 
 
 def test_a_directory_is_no_page(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--out .* is a directory: give the file to write, such as --out .*/report\.html"):
+    with pytest.raises(ValueError, match=r"--out .* is a directory: specify the file to write, such as --out .*/report\.html"):
         write_report([full_run(tmp_path / "run")], tmp_path)
 
 
