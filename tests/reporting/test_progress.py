@@ -140,7 +140,7 @@ def test_in_a_pipe_a_run_without_news_is_mentioned(tmp_path: Path, monkeypatch: 
     asked = iter([None] * 8 + [time.time()])
     watch(run_dir, interval=0.05, out=out, gone_since=lambda run_dir: next(asked))
     said = out.getvalue().splitlines()
-    assert 2 <= sum("newest step 0 s ago" in line for line in said) <= 5 and said[-1].startswith("the run's processes are gone")
+    assert 2 <= sum("newest step 0 s ago" in line for line in said) <= 5 and said[-1].startswith("the run's processes have been gone")
 
 
 def test_a_run_that_has_written_nothing_yet_is_waited_for(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_run_that_has_written_nothing_yet_is_waited_for(tmp_path: Path) -> Non
     assert watch(run_dir, interval=0.01, out=out) == "end"
     thread.join()
     assert out.getvalue().startswith(f"{run_dir} does not exist yet: waiting for a run to start (Ctrl-C to end)")
-    with pytest.raises(ValueError, match="does not exist: give the --run-dir"):
+    with pytest.raises(ValueError, match="does not exist: specify the --run-dir"):
         watch(tmp_path / "no" / "run", interval=1)
 
 
