@@ -94,6 +94,18 @@ def integer(word: str) -> int:
         raise argparse.ArgumentTypeError(f"{word!r} is not an integer") from None
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is an integer of at least this size."""
+
+    def check(word: str) -> int:
+        number = integer(word)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is too small: give {least} or more")
+        return number
+
+    return check
+
+
 def choices(word: str, known: Iterable[str]) -> str:
     """`choose one of A, B, C`, preceded by a suggestion if a name is close."""
     meant = nearest(word, known).removeprefix(": ")

@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_mm.cli.command import Command, Parser, integer, one_of
+from megatron_mm.cli.command import Command, Parser, at_least, integer, one_of
 from megatron_mm.cli.recipe import experiment_in
 from megatron_mm.config import Experiment, ParallelConfig
 
@@ -22,17 +22,17 @@ def _arguments(parser: Parser) -> None:
         "with a run, --help lists every field",
     )
     parser.add_argument("--tasks", metavar="TASK,...", help="tasks and groups of tasks (see below), or FILE.py:TASK")
-    parser.add_argument("--shots", nargs="+", type=integer, default=[0], metavar="N", help="numbers of demonstrations (default: 0)")
+    parser.add_argument("--shots", nargs="+", type=at_least(0), default=[0], metavar="N", help="numbers of demonstrations (default: 0)")
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="folder with the tasks' files, in one folder per task (default: the run's data.path)"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the results (default: RUN_OR_EXPORT/evaluation)")
-    parser.add_argument("--limit", type=integer, metavar="N", help="number of items per task, drawn by --seed (default: all)")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="number of items per task, drawn by --seed (default: all)")
     parser.add_argument("--seed", type=integer, default=0, metavar="N", help="seed of the demonstrations and of --limit (default: 0)")
     parser.add_argument(
-        "--batch-size", type=integer, default=16, metavar="N", help="items that a data-parallel rank processes at once (default: 16)"
+        "--batch-size", type=at_least(1), default=16, metavar="N", help="items that a data-parallel rank processes at once (default: 16)"
     )
-    parser.add_argument("--beams", type=integer, default=1, metavar="N", help="number of beams in beam search (default: 1, greedy)")
+    parser.add_argument("--beams", type=at_least(1), default=1, metavar="N", help="number of beams in beam search (default: 1, greedy)")
     parser.add_argument(
         "--method", help="generate answers or rank choices, instead of the tasks' own method", **one_of(["generate", "rank"])
     )
@@ -41,7 +41,7 @@ def _arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--text-demonstrations",
-        type=integer,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="number of demonstrations without images for --shots 0; Flamingo's zero-shot has two (default: 0)",
@@ -92,13 +92,6 @@ def _run(given: argparse.Namespace) -> None:
         raise ValueError(
             "nothing to evaluate: specify RUN_OR_EXPORT and --tasks, or use --compare RUN RUN ...: see megatron-mm evaluate --help"
         )
-    if (
-        min(*given.shots, given.text_demonstrations, 0) < 0
-        or given.batch_size < 1
-        or given.beams < 1
-        or (given.limit is not None and given.limit < 1)
-    ):
-        raise ValueError("--shots and --text-demonstrations must be 0 or more, --batch-size, --beams and --limit 1 or more")
     from megatron_mm.evaluation.tasks.registry import tasks_of
 
     tasks = tasks_of([name for name in given.tasks.split(",") if name])

@@ -1,9 +1,10 @@
 """Plots the results of several runs side by side, like MM1's figures 4 (connectors) and 5 (mixtures) for finished ablations.
 
-There is one panel for each number of demonstrations, and one for TextCore with each number. Each panel has one bar per run: the mean over
-the tasks for which all runs have results with that number of demonstrations. As in the paper, the mean is over CIDEr-D for captions and
-accuracy for questions. A run is labelled with the settings that differ between runs: connector, image tokens, resolution, mixture, and the
-step if the runs were evaluated after different numbers of steps.
+Each panel has one bar per run: the mean over the tasks of one metric for which all runs have results with one number of demonstrations,
+or TextCore. Tasks of different metrics have panels of their own, with one exception: if the tasks are MM1's seven, there is one mean over
+CIDEr-D for captions and accuracy for questions, as in the paper, and its axis says so. Results that differ from the tasks' own settings
+(`evaluation.settings`) have panels of their own, too. A run is labelled with the settings that differ between runs: connector, image
+tokens, resolution, mixture, and the step if the runs were evaluated after different numbers of steps.
 
 Only comparable results are compared: results for part of a task (`--limit`) are ignored, and tasks that were evaluated in different ways
 (seed, prompts, method, beams, number of items) are refused.
@@ -12,12 +13,14 @@ Only comparable results are compared: results for part of a task (`--limit`) are
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_mm.evaluation.results import Result, read_results, textcore
+from megatron_mm.evaluation.settings import differences, spelled
 from megatron_mm.evaluation.tasks.registry import GROUPS, TEXTCORE
 
 _PANELS = 4
@@ -45,9 +48,25 @@ class RunResults:
     def step(self) -> int:
         return int(self.results[0].setting["model"]["step"])
 
-    def of(self, shots: int) -> dict[str, float]:
-        """Scores with a number of demonstrations, by task, without the tasks of TextCore."""
-        return {result.task: result.score for result in self.results if result.shots == shots and result.task not in TEXTCORE}
+    def of(self, shots: int, options: str) -> dict[str, Result]:
+        """Results with a number of demonstrations and these options (`options_of`), by task."""
+        return {result.task: result for result in self.results if result.shots == shots and options_of(result) == options}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A mean that all runs have."""
+
+    title: str
+    metric: str
+    """The metric of the values, or of each task's score of which they are the mean."""
+    values: list[float]
+    """One for each run."""
+
+
+def options_of(result: Result) -> str:
+    """How a result differs from the task's own setting, on one line; empty if it does not."""
+    return spelled(differences(result.setting))
 
 
 def read_run(run_dir: Path) -> RunResults:
@@ -80,32 +99,49 @@ def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
     panels = panels_of(runs)
     if not panels:
         raise ValueError("the runs have no task and number of shots in common: evaluate all of them with the same --tasks and --shots")
-    rows = {title: dict(zip(labels, values, strict=True)) for title, values in panels.items()}
+    rows = {panel.title: dict(zip(labels, panel.values, strict=True)) for panel in panels}
+    metrics = {panel.title: panel.metric for panel in panels}
+    document = {"runs": [str(path) for path in run_dirs], "panels": rows, "metrics": metrics}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({"runs": [str(path) for path in run_dirs], "panels": rows}, indent=2) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
     _draw(panels, labels, out)
     width = max(map(len, labels)) + 2
-    yield f"{'':{width}}" + "".join(f"{title:>28}" for title in panels)
+    columns = [max(len(panel.title) + 2, 14) for panel in panels]
+    yield f"{'':{width}}" + "".join(f"{panel.title:>{column}}" for panel, column in zip(panels, columns, strict=True))
     for number, label in enumerate(labels):
-        yield f"{label:{width}}" + "".join(f"{values[number]:28.1f}" for values in panels.values())
+        yield f"{label:{width}}" + "".join(f"{panel.values[number]:{column}.1f}" for panel, column in zip(panels, columns, strict=True))
+    for panel in panels:
+        yield f"metric of {panel.title}: {panel.metric}"
     yield f"{out}, {out.with_suffix('.json')}"
 
 
 def check_asked_alike(runs: Sequence[RunResults]) -> None:
     """Raise ValueError if a task that all runs have in common was evaluated in different ways."""
-    asked = [{(result.task, result.shots): _how_asked(result) for result in run.results} for run in runs]
-    first = runs[0]
+    asked: list[dict[tuple[str, int], dict[str, Result]]] = [{} for _ in runs]
+    for run, found in zip(runs, asked, strict=True):
+        for result in run.results:
+            found.setdefault((result.task, result.shots), {})[options_of(result)] = result
     for task, shots in sorted(set.intersection(*map(set, asked))):
-        for run, ways in zip(runs[1:], asked[1:], strict=True):
-            here, there = asked[0][task, shots], ways[task, shots]
-            unlike = [
-                f"{name} is {here[name]!r} in {first.run_dir} and {there[name]!r} in {run.run_dir}"
-                for name in here
-                if here[name] != there[name]
-            ]
-            if unlike:
-                what = f"{task} with {shots} shots was evaluated with different settings: {'; '.join(unlike)}"
-                raise ValueError(f"{what}: evaluate both runs with the same options and files")
+        ways = [found[task, shots] for found in asked]
+        shared = [options for options in ways[0] if all(options in way for way in ways)]
+        unlike = [line for options in shared for line in _differences(runs, [way[options] for way in ways])]
+        if not shared:
+            spelled_out = [" and ".join(options or "its own setting" for options in sorted(way)) for way in ways]
+            unlike = [", ".join(f"{options} in {run.run_dir}" for options, run in zip(spelled_out, runs, strict=True))]
+        if unlike:
+            what = f"{task} with {shots} shots was evaluated with different settings: {'; '.join(unlike)}"
+            raise ValueError(f"{what}: evaluate both runs with the same options and files")
+
+
+def _differences(runs: Sequence[RunResults], results: Sequence[Result]) -> list[str]:
+    """Lines that say in which settings the runs' results of a task differ from those of the first run."""
+    here, first = _how_asked(results[0]), runs[0].run_dir
+    return [
+        f"{name} is {here[name]!r} in {first} and {there[name]!r} in {run.run_dir}"
+        for run, there in zip(runs[1:], map(_how_asked, results[1:]), strict=True)
+        for name in here
+        if here[name] != there[name]
+    ]
 
 
 def _how_asked(result: Result) -> dict[str, Any]:
@@ -114,18 +150,48 @@ def _how_asked(result: Result) -> dict[str, Any]:
     return {**settings, "number of items": result.num_items + result.bad_items}
 
 
-def panels_of(runs: Sequence[RunResults]) -> dict[str, list[float]]:
-    """Return each panel's title -> each run's mean over the tasks that all runs have."""
-    panels = {}
-    for shots in sorted({result.shots for run in runs for result in run.results}):
-        common = set.intersection(*(set(run.of(shots)) for run in runs))
-        if common:
-            what = "MM1's 7 tasks" if common == set(GROUPS["mm1"]) else f"{len(common)} tasks" if len(common) > 1 else min(common)
-            panels[f"{shots} shots, {what}"] = [sum(run.of(shots)[task] for task in common) / len(common) for run in runs]
-    cores = [textcore(run.results) for run in runs]
-    for shots in sorted(set.intersection(*map(set, cores))):
-        panels[f"TextCore, {shots} shots"] = [core[shots] for core in cores]
+def panels_of(runs: Sequence[RunResults]) -> list[Panel]:
+    """Return the means over the tasks that all runs have: those of the tasks' own settings first."""
+    panels = []
+    every = [result for run in runs for result in run.results]
+    for options in sorted({options_of(result) for result in every}):
+        after = f", {options}" if options else ""
+        for shots in sorted({result.shots for result in every}):
+            found = [run.of(shots, options) for run in runs]
+            common = sorted(set.intersection(*map(set, found)) - set(TEXTCORE))
+            for what, metric, tasks in _groups({task: found[0][task].metric for task in common}):
+                values = [sum(own[task].score for task in tasks) / len(tasks) for own in found]
+                panels.append(Panel(f"{shots} shots, {what}{after}", metric, values))
+        cores = [textcore([result for result in run.results if options_of(result) == options]) for run in runs]
+        for shots in sorted(set.intersection(*map(set, cores))):
+            metric = f"mean of accuracy, % ({len(TEXTCORE)} tasks)"
+            panels.append(Panel(f"TextCore, {shots} shots{after}", metric, [core[shots] for core in cores]))
     return panels
+
+
+def _groups(metrics: dict[str, str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Divide tasks into those whose scores are averaged: MM1's seven together, others by metric.
+
+    Args:
+        metrics: task -> metric.
+
+    Yields the group's title, its metric, and its tasks.
+    """
+    by_metric: dict[str, list[str]] = {}
+    for task, metric in metrics.items():
+        by_metric.setdefault(metric, []).append(task)
+    if set(metrics) == set(GROUPS["mm1"]):
+        each = [f"{metric} ({_tasks(tasks)})" for metric, tasks in by_metric.items()]
+        yield f"MM1's {len(metrics)} tasks", f"mean of {' and '.join(each)}", list(metrics)
+        return
+    for metric, tasks in by_metric.items():
+        one = len(tasks) == 1
+        what = tasks[0] if one else f"{_tasks(tasks)} in {metric}"
+        yield what, metric if one else f"mean of {metric} ({_tasks(tasks)})", tasks
+
+
+def _tasks(tasks: Sequence[str]) -> str:
+    return f"{len(tasks)} tasks" if len(tasks) > 1 else "1 task"
 
 
 def labels_of(configs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
@@ -155,7 +221,7 @@ def _written(value: object) -> str:
     return str(value)
 
 
-def _draw(panels: dict[str, list[float]], labels: Sequence[str], out: Path) -> None:
+def _draw(panels: Sequence[Panel], labels: Sequence[str], out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,10 +232,11 @@ def _draw(panels: dict[str, list[float]], labels: Sequence[str], out: Path) -> N
     figure, axes = pyplot.subplots(lines, columns, figsize=(3.2 * columns, 1.2 + 2.8 * lines), squeeze=False)
     for place in axes.flat[len(panels) :]:
         place.axis("off")
-    for place, (title, values) in zip(axes.flat, panels.items(), strict=False):
-        bars = place.bar(range(len(values)), values, color=[f"C{number % 10}" for number in range(len(values))])
+    for place, panel in zip(axes.flat, panels, strict=False):
+        bars = place.bar(range(len(labels)), panel.values, color=[f"C{number % 10}" for number in range(len(labels))])
         place.bar_label(bars, fmt="%.1f", fontsize=8)
-        place.set_title(title, fontsize=9)
+        place.set_title(textwrap.fill(panel.title, 34), fontsize=9)
+        place.set_ylabel(textwrap.fill(panel.metric, 34), fontsize=8)
         place.set_xticks([])
         place.margins(y=0.15)
     figure.legend(bars, labels, loc="lower center", ncols=min(3, len(labels)), fontsize=8)

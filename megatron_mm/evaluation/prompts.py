@@ -22,8 +22,10 @@ training, and each attends only to its own image.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from string import Formatter
 from types import MappingProxyType
 
 import numpy as np
@@ -50,6 +52,8 @@ FORMS: dict[str, str] = {
     "question before image": "{question}{image}",
 }
 """Forms by kind of task, or by name (`Task.form`)."""
+FIELDS = ("image", "question", "context", "choices")
+"""Fields of a form."""
 _SEPARATORS = {"bare caption": "", "question before image": "", "text": "\n\n"}
 """Forms whose demonstrations are separated by something other than a line break -> separator."""
 
@@ -71,6 +75,8 @@ class Wording:
     """Name in `data.text.conversations.TASKS`."""
     space: str = " "
     """Text before an answer."""
+    given_form: str | None = None
+    """The form that the user gave, if it is used and differs from the task's own."""
 
     @classmethod
     def of(
@@ -78,21 +84,23 @@ class Wording:
     ) -> Wording:
         """
         Args:
-            form: replaces the task's form. Raises ValueError if it has braces with other names.
+            form: replaces the task's form, where a form is used. Raises ValueError if it has an unknown field (`check_form`).
             family_forms: `Family.prompt_forms`.
         """
         name = task.form or task.kind
-        if form is None and name in family_forms:
-            wording = cls(family_forms[name], "", template, task.prompt, space="")
+        if name in family_forms:
+            own = cls(family_forms[name], "", template, task.prompt, space="")
         else:
-            wording = cls(FORMS[name] if form is None else form, _SEPARATORS.get(name, "\n"), template, task.prompt)
-        try:
-            wording._parts(Example("", (), "q", ("A",), choices=("a", "b")), images=0)
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"--form {wording.form!r}: {error} (it may have {{image}}, {{question}}, {{context}} and {{choices}})"
-            ) from None
-        return wording
+            own = cls(FORMS[name], _SEPARATORS.get(name, "\n"), template, task.prompt)
+        if form is not None:
+            check_form(form)
+        if form is None or form == own.form or not own.uses_form(task):
+            return own
+        return cls(form, _SEPARATORS.get(name, "\n"), template, task.prompt, given_form=form)
+
+    def uses_form(self, task: Task) -> bool:
+        """Whether the task's prompts are written in a form: text-only tasks always, others if there is no chat template."""
+        return self.template is None or task.kind == "text"
 
     def items(self, examples: Sequence[Example]) -> list[Item]:
         """Items of a prompt without BOS: the demonstrations with their answers, then the question."""
@@ -140,6 +148,22 @@ class Wording:
         return [part for part in parts if part]
 
 
+def check_form(form: str) -> None:
+    """Raise ValueError that names the unknown field, or says what cannot be read, if a form given with --form is wrong."""
+    *first, last = (f"{{{name}}}" for name in FIELDS)
+    known = f"{', '.join(first)} and {last}"
+    try:
+        unknown = [name for _, name, *_ in Formatter().parse(form) if name is not None and name not in FIELDS]
+        if not unknown:
+            form.format(**dict.fromkeys(FIELDS, ""))
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"--form {form!r} cannot be read ({error}): write {{{{ and }}}} for braces; its fields may be {known}") from None
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], FIELDS, n=1)
+        meant = f"did you mean {{{near[0]}}}? " if near else ""
+        raise ValueError(f"--form {form!r} has the unknown field {{{unknown[0]}}}: {meant}A form may have {known}")
+
+
 def _append(items: list[Item], part: str | ImageReference, *, continues: bool = False) -> None:
     """Append a part. A text that continues the text before it is tokenized together with it."""
     if isinstance(part, ImageReference):
@@ -162,6 +186,13 @@ class Written:
 
     prompt: Prompt
     images: list[EncodedTiles]
+    names: list[str]
+    """For messages: each image's file, or its place in its example."""
+
+
+def _name(example: Example, number: int) -> str:
+    """Name an image of an example for messages."""
+    return str(example.images[number].path or f"image {number + 1} of example {example.key}")
 
 
 class PromptBuilder:
@@ -184,9 +215,9 @@ class PromptBuilder:
     def build(self, wording: Wording, examples: Sequence[Example]) -> Prompt:
         """Build the prompt of demonstrations and a final question, with the pixels of all images. Raises BadImage."""
         written = self.write(wording, examples)
-        prompt, ok = self.with_images(written, range(len(written.prompt.image_starts)))
-        if not ok:
-            raise BadImage("an image cannot be decoded")
+        prompt, bad = self.with_images(written, range(len(written.prompt.image_starts)))
+        if bad:
+            raise BadImage(f"{bad[0]} does not decode")
         return prompt
 
     def write(self, wording: Wording, examples: Sequence[Example], *, low_resolution: bool = False) -> Written:
@@ -196,7 +227,9 @@ class PromptBuilder:
             low_resolution: show images of demonstrations only as overviews, one tile each.
         """
         items = wording.items(examples)
-        encoded = [self._header(source) for example in examples for source in example.images]
+        names = [_name(example, number) for example in examples for number in range(len(example.images))]
+        sources = (source for example in examples for source in example.images)
+        encoded = [self._header(source, name) for source, name in zip(sources, names, strict=True)]
         first = len(encoded) - len(examples[-1].images) if low_resolution else 0
         encoded[:first] = [replace(image, tiles=range(1), count=1) for image in encoded[:first]]
         written, left = iter(encode_items(items, self.tokenizer)), iter(encoded)
@@ -209,32 +242,37 @@ class PromptBuilder:
                 ids += self.image.ids(self.tokenizer.special_id, tiles=tiles)
             else:
                 ids += next(written)
-        return Written(Prompt(ids, starts, None), encoded)
+        return Written(Prompt(ids, starts, None), encoded, names)
 
-    def with_images(self, written: Written, wanted: range) -> tuple[Prompt, bool]:
-        """Return a prompt with the pixels of the wanted tiles, and whether all of them could be decoded. Other tiles stay uninitialised:
+    def with_images(self, written: Written, wanted: range) -> tuple[Prompt, list[str]]:
+        """Return a prompt with the pixels of the wanted tiles, and the names of images that do not decode. Other tiles stay uninitialised:
         another process encodes them."""
         prompt = written.prompt
         if not self.with_pixels:
-            return prompt, True
+            return prompt, []
         size = self.image.size
         pixels = torch.empty(len(prompt.image_starts), 3, size, size, dtype=torch.uint8)
-        begin, cut = 0, []
-        for image in written.images:
+        begin, cut, names = 0, [], []
+        for image, name in zip(written.images, written.names, strict=True):
             tiles = range(max(0, min(wanted.start - begin, len(image.tiles))), max(0, min(wanted.stop - begin, len(image.tiles))))
             cut += [replace(image, tiles=tiles, count=len(image.tiles))] if tiles else []
+            names += [name] if tiles else []
             begin += len(image.tiles)
         decoded = self._decoder.decode(cut)
         pixels[wanted.start : wanted.stop] = decoded.pixels
-        return replace(prompt, pixels=pixels), bool(decoded.ok.all())
+        bad = [name for name, ok in zip(names, decoded.ok.tolist(), strict=True) if not ok]
+        return replace(prompt, pixels=pixels), list(dict.fromkeys(bad))
 
-    def _header(self, source: ImageSource) -> EncodedTiles:
+    def _header(self, source: ImageSource, name: str) -> EncodedTiles:
         try:
             data = source.read()
+        except OSError as error:
+            raise BadImage(f"{name} cannot be read ({error.strerror or error})") from None
+        try:
             with open_image(data) as opened:
                 width, height = opened.size
-        except Exception as error:  # Pillow may raise anything on a damaged header
-            raise BadImage(f"{source.path or 'an image'}: {error}") from None
+        except Exception:  # Pillow may raise anything on a damaged header
+            raise BadImage(f"{name} does not decode") from None
         count = int(self.image.num_tiles(np.array([width]), np.array([height]))[0])
         return EncodedTiles(data, width=width, height=height, tiles=range(count), count=count)
 

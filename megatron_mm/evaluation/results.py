@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.evaluation.published import UNCONFIRMED, Published, published
+from megatron_mm.evaluation.settings import differences, spelled, suffix
 from megatron_mm.evaluation.tasks.registry import TEXTCORE
 
 
@@ -23,7 +24,8 @@ class Result:
     scores: dict[str, float]
     """Scores by name; the main one is "score"."""
     setting: dict[str, Any]
-    """Task, shots, model (name, checkpoint, step), seed, limit, method, beams, wording."""
+    """Task, shots, model (name, checkpoint, step), seed, limit, method, beams, wording; and what differs from the task's own setting
+    (`evaluation.settings`)."""
     num_items: int
     """Number of answered items."""
     bad_items: int
@@ -43,8 +45,7 @@ class Result:
 
     @staticmethod
     def name_of(setting: dict[str, Any]) -> str:
-        limit = f"_limit{setting['limit']}" if setting["limit"] is not None else ""
-        return f"{setting['model']['checkpoint']}_{setting['task']}_{setting['shots']}shot{limit}"
+        return f"{setting['model']['checkpoint']}_{setting['task']}_{setting['shots']}shot{suffix(setting)}"
 
     def write(self, out: Path) -> Path:
         """Write NAME.json into a folder atomically; return its path."""
@@ -76,7 +77,8 @@ def textcore(results: Sequence[Result]) -> dict[int, float]:
 
 
 def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
-    """Lines for the terminal: one row per task, one column per number of shots, and the published scores of the recipe's model."""
+    """Lines for the terminal: one row per task, one column per number of shots, the published scores of the recipe's model, and what
+    differs from the tasks' own settings."""
     shots = sorted({result.shots for result in results})
     tasks = list(dict.fromkeys(result.task for result in results))
     of = {(result.task, result.shots): result for result in results}
@@ -84,6 +86,7 @@ def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
     yield f"{'':{width}}" + "".join(f"{f'{n} shots':>12}" for n in shots) + "   metric"
     sources: dict[str, None] = {}
     unconfirmed = False
+    common = _common(results)
     for task in tasks:
         row = [of.get((task, n)) for n in shots]
         first = next(result for result in row if result is not None)
@@ -95,6 +98,7 @@ def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
             yield f"{'  published':{width}}{cells}   {_model(figures)}"
             sources |= {figure.source: None for figure in figures if figure is not None}
             unconfirmed |= any(figure is not None and not figure.confirmed for figure in figures)
+        yield from _own_differences([result for result in row if result is not None], common)
         bad = sum(result.bad_items for result in row if result is not None)
         if bad:
             yield f"  {bad} items of {task} were left out: their images cannot be read"
@@ -102,10 +106,31 @@ def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
             yield f"  {task}: only {first.num_items} items; do not compare with figures for all items"
     for number, average in textcore(results).items():
         yield f"{'TextCore, average':{width}}{average:12.1f}   {number} shots"
+    if common:
+        yield f"not the tasks' own setting: {spelled(common)}"
     for source in sources:
         yield f"published: {source}"
     if unconfirmed:
         yield UNCONFIRMED
+
+
+def _common(results: Sequence[Result]) -> dict[str, str]:
+    """Return the differences that all results have in common."""
+    each = [set(differences(result.setting).items()) for result in results]
+    shared = set.intersection(*each) if each else set()
+    return {name: value for name, value in differences(results[0].setting).items() if (name, value) in shared} if shared else {}
+
+
+def _own_differences(row: Sequence[Result], common: dict[str, str]) -> Iterator[str]:
+    """Lines with the differences of a task's results that not all results have."""
+    shots: dict[str, list[int]] = {}
+    for result in row:
+        own = {name: value for name, value in differences(result.setting).items() if name not in common}
+        shots.setdefault(spelled(own), []).append(result.shots)
+    for options, numbers in shots.items():
+        if options:
+            only = "" if len(numbers) == len(row) else f"{' and '.join(map(str, numbers))} shots "
+            yield f"  {only}with {options}"
 
 
 def _model(figures: Sequence[Published | None]) -> str:
@@ -116,8 +141,7 @@ def metric_names(results: Sequence[Result]) -> dict[str, float]:
     """Return the scores under their names in W&B."""
     found = {}
     for result in results:
-        limit = "" if result.setting["limit"] is None else f"_limit{result.setting['limit']}"
         for name, value in result.scores.items():
             part = "" if name == "score" else "/" + re.sub(r"[^\w.-]+", "_", name)
-            found[f"evaluation/{result.task}/{result.shots}shot{limit}{part}"] = value
+            found[f"evaluation/{result.task}/{result.shots}shot{suffix(result.setting)}{part}"] = value
     return found

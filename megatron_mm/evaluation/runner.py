@@ -84,18 +84,7 @@ class TaskRunner:
         if len(pool) < shots:
             raise ValueError(f"task {task.name} has {len(pool)} training examples, too few for --shots {shots}")
         method = self.options.method or task.method
-        setting = {
-            "task": task.name,
-            "shots": shots,
-            "model": model,
-            "seed": self.options.seed,
-            "limit": self.options.limit,
-            "method": method,
-            "beams": self.options.beams,
-            "wording": wording.form if wording.template is None else f"chat template, task {wording.task}",
-            **({"text_demonstrations": blind} if blind else {}),
-            **({"low_resolution_demonstrations": True} if shots and self.options.low_resolution_demonstrations else {}),
-        }
+        setting = self._setting(task, wording, method, shots=shots, blind=blind, model=model)
         began = time.monotonic()
         items = _Items(self.out, setting, self.topology)
         job = _Job(task, wording, method, shots or blind, pool, blind=blind > 0)
@@ -111,6 +100,25 @@ class TaskRunner:
         if self.topology.is_main:
             result.write(self.out)
         return result
+
+    def _setting(self, task: Task, wording: Wording, method: str, *, shots: int, blind: int, model: dict[str, Any]) -> dict[str, Any]:
+        """Return the setting of a result. Answers are reused only if all of it is the same, so what differs from the task's own setting
+        (`evaluation.settings`) is left out where nothing differs."""
+        low = bool(shots) and self.options.low_resolution_demonstrations
+        return {
+            "task": task.name,
+            "shots": shots,
+            "model": model,
+            "seed": self.options.seed,
+            "limit": self.options.limit,
+            "method": method,
+            "beams": self.options.beams,
+            "wording": wording.form if wording.template is None else f"chat template, task {wording.task}",
+            **({"own_method": task.method} if method != task.method else {}),
+            **({"form": wording.given_form} if wording.given_form is not None else {}),
+            **({"text_demonstrations": blind} if blind else {}),
+            **({"low_resolution_demonstrations": True} if low else {}),
+        }
 
     def _answer(self, job: _Job, mine: list[Example], *, rounds: int, items: _Items) -> None:
         """Answer this rank's items. All data-parallel ranks run the same number of rounds, because experts may be divided among them."""
@@ -133,7 +141,7 @@ class TaskRunner:
             return last_told
         pace = (now - began) / (number + 1)
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (rounds - number - 1)))
-        logger.info("%s, %d shots: batch %d of %d, %s left", job.task.name, job.shots, number + 1, rounds, left)
+        logger.info("%s: batch %d of %d, %s left", job.name, number + 1, rounds, left)
         return now
 
     def _prompts(self, job: _Job, batch: list[Example], shown: list[list[Example]]) -> tuple[dict[int, Prompt], list[int]]:
@@ -148,27 +156,30 @@ class TaskRunner:
                 self._tell_left_out(job, example, error)
         self._longest = max(self._longest, *(len(one.prompt.ids) for one in written.values()), 0)
         known = self._good_everywhere([place in written for place in range(len(batch))])
-        made, decoded = {}, [True] * len(batch)
+        made: dict[int, Prompt] = {}
+        bad: list[list[str]] = [[] for _ in batch]
         for place, share in zip(known, self.generator.passes.shares([written[place].prompt for place in known]), strict=True):
-            made[place], decoded[place] = self.builder.with_images(written[place], share)
-            if not decoded[place]:
-                self._tell_left_out(job, batch[place], "an image cannot be decoded")
-        whole = self._good_everywhere(decoded)
+            made[place], bad[place] = self.builder.with_images(written[place], share)
+            if bad[place]:
+                self._tell_left_out(job, batch[place], f"{', '.join(bad[place])} does not decode")
+        whole = self._good_everywhere([not names for names in bad])
         # Prompts with a failed image are still run: all processes must pass the prompts among which the images were shared out.
         return made, [place for place in known if place in whole]
 
     def _tell_long_prompts(self, job: _Job) -> None:
         """Warn if prompts are longer than the sequences of training, as prompts with many demonstrations may be."""
         trained, longest, self._longest = self.generator.passes.experiment.data.sequence_length, self._longest, 0
-        if longest > trained and self.topology.is_main:
-            logger.warning(
-                "%s, %d shots: prompts of up to %d tokens, but the model was trained on sequences of %d: use fewer shots%s",
-                job.task.name,
-                job.shots,
-                longest,
-                trained,
-                "" if self.builder.image.sub_images is None else " or --low-resolution-demonstrations",
-            )
+        if longest <= trained or not self.topology.is_main:
+            return
+        lower = self.builder.image.sub_images is not None and not job.blind and not self.options.low_resolution_demonstrations
+        logger.warning(
+            "%s: prompts of up to %d tokens, but the model was trained on sequences of %d%s%s",
+            job.name,
+            longest,
+            trained,
+            ": use fewer shots" if job.shots else "",
+            " or --low-resolution-demonstrations" if job.shots and lower else "",
+        )
 
     def _tell_left_out(self, job: _Job, example: Example, why: object) -> None:
         logger.warning("%s, item %s is left out: %s", job.task.name, example.key, why)
@@ -235,6 +246,11 @@ class _Job:
     pool: list[Example]
     blind: bool = False
     """Show demonstrations without their images."""
+
+    @property
+    def name(self) -> str:
+        """The task and its demonstrations, for the log."""
+        return f"{self.task.name}, {'0 shots, text demonstrations: ' if self.blind else ''}{self.shots}{'' if self.blind else ' shots'}"
 
     @property
     def by_length(self) -> bool:

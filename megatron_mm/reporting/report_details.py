@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mm.evaluation.settings import differences, spelled
 from megatron_mm.reporting.charts import Series, heat_map, line_chart
 from megatron_mm.reporting.page import charts, missing, table
 from megatron_mm.reporting.run_files import RunFiles
@@ -22,12 +23,13 @@ _MOST_EVENTS = 300
 
 
 def benchmarks(run: RunFiles) -> str:
-    """Scores of `megatron-mm evaluate`: a row for each task and number of shots, a column for each evaluated step."""
+    """Scores of `megatron-mm evaluate`: a row for each task, number of shots and setting, a column for each evaluated step."""
     rows: dict[tuple[str, int, str], dict[int, str]] = {}
     for result in run.results:
         try:
             setting = result["setting"]
             part = "" if setting["limit"] is None else f", {result['num_items']} items"
+            part += f", {options}" if (options := spelled(differences(setting))) else ""
             key = f"{result['title']}{part}", int(setting["shots"]), str(result["metric"])
             rows.setdefault(key, {})[int(setting["model"]["step"])] = f"{result['scores']['score']:.1f}"
         except (KeyError, TypeError, ValueError):

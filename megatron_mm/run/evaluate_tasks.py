@@ -21,11 +21,13 @@ from megatron_mm.evaluation.generation import Generator
 from megatron_mm.evaluation.prompts import PromptBuilder, Wording
 from megatron_mm.evaluation.results import Result, metric_names, table
 from megatron_mm.evaluation.runner import Options, TaskRunner
+from megatron_mm.evaluation.settings import suffix
 from megatron_mm.evaluation.tasks.base import Task
 from megatron_mm.families.registry import family_of
-from megatron_mm.families.serialize import to_dict
+from megatron_mm.families.serialize import load_experiment, to_dict
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.reporting.report_details import flat
 from megatron_mm.reporting.wandb_run import RUN_ID_FILE, WandbRun
 from megatron_mm.run.data import image_input, open_tokenizer
 from megatron_mm.run.evaluate import agreed
@@ -49,6 +51,8 @@ class Target:
     """A run directory, a checkpoint, or an exported model."""
     checkpoint: Path
     is_export: bool
+    own: Experiment | None = None
+    """The experiment of an exported model before options changed it; a checkpoint has its own."""
 
     @property
     def folder(self) -> Path:
@@ -113,9 +117,37 @@ def _while_it_is_there(checkpoint: Path) -> Iterator[None]:
 
 def _digest(experiment: Experiment) -> str:
     """Hash of the settings that change answers: the model, its images, the chat template, and the number format."""
-    data = experiment.data
-    settings = [to_dict(experiment)["model"], data.to_rgb, data.min_tiles, data.max_tiles, data.chat_template, experiment.train.precision]
+    settings = list(_settings(experiment).values())
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """Settings that change answers, by their names in the experiment."""
+    data = experiment.data
+    return {
+        "model": to_dict(experiment)["model"],
+        "data.to_rgb": data.to_rgb,
+        "data.min_tiles": data.min_tiles,
+        "data.max_tiles": data.max_tiles,
+        "data.chat_template": data.chat_template,
+        "train.precision": experiment.train.precision,
+    }
+
+
+def _changed_fields(own: Experiment, given: Experiment) -> dict[str, str]:
+    """Return the fields that change answers and whose values options have changed -> their values."""
+    before, after = (dict(flat(_settings(experiment))) for experiment in (own, given))
+    return {name: after.get(name, "None").strip('"') for name in {**before, **after} if before.get(name) != after.get(name)}
+
+
+def _tell_unused_form(tasks: Sequence[Task], wordings: Sequence[Wording], form: str | None) -> None:
+    """Warn about tasks whose prompts are written in a chat template, so that --form does not change them."""
+    unused = [task.name for task, wording in zip(tasks, wordings, strict=True) if not wording.uses_form(task)]
+    if form is not None and unused:
+        logger.warning(
+            "--form is ignored for %s: their prompts are written in the chat template (--data.chat-template None leaves it out)",
+            ", ".join(unused),
+        )
 
 
 def _wait_for(weights: Path, *, minutes: float = 120) -> Path:
@@ -185,10 +217,12 @@ def evaluate_tasks(
     template = None if experiment.data.chat_template is None else chat_template(experiment.data.chat_template)
     forms = family_of(experiment.model).prompt_forms
     wordings = [Wording.of(task, template, form=options.form, family_forms=forms) for task in tasks]
+    _tell_unused_form(tasks, wordings, options.form)
+    shots_of = {task.name: task.possible_shots(shots) for task in tasks}
     for task in tasks:  # report missing files now, not after hours
         task.check_method(options.method)
         task.examples(data)
-        if max(shots) or options.text_demonstrations:
+        if max(shots_of[task.name]) or options.text_demonstrations:
             task.training_examples(data)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     out, builder = out or target.folder / FOLDER, None
@@ -202,10 +236,13 @@ def evaluate_tasks(
         builder = PromptBuilder(tokenizer, image_input(built), threads=_DECODE_THREADS, with_pixels=topology.is_first_stage)
         runner = TaskRunner(Generator(built, chunks, topology, pad_id=tokenizer.pad_id), builder, topology, out=out, options=options)
         model["settings"] = _digest(experiment)  # so that answers from other settings are not reused
+        own = target.own or load_experiment(target.checkpoint / "experiment.json")
+        if changed := _changed_fields(own, experiment):
+            model["fields"] = changed
         results = [
             runner.run(task, shots=count, data=data, wording=wording, model=model)
             for task, wording in zip(tasks, wordings, strict=True)
-            for count in shots
+            for count in shots_of[task.name]
         ]
         if topology.is_main and not target.is_export:
             log_to_wandb(experiment, target.folder, results, step=target.step)
@@ -234,8 +271,9 @@ def report(results: Sequence[Result], experiment: Experiment, target: Target, *,
     yield f"{target.checkpoint if not target.is_export else target.path}"
     yield from table(results, recipe=experiment.recipe)
     folder = out or target.folder / FOLDER
-    names = sorted({Result.name_of(result.setting) for result in results})
-    yield (
-        f"results: {folder / names[0]}.json" if len(names) == 1 else f"results: {len(names)} files, {folder}/{target.name}_TASK_Nshot.json"
-    )
+    names = {Result.name_of(result.setting): f"{target.name}_TASK_Nshot{suffix(result.setting)}" for result in results}
+    if len(names) == 1:
+        yield f"results: {folder / next(iter(names))}.json"
+    else:
+        yield f"results: {len(names)} files, {', '.join(f'{folder / name}.json' for name in dict.fromkeys(names.values()))}"
     yield f"answers: {folder / 'items'}"

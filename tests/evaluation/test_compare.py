@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_mm.evaluation.compare import compare
+from megatron_mm.evaluation.compare import compare, panels_of, read_run
 from megatron_mm.evaluation.results import Result, read_results, table, textcore
-from megatron_mm.evaluation.tasks.registry import GROUPS, TEXTCORE
+from megatron_mm.evaluation.tasks.registry import GROUPS, TASKS, TEXTCORE
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.serialize import save_experiment
 
@@ -77,6 +78,39 @@ def test_unlike_results_are_not_compared(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(ValueError, match=r"has no results of whole tasks .*1 results with --limit 3 are not compared"):
         list(compare(runs, out=tmp_path / "x.png"))
+
+
+def test_other_settings_and_metrics_have_panels_of_their_own(tmp_path: Path) -> None:
+    """Scores of different metrics are averaged only over MM1's tasks, and the axis says so; a task without a common setting is refused."""
+    both = [(tmp_path / name, recipe) for name, recipe in (("a", "mm1_ablation"), ("b", "mm1_ablation_attention_64"))]
+    runs = [_run(folder, recipe, {}) for folder, recipe in both]
+    for task in ("coco_caption", "vqav2", "okvqa", "gqa"):
+        for number, run in enumerate(runs):
+            result = replace(_result(task, 0, 10.0 * number), metric=TASKS[task].metric)
+            result.write(run / "evaluation")
+            result.setting["seed"] = 7
+            replace(result, scores={"score": 5.0}).write(run / "evaluation")
+    lines = "\n".join(compare(runs, out=tmp_path / "x.png"))
+    written = json.loads((tmp_path / "x.json").read_text())
+    titles = ["0 shots, coco_caption", "0 shots, gqa", "0 shots, 2 tasks in VQA accuracy, %"]
+    assert set(written["panels"]) == {*titles, *(f"{title}, --seed 7" for title in titles)}
+    assert [written["metrics"][title] for title in titles] == ["CIDEr-D x 100", "accuracy, %", "mean of VQA accuracy, % (2 tasks)"]
+    assert list(written["panels"][titles[2]].values()) == [0.0, 10.0]
+    assert set(written["panels"][f"{titles[2]}, --seed 7"].values()) == {5.0}
+    assert "metric of 0 shots, coco_caption: CIDEr-D x 100" in lines
+    for path in (runs[1] / "evaluation").glob("*_gqa_0shot.json"):
+        path.unlink()
+    for path in (runs[0] / "evaluation").glob("*_gqa_0shot_seed7.json"):
+        path.unlink()
+    with pytest.raises(
+        ValueError, match=r"gqa with 0 shots was evaluated with different settings: its own setting in .*a, --seed 7 in .*b"
+    ):
+        list(compare(runs, out=tmp_path / "x.png"))
+    for run in runs:
+        for task in GROUPS["mm1"]:
+            replace(_result(task, 4, 1.0), metric=TASKS[task].metric).write(run / "evaluation")
+    (panel,) = [panel for panel in panels_of([read_run(run) for run in runs]) if panel.title.startswith("4 shots")]
+    assert panel.metric == "mean of CIDEr-D x 100 (3 tasks) and VQA accuracy, % (4 tasks)"
 
 
 def test_the_table_has_published_figures_beside_results() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,9 +22,10 @@ from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.data.text.chat import chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.passes import own_images
-from megatron_mm.evaluation.prompts import PromptBuilder, Wording
+from megatron_mm.evaluation.prompts import BadImage, PromptBuilder, Wording
 from megatron_mm.evaluation.results import Result, read_results, table
 from megatron_mm.evaluation.runner import Options
+from megatron_mm.evaluation.tasks.base import ImageSource
 from megatron_mm.evaluation.tasks.registry import TASKS
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of
@@ -91,6 +93,25 @@ def test_an_evaluation_resumes_and_a_bad_image_costs_an_item(mm1: Path, files: P
     assert again.scores == result.scores and again.demonstrations == result.demonstrations
 
 
+def _evaluate_in_settings(run_dir: Path, files: Path, out: Path) -> None:
+    target = open_target(run_dir, None, out=out)
+    experiment = load_experiment(target.checkpoint / "experiment.json")
+    other = replace(experiment, data=replace(experiment.data, to_rgb="pillow"))
+    form = "{image}Q: {question} A:"
+    for options, given in ((Options(), experiment), (Options(method="rank", form=form), experiment), (Options(), other)):
+        evaluate_tasks(given, target, [TASKS["pope"]], shots=[0, 4], data=files, out=out, options=options)
+
+
+def test_other_settings_leave_the_result_of_the_tasks_own_setting_alone(mm1: Path, files: Path, tmp_path: Path) -> None:
+    """Each setting has a file and answers of its own; a task without training split is evaluated with 0 shots alone."""
+    run_processes(_evaluate_in_settings, 1, mm1, files, tmp_path)
+    own, fields, form = sorted(tmp_path.glob("*.json"), key=lambda path: path.name.replace(".json", ""))
+    assert (own.name, form.name) == ("step_00000002_pope_0shot.json", "step_00000002_pope_0shot_rank_form-751f7e.json")
+    assert fields.name.startswith("step_00000002_pope_0shot_fields-")
+    assert json.loads(fields.read_text())["setting"]["model"]["fields"] == {"data.to_rgb": "pillow"}
+    assert len(list((tmp_path / "items").iterdir())) == 3
+
+
 def test_prompts_of_chats_are_those_of_training(files: Path, demo_data: Path) -> None:
     """Demonstrations are turns with the wording of multi-task training; the prompt ends where the answer begins."""
     experiment = infimm_run(demo_data)
@@ -135,9 +156,9 @@ def test_demonstrations_may_be_shown_as_overviews_alone(files: Path, demo_data: 
     high, low = (builder.write(Wording.of(task, None), examples, low_resolution=mixed) for mixed in (False, True))
     assert (len(high.prompt.image_starts), len(low.prompt.image_starts)) == (15, 7)
     assert len(high.prompt.ids) - len(low.prompt.ids) == 8 * image.tokens
-    prompt, ok = builder.with_images(low, range(7))
+    prompt, bad = builder.with_images(low, range(7))
     whole, _ = builder.with_images(high, range(15))
-    assert ok and prompt.pixels is not None and whole.pixels is not None
+    assert not bad and prompt.pixels is not None and whole.pixels is not None
     assert torch.equal(prompt.pixels, whole.pixels[[0, 5, 10, 11, 12, 13, 14]])
     builder.close()
 
@@ -150,9 +171,49 @@ def test_each_image_is_decoded_by_one_process() -> None:
     assert [sum(map(len, of_rank)) for of_rank in shares] == [4, 4, 3]
 
 
-def test_a_form_with_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--form '{picture}': .*it may have {image}, {question}"):
-        Wording.of(TASKS["vqav2"], None, form="{picture}")
+def test_an_image_that_does_not_decode_is_named(files: Path, demo_data: Path, tmp_path: Path) -> None:
+    """Whether its header or its pixels are damaged, and whether it is a file or bytes in a table."""
+    experiment = infimm_run(demo_data)
+    family = family_of(experiment.model)
+    tokenizer = Tokenizer.open(demo_data / "tokenizer.model", special=family.special_tokens)
+    builder = PromptBuilder(tokenizer, family.image_input(experiment.model), threads=1, with_pixels=True)
+    wording = Wording.of(task := TASKS["vqav2"], None)
+    example = task.examples(files)[0]
+    whole = example.images[0].read()
+    for number, data in enumerate((b"no image", whole[: len(whole) // 2])):
+        (path := tmp_path / f"{number}.jpg").write_bytes(data)
+        for source, name in ((ImageSource(path), str(path)), (ImageSource(data=data), f"image 1 of example {example.key}")):
+            with pytest.raises(BadImage, match=f"^{name} does not decode$"):
+                builder.build(wording, [replace(example, images=(source,))])
+    with pytest.raises(BadImage, match=r"gone\.jpg cannot be read \(No such file or directory\)"):
+        builder.build(wording, [replace(example, images=(ImageSource(tmp_path / "gone.jpg"),))])
+    builder.close()
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("{imge}Q", r"has the unknown field {imge}: did you mean {image}\? A form may have {image}, {question}, {context} and {choices}"),
+        ("{picture}", r"has the unknown field {picture}: A form may have"),
+        ("{}", r"has the unknown field {}: A form may have"),
+        ("{image.x}", r"has the unknown field {image\.x}"),
+        ("{image}}", r"cannot be read \(Single '}' .*\): write {{ and }} for braces"),
+    ],
+)
+def test_a_wrong_form_is_refused_by_what_is_wrong(form: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^--form '{re.escape(form)}' {message}"):
+        Wording.of(TASKS["vqav2"], None, form=form)
+
+
+def test_a_form_counts_as_given_where_it_changes_the_prompt() -> None:
+    """It is not used in a chat template, except for tasks without images, and the task's own form is no difference."""
+    forms = family_of(get_recipe("infimm_zephyr_7b_pt").model).prompt_forms
+    other = "{image}Q: {question} A:"
+    assert Wording.of(TASKS["vqav2"], None, form=other).given_form == other
+    own = Wording.of(TASKS["vqav2"], None, family_forms=forms)
+    assert Wording.of(TASKS["vqav2"], None, form=own.form, family_forms=forms) == own
+    assert Wording.of(TASKS["vqav2"], chat_template("vicuna"), form=other).given_form is None
+    assert Wording.of(TASKS["webqs"], chat_template("vicuna"), form="{question}?").given_form == "{question}?"
 
 
 def _train_on_chats(family: str, data: Path, run_dir: Path) -> None:

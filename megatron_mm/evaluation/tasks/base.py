@@ -133,6 +133,22 @@ class Task:
             why = "it has no choices" if method == "rank" else "its choices are whole texts"
             raise ValueError(f"--method {method} cannot be used with task {self.name}: {why}; leave the option out")
 
+    def possible_shots(self, shots: Sequence[int]) -> list[int]:
+        """Return those of the wanted numbers of shots with which the task can be evaluated: 0 alone if it has no training split.
+
+        Raises ValueError if none is left.
+        """
+        possible = [count for count in shots if count == 0 or self.demonstrations is not None]
+        left_out = [count for count in shots if count not in possible]
+        if not possible:
+            wanted = " ".join(map(str, shots))
+            raise ValueError(
+                f"task {self.name} has no training split, so it cannot be evaluated with --shots {wanted}: add 0, or leave out the task"
+            )
+        if left_out:
+            logger.info("task %s has no training split: it is evaluated with 0 shots, not with %s", self.name, _listed(left_out))
+        return possible
+
     def examples(self, data: Path) -> list[Example]:
         """Read the examples to evaluate. Raises ValueError that names missing or damaged files and where they are published."""
         return self._read(self.evaluated, data)
@@ -140,7 +156,9 @@ class Task:
     def training_examples(self, data: Path) -> list[Example]:
         """Read the examples from which demonstrations are drawn. Raises ValueError as `examples` does, and if there is no such split."""
         if self.demonstrations is None:
-            raise ValueError(f"task {self.name} has no training split: evaluate it with --shots 0")
+            raise ValueError(
+                f"task {self.name} has no training split: evaluate it with --shots 0 and without --text-demonstrations, or leave it out"
+            )
         found = self._read(self.demonstrations, data)
         return self._left(found, [example for example in found if example.answer.strip()], "have an empty answer", self.demonstrations)
 
@@ -208,6 +226,12 @@ class Task:
         if renamed:
             logger.warning("task %s: %d examples share an id with another example; each is counted", self.name, renamed)
         return list(kept.values())
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Write numbers as `4, 8 and 16`."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 class DamagedFile(ValueError):
