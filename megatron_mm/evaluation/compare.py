@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mm.evaluation.results import Result, read_results, textcore
+from megatron_mm.evaluation.results import Result, mean_stderr, read_results, textcore, with_stderr
 from megatron_mm.evaluation.settings import differences, spelled
 from megatron_mm.evaluation.tasks.registry import GROUPS, TEXTCORE
 
@@ -62,6 +62,8 @@ class Panel:
     """The metric of the values, or of each task's score of which they are the mean."""
     values: list[float]
     """One for each run."""
+    stderrs: list[float | None]
+    """Standard error of each value, over the items; None if it is not known."""
 
 
 def options_of(result: Result) -> str:
@@ -101,7 +103,8 @@ def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
         raise ValueError("the runs have no task and number of shots in common: evaluate all of them with the same --tasks and --shots")
     rows = {panel.title: dict(zip(labels, panel.values, strict=True)) for panel in panels}
     metrics = {panel.title: panel.metric for panel in panels}
-    document = {"runs": [str(path) for path in run_dirs], "panels": rows, "metrics": metrics}
+    errors = {panel.title: dict(zip(labels, panel.stderrs, strict=True)) for panel in panels}
+    document = {"runs": [str(path) for path in run_dirs], "panels": rows, "metrics": metrics, "stderr": errors}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
     _draw(panels, labels, out)
@@ -109,7 +112,8 @@ def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
     columns = [max(len(panel.title) + 2, 14) for panel in panels]
     yield f"{'':{width}}" + "".join(f"{panel.title:>{column}}" for panel, column in zip(panels, columns, strict=True))
     for number, label in enumerate(labels):
-        yield f"{label:{width}}" + "".join(f"{panel.values[number]:{column}.1f}" for panel, column in zip(panels, columns, strict=True))
+        cells = [with_stderr(panel.values[number], panel.stderrs[number]) for panel in panels]
+        yield f"{label:{width}}" + "".join(f"{cell:>{column}}" for cell, column in zip(cells, columns, strict=True))
     for panel in panels:
         yield f"metric of {panel.title}: {panel.metric}"
     yield f"{out}, {out.with_suffix('.json')}"
@@ -161,11 +165,14 @@ def panels_of(runs: Sequence[RunResults]) -> list[Panel]:
             common = sorted(set.intersection(*map(set, found)) - set(TEXTCORE))
             for what, metric, tasks in _groups({task: found[0][task].metric for task in common}):
                 values = [sum(own[task].score for task in tasks) / len(tasks) for own in found]
-                panels.append(Panel(f"{shots} shots, {what}{after}", metric, values))
-        cores = [textcore([result for result in run.results if options_of(result) == options]) for run in runs]
+                errors = [mean_stderr([own[task] for task in tasks]) for own in found]
+                panels.append(Panel(f"{shots} shots, {what}{after}", metric, values, errors))
+        texts = [[one for one in run.results if options_of(one) == options and one.task in TEXTCORE] for run in runs]
+        cores = [textcore(results) for results in texts]
         for shots in sorted(set.intersection(*map(set, cores))):
             metric = f"mean of accuracy, % ({len(TEXTCORE)} tasks)"
-            panels.append(Panel(f"TextCore, {shots} shots{after}", metric, [core[shots] for core in cores]))
+            errors = [mean_stderr([one for one in results if one.shots == shots]) for results in texts]
+            panels.append(Panel(f"TextCore, {shots} shots{after}", metric, [core[shots] for core in cores], errors))
     return panels
 
 
@@ -233,7 +240,9 @@ def _draw(panels: Sequence[Panel], labels: Sequence[str], out: Path) -> None:
     for place in axes.flat[len(panels) :]:
         place.axis("off")
     for place, panel in zip(axes.flat, panels, strict=False):
-        bars = place.bar(range(len(labels)), panel.values, color=[f"C{number % 10}" for number in range(len(labels))])
+        errors = [error or 0.0 for error in panel.stderrs] if any(panel.stderrs) else None
+        colours = [f"C{number % 10}" for number in range(len(labels))]
+        bars = place.bar(range(len(labels)), panel.values, color=colours, yerr=errors, ecolor="0.4", capsize=3)
         place.bar_label(bars, fmt="%.1f", fontsize=8)
         place.set_title(textwrap.fill(panel.title, 34), fontsize=9)
         place.set_ylabel(textwrap.fill(panel.metric, 34), fontsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,9 @@ from typing import Any
 from megatron_mm.evaluation.published import UNCONFIRMED, Published, published
 from megatron_mm.evaluation.settings import differences, spelled, suffix
 from megatron_mm.evaluation.tasks.registry import TEXTCORE
+
+_CELL = 14
+"""Width of a column of scores."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Result:
     """Keys of the training examples shown with each of the first 1,000 items, by the item's key."""
     example_prompt: str
     seconds: float
+    stderr: float | None = None
+    """Standard error of the main score, in its unit (`evaluation.metrics.spread`); None if it is not known."""
 
     @property
     def shots(self) -> int:
@@ -76,6 +82,17 @@ def textcore(results: Sequence[Result]) -> dict[int, float]:
     return {shots: sum(found.values()) / len(found) for shots, found in by_shots.items() if set(found) == set(TEXTCORE)}
 
 
+def mean_stderr(results: Sequence[Result]) -> float | None:
+    """Standard error of the mean of several tasks' scores; None if that of a task is not known."""
+    each = [result.stderr for result in results]
+    return None if None in each or not each else math.hypot(*(one for one in each if one is not None)) / len(each)
+
+
+def with_stderr(score: float, stderr: float | None) -> str:
+    """Write a score as `45.0 ±1.2`."""
+    return f"{score:.1f}" if stderr is None else f"{score:.1f} ±{stderr:.1f}"
+
+
 def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
     """Lines for the terminal: one row per task, one column per number of shots, the published scores of the recipe's model, and what
     differs from the tasks' own settings."""
@@ -83,18 +100,18 @@ def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
     tasks = list(dict.fromkeys(result.task for result in results))
     of = {(result.task, result.shots): result for result in results}
     width = max((len(of_task.title) for of_task in results), default=0) + 2
-    yield f"{'':{width}}" + "".join(f"{f'{n} shots':>12}" for n in shots) + "   metric"
+    yield f"{'':{width}}" + "".join(f"{f'{n} shots':>{_CELL}}" for n in shots) + "   metric"
     sources: dict[str, None] = {}
     unconfirmed = False
     common = _common(results)
     for task in tasks:
         row = [of.get((task, n)) for n in shots]
         first = next(result for result in row if result is not None)
-        cells = "".join(f"{'-' if result is None else f'{result.score:.1f}':>12}" for result in row)
+        cells = "".join(f"{'-' if result is None else with_stderr(result.score, result.stderr):>{_CELL}}" for result in row)
         yield f"{first.title:{width}}{cells}   {first.metric}"
         figures = [published(recipe, task, n) for n in shots]
         if any(figures):
-            cells = "".join(f"{figure or '-'!s:>12}" for figure in figures)
+            cells = "".join(f"{figure or '-'!s:>{_CELL}}" for figure in figures)
             yield f"{'  published':{width}}{cells}   {_model(figures)}"
             sources |= {figure.source: None for figure in figures if figure is not None}
             unconfirmed |= any(figure is not None and not figure.confirmed for figure in figures)
@@ -105,7 +122,10 @@ def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
         if any(result is not None and result.setting["limit"] is not None for result in row):
             yield f"  {task}: only {first.num_items} items; do not compare with figures for all items"
     for number, average in textcore(results).items():
-        yield f"{'TextCore, average':{width}}{average:12.1f}   {number} shots"
+        error = mean_stderr([result for result in results if result.task in TEXTCORE and result.shots == number])
+        yield f"{'TextCore, average':{width}}{with_stderr(average, error):>{_CELL}}   {number} shots"
+    if any(result.stderr is not None for result in results):
+        yield "±: one standard error, over the items"
     if common:
         yield f"not the tasks' own setting: {spelled(common)}"
     for source in sources:
@@ -138,10 +158,11 @@ def _model(figures: Sequence[Published | None]) -> str:
 
 
 def metric_names(results: Sequence[Result]) -> dict[str, float]:
-    """Return the scores under their names in W&B."""
+    """Return the scores and their standard errors under their names in W&B."""
     found = {}
     for result in results:
-        for name, value in result.scores.items():
+        scores = result.scores if result.stderr is None else {**result.scores, "stderr": result.stderr}
+        for name, value in scores.items():
             part = "" if name == "score" else "/" + re.sub(r"[^\w.-]+", "_", name)
             found[f"evaluation/{result.task}/{result.shots}shot{suffix(result.setting)}{part}"] = value
     return found

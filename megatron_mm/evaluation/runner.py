@@ -220,6 +220,7 @@ class TaskRunner:
     ) -> Result:
         answered = [Answered(e, answers[e.key]["answer"]) for e in examples if answers.get(e.key, {}).get("answer") is not None]
         scores = task.score(answered) if answered else {"score": float("nan")}
+        stderr = scores.pop("stderr", None)
         first = job.wording.items([*job.demonstrations(examples[0], seed=self.options.seed), examples[0]])
         return Result(
             task=task.name,
@@ -232,6 +233,7 @@ class TaskRunner:
             demonstrations={e.key: answers[e.key]["demonstrations"] for e in examples[:1000] if e.key in answers and job.shots},
             example_prompt=_spelled(first),
             seconds=round(seconds, 1),
+            stderr=None if stderr is None else round(stderr, 4),
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mm.evaluation.results import with_stderr
 from megatron_mm.evaluation.settings import differences, spelled
 from megatron_mm.reporting.charts import Series, heat_map, line_chart
 from megatron_mm.reporting.page import charts, missing, table
@@ -31,7 +32,7 @@ def benchmarks(run: RunFiles) -> str:
             part = "" if setting["limit"] is None else f", {result['num_items']} items"
             part += f", {options}" if (options := spelled(differences(setting))) else ""
             key = f"{result['title']}{part}", int(setting["shots"]), str(result["metric"])
-            rows.setdefault(key, {})[int(setting["model"]["step"])] = f"{result['scores']['score']:.1f}"
+            rows.setdefault(key, {})[int(setting["model"]["step"])] = with_stderr(float(result["scores"]["score"]), result.get("stderr"))
         except (KeyError, TypeError, ValueError):
             continue  # written by another version
     if not rows:
@@ -42,7 +43,8 @@ def benchmarks(run: RunFiles) -> str:
         for (title, shots, metric), scores in sorted(rows.items())
     ]
     header = ["task", "shots", *(f"step {step:,}" for step in steps), "metric"]
-    return "<h3>Benchmarks</h3>" + table(header, lines, numbers=range(1, len(header) - 1))
+    note = '<p class="note">±: one standard error, over the items</p>' if any(result.get("stderr") for result in run.results) else ""
+    return "<h3>Benchmarks</h3>" + table(header, lines, numbers=range(1, len(header) - 1)) + note
 
 
 def captions(run: RunFiles) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import statistics
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_mm.evaluation.metrics import cider
-from megatron_mm.evaluation.metrics.choices import circular_scores, mme_scores, pope_answer, pope_scores, yes_or_no
+from megatron_mm.evaluation.metrics.choices import accuracy_scores, circular_scores, mme_scores, pope_answer, pope_scores, yes_or_no
 from megatron_mm.evaluation.metrics.mmmu import chosen_letter, mmmu_scores, open_is_right
-from megatron_mm.evaluation.metrics.vqa import normalised, vqa_accuracy
-from megatron_mm.evaluation.tasks.base import Answered, Example
+from megatron_mm.evaluation.metrics.vqa import exact_match_scores, normalised, vqa_accuracy, vqa_scores
+from megatron_mm.evaluation.tasks.base import Answered, Example, ImageSource
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,17 @@ def test_cider_d_is_that_of_pycocoevalcap() -> None:
     given = {number: [" ".join(text)] for number, text in enumerate(candidates)}
     _, scores = library.Cider().compute_score(wanted, given)
     assert cider.cider_d(candidates, references) == pytest.approx(list(scores), abs=1e-9)
+
+
+def test_cider_d_of_a_sample_is_that_of_a_list_of_its_images() -> None:
+    """An image that is drawn twice occurs twice among those that determine the weights."""
+    candidates, references = _captions(2)
+    sampled = cider.cider_d_spread(candidates, references)
+    drawn = random.Random(0).choices(range(20), k=20)
+    for rows in (list(range(20)), drawn):
+        scores = cider.cider_d([candidates[row] for row in rows], [references[row] for row in rows])
+        times = np.bincount(rows, minlength=20)
+        assert sampled.score(times) == pytest.approx(sum(scores) / len(scores), abs=1e-9)
 
 
 PENN = {
@@ -166,4 +181,60 @@ def test_mmmu_counts_all_questions() -> None:
         "open": 100.0,
         "Art": 50.0,
         "Math": 100.0,
+        "stderr": pytest.approx(25.0),
     }
+
+
+def _right_and_wrong(right: int, wrong: int) -> list[Answered]:
+    example = Example("1", answers=("A",), choices=("cat", "dog"))
+    return [Answered(example, "A")] * right + [Answered(example, "B")] * wrong
+
+
+def test_the_standard_error_of_a_percentage_is_that_of_a_share() -> None:
+    """sqrt(p (1 - p) / (n - 1)); a single item has none."""
+    assert accuracy_scores(_right_and_wrong(30, 70))["stderr"] == pytest.approx(100 * (0.3 * 0.7 / 99) ** 0.5)
+    assert exact_match_scores(_right_and_wrong(30, 70))["stderr"] == pytest.approx(100 * (0.3 * 0.7 / 99) ** 0.5)
+    assert "stderr" not in accuracy_scores(_right_and_wrong(1, 0))
+    assert "stderr" not in vqa_scores([]) and "stderr" not in accuracy_scores([])
+
+
+def test_the_standard_errors_of_composite_scores_are_those_of_repeated_evaluations() -> None:
+    """Benchmarks drawn again and again: the standard deviation of their scores is what the standard error of one says."""
+
+    def drawn(rng: random.Random, number: int) -> list[Answered]:
+        found = []
+        for image in range(60):
+            hard = rng.random()  # questions about one image are right or wrong together
+            for question in range(2):
+                wanted = ("yes", "no")[question]
+                said = wanted if rng.random() < hard else ("no", "yes")[question]
+                source = (ImageSource(Path(f"{image}.jpg")),)
+                found.append(Answered(Example(f"{number}/{image}#{question}", source, answers=(wanted,), category="count"), said))
+        return found
+
+    rng = random.Random(0)
+    every = [drawn(rng, number) for number in range(300)]
+    for score in (pope_scores, mme_scores):
+        true = statistics.stdev(score(one)["score"] for one in every[:200])
+        said = statistics.mean(score(one)["stderr"] for one in every[:10])
+        assert said == pytest.approx(true, rel=0.2)
+    assert pope_scores(every[0]) == pope_scores(every[0]), "the seed is fixed"
+    questions = [Answered(replace(one.example, key=str(n // 2 + 1_000_000 * (n % 2))), one.answer) for n, one in enumerate(every[0])]
+    scores = circular_scores(questions)
+    assert scores["stderr"] == pytest.approx((scores["score"] * (100 - scores["score"]) / 59) ** 0.5), "of the questions, not the orders"
+
+
+def test_the_standard_error_of_cider_d_is_that_of_other_images() -> None:
+    rng = random.Random(0)
+    scores = []
+    for number in range(60):
+        candidates, references = _captions(rng.randrange(10**6))
+        answered = [
+            Answered(Example(str(n), answers=tuple(map(" ".join, texts))), " ".join(words))
+            for n, (words, texts) in enumerate(zip(candidates, references, strict=True))
+        ]
+        scores.append(
+            cider.caption_scores(answered) if number < 6 else {"score": 100 * statistics.mean(cider.cider_d(candidates, references))}
+        )
+    true = statistics.stdev(one["score"] for one in scores)
+    assert statistics.mean(one["stderr"] for one in scores[:6]) == pytest.approx(true, rel=0.35)

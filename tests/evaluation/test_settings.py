@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from support.small import small_run
 
 from megatron_mm.evaluation.results import Result, metric_names, read_results, table
-from megatron_mm.evaluation.tasks.registry import TASKS
+from megatron_mm.evaluation.tasks.registry import TASKS, TEXTCORE
 from megatron_mm.reporting.report_details import benchmarks
 from megatron_mm.reporting.run_files import read_run
 from megatron_mm.run.evaluate_tasks import Target, report
@@ -75,3 +77,21 @@ def test_a_task_without_training_split_is_evaluated_with_0_shots(caplog: pytest.
     assert "task pope has no training split: it is evaluated with 0 shots, not with 4, 8 and 16" in caplog.text
     with pytest.raises(ValueError, match=r"task pope has no training split, so it cannot be evaluated with --shots 4 8: add 0, or leave"):
         TASKS["pope"].possible_shots([4, 8])
+
+
+def test_scores_stand_with_their_standard_errors(tmp_path: Path) -> None:
+    """In the table, in W&B, in the report and in TextCore's average; a result of an earlier version has none."""
+    one = replace(_result({}), stderr=1.25)
+    lines = list(table([one, _result({}, task="vqav2")]))
+    assert "50.0 ±1.2" in lines[1] and "±" not in lines[2] and lines[-1].startswith("±: one standard error")
+    assert metric_names([one])["evaluation/pope/0shot/stderr"] == 1.25
+    (tmp_path / "metrics.jsonl").touch()
+    (folder := tmp_path / "evaluation").mkdir()
+    path = one.write(folder)
+    assert read_results(folder)[0].stderr == 1.25 and "50.0 ±1.2" in benchmarks(read_run(tmp_path))
+    document = json.loads(path.read_text())
+    del document["stderr"]
+    path.write_text(json.dumps(document))
+    assert read_results(folder)[0].stderr is None
+    texts = [replace(_result({}, task=task), stderr=3.0) for task in TEXTCORE]
+    assert "50.0 ±1.0" in "\n".join(table(texts)), "3 / sqrt(9)"

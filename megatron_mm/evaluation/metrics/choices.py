@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from megatron_mm.evaluation.metrics.spread import Array, of_counts, of_mean, of_sum
 from megatron_mm.evaluation.tasks.base import Answered
 
 MME_PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -17,7 +20,8 @@ def _is_right(one: Answered) -> bool:
 
 def accuracy_scores(answered: Sequence[Answered]) -> dict[str, float]:
     """Percentage of right answers, in total and by category."""
-    found = {"score": _percent([_is_right(one) for one in answered])}
+    right = [_is_right(one) for one in answered]
+    found = {"score": _percent(right), **of_mean([100 * ok for ok in right])}
     for category in sorted({one.example.category for one in answered} - {""}):
         found[category] = _percent([_is_right(one) for one in answered if one.example.category == category])
     return found
@@ -55,7 +59,28 @@ def pope_scores(answered: Sequence[Answered]) -> dict[str, float]:
         for name, value in (("score", f1), ("accuracy", right), ("precision", precision), ("recall", recall), ("yes", said / len(pairs))):
             found[name].append(100 * value)
         scores[sampling or "all"] = 100 * f1
-    return {name: sum(values) / len(values) for name, values in found.items()} | scores
+    return {name: sum(values) / len(values) for name, values in found.items()} | scores | _f1_spread(by_sampling)
+
+
+def _f1_spread(by_sampling: Mapping[str, Sequence[Answered]]) -> dict[str, float]:
+    """Standard error of the mean F1, over the images: the samplings ask several questions about the same images."""
+    units: dict[object, int] = {}
+    groups = [
+        [(units.setdefault(one.example.images or one.example.key, len(units)), one) for one in found] for found in by_sampling.values()
+    ]
+    counts = np.zeros((len(units), len(groups), 4))
+    for place, group in enumerate(groups):
+        for unit, one in group:
+            said, true = pope_answer(one.answer) == "yes", one.example.answers[0] == "yes"
+            counts[unit, place] += (said and true, said, true, 1)
+
+    def score(sums: Array) -> Array:
+        both, said, true, items = np.moveaxis(sums, -1, 0)  # each [samples, samplings]
+        f1 = 100 * 2 * both / np.maximum(said + true, 1)
+        found: Array = f1.sum(axis=1) / np.maximum((items > 0).sum(axis=1), 1)
+        return found
+
+    return of_counts(counts, score)
 
 
 def pope_answer(answer: str) -> str:
@@ -74,9 +99,11 @@ def mme_scores(answered: Sequence[Answered]) -> dict[str, float]:
         category: _percent([right for pair in pairs.values() for right in pair]) + _percent([all(pair) for pair in pairs.values()])
         for category, pairs in images.items()
     }
+    known = {*MME_PERCEPTION, *MME_COGNITION}
+    of_images = [[100 * (sum(pair) / len(pair) + all(pair)) for pair in pairs.values()] for name, pairs in images.items() if name in known]
     perception = sum(value for category, value in by_category.items() if category in MME_PERCEPTION)
     cognition = sum(value for category, value in by_category.items() if category in MME_COGNITION)
-    return {"score": perception + cognition, "perception": perception, "cognition": cognition, **by_category}
+    return {"score": perception + cognition, **of_sum(of_images), "perception": perception, "cognition": cognition, **by_category}
 
 
 def circular_scores(answered: Sequence[Answered]) -> dict[str, float]:
@@ -85,7 +112,8 @@ def circular_scores(answered: Sequence[Answered]) -> dict[str, float]:
     for one in answered:
         questions[int(one.example.key.partition("~")[0]) % 1_000_000].append(one)
     right = [(all(map(_is_right, group)), group[0].example.category) for group in questions.values()]
-    found = {"score": _percent([ok for ok, _ in right]), "each order": _percent([_is_right(one) for one in answered])}
+    found = {"score": _percent([ok for ok, _ in right]), **of_mean([100 * ok for ok, _ in right])}
+    found["each order"] = _percent([_is_right(one) for one in answered])
     for category in sorted({category for _, category in right} - {""}):
         found[category] = _percent([ok for ok, own in right if own == category])
     return found

@@ -22,6 +22,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 
+from megatron_mm.evaluation.metrics.cider_spread import ResampledCider, cider_stderr
 from megatron_mm.evaluation.tasks.base import Answered
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,6 @@ def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[S
 
 
 def _similarity(one: dict[tuple[str, ...], float], other: dict[tuple[str, ...], float], *, lengths: tuple[int, int]) -> float:
-    # The official code measures a caption's length in 2-grams, one fewer than words.
-    difference = max(0, lengths[0] - 1) - max(0, lengths[1] - 1)
     products, norms = [0.0] * _LONGEST, [[0.0] * _LONGEST, [0.0] * _LONGEST]
     for number, vector in enumerate((one, other)):
         for gram, weight in vector.items():
@@ -113,11 +112,24 @@ def _similarity(one: dict[tuple[str, ...], float], other: dict[tuple[str, ...], 
         if gram in other:
             products[len(gram) - 1] += min(weight, other[gram]) * other[gram]
     cosines = [p / math.sqrt(a * b) if a and b else p for p, a, b in zip(products, *norms, strict=True)]
-    return sum(cosines) / _LONGEST * math.exp(-(difference**2) / (2 * _SIGMA**2))
+    return sum(cosines) / _LONGEST * _penalty(*lengths)
+
+
+def _penalty(candidate: int, reference: int) -> float:
+    """Factor for captions of different lengths, in words."""
+    difference = max(0, candidate - 1) - max(0, reference - 1)  # the official code measures length in 2-grams, one fewer than words
+    return math.exp(-(difference**2) / (2 * _SIGMA**2))
+
+
+def cider_d_spread(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> ResampledCider:
+    """CIDEr-D of samples of the images. Arguments as of `cider_d`."""
+    counted = [[_counts(words) for words in of_image] for of_image in references]
+    penalties = [[_penalty(len(one), len(text)) for text in of_image] for one, of_image in zip(candidates, references, strict=True)]
+    return ResampledCider([_counts(words) for words in candidates], counted, penalties, longest=_LONGEST)
 
 
 def caption_scores(answered: Sequence[Answered]) -> dict[str, float]:
-    """CIDEr-D times 100 of all images, and of each category if examples have categories."""
+    """CIDEr-D times 100 of all images with its standard error, and of each category if examples have categories."""
     texts = [text for one in answered for text in (one.answer, *one.example.answers)]
     words = iter(tokenized(texts))
     candidates, references = [], []
@@ -126,6 +138,8 @@ def caption_scores(answered: Sequence[Answered]) -> dict[str, float]:
         references.append([next(words) for _ in one.example.answers])
     scores = cider_d(candidates, references)
     found = {"score": 100 * sum(scores) / len(scores) if scores else math.nan}
+    if len(scores) > 1:
+        found["stderr"] = 100 * cider_stderr(cider_d_spread(candidates, references), num_images=len(scores))
     for category in sorted({one.example.category for one in answered} - {""}):
         own = [score for score, one in zip(scores, answered, strict=True) if one.example.category == category]
         found[category] = 100 * sum(own) / len(own)

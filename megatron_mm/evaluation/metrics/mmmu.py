@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from megatron_mm.evaluation.metrics.spread import of_mean
 from megatron_mm.evaluation.tasks.base import LETTERS, Answered
 
 _INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
@@ -93,4 +94,5 @@ def mmmu_scores(answered: Sequence[Answered]) -> dict[str, float]:
         right = one.answer in example.answers if example.choices else open_is_right(one.answer, example.answers)
         for name in ("score", "multiple choice" if example.choices else "open", example.category):
             groups[name].append(right)
-    return {name: 100 * sum(values) / len(values) for name, values in groups.items() if name}
+    scores = {name: 100 * sum(values) / len(values) for name, values in groups.items() if name}
+    return scores | of_mean([100 * value for value in groups["score"]])

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from megatron_mm.evaluation.metrics.spread import of_mean
 from megatron_mm.evaluation.tasks.base import Answered
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -90,13 +91,14 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 def vqa_scores(answered: Sequence[Answered]) -> dict[str, float]:
     """VQA accuracy in percent."""
-    return {"score": _percent([vqa_accuracy(one.answer, one.example.answers) for one in answered])}
+    return _mean([vqa_accuracy(one.answer, one.example.answers) for one in answered])
 
 
 def exact_match_scores(answered: Sequence[Answered]) -> dict[str, float]:
     """Percentage of answers that equal a reference, both normalised."""
-    return {"score": _percent([float(normalised(one.answer) in map(normalised, one.example.answers)) for one in answered])}
+    return _mean([float(normalised(one.answer) in map(normalised, one.example.answers)) for one in answered])
 
 
-def _percent(values: Sequence[float]) -> float:
-    return 100 * sum(values) / len(values) if values else float("nan")
+def _mean(values: Sequence[float]) -> dict[str, float]:
+    """The mean of the items' scores in percent, and its standard error."""
+    return {"score": 100 * sum(values) / len(values) if values else float("nan"), **of_mean([100 * value for value in values])}

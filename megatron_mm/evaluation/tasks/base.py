@@ -104,7 +104,7 @@ class Task:
     metric: str
     """Name of the main score, with its unit."""
     score: Callable[[Sequence[Answered]], dict[str, float]]
-    """Computes scores of answers, by name; the main one is "score"."""
+    """Computes scores of answers, by name; the main one is "score", and "stderr" its standard error, if it is known."""
     evaluated: Split
     demonstrations: Split | None
     """Split from which demonstrations are drawn; None if the task is zero-shot only."""
