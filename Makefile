@@ -35,8 +35,9 @@ $(STAMP): setup.py pyproject.toml
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(BIN)/python -m pip install --quiet nvidia-dali-cuda130 || echo "no DALI here: Pillow decodes"; fi
 	touch $@
 
+DEMO_OUT ?= demo_output
 demo: $(STAMP)
-	$(BIN)/python tools/demo.py --out demo_output
+	$(BIN)/python tools/demo.py --out $(DEMO_OUT)
 
 # Two test files at a time, which is what two cores carry (many tests start several processes of their own): WORKERS=4 on a larger machine.
 WORKERS ?= 2

@@ -27,12 +27,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="directory to write (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=2000, help="training samples to draw (default: %(default)s)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=2000,
+        help="pairs, interleaved documents and texts to draw, and half as many conversations and tasks (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     out, began = arguments.out, time.monotonic()
     data, run_dir, model = out / "data", out / "run", out / "model"
     if out.exists():
-        sys.exit(f"{out} exists already: remove it or choose another --out")
+        sys.exit(
+            f"{out} exists already: remove it (rm -r {out}), or write elsewhere with `make demo DEMO_OUT=DIR` or "
+            f"`{Path(sys.executable).name} tools/demo.py --out DIR`"
+        )
     program = (sys.executable, "-m", "megatron_mm")
     run("Draw a data set, train its tokenizer, index it", *program, "prepare", "demo", "--out", data, "--samples", str(arguments.samples))
     train = (

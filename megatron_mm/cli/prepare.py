@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 def _demo_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--samples", type=integer, default=2000, metavar="N", help="number of training samples (default: %(default)s)")
+    parser.add_argument(
+        "--samples",
+        type=integer,
+        default=2000,
+        metavar="N",
+        help="number of pairs, interleaved documents and texts to train on; half as many conversations and tasks are added "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--seed", type=integer, default=0, metavar="N", help="seed of the scenes (default: %(default)s)")
 
 
@@ -132,7 +139,11 @@ def _tokenizer_arguments(parser: Parser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="data set")
     parser.add_argument("--out", type=Path, metavar="FILE", help="model to write (default: PATH/tokenizer.model)")
     parser.add_argument(
-        "--vocab-size", type=integer, default=49152, metavar="N", help="number of tokens, including special ones (default: %(default)s)"
+        "--vocab-size",
+        type=integer,
+        default=49152,
+        metavar="N",
+        help="greatest number of tokens, including special ones (default: %(default)s)",
     )
     add_keys(parser, text=True, image=True, messages=True)
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_mm.cli.command import Command, Parser, integer
+from megatron_mm.cli.recipe import list_recipes, recipe_of
+from megatron_mm.config import Experiment
 
 
 def _view_arguments(parser: Parser) -> None:
-    parser.add_argument("path", type=Path, metavar="DATA", help="indexed data set")
+    parser.add_argument(
+        "path", type=Path, metavar="DATA", help="indexed data set; all of its sources are shown if it lacks one of data.mixture"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: DATA/view.html)")
     parser.add_argument(
-        "--recipe", default="debug_mm1", metavar="NAME", help="recipe whose packing and images are shown (default: %(default)s)"
+        "--recipe",
+        default="debug_mm1",
+        metavar="NAME",
+        help="recipe whose packing and images are shown; its fields are options, as for train (default: %(default)s)",
     )
     parser.add_argument("--split", default="train", metavar="NAME", help="split to show (default: %(default)s)")
     parser.add_argument(
@@ -20,11 +28,18 @@ def _view_arguments(parser: Parser) -> None:
     )
 
 
+def _view_experiment(given: argparse.Namespace) -> Experiment:
+    return recipe_of(given)
+
+
 def _view(given: argparse.Namespace) -> None:
-    from megatron_mm.families.recipes import get_recipe
     from megatron_mm.run.view import with_sources_of, write_view
 
-    experiment = with_sources_of(get_recipe(given.recipe), given.path, split=given.split)
+    experiment = given.experiment
+    if any(word.startswith("--data.mixture") for word in given.overrides):
+        experiment = replace(experiment, data=replace(experiment.data, path=given.path))
+    else:
+        experiment = with_sources_of(experiment, given.path, split=given.split)
     out = given.out or given.path / "view.html"
     tokens = write_view(experiment, out, recipe=given.recipe, split=given.split, micro_batches=given.micro_batches)
     print(f"{out}: {tokens:,} tokens, {out.stat().st_size / 1e6:.1f} MB")
@@ -48,6 +63,12 @@ def _report(given: argparse.Namespace) -> None:
 
 
 LOOK_COMMANDS = {
-    "view": Command(help="write an HTML page that shows packed sequences as a model sees them", run=_view, arguments=_view_arguments),
+    "view": Command(
+        help="write an HTML page that shows packed sequences as a model sees them",
+        run=_view,
+        arguments=_view_arguments,
+        experiment=_view_experiment,
+        notes=list_recipes,
+    ),
     "report": Command(help="print statistics of an indexed data set", run=_report, arguments=_report_arguments),
 }

@@ -29,6 +29,7 @@ import torch
 
 from megatron_mm.conversion.files import tensor_bytes, write_at
 from megatron_mm.platform.files import checksum_of, sync_to_disk
+from megatron_mm.reporting.units import size
 
 logger = logging.getLogger(__name__)
 
@@ -251,9 +252,7 @@ def _check_room(partial: Path, lanes: Sequence[Lane], known: dict[int, list[Writ
     needed = sum(task.num_bytes for lane in lanes for task in lane.tasks) - there
     free = shutil.disk_usage(partial).free
     if needed > free:
-        raise ValueError(
-            f"{partial.parent} has {free / 1e9:.2f} GB of free space, but {needed / 1e9:.2f} GB will be written: free some space"
-        )
+        raise ValueError(f"{partial.parent} has {size(free)} of free space, but {size(needed)} will be written: free some space")
 
 
 def _prepare_file(path: Path, lane: Lane) -> None:
@@ -338,13 +337,13 @@ class _Progress:
                 self.told = now
                 rate = (self.done - self.skipped) / (now - self.started)
                 left = (self.total - self.done) / rate
-                logger.info("%.2f of %.2f GB, %.2f GB/s, about %.0f s left", self.done / 1e9, self.total / 1e9, rate / 1e9, left)
+                logger.info("%s of %s, %s/s, about %.0f s left", size(self.done), size(self.total), size(rate), left)
 
     def finish(self) -> None:
         seconds = max(time.monotonic() - self.started, 1e-9)
-        kept = f"; {self.skipped / 1e9:.2f} GB were already written" if self.skipped else ""
+        kept = f"; {size(self.skipped)} were already written" if self.skipped else ""
         written = self.done - self.skipped
-        logger.info("wrote %.2f GB in %.1f s (%.2f GB/s)%s", written / 1e9, seconds, written / seconds / 1e9, kept)
+        logger.info("wrote %s in %.2g s (%s/s)%s", size(written), seconds, size(written / seconds), kept)
 
 
 def _first_line(path: Path) -> Any:

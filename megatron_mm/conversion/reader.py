@@ -109,13 +109,19 @@ def is_weight(name: str) -> bool:
 
 
 def _check_size(path: Path, size: int) -> None:
-    if not path.is_file() or path.stat().st_size != size:
-        raise ValueError(f"checkpoint file {path} is missing, or its size is not {size} bytes: restore it")
+    advice = "restore it or convert another checkpoint"
+    if not path.is_file():
+        raise ValueError(f"checkpoint file {path} is missing: {advice}")
+    if (found := path.stat().st_size) != size:
+        raise ValueError(f"checkpoint file {path} is {found} bytes long, expected {size}: {advice}")
 
 
 def _check_sum(path: Path, checksum: int) -> None:
-    if checksum_of(path) != checksum:
-        raise ValueError(f"checkpoint file {path} is damaged (its checksum differs): restore it")
+    if (found := checksum_of(path)) != checksum:
+        raise ValueError(
+            f"checkpoint file {path} is damaged (its CRC-32 is {found:08x}, expected {checksum:08x}): "
+            "restore it or convert another checkpoint"
+        )
 
 
 def _chunks_by_row(entry: TensorStorageMetadata) -> dict[int, list[ChunkStorageMetadata]]:

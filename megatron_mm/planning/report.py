@@ -10,9 +10,24 @@ from megatron_mm.planning.recipe_job import Planned
 from megatron_mm.planning.saves_and_start import describe_saves_and_start, save_cost
 from megatron_mm.planning.search import SearchResult, options
 from megatron_mm.planning.step import Prediction
+from megatron_mm.reporting.units import scaled, size, spans
 
 ERROR_BAND = {"dense": 0.12, "moe": 0.20}
 """Relative error that nine of ten published step times do not exceed (docs/planning.md); for MoE including the experts' balance."""
+
+
+_LIMITS = {
+    "element-wise kernels": "element-wise kernels (norms, activations, sums: they wait for the GPU's memory)",
+    "messages of layers": "messages inside layers (tensor, sequence and expert parallelism)",
+    "host": "pauses of the GPU (the CPU launches kernels more slowly than they run)",
+    "pipeline bubble": "pauses of pipeline ranks (they wait for each other, at the beginning and the end of a step most of all)",
+    "gradient reduction": "gradient reductions that do not overlap with the backward pass",
+    "optimizer": "the optimizer's updates",
+    "parameter gather": "gathers of updated parameters from other data-parallel ranks",
+    "attention": "attention kernels",
+    "jitter": "waits for the slowest process of each step",
+}
+"""What the parts of a step are, for the line that names the largest of them."""
 
 
 def kind_of(planned: Planned) -> str:
@@ -41,17 +56,17 @@ def describe(planned: Planned, prediction: Prediction, *, price: float | None = 
     yield f"{experiment.recipe} on {gpus} {gpu.name}: {job.layout}, {len(job.micro_batches)} micro-batches of {train.micro_batch_size}"
     yield (
         f"work     {sequences} sequences, {work.num_tokens:,} tokens ({100 * fill:.1f}% full), {work.num_images:,} images ({drawn}); "
-        f"{planned.flops / 1e15:.1f} PFLOP"
+        f"{scaled(planned.flops, 'FLOP')}"
     )
     yield from _memory(prediction, gpu)
     yield (
-        f"step     {seconds:.3f} s, {seconds * (1 - band):.2f} to {seconds * (1 + band):.2f} with the error band of {100 * band:.0f}%; "
+        f"step     {seconds:.3f} s, {seconds * (1 - band):.3g} to {seconds * (1 + band):.3g} with the error band of {100 * band:.0f}%; "
         f"{100 * mfu(planned, prediction):.1f}% of bf16 peak on real tokens, {work.num_tokens / seconds:,.0f} tokens/s"
     )
     for name, value in sorted(prediction.parts.items(), key=lambda part: -part[1]):
         if value > 0.0005 * seconds:
-            yield f"         {value:8.3f} s  {100 * value / seconds:5.1f}%  {name}"
-    yield f"limit    {prediction.limit}: the largest part of the time besides matrix products"
+            yield f"         {f'{value:.3f} s' if seconds >= 1 else f'{1e3 * value:.2f} ms':>11}  {100 * value / seconds:5.1f}%  {name}"
+    yield f"limit    besides matrix products, {_LIMITS.get(prediction.limit, prediction.limit)} take the most time"
     yield from _run(planned, prediction, price=price)
 
 
@@ -67,7 +82,7 @@ def _memory(prediction: Prediction, gpu: Gpu) -> Iterator[str]:
         "activations": worst.activations,
         "workspaces": worst.transient + worst.total - worst.allocated,
     }
-    yield "         fullest rank: " + ", ".join(f"{name} {size / GIGA:.1f}" for name, size in parts.items()) + " GB"
+    yield "         fullest rank: " + ", ".join(f"{name} {size(part)}" for name, part in parts.items())
 
 
 def _run(planned: Planned, prediction: Prediction, *, price: float | None) -> Iterator[str]:
@@ -76,14 +91,17 @@ def _run(planned: Planned, prediction: Prediction, *, price: float | None) -> It
     stall = save_cost(planned.job).seconds
     stalls = steps // experiment.checkpoint.interval * stall
     hours = (steps * prediction.seconds + stalls) / 3600
-    line = (
-        f"run      {steps:,} steps: {hours / 24:.1f} days ({hours * (1 - band) / 24:.1f} to {hours * (1 + band) / 24:.1f}), "
-        f"{hours * gpus:,.0f} GPU-hours"
-    )
-    yield line + (f", {hours * gpus * price:,.0f} at {price:g} a GPU-hour" if price is not None else "")
+    (whole, least, most), unit = spans(*(3600 * hours * factor for factor in (1, 1 - band, 1 + band)))
+    line = f"run      {steps:,} steps: {whole} {unit} ({least} to {most}), {_few(hours * gpus)} GPU-hours"
+    yield line + (f", {_few(hours * gpus * price)} at {price:g} a GPU-hour" if price is not None else "")
     share = 100 * stalls / (3600 * hours)
-    yield f"         saves: {stall:.1f} s of waiting each, {share:.2f}% of the run; evaluation is not counted"
+    yield f"         saves: {stall:.2g} s of waiting each, {share:.2f}% of the run; evaluation is not counted"
     yield from describe_saves_and_start(planned.job)
+
+
+def _few(value: float) -> str:
+    """Whole numbers, but two digits of small ones."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def table(result: SearchResult) -> Iterator[str]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from megatron_mm.planning.hardware import GIGA
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.memory import parameters_of_ranks, share_of
+from megatron_mm.reporting.charts import short
+from megatron_mm.reporting.units import size
 
 COPY_GB_S = 1.2
 """Rate, in GB/s, at which a process copies its state to the host for a save, measured with one process on an H200 (docs/gpu.md). Training
@@ -60,14 +62,14 @@ def numbers_drawn(job: Job) -> float:
 def describe_saves_and_start(job: Job) -> Iterator[str]:
     """Lines for the terminal."""
     cost = save_cost(job)
-    staged, state, weights = (size / GIGA for size in (cost.staged_bytes, cost.state_bytes, cost.weight_bytes))
+    staged, state, weights = (size(part) for part in (cost.staged_bytes, cost.state_bytes, cost.weight_bytes))
     yield (
-        f"save     the fullest process copies {staged:.2f} GB to its host (optimizer {state:.2f}, weights {weights:.2f}), for which "
-        f"training waits {cost.seconds:.1f} s, and writes them while training continues; a resume reads as much"
+        f"save     the fullest process copies {staged} to its host (optimizer {state}, weights {weights}), for which "
+        f"training waits {cost.seconds:.2g} s, and writes them while training continues; a resume reads as much"
     )
     least, most = (sum(bounds) for bounds in zip(*START_SECONDS.values(), strict=True))
     parts = ", ".join(f"{name} {low:.0f} to {high:.0f}" for name, (low, high) in START_SECONDS.items())
     yield (
         f"start    {least:.0f} to {most:.0f} s to the end of the first step ({parts}), plus the time to draw "
-        f"{numbers_drawn(job) / 1e9:.1f}e9 initial weights on the device and to connect the processes (not measured)"
+        f"{short(numbers_drawn(job))} initial weights on the device and to connect the processes (not measured)"
     )

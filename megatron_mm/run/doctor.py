@@ -251,7 +251,9 @@ def _in_netrc(host: str) -> bool:
 
 def _check_limits(path: Path) -> Iterator[Finding]:
     there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    yield _size("free disk here", there, MIN_FREE_DISK, "keep checkpoints elsewhere with --run-dir")
+    yield _size(
+        "disk space", there, MIN_FREE_DISK, "a run with large checkpoints may fill it, so give `train` a --run-dir on a larger disk"
+    )
     shared = Path("/dev/shm")
     if shared.is_dir():
         yield _size("/dev/shm", shared, MIN_SHARED_MEMORY, "in a container, use --ipc=host or --shm-size")
@@ -268,8 +270,8 @@ def _usable_cores() -> int:
 
 def _size(name: str, path: Path, wanted: int, advice: str) -> Finding:
     free = shutil.disk_usage(path).free
-    detail = f"{free / 2**30:.1f} GiB"
-    return Finding(name, "ok", detail) if free >= wanted else Finding(name, "warning", f"{detail}: {advice}")
+    detail = f"{free / 2**30:.1f} GiB free in {path}"
+    return Finding(name, "ok", detail) if free >= wanted else Finding(name, "warning", f"{detail}, which is little: {advice}")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (

@@ -20,6 +20,10 @@ from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import check_same_tokenizer, load_weights
 from megatron_mm.training.step import TrainingStep
 
+_HOW_TO_HOLD_OUT = (
+    f"put shards that training does not use into DATA/{SPLIT}/NAME, with the NAMEs of data.mixture, and run `megatron-mm prepare index "
+    "DATA`; or give --data.path DATA of a data set that has it"
+)
 Images = Literal["true", "shuffled", "blank"]
 IMAGES: tuple[Images, ...] = ("true", "shuffled", "blank")
 """Images that the model sees: each sample's own, those of other samples, or the mean colour everywhere."""
@@ -81,7 +85,7 @@ def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
     Raises ValueError if there is no held-out split, or if the checkpoint, layout or data does not fit.
     """
     if not (local_data(experiment.data) / SPLIT).is_dir():
-        raise ValueError(f"data path {experiment.data.path} has no {SPLIT} folder: set --data.path")
+        raise ValueError(f"data path {experiment.data.path} has no folder {SPLIT}: {_HOW_TO_HOLD_OUT}")
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
     check_same_tokenizer(experiment, checkpoint)
     tokenizer = open_tokenizer(experiment)

@@ -126,9 +126,9 @@ def _host(processes: int, path: Path) -> Iterator[Finding]:
             file.write(b"x")
             file.flush()
             os.fsync(file.fileno())
-        yield Finding("storage", True, f"{path} can be written, {shutil.disk_usage(path).free / 2**30:.0f} GiB free")
+        yield Finding("storage", True, f"files can be written to {path.absolute()}, {shutil.disk_usage(path).free / 2**30:.0f} GiB free")
     except OSError as error:
-        yield Finding("storage", False, f"{path}: {error}")
+        yield Finding("storage", False, f"files cannot be written to {path.absolute()}: {error}")
 
 
 def _links(gpus: int) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ slower; their times are recorded like those of other steps.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,7 @@ class Profile(Hook):
         if on_gpu and self.config.memory:
             torch.cuda.memory._record_memory_history(max_entries=200_000)
         self._profiler = torch.profiler.profile(activities=activities, profile_memory=self.config.memory, acc_events=True)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's tracer would print lines of its own
         self._profiler.start()
         self.ranges.install()
         self._open(step)
@@ -145,7 +147,7 @@ def where_it_went(phases: Sequence[dict[str, float]], predicted: dict[str, float
         predicted: seconds by part, from `planning.step.Prediction`; empty if the planner does not know the device.
     """
     whole = sum(step["seconds"] for step in phases) / len(phases)
-    yield f"{'':32}{'measured':>12}{'':>8}{'predicted':>12}{'ratio':>8}"
+    yield f"{'':32}{'measured':>12}{'of step':>8}{'predicted':>12}{'ratio':>8}"
     for title, measured_parts, predicted_parts in _PLANNED:
         measured = sum(step.get(part, 0.0) for step in phases for part in measured_parts) / len(phases)
         yield _row(title, measured, whole, sum(predicted.get(part, 0.0) for part in predicted_parts) if predicted else None)
@@ -293,6 +295,17 @@ class _NamedData:
 
 
 def profile_hooks(trainer: Trainer) -> list[Hook]:
-    """The profiling hook, if this process is profiled; otherwise none."""
+    """The profiling hook, if this process is profiled; otherwise none. Warns if the run does not reach the first step to profile, or has
+    trained it before it was resumed."""
     config = trainer.experiment.profile
-    return [Profile(trainer)] if config.steps is not None and trainer.topology.rank in config.ranks else []
+    if config.first is None or trainer.topology.rank not in config.ranks:
+        return []
+    done, steps = trainer.state.step, trainer.experiment.train.steps
+    if config.first <= done or config.first > steps:
+        logger.warning(
+            "profile.steps is %s, but this run trains from step %d to step %d: nothing is profiled. Give --profile.steps a first step "
+            "between these",
+            *(config.steps, done + 1, steps),
+        )
+        return []
+    return [Profile(trainer)]

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,51 @@ def test_a_tokenizer_is_trained_on_training_texts_alone(tmp_path: Path) -> None:
     tokenizer = Tokenizer.open(tmp_path / "tokenizer.model")
     assert f"{tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}" in line
     assert len(tokenizer.encode("apple")) < len(tokenizer.encode("zebra"))
+
+
+def test_texts_too_few_for_the_vocabulary_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "train" / "text" / "0.tar", {f"{n}.txt": f"the apple number {n}".encode() for n in range(60)})
+    prepare_tokenizer(tmp_path, out=tmp_path / "tokenizer.model", vocab_size=1000)
+    assert "are enough for only " in caplog.text and "of the 1,000 tokens of --vocab-size" in caplog.text
+    caplog.clear()
+    prepare_tokenizer(tmp_path, out=tmp_path / "tokenizer.model", vocab_size=300)
+    assert not caplog.text
+
+
+def test_another_chat_template_or_caption_prompt_than_before_is_mentioned(
+    demo_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    talk = {"conversations": [{"from": "human", "value": "what shape?"}, {"from": "gpt", "value": "a cross"}]}
+    write_tar(tmp_path / "train" / "talks" / "0.tar", {"0.json": json.dumps(talk).encode()})
+    write_tar(tmp_path / "train" / "pairs" / "0.tar", {"0.jpg": picture(), "0.txt": b"a cross"})
+    tokenizer = demo_data / "tokenizer.model"
+    for _ in range(2):
+        prepare_index(tmp_path, tokenizer=tokenizer, template="vicuna", caption_prompt="what is it?")
+    assert not caplog.text
+    prepare_index(tmp_path, tokenizer=tokenizer)
+    warned = sorted(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert (
+        len(warned) == 2 and "pairs was indexed with --caption-prompt 'what is it?', and this index with no --caption-prompt" in warned[0]
+    )
+    assert "talks was indexed with --chat-template vicuna, and this index with --chat-template plain replaces it" in warned[1]
+    assert warned[1].endswith("add --chat-template vicuna to keep it")
+
+
+@pytest.mark.parametrize(
+    ("damage", "used"),
+    [
+        (lambda data: data[: 5 * 1024 + 515], "the samples before its end are used, except the last"),
+        (lambda data: data[:2048] + bytes([255]) * 512 + data[2560:], "the samples before and after the damage are used, except the one"),
+    ],
+)
+def test_the_log_says_which_samples_of_a_damaged_shard_are_used(
+    demo_data: Path, tmp_path: Path, damage: Callable[[bytes], bytes], used: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = write_tar(tmp_path / "a" / "0.tar", {f"{n}.txt": b"a text" for n in range(6)})
+    shard.write_bytes(damage(shard.read_bytes()))
+    lost = IndexOptions(kind="text", max_rejected=1)
+    prepare_index(tmp_path, tokenizer=demo_data / "tokenizer.model", options=lost)
+    assert used in caplog.text and len(open_index(tmp_path / "a")) == 4
 
 
 def test_an_image_is_decoded_to_its_end() -> None:

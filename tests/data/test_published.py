@@ -96,6 +96,19 @@ def test_folders_of_images_and_texts(tmp_path: Path, demo_data: Path) -> None:
         run("pairs", [tmp_path / "in"], tmp_path / "out")
 
 
+def test_images_are_counted_once_and_a_damaged_one_does_not_decode(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An image has a key for its path, each tail of it and its stem, but it is one image."""
+    images = write_images(tmp_path / "images", ["a/b/0.jpg", "a/1.jpg", "a/2.jpg", "a/3.jpg", "a/4.jpg"])
+    (images / "a" / "2.jpg").write_bytes(b"\0" * 64)
+    (images / "a" / "3.jpg").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 64)
+    lines = [{"caption": f"picture {n}", "image": f"a/{'b/' * (n == 0)}{n}.jpg"} for n in range(5)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    caplog.set_level("INFO")
+    found = run("pairs", [tmp_path / "pairs.jsonl"], tmp_path / "out", lose=1.0, images=str(images))
+    assert f"found 5 images in {images}" in caplog.text and found.samples == 3
+    assert found.rejected == {"image does not decode": 1, "image in an unsupported format": 1}
+
+
 def test_pairs_with_keys_of_their_own(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", ["a/0.jpg", "a/1.jpg"])
     lines = [{"meta": {"caption": f"picture {n}"}, "where": f"a/{n}.jpg"} for n in range(2)]

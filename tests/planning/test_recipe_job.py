@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_mm.cli.main import main
 from megatron_mm.config import ParallelConfig
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.flops import StepWork
+from megatron_mm.planning.drawing import draw_timeline
 from megatron_mm.planning.hardware import GPUS, OURS, with_host
 from megatron_mm.planning.kernels import Attention, Block, Product
 from megatron_mm.planning.recipe_job import plan_recipe
@@ -59,6 +61,25 @@ def test_the_plan_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for word in ("fits     yes", "step  ", "error band", "GPU-hours", "limit"):
         assert word in printed
     assert picture.stat().st_size > 1000 and '"traceEvents"' in trace.read_text()
+
+
+def test_the_plan_of_a_small_run_has_units_that_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "debug_mm1", "--num-gpus", "4"])
+    printed = capsys.readouterr().out
+    assert not re.search(r"\b0\.0+( |e9)(s|ms|GB|days|hours|PFLOP|initial)", printed), printed
+    assert "besides matrix products, pauses of the GPU (the CPU launches kernels more slowly than they run) take the most time" in printed
+
+
+def test_a_timeline_has_a_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    job = plan_recipe(get_recipe("mm1_30b"), GPUS["h100-sxm"], 512).job
+    draw_timeline(StepModel(job).predict(keep_events=True).pipeline, tmp_path / "step.png", title="mm1_30b")
+    (legend,) = figures[0].legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert named[0] == "forward pass of a micro-batch, chunk 0 of the rank" and named[-1] == "waiting (pipeline bubble)" and len(named) == 5
 
 
 def test_parts_add_up_to_the_step() -> None:

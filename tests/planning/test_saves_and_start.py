@@ -67,5 +67,5 @@ def test_a_share_of_the_state_shrinks_with_data_parallelism() -> None:
 
 def test_the_lines_name_bytes_and_parts() -> None:
     save, start = describe_saves_and_start(job(get_recipe("mm1_30b"), 512))
-    assert "GB to its host" in save and "a resume reads" in save
-    assert "imports 15 to 19" in start and "e9 initial weights" in start
+    assert "B to its host" in save and "a resume reads" in save
+    assert "imports 15 to 19" in start and "B initial weights" in start

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from support.data_files import ALONE
 
+from megatron_mm.cli.main import main
 from megatron_mm.data.prepare.report import draw_report, report
 from megatron_mm.data.sources.index import open_split
 from megatron_mm.families.recipes import get_recipe
@@ -61,6 +62,12 @@ def test_data_of_other_names_is_shown_in_equal_shares(demo_data: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"has no indexed source: run `megatron-mm prepare index"):
         with_sources_of(recipe, demo_data.parent, split="train")
+
+
+def test_a_mixture_that_is_given_is_shown(demo_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "view.html"
+    main(["prepare", "view", str(demo_data), "--out", str(out), "--micro-batches", "1", "--data.mixture", "text=1"])
+    assert "<img " not in out.read_text(), "texts alone"
 
 
 def test_the_report_counts_what_the_index_holds(demo_data: Path, tmp_path: Path) -> None:

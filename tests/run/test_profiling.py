@@ -6,6 +6,7 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from support.distributed import run_processes
 from support.small import small_run
 
 from megatron_mm.config import ProfileConfig
-from megatron_mm.run.profiling import Profile, where_it_went
+from megatron_mm.families.recipes import get_recipe
+from megatron_mm.run.profiling import Profile, profile_hooks, where_it_went
 from megatron_mm.run.start import start
 from megatron_mm.training.phases import _Named
 from megatron_mm.training.trainer import Trainer
@@ -95,6 +97,18 @@ def test_interleaved_stages_name_micro_batch_and_chunk_on_the_given_process(demo
             assert any(a <= begin and end <= b for m in (0, 1) for a, b in found[f"forward micro-batch {m} chunk {chunk}"])
         for begin, end in found[f"layer {number} backward"]:
             assert any(a <= begin and end <= b for m in (0, 1) for a, b in found[f"backward micro-batch {m} chunk {chunk}"])
+
+
+def test_a_run_that_does_not_train_the_steps_to_profile_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    for done, steps, told in ((4, 20, "from step 5 to step 20"), (0, 1, "from step 1 to step 1")):
+        experiment = replace(get_recipe("debug_mm1"), profile=ProfileConfig(steps="2:3"))
+        experiment = replace(experiment, train=replace(experiment.train, steps=steps))
+        trainer: Any = SimpleNamespace(experiment=experiment, state=SimpleNamespace(step=done), topology=SimpleNamespace(rank=0))
+        assert profile_hooks(trainer) == []
+        assert f"profile.steps is 2:3, but this run trains {told}: nothing is profiled" in caplog.text
+        caplog.clear()
+        trainer.topology.rank = 1
+        assert profile_hooks(trainer) == [] and not caplog.text, "one rank says it"
 
 
 def test_measured_stands_beside_predicted() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ from megatron_mm.data.prepare.samples import Losses, Reading, Verify, document_o
 from megatron_mm.data.prepare.shard_jobs import Progress, ShardJob, choose_shards, run_jobs
 from megatron_mm.data.prepare.summary import SourceSummary, Summary, check_losses
 from megatron_mm.data.sources.index import SHARDS_CHECKED_AT_ONCE
-from megatron_mm.data.sources.index_files import write_index
+from megatron_mm.data.sources.index_files import META, write_index
 from megatron_mm.data.sources.shard_table import Shard, ShardTable
 from megatron_mm.data.sources.shards import BrokenShard, KeyEnds
 from megatron_mm.data.sources.source import CHAT_KINDS, Kind
@@ -132,6 +134,7 @@ def _prepare(
         if home == source and not os.access(source, os.W_OK):
             raise ValueError(f"source {source} cannot be written to: use --index-dir DIR, and train with --data.path DIR")
         job = _SourceJob(source, home, found, model, fingerprint, reading, options, mirror)
+        _warn_of_changes(job)
         if not merge_only:
             _read_shards(job, found if shards is None else [found[n] for n in choose_shards(shards, len(found))], workers=workers)
         summaries[f"{split}/{name}"] = _merge(job) if shards is None else _read_so_far(job)
@@ -181,6 +184,13 @@ class _SourceJob:
     def recipe(self) -> str:
         return recipe_of(self.reading, tokenizer=self.fingerprint)
 
+    @property
+    def chats(self) -> dict[str, str | None]:
+        """How the samples become chats, as meta.json of the index records it."""
+        prompt = self.reading.rendering.caption_prompt
+        are_chats = self.reading.kind in CHAT_KINDS or prompt is not None
+        return {"chat_template": self.options.template if are_chats else None, "caption_prompt": prompt}
+
     def rows(self, shard: Path) -> Path:
         """Return the path of a shard's row file."""
         return row_file_of(self.source, shard, home=self.home)
@@ -194,6 +204,24 @@ class _SourceJob:
             for first in range(0, len(shards), 4096):
                 part = shards[first : first + 4096]
                 yield from threads.map(lambda shard: current_header(self.rows(shard), shard, recipe=self.recipe), part)
+
+
+def _warn_of_changes(job: _SourceJob) -> None:
+    """Warn if the source has an index with another chat template or caption prompt, because that index is about to be replaced."""
+    try:
+        former = json.loads((job.home / "index" / META).read_text())
+        changed = [(name, former.get(name), new) for name, new in job.chats.items() if former.get(name) != new]
+    except (OSError, ValueError, AttributeError):
+        return  # there is no index, or a damaged one
+    for name, old, new in changed:
+        option = f"--{name.replace('_', '-')}"
+        keep = f"add {option} {shlex.quote(str(old))} to keep it" if old is not None else f"leave out {option} to keep it"
+        if name == "chat_template" and None in (old, new):
+            continue  # the kind or the caption prompt changed
+        logger.warning(
+            "source %s was indexed with %s, and this index with %s replaces it: its texts get other tokens; %s",
+            *(job.shown, *(f"{option} {shlex.quote(str(value))}" if value is not None else f"no {option}" for value in (old, new)), keep),
+        )
 
 
 def _read_shards(job: _SourceJob, shards: Sequence[Path], *, workers: int) -> None:
@@ -262,12 +290,10 @@ def _merge(job: _SourceJob) -> SourceSummary:
     summary = totals.summary
     limits = {"max_rejected": job.options.max_rejected, "max_dropped_images": job.options.max_dropped_images}
     check_losses(source, summary, damage=totals.losses.damaged_bytes / max(1, totals.bytes), **limits, shards=job.shards)
-    are_chats = job.reading.kind in CHAT_KINDS or job.reading.rendering.caption_prompt is not None
     meta = {
         "kind": job.reading.kind,
         "tokenizer": job.fingerprint,
-        "chat_template": job.options.template if are_chats else None,
-        "caption_prompt": job.reading.rendering.caption_prompt,
+        **job.chats,
         "keys": {name: key for name, key in asdict(job.reading.keys).items() if key is not None},
         "rejected": summary.rejected,
         "dropped": summary.dropped,
@@ -311,9 +337,15 @@ def _check_template(name: str, model: Path) -> None:
 
 
 def prepare_tokenizer(path: Path, *, out: Path, vocab_size: int, keys: Keys = USUAL) -> str:
-    """Train a tokenizer on the training texts under a path. Returns a line to print."""
+    """Train a tokenizer on the training texts under a path, and warn if they are too few for `vocab_size`. Returns a line to print."""
     sources = [source for source in find_sources(path, ignore=("*",)) if source.parent.name != "heldout"]
     tokenizer = train_tokenizer(_all_texts(sources, keys), out, vocab_size=vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        logger.warning(
+            "the texts of %s are enough for only %s of the %s tokens of --vocab-size: text will be split into more tokens than a tokenizer "
+            "of that size needs. Train it on more text, or give `prepare index` and `train` the tokenizer of an existing model",
+            *(path, f"{tokenizer.vocab_size:,}", f"{vocab_size:,}"),
+        )
     return f"{out}: {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}"
 
 

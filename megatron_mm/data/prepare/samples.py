@@ -34,7 +34,7 @@ from megatron_mm.data.sources.shards import (
     iterate_tar,
 )
 from megatron_mm.data.sources.source import Kind
-from megatron_mm.data.sources.tar import DAMAGED, Skipped
+from megatron_mm.data.sources.tar import DAMAGED, NO_TAR, TRUNCATED, Skipped
 from megatron_mm.data.text.chat import Rendering
 from megatron_mm.data.text.documents import OWN_IMAGE, names_images, parse_document
 from megatron_mm.data.text.items import BadDocument, ImageReference, Item, encode_items
@@ -144,7 +144,7 @@ def iterate_shard(shard: Path, losses: Losses, key_ends: KeyEnds) -> Iterator[We
         losses.damaged_bytes += what.size
         if what.is_damage:
             losses.rejected[what.reason if what.reason == DAMAGED else "broken shard"] += 1
-            losses.named.append(f"{describe_damage(shard, what)}; the samples before and after it are used")
+            losses.named.append(f"{describe_damage(shard, what)}; {_USED[what.reason]}")
         elif what.reason in (BESIDE_DAMAGE, LONG_LINE):
             _reject(losses, shard, what.name.lstrip("/"), what.reason)
         else:
@@ -153,6 +153,14 @@ def iterate_shard(shard: Path, losses: Losses, key_ends: KeyEnds) -> Iterator[We
     if shard.suffix.lower() == ".jsonl":
         return (WebSample(key=line.name, members={"json": line}) for line in iterate_jsonl(shard, skipped=skipped))
     return iterate_tar(shard, skipped=skipped, key_ends=key_ends)
+
+
+_USED = {
+    DAMAGED: "the samples before and after the damage are used, except the one before it, some of whose files may be missing",
+    TRUNCATED: "the samples before its end are used, except the last, some of whose files may be missing",
+    NO_TAR: "it is not used",
+}
+"""What becomes of a damaged shard, by the kind of damage."""
 
 
 def _reject(losses: Losses, shard: Path, key: str, reason: str) -> None:

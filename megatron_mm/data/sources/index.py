@@ -242,13 +242,20 @@ def open_split(root: Path, split: str, *, sources: list[str], check: bool = True
     present = sorted(p.name for p in folder.iterdir() if p.is_dir())
     missing = [name for name in sources if name not in present]
     if missing:
-        raise ValueError(f"{folder} lacks the sources {missing} of data.mixture; it has {present}")
+        raise ValueError(f"{folder} lacks the sources {missing} of data.mixture; it has {present}: {_shares(present, root)}")
     opened = [open_source(folder / name, check=check) for name in sources]
     for source in opened:
         if len(source) == 0:
             rejected = f" (rejected: {source.rejected})" if isinstance(source, SourceIndex) else ""
             raise ValueError(f"source {source.location} has no usable sample{rejected}: add data or drop it from data.mixture")
     return opened
+
+
+def _shares(present: list[str], root: Path) -> str:
+    """What to do if a mixture names sources that do not exist."""
+    if not present:
+        return f"make its sources with `megatron-mm prepare` (docs/data.md), then run `megatron-mm prepare index {root}`"
+    return f"choose from these, for example --data.mixture {' '.join(f'{name}={1 / len(present):.3g}' for name in present)}"
 
 
 def open_source(folder: Path, *, check: bool = True) -> Source:

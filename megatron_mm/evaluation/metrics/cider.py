@@ -17,6 +17,7 @@ import functools
 import importlib.util
 import logging
 import math
+import os
 import re
 import shutil
 from collections import Counter
@@ -36,7 +37,7 @@ Counts = Counter[tuple[str, ...]]
 def has_official_tokenizer() -> bool:
     """Return whether pycocoevalcap and Java are installed; warn if not."""
     found = importlib.util.find_spec("pycocoevalcap") is not None and shutil.which("java") is not None
-    if not found:
+    if not found and os.environ.get("RANK", "0") == "0":  # once, not on every process
         logger.warning(
             "captions are tokenized almost, but not exactly, as in the COCO evaluation: install pycocoevalcap (pip install "
             "'megatron_mm[eval]') and Java for publishable scores"

@@ -149,7 +149,7 @@ def convert(
     table = None
     if options.images is not None:
         table = out / ".prepared" / "images.sqlite"
-        logger.info("found %s image names", f"{build_table(Path(options.images), table):,}")
+        logger.info("found %s images in %s", f"{build_table(Path(options.images), table):,}", options.images)
     total, began = Converted(), time.monotonic()
     for done, found in enumerate(_run(tasks, out, options, table, workers), start=1):
         total.add(found)

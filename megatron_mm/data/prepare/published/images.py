@@ -127,7 +127,7 @@ def _digest(key: str) -> bytes:
 
 
 def build_table(root: Path, table: Path) -> int:
-    """Write the table of a folder's images, unless it exists and no folder or tar has changed since. Returns the number of names in it.
+    """Write the table of a folder's images, unless it exists and no folder or tar has changed since. Returns the number of images in it.
 
     Raises ValueError if the folder does not exist.
     """
@@ -156,7 +156,7 @@ def build_table(root: Path, table: Path) -> int:
         connection.close()
         partial.replace(table)
     with sqlite3.connect(f"file:{table}?mode=ro", uri=True) as connection:
-        (count,) = connection.execute("SELECT count(*) FROM images").fetchone()
+        (count,) = connection.execute("SELECT count(*) FROM (SELECT DISTINCT file, offset FROM images WHERE is_whole)").fetchone()
     return int(count)
 
 
@@ -254,10 +254,16 @@ _MAGIC = (
     (b"II+\0", "tif"),
     (b"MM\0+", "tif"),
 )
+_OTHER_MAGIC = (
+    *(b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\0\x0cJXL "),  # JPEG 2000, JPEG XL
+    *(b"<svg", b"<?xml", b"%!PS", b"8BPS", b"\0\0\1\0", b"P5", b"P6", b"v/1\1"),  # SVG, EPS, PSD, ICO, PGM, PPM, EXR
+)
+"""Beginnings of files in formats that are not read. HEIC is found by its box, like AVIF."""
 
 
 def image_extension(data: bytes) -> str:
-    """Return the file extension of an image, judging by its first bytes. Raises BadDocument if its format is not supported."""
+    """Return the file extension of an image, judging by its first bytes. Raises BadDocument if its format is not supported, or if the bytes
+    are not those of an image, as those of a damaged file."""
     for magic, extension in _MAGIC:
         if data.startswith(magic):
             return extension
@@ -265,4 +271,7 @@ def image_extension(data: bytes) -> str:
         return "webp"
     if data[4:8] == b"ftyp" and {data[at : at + 4] for at in range(8, min(len(data), 64), 4)} & {b"avif", b"avis"}:
         return "avif"
-    raise BadDocument("image in an unsupported format" if data else "image is empty")
+    if not data:
+        raise BadDocument("image is empty")
+    is_other = data.startswith(_OTHER_MAGIC) or data[4:8] == b"ftyp"
+    raise BadDocument("image in an unsupported format" if is_other else "image does not decode")
