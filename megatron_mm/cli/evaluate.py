@@ -51,19 +51,21 @@ def _arguments(parser: Parser) -> None:
         action="store_true",
         help="show images of demonstrations only as overviews, for models that show images as an overview and crops",
     )
-    parser.add_argument("--recipe", metavar="RECIPE", help="recipe of an exported model")
+    parser.add_argument("--recipe", metavar="RECIPE", help="recipe of an exported model (default: the one that it states)")
     parser.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="plot the results of several runs, instead of evaluating")
 
 
 def _experiment(given: argparse.Namespace) -> Experiment | None:
     if given.target is None:
         return None
+    from megatron_mm.conversion.export_settings import read_export_settings
+
     if given.recipe is not None:
         from megatron_mm.families.recipes import get_recipe
 
         experiment = get_recipe(given.recipe)
     else:
-        found = experiment_in(given.target)
+        found = experiment_in(given.target) or read_export_settings(given.target)
         if found is None:
             _say_what_is_missing(given.target)
             return None
@@ -73,11 +75,11 @@ def _experiment(given: argparse.Namespace) -> Experiment | None:
 
 def _say_what_is_missing(target: Path) -> None:
     """Raise ValueError if the target cannot be evaluated with the given arguments."""
-    from megatron_mm.run.evaluate_tasks import is_export
+    from megatron_mm.run.evaluate_tasks import is_export, no_recipe
     from megatron_mm.training.checkpoint import find_checkpoint
 
     if is_export(target):
-        raise ValueError(f"{target} is an exported model: name its recipe, such as --recipe mm1_3b")
+        raise ValueError(no_recipe(target))
     find_checkpoint(target)
 
 
@@ -98,7 +100,7 @@ def _run(given: argparse.Namespace) -> None:
     from megatron_mm.evaluation.runner import Options
     from megatron_mm.run.evaluate_tasks import evaluate_tasks, open_target, report
 
-    target = open_target(given.target, given.experiment if given.recipe is not None else None, out=given.out)
+    target = open_target(given.target, given.experiment, out=given.out, own=_experiment(given))
     options = Options(
         seed=given.seed,
         limit=given.limit,

@@ -20,6 +20,7 @@ import torch
 
 from megatron_mm.config import Experiment
 from megatron_mm.conversion import parts
+from megatron_mm.conversion.export_settings import write_export_settings
 from megatron_mm.conversion.files import TensorInfo, safetensors_header
 from megatron_mm.conversion.job import Lane, Task, cut, finish, partial_directory, run_lanes, write_values
 from megatron_mm.conversion.model_card import write_model_card
@@ -122,6 +123,8 @@ def convert_to_hf(
     out.parent.mkdir(parents=True, exist_ok=True)
     with partial_directory(out.parent / f".{out.name}.partial", fingerprint=fingerprint) as directory:
         write_files(directory, dtype=_dtype_name(plan))
+        if part == "whole":
+            write_export_settings(directory, experiment)
         write_model_card(directory, experiment, checkpoint, part=part, dtype=_dtype_name(plan))
         run_lanes(lanes, directory, threads=threads, memory=max(map(_shard_bytes, shards)) + _SPARE_MEMORY)
         _write_index(shards, directory)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_mm.config import Experiment
+from megatron_mm.conversion.export_settings import read_export_settings
 from megatron_mm.data.text.chat import chat_template
 from megatron_mm.evaluation.generation import Generator
 from megatron_mm.evaluation.prompts import PromptBuilder, Wording
@@ -52,7 +53,7 @@ class Target:
     checkpoint: Path
     is_export: bool
     own: Experiment | None = None
-    """The experiment of an exported model before options changed it; a checkpoint has its own."""
+    """The experiment of an exported model before options changed it, or the one that it states; a checkpoint has its own."""
 
     @property
     def folder(self) -> Path:
@@ -77,23 +78,34 @@ def is_export(path: Path) -> bool:
     return (path / "config.json").is_file() and bool(list(path.glob("*.safetensors*")))
 
 
-def open_target(path: Path, recipe: Experiment | None, *, out: Path | None) -> Target:
+def open_target(path: Path, recipe: Experiment | None, *, out: Path | None, own: Experiment | None = None) -> Target:
     """Open a run, a checkpoint or an exported model. The weights of an exported model are converted once, to a checkpoint below its
     results.
 
-    Raises ValueError if there is no checkpoint, or if the recipe of an exported model is missing or does not fit.
+    Args:
+        recipe: experiment of an exported model; None for the one that it states.
+        own: the same before options changed it, for an exported model that states none.
+
+    Raises ValueError if there is no checkpoint, or if the recipe of an exported model is not known or does not fit.
     """
     if not is_export(path):
         return Target(path, _resolved(find_checkpoint(path)), is_export=False)
+    stated = read_export_settings(path)
+    recipe = recipe or stated
     if recipe is None:
-        raise ValueError(f"{path} is an exported model: name its recipe, such as --recipe mm1_3b")
+        raise ValueError(no_recipe(path))
     weights = (out or path / FOLDER) / f"weights_{_digest(recipe)}"  # one copy for each set of settings
     if int(os.environ.get("RANK", "0")) == 0 and not list(weights.glob("checkpoints/step_*/manifest.json")):
         from megatron_mm.conversion.from_hf import convert_from_hf
 
         logger.info("%s: reading the exported weights into %s", path, weights)
         convert_from_hf(recipe, weights, whole=path, resize_positions=False)
-    return Target(path, _wait_for(weights), is_export=True)
+    return Target(path, _wait_for(weights), is_export=True, own=stated or own or recipe)
+
+
+def no_recipe(path: Path) -> str:
+    """The message for an exported model whose recipe is not known."""
+    return f"{path} is an exported model that states no recipe of this version: name it, such as --recipe mm1_3b"
 
 
 def _resolved(checkpoint: Path) -> Path:

@@ -82,7 +82,7 @@ class MegatronMM(lmms):
         """
         Args:
             path: a run directory, a checkpoint, or an exported model.
-            recipe: recipe of an exported model.
+            recipe: recipe of an exported model; None for the one that it states.
             max_new_tokens: maximum length of an answer, for tasks that set none.
 
         Raises ValueError if there is no such model, or if the number of processes is not tensor x pipeline.

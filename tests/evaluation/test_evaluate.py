@@ -40,10 +40,8 @@ def _train(family: str, data: Path, run_dir: Path) -> None:
     start(RUNS[family](data, steps=2, schedule_steps=4), run_dir)
 
 
-def _evaluate(
-    path: Path, files: Path, out: Path, tasks: list[str], shots: list[int], parallel: dict[str, Any], recipe: Experiment | None = None
-) -> list[Result]:
-    target = open_target(path, recipe, out=out)
+def _evaluate(path: Path, files: Path, out: Path, tasks: list[str], shots: list[int], parallel: dict[str, Any]) -> list[Result]:
+    target = open_target(path, None, out=out)
     experiment = replace(load_experiment(target.checkpoint / "experiment.json"), parallel=ParallelConfig(**parallel))
     options = Options(batch_size=3)
     return evaluate_tasks(experiment, target, [TASKS[name] for name in tasks], shots=shots, data=files, out=out, options=options)
@@ -263,12 +261,9 @@ def _export(run_dir: Path, out: Path) -> None:
 @pytest.mark.slow
 def test_an_exported_model_gives_what_its_run_gives(mm1: Path, demo_data: Path, tmp_path: Path) -> None:
     run_processes(_export, 1, mm1, export := tmp_path / "export")
-    recipe = load_experiment(mm1 / "config.json")
     tasks = ["drawn_vqa"]
     (expected,) = run_processes(_evaluate, 1, mm1, demo_data, tmp_path / "run_results", tasks, [2], {})[0]
-    with pytest.raises(ValueError, match="is an exported model: name its recipe"):
-        open_target(export, None, out=None)
-    (found,) = run_processes(_evaluate, 1, export, demo_data, tmp_path / "export_results", tasks, [2], {}, recipe)[0]
+    (found,) = run_processes(_evaluate, 1, export, demo_data, tmp_path / "export_results", tasks, [2], {})[0]
     assert found.scores == expected.scores and found.setting["model"]["checkpoint"] == "export"
 
 
