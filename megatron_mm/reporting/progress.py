@@ -275,6 +275,8 @@ def watch(
         gone = gone_since(run_dir)  # before the files are read: what the run wrote last is then shown
         steps, events = progress.update()
         now = time.time()
+        if gone is not None:
+            gone = max(gone, _mean(progress.lines[-1:], "time"))  # a step may have ended after the last beat of the lock
         if out.isatty() or once:
             width = shutil.get_terminal_size().columns if out.isatty() else _WIDTH_OF_A_FILE
             lines = list(progress.display(width=width, now=now, gone=gone))

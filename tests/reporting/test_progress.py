@@ -120,6 +120,12 @@ def test_a_run_whose_processes_are_gone_ends_the_watch_with_code_1(tmp_path: Pat
         said = capsys.readouterr().out
         assert left.value.code == 1 and "15 min ago: start the same command again to resume" in said and " left, until" not in said
         assert "no update" not in said
+    write_steps(run_dir, 2)
+    said_by_steps = io.StringIO()
+    assert (
+        watch(run_dir, interval=1, out=said_by_steps, gone_since=lambda run_dir: then) == "gone"
+        and ", 0 s ago: start" in said_by_steps.getvalue()
+    )
     os.utime(lock)
     assert gone_since(run_dir) is None, "it may be restarting"
     os.utime(lock, (then, then))
