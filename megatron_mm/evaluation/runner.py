@@ -173,12 +173,11 @@ class TaskRunner:
             return
         lower = self.builder.image.sub_images is not None and not job.blind and not self.options.low_resolution_demonstrations
         logger.warning(
-            "%s: prompts of up to %d tokens, but the model was trained on sequences of %d%s%s",
+            "%s: prompts of up to %d tokens, but the model was trained on sequences of %d%s",
             job.name,
             longest,
             trained,
-            ": use fewer shots" if job.shots else "",
-            " or --low-resolution-demonstrations" if job.shots and lower else "",
+            shorter_prompts(shots=job.shots, may_be_lower=lower),
         )
 
     def _tell_left_out(self, job: _Job, example: Example, why: object) -> None:
@@ -235,6 +234,13 @@ class TaskRunner:
             seconds=round(seconds, 1),
             stderr=None if stderr is None else round(stderr, 4),
         )
+
+
+def shorter_prompts(*, shots: int, may_be_lower: bool) -> str:
+    """What makes prompts shorter: fewer demonstrations, or overviews of their images if these are shown with crops."""
+    if not shots:
+        return ""
+    return ": use fewer shots or --low-resolution-demonstrations" if may_be_lower else ": use fewer shots"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 from support.small import small_run
 
+from megatron_mm.cli.command import Group, run
+from megatron_mm.cli.evaluate import EVALUATE
 from megatron_mm.evaluation.results import Result, metric_names, read_results, table
+from megatron_mm.evaluation.runner import shorter_prompts
 from megatron_mm.evaluation.tasks.registry import TASKS, TEXTCORE
 from megatron_mm.reporting.report_details import benchmarks
 from megatron_mm.reporting.run_files import read_run
@@ -95,3 +98,18 @@ def test_scores_stand_with_their_standard_errors(tmp_path: Path) -> None:
     assert read_results(folder)[0].stderr is None
     texts = [replace(_result({}, task=task), stderr=3.0) for task in TEXTCORE]
     assert "50.0 ±1.0" in "\n".join(table(texts)), "3 / sqrt(9)"
+
+
+def test_prompts_that_are_too_long_get_advice_that_can_be_followed() -> None:
+    assert shorter_prompts(shots=4, may_be_lower=True) == ": use fewer shots or --low-resolution-demonstrations"
+    assert shorter_prompts(shots=4, may_be_lower=False) == ": use fewer shots"
+    assert shorter_prompts(shots=0, may_be_lower=True) == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "least"),
+    [("--shots", "-1", 0), ("--batch-size", "0", 1), ("--beams", "-2", 1), ("--limit", "0", 1), ("--text-demonstrations", "-3", 0)],
+)
+def test_a_number_that_is_too_small_is_named_with_its_option(option: str, value: str, least: int) -> None:
+    with pytest.raises(ValueError, match=rf"^{option}: {value} is too small: give {least} or more"):
+        run(Group("", {"evaluate": EVALUATE}), ["evaluate", "RUN", "--tasks", "pope", option, value], program="megatron-mm")
