@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
 from pathlib import Path
 
 BLOCK_BYTES = 1 << 24
 """Bytes that are read and summed at once."""
+_FULL = 1 << 26
+"""Free bytes below which a disk counts as full."""
 
 
 def checksum_of(path: Path, *, offset: int = 0, length: int | None = None) -> int:
@@ -34,3 +37,12 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def full_disk(path: Path) -> str:
+    """A remark for an error message if the disk of `path` is full, otherwise empty: errors of torch's writers do not name this cause."""
+    try:
+        free = shutil.disk_usage(path).free
+    except OSError:
+        return ""
+    return f" (the disk of {path} is full: {free / 1e6:.1f} MB are free)" if free < _FULL else ""

@@ -28,10 +28,12 @@ from megatron_mm.flops import StepWork, mfu, peak_tflops
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.reporting.run_files import EXPERTS
 from megatron_mm.run.fault_hooks import HoldsRunDirectory, LossSpikes, NonFiniteSteps, ReplicaChecksums
+from megatron_mm.run.interrupts import Interrupts
 from megatron_mm.run.lock import RunLock
 from megatron_mm.run.profiling import profile_hooks
 from megatron_mm.run.slow_processes import SlowProcesses
 from megatron_mm.run.step_measures import Norms, balance, is_due, memory_gb
+from megatron_mm.run.watchdog import is_lost_contact
 from megatron_mm.training.metrics import StepMetrics
 from megatron_mm.training.routing import RoutingStats, draw_expert_load
 from megatron_mm.training.trainer import Hook, StepRecord, Trainer
@@ -108,13 +110,18 @@ class Metrics(Hook):
     def close(self, *, failed: bool) -> None:
         state, steps = self.trainer.state, self.trainer.experiment.train.steps
         if failed:
-            error = sys.exception()
-            how = "failed", f"after step {state.step}: {type(error).__name__}: {error}" if error is not None else f"after step {state.step}"
+            how = "failed", f"after step {state.step}{_reason(sys.exception())}"
         elif state.step < steps:
             how = "stop", f"stopped after step {state.step} of {steps}"
         else:
             how = "end", f"all {steps} steps are done"
         self.monitor.close(exit_code=int(failed), events_of_end=[how])
+
+
+def _reason(error: BaseException | None) -> str:
+    if error is None:
+        return ""
+    return ": another process does not answer" if is_lost_contact(error) else f": {type(error).__name__}: {error}"
 
 
 class Evaluation(Hook):
@@ -213,7 +220,8 @@ class Stopping(Hook):
 
     Slurm signals every process of a job. A signal in the middle of a save would kill the helper processes of the checkpoint writers, so
     this thread blocks these signals: the processes that it starts inherit the mask across exec, whereas they would lose a handler. A signal
-    then either stays pending until `tell` checks for it, or is delivered to an older thread and runs the handler.
+    then either stays pending until `tell` checks for it, or is delivered to an older thread and runs the handler. A thread of its own
+    (`Interrupts`) takes Ctrl-C.
 
     A launcher that is killed outright forwards no signal, and its processes would continue to train unnoticed. They therefore treat the end
     of their launcher as a signal.
@@ -231,18 +239,25 @@ class Stopping(Hook):
         self.file = trainer.run_dir / STOPPED_FILE
         if trainer.topology.is_main:
             self.file.unlink(missing_ok=True)
-        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self.previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         self.unblocked = set(self.SIGNALS) - signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGINT})
         resource_tracker.ensure_running()  # starting it unblocks SIGTERM in this thread: now, not in the first save
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+        self.interrupts = Interrupts(lambda: self._note(signal.SIGINT), launcher=self.launcher)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT:
+            self.interrupts.unknown_sender()
+        else:
+            self._note(number)
+
+    def _note(self, number: int) -> None:
         self.received = signal.Signals(number).name
 
     def tell(self, batch: StepBatch) -> tuple[float, ...]:
-        waiting = signal.sigtimedwait(self.SIGNALS, 0)
+        waiting = signal.sigtimedwait({signal.SIGTERM, signal.SIGUSR1}, 0)
         if waiting is not None:
-            self._note(waiting.si_signo, None)
+            self._note(waiting.si_signo)
         if self.received is None and self.launcher is not None and os.getppid() != self.launcher:
             self.received = "the end of its launcher"
         return (float(self.received is not None),)
@@ -250,8 +265,6 @@ class Stopping(Hook):
     def after_step(self, record: StepRecord) -> None:
         if any(record.told[self]):
             self.agreed = self.trainer.should_stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends it at once, without a checkpoint
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT} & self.unblocked)
             if self.trainer.topology.is_main:
                 logger.warning(
                     "stopping after step %d on %s; start the same command again to resume", record.step, self.received or "a signal"
@@ -266,6 +279,7 @@ class Stopping(Hook):
                 self.file.write_text(f"stopped after step {step} of {steps} on {self.received or 'a signal'}\n")
             else:
                 logger.warning("stopped at step %d of %d by %s", step, steps, type(self.trainer.stopped_by).__name__)
+        self.interrupts.close()
         for number, handler in self.previous.items():
             signal.signal(number, signal.SIG_IGN)  # discards a pending signal
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {number} & self.unblocked)
@@ -292,8 +306,8 @@ class Checkpoints(Hook):
         checkpointer.save(self.trainer.state)
         checkpointer.finish()
         if checkpointer.saved_step != step:
-            raise RuntimeError(
-                f"the last checkpoint, of step {step}, could not be written (the reason stands above): make room and start the same "
+            raise ValueError(  # the command line prints it as one line
+                f"the last checkpoint, of step {step}, could not be written (the reason is in the log): make room and start the same "
                 f"command again, which repeats the steps since {checkpointer.saved_step or 0}"
             )
         checkpointer.close()

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,6 +76,14 @@ def frames_of(thread: int) -> list[str]:
     return found
 
 
+def frames_of_error(error: BaseException) -> list[str]:
+    """The Python frames in which an error was raised, in the form of `frames_of`."""
+    found = [
+        f"{'/'.join(part.filename.split(os.sep)[-3:])}:{part.lineno} {part.name}" for part in traceback.extract_tb(error.__traceback__)
+    ]
+    return found[::-1][:40]
+
+
 def read_folder(folder: Path) -> tuple[list[Standing], list[Here]]:
     """Read the positions that processes have written, by rank, and which processes have written none since they started."""
     standings = [Standing(**json.loads(path.read_text())) for path in sorted(folder.glob("rank-*.json"))]
@@ -113,11 +122,22 @@ def _blame(standings: Sequence[Standing], silent: Sequence[Here], *, lost: bool)
         return f"{said}. The others wait for {'it' if len(busy) == 1 else 'them'}"
     if len(standings) == 1 or not standings:
         return "; ".join(f"{standing} hangs in {_short(standing)}" for standing in standings)
-    places = {(standing.step, standing.phase, standing.last_collective.partition(",")[0]) for standing in standings}
+    places: dict[tuple[int, str, str], list[Standing]] = {}
+    for standing in standings:
+        places.setdefault((standing.step, standing.phase, standing.last_collective.partition(",")[0]), []).append(standing)
     if len(places) > 1:
+        fewest, *others = sorted(places.values(), key=_few_and_early)
+        if _few_and_early(fewest) < _few_and_early(others[0]):
+            apart = ", ".join(map(str, fewest[:8])) + (f" and {len(fewest) - 8} more" if len(fewest) > 8 else "")
+            verb = "is" if len(fewest) == 1 else "are"
+            return f"all wait for one another, and {apart} {verb} apart from the others, in {_short(fewest[0])}"
         first = min(standings, key=lambda standing: standing.since)
         return f"all wait for one another, and {first} has waited longest, in {_short(first)}"
     return f"all wait for one another in the same place ({_short(standings[0])}): the network, or a device, does not answer"
+
+
+def _few_and_early(group: Sequence[Standing]) -> tuple[int, int]:
+    return len(group), group[0].step
 
 
 def _short(standing: Standing) -> str:

@@ -10,9 +10,10 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -327,7 +328,7 @@ def check_fp8(experiment: Experiment) -> None:
 
 
 def _warn_of_changes(experiment: Experiment, path: Path) -> None:
-    """Warn if a resume changes the order of the samples or the learning rates, which it may, but rarely should."""
+    """Warn if a resume changes options that affect the samples, the update or the precision, which it may, but rarely should."""
     if not path.is_file():
         return
     try:
@@ -345,7 +346,16 @@ def _warn_of_changes(experiment: Experiment, path: Path) -> None:
         "data.sequence_length": (before.data.sequence_length, experiment.data.sequence_length),
         "data.packing_window": (before.data.packing_window, experiment.data.packing_window),
         "train.schedule_steps": (before.train.schedule_steps, experiment.train.schedule_steps),
+        "train.precision": (before.train.precision, experiment.train.precision),
+        **_changed("optimizer", before.optimizer, experiment.optimizer),
+        **_changed("precision", before.precision, experiment.precision),
     }
     for name, (old, new) in watched.items():
         if old != new:
-            logger.warning("this run had %s %s and resumes with %s: samples or learning rates differ from here on", name, old, new)
+            logger.warning("this run had %s %s and resumes with %s: it differs from an unchanged run from here on", name, old, new)
+
+
+def _changed(part: str, before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """Old and new values of the fields in which two configurations of a part differ."""
+    both = ((field.name, getattr(before, field.name), getattr(now, field.name)) for field in fields(before))
+    return {f"{part}.{name}": (old, new) for name, old, new in both if old != new}

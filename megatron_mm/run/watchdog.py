@@ -10,9 +10,10 @@ progress for `train.watchdog` seconds writes the position of its process and the
 Then it waits until all have written, or some time has passed (a stopped process writes nothing), and ends with `EXIT_HUNG`. If the run
 makes progress in the meantime, nothing happens.
 
-If a process dies, its neighbours' messages fail at once, and these processes end with `EXIT_LOST` and one report (`lost_contact`). NCCL's
-messages may wait instead of failing: torchrun then sends SIGTERM, to which a run responds after its current step, and a process that makes
-no progress for `ASKED_SECONDS` after that counts as having lost contact.
+If a process dies, its neighbours' messages fail at once, and these processes end with `EXIT_LOST` and one report (`lost_contact`). Others
+may still wait for these neighbours: their threads see the file `lost` and write their positions, so that only dead processes write none.
+NCCL's messages may wait instead of failing: torchrun then sends SIGTERM, to which a run responds after its current step, and a process that
+makes no progress for `ASKED_SECONDS` after that counts as having lost contact.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ import torch.distributed as dist
 
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.platform import collectives
-from megatron_mm.run.incident import Here, Standing, frames_of, read_folder, report, spy_on, write
+from megatron_mm.reporting.run_files import EVENTS
+from megatron_mm.run.incident import Here, Standing, frames_of, frames_of_error, read_folder, report, spy_on, write
+from megatron_mm.training.metrics import MetricsFile
 from megatron_mm.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -50,8 +53,12 @@ EXIT_LOST = 76
 """Exit code of a process that lost contact with another one."""
 ASKED_SECONDS = 20.0
 """Seconds without progress after a SIGTERM until a process presumes the others dead."""
-LOST_SECONDS = 3.0
-"""Seconds that a process which lost contact waits for others to report the same."""
+LOST_SECONDS = 6.0
+"""Seconds that a process which lost contact waits for others to write their positions."""
+LOST = "lost"
+"""Empty file in the folder of a start: a process has lost contact."""
+WAITING_SECONDS = 2.0
+"""Seconds without progress after which a process looks for that file."""
 KEPT = 5
 """Number of folders of earlier starts that are kept."""
 _MESSAGE_FAILED = (
@@ -130,13 +137,15 @@ class Watchdog:
     def _look(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
         asked_at: float | None = None
-        while not self._stopped.wait(min(5.0, self.seconds / 10)):
+        while not self._stopped.wait(min(1.0, self.seconds / 10)):
             since, now = self.progress.marked, time.monotonic()
             if asked_at is None and self._asked_to_end():
                 asked_at = now
             if asked_at is not None and now - max(since, asked_at) > max(ASKED_SECONDS, self.progress.patience):
                 self._tell("no answer after a signal to end")
                 self._end(EXIT_LOST)
+            if now - since > WAITING_SECONDS and (self.folder / LOST).exists() and not (self.folder / f"{self._name}.json").exists():
+                self._write("")  # this process waits for one that has noticed the loss, and may notice it only when that one ends
             if now - since <= max(self.seconds, self.progress.patience):
                 continue
             self._write("")
@@ -162,14 +171,16 @@ class Watchdog:
     def lost_contact(self, error: BaseException) -> LostContact:
         """The exception to raise when a message to another process failed."""
         self._stopped.set()
-        return LostContact(self._tell(str(error).strip().split("\n")[0]))
+        return LostContact(self._tell(str(error).strip().split("\n")[0], frames_of_error(error)))
 
-    def _tell(self, problem: str) -> str:
-        self._write(problem)
+    def _tell(self, problem: str, frames: list[str] | None = None) -> str:
+        self._write(problem, frames)
+        with contextlib.suppress(OSError):
+            (self.folder / LOST).touch()
         return self._gather(LOST_SECONDS) or ""
 
-    def _write(self, problem: str) -> None:
-        """Write the position of this process, and its stacks."""
+    def _write(self, problem: str, frames: list[str] | None = None) -> None:
+        """Write the position of this process, and its stacks. `frames` are given where an error has already left the position."""
         progress = self.progress
         standing = Standing(
             **vars(self._me),
@@ -178,7 +189,7 @@ class Watchdog:
             seconds=round(time.monotonic() - progress.marked, 1),
             since=time.time() - (time.monotonic() - progress.marked),
             last_collective=str(collectives.LAST),
-            frames=frames_of(self._main),
+            frames=frames or frames_of(self._main),
             problem=problem,
         )
         try:
@@ -216,6 +227,9 @@ class Watchdog:
         text = report(standings, silent, folder=self.folder)
         with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
             file.write(text + "\n")
+        with contextlib.suppress(OSError):  # the monitor of the main process may have ended, or never learn of it
+            event = {"step": self.progress.step, "time": time.time(), "kind": "failed", "text": text.split("\n")[0]}
+            MetricsFile(self.folder.parent.parent / EVENTS, resume_step=None).write(event)
         with contextlib.suppress(OSError, ValueError):  # the log may be on the disk that is full, or its reader gone
             print(f"megatron-mm: error: {text}", file=sys.stderr, flush=True)
         if not any(standing.problem for standing in standings):

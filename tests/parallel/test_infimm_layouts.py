@@ -13,10 +13,10 @@ from support.small_infimm import infimm_step, small_infimm
 
 LAYOUTS = [
     Layout(2, {"pipeline": 2, "virtual": 2}, policy="ift"),
-    Layout(2, {"tensor": 2}, policy="ift"),
     Layout(4, {"tensor": 2, "pipeline": 2}, policy="pt"),
 ]
 MORE_LAYOUTS = [
+    Layout(2, {"tensor": 2}, policy="ift"),
     Layout(8, {"tensor": 2, "pipeline": 2}, policy="ift"),
     Layout(2, {"pipeline": 2, "virtual": 2, "recompute": "full"}, policy="pt"),
     Layout(2, {"pipeline": 2, "stage_layers": (3, 1), "distributed_optimizer": False}, policy="pt"),

@@ -11,10 +11,10 @@ from support.small_mono import mono_step, small_mono
 
 LAYOUTS = [
     Layout(2, {"pipeline": 2, "virtual": 2}, policy="s2"),
-    Layout(2, {"tensor": 2}, policy="s2"),
     Layout(4, {"tensor": 2, "pipeline": 2}, policy="s2"),
 ]
 MORE_LAYOUTS = [
+    Layout(2, {"tensor": 2}, policy="s2"),
     Layout(8, {"tensor": 2, "pipeline": 2}, policy="s2"),
     Layout(2, {"pipeline": 2, "virtual": 2, "recompute": "full"}, policy="s1_3"),
     Layout(2, {"pipeline": 2}, policy="s2"),

@@ -103,6 +103,7 @@ def test_the_check_of_transformer_engine_is_wired_for_every_family() -> None:
 
 
 @NEEDS_TE
+@pytest.mark.slow
 def test_routed_experts_are_compared_on_both_backends_and_in_fp8() -> None:
     """With no, some and only image tokens; the results of both ways are compared before they are timed."""
     lines = [line.split() for line in on_cpu("routed_experts")]
@@ -110,6 +111,7 @@ def test_routed_experts_are_compared_on_both_backends_and_in_fp8() -> None:
     assert [line[:3] for line in lines] == [[*case, share] for case in cases for share in ("0%", "30%", "100%")]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_routed_experts_runs_on_a_cpu() -> None:
     sizes = ("--tokens", "64", "--hidden-size", "64", "--ffn-hidden-size", "128", "--repeats", "1")
     done = run("benchmarks/routed_experts.py", *sizes)

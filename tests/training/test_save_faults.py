@@ -65,7 +65,7 @@ def _train(data: Path, run_dir: Path, steps: int, at_step: int, command: list[st
     ended = ""
     try:
         start(replace(experiment, checkpoint=checkpoint), run_dir, more_hooks=lambda trainer, monitor, plan: [_AtStep(trainer)])
-    except RuntimeError as error:
+    except ValueError as error:
         ended = str(error)
     return ended, "\n".join(said)
 
@@ -83,7 +83,7 @@ def test_a_full_disk_costs_checkpoints_until_there_is_room(asynchronous: bool, d
     folder = small_disk / "checkpoints"
     fill = ["sh", "-c", f"dd if=/dev/zero of={folder}/filler bs=1M count=64 2>/dev/null; rm -f {folder}/.none"]
     ended, log = run_processes(_train, 2, demo_data, small_disk, 6, 3, fill, asynchronous)[0]
-    assert "the checkpoint of step 4 is given up" in log and "No space left on device" in log
+    assert "the checkpoint of step 4 is given up" in log and "No space left on device" in log and "is full" in log
     assert "the newest checkpoint is of step 2" in log
     assert "the last checkpoint, of step 6, could not be written" in ended
     assert _names(small_disk) == ["step_00000002"] and _steps(small_disk) == [1, 2, 3, 4, 5, 6], "the run went on"

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_mm.config import CheckpointConfig, Experiment
 from megatron_mm.families.serialize import save_experiment
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.platform import adam, engine, first_writer, fp8_weights, writer_locks
-from megatron_mm.platform.files import sync_to_disk
+from megatron_mm.platform import adam, engine, first_writer, fp8_weights, write_results, writer_locks
+from megatron_mm.platform.files import full_disk, sync_to_disk
 from megatron_mm.training.checkpoint import integrity
 from megatron_mm.training.checkpoint.compatible import check_same_model, same_layout
 from megatron_mm.training.checkpoint.copies import Copies
@@ -99,6 +99,7 @@ class Checkpointer:
         copy_to = experiment.checkpoint.copy_to
         self.copies = Copies(copy_to, superseded=self._superseded) if copy_to is not None and topology.is_main else None
         first_writer.install()
+        write_results.install()
         if topology.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in [*self.folder.glob(".partial-*"), *self.folder.glob(".removed-*")]:
@@ -244,7 +245,7 @@ class Checkpointer:
             logger.error(
                 "the checkpoint of step %d is given up: %s. Training continues; the newest checkpoint is of step %s",
                 step,
-                reason,
+                reason + full_disk(self.folder),
                 "none" if self.saved_step is None else self.saved_step,
             )
             shutil.rmtree(partial, ignore_errors=True)
