@@ -127,7 +127,7 @@ def table(results: Sequence[Result], *, recipe: str = "") -> Iterator[str]:
     if any(result.stderr is not None for result in results):
         yield "±: one standard error, over the items"
     if common:
-        yield f"not the tasks' own setting: {spelled(common)}"
+        yield f"all with {spelled(common)} (not the tasks' own setting)"
     for source in sources:
         yield f"published: {source}"
     if unconfirmed:

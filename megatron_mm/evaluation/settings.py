@@ -5,12 +5,12 @@ written to CHECKPOINT_TASK_Nshot.json. What differs is appended, so that results
 
     --limit 60                                  _limit60
     --method rank                               _rank
-    --form '{image}Q: {question} A:'            _form-0e1fd0           (a hash of the text)
+    --form '{image}Q: {question} A:'            _form-751f7e           (a hash of the text)
     --beams 3                                   _beams3
     --seed 7                                    _seed7
     --text-demonstrations 2                     _text2
     --low-resolution-demonstrations             _low-resolution
-    --train.precision fp32                      _fields-5b1c2a         (a hash of all such fields)
+    --train.precision fp32                      _fields-d43bd9         (a hash of all such fields)
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def test_every_setting_has_a_file_a_row_and_a_metric_of_its_own(tmp_path: Path) 
 def test_a_table_says_once_what_all_results_share() -> None:
     rows = [_result({"beams": 3, "text_demonstrations": 2}, task="vqav2"), _result({"beams": 3}, task="vqav2", shots=4)]
     lines = list(table(rows))
-    assert "  0 shots with --text-demonstrations 2" in lines and "not the tasks' own setting: --beams 3" in lines
+    assert "  0 shots with --text-demonstrations 2" in lines and "all with --beams 3 (not the tasks' own setting)" in lines
     assert sum("--beams" in line for line in lines) == 1
 
 
