@@ -6,8 +6,8 @@ CIDEr-D for captions and accuracy for questions, as in the paper, and its axis s
 (`evaluation.settings`) have panels of their own, too. A run is labelled with the settings that differ between runs: connector, image
 tokens, resolution, mixture, and the step if the runs were evaluated after different numbers of steps.
 
-Only comparable results are compared: results for part of a task (`--limit`) are ignored, and runs are refused that have no setting of a task in
-common, or that evaluated it with other prompts or another number of items.
+Only comparable results are compared: results for part of a task (`--limit`) are ignored, and runs are refused that have no setting of a
+task in common, or that evaluated it with other prompts or another number of items.
 """
 
 from __future__ import annotations
