@@ -113,7 +113,7 @@ def test_no_option_may_hold_a_credential(value: str, refused: bool) -> None:
     if not refused:
         _check_no_secrets(experiment)
         return
-    with pytest.raises(ValueError, match=r"^monitor.run_name holds what looks like a password") as error:
+    with pytest.raises(ValueError, match=r"^monitor.run_name seems to contain a password") as error:
         _check_no_secrets(experiment)
     assert value not in str(error.value)
 

@@ -185,7 +185,7 @@ class ExpertLoad(Hook):
             return
         worst = int(routing.dropped.argmax())
         logger.warning(
-            "step %d: %d of %d choices of experts went to none, %d of them in layer %d, where the experts of one process would have "
+            "step %d: %d of %d expert choices were dropped, %d of them in layer %d, where the experts of one process would have "
             "received more than %g equal shares (parallel.max_expert_load): the router may be collapsing, see the load-balance loss",
             step,
             routing.dropped.sum(),
@@ -307,7 +307,7 @@ class Checkpoints(Hook):
         checkpointer.finish()
         if checkpointer.saved_step != step:
             raise ValueError(  # the command line prints it as one line
-                f"the last checkpoint, of step {step}, could not be written (the reason is in the log): make room and start the same "
+                f"the last checkpoint, of step {step}, could not be written (the reason is in the log): free some space and start the same "
                 f"command again, which repeats the steps since {checkpointer.saved_step or 0}"
             )
         checkpointer.close()

@@ -99,13 +99,13 @@ def report(standings: Sequence[Standing], silent: Sequence[Here], *, folder: Pat
     step = max((standing.step for standing in standings), default=0)
     longest = max((standing.seconds for standing in standings), default=0.0)
     what = f"contact with other processes was lost in step {step}" if lost else f"no progress for {longest:.0f} s in step {step}"
-    lines = [f"{what}: {_blame(standings, silent, lost=bool(lost))}", "where the processes stand:"]
+    lines = [f"{what}: {_blame(standings, silent, lost=bool(lost))}", "positions of the processes:"]
     groups: dict[str, list[Standing]] = {}
     for standing in standings:
         groups.setdefault(standing.where, []).append(standing)
     lines += [f"  {_ranks([s.rank for s in group])}: {where}" for where, group in sorted(groups.items(), key=lambda item: len(item[1]))]
     if silent:
-        lines.append(f"  {_ranks([here.rank for here in silent])}: nothing was heard of {'it' if len(silent) == 1 else 'them'}")
+        lines.append(f"  {_ranks([here.rank for here in silent])}: nothing was heard from {'it' if len(silent) == 1 else 'them'}")
     if lost:
         lines.append(f"  the error of {lost[0]}: {lost[0].problem}")
     lines.append(f"stacks of all threads: {folder}. Start the same command again to resume from the newest checkpoint")
@@ -115,7 +115,7 @@ def report(standings: Sequence[Standing], silent: Sequence[Here], *, folder: Pat
 def _blame(standings: Sequence[Standing], silent: Sequence[Here], *, lost: bool) -> str:
     if silent:
         said = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
-        return f"{said} {'has' if len(silent) == 1 else 'have'} {'ended' if lost else 'ended, or stopped altogether'}"
+        return f"{said} {'has' if len(silent) == 1 else 'have'} {'ended' if lost else 'ended, or stopped responding'}"
     busy = [standing for standing in standings if not standing.waits_for_others]
     if busy and len(busy) < len(standings):
         said = "; ".join(f"{standing} hangs in {_short(standing)}" for standing in busy[:8])
@@ -133,7 +133,7 @@ def _blame(standings: Sequence[Standing], silent: Sequence[Here], *, lost: bool)
             return f"all wait for one another, and {apart} {verb} apart from the others, in {_short(fewest[0])}"
         first = min(standings, key=lambda standing: standing.since)
         return f"all wait for one another, and {first} has waited longest, in {_short(first)}"
-    return f"all wait for one another in the same place ({_short(standings[0])}): the network, or a device, does not answer"
+    return f"all wait for one another in the same place ({_short(standings[0])}): the network or a device does not respond"
 
 
 def _few_and_early(group: Sequence[Standing]) -> tuple[int, int]:

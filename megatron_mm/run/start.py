@@ -186,7 +186,7 @@ def _begin_with(checkpoint: Path, experiment: Experiment, topology: Topology, mo
     """Load the weights of an earlier stage of training, and nothing else."""
     load_weights(experiment, topology, model, checkpoint)
     if topology.is_main:
-        logger.info("begins with the weights of %s", checkpoint)
+        logger.info("initialised with the weights of %s", checkpoint)
 
 
 def check(experiment: Experiment, run_dir: Path) -> Checked:
@@ -235,7 +235,7 @@ def _check_no_secrets(experiment: Experiment) -> None:
     for name, value in flat(to_dict(experiment)):
         if contains_secret(value):
             raise ValueError(
-                f"{name} holds what looks like a password or a key, which would stand in the run's files: give it in the environment, "
+                f"{name} seems to contain a password or a key, which would be written to the run's files: set it in the environment, "
                 "or in the store's own configuration"
             )
 
@@ -244,7 +244,7 @@ def _hook(name: str) -> Callable[[Trainer], Hook]:
     """The class or function that makes a hook of `extra_hooks` from the trainer. Raises ValueError if it is neither."""
     found: Callable[[Trainer], Hook] = load_object(name)
     if not callable(found) or (isinstance(found, type) and not issubclass(found, Hook)):
-        raise ValueError(f"extra_hooks names {name}, which is no hook: derive the class from megatron_mm.training.trainer.Hook")
+        raise ValueError(f"extra_hooks names {name}, which is not a hook: derive the class from megatron_mm.training.trainer.Hook")
     return found
 
 
@@ -298,8 +298,8 @@ def check_shapes(experiment: Experiment, world_size: int) -> None:
         )
     if experiment.train.fewest_micro_batches and parallel.pipeline > 1:
         raise ValueError(
-            f"train.fewest_micro_batches is True and parallel.pipeline is {parallel.pipeline}: with fewer micro-batches pipeline stages "
-            "idle longer; set one of them"
+            f"train.fewest_micro_batches is True, but parallel.pipeline is {parallel.pipeline}: with fewer micro-batches, pipeline stages "
+            "idle longer; use only one of the two"
         )
     if experiment.train.precision == "fp8":
         check_fp8(experiment)
@@ -322,7 +322,7 @@ def check_fp8(experiment: Experiment) -> None:
     for name, (size, degree) in parts.items():
         if size % (experiment.fp8_multiple * degree):
             raise ValueError(
-                f"train.precision fp8 needs multiples of {experiment.fp8_multiple} on each process, but {name} is {size} and is cut into "
+                f"train.precision fp8 needs multiples of {experiment.fp8_multiple} on each process, but {name} is {size} and is split into "
                 f"{degree}: change it or use --train.precision bf16"
             )
 
@@ -334,7 +334,7 @@ def _warn_of_changes(experiment: Experiment, path: Path) -> None:
     try:
         before = load_experiment(path)
     except (ValueError, OSError) as error:  # truncated, or from another version; the checkpoint has its own copy
-        logger.warning("what this start changes cannot be told (%s): %s is written anew", error, path)
+        logger.warning("changes since the previous start cannot be determined (%s): %s is rewritten", error, path)
         return
     watched = {
         "train.seed": (before.train.seed, experiment.train.seed),
@@ -352,7 +352,7 @@ def _warn_of_changes(experiment: Experiment, path: Path) -> None:
     }
     for name, (old, new) in watched.items():
         if old != new:
-            logger.warning("this run had %s %s and resumes with %s: it differs from an unchanged run from here on", name, old, new)
+            logger.warning("this run had %s %s and resumes with %s: results will differ from those of an unchanged run", name, old, new)
 
 
 def _changed(part: str, before: Any, now: Any) -> dict[str, tuple[Any, Any]]:

@@ -83,7 +83,7 @@ def test_mistakes_on_the_command_line(fails: Fails, options: list[str], message:
         (["--train.global-batch-size", "10"], "train.global_batch_size 10 is not a multiple of train.micro_batch_size 4"),
         (["--data.path", "/nowhere"], "error: data.path /nowhere is not a directory: use --data.path DIR"),
         (["--data.path", "/usr"], "error: data.path /usr is not a data set, because it has no folder 'train': use --data.path DIR"),
-        (["--extra-hooks", "json:JSONDecoder"], "extra_hooks names json:JSONDecoder, which is no hook: derive the class from"),
+        (["--extra-hooks", "json:JSONDecoder"], "extra_hooks names json:JSONDecoder, which is not a hook: derive the class from"),
         (["--data.preprocessors", "builtins:print"], "the preprocessor builtins:print returns None for source "),
         (["--data.tokenizer", "/nowhere.model"], "tokenizer /nowhere.model does not exist: train one"),
         (

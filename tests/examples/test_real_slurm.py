@@ -85,7 +85,7 @@ def test_a_job_stops_on_a_signal_is_requeued_and_goes_on(cluster: SlurmCluster, 
     assert f"stopped after step {stopped_after} of {last} on SIGUSR1: back into the queue" in output(run_dir)
     assert "attempt 2: debug_mm1 on 2 nodes x 1 processes" in output(run_dir)
     logs = [f"job-{job}-attempt-{attempt}-node-{node}.log" for attempt in (1, 2) for node in (0, 1)]
-    assert sorted(path.name for path in (run_dir / "logs").iterdir()) == logs
+    assert sorted(path.name for path in (run_dir / "logs").glob("*.log")) == logs
 
 
 def test_a_mistake_fails_the_job_with_its_message(cluster: SlurmCluster, demo_data: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_stages_in_a_chain_begin_with_one_another_and_are_submitted_once(cluster
         assert steps(run_dir / stage) == list(range(1, last + 1))
         assert begins[others[number]] >= ends[(job, *others)[number]]
         log = (run_dir / stage / "logs" / f"job-{others[number]}-attempt-1-node-0.log").read_text()
-        assert f"begins with the weights of {run_dir / before}/checkpoints/step_{last:08d}" in log
+        assert f"initialised with the weights of {run_dir / before}/checkpoints/step_{last:08d}" in log
         assert json.loads((run_dir / stage / "config.json").read_text())["train"]["freeze_policy"] == stage
     # Weights that a stage does not train equal its predecessor's, down to the initial weights of the first stage.
     frozen = {".mlp.text.": STAGES[:3], ".self_attention.linear_qkv.": STAGES[:2]}

@@ -63,7 +63,7 @@ def test_a_stage_may_have_nothing_or_all_trainable() -> None:
         (
             "infimm_zephyr_7b_pt",
             {"train": {"fewest_micro_batches": True}, "parallel": {"pipeline": 2}},
-            "train.fewest_micro_batches is True and parallel.pipeline is 2",
+            "train.fewest_micro_batches is True, but parallel.pipeline is 2",
         ),
     ],
 )

@@ -100,7 +100,7 @@ def _workers(run_dir: Path) -> list[int]:
             "collective",
             r"all wait for one another, and rank 1 \(.*\) is apart from the others, in step 3, phase 'Faulty'.*last collective barrier",
         ),
-        ("stop", r"rank 3 \(.*, process \d+\) has ended, or stopped altogether"),
+        ("stop", r"rank 3 \(.*, process \d+\) has ended, or stopped responding"),
     ],
 )
 def test_a_process_that_hangs_is_named_and_all_end(kind: str, expected: str, demo_data: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_who_is_to_blame_as_far_as_can_be_told() -> None:
     halves = report([_standing(rank, waiting, phase="hook" if rank >= 2 else "optimizer") for rank in range(4)], [], folder=folder)
     assert "all wait for one another, and rank 2 (node1, process 102) has waited longest, in step 5" in halves
     alike = report([_standing(rank, waiting) for rank in range(2)], [], folder=folder)
-    assert "the network, or a device, does not answer" in alike
+    assert "the network or a device does not respond" in alike
     lost = report([_standing(0, waiting, problem="Connection closed by peer")], [Here(1, "node2", 7)], folder=folder)
     assert lost.startswith("contact with other processes was lost in step 5: rank 1 (node2, process 7) has ended\n")
     assert "  the error of rank 0 (node1, process 100): Connection closed by peer" in lost

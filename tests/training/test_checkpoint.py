@@ -319,7 +319,9 @@ def test_a_run_directory_in_disorder_is_resumed(demo_data: Path, run_dir: Path) 
     for name in ("metrics.jsonl", "events.jsonl"):
         (run_dir / name).write_bytes((run_dir / name).read_bytes() + b"\x00\xff\xfe\n{")
     ended = run_processes(train_and_log, 2, demo_data, run_dir, 6, {"interval": 2, "keep": 2})[0]
-    assert "what this start changes cannot be told" in ended and "line 1 of" in ended and "roll_backs.jsonl is damaged" in ended
+    assert (
+        "changes since the previous start cannot be determined" in ended and "line 1 of" in ended and "roll_backs.jsonl is damaged" in ended
+    )
     assert [path.name for path in completed_checkpoints(run_dir)] == ["step_00000004", "step_00000006"]
     assert (checkpoints / "step_00000002.old").is_dir() and (checkpoints / "best" / "manifest.json").is_file()
     assert json.loads((run_dir / "config.json").read_text())["train"]["steps"] == 6

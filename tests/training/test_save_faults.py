@@ -83,7 +83,7 @@ def test_a_full_disk_costs_checkpoints_until_there_is_room(asynchronous: bool, d
     folder = small_disk / "checkpoints"
     fill = ["sh", "-c", f"dd if=/dev/zero of={folder}/filler bs=1M count=64 2>/dev/null; rm -f {folder}/.none"]
     ended, log = run_processes(_train, 2, demo_data, small_disk, 6, 3, fill, asynchronous)[0]
-    assert "the checkpoint of step 4 is given up" in log and "No space left on device" in log and "is full" in log
+    assert "the checkpoint of step 4 is abandoned" in log and "No space left on device" in log and "is full" in log
     assert "the newest checkpoint is of step 2" in log
     assert "the last checkpoint, of step 6, could not be written" in ended
     assert _names(small_disk) == ["step_00000002"] and _steps(small_disk) == [1, 2, 3, 4, 5, 6], "the run went on"
@@ -103,7 +103,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save(demo_data: Path, small_dis
             f"rm -f {folder}/filler; dd if=/dev/zero of={folder}/filler bs=1M 2>/dev/null; truncate -s -{free_kb}K {folder}/filler",
         ]
         ended, log = run_processes(_train, 2, demo_data, small_disk, 4, 3, fill)[0]
-        assert "the checkpoint of step 4 is given up" in log and "the last checkpoint, of step 4, could not be written" in ended, free_kb
+        assert "the checkpoint of step 4 is abandoned" in log and "the last checkpoint, of step 4, could not be written" in ended, free_kb
         assert _names(small_disk) == ["step_00000002"]
 
 
@@ -111,7 +111,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save(demo_data: Path, small_dis
 def test_a_disk_that_becomes_read_only(demo_data: Path, small_disk: Path) -> None:
     remount = ["mount", "-o", "remount,ro", str(small_disk / "checkpoints")]
     ended, log = run_processes(_train, 2, demo_data, small_disk, 4, 3, remount)[0]
-    assert "the checkpoint of step 4 is given up" in log and "Read-only file system" in log and "of step 4, could not" in ended
+    assert "the checkpoint of step 4 is abandoned" in log and "Read-only file system" in log and "of step 4, could not" in ended
     assert _names(small_disk) == ["step_00000002"]
 
 
@@ -156,7 +156,7 @@ def _one_writer_fails(data: Path, run_dir: Path, how: str) -> tuple[str, str]:
 def test_a_failure_of_one_writer_is_one_of_all(how: str, reason: str, demo_data: Path, tmp_path: Path) -> None:
     ended = run_processes(_one_writer_fails, 2, demo_data, tmp_path, how, timeout=240)
     assert [end for end, _ in ended] == ["", ""]
-    assert "the checkpoint of step 4 is given up" in ended[0][1] and reason in ended[0][1]
+    assert "the checkpoint of step 4 is abandoned" in ended[0][1] and reason in ended[0][1]
     assert _names(tmp_path) == ["step_00000002", "step_00000006"] and _steps(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 

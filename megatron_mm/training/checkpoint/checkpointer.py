@@ -103,7 +103,7 @@ class Checkpointer:
         if topology.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in [*self.folder.glob(".partial-*"), *self.folder.glob(".removed-*")]:
-                logger.warning("removing %s, left behind by a run that was stopped while it saved", stale.name)
+                logger.warning("removing %s, left behind by a run that was stopped while saving", stale.name)
                 shutil.rmtree(stale, ignore_errors=True)
         name = [uuid.uuid4().hex[:8]]
         dist.broadcast_object_list(name, src=0)  # also a barrier: no process continues before the folder exists
@@ -243,7 +243,7 @@ class Checkpointer:
         self.failed_saves += 1
         if self.topology.is_main:
             logger.error(
-                "the checkpoint of step %d is given up: %s. Training continues; the newest checkpoint is of step %s",
+                "the checkpoint of step %d is abandoned: %s. Training continues; the newest checkpoint is of step %s",
                 step,
                 reason + full_disk(self.folder),
                 "none" if self.saved_step is None else self.saved_step,
@@ -291,7 +291,7 @@ class Checkpointer:
                 point_to(self.folder / BEST, final)
             self._drop_superseded()
         except OSError as error:  # for example, a folder has the link's name: the checkpoint is complete all the same
-            logger.error("checkpoint %s is written, but the folder around it cannot be kept in order: %s", final.name, error)
+            logger.error("checkpoint %s is written, but its folder cannot be tidied up: %s", final.name, error)
 
     def _drop_superseded(self) -> None:
         kept = self.copies.busy if self.copies is not None else set()
@@ -389,7 +389,11 @@ def _with_checksums(request: AsyncRequest, partial: Path, *, rank: int) -> Async
     """Return the same request, but let the writing process (not the training process) also write checksums of the files it wrote."""
     write = request.async_fn
     if no_locks := writer_locks.problem():
-        logger.warning("rank %d: /dev/shm takes no locks (%s), so one process writes its checkpoint files: make room there", rank, no_locks)
+        logger.warning(
+            "rank %d: /dev/shm does not support locks (%s), so a single process writes its checkpoint files: free some space there",
+            rank,
+            no_locks,
+        )
 
     def write_and_sum(*args: Any, **kwargs: Any) -> None:
         if write is not None:
