@@ -26,10 +26,10 @@ def _arguments(parser: Parser) -> None:
 
 def _run(given: argparse.Namespace) -> None:
     from megatron_mm.reporting.progress import GONE, watch
-    from megatron_mm.run.lock import gone_since
+    from megatron_mm.run.lock import gone_since, held_since
 
     try:
-        ended = watch(given.run_dir, interval=given.interval, once=given.once, gone_since=gone_since)
+        ended = watch(given.run_dir, interval=given.interval, once=given.once, gone_since=gone_since, held_since=held_since)
     except KeyboardInterrupt:
         return
     if ended in ("failed", GONE):

@@ -27,6 +27,7 @@ _START_SECONDS = 600.0
 """Seconds that a run may take until its directory exists."""
 _LOCK = "running.lock"
 """The first file that a run writes (`run/lock.py`)."""
+_STARTS_AGAIN = "the run has been started again: waiting for its first step"
 GONE = "gone"
 """What `watch` returns for a run whose processes have disappeared without an event that says so."""
 _WIDTH_OF_A_FILE = 1000
@@ -92,6 +93,8 @@ class Progress:
     held_out: dict[str, Any] = field(default_factory=dict)
     phases: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    held_since: float | None = None
+    """When the process that holds the run directory started, in seconds since 1970; None if there is none."""
 
     def __post_init__(self) -> None:
         self._files = {name: Follower(self.run_dir / name) for name in (METRICS, EVALUATIONS, PHASES, EVENTS)}
@@ -123,17 +126,28 @@ class Progress:
     @property
     def ended(self) -> str | None:
         """The kind of event that ended the run; None while it is running. Without events: "end" after the last step."""
-        kinds = [event.get("kind") for event in self.events if event.get("kind") in (*_ENDS, "start", "resume")]
-        if kinds:
-            return kinds[-1] if kinds[-1] in _ENDS else None
+        found = [event for event in self.events if event.get("kind") in (*_ENDS, "start", "resume")]
+        if found:
+            kind = str(found[-1]["kind"])
+            return kind if kind in _ENDS and not self.starts_again else None
         return "end" if self.lines and self.steps is not None and self.lines[-1]["step"] >= self.steps else None
+
+    @property
+    def starts_again(self) -> bool:
+        """Whether the run has ended, but its next start has begun since and has not yet written an event."""
+        found = [event for event in self.events if event.get("kind") in (*_ENDS, "start", "resume")]
+        return bool(found) and found[-1]["kind"] in _ENDS and (self.held_since or 0.0) > _mean(found[-1:], "time")
 
     def quiet(self, now: float) -> float | None:
         """Seconds since the newest step, if they are many for a run that continues; None if they are few, or no step has a time."""
         since = _mean(self.lines[-1:], "time")
         quiet = now - since if math.isfinite(since) else 0.0
         pace = _mean(self.lines[-20:], "seconds")
-        return quiet if self.ended is None and quiet > max(_QUIET_SECONDS, 10 * pace if math.isfinite(pace) else 0.0) else None
+        return (
+            quiet
+            if self.ended is None and not self.starts_again and quiet > max(_QUIET_SECONDS, 10 * pace if math.isfinite(pace) else 0.0)
+            else None
+        )
 
     def display(self, *, width: int, now: float, gone: float | None = None) -> Iterator[str]:
         """Lines for a terminal; `gone` is when the run's processes gave their last sign of life, if they are gone."""
@@ -151,6 +165,8 @@ class Progress:
             yield _ENDS[self.ended]
         elif gone is not None:
             yield _gone(gone, now)
+        elif self.starts_again:
+            yield _STARTS_AGAIN
 
     def _of_steps(self, width: int, now: float, gone: float | None) -> Iterator[str]:
         last, recent = self.lines[-1], self.lines[-20:]
@@ -259,6 +275,7 @@ def watch(
     once: bool = False,
     out: TextIO | None = None,
     gone_since: Callable[[Path], float | None] = lambda run_dir: None,
+    held_since: Callable[[Path], float | None] = lambda run_dir: None,
 ) -> str | None:
     """Show a run until it ends; returns the kind of event that ended it, or `GONE`. A run that has written nothing yet is waited for.
 
@@ -267,12 +284,16 @@ def watch(
 
     Args:
         gone_since: tells when the run's processes gave their last sign of life, if they are gone.
+        held_since: tells when the process that holds the run directory started, if there is one.
     """
     out = sys.stdout if out is None else out
     _wait_for_start(run_dir, interval=interval, once=once, out=out, gone_since=gone_since)
     progress, drawn, mentioned = Progress(run_dir), 0, 0.0
     while True:
-        gone = gone_since(run_dir)  # before the files are read: what the run wrote last is then shown
+        gone, progress.held_since = (
+            gone_since(run_dir),
+            held_since(run_dir),
+        )  # before the files are read: what the run wrote last is then shown
         steps, events = progress.update()
         now = time.time()
         if gone is not None:
@@ -293,6 +314,8 @@ def watch(
                 mentioned = quiet
             if gone is not None and progress.ended is None:
                 out.write(_gone(gone, now) + "\n")
+            if progress.starts_again and events:
+                out.write(_STARTS_AGAIN + "\n")
         out.flush()
         ended = progress.ended or (GONE if gone is not None else None)
         if once or ended is not None:

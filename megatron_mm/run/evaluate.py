@@ -10,6 +10,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from megatron_mm.config import Experiment, ParallelConfig
+from megatron_mm.data.sources.index import check_folder
 from megatron_mm.evaluation.captions import CaptionSample
 from megatron_mm.evaluation.heldout import SPLIT, HeldOut
 from megatron_mm.families.registry import family_of
@@ -84,7 +85,9 @@ def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
 
     Raises ValueError if there is no held-out split, or if the checkpoint, layout or data does not fit.
     """
-    if not (local_data(experiment.data) / SPLIT).is_dir():
+    folder = local_data(experiment.data)
+    check_folder(folder)
+    if not (folder / SPLIT).is_dir():
         raise ValueError(f"data path {experiment.data.path} has no folder {SPLIT}: {_HOW_TO_HOLD_OUT}")
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
     check_same_tokenizer(experiment, checkpoint)

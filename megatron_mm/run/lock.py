@@ -220,6 +220,15 @@ def gone_since(run_dir: Path) -> float | None:
     return beat if here is not False and time.time() - beat > patience else None
 
 
+def held_since(run_dir: Path) -> float | None:
+    """When the process that holds a run directory started, in seconds since 1970; None if none holds it."""
+    try:
+        holder = _holder((run_dir / LOCK_FILE).read_bytes())
+        return None if holder is None else datetime.fromisoformat(holder.since).timestamp()
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _holder(content: bytes) -> Holder | None:
     try:
         values = json.loads(content)

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from support.monitors import metrics
 from megatron_mm.cli.main import main
 from megatron_mm.reporting import progress
 from megatron_mm.reporting.progress import Follower, Progress, duration, sparkline, watch
-from megatron_mm.run.lock import LOCK_FILE, Holder, gone_since
+from megatron_mm.run.lock import LOCK_FILE, Holder, gone_since, held_since
 from megatron_mm.training.metrics import MetricsFile
 
 
@@ -33,9 +34,9 @@ def new_run(run_dir: Path, *, steps: int) -> Path:
     return run_dir
 
 
-def event(run_dir: Path, step: int, kind: str, text: str = "") -> None:
+def event(run_dir: Path, step: int, kind: str, text: str = "", *, at: float | None = None) -> None:
     with (run_dir / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "time": time.time(), "kind": kind, "text": text}) + "\n")
+        file.write(json.dumps({"step": step, "time": at or time.time(), "kind": kind, "text": text}) + "\n")
 
 
 def write_steps(run_dir: Path, *steps: int, **fields: Any) -> None:
@@ -137,6 +138,29 @@ def test_a_run_whose_processes_are_gone_ends_the_watch_with_code_1(tmp_path: Pat
     for path in run_dir.iterdir():
         os.utime(path, (then, then))
     assert gone_since(run_dir) == pytest.approx(then, abs=1)
+
+
+def test_a_run_that_is_started_again_is_waited_for(tmp_path: Path) -> None:
+    run_dir, out = new_run(tmp_path / "run", steps=2), io.StringIO()
+    write_steps(run_dir, 1)
+    ended = time.time() - 100
+    event(run_dir, 1, "stop", "SIGTERM", at=ended)
+    lock = run_dir / LOCK_FILE
+    lock.write_text(json.dumps(asdict(Holder(since=datetime.fromtimestamp(ended - 50, UTC).isoformat()))))
+    assert watch(run_dir, interval=1, out=out, held_since=held_since) == "stop", "the lock of the run that has ended"
+    lock.write_text(json.dumps(asdict(Holder())))
+
+    def resume() -> None:
+        time.sleep(0.05)
+        event(run_dir, 1, "resume")
+        write_steps(run_dir, 2)
+        event(run_dir, 2, "end", "all 2 steps are done")
+
+    thread = threading.Thread(target=resume)
+    thread.start()
+    assert watch(run_dir, interval=0.01, out=out, gone_since=gone_since, held_since=held_since) == "end"
+    thread.join()
+    assert out.getvalue().count("the run has been started again") == 1 and "2 of 2 steps" in out.getvalue()
 
 
 def test_in_a_pipe_a_run_without_news_is_mentioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
