@@ -135,7 +135,9 @@ def test_a_checkpoint_of_another_model_and_export_errors(fails: Fails, demo_data
     (tmp_path / "full" / "file").touch()
     assert "exists and is not an empty directory" in fails("convert", "to-hf", checkpoint, tmp_path / "full")
     assert "shard_size is '5 parrots'" in fails("convert", "to-hf", checkpoint, tmp_path / "new", "--shard-size", "5 parrots")
-    assert "data path /nowhere has no heldout folder" in fails("eval", checkpoint, "--data.path", "/nowhere")
+    assert "data.path /nowhere is not a directory" in fails("eval", checkpoint, "--data.path", "/nowhere")
+    advice = "has no folder heldout: put shards that training does not use into DATA/heldout/NAME"
+    assert advice in fails("eval", checkpoint, "--data.path", tmp_path / "full")
 
 
 def test_torchrun_says_a_mistake_once_and_does_not_hang(demo_data: Path, tmp_path: Path) -> None:
