@@ -5,7 +5,8 @@
 For each start of the disturbed run, one fault, the process and the step are drawn at random; a start that survives its fault is stopped a
 few steps later. Then the same command is started again, as a cluster would do, until all faults have occurred and all steps are done.
 Weights, optimizer state and losses must be bit-identical to the undisturbed run's. With `--change-layout` each start draws its layout at
-random, and weights and losses must agree to 1e-5 relative, moments to 1e-4, except for tensors that consist of rounding errors alone (`ROUNDING`).
+random, and weights and losses must agree to 1e-5 relative, moments to 1e-4, except for tensors that consist of rounding errors alone
+(`ROUNDING`).
 """
 
 from __future__ import annotations

@@ -57,3 +57,9 @@ class ImageTokens:
         if inputs.get("pixel_values") is not None and (step_ids is None or not (step_ids == self.config.image_token_id).any()):
             inputs["pixel_values"] = None
         return inputs
+
+
+def cache_of(outputs: Any) -> dict[str, Any]:
+    """Return the key/value cache of a decoder's output under the name that the installed transformers gives it."""
+    name = "cache" if "cache" in outputs else "past_key_values"  # the former since 5.24
+    return {name: outputs[name]} if name in outputs else {}

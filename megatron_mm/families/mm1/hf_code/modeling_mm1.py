@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .configuration_mm1 import MM1Config
-from .image_tokens import ImageTokens
+from .image_tokens import ImageTokens, cache_of
 
 try:  # before transformers 5 the tower is a separate class, with the same parameter names
     from transformers.models.clip.modeling_clip import CLIPVisionTransformer as VisionTower
@@ -36,7 +36,7 @@ class MM1PreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer", "MM1RegBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -245,6 +245,8 @@ class MM1ForConditionalGeneration(ImageTokens, MM1PreTrainedModel, GenerationMix
             labels: [b, s], not shifted; -100 for tokens without a loss.
         """
         kwargs.pop("return_dict", None)
+        if past_key_values is not None:  # newer versions of transformers name it `cache`, and it is among kwargs
+            kwargs["past_key_values"] = past_key_values
         if inputs_embeds is None:
             inputs_embeds = self.embed_with_images(input_ids, pixel_values)
         elif pixel_values is not None:
@@ -253,7 +255,6 @@ class MM1ForConditionalGeneration(ImageTokens, MM1PreTrainedModel, GenerationMix
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
         )
@@ -266,7 +267,7 @@ class MM1ForConditionalGeneration(ImageTokens, MM1PreTrainedModel, GenerationMix
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cache_of(outputs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from .configuration_mono_internvl import MonoInternVLConfig
-from .image_tokens import ImageTokens
+from .image_tokens import ImageTokens, cache_of
 
 # ----------------------------------------------------------------------------------------------------------------- patches
 
@@ -179,7 +179,7 @@ class MonoInternVLPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     main_input_name = "input_ids"
     _no_split_modules = ["MonoInternVLLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -267,7 +267,7 @@ class InternVLChatModel(ImageTokens, MonoInternVLPreTrainedModel, GenerationMixi
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cache_of(outputs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
