@@ -57,6 +57,7 @@ def command(data: Path, run_dir: Path, layout: dict[str, int]) -> list[str]:
         "train.micro-batch-size": 2,
         "train.watchdog": WATCHDOG_SECONDS,
         "checkpoint.interval": INTERVAL,
+        "checkpoint.timeout-minutes": 1,  # a process that is stopped during a save is noticed after this time
         "eval.interval": 0,
         "monitor.wandb": "disabled",
         "extra-hooks": f"{ROOT / 'tests' / 'support' / 'faulty.py'}:Faulty",
