@@ -83,7 +83,7 @@ def test_missing_and_unknown_names_are_listed() -> None:
 def test_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"ours has 7 rows, but 4 query and 2 key/value heads of 4 make 32"):
         QKV("ours", "q", "k", "v", num_heads=4, num_groups=2, head_dim=4).to_hf(torch.ones(7, 2))
-    with pytest.raises(ValueError, match="odd number"):
+    with pytest.raises(ValueError, match="even number"):
         GatedMLP("ours", "gate", "up").to_hf(torch.ones(7, 2))
     with pytest.raises(ValueError, match="must be equal"):
         GatedMLP("ours", "gate", "up").from_hf((torch.ones(2, 2), torch.ones(3, 2)))
