@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_mm.platform import fp8_weights
+from megatron_mm.platform import engine, fp8_weights
 
 STATE_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
 """How checkpoints name tensors: each layer by its own number, optimizer state by parameter, so that any layout can read them."""
@@ -65,7 +65,7 @@ def _draw_into(entry: ShardedTensor | ShardedTensorFactory, rule: InitialValue, 
         if which != (name, shape, row):  # the two pieces of a SwiGLU are parts of one matrix, drawn once
             whole = torch.empty(0)  # free the previous one first
             which, whole = (name, shape, row), draw(name, shape, std=rule.std, seed=seed, row=row, device=piece.data.device)
-        piece.data.copy_(whole[piece.global_slice()[stacked:]])
+        piece.data.copy_(whole[engine.place_of(piece)[stacked:]])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
@@ -32,6 +33,13 @@ SAVE_OPTIONS: dict[str, Any] = (
 )
 """Options of `dist_checkpointing.save` that select megatron-core's own writer, the only one in 0.16. Later versions would otherwise need
 nvidia-resiliency-ext."""
+
+
+def place_of(piece: ShardedTensor) -> tuple[int | slice, ...]:
+    """Return the index of a piece in its whole tensor (a method of `ShardedTensor` up to megatron-core 0.19)."""
+    stacked = piece.prepend_axis_num
+    runs = (slice(begin, begin + size) for begin, size in zip(piece.global_offset[stacked:], piece.local_shape, strict=True))
+    return (*piece.global_offset[:stacked], *runs)
 
 
 def te_experts() -> Any:

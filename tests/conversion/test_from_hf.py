@@ -24,6 +24,7 @@ from megatron_mm.conversion.reader import CheckpointReader
 from megatron_mm.families.serialize import load_experiment
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.initial_weights import STATE_METADATA
+from megatron_mm.platform import engine
 from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import find_checkpoint
 
@@ -74,7 +75,9 @@ def _initial(settings: Experiment) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for entry in nested_values(state):
         if isinstance(entry, ShardedTensor):
-            found.setdefault(entry.key, torch.full(entry.global_shape, float("nan"), dtype=entry.dtype))[entry.global_slice()] = entry.data
+            found.setdefault(entry.key, torch.full(entry.global_shape, float("nan"), dtype=entry.dtype))[engine.place_of(entry)] = (
+                entry.data
+            )
     topologies.shutdown()
     return found
 

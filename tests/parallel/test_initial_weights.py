@@ -16,6 +16,7 @@ from support.small import small_experiment
 from megatron_mm.config import MoEConfig
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.initial_weights import STATE_METADATA, initial_value, initialize_weights
+from megatron_mm.platform import engine
 from megatron_mm.training.build import build_chunks
 
 DECODERS: dict[str, dict[str, Any]] = {
@@ -65,7 +66,7 @@ def _pieces(decoder: str, parallel: dict[str, Any], *, seed: int) -> list[Piece]
         apply_factories(state)
         for entry in nested_values(state):
             if isinstance(entry, ShardedTensor):
-                found.append(Piece(entry.key, tuple(entry.global_shape), entry.global_slice(), entry.data.detach().clone()))
+                found.append(Piece(entry.key, tuple(entry.global_shape), engine.place_of(entry), entry.data.detach().clone()))
     parallel_state.destroy_model_parallel()
     return found
 
