@@ -26,6 +26,7 @@ def stand_ins(recorder: Recorder, *, te: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         attend = _te_attention if te else _document_attention
         stack.enter_context(patch.object(layer_modules.TorchDotProductAttention, "forward", _attention(recorder, attend)))
+        stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", _plain_attention(recorder)))
         if te:
             from megatron.core import activations
             from megatron.core.transformer import attention as attention_module
@@ -53,6 +54,17 @@ class _FusedAttention(torch.autograd.Function):
         query, key, value, _, _ = ctx.saved_tensors
         ctx.recorder.add_product("attention backward", (query.shape, key.shape), 2.5 * ctx.flops)
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), None, None
+
+
+def _plain_attention(recorder: Recorder) -> Any:
+    """What modules outside megatron-core's layers call (EVA towers, resampler): [..., s, d]. On meta tensors, torch would count it as two
+    matrix products instead of one kernel."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
+        pairs = query.shape[:-1].numel() * key.shape[-2] / (2 if is_causal else 1)
+        return _FusedAttention.apply(query, key, value, 4.0 * pairs * query.shape[-1], recorder)
+
+    return attend
 
 
 def _attention(recorder: Recorder, attend: Any) -> Any:
