@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megatron_mm.cli.command import Command, Parser, integer
 from megatron_mm.cli.recipe import list_recipes, recipe_of
-from megatron_mm.config import Experiment
 
 
 def _view_arguments(parser: Parser) -> None:
@@ -26,10 +25,6 @@ def _view_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--micro-batches", type=integer, default=4, metavar="N", help="number of micro-batches to show (default: %(default)s)"
     )
-
-
-def _view_experiment(given: argparse.Namespace) -> Experiment:
-    return recipe_of(given)
 
 
 def _view(given: argparse.Namespace) -> None:
@@ -67,7 +62,7 @@ LOOK_COMMANDS = {
         help="write an HTML page that shows packed sequences as a model sees them",
         run=_view,
         arguments=_view_arguments,
-        experiment=_view_experiment,
+        experiment=recipe_of,
         notes=list_recipes,
     ),
     "report": Command(help="print statistics of an indexed data set", run=_report, arguments=_report_arguments),

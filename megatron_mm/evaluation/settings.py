@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -26,21 +26,9 @@ def differences(setting: Mapping[str, Any]) -> dict[str, str]:
 
     --limit is not among them: tables give the number of items instead.
     """
-    found = {}
-    if "own_method" in setting:
-        found["--method"] = str(setting["method"])
-    if "form" in setting:
-        found["--form"] = repr(setting["form"])
-    if setting.get("beams", 1) != 1:
-        found["--beams"] = str(setting["beams"])
-    if setting.get("seed", 0) != 0:
-        found["--seed"] = str(setting["seed"])
-    if setting.get("text_demonstrations"):
-        found["--text-demonstrations"] = str(setting["text_demonstrations"])
-    if setting.get("low_resolution_demonstrations"):
-        found["--low-resolution-demonstrations"] = ""
     fields = setting["model"].get("fields", {})
-    return found | {f"--{name.replace('_', '-')}": str(value) for name, value in fields.items()}
+    own = {option: value for option, value, _ in _parts(setting)}
+    return own | {f"--{name.replace('_', '-')}": str(value) for name, value in fields.items()}
 
 
 def spelled(options: Mapping[str, str]) -> str:
@@ -50,22 +38,25 @@ def spelled(options: Mapping[str, str]) -> str:
 
 def suffix(setting: Mapping[str, Any]) -> str:
     """Return the end of a result's name: empty for the task's own setting."""
-    found = "" if setting["limit"] is None else f"_limit{setting['limit']}"
+    limit = "" if setting["limit"] is None else f"_limit{setting['limit']}"
+    fields = setting["model"].get("fields")
+    return limit + "".join(end for _, _, end in _parts(setting)) + (f"_fields-{_hash(fields)}" if fields else "")
+
+
+def _parts(setting: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(option, its value, the end of a result's name) for each option of `evaluate` that differs."""
     if "own_method" in setting:
-        found += f"_{setting['method']}"
+        yield "--method", str(setting["method"]), f"_{setting['method']}"
     if "form" in setting:
-        found += f"_form-{_hash(setting['form'])}"
-    if setting.get("beams", 1) != 1:
-        found += f"_beams{setting['beams']}"
-    if setting.get("seed", 0) != 0:
-        found += f"_seed{setting['seed']}"
-    if setting.get("text_demonstrations"):
-        found += f"_text{setting['text_demonstrations']}"
+        yield "--form", repr(setting["form"]), f"_form-{_hash(setting['form'])}"
+    if (beams := setting.get("beams", 1)) != 1:
+        yield "--beams", str(beams), f"_beams{beams}"
+    if (seed := setting.get("seed", 0)) != 0:
+        yield "--seed", str(seed), f"_seed{seed}"
+    if texts := setting.get("text_demonstrations"):
+        yield "--text-demonstrations", str(texts), f"_text{texts}"
     if setting.get("low_resolution_demonstrations"):
-        found += "_low-resolution"
-    if setting["model"].get("fields"):
-        found += f"_fields-{_hash(setting['model']['fields'])}"
-    return found
+        yield "--low-resolution-demonstrations", "", "_low-resolution"
 
 
 def _hash(value: Any) -> str:

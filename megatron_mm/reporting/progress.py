@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_mm.reporting.charts import short
-from megatron_mm.reporting.run_files import CONFIG, EVALUATIONS, EVENTS, METRICS, PHASES
+from megatron_mm.reporting.run_files import CONFIG, EVALUATIONS, EVENTS, LOCK_FILE, METRICS, PHASES
 
 _TAIL_BYTES = 1 << 20
 _KEPT = 600
@@ -25,8 +25,6 @@ _QUIET_SECONDS = 120.0
 """Seconds without a new step after which the display mentions it, if they are also longer than ten steps."""
 _START_SECONDS = 600.0
 """Seconds that a run may take until its directory exists."""
-_LOCK = "running.lock"
-"""The first file that a run writes (`run/lock.py`)."""
 _STARTS_AGAIN = "the run has been started again: waiting for its first step"
 GONE = "gone"
 """What `watch` returns for a run whose processes have disappeared without an event that says so."""
@@ -126,17 +124,21 @@ class Progress:
     @property
     def ended(self) -> str | None:
         """The kind of event that ended the run; None while it is running. Without events: "end" after the last step."""
-        found = [event for event in self.events if event.get("kind") in (*_ENDS, "start", "resume")]
-        if found:
-            kind = str(found[-1]["kind"])
+        if self._newest_turn is not None:
+            kind = str(self._newest_turn["kind"])
             return kind if kind in _ENDS and not self.starts_again else None
         return "end" if self.lines and self.steps is not None and self.lines[-1]["step"] >= self.steps else None
 
     @property
     def starts_again(self) -> bool:
         """Whether the run has ended, but its next start has begun since and has not yet written an event."""
-        found = [event for event in self.events if event.get("kind") in (*_ENDS, "start", "resume")]
-        return bool(found) and found[-1]["kind"] in _ENDS and (self.held_since or 0.0) > _mean(found[-1:], "time")
+        turn = self._newest_turn
+        return turn is not None and turn["kind"] in _ENDS and (self.held_since or 0.0) > _mean([turn], "time")
+
+    @property
+    def _newest_turn(self) -> dict[str, Any] | None:
+        """The newest event that started, resumed or ended the run."""
+        return next((event for event in reversed(self.events) if event.get("kind") in (*_ENDS, "start", "resume")), None)
 
     def quiet(self, now: float) -> float | None:
         """Seconds since the newest step, if they are many for a run that continues; None if they are few, or no step has a time."""
@@ -330,7 +332,7 @@ def _wait_for_start(run_dir: Path, *, interval: float, once: bool, out: TextIO, 
     while not any((run_dir / name).is_file() for name in (CONFIG, METRICS)):
         missing = not run_dir.exists()
         others = [] if missing else sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else [run_dir.name]
-        if any(name != EVENTS and _LOCK not in name for name in others):
+        if any(name != EVENTS and LOCK_FILE not in name for name in others):
             raise ValueError(f"{run_dir} is not a run directory: it has neither {METRICS} nor {CONFIG}, but {', '.join(others[:3])}")
         if missing and (once or not run_dir.absolute().parent.is_dir() or time.monotonic() - began > _START_SECONDS):
             raise ValueError(f"run directory {run_dir} does not exist: specify the --run-dir of the run")

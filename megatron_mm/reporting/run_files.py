@@ -25,6 +25,8 @@ import numpy as np
 METRICS, EVALUATIONS, PLAN = "metrics.jsonl", "eval.jsonl", "plan.jsonl"
 PHASES, EXPERTS, CAPTIONS, EVENTS = "phases.jsonl", "experts.jsonl", "captions.jsonl", "events.jsonl"
 CONFIG = "config.json"
+LOCK_FILE = "running.lock"
+"""The first file that a run writes; `run.lock` holds it."""
 _MOST_OBJECTS = 5000
 RESULTS = "evaluation"
 """Folder with the results of `megatron-mm evaluate`, one JSON file each."""

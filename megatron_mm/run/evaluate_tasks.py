@@ -29,10 +29,10 @@ from megatron_mm.families.serialize import load_experiment, to_dict
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.reporting.report_details import flat
+from megatron_mm.reporting.run_files import LOCK_FILE
 from megatron_mm.reporting.wandb_run import RUN_ID_FILE, WandbRun
 from megatron_mm.run.data import image_input, open_tokenizer
 from megatron_mm.run.evaluate import agreed
-from megatron_mm.run.lock import LOCK_FILE
 from megatron_mm.training.build import build_chunks
 from megatron_mm.training.checkpoint import find_checkpoint, load_weights
 from megatron_mm.training.checkpoint.names import MANIFEST

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mm.data.load.loader import StepBatch
-from megatron_mm.run.lock import LOCK_FILE, RunLock
+from megatron_mm.reporting.run_files import LOCK_FILE
+from megatron_mm.run.lock import RunLock
 from megatron_mm.run.roll_back import RollBack
 from megatron_mm.training.spread_encoder import wrapped_modules
 from megatron_mm.training.trainer import Hook, StepRecord, Trainer

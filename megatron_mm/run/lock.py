@@ -35,10 +35,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
+from megatron_mm.reporting.run_files import LOCK_FILE
+
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = "running.lock"
-"""Name of the lock file in the run directory."""
 BEAT_SECONDS = 15.0
 """Seconds between two touches of the lock."""
 STALE_SECONDS = 240.0

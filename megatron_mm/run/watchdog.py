@@ -137,7 +137,7 @@ class Watchdog:
     def _look(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
         asked_at: float | None = None
-        while not self._stopped.wait(min(1.0, self.seconds / 10)):
+        while not self._stopped.wait(min(2.0, self.seconds / 10)):
             since, now = self.progress.marked, time.monotonic()
             if asked_at is None and self._asked_to_end():
                 asked_at = now
