@@ -18,14 +18,16 @@ class WeightNorms(Hook):
     """`weight_norms.jsonl` in the run directory: the root mean square of each part's weights on the main process, every ten steps."""
 
     def after_step(self, record: StepRecord) -> None:
-        if record.step % INTERVAL == 0 and self.trainer.topology.is_main:
+        if record.step % INTERVAL == 0:
             self._write(record.step)
 
     def after_training(self) -> None:
-        if self.trainer.topology.is_main:
-            self._write(self.trainer.state.step)
+        self._write(self.trainer.state.step)
 
     def _write(self, step: int) -> None:
+        self.trainer.gather_weights()  # on all processes
+        if not self.trainer.topology.is_main:
+            return
         squares: dict[str, list[torch.Tensor]] = {}
         for chunk in self.trainer.model:
             for name, parameter in chunk.module.named_parameters():

@@ -45,7 +45,9 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
     """A CPU tensor in pinned memory, which a GPU can read directly; a tensor that is already pinned, or on a device, is returned as it
     is."""
-    return tensor.pin_memory() if tensor.device.type == "cpu" and not tensor.is_pinned() else tensor
+    if tensor.device.type != "cpu" or tensor.is_pinned():
+        return tensor
+    return tensor.contiguous().pin_memory()  # it keeps strides, and fails if elements share memory, as those of an expanded tensor do
 
 
 def fp8_recipe_missing(recipe: str) -> str:

@@ -19,6 +19,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -80,6 +81,19 @@ def step_and_gather(optimizer: MegatronOptimizer) -> None:
             part.step_with_ready_grads()
     for chunk in chunks.values():
         chunk.start_param_sync()
+
+
+def gather_weights(model: Iterable[DistributedDataParallel]) -> None:
+    """Complete the weights of every process after an update. Called by all processes together, before weights are read outside of a forward
+    pass.
+
+    If gathers overlap with the next forward pass, an update leaves each data-parallel process with new values for its own share of the
+    weights only. If they do not, or if all weights have been gathered since the update, nothing happens.
+    """
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def make_user_buffers(*, tokens: int, width: int, tensor: int, fp8: bool) -> None:

@@ -56,6 +56,7 @@ OF_OBJECTS = (
     "optimizer.distrib_optimizer.DistributedOptimizer._get_main_param_and_optimizer_states",
     "optimizer.distrib_optimizer.DistributedOptimizer.step_with_ready_grads",
     "distributed.DistributedDataParallel.start_param_sync",
+    "distributed.param_and_grad_buffer._ParamAndGradBucketGroup.finish_param_sync",
 )
 """Methods called on objects that megatron-core makes, which have no public name or had another one in earlier versions."""
 

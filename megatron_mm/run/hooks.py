@@ -145,6 +145,7 @@ class Evaluation(Hook):
 
     def _evaluate(self) -> None:
         step = self.last_step = self.trainer.state.step
+        self.trainer.gather_weights()  # generation reads some weights without calling their modules
         if self.config.batches:
             losses = self.heldout.losses(self.trainer.step)
             self.monitor.log_eval(step, losses)

@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_mm.config import Experiment
 from megatron_mm.data.load.loader import StepBatch
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform import engine
 from megatron_mm.platform.device import send
 from megatron_mm.training.checkpoint import Checkpointer, TrainState
 from megatron_mm.training.phases import StepClock
@@ -157,6 +158,14 @@ class Trainer:
             for hook in reversed(self.hooks):
                 hook.close(failed=failed)
         return self.state
+
+    def gather_weights(self) -> None:
+        """Complete the weights of this process; called by all processes together, before a hook reads weights after a step.
+
+        An update may leave each process with new values for its own share only, until the next forward pass
+        (`parallel.overlap_param_gather`).
+        """
+        engine.gather_weights(self.model)
 
     def _one_step(self) -> StepRecord:
         began = time.perf_counter()

@@ -259,3 +259,15 @@ def test_pixels_of_dali_and_of_pillow_meet_on_a_device() -> None:
     """Tensors that are already on a device are not copied; only CPU tensors are pinned."""
     there = torch.empty(2, dtype=torch.uint8, device="meta")
     assert pinned(there) is there and send(there, torch.device("meta")) is there
+
+
+def test_blank_images_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are one pixel, expanded. torch copies a tensor to pinned memory with its strides, which fails if elements share memory."""
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
+    blank = torch.tensor([1, 2, 3], dtype=torch.uint8)[None, :, None, None].expand(2, 3, 4, 4)
+    assert torch.equal(pinned(blank), blank)

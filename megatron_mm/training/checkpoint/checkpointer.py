@@ -126,6 +126,7 @@ class Checkpointer:
     def _save(self, state: TrainState) -> None:
         step = state.step  # the state changes while the files are written
         self.sound_step = step - state.skipped_in_a_row
+        engine.gather_weights(self.model)
         tensors = to_be_forked(run_state(self.model, self.optimizer, self.topology, loading=False))
         partial, problems = self._fresh_directory(state)
         failed, anew = self._any(bool(problems), self.plans.must_be_made(tensors))
@@ -142,7 +143,7 @@ class Checkpointer:
         )
         if self._failed(first_writer.take_problems(), partial, step=step):
             return
-        request = _with_checksums(async_request, partial, rank=self.topology.rank)
+        request = _keeping_staged(_with_checksums(async_request, partial, rank=self.topology.rank))
         request.add_finalize_fn(lambda: self._complete(partial, step=step))
         self.under_way = Save(step, state.best_step, partial, time.monotonic())
         if self.config.asynchronous:
@@ -179,6 +180,7 @@ class Checkpointer:
     def keep_in_memory(self, state: TrainState) -> None:
         """Copy the state to the nodes' memory, if `checkpoint.memory` is set."""
         if self.memory is not None:
+            engine.gather_weights(self.model)
             self.memory.save(state)
 
     def close(self) -> None:
@@ -405,3 +407,21 @@ def _with_checksums(request: AsyncRequest, partial: Path, *, rank: int) -> Async
             logger.error("rank %d: the checksums of its checkpoint files cannot be written: %s", rank, error)
 
     return request._replace(async_fn=write_and_sum, finalize_fns=list(request.finalize_fns))
+
+
+def _keeping_staged(request: AsyncRequest) -> AsyncRequest:
+    """Return the same request, but keep what it stages for the writer until the writer has ended.
+
+    On a GPU, these are copies of tensors in pinned memory. A fork shares pinned memory with its parent, whose later copies would overwrite
+    what the writer is about to read if the memory were freed. megatron-core 0.16 frees it once the writer has started.
+    """
+    stage, staged = request.preload_fn, []
+
+    def stage_and_keep() -> Any:
+        staged.append(stage())
+        return staged[-1]
+
+    if stage is None:
+        return request
+    request.add_finalize_fn(staged.clear)
+    return request._replace(preload_fn=stage_and_keep)
