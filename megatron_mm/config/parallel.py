@@ -63,6 +63,9 @@ class ParallelConfig:
     overlap_experts: bool = False
     """Send tokens between experts while another micro-batch computes: the forward pass of one micro-batch and the backward pass of the
     previous one run through the layers together. Needs bf16 or FP8, pipeline 1 or virtual > 1, and memory for a second micro-batch."""
+    delay_weight_gradients: bool = False
+    """With overlap_experts, compute the weight gradients of each part of a layer after the gradients of its inputs, while tokens travel.
+    Needs Transformer Engine's layers and a decoder without frozen weights. megatron-core's `delay_wgrad_compute`."""
     max_expert_load: float | None = None
     """Limit on the tokens that the experts of one process receive, as a multiple of an equal share, so that a collapsing router cannot
     exhaust memory. Tokens beyond it go to no expert; they are counted as dropped, and a warning is logged. None sets no limit."""
@@ -110,6 +113,11 @@ class ParallelConfig:
         """Whether tokens are sent between experts while another micro-batch computes: overlap_experts is set, and there are several
         expert-parallel processes."""
         return self.overlap_experts and self.expert > 1
+
+    @property
+    def delays_weight_gradients(self) -> bool:
+        """Whether weight gradients are delayed: delay_weight_gradients is set, and tokens are sent while another micro-batch computes."""
+        return self.delay_weight_gradients and self.overlaps_experts
 
     @property
     def model_parallel_size(self) -> int:

@@ -122,6 +122,7 @@ def _expert_options(config: DecoderConfig, context: ChunkContext) -> dict[str, A
         "moe_router_fusion": context.kernels.router,
         "expert_tensor_parallel_size": parallel.expert_tensor,
         "overlap_moe_expert_parallel_comm": parallel.overlaps_experts,
+        "delay_wgrad_compute": parallel.delays_weight_gradients and context.backend == "te",
     }
 
 

@@ -139,6 +139,7 @@ def build_model(experiment: Experiment, topology: Topology) -> list[DistributedD
         overlap_param_gather=gather_early,
         use_distributed_optimizer=parallel.distributed_optimizer,
         fp8_param_gather=chunks[0].config.fp8_param,
+        delay_wgrad_compute=chunks[0].config.delay_wgrad_compute,  # else a delayed gradient is added in the next step
     )
     model: list[DistributedDataParallel] = []
     for index, chunk in enumerate(chunks):

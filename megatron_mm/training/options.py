@@ -201,6 +201,16 @@ def _expert_overlap(experiment: Experiment, *, backend: Backend) -> Iterator[Opt
             useless=useless,
             costs="two micro-batches are in memory instead of one",
         )
+    if parallel.delay_weight_gradients:
+        useless = "" if parallel.overlaps_experts else "no exchange of tokens overlaps with anything: use --parallel.overlap-experts True"
+        if not useless and backend != "te":
+            useless = "only Transformer Engine's layers can delay them, but layers are plain PyTorch here"
+        yield Option(
+            "parallel.delay_weight_gradients",
+            True,
+            impossible="" if useless else _frozen_in_decoder(experiment, "which have no gradients to delay: leave it out"),
+            useless=useless,
+        )
 
 
 def _expert_overlap_impossible(experiment: Experiment) -> str:
@@ -257,14 +267,15 @@ def _fp8_weights_impossible(experiment: Experiment) -> str:
         return "only the distributed optimizer can make FP8 weights from its master weights: use --parallel.distributed-optimizer True"
     if experiment.precision.fp8_recipe not in FP8_WEIGHT_RECIPES:
         return f"weights cannot be kept in the recipe {experiment.precision.fp8_recipe}: use --precision.fp8-recipe tensorwise"
+    return _frozen_in_decoder(experiment, "for which the optimizer has no master weights to save: leave it out")
+
+
+def _frozen_in_decoder(experiment: Experiment, consequence: str) -> str:
+    """Return why an option cannot be used with this freeze policy; empty if it freezes no weight of the decoder."""
     patterns = trainable_patterns(experiment)
-    frozen = [name for name in _OF_THE_DECODER if not any(re.match(pattern, name) for pattern in patterns)]
-    if frozen:
-        return (
-            f"freeze policy {experiment.train.freeze_policy!r} freezes weights of the decoder, for which the optimizer has no master "
-            "weights to save: leave it out"
-        )
-    return ""
+    if all(any(re.match(pattern, name) for pattern in patterns) for name in _OF_THE_DECODER):
+        return ""
+    return f"freeze policy {experiment.train.freeze_policy!r} freezes weights of the decoder, {consequence}"
 
 
 _OF_THE_DECODER = tuple(f"language.decoder.layers.0.{name}.weight" for name in ("self_attention.linear_qkv", "mlp.text.linear_fc1"))

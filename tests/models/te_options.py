@@ -23,23 +23,31 @@ from support import distributed
 from support.te import extension, fp8
 from support.te.extension import CALLS
 
-from megatron_mm.config import Experiment, ParallelConfig, PrecisionConfig
+from megatron_mm.config import Experiment, KernelConfig, ParallelConfig, PrecisionConfig
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.platform import adam
 from megatron_mm.training import build
 from megatron_mm.training.options import check_options
+from megatron_mm.training.step import StepResult
 
 SUBJECT = te_program.SUBJECTS["mm1"]
 FORKS = "generator states put in place"
-_fork = CudaRNGStatesTracker.fork
+WAITING = "weight gradients that wait"
 
 
-def _counted_fork(self: Any, *args: Any, **kwargs: Any) -> Any:
-    CALLS[FORKS] += 1
-    return _fork(self, *args, **kwargs)
+def count(owner: type, method: str, name: str) -> None:
+    """Count the calls of a method in `CALLS`, under a name."""
+    original = getattr(owner, method)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        CALLS[name] += 1
+        return original(*args, **kwargs)
+
+    setattr(owner, method, counted)
 
 
-CudaRNGStatesTracker.fork = _counted_fork
+count(CudaRNGStatesTracker, "fork", FORKS)
+DELAYED = {"overlap_experts": True, "delay_weight_gradients": True}
 PARTS = ("core_attn", "mlp", "layernorm", "moe", "moe_act")
 
 
@@ -66,10 +74,15 @@ def train(experiment: Experiment, folder: Path, *, first: int = 1, last: int = 3
     return {"losses": losses, "gradients": gradients, **moments, "quantizers": sorted(fp8.QUANTIZERS), "calls": dict(CALLS)}
 
 
-def run(trainee: te_program.Trainee, first: int, last: int) -> list[float]:
-    """Train; return the losses. (`Trainee.train` would evaluate each batch first, which changes delayed scales.)"""
+def steps(trainee: te_program.Trainee, first: int, last: int) -> list[StepResult]:
+    """Train. (`Trainee.train` would evaluate each batch first, which changes delayed scales.)"""
     batches = {number: SUBJECT.batches(trainee.experiment, trainee.topology, step=number) for number in range(first, last + 1)}
-    return [trainee.step.run(batches[number], step=number).losses.mean for number in batches]
+    return [trainee.step.run(batches[number], step=number) for number in batches]
+
+
+def run(trainee: te_program.Trainee, first: int, last: int) -> list[float]:
+    """Train; return the losses."""
+    return [result.losses.mean for result in steps(trainee, first, last)]
 
 
 def user_buffers(precision: str) -> dict[str, Any]:
@@ -125,16 +138,21 @@ def fp8_weights_of_two(kept: bool, folder: str) -> dict[str, Any]:
     return {"losses": losses, "gathered": gathered}
 
 
-def overlapped(options: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Return the losses of two expert-parallel processes."""
+def overlapped(options: dict[str, Any], precision: str, kernels: dict[str, Any]) -> dict[str, Any]:
+    """Return losses and gradient norms of two expert-parallel processes, and how many weight gradients waited."""
     adam.install = lambda: None
-    experiment = sparse(precision=precision, parallel={"expert": 2, **options})
+    count(importlib.import_module("transformer_engine.pytorch.module._common").WeightGradStore, "put", WAITING)
+    experiment = replace(sparse(precision=precision, parallel={"expert": 2, **options}), kernels=KernelConfig(**kernels))
     check_options(experiment, backend="te")
     with tempfile.TemporaryDirectory() as folder:
         trainee = te_program.Trainee(SUBJECT, experiment, "te", Path(folder))
-        losses = run(trainee, 1, 3)
+        results = steps(trainee, 1, 3)
         topologies.shutdown()
-    return {"losses": losses}
+    return {
+        "losses": [result.losses.mean for result in results],
+        "gradient norms": [result.update.grad_norm for result in results],
+        "delayed": CALLS[WAITING],
+    }
 
 
 def main() -> None:
@@ -169,11 +187,13 @@ def main() -> None:
             str(kept): distributed.run_processes(fp8_weights_of_two, 2, kept, f"{name}/{kept}")[0] for kept in (False, True)
         }
     found["overlap"] = {
-        f"{name} {precision}": distributed.run_processes(overlapped, 2, options, precision)[0]
+        f"{name} {precision}": distributed.run_processes(overlapped, 2, options, precision, kernels)[0]
         for precision in ("bf16", "fp8")
-        for name, options in (
-            ("plain", {}),
-            ("overlapped", {"overlap_experts": True}),
+        for name, options, kernels in (
+            ("plain", {}, {}),
+            ("overlapped", {"overlap_experts": True}, {}),
+            ("delayed", DELAYED, {}),
+            ("delayed, not fused,", DELAYED, {"weight_gradients": False}),
         )
     }
     print(json.dumps(found))

@@ -100,3 +100,13 @@ def test_exchange_of_experts_beside_another_micro_batch_changes_no_loss(precisio
     """bf16 sums of a layer's two gradients are rounded in another order."""
     plain, beside = (found()["overlap"][f"{name} {precision}"] for name in ("plain", "overlapped"))
     assert beside["losses"] == pytest.approx(plain["losses"], rel=1e-4 if precision == "bf16" else 1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("name", ["delayed", "delayed, not fused,"])
+def test_delayed_weight_gradients_change_no_update(precision: str, name: str) -> None:
+    """Each is added in the step that it belongs to. The sums of gradients are rounded otherwise if they are not fused."""
+    beside, delayed = (found()["overlap"][f"{kind} {precision}"] for kind in ("overlapped", name))
+    assert delayed["delayed"] > 0 and beside["delayed"] == 0
+    for kind in ("losses", "gradient norms"):
+        assert delayed[kind] == (beside[kind] if name == "delayed" else pytest.approx(beside[kind], rel=1e-4))

@@ -17,6 +17,7 @@ from megatron_mm.training.options import asked_for, check_options
 OVERLAPPED = ParallelConfig(tensor=2, overlap_tensor=True)
 FP8_TRAIN = replace(get_recipe("mono_internvl_2b_s1_1").train, precision="fp8")
 OVERLAPPED_EXPERTS = {"expert": 2, "overlap_experts": True}
+DELAYED = {**OVERLAPPED_EXPERTS, "delay_weight_gradients": True}
 EXPERTS = MoEConfig(num_experts=4, every_n_layers=2)
 
 
@@ -96,12 +97,20 @@ def test_what_cannot_run_is_refused(asked: Experiment, backend: Any, message: st
         (experiment(parallel={"max_expert_load": 2.0}), "torch", "max_expert_load is 2.0 and has no effect: the model has no experts"),
         (experiment(parallel={"overlap_tensor": True}), "te", "overlap_tensor is True and has no effect: sequences are not split"),
         (experiment(sparse=True, parallel={"expert_dispatch": "deepep"}), "te", "deepep and has no effect: every process has all experts"),
+        (experiment(sparse=True, parallel={"expert": 2, "delay_weight_gradients": True}), "te", "use --parallel.overlap-experts True"),
+        (experiment(sparse=True, parallel=DELAYED), "torch", "delay_weight_gradients is True and has no effect: only Transformer Engine's"),
         (experiment(sparse=True, parallel={"max_expert_load": 2.0, "expert": 2}), "torch", "one of 2 processes cannot receive more"),
     ],
 )
 def test_what_has_no_effect_is_said(asked: Experiment, backend: Any, message: str, caplog: pytest.LogCaptureFixture) -> None:
     check_options(asked, backend=backend)
     assert message in caplog.text
+
+
+def test_frozen_weights_of_the_decoder_have_no_gradients_to_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_mm.training.options.trainable_patterns", lambda experiment: ("vision", "connector"))
+    with pytest.raises(ValueError, match="delay_weight_gradients is True, but freeze policy 'all' freezes weights of the decoder"):
+        check_options(experiment(sparse=True, parallel=DELAYED), backend="te")
 
 
 def test_what_an_option_costs_is_said(caplog: pytest.LogCaptureFixture) -> None:
