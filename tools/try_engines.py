@@ -80,19 +80,24 @@ class Engine:
 def _error(text: str) -> str:
     """Return the last line of a log that reports an error, else its last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line for line in lines if "Error: " in line or "megatron-mm: error" in line]
+    said = [line for line in lines if "Error: " in line or "ERROR: " in line or "megatron-mm: error" in line]
     return (said or lines or ["no output"])[-1][:240]
 
 
 def install(engine: Engine) -> None:
-    """Install megatron-core alone, in the requested version: the interpreter's environment already has its dependencies."""
+    """Install megatron-core alone, in the requested version: the interpreter's environment already has its dependencies.
+
+    Raises RuntimeError if there is no such version for this interpreter.
+    """
     if engine.folder.is_dir():
         return
     aside = engine.folder.with_name(f"{engine.folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     wanted = f"megatron-core=={engine.version}"
     words = ("-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", "--target", str(aside), wanted)
-    subprocess.run([str(engine.python), *words], check=True)
+    done = subprocess.run([str(engine.python), *words], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{wanted} cannot be installed: {_error(done.stderr)}")
     aside.rename(engine.folder)
 
 
@@ -187,7 +192,12 @@ def main() -> int:
         engine.folder.parent.mkdir(parents=True, exist_ok=True)
         engine.out.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        install(engine)
+        try:
+            install(engine)
+        except RuntimeError as error:
+            engine.problems.append(str(error))
+            print(f"{engine.version}: {error}", flush=True)
+            continue
         if not data.is_dir():
             engine.run("data", "-m", "megatron_mm", "prepare", "demo", "--out", data, "--samples", "240")
         for column, trial in trials(engine, data, arguments.tests):
