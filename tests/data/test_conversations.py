@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_mm.data.text.chat import Turn
+from megatron_mm.data.text.chat import CHAT_TEMPLATES, Turn, render
 from megatron_mm.data.text.conversations import conversation_turns, task_turns
-from megatron_mm.data.text.items import BadDocument, ImageReference
+from megatron_mm.data.text.items import BadDocument, ImageReference, Text
 
 
 def said(*values: str) -> list[dict[str, str]]:
@@ -29,6 +29,27 @@ def test_conversations_with_one_several_and_no_images() -> None:
     ]
     none = {"conversations": [{"from": "user", "value": "One plus one?"}, {"from": "assistant", "value": "Two, not <image>."}]}
     assert conversation_turns(none) == [Turn(("One plus one?",), "Two, not <image>.")]
+
+
+def test_images_without_marks_come_first() -> None:
+    """As in the loaders of InternVL and ms-swift. A conversation of one mark that names no image uses the image next to it."""
+    fields = {"conversations": said("What are they?", "Balls.", "Sure?", "Yes."), "image": ["0.jpg", "1.jpg"]}
+    first, second = conversation_turns(fields)
+    assert first.question == (image("0.jpg"), "\n", image("1.jpg"), "\nWhat are they?") and second.question == ("Sure?",)
+    (turn,) = conversation_turns({"conversations": said("<image>\nWhat?", "A ball.")}, own=image(""))
+    assert turn.question == (image(""), "\nWhat?")
+    with pytest.raises(BadDocument, match="number of images differs"):
+        conversation_turns({"conversations": said("<image><image>What?", "A ball.")}, own=image(""))
+
+
+def test_an_answer_may_be_left_out_of_the_loss() -> None:
+    for field, value in (("loss", False), ("weight", 0), ("loss_weight", 0.0)):
+        turns = said("a", "b", "c", "d")
+        turns[1][field], turns[2][field], turns[3][field] = value, value, {"loss": True}.get(field, 1)  # type: ignore[assignment]
+        parsed = conversation_turns({"conversations": turns})
+        assert [turn.supervised for turn in parsed] == [False, True]
+        texts = [item for item in render(parsed, CHAT_TEMPLATES["plain"]) if isinstance(item, Text)]
+        assert [(item.text, item.counted) for item in texts] == [("a\nb\nc\n", False), ("d", True)]
 
 
 def test_messages_with_parts_and_a_system_prompt() -> None:
@@ -61,7 +82,8 @@ def test_messages_with_parts_and_a_system_prompt() -> None:
         ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]}, "malformed conversations list"),
         ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "b"}]}, "malformed conversations list"),
         ({"conversations": said("<image>", "b")}, "number of images differs from number of <image> marks"),
-        ({"conversations": said("a", "b"), "image": "0.jpg"}, "number of images differs from number of <image> marks"),
+        ({"conversations": [*said("a"), {**said("a", "b")[1], "loss": False}]}, "no answer is supervised"),
+        ({"conversations": [*said("a"), {**said("a", "b")[1], "weight": 0.5}]}, "loss weight of an answer is neither 0 nor 1"),
         ({"conversations": said("<image>", "b"), "image": ["0.jpg", "1.jpg"]}, "number of images differs from number of <image> marks"),
         ({"conversations": said("<image>", "b"), "image": [3]}, "malformed image list"),
     ],

@@ -18,6 +18,8 @@ from megatron_mm.data.prepare.index import IndexOptions, prepare_index, prepare_
 from megatron_mm.data.prepare.kinds import detect_kind
 from megatron_mm.data.prepare.samples import check_image
 from megatron_mm.data.sources.index import open_index
+from megatron_mm.data.text.documents import read_items
+from megatron_mm.data.text.items import ImageReference, Text
 from megatron_mm.data.text.tokenizer import Tokenizer
 
 LENIENT = IndexOptions(max_rejected=1, max_dropped_images=1)
@@ -27,6 +29,21 @@ LENIENT = IndexOptions(max_rejected=1, max_dropped_images=1)
 @pytest.fixture
 def tokenizer(demo_data: Path) -> Path:
     return demo_data / "tokenizer.model"
+
+
+def test_a_conversation_beside_its_only_image(tmp_path: Path, tokenizer: Path) -> None:
+    """Shards as Megatron-LM's example and energon's users write them: only the list of turns, or a record that still has LLaVA's path."""
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a red circle"}]
+    record = {"id": "1", "image": "00453/004539375.jpg", "conversations": turns}
+    shard = {"a.jpg": picture(size=(9, 8)), "a.json": json.dumps(turns).encode(), "b.png": picture(form="PNG")}
+    shard |= {"b.json": json.dumps(record).encode(), "c.json": json.dumps(turns).encode()}
+    two = {"d.0.jpg": picture(), "d.1.jpg": picture(), "d.json": json.dumps(record).encode()}
+    write_tar(tmp_path / "chat" / "0.tar", {**shard, **two})
+    prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
+    index = open_index(tmp_path / "chat")
+    assert index.kind == "conversations" and index.rejected == {"no image file": 1, "image is not in the shard": 1}
+    assert index.image_sizes(slice(0, 2)).widths.tolist() == [9, 20]
+    assert [type(item) for item in read_items(index, 0)] == [ImageReference, Text, Text]
 
 
 def test_every_kind_of_bad_pair_is_rejected_by_its_reason(tmp_path: Path, tokenizer: Path) -> None:

@@ -187,6 +187,32 @@ def test_obelics_with_images_by_url_and_by_its_hash(tmp_path: Path, demo_data: P
         run("obelics", [tmp_path / "0.parquet"], tmp_path / "out", images=str(store))
 
 
+def test_obelics_says_where_another_document_begins(tmp_path: Path) -> None:
+    """Each part becomes a sample; images without a text of their own stay with the part next to them."""
+    mark, images = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED", write_images(tmp_path / "im", ["0.jpg", "1.jpg"])
+    rows: list[tuple[list[str | None], list[str | None]]] = [
+        ([None, f"a\n\n{mark}\n\nb", None, f"{mark}\n\nc", None], ["0.jpg", None, "1.jpg", None, "0.jpg"]),
+        ([f"{mark}\n\nd", None, mark, None], [None, "0.jpg", None, "1.jpg"]),
+        ([mark, None], [None, "0.jpg"]),
+    ]
+    found = run("obelics", [obelics_parquet(tmp_path / "0.parquet", rows)], tmp_path / "out", images=str(images), lose=0.2)
+    assert (found.samples, found.rejected, found.dropped) == (4, {"no text": 1}, {})
+    assert documents(tmp_path / "out") == [
+        {"items": [{"image": "0.jpg"}, {"text": "a"}]},
+        {"items": [{"text": "b"}, {"image": "0.jpg"}]},
+        {"items": [{"text": "c"}, {"image": "0.jpg"}]},
+        {"items": [{"text": "d"}, {"image": "0.jpg"}, {"image": "1.jpg"}]},
+    ]
+
+
+def test_lists_of_texts_and_images_as_in_infimm_webmath(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "im", ["0.jpg"])
+    table = {"URL": ["http://x"], "text_list": [["a", None, "b"]], "image_list": [[None, "0.jpg", None]], "metadata": [{"size": 2}]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "0.parquet")
+    run("obelics", [tmp_path / "0.parquet"], tmp_path / "out", images=str(images))
+    assert documents(tmp_path / "out") == [{"items": [{"text": "a"}, {"image": "0.jpg"}, {"text": "b"}]}]
+
+
 def test_mmc4_as_released(tmp_path: Path, demo_data: Path) -> None:
     images = write_images(tmp_path / "images", ["a1.jpg", "b2.png"])
     document = {
@@ -266,6 +292,37 @@ def test_vqa_joins_questions_and_answers(tmp_path: Path, demo_data: Path) -> Non
     index = indexed(tmp_path / "out", demo_data)
     assert index.kind == "tasks" and index.image(0, 0) == index.image(1, 0) == (images / f"COCO_train2014_{7:012d}.jpg").read_bytes()
     assert (tmp_path / "out" / found.shards[0]).read_bytes().count(index.image(0, 0)) == 1, "both questions share the picture's bytes"
+
+
+@pytest.mark.parametrize(("form", "image_id", "image"), [("textvqa", "003a8ae2", "003a8ae2.jpg"), ("vizwiz", "V_val_7.jpg", "V_val_7.jpg")])
+def test_other_questions_in_the_form_of_vqav2(tmp_path: Path, form: str, image_id: str, image: str) -> None:
+    """TextVQA and VizWiz as converted for open_flamingo's evaluation: named images, and `multiple_choice_answer` is the first answer."""
+    images = write_images(tmp_path / "images", [image])
+    question, answers = {"question_id": 1, "image_id": image_id, "question": "what?"}, [{"answer": word} for word in ("no", "red", "red")]
+    answer = {"question_id": 1, "image_id": image_id, "multiple_choice_answer": "no", "answers": answers}
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "T-validation", "questions": [question]}))
+    (tmp_path / "a.json").write_text(json.dumps({"data_subtype": "T-validation", "annotations": [answer]}))
+    for name in (form, "vqav2"):
+        run("tasks", [tmp_path / "q.json"], tmp_path / name, form=name, images=str(images), annotations=str(tmp_path / "a.json"))
+    assert [document["answer"] for name in (form, "vqav2") for document in documents(tmp_path / name)] == ["red", "red"]
+    assert documents(tmp_path / form)[0]["task"] == ("vizwiz" if form == "vizwiz" else "vqa")
+    with pytest.raises(ValueError, match="format gqa has no --annotations"):
+        run("tasks", [tmp_path / "q.json"], tmp_path / "g", form="gqa", images=str(images), annotations=str(tmp_path / "a.json"))
+
+
+def test_an_answer_named_by_vqav2_decides_between_equally_frequent_ones(tmp_path: Path) -> None:
+    """Also in parquet files, of which there may be several."""
+    answers = [{"answer": "one"}, {"answer": "two"}]
+    for number, named in enumerate(("two", "2")):
+        row = {
+            "question": ["q?"],
+            "image": [{"bytes": picture(), "path": "1.jpg"}],
+            "multiple_choice_answer": [named],
+            "answers": [answers],
+        }
+        pyarrow.parquet.write_table(pyarrow.table(row), tmp_path / f"{number}.parquet")
+    run("tasks", [tmp_path / "0.parquet", tmp_path / "1.parquet"], tmp_path / "out", form="vqav2")
+    assert [document["answer"] for document in documents(tmp_path / "out")] == ["two", "2"]
 
 
 @pytest.mark.parametrize(

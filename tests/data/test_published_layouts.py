@@ -187,6 +187,37 @@ def test_chats_with_images_among_their_words(tmp_path: Path) -> None:
     assert not any("base64" in document for document, _ in written)
 
 
+def test_chats_in_the_forms_of_training_tools(tmp_path: Path) -> None:
+    """LLaMA-Factory, ms-swift, Qwen-VL, XComposer, Alpaca and InternVL: system prompts, history and images without marks are kept."""
+    (tmp_path / "im").mkdir()
+    for name in ("0.jpg", "1.jpg"):
+        (tmp_path / "im" / name).write_bytes(picture(size=(8, 9 + int(name[0]))))
+    plain = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat", "loss": True}]
+    parts = [{"type": "image_url", "value": "0.jpg"}, {"type": "text", "value": "what?"}]
+    chats: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "value": "a cat"}]}]},
+        {"system": "be kind", "conversations": plain, "image": "0.jpg"},
+        {"conversations": [{"from": "user", "value": "P 1: <img>0.jpg</img> <img>1.jpg</img>\nwhat?"}, plain[1]]},
+        {"conversations": [{"from": "user", "value": "<ImageHere>what?"}, plain[1]], "image": ["1.jpg"]},
+        {"system_prompt": "be kind", "instruction": "what", "input": "is it?", "output": "a cat", "image": "0.jpg"},
+        {"query": "what?", "response": "a cat", "history": [["hi", "yo"]], "images": ["0.jpg", "1.jpg"]},
+        {"conversation": [{"human": "hi", "assistant": "yo"}, {"human": "what?", "assistant": "a cat"}]},
+        {"question": "what?", "answer": "a cat", "image_url": "0.jpg"},
+        {"conversations": [{"from": "human", "value": "is <img>this</img> an image?"}, plain[1]]},
+    ]
+    run("llava", lines(tmp_path / "a.jsonl", chats), tmp_path / "out", images=str(tmp_path / "im"))
+    written = samples(tmp_path / "out")
+    turns = [conversation_turns(json.loads(document)) for document, _ in written]
+    assert [len(images) for _, images in written] == [1, 1, 2, 1, 1, 2, 0, 1, 0]
+    assert [said[0].system for said in turns] == ["", "be kind", "", "", "be kind", "", "", "", ""]
+    assert all(said[-1].answer == "a cat" for said in turns) and [len(said) for said in turns] == [1, 1, 1, 1, 1, 2, 2, 1, 1]
+    assert [part for part in turns[2][0].question if isinstance(part, str)] == ["P 1: ", " ", "\nwhat?"]
+    assert turns[4][0].question[1:] == ("\nwhat\nis it?",) and len(turns[5][0].question) == 4
+    listed = {"set": {"root": "images/", "annotation": "a.jsonl", "repeat_time": 1, "length": 7}}
+    with pytest.raises(ValueError, match="a list of data sets: run this command for the `annotation` of each"):
+        run("llava", lines(tmp_path / "b.jsonl", [listed]), tmp_path / "b")
+
+
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
     lambda inner: (
@@ -199,7 +230,11 @@ _json = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(["messages", "conversations", "images", "image", "texts", "video"]), _json))
+@given(
+    st.dictionaries(
+        st.sampled_from(["messages", "conversations", "images", "image", "texts", "video", "history", "query", "system"]), _json
+    )
+)
 def test_any_record_is_a_chat_or_a_reason(record: dict[str, Any]) -> None:
     from megatron_mm.data.prepare.published.layouts import Context, llava
     from megatron_mm.data.text.items import BadDocument

@@ -33,7 +33,7 @@ from megatron_mm.data.sources.shards import (
     iterate_jsonl,
     iterate_tar,
 )
-from megatron_mm.data.sources.source import Kind
+from megatron_mm.data.sources.source import CHAT_KINDS, Kind
 from megatron_mm.data.sources.tar import DAMAGED, NO_TAR, TRUNCATED, Skipped
 from megatron_mm.data.text.chat import Rendering
 from megatron_mm.data.text.documents import OWN_IMAGE, names_images, parse_document
@@ -183,13 +183,14 @@ def check_sample(sample: WebSample, reading: Reading, tokenizer: Tokenizer) -> C
         raise BadDocument("text that names images")
     first = [_pair_image(sample, reading.keys)] if reading.kind == "pairs" and reading.rendering.caption_prompt is None else []
     written = iter(encode_items(items, tokenizer))
+    alone = sum(isinstance(item, ImageReference) for item in items) == 1
     rows = [_image_row(image, counted=True, verify=reading.verify) for image in first]
     for item in items:
         if not isinstance(item, ImageReference):
             rows.append((0, int(item.counted), len(next(written)), 0, 0, 0, 0))
             continue
         try:
-            rows.append(_image_row(_referenced(sample, item, reading.keys), counted=item.counted, verify=reading.verify))
+            rows.append(_image_row(_referenced(sample, item, reading, alone=alone), counted=item.counted, verify=reading.verify))
         except BadDocument as reason:
             if reading.kind != "interleaved":
                 raise
@@ -244,14 +245,19 @@ def _pair_image(sample: WebSample, keys: Keys) -> Member:
     raise BadDocument("no image file")
 
 
-def _referenced(sample: WebSample, reference: ImageReference, keys: Keys) -> Member:
+def _referenced(sample: WebSample, reference: ImageReference, reading: Reading, *, alone: bool) -> Member:
+    """Return the file of an image. The only image of a conversation or a task may lie next to it under any name, as when LLaVA's records,
+    with their paths, are written to shards by energon's users."""
     if reference.extension == OWN_IMAGE:
-        return _pair_image(sample, keys)
+        return _pair_image(sample, reading.keys)
     named = sample.members.get(reference.extension) or next(
         # A document may also contain the full names of its files.
         (member for member in sample.members.values() if f"/{member.name}".lower().endswith(f"/{reference.extension}")),
         None,
     )
+    if named is None and alone and reading.kind in CHAT_KINDS:
+        images = [member for extension, member in sample.members.items() if is_image_name(extension)]
+        named = images[0] if len(images) == 1 else None
     if named is None:
         raise BadDocument("image is not in the shard")
     return named

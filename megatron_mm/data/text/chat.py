@@ -85,6 +85,8 @@ class Turn:
     answer: str
     system: str = ""
     """The conversation's own system prompt, in its first turn; empty if it has none."""
+    supervised: bool = True
+    """The loss includes the answer and the text that ends it."""
 
 
 CHAT_TEMPLATES: dict[str, ChatTemplate] = {
@@ -177,8 +179,8 @@ def render(turns: Sequence[Turn], template: ChatTemplate) -> list[Item]:
         last = number == len(turns) - 1
         prompt_end, space = template.prompt_end
         silent = (*(template.before_question if number else _opening(template, turn.system)), *turn.question, *prompt_end)
-        counted = (f"{space}{turn.answer}", *(template.after_last_answer if last else template.after_answer))
-        parts += [(part, False) for part in silent] + [(part, True) for part in counted]
+        answer = (f"{space}{turn.answer}", *(template.after_last_answer if last else template.after_answer))
+        parts += [(part, False) for part in silent] + [(part, turn.supervised) for part in answer]
     items: list[Item] = []
     for part, counts in parts:
         previous = items[-1] if items else None

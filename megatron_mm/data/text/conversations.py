@@ -3,7 +3,9 @@
     conversations  {"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A ball."}],
                    "image": "0.jpg"}; `image` may be a list, as long as there are <image> marks in the questions, or missing (LLaVA)
                    or {"messages": [{"role": "user", "content": "<image>\\nWhat is it?"}, {"role": "assistant", "content": "A ball."}]};
-                   `content` may be a list of {"type": "text", "text": "..."} and {"type": "image"}; the first turn may be a system prompt
+                   `content` may be a list of {"type": "text", "text": "..."} and {"type": "image"}; the first turn may be a system prompt.
+                   If no question has an <image> mark, the images come before the first question, each on a line of its own. An answer with
+                   `"loss": false`, `"weight": 0` or `"loss_weight": 0` is read but not supervised
     tasks          {"task": "vqa", "question": "What is it?", "answer": "ball", "images": ["0.jpg"]}
 
 The prompts of tasks are those of InfiMM's multi-task training, which come from LLaVA-1.5. We chose the text around them: the images come
@@ -38,6 +40,8 @@ IMAGE_MARK = "<image>"
 IMAGE_PARTS = ("image", "image_url")
 """Types of the parts of a turn that are images."""
 ASKS, ANSWERS, SYSTEM = ("human", "user"), ("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "system"
+LOSS_WEIGHTS = ("loss", "weight", "loss_weight")
+"""Fields of an answer that say whether it is supervised, in the forms of ms-swift, OpenAI and LLaMA-Factory."""
 _LISTS = ("conversations", "messages")
 
 
@@ -73,8 +77,12 @@ def _listed(fields: dict[str, Any], keys: Keys) -> list[Any] | None:
     return next((found for name in names if isinstance(found := field_of(fields, name), list)), None)
 
 
-def conversation_turns(fields: dict[str, Any], keys: Keys = USUAL) -> list[Turn]:
-    """Return the turns of a conversation. Raises BadDocument if it is malformed."""
+def conversation_turns(fields: dict[str, Any], keys: Keys = USUAL, *, own: ImageReference | None = None) -> list[Turn]:
+    """Return the turns of a conversation. Raises BadDocument if it is malformed.
+
+    Args:
+        own: the image of a conversation that names none but has one <image> mark: the one next to it, as in Megatron-LM's shards of LLaVA.
+    """
     listed = _listed(fields, keys)
     if listed is None:
         raise BadDocument(f"JSON has no {keys.messages or 'conversations'}")
@@ -88,12 +96,30 @@ def conversation_turns(fields: dict[str, Any], keys: Keys = USUAL) -> list[Turn]
         raise BadDocument("conversation does not alternate questions and answers")
     if not all(answer for _, answer in answered):
         raise BadDocument("empty answer")
-    images = _images(fields, keys)
-    if sum(question.count(IMAGE_MARK) for _, question in asked) != len(images):
+    questions, images = [question for _, question in asked], _images(fields, keys)
+    marks = sum(question.count(IMAGE_MARK) for question in questions)
+    if not images and marks == 1 and own is not None:
+        images = [own]
+    if not marks:
+        questions[0] = f"{IMAGE_MARK}\n" * len(images) + questions[0]
+    elif marks != len(images):
         raise BadDocument("number of images differs from number of <image> marks")
-    left = iter(images)
-    turns = [Turn(_with_images(question, left), answer) for (_, question), (_, answer) in zip(asked, answered, strict=True)]
+    left, supervised = iter(images), [_is_supervised(turn) for turn in listed[-2 * len(answered) :][1::2]]
+    if not any(supervised):
+        raise BadDocument("no answer is supervised")
+    turns = [
+        Turn(_with_images(question, left), answer, supervised=counts)
+        for question, (_, answer), counts in zip(questions, answered, supervised, strict=True)
+    ]
     return [replace(turns[0], system=system), *turns[1:]]
+
+
+def _is_supervised(turn: dict[str, Any]) -> bool:
+    """Return whether an answer is supervised. Raises BadDocument if it has a weight other than 0 and 1, because there are none here."""
+    weights = [turn[name] for name in LOSS_WEIGHTS if turn.get(name) is not None]
+    if not all(isinstance(weight, bool | int | float) and weight in (0, 1) for weight in weights):
+        raise BadDocument("loss weight of an answer is neither 0 nor 1")
+    return all(weights)
 
 
 def speaker(turn: Any) -> Any:

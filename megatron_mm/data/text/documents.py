@@ -7,7 +7,8 @@
                  {"text_list": ["..."], "image_info": [{"image_name": "0.png", "matched_text_index": 0}]}    (MMC4;
                  an image is placed before the sentence that it matches)
     text         a line of a .jsonl with `text`, KEY.txt, or KEY.json with `text`
-    conversations, tasks   KEY.json and the images that it names, or a line of a .jsonl (`data.text.conversations`)
+    conversations, tasks   KEY.json and the images that it names, or a line of a .jsonl (`data.text.conversations`). A conversation of one
+                 image need not name it, and its KEY.json may be only the list of its turns
 
 If a .txt file contains a JSON object with `text` or `caption`, as some tools write it, that text is used; otherwise the whole file is the
 text. The image "NAME" of a document KEY.json is the member KEY.NAME. `Keys` sets other names for fields and files.
@@ -21,12 +22,12 @@ from typing import Any
 
 from megatron_mm.data.sources.source import CHAT_KINDS, Kind, Source
 from megatron_mm.data.text.chat import Rendering, Turn, render, rendering_of
-from megatron_mm.data.text.conversations import TASKS, conversation_turns, is_conversation, task_turns
+from megatron_mm.data.text.conversations import TASKS, conversation_turns, is_conversation, speaker, task_turns
 from megatron_mm.data.text.items import BadDocument, ImageReference, Item, Text
 from megatron_mm.data.text.keys import USUAL, Keys, field_of, keys_of
 
 OWN_IMAGE = ""
-"""Extension in a reference to the image of a pair, whatever its real extension."""
+"""Extension in a reference to the only image of a sample, whatever its real extension."""
 
 
 def read_items(source: Source, row: int) -> list[Item]:
@@ -72,8 +73,10 @@ def parse_document(
 def _items(kind: Kind, decoded: str, *, is_json: bool, rendering: Rendering | None, keys: Keys, dropped: Counter[str]) -> list[Item]:
     if kind in CHAT_KINDS:
         assert rendering is not None, "conversations need a chat template"
-        fields = _json(decoded)
-        return render(conversation_turns(fields, keys) if kind == "conversations" else task_turns(fields), rendering.template)
+        if kind == "tasks":
+            return render(task_turns(_json(decoded)), rendering.template)
+        own = ImageReference(OWN_IMAGE, counted=False)
+        return render(conversation_turns(_chat(decoded), keys, own=own), rendering.template)
     if kind == "pairs" and rendering is not None and rendering.caption_prompt is not None:
         caption = _plain_text(decoded, is_json=is_json, keys=keys)
         turn = Turn((ImageReference(OWN_IMAGE, counted=False), rendering.caption_prompt), caption)
@@ -90,7 +93,7 @@ def _items(kind: Kind, decoded: str, *, is_json: bool, rendering: Rendering | No
 def document_kind(data: bytes, keys: Keys = USUAL) -> Kind | None:
     """Return the kind of a JSON document (conversations, tasks or interleaved), judging by its fields; None if it is none of these."""
     try:
-        fields = _json(data.decode("utf-8-sig"))
+        fields = _chat(data.decode("utf-8-sig"))
     except (UnicodeDecodeError, BadDocument):
         return None
     if is_conversation(fields, keys):
@@ -131,15 +134,29 @@ def _plain_text(decoded: str, *, is_json: bool, keys: Keys) -> str:
 
 
 def _json(decoded: str) -> dict[str, Any]:
+    fields = _loaded(decoded)
+    if not isinstance(fields, dict):
+        raise BadDocument("JSON is not an object")
+    return fields
+
+
+def _chat(decoded: str) -> dict[str, Any]:
+    """Load a document that may be only the list of turns of a conversation, as Megatron-LM's multimodal example writes it."""
+    fields = _loaded(decoded)
+    if isinstance(fields, list) and fields and all(speaker(turn) is not None for turn in fields):
+        return {"conversations": fields}
+    if not isinstance(fields, dict):
+        raise BadDocument("JSON is not an object")
+    return fields
+
+
+def _loaded(decoded: str) -> Any:
     try:
-        fields = json.loads(decoded, object_pairs_hook=object_of)
+        return json.loads(decoded, object_pairs_hook=object_of)
     except BadDocument:
         raise
     except (ValueError, RecursionError):  # a number with thousands of digits raises a plain ValueError
         raise BadDocument("malformed JSON") from None
-    if not isinstance(fields, dict):
-        raise BadDocument("JSON is not an object")
-    return fields
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Question, answer and caption files, joined into records of tasks: {"task", "question", "answer", "image"}.
 
     vqav2, okvqa   questions {questions: [{question_id, image_id, question}]}, annotations {annotations: [{question_id,
-                   multiple_choice_answer, answers: [{answer}]}]}; images COCO_SUBSET_000000000000.jpg, where SUBSET is their `data_subtype`
+                   multiple_choice_answer, answers: [{answer}]}]}; images COCO_SUBSET_000000000000.jpg with SUBSET their `data_subtype`,
+                   or IMAGE_ID.jpg if `image_id` is a text. TextVQA and VizWiz are also published in this form (textvqa and vizwiz with
+                   a file of answers)
     textvqa        {data: [{image_id, question, answers: [...]}]}; images IMAGE_ID.jpg
     textcaps       {data: [{image_id, caption_str}]}, one entry per caption, or one entry per image with a list `reference_strs`; images
                    IMAGE_ID.jpg
@@ -21,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from megatron_mm.data.image_formats import is_image_name
 from megatron_mm.data.prepare.published.losses import BadRecord, Record
 from megatron_mm.data.prepare.published.records import load_json
 
@@ -43,16 +46,18 @@ def read_annotations(
     """
     if form not in FORMS:
         raise ValueError(f"format {form!r} is unknown: use one of {', '.join(FORMS)}")
-    if (form in TWO_FILES) != (annotations is not None):
-        raise ValueError(f"format {form} {'needs' if form in TWO_FILES else 'has no'} --annotations")
+    if form in TWO_FILES and annotations is None:
+        raise ValueError(f"format {form} needs --annotations")
+    if annotations is not None and form not in (*TWO_FILES, *ALSO_TWO_FILES):
+        raise ValueError(f"format {form} has no --annotations")
     if split is not None and form not in WITH_SPLITS:
         raise ValueError(f"format {form} takes no --split: each of its files holds one split")
     if as_captions and form not in CAPTIONS:
         raise ValueError(f"format {form} has questions, which --as pairs would lose: only {' and '.join(CAPTIONS)} can be pairs")
     main = load_json(questions)
     try:
-        if form in TWO_FILES:
-            records = list(_vqa(main, load_json(str(annotations))))
+        if annotations is not None:
+            records = list(_vqa(main, load_json(annotations), task="vizwiz" if form == "vizwiz" else "vqa"))
         elif form in WITH_SPLITS:
             records = list(FORMS[form](main, split))
         else:
@@ -74,7 +79,7 @@ def _each(entries: Iterable[Any], records_of: Callable[[Any], Records]) -> Recor
             yield BadRecord(_MALFORMED, what=str(entry)[:120])
 
 
-def _vqa(questions: Any, annotations: Any) -> Records:
+def _vqa(questions: Any, annotations: Any, *, task: str = "vqa") -> Records:
     subset = annotations.get("data_subtype", questions.get("data_subtype", ""))
     answers = {entry["question_id"]: entry for entry in annotations["annotations"]}
 
@@ -83,13 +88,21 @@ def _vqa(questions: Any, annotations: Any) -> Records:
         if found is None:
             yield BadRecord("question without answer", what=f"question_id {entry['question_id']}")
             return
-        image = entry.get("image") or (f"COCO_{subset}_{entry['image_id']:012d}.jpg" if subset else f"{entry['image_id']}.jpg")
-        answer = found.get("multiple_choice_answer") or _usual([a["answer"] for a in found["answers"]])
-        yield {"task": "vqa", "question": entry["question"], "answer": answer, "image": image}
+        answer = _chosen(found.get("multiple_choice_answer"), [a["answer"] for a in found.get("answers") or []])
+        yield {"task": task, "question": entry["question"], "answer": answer, "image": entry.get("image") or _vqa_image(entry, subset)}
 
     yield from _each(questions["questions"], record)
     if answers:
         yield BadRecord("answer without question", len(answers))
+
+
+def _vqa_image(entry: Record, subset: str) -> str:
+    """Return the name of a question's image. COCO's images are numbered; those of other data sets in this form have names."""
+    number = entry["image_id"]
+    if isinstance(number, int) and subset:
+        return f"COCO_{subset}_{number:012d}.jpg"
+    name = str(number)
+    return name if is_image_name(name.rpartition(".")[2].lower()) else f"{name}.jpg"
 
 
 def _textvqa(data: Any) -> Records:
@@ -214,8 +227,17 @@ def row_records(form: str, row: Record) -> Records:
         return
     answers = row.get("answers") or []
     spoken = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers if answer is not None]
-    answer = row.get("multiple_choice_answer") or row.get("answer") or _usual(spoken)
+    answer = (
+        _chosen(row.get("multiple_choice_answer"), spoken) if row.get("multiple_choice_answer") else row.get("answer") or _usual(spoken)
+    )
     yield {"task": "vizwiz" if form == "vizwiz" else "vqa", "question": row.get("question"), "answer": answer, "image": image}
+
+
+def _chosen(named: Any, answers: list[Any]) -> Any:
+    """Return the most frequent answer. VQAv2 names it (`multiple_choice_answer`), which decides between equally frequent ones; but some
+    files converted to its form name the first answer instead, so a less frequent one is not taken."""
+    counts = Counter(answers)
+    return named if named and (named not in counts or counts[named] == max(counts.values())) else _usual(answers)
 
 
 def _usual(answers: list[Any]) -> Any:
@@ -238,3 +260,6 @@ WITH_SPLITS = ("karpathy", "scienceqa")
 CAPTIONS = ("textcaps", "coco", "karpathy")
 """Forms that have captions and no questions."""
 TWO_FILES = ("vqav2", "okvqa")
+"""Forms with a file of questions and one of answers."""
+ALSO_TWO_FILES = ("textvqa", "vizwiz")
+"""Forms of one file that are also published in two, like VQAv2."""

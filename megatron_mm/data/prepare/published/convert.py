@@ -30,7 +30,7 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_mm.data.image_formats import is_image_name
-from megatron_mm.data.prepare.published.annotations import TWO_FILES, read_annotations, row_records
+from megatron_mm.data.prepare.published.annotations import read_annotations, row_records
 from megatron_mm.data.prepare.published.files import ending
 from megatron_mm.data.prepare.published.folders import DESCRIPTIONS, described_folder, describes, folder_pairs, listing
 from megatron_mm.data.prepare.published.images import ImageStore, build_table, table_stamp
@@ -38,6 +38,7 @@ from megatron_mm.data.prepare.published.inputs import expand
 from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS, IMAGE_KEYS, LAYOUTS, TEXT_KEYS, Context, LeftOut, OutSample
 from megatron_mm.data.prepare.published.losses import NO_IMAGES, BadRecord, DamagedFile, LossList, Record
 from megatron_mm.data.prepare.published.records import TABLES, TextDocuments, iterate_records
+from megatron_mm.data.prepare.published.web_documents import separate
 from megatron_mm.data.prepare.published.write import ShardWriter
 from megatron_mm.data.sources.stores import check_local
 from megatron_mm.data.text.items import BadDocument
@@ -188,7 +189,7 @@ def _inputs(inputs: Sequence[str], options: Options) -> list[str]:
     """Return the units of work: files, or, for pairs, also folders of images with their texts."""
     files = expand(inputs, images=options.layout == "pairs" and options.form is None)
     if options.form is not None:
-        if options.form in TWO_FILES and len(files) > 1:
+        if options.annotations is not None and len(files) > 1:
             raise ValueError(f"format {options.form} takes one file of questions and one of answers at a time, but {len(files)} were given")
         return files
     files = [file for file in files if not os.path.basename(file).startswith(".")]
@@ -270,20 +271,21 @@ def _samples(
             rejected[record.reason] += record.count
             lost.add(number, record.reason, what=record.what, count=record.count)
             continue
-        try:
-            sample = layout(record, context)
-        except BadDocument as reason:
-            rejected[str(reason)] += 1
-            lost.add(number, str(reason), record=record)
-            found.fields = found.fields or ", ".join(map(str, list(record)[:12]))
-            continue
-        except LeftOut as reason:
-            left_out[str(reason)] += 1
-            continue
-        finally:
-            for why, name in context.dropped.taken():
-                lost.add(number, why, what=name, record=record)
-        yield sample
+        for document in separate(record) if options.layout == "obelics" else (record,):
+            try:
+                sample = layout(document, context)
+            except BadDocument as reason:
+                rejected[str(reason)] += 1
+                lost.add(number, str(reason), record=record)
+                found.fields = found.fields or ", ".join(map(str, list(record)[:12]))
+                continue
+            except LeftOut as reason:
+                left_out[str(reason)] += 1
+                continue
+            finally:
+                for why, name in context.dropped.taken():
+                    lost.add(number, why, what=name, record=record)
+            yield sample
 
 
 def _records(path: str, options: Options) -> Iterable[Record | BadRecord]:

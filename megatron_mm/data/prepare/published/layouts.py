@@ -1,9 +1,10 @@
 """Converts records of published data sets to samples: one function per layout.
 
     pairs      {image, caption}: img2dataset's parquet, Hugging Face parquet, JSON lines with a path; also records made from folders
-    obelics    {texts, images}: texts and URLs, in reading order
+    obelics    {texts, images}, or {text_list, image_list}: texts and URLs, in reading order
     mmc4       {text_list, image_info: [{image_name, raw_url, matched_text_index}]}: an image is placed before the sentence it matches
-    llava      {conversations | messages, image?}: `image` is one path or a list; or the images are parts of turns (`chats`)
+    llava      {conversations | messages, image?}: `image` is one path or a list; or the images are parts of turns, or there is one question
+               (`chats`)
     tasks      {task, question, answer, image}: made by `annotations` from VQA, caption and choice files
     text       {text}
 
@@ -26,6 +27,7 @@ from megatron_mm.data.prepare.published.chats import usual_chat
 from megatron_mm.data.prepare.published.images import ImageStore, image_extension
 from megatron_mm.data.prepare.published.losses import EMPTY, UNANSWERED, Dropped, Record
 from megatron_mm.data.prepare.published.records import text_of
+from megatron_mm.data.prepare.published.web_documents import lists_of
 from megatron_mm.data.text.conversations import ANSWERS, ASKS, SYSTEM, conversation_turns, is_conversation, speaker, task_turns
 from megatron_mm.data.text.documents import UNPLACED
 from megatron_mm.data.text.items import BadDocument
@@ -64,8 +66,8 @@ Layout = Callable[[Record, Context], OutSample]
 CAPTION_KEYS = ("caption", "text", "TEXT", "txt", "top_caption", "alt_text")
 TEXT_KEYS = ("text", "txt")
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "image", "image_path", "img", "image_bytes", "file_name")
-URL_KEYS = ("url", "URL")
-"""Fields that name an image if no other field does, in the tables of LAION and COYO, whose images are fetched separately."""
+URL_KEYS = ("url", "URL", "image_url")
+"""Fields that name an image if no other field does, in the tables of LAION, COYO and PixMo, whose images are fetched separately."""
 
 
 def pair(record: Record, context: Context) -> OutSample:
@@ -115,7 +117,7 @@ def _of_base64(text: str) -> bytes:
 
 def obelics(record: Record, context: Context) -> OutSample:
     """Convert a document of texts and of images or their URLs. Images that are not found are dropped. Raises BadDocument."""
-    texts, images = record.get("texts"), record.get("images")
+    texts, images = lists_of(record)
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
         raise BadDocument("malformed texts list")
     entries: list[tuple[str | None, Any]] = []
@@ -193,10 +195,10 @@ def llava(record: Record, context: Context) -> OutSample:
     """Convert a conversation with its images. Raises BadDocument."""
     record = usual_chat(record, context.keys)
     if not is_conversation(record, context.keys):
-        raise BadDocument(f"JSON has no {context.keys.messages or 'conversations'}")
+        raise BadDocument(_LIST_OF_SETS if _is_list_of_sets(record) else f"JSON has no {context.keys.messages or 'conversations'}")
     if any(record.get(field) for field in _NOT_READ):
         raise BadDocument("conversation about a video or a sound")
-    named = record.get("images", record.get("image")) if context.keys.image is None else field_of(record, context.keys.image)
+    named = _named_images(record) if context.keys.image is None else field_of(record, context.keys.image)
     values = [] if named in (None, "") else named if isinstance(named, list) else [named]
     images = []
     for number, value in enumerate(values):
@@ -211,6 +213,24 @@ def llava(record: Record, context: Context) -> OutSample:
     fields["images"] = [name for name, _ in images]
     conversation_turns(fields)  # raises here rather than when it is indexed
     return OutSample(_json(fields), is_json=True, images=tuple(images))
+
+
+_LIST_OF_SETS = (
+    "a list of data sets: run this command for the `annotation` of each, with its `root` as --images, and weight them in data.mixture"
+)
+
+
+def _is_list_of_sets(record: Record) -> bool:
+    """Return whether a record is InternVL's list of data sets, {NAME: {"root", "annotation", "repeat_time", ...}}."""
+    return bool(record) and all(isinstance(entry, dict) and "annotation" in entry for entry in record.values())
+
+
+def _named_images(record: Record) -> Any:
+    """Return the images of a conversation: its field, the file next to it in a tar, or its URL."""
+    if (named := record.get("images", record.get("image"))) is not None:
+        return named
+    inside = next((record[key] for key in IMAGE_KEYS if isinstance(record.get(key), bytes)), None)
+    return inside if inside is not None else record.get("image_url")
 
 
 _NOT_READ = ("video", "videos", "audio", "audios")
