@@ -46,7 +46,7 @@ class FusedAdamW(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            step = torch.tensor(float(group["step"]), device=params[0].device)  # read by the kernel, never written
+            step = torch.full([], float(group["step"]), device=params[0].device)  # read by the kernel, never written
             beta1, beta2 = group["betas"]
             torch._fused_adamw_(
                 params,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_mm.data.load.loader import StepBatch
 from megatron_mm.platform import message_times
+from megatron_mm.platform.device import send
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.reporting.run_files import PHASES as PHASES_FILE
 from megatron_mm.run.step_measures import memory_gb
@@ -145,7 +146,7 @@ class SlowProcesses(Hook):
         rank = self.trainer.topology.rank
         packed = pack(micros=int(1e6 * excess[phase]), rank=rank, phase=OWN_WORK.index(phase))
         memory = (int(memory_gb(self.trainer.topology.device) * 1e6) << _RANK_BITS) | rank
-        message = torch.tensor([packed, memory], dtype=torch.int64, device=self.trainer.topology.device)
+        message = send(torch.tensor([packed, memory], dtype=torch.int64), self.trainer.topology.device)
         dist.all_reduce(message, op=dist.ReduceOp.MAX)
         stages = [
             {name: round(float(row[n] / max(1.0, row[-1])), 6) for n, name in enumerate(PHASES)}  # means over processes

@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_mm.config import DecoderConfig
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.models.moe import RoutingRecord, routers, take_records
+from megatron_mm.platform.device import send
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def weigh_tokens(
         return
     counted = sum(float(batch.loss_mask.sum()) for batch in micro_batches)
     real = sum(float(batch.is_token.sum()) for batch in micro_batches)
-    totals = torch.tensor([counted, real], dtype=torch.float64, device=device)
+    totals = send(torch.tensor([counted, real], dtype=torch.float64), device)
     dist.all_reduce(totals)  # the processes of one data-parallel copy count the same tokens, which does not change the ratio
     weight = (totals[0] / totals[1].clamp(min=1)).float()
     for _, router in routers(model):

@@ -1,4 +1,5 @@
-"""A step waits for its device once: every read of a tensor's values on the processor is counted."""
+"""A step waits for its device once: every read of a tensor's values on the processor is counted, and every tensor that is made on the device
+from values on the processor, for which a GPU waits, too."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.utils import get_model_config
 from support.distributed import run_processes
 from support.small import random_step, small_experiment
 
+from megatron_mm.config import MoEConfig
 from megatron_mm.families.registry import family_of
 from megatron_mm.parallel import topology as topologies
-from megatron_mm.training.build import build_model
+from megatron_mm.training.build import build_chunks, build_model
 from megatron_mm.training.norms import PartNorms
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
@@ -39,7 +42,8 @@ ON_THE_PROCESSOR = {
 
 
 def reads_of_a_step(parallel: dict[str, Any], decoder: dict[str, Any]) -> tuple[dict[str, int], int]:
-    """Return the counted reads of tensors during the second step of a run, and the number of sums over all processes in it."""
+    """Return the counted reads of tensors (and tensors made on the device from values) during the second step of a run, and the number of
+    sums over all processes in it."""
     experiment = small_experiment(parallel=parallel, decoder=decoder)
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
     model = build_model(experiment, topology)
@@ -68,14 +72,21 @@ def reads_of_a_step(parallel: dict[str, Any], decoder: dict[str, Any]) -> tuple[
         world_messages += tensor.dtype is torch.float64
         return all_reduce(tensor, *args, **kwargs)
 
-    originals = {name: getattr(torch.Tensor, name) for name in READS}
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        caller = sys._getframe(1)
+        where = caller.f_globals.get("__name__", ""), caller.f_code.co_name
+        if kwargs.get("device") is not None and where[0].startswith("megatron_mm"):
+            found[f"{'.'.join(where)}: tensor"] += 1
+        return make(*args, **kwargs)
+
+    originals, make = {name: getattr(torch.Tensor, name) for name in READS}, torch.tensor
     try:
-        dist.all_reduce = counted
+        dist.all_reduce, torch.tensor = counted, made
         for name, original in originals.items():
             setattr(torch.Tensor, name, counting(name, original))
         step.run(random_step(experiment, topology, step=2), step=2, tell=lambda: norms.squares(lr=1e-3, device=topology.device))
     finally:
-        dist.all_reduce = all_reduce
+        dist.all_reduce, torch.tensor = all_reduce, make
         for name, original in originals.items():
             setattr(torch.Tensor, name, original)
     return dict(found), world_messages
@@ -94,3 +105,17 @@ def test_a_step_reads_one_message(world_size: int, parallel: dict[str, Any]) -> 
     for found, messages in run_processes(reads_of_a_step, world_size, parallel, {}):
         assert found == {"megatron_mm.parallel.sums.sum_over_processes: cpu": 1}
         assert messages == 1
+
+
+def test_a_step_with_experts_makes_no_tensor_on_the_device_from_values() -> None:
+    """Apart from that, it reads how many tokens go to each expert, in every sparse layer."""
+    ((found, _),) = run_processes(reads_of_a_step, 1, {}, {"moe": MoEConfig(num_experts=4, every_n_layers=2)})
+    assert not [place for place in found if place.endswith(": tensor")]
+
+
+def test_stages_do_not_wait_for_the_device_after_each_message() -> None:
+    """On GPUs, where messages of 1F1B go in batches, megatron-core would by default."""
+    experiment = small_experiment(parallel={"pipeline": 2})
+    with topologies.pretend(experiment.parallel, pipeline_rank=0) as topology:
+        (chunk,) = build_chunks(experiment, topology)
+        assert get_model_config(chunk).batch_p2p_sync is False
