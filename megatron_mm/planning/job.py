@@ -48,3 +48,20 @@ class Job:
     beside: Beside = Beside()
     micro_batches_at_once: int = 1
     """Number of micro-batches that pass through the layers together: 2 with `parallel.overlap_experts`."""
+
+
+LAST_OF_LAYER = ("layer", "sparse layer")
+"""Names of the blocks with which a decoder layer ends; a gated block comes before."""
+
+
+def divided(blocks: list[Block], counts: tuple[int, ...]) -> tuple[tuple[Block, ...], ...]:
+    """Divide a model's blocks over stages with these numbers of decoder layers."""
+    ends = [number + 1 for number, block in enumerate(blocks) if block.name in LAST_OF_LAYER]
+    before = next((number for number, block in enumerate(blocks) if block.name in (*LAST_OF_LAYER, "gated block")), len(blocks))
+    stages, begin, layers = [], 0, 0
+    for stage, count in enumerate(counts):
+        layers += count
+        end = len(blocks) if stage == len(counts) - 1 else ends[layers - 1] if layers else before
+        stages.append(tuple(blocks[begin:end]))
+        begin = end
+    return tuple(stages)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mm.planning.hardware import Gpu
 from megatron_mm.planning.job import Job
-from megatron_mm.planning.pipeline import PipelineResult
 
 LIBRARIES = 3.0e9
 """Bytes of the CUDA context, NCCL's buffers, cuBLAS's and Transformer Engine's workspaces, which the allocator does not count."""
@@ -84,8 +84,12 @@ def _stages_of_ranks(job: Job) -> list[list[int]]:
     return [[chunk * layout.pipeline + rank for chunk in range(layout.virtual)] for rank in range(layout.pipeline)]
 
 
-def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
-    """Memory of one process of each pipeline rank."""
+def memory_of_ranks(job: Job, saved_bytes: Sequence[float]) -> tuple[MemoryUse, ...]:
+    """Memory of one process of each pipeline rank.
+
+    Args:
+        saved_bytes: largest number of bytes of activations that each rank holds at once.
+    """
     layout, software = job.layout, job.software
     copies = layout.data * layout.context
     uses = []
@@ -105,7 +109,7 @@ def memory_of_ranks(job: Job, result: PipelineResult) -> tuple[MemoryUse, ...]:
             gradients = software.gradient_bytes * (dense / (copies if layout.sharding == "gradients" else 1) + experts)
         if not software.fp8_weights:
             weights += 2 * sum(block.fp8_parameters for block in blocks)
-        activations = result.saved_bytes[rank]
+        activations = saved_bytes[rank]
         activations += (job.micro_batches_at_once - 1) * max(sum(b.saved for b in kind[stage]) for kind in job.kinds for stage in stages)
         beside = job.beside  # its activations are kept from before the pipeline until after it
         weights += 2 * (beside.parameters + beside.frozen_parameters)

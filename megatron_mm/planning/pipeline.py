@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 Pass = Literal["forward", "backward"]
@@ -80,6 +81,33 @@ def order(*, ranks: int, chunks: int, micro_batches: int, rank: int) -> list[tup
     return passes
 
 
+def least_saved(saved: Sequence[Sequence[float]], *, ranks: int, chunks: int) -> list[float]:
+    """Bytes of activations that each rank holds at its first backward pass: a lower bound of `PipelineResult.saved_bytes`.
+
+    Args:
+        saved: bytes that a stage keeps for a micro-batch, [stage][micro_batch].
+    """
+    held = []
+    for rank in range(ranks):
+        total = 0.0
+        for kind, chunk, number in _passes(ranks, chunks, _padded(len(saved[0]), ranks, chunks), rank):
+            if kind == "backward":
+                break
+            total += saved[chunk * ranks + rank][number] if number < len(saved[0]) else 0.0
+        held.append(total)
+    return held
+
+
+def _padded(micro_batches: int, ranks: int, chunks: int) -> int:
+    """Number of micro-batches of a schedule: interleaved ones fill the last group of `ranks`."""
+    return micro_batches if chunks == 1 else -(-micro_batches // ranks) * ranks
+
+
+@lru_cache(maxsize=1024)
+def _passes(ranks: int, chunks: int, micro_batches: int, rank: int) -> tuple[tuple[Pass, int, int], ...]:
+    return tuple(order(ranks=ranks, chunks=chunks, micro_batches=micro_batches, rank=rank))
+
+
 def _interleaved(ranks: int, chunks: int, micro_batches: int) -> list[tuple[int, int]]:
     """(chunk, micro-batch) in groups of `ranks` micro-batches; a group passes through all chunks before the next one begins."""
     result = []
@@ -95,8 +123,8 @@ def simulate(times: PipelineTimes, *, ranks: int, chunks: int, keep_events: bool
     Interleaved schedules use groups of `ranks` micro-batches; a short last group is padded with micro-batches that take no time.
     """
     count = len(times.forward[0])
-    if chunks > 1 and count % ranks:
-        times = _filled(times, ranks - count % ranks)
+    if _padded(count, ranks, chunks) > count:
+        times = _filled(times, _padded(count, ranks, chunks) - count)
     simulation = _Simulation(times, ranks, chunks, keep_events)
     waiting = list(range(ranks))
     while waiting:
@@ -112,7 +140,7 @@ class _Simulation:
     def __init__(self, times: PipelineTimes, ranks: int, chunks: int, keep_events: bool) -> None:
         count, stages = len(times.forward[0]), ranks * chunks
         self.times, self.ranks, self.stages, self.keep_events = times, ranks, stages, keep_events
-        self.orders = [order(ranks=ranks, chunks=chunks, micro_batches=count, rank=rank) for rank in range(ranks)]
+        self.orders = [_passes(ranks, chunks, count, rank) for rank in range(ranks)]
         self.position, self.clock, self.busy = [0] * ranks, [0.0] * ranks, [0.0] * ranks
         self.held, self.most_held = [0] * ranks, [0] * ranks
         self.kept, self.most_kept = [0.0] * ranks, [0.0] * ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from megatron_mm.planning.decoder_block import decoder_layer, embedding, output,
 from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
 from megatron_mm.planning.encoder_blocks import connector_block, patches_block, projector_block, resampler_block, tower_blocks
 from megatron_mm.planning.hardware import OURS, STACKS, Gpu, Software, with_host, with_precision
-from megatron_mm.planning.job import Beside, Job
+from megatron_mm.planning.job import Beside, Job, divided
 from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Stream
 from megatron_mm.planning.layer_sections import attention_section, linear, tensor_messages
 from megatron_mm.planning.layout import Layout
@@ -68,8 +69,19 @@ def _software_of(experiment: Experiment, software: Software) -> Software:
     return replace(stack, hides_data_messages=parallel.overlap_grad_reduce)
 
 
-def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Software | None = None, work: Workload | None = None) -> Planned:
+def plan_recipe(
+    experiment: Experiment,
+    gpu: Gpu,
+    gpus: int,
+    *,
+    software: Software | None = None,
+    work: Workload | None = None,
+    made: dict[Any, Any] | None = None,
+) -> Planned:
     """Make the job of a recipe on a number of GPUs.
+
+    Args:
+        made: blocks of earlier calls for the same model, tensor- and expert-parallel degrees, which are used again; new ones are added.
 
     Raises ValueError if the layout cannot hold the model or its batch.
     """
@@ -80,7 +92,8 @@ def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Softwa
     if work is None:
         work = Workloads(experiment).of(data_size=layout.data)
     kinds, order = _kinds(work.micro_batches)
-    blocks = tuple(_stages(experiment, layout, micro) for micro in kinds)
+    made = {} if made is None else made
+    blocks = tuple(_stages(experiment, layout, micro, made) for micro in kinds)
     shape, tensor = experiment.model.decoder, layout.tensor
     most = max(micro.images for micro in kinds)
     rows = family.pipeline_rows(experiment.model, experiment.parallel, kinds[0].tokens, most)
@@ -97,8 +110,18 @@ def plan_recipe(experiment: Experiment, gpu: Gpu, gpus: int, *, software: Softwa
         beside=_beside(experiment, layout, work) if experiment.parallel.spread_encoder else Beside(),
         micro_batches_at_once=2 if experiment.parallel.overlaps_experts else 1,
     )
-    flops = family.step_flops(experiment.model, experiment.train.freeze_policy, work.whole)
-    return Planned(experiment, job, work, flops)
+    if work.whole not in made:
+        made[work.whole] = family.step_flops(experiment.model, experiment.train.freeze_policy, work.whole)
+    return Planned(experiment, job, work, made[work.whole])
+
+
+def with_stages(planned: Planned, experiment: Experiment) -> Planned:
+    """Divide a plan's layers over the virtual stages of another experiment, which differs from the plan's in nothing else."""
+    parallel = experiment.parallel
+    layout = replace(planned.job.layout, virtual=parallel.virtual, stage_layers=parallel.stage_layers)
+    counts = layout.layers(experiment.model.decoder.num_layers)
+    kinds = tuple(divided(list(itertools.chain(*stages)), counts) for stages in planned.job.kinds)
+    return replace(planned, experiment=experiment, job=replace(planned.job, layout=layout, kinds=kinds))
 
 
 def _beside(experiment: Experiment, layout: Layout, work: Workload) -> Beside:
@@ -158,7 +181,7 @@ class _Chain:
         return Trained(weights=weights, inputs=self.has_gradient)
 
 
-def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch) -> tuple[tuple[Block, ...], ...]:
+def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch, made: dict[Any, Any]) -> tuple[tuple[Block, ...], ...]:
     model, data = experiment.model, experiment.data
     family = family_of(model)
     shape = DecoderShape.of(model.decoder, imbalance=EXPERT_IMBALANCE)
@@ -166,10 +189,12 @@ def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch) -> tuple[
     tokens = Tokens(tokens=micro.tokens, pairs=squares / 2, length=squares / max(1, micro.tokens))
     chain = _Chain(family.trainable(experiment.train.freeze_policy))
     recompute = recompute_of(experiment)
-    own = -(-micro.images // layout.tensor)
+    own, encoder_recompute = max(1, -(-micro.images // layout.tensor)), recompute_of(experiment, encoder=True)
     image_tokens = family.image_input(model).tokens
-    parts = _blocks_of(model)(model, chain, max(1, own), recompute_of(experiment, encoder=True))
-    blocks: list[tuple[Block, ...]] = []
+    if ("parts", own, encoder_recompute) not in made:
+        parts = _blocks_of(model)(model, chain, own, encoder_recompute)
+        made["parts", own, encoder_recompute] = parts, chain.has_gradient
+    parts, chain.has_gradient = made["parts", own, encoder_recompute]
     gather = Message("all_gather", 2.0 * micro.images * image_tokens * shape.hidden_size, "tensor")
     inputs = _Chain(chain.trainable).trained("language.embedding.word_embeddings.weight")
     chain.has_gradient = chain.has_gradient or inputs.weights
@@ -177,21 +202,18 @@ def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch) -> tuple[
     joined = replace(table, forward=(*table.forward, gather)) if layout.tensor > 1 else table
     first = (joined,) if experiment.parallel.spread_encoder else (*parts.encoders, joined)
     fp8 = experiment.train.precision == "fp8"
-    counts, number = layout.layers(shape.num_layers), 0
-    cache: dict[Any, tuple[Block, ...]] = {}
-    for stage, count in enumerate(counts):
-        own_blocks: list[Block] = list(first) if stage == 0 else []
-        for layer in range(number, number + count):
-            key = (layer in shape.sparse_layers, parts.key(layer), chain.has_gradient)
-            if key not in cache:
-                cache[key] = parts.layer(_LayerContext(shape, layout, tokens, micro, layer, fp8, recompute, chain, data.sequence_length))
-            own_blocks += cache[key]
-        number += count
-        if stage == len(counts) - 1:
-            name = "language.embedding.word_embeddings.weight" if shape.tied else "language.output_layer.weight"
-            own_blocks.append(output(shape, layout, tokens, trained=chain.trained(name), owns_table=not shape.tied or len(counts) > 1))
-        blocks.append(tuple(own_blocks))
-    return tuple(blocks)
+    counts = layout.layers(shape.num_layers)
+    blocks = list(first)
+    for layer in range(shape.num_layers):
+        key = ("layer", micro, recompute, layer in shape.sparse_layers, parts.key(layer), chain.has_gradient)
+        if key not in made:
+            context = _LayerContext(shape, layout, tokens, micro, layer, fp8, recompute, chain, data.sequence_length)
+            made[key] = parts.layer(context), chain.has_gradient
+        own_blocks, chain.has_gradient = made[key]
+        blocks += own_blocks
+    name = "language.embedding.word_embeddings.weight" if shape.tied else "language.output_layer.weight"
+    blocks.append(output(shape, layout, tokens, trained=chain.trained(name), owns_table=not shape.tied or len(counts) > 1))
+    return divided(blocks, counts)
 
 
 def _blocks_of(model: ModelConfig) -> Callable[..., _Parts]:

@@ -107,7 +107,7 @@ def _few(value: float) -> str:
 def table(result: SearchResult) -> Iterator[str]:
     """Lines with the best layouts of a search, and the options of the first."""
     yield (
-        f"{result.considered} layouts, {result.simulated} simulated (the others cannot be better), {result.too_large} of these too large; "
+        f"{result.considered} layouts, {result.simulated} simulated, {result.too_large} too large (the others cannot be better); "
         f"the best {len(result.best)}:"
     )
     yield "step s    MFU  memory GB  recompute    batch  layout                      besides products      layers of stages"

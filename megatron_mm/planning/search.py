@@ -1,15 +1,20 @@
 """Searches for the layout with the shortest step among all layouts that fit and that the code can run, most promising ones first.
 
 A lower bound of the step time is cheap to compute: the work of the busiest rank, plus the work that must precede its first and follow its
-last micro-batch. Layouts are simulated in the order of their bounds, until the next bound is not better than the worst layout in the list
-of the best. The remaining layouts cannot be better, so the result is that of an exhaustive search with the same simulator.
+last micro-batch. So is a lower bound of the memory: what each rank holds at its first backward pass. Layouts are looked at in the order of
+their time's bounds, and those that may fit are simulated, until the next bound is not better than the worst layout in the list of the best.
+The remaining layouts cannot be better, so the result is that of an exhaustive search with the same simulator.
+
+Blocks and their seconds do not depend on how layers are divided over stages, so layouts that differ in nothing else share them (`_Plans`).
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.families.registry import family_of
@@ -18,7 +23,7 @@ from megatron_mm.planning.hardware import OURS, Gpu, Software
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.kernels import Block
 from megatron_mm.planning.memory import USABLE, fits
-from megatron_mm.planning.recipe_job import Planned, plan_recipe
+from megatron_mm.planning.recipe_job import Planned, plan_recipe, with_stages
 from megatron_mm.planning.step import Prediction, StepModel
 from megatron_mm.planning.workload import Workload, Workloads
 
@@ -27,15 +32,27 @@ RECOMPUTE = (("none", None), ("none", "full"), ("full", None))
 """Recomputation of (decoder, image tower). Recomputing only fused attention saves nothing."""
 VIRTUAL = (1, 2, 3, 4, 6, 8)
 MOST_STAGES = 32
+MOST_SHARED = 64
+"""Number of groups of layouts whose blocks are kept; 64 groups take about 1 GB at most."""
+ROUNDING = 1 + 1e-9
+"""Factor by which a bound may exceed the value that it bounds, because sums are rounded."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A layout to be simulated."""
 
-    experiment: Experiment
+    base: Experiment
+    """The experiment without virtual stages, its layers divided evenly."""
+    virtual: int
+    split: tuple[int, ...] | None
+    """Number of layers of each stage; None without a pipeline."""
     bound: float
     """Lower bound of the step time, in seconds."""
+
+    @property
+    def experiment(self) -> Experiment:
+        return replace(self.base, parallel=replace(self.base.parallel, virtual=self.virtual, stage_layers=self.split))
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ class SearchResult:
     considered: int
     simulated: int
     too_large: int
-    """Number of simulated layouts that do not fit."""
+    """Number of layouts, simulated or not, that could be better but do not fit."""
 
 
 def search(
@@ -86,14 +103,18 @@ def search(
     Raises ValueError if no layout fits.
     """
     loads = loads or Workloads(experiment)
-    candidates = sorted(_candidates(experiment, gpu, gpus, loads, software, spread=spread), key=lambda candidate: candidate.bound)
+    plans = _Plans(gpu, gpus, loads, software)
+    candidates = sorted(_candidates(experiment, plans, spread=spread), key=lambda candidate: candidate.bound)
     best: list[Found] = []
     simulated = too_large = 0
     for candidate in candidates:
         if not exhaustive and len(best) == keep and candidate.bound >= best[-1].seconds:
             break
-        planned = _plan(candidate.experiment, gpu, gpus, loads, software)
-        prediction = StepModel(planned.job).predict()
+        planned, model = plans.of(candidate)
+        if not exhaustive and not fits(model.least_bytes() / ROUNDING, gpu, usable=usable):
+            too_large += 1
+            continue
+        prediction = model.predict()
         simulated += 1
         if not fits(prediction.peak_bytes, gpu, usable=usable):
             too_large += 1
@@ -107,18 +128,42 @@ def search(
     return SearchResult(best, len(candidates), simulated, too_large)
 
 
-def _plan(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, software: Software) -> Planned:
-    data = experiment.parallel.data_parallel_size(gpus)
-    return plan_recipe(experiment, gpu, gpus, work=_work(loads, experiment, data), software=software)
+class _Plans:
+    """Plans layouts. Layouts with the same degrees and micro-batches share blocks and their seconds, of which the latest are kept."""
+
+    def __init__(self, gpu: Gpu, gpus: int, loads: Workloads, software: Software) -> None:
+        self.gpu, self.gpus, self.loads, self.software = gpu, gpus, loads, software
+        self._shared: OrderedDict[Any, tuple[dict[Any, Any], dict[tuple[int, bool], tuple[Block, Seconds]]]] = OrderedDict()
+
+    def base(self, experiment: Experiment) -> tuple[Planned, StepModel]:
+        """Plan an experiment without virtual stages and with evenly divided layers. Raises ValueError if that is impossible."""
+        parallel, train = experiment.parallel, experiment.train
+        key = (parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor, train.micro_batch_size)
+        made, known = self._shared.setdefault(key, ({}, {}))
+        self._shared.move_to_end(key)
+        if len(self._shared) > MOST_SHARED:
+            self._shared.popitem(last=False)
+        work = self.work(experiment)
+        choice = ("plan", parallel.recompute, parallel.recompute_encoder, parallel.spread_encoder)
+        if choice not in made:
+            made[choice] = plan_recipe(experiment, self.gpu, self.gpus, work=work, software=self.software, made=made)
+        return made[choice], StepModel(made[choice].job, known=known)
+
+    def of(self, candidate: Candidate) -> tuple[Planned, StepModel]:
+        """Plan a candidate."""
+        planned, model = self.base(candidate.base)
+        planned = with_stages(planned, candidate.experiment)
+        return planned, StepModel(planned.job, known=model.known)
+
+    def work(self, experiment: Experiment) -> Workload:
+        """Return the work of one data-parallel rank. Raises ValueError if the batch cannot be divided evenly."""
+        data_size, size = experiment.parallel.data_parallel_size(self.gpus), experiment.train.micro_batch_size
+        return self.loads.of(data_size=data_size, micro_batch_size=size, token_multiple=experiment.token_multiple)
 
 
-def _work(loads: Workloads, experiment: Experiment, data_size: int) -> Workload:
-    size, multiple = experiment.train.micro_batch_size, experiment.token_multiple
-    return loads.of(data_size=data_size, micro_batch_size=size, token_multiple=multiple)
-
-
-def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, software: Software, *, spread: bool) -> Iterator[Candidate]:
+def _candidates(experiment: Experiment, plans: _Plans, *, spread: bool) -> Iterator[Candidate]:
     """Yield every layout that model, batch and number of GPUs allow."""
+    gpu, gpus = plans.gpu, plans.gpus
     decoder = experiment.model.decoder
     base = replace(experiment.parallel, virtual=1, stage_layers=None, spread_encoder=False)
     experts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if decoder.moe and decoder.moe.num_experts % n == 0] or [1]
@@ -148,11 +193,11 @@ def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, s
                 spread_encoder=all_encode,
             )
             one = replace(experiment, parallel=parallel, train=replace(experiment.train, micro_batch_size=size))
-            work = _work(loads, one, parallel.data_parallel_size(gpus))
+            plans.work(one)
             family_of(one.model).check_layout(one.model, parallel, gpus)
             if _weights_alone(one, gpus) > gpu.memory_gb * 1e9:
                 continue
-            parts = _Parts.of(one, gpu, gpus, work, software)
+            parts = _Parts.of(*plans.base(one))
         except ValueError:
             continue
         if not fits(parts.least_bytes / pipeline, gpu):
@@ -161,8 +206,7 @@ def _candidates(experiment: Experiment, gpu: Gpu, gpus: int, loads: Workloads, s
             if pipeline * virtual > MOST_STAGES or (virtual > 1 and (parts.count % pipeline or pipeline * virtual > decoder.num_layers)):
                 continue
             for split in parts.splits(pipeline, virtual):
-                layout = replace(parallel, virtual=virtual, stage_layers=split if pipeline > 1 else None)
-                yield Candidate(replace(one, parallel=layout), parts.bound(split, pipeline, virtual))
+                yield Candidate(one, virtual, split if pipeline > 1 else None, parts.bound(split, pipeline, virtual))
 
 
 def _weights_alone(experiment: Experiment, gpus: int) -> float:
@@ -195,22 +239,22 @@ class _Parts:
     """Bytes that all pipeline ranks together need at some moment, however layers are divided among them."""
 
     @classmethod
-    def of(cls, experiment: Experiment, gpu: Gpu, gpus: int, work: Workload, software: Software) -> _Parts:
-        planned = plan_recipe(experiment, gpu, gpus, work=work, software=software)
-        model = StepModel(planned.job)
+    def of(cls, planned: Planned, model: StepModel) -> _Parts:
         first = layer = last = (Seconds(), Seconds())
         order = planned.job.micro_batches
         for kind, stages in enumerate(planned.job.kinds):
             share = order.count(kind) / len(order)
-            for block in itertools.chain(*stages):
-                cost = tuple(model.seconds(block, backward=back).times(share) for back in (False, True))
+            blocks = list(itertools.chain(*stages))
+            times = Counter(map(id, blocks))
+            for block in {id(block): block for block in blocks}.values():
+                cost = tuple(model.seconds(block, backward=back).times(share * times[id(block)]) for back in (False, True))
                 if block.name in ("layer", "sparse layer", "gated block"):
                     layer = (layer[0] + cost[0], layer[1] + cost[1])
                 elif block.name == "output":
                     last = (last[0] + cost[0], last[1] + cost[1])
                 else:
                     first = (first[0] + cost[0], first[1] + cost[1])
-        layers = experiment.model.decoder.num_layers
+        layers = planned.experiment.model.decoder.num_layers
         return cls(
             first=(first[0].busy, first[1].busy),
             layer=(layer[0].busy / layers, layer[1].busy / layers),

@@ -13,7 +13,7 @@ from megatron_mm.planning.costs import Costs, Seconds
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.kernels import Block, Message
 from megatron_mm.planning.memory import MemoryUse, memory_of_ranks
-from megatron_mm.planning.pipeline import PipelineResult, PipelineTimes, simulate
+from megatron_mm.planning.pipeline import PipelineResult, PipelineTimes, least_saved, simulate
 
 JITTER = 0.0035
 """Relative increase of the step time for each doubling of the number of machines, because all processes wait for the slowest."""
@@ -47,16 +47,21 @@ class Prediction:
 class StepModel:
     """Predicts a job's step."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, known: dict[tuple[int, bool], tuple[Block, Seconds]] | None = None) -> None:
+        """
+        Args:
+            known: seconds of blocks that jobs with the same GPU, software, and tensor- and expert-parallel degrees share, by (id of the
+                block, backward). The block is kept beside them, so that its id stays its own. New seconds are added.
+        """
         self.job = job
         self.costs = Costs(job.gpu, job.software, job.layout.network(job.gpu, dispatcher=job.software.dispatcher))
-        self._cache: dict[tuple[int, bool], Seconds] = {}
+        self.known = {} if known is None else known
 
     def predict(self, *, keep_events: bool = False) -> Prediction:
         job, layout = self.job, self.job.layout
         forward = [[self._stage(kind[stage], backward=False) for stage in range(layout.stages)] for kind in job.kinds]
         backward = [[self._stage(kind[stage], backward=True) for stage in range(layout.stages)] for kind in job.kinds]
-        saved = [[sum(block.saved for block in kind[stage]) for stage in range(layout.stages)] for kind in job.kinds]
+        saved = self._saved()
         gathers = [self._gather_seconds(stage) for stage in range(layout.stages)]
         times = self._pipeline_times(forward, backward, saved, gathers)
         result, extra = self._simulate(times, keep_events=keep_events)
@@ -72,11 +77,22 @@ class StepModel:
         total = end + optimizer + exposed_gather + between
         jitter = total * JITTER * math.log2(machines) if machines > 1 else 0.0
         parts = self._parts(forward, backward, end, max(tails) + shared + exchanged, optimizer, exposed_gather, jitter, between, beside)
-        memory = memory_of_ranks(job, result)
+        memory = memory_of_ranks(job, result.saved_bytes)
         stages = tuple(self._mean_of(forward, backward, stage) for stage in range(layout.stages))
         return Prediction(total + jitter, parts, memory, result, stages)
 
+    def least_bytes(self) -> float:
+        """Lower bound of `Prediction.peak_bytes`, without simulating: what the fullest rank holds at its first backward pass."""
+        layout, saved = self.job.layout, self._saved()
+        table = [[saved[kind][stage] for kind in self.job.micro_batches] for stage in range(layout.stages)]
+        held = least_saved(table, ranks=layout.pipeline, chunks=layout.virtual)
+        return max(use.total for use in memory_of_ranks(self.job, held))
+
     # -- passes
+
+    def _saved(self) -> list[list[float]]:
+        """Bytes that a stage keeps for a kind of micro-batch, [kind][stage]."""
+        return [[sum(block.saved for block in stage) for stage in kind] for kind in self.job.kinds]
 
     def beside_seconds(self) -> tuple[float, float]:
         """Seconds of the work that all ranks do before and after the pipeline, and of its messages."""
@@ -109,9 +125,9 @@ class StepModel:
     def seconds(self, block: Block, *, backward: bool) -> Seconds:
         """Seconds of one block, including the messages of sharded weights."""
         key = (id(block), backward)
-        if key not in self._cache:
-            self._cache[key] = self._block(block, backward=backward)
-        return self._cache[key]
+        if key not in self.known:
+            self.known[key] = block, self._block(block, backward=backward)
+        return self.known[key][1]
 
     def _block(self, block: Block, *, backward: bool) -> Seconds:
         """Seconds of one block. Sharded weights are gathered before it, and their gradients are scattered after it."""

@@ -64,20 +64,28 @@ class Workloads:
             rng = np.random.default_rng(0)
             self._works = [_sequence(experiment, rng, images=images) for _ in range(experiment.train.global_batch_size)]
         self._costs = _costs(experiment)
+        self._made: dict[tuple[int, int, int], Workload] = {}
 
     def of(self, *, data_size: int, micro_batch_size: int | None = None, token_multiple: int | None = None) -> Workload:
         """Return the work of one of `data_size` ranks. Raises ValueError if the batch cannot be divided evenly."""
         train, data = self.experiment.train, self.experiment.data
         size = micro_batch_size or train.micro_batch_size
         replace(self.experiment, train=replace(train, micro_batch_size=size)).num_micro_batches(data_size)
-        batching = Batching(
-            micro_batch_size=size,
-            sequence_length=data.sequence_length,
-            max_images=data.max_images_per_sequence,
-            costs=self._costs,
-            token_multiple=token_multiple or self.experiment.token_multiple,
-            fewest=train.fewest_micro_batches,
-        )
+        multiple = token_multiple or self.experiment.token_multiple
+        key = (data_size, size, multiple)
+        if key not in self._made:
+            batching = Batching(
+                micro_batch_size=size,
+                sequence_length=data.sequence_length,
+                max_images=data.max_images_per_sequence,
+                costs=self._costs,
+                token_multiple=multiple,
+                fewest=train.fewest_micro_batches,
+            )
+            self._made[key] = self._distributed(batching, data_size)
+        return self._made[key]
+
+    def _distributed(self, batching: Batching, data_size: int) -> Workload:
         works = self._works
         micro = []
         for group in batching.micro_batches(works, data_size)[0]:
