@@ -88,8 +88,8 @@ def decoder_transformer_config(config: DecoderConfig, context: ChunkContext) -> 
         overlap_p2p_comm=interleaved and context.on_gpu,
         # Batched messages between the same two processes are matched in the wrong order by gloo when stages interleave.
         batch_p2p_comm=context.on_gpu and not interleaved,
-        # megatron-core would wait for the device after every batch of messages, because of an error that torch 1.13 mended (its pull request
-        # 82450): waiting for each message has since been enough, and does not stop the host.
+        # megatron-core would wait for the device after every batch of messages, because of an error of torch before 1.13 (its pull request
+        # 82450). Waiting for each message is enough since, and does not stop the host.
         batch_p2p_sync=False,
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,

@@ -1,5 +1,5 @@
-"""A step waits for its device once: every read of a tensor's values on the processor is counted, and every tensor that is made on the device
-from values on the processor, for which a GPU waits, too."""
+"""A step waits for its device once. Counted are reads of a tensor's values, and tensors that are made on the device from values on the
+processor, for which the processor waits, too."""
 
 from __future__ import annotations
 
