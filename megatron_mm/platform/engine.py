@@ -20,6 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.common.language_module import language_module
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -156,6 +157,9 @@ def install() -> None:
         MLP.forward = _with_own_bias(MLP.forward)
     if not getattr(MoEAlltoAllTokenDispatcher.preprocess, "counts_routed_tokens", False):
         MoEAlltoAllTokenDispatcher.preprocess = _counting_routed_tokens(MoEAlltoAllTokenDispatcher.preprocess)
+    loss = language_module.te_parallel_cross_entropy
+    if loss is not None and not hasattr(loss, "compares_nothing"):
+        language_module.te_parallel_cross_entropy = _comparing_nothing(loss)
     if not hasattr(random, "FP8GlobalStateManager") and not getattr(CheckpointWithoutOutput.__init__, "knows_no_fp8", False):
         CheckpointWithoutOutput.__init__ = _without_fp8(CheckpointWithoutOutput.__init__)
 
@@ -206,6 +210,28 @@ def _without_fp8(init: Any) -> Any:
 
     plain.knows_no_fp8 = True  # type: ignore[attr-defined]
     return plain
+
+
+def _comparing_nothing(cross_entropy: Any) -> Any:
+    """`te_parallel_cross_entropy`, for losses of single tokens.
+
+    What upstream lacks: up to Transformer Engine 2.11, its backward pass asks whether the gradient is the number 1, in order to save a
+    multiplication. Making that number on the GPU stops the host until the GPU has finished the forward pass, and the answer is always no,
+    because each token has a gradient of its own. The option for CUDA graphs leaves the question out.
+    """
+
+    @functools.wraps(cross_entropy)
+    def loss(logits: torch.Tensor, labels: torch.Tensor, tp_group: Any, is_cg_capturable: bool = False) -> torch.Tensor:
+        return cross_entropy(logits, labels, tp_group, is_cg_capturable or _compares_gradients())
+
+    loss.compares_nothing = True  # type: ignore[attr-defined]
+    return loss
+
+
+@functools.cache
+def _compares_gradients() -> bool:
+    kernels = importlib.import_module("transformer_engine.pytorch.triton.cross_entropy")
+    return "is_cg_capturable" in inspect.signature(kernels.cross_entropy_backward).parameters
 
 
 class _Without(logging.Filter):

@@ -37,6 +37,7 @@ OVERRIDDEN = (
 )
 """Methods that our subclasses override (a test compares this with the classes)."""
 REPLACED = (
+    "models.common.language_module.language_module.te_parallel_cross_entropy",
     "optimizer.Adam",
     "optimizer.USING_PYTORCH_OPTIMIZER",
     "optimizer.distrib_optimizer.Adam",

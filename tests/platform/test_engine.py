@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import logging
+import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.models.common.language_module import language_module
 from megatron.core.tensor_parallel import random
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, checkpoint
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, _DeepepManager
 from megatron.core.transformer.spec_utils import ModuleSpec
+from support.te.install import FOLDER, python_of_transformer_engine
 
 from megatron_mm.platform import cpu, engine
 
@@ -125,3 +131,26 @@ def test_norms_are_computed_again_without_transformer_engine() -> None:
     upstream = CheckpointWithoutOutput.__new__(CheckpointWithoutOutput)
     inspect.unwrap(CheckpointWithoutOutput.__init__)(upstream)
     assert upstream.fp8, "megatron-core knows that nothing is FP8 here: platform.engine may leave its checkpoints alone"
+
+
+@pytest.mark.parametrize("backward", [lambda loss, gradient, is_cg_capturable=False: None, lambda loss, gradient: None])
+def test_the_loss_does_not_ask_for_the_value_of_its_gradient(monkeypatch: pytest.MonkeyPatch, backward: Any) -> None:
+    """Up to Transformer Engine 2.11 an option leaves the question out; later versions do not ask, and warn of the option."""
+    options = []
+    monkeypatch.setattr(language_module, "te_parallel_cross_entropy", lambda logits, labels, group, option: options.append(option))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.triton.cross_entropy", SimpleNamespace(cross_entropy_backward=backward))
+    engine._compares_gradients.cache_clear()
+    engine.install()
+    engine.install()  # changes nothing
+    language_module.te_parallel_cross_entropy(torch.zeros(1), torch.zeros(1), None, False)
+    engine._compares_gradients.cache_clear()
+    assert options == ["is_cg_capturable" in inspect.signature(backward).parameters]
+
+
+def test_transformer_engine_up_to_2_11_asks_for_it() -> None:
+    version, installed = python_of_transformer_engine(), importlib.util.find_spec("transformer_engine")
+    if version is None:
+        pytest.skip("no transformer-engine here: see `make test-te`")
+    package = FOLDER / version / "transformer_engine" if installed is None else Path(str(installed.origin)).parent
+    text = (package / "pytorch" / "triton" / "cross_entropy.py").read_text()
+    assert ("torch.equal(" in text) == ("is_cg_capturable" in text), "platform.engine may leave the loss alone"
