@@ -121,7 +121,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def run(group: Group, arguments: Sequence[str], *, program: str) -> None:
     """Find the command that the first words name, and run it or print its help. Raises ValueError for a user's mistake."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        _show(_group_help(group, program))
+        show(_group_help(group, program))
         if not arguments:
             raise ValueError(f"no command given: choose one of {', '.join(group.commands)}")
         return
@@ -135,7 +135,7 @@ def run(group: Group, arguments: Sequence[str], *, program: str) -> None:
         _run_command(found, rest, program=f"{program} {word}")
 
 
-def _show(text: str) -> None:
+def show(text: str) -> None:
     """Print, even if the reader closes the pipe before the end, as in `--help | head -3`."""
     try:
         print(text, flush=True)
@@ -183,7 +183,7 @@ def _print_help(parser: Parser, command: Command, experiment: Experiment | None)
     parser.usage = " ".join([parser.prog, *parser.needed, "[OPTION ...]", *fields])
     if experiment is not None:
         _add_help_groups(parser, overrides_of(experiment))
-    _show(parser.format_help())
+    show(parser.format_help())
 
 
 def _with_dashes(words: Sequence[str]) -> list[str]:

@@ -107,8 +107,12 @@ def _convert(layout: str, **fixed: Any) -> Callable[[argparse.Namespace], None]:
 def _vqa_arguments(parser: Parser) -> None:
     _arguments(inputs="a file of questions or captions")(parser)
     parser.add_argument("--format", dest="form", required=True, help="format of the file", **one_of(FORMS))
-    parser.add_argument("--annotations", metavar="FILE", help="the file with the answers, for vqav2 and okvqa")
-    parser.add_argument("--split", metavar="NAME", help="split of a karpathy file to convert (default: all)")
+    parser.add_argument(
+        "--annotations", metavar="FILE", help="the file with the answers, for vqav2, okvqa, and textvqa and vizwiz in their form"
+    )
+    parser.add_argument(
+        "--split", metavar="NAME", help="split to convert, of a karpathy file or a table with a column `split` (default: all)"
+    )
     parser.add_argument(
         "--as",
         dest="layout",
@@ -120,7 +124,9 @@ def _vqa_arguments(parser: Parser) -> None:
 
 def _scienceqa_arguments(parser: Parser) -> None:
     _arguments(inputs="problems.json, or parquet files")(parser)
-    parser.add_argument("--split", metavar="NAME", help="split of problems.json to convert (default: all)")
+    parser.add_argument(
+        "--split", metavar="NAME", help="split to convert, of problems.json or a table with a column `split` (default: all)"
+    )
 
 
 def _text_arguments(parser: Parser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_mm.cli.command import Command, Parser, integer
+from megatron_mm.cli.command import Command, Parser, integer, show
 from megatron_mm.cli.recipe import list_recipes, recipe_of
 
 
@@ -50,7 +50,7 @@ def _report(given: argparse.Namespace) -> None:
     from megatron_mm.data.prepare.report import draw_report, report
 
     found = report(given.path)
-    print(found)
+    show(str(found))
     if given.json is not None:
         given.json.write_text(found.to_json())
     if given.picture is not None:

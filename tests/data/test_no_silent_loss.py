@@ -216,6 +216,20 @@ def test_what_tools_write_beside_shards_is_no_data(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------- tars
 
 
+def test_shards_that_energon_does_not_train_on_are_said(tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("0.tar", "1.tar"):
+        write_tar(tmp_path / "s" / name, {"a.jpg": picture(), "a.txt": b"a cross"})
+    (tmp_path / "s" / ".nv-meta").mkdir()
+    split = tmp_path / "s" / ".nv-meta" / "split.yaml"
+    split.write_text("split_parts:\n  train:\n  - 0.tar\n  val:\n  - 1.tar\n  test: []\nexclude: []\n")
+    prepare_index(tmp_path, tokenizer=tokenizer)
+    assert "leaves 1 shards or samples out of training (1.tar (val) ...)" in caplog.text
+    caplog.clear()
+    split.write_text("split_parts:\n  train:\n  - 0.tar\n  - 1.tar\nexclude: []\n")
+    prepare_index(tmp_path, tokenizer=tokenizer)
+    assert "out of training" not in caplog.text
+
+
 def test_tars_one_after_another_are_read_to_the_end(tmp_path: Path) -> None:
     one, two = (write_tar(tmp_path / f"{n}.tar", pairs(range(n, n + 2))).read_bytes() for n in (0, 2))
     both = tmp_path / "both.tar"

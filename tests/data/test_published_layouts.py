@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import json
 import os
 import tarfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
@@ -88,6 +90,75 @@ def test_a_table_in_a_folder_describes_its_images(tmp_path: Path, table: str) ->
     (folder / "2.txt").write_text("another text")  # the folder's modification time does not change
     assert run("pairs", tmp_path / "in", tmp_path / "out", lose=0.6).samples == 3
     assert samples(tmp_path / "out")[2][0] == "another text"
+
+
+@pytest.mark.parametrize("name", ["image_file_name", "file_names"])
+def test_other_names_of_the_image_in_a_folders_table(tmp_path: Path, name: str) -> None:
+    """`datasets` 4 and later."""
+    (tmp_path / "f" / "sub").mkdir(parents=True)
+    (tmp_path / "f" / "sub" / "0.jpg").write_bytes(picture())
+    row = {name: "sub/0.jpg" if name == "image_file_name" else ["sub/0.jpg"], "text": "a cross"}
+    (tmp_path / "f" / "metadata.jsonl").write_text(json.dumps(row))
+    assert run("pairs", tmp_path / "f", tmp_path / "out").samples == 1
+
+
+def test_the_table_beside_a_tar_of_img2dataset_holds_no_samples_of_its_own(tmp_path: Path) -> None:
+    described = json.dumps({"url": "http://x/1.jpg", "caption": "a cross", "key": "000000001"}).encode()
+    write_tar(tmp_path / "in" / "00000.tar", {"000000001.jpg": picture(), "000000001.json": described})
+    rows = {"url": ["http://x/1.jpg", "http://x/2.jpg"], "caption": ["a cross", "lost"], "status": ["success", "failed_to_download"]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "in" / "00000.parquet")
+    for images in (None, str(tmp_path / "in")):
+        assert run("pairs", tmp_path / "in", tmp_path / f"out{bool(images)}", images=images).samples == 1
+
+
+def test_a_folder_of_several_splits_is_said_and_a_column_chooses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"question": ["what?"] * 2, "answer": ["a", "b"], "image": [{"bytes": picture(), "path": "1"}] * 2, "split": ["train", "test"]}
+    for name in ("train-00000-of-00001.parquet", "validation-00000-of-00001-1a2b.parquet"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table(row), tmp_path / "data" / name)
+    found = run("tasks", tmp_path / "data", tmp_path / "out", form="gqa", split="train")
+    assert "has files of several splits (train, validation), and all are converted" in caplog.text
+    assert (found.samples, found.left_out) == (2, {"of the split test": 2})
+    caplog.clear()
+    run("tasks", tmp_path / "data" / "train-*", tmp_path / "train", form="gqa")
+    assert "splits" not in caplog.text
+    with pytest.raises(ValueError, match="no samples in 2 inputs: of the split train: 2, of the split test: 2"):
+        run("tasks", tmp_path / "data", tmp_path / "none", form="gqa", split="val")
+    pyarrow.parquet.write_table(pyarrow.table(row).drop(["split"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has no column `split`"):
+        run("tasks", tmp_path / "a.parquet", tmp_path / "a", form="gqa", split="train")
+
+
+def test_the_folder_of_a_saved_dataset_dict_has_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = pyarrow.table({"text": ["a"]})
+    for split in ("train", "test"):
+        (tmp_path / "d" / split).mkdir(parents=True)
+        with pyarrow.ipc.new_stream(tmp_path / "d" / split / "data-00000-of-00001.arrow", table.schema) as file:
+            file.write_table(table)
+    assert run("text", tmp_path / "d", tmp_path / "out").samples == 2
+    assert "has files of several splits (test, train), and all are converted" in caplog.text
+
+
+def test_a_list_of_captions_is_several_pairs(tmp_path: Path) -> None:
+    """Flickr30k as parquet; COCO in LAVIS' form has a list for validation only."""
+    rows = [
+        {"image": "0.jpg", "caption": ["a", "b"]},
+        {"image": "0.jpg", "caption": "c"},
+        {"image": "0.jpg", "caption": ["d"], "text": "e"},
+    ]
+    (tmp_path / "im").mkdir()
+    (tmp_path / "im" / "0.jpg").write_bytes(picture())
+    run("pairs", lines(tmp_path / "a.jsonl", rows), tmp_path / "out", images=str(tmp_path / "im"))
+    assert [document for document, _ in samples(tmp_path / "out")] == ["a", "b", "c", "e"]
+    more = lines(tmp_path / "b.jsonl", [rows[1], {"image": "0.jpg", "caption": [1]}])
+    assert run("pairs", more, tmp_path / "b", images=str(tmp_path / "im"), lose=0.5).rejected == {"caption is not text": 1}
+
+
+def test_compressed_files_in_a_tar(tmp_path: Path) -> None:
+    """As in webdataset's own test data."""
+    write_tar(tmp_path / "0.tar", {"a.txt.gz": gzip.compress(b"one"), "b.json.gz": gzip.compress(b'{"text": "two"}'), "c.txt.gz": b"x"})
+    found = run("text", tmp_path / "0.tar", tmp_path / "out", lose=0.5)
+    assert (found.samples, found.rejected) == (2, {"damaged .gz file in a tar": 1})
 
 
 def test_records_beside_images_are_read(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from functools import cache
@@ -193,6 +194,25 @@ def check_files(source: Path, shards: Sequence[Path], *, ignore: Sequence[str] =
             f"source {source} has files that are not read: {unread[0].relative_to(source)}{more}. Unpack archives, make shards of other "
             f"formats with `megatron-mm prepare pairs|text|...`, or leave them out with --ignore '*{unread[0].suffix}'"
         )
+
+
+def say_energon_split(source: Path) -> None:
+    """Warn about shards that energon does not train on, because all shards of a source are indexed."""
+    split = source / ".nv-meta" / "split.yaml"
+    part, others = "", list[str]()
+    for line in split.read_text("utf-8", "replace").splitlines() if split.is_file() else []:
+        if found := _YAML_KEY.fullmatch(line):
+            part = found["name"]
+        elif (found := _YAML_ENTRY.fullmatch(line)) and part in ("val", "test", "exclude"):
+            others.append(f"{found['name']} ({part})")
+    if others:
+        logger.warning(
+            "%s leaves %d shards or samples out of training (%s ...), but all shards in the folder are indexed: move the others elsewhere",
+            *(split, len(others), others[0]),
+        )
+
+
+_YAML_KEY, _YAML_ENTRY = re.compile(r"\s*(?P<name>\w+):.*"), re.compile(r"\s*-\s+(?P<name>\S.*)")
 
 
 def _is_ignored(file: Path, ignore: Sequence[str]) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mm.data.prepare.find import absolute, check_files, find_sources, shards_of
+from megatron_mm.data.prepare.find import absolute, check_files, find_sources, say_energon_split, shards_of
 from megatron_mm.data.prepare.kinds import detect_kind, first_shards, iterate_samples
 from megatron_mm.data.prepare.mirror import Mirror, mirrored
 from megatron_mm.data.prepare.row_files import RowHeader, current_header, losses_of, read_rows, recipe_of, row_file_of
@@ -126,6 +126,7 @@ def _prepare(
     for source in sources:
         found = shards_of(source)
         check_files(source, found, ignore=options.ignore)
+        say_energon_split(source)
         with mirror.beginnings(first_shards(found)) if mirror is not None else nullcontext():
             reading = _reading(found, model, options)
         kinds.add(reading.kind)

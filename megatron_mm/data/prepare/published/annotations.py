@@ -233,6 +233,22 @@ def row_records(form: str, row: Record) -> Records:
     yield {"task": "vizwiz" if form == "vizwiz" else "vqa", "question": row.get("question"), "answer": answer, "image": image}
 
 
+def of_split(records: Iterable[Record | BadRecord], split: str, path: str, left_out: Counter[str]) -> Records:
+    """Yield the rows whose column `split` has this value; count the others. Raises ValueError if there is no such column."""
+    for record in records:
+        if isinstance(record, BadRecord) or record.get("split") == split:
+            yield record
+        elif record.get("split") is None:
+            raise ValueError(f"{path} has no column `split`, so --split does not apply: pass only the files of the split")
+        else:
+            left_out[f"of the split {record['split']}"] += 1
+
+
+def as_pair(record: Record | BadRecord) -> Record | BadRecord:
+    """Convert a caption task to a pair."""
+    return record if isinstance(record, BadRecord) else {"image": record.get("image"), "caption": record.get("answer")}
+
+
 def _chosen(named: Any, answers: list[Any]) -> Any:
     """Return the most frequent answer. VQAv2 names it (`multiple_choice_answer`), which decides between equally frequent ones; but some
     files converted to its form name the first answer instead, so a less frequent one is not taken."""

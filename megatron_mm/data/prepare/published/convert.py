@@ -30,12 +30,22 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_mm.data.image_formats import is_image_name
-from megatron_mm.data.prepare.published.annotations import read_annotations, row_records
+from megatron_mm.data.prepare.published.annotations import as_pair, of_split, read_annotations, row_records
 from megatron_mm.data.prepare.published.files import ending
 from megatron_mm.data.prepare.published.folders import DESCRIPTIONS, described_folder, describes, folder_pairs, listing
 from megatron_mm.data.prepare.published.images import ImageStore, build_table, table_stamp
 from megatron_mm.data.prepare.published.inputs import expand
-from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS, IMAGE_KEYS, LAYOUTS, TEXT_KEYS, Context, LeftOut, OutSample
+from megatron_mm.data.prepare.published.layouts import (
+    CAPTION_KEYS,
+    IMAGE_KEYS,
+    LAYOUTS,
+    TEXT_KEYS,
+    WITH_KEYS,
+    Context,
+    LeftOut,
+    OutSample,
+    each_caption,
+)
 from megatron_mm.data.prepare.published.losses import NO_IMAGES, BadRecord, DamagedFile, LossList, Record
 from megatron_mm.data.prepare.published.records import TABLES, TextDocuments, iterate_records
 from megatron_mm.data.prepare.published.web_documents import separate
@@ -196,7 +206,8 @@ def _inputs(inputs: Sequence[str], options: Options) -> list[str]:
     if options.layout != "pairs":
         return files
     folders = sorted({os.path.dirname(file) for file in files if is_image_name(file.rpartition(".")[2].lower())})
-    described = {f"{folder}.parquet" for folder in folders}  # img2dataset writes 00000.parquet about the folder 00000
+    tars = [file.removesuffix(".tar") for file in files if file.endswith(".tar")]
+    described = {f"{name}.parquet" for name in (*folders, *tars)}  # img2dataset writes 00000.parquet about the folder 00000 or 00000.tar
     whole = sorted({os.path.dirname(file) for file in files if os.path.basename(file) in DESCRIPTIONS and describes(Path(file).parent)})
     whole = [folder for folder in whole if not any(folder.startswith(f"{other}/") for other in whole)]
     records = [
@@ -265,19 +276,20 @@ def _samples(
 ) -> Iterator[OutSample]:
     """Yield the samples of an input. Every record that does not become a sample is counted, and listed if it is a loss."""
     layout, number = LAYOUTS[options.layout], 0
-    for record in _records(path, options):
+    for record in _records(path, options, left_out):
         number += record.count if isinstance(record, BadRecord) else 1
         if isinstance(record, BadRecord):
             rejected[record.reason] += record.count
             lost.add(number, record.reason, what=record.what, count=record.count)
             continue
-        for document in separate(record) if options.layout == "obelics" else (record,):
+        for document in _parts(record, options.layout, context):
             try:
                 sample = layout(document, context)
             except BadDocument as reason:
                 rejected[str(reason)] += 1
                 lost.add(number, str(reason), record=record)
-                found.fields = found.fields or ", ".join(map(str, list(record)[:12]))
+                if options.layout in WITH_KEYS:
+                    found.fields = found.fields or ", ".join(map(str, list(record)[:12]))
                 continue
             except LeftOut as reason:
                 left_out[str(reason)] += 1
@@ -288,25 +300,27 @@ def _samples(
             yield sample
 
 
-def _records(path: str, options: Options) -> Iterable[Record | BadRecord]:
+def _parts(record: Record, layout: str, context: Context) -> Iterable[Record]:
+    """Return the records of which a record consists, each of which becomes a sample."""
+    if layout == "obelics":
+        return separate(record)
+    return each_caption(record, context.text_keys) if layout == "pairs" else (record,)
+
+
+def _records(path: str, options: Options, left_out: Counter[str]) -> Iterable[Record | BadRecord]:
     form = options.form
     if form is not None and ending(path) not in TABLES:
         joined = read_annotations(form, path, annotations=options.annotations, split=options.split, as_captions=options.layout == "pairs")
-        return joined if options.layout == "tasks" else map(_as_pair, joined)
+        return joined if options.layout == "tasks" else map(as_pair, joined)
     if os.path.isdir(path):
         return described_folder(Path(path)) if describes(Path(path)) else folder_pairs(Path(path))
     records = iterate_records(path, texts=options.texts)
     if form is None:
         return records
     if options.split is not None:
-        raise ValueError(f"{path}: --split applies only to files that hold several splits: pass only the files of the split")
+        records = of_split(records, options.split, path, left_out)
     tasks = chain.from_iterable([record] if isinstance(record, BadRecord) else row_records(form, record) for record in records)
-    return tasks if options.layout == "tasks" else map(_as_pair, tasks)
-
-
-def _as_pair(record: Record | BadRecord) -> Record | BadRecord:
-    """Convert a caption task to a pair."""
-    return record if isinstance(record, BadRecord) else {"image": record.get("image"), "caption": record.get("answer")}
+    return tasks if options.layout == "tasks" else map(as_pair, tasks)
 
 
 def _stamp(path: str, options: Options, table: Path | None) -> str:
@@ -346,10 +360,10 @@ def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dr
         raise ValueError(f"no samples in {inputs} inputs: {_listed(total.left_out) or 'they are empty'}")
     examples = "".join(f"\n{line}" for line in total.named())
     usual = max(total.rejected, key=lambda reason: total.rejected[reason], default="")
-    fields = f". The fields of the first one are {total.fields}: choose with --text-key, --image-key or --messages-key"
+    fields = f". The fields of the first one are {total.fields}: choose with {_KEY_OPTIONS.get(usual)}"
     too_many = not total.samples or share > max_rejected
     limit = f"more than --max-rejected {max_rejected:g}" if share > max_rejected else "and nothing is left"
-    fields = fields if too_many and total.fields and usual in ("no text", "no image", "JSON has no conversations") else ""
+    fields = fields if too_many and total.fields and usual in _KEY_OPTIONS else ""
     if not too_many and damaged > max_rejected * inputs:
         raise ValueError(
             f"{damaged:,} of {inputs:,} inputs are damaged, more than --max-rejected {max_rejected:g}: {total.damaged[0].rstrip('.')}. "
@@ -366,6 +380,10 @@ def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dr
             f"{lost:,} of {lost + total.images:,} images are missing or bad, more than --max-dropped-images {max_dropped_images:g}: "
             f"{_listed(total.dropped)}. {again} --max-dropped-images{examples}"
         )
+
+
+_KEY_OPTIONS = {"no text": "--text-key", "no image": "--image-key", "JSON has no conversations": "--messages-key"}
+"""The option that names a field, by the reason that a record has none."""
 
 
 def _first(damaged: Sequence[str]) -> str:

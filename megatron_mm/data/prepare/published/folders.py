@@ -1,7 +1,8 @@
 """Reads image-text pairs from the files of folders.
 
 NAME.jpg with NAME.txt or NAME.json (`caption` or `text`): the usual layout, also written by img2dataset as `files`
-metadata.jsonl, .csv or .parquet with a `file_name` in each row, for images in its folder and below: Hugging Face's `imagefolder`
+metadata.jsonl, .csv or .parquet with a `file_name` in each row, for images in its folder and below: Hugging Face's `imagefolder`. The field
+may also be called `image_file_name`, or be a list of one image in `file_names`
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron_mm.data.prepare.published.records import iterate_records
 
 DESCRIPTIONS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _NAME = "file_name"
+_NAMES = (_NAME, "image_file_name", "file_names", "image_file_names", "images_file_names")
 
 
 def describes(folder: Path) -> bool:
@@ -30,7 +32,7 @@ def describes(folder: Path) -> bool:
             first = next(islice(iterate_records(str(path)), 1), None)
         except (DamagedFile, ValueError):  # reported when the table is read
             continue
-        if isinstance(first, dict) and isinstance(first.get(_NAME), str):
+        if isinstance(first, dict) and _name_in(first) is not None:
             return True
     return False
 
@@ -40,13 +42,25 @@ def described_folder(folder: Path) -> Iterator[Record | BadRecord]:
     named = set[str]()
     for path in (folder / name for name in DESCRIPTIONS if (folder / name).is_file()):
         for row in iterate_records(str(path)):
-            name = row.get(_NAME) if isinstance(row, dict) else None
-            if isinstance(row, BadRecord) or not isinstance(name, str):
-                yield row if isinstance(row, BadRecord) else BadRecord("no image")
+            if isinstance(row, BadRecord):
+                yield row
+                continue
+            if (name := _name_in(row)) is None:
+                yield BadRecord("no image")
                 continue
             named.add(os.path.normpath(name))
             yield _with_image(row, folder, name)
     yield from folder_pairs(folder, files=[f for f in walk_files(folder) if os.path.relpath(f, folder) not in named])
+
+
+def _name_in(row: Record) -> str | None:
+    """Return the image's path in a row; None if it names none, or several."""
+    for key in _NAMES:
+        value = row.get(key)
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(value, str):
+            return value
+    return None
 
 
 def listing(folder: Path) -> list[str]:

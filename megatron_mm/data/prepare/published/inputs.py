@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -71,6 +72,7 @@ def _readable(files: list[str], folder: str, images: bool) -> list[str]:
     """Return the files of a folder that contain records, and images if `images` is set. Logs how many others there are."""
     kept = [file for file in files if ending(file) in _READ or (images and _is_of_images(file))]
     kept = [file for file in kept if not is_note(file.removeprefix(folder))]
+    _say_splits(kept, folder)
     by_datasets = {os.path.dirname(file) for file in files if os.path.basename(file) in DATASETS_NOTES}
     kept = [file for file in kept if not (os.path.dirname(file) in by_datasets and _is_cached(file))]
     if len(kept) < len(files):
@@ -79,6 +81,29 @@ def _readable(files: list[str], folder: str, images: bool) -> list[str]:
             "%s: %d files are not read: %s", folder, others.total(), ", ".join(f"{n} {name}" for name, n in others.most_common(5))
         )
     return kept
+
+
+_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
+"""Usual names of splits."""
+_SPLIT_FILE = re.compile(r"(?P<split>[a-z]+)-\d{5}-of-\d{5}(-\w+)?\.(parquet|arrow)")
+"""Files of a split as the Hugging Face hub names them: train-00000-of-00004.parquet."""
+
+
+def _say_splits(files: list[str], folder: str) -> None:
+    """Warn if the files of a folder belong to several splits, because the user may not want to train on all of them."""
+    splits = set[str]()
+    for file in files:
+        path = PurePosixPath(file)
+        named = _SPLIT_FILE.fullmatch(path.name)
+        name = named["split"] if named else ""
+        name = path.parent.name if name == "data" else name  # `datasets` saves train/data-00000-of-00001.arrow
+        if name in _SPLITS:
+            splits.add(_SPLITS[name])
+    if len(splits) > 1:
+        logger.warning(
+            "%s has files of several splits (%s), and all are converted: to train on one, pass only its files, such as '%s/.../train*'",
+            *(folder, ", ".join(sorted(splits)), folder),
+        )
 
 
 def _is_of_images(file: str) -> bool:

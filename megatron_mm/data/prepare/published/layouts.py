@@ -19,7 +19,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,16 @@ def pair(record: Record, context: Context) -> OutSample:
             raise BadDocument("no image")
     caption = text_of(record, context.text_keys)
     return OutSample(caption.encode(), is_json=False, images=((image_extension(image), image),))
+
+
+def each_caption(record: Record, keys: Sequence[str]) -> Iterator[Record]:
+    """Yield a record once for each caption, if its only text is a list of captions (Flickr30k as parquet, COCO in LAVIS' form)."""
+    values = {key: value for key in keys if (value := field_of(record, key)) is not None}
+    key = next((key for key, value in values.items() if isinstance(value, list) and all(isinstance(text, str) for text in value)), None)
+    if key is None or not values[key] or any(isinstance(value, str | bytes) and value.strip() for value in values.values()):
+        yield record
+        return
+    yield from ({**record, key: text} for text in values[key])
 
 
 def _first_image(record: Record, keys: Sequence[str], context: Context) -> bytes | None:
@@ -275,3 +285,5 @@ def _json(fields: dict[str, Any]) -> bytes:
 
 
 LAYOUTS: dict[str, Layout] = {"pairs": pair, "obelics": obelics, "mmc4": mmc4, "llava": llava, "tasks": task, "text": text}
+WITH_KEYS = ("pairs", "llava", "text")
+"""Layouts whose commands have options for the names of fields."""

@@ -6,6 +6,8 @@ If a file is damaged in the middle, the records before the damage are returned, 
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import lzma
 import zipfile
@@ -189,27 +191,38 @@ def _tar(path: str) -> Iterator[Record | BadRecord]:
         yield from lost
         lost.clear()
         if any(member.size > MAX_FILE_BYTES for member in sample.members.values()):
-            yield BadRecord(f"file of more than {MAX_FILE_BYTES // 2**20} MiB")
+            yield BadRecord(_TOO_LARGE)
             continue
         yield _fields_of(sample)
     yield from lost
 
 
+_TOO_LARGE = f"file of more than {MAX_FILE_BYTES // 2**20} MiB"
+
+
 def _fields_of(sample: WebSample) -> Record | BadRecord:
     fields: Record = {}
-    for extension, member in sample.members.items():
+    for name, member in sample.members.items():
+        extension, data = name.removesuffix(".gz"), member.data
+        if extension != name:  # webdataset unpacks such members
+            try:
+                data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_FILE_BYTES + 1)
+            except (OSError, EOFError, zlib.error):
+                return BadRecord("damaged .gz file in a tar")
+            if len(data) > MAX_FILE_BYTES:
+                return BadRecord(_TOO_LARGE)
         if extension == "json" or extension.endswith(".json"):
-            parsed = _parsed(member.data)
+            parsed = _parsed(data)
             if isinstance(parsed, BadRecord):
                 return parsed
             fields = {**parsed, extension: parsed, **fields}
         elif is_image_name(extension):
-            fields[extension] = member.data
+            fields[extension] = data
         else:
             try:
-                fields[extension] = member.data.decode("utf-8-sig")
+                fields[extension] = data.decode("utf-8-sig")
             except UnicodeDecodeError:
-                fields[extension] = member.data
+                fields[extension] = data
     return fields
 
 
