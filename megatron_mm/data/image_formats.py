@@ -2,11 +2,17 @@
 
 Pillow can open some forty formats, and for some of them (EPS) it runs an external program. So every image is opened with `open_image`,
 which tries only the formats below, whatever the file is called.
+
+Nothing is written to the console about damaged or unusual images, neither by Pillow nor by libtiff: whoever opens an image counts it if it
+cannot be used.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
+import warnings
+from pathlib import Path
 
 from PIL import Image, features
 
@@ -20,6 +26,22 @@ MAX_PIXELS = 64_000_000
 """Images with more pixels are refused when their header is read, before a decoder allocates memory for them."""
 MAX_FILE_BYTES = 256 * 2**20
 """Images and documents with more bytes are refused before they are read."""
+
+
+# catch_warnings around each image would not be thread-safe.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _silence_libtiff() -> None:
+    """Stop libtiff from writing to stderr. Pillow raises an error for what it cannot decode, but has no setting for these messages."""
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libtiff" in line}
+    for path in mapped:
+        library = ctypes.CDLL(path)  # loaded by Pillow already
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
+
+
+_silence_libtiff()
 
 
 def open_image(data: bytes) -> Image.Image:

@@ -9,7 +9,8 @@ How a rectangle becomes a square of `size` pixels (bicubic, antialiased, as Pill
     pad      the picture is centred in a square of the fill colour, which is resized to `size`             LLaVA 1.5
 
 Worked example of `crop` to 336: 640 x 480 becomes 448 x 336, and columns 56 to 391 of it are kept. Of a picture more than 16 times as
-long as wide only the middle is resized, so that a line of 30,000 x 3 pixels does not take gigabytes.
+long as wide only the middle is resized, so that a line of 30,000 x 3 pixels does not take gigabytes. For the same reason a picture whose
+padded square would have more than 128 megapixels is first reduced by a whole number, by averaging.
 
 How other kinds of pictures become RGB:
 
@@ -22,16 +23,22 @@ EXIF orientation is never applied: no released processor of these families appli
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
+from megatron_mm.data.image_formats import MAX_PIXELS
+
 Resize = Literal["squash", "crop", "pad"]
 ToRgb = Literal["white", "pillow"]
 
 _BICUBIC = Image.Resampling.BICUBIC
+_LARGEST_CANVAS = 2 * MAX_PIXELS
+"""Largest padded square, in pixels. No picture that is at most twice as long as wide needs a larger one."""
 _LONGEST = 16
 """Largest ratio of longer to shorter side at which `crop` resizes the whole picture before it cuts out the middle."""
 
@@ -70,15 +77,17 @@ class ImageTransform:
     def square(self, image: Image.Image) -> Image.Image:
         """Return the square of an opened picture of any mode."""
         if self.resize_first and self.to_rgb == "pillow" and self.resize != "pad":
-            return self.resized(image).convert("RGB")
+            return self.resized(_straight(image)).convert("RGB")
         return self.resized(self.rgb(image))
 
     def rgb(self, image: Image.Image) -> Image.Image:
         """Convert an opened picture of any mode to 8-bit RGB, without resizing it."""
-        return image.convert("RGB") if self.to_rgb == "pillow" else on_white(image)
+        return _straight(image).convert("RGB") if self.to_rgb == "pillow" else on_white(image)
 
     def resized(self, image: Image.Image) -> Image.Image:
         """Return the square of a picture in the picture's own mode; padding needs RGB."""
+        if (times := self.reduction(*image.size)) > 1:
+            image = image.reduce(times)
         place = self.place(*image.size)
         left, top, width, height = place.canvas
         if left < 0 or top < 0:
@@ -90,6 +99,12 @@ class ImageTransform:
         image = image.resize((place.width, place.height), _BICUBIC)
         left, top, width, height = place.window
         return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
+
+    def reduction(self, width: int, height: int) -> int:
+        """Return by how many times a picture of this size is reduced before it is padded: 1 except for very long ones."""
+        if self.resize != "pad":
+            return 1
+        return math.ceil(max(width, height) / math.isqrt(_LARGEST_CANVAS))
 
     def place(self, width: int, height: int) -> Placement:
         """Return how a picture of this size is converted to the square."""
@@ -115,10 +130,35 @@ def _excess(long: int, short: int) -> int:
     return max(0, (long - _LONGEST * short) // 2)
 
 
+def _straight(image: Image.Image) -> Image.Image:
+    """Return a picture whose colours are not multiplied by its opacity; Pillow converts no other to RGB."""
+    return image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode]) if image.mode in ("La", "RGBa") else image
+
+
+@cache
+def can_become_rgb(mode: str) -> bool:
+    """Return whether pictures of one of Pillow's modes can be converted, so that `prepare` accepts no other.
+
+    Floating-point numbers (F) have no common range: those from 0 to 1 would become a black picture.
+    """
+    if mode == "F":
+        return False
+    try:
+        for to_rgb in ("white", "pillow"):
+            ImageTransform(1, (0, 0, 0), to_rgb=to_rgb, resize_first=True).square(Image.new(mode, (2, 2)))
+    except (ValueError, KeyError, OSError):
+        return False
+    return True
+
+
 def on_white(image: Image.Image) -> Image.Image:
     """Convert an opened picture of any mode to 8-bit RGB, with transparent parts on white."""
+    image = _straight(image)
     if image.mode.startswith("I"):  # 16 and 32 bits: Pillow would saturate, so keep the high byte
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        values, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray((values.astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if isinstance(transparent, int):
+            image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     if "A" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -17,7 +17,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.data_files import picture, write_tar
 
@@ -301,6 +301,7 @@ _json = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["messages", "conversations", "images", "image", "texts", "video", "history", "query", "system"]), _json

@@ -141,3 +141,49 @@ def test_more_shards_than_open_files_and_many_threads(tmp_path: Path, monkeypatc
 def test_the_same_contents_make_the_same_bytes(tmp_path: Path) -> None:
     members = {"a.txt": b"x", "b.jpg": b"y" * 2000}
     assert write(tmp_path / "a.tar", members).read_bytes() == write(tmp_path / "b.tar", members).read_bytes()
+
+
+def with_pax_header(path: Path, records: bytes, *, name: str = "x.txt", kind: bytes = tarfile.XHDTYPE) -> Path:
+    """Write a tar of a.txt, of a file after an extension header of these bytes, and of z.txt."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for member, data in (("a.txt", b"first"), ("header", records), (name, b"7 bytes"), ("z.txt", b"last")):
+            info = tarfile.TarInfo(member)
+            info.size, info.type = len(data), kind if member == "header" else tarfile.REGTYPE
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    "records",
+    [b"14 path=y.txt ", b"99 path=y.txt\n", b"path=y.txt\n", b"14 size=+7777\n", b"12 size=7 8\n", b"33 size=999999999999999999999999\n"],
+)
+def test_a_malformed_pax_header_is_damage_and_its_file_gets_no_other_name(tmp_path: Path, records: bytes) -> None:
+    path, skipped = with_pax_header(tmp_path / "a.tar", records), []
+    found = [member.name for sample in iterate_tar(path, skipped=skipped.append) for member in sample.members.values()]
+    assert found == ["z.txt"], "a.txt is next to the damage"
+    assert [(what.reason, what.name, what.offset, what.size) for what in skipped[:1]] == [("damaged tar header", "x.txt", 1024, 1543)]
+
+
+@pytest.mark.parametrize(
+    "records", [b"14 path=y.txt\n\0\0", b"33 size=000000000000000000000007\n14 path=y.txt\n", b"8 size=\n14 path=y.txt\n"]
+)
+def test_unusual_pax_headers_are_read(tmp_path: Path, records: bytes) -> None:
+    path = with_pax_header(tmp_path / "a.tar", records)
+    assert {m.name: m.data for s in iterate_tar(path) for m in s.members.values()} == {
+        "a.txt": b"first",
+        "y.txt": b"7 bytes",
+        "z.txt": b"last",
+    }
+
+
+def test_a_long_name_ends_at_its_first_zero_byte(tmp_path: Path) -> None:
+    path = with_pax_header(tmp_path / "a.tar", b"y.txt\0rest.of/the.buffer\0", kind=tarfile.GNUTYPE_LONGNAME)
+    assert [member.name for sample in iterate_tar(path) for member in sample.members.values()] == ["a.txt", "y.txt", "z.txt"]
+
+
+@pytest.mark.parametrize(("end", "found"), [(b"", 1), (b"\n", 1), (b"x", 0), (b"x\n", 0)])
+def test_a_line_of_exactly_the_limit_is_not_longer_than_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes, found: int) -> None:
+    monkeypatch.setattr(shards, "MAX_FILE_BYTES", 12)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text":"1"}' + end)
+    skipped: list[Any] = []
+    assert len(list(iterate_jsonl(tmp_path / "a.jsonl", skipped=skipped.append))) == found and len(skipped) == 1 - found

@@ -132,7 +132,7 @@ class DaliDecoder:
         return decoded
 
     def _decode(self, blobs: Sequence[bytes]) -> DecodedImages:
-        plain = [index for index, blob in enumerate(blobs) if is_plain(blob)]
+        plain = [index for index, blob in enumerate(blobs) if is_plain(blob, self.transform)]
         other = sorted(set(range(len(blobs))) - set(plain))
         rest = self._pillow.start([blobs[index] for index in other])
         decoded = self._with_dali([blobs[index] for index in plain])
@@ -242,18 +242,22 @@ def _position(begin: int, room: int) -> float:
 
 
 _JPEG_BEGIN, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_PNG_DEPTH = 24
+"""Position of the bits per channel in a PNG: in its first chunk."""
 _BEHIND = 64
 """Number of last bytes in which to look for a JPEG's end marker. Some writers append a few bytes to it, mostly zeros."""
 
 
-def is_plain(blob: bytes) -> bool:
+def is_plain(blob: bytes, transform: ImageTransform | None = None) -> bool:
     """Return whether DALI decodes an image as Pillow does: an 8-bit grey or RGB JPEG, PNG or WebP that is neither transparent nor animated,
-    and, if it is a JPEG, has an end marker."""
+    and, if it is a JPEG, has an end marker. A picture that the transform reduces before it pads it is left to Pillow, too."""
     if blob.startswith(_JPEG_BEGIN) and _JPEG_END not in blob[-_BEHIND:]:
         return False
     try:
         with open_image(blob) as image:
             usual = image.width * image.height <= MAX_PIXELS and getattr(image, "n_frames", 1) == 1
+            usual = usual and (transform is None or transform.reduction(*image.size) == 1)
+            usual = usual and not (image.format == "PNG" and blob[_PNG_DEPTH] > 8)  # Pillow calls 16-bit colours RGB, too
             return usual and image.format in ("JPEG", "PNG", "WEBP") and image.mode in ("RGB", "L") and "transparency" not in image.info
     except Exception:  # Pillow cannot open it: the Pillow path counts it as bad
         return False

@@ -38,7 +38,12 @@ class EncodedTiles:
     """Number of tiles in the plan, for images that are shown as sub-images; None for all."""
     qualities: tuple[int, ...] = ()
     """JPEG quality for each of the tiles to return. Each tile is encoded and decoded again after the image was resized and cut, as in
-    Mono-InternVL's training. An image that is not cut is encoded before it is resized. Empty leaves the pixels unchanged."""
+    Mono-InternVL's training. An image that is not cut is encoded before it is resized, unless it is too long for a JPEG. Empty leaves the
+    pixels unchanged."""
+
+
+_LONGEST_JPEG = 65_500
+"""Longest side of a JPEG that libjpeg writes, pixels."""
 
 
 class TileDecoder:
@@ -71,8 +76,11 @@ class TileDecoder:
         """Return the requested tiles, with JPEG artefacts if any: [tiles, 3, size, size] uint8."""
         transform = self.image.transform
         if self.image.is_one_square:
-            image = _degraded(transform.rgb(image), wanted.qualities[0]) if wanted.qualities else image
-            return _pixels(transform.square(image))[None]
+            if not wanted.qualities:
+                return _pixels(transform.square(image))[None]
+            if max(image.size) > _LONGEST_JPEG:
+                return _pixels(_degraded(transform.square(image), wanted.qualities[0]))[None]
+            return _pixels(transform.square(_degraded(transform.rgb(image), wanted.qualities[0])))[None]
         tiles = self._cut(image, wanted)
         for tile, quality in zip(tiles, wanted.qualities, strict=bool(wanted.qualities)):
             tile[:] = _pixels(_degraded(Image.fromarray(tile.transpose(1, 2, 0)), quality))

@@ -9,7 +9,6 @@ There are three counts of losses:
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_mm.data.image_formats import IMAGE_EXTENSIONS, MAX_FILE_BYTES, MAX_PIXELS, is_image_name, open_image
+from megatron_mm.data.image_transform import can_become_rgb
 from megatron_mm.data.sources.rows import ITEM, SAMPLE
 from megatron_mm.data.sources.shards import (
     BESIDE_DAMAGE,
@@ -46,9 +46,6 @@ _DECODED_OF_A_SAMPLE = 16
 """With `verify="sample"`, one image in this many is decoded."""
 _NAMED_REJECTS = 3
 """Number of rejected samples per reason and shard that are named in the log."""
-
-# Pillow warns about problems that are handled here anyway. catch_warnings around each image would not be thread-safe.
-warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
@@ -276,6 +273,8 @@ def check_image(data: bytes, *, whole: bool = True) -> tuple[int, int]:
                 raise BadDocument(f"image larger than {MAX_PIXELS // 10**6} megapixels")
             if whole:
                 image.load()
+            if not can_become_rgb(image.mode):
+                raise BadDocument("image with unsupported pixels")
     except BadDocument:
         raise
     except Image.DecompressionBombError:

@@ -142,9 +142,9 @@ def iterate_jsonl(path: Path, *, skipped: Callable[[Skipped], None] | None = Non
     """
     with path.open("rb") as file:
         offset = number = 0
-        while line := file.readline(MAX_FILE_BYTES):
+        while line := file.readline(MAX_FILE_BYTES + 1):
             begin, number, length = offset, number + 1, len(line)
-            long = not line.endswith(b"\n") and length == MAX_FILE_BYTES
+            long = not line.endswith(b"\n") and length > MAX_FILE_BYTES
             while long and (rest := file.readline(MAX_FILE_BYTES)):
                 length += len(rest)
                 if rest.endswith(b"\n"):

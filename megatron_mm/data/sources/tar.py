@@ -69,6 +69,10 @@ class _Extended:
     link: str | None = None
     size: int | None = None
     sparse: bool = False
+    begin: int | None = None
+    """Position in the shard of the first extension header; None if there is none."""
+    malformed: bool = False
+    """A PAX header breaks its format, so the file's name or size may be missing."""
 
 
 def walk_tar(file: BinaryIO, size: int) -> Iterator[TarFile | Skipped | EndMarker]:
@@ -99,7 +103,12 @@ def walk_tar(file: BinaryIO, size: int) -> Iterator[TarFile | Skipped | EndMarke
         at_end, found_any = False, True
         contents = position + BLOCK
         if header.type in _EXTENSIONS:
+            extended.begin = position if extended.begin is None else extended.begin
             _extend(extended, header.type, _read(file, contents, header.size))
+        elif extended.malformed:
+            assert extended.begin is not None, "only an extension header can be malformed"
+            yield Skipped(DAMAGED, header.name, extended.begin, stop - extended.begin)
+            extended = _Extended()
         else:
             if header.type == tarfile.GNUTYPE_SPARSE:
                 contents = _after_sparse_headers(file, block, contents)
@@ -156,34 +165,45 @@ def _contents_end(header: tarfile.TarInfo, extended: _Extended, position: int, s
 
 def _extend(extended: _Extended, kind: bytes, data: bytes) -> None:
     """Add a long name, a long link or a PAX header to the properties of the next file."""
-    text = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+    text = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
     if kind == tarfile.GNUTYPE_LONGNAME:
         extended.name = text
     elif kind == tarfile.GNUTYPE_LONGLINK:
         extended.link = text
     elif kind != tarfile.XGLTYPE:
-        for key, value in _pax_records(data):
-            if key in ("path", "GNU.sparse.name"):
-                extended.name = value
-            elif key == "linkpath":
-                extended.link = value
-            elif key == "size" and value.isascii() and value.isdigit() and len(value) < 20:
-                extended.size = int(value)
-            extended.sparse |= key.startswith("GNU.sparse.")
+        try:
+            _add_records(extended, data)
+        except ValueError:
+            extended.malformed = True
+
+
+def _add_records(extended: _Extended, data: bytes) -> None:
+    """Add the records of a PAX header. Raises ValueError if it breaks its format."""
+    for key, value in _pax_records(data):
+        if key in ("path", "GNU.sparse.name"):
+            extended.name = value
+        elif key == "linkpath":
+            extended.link = value
+        elif key == "size" and value:
+            digits = value.lstrip("0") or "0"
+            if not (digits.isascii() and digits.isdigit() and len(digits) < 20):
+                raise ValueError(f"PAX size {value!r} is not a number of bytes")
+            extended.size = int(digits)
+        extended.sparse |= key.startswith("GNU.sparse.")
 
 
 def _pax_records(data: bytes) -> Iterator[tuple[str, str]]:
-    """Yield the records "LENGTH KEY=VALUE\\n" up to the first malformed one."""
+    """Yield the records "LENGTH KEY=VALUE\\n". Raises ValueError at the first malformed one."""
     position = 0
-    while position < len(data):
+    while data[position : position + 1].strip(b"\0"):
         digits, space, _ = data[position : position + 20].partition(b" ")
         if not space or not digits.isdigit():
-            return
+            raise ValueError(f"a PAX record begins with {digits!r}, expected its length and a space")
         length = int(digits)
         record = data[position + len(digits) + 1 : position + length]
         key, equals, value = record.partition(b"=")
-        if not equals or length <= len(digits) + 1 or not value.endswith(b"\n"):
-            return
+        if not equals or len(record) != length - len(digits) - 1 or not value.endswith(b"\n"):
+            raise ValueError(f"PAX record {key!r} has no value, or does not end after its {length} bytes")
         yield key.decode("utf-8", "surrogateescape"), value[:-1].decode("utf-8", "surrogateescape")
         position += length
 

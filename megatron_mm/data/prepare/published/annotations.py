@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from megatron_mm.data.image_formats import is_image_name
+from megatron_mm.data.prepare.published.json_files import load_json
 from megatron_mm.data.prepare.published.losses import BadRecord, Record
-from megatron_mm.data.prepare.published.records import load_json
 
 Records = Iterator[Record | BadRecord]
 _MALFORMED = "malformed entry"

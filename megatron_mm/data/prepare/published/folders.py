@@ -7,15 +7,16 @@ may also be called `image_file_name`, or be a list of one image in `file_names`
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
 from megatron_mm.data.prepare.notes import is_note
 from megatron_mm.data.prepare.published.inputs import walk_files
+from megatron_mm.data.prepare.published.json_files import parsed
 from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS
 from megatron_mm.data.prepare.published.losses import BadRecord, DamagedFile, Record
 from megatron_mm.data.prepare.published.records import iterate_records
@@ -115,14 +116,16 @@ def _pair_of(image: Path) -> Record | BadRecord:
             return BadRecord(_UNREADABLE, what=str(image))
         if image.stat().st_size > MAX_FILE_BYTES:
             return BadRecord(_TOO_LARGE, what=str(image))
+        if any(file.is_file() and file.stat().st_size > MAX_FILE_BYTES for file in (text, described)):
+            return BadRecord(f"text file larger than {MAX_FILE_BYTES // 2**20} MiB", what=str(image))
         fields: Record = {"image": image.read_bytes(), _NAME: image.name}
         if text.is_file():
             return {**fields, "caption": text.read_bytes()}
         if described.is_file():
-            loaded = json.loads(described.read_text("utf-8-sig"))
+            loaded = parsed(described.read_bytes())
+            if isinstance(loaded, BadRecord):
+                return replace(loaded, what=str(described))
             return {**{key: loaded.get(key) for key in CAPTION_KEYS}, **fields}
     except OSError:  # a dangling link, or no permission
         return BadRecord(_UNREADABLE, what=str(image))
-    except (ValueError, AttributeError, RecursionError):
-        return BadRecord("malformed JSON", what=str(described))
     return fields

@@ -10,10 +10,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron_mm.data.image_formats import MAX_FILE_BYTES
 from megatron_mm.data.prepare.published.losses import BadRecord, DamagedFile, Record
 
 ROWS = 256
-"""Maximum number of rows in memory at once."""
+"""Maximum number of rows that are converted at once."""
+_BYTES = 2**27
+"""Rows that are converted at once have about this many bytes, if they are more than one."""
 
 
 def parquet_records(path: str) -> Iterator[Record | BadRecord]:
@@ -32,13 +35,19 @@ def parquet_records(path: str) -> Iterator[Record | BadRecord]:
             raise DamagedFile(f"{path} is not a parquet file that can be read: {error}") from None
         check_names(path, table.schema_arrow.names)
         for group in range(table.num_row_groups):
-            rows, given = table.metadata.row_group(group).num_rows, 0
+            facts, given = table.metadata.row_group(group), 0
+            size = sum(facts.column(number).total_uncompressed_size for number in range(facts.num_columns))
+            if facts.num_rows and size > MAX_FILE_BYTES * facts.num_rows:  # packed, it may be tiny
+                yield BadRecord(_LARGE_ROW, facts.num_rows)
+                continue
             try:
-                for batch in table.iter_batches(batch_size=ROWS, row_groups=[group]):
+                for batch in table.iter_batches(batch_size=_at_once(size, facts.num_rows), row_groups=[group]):
                     given += batch.num_rows
                     yield from rows_of(batch)
             except (pyarrow.ArrowException, OSError, ValueError):
-                yield BadRecord("damaged parquet row group", max(1, rows - given))
+                given = min(given, facts.num_rows - 1)
+            if given < facts.num_rows:
+                yield BadRecord("damaged parquet row group", facts.num_rows - given)
 
 
 def arrow_records(path: str) -> Iterator[Record | BadRecord]:
@@ -56,10 +65,19 @@ def arrow_records(path: str) -> Iterator[Record | BadRecord]:
             check_names(path, reader.schema.names)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if begin == b"ARROW1" else iter(reader)
             for batch in batches:
-                for start in range(0, batch.num_rows, ROWS):
-                    yield from rows_of(batch.slice(start, ROWS))
+                rows = _at_once(batch.nbytes, batch.num_rows)
+                for start in range(0, batch.num_rows, rows):
+                    yield from rows_of(batch.slice(start, rows))
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DamagedFile(f"{path} cannot be read to the end: {error}") from None
+
+
+_LARGE_ROW = f"row larger than {MAX_FILE_BYTES // 2**20} MiB"
+
+
+def _at_once(size: int, rows: int) -> int:
+    """Return how many rows to convert at once, if all have this size together."""
+    return max(1, min(ROWS, _BYTES * rows // max(1, size)))
 
 
 def check_names(path: str, names: Sequence[str]) -> None:
@@ -82,14 +100,17 @@ def _row(batch: Any, number: int) -> Record | BadRecord:
     import pyarrow
 
     record: Record = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+    for place, name in enumerate(batch.schema.names):
         try:
+            column = batch.column(place)
             record[name] = column[number].as_py()
         except UnicodeDecodeError:
             if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
                 return BadRecord(NOT_UTF8)
             record[name] = column[number].as_buffer().to_pybytes()
-        except Exception:  # for example a time outside Python's range; a record that needs the field is rejected later
+        except (
+            Exception
+        ):  # for example a time outside Python's range, or a type of intervals; a record that needs the field is rejected later
             record[name] = None
     return record
 
