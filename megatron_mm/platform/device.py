@@ -25,6 +25,13 @@ def communication_backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+def be_deterministic() -> None:
+    """Use deterministic algorithms from here on. Called before the first matrix product, when cuBLAS chooses its workspace."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # else a kernel more for each
+
+
 def packed_attention_missing() -> str:
     """Why Transformer Engine has no attention over packed documents on this GPU; empty if it has."""
     capability = torch.cuda.get_device_capability()

@@ -29,6 +29,7 @@ from megatron_mm.models.layers import Backend
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.platform import engines
+from megatron_mm.platform.device import be_deterministic
 from megatron_mm.platform.secrets import contains_secret
 from megatron_mm.reporting.events import listen
 from megatron_mm.reporting.monitor import Monitor
@@ -147,7 +148,7 @@ def assemble(
     topology, progress = topologies.initialize(experiment.parallel, seed=experiment.train.seed), progress or Progress()
     progress.enter("start")
     if experiment.train.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        be_deterministic()
     model = build_model(experiment, topology)
     if experiment.init_from is not None and newest_checkpoint(run_dir) is None:
         _begin_with(find_checkpoint(experiment.init_from), experiment, topology, model)
