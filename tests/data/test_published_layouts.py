@@ -141,7 +141,7 @@ def test_the_folder_of_a_saved_dataset_dict_has_splits(tmp_path: Path, caplog: p
 
 def test_a_list_of_captions_is_several_pairs(tmp_path: Path) -> None:
     """Flickr30k as parquet; COCO in LAVIS' form has a list for validation only."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"image": "0.jpg", "caption": ["a", "b"]},
         {"image": "0.jpg", "caption": "c"},
         {"image": "0.jpg", "caption": ["d"], "text": "e"},
