@@ -10,7 +10,10 @@ from typing import Any
 
 from megatron_mm.cli.command import Command, Parser, integer, one_of
 
-FORMS = ("vqav2", "okvqa", "textvqa", "textcaps", "gqa", "vizwiz", "coco", "karpathy")
+FORMS = (
+    *("vqav2", "okvqa", "aokvqa", "textvqa", "textcaps", "gqa", "vizwiz", "docvqa", "ocrvqa", "chartqa"),
+    *("coco", "karpathy"),
+)
 
 
 def fraction(text: str) -> float:
@@ -111,7 +114,7 @@ def _vqa_arguments(parser: Parser) -> None:
         "--annotations", metavar="FILE", help="the file with the answers, for vqav2, okvqa, and textvqa and vizwiz in their form"
     )
     parser.add_argument(
-        "--split", metavar="NAME", help="split to convert, of a karpathy file or a table with a column `split` (default: all)"
+        "--split", metavar="NAME", help="split to convert, of a karpathy or ocrvqa file or a table with a column `split` (default: all)"
     )
     parser.add_argument(
         "--as",
@@ -160,7 +163,7 @@ DATASET_COMMANDS = {
         arguments=_arguments(image_key=True, messages_key=True, inputs="JSON, JSON lines or parquet"),
     ),
     "vqa": Command(
-        help="questions and answers, or captions: VQAv2, OK-VQA, TextVQA, TextCaps, GQA, VizWiz, COCO, Karpathy's splits",
+        help="questions and answers, or captions: VQAv2, OK-VQA, A-OKVQA, TextVQA, GQA, VizWiz, DocVQA, OCR-VQA, ChartQA, TextCaps, COCO",
         run=_convert("tasks"),
         arguments=_vqa_arguments,
     ),

@@ -275,13 +275,14 @@ def test_chats_in_the_forms_of_training_tools(tmp_path: Path) -> None:
         {"conversation": [{"human": "hi", "assistant": "yo"}, {"human": "what?", "assistant": "a cat"}]},
         {"question": "what?", "answer": "a cat", "image_url": "0.jpg"},
         {"conversations": [{"from": "human", "value": "is <img>this</img> an image?"}, plain[1]]},
+        {"conversation": plain, "images": [{"image": {"bytes": None, "path": "0.jpg"}}]},
     ]
     run("llava", lines(tmp_path / "a.jsonl", chats), tmp_path / "out", images=str(tmp_path / "im"))
     written = samples(tmp_path / "out")
     turns = [conversation_turns(json.loads(document)) for document, _ in written]
-    assert [len(images) for _, images in written] == [1, 1, 2, 1, 1, 2, 0, 1, 0]
-    assert [said[0].system for said in turns] == ["", "be kind", "", "", "be kind", "", "", "", ""]
-    assert all(said[-1].answer == "a cat" for said in turns) and [len(said) for said in turns] == [1, 1, 1, 1, 1, 2, 2, 1, 1]
+    assert [len(images) for _, images in written] == [1, 1, 2, 1, 1, 2, 0, 1, 0, 1]
+    assert [said[0].system for said in turns] == ["", "be kind", "", "", "be kind", "", "", "", "", ""]
+    assert all(said[-1].answer == "a cat" for said in turns) and [len(said) for said in turns] == [1, 1, 1, 1, 1, 2, 2, 1, 1, 1]
     assert [part for part in turns[2][0].question if isinstance(part, str)] == ["P 1: ", " ", "\nwhat?"]
     assert turns[4][0].question[1:] == ("\nwhat\nis it?",) and len(turns[5][0].question) == 4
     listed = {"set": {"root": "images/", "annotation": "a.jsonl", "repeat_time": 1, "length": 7}}

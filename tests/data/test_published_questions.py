@@ -95,6 +95,11 @@ def test_an_answer_named_by_vqav2_decides_between_equally_frequent_ones(tmp_path
         ("textcaps", {"data": [{"image_id": "7", "reference_strs": ["a sign"]}]}, "7.jpg", "a sign"),
         ("gqa", {"1": {"imageId": "7", "question": "q?", "answer": "no"}}, "7.jpg", "no"),
         ("vizwiz", [{"image": "v.jpg", "question": "q?", "answers": [{"answer": "unanswerable"}]}], "v.jpg", "unanswerable"),
+        ("aokvqa", [{"image_id": 7, "question": "q?", "direct_answers": ["a", "b", "b"]}], "train2017/000000000007.jpg", "b"),
+        ("docvqa", {"data": [{"image": "documents/x_1.png", "question": "q?", "answers": ["a", "A"]}]}, "documents/x_1.png", "a"),
+        ("docvqa", {"data": [{"image_local_name": "7.jpeg", "question": "q?", "answers": ["a"]}]}, "images/7.jpeg", "a"),
+        ("ocrvqa", {"0761": {"questions": ["q?"], "answers": ["a"], "split": 1, "imageURL": "http://x/1.gif"}}, "0761.jpg", "a"),
+        ("chartqa", [{"imgname": "7.png", "query": "q?", "label": "0.72"}], "7.png", "0.72"),
         ("coco", {"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": [{"image_id": 7, "caption": "a dog"}]}, "7.jpg", "a dog"),
     ],
 )
@@ -107,6 +112,21 @@ def test_question_and_caption_files(tmp_path: Path, form: str, content: Any, ima
     assert documents(tmp_path / "out") == [{"task": task, **question, "answer": answer, "images": ["0.jpg"]}]
     with pytest.raises(ValueError, match=f"in.json is not a file in the format {'gqa' if form != 'gqa' else 'coco'}"):
         run("tasks", [tmp_path / "in.json"], tmp_path / "other", images=str(images), form="gqa" if form != "gqa" else "coco")
+
+
+def test_questions_of_one_split_and_several_in_a_row(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", ["1.jpg", "2.jpg"])
+    books = {str(n): {"questions": [f"who {n}?", f"what {n}?"], "answers": ["a", "b"], "split": n} for n in (1, 2)}
+    (tmp_path / "in.json").write_text(json.dumps(books))
+    run("tasks", [tmp_path / "in.json"], tmp_path / "out", images=str(images), form="ocrvqa", split="val")
+    assert [document["question"] for document in documents(tmp_path / "out")] == ["who 2?", "what 2?"]
+    rows = {"image": [{"bytes": picture(), "path": "1"}], "questions": [["who?", "what?"]], "answers": [["a", "b"]]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "o.parquet")
+    assert run("tasks", [tmp_path / "o.parquet"], tmp_path / "o", form="ocrvqa").samples == 2
+    chart = {"image": [{"bytes": picture(), "path": "1"}], "query": ["which?"], "label": [["0.72"]]}
+    pyarrow.parquet.write_table(pyarrow.table(chart), tmp_path / "c.parquet")
+    run("tasks", [tmp_path / "c.parquet"], tmp_path / "c", form="chartqa")
+    assert documents(tmp_path / "c") == [{"task": "vqa", "question": "which?", "answer": "0.72", "images": ["0.jpg"]}]
 
 
 def test_scienceqa_as_json_and_as_parquet(tmp_path: Path, demo_data: Path) -> None:

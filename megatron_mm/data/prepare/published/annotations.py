@@ -9,6 +9,10 @@
                    IMAGE_ID.jpg
     gqa            {id: {imageId, question, answer}}; images IMAGE_ID.jpg
     vizwiz         [{image, question, answers: [{answer}]}]
+    aokvqa         [{image_id, question, direct_answers: [...]}]; images 000000000000.jpg, COCO's names since 2017
+    docvqa         {data: [{image, question, answers: [...]}]}; InfographicVQA calls the image `image_local_name`
+    ocrvqa         {id: {questions: [...], answers: [...], split: 1, 2 or 3}}; images ID with any extension, of one split or all
+    chartqa        [{imgname, query, label}]
     coco           {images: [{id, file_name}], annotations: [{image_id, caption}]}
     karpathy       {images: [{filepath, filename, split, sentences: [{raw}]}]}; images FILEPATH/FILENAME, of one split or all
     scienceqa      {id: {question, choices, answer, hint, image, split}}; images SPLIT/ID/IMAGE
@@ -156,6 +160,50 @@ def _vizwiz(data: Any) -> Records:
     yield from _each(data, record)
 
 
+def _aokvqa(data: Any) -> Records:
+    def record(entry: Any) -> Records:
+        if not entry.get("direct_answers"):  # the test set
+            yield BadRecord("question without answer", what=f"question_id {entry.get('question_id')}")
+        else:
+            image = entry.get("image") or f"{entry['image_id']:012d}.jpg"
+            yield {"task": "vqa", "question": entry["question"], "answer": _usual(entry["direct_answers"]), "image": image}
+
+    yield from _each(data, record)
+
+
+def _docvqa(data: Any) -> Records:
+    def record(entry: Any) -> Records:
+        image = entry["image"] if "image" in entry else entry["image_local_name"]
+        if not entry.get("answers"):
+            yield BadRecord("question without answer", what=str(image))
+        else:
+            yield {"task": "vqa", "question": entry["question"], "answer": _usual(entry["answers"]), "image": image}
+
+    yield from _each(data["data"], record)
+
+
+_OCRVQA_SPLITS = {1: "train", 2: "val", 3: "test"}
+
+
+def _ocrvqa(data: Any, split: str | None) -> Records:
+    _check_split(split, [{"split": _OCRVQA_SPLITS.get(entry.get("split"), "")} for entry in data.values()])
+
+    def record(book: tuple[str, Any]) -> Records:
+        image, entry = book
+        if split is None or _OCRVQA_SPLITS.get(entry["split"]) == split:
+            for question, answer in zip(entry["questions"], entry["answers"], strict=True):
+                yield {"task": "vqa", "question": question, "answer": answer, "image": image}
+
+    yield from _each(data.items(), record)
+
+
+def _chartqa(data: Any) -> Records:
+    def record(entry: Any) -> Records:
+        yield {"task": "vqa", "question": entry["query"], "answer": entry["label"], "image": entry["imgname"]}
+
+    yield from _each(data, record)
+
+
 def _coco(data: Any) -> Records:
     files = {entry["id"]: entry["file_name"] for entry in data["images"]}
     with_captions = set()
@@ -225,12 +273,21 @@ def row_records(form: str, row: Record) -> Records:
         if not captions:
             yield BadRecord("image without caption")
         return
-    answers = row.get("answers") or []
+    answers: list[Any] = next((row[name] for name in _ANSWER_LISTS if isinstance(row.get(name), list)), [])
+    if isinstance(questions := row.get("questions"), list):  # OCR-VQA
+        for question, said in zip(questions, answers, strict=False):
+            yield {"task": "vqa", "question": question, "answer": said, "image": image}
+        return
     spoken = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers if answer is not None]
     answer = (
         _chosen(row.get("multiple_choice_answer"), spoken) if row.get("multiple_choice_answer") else row.get("answer") or _usual(spoken)
     )
-    yield {"task": "vizwiz" if form == "vizwiz" else "vqa", "question": row.get("question"), "answer": answer, "image": image}
+    question = row.get("question") or row.get("query")
+    yield {"task": "vizwiz" if form == "vizwiz" else "vqa", "question": question, "answer": answer, "image": image}
+
+
+_ANSWER_LISTS = ("answers", "direct_answers", "label")
+"""Columns with the answers of several people, or to several questions."""
 
 
 def of_split(records: Iterable[Record | BadRecord], split: str, path: str, left_out: Counter[str]) -> Records:
@@ -267,11 +324,15 @@ FORMS: dict[str, Callable[..., Records]] = {
     "textcaps": _textcaps,
     "gqa": _gqa,
     "vizwiz": _vizwiz,
+    "aokvqa": _aokvqa,
+    "docvqa": _docvqa,
+    "ocrvqa": _ocrvqa,
+    "chartqa": _chartqa,
     "coco": _coco,
     "karpathy": _karpathy,
     "scienceqa": _scienceqa,
 }
-WITH_SPLITS = ("karpathy", "scienceqa")
+WITH_SPLITS = ("ocrvqa", "karpathy", "scienceqa")
 """Forms whose file contains several splits."""
 CAPTIONS = ("textcaps", "coco", "karpathy")
 """Forms that have captions and no questions."""

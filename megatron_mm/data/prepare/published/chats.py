@@ -44,7 +44,7 @@ def usual_chat(record: Record, keys: Keys) -> Record:
     if keys.messages is not None or keys.image is not None:
         return record
     if not is_conversation(record, keys):
-        record = _of_pairs(record)
+        record = _of_pairs(_named_otherwise(record))
     if not is_conversation(record, keys):
         return record
     found: Record = dict(record)
@@ -112,11 +112,21 @@ def _part(part: Any, images: list[Any]) -> Any:
 
 def _of_pairs(record: Record) -> Record:
     """Convert questions and answers that are fields, or pairs in a list, to a conversation. If images have no place, they come first."""
+    if isinstance(record.get("conversations"), list):
+        return record
     pairs = _listed_pairs(record) or _asked(record)
     if pairs is None:
         return record
     turns = [{"from": who, "value": said} for pair in pairs for who, said in zip(("human", "gpt"), pair, strict=True)]
     return {**{name: value for name, value in record.items() if name not in ("texts", "conversation")}, "conversations": turns}
+
+
+def _named_otherwise(record: Record) -> Record:
+    """Rename a list of turns that is called `conversation`, as in Mantis-Instruct."""
+    turns = record.get("conversation")
+    if not (isinstance(turns, list) and turns and all(speaker(turn) is not None for turn in turns)):
+        return record
+    return {**{name: value for name, value in record.items() if name != "conversation"}, "conversations": turns}
 
 
 def _listed_pairs(record: Record) -> list[tuple[Any, Any]] | None:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 from megatron_mm.data.prepare.notes import is_note
 from megatron_mm.data.prepare.published.losses import DamagedFile
 
-COMPRESSIONS = (".gz", ".zst", ".zip", ".bz2", ".xz")
+COMPRESSIONS = (".gz", ".zst", ".zstd", ".zip", ".bz2", ".xz")
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PK\x03\x04": ".zip", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
 """Follows a first byte of 0x50 to 0x5f in a skippable frame, with which files written by `pzstd` begin."""

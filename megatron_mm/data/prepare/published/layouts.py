@@ -101,6 +101,8 @@ def _first_image(record: Record, keys: Sequence[str], context: Context) -> bytes
 
 def _image_bytes(value: Any, context: Context) -> bytes | None:
     """Return the image that a field contains or names; None if the field is empty. Raises BadDocument."""
+    if isinstance(value, dict) and isinstance(value.get("image"), dict):  # a list of them in older data sets
+        value = value["image"]
     if isinstance(value, dict):  # Hugging Face's image feature
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, list) and len(value) == 1:
