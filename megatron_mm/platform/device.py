@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 
+from megatron_mm.platform import engines
+
 PACKED_ATTENTION_CAPABILITY = (9, 0)
 """CUDA compute capability of the first GPUs on which cuDNN keeps packed documents apart (Hopper); an A100 has 8.0."""
+WITHOUT_PACKED_ATTENTION = (12, 0)
+"""Compute capability (of workstation GPUs of the Blackwell generation) for which earlier versions have no such kernels."""
 
 
 def local_device() -> torch.device:
@@ -29,19 +33,33 @@ def be_deterministic() -> None:
     """Use deterministic algorithms from here on. Called before the first matrix product, when cuBLAS chooses its workspace."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # else a kernel more for each
+    # By default each new tensor is filled, which takes a kernel more. Nothing reads these values.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def packed_attention_missing() -> str:
-    """Why Transformer Engine has no attention over packed documents on this GPU; empty if it has."""
+    """Why Transformer Engine has no attention over packed documents on this GPU; empty if it has. It would otherwise compute attention
+    without a fused kernel, and store the weights of every token for every token."""
     capability = torch.cuda.get_device_capability()
-    if capability >= PACKED_ATTENTION_CAPABILITY or importlib.util.find_spec("flash_attn") is not None:
+    here = ".".join(map(str, capability))
+    if importlib.util.find_spec("flash_attn") is not None:
         return ""
-    needed, here = (".".join(map(str, numbers)) for numbers in (PACKED_ATTENTION_CAPABILITY, capability))
-    return (
-        f"this GPU has compute capability {here}, cuDNN's attention over packed documents needs {needed}, and the package flash-attn, "
-        "which Transformer Engine would use instead, is not installed"
-    )
+    if capability < PACKED_ATTENTION_CAPABILITY:
+        needed = ".".join(map(str, PACKED_ATTENTION_CAPABILITY))
+        why = f"this GPU has compute capability {here}, cuDNN's attention over packed documents needs {needed}"
+    elif capability == WITHOUT_PACKED_ATTENTION and not _has_packed_attention_there():
+        why = (
+            f"this GPU has compute capability {here}, for which attention over packed documents needs cuDNN 9.18.1 and Transformer Engine "
+            f"2.20 (found: {torch.backends.cudnn.version()}, {engines.installed('transformer-engine')})"
+        )
+    else:
+        return ""
+    return f"{why}, and the package flash-attn, which Transformer Engine would use instead, is not installed"
+
+
+def _has_packed_attention_there() -> bool:
+    transformer_engine = engines.installed("transformer-engine") or "0.0"
+    return engines.numbers(transformer_engine) >= (2, 20) and (torch.backends.cudnn.version() or 0) >= 91801
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from megatron_mm.platform.device import be_deterministic
+from megatron_mm.platform import engines
+from megatron_mm.platform.device import be_deterministic, packed_attention_missing
 
 
 def test_deterministic_algorithms_include_those_of_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +22,23 @@ def test_deterministic_algorithms_include_those_of_cublas(monkeypatch: pytest.Mo
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+@pytest.mark.parametrize(
+    ("capability", "transformer_engine", "cudnn", "missing"),
+    [
+        ((9, 0), "2.11.0", 91002, ""),
+        ((10, 0), "2.11.0", 91002, ""),
+        ((12, 0), "2.11.0", 91900, "needs cuDNN 9.18.1 and Transformer Engine 2.20 (found: 91900, 2.11.0)"),
+        ((12, 0), "2.20.2", 91002, "(found: 91002, 2.20.2), and the package flash-attn"),
+        ((12, 0), "2.20.2", 91801, ""),
+    ],
+)
+def test_which_gpus_keep_packed_documents_apart(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], transformer_engine: str, cudnn: int, missing: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(engines, "installed", lambda package: transformer_engine)
+    found = packed_attention_missing()
+    assert missing in found and bool(missing) == bool(found)
