@@ -216,6 +216,20 @@ def test_what_tools_write_beside_shards_is_no_data(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------- tars
 
 
+def test_published_files_in_a_source_name_the_command_that_converts_them(tmp_path: Path, tokenizer: Path) -> None:
+    turns = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "a cross"}]
+    lines = {
+        "mmc4": {"text_list": ["a"], "image_info": [{"image_name": "1.jpg", "matched_text_index": 0}]},
+        "llava": {"image": "coco/1.jpg", "conversations": turns},
+        "alpaca": {"image": "coco/1.jpg", "instruction": "what?", "output": "a cross", "text": ""},
+    }
+    for name, line in lines.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jsonl").write_text(json.dumps(line))
+        with pytest.raises(ValueError, match=r"`prepare (llava`, `mmc4`|pairs\|llava\|mmc4)"):
+            prepare_index(tmp_path / name, tokenizer=tokenizer)
+
+
 def test_shards_that_energon_does_not_train_on_are_said(tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("0.tar", "1.tar"):
         write_tar(tmp_path / "s" / name, {"a.jpg": picture(), "a.txt": b"a cross"})

@@ -290,6 +290,25 @@ def test_chats_in_the_forms_of_training_tools(tmp_path: Path) -> None:
         run("llava", lines(tmp_path / "b.jsonl", [listed]), tmp_path / "b")
 
 
+def test_lists_that_datasets_stores_as_columns(tmp_path: Path) -> None:
+    """A `Sequence` of a dictionary."""
+    talk = {"from": ["human", "gpt"], "value": ["what?", "a cat"]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"conversations": talk}]), tmp_path / "a.parquet")
+    run("llava", tmp_path / "a.parquet", tmp_path / "a")
+    assert [conversation_turns(json.loads(document))[0].answer for document, _ in samples(tmp_path / "a")] == ["a cat"]
+    answers = {"answer": ["a", "b", "b"], "answer_id": [1, 2, 3]}
+    rows = [{"question": "what?", "answers": answers, "image": {"bytes": picture(), "path": "1"}}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    run("tasks", tmp_path / "b.parquet", tmp_path / "b", form="vqav2")
+    assert [json.loads(document)["answer"] for document, _ in samples(tmp_path / "b")] == ["b"]
+
+
+def test_a_table_of_addresses_says_that_it_has_no_images(tmp_path: Path) -> None:
+    row = {"URL": "http://x/1.jpg", "TEXT": "a cross"}
+    with pytest.raises(ValueError, match=r"no --images folder is given: 1\..*\n.*record 1 \(URL http://x/1.jpg\)"):
+        run("pairs", lines(tmp_path / "a.jsonl", [row]), tmp_path / "out")
+
+
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
     lambda inner: (

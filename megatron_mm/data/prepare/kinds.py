@@ -54,7 +54,8 @@ def detect_kind(shards: Sequence[Path], *, kind: Kind | None = None, key_ends: K
     if winner == "text" and with_images:
         raise ValueError(
             f"source {shards[0].parent} looks like texts, but {with_images} of {votes.total()} samples have images, which would be lost: "
-            "use --kind pairs|interleaved|conversations|tasks|text, or move them to separate sources"
+            "use --kind pairs|interleaved|conversations|tasks|text, move them to separate sources, or convert published files "
+            "and their images with `prepare pairs|llava|mmc4|obelics`"
         )
     return Detected(winner, key_ends)
 

@@ -50,16 +50,18 @@ _HINTS = {
     "JSON has no text or caption": "--text-key FIELD names the field",
     "JSON has no items, texts or text_list": "--text-key, --image-key and --messages-key give the names of fields and files",
     "JSON has no conversations": "--messages-key FIELD names the field",
-    "image is not in the shard": "images that a document names must be in the same tar, as KEY.NAME",
+    "image is not in the shard": "images that a document names must be in the same tar, as KEY.NAME; `prepare llava`, `mmc4` and `obelics` "
+    "make such tars of published files and a folder of images",
+    "malformed conversations list": "`prepare llava` converts the forms of other tools",
 }
 """Advice for frequent reasons, by reason."""
 
 
-def _hints(summary: SourceSummary, shards: Sequence[Path]) -> str:
-    """Return advice about each reason that applies to most of the rejected samples."""
-    most = sum(summary.rejected.values()) / 2
-    hints = [f"{reason}: {hint}" for reason, hint in _HINTS.items() if summary.rejected.get(reason, 0) > most]
-    if sum(summary.rejected.get(reason, 0) for reason in _NO_FILE) > most:
+def _hints(lost: Mapping[str, int], shards: Sequence[Path]) -> str:
+    """Return advice about each reason that applies to most of the lost samples or images."""
+    most = sum(lost.values()) / 2
+    hints = [f"{reason}: {hint}" for reason, hint in _HINTS.items() if lost.get(reason, 0) > most]
+    if sum(lost.get(reason, 0) for reason in _NO_FILE) > most:
         found = ", ".join(f".{name} ({count})" for name, count in file_endings(shards).most_common(6))
         hints.append(
             "a sample lacks its image or its text: its files must follow one another in the tar (tar --sort=name), and --text-key and "
@@ -80,17 +82,18 @@ def check_losses(
     rejected = sum(summary.rejected.values())
     if not summary.samples:
         found = f"rejected: {summary.rejected or 'it is empty'}"
-        raise ValueError(f"source {source} has no usable sample ({found}): repair or remove it{_hints(summary, shards)}")
+        raise ValueError(f"source {source} has no usable sample ({found}): repair or remove it{_hints(summary.rejected, shards)}")
     share = max(rejected / (rejected + summary.samples), damage)
     if share > max_rejected:
         raise ValueError(
             f"{share:.1%} of source {source} would be lost, more than --max-rejected {max_rejected:g}: {rejected} samples rejected "
             f"({_listed(summary.rejected)}), {summary.samples} usable, {damage:.1%} of its bytes damaged. "
-            f"Repair it or allow more with --max-rejected{_hints(summary, shards)}"
+            f"Repair it or allow more with --max-rejected{_hints(summary.rejected, shards)}"
         )
     lost = sum(count for reason, count in summary.dropped.items() if reason != "empty entry")
     if lost > max_dropped_images * (lost + summary.images):
         raise ValueError(
             f"{lost} of {lost + summary.images} images of source {source} are missing or bad, more than --max-dropped-images "
             f"{max_dropped_images:g} ({_listed(summary.dropped)}): add them, or allow more with --max-dropped-images"
+            f"{_hints(summary.dropped, shards)}"
         )

@@ -30,6 +30,7 @@ from typing import Any
 from megatron_mm.data.image_formats import is_image_name
 from megatron_mm.data.prepare.published.json_files import load_json
 from megatron_mm.data.prepare.published.losses import BadRecord, Record
+from megatron_mm.data.prepare.published.tables import rows_in
 
 Records = Iterator[Record | BadRecord]
 _MALFORMED = "malformed entry"
@@ -273,7 +274,7 @@ def row_records(form: str, row: Record) -> Records:
         if not captions:
             yield BadRecord("image without caption")
         return
-    answers: list[Any] = next((row[name] for name in _ANSWER_LISTS if isinstance(row.get(name), list)), [])
+    answers: list[Any] = next((found for name in _ANSWER_LISTS if isinstance(found := rows_in(row.get(name)), list)), [])
     if isinstance(questions := row.get("questions"), list):  # OCR-VQA
         for question, said in zip(questions, answers, strict=False):
             yield {"task": "vqa", "question": question, "answer": said, "image": image}

@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_mm.data.image_formats import is_image_name
 from megatron_mm.data.prepare.published.losses import Record
+from megatron_mm.data.prepare.published.tables import rows_in
 from megatron_mm.data.text.conversations import ASKS, IMAGE_MARK, IMAGE_PARTS, LOSS_WEIGHTS, SYSTEM, is_conversation, speaker
 from megatron_mm.data.text.keys import Keys
 
@@ -34,6 +35,7 @@ _QUESTIONS = (
 """Fields with a question and its answer, in order of preference."""
 _PAIRS = (("texts", "user", "assistant"), ("conversation", "human", "assistant"))
 """A field with pairs of questions and answers, and their names in a pair."""
+_MAY_BE_COLUMNS = (*_LISTS, *(name for name, *_ in _PAIRS))
 _SYSTEM = ("system", "system_prompt")
 _QWEN_IMAGE = re.compile(r"<img>([^<>\n]+)</img>")
 _XCOMPOSER_MARK = "<ImageHere>"
@@ -43,6 +45,7 @@ def usual_chat(record: Record, keys: Keys) -> Record:
     """Return a conversation with its images in `images` and only text in its turns. Other records are returned unchanged."""
     if keys.messages is not None or keys.image is not None:
         return record
+    record = {name: rows_in(value) if name in _MAY_BE_COLUMNS else value for name, value in record.items()}
     if not is_conversation(record, keys):
         record = _of_pairs(_named_otherwise(record))
     if not is_conversation(record, keys):

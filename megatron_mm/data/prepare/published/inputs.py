@@ -75,8 +75,9 @@ def _readable(files: list[str], folder: str, images: bool) -> list[str]:
     _say_splits(kept, folder)
     by_datasets = {os.path.dirname(file) for file in files if os.path.basename(file) in DATASETS_NOTES}
     kept = [file for file in kept if not (os.path.dirname(file) in by_datasets and _is_cached(file))]
-    if len(kept) < len(files):
-        others = Counter("cache-*.arrow" if _is_cached(file) else ending(file) or "without an extension" for file in set(files) - set(kept))
+    unread = [file for file in set(files) - set(kept) if not is_note(file.removeprefix(folder))]
+    if unread:
+        others = Counter("cache-*.arrow" if _is_cached(file) else ending(file) or "without an extension" for file in unread)
         logger.warning(
             "%s: %d files are not read: %s", folder, others.total(), ", ".join(f"{n} {name}" for name, n in others.most_common(5))
         )

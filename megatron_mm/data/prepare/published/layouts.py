@@ -77,7 +77,7 @@ def pair(record: Record, context: Context) -> OutSample:
         status = record.get("status")
         if isinstance(status, str) and status != "success":
             raise LeftOut(f"not fetched by img2dataset: {status}")
-        if context.images is not None and context.image_keys == IMAGE_KEYS:
+        if context.image_keys == IMAGE_KEYS:
             image = _first_image(record, URL_KEYS, context)
         if image is None:
             raise BadDocument("no image")

@@ -18,7 +18,7 @@ _EXAMPLES = 3
 """Number of losses per reason and input that a summary names."""
 _LONGEST = 120
 """Maximum number of characters of a field that are shown."""
-_IDENTITIES = ("id", "key", "question_id", "__key__", "uid", "image_id", "url", "image", "image_path", "image_url", "file_name")
+_IDENTITIES = ("id", "key", "question_id", "__key__", "uid", "image_id", "url", "URL", "image", "image_path", "image_url", "file_name")
 """Fields that identify a record, in order of preference."""
 
 

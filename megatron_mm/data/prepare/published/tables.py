@@ -80,6 +80,16 @@ def _at_once(size: int, rows: int) -> int:
     return max(1, min(ROWS, _BYTES * rows // max(1, size)))
 
 
+def rows_in(value: Any) -> Any:
+    """Return a list of objects that `datasets` has stored as an object of lists, because its feature was a `Sequence` of a dictionary:
+    {"from": ["human", "gpt"], "value": ["Hi", "Yes?"]}. Any other value is returned unchanged."""
+    if not isinstance(value, dict) or not value or not all(isinstance(column, list) for column in value.values()):
+        return value
+    if len({len(column) for column in value.values()}) > 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+
+
 def check_names(path: str, names: Sequence[str]) -> None:
     """Raise DamagedFile if two columns have the same name, because one of them would be lost silently."""
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
