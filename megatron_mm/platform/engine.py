@@ -1,4 +1,4 @@
-"""What differs between the supported versions of megatron-core: 0.16 (Python 3.11 and later) and 0.19 (Python 3.12).
+"""What differs between the supported versions of megatron-core: 0.16 (Python 3.11) and 0.17 to 0.19 (Python 3.12, 3.13).
 
 Each difference is found by looking at what the installed version has, not by its number. `tests/platform/test_engine.py` fails when a
 difference is gone from all supported versions.

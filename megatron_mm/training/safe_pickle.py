@@ -18,6 +18,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_mm.platform.common_state import ENTRY
+
 _DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2"}
 _STORAGES = {"FloatStorage", "BFloat16Storage", "HalfStorage", "DoubleStorage", "LongStorage", "IntStorage", "ByteStorage", "BoolStorage"}
 
@@ -25,6 +27,7 @@ _ALLOWED: dict[str, set[str]] = {
     "builtins": {"list", "dict", "set", "tuple", "int", "float", "bool", "str", "slice", "bytearray"},
     "collections": {"OrderedDict", "defaultdict"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},  # as Python 3.13 writes them
     "torch": {"Size", "device", "strided", *_DTYPES, *_STORAGES},
     "torch.serialization": {"_get_layout"},
     "torch._utils": {"_rebuild_tensor_v2"},
@@ -46,9 +49,6 @@ _ALLOWED: dict[str, set[str]] = {
     "_codecs": {"encode"},
 }
 """Objects that a checkpoint's pickles may name, by module."""
-
-_COMMON = "common_state/shard_0_1"
-"""The entry in which megatron-core 0.19 stores everything that is not a tensor."""
 
 
 def check_pickles(folder: Path) -> None:
@@ -80,7 +80,7 @@ def _check_description(path: Path, data: bytes) -> None:
     if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
         raise ValueError(f"checkpoint file {path} describes no tensors: restore it or remove the checkpoint")
     for name, entry in metadata.state_dict_metadata.items():
-        if type(entry) is not TensorStorageMetadata and name != _COMMON:
+        if type(entry) is not TensorStorageMetadata and name != ENTRY:
             raise ValueError(
                 f"checkpoint file {path} says that {name} is a pickle, not a tensor. Loading it would run code, and this program did not "
                 "write it: remove it"
@@ -92,7 +92,7 @@ def _check_description(path: Path, data: bytes) -> None:
             raise ValueError(
                 f"checkpoint file {path} says that {index.fqn} must be transformed; this program did not write that: remove it"
             )
-        if index.fqn == _COMMON:
+        if index.fqn == ENTRY:
             holder = path.parent / info.relative_path
             if not holder.is_file():  # its size and checksum may be another process's share
                 raise ValueError(f"checkpoint file {holder} is missing: restore it or remove the checkpoint")

@@ -13,13 +13,12 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_mm.config import Experiment
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.platform import fp8_weights, part_reader, safe_objects
+from megatron_mm.platform import common_state, fp8_weights, part_reader, safe_objects
 from megatron_mm.training.checkpoint.compatible import check_same_model
 from megatron_mm.training.checkpoint.integrity import agree, verify
 from megatron_mm.training.checkpoint.names import TENSORS, belongs_to_model
@@ -110,6 +109,5 @@ def shared_metadata(checkpoint: Path, topology: Topology) -> Iterator[None]:
 def load_strategy() -> FullyParallelLoadStrategyWrapper:
     """Return a strategy that reads each stored element only once for all data-parallel processes that need it."""
     safe_objects.install()
-    return FullyParallelLoadStrategyWrapper(
-        TorchDistLoadShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
-    )
+    common_state.install()
+    return FullyParallelLoadStrategyWrapper(common_state.LoadStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -1,0 +1,62 @@
+"""Reads checkpoints of megatron-core 0.19 and later with an older megatron-core.
+
+From 0.19 on, what is not a tensor (the optimizer's options) is an entry of a tensor file; before, it was a file of its own, `common.pt`.
+0.19 reads both, older versions only the file: without this, a run could not go back to the engine that it came from.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch.distributed.checkpoint import FileSystemReader
+
+KEY = "common_state"
+ENTRY = f"{KEY}/shard_0_1"
+"""The entry that stores everything that is not a tensor."""
+
+
+def install() -> None:
+    """Make an older megatron-core read the entry where there is no file; does nothing for later ones, or when called again."""
+    if hasattr(serialization, "_legacy_common_state_exists"):  # it reads both
+        return
+    holder, name = (common.TorchCommonLoadStrategy, "load_common") if _has_strategies() else (serialization, "load_common")
+    read = getattr(holder, name)
+    if not hasattr(read, "reads_entry"):
+        setattr(holder, name, _file_or_entry(read))
+
+
+def _has_strategies() -> bool:
+    return hasattr(common, "TorchCommonLoadStrategy")  # until 0.16
+
+
+def _file_or_entry(read: Any) -> Any:
+    @functools.wraps(read)
+    def state(*args: Any, **kwargs: Any) -> Any:
+        folder = Path(args[-1] if args else kwargs["checkpoint_dir"])
+        return read(*args, **kwargs) if (folder / common.COMMON_STATE_FNAME).is_file() else _read_entry(folder)
+
+    state.reads_entry = True  # type: ignore[attr-defined]
+    return state
+
+
+def _read_entry(folder: Path) -> Any:
+    stored = FileSystemReader(folder).read_metadata().storage_data
+    info = next(info for index, info in stored.items() if index.fqn == ENTRY)
+    with (folder / info.relative_path).open("rb") as file:
+        file.seek(info.offset)
+        return torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)[0]
+
+
+class LoadStrategy(TorchDistLoadShardedStrategy):
+    """megatron-core's, for which the entry is not among the pieces that a caller must ask for."""
+
+    def load_sharded_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().load_sharded_metadata(*args, **kwargs)
+        return {name: piece for name, piece in found.items() if piece.key != KEY}
