@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from megatron_mm.planning.decoder_block import decoder_layer, embedding, output
 from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
@@ -47,6 +48,33 @@ def _layers(shape: DecoderShape, layout: Layout) -> tuple[int, ...]:
     return layout.layers(shape.num_layers)
 
 
+Adapters = Literal["none", "queries", "all"]
+"""Products with low-rank adapters: none, the one projection to queries, keys and values, or every weight of attention and MLP."""
+
+
+def _with_adapters(layer: Block, shape: DecoderShape, layout: Layout, tokens: Tokens, adapters: Adapters, *, again: bool) -> Block:
+    """Add low-rank adapters to a layer's products.
+
+    Their products are so narrow that reading and writing takes all of their time. In 2 bytes per number, for widths `inputs` and `outputs`:
+    forward, the input is read, the adapter's output written, and then added to the layer's output (two read, one written); backward, the
+    output's gradient is read twice, the input once, and the adapter's part of the input's gradient is written and added.
+
+    Args:
+        again: the layer is recomputed.
+    """
+    if adapters == "none":
+        return layer
+    t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
+    q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
+    inputs, outputs, count = float(h), q + 2 * kv, 1
+    if adapters == "all":
+        b, ffn = shape.branches, shape.ffn / tp
+        inputs, outputs, count = (3 + b) * h + q + ffn, outputs + 2 * h + b * ffn, 5 + b
+    once = Stream(2 * t * (inputs + 4 * outputs), kernels=4 * count)
+    back = Stream(2 * t * (2 * outputs + 5 * inputs), kernels=6 * count)
+    return replace(layer, forward=(*layer.forward, once), backward=(*((once,) if again else ()), back, *layer.backward))
+
+
 def decoder_job(
     shape: DecoderShape,
     layout: Layout,
@@ -58,33 +86,43 @@ def decoder_job(
     num_micro_batches: int,
     fp8: bool,
     recompute: Recompute,
-    frozen: bool = False,
+    adapters: Adapters = "none",
 ) -> Job:
     """Job of a decoder on full sequences of one document each.
 
     Args:
-        frozen: its weights are frozen; the cost of adapters is left out.
+        adapters: low-rank adapters that are trained in place of the weights. Their own weights are so few that they are left out.
     """
     tokens = Tokens.whole(sequences=micro_batch_size, length=sequence_length, context=layout.context)
-    trained = Trained(weights=not frozen)
+    trained = Trained(weights=adapters == "none")
     pairs = min(tokens.pairs, tokens.tokens * (shape.window + WINDOW_TOKENS))
     near = replace(tokens, pairs=pairs, windowed=True) if shape.window else tokens
 
-    def kind_of(layer: int) -> tuple[bool, bool]:
-        return layer in shape.sparse_layers, bool(shape.window) and layer % 2 == 0
+    def kind_of(layer: int) -> tuple[bool, bool, Recompute]:
+        again = recompute
+        if "every second layer" in recompute:
+            again = frozenset({"full"}) if layer % 2 else frozenset()
+        return layer in shape.sparse_layers, bool(shape.window) and layer % 2 == 0, again
 
     made = {
-        (sparse, windowed): decoder_layer(
+        (sparse, windowed, again): _with_adapters(
+            decoder_layer(
+                shape,
+                layout,
+                near if windowed else tokens,
+                sparse=sparse,
+                fp8=fp8,
+                recompute=again,
+                trained=trained,
+                unfused=software.attention == "unfused",
+            ),
             shape,
             layout,
-            near if windowed else tokens,
-            sparse=sparse,
-            fp8=fp8,
-            recompute=recompute,
-            trained=trained,
-            unfused=software.attention == "unfused",
+            tokens,
+            adapters,
+            again="full" in again,
         )
-        for sparse, windowed in {kind_of(layer) for layer in range(shape.num_layers)}
+        for sparse, windowed, again in {kind_of(layer) for layer in range(shape.num_layers)}
     }
     counts = _layers(shape, layout)
     stages: list[tuple[Block, ...]] = []

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from megatron_mm.config import DecoderConfig
 
 Recompute = frozenset[str]
-"""What is recomputed: "full" (whole layers), or modules such as "core_attn", "mlp", "layernorm", "moe", "moe_act"."""
+"""What is recomputed: "full" (whole layers), "every second layer" (for `decoder_job`), or modules such as "core_attn", "mlp", "layernorm",
+"moe", "moe_act"."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_mm.planning import functional_tests
-from megatron_mm.planning.decoder_job import decoder_job
+from megatron_mm.planning.decoder_job import Adapters, decoder_job
 from megatron_mm.planning.decoder_shape import DecoderShape, Latents, Recompute
-from megatron_mm.planning.hardware import Gpu, Software, gpu_named
+from megatron_mm.planning.hardware import Gpu, Software
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.layout import Layout
+from megatron_mm.planning.published_hardware import at_precision, gpu_of, release_of
 from megatron_mm.planning.published_software import has_latents, recipe_setting, software_of
 from megatron_mm.planning.step import Prediction, StepModel
 
@@ -121,7 +122,9 @@ _LARGEST = {"layers": 2000, "vpp": 200, "experts": 10_000, "seq": 1e8, "vocab": 
 def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
     if cells.get("unplanned"):
         raise _Unusable(cells["unplanned"])
-    gpu = _gpu(cells)
+    gpu = gpu_of(cells)
+    if gpu is None:
+        raise _Unusable(f"unknown GPU {cells.get('gpu', '')!r}")
     software = software_of(cells, gpu)
     shape = _shape(cells, software)
     length = count(cells, "seq")
@@ -137,9 +140,9 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
     flops_per_gpu = _flops(shape, length) * batch * length / gpus
     fp8 = _is_fp8(cells, assumed)
     recompute = _recompute(cells, software, gpu)
-    if recompute is None:
+    if len(recompute) > 1:
         assumed.append("recompute")
-    gpu, software = _at_precision(cells, gpu, software)
+    gpu, software = at_precision(cells, gpu, software)
     jobs = [
         decoder_job(
             shape,
@@ -151,11 +154,11 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
             num_micro_batches=max(1, round(batch / (size * layout.data))),
             fp8=fp8 and gpu.fp8_tflops > 0,
             recompute=choice,
-            frozen=_is_adapter(cells),
+            adapters=_adapters(cells),
         )
         for layout in layouts
         for size in _micro_batch_sizes(cells, batch, layout)
-        for choice in ([recompute] if recompute is not None else [frozenset(), frozenset({"full"})])
+        for choice in recompute
     ]
     if not jobs:
         raise _Unusable(f"batch of {batch} on a data-parallel size of {layouts[0].data}")
@@ -175,32 +178,6 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
         peak=gpu.bf16_tflops * 1e12,
         assumed=tuple(assumed),
     )
-
-
-def _gpu(cells: Mapping[str, str]) -> Gpu:
-    """Return the row's GPU, with the power limit and the kind of memory that its notes state."""
-    gpu, notes = gpu_named(cells.get("gpu", "")), cells.get("notes", "")
-    if gpu is None:
-        raise _Unusable(f"unknown GPU {cells.get('gpu', '')!r}")
-    watts = re.search(r"(\d{3,4})\s*W\b", notes)
-    if watts and gpu.name.startswith("h100"):
-        gpu = gpu.with_power(float(watts.group(1)))
-    if "hbm2e" in notes.lower() and gpu.name.startswith("h100"):
-        gpu = replace(gpu, memory_tb_s=2.4)
-    return gpu
-
-
-def _at_precision(cells: Mapping[str, str], gpu: Gpu, software: Software) -> tuple[Gpu, Software]:
-    """Adapt rates to the row's precision: for FP4, replace those of FP8; for float32 on tensor cores, halve those of bf16 and double the
-    moved bytes."""
-    precision = cells.get("precision", "").lower()
-    if re.search(r"fp4|float4|int4", precision) and gpu.fp4_tflops:
-        rates = replace(gpu.efficiency, product_fp8=gpu.efficiency.product_fp4)
-        gpu = replace(gpu, fp8_tflops=gpu.fp4_tflops, efficiency=rates)
-    if re.search(r"fp32|tf32|float32|single", precision):
-        gpu = replace(gpu, bf16_tflops=gpu.bf16_tflops / 2)
-        software = replace(software, moved=2 * software.moved)
-    return gpu, software
 
 
 def _step_seconds(cells: Mapping[str, str], *, tokens_per_gpu: float, flops_per_gpu: float) -> float | None:
@@ -229,10 +206,13 @@ def _is_fp8(cells: Mapping[str, str], assumed: list[str]) -> bool:
     return bool(re.search(r"fp8|float8|e4m3|hybrid", precision))
 
 
-def _is_adapter(cells: Mapping[str, str]) -> bool:
-    """Return whether only adapters are trained and the model's weights are frozen."""
+def _adapters(cells: Mapping[str, str]) -> Adapters:
+    """Return which products have low-rank adapters, which alone are then trained: by default all, and in Megatron-Bridge's performance
+    recipes the projections to queries, keys and values (perf_recipes: `peft.target_modules`)."""
     text = " ".join(cells.get(name, "") for name in ("model", "source", "ref", "notes")).lower()
-    return bool(re.search(r"\bq?lora\b|\bdora\b|\bpeft\b|adapter", text))
+    if not re.search(r"\bq?lora\b|\bdora\b|\bpeft\b|adapter", text):
+        return "none"
+    return "queries" if re.search(r"bridge performance", text) else "all"
 
 
 def _flops(shape: DecoderShape, length: int) -> float:
@@ -280,11 +260,26 @@ def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
         norms_heads=bool(re.search(r"qwen-?3|olmo-?2|gemma-?3|qk[-_ ]?(layer)?norm", names)),
         expert_biases=bool(re.search(r"gpt[-_ ]?oss", names)),
         window=128 if re.search(r"gpt[-_ ]?oss", names) else 0,
-        routed_machines=4 if re.search(r"deepseek[-_ ]?(v3|r1(?!-distill))", names) else 0,
+        routed_machines=_routed_machines(names),
         predicted_ahead=1 if re.search(r"\bmtp\b", names) and not re.search(r"(no|without) mtp", names) else 0,
-        dropout=cells.get("model", "").lower().startswith("gpt") and software.attention != "unfused",
+        dropout=_drops_out(cells, software),
         capacity=1.0 if re.search(r"token-drop|cf\s*=\s*1\b|force|balanc", cells.get("notes", "").lower()) else 1.08,
     )
+
+
+def _drops_out(cells: Mapping[str, str], software: Software) -> bool:
+    """Return whether there is dropout: in GPT-3's models, except in NeMo 2 (GPTConfig175B), which NeMo's tables since 25.02 are of."""
+    source = cells.get("source", "").lower()
+    newer = source.startswith("nemo") and (release_of(source) or (0, 0)) >= (25, 2)
+    return cells.get("model", "").lower().startswith("gpt") and software.attention != "unfused" and not newer
+
+
+def _routed_machines(names: str) -> int:
+    """Machines that the router's groups allow for a token; 0 for no limit. A fake gate deals experts out in turn, so that a token's experts
+    are neighbours, on one machine."""
+    if re.search(r"fake[- ]balanced", names):
+        return 1
+    return 4 if re.search(r"deepseek[-_ ]?(v3|r1(?!-distill))", names) else 0
 
 
 def _latents(cells: Mapping[str, str], hidden: int) -> Latents | None:
@@ -374,22 +369,26 @@ def _micro_batch_sizes(cells: Mapping[str, str], batch: int, layout: Layout) -> 
 _MODULES = {"norm": "layernorm", "act": "moe_act", "attn": "core_attn", "attention": "core_attn", "up_proj": "mla_up_proj"}
 
 
-def _recompute(cells: Mapping[str, str], software: Software, gpu: Gpu) -> Recompute | None:
-    """Return what was recomputed; None if the source does not say."""
+def _recompute(cells: Mapping[str, str], software: Software, gpu: Gpu) -> list[Recompute]:
+    """Return what was recomputed; if the source does not say, what may have been."""
     text = cells.get("recompute", "").lower()
     setting = recipe_setting(cells, gpu) if not text and count(cells, "experts") else None
     if setting is not None:
-        return frozenset(setting.recompute)
-    if not text and software.name.startswith("JAX"):
-        return frozenset({"mlp_half"})  # MaxText's usual policy keeps only some of the products
+        return [frozenset(setting.recompute)]
+    if not text and software.name.startswith("JAX"):  # MaxText's usual policy keeps only some of the products
+        return [frozenset({"mlp_half"})]
+    if not text and re.search(r"dgxc|nemo", " ".join((cells.get("source", ""), cells.get("ref", ""))).lower()):
+        return [frozenset()]
     if not text:
-        return frozenset() if re.search(r"dgxc|nemo", " ".join((cells.get("source", ""), cells.get("ref", ""))).lower()) else None
+        return [frozenset(), frozenset({"full"})]
     if text.startswith("none") or text in ("no", "0", "false"):
-        return frozenset()
+        return [frozenset()]
     if text.startswith("full") or text in ("block", "uniform", "yes", "1", "true"):
-        return frozenset({"full"})
+        return [frozenset({"full"})]
     if "op ac" in text:
-        return frozenset({"mlp_half"})
+        return [frozenset({"mlp_half"})]
+    if re.search(r"selective layer|(2nd|second|other) layer", text):  # torchtitan's selective recomputation of layers
+        return [frozenset({"every second layer"})]
     if "selective" in text and "moe" not in text:
-        return frozenset({"core_attn"})
-    return frozenset(_MODULES.get(name, name) for name in re.split(r"[+,;/\s]+", text)) - {""}
+        return [frozenset({"core_attn"})]
+    return [frozenset(_MODULES.get(name, name) for name in re.split(r"[+,;/\s]+", text)) - {""}]

@@ -96,14 +96,17 @@ def memory_of_ranks(job: Job, saved_bytes: Sequence[float]) -> tuple[MemoryUse, 
     for rank, (held, stages) in enumerate(zip(parameters_of_ranks(job), _stages_of_ranks(job), strict=True)):
         blocks = [block for stage in stages for block in job.kinds[0][stage]]
         dense, experts, frozen = held.dense, held.experts, held.frozen
-        largest = max((block.parameters + block.frozen_parameters for block in blocks), default=0.0)
+        # experts that only one process holds need not be gathered
+        gathered = 1 if layout.expert_data > 1 else 0
+        largest = max((block.parameters + block.frozen_parameters + gathered * block.expert_parameters for block in blocks), default=0.0)
         transient = max((block.transient for kind in job.kinds for stage in stages for block in kind[stage]), default=0.0)
         if layout.sharding == "full" and layout.pipeline > 1:
             # weights are gathered once per step and kept for all micro-batches; gradients are scattered after the last one
-            weights, gradients = 2 * (dense + frozen) * (1 + 1 / copies), 4 * dense * (1 + 1 / copies)
+            weights = 2 * (dense + frozen) * (1 + 1 / copies) + 2 * experts * (1 + 1 / layout.expert_data)
+            gradients = 4 * dense * (1 + 1 / copies) + 4 * experts * (1 + 1 / layout.expert_data)
         elif layout.sharding == "full":
-            weights = 2 * (dense + frozen) / copies + 2 * 2 * largest
-            gradients = 4 * dense / copies + software.gradient_bytes * largest
+            weights = 2 * (dense + frozen) / copies + 2 * experts / layout.expert_data + 2 * 2 * largest
+            gradients = 4 * dense / copies + 4 * experts / layout.expert_data + software.gradient_bytes * largest
         else:
             weights = 2 * (dense + experts + frozen)
             gradients = software.gradient_bytes * (dense / (copies if layout.sharding == "gradients" else 1) + experts)

@@ -80,12 +80,15 @@ def _stack(cells: Mapping[str, str]) -> Software:
     if re.search(r"torchtitan|fsdp2", text):
         compiled = "compile" in text or "float8" in text or "fp8" in cells.get("precision", "").lower()
         stack = STACKS["fsdp-compiled" if compiled else "fsdp-eager"]
+        if re.search(r"transformer[- ]?engine|\bte\b", text):  # its modules, as in megatron-core; its attention is cuDNN's
+            module = STACKS["megatron"]
+            stack = replace(stack, moved=module.moved, attention=module.attention, module_seconds=module.module_seconds)
         return replace(stack, copies_logits=False) if compiled and re.search(r"20(25|2[6-9])", text) else stack
     if re.search(r"maxtext|jax|axlearn|levanter|paxml", text):
         return STACKS["jax"]
     if "bridge" in text:
         return STACKS["bridge"]
-    if arxiv and arxiv.group(1) < "2206":
+    if (arxiv and arxiv.group(1) < "2206") or "megatron-deepspeed" in text:  # a fork of Megatron-LM of 2021
         return STACKS["megatron-2021"]
     if re.search(r"dgxc|nemo", text):
         return STACKS["nemo"]
