@@ -52,8 +52,10 @@ Adapters = Literal["none", "queries", "all"]
 """Products with low-rank adapters: none, the one projection to queries, keys and values, or every weight of attention and MLP."""
 
 
-def _with_adapters(layer: Block, shape: DecoderShape, layout: Layout, tokens: Tokens, adapters: Adapters, *, again: bool) -> Block:
-    """Add low-rank adapters to a layer's products.
+def _with_adapters(
+    layer: Block, shape: DecoderShape, layout: Layout, tokens: Tokens, adapters: Adapters, *, sparse: bool, again: bool
+) -> Block:
+    """Add low-rank adapters to a layer's products; experts have none.
 
     Their products are so narrow that reading and writing takes all of their time. In 2 bytes per number, for widths `inputs` and `outputs`:
     forward, the input is read, the adapter's output written, and then added to the layer's output (two read, one written); backward, the
@@ -68,8 +70,10 @@ def _with_adapters(layer: Block, shape: DecoderShape, layout: Layout, tokens: To
     q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
     inputs, outputs, count = float(h), q + 2 * kv, 1
     if adapters == "all":
+        inputs, outputs, count = 3 * h + q, outputs + h, 4
+    if adapters == "all" and not sparse:
         b, ffn = shape.branches, shape.ffn / tp
-        inputs, outputs, count = (3 + b) * h + q + ffn, outputs + 2 * h + b * ffn, 5 + b
+        inputs, outputs, count = inputs + b * h + ffn, outputs + h + b * ffn, count + b + 1
     once = Stream(2 * t * (inputs + 4 * outputs), kernels=4 * count)
     back = Stream(2 * t * (2 * outputs + 5 * inputs), kernels=6 * count)
     return replace(layer, forward=(*layer.forward, once), backward=(*((once,) if again else ()), back, *layer.backward))
@@ -120,6 +124,7 @@ def decoder_job(
             layout,
             tokens,
             adapters,
+            sparse=sparse,
             again="full" in again,
         )
         for sparse, windowed, again in {kind_of(layer) for layer in range(shape.num_layers)}

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mm.planning.bridge_recipes import SETTINGS, setting_of
 from megatron_mm.planning.costs import Costs, Seconds
-from megatron_mm.planning.decoder_job import decoder_job
+from megatron_mm.planning.decoder_job import Adapters, decoder_job
 from megatron_mm.planning.decoder_shape import DecoderShape, Tokens, Trained
 from megatron_mm.planning.hardware import GPUS, MEASURED_GPUS, STACKS, Dispatcher
 from megatron_mm.planning.kernels import Message, Stream
@@ -53,7 +53,7 @@ def test_experts_with_biases_cost_passes_over_memory_unless_products_add_them() 
 
 
 def test_a_window_a_further_prediction_and_frozen_weights_count() -> None:
-    def seconds(shape: DecoderShape, *, frozen: bool = False, pipeline: int = 1) -> tuple[float, float]:
+    def seconds(shape: DecoderShape, *, adapters: Adapters = "none", pipeline: int = 1) -> tuple[float, float]:
         job = decoder_job(
             shape,
             Layout(8 * pipeline, pipeline=pipeline, expert=8),
@@ -64,7 +64,7 @@ def test_a_window_a_further_prediction_and_frozen_weights_count() -> None:
             num_micro_batches=1,
             fp8=False,
             recompute=frozenset(),
-            frozen=frozen,
+            adapters=adapters,
         )
         costs = Costs(H100, job.software, job.layout.network(H100))
         blocks = [block for stage in job.kinds[0] for block in stage]
@@ -74,7 +74,7 @@ def test_a_window_a_further_prediction_and_frozen_weights_count() -> None:
     plain = seconds(SHAPE)
     assert seconds(replace(SHAPE, window=128))[1] < 0.7 * plain[1]
     assert plain[0] < seconds(replace(SHAPE, predicted_ahead=1))[0] < 1.6 * plain[0]
-    assert 0.5 * plain[0] < seconds(SHAPE, frozen=True)[0] < 0.9 * plain[0]
+    assert 0.5 * plain[0] < seconds(SHAPE, adapters="queries")[0] < 0.9 * plain[0]
 
 
 def test_what_a_row_says_of_its_experts_is_taken() -> None:
