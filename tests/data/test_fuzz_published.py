@@ -37,6 +37,10 @@ FILES: dict[str, Any] = {
     "gqa": {"7": {"imageId": "0", "question": "what?", "answer": "red"}},
     "vizwiz": [{"image": "0.jpg", "question": "what?", "answers": [{"answer": "red"}]}],
     "karpathy": {"images": [{"filepath": "", "filename": "0.jpg", "split": "train", "sentences": [{"raw": "a ball"}, {"raw": "red"}]}]},
+    "aokvqa": [{"image_id": 7, "question_id": "x", "question": "what?", "direct_answers": ["red", "blue"]}],
+    "docvqa": {"data": [{"image": "0.jpg", "question": "what?", "answers": ["red"]}]},
+    "ocrvqa": {"0": {"questions": ["what?"], "answers": ["red"], "split": 1}},
+    "chartqa": [{"imgname": "0.jpg", "query": "what?", "label": "red"}],
     "coco": {"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": [{"image_id": 1, "caption": "a circle"}]},
     "scienceqa": {"3": {"question": "which?", "choices": ["a"], "answer": 0, "hint": "", "image": "0.jpg", "split": "train"}},
 }

@@ -286,7 +286,7 @@ def test_chats_in_the_forms_of_training_tools(tmp_path: Path) -> None:
     assert [part for part in turns[2][0].question if isinstance(part, str)] == ["P 1: ", " ", "\nwhat?"]
     assert turns[4][0].question[1:] == ("\nwhat\nis it?",) and len(turns[5][0].question) == 4
     listed = {"set": {"root": "images/", "annotation": "a.jsonl", "repeat_time": 1, "length": 7}}
-    with pytest.raises(ValueError, match="a list of data sets: run this command for the `annotation` of each"):
+    with pytest.raises(ValueError, match="a list of data sets: convert the `annotation` of each"):
         run("llava", lines(tmp_path / "b.jsonl", [listed]), tmp_path / "b")
 
 

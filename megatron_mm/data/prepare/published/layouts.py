@@ -227,9 +227,7 @@ def llava(record: Record, context: Context) -> OutSample:
     return OutSample(_json(fields), is_json=True, images=tuple(images))
 
 
-_LIST_OF_SETS = (
-    "a list of data sets: run this command for the `annotation` of each, with its `root` as --images, and weight them in data.mixture"
-)
+_LIST_OF_SETS = "a list of data sets: convert the `annotation` of each, with its `root` as --images"
 
 
 def _is_list_of_sets(record: Record) -> bool:
