@@ -1,14 +1,15 @@
 """Cost of a save on each process: bytes gathered, time that training is blocked, and memory.
 
-    .venv/bin/python benchmarks/checkpoint_save.py --processes 4
+    .venv/bin/python benchmarks/checkpoint_save.py --processes 4 [--layers 16]
 
-Saves a model of about 30M parameters on data-parallel gloo processes. Each kind saves three times, and the last save counts (the first two
-determine which process writes what). Baselines of the same run: megatron-core's "fully reshardable" state of the distributed optimizer,
-which gathers whole parameters on every process before they are written, and a save plan that is made anew for each save. All write the same
-tensors in the same format. "Plain copy" is an in-memory copy of as many bytes as this process writes, made by all processes at the same
-time. Memory is the largest increase of the process's resident set during the save (sampled every millisecond). Wall times are how long
-`save` keeps a process from training; with more processes than cores they consist mostly of waiting for a core, and processor time is more
-meaningful.
+Saves a model of about 30M parameters (with 8 layers) on data-parallel gloo processes. With twice as many processes and `--layers`, each
+writes as much as before, so that what a save costs per process, however little it writes, weighs the same. Each kind saves three times, and
+the last save counts (the first two determine which process writes what). Baselines of the same run: megatron-core's "fully reshardable"
+state of the distributed optimizer, which gathers whole parameters on every process before they are written, and a save plan that is made
+anew for each save. All write the same tensors in the same format. "Plain copy" is an in-memory copy of as many bytes as this process
+writes, made by all processes at the same time. Memory is the largest increase of the process's resident set during the save (sampled every
+millisecond). Wall times are how long `save` keeps a process from training; with more processes than cores they consist mostly of waiting
+for a core, and processor time is more meaningful.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ SAVES = 3
 GATHERING, ANEW, OURS = "gathering (baseline)", "own runs, planned anew", "own runs"
 
 
-def experiment() -> Experiment:
+def experiment(*, layers: int) -> Experiment:
     base = get_recipe("debug_mm1")
-    decoder = replace(base.model.decoder, hidden_size=512, ffn_hidden_size=1536, num_layers=8, num_attention_heads=8, head_dim=64)
+    decoder = replace(base.model.decoder, hidden_size=512, ffn_hidden_size=1536, num_layers=layers, num_attention_heads=8, head_dim=64)
     return replace(base, model=replace(base.model, decoder=decoder))
 
 
@@ -119,11 +120,11 @@ def plain_copy(written: int) -> dict[str, float]:
     return timed(source.clone)
 
 
-def built() -> tuple[Experiment, topologies.Topology, list[DistributedDataParallel], MegatronOptimizer]:
+def built(*, layers: int = 8) -> tuple[Experiment, topologies.Topology, list[DistributedDataParallel], MegatronOptimizer]:
     """Build the experiment on this process, with initialized optimizer state."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    settings = experiment()
+    settings = experiment(layers=layers)
     topology = topologies.initialize(settings.parallel, seed=1)
     model = build_model(settings, topology)
     optimizer = build_optimizer(settings, model)
@@ -131,9 +132,9 @@ def built() -> tuple[Experiment, topologies.Topology, list[DistributedDataParall
     return settings, topology, model, optimizer
 
 
-def measure(folder: Path, only: list[str]) -> dict[str, dict[str, float]]:
+def measure(folder: Path, only: list[str], *, layers: int) -> dict[str, dict[str, float]]:
     """Measure each kind of save in turn on this process."""
-    settings, topology, model, optimizer = built()
+    settings, topology, model, optimizer = built(layers=layers)
     gathered, found = Gathered(), {}
     ours = optimizer_state.optimizer_state
     kinds = {GATHERING: (gathering, NoPlans), ANEW: (ours, NoPlans), OURS: (ours, save_plan.SavePlans)}
@@ -164,22 +165,23 @@ def measure(folder: Path, only: list[str]) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers of the model (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", default=[GATHERING, ANEW, OURS], choices=[GATHERING, ANEW, OURS], help="(default: all)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.folder is not None:
-        found = measure(arguments.folder, arguments.kinds)
+        found = measure(arguments.folder, arguments.kinds, layers=arguments.layers)
         (arguments.folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
         return
     folder = Path(tempfile.mkdtemp())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.processes), __file__]
     try:
-        kinds = ["--kinds", *arguments.kinds]
-        subprocess.run([*command, "--folder", str(folder), *kinds], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        options = ["--layers", str(arguments.layers), "--kinds", *arguments.kinds]
+        subprocess.run([*command, "--folder", str(folder), *options], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"{arguments.processes} processes, MB and ms of the costliest process; clock (processor)")
+    print(f"{arguments.processes} processes, {arguments.layers} layers, MB and ms of the costliest process; clock (processor)")
     print(f"  {'':28}{'gathered':>10}{'written':>10}{'memory':>10}{'blocked':>18}{'plain copy':>18}{'ratio':>16}")
     for name in ranks[0]:
         of = {key: max(rank[name][key] for rank in ranks) for key in ranks[0][name]}
