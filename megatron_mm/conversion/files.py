@@ -7,6 +7,7 @@ system reclaims them, and a converter should never hold more than it is working 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zlib
@@ -48,7 +49,7 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)  # torch's count overflows for a header that lies
 
     @property
     def num_bytes(self) -> int:
@@ -139,7 +140,7 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[TensorInfo, Place]]:
     try:
         document = json.loads(text, object_pairs_hook=lambda pairs: _no_doubles(pairs, path))
         entries = dict(_entries(document, path, data=8 + length))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} has a safetensors header that cannot be read ({type(error).__name__}: {error})") from None
     end = 8 + length
     for name, (info, place) in sorted(entries.items(), key=lambda item: (item[1][1].offset, item[1][0].num_bytes)):

@@ -214,6 +214,8 @@ def header(document: bytes, data: bytes = b"") -> bytes:
         (header(b'{"a":{"dtype":"Q4","shape":[1],"data_offsets":[0,4]}}', bytes(4)), "tensor a has the type Q4"),
         (header(b'{"a":{"dtype":"F32"}}'), "has a safetensors header that cannot be read"),
         (header(b'["a"]'), "has a safetensors header that cannot be read"),
+        (header(b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}'), r"takes 7378\d+ bytes, but has 0"),
+        (header(b"[" * 100_000), "has a safetensors header that cannot be read"),
         (header(b"{}  not json"), "has a safetensors header that cannot be read"),
         (struct.pack("<Q", 2**60) + b"{}", "its header of 1152921504606846976 bytes is longer than the"),
     ],

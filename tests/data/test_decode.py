@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from megatron_mm.data.image_transform import ImageTransform
-from megatron_mm.data.load.decode import DaliDecoder, ImageDecoder, has_dali, is_plain, make_decoder
+from megatron_mm.data.load.decode import DaliDecoder, ImageDecoder, _reason, has_dali, is_plain, make_decoder
 from megatron_mm.platform.device import pinned, send
 
 FILL = (122, 116, 104)
@@ -246,6 +246,13 @@ def test_exif_orientation_is_not_applied(backend: str) -> None:
     turned, plain = picture("JPEG", exif=exif), picture("JPEG")
     decoded = decoder(backend).decode([turned, plain]).pixels
     assert torch.equal(decoded[0], decoded[1])
+
+
+def test_the_log_says_what_dali_met() -> None:
+    text = (
+        "Critical error in pipeline:\nError in CPU operator `x`,\n\n  File ...\n\nencountered:\n\nFailed to decode sample #0 : \nThe end."
+    )
+    assert _reason(RuntimeError(text)) == "Failed to decode sample #0 :" and _reason(RuntimeError("out of memory")) == "out of memory"
 
 
 def test_a_jpeg_without_its_end_goes_to_pillow() -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
+import io
 import json
+import lzma
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+import zstandard
 from support.published_runs import run, write_images
 
 from megatron_mm.data.prepare.published import json_files, tables
@@ -183,6 +189,30 @@ def test_a_column_of_a_type_that_python_lacks_costs_no_row() -> None:
             return pyarrow.array(["a", "b"]) if place else {}[21]
 
     assert list(tables.rows_of(Batch())) == [{"months": None, "text": "a"}, {"months": None, "text": "b"}]
+
+
+def test_a_zip_that_python_cannot_unpack_names_the_file_in_it(tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("a.jsonl", '{"text": "a"}\n')
+    for offset, value, message in ((6, 1, "a.jsonl in it .*it is encrypted"), (8, 93, "a.jsonl in it .*not supported")):
+        data = bytearray(packed.getvalue())
+        for place in (data.index(b"PK\3\4") + offset, data.index(b"PK\1\2") + offset + 2):  # flags or compression, in both headers
+            data[place] = value
+        (tmp_path / "a.jsonl.zip").write_bytes(data)
+        with pytest.raises(DamagedFile, match=message):
+            list(iterate_records(str(tmp_path / "a.jsonl.zip")))
+
+
+@pytest.mark.parametrize("name", ["q.json.gz", "q.json.zst", "q.json.xz", "q.json.bz2", "q.json.zip"])
+def test_annotations_that_cannot_be_unpacked_are_named(tmp_path: Path, name: str) -> None:
+    pack = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress, "bz2": bz2.compress, "zip": lambda data: b"PK\3\4" + data}
+    data = pack[name.rpartition(".")[2]](b'{"1": {"question": "a"}}' * 40)
+    (tmp_path / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(DamagedFile, match=rf"{name} cannot be read to the end: "):
+        json_files.load_json(str(tmp_path / name))
+    with pytest.raises(ValueError, match=rf"{name} cannot be read to the end"):
+        run("tasks", [tmp_path / name], tmp_path / "out", form="gqa", images=str(tmp_path))
 
 
 def test_links_are_followed_and_broken_ones_are_counted(tmp_path: Path) -> None:

@@ -110,3 +110,20 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 
 def test_the_names_of_the_special_tokens() -> None:
     assert (PAD, IMAGE) == ("<pad>", "<image>")
+
+
+@pytest.mark.parametrize(("missing", "message"), [("bos_id", r"begin \(bos_id\)"), ("eos_id", r"end \(eos_id\)")])
+def test_a_model_without_begin_or_end_is_refused(tmp_path: Path, missing: str, message: str) -> None:
+    """T5's models have no begin; its id of -1 would end up among a document's tokens."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red cross on a blue square"] * 20),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{missing: -1},
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match=rf"tokenizer\.model: the SentencePiece model has no token for the {message} of a document"):
+        Tokenizer.open(tmp_path / "tokenizer.model")

@@ -164,7 +164,7 @@ class DaliDecoder:
                     pipeline.feed_input(name, values)
             (images,) = pipeline.run()
         except RuntimeError as error:
-            logger.warning("DALI could not decode a batch (%s); Pillow decodes it image by image", str(error).splitlines()[0])
+            logger.warning("DALI could not decode a batch (%s); Pillow decodes it image by image", _reason(error))
             return None
         if self.resizes:
             return torch.from_dlpack(images.as_tensor()).clone()
@@ -214,6 +214,12 @@ class DaliDecoder:
         """See `ImageDecoder.close`."""
         self._pipeline = None
         self._pillow.close()
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the line of DALI's error that says what happened; the others say in which operator and at which line of our code."""
+    before, _, after = str(error).partition("encountered:")
+    return next((line.strip() for line in (after or before).splitlines() if line.strip()), "no reason given")
 
 
 _CANVAS = ("canvas_crop_w", "canvas_crop_h", "canvas_crop_pos_x", "canvas_crop_pos_y")

@@ -36,12 +36,17 @@ class Tokenizer:
         Args:
             model: a serialized SentencePiece model.
             special: tokens that must have ids. Tokens that the model lacks get the next free ids, in this order.
+
+        Raises ValueError if the model has no token for the begin or the end of a document.
         """
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=_without_spellable_controls(model))
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
         """Hash of the SentencePiece model alone, because special tokens do not change how text is tokenized."""
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
+        for name, found in (("begin (bos_id)", self.bos_id), ("end (eos_id)", self.eos_id)):
+            if found < 0:
+                raise ValueError(f"the SentencePiece model has no token for the {name} of a document: use one that has both")
         self.num_pieces: int = self._pieces.get_piece_size()
         """Number of ids of the model itself, without appended special tokens."""
         self.vocab_size: int = self.num_pieces
@@ -66,6 +71,8 @@ class Tokenizer:
             return cls(model, special=special)
         except (RuntimeError, DecodeError) as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @property
     def image_id(self) -> int:

@@ -12,7 +12,9 @@ import io
 import lzma
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -41,6 +43,17 @@ def check_is_file(path: str) -> None:
         raise DamagedFile("it is not a file but a pipe or a device: write its output to a file")
 
 
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turn every error of reading or unpacking a file into DamagedFile, with the file's name."""
+    try:
+        yield
+    except DamagedFile as error:
+        raise DamagedFile(f"{path}: {error}" if path not in str(error) else str(error)) from None
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        raise DamagedFile(f"{path} cannot be read to the end: {error}") from None
+
+
 def open_streams(path: str) -> Iterator[BinaryIO]:
     """Yield the unpacked contents of a file; for a .zip, of each file in it. The first bytes, not the name, determine the compression.
 
@@ -59,8 +72,8 @@ def open_streams(path: str) -> Iterator[BinaryIO]:
             with zipfile.ZipFile(file) as archive:
                 for info in archive.infolist():
                     if not info.is_dir() and not is_note(info.filename):
-                        with archive.open(info) as member:
-                            yield cast(BinaryIO, member)
+                        with _member(archive, info) as member:
+                            yield member
         elif form == ".gz":
             yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
         elif form == ".zst":
@@ -71,6 +84,15 @@ def open_streams(path: str) -> Iterator[BinaryIO]:
             raise DamagedFile("it is empty" if not begin else "it is not a zip file")
         else:
             yield file
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> BinaryIO:
+    """Open a file in a .zip. Raises DamagedFile if it is encrypted, or packed in a way that Python does not know."""
+    try:
+        return cast(BinaryIO, archive.open(info))
+    except RuntimeError as error:  # includes NotImplementedError
+        why = "it is encrypted" if info.flag_bits & 1 else str(error)
+        raise DamagedFile(f"{info.filename} in it cannot be unpacked ({why}): unpack it with another program") from None
 
 
 class _ZstdStream(io.RawIOBase):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from megatron_mm.data.image_formats import MAX_FILE_BYTES
-from megatron_mm.data.prepare.published.files import check_is_file, open_streams
+from megatron_mm.data.prepare.published.files import check_is_file, open_streams, reading
 from megatron_mm.data.prepare.published.losses import BadRecord, DamagedFile, Record
 from megatron_mm.data.prepare.published.tables import NOT_UTF8
 from megatron_mm.data.text.documents import object_of
@@ -30,13 +30,14 @@ _SPACES = (" ", "\t", "\r", "\n")
 
 
 def load_json(path: str) -> Any:
-    """Load a JSON file that contains one value. Raises ValueError, naming the file, if it is not JSON, or if it is too large."""
-    check_is_file(path)
+    """Load a JSON file that contains one value. Raises ValueError, naming the file, if it is damaged, too large, or not JSON."""
     data = b""
-    for stream in open_streams(path):
-        data += stream.read(_MAX_VALUE_BYTES + 1 - len(data))
-        if len(data) > _MAX_VALUE_BYTES:
-            raise ValueError(f"{path} has more than {_MAX_VALUE_BYTES // 2**30} GiB when it is unpacked: split it into several files")
+    with reading(path):
+        check_is_file(path)
+        for stream in open_streams(path):
+            data += stream.read(_MAX_VALUE_BYTES + 1 - len(data))
+    if len(data) > _MAX_VALUE_BYTES:
+        raise ValueError(f"{path} has more than {_MAX_VALUE_BYTES // 2**30} GiB when it is unpacked: split it into several files")
     try:
         return json.loads(data.decode(json.detect_encoding(data), _ESCAPE), object_pairs_hook=object_of)
     except BadDocument as error:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import lzma
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,9 +15,9 @@ from typing import BinaryIO, Literal
 
 from megatron_mm.data.image_formats import MAX_FILE_BYTES, is_image_name
 from megatron_mm.data.prepare.published.delimited import SEPARATORS, delimited_records
-from megatron_mm.data.prepare.published.files import check_is_file, ending, open_streams
+from megatron_mm.data.prepare.published.files import check_is_file, ending, open_streams, reading
 from megatron_mm.data.prepare.published.json_files import is_cut, json_records, parsed
-from megatron_mm.data.prepare.published.losses import BadRecord, DamagedFile, Record
+from megatron_mm.data.prepare.published.losses import BadRecord, Record
 from megatron_mm.data.prepare.published.tables import NOT_UTF8, arrow_records, parquet_records
 from megatron_mm.data.sources.shards import WebSample, iterate_tar
 from megatron_mm.data.text.items import BadDocument
@@ -42,7 +40,7 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
     kind = ending(path)
     if kind in (".tar", ".tgz") and ("://" in path or not path.lower().endswith(".tar")):
         raise ValueError(f"{path}: only uncompressed tars on a local disk can be read: copy or unpack it first")
-    try:
+    with reading(path):
         check_is_file(path)
         if kind == ".parquet":
             yield from parquet_records(path)
@@ -64,10 +62,6 @@ def iterate_records(path: str, *, texts: TextDocuments = "file") -> Iterator[Rec
                 f"{path} is in an unsupported format; supported are .jsonl, .json, .csv, .tsv, .txt (.gz, .zst, .zip, .bz2, .xz), "
                 ".parquet, .arrow or .tar"
             )
-    except DamagedFile as error:
-        raise DamagedFile(f"{path}: {error}" if path not in str(error) else str(error)) from None
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
-        raise DamagedFile(f"{path} cannot be read to the end: {error}") from None
 
 
 def _text_records(stream: BinaryIO, texts: TextDocuments) -> Iterator[Record | BadRecord]:
