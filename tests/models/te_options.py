@@ -12,12 +12,15 @@ import importlib
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import te_program  # installs Transformer Engine's Python first
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from support import distributed
 from support.te import extension, fp8
@@ -100,19 +103,36 @@ def user_buffers(precision: str) -> dict[str, Any]:
     return {"layers": layers, "buffers": {name: [list(buffer.args[0]), str(buffer.args[1])] for (name, _), buffer in made.items()}}
 
 
-def gather_one_by_one() -> None:
-    """Gather weights over data parallelism one by one: gloo mixes up tensors of different types when it coalesces synchronous gathers."""
+def send_one_by_one() -> None:
+    """Send what megatron-core coalesces one by one: gloo mixes up tensors of different types when it coalesces gathers."""
     buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
-    together = buffers._coalescing_manager
-    buffers._coalescing_manager = lambda *args, async_ops=False, **kwargs: (
-        together(*args, async_ops=True, **kwargs) if async_ops else contextlib.nullcontext()
-    )
+    begun: list[list[Any]] = []
+
+    @contextlib.contextmanager
+    def apart(*args: Any, **kwargs: Any) -> Iterator[SimpleNamespace]:
+        works: list[Any] = []
+        begun.append(works)
+        yield SimpleNamespace(wait=lambda: [work.wait() for work in works])
+        begun.pop()
+
+    def noted(send: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            work = send(*args, **kwargs)
+            if kwargs.get("async_op"):
+                begun[-1].append(work)
+            return work
+
+        return call
+
+    buffers._coalescing_manager = apart
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, noted(getattr(buffers, name)))
 
 
 def fp8_weights(folder: Path) -> dict[str, Any]:
     """Return losses of four steps with either kind of weights, with and without a stop in the middle, where the kind may change."""
     found: dict[str, Any] = {}
-    gather_one_by_one()
+    send_one_by_one()
     for recipe in ("tensorwise", "blockwise"):
         bf16, own = (sparse(precision="fp8", fp8_recipe=recipe, fp8_weights=wanted) for wanted in (False, True))
         losses = {"bf16": train(bf16, folder / f"{recipe}_bf16", last=4)["losses"]}
@@ -123,13 +143,25 @@ def fp8_weights(folder: Path) -> dict[str, Any]:
     return found
 
 
-def fp8_weights_of_two(kept: bool, folder: str) -> dict[str, Any]:
-    """Return losses of two data-parallel processes, and the numbers of gathered weights by type."""
+def fp8_weights_of_two(kept: bool, late: bool, folder: str) -> dict[str, Any]:
+    """Return losses of two data-parallel processes, the last one a second time after a restart from a checkpoint, and the numbers of
+    gathered weights by type.
+
+    Args:
+        late: gather weights during the next forward pass, as is the default on GPUs.
+    """
     adam.install = lambda: None
-    gather_one_by_one()
+    send_one_by_one()
+    te_program.build.DistributedDataParallelConfig = lambda **options: DistributedDataParallelConfig(  # type: ignore[misc]
+        **{**options, "overlap_param_gather": late}
+    )
     experiment = sparse(precision="fp8", fp8_weights=kept)
     trainee = te_program.Trainee(SUBJECT, experiment, "te", Path(folder))
-    losses = run(trainee, 1, 3)
+    losses = run(trainee, 1, 2)
+    trainee.save(2)
+    losses += run(trainee, 3, 3)
+    trainee.checkpointer.load_latest()
+    losses += run(trainee, 3, 3)
     buffers = trainee.model[0].buffers + trainee.model[0].expert_parallel_buffers
     gathered: dict[str, int] = {}
     for buffer in buffers:
@@ -184,7 +216,9 @@ def main() -> None:
     found["user buffers"] = {precision: distributed.run_processes(user_buffers, 2, precision)[0] for precision in ("bf16", "fp8")}
     with tempfile.TemporaryDirectory() as name:
         found["fp8 weights of two"] = {
-            str(kept): distributed.run_processes(fp8_weights_of_two, 2, kept, f"{name}/{kept}")[0] for kept in (False, True)
+            f"{kept} {late}": distributed.run_processes(fp8_weights_of_two, 2, kept, late, f"{name}/{kept}_{late}")[0]
+            for kept in (False, True)
+            for late in (False, True)
         }
     found["overlap"] = {
         f"{name} {precision}": distributed.run_processes(overlapped, 2, options, precision, kernels)[0]
