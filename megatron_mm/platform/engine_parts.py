@@ -26,6 +26,7 @@ from typing import Any
 PACKAGE = Path(__file__).parents[1]
 ENGINE = "megatron.core"
 OVERRIDDEN = (
+    "dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy.load_sharded_metadata",
     "distributed.distributed_data_parallel.DistributedDataParallel._make_backward_post_hook",
     "distributed.distributed_data_parallel.DistributedDataParallel.zero_grad_buffer",
     "pipeline_parallel.p2p_communication.P2PCommunicator._communicate_shapes",
