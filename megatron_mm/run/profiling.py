@@ -67,7 +67,7 @@ class Profile(Hook):
             return
         on_gpu = self.trainer.topology.device.type == "cuda"
         activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
-        if on_gpu and self.config.memory:
+        if self._records_memory:
             torch.cuda.memory._record_memory_history(max_entries=200_000)
         self._profiler = torch.profiler.profile(activities=activities, profile_memory=self.config.memory, acc_events=True)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's tracer would print lines of its own
@@ -111,14 +111,20 @@ class Profile(Hook):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
-            if self.trainer.topology.device.type == "cuda" and self.config.memory:
+            if self._records_memory:
                 torch.cuda.memory._dump_snapshot(str(folder / f"{name}_memory.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
             text = "\n".join(self._report(profiler, step))
             (folder / f"{name}.txt").write_text(text + "\n")
             logger.info("%s\nwritten to %s", text, folder)
         except OSError as error:
             logger.warning("the profile cannot be written (%s): training continues", error)
+        finally:
+            if self._records_memory:
+                torch.cuda.memory._record_memory_history(enabled=None)
+
+    @property
+    def _records_memory(self) -> bool:
+        return self.config.memory and self.trainer.topology.device.type == "cuda"
 
     def _report(self, profiler: Any, step: int) -> Iterator[str]:
         steps = len(self._phases)

@@ -72,7 +72,8 @@ class Hook:
         return ()
 
     def after_step(self, record: StepRecord) -> None:
-        """Called after every step; `record.told[self]` holds the sums of the numbers from `tell` over all processes."""
+        """Called after every step; `record.told[self]` holds the sums of the numbers from `tell` over all processes. A hook that reads
+        weights first calls `Trainer.gather_weights` on all processes."""
 
     def predicted_seconds(self) -> dict[str, float]:
         """Return the predicted seconds of a step by cause; empty unless the hook has a prediction."""

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support.distributed import run_processes
 from support.small import small_run
 
@@ -129,3 +130,20 @@ def test_steps_that_are_no_range_are_refused(steps: str) -> None:
 def test_a_rank_that_is_not_there_is_refused(demo_data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"profile\.ranks is \[0, 7\], but there are 1 processes"):
         start(replace(small_run(demo_data, steps=4, schedule_steps=20), profile=ProfileConfig(steps="1:2", ranks=(0, 7))), tmp_path)
+
+
+def test_memory_is_not_recorded_any_more_after_a_profile_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").write_text("a file where the run directory should be")
+    trainer: Any = SimpleNamespace(
+        experiment=SimpleNamespace(profile=ProfileConfig(steps="2:3")),
+        state=SimpleNamespace(step=0),
+        topology=SimpleNamespace(rank=0, device=torch.device("cuda")),
+        clock=SimpleNamespace(name_ranges=lambda new: None),
+        run_dir=tmp_path / "run",
+    )
+    asked: list[str | None] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled: asked.append(enabled))
+    profile = Profile(trainer)
+    profile._profiler = SimpleNamespace(stop=lambda: None)
+    profile._finish(3)
+    assert asked == [None]
