@@ -43,9 +43,10 @@ def test_a_text_file_may_begin_as_json_does(data: bytes) -> None:
     [
         {"items": [{"text": "one"}, {"image": "0.JPG"}, {"text": "two", "image": None}, {"text": " "}]},
         {"texts": ["one", None, "two"], "images": [None, "0.jpg", None]},
+        {"text_list": ["one", None, "two"], "image_list": [None, "0.jpg", None]},
         {"text_list": ["one", "two"], "image_info": [{"image_name": "0.jpg", "matched_text_index": 1, "matched_sim": 0.3}]},
     ],
-    ids=["items", "obelics", "mmc4"],
+    ids=["items", "obelics", "infimm", "mmc4"],
 )
 def test_interleaved_documents_in_every_form(fields: dict[str, Any]) -> None:
     assert interleaved(fields) == [Text("one"), ImageReference("0.jpg"), Text("two")]

@@ -138,6 +138,20 @@ def test_inputs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob(".*.partial"))
 
 
+def test_losses_of_an_earlier_version_are_looked_at_again(tmp_path: Path) -> None:
+    (tmp_path / "0.jsonl").write_text('{"text": "one"}\n{"text": 2}\n')
+    (tmp_path / "1.jsonl").write_text('{"text": "one"}\n')
+    files = [tmp_path / "0.jsonl", tmp_path / "1.jsonl"]
+    run("text", files, tmp_path / "out", lose=0.5)
+    records = sorted((tmp_path / "out" / ".prepared").glob("0000?.json"))
+    for record in records:
+        known = json.loads(record.read_text())
+        del known["reader"]  # as the first version wrote it
+        record.write_text(json.dumps(known))
+    run("text", files, tmp_path / "out", lose=0.5)
+    assert ["reader" in json.loads(record.read_text()) for record in records] == [True, False]
+
+
 @pytest.mark.slow
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
     files = text_files(tmp_path / "in", ["one", "two"])

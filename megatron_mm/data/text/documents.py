@@ -3,7 +3,7 @@
     pairs        an image (`image_formats.IMAGE_EXTENSIONS`) + KEY.txt, or KEY.json with `text` or `caption`. The image comes first.
     interleaved  KEY.json with an ordered list, and images that the list names. Three forms:
                  {"items": [{"text": "..."}, {"image": "0.jpg"}, ...]}
-                 {"texts": ["...", null, ...], "images": [null, "1.jpg", ...]}                          (OBELICS)
+                 {"texts": ["...", null, ...], "images": [null, "1.jpg", ...]}      (OBELICS; or `text_list` and `image_list`)
                  {"text_list": ["..."], "image_info": [{"image_name": "0.png", "matched_text_index": 0}]}    (MMC4;
                  an image is placed before the sentence that it matches)
     text         a line of a .jsonl with `text`, KEY.txt, or KEY.json with `text`
@@ -170,6 +170,8 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _interleaved(fields: dict[str, Any], keys: Keys, dropped: Counter[str]) -> list[Item | None]:
     if keys.text is not None or keys.image is not None:
         fields = {"texts": field_of(fields, keys.text or "texts"), "images": field_of(fields, keys.image or "images")}
+    if isinstance(fields.get("image_list"), list) and "image_info" not in fields:  # InfiMM-WebMath
+        fields = {"texts": fields.get("text_list"), "images": fields["image_list"]}
     for name, parse in _FORMS.items():
         if isinstance(fields.get(name), list):
             try:

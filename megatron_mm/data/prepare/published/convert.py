@@ -266,7 +266,7 @@ def _convert_input(arguments: tuple[int, str, Path, Options, Path | None]) -> Co
     found.rejected, found.dropped, found.left_out = dict(rejected), dict(context.dropped.counts), dict(left_out)
     record_of_work.parent.mkdir(exist_ok=True)
     partial = record_of_work.with_suffix(".partial")
-    partial.write_text(json.dumps({"input": path, "stamp": stamp, **asdict(found)}, indent=1))
+    partial.write_text(json.dumps({"input": path, "stamp": stamp, "reader": _READER, **asdict(found)}, indent=1))
     partial.replace(record_of_work)
     return found
 
@@ -348,8 +348,13 @@ def _finished(record_of_work: Path, stamp: str, out: Path) -> Converted | None:
         return None
     if known.pop("stamp", None) != stamp or not all((out / shard).is_file() for shard in known["shards"]):
         return None
-    known.pop("input")
-    return Converted(**known)
+    reader, _ = known.pop("reader", 1), known.pop("input")
+    done = Converted(**known)
+    return None if reader < _READER and (done.rejected or done.dropped or done.damaged) else done
+
+
+_READER = 2
+"""Version of the code that reads records. An input of which an earlier version lost something is converted again."""
 
 
 def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dropped_images: float) -> None:
