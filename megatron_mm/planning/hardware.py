@@ -190,7 +190,8 @@ class Software:
     """Attention computes its products in FP8."""
 
 
-MEGATRON = Software("megatron-core with Transformer Engine")
+MEGATRON = Software("megatron-core with Transformer Engine", fp8_module=1.5)
+"""The factor for FP8 modules was measured on this trainer's steps of mm1_1b (`benchmarks/planning_own_runs.py`)."""
 _FLAT = Software("", kernel_seconds=8 * MICRO, module_seconds=40 * MICRO, tensor_seconds=10 * MICRO, step_seconds=4e-3, fp8_weights=True)
 """Plain modules, a layer's gradients in one tensor, an optimizer that updates all tensors at once; weights are cast when they are used."""
 _COMPILED = replace(_FLAT, kernel_seconds=4 * MICRO, module_seconds=10 * MICRO, message_seconds=20 * MICRO)
@@ -219,8 +220,8 @@ STACKS: dict[str, Software] = {
 }
 """Software stacks of the published measurements."""
 
-OURS = replace(MEGATRON, name="this trainer with Transformer Engine", fp8_module=1.5)
-"""This trainer. The factor for FP8 modules was measured on its steps of mm1_1b (`benchmarks/planning_own_runs.py`)."""
+OURS = replace(MEGATRON, name="this trainer with Transformer Engine")
+"""This trainer."""
 
 
 def with_precision(software: Software, precision: PrecisionConfig, *, single: bool = False) -> Software:

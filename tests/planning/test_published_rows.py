@@ -101,3 +101,9 @@ def test_sharded_experts_take_memory(tmp_path: Path) -> None:
 def test_megatron_deepspeed_has_the_kernels_of_2021(tmp_path: Path) -> None:
     ((job, _),) = _plan(tmp_path, {**DENSE, "model": "gpt-176B", "notes": "Megatron-DeepSpeed"})
     assert job.software == STACKS["megatron-2021"]
+
+
+def test_modules_take_the_host_longer_in_fp8(tmp_path: Path) -> None:
+    rows = ({**DENSE, "source": "NeMo performance summary 25.04", "precision": precision} for precision in ("bf16", "FP8"))
+    bf16, fp8 = (row[1].stage_seconds[0][0].launch for row in _plan(tmp_path, *rows))
+    assert fp8 > 1.3 * bf16
