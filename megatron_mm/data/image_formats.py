@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 import warnings
 from pathlib import Path
 
@@ -30,6 +31,7 @@ MAX_FILE_BYTES = 256 * 2**20
 
 # catch_warnings around each image would not be thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def _silence_libtiff() -> None:

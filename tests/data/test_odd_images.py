@@ -108,10 +108,17 @@ def test_artefacts_of_a_picture_that_is_too_long_for_a_jpeg() -> None:
     assert decoded.ok.all() and decoded.pixels.shape == torch.Size((1, 3, 16, 16))
 
 
-def test_nothing_is_written_to_the_console_about_images(tmp_path: Path) -> None:
-    """Neither libtiff nor Pillow, whose warnings about this file the second process shows."""
-    blob = premultiplied_grey(8, {65_000: (7, 200_000, 5)})  # a tag of 200,000 bytes that are not there
-    (tmp_path / "a.tif").write_bytes(blob[:-4])
+@pytest.mark.parametrize(
+    "content",
+    [
+        premultiplied_grey(8, {65_000: (7, 200_000, 5)})[:-4],  # a tag of 200,000 bytes that are not there, and less data than needed
+        premultiplied_grey(extra={277: (3, 1, 60_000)}),  # 60,000 values in each pixel
+    ],
+    ids=["warning", "error"],
+)
+def test_nothing_is_written_to_the_console_about_images(tmp_path: Path, content: bytes) -> None:
+    """Neither by libtiff nor by Pillow, which also logs errors; the second process shows what they write about these files."""
+    (tmp_path / "a.tif").write_bytes(content)
     read = "image.load()\nexcept Exception: pass"
     ours = f"from megatron_mm.data.image_formats import open_image\ntry: image = open_image(open('a.tif', 'rb').read()); {read}"
     pillows = f"from PIL import Image\ntry: image = Image.open('a.tif'); {read}"
