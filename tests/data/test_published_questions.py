@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
-from support.data_files import picture
+from support.data_files import picture, write_tar
 from support.published_runs import documents, indexed, run, write_images
 
 CONVERSATION = [{"from": "human", "value": "which one?"}, {"from": "gpt", "value": "the red one"}]
@@ -198,3 +198,18 @@ def test_an_empty_answer_or_caption_is_found_at_once(tmp_path: Path) -> None:
     (tmp_path / "coco.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": captions}))
     found = run("tasks", [tmp_path / "coco.json"], tmp_path / "out", form="coco", images=str(images), lose=0.5)
     assert (found.samples, found.rejected) == (1, {"task without answer": 1})
+
+
+def test_conversations_in_tars_next_to_their_image(tmp_path: Path) -> None:
+    """As in Megatron-LM's example, with LLaVA's path, and as questions for energon."""
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cross"}]
+    described = [turns, {"image": "some/path.png", "conversations": turns}, {"question": "what?", "answer": "a cross"}]
+    files = {
+        f"{n}.{kind}": data
+        for n, found in enumerate(described)
+        for kind, data in (("jpg", picture()), ("json", json.dumps(found).encode()))
+    }
+    write_tar(tmp_path / "0.tar", files)
+    found = run("llava", [tmp_path / "0.tar"], tmp_path / "out")
+    assert (found.samples, found.images) == (3, 3)
+    assert [document["conversations"][-1]["value"] for document in documents(tmp_path / "out")] == ["a cross"] * 3

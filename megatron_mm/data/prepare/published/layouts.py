@@ -236,11 +236,12 @@ def _is_list_of_sets(record: Record) -> bool:
 
 
 def _named_images(record: Record) -> Any:
-    """Return the images of a conversation: its field, the file next to it in a tar, or its URL."""
-    if (named := record.get("images", record.get("image"))) is not None:
-        return named
-    inside = next((record[key] for key in IMAGE_KEYS if isinstance(record.get(key), bytes)), None)
-    return inside if inside is not None else record.get("image_url")
+    """Return the images of a conversation: the single file next to it in a tar, whatever path it names; its field; or its URL."""
+    named = record.get("images", record.get("image"))
+    inside = [record[key] for key in IMAGE_KEYS if isinstance(record.get(key), bytes)]
+    if not isinstance(named, list) and len(inside) == 1:
+        return inside[0]
+    return named if named is not None else record.get("image_url")
 
 
 _NOT_READ = ("video", "videos", "audio", "audios")

@@ -126,6 +126,8 @@ def _fields_of(sample: WebSample) -> Record | BadRecord:
             if len(data) > MAX_FILE_BYTES:
                 return BadRecord(_TOO_LARGE)
         if extension == "json" or extension.endswith(".json"):
+            if data.lstrip()[:1] == b"[":  # only the turns of a conversation, as in Megatron-LM's example
+                data = b'{"conversations": %s}' % data
             found = parsed(data)
             if isinstance(found, BadRecord):
                 return found
