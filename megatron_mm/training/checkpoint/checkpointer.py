@@ -11,12 +11,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_mm.config import CheckpointConfig, Experiment
 from megatron_mm.families.serialize import save_experiment
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.platform import adam, engine, first_writer, fp8_weights, write_results, writer_locks
+from megatron_mm.platform import adam, engine, first_writer, fp8_weights, write_results
 from megatron_mm.platform.files import full_disk, sync_to_disk
 from megatron_mm.training.checkpoint import integrity
 from megatron_mm.training.checkpoint.compatible import check_same_model, same_layout
@@ -47,6 +46,7 @@ from megatron_mm.training.checkpoint.names import (
 from megatron_mm.training.checkpoint.optimizer_state import load_optimizer_state
 from megatron_mm.training.checkpoint.save_plan import SavePlans
 from megatron_mm.training.checkpoint.state import TrainState, restore_generators, run_state, to_be_forked
+from megatron_mm.training.checkpoint.write_request import keeping_staged, with_checksums
 from megatron_mm.training.progress import Progress
 from megatron_mm.training.spread_encoder import wrapped_modules
 
@@ -143,7 +143,7 @@ class Checkpointer:
         )
         if self._failed(first_writer.take_problems(), partial, step=step):
             return
-        request = _keeping_staged(_with_checksums(async_request, partial, rank=self.topology.rank))
+        request = keeping_staged(with_checksums(async_request, partial, rank=self.topology.rank))
         request.add_finalize_fn(lambda: self._complete(partial, step=step))
         self.under_way = Save(step, state.best_step, partial, time.monotonic())
         if self.config.asynchronous:
@@ -385,43 +385,3 @@ class Checkpointer:
         if self.topology.is_main:
             logger.info("resumed from %s%s", checkpoint, "" if alike else " (written under another layout)")
         return state
-
-
-def _with_checksums(request: AsyncRequest, partial: Path, *, rank: int) -> AsyncRequest:
-    """Return the same request, but let the writing process (not the training process) also write checksums of the files it wrote."""
-    write = request.async_fn
-    if no_locks := writer_locks.problem():
-        logger.warning(
-            "rank %d: /dev/shm does not support locks (%s), so a single process writes its checkpoint files: free some space there",
-            rank,
-            no_locks,
-        )
-
-    def write_and_sum(*args: Any, **kwargs: Any) -> None:
-        if write is not None:
-            with writer_locks.threads_where_there_are_no_locks():
-                write(*args, **kwargs)
-        try:
-            integrity.write_checksums(partial, rank=rank)
-        except OSError as error:  # the first process finds the checksums missing and abandons the save
-            logger.error("rank %d: the checksums of its checkpoint files cannot be written: %s", rank, error)
-
-    return request._replace(async_fn=write_and_sum, finalize_fns=list(request.finalize_fns))
-
-
-def _keeping_staged(request: AsyncRequest) -> AsyncRequest:
-    """Return the same request, but keep what it stages for the writer until the writer has ended.
-
-    On a GPU, these are copies of tensors in pinned memory. A fork shares pinned memory with its parent, whose later copies would overwrite
-    what the writer is about to read if the memory were freed. megatron-core 0.16 frees it once the writer has started.
-    """
-    stage, staged = request.preload_fn, []
-
-    def stage_and_keep() -> Any:
-        staged.append(stage())
-        return staged[-1]
-
-    if stage is None:
-        return request
-    request.add_finalize_fn(staged.clear)
-    return request._replace(preload_fn=stage_and_keep)
