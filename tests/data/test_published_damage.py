@@ -85,9 +85,11 @@ def test_json_that_is_damaged_in_the_middle(tmp_path: Path) -> None:
     (tmp_path / "byte.json").write_bytes(b'[{"text": "a"}, {"text": "caf\xe9"}, {"text": "c"}]')
     found = run("text", [tmp_path / "byte.json"], tmp_path / "byte", lose=1)
     assert found.samples == 2 and found.rejected == {"text is not UTF-8": 1}
-    (tmp_path / "wide.json").write_bytes(json.dumps([{"text": "a"}]).encode("utf-16"))
-    with pytest.raises(ValueError, match=r"UTF-16.*iconv"):
-        run("text", [tmp_path / "wide.json"], tmp_path / "wide")
+    for coding, name in (("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("utf-32", "UTF-32"), ("utf-32-le", "UTF-32")):
+        for text in ('[{"text": "a"}]', '{"text": "a"}\n', "[1,"):
+            (tmp_path / "wide.json").write_bytes(text.encode(coding))
+            with pytest.raises(ValueError, match=rf"{name}.*iconv"):
+                run("text", [tmp_path / "wide.json"], tmp_path / "wide")
 
 
 def test_a_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +97,11 @@ def test_a_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     records = [{"text": f"{'ü' * number}\\n \u20ac", "n": 10**number, "more": {"a": [1, 2.5e3, None]}} for number in range(12)]
     data = json.dumps(records, ensure_ascii=False, indent=1).encode() + b"\n \n"
     (tmp_path / "a.json").write_bytes(data)
-    for piece in (1, 7, 64):
+    (tmp_path / "numbers.json").write_text('[-1.5e-30,1E+2 , 12.25,0,{"n":1.5}]')
+    for piece in (1, 2, 3, 7, 64):
         monkeypatch.setattr(json_files, "_PIECE", piece)
         assert list(iterate_records(str(tmp_path / "a.json"))) == records
+        assert list(iterate_records(str(tmp_path / "numbers.json"))) == [BadRecord(json_files.NO_OBJECT)] * 4 + [{"n": 1.5}]
     monkeypatch.setattr(json_files, "MAX_FILE_BYTES", 100)
     with pytest.raises(DamagedFile, match="damaged after 1 records"):  # the second record is longer than that
         (tmp_path / "b.json").write_text(json.dumps([{"text": "a"}, {"text": "b" * 200}]))

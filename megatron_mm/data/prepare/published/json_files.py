@@ -53,8 +53,9 @@ _ESCAPE = "surrogateescape"
 def json_records(stream: BinaryIO) -> Iterator[Record | BadRecord]:
     """Yield the records of a JSON file: lines, one list of objects, or one object. Raises DamagedFile after the last one before damage."""
     first = stream.readline(_PIECE)
-    if first.startswith(_UTF16):
-        coding = "utf-32" if first.startswith(_UTF32) else "utf-16"
+    unmarked = json.detect_encoding(first) if first[:1] in (b"[", b"{") else "utf-8"
+    if first.startswith(_UTF16) or unmarked != "utf-8":
+        coding = "utf-32" if first.startswith(_UTF32) or unmarked.startswith("utf-32") else "utf-16"
         raise DamagedFile(f"it is {coding.upper()}, but must be UTF-8: convert it with iconv -f {coding} -t utf-8")
     first = first.removeprefix(_BOM)
     begin = first.lstrip()[:1]
@@ -111,7 +112,7 @@ def _object(data: bytes) -> Record | BadRecord:
     if len(data) > MAX_FILE_BYTES:
         raise DamagedFile(f"it is one JSON object of more than {MAX_FILE_BYTES // 2**20} MiB: write one object per line, or a list")
     try:
-        value = json.loads(data.decode(json.detect_encoding(data), _ESCAPE), object_pairs_hook=object_of)
+        value = json.loads(data.decode("utf-8", _ESCAPE), object_pairs_hook=object_of)
     except BadDocument as reason:
         return BadRecord(str(reason))
     except (ValueError, RecursionError):
@@ -143,7 +144,7 @@ class _Text:
     """The text of a JSON list, of which only a piece is in memory."""
 
     def __init__(self, first: bytes, stream: BinaryIO) -> None:
-        self._decode = codecs.getincrementaldecoder(json.detect_encoding(first))(_ESCAPE).decode
+        self._decode = codecs.getincrementaldecoder("utf-8")(_ESCAPE).decode
         self._checked, self._plain = json.JSONDecoder(object_pairs_hook=object_of), json.JSONDecoder()
         self._stream, self._ended = stream, False
         self._text, self._position, self._before = self._decode(first), 0, 0
@@ -170,8 +171,8 @@ class _Text:
         """Return the object that begins here, or why it cannot be used, and go past it. None if there is no value of up to 256 MiB."""
         self.peek()
         found = self._parsed()
-        # A value that cannot be parsed may continue in the next piece, and so may a number at the end of this one.
-        while (found is None or found[1] == len(self._text)) and len(self._text) - self._position <= MAX_FILE_BYTES and self._more():
+        # A value that cannot be parsed may continue in the next piece, and so may a number before ".", "e" or "e-" at the end of this one.
+        while (found is None or found[1] > len(self._text) - 3) and len(self._text) - self._position <= MAX_FILE_BYTES and self._more():
             found = self._parsed()
         if found is None:
             return None
