@@ -54,6 +54,8 @@ class DecoderShape:
     causal: bool = True
     rotary: bool = True
     """Queries and keys are rotated, into new tensors."""
+    fuses_rotary: bool = True
+    """One kernel rotates. Otherwise separate ones do, as where scaled positions (YaRN) have a factor."""
     latents: Latents | None = None
     norms_heads: bool = False
     """Queries and keys are normalised (Qwen3, OLMo 2, Gemma 3)."""

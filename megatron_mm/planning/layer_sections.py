@@ -25,6 +25,10 @@ BIAS_BYTES, BIAS_BYTES_BACK, BIAS_OPERATIONS, BIAS_OPERATIONS_BACK = 28, 40, 3, 
 """Bytes per output of an expert with a bias, and operations per expert (TEGroupedMLP._apply_bias). Forward, the bias times a token's
 probability is added in float32, and the experts' outputs are concatenated and cast; backward, there are also the gradients of bias and
 probability."""
+ROTARY_BYTES, ROTARY_BYTES_BACK = 24, 20
+"""Bytes per number of queries and keys that are rotated by separate kernels (core/models/common/embeddings/rope_utils.py,
+_apply_rotary_pos_emb_bshd). Forward: halves are negated and exchanged (3 numbers read or written per number), multiplied by sines and by
+cosines (2 each), added (3), copied (2). Backward: two products (4), halves (1), their sum (3), the parts joined (2)."""
 CHECKPOINT_OPERATIONS = 8
 """Operations with which recomputing a module saves and restores the random-number state, in the forward and again in the backward pass."""
 ATTENTION_TENSORS, MLP_TENSORS, ROUTER_TENSORS = 4, 3, 2
@@ -118,12 +122,16 @@ def attention_section(
         ]
         back = Message("ring", 2 * 4 * t * kv, "context")
         context_back = [*context[:1], back, Stream(12 * turns * t * (q + 2 * kv), 2 * turns)]
+    rotary = rotary_back = Stream(4 * t * (q + kv), kernels=2)
+    if not shape.fuses_rotary:
+        rotary = Stream(ROTARY_BYTES * t * (q + kv), kernels=12)
+        rotary_back = Stream(ROTARY_BYTES_BACK * t * (q + kv), kernels=10)
     forward = [
         Stream(4 * rows * h),
         *enter,
         *qkv,
         *([Stream(4 * t * (q + kv), kernels=2)] if shape.norms_heads else []),
-        Stream(4 * t * (q + kv), kernels=2),
+        rotary,
         *context,
         core,
         *out,
@@ -136,7 +144,7 @@ def attention_section(
         *out_back,
         core_back,
         *context_back,
-        Stream(4 * t * (q + kv), kernels=2),
+        rotary_back,
         *([Stream(8 * t * (q + kv), kernels=4)] if shape.norms_heads else []),
         *enter_back,
     ]

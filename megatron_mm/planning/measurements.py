@@ -260,6 +260,7 @@ def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
         norms_heads=bool(re.search(r"qwen-?3|olmo-?2|gemma-?3|qk[-_ ]?(layer)?norm", names)),
         expert_biases=bool(re.search(r"gpt[-_ ]?oss", names)),
         window=128 if re.search(r"gpt[-_ ]?oss", names) else 0,
+        fuses_rotary=not re.search(r"gpt[-_ ]?oss", names),
         routed_machines=_routed_machines(names),
         predicted_ahead=1 if re.search(r"\bmtp\b", names) and not re.search(r"(no|without) mtp", names) else 0,
         dropout=_drops_out(cells, software),

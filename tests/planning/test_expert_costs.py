@@ -12,7 +12,7 @@ from megatron_mm.planning.decoder_job import Adapters, decoder_job
 from megatron_mm.planning.decoder_shape import DecoderShape, Tokens, Trained
 from megatron_mm.planning.hardware import GPUS, MEASURED_GPUS, STACKS, Dispatcher
 from megatron_mm.planning.kernels import Message, Stream
-from megatron_mm.planning.layer_sections import expert_section
+from megatron_mm.planning.layer_sections import attention_section, expert_section
 from megatron_mm.planning.layout import Layout
 from megatron_mm.planning.published_software import software_of
 
@@ -50,6 +50,16 @@ def test_experts_with_biases_cost_passes_over_memory_unless_products_add_them() 
     assert _layer().moved > 1.5 * _layer(shape=plain).moved
     assert _layer(fuses=True).moved < _layer(shape=plain).moved
     assert _layer("hybridep").moved < _layer("deepep").moved < _layer().moved
+
+
+def test_rotation_by_separate_kernels_moves_six_times_the_bytes() -> None:
+    tokens, layout = Tokens.whole(sequences=1, length=4096), Layout(8, expert=8)
+    fused, separate = (
+        attention_section(replace(SHAPE, fuses_rotary=fuses), layout, tokens, fp8=False, trained=Trained()) for fuses in (True, False)
+    )
+    for which, extra in ((0, 20), (1, 16)):  # forward 24 instead of 4 bytes per number, backward 20 instead of 4
+        moved = [sum(kernel.bytes for kernel in section[which] if isinstance(kernel, Stream)) for section in (fused, separate)]
+        assert moved[1] - moved[0] == extra * 4096 * (64 + 8) * 64
 
 
 def test_a_window_a_further_prediction_and_frozen_weights_count() -> None:
