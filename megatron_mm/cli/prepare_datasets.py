@@ -114,7 +114,9 @@ def _vqa_arguments(parser: Parser) -> None:
         "--annotations", metavar="FILE", help="the file with the answers, for vqav2, okvqa, and textvqa and vizwiz in their form"
     )
     parser.add_argument(
-        "--split", metavar="NAME", help="split to convert, of a karpathy or ocrvqa file or a table with a column `split` (default: all)"
+        "--split",
+        metavar="NAME[,NAME]",
+        help="split to convert, of a karpathy or ocrvqa file or a table with a column `split` (default: all)",
     )
     parser.add_argument(
         "--as",
@@ -128,7 +130,7 @@ def _vqa_arguments(parser: Parser) -> None:
 def _scienceqa_arguments(parser: Parser) -> None:
     _arguments(inputs="problems.json, or parquet files")(parser)
     parser.add_argument(
-        "--split", metavar="NAME", help="split to convert, of problems.json or a table with a column `split` (default: all)"
+        "--split", metavar="NAME[,NAME]", help="split to convert, of problems.json or a table with a column `split` (default: all)"
     )
 
 

@@ -120,6 +120,10 @@ def test_questions_of_one_split_and_several_in_a_row(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text(json.dumps(books))
     run("tasks", [tmp_path / "in.json"], tmp_path / "out", images=str(images), form="ocrvqa", split="val")
     assert [document["question"] for document in documents(tmp_path / "out")] == ["who 2?", "what 2?"]
+    run("tasks", [tmp_path / "in.json"], tmp_path / "both", images=str(images), form="ocrvqa", split="train,val")
+    assert len(documents(tmp_path / "both")) == 4
+    with pytest.raises(ValueError, match="no entry is in the split 'test': the splits are train, val"):
+        run("tasks", [tmp_path / "in.json"], tmp_path / "none", images=str(images), form="ocrvqa", split="train,test")
     rows = {"image": [{"bytes": picture(), "path": "1"}], "questions": [["who?", "what?"]], "answers": [["a", "b"]]}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "o.parquet")
     assert run("tasks", [tmp_path / "o.parquet"], tmp_path / "o", form="ocrvqa").samples == 2

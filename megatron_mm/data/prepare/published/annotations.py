@@ -46,7 +46,7 @@ def read_annotations(
     Args:
         form: key of `FORMS`.
         annotations: file of answers, for forms that have one.
-        split: split to read, for forms whose file contains several; None for all.
+        split: split or splits to read ("train,restval"), for forms whose file contains several; None for all.
         as_captions: the records will be written as image-caption pairs, so forms with questions are refused.
     """
     if form not in FORMS:
@@ -191,7 +191,7 @@ def _ocrvqa(data: Any, split: str | None) -> Records:
 
     def record(book: tuple[str, Any]) -> Records:
         image, entry = book
-        if split is None or _OCRVQA_SPLITS.get(entry["split"]) == split:
+        if _is_of(split, _OCRVQA_SPLITS.get(entry["split"])):
             for question, answer in zip(entry["questions"], entry["answers"], strict=True):
                 yield {"task": "vqa", "question": question, "answer": answer, "image": image}
 
@@ -225,7 +225,7 @@ def _karpathy(data: Any, split: str | None) -> Records:
     _check_split(split, data["images"])
 
     def record(entry: Any) -> Records:
-        if split is not None and entry["split"] != split:
+        if not _is_of(split, entry["split"]):
             return
         image = "/".join(filter(None, (entry.get("filepath"), entry["filename"])))
         if not entry["sentences"]:
@@ -239,8 +239,14 @@ def _karpathy(data: Any, split: str | None) -> Records:
 def _check_split(split: str | None, entries: Iterable[Any]) -> None:
     """Raise ValueError if a split is given but no entry belongs to it."""
     splits = sorted({str(entry.get("split", "")) for entry in entries if isinstance(entry, dict)})
-    if split is not None and split not in splits:
-        raise ValueError(f"no entry is in the split {split!r}: the splits are {', '.join(splits)}")
+    for name in split.split(",") if split is not None else ():
+        if name not in splits:
+            raise ValueError(f"no entry is in the split {name!r}: the splits are {', '.join(splits)}")
+
+
+def _is_of(split: str | None, name: object) -> bool:
+    """Return whether a split was chosen; None chooses all, and a comma separates several."""
+    return split is None or name in split.split(",")
 
 
 def _scienceqa(data: Any, split: str | None) -> Records:
@@ -248,7 +254,7 @@ def _scienceqa(data: Any, split: str | None) -> Records:
 
     def record(problem: tuple[str, Any]) -> Records:
         number, entry = problem
-        if split is None or entry.get("split") == split:
+        if _is_of(split, entry.get("split")):
             image = f"{entry.get('split', '')}/{number}/{entry['image']}" if entry.get("image") else None
             yield scienceqa_record({**entry, "image": image})
 
@@ -292,9 +298,9 @@ _ANSWER_LISTS = ("answers", "direct_answers", "label")
 
 
 def of_split(records: Iterable[Record | BadRecord], split: str, path: str, left_out: Counter[str]) -> Records:
-    """Yield the rows whose column `split` has this value; count the others. Raises ValueError if there is no such column."""
+    """Yield the rows whose column `split` has one of these values; count the others. Raises ValueError if there is no such column."""
     for record in records:
-        if isinstance(record, BadRecord) or record.get("split") == split:
+        if isinstance(record, BadRecord) or _is_of(split, record.get("split")):
             yield record
         elif record.get("split") is None:
             raise ValueError(f"{path} has no column `split`, so --split does not apply: pass only the files of the split")
