@@ -265,6 +265,8 @@ def test_chats_in_the_forms_of_training_tools(tmp_path: Path) -> None:
         (tmp_path / "im" / name).write_bytes(picture(size=(8, 9 + int(name[0]))))
     plain = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat", "loss": True}]
     parts = [{"type": "image_url", "value": "0.jpg"}, {"type": "text", "value": "what?"}]
+    source = {"type": "base64", "media_type": "image/jpeg", "data": base64.b64encode(picture()).decode()}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
     chats: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "value": "a cat"}]}]},
         {"system": "be kind", "conversations": plain, "image": "0.jpg"},
@@ -276,13 +278,14 @@ def test_chats_in_the_forms_of_training_tools(tmp_path: Path) -> None:
         {"question": "what?", "answer": "a cat", "image_url": "0.jpg"},
         {"conversations": [{"from": "human", "value": "is <img>this</img> an image?"}, plain[1]]},
         {"conversation": plain, "images": [{"image": {"bytes": None, "path": "0.jpg"}}]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "source": source}, {"type": "text", "text": "what?"}]}, answer]},
     ]
     run("llava", lines(tmp_path / "a.jsonl", chats), tmp_path / "out", images=str(tmp_path / "im"))
     written = samples(tmp_path / "out")
     turns = [conversation_turns(json.loads(document)) for document, _ in written]
-    assert [len(images) for _, images in written] == [1, 1, 2, 1, 1, 2, 0, 1, 0, 1]
-    assert [said[0].system for said in turns] == ["", "be kind", "", "", "be kind", "", "", "", "", ""]
-    assert all(said[-1].answer == "a cat" for said in turns) and [len(said) for said in turns] == [1, 1, 1, 1, 1, 2, 2, 1, 1, 1]
+    assert [len(images) for _, images in written] == [1, 1, 2, 1, 1, 2, 0, 1, 0, 1, 1]
+    assert [said[0].system for said in turns] == ["", "be kind", "", "", "be kind", "", "", "", "", "", ""]
+    assert all(said[-1].answer == "a cat" for said in turns) and [len(said) for said in turns] == [1, 1, 1, 1, 1, 2, 2, 1, 1, 1, 1]
     assert [part for part in turns[2][0].question if isinstance(part, str)] == ["P 1: ", " ", "\nwhat?"]
     assert turns[4][0].question[1:] == ("\nwhat\nis it?",) and len(turns[5][0].question) == 4
     listed = {"set": {"root": "images/", "annotation": "a.jsonl", "repeat_time": 1, "length": 7}}

@@ -3,7 +3,7 @@
 OpenAI and others   {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "1.jpg"}},
                                                                {"type": "text", "text": "What is it?"}]}, ...]}
                     also {"type": "image", "image": "1.jpg"}; the image may be a path, a URL, a data: URL, or bytes; LLaMA-Factory writes
-                    the text and the image as `value`
+                    the text and the image as `value`, Anthropic the image as `source` with `url`, or with `media_type` and `data`
 Qwen-VL             {"conversations": [{"from": "user", "value": "Picture 1: <img>1.jpg</img>\\nWhat is it?"}, ...]}
 InternLM-XComposer  <ImageHere> in place of <image>
 The Cauldron        {"images": [...], "texts": [{"user": "What is it?", "assistant": "A ball."}, ...]}; its images come first
@@ -106,6 +106,8 @@ def _part(part: Any, images: list[Any]) -> Any:
     if part.get("type") not in IMAGE_PARTS:
         return part
     value = next((part[key] for key in (*IMAGE_PARTS, "path", "url", "value") if part.get(key) is not None), None)
+    if value is None and isinstance(source := part.get("source"), dict):  # Anthropic
+        value = f"data:{source.get('media_type')};base64,{source['data']}" if isinstance(source.get("data"), str) else source
     if isinstance(value, dict) and isinstance(value.get("url"), str):
         value = value["url"]
     if value is not None:
