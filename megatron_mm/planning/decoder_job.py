@@ -150,7 +150,7 @@ def decoder_job(
             ahead = (made[kind_of(shape.num_layers - 1)], _joined(shape, layout, tokens, fp8=fp8), replace(table, parameters=0.0))
             blocks += [table, *(ahead * shape.predicted_ahead)]
         stages.append(tuple(blocks))
-    rows = tokens.tokens / layout.tensor if layout.sequence else tokens.tokens
+    rows = tokens.tokens / layout.tensor if layout.sequence or software.scatters_sends else tokens.tokens
     return Job(
         layout=layout,
         gpu=gpu,

@@ -162,6 +162,9 @@ class Software:
     """Host time of a module in FP8, relative to bf16."""
     hides_tensor_messages: float = 0.0
     """Fraction of the tensor-parallel messages that products hide."""
+    scatters_sends: bool = False
+    """Without sequence parallelism, too, each process of a tensor-parallel group sends only its part of the hidden states to the next stage
+    (arXiv 2104.04473, section 4.1)."""
     hides_data_messages: bool = True
     """Gradients are reduced while the backward pass runs."""
     shards_optimizer: bool = True
@@ -201,7 +204,12 @@ STACKS: dict[str, Software] = {
     "nemo": replace(MEGATRON, name="NeMo", hides_tensor_messages=0.7, gradient_bytes=2, fp8_weights=True, fuses_loss=True),
     "bridge": replace(MEGATRON, name="Megatron-Bridge", gradient_bytes=2, hides_tensor_messages=0.7, fp8_weights=True, fuses_loss=True),
     "megatron-2021": Software(
-        "Megatron-LM before FlashAttention", attention="unfused", moved=1.45, hides_data_messages=False, shards_optimizer=False
+        "Megatron-LM before FlashAttention",
+        attention="unfused",
+        moved=1.45,
+        hides_data_messages=False,
+        shards_optimizer=False,
+        scatters_sends=True,
     ),
     "llm-foundry": replace(
         _FLAT,

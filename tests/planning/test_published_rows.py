@@ -99,8 +99,10 @@ def test_sharded_experts_take_memory(tmp_path: Path) -> None:
 
 
 def test_megatron_deepspeed_has_the_kernels_of_2021(tmp_path: Path) -> None:
-    ((job, _),) = _plan(tmp_path, {**DENSE, "model": "gpt-176B", "notes": "Megatron-DeepSpeed"})
-    assert job.software == STACKS["megatron-2021"]
+    old = {**DENSE, "model": "gpt-176B", "notes": "Megatron-DeepSpeed", "tp": "4", "pp": "2", "recompute": "full (no SP)"}
+    (job, _), (newer, _) = _plan(tmp_path, old, {**old, "notes": ""})
+    assert job.software == STACKS["megatron-2021"] and not job.layout.sequence
+    assert newer.hidden_bytes == 4 * job.hidden_bytes  # only a part is sent to the next stage
 
 
 def test_modules_take_the_host_longer_in_fp8(tmp_path: Path) -> None:
