@@ -248,6 +248,22 @@ def test_exif_orientation_is_not_applied(backend: str) -> None:
     assert torch.equal(decoded[0], decoded[1])
 
 
+@pytest.mark.parametrize(
+    ("between", "plain"),
+    [(b"", True), (b"\xff\xff", True), (b"\0\0", False), (b"\xff\xd5", False), (b"\xff\xfe\0\1", False), (b"?>", False)],
+)
+def test_a_jpeg_with_other_bytes_between_its_segments_goes_to_pillow(caplog: pytest.LogCaptureFixture, between: bytes, plain: bool) -> None:
+    """0xFF may be repeated before a segment. Cameras exist that write a segment's length too small, so its last bytes lie between."""
+    usual = picture()
+    place = 4 + int.from_bytes(usual[4:6], "big")  # after the first segment
+    odd = usual[:place] + between + usual[place:]
+    assert is_plain(usual) and is_plain(odd) == plain
+    for backend in ("pillow", "dali") if has_dali() else ("pillow",):
+        decoded = decoder(backend).decode([usual, odd])
+        assert decoded.ok.all() and torch.equal(decoded.pixels[0], decoded.pixels[1])
+    assert not caplog.records, "DALI decodes the others"
+
+
 def test_the_log_says_what_dali_met() -> None:
     text = (
         "Critical error in pipeline:\nError in CPU operator `x`,\n\n  File ...\n\nencountered:\n\nFailed to decode sample #0 : \nThe end."
