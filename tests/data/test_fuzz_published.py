@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.data_files import picture
 
+from megatron_mm.data.prepare.published import json_files
 from megatron_mm.data.prepare.published.annotations import FORMS, read_annotations
 from megatron_mm.data.prepare.published.images import ImageStore
 from megatron_mm.data.prepare.published.layouts import CAPTION_KEYS, IMAGE_KEYS, LAYOUTS, Context, LeftOut
@@ -124,6 +126,25 @@ def check_lines(folder: Path, data: bytes) -> None:
     assert given_records >= 1
 
 
+def check_list(values: list[Any], indent: int | None, piece: int, keep: float) -> None:
+    """Check that a list read in pieces gives what a parser of the whole gives, and that a list that is cut off says so."""
+    data = json.dumps(values, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    wanted = [value if isinstance(value, dict) else BadRecord(json_files.NO_OBJECT) for value in json.loads(data)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_files, "_PIECE", piece)
+        assert repr(list(json_files.json_records(io.BytesIO(data)))) == repr(wanted)
+        found: list[Any] = []
+        with pytest.raises(DamagedFile):
+            found.extend(json_files.json_records(io.BytesIO(data[: max(1, int(keep * (len(data) - 1)))])))
+        assert len(found) <= len(wanted)
+
+
+@given(st.lists(ANY, max_size=6), st.sampled_from([None, 0, 2]), st.integers(1, 40), st.floats(0, 1))
+@inputs(80)
+def test_any_list_in_pieces_is_the_same_list(values: list[Any], indent: int | None, piece: int, keep: float) -> None:
+    check_list(values, indent, piece, keep)
+
+
 @given(st.sampled_from(sorted(RECORDS)), CHANGES)
 @inputs(150)
 def test_any_record_is_a_sample_or_has_a_reason(folder: Path, layout: str, changes: list[tuple[int, Any]]) -> None:
@@ -154,6 +175,14 @@ def test_any_lines_are_records_or_damage(folder: Path, data: bytes) -> None:
 @inputs(10_000)
 def test_ten_thousand_records(folder: Path, layout: str, changes: list[tuple[int, Any]]) -> None:
     check_record(folder, layout, changes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@given(st.lists(ANY, max_size=6), st.sampled_from([None, 0, 2]), st.integers(1, 40), st.floats(0, 1))
+@inputs(10_000)
+def test_ten_thousand_lists_in_pieces(values: list[Any], indent: int | None, piece: int, keep: float) -> None:
+    check_list(values, indent, piece, keep)
 
 
 @pytest.mark.slow
