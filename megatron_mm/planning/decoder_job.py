@@ -91,13 +91,17 @@ def decoder_job(
     fp8: bool,
     recompute: Recompute,
     adapters: Adapters = "none",
+    document_length: float | None = None,
 ) -> Job:
-    """Job of a decoder on full sequences of one document each.
+    """Job of a decoder on full sequences.
 
     Args:
+        document_length: mean number of tokens in the documents of a sequence; by default it is one document.
         adapters: low-rank adapters that are trained in place of the weights. Their own weights are so few that they are left out.
     """
     tokens = Tokens.whole(sequences=micro_batch_size, length=sequence_length, context=layout.context)
+    if document_length is not None:
+        tokens = replace(tokens, pairs=tokens.tokens * document_length / 2, length=document_length)
     trained = Trained(weights=adapters == "none")
     pairs = min(tokens.pairs, tokens.tokens * (shape.window + WINDOW_TOKENS))
     near = replace(tokens, pairs=pairs, windowed=True) if shape.window else tokens

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_mm.planning import functional_tests
-from megatron_mm.planning.decoder_job import Adapters, decoder_job
+from megatron_mm.planning.decoder_job import decoder_job
 from megatron_mm.planning.decoder_shape import DecoderShape, Latents, Recompute
 from megatron_mm.planning.hardware import Gpu, Software
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.layout import Layout
 from megatron_mm.planning.published_hardware import at_precision, gpu_of, release_of
-from megatron_mm.planning.published_software import has_latents, recipe_setting, software_of
+from megatron_mm.planning.published_software import adapters_of, document_length_of, has_latents, recipe_setting, software_of
 from megatron_mm.planning.step import Prediction, StepModel
 
 GIB = 2**30
@@ -58,10 +58,15 @@ class Measurement:
     def predict(self) -> Prediction:
         """Predict the fastest candidate that fits or could be made to fit; if there is none, the smallest."""
         predictions = [(StepModel(job).predict(), job) for job in self.jobs]
-        fitting = [p for p, job in predictions if p.peak_bytes <= MADE_TO_FIT * job.gpu.memory_gb * 1e9]
+        fitting = [p for p, job in predictions if p.peak_bytes <= _made_to_fit(job) * job.gpu.memory_gb * 1e9]
         if fitting:
             return min(fitting, key=lambda p: p.seconds)
         return min((p for p, _ in predictions), key=lambda p: p.peak_bytes)
+
+
+def _made_to_fit(job: Job) -> float:
+    """JAX's policies keep anything between half of the products and nothing, so a run recomputes everything only if it must."""
+    return 2 * MADE_TO_FIT if job.software.name.startswith("JAX") else MADE_TO_FIT
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,8 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
             num_micro_batches=max(1, round(batch / (size * layout.data))),
             fp8=fp8 and gpu.fp8_tflops > 0,
             recompute=choice,
-            adapters=_adapters(cells),
+            adapters=adapters_of(cells),
+            document_length=document_length_of(cells),
         )
         for layout in layouts
         for size in _micro_batch_sizes(cells, batch, layout)
@@ -204,15 +210,6 @@ def _is_fp8(cells: Mapping[str, str], assumed: list[str]) -> bool:
         assumed.append("precision")
         return True
     return bool(re.search(r"fp8|float8|e4m3|hybrid", precision))
-
-
-def _adapters(cells: Mapping[str, str]) -> Adapters:
-    """Return which products have low-rank adapters, which alone are then trained: by default all, and in Megatron-Bridge's performance
-    recipes the projections to queries, keys and values (perf_recipes: `peft.target_modules`)."""
-    text = " ".join(cells.get(name, "") for name in ("model", "source", "ref", "notes")).lower()
-    if not re.search(r"\bq?lora\b|\bdora\b|\bpeft\b|adapter", text):
-        return "none"
-    return "queries" if re.search(r"bridge performance", text) else "all"
 
 
 def _flops(shape: DecoderShape, length: int) -> float:
@@ -377,7 +374,7 @@ def _recompute(cells: Mapping[str, str], software: Software, gpu: Gpu) -> list[R
     if setting is not None:
         return [frozenset(setting.recompute)]
     if not text and software.name.startswith("JAX"):  # MaxText's usual policy keeps only some of the products
-        return [frozenset({"mlp_half"})]
+        return [frozenset({"mlp_half"}), frozenset({"full"})]
     if not text and re.search(r"dgxc|nemo", " ".join((cells.get("source", ""), cells.get("ref", ""))).lower()):
         return [frozenset()]
     if not text:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from megatron_mm.planning.bridge_recipes import ALL_GRAPHED, OVERLAPPED, Setting, setting_of
+from megatron_mm.planning.decoder_job import Adapters
 from megatron_mm.planning.hardware import STACKS, Dispatcher, Gpu, Software
 
 
@@ -115,3 +116,22 @@ def recipe_setting(cells: Mapping[str, str], gpu: Gpu) -> Setting | None:
 
 LATEST = (26, 8, 0)
 """Release that is assumed for a row that names none."""
+
+
+def adapters_of(cells: Mapping[str, str]) -> Adapters:
+    """Return which products have low-rank adapters, which alone are then trained: by default all, and in Megatron-Bridge's performance
+    recipes the projections to queries, keys and values (perf_recipes: `peft.target_modules`)."""
+    text = " ".join(cells.get(name, "") for name in ("model", "source", "ref", "notes")).lower()
+    if not re.search(r"\bq?lora\b|\bdora\b|\bpeft\b|adapter", text):
+        return "none"
+    return "queries" if re.search(r"bridge performance", text) else "all"
+
+
+def document_length_of(cells: Mapping[str, str]) -> float | None:
+    """Mean number of tokens in a document if several are packed into a sequence: Megatron-Bridge's recipes for fine-tuning pack SQuAD."""
+    text = " ".join(cells.get(name, "") for name in ("source", "notes")).lower()
+    return SQUAD_TOKENS if "bridge" in text and re.search(r"\bsft\b|\blora\b|fine-?tun", text) else None
+
+
+SQUAD_TOKENS = 200.0
+"""About the length of a paragraph of SQuAD with a question and its answer."""

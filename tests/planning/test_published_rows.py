@@ -109,3 +109,16 @@ def test_modules_take_the_host_longer_in_fp8(tmp_path: Path) -> None:
     rows = ({**DENSE, "source": "NeMo performance summary 25.04", "precision": precision} for precision in ("bf16", "FP8"))
     bf16, fp8 = (row[1].stage_seconds[0][0].launch for row in _plan(tmp_path, *rows))
     assert fp8 > 1.3 * bf16
+
+
+def test_fine_tuning_of_megatron_bridge_packs_short_documents(tmp_path: Path) -> None:
+    source = "Megatron-Bridge performance summary 26.06"
+    whole, packed = (row[1] for row in _plan(tmp_path, *({**DENSE, "source": source, "notes": notes} for notes in ("", "SFT"))))
+    assert packed.parts["attention"] < 0.5 * whole.parts["attention"]
+
+
+def test_a_run_under_jax_that_cannot_fit_otherwise_recomputes_everything(tmp_path: Path) -> None:
+    jax = {**DENSE, "notes": "JAX", "recompute": "", "fsdp": "64"}
+    small, large = _plan(tmp_path, {**jax, "gbs": "64"}, {**jax, "mbs": "32", "gbs": "2048"})
+    kept, recomputed = (row[1].stage_seconds[0][1].product / row[1].stage_seconds[0][0].product for row in (small, large))
+    assert kept < 2.7 < 2.8 < recomputed
