@@ -25,8 +25,9 @@ def documents(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def run(layout: str, inputs: list[Path], out: Path, *, lose: float = 0.0, **options: Any) -> Converted:
-    return convert([str(path) for path in inputs], out, options=Options(layout, **options), max_rejected=lose, max_dropped_images=lose)
+def run(layout: str, inputs: Path | list[Path], out: Path, *, lose: float = 0.0, **options: Any) -> Converted:
+    paths = inputs if isinstance(inputs, list) else [inputs]
+    return convert([str(path) for path in paths], out, options=Options(layout, **options), max_rejected=lose, max_dropped_images=lose)
 
 
 def write_images(folder: Path, names: list[str]) -> Path:
@@ -34,3 +35,9 @@ def write_images(folder: Path, names: list[str]) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(picture(size=(20 + number, 30)))
     return folder
+
+
+def lines(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
