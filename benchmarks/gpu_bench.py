@@ -23,15 +23,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the other files of ben
 
 import torch
 
-from benchmarks.gpu_pieces import time_attention, time_tower
+from benchmarks.gpu_pieces import time_attention, time_tower, time_tower_graph
 from benchmarks.gpu_steps import CPU_MODELS, MODELS, TE, Case, look_inside, time_cases
 from benchmarks.parts import Part, Row, emit, run_parts, wait_for_turn
 from megatron_mm.families.recipes import get_recipe
 
 RESULTS = Path(__file__).with_name("results")
 GPU_BACKENDS, CPU_BACKENDS = [("te", "bf16"), ("torch", "bf16")], [("torch", "fp32")]
-PIECES = ("inside mm1_1b", "pieces of mm1_1b")
-CPU_PIECES = ("inside debug_mm1", "pieces of debug_mm1")
+PIECES = ("inside mm1_1b", "pieces of mm1_1b", "tower graph of infimm_zephyr_7b_pt")
+CPU_PIECES = ("inside debug_mm1", "pieces of debug_mm1", "tower graph of debug_infimm")
 
 
 def parts_of(device: str) -> list[str]:
@@ -58,6 +58,10 @@ def run_one(part: str, *, device: str, steps: int, out: Path) -> None:
             time_attention(base, backends, repeats=20 if on_gpu else 1),
             time_tower(base, backends, images=[1, 4, 8, 14, 28] if on_gpu else [1, 2], repeats=10 if on_gpu else 1),
         )
+    elif part.startswith("tower graph of "):
+        base = get_recipe(part.removeprefix("tower graph of "))
+        images, at_once = ([1, 4, 8, 14, 28], [4, 8, 16]) if on_gpu else ([1, 3], [2])
+        rows = time_tower_graph(base, backends, images=images, at_once=at_once, repeats=10 if on_gpu else 1)
     else:
         raise ValueError(f"no part is called {part}: use one of {parts_of(device)}")
     wait_for_turn()

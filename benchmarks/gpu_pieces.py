@@ -14,10 +14,13 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from benchmarks.parts import Row
 from megatron_mm.config import Experiment
+from megatron_mm.families.infimm.config import InfiMMConfig
 from megatron_mm.flops import vision_flops
+from megatron_mm.models.tower_graph import GraphedTower
 from megatron_mm.models.vision import VisionTower
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.initial_weights import initialize_weights
+from megatron_mm.platform import cuda_graph
 from megatron_mm.training.build import build_chunks
 
 PACKINGS = {
@@ -30,8 +33,9 @@ PACKINGS = {
 
 
 def _chunk(base: Experiment, layers: str, precision: str) -> tuple[torch.nn.Module, torch.device]:
-    """Build a model with one decoder layer and the whole tower."""
-    model = replace(base.model, decoder=replace(base.model.decoder, num_layers=1))  # type: ignore[type-var]
+    """Build a model with one decoder layer (InfiMM: with as few as have a gated block) and the whole tower."""
+    fewest = base.model.gated.every_n_layers if isinstance(base.model, InfiMMConfig) else 1
+    model = replace(base.model, decoder=replace(base.model.decoder, num_layers=fewest))  # type: ignore[type-var]
     parallel = replace(base.parallel, tensor=1, pipeline=1, virtual=1, expert=1, stage_layers=None, recompute="none")
     train = replace(base.train, layers=layers, precision=precision, global_batch_size=1, micro_batch_size=1)  # type: ignore[arg-type]
     settings = replace(base, model=model, parallel=parallel, train=train)
@@ -116,3 +120,49 @@ def time_tower(base: Experiment, backends: list[tuple[str, str]], *, images: lis
                 "tflops": round(count * vision_flops(tower.config) / ms / 1e9, 3),
             }
         topologies.shutdown()
+
+
+def _eager(forward: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return partial(forward, example)
+
+
+def time_tower_graph(
+    base: Experiment, backends: list[tuple[str, str]], *, images: list[int], at_once: list[int], repeats: int
+) -> Iterator[Row]:
+    """Time the forward pass of a frozen tower, plainly and as a CUDA graph, by the number of images in a micro-batch.
+
+    On a CPU, the graph is replaced by the tower itself, which shows what blank images cost.
+
+    Args:
+        at_once: numbers of images per replay.
+    """
+    for layers, precision in backends:
+        chunk, device = _chunk(base, layers, precision)
+        tower = chunk.encoder.parts["vision"].requires_grad_(False)  # type: ignore[union-attr, operator]
+        size = tower.config.image_size
+        ways: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {"no graph": (1, torch.no_grad()(tower.forward))}
+        on_gpu = device.type == "cuda"
+        for number in at_once:
+            static = torch.zeros(number, 3, size, size, dtype=torch.uint8, device=device)
+            capture = cuda_graph.capture if on_gpu else _eager
+            ways[f"graph of {number}" if on_gpu else f"no graph, {number} at once"] = (
+                number,
+                GraphedTower(static, capture(tower.forward, static)),
+            )
+        for count in images:
+            pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
+            plain = None
+            for name, (step, way) in ways.items():
+                ms = _median_ms(partial(_call, way, pixels), device, repeats)
+                plain = plain or ms
+                yield {
+                    "case": f"frozen tower, {count} images, {name}: {layers} {precision}",
+                    "ms": round(ms, 3),
+                    "speed": round(plain / ms, 3),
+                    "images_computed": -(-count // step) * step,
+                }
+        topologies.shutdown()
+
+
+def _call(way: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> None:
+    way(pixels)

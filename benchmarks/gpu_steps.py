@@ -29,6 +29,7 @@ from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork, mfu, peak_tflops
+from megatron_mm.models.context import Kernels
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.run.data import image_input
@@ -136,7 +137,7 @@ def on_one_process(base: Experiment, case: Case) -> Experiment:
     """Return the experiment for one process, with a few micro-batches per step."""
     kernels = KernelConfig()
     if case.kernels != "all":
-        kernels = KernelConfig(**{field.name: field.name == case.kernels for field in fields(KernelConfig)})
+        kernels = KernelConfig(**{field.name: field.name == case.kernels for field in fields(Kernels)})
     return replace(
         base,
         kernels=kernels,

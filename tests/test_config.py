@@ -30,6 +30,7 @@ DECODER, VISION, CONNECTOR = DEBUG.model.decoder, DEBUG.model.vision, DEBUG.mode
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
+        (DEBUG.kernels, {"tower_graph": 0}, "kernels.tower_graph is 0, but must be positive"),
         (DECODER, {"num_layers": 0}, "num_layers is 0, but must be positive"),
         (DECODER, {"num_query_groups": 3}, "num_attention_heads 4 is not a multiple of num_query_groups 3"),
         (DECODER, {"head_dim": 7}, "head_dim 7 is odd"),

@@ -42,7 +42,7 @@ from megatron_mm.families.mm1.config import MM1Config
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.initial_weights import STATE_METADATA
-from megatron_mm.platform import adam
+from megatron_mm.platform import adam, cuda_graph
 from megatron_mm.run.data import TrainingData, open_tokenizer
 from megatron_mm.run.doctor import diagnose, report
 from megatron_mm.run.start import check_shapes
@@ -50,6 +50,7 @@ from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import Checkpointer, TrainState
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
+from megatron_mm.training.tower_graph import LIMITS, Capture, graph_tower, graphed_tower, replay_difference
 
 megatron_optimizer: Any = importlib.import_module("megatron.core.optimizer")
 distributed_optimizer: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
@@ -57,6 +58,8 @@ distributed_optimizer: Any = importlib.import_module("megatron.core.optimizer.di
 STEPS = 5
 RECIPES = ("debug_mm1", "debug_mm1_moe", "debug_infimm", "debug_mono_internvl")
 """One recipe of every family, and one with experts."""
+GRAPH_IMAGES = 8
+"""Images per replay of a tower's graph."""
 GATE = 0.7
 """Value that gates are set to: a closed gate hides every error behind it."""
 
@@ -136,6 +139,7 @@ def train(settings: Experiment) -> Seen:
         model = build_model(settings, topology)
         chunk = model[0].module
         hide_nothing(chunk)
+        graph_tower(settings, model)  # only if the settings ask for it
         step = TrainingStep(settings, topology, model, build_optimizer(settings, model), num_sources=len(settings.data.sources))
         data = TrainingData(_padded_alike(settings), topology, open_tokenizer(settings))
         batches = next(data).micro_batches
@@ -324,6 +328,47 @@ def check_fp8_weights(data: Path, device: torch.device) -> Iterator[Checked | Sk
     yield Checked("FP8 weights, through a checkpoint: loss", distance(stopped, once), 1e-5)
 
 
+def check_tower_graph(data: Path, device: torch.device) -> Iterator[Checked | Skipped]:
+    """Compare replays of towers as CUDA graphs with the towers; for InfiMM, also losses with and without a graph."""
+    if device.type != "cuda":
+        yield Skipped("tower graph", "needs a GPU")
+        return
+    kinds = [("torch", "fp32"), ("torch", "bf16")]
+    if importlib.util.find_spec("transformer_engine") is not None:
+        kinds.append(("te", "bf16"))
+    for layers, precision in kinds:
+        for recipe in ("debug_infimm", "debug_mm1"):
+            yield from compare_replays(experiment(data, precision=precision, layers=layers, recipe=recipe))
+        plain = experiment(data, precision=precision, layers=layers, recipe="debug_infimm")
+        graphed = replace(plain, kernels=replace(plain.kernels, tower_graph=GRAPH_IMAGES))
+        found = distance(train(graphed).losses, train(plain).losses)
+        yield Checked(
+            f"tower graph, debug_infimm {layers} {precision}: loss of {STEPS} steps", found, 1e-5 if precision == "fp32" else 1e-2
+        )
+
+
+def compare_replays(settings: Experiment, *, capture: Capture = cuda_graph.capture) -> Iterator[Checked]:
+    """Compare replays of a tower's graph with the tower, for several numbers of images, before and after its weights change in place."""
+    settings = replace(settings, kernels=replace(settings.kernels, tower_graph=GRAPH_IMAGES))
+    topology = topologies.initialize(settings.parallel, seed=settings.train.seed)
+    try:
+        model = build_model(settings, topology)
+        tower = model[0].module.encoder.parts["vision"].requires_grad_(False)
+        graph_tower(settings, model, capture=capture)
+        graphed = graphed_tower(model)
+        assert graphed is not None
+        what = f"tower graph, {settings.model.family} {settings.train.layers} {settings.train.precision}"
+        for when in ("", " with new weights"):
+            numbers = [GRAPH_IMAGES, 2 * GRAPH_IMAGES, GRAPH_IMAGES + 3, 1]
+            found = replay_difference(graphed, partial(type(tower).forward, tower), numbers=numbers)
+            yield Checked(f"{what}: replays{when}", found, LIMITS[graphed.replay().dtype])
+            yield Checked(f"{what}: features of no images{when}", len(graphed(graphed.pixels[:0])), 0)
+            for parameter in tower.parameters():
+                parameter.data.mul_(0.9)  # as a checkpoint is loaded: in place
+    finally:
+        topologies.shutdown()
+
+
 def run_on(data: Path, kinds: list[type], *, settings: Experiment | None = None, steps: int = 3) -> list[float]:
     """Return the losses of a run in parts of `steps` steps, each with its own kind of Adam, resumed from the previous part's checkpoint."""
     settings = settings or experiment(data, precision="fp32", layers="torch")
@@ -367,6 +412,7 @@ CHECKS: dict[str, Callable[[Path, torch.device], Iterator[Checked | Skipped]]] =
     "decoders": check_decoders,
     "optimizer": check_optimizer,
     "FP8 weights": check_fp8_weights,
+    "tower graph": check_tower_graph,
 }
 
 

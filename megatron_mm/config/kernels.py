@@ -1,8 +1,10 @@
-"""Configuration of fused kernels."""
+"""Configuration of fused kernels, and of the CUDA graph of an image tower."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from megatron_mm.config.checks import require
 
 
 @dataclass(frozen=True)
@@ -22,3 +24,9 @@ class KernelConfig:
     """Transformer Engine's kernel that chooses the experts of each token and computes their weights."""
     eva_tower: bool | None = None
     """EVA towers apply rotary positions with Transformer Engine's kernel, and compute their SwiGLU with a compiled one."""
+    tower_graph: int | None = None
+    """Images per replay of a CUDA graph that runs a frozen image tower during training; None runs it without a graph. The images of a
+    micro-batch are filled up with blank ones to a multiple of this number. This has not run on a GPU yet."""
+
+    def __post_init__(self) -> None:
+        require(self.tower_graph is None or self.tower_graph > 0, f"kernels.tower_graph is {self.tower_graph}, but must be positive")

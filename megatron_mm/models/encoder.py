@@ -11,6 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.parallel.replicated import mark_replicated, replicated_state
 
+TOWER = "vision"
+"""Name of the tower among an encoder's parts."""
+
 
 class ImageEncoder(MegatronModule):
     """Pixels [n, 3, H, W] uint8 -> features [n, tokens, width]. A family's subclass adds `forward`.

@@ -36,6 +36,7 @@ from megatron_mm.run.step_measures import Norms, balance, is_due, memory_gb
 from megatron_mm.run.watchdog import is_lost_contact
 from megatron_mm.training.metrics import StepMetrics
 from megatron_mm.training.routing import RoutingStats, draw_expert_load
+from megatron_mm.training.tower_graph import graphed_tower
 from megatron_mm.training.trainer import Hook, StepRecord, Trainer
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Metrics(Hook):
                 skipped_steps=trainer.state.skipped_steps,
                 bad_samples=self._bad_samples(record),
                 fill=plan.fill,
+                tower_blanks=round(record.told[self][-1]),
                 data_seconds=record.data_seconds,
                 experts=result.routing.summary() if result.routing is not None else {},
                 source_tokens=dict(zip(self.sources, result.losses.tokens, strict=True)),
@@ -98,12 +100,14 @@ class Metrics(Hook):
         )
 
     def tell(self, batch: StepBatch) -> tuple[float, ...]:
-        return tuple(float(batch.bad.get(name, 0)) for name in self.sources)
+        graphed = graphed_tower(self.trainer.model) if self.trainer.experiment.kernels.tower_graph is not None else None
+        blanks = 0 if graphed is None else graphed.take_blanks()
+        return (*(float(batch.bad.get(name, 0)) for name in self.sources), float(blanks))
 
     def _bad_samples(self, record: StepRecord) -> dict[str, int]:
         """Number of samples that have failed so far, by source, over all processes."""
         total = self.trainer.state.bad_samples
-        for name, count in zip(self.sources, record.told[self], strict=True):
+        for name, count in zip(self.sources, record.told[self][:-1], strict=True):
             total[name] = total.get(name, 0) + round(count)
         return {name: count for name, count in total.items() if count}
 

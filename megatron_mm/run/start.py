@@ -56,6 +56,7 @@ from megatron_mm.training.kernels import choose_kernels
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.options import check_options
 from megatron_mm.training.progress import Progress
+from megatron_mm.training.tower_graph import graph_tower
 from megatron_mm.training.trainer import Hook, Trainer
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,10 @@ def assemble(
     checkpointer = Checkpointer(experiment, topology, run_dir, model, optimizer, progress=progress)
     state = leave_out(checkpointer.load_latest() or TrainState(), run_dir, topology=topology)
     times.lap("checkpoint")
+    if experiment.kernels.tower_graph is not None:
+        if graph_tower(experiment, model) and topology.is_main:  # with the final weights, before the loader's threads
+            logger.info("the image tower runs as a CUDA graph of %d images", experiment.kernels.tower_graph)
+        times.lap("graph of the image tower")
     data = TrainingData(experiment, topology, tokenizer, plan=checked.plan, cursor=state.plan)
     heldout = HeldOut(experiment, topology, tokenizer, image=image_input(experiment), batches=held_out_batches)
     trainer = Trainer(

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import torch
 
-from megatron_mm.config import EvaConfig, Experiment, KernelConfig
+from megatron_mm.config import EvaConfig, Experiment
 from megatron_mm.models.context import Kernels
 from megatron_mm.models.layers import Backend
 
@@ -19,7 +19,7 @@ def choose_kernels(experiment: Experiment, *, backend: Backend) -> Kernels:
     """
     missing = _missing(experiment, backend=backend)
     chosen = {}
-    for field in fields(KernelConfig):
+    for field in fields(Kernels):
         wanted, why = getattr(experiment.kernels, field.name), missing[field.name]
         if wanted and why:
             raise ValueError(f"kernels.{field.name} is True, but {why}: leave it unset to use the kernel wherever it can run")

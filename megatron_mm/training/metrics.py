@@ -51,6 +51,8 @@ class StepMetrics:
     """Samples that failed at run time since the beginning of training, by source."""
     fill: float = 1.0
     """Fraction of the batch that is not padding."""
+    tower_blanks: int = 0
+    """Blank images computed since the previous step, also in evaluations, to fill up graphs of the image tower (`kernels.tower_graph`)."""
     data_seconds: float = 0.0
     """Part of `seconds` spent waiting for data."""
     experts: dict[str, float] = field(default_factory=dict)

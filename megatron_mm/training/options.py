@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_mm.config import Experiment
+from megatron_mm.config import EvaConfig, Experiment
 from megatron_mm.families.registry import family_of
 from megatron_mm.models.layers import Backend
 from megatron_mm.models.vision import TOWER_MODULES
@@ -66,6 +66,7 @@ def asked_for(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
     yield from _dispatch(experiment, backend=backend)
     yield from _expert_overlap(experiment, backend=backend)
     yield from _precision(experiment, backend=backend)
+    yield from _tower_graph(experiment)
 
 
 def _overlap(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
@@ -287,3 +288,41 @@ def _moments_impossible(experiment: Experiment, *, backend: Backend) -> str:
     if not experiment.parallel.distributed_optimizer:
         return "only the distributed optimizer keeps moments in bf16: use --parallel.distributed-optimizer True"
     return ""
+
+
+def _tower_graph(experiment: Experiment) -> Iterator[Option]:
+    images = experiment.kernels.tower_graph
+    if images is not None:
+        yield Option(
+            "kernels.tower_graph",
+            images,
+            impossible=_tower_graph_impossible(experiment),
+            costs=f"each process fills up the images of a micro-batch with blank ones to a multiple of {images}; the computation on these "
+            "(`tower_blanks` in metrics.jsonl) is wasted. This is untried on GPUs; at the start, replays are compared with the tower",
+        )
+
+
+def _tower_graph_impossible(experiment: Experiment) -> str:
+    family, policy, parallel = family_of(experiment.model), experiment.train.freeze_policy, experiment.parallel
+    recompute = parallel.recompute_encoder or parallel.recompute
+    if not torch.cuda.is_available():
+        return "CUDA graphs need a GPU: leave it out"
+    if not family.spreads_encoder:
+        return f"{family.name} models have no image tower apart from the first stage: leave it out"
+    if experiment.train.precision == "fp8":
+        return "FP8 training with a graph has not been worked out: use --train.precision bf16, or leave it out"
+    if any(map(family.trainable(policy), _tower_parameters(experiment))):
+        return f"freeze policy {policy!r} trains the image tower, and a replay would overwrite activations that it needs: leave it out"
+    if recompute != "none" and not isinstance(getattr(experiment.model, "vision", None), EvaConfig):
+        return f"the tower is recomputed ({recompute}), which saves nothing if it is frozen: use --parallel.recompute-encoder none"
+    return ""
+
+
+def _tower_parameters(experiment: Experiment) -> list[str]:
+    """Return the names of the image tower's parameters, as far as they are known without building it; `graph_tower` checks them all."""
+    family = family_of(experiment.model)
+    try:
+        table = family.table(experiment.model)
+    except ValueError:  # it has no Hugging Face model
+        return []
+    return [entry.ours for entry in table if family.part_of(entry.ours) == "tower"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -9,8 +10,10 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +71,25 @@ def test_what_is_not_a_number_never_holds(gpu_check: ModuleType) -> None:
 def test_layers_of_other_names_are_not_compared(gpu_check: ModuleType) -> None:
     with pytest.raises(AssertionError, match="not the same names"):
         gpu_check.farthest({"a": torch.ones(1)}, {"b": torch.ones(1)})
+
+
+@pytest.mark.parametrize("recipe", ["debug_infimm", "debug_mm1"])
+def test_replays_of_a_tower_are_compared(gpu_check: ModuleType, recipe: str, tmp_path: Path) -> None:
+    """With the tower itself in place of a graph, and with a copy of it, which does not see weights that change later."""
+
+    def itself(forward: Any, pixels: torch.Tensor) -> Any:
+        return lambda: forward(pixels)
+
+    def copied(forward: Any, pixels: torch.Tensor) -> Any:
+        return partial(copy.deepcopy(forward.__self__).forward, pixels)
+
+    settings = gpu_check.experiment(tmp_path, precision="fp32", layers="torch", recipe=recipe)
+    lines = list(gpu_check.compare_replays(settings, capture=itself))
+    names = ["replays", "features of no images", "replays with new weights", "features of no images with new weights"]
+    assert [line.what.partition(": ")[2] for line in lines] == names
+    assert all(line.holds for line in lines)
+    if recipe == "debug_infimm":  # modules of megatron-core cannot be copied
+        assert [line.holds for line in gpu_check.compare_replays(settings, capture=copied)] == [True, True, False, True]
 
 
 @pytest.mark.slow

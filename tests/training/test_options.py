@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.small import small_experiment
 
-from megatron_mm.config import Experiment, MoEConfig, ParallelConfig, PrecisionConfig
+from megatron_mm.config import Experiment, KernelConfig, MoEConfig, ParallelConfig, PrecisionConfig
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.run.start import check
 from megatron_mm.training.options import asked_for, check_options
@@ -141,3 +141,53 @@ def test_experts_on_several_nodes_are_said_with_what_they_send(monkeypatch: pyte
 def test_micro_batches_have_one_size_with_user_buffers() -> None:
     whole = experiment(parallel={"tensor": 2, "overlap_tensor": True})
     assert whole.token_multiple == 96 and experiment(parallel={"tensor": 2}).token_multiple == 16
+
+
+def graphed(recipe: str, *, precision: str = "bf16", **parallel: Any) -> Experiment:
+    base = get_recipe(recipe)
+    return replace(
+        base,
+        kernels=KernelConfig(tower_graph=8),
+        parallel=replace(base.parallel, **parallel),
+        train=replace(base.train, precision=precision),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (graphed("debug_mono_internvl"), "mono_internvl models have no image tower apart from the first stage: leave it out"),
+        (graphed("debug_mm1"), "freeze policy 'all' trains the image tower, and a replay would overwrite activations"),
+        (graphed("debug_infimm", precision="fp8"), "FP8 training with a graph has not been worked out: use --train.precision bf16"),
+    ],
+)
+def test_a_graph_of_a_tower_needs_a_frozen_one(asked: Experiment, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"kernels\.tower_graph is 8, but {message}"):
+        check_options(asked, backend="te")
+
+
+def test_a_graph_of_a_tower_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match=r"kernels\.tower_graph is 8, but CUDA graphs need a GPU: leave it out"):
+        check_options(graphed("debug_infimm"), backend="torch")
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_graph_of_a_recomputed_tower_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_mm.families.base.Family.trainable", lambda family, policy: lambda name: name.startswith("connector."))
+    check_options(graphed("debug_mm1"), backend="torch")
+    with pytest.raises(ValueError, match=r"the tower is recomputed \(full\), .*: use --parallel.recompute-encoder none"):
+        check_options(graphed("debug_mm1", recompute="full"), backend="torch")
+    check_options(graphed("debug_mm1", recompute="full", recompute_encoder="none"), backend="torch")
+
+
+@pytest.mark.usefixtures("gpus")
+def test_what_a_graph_of_a_tower_costs_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    check_options(graphed("debug_infimm", recompute="full"), backend="te")
+    assert "kernels.tower_graph is 8: each process fills up the images of a micro-batch with blank ones to a multiple of 8" in caplog.text

@@ -1,0 +1,140 @@
+"""A frozen tower as replays: InfiMM trains alike, and what cannot be right is refused before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.small_infimm import infimm_run, infimm_step, small_infimm
+
+from megatron_mm.config import Experiment, KernelConfig
+from megatron_mm.models.tower_graph import GraphedTower
+from megatron_mm.parallel import topology as topologies
+from megatron_mm.run import start as starting
+from megatron_mm.training.build import build_model
+from megatron_mm.training.metrics import read_metrics
+from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.step import TrainingStep
+from megatron_mm.training.tower_graph import graph_tower, graphed_tower
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+IMAGES = 4
+
+
+def one_by_one(forward: Forward) -> Forward:
+    """Encode images one by one: their features are then the same bits whichever images come with them."""
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([forward(image[None]) for image in pixels])
+
+    return run
+
+
+def eager(forward: Forward, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Take the place of a capture: run the tower itself, into the same memory at every call."""
+    features = torch.empty_like(forward(pixels))
+
+    def replay() -> torch.Tensor:
+        assert pixels.shape[0] == IMAGES
+        return features.copy_(one_by_one(forward)(pixels))
+
+    return replay
+
+
+def stale(forward: Forward, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A replay that does not read its input."""
+    features = forward(pixels)
+    return lambda: features
+
+
+def failing(forward: Forward, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+def graphed(experiment: Experiment) -> Experiment:
+    return replace(experiment, kernels=KernelConfig(tower_graph=IMAGES))
+
+
+def with_model(experiment: Experiment, use: Callable[[Any, Any], Any]) -> Any:
+    topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
+    try:
+        return use(topology, build_model(experiment, topology))
+    finally:
+        topologies.shutdown()
+
+
+def losses(experiment: Experiment) -> tuple[list[float], int]:
+    """Return the losses of two steps and a validation, whose micro-batches have no, one and six images, and the blank images."""
+
+    def train(topology: Any, model: Any) -> tuple[list[float], int]:
+        names = list(model[0].module.sharded_state_dict())
+        if not graph_tower(experiment, model, capture=eager):
+            tower = model[0].module.encoder.parts["vision"]
+            tower.forward = one_by_one(tower.forward)
+        assert list(model[0].module.sharded_state_dict()) == names  # a checkpoint has the same tensors
+        step = TrainingStep(experiment, topology, model, build_optimizer(experiment, model), num_sources=2)
+        found = [step.run(infimm_step(experiment, topology, step=number), step=number).losses.mean for number in (1, 2)]
+        found.append(step.evaluate(infimm_step(experiment, topology, step=3)).mean)
+        runs = graphed_tower(model)
+        return found, 0 if runs is None else runs.take_blanks()
+
+    return with_model(experiment, train)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_are_bit_identical(precision: str) -> None:
+    experiment = small_infimm(policy="pt", precision=precision)
+    plain, none = losses(experiment)
+    found, blanks = losses(graphed(experiment))
+    assert found == plain and none == 0 < blanks
+
+
+@pytest.mark.parametrize(
+    ("capture", "message"),
+    [
+        (stale, r"tower_graph is 4, but a replay differs from the tower by .* \(allowed: 0\.001\): leave it out"),
+        (failing, r"tower_graph is 4, but the tower's graph fails \(operation not permitted when stream is capturing\): leave it out"),
+    ],
+)
+def test_a_graph_that_is_wrong_or_fails_is_refused(capture: Any, message: str) -> None:
+    experiment = graphed(small_infimm(policy="pt", precision="fp32"))
+
+    def build(topology: Any, model: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            graph_tower(experiment, model, capture=capture)
+        assert graphed_tower(model) is None
+
+    with_model(experiment, build)
+
+
+def test_a_tower_that_trains_is_refused() -> None:
+    experiment = graphed(small_infimm(policy="pt"))
+
+    def build(topology: Any, model: Any) -> None:
+        model[0].module.encoder.parts["vision"].class_embedding.requires_grad_(True)
+        with pytest.raises(ValueError, match="the tower trains 1 parameters, such as class_embedding: leave it out"):
+            graph_tower(experiment, model, capture=eager)
+
+    with_model(experiment, build)
+
+
+def test_a_run_counts_its_blank_images(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    call = GraphedTower.__call__
+
+    def noted(self: GraphedTower, pixels: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(pixels))
+        return call(self, pixels)
+
+    monkeypatch.setattr(starting, "check_options", lambda experiment, **others: None)  # it finds no GPU
+    monkeypatch.setattr(starting, "graph_tower", partial(graph_tower, capture=eager))
+    monkeypatch.setattr(GraphedTower, "__call__", noted)
+    starting.start(graphed(infimm_run(demo_data, policy="pt", steps=2)), tmp_path / "run")
+    assert encoded[:3] == [IMAGES] * 3  # the comparison at the start, which is not counted
+    blanks = [line["tower_blanks"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert len(blanks) == 2 and sum(blanks) == sum(-number % IMAGES for number in encoded[3:]) > 0
