@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.distributed import run_processes
 from support.small_infimm import infimm_run, infimm_step, small_infimm
 
 from megatron_mm.config import Experiment, KernelConfig
@@ -138,3 +139,30 @@ def test_a_run_counts_its_blank_images(demo_data: Path, tmp_path: Path, monkeypa
     assert encoded[:3] == [IMAGES] * 3  # the comparison at the start, which is not counted
     blanks = [line["tower_blanks"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert len(blanks) == 2 and sum(blanks) == sum(-number % IMAGES for number in encoded[3:]) > 0
+
+
+def train(data: Path, run_dir: Path, parallel: dict[str, Any], with_graph: bool) -> None:
+    experiment = infimm_run(data, policy="pt", steps=3, parallel=parallel, global_batch_size=4)
+
+    def take_one_by_one(experiment: Experiment, topology: Any) -> Any:
+        model = build_model(experiment, topology)
+        if (encoder := model[0].module.encoder) is not None:
+            encoder.parts["vision"].forward = one_by_one(encoder.parts["vision"].forward)
+        return model
+
+    starting.check_options = lambda experiment, **others: None  # type: ignore[assignment, misc]  # it finds no GPU
+    if with_graph:
+        starting.graph_tower = partial(graph_tower, capture=eager)  # type: ignore[assignment]
+    else:
+        starting.build_model = take_one_by_one
+    starting.start(graphed(experiment) if with_graph else experiment, run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"pipeline": 2, "spread_encoder": True}, {"tensor": 2}])
+def test_losses_are_bit_identical_in_every_layout(parallel: dict[str, Any], demo_data: Path, tmp_path: Path) -> None:
+    for with_graph in (False, True):
+        run_processes(train, 2, demo_data, tmp_path / str(with_graph), parallel, with_graph)
+    plain, found = (read_metrics(tmp_path / str(with_graph) / "metrics.jsonl") for with_graph in (False, True))
+    assert [line["loss"] for line in found] == [line["loss"] for line in plain] and len(plain) == 3
+    assert all(line["tower_blanks"] > 0 for line in found) and not any(line["tower_blanks"] for line in plain)
