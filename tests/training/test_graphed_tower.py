@@ -21,7 +21,7 @@ from megatron_mm.training.build import build_model
 from megatron_mm.training.metrics import read_metrics
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
-from megatron_mm.training.tower_graph import graph_tower, graphed_tower
+from megatron_mm.training.tower_graph import allowed_difference, graph_tower, graphed_tower, replay_difference
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 IMAGES = 4
@@ -111,6 +111,21 @@ def test_a_graph_that_is_wrong_or_fails_is_refused(capture: Any, message: str) -
         assert graphed_tower(model) is None
 
     with_model(experiment, build)
+
+
+@pytest.mark.parametrize(("noise", "allowed"), [(0.0, 1e-3), (0.01, 0.03), (0.5, 0.5)])
+def test_as_much_is_allowed_as_the_tower_itself_rounds(noise: float, allowed: float) -> None:
+    """A tower whose features depend on the number of images. Its replays may differ by that, but not by as much as other images."""
+
+    def tower(pixels: torch.Tensor) -> torch.Tensor:
+        features = pixels.flatten(1).float()
+        return features + noise * features.roll(1, dims=1) * (len(pixels) > 1)
+
+    pixels = torch.zeros(IMAGES, 3, 16, 16, dtype=torch.uint8)
+    found = allowed_difference(GraphedTower(pixels, lambda: tower(pixels)), tower)
+    assert found == pytest.approx(allowed, rel=0.7) and found <= 0.5 < replay_difference(
+        GraphedTower(pixels, lambda: tower(torch.full_like(pixels, 128))), tower, numbers=[IMAGES]
+    )
 
 
 def test_a_tower_that_trains_is_refused() -> None:
