@@ -71,10 +71,9 @@ def test_a_script_asks_for_the_gpus_and_names_the_layout(script: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith(("_sft", "_mtt")) and "moe" not in name])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_sft") and "moe" not in name])
 def test_a_recipe_takes_the_layout_that_the_search_finds(name: str) -> None:
-    """Within 3%, among layouts that leave a tenth of the memory free and encode on the first stage. (InfiMM's mtt recipes recompute,
-    as in table 7.)"""
+    """Within 3%, among layouts that leave a tenth of the memory free and encode on the first stage."""
     best = search(get_recipe(name), GPUS["h100-sxm"], _gpus(name), keep=1, usable=USABLE_BY_RECIPES, spread=False).best[0]
     assert _predict(name, "h100-sxm")[0].seconds <= 1.03 * best.seconds
 

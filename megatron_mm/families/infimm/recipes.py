@@ -88,6 +88,7 @@ def _pretraining(recipe: str, *, decoder: DecoderConfig, vision: EvaConfig, ever
 
 
 def _multi_task(pretraining: Experiment) -> Experiment:
+    """The authors recomputed activations in this stage (table 7). That changes no result, and here all of them fit in memory."""
     return replace(
         pretraining,
         recipe=pretraining.recipe.replace("_pt", "_mtt"),
