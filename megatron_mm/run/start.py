@@ -229,6 +229,7 @@ def _check_for_all(experiment: Experiment, run_dir: Path) -> None:
     newest = newest_described_checkpoint(run_dir)
     if newest is not None:
         check_same_model(experiment, newest)
+        check_same_tokenizer(experiment, newest, resumes=True)
     if experiment.init_from is not None and newest is None:
         beginning = find_checkpoint(experiment.init_from)
         check_same_model(experiment, beginning, with_optimizer=False)

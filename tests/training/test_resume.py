@@ -12,7 +12,7 @@ import pytest
 from support.distributed import run_processes
 from support.small import small_run
 
-from megatron_mm.run.start import start
+from megatron_mm.run.start import check, start
 
 Layout = dict[str, Any]
 TENSOR_PIPELINE: Layout = {"tensor": 2, "pipeline": 2}
@@ -117,3 +117,23 @@ def test_a_run_that_is_done_says_so_and_does_nothing(demo_data: Path, half: dict
     run_dir = copy(half[1], tmp_path)
     run_processes(run, 1, demo_data, run_dir, {}, STEPS // 2)
     assert losses(run_dir) == losses(half[1])
+
+
+def test_a_run_is_not_resumed_with_another_tokenizer(demo_data: Path, half: dict[int, Path], tmp_path: Path) -> None:
+    """A checkpoint of before tokenizers were kept has none to compare."""
+    tokenizer = tmp_path / "other.model"
+    tokenizer.write_bytes((demo_data / "tokenizer.model").read_bytes() + b"\xc2\x3e\x00")  # an unknown field: still a valid model
+    experiment = small_run(demo_data, steps=STEPS, schedule_steps=20)
+    other = replace(experiment, data=replace(experiment.data, tokenizer=tokenizer))
+    run_dir = copy(half[1], tmp_path)
+    check(experiment, run_dir)
+    with pytest.raises(
+        ValueError, match=r"was trained with a different tokenizer than .*other.model: copy .*tokenizer.model to .* --run-dir"
+    ):
+        check(other, run_dir)
+    (checkpoint,) = (run_dir / "checkpoints").glob("step_*")
+    (checkpoint / "tokenizer.model").unlink()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["descriptions"]["tokenizer.model"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    check(other, run_dir)

@@ -50,13 +50,21 @@ def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer
         )
 
 
-def check_same_tokenizer(experiment: Experiment, checkpoint: Path) -> None:
-    """Raise ValueError if a checkpoint was trained with another tokenizer than the experiment's data uses."""
+def check_same_tokenizer(experiment: Experiment, checkpoint: Path, *, resumes: bool = False) -> None:
+    """Raise ValueError if a checkpoint was trained with another tokenizer than the experiment's data uses. A checkpoint without a copy of
+    its tokenizer fits every one.
+
+    Args:
+        resumes: the run of the checkpoint is resumed with the experiment.
+    """
     ours, theirs = experiment.data.tokenizer_path, checkpoint / "tokenizer.model"
     if theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
-        raise ValueError(
-            f"{checkpoint} was trained with a different tokenizer than {ours}: use --data.tokenizer {theirs} and index the data with it"
+        fix = (
+            f"copy {theirs} to {ours} and index the data with it again, or start a new run with another --run-dir"
+            if resumes
+            else f"use --data.tokenizer {theirs} and index the data with it"
         )
+        raise ValueError(f"{checkpoint} was trained with a different tokenizer than {ours}: {fix}")
 
 
 def model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
