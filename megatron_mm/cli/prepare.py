@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mm.cli.command import Command, Group, Parser, integer, one_of
+from megatron_mm.cli.command import Command, Group, Parser, at_least, integer, one_of
 from megatron_mm.cli.prepare_datasets import DATASET_COMMANDS, add_keys, add_limits
 from megatron_mm.cli.prepare_look import LOOK_COMMANDS
 
@@ -21,7 +21,7 @@ def _demo_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
         "--samples",
-        type=integer,
+        type=at_least(1),
         default=2000,
         metavar="N",
         help="number of pairs, interleaved documents and texts to train on; half as many conversations and tasks are added "
@@ -79,7 +79,7 @@ def _index_arguments(parser: Parser) -> None:
 def _read_arguments(parser: Parser) -> None:
     _index_arguments(parser)
     parser.add_argument(
-        "--workers", type=integer, default=os.cpu_count() or 1, metavar="N", help="number of processes (default: %(default)s)"
+        "--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="number of processes (default: %(default)s)"
     )
     parser.add_argument(
         "--shards",
@@ -140,7 +140,7 @@ def _tokenizer_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="model to write (default: PATH/tokenizer.model)")
     parser.add_argument(
         "--vocab-size",
-        type=integer,
+        type=at_least(1),
         default=49152,
         metavar="N",
         help="greatest number of tokens, including special ones (default: %(default)s)",

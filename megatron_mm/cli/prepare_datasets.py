@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_mm.cli.command import Command, Parser, integer, one_of
+from megatron_mm.cli.command import Command, Parser, at_least, one_of
 
 FORMS = (
     *("vqav2", "okvqa", "aokvqa", "textvqa", "textcaps", "gqa", "vizwiz", "docvqa", "ocrvqa", "chartqa"),
@@ -73,10 +74,10 @@ def _arguments(
             parser.add_argument("--images", metavar="DIR", help="folder of images, as files or in tars; nothing is downloaded")
         add_keys(parser, text=text_key, image=image_key, messages=messages_key)
         parser.add_argument(
-            "--shard-megabytes", type=integer, default=1024, metavar="N", help="size of a shard, MiB (default: %(default)s)"
+            "--shard-megabytes", type=at_least(1), default=1024, metavar="N", help="size of a shard, MiB (default: %(default)s)"
         )
         parser.add_argument(
-            "--workers", type=integer, default=os.cpu_count() or 1, metavar="N", help="number of processes (default: %(default)s)"
+            "--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="number of processes (default: %(default)s)"
         )
         add_limits(parser)
 
@@ -101,8 +102,9 @@ def _convert(layout: str, **fixed: Any) -> Callable[[argparse.Namespace], None]:
                 max_dropped_images=given.max_dropped_images,
             )
         )
-        data = given.out.resolve().parent.parent
-        print(f"next, index it: megatron-mm prepare index {data}")
+        is_source = given.out.resolve().parent.name in ("train", "heldout")
+        data = given.out.resolve().parent.parent if is_source else given.out
+        print(f"next, index it: megatron-mm prepare index {shlex.quote(str(data))}")
 
     return run
 

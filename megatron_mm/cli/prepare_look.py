@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_mm.cli.command import Command, Parser, integer, show
+from megatron_mm.cli.command import Command, Parser, at_least, show
 from megatron_mm.cli.recipe import list_recipes, recipe_of
 
 
@@ -23,7 +23,7 @@ def _view_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--split", default="train", metavar="NAME", help="split to show (default: %(default)s)")
     parser.add_argument(
-        "--micro-batches", type=integer, default=4, metavar="N", help="number of micro-batches to show (default: %(default)s)"
+        "--micro-batches", type=at_least(1), default=4, metavar="N", help="number of micro-batches to show (default: %(default)s)"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,14 @@ def test_empty_and_broken_data(fails: Fails, demo_data: Path, tmp_path: Path, ca
     assert "broken shard: 1" in out and "train/pairs" in out
 
 
+@pytest.mark.parametrize(("out", "indexed"), [("train/mine", "."), ("heldout/mine", "."), ("some where", "some where")])
+def test_converting_says_which_folder_to_index(tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, indexed: str) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "a red circle"}\n')
+    cli.main(["prepare", "text", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / out), "--workers", "1"])
+    command = f"megatron-mm prepare index {shlex.quote(str(tmp_path / indexed))}"
+    assert f"next, index it: {command}" in capsys.readouterr().out.splitlines()
+
+
 def test_a_checkpoint_of_another_model_and_export_errors(fails: Fails, demo_data: Path, tmp_path: Path) -> None:
     run = ["train", "debug_mm1", "--run-dir", tmp_path / "run", "--data.path", demo_data]
     quick = ["--train.steps", 1, "--train.global-batch-size", 4, "--eval.interval", 0, "--monitor.wandb", "disabled"]
@@ -159,6 +168,9 @@ def test_torchrun_says_a_mistake_once_and_does_not_hang(demo_data: Path, tmp_pat
         (["prepare"], "no command given: choose one of demo, index, "),
         (["prepare", "demo"], "missing --out: see megatron-mm prepare demo --help"),
         (["prepare", "demo", "--out", "x", "--samples", "few"], "--samples: 'few' is not an integer: see megatron-mm prepare demo --help"),
+        (["prepare", "index", "x", "--workers", "0"], "--workers: 0 is too small: give 1 or more"),
+        (["prepare", "text", "x", "--out", "y", "--workers", "-3"], "--workers: -3 is too small"),
+        (["prepare", "text", "x", "--out", "y", "--shard-megabytes", "0"], "--shard-megabytes: 0 is too small"),
         (["prepare", "demo", "--out", "x", "--smaples", "3"], "unknown option --smaples: did you mean --samples?"),
         (
             ["convert", "to-hf", "a", "b", "--dtype", "flot16"],

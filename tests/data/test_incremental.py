@@ -77,7 +77,7 @@ def test_only_new_and_changed_shards_are_read(tmp_path: Path, tokenizer: Path, r
     assert reads == [] and len(open_index(source)) == 10
 
 
-@pytest.mark.parametrize("options", [IndexOptions(caption_prompt="what is it?"), IndexOptions(verify="header")])
+@pytest.mark.parametrize("options", [IndexOptions(caption_prompt="what is it?"), IndexOptions(kind="text")])
 def test_shards_are_read_again_where_they_would_be_read_otherwise(
     tmp_path: Path, tokenizer: Path, reads: list[str], options: IndexOptions
 ) -> None:
@@ -132,9 +132,38 @@ def test_parts_of_the_shards_are_merged_into_the_same_index(tmp_path: Path, toke
 def test_shards_are_chosen_by_numbers_or_parts() -> None:
     assert sorted(n for part in range(7) for n in choose_shards(f"{part}/7", 100)) == list(range(100))
     assert choose_shards("5-5", 100) == range(5, 6) and [len(choose_shards(f"{part}/8", 2)) for part in range(8)].count(1) == 2
-    for text in ("5", "9-3", "200-300", "7/7", "a-b", "1/0", "-1-3"):
+    for text in ("5", "9-3", "7/7", "a-b", "1/0", "-1-3"):
         with pytest.raises(ValueError, match=f"--shards {text}"):
             choose_shards(text, 100)
+
+
+def test_shards_by_number_are_read_where_a_source_has_them(tmp_path: Path, tokenizer: Path, reads: list[str]) -> None:
+    write_shards(tmp_path / "train" / "many", 4, samples=1)
+    write_shards(tmp_path / "train" / "few", 1, samples=1)
+    prepare_index(tmp_path, tokenizer=tokenizer, shards="2-3")
+    assert reads == ["002.tar", "003.tar"]
+    with pytest.raises(ValueError, match=r"--shards 4-9 names no shard of any source: .* train/many has 4, train/few has 1"):
+        prepare_index(tmp_path, tokenizer=tokenizer, shards="4-9")
+    with pytest.raises(ValueError, match="--shards 3-2: the first number is greater than the last: did you mean 2-3"):
+        prepare_index(tmp_path, tokenizer=tokenizer, shards="3-2")
+
+
+def test_rows_of_a_stricter_check_are_used_and_those_of_a_weaker_one_are_not(tmp_path: Path, tokenizer: Path, reads: list[str]) -> None:
+    members = {"0.png": picture(form="PNG"), "0.txt": b"x", "1.png": picture(form="PNG", size=(64, 64))[:-900], "1.txt": b"x"}
+    write_tar(tmp_path / "pairs" / "0.tar", members)
+    header, full = (IndexOptions(verify=verify, max_rejected=1.0) for verify in ("header", "full"))
+    prepare_index(tmp_path, tokenizer=tokenizer, options=header, shards="0/1")
+    with pytest.raises(ValueError, match="was read with --verify header: give `prepare merge` the same option"):
+        prepare_index(tmp_path, tokenizer=tokenizer, options=full, merge_only=True)
+    prepare_index(tmp_path, tokenizer=tokenizer, options=full)
+    assert len(reads) == 2 and len(open_index(tmp_path / "pairs")) == 1
+    prepare_index(tmp_path, tokenizer=tokenizer, options=header)
+    assert len(reads) == 2 and len(open_index(tmp_path / "pairs")) == 1, "the damaged image does not come back"
+    with pytest.raises(ValueError, match="was read with another tokenizer or other options"):
+        prepare_index(tmp_path, tokenizer=tokenizer, options=IndexOptions(caption_prompt="what?"), merge_only=True)
+    write_shards(tmp_path / "pairs", 1)[0].rename(tmp_path / "pairs" / "0.tar")
+    with pytest.raises(ValueError, match="has changed since it was read"):
+        prepare_index(tmp_path, tokenizer=tokenizer, options=full, merge_only=True)
 
 
 def test_verification_decodes_all_images_or_some_or_none(tmp_path: Path, tokenizer: Path) -> None:

@@ -106,6 +106,16 @@ def test_interleaved_documents_keep_their_order(tmp_path: Path, tokenizer: Path,
     assert index.item_rows[index.item_rows["is_image"] == 1]["width"].tolist() == [20, 7]
 
 
+def test_the_first_images_that_documents_lose_are_named(tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
+    document = json.dumps({"items": [{"text": "fine"}, {"image": "0.jpg"}, {"image": "1.jpg"}]}).encode()
+    members = {f"{n}.{e}": d for n in range(5) for e, d in (("0.jpg", picture()), ("1.jpg", picture()[:-100]), ("json", document))}
+    write_tar(tmp_path / "interleaved" / "0.tar", members)
+    prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
+    named = [line for line in caplog.messages if line.startswith("dropped from ")]
+    shard = tmp_path / "interleaved" / "0.tar"
+    assert named == [f"dropped from {shard}: {n}: image 1.jpg: image does not decode" for n in range(3)]
+
+
 def test_a_missing_image_is_dropped_and_a_malformed_list_rejected(tmp_path: Path, tokenizer: Path) -> None:
     documents = [
         {"items": [{"text": "fine"}, {"image": "0.jpg"}]},

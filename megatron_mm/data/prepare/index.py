@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ import numpy as np
 from megatron_mm.data.prepare.find import absolute, check_files, find_sources, say_energon_split, shards_of
 from megatron_mm.data.prepare.kinds import detect_kind, first_shards, iterate_samples
 from megatron_mm.data.prepare.mirror import Mirror, mirrored
-from megatron_mm.data.prepare.row_files import RowHeader, current_header, losses_of, read_rows, recipe_of, row_file_of
-from megatron_mm.data.prepare.samples import Losses, Reading, Verify, document_of, parse_member
-from megatron_mm.data.prepare.shard_jobs import Progress, ShardJob, choose_shards, run_jobs
+from megatron_mm.data.prepare.row_files import RowHeader, current_header, losses_of, read_header, read_rows, recipe_of, row_file_of
+from megatron_mm.data.prepare.samples import VERIFY, Losses, Reading, Verify, document_of, parse_member
+from megatron_mm.data.prepare.shard_jobs import Progress, ShardJob, check_choice, choose_shards, run_jobs
 from megatron_mm.data.prepare.summary import SourceSummary, Summary, check_losses
 from megatron_mm.data.sources.index import SHARDS_CHECKED_AT_ONCE
 from megatron_mm.data.sources.index_files import META, write_index
@@ -123,8 +124,10 @@ def _prepare(
         raise ValueError(f"no tokenizer.model in {path}: run `megatron-mm prepare tokenizer {path}` first, or use --tokenizer")
     fingerprint = Tokenizer.open(model).fingerprint
     summaries, kinds = {}, set()
-    for source in sources:
-        found = shards_of(source)
+    shards_by_source = {source: shards_of(source) for source in sources}
+    if shards is not None:
+        check_choice(shards, {"/".join(absolute(source).parts[-2:]): len(found) for source, found in shards_by_source.items()})
+    for source, found in shards_by_source.items():
         check_files(source, found, ignore=options.ignore)
         say_energon_split(source)
         with mirror.beginnings(first_shards(found)) if mirror is not None else nullcontext():
@@ -185,6 +188,15 @@ class _SourceJob:
     def recipe(self) -> str:
         return recipe_of(self.reading, tokenizer=self.fingerprint)
 
+    @cached_property
+    def recipes(self) -> tuple[str, ...]:
+        """Recipes whose rows can be used: this one, and those that differ only in that more of each image is decoded."""
+        return tuple(self.recipe_with(verify) for verify in VERIFY[VERIFY.index(self.reading.verify) :])
+
+    def recipe_with(self, verify: Verify) -> str:
+        """Return the recipe with another check of images."""
+        return recipe_of(replace(self.reading, verify=verify), tokenizer=self.fingerprint)
+
     @property
     def chats(self) -> dict[str, str | None]:
         """How the samples become chats, as meta.json of the index records it."""
@@ -204,7 +216,7 @@ class _SourceJob:
         with ThreadPoolExecutor(SHARDS_CHECKED_AT_ONCE) as threads:
             for first in range(0, len(shards), 4096):
                 part = shards[first : first + 4096]
-                yield from threads.map(lambda shard: current_header(self.rows(shard), shard, recipe=self.recipe), part)
+                yield from threads.map(lambda shard: current_header(self.rows(shard), shard, recipes=self.recipes), part)
 
 
 def _warn_of_changes(job: _SourceJob) -> None:
@@ -281,9 +293,7 @@ def _merge(job: _SourceJob) -> SourceSummary:
         for shard, header in zip(job.shards, job.headers(job.shards), strict=True):
             name = shard.relative_to(source).as_posix()
             if header is None:
-                raise ValueError(
-                    f"shard {name} of source {source} has not been read: run `megatron-mm prepare index` on it first (--shards)"
-                )
+                raise ValueError(f"shard {name} of source {source} {_why_unread(job, shard)}")
             totals.add(header)
             yield Shard(name, header.size, header.modified, header.digest)
 
@@ -320,6 +330,22 @@ def _merge(job: _SourceJob) -> SourceSummary:
         shutil.copyfile(job.model, job.options.index_dir / "tokenizer.model")
     write_index(job.home, meta=meta, shards=table, num_samples=totals.samples, num_items=totals.items, parts=parts())
     return summary
+
+
+def _why_unread(job: _SourceJob, shard: Path) -> str:
+    """Return why the row file of a shard cannot be used, and what to do."""
+    header = read_header(job.rows(shard))
+    if header is None:
+        return "has not been read: run `megatron-mm prepare index` on it first (--shards)"
+    if header.recipe in job.recipes:
+        return "has changed since it was read: run `megatron-mm prepare index` on it again (--shards)"
+    same = next((verify for verify in VERIFY if job.recipe_with(verify) == header.recipe), None)
+    if same is not None:
+        return f"was read with --verify {same}: give `prepare merge` the same option, or run `megatron-mm prepare index` on it again"
+    return (
+        "was read with another tokenizer or other options (--chat-template, --caption-prompt, --kind, --text-key ...): "
+        "give `prepare merge` those of `prepare index`, or run `megatron-mm prepare index` on it again"
+    )
 
 
 def _check_template(name: str, model: Path) -> None:

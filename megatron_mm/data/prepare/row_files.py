@@ -4,7 +4,7 @@
 
 A row file is written under another name and then renamed, so it is complete or absent, even if the process is killed. It is used again if
 the shard is unchanged (size and modification time, or size and a digest of parts of it) and would be read in the same way (kind, tokenizer,
-chat template, verification).
+chat template), with images checked at least as thoroughly.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,14 @@ def read_header(path: Path) -> RowHeader | None:
         return None
 
 
-def current_header(path: Path, shard: Path, *, recipe: str) -> RowHeader | None:
-    """Return the header of a shard's row file if it can be used again; None if the shard must be read."""
+def current_header(path: Path, shard: Path, *, recipes: Sequence[str]) -> RowHeader | None:
+    """Return the header of a shard's row file if it can be used again; None if the shard must be read.
+
+    Args:
+        recipes: digests of the ways in which the shard may have been read.
+    """
     header = read_header(path)
-    if header is None or header.recipe != recipe:
+    if header is None or header.recipe not in recipes:
         return None
     stat = shard.stat()
     if stat.st_size != header.size or (stat.st_mtime_ns != header.modified and sampled_digest(shard) != header.digest):

@@ -42,10 +42,12 @@ from megatron_mm.data.text.keys import USUAL, Keys
 from megatron_mm.data.text.tokenizer import Tokenizer
 
 Verify = Literal["full", "header", "sample"]
+VERIFY: tuple[Verify, ...] = ("header", "sample", "full")
+"""How much of an image is decoded, from the weakest check to the strictest."""
 _DECODED_OF_A_SAMPLE = 16
 """With `verify="sample"`, one image in this many is decoded."""
-_NAMED_REJECTS = 3
-"""Number of rejected samples per reason and shard that are named in the log."""
+_NAMED = 3
+"""Number of rejected samples, and of dropped images, per reason and shard that are named in the log."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Losses:
     damaged_bytes: int = 0
     """Bytes of shards that could not be read as a tar or as lines."""
     named: list[str] = field(default_factory=list)
-    """Log lines about damage and about the first few rejected samples of each reason."""
+    """Log lines about damage, and about the first few rejected samples and dropped images of each reason."""
 
     def add(self, other: Losses) -> None:
         """Add the losses of another shard."""
@@ -106,6 +108,9 @@ class CheckedSample:
     items: list[tuple[int, ...]]
     """ITEM rows."""
     dropped: Counter[str]
+    """Number of images and entries that the document loses, by reason."""
+    dropped_images: list[tuple[str, str]]
+    """(reason, name) of each image among them."""
 
 
 def read_shard(shard: Path, *, number: int, reading: Reading, tokenizer: Tokenizer) -> ShardRows:
@@ -124,6 +129,7 @@ def read_shard(shard: Path, *, number: int, reading: Reading, tokenizer: Tokeniz
             except BadDocument as reason:
                 _reject(losses, shard, sample.key.lstrip("/"), str(reason))
                 continue
+            _name_dropped(losses, shard, sample.key.lstrip("/"), found)
             losses.dropped.update(found.dropped)
             num_images, tokens = sum(item[0] for item in found.items), sum(item[2] for item in found.items)
             samples.append((number, found.document.offset, found.document.size, len(items), len(found.items), tokens, num_images))
@@ -162,8 +168,17 @@ _USED = {
 
 def _reject(losses: Losses, shard: Path, key: str, reason: str) -> None:
     losses.rejected[reason] += 1
-    if losses.rejected[reason] <= _NAMED_REJECTS:
+    if losses.rejected[reason] <= _NAMED:
         losses.named.append(f"rejected {shard}: {key}: {reason}")
+
+
+def _name_dropped(losses: Losses, shard: Path, key: str, sample: CheckedSample) -> None:
+    """Name the first few images per reason that a document loses."""
+    before = Counter(losses.dropped)
+    for reason, image in sample.dropped_images:
+        before[reason] += 1
+        if before[reason] <= _NAMED:
+            losses.named.append(f"dropped from {shard}: {key}: image {image}: {reason}")
 
 
 def check_sample(sample: WebSample, reading: Reading, tokenizer: Tokenizer) -> CheckedSample:
@@ -182,6 +197,7 @@ def check_sample(sample: WebSample, reading: Reading, tokenizer: Tokenizer) -> C
     written = iter(encode_items(items, tokenizer))
     alone = sum(isinstance(item, ImageReference) for item in items) == 1
     rows = [_image_row(image, counted=True, verify=reading.verify) for image in first]
+    lost: list[tuple[str, str]] = []
     for item in items:
         if not isinstance(item, ImageReference):
             rows.append((0, int(item.counted), len(next(written)), 0, 0, 0, 0))
@@ -192,7 +208,8 @@ def check_sample(sample: WebSample, reading: Reading, tokenizer: Tokenizer) -> C
             if reading.kind != "interleaved":
                 raise
             dropped[str(reason)] += 1
-    return CheckedSample(document, rows, dropped)
+            lost.append((str(reason), item.extension))
+    return CheckedSample(document, rows, dropped, lost)
 
 
 def _image_row(image: Member, *, counted: bool, verify: Verify) -> tuple[int, ...]:

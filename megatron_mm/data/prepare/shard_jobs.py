@@ -129,22 +129,31 @@ class Progress:
 def choose_shards(text: str, count: int) -> range:
     """Return the numbers of the shards that `--shards` selects out of `count`.
 
-    "A-B" selects A to B, both included and counted from 0. "I/N" selects the I-th of N equal parts, counted from 0. Raises ValueError if
-    the text is neither, or if "A-B" selects none.
+    "A-B" selects A to B, both included and counted from 0; those that do not exist are left out. "I/N" selects the I-th of N equal parts,
+    counted from 0. Raises ValueError if the text is neither, or if A is greater than B.
 
     >>> choose_shards("10-19", 100), choose_shards("1/4", 100), choose_shards("95-199", 100)
     (range(10, 20), range(25, 50), range(95, 100))
     """
     if found := re.fullmatch(r"(\d+)-(\d+)", text):
         first, last = map(int, found.groups())
-        chosen = range(min(first, count), min(last + 1, count))
-    elif found := re.fullmatch(r"(\d+)/([1-9]\d*)", text):
+        if first > last:
+            raise ValueError(f"--shards {text}: the first number is greater than the last: did you mean {last}-{first}?")
+        return range(min(first, count), min(last + 1, count))
+    if found := re.fullmatch(r"(\d+)/([1-9]\d*)", text):
         part, parts = map(int, found.groups())
         if part >= parts:
             raise ValueError(f"--shards {text}: parts are counted from 0, so the last one is {parts - 1}/{parts}")
         return range(part * count // parts, (part + 1) * count // parts)
-    else:
-        raise ValueError(f"--shards {text} is neither A-B (from 0, both included) nor I/N (the I-th of N parts, from 0)")
-    if not chosen:
-        raise ValueError(f"--shards {text} names none of the {count} shards, which are counted from 0")
-    return chosen
+    raise ValueError(f"--shards {text} is neither A-B (from 0, both included) nor I/N (the I-th of N parts, from 0)")
+
+
+def check_choice(text: str, counts: dict[str, int]) -> None:
+    """Raise ValueError if `--shards` is malformed, or if "A-B" selects no shard of any source.
+
+    Args:
+        counts: number of shards of each source, by name.
+    """
+    if not any([choose_shards(text, count) for count in counts.values()]) and "-" in text:
+        have = ", ".join(f"{name} has {count}" for name, count in sorted(counts.items(), key=lambda entry: -entry[1])[:5])
+        raise ValueError(f"--shards {text} names no shard of any source: shards are counted from 0, and {have}")
