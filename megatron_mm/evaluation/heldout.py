@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 
-from megatron_mm.config import Experiment
+from megatron_mm.config import DataConfig, Experiment
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.sources.index import open_split
 from megatron_mm.data.sources.source import Source
@@ -21,8 +23,42 @@ from megatron_mm.training.loss import LossTotals
 from megatron_mm.training.step import TrainingStep
 from megatron_mm.training.trainer import Batches
 
+logger = logging.getLogger(__name__)
+
 SPLIT = "heldout"
 """Name of the split for evaluation."""
+
+
+def with_held_out_sources(experiment: Experiment) -> Experiment:
+    """The experiment, whose mixture has only the sources that the held-out split has. Their shares stay in proportion.
+
+    Raises ValueError if the split is there and has none of them.
+    """
+    data = experiment.data
+    missing = missing_sources(data)
+    if not missing:
+        return experiment
+    mixture = {name: data.mixture[name] for name in data.sources if name not in missing}
+    if not mixture:
+        folder = data.folder / SPLIT
+        raise ValueError(
+            f"{folder} has none of the sources {', '.join(data.sources)} of data.mixture; it has "
+            f"{sorted(path.name for path in folder.iterdir())}: name its folders as those of the training split, or remove {folder}"
+        )
+    return replace(experiment, data=replace(data, mixture=mixture))
+
+
+def missing_sources(data: DataConfig) -> list[str]:
+    """Sources of the mixture that the held-out split lacks; none if there is no held-out split."""
+    folder = data.folder / SPLIT
+    return [name for name in data.sources if not (folder / name).is_dir()] if folder.is_dir() else []
+
+
+def tell_missing_sources(data: DataConfig) -> None:
+    """Warn of sources of the mixture that the held-out split lacks."""
+    if missing := missing_sources(data):
+        lacking = ", ".join(missing)
+        logger.warning("%s lacks %s of data.mixture: held-out losses are those of the other sources", data.folder / SPLIT, lacking)
 
 
 class HeldOut:
@@ -46,9 +82,13 @@ class HeldOut:
         self.topology = topology
         self.tokenizer = tokenizer
         self.present = (experiment.data.folder / SPLIT).is_dir()
-        self.sources = experiment.data.sources
         self.image = image
         self.batches = batches
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """Sources of the mixture that the split has, in the order in which its batches number them. Raises ValueError if there are none."""
+        return with_held_out_sources(self.experiment).data.sources
 
     def losses(self, step: TrainingStep, *, images: Literal["true", "shuffled", "blank"] | None = None) -> dict[str, float]:
         """Loss per token over `eval.batches` global batches, in total and by source; empty if there is no held-out split.
@@ -61,7 +101,8 @@ class HeldOut:
             return {}
         data = self.experiment.data if images is None else replace(self.experiment.data, images=images)
         loader = self.batches(replace(self.experiment, data=data), self.topology, self.tokenizer)
-        total = LossTotals(losses=[0.0] * len(self.sources), tokens=[0.0] * len(self.sources))
+        mixed = len(self.experiment.data.sources)
+        total = LossTotals(losses=[0.0] * mixed, tokens=[0.0] * mixed)
         try:
             for _ in range(self.experiment.eval.batches):
                 found = step.evaluate(next(loader).micro_batches)
@@ -69,6 +110,8 @@ class HeldOut:
                 total.tokens = [a + b for a, b in zip(total.tokens, found.tokens, strict=True)]
         finally:
             loader.close()
+        number = len(self.sources)  # the step has room for all sources of the mixture
+        total = LossTotals(losses=total.losses[:number], tokens=total.tokens[:number])
         by_source = {f"{SPLIT}/loss/{name}": loss for name, loss in total.by_source(self.sources).items()}
         return {f"{SPLIT}/loss": total.mean, **by_source}
 

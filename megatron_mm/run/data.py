@@ -23,6 +23,7 @@ from megatron_mm.data.text.chat import chat_template
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.data.tiling import Tiling
 from megatron_mm.evaluation.heldout import SPLIT as HELD_OUT
+from megatron_mm.evaluation.heldout import with_held_out_sources
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork
 from megatron_mm.parallel.text_sharing import text_group
@@ -233,5 +234,5 @@ class TrainingData:
 
 
 def held_out_batches(experiment: Experiment, topology: Topology, tokenizer: Tokenizer) -> TrainingData:
-    """Batches of the held-out split, from the first one on."""
-    return TrainingData(experiment, topology, tokenizer, split=HELD_OUT)
+    """Batches of the held-out split, from the first one on: of those sources of the mixture that it has."""
+    return TrainingData(with_held_out_sources(experiment), topology, tokenizer, split=HELD_OUT)

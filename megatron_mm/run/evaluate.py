@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.data.sources.index import check_folder
 from megatron_mm.evaluation.captions import CaptionSample
-from megatron_mm.evaluation.heldout import SPLIT, HeldOut
+from megatron_mm.evaluation.heldout import SPLIT, HeldOut, tell_missing_sources, with_held_out_sources
 from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment
 from megatron_mm.parallel import topology as topologies
@@ -92,7 +92,10 @@ def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
     family_of(experiment.model).check_layout(experiment.model, experiment.parallel, topologies.world_size())
     check_same_tokenizer(experiment, checkpoint)
     tokenizer = open_tokenizer(experiment)
+    with_held_out_sources(experiment)  # its error comes before the model is built
     topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
+    if topology.is_main:
+        tell_missing_sources(experiment.data)
     try:
         checkpoint = agreed(checkpoint)
         model = build_model(experiment, topology)

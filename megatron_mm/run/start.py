@@ -22,7 +22,7 @@ from megatron_mm.config import Experiment
 from megatron_mm.config.references import absolute, load_object
 from megatron_mm.data.plan.plan import Plan
 from megatron_mm.data.text.tokenizer import Tokenizer
-from megatron_mm.evaluation.heldout import HeldOut
+from megatron_mm.evaluation.heldout import HeldOut, tell_missing_sources, with_held_out_sources
 from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment, load_extensions, save_experiment, to_dict
 from megatron_mm.models.layers import Backend
@@ -225,7 +225,8 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
 def _check_for_all(experiment: Experiment, run_dir: Path) -> None:
     """Checks that the main process makes for all others."""
     if experiment.eval.interval and (experiment.data.folder / HELD_OUT).is_dir():
-        make_plan(experiment, split=HELD_OUT)  # fails now, not after the first thousand steps
+        make_plan(with_held_out_sources(experiment), split=HELD_OUT)  # fails now, not after the first thousand steps
+        tell_missing_sources(experiment.data)
     newest = newest_described_checkpoint(run_dir)
     if newest is not None:
         check_same_model(experiment, newest)
