@@ -88,8 +88,21 @@ def test_mmc4_as_released(tmp_path: Path, demo_data: Path) -> None:
         archive.writestr("docs_shard_0_v2.jsonl", json.dumps(document) + "\n" + "broken\n")
     found = run("mmc4", [tmp_path / "docs_shard_0_v2.jsonl.zip"], tmp_path / "out", images=str(images), lose=0.5)
     assert (found.samples, found.rejected, found.dropped) == (1, {"malformed JSON": 1}, {"image not found": 1})
+    assert any("record 1 (gone.jpg)" in line for line in found.examples), "it is named by its file, not by its address"
     assert documents(tmp_path / "out") == [{"items": [{"image": "0.jpg"}, {"text": "one"}, {"image": "1.jpg"}, {"text": "two"}]}]
     assert len(indexed(tmp_path / "out", demo_data)) == 1
+
+
+def test_images_in_an_archive_are_not_found_but_it_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = write_images(tmp_path / "images", ["0.jpg"])
+    with zipfile.ZipFile(images / "more.zip", "w") as archive:
+        archive.write(images / "0.jpg", "1.jpg")
+    line = {"text_list": ["x"], "image_info": [{"image_name": "1.jpg", "raw_url": "http://x/1", "matched_text_index": 0}]}
+    (tmp_path / "0.jsonl").write_text(json.dumps(line))
+    run("mmc4", [tmp_path / "0.jsonl"], tmp_path / "out", images=str(images), lose=1.0)
+    assert f"{images} contains 1 archives, whose images are not found (more.zip ...): unpack it into a folder" in caplog.text
+    with pytest.raises(ValueError, match=r"more\.zip is a file, but --images takes a folder: unpack it into a folder"):
+        run("mmc4", [tmp_path / "0.jsonl"], tmp_path / "out2", images=str(images / "more.zip"), lose=1.0)
 
 
 def test_images_that_come_later_are_found_by_the_same_command(tmp_path: Path) -> None:

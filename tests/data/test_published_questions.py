@@ -57,6 +57,27 @@ def test_vqa_joins_questions_and_answers(tmp_path: Path, demo_data: Path) -> Non
     assert (tmp_path / "out" / found.shards[0]).read_bytes().count(index.image(0, 0)) == 1, "both questions share the picture's bytes"
 
 
+def test_lost_questions_and_answers_are_named_by_file_place_and_question(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = write_images(tmp_path / "images", ["5.jpg"])
+    questions = [{"question_id": n, "image_id": image, "question": "what?"} for n, image in ((70, 9), (71, 5), (72, 5))]
+    answers = [{"question_id": n, "multiple_choice_answer": "two"} for n in (70, 71, 98, 99)]
+    q, a = tmp_path / "q.json", tmp_path / "a.json"
+    q.write_text(json.dumps({"questions": questions}))
+    a.write_text(json.dumps({"annotations": answers}))
+    caplog.set_level("INFO")
+    found = run("tasks", [q], tmp_path / "out", lose=0.9, images=str(images), form="vqav2", annotations=str(a))
+    assert documents(tmp_path / "out") == [{"task": "vqa", "question": "what?", "answer": "two", "images": ["0.jpg"]}]
+    assert sorted(found.examples) == [
+        f"answer without question: {a}, record 3 (question_id 98)",
+        f"answer without question: {a}, record 4 (question_id 99)",
+        f"image not found: {q}, record 1 (question_id 70, image 9.jpg)",
+        f"question without answer: {q}, record 3 (question_id 72)",
+    ]
+    assert "has a data_subtype (such as train2014), so image 9 is looked up as 9.jpg" in caplog.text
+    listed = [json.loads(line) for line in (tmp_path / "out" / ".prepared" / "00000.rejected.jsonl").read_text().splitlines()]
+    assert {"record": 3, "reason": "answer without question", "what": "question_id 98", "file": str(a)} in listed
+
+
 @pytest.mark.parametrize(("form", "image_id", "image"), [("textvqa", "003a8ae2", "003a8ae2.jpg"), ("vizwiz", "V_val_7.jpg", "V_val_7.jpg")])
 def test_other_questions_in_the_form_of_vqav2(tmp_path: Path, form: str, image_id: str, image: str) -> None:
     """TextVQA and VizWiz as converted for open_flamingo's evaluation: named images, and `multiple_choice_answer` is the first answer."""

@@ -23,14 +23,18 @@ sorted by their images, so that samples with the same image are adjacent and sha
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from megatron_mm.data.image_formats import is_image_name
 from megatron_mm.data.prepare.published.json_files import load_json
-from megatron_mm.data.prepare.published.losses import BadRecord, Record
+from megatron_mm.data.prepare.published.losses import ORIGIN, BadRecord, Record
 from megatron_mm.data.prepare.published.tables import rows_in
+
+logger = logging.getLogger(__name__)
 
 Records = Iterator[Record | BadRecord]
 _MALFORMED = "malformed entry"
@@ -62,7 +66,8 @@ def read_annotations(
     main = load_json(questions)
     try:
         if annotations is not None:
-            records = list(_vqa(main, load_json(annotations), task="vizwiz" if form == "vizwiz" else "vqa"))
+            task = "vizwiz" if form == "vizwiz" else "vqa"
+            records = list(_vqa(main, load_json(annotations), task=task, files=(questions, annotations)))
         elif form in WITH_SPLITS:
             records = list(FORMS[form](main, split))
         else:
@@ -76,17 +81,35 @@ def read_annotations(
 
 
 def _each(entries: Iterable[Any], records_of: Callable[[Any], Records]) -> Records:
-    """Yield the records of every entry. A malformed entry is lost by itself, without the rest of the file."""
-    for entry in entries:
+    """Yield the records of every entry, with its number. A malformed entry is lost by itself, without the rest of the file."""
+    for number, entry in enumerate(entries, start=1):
+        named = {"question_id": entry["question_id"]} if isinstance(entry, dict) and "question_id" in entry else {}
         try:
-            yield from records_of(entry)
+            for record in records_of(entry):
+                if isinstance(record, BadRecord):
+                    yield replace(record, number=number)
+                else:
+                    yield {**record, ORIGIN: {"record": number, **named}}
         except (KeyError, TypeError, AttributeError, IndexError, ValueError):
-            yield BadRecord(_MALFORMED, what=str(entry)[:120])
+            yield BadRecord(_MALFORMED, what=str(entry)[:120], number=number)
 
 
-def _vqa(questions: Any, annotations: Any, *, task: str = "vqa") -> Records:
+def _vqa(questions: Any, annotations: Any, *, task: str, files: tuple[str, str]) -> Records:
+    """Join questions and answers.
+
+    Args:
+        files: names of the two files, for messages.
+    """
     subset = annotations.get("data_subtype", questions.get("data_subtype", ""))
     answers = {entry["question_id"]: entry for entry in annotations["annotations"]}
+    numbers = {entry["question_id"]: number for number, entry in enumerate(annotations["annotations"], start=1)}
+    first = next((entry for entry in questions["questions"] if isinstance(entry, dict)), {})
+    if not subset and isinstance(first.get("image_id"), int) and not first.get("image"):
+        logger.info(
+            "neither %s nor %s has a data_subtype (such as train2014), so image 9 is looked up as 9.jpg and not as "
+            "COCO_train2014_000000000009.jpg: if images are not found, add that field",
+            *files,
+        )
 
     def record(entry: Any) -> Records:
         found = answers.pop(entry["question_id"], None)
@@ -97,8 +120,8 @@ def _vqa(questions: Any, annotations: Any, *, task: str = "vqa") -> Records:
         yield {"task": task, "question": entry["question"], "answer": answer, "image": entry.get("image") or _vqa_image(entry, subset)}
 
     yield from _each(questions["questions"], record)
-    if answers:
-        yield BadRecord("answer without question", len(answers))
+    for name in answers:
+        yield BadRecord("answer without question", what=f"question_id {name}", number=numbers[name], file=files[1])
 
 
 def _vqa_image(entry: Record, subset: str) -> str:
@@ -217,8 +240,9 @@ def _coco(data: Any) -> Records:
         yield {"task": "caption", "answer": entry["caption"], "image": files[entry["image_id"]]}
 
     yield from _each(data["annotations"], record)
-    for number in (number for number in files if number not in with_captions):
-        yield BadRecord("image without caption", what=files[number])
+    for place, number in enumerate(files, start=1):
+        if number not in with_captions:
+            yield BadRecord("image without caption", what=files[number], number=place)
 
 
 def _karpathy(data: Any, split: str | None) -> Records:
@@ -310,7 +334,10 @@ def of_split(records: Iterable[Record | BadRecord], split: str, path: str, left_
 
 def as_pair(record: Record | BadRecord) -> Record | BadRecord:
     """Convert a caption task to a pair."""
-    return record if isinstance(record, BadRecord) else {"image": record.get("image"), "caption": record.get("answer")}
+    if isinstance(record, BadRecord):
+        return record
+    origin = {ORIGIN: record[ORIGIN]} if ORIGIN in record else {}
+    return {"image": record.get("image"), "caption": record.get("answer"), **origin}
 
 
 def _chosen(named: Any, answers: list[Any]) -> Any:

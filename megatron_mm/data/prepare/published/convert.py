@@ -46,7 +46,7 @@ from megatron_mm.data.prepare.published.layouts import (
     OutSample,
     each_caption,
 )
-from megatron_mm.data.prepare.published.losses import NO_IMAGES, BadRecord, DamagedFile, LossList, Record
+from megatron_mm.data.prepare.published.losses import NO_IMAGES, ORIGIN, BadRecord, DamagedFile, LossList, Record
 from megatron_mm.data.prepare.published.records import TABLES, TextDocuments, iterate_records
 from megatron_mm.data.prepare.published.web_documents import separate
 from megatron_mm.data.prepare.published.write import ShardWriter
@@ -280,14 +280,16 @@ def _samples(
         number += record.count if isinstance(record, BadRecord) else 1
         if isinstance(record, BadRecord):
             rejected[record.reason] += record.count
-            lost.add(number, record.reason, what=record.what, count=record.count)
+            lost.add(record.number or number, record.reason, what=record.what, count=record.count, file=record.file)
             continue
+        origin = record.pop(ORIGIN, {})
+        place, named = origin.get("record", number), {**record, **origin}
         for document in _parts(record, options.layout, context):
             try:
                 sample = layout(document, context)
             except BadDocument as reason:
                 rejected[str(reason)] += 1
-                lost.add(number, str(reason), record=record)
+                lost.add(place, str(reason), record=named)
                 if options.layout in WITH_KEYS:
                     found.fields = found.fields or ", ".join(map(str, list(record)[:12]))
                 continue
@@ -296,7 +298,7 @@ def _samples(
                 continue
             finally:
                 for why, name in context.dropped.taken():
-                    lost.add(number, why, what=name, record=record)
+                    lost.add(place, why, what=name, record=named)
             yield sample
 
 

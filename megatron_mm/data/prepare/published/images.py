@@ -129,12 +129,14 @@ def _digest(key: str) -> bytes:
 def build_table(root: Path, table: Path) -> int:
     """Write the table of a folder's images, unless it exists and no folder or tar has changed since. Returns the number of images in it.
 
-    Raises ValueError if the folder does not exist.
+    Warns of archives in the folder other than tars. Raises ValueError if the folder does not exist or is a file.
     """
+    if root.is_file():
+        raise ValueError(f"{root} is a file, but --images takes a folder: {_unpacked(root)}")
     if not root.is_dir():
         raise ValueError(f"folder of images {root} does not exist")
     stamp = listing_stamp(root)
-    if table_stamp(table) != stamp:
+    if is_new := table_stamp(table) != stamp:
         table.parent.mkdir(parents=True, exist_ok=True)
         partial = table.with_name(f"{table.name}.partial")
         partial.unlink(missing_ok=True)
@@ -157,7 +159,29 @@ def build_table(root: Path, table: Path) -> int:
         partial.replace(table)
     with sqlite3.connect(f"file:{table}?mode=ro", uri=True) as connection:
         (count,) = connection.execute("SELECT count(*) FROM (SELECT DISTINCT file, offset FROM images WHERE is_whole)").fetchone()
+    archives = [path for path in walk_files(root) if path.name.lower().endswith(_ARCHIVES)] if is_new or not count else []
+    if archives:
+        logger.warning(
+            "%s contains %s archives, whose images are not found (%s ...): %s",
+            root,
+            len(archives),
+            archives[0].name,
+            _unpacked(archives[0]),
+        )
     return int(count)
+
+
+_ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
+"""Endings of archives whose files cannot be read at random positions."""
+
+
+def _unpacked(file: Path) -> str:
+    """Return what to do with a file that is not a folder of images."""
+    if file.name.lower().endswith(_ARCHIVES):
+        return "unpack it into a folder"
+    return (
+        "give the folder that contains it" if file.suffix.lower() == ".tar" or is_image_name(file.suffix[1:]) else "give the images' folder"
+    )
 
 
 _TABLE_VERSION = "2"

@@ -160,18 +160,19 @@ def mmc4(record: Record, context: Context) -> OutSample:
 
 def _mmc4_image(info: Record, context: Context) -> str | None:
     """Return the image itself if the record contains it (`image_base64`, as OpenFlamingo writes it); otherwise its file name, or its URL if
-    the file name is not found. None if it has neither."""
+    the image is found only by that. None if it has neither."""
     if isinstance(encoded := info.get("image_base64"), str) and encoded:
         return encoded if encoded.startswith("data:image/") else f"data:image/unknown;base64,{encoded}"
     names = [info[key] for key in ("image_name", "raw_url") if isinstance(info.get(key), str)]
-    for name in names[:-1]:
-        if context.images is not None:
-            try:
-                context.images.read(name)
-            except BadDocument:
-                continue
+    for name in names:
+        if context.images is None:
+            break
+        try:
+            context.images.read(name)
+        except BadDocument:
+            continue
         return name
-    return names[-1] if names else None
+    return names[0] if names else None
 
 
 def _interleaved(entries: Sequence[tuple[str | None, Any]], context: Context) -> OutSample:

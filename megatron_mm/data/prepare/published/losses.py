@@ -22,6 +22,9 @@ _IDENTITIES = ("id", "key", "question_id", "__key__", "uid", "image_id", "url", 
 """Fields that identify a record, in order of preference."""
 
 
+ORIGIN = "\0origin"
+"""Field of a record that is removed before the record is converted: its number in its file ("record", counted from 1), for files whose
+records are sorted, and its "question_id", if it has one."""
 EMPTY = "empty entry"
 UNANSWERED = "turn without a question or an answer"
 NO_IMAGES = (EMPTY, UNANSWERED)
@@ -40,6 +43,10 @@ class BadRecord:
     count: int = 1
     what: str = ""
     """Text that identifies the record, if known."""
+    number: int | None = None
+    """Number of the record in its file, counted from 1; None if records come in the order of the file."""
+    file: str | None = None
+    """Name of the file that contains it; None for the input."""
 
 
 @dataclass
@@ -78,24 +85,28 @@ class LossList:
         self.examples: list[str] = []
         """Lines about the first few losses for each reason."""
 
-    def add(self, number: int, reason: str, *, what: str = "", record: Record | None = None, count: int = 1) -> None:
+    def add(
+        self, number: int, reason: str, *, what: str = "", record: Record | None = None, count: int = 1, file: str | None = None
+    ) -> None:
         """Write a loss to the file.
 
         Args:
             number: number of the record in its input, counted from 1.
             what: name of the lost image or file, or text that identifies the record.
             count: number of records that are lost here.
+            file: file that contains the record, if it is not the input.
         """
         named = _identity(record) if record is not None else {}
         line = {"record": number, "reason": reason, **({"what": what} if what else {}), **({"count": count} if count > 1 else {}), **named}
+        line |= {"file": file} if file is not None else {}
         if self._file is None:
             self._partial.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._partial.open("w")
         self._file.write(json.dumps(line) + "\n")
         self._seen[reason] += 1
         if self._seen[reason] <= _EXAMPLES:
-            shown = [what] if what else [f"{key} {value}" for key, value in list(named.items())[:1]]
-            self.examples.append(f"{reason}: {self._of}, record {number:,}{''.join(f' ({text})' for text in shown)}")
+            shown = what or ", ".join(f"{key} {value}" for key, value in named.items())
+            self.examples.append(f"{reason}: {file or self._of}, record {number:,}{f' ({shown})' if shown else ''}")
 
     def close(self) -> None:
         """Rename the file to its final name. If nothing was lost, remove the file of an earlier attempt."""
