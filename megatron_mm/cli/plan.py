@@ -127,8 +127,8 @@ def _trace(given: argparse.Namespace, planned: Planned) -> None:
 def _notes() -> str:
     return (
         "With --measurements: predicted and published step times and memory, by source and kind (dense, moe). FILE.csv has the\n"
-        "columns of benchmarks/anchors/throughput.csv. Missing values are assumed. Rows that cannot be predicted are listed with\n"
-        "the reason.\n\n" + list_recipes()
+        "columns of benchmarks/anchors/throughput.csv. Missing values are assumed. Rows that cannot be predicted, for example\n"
+        "because a cell cannot be read, are listed with the reason.\n\n" + list_recipes()
     )
 
 

@@ -1,19 +1,20 @@
 """Published measurements as jobs: a row of a table (columns as in benchmarks/anchors/throughput.csv) -> model, layout, GPU and step time.
 
 A row may lack almost anything. A setting that the published source leaves out is chosen as its authors would choose it: the fastest one
-that fits. A row that cannot be planned (no model shape, an unknown GPU) becomes a `Skipped` with the reason, never an exception.
+that fits. A row that cannot be planned (no model shape, an unknown GPU, a cell that cannot be read, degrees that do not go together)
+becomes a `Skipped` with the reason, never an exception.
 """
 
 from __future__ import annotations
 
 import csv
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_mm.planning import functional_tests
+from megatron_mm.planning.cells import GIB, MEASURED, UnusableRow, count, flag, has_unit, measured, precision_of, tidy
 from megatron_mm.planning.decoder_job import decoder_job
 from megatron_mm.planning.decoder_shape import DecoderShape, Latents, Recompute
 from megatron_mm.planning.hardware import Gpu, Software
@@ -21,9 +22,9 @@ from megatron_mm.planning.job import Job
 from megatron_mm.planning.layout import Layout
 from megatron_mm.planning.published_hardware import at_precision, gpu_of, release_of
 from megatron_mm.planning.published_software import adapters_of, document_length_of, has_latents, recipe_setting, software_of
+from megatron_mm.planning.row_checks import check, fsdp_of, gpus_of
 from megatron_mm.planning.step import Prediction, StepModel
 
-GIB = 2**30
 MADE_TO_FIT = 1.2
 """Fraction of a GPU's memory up to which a run is assumed to have been made to fit by cheap means (bf16 gradients and moments, FP8 weights,
 recomputed norms). Its authors would prefer these to recomputing everything, which takes a third more time."""
@@ -81,67 +82,60 @@ class Skipped:
 
 def read_measurements(path: Path) -> Iterator[Measurement | Skipped]:
     """Read every row of a file. Raises ValueError if it is not a table of measurements, FileNotFoundError if it does not exist."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file of measurements")
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.DictReader(file)
+        separator = _separator(file.readline())
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=separator)
         names = {(name or "").strip().lower() for name in reader.fieldnames or ()}
         tests = names >= functional_tests.COLUMNS
         if not tests and not {"gpu", "hidden", "layers"} <= names:
-            raise ValueError(f"{path} has the columns {sorted(names)}, but measurements need at least gpu, layers and hidden")
+            raise ValueError(
+                f"{path} has the columns {sorted(names)}, but measurements need at least gpu, layers and hidden "
+                "(separated by commas, semicolons or tabs)"
+            )
         for number, raw in enumerate(reader, start=2):
             cells = {(name or "").strip().lower(): (value or "").strip() for name, value in raw.items() if isinstance(value, str)}
-            cells = functional_tests.columns_of(cells) if tests else cells
+            if separator == ";":  # where a comma is the decimal sign
+                cells.update({name: cells[name].replace(",", ".") for name in MEASURED.keys() & cells.keys() if "." not in cells[name]})
             label = cells.get("id") or f"line {number}"
             try:
+                cells = functional_tests.columns_of(cells) if tests else cells
+                label = cells.get("id") or label
                 yield _measurement(cells, label)
-            except _Unusable as problem:
+            except UnusableRow as problem:
                 yield Skipped(label, cells.get("source", ""), cells.get("model", ""), str(problem))
             except (ValueError, ZeroDivisionError, OverflowError, AssertionError, IndexError) as problem:
                 yield Skipped(label, cells.get("source", ""), cells.get("model", ""), f"inconsistent: {problem}")
 
 
-class _Unusable(Exception):
-    """A row lacks information that the planner needs."""
-
-
-def number(cells: Mapping[str, str], name: str) -> float | None:
-    """Read a cell as a number: "22B" is 22, "1,024" is 1024, "~4" is 4; None if it contains none."""
-    match = re.search(r"-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?", cells.get(name, ""), flags=re.IGNORECASE)
-    if match is None:
-        return None
-    value = float(match.group().replace(",", ""))
-    if name == "seq" and cells[name][match.end() :].strip().lower() in ("k", "ki"):
-        value *= 1024
-    return value if math.isfinite(value) else None
-
-
-def count(cells: Mapping[str, str], name: str) -> int | None:
-    """Read a cell as a positive whole number; None if it contains none, or if the number is implausible."""
-    value = number(cells, name)
-    return None if value is None or not 1 <= value <= _LARGEST.get(name, 1e6) else round(value)
-
-
-_LARGEST = {"layers": 2000, "vpp": 200, "experts": 10_000, "seq": 1e8, "vocab": 1e8, "head_dim": 4096, "grad_accum": 10_000}
-"""Largest plausible value by column; 1e6 for other columns."""
+def _separator(header: str) -> str:
+    """Return what separates the columns of a table, from its first line: a comma, a semicolon or a tab."""
+    return max(",;\t", key=header.count)
 
 
 def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
     if cells.get("unplanned"):
-        raise _Unusable(cells["unplanned"])
+        raise UnusableRow(cells["unplanned"])
     gpu = gpu_of(cells)
     if gpu is None:
-        raise _Unusable(f"unknown GPU {cells.get('gpu', '')!r}")
+        raise UnusableRow(f"unknown GPU {cells.get('gpu', '')!r}")
     software = software_of(cells, gpu)
     shape = _shape(cells, software)
     length = count(cells, "seq")
     if length is None:
-        raise _Unusable("no sequence length")
-    gpus = count(cells, "n_gpus") or 1
+        raise UnusableRow("no sequence length")
+    gpus = gpus_of(cells)
     layouts, assumed = _layouts(cells, shape, gpus, software)
+    if count(cells, "n_gpus") is None:
+        assumed.append("n_gpus")
     batch = count(cells, "gbs")
     if batch is None:
         each = (count(cells, "mbs") or 4) * (count(cells, "grad_accum") or max(1, layouts[0].pipeline * 4))
         batch = each * layouts[0].data
         assumed.append("gbs")
+    check(cells, shape, layouts[0], batch)
     flops_per_gpu = _flops(shape, length) * batch * length / gpus
     fp8 = _is_fp8(cells, assumed)
     recompute = _recompute(cells, software, gpu)
@@ -167,7 +161,7 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
         for choice in recompute
     ]
     if not jobs:
-        raise _Unusable(f"batch of {batch} on a data-parallel size of {layouts[0].data}")
+        raise UnusableRow(f"batch of {batch} on a data-parallel size of {layouts[0].data}")
     model, source = cells.get("model", ""), cells.get("source", "") or "unnamed source"
     return Measurement(
         row=label,
@@ -178,7 +172,7 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
         jobs=tuple(jobs),
         step_seconds=_step_seconds(cells, tokens_per_gpu=batch * length / gpus, flops_per_gpu=flops_per_gpu),
         memory_bytes=_memory_bytes(cells),
-        state_bytes=(number(cells, "state_gb") or 0.0) * 1e9 or None,
+        state_bytes=(measured(cells, "state_gb") or 0.0) * 1e9 or None,
         memory_of_last_rank=bool(re.search(r"megatron|nemo|bridge", software.name.lower())),
         flops_per_gpu=flops_per_gpu,
         peak=gpu.bf16_tflops * 1e12,
@@ -188,28 +182,30 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
 
 def _step_seconds(cells: Mapping[str, str], *, tokens_per_gpu: float, flops_per_gpu: float) -> float | None:
     """Return the published step time, or derive it from published tokens or FLOPs per second; None if none of them is published."""
-    seconds, tokens, tflops = (number(cells, name) for name in ("step_time_s", "tokens_per_s_per_gpu", "tflops_causal_half"))
-    if seconds is None and tokens:
+    seconds = measured(cells, "step_time_s")
+    if seconds is None and (tokens := measured(cells, "tokens_per_s_per_gpu")):
         seconds = tokens_per_gpu / tokens
-    if seconds is None and tflops:
+    if seconds is None and (tflops := measured(cells, "tflops_causal_half")):
         seconds = flops_per_gpu / (tflops * 1e12)
-    return seconds if seconds and seconds > 0 else None
+    return seconds
 
 
 def _memory_bytes(cells: Mapping[str, str]) -> float | None:
-    """Published peak memory in bytes. Megatron-Bridge's logs are in units of 1e9 bytes, others in GiB unless their notes say GB."""
-    memory, notes = number(cells, "mem_gib"), cells.get("notes", "")
+    """Published peak memory in bytes. Without a unit, Megatron-Bridge's numbers are in 1e9 bytes, others in GiB unless notes say GB."""
+    memory, notes = measured(cells, "mem_gib"), cells.get("notes", "")
+    if has_unit(cells, "mem_gib"):
+        return memory * GIB if memory else None
     in_gb = "bridge" in cells.get("source", "").lower() or re.search(r"\bGB\b", re.sub(r"\d+\s*GB", "", notes))
     return memory * (1e9 if in_gb else GIB) if memory else None
 
 
 def _is_fp8(cells: Mapping[str, str], assumed: list[str]) -> bool:
     """Return whether products run in FP8 or in a narrower format; a narrower format is noted as an assumption."""
-    precision = cells.get("precision", "").lower()
+    precision = precision_of(cells)
     if re.search(r"fp4|float4|int4|int8|fp6", precision):
         assumed.append("precision")
         return True
-    return bool(re.search(r"fp8|float8|e4m3|hybrid", precision))
+    return bool(re.search(r"fp8|float8|e4m3|e5m2|hybrid", precision))
 
 
 def _flops(shape: DecoderShape, length: int) -> float:
@@ -224,17 +220,14 @@ def _flops(shape: DecoderShape, length: int) -> float:
 def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
     layers, hidden = count(cells, "layers"), count(cells, "hidden")
     if layers is None or hidden is None:
-        raise _Unusable("the model's layers or hidden size are missing")
+        raise UnusableRow("the model's layers or hidden size are missing")
     heads = count(cells, "heads") or max(1, hidden // 128)
     head_dim = count(cells, "head_dim") or max(1, hidden // heads)
     experts = count(cells, "experts") or 0
     expert_ffn = count(cells, "moe_ffn") or count(cells, "ffn") or 4 * hidden
-    gated = cells.get("gated_mlp", "")
-    is_gated = (
-        gated not in ("0", "0.0", "false", "False", "no")
-        if gated
-        else not re.match(r"(gpt|mpt|bert|opt|bloom)", cells.get("model", "").lower())
-    )
+    is_gated = flag(cells, "gated_mlp")
+    if is_gated is None:
+        is_gated = not re.match(r"(gpt|mpt|bert|opt|bloom)", cells.get("model", "").lower())
     top_k = count(cells, "topk") or (2 if experts else 0)
     names = f"{cells.get('model', '')} {cells.get('notes', '')}".lower()
     return DecoderShape(
@@ -302,14 +295,11 @@ def _dense_layers(cells: Mapping[str, str]) -> int:
 def _layouts(cells: Mapping[str, str], shape: DecoderShape, gpus: int, software: Software) -> tuple[list[Layout], list[str]]:
     """Return the layout, or several if the virtual pipeline size is not given; and the columns that are assumed."""
     tensor, pipeline, context = (count(cells, name) or 1 for name in ("tp", "pp", "cp"))
-    data = count(cells, "dp")
-    if tensor * pipeline * context > gpus:
-        gpus = tensor * pipeline * context * (data or 1)
     if shape.num_layers < pipeline:
-        raise _Unusable(f"{shape.num_layers} layers on {pipeline} pipeline stages")
+        raise UnusableRow(f"{shape.num_layers} layers on {pipeline} pipeline stages")
     expert = count(cells, "ep") or 1
     notes, source = cells.get("notes", "").lower(), cells.get("source", "").lower()
-    fsdp = cells.get("fsdp", "")
+    fsdp = fsdp_of(cells)
     sharding = "optimizer" if software.shards_optimizer else "none"
     sharding = cells.get("sharding") or sharding
     if "fsdp" in software.name.lower() and cells.get("dp"):
@@ -332,7 +322,12 @@ def _layouts(cells: Mapping[str, str], shape: DecoderShape, gpus: int, software:
     )
     per_rank = shape.num_layers // pipeline
     given = count(cells, "vpp")
-    if given is None and pipeline > 1 and not re.search(r"\b1f1b\b", notes.replace("interleaved 1f1b", "")):
+    if (
+        given is None
+        and not tidy(cells.get("vpp", ""))
+        and pipeline > 1
+        and not re.search(r"\b1f1b\b", notes.replace("interleaved 1f1b", ""))
+    ):
         options = [v for v in range(1, 9) if shape.num_layers % (pipeline * v) == 0]
         if max(options, default=1) == 1:
             options += [v for v in (2, 3, 4) if shape.num_layers >= pipeline * v]
@@ -367,9 +362,14 @@ def _micro_batch_sizes(cells: Mapping[str, str], batch: int, layout: Layout) -> 
 _MODULES = {"norm": "layernorm", "act": "moe_act", "attn": "core_attn", "attention": "core_attn", "up_proj": "mla_up_proj"}
 
 
+_RECOMPUTED = frozenset({"core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"})
+"""Modules whose recomputation the planner knows, by megatron-core's names."""
+
+
 def _recompute(cells: Mapping[str, str], software: Software, gpu: Gpu) -> list[Recompute]:
     """Return what was recomputed; if the source does not say, what may have been."""
-    text = cells.get("recompute", "").lower()
+    given = cells.get("recompute", "").strip().lower()
+    text = tidy(given) or ("none" if given == "none" else "")
     setting = recipe_setting(cells, gpu) if not text and count(cells, "experts") else None
     if setting is not None:
         return [frozenset(setting.recompute)]
@@ -379,9 +379,9 @@ def _recompute(cells: Mapping[str, str], software: Software, gpu: Gpu) -> list[R
         return [frozenset()]
     if not text:
         return [frozenset(), frozenset({"full"})]
-    if text.startswith("none") or text in ("no", "0", "false"):
+    if text.startswith("none") or text in ("no", "0", "false", "off", "disabled", "nothing"):
         return [frozenset()]
-    if text.startswith("full") or text in ("block", "uniform", "yes", "1", "true"):
+    if text.startswith("full") or text in ("all", "block", "uniform", "yes", "1", "true", "on", "enabled"):
         return [frozenset({"full"})]
     if "op ac" in text:
         return [frozenset({"mlp_half"})]
@@ -389,4 +389,9 @@ def _recompute(cells: Mapping[str, str], software: Software, gpu: Gpu) -> list[R
         return [frozenset({"every second layer"})]
     if "selective" in text and "moe" not in text:
         return [frozenset({"core_attn"})]
-    return [frozenset(_MODULES.get(name, name) for name in re.split(r"[+,;/\s]+", text)) - {""}]
+    modules = frozenset(_MODULES.get(name, name) for name in re.split(r"[+,;&/\s]+|\band\b", re.sub(r"\(.*?\)|:", " ", text)))
+    modules -= {"", "selective", "only", "modules"}
+    unknown = modules - _RECOMPUTED
+    if unknown or not modules:
+        raise UnusableRow(f"recompute is {given!r}, but must be none, full, selective or modules ({', '.join(sorted(_RECOMPUTED))})")
+    return [modules]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from megatron_mm.planning.cells import precision_of
 from megatron_mm.planning.hardware import Gpu, Software, gpu_named
 
 GPUS_OF_MACHINE = 8
@@ -45,7 +46,7 @@ def _network_rate(notes: str) -> float | None:
 def at_precision(cells: Mapping[str, str], gpu: Gpu, software: Software) -> tuple[Gpu, Software]:
     """Adapt rates to the row's precision: for FP4, replace those of FP8; for float32 on tensor cores, halve those of bf16 and double the
     moved bytes."""
-    precision = cells.get("precision", "").lower()
+    precision = precision_of(cells)
     if re.search(r"fp4|float4|int4", precision) and gpu.fp4_tflops:
         rates = replace(gpu.efficiency, product_fp8=gpu.efficiency.product_fp4)
         gpu = replace(gpu, fp8_tflops=gpu.fp4_tflops, efficiency=rates)

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from megatron_mm.planning.bridge_recipes import ALL_GRAPHED, OVERLAPPED, Setting, setting_of
+from megatron_mm.planning.cells import count, precision_of
 from megatron_mm.planning.decoder_job import Adapters
 from megatron_mm.planning.hardware import STACKS, Dispatcher, Gpu, Software
+from megatron_mm.planning.row_checks import fsdp_of
 
 
 def with_experts(stack: Software, cells: Mapping[str, str], setting: Setting | None) -> Software:
@@ -62,7 +64,7 @@ def software_of(cells: Mapping[str, str], gpu: Gpu) -> Software:
         stack = replace(stack, optimizer_bytes=8)
     if re.search(r"async[- ]?tp", notes) and not stack.hides_tensor_messages:
         stack = replace(stack, hides_tensor_messages=ASYNC_TENSOR)
-    if cells.get("experts", "").strip() not in ("", "0", "1"):
+    if (count(cells, "experts") or 0) > 1:
         stack = with_experts(stack, cells, recipe_setting(cells, gpu))
     if cells.get("overlap"):
         stack = replace(stack, hides_data_messages=cells["overlap"] == "1")
@@ -93,7 +95,7 @@ def _stack(cells: Mapping[str, str]) -> Software:
         return STACKS["megatron-2021"]
     if re.search(r"dgxc|nemo", text):
         return STACKS["nemo"]
-    if cells.get("fsdp"):
+    if fsdp_of(cells):
         return STACKS["fsdp-compiled"]
     return STACKS["megatron"]
 
@@ -104,13 +106,13 @@ def recipe_setting(cells: Mapping[str, str], gpu: Gpu) -> Setting | None:
     if "bridge" not in source or "performance" not in source:
         return None
     release = re.search(r"\b(2[5-9])\.(\d\d)(?:\.(\d\d))?\b", source)
-    expert = re.match(r"\d+", cells.get("ep", ""))
+    expert = count(cells, "ep")
     return setting_of(
         model=cells.get("model", ""),
         gpu=gpu.name,
-        precision=cells.get("precision", ""),
+        precision=precision_of(cells),
         release=tuple(int(part or 0) for part in release.groups()) if release else LATEST,  # type: ignore[arg-type]
-        on_machines=expert is not None and int(expert.group()) > gpu.nvlink_domain,
+        on_machines=expert is not None and expert > gpu.nvlink_domain,
     )
 
 

@@ -64,6 +64,7 @@ def report(path: Path, *, every_row: bool = False) -> Iterator[str]:
     read = list(read_measurements(path))
     skipped = [row for row in read if isinstance(row, Skipped)]
     compared = compare([row for row in read if isinstance(row, Measurement)])
+    skipped += [_without_values(row.measured) for row in compared if row.seconds is None and row.memory is None and row.state is None]
     timed = [row for row in compared if row.seconds is not None]
     yield f"step time, |predicted / measured - 1|, all rows of {path.name}"
     yield from _by_kind(timed)
@@ -91,6 +92,11 @@ def report(path: Path, *, every_row: bool = False) -> Iterator[str]:
     if skipped:
         yield f"\n{len(skipped)} rows not predicted"
         yield from (f"  {row.row} {row.source} {row.model}: {row.reason}" for row in skipped)
+
+
+def _without_values(row: Measurement) -> Skipped:
+    reason = "it has no step_time_s, tokens_per_s_per_gpu, tflops_causal_half or mem_gib to compare with"
+    return Skipped(row.row, row.source, row.model, reason)
 
 
 def _by_kind(rows: Sequence[Compared], indent: str = "") -> Iterator[str]:

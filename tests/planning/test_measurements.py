@@ -37,7 +37,7 @@ def test_any_missing_cell_is_a_plan_or_a_reason(tmp_path: Path) -> None:
     changed = [{**row, name: value} for row in (dense, sparse) for name in names for value in ("", "unknown", "-1", "0", "1e99")]
     read = list(read_measurements(_write(tmp_path / "rows.csv", names, changed)))
     assert len(read) == len(changed)
-    assert sum(isinstance(row, Measurement) for row in read) > len(read) * 0.7
+    assert sum(isinstance(row, Measurement) for row in read) > len(read) * 0.6  # a -1, a 0 or 1e99 where it makes no sense costs the row
     assert all(row.reason for row in read if isinstance(row, Skipped))
 
 
