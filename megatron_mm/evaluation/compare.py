@@ -25,6 +25,7 @@ from megatron_mm.evaluation.tasks.registry import GROUPS, TEXTCORE
 
 _PANELS = 4
 _NAMES = {
+    "model.family": "",
     "model.connector.kind": "",
     "model.connector.num_tokens": "tokens ",
     "model.vision.image_size": "px ",
@@ -32,21 +33,30 @@ _NAMES = {
 }
 """Fields that ablations change -> prefix of their values in a label. If none of them differs, labels show the fields that do, by name."""
 
+_EXPORT_SETTINGS = "megatron_mm.json"
+"""File of an exported model with its settings (`conversion.export_settings`)."""
 _ASKED = ("seed", "method", "beams", "wording", "text_demonstrations", "low_resolution_demonstrations")
 """Entries of a result's setting that describe how the task was evaluated."""
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """A run's results at its newest evaluated checkpoint."""
+    """The results of a run at its newest evaluated checkpoint, or of an exported model."""
 
     run_dir: Path
+    """The run directory or the exported model."""
     config: dict[str, Any]
+    """The settings that are known: `model` and `data` of a run, `model` of an export; empty for an export that does not state them."""
     results: list[Result]
 
     @property
     def step(self) -> int:
         return int(self.results[0].setting["model"]["step"])
+
+    @property
+    def when(self) -> str:
+        """The training step of the results, or that they are of an export, which does not know its step."""
+        return "export" if self.results[0].setting["model"]["checkpoint"] == "export" else f"step {self.step}"
 
     def of(self, shots: int, options: str) -> dict[str, Result]:
         """Results with a number of demonstrations and these options (`options_of`), by task."""
@@ -72,7 +82,9 @@ def options_of(result: Result) -> str:
 
 
 def read_run(run_dir: Path) -> RunResults:
-    """Read the results of a run. Raises ValueError if it has no results of whole tasks."""
+    """Read the results of a run or of an exported model. Raises ValueError if it has no results of whole tasks."""
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir} does not exist: give run directories or exported models that `megatron-mm evaluate` has evaluated")
     folder = run_dir / "evaluation"
     every = read_results(folder) if folder.is_dir() else []
     found = [result for result in every if result.setting["limit"] is None]
@@ -83,10 +95,24 @@ def read_run(run_dir: Path) -> RunResults:
             f"{run_dir} has no results of whole tasks in {folder}{only}: run `megatron-mm evaluate {run_dir} --tasks ...` first"
         )
     newest = max(result.setting["model"]["step"] for result in found)
-    config = run_dir / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{run_dir} is not a run directory: it has no {config.name}")
-    return RunResults(run_dir, json.loads(config.read_text()), [one for one in found if one.setting["model"]["step"] == newest])
+    return RunResults(run_dir, _settings_of(run_dir), [one for one in found if one.setting["model"]["step"] == newest])
+
+
+def _settings_of(run_dir: Path) -> dict[str, Any]:
+    """The settings of a run or an exported model that are known. The config.json of an export is Hugging Face's; ours are beside it.
+
+    Raises ValueError if the folder is neither.
+    """
+    for path in (run_dir / _EXPORT_SETTINGS, run_dir / "config.json"):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): restore it") from None
+        if isinstance(found.get("model"), dict):
+            return dict(found)
+    if not (run_dir / "config.json").is_file():
+        raise ValueError(f"{run_dir} is neither a run directory nor an exported model: it has no config.json")
+    return {}
 
 
 def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
@@ -96,8 +122,8 @@ def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
     runs = [read_run(run_dir) for run_dir in run_dirs]
     check_asked_alike(runs)
     labels = labels_of([run.config for run in runs], [run.run_dir.name for run in runs])
-    if len({run.step for run in runs}) > 1:
-        labels = [f"{label}, step {run.step}" for label, run in zip(labels, runs, strict=True)]
+    if len({run.when for run in runs}) > 1:
+        labels = [f"{label}, {run.when}" for label, run in zip(labels, runs, strict=True)]
     panels = panels_of(runs)
     if not panels:
         raise ValueError("the runs have no task and number of shots in common: evaluate all of them with the same --tasks and --shots")
@@ -162,11 +188,14 @@ def panels_of(runs: Sequence[RunResults]) -> list[Panel]:
         after = f", {options}" if options else ""
         for shots in sorted({result.shots for result in every}):
             found = [run.of(shots, options) for run in runs]
-            common = sorted(set.intersection(*map(set, found)) - set(TEXTCORE))
+            shared = set.intersection(*map(set, found))
+            common = sorted(shared - set(TEXTCORE))
             for what, metric, tasks in _groups({task: found[0][task].metric for task in common}):
                 values = [sum(own[task].score for task in tasks) / len(tasks) for own in found]
                 errors = [mean_stderr([own[task] for task in tasks]) for own in found]
                 panels.append(Panel(f"{shots} shots, {what}{after}", metric, values, errors))
+            if shared & set(TEXTCORE) != set(TEXTCORE):
+                panels += _part_of_textcore(found, sorted(shared & set(TEXTCORE)), title=f"{shots} shots, ", after=after)
         texts = [[one for one in run.results if options_of(one) == options and one.task in TEXTCORE] for run in runs]
         cores = [textcore(results) for results in texts]
         for shots in sorted(set.intersection(*map(set, cores))):
@@ -174,6 +203,16 @@ def panels_of(runs: Sequence[RunResults]) -> list[Panel]:
             errors = [mean_stderr([one for one in results if one.shots == shots]) for results in texts]
             panels.append(Panel(f"TextCore, {shots} shots{after}", metric, [core[shots] for core in cores], errors))
     return panels
+
+
+def _part_of_textcore(found: Sequence[dict[str, Result]], tasks: list[str], *, title: str, after: str) -> Iterator[Panel]:
+    """A panel of those of TextCore's tasks that all runs have, where they do not have all of them: no average of TextCore."""
+    if not tasks:
+        return
+    what = tasks[0] if len(tasks) == 1 else f"{len(tasks)} of TextCore's {len(TEXTCORE)} tasks"
+    metric = found[0][tasks[0]].metric if len(tasks) == 1 else f"mean of accuracy, % ({_tasks(tasks)})"
+    values = [sum(own[task].score for task in tasks) / len(tasks) for own in found]
+    yield Panel(f"{title}{what}{after}", metric, values, [mean_stderr([own[task] for task in tasks]) for own in found])
 
 
 def _groups(metrics: dict[str, str]) -> Iterator[tuple[str, str, list[str]]]:
@@ -202,12 +241,26 @@ def _tasks(tasks: Sequence[str]) -> str:
 
 
 def labels_of(configs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
-    """Label each run with the settings that differ between runs, preceded by its name if these labels are not unique."""
-    flat = [_flat({"model": config["model"], "data.mixture": config["data"]["mixture"]}) for config in configs]
-    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if len({str(one.get(key)) for one in flat}) > 1]
+    """Label each run with the settings that differ between runs, preceded by its name if these labels are not unique. A run without any of
+    these settings, such as an export that does not state its own, is labelled with its name."""
+    flat = [_flat({"model": config["model"]}) if "model" in config else {} for config in configs]
+    mixtures = [config.get("data", {}).get("mixture") for config in configs]
+    if None not in mixtures and all(flat):
+        flat = [{**one, "data.mixture": mixture} for one, mixture in zip(flat, mixtures, strict=True)]
+    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if len({str(one.get(key)) for one in flat if one}) > 1]
     known = [key for key in keys if key in _NAMES] or keys
-    labels = [", ".join(f"{_NAMES.get(key, key + ' ')}{_written(one.get(key))}" for key in known) for one in flat]
-    return labels if len(set(labels)) == len(labels) else [f"{name} {label}".strip() for name, label in zip(names, labels, strict=True)]
+    parts = [
+        [
+            f"{_NAMES.get(key, key + ' ')}{_written(one.get(key))}"
+            for key in known
+            if one and (key not in _NAMES or one.get(key) is not None)
+        ]
+        for one in flat
+    ]
+    labels = [", ".join(part) or name for part, name in zip(parts, names, strict=True)]
+    if len(set(labels)) == len(labels):
+        return labels
+    return [label if label == name else f"{name} {label}" for name, label in zip(names, labels, strict=True)]
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

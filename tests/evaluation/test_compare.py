@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mm.conversion.export_settings import write_export_settings
 from megatron_mm.evaluation.compare import compare, panels_of, read_run
 from megatron_mm.evaluation.results import Result, read_results, table, textcore
-from megatron_mm.evaluation.tasks.registry import GROUPS, TASKS, TEXTCORE
+from megatron_mm.evaluation.tasks.registry import GROUPS, TASKS, TEXTCORE, tasks_of
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.serialize import save_experiment
 
@@ -111,6 +112,51 @@ def test_other_settings_and_metrics_have_panels_of_their_own(tmp_path: Path) -> 
             replace(_result(task, 4, 1.0), metric=TASKS[task].metric).write(run / "evaluation")
     (panel,) = [panel for panel in panels_of([read_run(run) for run in runs]) if panel.title.startswith("4 shots")]
     assert panel.metric == "mean of CIDEr-D x 100 (3 tasks) and VQA accuracy, % (4 tasks)"
+
+
+def test_an_export_is_compared_with_its_run(tmp_path: Path) -> None:
+    """The config.json of an export is Hugging Face's; its own settings are beside it, or nowhere in a released model."""
+    run = _run(tmp_path / "run", "mm1_ablation", {("vqav2", 0): 1.0})
+    exports = [tmp_path / "export", tmp_path / "released"]
+    for export in exports:
+        (export / "evaluation").mkdir(parents=True)
+        (export / "config.json").write_text('{"model_type": "mm1", "text_config": {}}')
+        result = _result("vqav2", 0, 2.0, step=0)
+        result.setting["model"]["checkpoint"] = "export"
+        result.write(export / "evaluation")
+    write_export_settings(exports[0], get_recipe("mm1_ablation"))
+    lines = list(compare([run, *exports], out=tmp_path / "x.png"))
+    assert [line.split("  ")[0] for line in lines[2:4]] == ["export, export", "released, export"]
+    assert lines[1].startswith("run, step 10 ") and lines[1].endswith(" 1.0")
+    list(compare([run, exports[0]], out=tmp_path / "x.png"))
+    (panel,) = json.loads((tmp_path / "x.json").read_text())["panels"].values()
+    assert panel == {"run, step 10": 1.0, "export, export": 2.0}
+    with pytest.raises(ValueError, match=r"nowhere does not exist: give run directories or exported models"):
+        list(compare([run, tmp_path / "nowhere"], out=tmp_path / "x.png"))
+
+
+def test_runs_of_different_families_are_labelled_with_what_they_have(tmp_path: Path) -> None:
+    runs = [_run(tmp_path / name, name, {("vqav2", 0): 1.0}) for name in ("mm1_ablation", "infimm_zephyr_7b_pt")]
+    lines = list(compare(runs, out=tmp_path / "x.png"))
+    assert lines[1].startswith("mm1, ") and lines[2].startswith("infimm, ") and "None" not in "".join(lines)
+
+
+def test_some_of_textcores_tasks_have_a_panel_where_not_all_are_there(tmp_path: Path) -> None:
+    few = {("arc_easy", 0): 40.0, ("vqav2", 0): 1.0}
+    runs = [_run(tmp_path / "a", "mm1_ablation", few), _run(tmp_path / "b", "mm1_ablation_attention_64", few)]
+    list(compare(runs, out=tmp_path / "x.png"))
+    panels = json.loads((tmp_path / "x.json").read_text())["panels"]
+    assert set(panels) == {"0 shots, vqav2", "0 shots, arc_easy"} and set(panels["0 shots, arc_easy"].values()) == {40.0}
+    for run in runs:
+        _result(TEXTCORE[-1], 0, 20.0).write(run / "evaluation")
+    list(compare(runs, out=tmp_path / "x.png"))
+    panels = json.loads((tmp_path / "x.json").read_text())["panels"]
+    assert set(panels[f"0 shots, 2 of TextCore's {len(TEXTCORE)} tasks"].values()) == {30.0}
+
+
+def test_an_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown task 'arc_esay': did you mean arc_easy\? choose from"):
+        tasks_of(["arc_esay"])
 
 
 def test_the_table_has_published_figures_beside_results() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from megatron_mm.config.references import is_reference, load_object
 from megatron_mm.evaluation.tasks import captions, choices, drawn, text, vqa
 from megatron_mm.evaluation.tasks.base import Task
@@ -35,7 +37,9 @@ def tasks_of(names: list[str]) -> list[Task]:
 
 def _known(name: str) -> Task:
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}, or one of the groups {', '.join(GROUPS)}")
+        near = difflib.get_close_matches(name, [*TASKS, *GROUPS], n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"unknown task {name!r}: {meant}choose from {', '.join(TASKS)}, or one of the groups {', '.join(GROUPS)}")
     return TASKS[name]
 
 
