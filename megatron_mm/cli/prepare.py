@@ -145,14 +145,15 @@ def _tokenizer_arguments(parser: Parser) -> None:
         metavar="N",
         help="greatest number of tokens, including special ones (default: %(default)s)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model by another")
     add_keys(parser, text=True, image=True, messages=True)
 
 
 def _tokenizer(given: argparse.Namespace) -> None:
-    from megatron_mm.data.prepare.index import prepare_tokenizer
+    from megatron_mm.data.prepare.tokenizer import prepare_tokenizer
 
     out = given.out or given.path / "tokenizer.model"
-    print(prepare_tokenizer(given.path, out=out, vocab_size=given.vocab_size, keys=_keys(given)))
+    print(prepare_tokenizer(given.path, out=out, vocab_size=given.vocab_size, keys=_keys(given), overwrite=given.overwrite))
 
 
 def _with_file_errors(command: Command) -> Command:

@@ -10,7 +10,8 @@ import pytest
 from support.data_files import picture, write_tar
 
 from megatron_mm.cli import main as cli
-from megatron_mm.data.prepare.index import IndexOptions, prepare_index, prepare_tokenizer
+from megatron_mm.data.prepare.index import IndexOptions, prepare_index
+from megatron_mm.data.prepare.tokenizer import prepare_tokenizer
 from megatron_mm.data.sources.index import SourceIndex, open_index
 from megatron_mm.data.text.documents import read_items
 from megatron_mm.data.text.items import ImageReference, Text

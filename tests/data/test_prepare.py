@@ -14,9 +14,10 @@ import pytest
 from support.data_files import bomb, picture, write_tar
 
 from megatron_mm.data.prepare.find import find_sources
-from megatron_mm.data.prepare.index import IndexOptions, prepare_index, prepare_tokenizer
+from megatron_mm.data.prepare.index import IndexOptions, prepare_index
 from megatron_mm.data.prepare.kinds import detect_kind
 from megatron_mm.data.prepare.samples import check_image
+from megatron_mm.data.prepare.tokenizer import prepare_tokenizer
 from megatron_mm.data.sources.index import open_index
 from megatron_mm.data.text.documents import read_items
 from megatron_mm.data.text.items import ImageReference, Text
@@ -294,8 +295,22 @@ def test_texts_too_few_for_the_vocabulary_are_mentioned(tmp_path: Path, caplog: 
     prepare_tokenizer(tmp_path, out=tmp_path / "tokenizer.model", vocab_size=1000)
     assert "are enough for only " in caplog.text and "of the 1,000 tokens of --vocab-size" in caplog.text
     caplog.clear()
-    prepare_tokenizer(tmp_path, out=tmp_path / "tokenizer.model", vocab_size=300)
+    prepare_tokenizer(tmp_path, out=tmp_path / "small.model", vocab_size=300)
     assert not caplog.text
+
+
+def test_a_tokenizer_is_not_replaced_by_another_unless_that_is_wanted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train" / "text" / "0.tar", {f"{n}.txt": f"the apple number {n}".encode() for n in range(60)})
+    out = tmp_path / "tokenizer.model"
+    prepare_tokenizer(tmp_path, out=out, vocab_size=300)
+    prepare_index(tmp_path)
+    first = out.read_bytes()
+    prepare_tokenizer(tmp_path, out=out, vocab_size=300)
+    with pytest.raises(ValueError, match=r"tokenizer.model is another tokenizer, with which train/text was indexed: choose another --out"):
+        prepare_tokenizer(tmp_path, out=out, vocab_size=310)
+    assert out.read_bytes() == first and len(list(tmp_path.iterdir())) == 2
+    prepare_tokenizer(tmp_path, out=out, vocab_size=310, overwrite=True)
+    assert out.read_bytes() != first
 
 
 def test_another_chat_template_or_caption_prompt_than_before_is_mentioned(

@@ -17,8 +17,9 @@ import pytest
 import torch
 from support.data_files import ALONE, experiment
 
-from megatron_mm.data.prepare.index import IndexOptions, prepare_index, prepare_tokenizer
+from megatron_mm.data.prepare.index import IndexOptions, prepare_index
 from megatron_mm.data.prepare.published.convert import Options, convert
+from megatron_mm.data.prepare.tokenizer import prepare_tokenizer
 from megatron_mm.data.sources import index_copies, stores
 from megatron_mm.data.sources.index import move_to_store, open_index, open_split
 from megatron_mm.data.sources.stores import ObjectStore, RangeCache, cache_of_environment

@@ -104,8 +104,12 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match=r"bad.model is not a SentencePiece model"):
         Tokenizer.open(tmp_path / "bad.model")
-    with pytest.raises(ValueError, match=r"no tokenizer of 100 tokens can be trained"):
+    with pytest.raises(
+        ValueError, match=r"no tokenizer of 100 tokens can be trained on these texts: the 256 bytes.* already need 26\d, so"
+    ):
         train_tokenizer(["a"], tmp_path / "c.model", vocab_size=100)
+    with pytest.raises(ValueError, match=r"can be trained on these texts: they are empty$"):
+        train_tokenizer([" "], tmp_path / "c.model", vocab_size=300)
 
 
 def test_the_names_of_the_special_tokens() -> None:

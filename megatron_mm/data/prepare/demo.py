@@ -19,8 +19,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from megatron_mm.data.prepare.index import prepare_index, prepare_tokenizer
+from megatron_mm.data.prepare.index import prepare_index
 from megatron_mm.data.prepare.summary import Summary
+from megatron_mm.data.prepare.tokenizer import prepare_tokenizer
 from megatron_mm.data.sources.shards import TarWriter
 from megatron_mm.data.text.conversations import IMAGE_MARK, TASKS
 

@@ -1,4 +1,4 @@
-"""`prepare index` and `prepare tokenizer`: read every sample of a data set once, and record what the plan needs."""
+"""`prepare index`: read every sample of a data set once, and record what the plan needs."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mm.data.prepare.find import absolute, check_files, find_sources, say_energon_split, shards_of
-from megatron_mm.data.prepare.kinds import detect_kind, first_shards, iterate_samples
+from megatron_mm.data.prepare.kinds import detect_kind, first_shards
 from megatron_mm.data.prepare.mirror import Mirror, mirrored
 from megatron_mm.data.prepare.row_files import RowHeader, current_header, losses_of, read_header, read_rows, recipe_of, row_file_of
-from megatron_mm.data.prepare.samples import VERIFY, Losses, Reading, Verify, document_of, parse_member
+from megatron_mm.data.prepare.samples import VERIFY, Losses, Reading, Verify
 from megatron_mm.data.prepare.shard_jobs import Progress, ShardJob, check_choice, choose_shards, run_jobs
 from megatron_mm.data.prepare.summary import SourceSummary, Summary, check_losses
 from megatron_mm.data.sources.index import SHARDS_CHECKED_AT_ONCE
 from megatron_mm.data.sources.index_files import META, write_index
 from megatron_mm.data.sources.shard_table import Shard, ShardTable
-from megatron_mm.data.sources.shards import BrokenShard, KeyEnds
+from megatron_mm.data.sources.shards import KeyEnds
 from megatron_mm.data.sources.source import CHAT_KINDS, Kind
 from megatron_mm.data.text.chat import Rendering, chat_template
-from megatron_mm.data.text.items import BadDocument, Text
 from megatron_mm.data.text.keys import USUAL, Keys
-from megatron_mm.data.text.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.platform.local_copies import address_of
 
 logger = logging.getLogger(__name__)
@@ -361,33 +360,3 @@ def _check_template(name: str, model: Path) -> None:
             f"chat template {name} needs the control tokens {', '.join(lacking)}, which {model} lacks: "
             "choose another --chat-template, or use the --tokenizer of a model with this template"
         )
-
-
-def prepare_tokenizer(path: Path, *, out: Path, vocab_size: int, keys: Keys = USUAL) -> str:
-    """Train a tokenizer on the training texts under a path, and warn if they are too few for `vocab_size`. Returns a line to print."""
-    sources = [source for source in find_sources(path, ignore=("*",)) if source.parent.name != "heldout"]
-    tokenizer = train_tokenizer(_all_texts(sources, keys), out, vocab_size=vocab_size)
-    if tokenizer.vocab_size < vocab_size:
-        logger.warning(
-            "the texts of %s are enough for only %s of the %s tokens of --vocab-size: text will be split into more tokens than a tokenizer "
-            "of that size needs. Train it on more text, or give `prepare index` and `train` the tokenizer of an existing model",
-            *(path, f"{tokenizer.vocab_size:,}", f"{vocab_size:,}"),
-        )
-    return f"{out}: {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}"
-
-
-def _all_texts(sources: list[Path], keys: Keys) -> Iterator[str]:
-    plain = Rendering(chat_template("plain"))
-    for source in sources:
-        shards = shards_of(source)
-        detected = detect_kind(shards, keys=keys)
-        for shard in shards:
-            try:
-                for sample in iterate_samples(shard, key_ends=detected.key_ends):
-                    try:
-                        items = parse_member(detected.kind, document_of(detected.kind, sample, keys), plain, keys=keys)
-                        yield from (item.text for item in items if isinstance(item, Text))
-                    except BadDocument:
-                        continue  # counted when the source is indexed
-            except BrokenShard as error:
-                logger.warning("%s", error)

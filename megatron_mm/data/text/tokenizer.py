@@ -13,6 +13,7 @@ import bisect
 import hashlib
 import io
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Tokenizer:
     def open(cls, path: Path, *, special: Sequence[str] = (PAD, IMAGE)) -> Tokenizer:
         """Read a SentencePiece model. Raises ValueError, naming the file, if it is missing or not a SentencePiece model."""
         if not path.is_file():
-            raise ValueError(f"tokenizer {path} does not exist: train one with `megatron-mm prepare tokenizer`, or use --data.tokenizer")
+            raise ValueError(f"tokenizer {path} does not exist: train one with `megatron-mm prepare tokenizer`, or name one that exists")
         model = path.read_bytes()
         try:
             if not model:
@@ -150,7 +151,7 @@ def _without_spellable_controls(model: bytes) -> bytes:
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int) -> Tokenizer:
     """Train a BPE model with byte fallback, like Llama's, and write it to `out`. The same texts produce the same model.
 
-    Raises ValueError if the texts are too few for the vocabulary.
+    Raises ValueError if there are no texts, or if the vocabulary is too small for their characters.
     """
     model = io.BytesIO()
     try:
@@ -173,7 +174,16 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int) -> Toke
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"no tokenizer of {vocab_size} tokens can be trained on these texts: {error}") from None
+        raise ValueError(f"no tokenizer of {vocab_size} tokens can be trained on these texts: {_why_not(str(error))}") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(model.getvalue())
     return Tokenizer(model.getvalue())
+
+
+def _why_not(error: str) -> str:
+    """Return what a message of SentencePiece's trainer means, or the message itself if it is unknown."""
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return (
+            f"the 256 bytes, the control tokens and the characters of these texts already need {found[1]}, so --vocab-size must be larger"
+        )
+    return "they are empty" if "!sentences_.empty()" in error else error

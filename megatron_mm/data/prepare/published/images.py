@@ -162,11 +162,8 @@ def build_table(root: Path, table: Path) -> int:
     archives = [path for path in walk_files(root) if path.name.lower().endswith(_ARCHIVES)] if is_new or not count else []
     if archives:
         logger.warning(
-            "%s contains %s archives, whose images are not found (%s ...): %s",
-            root,
-            len(archives),
-            archives[0].name,
-            _unpacked(archives[0]),
+            "%s contains archives, whose images are not found (%d, such as %s): %s",
+            *(root, len(archives), archives[0].relative_to(root), _unpacked(archives[0])),
         )
     return int(count)
 
