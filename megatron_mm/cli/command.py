@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,11 +137,23 @@ def run(group: Group, arguments: Sequence[str], *, program: str) -> None:
 
 
 def show(text: str) -> None:
-    """Print, even if the reader closes the pipe before the end, as in `--help | head -3`."""
+    """Print, and go on even if the reader closes the pipe before the end, as in `| head -3`. A plain print ends the program then, quietly:
+    this is for output after which there is more to do."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reader_left()
+
+
+def reader_left() -> bool:
+    """Return whether the reader of standard output has closed the pipe. If so, further output is discarded."""
+    output = sys.stdout.fileno()
+    state = select.poll()
+    state.register(output, 0)  # errors are always reported
+    if not state.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _group_help(group: Group, program: str) -> str:

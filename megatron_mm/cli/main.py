@@ -6,6 +6,7 @@ that `--help` is fast.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_mm import __version__
-from megatron_mm.cli.command import Group, run
+from megatron_mm.cli.command import Group, reader_left, run
 from megatron_mm.cli.convert import CONVERT
 from megatron_mm.cli.doctor import DOCTOR
 from megatron_mm.cli.eval import EVAL
@@ -56,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments[:1] != ["doctor"]:  # doctor reports this itself
             engines.check(engines.installed())
         run(COMMANDS, arguments, program="megatron-mm")
+        _flush()
+    except BrokenPipeError:
+        if not reader_left():  # a lost connection
+            raise
+        os._exit(141)  # the code that a shell reports for a program whose output nobody reads any more
     except (ValueError, FileNotFoundError) as error:
         _fail(error)
     except OSError as error:
@@ -68,6 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("megatron-mm: interrupted: start the same command again to resume", file=sys.stderr, flush=True)
         os._exit(130)  # the code that a shell reports for Ctrl-C
+
+
+def _flush() -> None:
+    """Write what is left of the output. When nobody reads it any more, that is no mistake: all work is done."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        return
+    reader_left()
 
 
 def _explain_by_engine(error: Exception) -> None:
@@ -95,7 +109,8 @@ def _fail(error: Exception) -> NoReturn:
         time.sleep(3)
     print(f"megatron-mm: error: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
     logger.debug("where the error came from", exc_info=error)
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     os._exit(2)  # not sys.exit: clean-up could wait for processes that never answer
 
 
