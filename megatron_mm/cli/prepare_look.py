@@ -28,8 +28,9 @@ def _view_arguments(parser: Parser) -> None:
 
 
 def _view(given: argparse.Namespace) -> None:
-    from megatron_mm.run.view import with_sources_of, write_view
+    from megatron_mm.run.view import check_split, with_sources_of, write_view
 
+    check_split(given.path, given.split)
     experiment = given.experiment
     if any(word.startswith("--data.mixture") for word in given.overrides):
         experiment = replace(experiment, data=replace(experiment.data, path=given.path))
@@ -47,8 +48,12 @@ def _report_arguments(parser: Parser) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    from megatron_mm.data.prepare.report import draw_report, report
+    from megatron_mm.data.prepare.report import check_picture, draw_report, report
 
+    if given.picture is not None:
+        check_picture(given.picture)
+    for out in filter(None, (given.json, given.picture)):
+        out.parent.mkdir(parents=True, exist_ok=True)
     found = report(given.path)
     show(str(found))
     if given.json is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,12 @@ from megatron_mm.config import Experiment
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.data.sources.index import MAPPED, open_index
 from megatron_mm.data.sources.stores import check_local
+from megatron_mm.evaluation.heldout import SPLIT as HELD_OUT
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.reporting.sequence_page import PageNotes, sequence_page
-from megatron_mm.run.data import TrainingData, image_input, open_tokenizer
+from megatron_mm.run.data import TRAINING, TrainingData, image_input, open_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _ALONE = Topology(
     device=torch.device("cpu"),
@@ -39,7 +43,14 @@ def write_view(experiment: Experiment, out: Path, *, recipe: str, split: str, mi
         experiment: how documents are packed and images cut; its `data.path` is shown.
         recipe: name of the recipe, for the title.
     """
-    data = TrainingData(experiment, _ALONE, tokenizer := open_tokenizer(experiment), split=split)
+    tokenizer = open_tokenizer(experiment)
+    if tokenizer.vocab_size > (rows := experiment.model.decoder.vocab_size):
+        logger.warning(
+            "tokenizer %s has %d tokens, but model.decoder.vocab_size of %s is %d, so training on this data needs "
+            "--model.decoder.vocab-size %d or more; what is shown does not depend on it",
+            *(experiment.data.tokenizer_path, tokenizer.vocab_size, recipe, rows, tokenizer.vocab_size),
+        )
+    data = TrainingData(experiment, _ALONE, tokenizer, split=split)
     shown: list[PackedBatch] = []
     bad = Counter[str]()
     try:
@@ -58,6 +69,14 @@ def write_view(experiment: Experiment, out: Path, *, recipe: str, split: str, mi
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(sequence_page(shown, tokenizer, notes), encoding="utf-8")
     return sum(batch.num_tokens for batch in shown)
+
+
+def check_split(path: Path, split: str) -> None:
+    """Raise ValueError if a data set has other splits but not this one."""
+    if path.is_dir() and not (path / split).is_dir():
+        splits = [name for name in (TRAINING, HELD_OUT) if (path / name).is_dir()]
+        if splits:
+            raise ValueError(f"--split is {split!r}, but {path} has no folder of that name: choose {' or '.join(splits)}")
 
 
 def with_sources_of(experiment: Experiment, path: Path, *, split: str) -> Experiment:

@@ -16,11 +16,11 @@ from PIL import Image
 from support.data_files import ALONE
 
 from megatron_mm.cli.main import main
-from megatron_mm.data.prepare.report import draw_report, report
+from megatron_mm.data.prepare.report import check_picture, draw_report, report
 from megatron_mm.data.sources.index import open_split
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.run.data import TrainingData, image_input, open_tokenizer
-from megatron_mm.run.view import with_sources_of, write_view
+from megatron_mm.run.view import check_split, with_sources_of, write_view
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,29 @@ def test_a_mixture_that_is_given_is_shown(demo_data: Path, tmp_path: Path) -> No
     out = tmp_path / "view.html"
     main(["prepare", "view", str(demo_data), "--out", str(out), "--micro-batches", "1", "--data.mixture", "text=1"])
     assert "<img " not in out.read_text(), "texts alone"
+
+
+def test_a_split_that_does_not_exist_is_named_before_the_index(demo_data: Path) -> None:
+    check_split(demo_data, "heldout")
+    with pytest.raises(ValueError, match=r"--split is 'vaild', but .* has no folder of that name: choose train or heldout"):
+        check_split(demo_data, "vaild")
+
+
+def test_a_tokenizer_that_training_refuses_is_named(demo_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = get_recipe("debug_mm1")
+    small = replace(recipe, model=replace(recipe.model, decoder=replace(recipe.model.decoder, vocab_size=64)))
+    experiment = with_sources_of(small, demo_data, split="train")
+    write_view(experiment, tmp_path / "view.html", recipe="debug_mm1", split="train", micro_batches=1)
+    tokens = open_tokenizer(experiment).vocab_size
+    assert f"of debug_mm1 is 64, so training on this data needs --model.decoder.vocab-size {tokens} or more" in caplog.text
+
+
+def test_the_reports_picture_is_checked_first(tmp_path: Path) -> None:
+    check_picture(tmp_path / "a.SVG")
+    with pytest.raises(ValueError, match=r"--picture .*a\.foo ends in \.foo: use \.png, \.pdf or \.svg"):
+        check_picture(tmp_path / "a.foo")
+    with pytest.raises(ValueError, match=r"is a folder: name a file in it, such as .*report\.png"):
+        check_picture(tmp_path)
 
 
 def test_the_report_counts_what_the_index_holds(demo_data: Path, tmp_path: Path) -> None:

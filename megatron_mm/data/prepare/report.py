@@ -157,6 +157,16 @@ def _percentiles_of(histogram: np.ndarray, least: int, most: int) -> dict[str, f
     return {**{name: min(max(value, least), most) for name, value in found.items()}, "0%": least, "100%": most}
 
 
+def check_picture(out: Path) -> None:
+    """Raise ValueError if a picture cannot be written to a file because of its ending, or because it is a folder."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if out.is_dir():
+        raise ValueError(f"--picture {out} is a folder: name a file in it, such as {out / 'report.png'}")
+    if out.suffix and out.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"--picture {out} ends in {out.suffix}: use .png, .pdf or .svg")
+
+
 def draw_report(found: DataReport, out: Path) -> None:
     """Draw the report: text tokens per sample, images per sample, and rejected samples by reason."""
     import matplotlib
