@@ -158,6 +158,7 @@ def assemble(
     times.lap("optimizer")
     checkpointer = Checkpointer(experiment, topology, run_dir, model, optimizer, progress=progress)
     state = leave_out(checkpointer.load_latest() or TrainState(), run_dir, topology=topology)
+    note_samples(state, {source.name: len(source) for source in checked.plan.indexes}, warn=topology.is_main)
     times.lap("checkpoint")
     if experiment.kernels.tower_graph is not None:
         if graph_tower(experiment, model) and topology.is_main:  # with the final weights, before the loader's threads
@@ -186,6 +187,20 @@ def assemble(
     times.lap("data and hooks")
     trainer.hooks.append(LogStart(trainer, times))
     return trainer
+
+
+def note_samples(state: TrainState, found: dict[str, int], *, warn: bool) -> None:
+    """Record how many samples each source has, and warn of sources that had another number when the run of this state was last started."""
+    for name, count in found.items():
+        before = state.num_samples.get(name, count)
+        if warn and before != count:
+            logger.warning(
+                "source %s had %s samples and has %s now: its samples come in another order, so some may be repeated or left out",
+                name,
+                f"{before:,}",
+                f"{count:,}",
+            )
+    state.num_samples = found
 
 
 def _begin_with(checkpoint: Path, experiment: Experiment, topology: Topology, model: list[DistributedDataParallel]) -> None:

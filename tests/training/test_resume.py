@@ -12,7 +12,8 @@ import pytest
 from support.distributed import run_processes
 from support.small import small_run
 
-from megatron_mm.run.start import check, start
+from megatron_mm.run.start import check, note_samples, start
+from megatron_mm.training.checkpoint import TrainState
 
 Layout = dict[str, Any]
 TENSOR_PIPELINE: Layout = {"tensor": 2, "pipeline": 2}
@@ -137,3 +138,19 @@ def test_a_run_is_not_resumed_with_another_tokenizer(demo_data: Path, half: dict
     del manifest["descriptions"]["tokenizer.model"]
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     check(other, run_dir)
+
+
+def test_a_resume_warns_of_sources_with_another_number_of_samples(half: dict[int, Path], caplog: pytest.LogCaptureFixture) -> None:
+    """The number is in the checkpoint; one of an earlier version has none."""
+    (checkpoint,) = (half[1] / "checkpoints").glob("step_*")
+    state = TrainState(**json.loads((checkpoint / "state.json").read_text()))
+    sizes = {"interleaved": 96, "pairs": 120, "text": 24}
+    assert state.num_samples == sizes
+    note_samples(state, sizes, warn=True)
+    note_samples(TrainState(), sizes, warn=True)
+    assert not caplog.text
+    note_samples(state, {**sizes, "pairs": 1498, "new": 5}, warn=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "source pairs had 120 samples and has 1,498 now: its samples come in another order, so some may be repeated or left out"
+    ]
+    assert state.num_samples["pairs"] == 1498

@@ -43,6 +43,8 @@ class TrainState:
     """Images trained on."""
     bad_samples: dict[str, int] = field(default_factory=dict)
     """Samples that failed at run time, by source."""
+    num_samples: dict[str, int] = field(default_factory=dict)
+    """Samples in the index of each source that the run was last started with; empty in checkpoints of earlier versions."""
 
 
 def model_state(model: list[DistributedDataParallel]) -> dict[str, Any]:
