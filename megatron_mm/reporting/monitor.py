@@ -45,7 +45,8 @@ class Monitor:
         self._metrics = MetricsFile(run_dir / METRICS, resume_step=resume_step)
         self._evaluations = MetricsFile(run_dir / EVALUATIONS, resume_step=resume_step)
         self._captions = MetricsFile(run_dir / CAPTIONS, resume_step=resume_step)
-        self._details = {name: MetricsFile(run_dir / name, resume_step=resume_step) for name in (PHASES, EXPERTS)}
+        details = (PHASES,) if experiment.model.decoder.moe is None else (PHASES, EXPERTS)
+        self._details = {name: MetricsFile(run_dir / name, resume_step=resume_step) for name in details}
         self._events, self._lock = MetricsFile(run_dir / EVENTS, resume_step=None), threading.RLock()
         self._wandb = WandbRun(experiment, run_dir, world_size=world_size)
         self._sinks = Sinks(list(self._places(resume_step)))
@@ -97,7 +98,7 @@ class Monitor:
         used = "" if metrics.mfu is None else f"  MFU {100 * metrics.mfu:.1f}%"
         return (
             f"step {metrics.step}/{steps}  loss {_loss(metrics)}  grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
-            f"{metrics.tokens_per_s:,.0f} tokens/s  {metrics.tflops:.3g} TFLOP/s{used}  {left} left"
+            f"{metrics.tokens_per_s:,.0f} tokens/s  {metrics.tflops:.3g} TFLOP/s per device{used}  {left} left"
         )
 
     def log_values(self, step: int, values: dict[str, float]) -> None:

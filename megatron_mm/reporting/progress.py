@@ -207,6 +207,8 @@ def progress_bar(step: int, steps: int | None, *, pace: float, width: int, now: 
     NaN if nobody knows when the run will end."""
     if not steps:
         return f"step {step:,}"
+    if step > steps:
+        return f"step {step:,}, after the {steps:,} steps of train.steps"
     part = min(1.0, step / steps)
     cells = max(10, min(30, width - 60))
     left = pace * (steps - step)

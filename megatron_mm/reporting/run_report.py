@@ -71,12 +71,18 @@ def _or_why_not(make: Callable[[Sequence[RunFiles]], str], runs: Sequence[RunFil
 # --------------------------------------------------------------------------------------------------------------- summary
 
 
+def _of_planned(done: int, planned: int | None) -> str:
+    if not planned:
+        return "steps"
+    return f"of {planned:,} steps" if done <= planned else f"steps; train.steps is {planned:,}"
+
+
 def _summary(run: RunFiles, number: int, count: int) -> str:
     metrics, steps = run.metrics, run.metrics.steps
     done, planned = int(steps[-1]) if len(steps) else 0, run.planned_steps
     seconds = metrics.curve("seconds").values
     values = [
-        (f"of {planned:,} steps" if planned else "steps", f"{done:,}"),
+        (_of_planned(done, planned), f"{done:,}"),
         ("loss", _number(metrics.curve("loss").last)),
         ("held-out loss", _number(run.evaluations.curve("heldout/loss").last)),
         ("tokens", short(_total(run, "tokens"))),

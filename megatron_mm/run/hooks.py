@@ -113,13 +113,15 @@ class Metrics(Hook):
 
     def close(self, *, failed: bool) -> None:
         state, steps = self.trainer.state, self.trainer.experiment.train.steps
-        if failed:
-            how = "failed", f"after step {state.step}{_reason(sys.exception())}"
-        elif state.step < steps:
-            how = "stop", f"stopped after step {state.step} of {steps}"
-        else:
-            how = "end", f"all {steps} steps are done"
+        how = ("failed", f"after step {state.step}{_reason(sys.exception())}") if failed else end_of(state.step, steps)
         self.monitor.close(exit_code=int(failed), events_of_end=[how])
+
+
+def end_of(step: int, steps: int) -> tuple[str, str]:
+    """Kind and text of the event of a run's end after a step. A run may already be beyond its `train.steps`, if they were reduced."""
+    if step < steps:
+        return "stop", f"stopped after step {step} of {steps}"
+    return "end", f"all {steps} steps are done" if step == steps else f"step {step} is done, more than the {steps} of train.steps"
 
 
 def _reason(error: BaseException | None) -> str:

@@ -3,18 +3,20 @@
 What torch lacks: the store through which processes find each other listens on every address of its node, whatever `--master-addr` says, and
 anyone who can reach it can read and change its contents. This launcher gives it a socket that is bound only to the rendezvous address.
 
-If processes fail, it exits with the exit code of the first one that failed, without a traceback of its own, because the processes have
-already reported the error.
+If processes fail, it exits with the exit code of the first one that failed. If a signal ends it (Ctrl-C, the end of a job), it exits with
+128 plus the signal's number. It writes no traceback of its own, because the processes have already reported what happened.
 """
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous
 from torch.distributed.run import main
@@ -57,8 +59,8 @@ def install() -> None:
 
 
 def launch() -> None:
-    """Run torchrun's main. Raises SystemExit with the exit code of the first process that failed, or 128 plus the signal's number if it was
-    killed, as in a shell."""
+    """Run torchrun's main. Raises SystemExit with the exit code of the first process that failed, or 128 plus the signal's number if it or
+    the launcher was ended by a signal, as in a shell."""
     install()
     try:
         main()
@@ -67,6 +69,9 @@ def launch() -> None:
         code = first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
         print(f"launcher: process {rank} was the first to end, with exit code {code}", file=sys.stderr, flush=True)
         raise SystemExit(code) from None
+    except SignalException as error:
+        print(f"launcher: ended by {signal.Signals(error.sigval).name}, after its processes", file=sys.stderr, flush=True)
+        raise SystemExit(128 + error.sigval) from None
 
 
 if __name__ == "__main__":

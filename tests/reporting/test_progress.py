@@ -18,6 +18,9 @@ from support.monitors import metrics
 from megatron_mm.cli.main import main
 from megatron_mm.reporting import progress
 from megatron_mm.reporting.progress import Follower, Progress, duration, sparkline, watch
+from megatron_mm.reporting.run_files import read_run
+from megatron_mm.reporting.run_report import report
+from megatron_mm.run.hooks import end_of
 from megatron_mm.run.lock import LOCK_FILE, Holder, gone_since, held_since
 from megatron_mm.training.metrics import MetricsFile
 
@@ -65,6 +68,18 @@ def test_a_run_is_followed_until_it_ends(tmp_path: Path, stream: type[io.StringI
     text = out.getvalue()
     assert "40 of 40 steps, 100.0%" in text and "rank 3 is slow in forward" in text
     assert ("\x1b[" in text) == isinstance(out, Terminal)
+
+
+def test_a_run_beyond_its_steps_is_not_done_in_part(tmp_path: Path) -> None:
+    """`--train.steps 4` on a run at step 11."""
+    run_dir, out = new_run(tmp_path / "run", steps=4), io.StringIO()
+    write_steps(run_dir, *range(1, 12))
+    assert end_of(4, 4) == ("end", "all 4 steps are done") and end_of(3, 4) == ("stop", "stopped after step 3 of 4")
+    event(run_dir, 11, *end_of(11, 4))
+    assert watch(run_dir, interval=0.01, out=out) == "end"
+    assert "step 11, after the 4 steps of train.steps  loss" in out.getvalue() and "11 of 4" not in out.getvalue()
+    assert "step 11 is done, more than the 4 of train.steps" in out.getvalue()
+    assert "<b>11</b><span>steps; train.steps is 4</span>" in report([read_run(run_dir)])
 
 
 def test_a_run_that_fails_ends_with_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from support.monitors import experiment, lines, metrics, monitor
 from support.wandb_file import config, history, run_ids
 
+from megatron_mm.config import MoEConfig
 from megatron_mm.evaluation.captions import CaptionSample
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.reporting.wandb_run import redact
@@ -39,6 +40,20 @@ def test_a_resume_appends_and_drops_what_came_after_the_checkpoint(tmp_path: Pat
     file.write(metrics(4, loss=9.0))
     file.close()
     assert [(line["step"], line["loss"]) for line in lines(path)] == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 9.0)]
+
+
+def test_the_line_says_what_is_per_device_and_a_dense_run_has_no_file_of_experts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    base = experiment()
+    quiet = replace(base, monitor=replace(base.monitor, wandb="disabled"))
+    decoder = replace(quiet.model.decoder, moe=MoEConfig(num_experts=4, every_n_layers=1))
+    moe = replace(quiet, model=replace(quiet.model, decoder=decoder))
+    for name, settings in (("dense", quiet), ("sparse", moe)):
+        watched = Monitor(settings, tmp_path / name, resume_step=0, world_size=4, is_main=True)
+        watched.log_step(metrics(1))
+        watched.close(exit_code=0)
+        assert (tmp_path / name / "experts.jsonl").is_file() == (name == "sparse")
+    assert "200 tokens/s  0.1 TFLOP/s per device  " in caplog.text
 
 
 def test_a_number_that_json_cannot_write_is_null() -> None:
