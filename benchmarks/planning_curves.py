@@ -120,7 +120,9 @@ def main() -> None:
     dense, sparse = get_recipe("mm1_30b"), get_recipe("mm1_3b_moe")
     if not given.moe:
         table("30B, batch 512", [(f"{gpus} GPUs", dense, gpus, None) for gpus in (64, 256, 512, 1024, 2048, 4096)], choose=choose)
-        table("30B on 512 GPUs, images of every sequence", [(f"{images}", dense, 512, images) for images in (0, 4, 8, 16)], choose=choose)
+        table(
+            "30B on 512 GPUs, images of a sequence, at most", [(f"{images}", dense, 512, images) for images in (0, 4, 8, 16)], choose=choose
+        )
         lengths = [(f"{length}", with_length(dense, length), 512, None) for length in (4096, 8192, 16384, 32768)]
         table("30B on 512 GPUs, sequence length", lengths, choose=choose)
     table("3B-MoE (64B), batch 512", [(f"{gpus} GPUs", sparse, gpus, None) for gpus in (64, 128, 256, 512, 1024)], choose=choose)

@@ -107,7 +107,8 @@ def _fail(error: Exception) -> NoReturn:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(3)
-    print(f"megatron-mm: error: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename is not None else error
+    print(f"megatron-mm: error: {f'[rank {rank}] ' if rank else ''}{said}", file=sys.stderr, flush=True)
     logger.debug("where the error came from", exc_info=error)
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_mm.cli.checks import output
 from megatron_mm.cli.command import Command, Parser
 
 
 def _arguments(parser: Parser) -> None:
     parser.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="run directory; several are compared")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="page to write (default: report.html in the first run directory)")
+    parser.add_argument("--out", metavar="FILE", type=output(), help="page to write (default: report.html in the first run directory)")
 
 
 def _run(given: argparse.Namespace) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from megatron_mm.cli.checks import directory
 from megatron_mm.cli.command import Command, Parser
 from megatron_mm.cli.recipe import add_recipe, list_recipes, recipe_of
 
@@ -13,7 +13,7 @@ def _arguments(parser: Parser) -> None:
     add_recipe(parser)
     parser.add_argument(
         "--run-dir",
-        type=Path,
+        type=directory,
         metavar="DIR",
         help="run directory, for configuration, metrics, checkpoints and W&B; if it has a checkpoint, the run resumes from the newest one",
     )

@@ -52,7 +52,7 @@ def describe(planned: Planned, prediction: Prediction, *, price: float | None = 
     band = ERROR_BAND[kind_of(planned)]
     sequences, seconds = train.global_batch_size, prediction.seconds
     fill = work.num_tokens / (sequences * experiment.data.sequence_length)
-    drawn = "lengths drawn: no data at data.path" if planned.work.drawn else "the data's own plan"
+    drawn = "lengths drawn at random, not those of a data set" if planned.work.drawn else "the data's own plan"
     yield f"{experiment.recipe} on {gpus} {gpu.name}: {job.layout}, {len(job.micro_batches)} micro-batches of {train.micro_batch_size}"
     yield (
         f"work     {sequences} sequences, {work.num_tokens:,} tokens ({100 * fill:.1f}% full), {work.num_images:,} images ({drawn}); "
@@ -67,7 +67,10 @@ def describe(planned: Planned, prediction: Prediction, *, price: float | None = 
         if value > 0.0005 * seconds:
             yield f"         {f'{value:.3f} s' if seconds >= 1 else f'{1e3 * value:.2f} ms':>11}  {100 * value / seconds:5.1f}%  {name}"
     yield f"limit    besides matrix products, {_LIMITS.get(prediction.limit, prediction.limit)} take the most time"
-    yield from _run(planned, prediction, price=price)
+    if fits(prediction.peak_bytes, gpu):
+        yield from _run(planned, prediction, price=price)
+    else:
+        yield "run      not possible in this layout: add --search to find one that fits, or use more GPUs or GPUs with more memory"
 
 
 def _memory(prediction: Prediction, gpu: Gpu) -> Iterator[str]:

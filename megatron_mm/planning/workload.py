@@ -56,6 +56,12 @@ class Workloads:
             plan: plan of the experiment's data; without one, sequences are drawn.
             images: largest number of images in a sequence; sequences are then drawn, with as many images as fit up to this number.
         """
+        most = experiment.data.max_images_per_sequence
+        if images is not None and not 0 <= images <= most:
+            raise ValueError(
+                f"images is {images}, but must be from 0 to data.max_images_per_sequence = {most}: "
+                f"add --data.max-images-per-sequence {max(images, 1)}"
+            )
         self.experiment = experiment
         self.drawn = plan is None or images is not None
         if plan is not None and images is None:

@@ -86,7 +86,7 @@ def test_mistakes_on_the_command_line(fails: Fails, options: list[str], message:
         (["--data.path", "/usr"], "error: data.path /usr is not a data set, because it has no folder 'train': use --data.path DIR"),
         (["--extra-hooks", "json:JSONDecoder"], "extra_hooks names json:JSONDecoder, which is not a hook: derive the class from"),
         (["--data.preprocessors", "builtins:print"], "the preprocessor builtins:print returns None for source "),
-        (["--data.tokenizer", "/nowhere.model"], "tokenizer /nowhere.model does not exist: give another file as --data.tokenizer"),
+        (["--data.tokenizer", "/nowhere.model"], "tokenizer /nowhere.model does not exist: train one"),
         (
             ["--data.mixture", "video=1"],
             "lacks the sources ['video'] of data.mixture; it has ['conversations', 'interleaved', 'pairs', 'tasks', 'text']",
@@ -185,10 +185,9 @@ def test_mistakes_in_other_commands(fails: Fails, command: list[str], message: s
 
 
 def test_a_file_that_cannot_be_written_is_named(fails: Fails, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "file").touch()
-    said = fails("report", tmp_path, "--out", tmp_path / "file" / "page.html")
-    assert str(tmp_path / "file") in said and "Errno" in said
+    said = fails("prepare", "demo", "--out", tmp_path / "file" / "demo")
+    assert str(tmp_path / "file") in said and "Errno" not in said
 
 
 def _commands(group: Group, names: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
