@@ -44,6 +44,15 @@ def open_tokenizer(experiment: Experiment) -> Tokenizer:
         check_folder(folder)
         if not data.tokenizer_path.is_file() and not any((folder / s).is_dir() for s in (TRAINING, HELD_OUT)):
             raise ValueError(f"data.path {data.path} is not a data set, because it has no folder {TRAINING!r}: {GIVE_DATA}")
+        if not data.tokenizer_path.is_file():
+            raise ValueError(
+                f"tokenizer {data.tokenizer_path} does not exist: train one with `megatron-mm prepare tokenizer {data.path}`, or give "
+                "--data.tokenizer FILE"
+            )
+    elif not data.tokenizer.is_file():
+        raise ValueError(
+            f"tokenizer {data.tokenizer} does not exist: give another file as --data.tokenizer, or leave it out to use the data set's"
+        )
     return Tokenizer.open(data.tokenizer_path, special=family_of(experiment.model).special_tokens)
 
 

@@ -86,7 +86,7 @@ def test_mistakes_on_the_command_line(fails: Fails, options: list[str], message:
         (["--data.path", "/usr"], "error: data.path /usr is not a data set, because it has no folder 'train': use --data.path DIR"),
         (["--extra-hooks", "json:JSONDecoder"], "extra_hooks names json:JSONDecoder, which is not a hook: derive the class from"),
         (["--data.preprocessors", "builtins:print"], "the preprocessor builtins:print returns None for source "),
-        (["--data.tokenizer", "/nowhere.model"], "tokenizer /nowhere.model does not exist: train one"),
+        (["--data.tokenizer", "/nowhere.model"], "tokenizer /nowhere.model does not exist: give another file as --data.tokenizer"),
         (
             ["--data.mixture", "video=1"],
             "lacks the sources ['video'] of data.mixture; it has ['conversations', 'interleaved', 'pairs', 'tasks', 'text']",

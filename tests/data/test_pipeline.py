@@ -37,6 +37,14 @@ def test_a_source_that_was_not_indexed_is_named(demo_data: Path, tmp_path: Path)
         make_plan(experiment(data), split="train")
 
 
+def test_a_missing_tokenizer_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match=r"tokenizer.model does not exist: train one with .* or give --data.tokenizer FILE"):
+        open_tokenizer(experiment(tmp_path))
+    with pytest.raises(ValueError, match=r"tokenizer /nope.model does not exist: give another file as --data.tokenizer, or leave it out"):
+        open_tokenizer(experiment(tmp_path, tokenizer=Path("/nope.model")))
+
+
 def test_sources_without_weight_need_not_be_there(demo_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(demo_data, tmp_path / "data"))
     shutil.rmtree(data / "train" / "text")

@@ -48,7 +48,7 @@ def test_some_examples_are_as_their_files_say(files: Path) -> None:
 
 def test_a_missing_file_is_named_with_where_it_is_published(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"task vqav2 needs .*v2_OpenEnded_mscoco_val2014_questions.json, which does not exist.*visualqa.org"
+        ValueError, match=r"task vqav2 needs .*v2_OpenEnded_mscoco_val2014_questions.json, which does not exist.*visualqa.org.* as --data"
     ):
         TASKS["vqav2"].examples(tmp_path)
 

@@ -169,7 +169,10 @@ class Task:
         ]
         advice = f"put {', '.join(split.files)} into {folder} ({self.published_at})"
         if missing:
-            raise ValueError(f"task {self.name} needs {folder / missing[0]}, which does not exist: {advice}")
+            raise ValueError(
+                f"task {self.name} needs {folder / missing[0]}, which does not exist: {advice}, or give the folder with the tasks' files "
+                "as --data (without it, the run's data.path is used)"
+            )
         try:
             found = split.read(folder)
         except DamagedFile as error:
