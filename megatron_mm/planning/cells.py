@@ -204,14 +204,16 @@ def precision_of(cells: Mapping[str, str]) -> str:
     return text
 
 
+_NO = re.compile(r"0(\.0*)?|no|n|false|f|off|(un|not |non-?)gated|(squared[- ]?)?(relu|gelu)(\^?2)?")
+_YES = re.compile(r"1(\.0*)?|yes|y|true|t|on|gated|silu|\w*glu")
+
+
 def flag(cells: Mapping[str, str], name: str) -> bool | None:
-    """Read a cell that says yes or no; None if it is empty. Raises UnusableRow if it says neither."""
-    text = word(
-        cells, name, r"^([01](\.0*)?|true|false|yes|no|y|n|t|f|on|off|gated|swiglu|geglu|gelu|relu|squared relu|relu\^?2)$", "1 or 0"
-    )
-    if not text:
-        return None
-    return text not in ("0", "0.", "0.0", "false", "no", "n", "f", "off", "gelu", "relu", "squared relu", "relu2", "relu^2")
+    """Read a cell that says yes or no, or whether an MLP is gated; None if it is empty. Raises UnusableRow if it says neither."""
+    text = re.sub(r"\(.*?\)", "", tidy(cells.get(name, "")).lower()).strip()
+    if text and not _NO.fullmatch(text) and not _YES.fullmatch(text):
+        raise _unreadable(cells, name, "1 or 0")
+    return bool(_YES.fullmatch(text)) if text else None
 
 
 def _number(name: str, text: str, wanted: str) -> tuple[float, str]:

@@ -16,12 +16,13 @@ from pathlib import Path
 from megatron_mm.planning import functional_tests
 from megatron_mm.planning.cells import GIB, MEASURED, UnusableRow, count, flag, has_unit, measured, precision_of, tidy
 from megatron_mm.planning.decoder_job import decoder_job
-from megatron_mm.planning.decoder_shape import DecoderShape, Latents, Recompute
-from megatron_mm.planning.hardware import Gpu, Software
+from megatron_mm.planning.decoder_shape import DecoderShape, Latents
+from megatron_mm.planning.hardware import Software
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.layout import Layout
 from megatron_mm.planning.published_hardware import at_precision, gpu_of, release_of
-from megatron_mm.planning.published_software import adapters_of, document_length_of, has_latents, recipe_setting, software_of
+from megatron_mm.planning.published_recompute import recomputed
+from megatron_mm.planning.published_software import adapters_of, document_length_of, has_latents, software_of
 from megatron_mm.planning.row_checks import check, fsdp_of, gpus_of
 from megatron_mm.planning.step import Prediction, StepModel
 
@@ -138,7 +139,7 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
     check(cells, shape, layouts[0], batch)
     flops_per_gpu = _flops(shape, length) * batch * length / gpus
     fp8 = _is_fp8(cells, assumed)
-    recompute = _recompute(cells, software, gpu)
+    recompute = recomputed(cells, software, gpu)
     if len(recompute) > 1:
         assumed.append("recompute")
     gpu, software = at_precision(cells, gpu, software)
@@ -357,41 +358,3 @@ def _micro_batch_sizes(cells: Mapping[str, str], batch: int, layout: Layout) -> 
     if accumulated:
         return [max(1, round(each / accumulated))]
     return [size for size in (1, 2, 4, 8) if each % size == 0 and (size == 1 or each // size >= layout.pipeline)]
-
-
-_MODULES = {"norm": "layernorm", "act": "moe_act", "attn": "core_attn", "attention": "core_attn", "up_proj": "mla_up_proj"}
-
-
-_RECOMPUTED = frozenset({"core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"})
-"""Modules whose recomputation the planner knows, by megatron-core's names."""
-
-
-def _recompute(cells: Mapping[str, str], software: Software, gpu: Gpu) -> list[Recompute]:
-    """Return what was recomputed; if the source does not say, what may have been."""
-    given = cells.get("recompute", "").strip().lower()
-    text = tidy(given) or ("none" if given == "none" else "")
-    setting = recipe_setting(cells, gpu) if not text and count(cells, "experts") else None
-    if setting is not None:
-        return [frozenset(setting.recompute)]
-    if not text and software.name.startswith("JAX"):  # MaxText's usual policy keeps only some of the products
-        return [frozenset({"mlp_half"}), frozenset({"full"})]
-    if not text and re.search(r"dgxc|nemo", " ".join((cells.get("source", ""), cells.get("ref", ""))).lower()):
-        return [frozenset()]
-    if not text:
-        return [frozenset(), frozenset({"full"})]
-    if text.startswith("none") or text in ("no", "0", "false", "off", "disabled", "nothing"):
-        return [frozenset()]
-    if text.startswith("full") or text in ("all", "block", "uniform", "yes", "1", "true", "on", "enabled"):
-        return [frozenset({"full"})]
-    if "op ac" in text:
-        return [frozenset({"mlp_half"})]
-    if re.search(r"selective layer|(2nd|second|other) layer", text):  # torchtitan's selective recomputation of layers
-        return [frozenset({"every second layer"})]
-    if "selective" in text and "moe" not in text:
-        return [frozenset({"core_attn"})]
-    modules = frozenset(_MODULES.get(name, name) for name in re.split(r"[+,;&/\s]+|\band\b", re.sub(r"\(.*?\)|:", " ", text)))
-    modules -= {"", "selective", "only", "modules"}
-    unknown = modules - _RECOMPUTED
-    if unknown or not modules:
-        raise UnusableRow(f"recompute is {given!r}, but must be none, full, selective or modules ({', '.join(sorted(_RECOMPUTED))})")
-    return [modules]

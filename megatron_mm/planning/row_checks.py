@@ -29,7 +29,9 @@ def gpus_of(cells: Mapping[str, str]) -> int:
 def fsdp_of(cells: Mapping[str, str]) -> str:
     """Return how FSDP shards (a number of GPUs or a strategy, in small letters); an empty text if it does not."""
     text = word(cells, "fsdp", r"^\d+(\.0*)?$|full|grad|shard|fsdp|hsdp|zero|ddp|yes|true|no\b|false|off", "a number of GPUs or a strategy")
-    return "" if re.search(r"^0|no[_ ]?shard|^ddp|^no$|false|off", text) else text
+    if re.search(r"zero[-_ ]?2", text):
+        return "shard_grad_op"
+    return "" if re.search(r"^0|no[_ ]?shard|^ddp|^no$|false|off|zero[-_ ]?[01]", text) else text
 
 
 def check(cells: Mapping[str, str], shape: DecoderShape, layout: Layout, batch: int) -> None:

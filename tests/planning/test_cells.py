@@ -184,6 +184,27 @@ def test_spellings_do_not_change_the_prediction(tmp_path: Path) -> None:
     assert (plain.jobs, plain.step_seconds) == (other.jobs, other.step_seconds)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "same"),
+    [
+        ("recompute", "no recomputation", "none"),
+        ("recompute", "off", "none"),
+        ("recompute", "activation checkpointing", "full"),
+        ("recompute", "Uniform, 1 layer", "full"),
+        ("recompute", "core attention", "core_attn"),
+        ("recompute", "selective: moe act, layer norm", "moe_act+layernorm"),
+        ("gated_mlp", "SwiGLU (gated)", "1"),
+        ("gated_mlp", "squared ReLU", "0"),
+        ("fsdp", "ZeRO-2", "SHARD_GRAD_OP"),
+        ("fsdp", "NO_SHARD", ""),
+        ("precision", "bf16-mixed", "bf16"),
+    ],
+)
+def test_words_with_the_same_meaning(tmp_path: Path, name: str, text: str, same: str) -> None:
+    one, other = (row for row in _read(tmp_path, {name: text}, {name: same}) if isinstance(row, Measurement))
+    assert one.jobs == other.jobs
+
+
 def test_without_a_number_of_gpus_the_degrees_give_it(tmp_path: Path) -> None:
     (row,) = _read(tmp_path, {"n_gpus": "", "dp": "16"})
     assert isinstance(row, Measurement) and row.jobs[0].layout.gpus == 64 and "n_gpus" in row.assumed
