@@ -26,14 +26,9 @@ def install() -> None:
     """Make an older megatron-core read the entry where there is no file; does nothing for later ones, or when called again."""
     if hasattr(serialization, "_legacy_common_state_exists"):  # it reads both
         return
-    holder, name = (common.TorchCommonLoadStrategy, "load_common") if _has_strategies() else (serialization, "load_common")
-    read = getattr(holder, name)
-    if not hasattr(read, "reads_entry"):
-        setattr(holder, name, _file_or_entry(read))
-
-
-def _has_strategies() -> bool:
-    return hasattr(common, "TorchCommonLoadStrategy")  # until 0.16
+    holder: Any = getattr(common, "TorchCommonLoadStrategy", serialization)  # a strategy until 0.16, then a function
+    if not hasattr(holder.load_common, "reads_entry"):
+        holder.load_common = _file_or_entry(holder.load_common)
 
 
 def _file_or_entry(read: Any) -> Any:
