@@ -81,6 +81,6 @@ def test_sums_and_copies_are_the_same_in_fewer_operations(world_size: int, preci
         assert before["add_"] - after["add_"] >= 4 // data_size * vectors, "one sum for each vector and micro-batch"
         assert after["_foreach_add_"] <= 3 * 4, "one for the vectors of a micro-batch, at most one for each bucket"
         all_vectors, copies_saved = all_vectors + vectors, copies_saved + before["copy_"] - after["copy_"]
-    assert all_vectors > 40
+    assert all_vectors > 8, "else the sums above show nothing"
     if precision == "bf16" and parallel.get("distributed_optimizer", True):
         assert copies_saved >= all_vectors // data_size, "each weight is copied by the one process that updates it"
