@@ -7,7 +7,6 @@ field of that experiment as an option, with its value, once the arguments say wh
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import select
 import sys
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 from megatron_mm.cli.overrides import ABSENT, Override, apply_overrides, overrides_of
 from megatron_mm.cli.values import placeholder, written
 from megatron_mm.config import Experiment
+from megatron_mm.config.checks import nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,12 +111,6 @@ def choices(word: str, known: Iterable[str]) -> str:
     """`choose one of A, B, C`, preceded by a suggestion if a name is close."""
     meant = nearest(word, known).removeprefix(": ")
     return f"{f'{meant} ' if meant else ''}choose one of {', '.join(known)}"
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`: did you mean NAME?`, or an empty string if no name is close."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f": did you mean {near[0]}?" if near else ""
 
 
 def run(group: Group, arguments: Sequence[str], *, program: str) -> None:

@@ -11,12 +11,13 @@ dict[str, float]         NAME=VALUE words
 from __future__ import annotations
 
 import contextlib
-import difflib
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from megatron_mm.config.checks import nearest
 
 
 def without_none(hint: Any) -> Any:
@@ -112,8 +113,7 @@ def _parse_word(name: str, hint: Any, kind: Any, word: str) -> Any:
         allowed = {str(value): value for value in typing.get_args(kind)}
         if word in allowed:
             return allowed[word]
-        near = difflib.get_close_matches(word, allowed, n=1)
-        raise ValueError(f"{name} is {word!r}, but takes {expected(hint)}{f': did you mean {near[0]}?' if near else ''}")
+        raise ValueError(f"{name} is {word!r}, but takes {expected(hint)}{nearest(word, allowed)}")
     if kind is bool and word.lower() in ("true", "false"):
         return word.lower() == "true"
     if kind in (int, float, str, Path):

@@ -6,7 +6,6 @@ reference, so that the object can be found again.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -16,6 +15,8 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from megatron_mm.config.checks import nearest
 
 
 def is_reference(word: str) -> bool:
@@ -33,8 +34,7 @@ def load_object(reference: str) -> Any:
         raise ValueError(f"{reference!r} is not a reference: write FILE.py:NAME or MODULE:NAME")
     module = load_module(place)
     if not hasattr(module, name):
-        near = difflib.get_close_matches(name, vars(module), n=1)
-        raise ValueError(f"{place} defines no {name!r}{f': did you mean {near[0]}?' if near else ''}")
+        raise ValueError(f"{place} defines no {name!r}{nearest(name, vars(module))}")
     return getattr(module, name)
 
 

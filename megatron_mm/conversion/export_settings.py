@@ -13,9 +13,8 @@ from typing import Any
 
 from megatron_mm.config import Experiment, ModelConfig
 from megatron_mm.families.recipes import RECIPES, get_recipe
-from megatron_mm.families.serialize import from_dict, to_dict
+from megatron_mm.families.serialize import EXPORT_SETTINGS, from_dict, to_dict
 
-FILE = "megatron_mm.json"
 _DATA = ("sequence_length", "to_rgb", "min_tiles", "max_tiles", "chat_template", "caption_prompt")
 """Fields of `Experiment.data` that describe how prompts and images are written."""
 _CARD_LINE = re.compile(r"^\| recipe \| `([^`]+)` \|$", re.MULTILINE)
@@ -24,7 +23,7 @@ _CARD_TEMPLATE = re.compile(r"^Chats are written with the template `([^`]+)`", r
 
 
 def write_export_settings(out: Path, experiment: Experiment) -> None:
-    """Write FILE into an export."""
+    """Write the settings into an export."""
     data = to_dict(experiment.data)
     document = {
         "recipe": experiment.recipe,
@@ -32,7 +31,7 @@ def write_export_settings(out: Path, experiment: Experiment) -> None:
         "data": {name: data[name] for name in _DATA},
         "train": {"precision": experiment.train.precision},
     }
-    (out / FILE).write_text(json.dumps(document, indent=2) + "\n")
+    (out / EXPORT_SETTINGS).write_text(json.dumps(document, indent=2) + "\n")
 
 
 def read_export_settings(export: Path) -> Experiment | None:
@@ -41,7 +40,7 @@ def read_export_settings(export: Path) -> Experiment | None:
 
     Raises ValueError that names the file if it is damaged.
     """
-    path = export / FILE
+    path = export / EXPORT_SETTINGS
     if not path.is_file():
         return _recipe_of_card(export / "README.md")
     try:

@@ -22,6 +22,7 @@ from typing import Any
 from megatron_mm.evaluation.results import Result, mean_stderr, read_results, textcore, with_stderr
 from megatron_mm.evaluation.settings import differences, spelled
 from megatron_mm.evaluation.tasks.registry import GROUPS, TEXTCORE
+from megatron_mm.families.serialize import EXPORT_SETTINGS
 
 _PANELS = 4
 _NAMES = {
@@ -33,8 +34,6 @@ _NAMES = {
 }
 """Fields that ablations change -> prefix of their values in a label. If none of them differs, labels show the fields that do, by name."""
 
-_EXPORT_SETTINGS = "megatron_mm.json"
-"""File of an exported model with its settings (`conversion.export_settings`)."""
 _ASKED = ("seed", "method", "beams", "wording", "text_demonstrations", "low_resolution_demonstrations")
 """Entries of a result's setting that describe how the task was evaluated."""
 
@@ -103,7 +102,7 @@ def _settings_of(run_dir: Path) -> dict[str, Any]:
 
     Raises ValueError if the folder is neither.
     """
-    for path in (run_dir / _EXPORT_SETTINGS, run_dir / "config.json"):
+    for path in (run_dir / EXPORT_SETTINGS, run_dir / "config.json"):
         try:
             found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError as error:

@@ -22,7 +22,6 @@ training, and each attends only to its own image.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import Formatter
@@ -31,6 +30,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
+from megatron_mm.config.checks import nearest
 from megatron_mm.data.image_formats import open_image
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
@@ -159,9 +159,9 @@ def check_form(form: str) -> None:
     except (ValueError, KeyError, IndexError) as error:
         raise ValueError(f"--form {form!r} cannot be read ({error}): write {{{{ and }}}} for braces; its fields may be {known}") from None
     if unknown:
-        near = difflib.get_close_matches(unknown[0], FIELDS, n=1)
-        meant = f"did you mean {{{near[0]}}}? " if near else ""
-        raise ValueError(f"--form {form!r} has the unknown field {{{unknown[0]}}}: {meant}A form may have {known}")
+        word = f"{{{unknown[0]}}}"
+        meant = nearest(word, [f"{{{name}}}" for name in FIELDS]) or ":"
+        raise ValueError(f"--form {form!r} has the unknown field {word}{meant} A form may have {known}")
 
 
 def _append(items: list[Item], part: str | ImageReference, *, continues: bool = False) -> None:

@@ -16,6 +16,9 @@ from megatron_mm.config.references import check_own, load_module
 from megatron_mm.config.run import Experiment
 from megatron_mm.families.registry import FAMILIES
 
+EXPORT_SETTINGS = "megatron_mm.json"
+"""File of an exported model with its recipe and settings (`conversion.export_settings`)."""
+
 
 def to_dict(value: Any) -> Any:
     """Convert a config part to plain JSON values: a model includes its `family`, paths become strings, tuples become lists."""

@@ -35,16 +35,21 @@ def _file_or_entry(read: Any) -> Any:
     @functools.wraps(read)
     def state(*args: Any, **kwargs: Any) -> Any:
         folder = Path(args[-1] if args else kwargs["checkpoint_dir"])
-        return read(*args, **kwargs) if (folder / common.COMMON_STATE_FNAME).is_file() else _read_entry(folder)
+        info = None if (folder / common.COMMON_STATE_FNAME).is_file() else _entry(folder)
+        return read(*args, **kwargs) if info is None else _read(folder / info.relative_path, info)
 
     state.reads_entry = True  # type: ignore[attr-defined]
     return state
 
 
-def _read_entry(folder: Path) -> Any:
+def _entry(folder: Path) -> Any:
+    """Where the entry is stored; None if there is none."""
     stored = FileSystemReader(folder).read_metadata().storage_data
-    info = next(info for index, info in stored.items() if index.fqn == ENTRY)
-    with (folder / info.relative_path).open("rb") as file:
+    return next((info for index, info in stored.items() if index.fqn == ENTRY), None)
+
+
+def _read(path: Path, info: Any) -> Any:
+    with path.open("rb") as file:
         file.seek(info.offset)
         return torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)[0]
 

@@ -100,7 +100,7 @@ class Metrics(Hook):
         )
 
     def tell(self, batch: StepBatch) -> tuple[float, ...]:
-        graphed = graphed_tower(self.trainer.model) if self.trainer.experiment.kernels.tower_graph is not None else None
+        graphed = graphed_tower(self.trainer.model)
         blanks = 0 if graphed is None else graphed.take_blanks()
         return (*(float(batch.bad.get(name, 0)) for name in self.sources), float(blanks))
 

@@ -8,41 +8,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.command_line import Fails
 
 from megatron_mm.cli import main as cli
 from megatron_mm.cli.command import Group
 from megatron_mm.training.checkpoint import find_checkpoint
 
-Fails = Callable[..., str]
 PROGRAM = [sys.executable, "-m", "megatron_mm"]
-
-
-class _Left(BaseException):
-    """The program ended by os._exit."""
-
-
-@pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
-    """Function that runs a command in this process, which must exit with code 2 and one line of error; returns the line."""
-
-    def leave(code: int) -> None:
-        assert code == 2
-        raise _Left
-
-    monkeypatch.setattr(os, "_exit", leave)
-
-    def run(*arguments: object) -> str:
-        with pytest.raises(_Left):
-            cli.main([str(argument) for argument in arguments])
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-mm: error:")]
-        assert len(lines) == 1
-        return lines[0]
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -99,7 +75,7 @@ def test_mistakes_on_the_command_line(fails: Fails, options: list[str], message:
 def test_mistakes_that_the_data_or_the_machine_shows(
     fails: Fails, demo_data: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    assert message in fails("train", "debug_mm1", "--run-dir", tmp_path / "run", "--data.path", demo_data, *options)
+    assert message in fails("train", "debug_mm1", "--run-dir", tmp_path / "run", "--data.path", demo_data, *options, prints=True)
 
 
 def test_heads_that_tensor_parallelism_does_not_divide(
@@ -181,7 +157,7 @@ def test_torchrun_says_a_mistake_once_and_does_not_hang(demo_data: Path, tmp_pat
     ],
 )
 def test_mistakes_in_other_commands(fails: Fails, command: list[str], message: str) -> None:
-    assert message in fails(*command)
+    assert message in fails(*command, prints=True)
 
 
 def test_a_file_that_cannot_be_written_is_named(fails: Fails, tmp_path: Path) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.command_line import Fails
 
 from megatron_mm.cli import main as cli
 from megatron_mm.config import Experiment
@@ -15,31 +14,6 @@ from megatron_mm.families.recipes import get_recipe
 from megatron_mm.planning.workload import Workloads
 
 PLAN = ("plan", "debug_mm1", "--num-gpus", "1")
-Fails = Callable[..., str]
-
-
-class _Left(BaseException):
-    """The program ended by os._exit."""
-
-
-@pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
-    """Function that runs a command, which must exit with code 2 and print nothing but one line; returns the line."""
-
-    def leave(code: int) -> None:
-        assert code == 2
-        raise _Left
-
-    monkeypatch.setattr(os, "_exit", leave)
-
-    def run(*arguments: object) -> str:
-        with pytest.raises(_Left):
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert not out
-        return err
-
-    return run
 
 
 @pytest.mark.parametrize(

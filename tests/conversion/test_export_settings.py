@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.conversion.export_settings import FILE, read_export_settings, write_export_settings
+from megatron_mm.conversion.export_settings import read_export_settings, write_export_settings
 from megatron_mm.conversion.model_card import write_model_card
 from megatron_mm.families.recipes import RECIPES, get_recipe
+from megatron_mm.families.serialize import EXPORT_SETTINGS
 from megatron_mm.run.evaluate_tasks import open_target
 
 
@@ -25,7 +26,7 @@ def test_settings_come_back_with_what_options_changed(name: str, tmp_path: Path)
         train=replace(recipe.train, precision="fp32"),
     )
     write_export_settings(tmp_path, changed)
-    assert "secret" not in (tmp_path / FILE).read_text()
+    assert "secret" not in (tmp_path / EXPORT_SETTINGS).read_text()
     found = read_export_settings(tmp_path)
     assert found == replace(changed, data=replace(changed.data, path=recipe.data.path))
 
@@ -55,6 +56,6 @@ def test_an_export_without_a_known_recipe_needs_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is an exported model that states no recipe of this version: name it, such as --recipe mm1_3b"):
         open_target(export, None, out=None)
     for text in ("{", "[]", json.dumps({"recipe": "debug_mm1"})):
-        (export / FILE).write_text(text)
-        with pytest.raises(ValueError, match=rf"{FILE} is damaged .*: restore it, or remove it and give --recipe"):
+        (export / EXPORT_SETTINGS).write_text(text)
+        with pytest.raises(ValueError, match=rf"{EXPORT_SETTINGS} is damaged .*: restore it, or remove it and give --recipe"):
             read_export_settings(export)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from megatron_mm.config.checks import nearest
 from megatron_mm.config.references import is_reference, load_object
 from megatron_mm.evaluation.tasks import captions, choices, drawn, text, vqa
 from megatron_mm.evaluation.tasks.base import Task
@@ -37,9 +36,8 @@ def tasks_of(names: list[str]) -> list[Task]:
 
 def _known(name: str) -> Task:
     if name not in TASKS:
-        near = difflib.get_close_matches(name, [*TASKS, *GROUPS], n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"unknown task {name!r}: {meant}choose from {', '.join(TASKS)}, or one of the groups {', '.join(GROUPS)}")
+        meant = nearest(name, [*TASKS, *GROUPS]) or ":"
+        raise ValueError(f"unknown task {name!r}{meant} choose from {', '.join(TASKS)}, or one of the groups {', '.join(GROUPS)}")
     return TASKS[name]
 
 
