@@ -43,6 +43,7 @@ from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.initial_weights import STATE_METADATA
 from megatron_mm.platform import adam, cuda_graph
+from megatron_mm.platform.device import be_deterministic
 from megatron_mm.run.data import TrainingData, open_tokenizer
 from megatron_mm.run.doctor import diagnose, report
 from megatron_mm.run.start import check_shapes
@@ -347,6 +348,23 @@ def check_tower_graph(data: Path, device: torch.device) -> Iterator[Checked | Sk
         )
 
 
+def check_repeats(data: Path, device: torch.device, *, recipe: str) -> Iterator[Checked | Skipped]:
+    """Compare losses of a deterministic run with those of a second one, and of one that is resumed after half of the steps: bit by bit."""
+    be_deterministic()
+    adam.install()
+    here = megatron_optimizer.Adam
+    kinds = [("torch", "fp32")]
+    if device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
+        kinds = [("te", "bf16"), ("te", "fp8"), ("torch", "bf16")]
+    for layers, precision in kinds:
+        settings = experiment(data, precision=precision, layers=layers, recipe=recipe)
+        settings = replace(settings, train=replace(settings.train, deterministic=True))
+        once, again, stopped = (run_on(data, [here] * parts, settings=settings, steps=6 // parts) for parts in (1, 1, 2))
+        what = f"{recipe} {layers} {precision}, deterministic"
+        yield Checked(f"{what}: losses again", distance(again, once), 0.0)
+        yield Checked(f"{what}: losses after a resume", distance(stopped, once), 0.0)
+
+
 def compare_replays(settings: Experiment, *, capture: Capture = cuda_graph.capture) -> Iterator[Checked]:
     """Compare replays of a tower's graph with the tower, for several numbers of images, before and after its weights change in place."""
     settings = replace(settings, kernels=replace(settings.kernels, tower_graph=GRAPH_IMAGES))
@@ -414,6 +432,7 @@ CHECKS: dict[str, Callable[[Path, torch.device], Iterator[Checked | Skipped]]] =
     "optimizer": check_optimizer,
     "FP8 weights": check_fp8_weights,
     "tower graph": check_tower_graph,
+    **{f"repeats of {recipe}": partial(check_repeats, recipe=recipe) for recipe in RECIPES},
 }
 
 
