@@ -13,9 +13,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
 from benchmarks.parts import Row
-from megatron_mm.config import Experiment
+from megatron_mm.config import EvaConfig, Experiment
 from megatron_mm.families.infimm.config import InfiMMConfig
 from megatron_mm.flops import vision_flops
+from megatron_mm.models.eva import EvaSwiGLU, PaddedSwiGLU
 from megatron_mm.models.tower_graph import GraphedTower
 from megatron_mm.models.vision import VisionTower
 from megatron_mm.parallel import topology as topologies
@@ -120,6 +121,35 @@ def time_tower(base: Experiment, backends: list[tuple[str, str]], *, images: lis
                 "tflops": round(count * vision_flops(tower.config) / ms / 1e9, 3),
             }
         topologies.shutdown()
+
+
+def time_swiglu(config: EvaConfig, backend: tuple[str, str], *, images: int, device: torch.device, repeats: int) -> Iterator[Row]:
+    """Time the forward pass of a SwiGLU of a frozen EVA tower with compiled kernels, in rows of its width and in padded rows.
+
+    `difference` is that between the two outputs, relative to the first.
+    """
+    layers, precision = backend
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    plain_ms, plain_out = 0.0, torch.empty(0)
+    with torch.device(device):
+        plain, padded = EvaSwiGLU(config, dtype=dtype, fused=True), PaddedSwiGLU(config, dtype=dtype)
+        x_nsv = torch.randn(images, config.num_tokens, config.hidden_size, dtype=dtype)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=getattr(parameter, "init_std", 1.0))
+    padded.load_state_dict(plain.state_dict())
+    flops = 6.0 * x_nsv.numel() * config.ffn_hidden_size
+    for swiglu, columns in ((plain, config.ffn_hidden_size), (padded, config.ffn_hidden_size + len(padded.blank))):
+        forward = torch.no_grad()(swiglu.forward)
+        ms, out = _median_ms(partial(_call, forward, x_nsv), device, repeats), forward(x_nsv)
+        if swiglu is plain:
+            plain_ms, plain_out = ms, out
+        yield {
+            "case": f"SwiGLU of the tower, {images} images, rows of {columns}: {layers} {precision}",
+            "ms": round(ms, 3),
+            "speed": round(plain_ms / ms, 3),
+            "tflops": round(flops / ms / 1e9, 3),
+            "difference": float(f"{float((out - plain_out).float().norm() / plain_out.float().norm()):.2g}"),
+        }
 
 
 def _eager(forward: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -23,7 +23,8 @@ class KernelConfig:
     router: bool | None = None
     """Transformer Engine's kernel that chooses the experts of each token and computes their weights."""
     eva_tower: bool | None = None
-    """EVA towers apply rotary positions with Transformer Engine's kernel, and compute their SwiGLU with a compiled one."""
+    """EVA towers apply rotary positions with Transformer Engine's kernel, and compute their SwiGLU with a compiled one, in rows padded to a
+    multiple of 64 numbers if the width is not a multiple of 8."""
     tower_graph: int | None = None
     """Images per replay of a CUDA graph that runs a frozen image tower during training; None runs it without a graph. The images of a
     micro-batch are filled up with blank ones to a multiple of this number. This has not run on a GPU yet."""

@@ -26,6 +26,11 @@ from torch import nn
 from megatron_mm.config import EvaConfig
 from megatron_mm.models.plain import ImageConvolution, PixelNormalization, linear, norm
 
+_ALIGNED = 8
+"""Rows of a multiple of this many numbers suit tensor cores in bf16."""
+_PADDED = 64
+"""Other rows are padded to a multiple of this many numbers (`PaddedSwiGLU`)."""
+
 
 class EvaTower(nn.Module):
     """EVA-CLIP's vision transformer: pixels [n, 3, H, W] -> tokens [n, s, v]; n may be 0.
@@ -38,7 +43,8 @@ class EvaTower(nn.Module):
         """
         Args:
             dtype: type of the parameters and of all computations except rotations.
-            fused: rotate with Transformer Engine's kernel, and compute the SwiGLU with a compiled one (`config.KernelConfig.eva_tower`).
+            fused: rotate with Transformer Engine's kernel, and compute the SwiGLU with a compiled one, in rows that suit tensor cores
+                (`config.KernelConfig.eva_tower`).
         """
         super().__init__()
         self.config = config
@@ -86,7 +92,7 @@ class EvaLayer(nn.Module):
         self.attention_norm = norm(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype)
         self.attention = EvaAttention(config, dtype=dtype)
         self.mlp_norm = norm(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype)
-        self.mlp = EvaSwiGLU(config, dtype=dtype, fused=fused) if config.swiglu else EvaMLP(config, dtype=dtype)
+        self.mlp = _mlp(config, dtype=dtype, fused=fused)
 
     def forward(self, x_nsv: torch.Tensor, turn: nn.Module | None) -> torch.Tensor:
         """
@@ -161,6 +167,64 @@ class EvaSwiGLU(nn.Module):
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
+
+
+class PaddedSwiGLU(EvaSwiGLU):
+    """`EvaSwiGLU` whose products have rows of a padded width, for widths that do not suit tensor cores, such as EVA02-L's 2730.
+
+    cuBLAS uses its fast kernels only if every row of a bf16 matrix begins at a multiple of 16 bytes, that is, of 8 numbers. Here rows are
+    padded with zeros to a multiple of 64 numbers. The products work on tiles of at least 64 columns in any case, so this takes them no
+    longer than a multiple of 8 would, and rows begin at cache lines of 128 bytes.
+
+    Parameters are those of `EvaSwiGLU`. Each forward pass copies the three matrices into padded ones (17 MB per layer of EVA02-L), which is
+    little work next to the products. So no copy has to follow when weights are loaded, trained or moved. One product computes both branches.
+    """
+
+    blank: torch.Tensor
+
+    def __init__(self, config: EvaConfig, *, dtype: torch.dtype) -> None:
+        super().__init__(config, dtype=dtype, fused=False)
+        self.gated_norm = jit.jit_fuser(_gated_norm)
+        blank = torch.zeros(-config.ffn_hidden_size % _PADDED, config.hidden_size, dtype=dtype)
+        self.register_buffer("blank", blank, persistent=False)
+
+    def forward(self, x_nsv: torch.Tensor) -> torch.Tensor:
+        """[n, s, v] -> [n, s, v]."""
+        gate_up = torch.cat([self.gate.weight, self.blank, self.up.weight, self.blank])
+        down = torch.cat([self.down.weight, self.blank.T], dim=1)
+        after = self.inner_norm
+        hidden = self.gated_norm(F.linear(x_nsv, gate_up), self.gate.bias, self.up.bias, after.weight, after.bias, after.eps)
+        return F.linear(hidden, down, self.down.bias)
+
+
+def _gated_norm(
+    product: torch.Tensor, gate_bias: torch.Tensor, up_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+) -> torch.Tensor:
+    """SiLU of one branch times the other, and a LayerNorm of that over the true width, in float32.
+
+    Args:
+        product: [n, s, 2 * padded width]: the branches without their biases, each filled up with zeros.
+        gate_bias, up_bias, weight, bias: [f]; the last two are the norm's.
+
+    Returns:
+        [n, s, padded width], filled up with zeros.
+    """
+    gate, up = product.float().chunk(2, dim=-1)
+    width, padded = len(weight), gate.shape[-1]
+    gate_bias, up_bias, weight, bias = (F.pad(x.float(), (0, padded - width)) for x in (gate_bias, up_bias, weight, bias))
+    gated = F.silu(gate + gate_bias) * (up + up_bias)  # 0 in the padding
+    mean = gated.sum(dim=-1, keepdim=True) / width
+    centred = torch.where(torch.arange(padded, device=gated.device) < width, gated - mean, 0.0)
+    variance = centred.square().sum(dim=-1, keepdim=True) / width
+    return (centred * torch.rsqrt(variance + epsilon) * weight + bias).to(product.dtype)
+
+
+def _mlp(config: EvaConfig, *, dtype: torch.dtype, fused: bool) -> nn.Module:
+    if not config.swiglu:
+        return EvaMLP(config, dtype=dtype)
+    if fused and config.ffn_hidden_size % _ALIGNED:
+        return PaddedSwiGLU(config, dtype=dtype)
+    return EvaSwiGLU(config, dtype=dtype, fused=fused)
 
 
 def rotary_angles(config: EvaConfig) -> torch.Tensor | None:

@@ -28,6 +28,7 @@ from support.small_mono import mono_step, small_mono  # noqa: E402
 from support.te import fp8  # noqa: E402
 
 from megatron_mm.config import Experiment, MoEConfig, ResamplerConfig  # noqa: E402
+from megatron_mm.config.towers import EVA_TINY  # noqa: E402
 from megatron_mm.data.batch import PackedBatch  # noqa: E402
 from megatron_mm.models.context import Kernels  # noqa: E402
 from megatron_mm.parallel import initial_weights  # noqa: E402
@@ -62,8 +63,14 @@ def _with_experts(base: Experiment) -> dict[str, Experiment]:
 
 
 def _small_infimm(**train: Any) -> Experiment:
-    """Build a small InfiMM with 16 latents, as FP8 products require multiples of 16."""
-    return small_infimm(model={"resampler": ResamplerConfig(num_latents=16, num_layers=2, num_attention_heads=4, head_dim=8)}, **train)
+    """Build a small InfiMM with 16 latents, as FP8 products require multiples of 16, and a tower whose SwiGLU has padded rows on `te`."""
+    return small_infimm(
+        model={
+            "vision": replace(EVA_TINY, hidden_size=32, num_attention_heads=4, ffn_hidden_size=42, image_size=16),
+            "resampler": ResamplerConfig(num_latents=16, num_layers=2, num_attention_heads=4, head_dim=8),
+        },
+        **train,
+    )
 
 
 def _misfits_of_decoder(base: Experiment) -> dict[str, Experiment]:

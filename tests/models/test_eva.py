@@ -15,7 +15,7 @@ from megatron_mm.config import EvaConfig, ParallelConfig
 from megatron_mm.config.towers import EVA01_G_14_224, EVA02_BIGE_14_224, EVA02_L_14_336, EVA_TINY
 from megatron_mm.hf.mapping import from_hf
 from megatron_mm.hf.towers import eva_table
-from megatron_mm.models.eva import EvaTower, Turn, rotary_angles
+from megatron_mm.models.eva import EvaSwiGLU, EvaTower, PaddedSwiGLU, Turn, _gated_norm, rotary_angles
 from megatron_mm.parallel import topology
 from megatron_mm.parallel.replicated import replicated_state
 
@@ -145,6 +145,107 @@ def test_wrong_image_size_is_refused() -> None:
         make_tower(EVA_TINY)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
 
 
+class TestPaddedRows:
+    """A fused tower whose SwiGLU has rows of 170 numbers computes in rows of 192, and is the same function of the same parameters."""
+
+    CONFIG = replace(EVA_TINY, rotary_grid=None)  # a fused tower rotates with a kernel of Transformer Engine
+
+    @pytest.fixture(autouse=True)
+    def uncompiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("megatron.core.jit.jit_fuser", lambda function: function)
+
+    def pair(self, *, dtype: torch.dtype = torch.float32) -> tuple[EvaTower, EvaTower]:
+        """Return a plain tower and a fused one that has loaded its checkpoint."""
+        plain, fused = make_tower(self.CONFIG, dtype=dtype), EvaTower(self.CONFIG, dtype=dtype, fused=True)
+        fused.load_state_dict(plain.state_dict(), strict=True)
+        assert all(isinstance(layer.mlp, PaddedSwiGLU) for layer in fused.layers) and not isinstance(plain.layers[0].mlp, PaddedSwiGLU)
+        return plain, fused
+
+    def test_same_parameters(self) -> None:
+        plain, fused = ({name: p for name, p in tower.named_parameters()} for tower in self.pair())
+        assert list(fused) == list(plain)
+        for name, parameter in fused.items():
+            assert torch.equal(parameter, plain[name]) and parameter.is_contiguous()
+            assert vars(parameter) == vars(plain[name]), "initial values"
+
+    def test_products_have_padded_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        plain, fused = self.pair()
+        shapes = []
+        product = torch.nn.functional.linear
+        monkeypatch.setattr("torch.nn.functional.linear", lambda x, w, b=None: (shapes.append((*x.shape, *w.shape)), product(x, w, b))[1])
+        for tower in (plain, fused):
+            tower.layers[0].mlp(torch.zeros(2, 5, 64))
+        assert shapes == [(2, 5, 64, 170, 64)] * 2 + [(2, 5, 170, 64, 170), (2, 5, 64, 384, 64), (2, 5, 192, 64, 192)]
+
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+    def test_same_results_and_gradients(self, dtype: torch.dtype, tolerance: float) -> None:
+        """In fp32 up to the order of sums. In bf16 a few steps of 2^-8, because fewer intermediate values are rounded."""
+        plain, padded = (tower.layers[0].mlp for tower in self.pair(dtype=dtype))
+        generator = torch.Generator().manual_seed(1)
+        found = []
+        for mlp in (plain, padded):
+            x = torch.randn(2, 65, 64, generator=generator.manual_seed(2)).to(dtype).requires_grad_()
+            out = mlp(x)
+            out.backward(torch.randn(out.shape, generator=generator).to(dtype))
+            found.append([out, x.grad, *(parameter.grad for parameter in mlp.parameters())])
+        for expected, ours in zip(*found, strict=True):
+            assert ours.dtype is expected.dtype and ours.shape == expected.shape
+            assert (ours - expected).norm() < tolerance * expected.norm()
+
+    def test_bf16_is_as_close_to_fp32_as_without_padding(self) -> None:
+        exact = self.pair()[0].layers[0].mlp
+        x = torch.randn(2, 65, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+        with torch.no_grad():
+            plain, padded = ((tower.layers[0].mlp(x) - exact(x.float())).norm() for tower in self.pair(dtype=torch.bfloat16))
+        assert 0 < padded < 1.1 * plain
+
+    @pytest.mark.parametrize("images", [0, 1, 3])
+    def test_same_tokens(self, images: int) -> None:
+        plain, fused = self.pair()
+        pixels = make_pixels(self.CONFIG, num_images=images)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(pixels), plain(pixels), atol=1e-5, rtol=1e-5)
+
+    def test_changed_weights_are_used(self) -> None:
+        """Also if they are changed through `.data`, or replaced with other memory, as the data-parallel wrapper does with trained ones."""
+        plain, padded = (tower.layers[0].mlp for tower in self.pair())
+        x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1))
+        padded(x)
+        for mlp in (plain, padded):
+            mlp.gate.weight.detach().mul_(1.5)
+            mlp.down.weight.data.mul_(0.5)
+            mlp.up.weight.data = mlp.up.weight.data * 2
+        torch.testing.assert_close(padded(x), plain(x))
+
+    def test_the_variance_is_that_of_centred_values(self) -> None:
+        """The mean is a thousand times the deviation: E[x^2] - E[x]^2 would have no correct digit in fp32."""
+        up = 1000 + torch.randn(1, 1, 170, generator=torch.Generator().manual_seed(1))
+        product = torch.cat([torch.full((1, 1, 170), 20.0), torch.zeros(1, 1, 22), up, torch.zeros(1, 1, 22)], dim=-1)
+        zero, one = torch.zeros(170), torch.ones(170)
+        found = _gated_norm(product, zero, zero, one, zero, 1e-6)
+        gated = product[..., :170].double() * up.double()  # SiLU(20) is 20 to 2e-9
+        torch.testing.assert_close(found[..., :170].double(), torch.nn.functional.layer_norm(gated, (170,), eps=1e-6), atol=1e-3, rtol=1e-3)
+        assert not found[..., 170:].any()
+
+    def test_the_norm_compiles_as_a_whole(self) -> None:
+        compiled = torch.compile(_gated_norm, fullgraph=True, backend="eager")
+        for rows in (2, 3, 0):
+            product, vector = torch.ones(rows, 5, 384), torch.ones(170)
+            assert torch.equal(compiled(product, *[vector] * 4, 1e-6), _gated_norm(product, *[vector] * 4, 1e-6))
+
+    @pytest.mark.parametrize("config", [PLAIN, replace(CONFIG, ffn_hidden_size=176)])
+    def test_other_towers_have_no_padding(self, config: EvaConfig) -> None:
+        with torch.device("meta"):
+            mlp = EvaTower(config, dtype=torch.bfloat16, fused=True).layers[0].mlp
+        assert not isinstance(mlp, PaddedSwiGLU) and isinstance(mlp, EvaSwiGLU) == config.swiglu
+
+    def test_of_the_full_size(self) -> None:
+        with torch.device("meta"):
+            tower = EvaTower(EVA02_L_14_336, dtype=torch.bfloat16, fused=True)
+        assert {tuple(layer.mlp.blank.shape) for layer in tower.layers} == {(2752 - 2730, 1024)}
+        assert sum(parameter.numel() for parameter in tower.parameters()) == 304_432_832
+
+
 class TestCheckpoint:
     @pytest.fixture(scope="class", autouse=True)
     def one_process(self) -> Iterator[None]:
@@ -152,8 +253,9 @@ class TestCheckpoint:
         yield
         topology.shutdown()
 
-    def test_checkpoints_hold_parameters_and_no_buffers(self) -> None:
-        tower = EvaTower(EVA_TINY, dtype=torch.float32)
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_checkpoints_hold_parameters_and_no_buffers(self, fused: bool) -> None:
+        tower = EvaTower(EVA_TINY, dtype=torch.float32, fused=fused)
         names = {f"vision.{name}" for name, _ in tower.named_parameters()}
         assert set(replicated_state(tower, prefix="vision.")) == names
         assert set(tower.state_dict()) == {name.removeprefix("vision.") for name in names}
