@@ -177,7 +177,7 @@ class PaddedSwiGLU(EvaSwiGLU):
     longer than a multiple of 8 would, and rows begin at cache lines of 128 bytes.
 
     Parameters are those of `EvaSwiGLU`. Each forward pass copies the three matrices into padded ones (17 MB per layer of EVA02-L), which is
-    little work next to the products. So no copy has to follow when weights are loaded, trained or moved. One product computes both branches.
+    little work next to the products. No copy has to follow when weights are loaded, trained or moved. One product computes both branches.
     """
 
     blank: torch.Tensor
