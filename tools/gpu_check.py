@@ -367,7 +367,9 @@ def check_repeats(data: Path, device: torch.device, *, recipe: str) -> Iterator[
 
 def compare_replays(settings: Experiment, *, capture: Capture = cuda_graph.capture) -> Iterator[Checked]:
     """Compare replays of a tower's graph with the tower, for several numbers of images, before and after its weights change in place."""
-    settings = replace(settings, kernels=replace(settings.kernels, tower_graph=GRAPH_IMAGES))
+    # A tower frozen after it was wrapped must not be one whose weights are gathered while it runs.
+    parallel = replace(settings.parallel, overlap_param_gather=False)
+    settings = replace(settings, parallel=parallel, kernels=replace(settings.kernels, tower_graph=GRAPH_IMAGES))
     topology = topologies.initialize(settings.parallel, seed=settings.train.seed)
     try:
         model = build_model(settings, topology)
