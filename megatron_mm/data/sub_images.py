@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_mm.config.checks import require, require_positive
+from megatron_mm.data.image_bytes import rgb_pixels
 from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.plan.mixture import mix
 
@@ -83,10 +84,10 @@ def cut_sub_images(image: Image.Image, sub_images: SubImages, transform: ImageTr
     large = None
     for place, number in zip(squares, wanted, strict=True):
         if number == overview:
-            place[:] = np.asarray(transform.square(image)).transpose(2, 0, 1)
+            place[:] = rgb_pixels(transform.square(image)).transpose(2, 0, 1)
             continue
         if large is None:
-            large = np.asarray(transform.enlarged(grid).square(image))
+            large = rgb_pixels(transform.enlarged(grid).square(image))
         row, column = divmod(number - sub_images.overview_first, grid)
         place[:] = large[row * size : (row + 1) * size, column * size : (column + 1) * size].transpose(2, 0, 1)
     return squares

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_mm.config.checks import require, require_positive
+from megatron_mm.data.image_bytes import rgb_pixels
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ def cut_tiles(image: Image.Image, tiling: Tiling, size: int) -> np.ndarray:
     columns, rows = grid
     tiles = np.empty((tiling.count(grid), 3, size, size), dtype=np.uint8)
     stretched = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
-    by_row = np.asarray(stretched).reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
+    by_row = rgb_pixels(stretched).reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
     tiles[: columns * rows].reshape(by_row.shape)[:] = by_row
     if len(tiles) > columns * rows:
-        tiles[-1] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        tiles[-1] = rgb_pixels(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     return tiles
 
 

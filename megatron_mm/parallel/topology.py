@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_mm.config import ParallelConfig
 from megatron_mm.platform import cpu, engine
-from megatron_mm.platform.device import communication_backend, local_device
+from megatron_mm.platform.device import communication_backend, grow_segments, local_device
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> Topology:
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        grow_segments()
     timeout = timedelta(minutes=parallel.collective_timeout_minutes)
     if not dist.is_initialized():
         if "RANK" in os.environ:

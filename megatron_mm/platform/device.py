@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -27,6 +28,20 @@ def local_device() -> torch.device:
 def communication_backend(device: torch.device) -> str:
     """NCCL between GPUs and gloo for CPU tensors; without GPUs, only gloo."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Environment variables that configure the allocator of GPU memory."""
+
+
+def grow_segments() -> None:
+    """Let segments of GPU memory grow (`expandable_segments`), unless the environment configures the allocator. Called before the first
+    allocation. Sequences hold different numbers of images, so block sizes vary, which fragments segments of fixed size."""
+    if any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have another name for it, which older ones lack
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def be_deterministic() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_mm.platform import engines
-from megatron_mm.platform.device import be_deterministic, packed_attention_missing
+from megatron_mm.platform.device import ALLOCATOR_SETTINGS, be_deterministic, grow_segments, packed_attention_missing
 
 
 def test_deterministic_algorithms_include_those_of_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +42,17 @@ def test_which_gpus_keep_packed_documents_apart(
     monkeypatch.setattr(engines, "installed", lambda package: transformer_engine)
     found = packed_attention_missing()
     assert missing in found and bool(missing) == bool(found)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, ["expandable_segments:True"]), ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, [])])
+def test_segments_of_memory_grow_unless_the_environment_decides(
+    given: dict[str, str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    settings: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", settings.append)
+    grow_segments()
+    assert settings == expected

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_mm.data.image_bytes import rgb_pixels
 from megatron_mm.data.image_formats import MAX_PIXELS, open_image
 from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.platform.device import send
@@ -84,7 +85,7 @@ class PillowDecoder:
         return np.empty((count, 3, self.transform.size, self.transform.size), dtype=np.uint8)
 
     def _square(self, image: Image.Image, out: np.ndarray) -> None:
-        out[:] = np.asarray(self.transform.square(image)).transpose(2, 0, 1)
+        out[:] = rgb_pixels(self.transform.square(image)).transpose(2, 0, 1)
 
     def _one(self, blob: bytes, out: np.ndarray) -> bool:
         """Decode into `out`, [3, size, size]. If that fails, fill it with the fill colour and return False."""

@@ -7,7 +7,6 @@ including artefacts, do not depend on the packages that a machine has.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_mm.data.image_bytes import jpeg, rgb_pixels
 from megatron_mm.data.image_formats import MAX_PIXELS, open_image
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.decode import DecodedImages
@@ -104,10 +104,8 @@ class TileDecoder:
 
 def _pixels(rgb: Image.Image) -> np.ndarray:
     """Return an image as an array: [3, height, width] uint8."""
-    return np.asarray(rgb).transpose(2, 0, 1)
+    return rgb_pixels(rgb).transpose(2, 0, 1)
 
 
 def _degraded(rgb: Image.Image, quality: int) -> Image.Image:
-    buffer = io.BytesIO()
-    rgb.save(buffer, "JPEG", quality=quality)
-    return open_image(buffer.getvalue())
+    return open_image(jpeg(rgb, quality=quality))

@@ -1,0 +1,48 @@
+"""Pixels and JPEGs of Pillow's images, without stopping the interpreter's other threads.
+
+Pillow holds the interpreter's lock while it copies pixels into bytes (`numpy.asarray(image)`) and while it writes a file into memory. One
+of the other threads launches the GPU's kernels. `benchmarks/image_threads.py` shows how much of its time it loses.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """Return the pixels of an RGB image, [height, width, 3] uint8, read-only; if possible without a copy."""
+    assert image.mode == "RGB", f"image has mode {image.mode}, but its pixels are read as RGB"
+    image.load()
+    if hasattr(image, "__arrow_c_array__"):  # Pillow 11.2 and newer
+        try:
+            shared = _arrow_array()(image)
+        except ValueError:  # the image is in several blocks of memory: it is too large for one
+            return np.asarray(image)
+        return np.frombuffer(shared.values.buffers()[1], dtype=np.uint8).reshape(image.height, image.width, 4)[..., :3]
+    return np.asarray(image)
+
+
+def jpeg(image: Image.Image, *, quality: int) -> bytes:
+    """Return an image as a JPEG of this quality (0 to 100)."""
+    if not hasattr(os, "memfd_create"):  # only Linux has it
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return buffer.getvalue()
+    with open(os.memfd_create("jpeg"), "w+b", buffering=0) as file:  # Pillow gives up the lock while it writes to a file descriptor
+        image.save(file, "JPEG", quality=quality)
+        file.seek(0)
+        return file.read()
+
+
+@functools.cache
+def _arrow_array() -> Callable[[Any], Any]:
+    import pyarrow  # takes a third of a second, and only runs with images need it
+
+    return pyarrow.array
