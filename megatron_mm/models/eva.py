@@ -191,31 +191,29 @@ class PaddedSwiGLU(EvaSwiGLU):
     def forward(self, x_nsv: torch.Tensor) -> torch.Tensor:
         """[n, s, v] -> [n, s, v]."""
         gate_up = torch.cat([self.gate.weight, self.blank, self.up.weight, self.blank])
+        biases = torch.cat([self.gate.bias, self.blank[:, 0], self.up.bias, self.blank[:, 0]])
         down = torch.cat([self.down.weight, self.blank.T], dim=1)
-        after = self.inner_norm
-        hidden = self.gated_norm(F.linear(x_nsv, gate_up), self.gate.bias, self.up.bias, after.weight, after.bias, after.eps)
-        return F.linear(hidden, down, self.down.bias)
+        product = F.linear(x_nsv, gate_up, biases)
+        return F.linear(self.gated_norm(product, self.inner_norm.weight, self.inner_norm.bias, self.inner_norm.eps), down, self.down.bias)
 
 
-def _gated_norm(
-    product: torch.Tensor, gate_bias: torch.Tensor, up_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
-) -> torch.Tensor:
+def _gated_norm(product: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
     """SiLU of one branch times the other, and a LayerNorm of that over the true width, in float32.
 
     Args:
-        product: [n, s, 2 * padded width]: the branches without their biases, each filled up with zeros.
-        gate_bias, up_bias, weight, bias: [f]; the last two are the norm's.
+        product: [n, s, 2 * padded width]: the gate and the other branch, each filled up with zeros.
+        weight, bias: [f], those of the norm.
 
     Returns:
         [n, s, padded width], filled up with zeros.
     """
     gate, up = product.float().chunk(2, dim=-1)
     width, padded = len(weight), gate.shape[-1]
-    gate_bias, up_bias, weight, bias = (F.pad(x.float(), (0, padded - width)) for x in (gate_bias, up_bias, weight, bias))
-    gated = F.silu(gate + gate_bias) * (up + up_bias)  # 0 in the padding
+    gated = F.silu(gate) * up  # 0 in the padding
     mean = gated.sum(dim=-1, keepdim=True) / width
     centred = torch.where(torch.arange(padded, device=gated.device) < width, gated - mean, 0.0)
     variance = centred.square().sum(dim=-1, keepdim=True) / width
+    weight, bias = (F.pad(x.float(), (0, padded - width)) for x in (weight, bias))
     return (centred * torch.rsqrt(variance + epsilon) * weight + bias).to(product.dtype)
 
 

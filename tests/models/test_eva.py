@@ -222,7 +222,7 @@ class TestPaddedRows:
         up = 1000 + torch.randn(1, 1, 170, generator=torch.Generator().manual_seed(1))
         product = torch.cat([torch.full((1, 1, 170), 20.0), torch.zeros(1, 1, 22), up, torch.zeros(1, 1, 22)], dim=-1)
         zero, one = torch.zeros(170), torch.ones(170)
-        found = _gated_norm(product, zero, zero, one, zero, 1e-6)
+        found = _gated_norm(product, one, zero, 1e-6)
         gated = product[..., :170].double() * up.double()  # SiLU(20) is 20 to 2e-9
         torch.testing.assert_close(found[..., :170].double(), torch.nn.functional.layer_norm(gated, (170,), eps=1e-6), atol=1e-3, rtol=1e-3)
         assert not found[..., 170:].any()
@@ -231,7 +231,7 @@ class TestPaddedRows:
         compiled = torch.compile(_gated_norm, fullgraph=True, backend="eager")
         for rows in (2, 3, 0):
             product, vector = torch.ones(rows, 5, 384), torch.ones(170)
-            assert torch.equal(compiled(product, *[vector] * 4, 1e-6), _gated_norm(product, *[vector] * 4, 1e-6))
+            assert torch.equal(compiled(product, vector, vector, 1e-6), _gated_norm(product, vector, vector, 1e-6))
 
     @pytest.mark.parametrize("config", [PLAIN, replace(CONFIG, ffn_hidden_size=176)])
     def test_other_towers_have_no_padding(self, config: EvaConfig) -> None:
