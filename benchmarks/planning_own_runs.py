@@ -12,13 +12,14 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the other files of benchmarks, from wherever this is started
 
 from benchmarks.gpu_steps import MICRO_BATCHES, MODELS, Case, full_batch, on_one_process
+from megatron_mm.config import Experiment
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.flops import StepWork
 from megatron_mm.planning.hardware import GPUS, OURS, with_host
@@ -76,6 +77,40 @@ TRAINING_RUNS = (
 """The second is timed after decoding had stopped. The first two include 0.13 s between steps that no longer occur."""
 
 
+@dataclass(frozen=True)
+class TrainingPeak:
+    """Peak memory of `megatron-mm train` on one H200 (2026-11-27), with the micro-batch that took most."""
+
+    recipe: str
+    micro: MicroBatch
+    measured_gb: float
+    """torch.cuda.max_memory_allocated, in units of 1e9 bytes."""
+    also_kept: Callable[[Experiment, MicroBatch], float] = lambda experiment, micro: 0.0
+    """Bytes that this trainer kept for the backward pass on that day and no longer keeps."""
+
+    def predict(self) -> float:
+        """Predict the peak in bytes, as the trainer was on that day: its loss copied the bf16 logits (Transformer Engine 2.20)."""
+        experiment = get_recipe(self.recipe)
+        whole = StepWork(num_tokens=self.micro.tokens, sum_squared_lengths=self.micro.sum_squared_lengths, num_images=self.micro.images)
+        experiment = replace(experiment, train=replace(experiment.train, global_batch_size=experiment.train.micro_batch_size))
+        work = Workload((self.micro,), whole, drawn=True)
+        (use,) = StepModel(plan_recipe(experiment, GPUS["h200"], 1, work=work).job).predict().memory
+        copied = 2 * self.micro.tokens * experiment.model.decoder.vocab_size
+        return use.state + use.activations + max(use.transient, copied) + self.also_kept(experiment, self.micro)
+
+
+def _results_of_experts(experiment: Experiment, micro: MicroBatch) -> float:
+    decoder = experiment.model.decoder
+    return 2.0 * decoder.num_layers * micro.tokens * decoder.hidden_size
+
+
+TRAINING_PEAKS = (
+    TrainingPeak("mm1_1b", MicroBatch(7248, 7245, 4547680, 28), 77.02),
+    TrainingPeak("infimm_zephyr_7b_pt", MicroBatch(3072, 3069, 603426, 40), 73.25),
+    TrainingPeak("mono_internvl_2b_s1_1", MicroBatch(10920, 10920, 8801684, 38), 50.37, also_kept=_results_of_experts),
+)
+
+
 def case_of(name: str) -> Case | None:
     """Return the case with a row's name; None for layer backends that the planner has no times for."""
     if not name.startswith("te "):
@@ -115,6 +150,9 @@ def main() -> None:
     for run in TRAINING_RUNS:
         beside = "decoding beside it" if run.decoder == "pillow" else "nothing decoded"
         print(f"| {run.recipe}, {run.precision}, {beside} | {run.seconds:.2f} | {run.predict().seconds / run.seconds:.2f} |")
+    print("\n| training run | peak, measured GB | predicted / measured |\n|---|---|---|")
+    for peak in TRAINING_PEAKS:
+        print(f"| {peak.recipe} | {peak.measured_gb} | {peak.predict() / peak.measured_gb / 1e9:.3f} |")
     for name, ratios in (("step time", times), ("memory", peaks)):
         errors = sorted(abs(ratio - 1) for ratio in ratios)
         print(f"{name}: median {100 * statistics.median(errors):.1f}%, largest {100 * errors[-1]:.1f}% of {len(errors)} rows")

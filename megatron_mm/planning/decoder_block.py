@@ -41,7 +41,7 @@ def decoder_layer(
     forward, backward = (*attention, *mlp), (*mlp_back, *attention_back)
     t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
     rows = t / tp if layout.sequence else t
-    kept = saved_by_layer(shape, layout, tokens, sparse=sparse, fp8=fp8, unfused=unfused)
+    kept = saved_by_layer(shape, layout, tokens, sparse=sparse, fp8=fp8, unfused=unfused, weights=trained.weights)
     extra = (Stream(0.0, kernels=CHECKPOINT_OPERATIONS),) * len(recompute)
     forward, backward = (*forward, *extra), (*extra, *backward)
     if "full" in recompute:
@@ -82,21 +82,23 @@ def decoder_layer(
 
 
 def saved_by_layer(
-    shape: DecoderShape, layout: Layout, tokens: Tokens, *, sparse: bool, fp8: bool = False, unfused: bool = False
+    shape: DecoderShape, layout: Layout, tokens: Tokens, *, sparse: bool, fp8: bool = False, unfused: bool = False, weights: bool = True
 ) -> dict[str, float]:
     """Bytes that a layer keeps for its backward pass, by kind of tensor: 2 per number, and in FP8 1 per number for inputs of products.
 
     These are the tensors that Transformer Engine's modules keep (module/layernorm_linear.py: input, its norm's statistics, and the
     normalised input that the weight's gradient needs; module/linear.py: input; attention: queries, keys, values, output and one number per
-    row and head; the activation: its input).
+    row and head; the activation: its input). Attention copies values if queries and keys were rotated into new tensors (get_qkv_layout in
+    attention/dot_product_attention/utils.py), so the projection's output is not kept beside them.
+
+    Args:
+        weights: the layer's weights are trained. The inputs of products are kept only for the gradients of weights.
     """
     t, h, tp, b = tokens.tokens, shape.hidden_size, layout.tensor, shape.branches
     rows = t / tp if layout.sequence else t
     q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
     taken = 1 if fp8 else 2
     qkv, inner = q + 2 * kv, q
-    if shape.rotary:  # values are a view of the projection's output, which is kept whole in addition to the rotated queries and keys
-        qkv += q + kv
     if shape.latents is not None:
         small, heads = shape.latents, shape.heads / tp
         qkv = heads * (2 * small.key_dim + small.value) + 2 * (small.queries + small.keys + small.rotary)
@@ -111,15 +113,18 @@ def saved_by_layer(
         kept["masks"] = 2 * rows * h
     if unfused:
         kept["scores"] = 2 * tokens.pairs * 2.5 * 2 * shape.heads / tp
+    if not weights:
+        del kept["norms"]
     if not sparse:
-        return {**kept, "mlp hidden": 2 * b * t * shape.ffn / tp, "mlp activation": taken * t * shape.ffn / tp}
+        activation = {"mlp activation": taken * t * shape.ffn / tp} if weights else {}
+        return {**kept, "mlp hidden": 2 * b * t * shape.ffn / tp, **activation}
     local = t / tp if layout.sequence else t
     arrived = local * shape.top_k * shape.capacity * layout.expert_tensor
     ffn = shape.expert_ffn / layout.expert_tensor
-    kept["mlp permuted"] = 2 * local * shape.top_k * shape.capacity * h + taken * arrived * h
+    kept["mlp permuted"] = 2 * local * shape.top_k * shape.capacity * h + taken * arrived * h * weights
     kept["mlp router"] = 12 * local * shape.experts
     kept["mlp hidden"] = 2 * b * arrived * ffn + 2 * b * t * shape.shared_ffn / tp
-    kept["mlp activation"] = taken * (arrived * ffn + t * shape.shared_ffn / tp)
+    kept["mlp activation"] = taken * (arrived * ffn + t * shape.shared_ffn / tp) * weights
     return kept
 
 
@@ -181,7 +186,8 @@ def output(
 
     Args:
         owns_table: the output layer's table is not the embedding table of the same process.
-        fused: the loss is computed without a float32 copy of the logits. Otherwise a copy is kept, and while it is made the bf16 logits
+        fused: the loss is computed without a float32 copy of the logits, and their gradient overwrites them; the gradients of the output
+            layer's input and of its weight are computed while it exists. Otherwise a copy is kept, and while it is made the bf16 logits
             exist, too (core/tensor_parallel/cross_entropy.py).
         copies: the loss is plain torch's, whose backward pass holds the bf16 logits, their log-softmax and two gradients in float32.
     """
@@ -197,5 +203,5 @@ def output(
         parameters=count if trained.weights else 0.0,
         frozen_parameters=0.0 if trained.weights else count,
         saved=(2 if fused else 4) * logits + 4 * t * h / layout.tensor,
-        transient=(1 if fused else 10 if copies else 2) * logits,
+        transient=2 * t * h + 2 * v * h * trained.weights if fused else (10 if copies else 2) * logits,
     )

@@ -17,6 +17,10 @@ from megatron_mm.planning.kernels import Attention, Block, Kernel, Product, Stre
 from megatron_mm.planning.layer_sections import linear
 from megatron_mm.planning.layout import Layout
 
+CONNECTOR_TENSORS = 11
+"""Tensors of the connector's width that a bottleneck block of the C-Abstractor keeps per place (models/connectors/c_abstractor.py): the
+outputs of three convolutions, of two norms and two activations, the input of the last convolution, the sum and its activation; and its
+part of those of the first block's shortcut and of the projection."""
 ALONE = Layout(gpus=1, sequence=False)
 """Layout of towers, which are not split."""
 
@@ -90,7 +94,7 @@ def connector_block(connector: ConnectorConfig, vision: VisionConfig, *, output_
         backward=backward,
         parameters=parameters if backward else 0.0,
         frozen_parameters=0.0 if backward else parameters,
-        saved=2.0 * 14 * places * inner if backward else 0.0,
+        saved=2.0 * CONNECTOR_TENSORS * places * inner if backward else 0.0,
     )
 
 
@@ -113,7 +117,8 @@ def resampler_block(config: ResamplerConfig, *, width: int, num_features: int, i
     forward.append(Stream(moved, kernels=12))
     backward.append(Stream(2 * moved, kernels=20))
     parameters = config.num_layers * (width * inner * 4 + 2 * config.ffn_multiplier * width**2)
-    saved = 2 * (2 * images * seen * width + images * seen * 2 * inner + rows * (2 * inner + 2 * width + 2 * config.ffn_multiplier * width))
+    # features and latents together, as normalised, and their keys and values; queries, attention's output; two norms; the MLP
+    saved = 2 * (images * seen * width + images * seen * 2 * inner + rows * (2 * inner + 2 * width + 2 * config.ffn_multiplier * width))
     return Block(
         name="resampler",
         forward=tuple(forward) * config.num_layers,

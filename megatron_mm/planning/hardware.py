@@ -176,6 +176,9 @@ class Software:
     """Bytes of optimizer state per trainable parameter: float32 master weights and two float32 moments."""
     fp8_weights: bool = False
     """Weights are kept only in FP8. Otherwise FP8 copies, plain and transposed, are kept in addition to bf16 weights."""
+    casts_gathered_weights: bool = False
+    """Shards of weights are float32 master weights, which are cast when they are gathered (torch's FSDP, `MixedPrecisionPolicy`), so no
+    bf16 copy of a shard is kept beside them."""
     fuses_loss: bool = False
     """The loss keeps no float32 copy of the logits."""
     copies_logits: bool = False
@@ -195,7 +198,15 @@ class Software:
 
 MEGATRON = Software("megatron-core with Transformer Engine", fp8_module=1.5)
 """The factor for FP8 modules was measured on this trainer's steps of mm1_1b (`benchmarks/planning_own_runs.py`)."""
-_FLAT = Software("", kernel_seconds=8 * MICRO, module_seconds=40 * MICRO, tensor_seconds=10 * MICRO, step_seconds=4e-3, fp8_weights=True)
+_FLAT = Software(
+    "",
+    kernel_seconds=8 * MICRO,
+    module_seconds=40 * MICRO,
+    tensor_seconds=10 * MICRO,
+    step_seconds=4e-3,
+    fp8_weights=True,
+    casts_gathered_weights=True,
+)
 """Plain modules, a layer's gradients in one tensor, an optimizer that updates all tensors at once; weights are cast when they are used."""
 _COMPILED = replace(_FLAT, kernel_seconds=4 * MICRO, module_seconds=10 * MICRO, message_seconds=20 * MICRO)
 

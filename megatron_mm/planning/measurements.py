@@ -50,6 +50,9 @@ class Measurement:
     """Bytes allocated between steps: weights, gradients and optimizer state."""
     memory_of_last_rank: bool
     """The published memory is that of the last process, as Megatron's trainers log it; otherwise the largest of any process."""
+    memory_is_reserved: bool
+    """The published memory is what the allocator has reserved, as torchtitan prints it (`max_reserved_gib`); otherwise what it has
+    allocated."""
     flops_per_gpu: float
     """FLOPs of a step per GPU, counting half of causal attention and no recomputation."""
     peak: float
@@ -175,6 +178,7 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
         memory_bytes=_memory_bytes(cells),
         state_bytes=(measured(cells, "state_gb") or 0.0) * 1e9 or None,
         memory_of_last_rank=bool(re.search(r"megatron|nemo|bridge", software.name.lower())),
+        memory_is_reserved="torchtitan" in source.lower(),
         flops_per_gpu=flops_per_gpu,
         peak=gpu.bf16_tflops * 1e12,
         assumed=tuple(assumed),

@@ -41,9 +41,14 @@ class MemoryUse:
         return self.weights + self.gradients + self.optimizer
 
     @property
+    def reserved(self) -> float:
+        """Bytes that torch's allocator holds at the peak (torch.cuda.max_memory_reserved)."""
+        return self.allocated * (1 + FRAGMENTATION)
+
+    @property
     def total(self) -> float:
         """Bytes that the device must have."""
-        return self.allocated * (1 + FRAGMENTATION) + LIBRARIES
+        return self.reserved + LIBRARIES
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,14 @@ def memory_of_ranks(job: Job, saved_bytes: Sequence[float]) -> tuple[MemoryUse, 
         gathered = 1 if layout.expert_data > 1 else 0
         largest = max((block.parameters + block.frozen_parameters + gathered * block.expert_parameters for block in blocks), default=0.0)
         transient = max((block.transient for kind in job.kinds for stage in stages for block in kind[stage]), default=0.0)
+        # shards of weights that are not the master weights; frozen ones have no master weights
+        shards = 2 * (frozen / copies + (not software.casts_gathered_weights) * (dense / copies + experts / layout.expert_data))
         if layout.sharding == "full" and layout.pipeline > 1:
             # weights are gathered once per step and kept for all micro-batches; gradients are scattered after the last one
-            weights = 2 * (dense + frozen) * (1 + 1 / copies) + 2 * experts * (1 + 1 / layout.expert_data)
+            weights = 2 * (dense + frozen + experts) + shards
             gradients = 4 * dense * (1 + 1 / copies) + 4 * experts * (1 + 1 / layout.expert_data)
         elif layout.sharding == "full":
-            weights = 2 * (dense + frozen) / copies + 2 * experts / layout.expert_data + 2 * 2 * largest
+            weights = shards + 2 * 2 * largest
             gradients = 4 * dense / copies + 4 * experts / layout.expert_data + software.gradient_bytes * largest
         else:
             weights = 2 * (dense + experts + frozen)

@@ -212,7 +212,8 @@ def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch, made: dic
         own_blocks, chain.has_gradient = made[key]
         blocks += own_blocks
     name = "language.embedding.word_embeddings.weight" if shape.tied else "language.output_layer.weight"
-    blocks.append(output(shape, layout, tokens, trained=chain.trained(name), owns_table=not shape.tied or len(counts) > 1))
+    fused = experiment.kernels.cross_entropy is not False
+    blocks.append(output(shape, layout, tokens, trained=chain.trained(name), owns_table=not shape.tied or len(counts) > 1, fused=fused))
     return divided(blocks, counts)
 
 
@@ -312,7 +313,9 @@ def _gated_block(model: InfiMMConfig, context: _LayerContext) -> Block:
     backward += [Attention(pairs, 512, heads, gated.head_dim, causal=False, backward=True), *leave_back, *leave_back]
     backward.append(Stream(12 * t * inner + 8 * t * wide, kernels=8))
     parameters = 2 * inner * h + 2 * inner * model.vision.hidden_size + 2 * wide * h
-    kept = 8 * rows * h + 2 * t * (3 * inner + 2 * wide) + 4 * latents * inner
+    # the two inputs, as they are and normalised, the two outputs, which their gates multiply; queries, attention's output before and after
+    # it is put in place; the MLP's hidden layer before and after its activation; the latents' keys and values
+    kept = 12 * rows * h + 2 * t * (3 * inner + 2 * wide) + 4 * latents * inner
     if "full" in context.recompute:
         backward, kept = [*forward, *backward], 0.0  # part of the recomputed layer that follows it
     return Block(
@@ -349,6 +352,11 @@ def _modality_layer(model: MonoInternVLConfig, context: _LayerContext) -> Block:
     visual = min(tokens.tokens, context.micro.images * model.patches.num_tokens)
     mlp: list[Kernel] = [Stream(12 * rows * h, kernels=6), *enter]
     mlp_back: list[Kernel] = [Stream(16 * rows * h, kernels=8), *leave_back]
+    kept = saved_by_layer(shape, layout, tokens, sparse=False, fp8=context.fp8, weights=attends.weights)
+    if attends.weights:  # the norm before the experts is a module of its own; the rows that an expert takes from its output are kept below
+        kept["norms"] /= 2
+    kept["mlp hidden"], kept["mlp activation"] = 0.0, 0.0
+    taken = 1 if context.fp8 else 2
     trainable = frozen = 0.0
     for expert, count in (("text", tokens.tokens - visual), ("visual", visual)):
         trained = chain.trained(f"{name}.mlp.{expert}.linear_fc1.weight")
@@ -357,14 +365,15 @@ def _modality_layer(model: MonoInternVLConfig, context: _LayerContext) -> Block:
             mlp, mlp_back = mlp + f, mlp_back + back
         mlp.append(Stream(2 * (b + 1) * count * shape.ffn / tp + 8 * count * h, kernels=3))
         mlp_back.append(Stream(2 * (2 * b + 1) * count * shape.ffn / tp + 8 * count * h, kernels=3))
+        kept["mlp hidden"] += 2 * count * (b * shape.ffn / tp)
+        kept["mlp activation"] += taken * count * (h + shape.ffn / tp) * trained.weights
         size = shape.mlp_parameters(shape.ffn) / tp
         trainable, frozen = trainable + size * trained.weights, frozen + size * (not trained.weights)
     size = shape.attention_parameters / tp
     trainable, frozen = trainable + size * attends.weights, frozen + size * (not attends.weights)
     forward, backward = [*forward, *mlp, *leave], [*mlp_back, *enter_back, *backward]
-    kept = sum(saved_by_layer(shape, layout, tokens, sparse=False, fp8=context.fp8).values())
     if "full" in context.recompute:
-        backward, kept = [*forward, *backward], 2 * rows * h
+        backward, kept = [*forward, *backward], {"input": 2 * rows * h}
     elif "core_attn" in context.recompute:
         backward = [core, *backward]
     return Block(
@@ -373,7 +382,7 @@ def _modality_layer(model: MonoInternVLConfig, context: _LayerContext) -> Block:
         backward=tuple(backward),
         parameters=trainable,
         frozen_parameters=frozen,
-        saved=kept,
+        saved=sum(kept.values()),
         fp8_parameters=trainable + frozen if context.fp8 else 0.0,
     )
 

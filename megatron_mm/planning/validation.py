@@ -38,7 +38,8 @@ def compare(rows: Sequence[Measurement]) -> list[Compared]:
         predicted = row.predict()
         seconds = predicted.seconds / row.step_seconds if row.step_seconds else None
         use = predicted.memory[-1] if row.memory_of_last_rank else max(predicted.memory, key=lambda use: use.allocated)
-        memory = use.allocated / row.memory_bytes if row.memory_bytes else None
+        peak = use.reserved if row.memory_is_reserved else use.allocated
+        memory = peak / row.memory_bytes if row.memory_bytes else None
         state = use.state / row.state_bytes if row.state_bytes else None
         result.append(Compared(row, seconds, memory, state, groups[row.source].index(row.group) % 2 == 1, predicted.limit))
     return result

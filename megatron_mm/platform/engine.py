@@ -217,15 +217,26 @@ def _comparing_nothing(cross_entropy: Any) -> Any:
 
     What upstream lacks: up to Transformer Engine 2.11, its backward pass asks whether the gradient is the number 1, in order to save a
     multiplication. Making that number on the GPU stops the host until the GPU has finished the forward pass, and the answer is always no,
-    because each token has a gradient of its own. The option for CUDA graphs leaves the question out.
+    because each token has a gradient of its own. The option for CUDA graphs leaves the question out. Later versions copy the logits unless
+    they are told that the gradient may overwrite them, as it did before; nothing else reads them here.
     """
 
     @functools.wraps(cross_entropy)
     def loss(logits: torch.Tensor, labels: torch.Tensor, tp_group: Any, is_cg_capturable: bool = False) -> torch.Tensor:
+        overwriting = _overwriting_loss()
+        if overwriting is not None and logits.is_contiguous():
+            return overwriting(logits, labels, dist_process_group=tp_group, overwrite_input=True)
         return cross_entropy(logits, labels, tp_group, is_cg_capturable or _compares_gradients())
 
     loss.compares_nothing = True  # type: ignore[attr-defined]
     return loss
+
+
+@functools.cache
+def _overwriting_loss() -> Any:
+    """Transformer Engine's loss if it can be told to overwrite the logits; otherwise None."""
+    loss = importlib.import_module("transformer_engine.pytorch.cross_entropy").parallel_cross_entropy
+    return loss if "overwrite_input" in inspect.signature(loss).parameters else None
 
 
 @functools.cache

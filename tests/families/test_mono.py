@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mm.data.batch import PackedBatch
 from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
-from megatron_mm.families.mono_internvl.modality_experts import ModalityExperts, modality_layout
+from megatron_mm.families.mono_internvl.modality_experts import ModalityExperts, _Scattered, modality_layout
 from megatron_mm.families.mono_internvl.names import mono_internvl_table
 from megatron_mm.families.mono_internvl.patch_embedding import unshuffle
 from megatron_mm.hf.decoders import llama_table
@@ -202,3 +202,17 @@ def test_a_micro_batch_of_one_modality_gives_every_trainable_weight_a_gradient(t
 def test_squares_of_patches_are_joined_row_by_row() -> None:
     patches = torch.arange(16).view(1, 4, 4, 1)
     assert unshuffle(patches, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_results_are_put_in_place_and_not_kept() -> None:
+    """The backward pass needs only the rows; `index_copy` would keep the results, one tensor as large as the hidden states per layer."""
+    text, visual = torch.randn(2, 1, 3, requires_grad=True), torch.randn(4, 1, 3, requires_grad=True)
+    rows, others = torch.tensor([0, 5]), torch.tensor([1, 2, 3, 4])
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = _Scattered.apply(text, rows, visual, others)
+    assert torch.equal(out, torch.zeros(6, 1, 3).index_copy(0, rows, text).index_copy(0, others, visual))
+    assert [x.dtype for x in kept] == [torch.int64, torch.int64]
+    weights = torch.randn(6, 1, 3)
+    (out * weights).sum().backward()
+    assert torch.equal(text.grad, weights[rows]) and torch.equal(visual.grad, weights[others])  # type: ignore[arg-type]

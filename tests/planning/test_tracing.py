@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support.distributed import run_processes
 
 from megatron_mm.config import Experiment
@@ -15,6 +17,7 @@ from megatron_mm.families.recipes import RECIPES, get_recipe
 from megatron_mm.planning.hardware import GPUS
 from megatron_mm.planning.recipe_job import plan_recipe
 from megatron_mm.planning.step import StepModel
+from megatron_mm.planning.tracing import kernels
 from megatron_mm.planning.tracing.trace import Trace, real_rank, trace_rank, trace_ranks
 
 MEMORY_TOLERANCE = 0.02
@@ -83,7 +86,7 @@ FULL_SIZE = [name for name in RECIPES if not name.startswith(("debug", "mm1_abla
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("recipe", FULL_SIZE)
 def test_every_recipe_runs_at_full_size_without_a_device(recipe: str) -> None:
-    """Forward, backward and update on every pipeline rank; the planner's memory equals the traced one to 8%."""
+    """Forward, backward and update on every pipeline rank; the planner's memory equals the traced one to 2%."""
     gpus = next((number for name, number in GPUS_OF.items() if recipe.startswith(name)), 64)
     experiment = get_recipe(recipe)
     planned = plan_recipe(experiment, GPUS["h100-sxm"], gpus)
@@ -92,4 +95,25 @@ def test_every_recipe_runs_at_full_size_without_a_device(recipe: str) -> None:
     assert [trace.pipeline_rank for trace in traces] == list(range(experiment.parallel.pipeline))
     for trace, use in zip(traces, prediction.memory, strict=True):
         assert trace.flops > 0 and trace.phase_peaks["update"] > 0
-        assert use.allocated == pytest.approx(trace.peak_bytes, rel=0.08)
+        assert use.allocated == pytest.approx(trace.peak_bytes, rel=0.02)
+
+
+def test_attention_of_transformer_engine_copies_values() -> None:
+    """Rotated queries and keys are new tensors, so values, a view of the projection's output, are copied and that output is freed. Without
+    rotation, all three are views of one buffer, which is kept."""
+    projected = torch.zeros(6, 2, 3 * 4)
+    query, key, value = projected.split(4, dim=-1)
+    assert all(a is b for a, b in zip(kernels._te_layout(query, key, value), (query, key, value), strict=True))
+    laid_out = kernels._te_layout(query.clone(), key.clone(), value)
+    assert laid_out[2].untyped_storage().nbytes() == value.numel() * value.element_size()
+
+
+def test_the_loss_of_transformer_engine_keeps_only_the_logits() -> None:
+    hidden, weight = torch.ones(4, 1, 2, requires_grad=True), torch.ones(3, 2)
+    logits = hidden @ weight.T
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        loss = kernels._te_loss(logits, torch.zeros(1, 4), SimpleNamespace(size=lambda: 1))
+    assert kept == [logits.data_ptr()] and loss.shape == (4, 1) and loss.dtype == torch.float32
+    loss.sum().backward()
+    assert hidden.grad is not None

@@ -139,12 +139,31 @@ def test_the_loss_does_not_ask_for_the_value_of_its_gradient(monkeypatch: pytest
     options = []
     monkeypatch.setattr(language_module, "te_parallel_cross_entropy", lambda logits, labels, group, option: options.append(option))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.triton.cross_entropy", SimpleNamespace(cross_entropy_backward=backward))
+    monkeypatch.setattr(engine, "_overwriting_loss", lambda: None)
     engine._compares_gradients.cache_clear()
     engine.install()
     engine.install()  # changes nothing
     language_module.te_parallel_cross_entropy(torch.zeros(1), torch.zeros(1), None, False)
     engine._compares_gradients.cache_clear()
     assert options == ["is_cg_capturable" in inspect.signature(backward).parameters]
+
+
+def test_the_gradient_of_the_loss_overwrites_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Transformer Engine must be told so; earlier versions always do it."""
+    calls: list[Any] = []
+    later = SimpleNamespace(
+        parallel_cross_entropy=lambda inp, target, *, dist_process_group, overwrite_input: calls.append(overwrite_input)
+    )
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.cross_entropy", later)
+    monkeypatch.setattr(language_module, "te_parallel_cross_entropy", lambda logits, labels, group, option: calls.append("copies"))
+    monkeypatch.setattr(engine, "_compares_gradients", lambda: False)
+    engine._overwriting_loss.cache_clear()
+    engine.install()
+    logits = torch.zeros(2, 1, 3)
+    language_module.te_parallel_cross_entropy(logits, torch.zeros(2, 1), None)
+    language_module.te_parallel_cross_entropy(logits.transpose(0, 2), torch.zeros(3, 1), None)  # it refuses these
+    engine._overwriting_loss.cache_clear()
+    assert calls == [True, "copies"]
 
 
 def test_transformer_engine_up_to_2_11_asks_for_it() -> None:

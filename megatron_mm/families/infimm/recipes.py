@@ -68,7 +68,7 @@ LLAMA_13B = DecoderConfig(
 """Llama-2-13B and Vicuna-13B-v1.5."""
 
 
-def _pretraining(recipe: str, *, decoder: DecoderConfig, vision: EvaConfig, every_n_layers: int, micro_batch_size: int = 8) -> Experiment:
+def _pretraining(recipe: str, *, decoder: DecoderConfig, vision: EvaConfig, every_n_layers: int) -> Experiment:
     return Experiment(
         recipe=f"{recipe}_pt",
         model=InfiMMConfig(decoder=decoder, vision=vision, resampler=ResamplerConfig(), gated=GatedConfig(every_n_layers=every_n_layers)),
@@ -80,9 +80,7 @@ def _pretraining(recipe: str, *, decoder: DecoderConfig, vision: EvaConfig, ever
             to_rgb="pillow",
         ),
         optimizer=OptimizerConfig(peak_lr=1e-4, min_lr=1e-4, warmup_steps=6000, beta1=0.9, beta2=0.95, epsilon=1e-8),
-        train=TrainConfig(
-            steps=285_000, schedule_steps=285_000, global_batch_size=768, micro_batch_size=micro_batch_size, freeze_policy="pt"
-        ),
+        train=TrainConfig(steps=285_000, schedule_steps=285_000, global_batch_size=768, micro_batch_size=8, freeze_policy="pt"),
         parallel=ParallelConfig(),
     )
 
@@ -117,7 +115,7 @@ def infimm_zephyr_7b_pt() -> Experiment:
 
     32 GPUs, data parallel. `sbatch examples/infimm_zephyr_7b.slurm`.
 
-    Predicted on 32 H100: 0.84 s a step (to 12%), 48% of the bf16 peak, 54 GB; as many A100-80GB: 2.03 s.
+    Predicted on 32 H100: 0.84 s a step (to 12%), 48% of the bf16 peak, 49 GB; as many A100-80GB: 2.03 s.
     """
     return _pretraining("infimm_zephyr_7b", decoder=ZEPHYR_7B, vision=EVA02_L_14_336, every_n_layers=2)
 
@@ -125,7 +123,7 @@ def infimm_zephyr_7b_pt() -> Experiment:
 def infimm_zephyr_7b_mtt() -> Experiment:
     """Zephyr-7B, multi-task training. `STAGE=mtt sbatch examples/infimm_zephyr_7b.slurm`.
 
-    Predicted on 32 H100: 0.23 s a step (to 12%), 25% of the bf16 peak, 42 GB; as many A100-80GB: 0.39 s.
+    Predicted on 32 H100: 0.23 s a step (to 12%), 25% of the bf16 peak, 40 GB; as many A100-80GB: 0.39 s.
     """
     return _multi_task(infimm_zephyr_7b_pt())
 
@@ -133,7 +131,7 @@ def infimm_zephyr_7b_mtt() -> Experiment:
 def infimm_zephyr_7b_ift() -> Experiment:
     """Zephyr-7B, instruction fine-tuning; the language model stays frozen (card). `STAGE=ift sbatch examples/infimm_zephyr_7b.slurm`.
 
-    Predicted on 32 H100: 0.23 s a step (to 12%), 21% of the bf16 peak, 41 GB; as many A100-80GB: 0.39 s.
+    Predicted on 32 H100: 0.23 s a step (to 12%), 21% of the bf16 peak, 39 GB; as many A100-80GB: 0.39 s.
     """
     return _instruction(infimm_zephyr_7b_pt(), policy="ift_frozen_language", chat_template="zephyr")
 
@@ -143,7 +141,7 @@ def infimm_llama_13b_pt() -> Experiment:
 
     32 GPUs, data parallel. `sbatch examples/infimm_llama_13b.slurm`.
 
-    Predicted on 32 H100: 1.20 s a step (to 12%), 51% of the bf16 peak, 73 GB; as many A100-80GB: 2.92 s.
+    Predicted on 32 H100: 1.20 s a step (to 12%), 51% of the bf16 peak, 65 GB; as many A100-80GB: 2.91 s.
     """
     return _pretraining("infimm_llama_13b", decoder=LLAMA_13B, vision=EVA01_G_14_224, every_n_layers=4)
 
@@ -151,7 +149,7 @@ def infimm_llama_13b_pt() -> Experiment:
 def infimm_llama_13b_mtt() -> Experiment:
     """Llama-2-13B, multi-task training. `STAGE=mtt sbatch examples/infimm_llama_13b.slurm`.
 
-    Predicted on 32 H100: 0.25 s a step (to 12%), 33% of the bf16 peak, 57 GB; as many A100-80GB: 0.47 s.
+    Predicted on 32 H100: 0.25 s a step (to 12%), 33% of the bf16 peak, 54 GB; as many A100-80GB: 0.47 s.
     """
     return _multi_task(infimm_llama_13b_pt())
 
@@ -161,7 +159,7 @@ def infimm_llama_13b_ift() -> Experiment:
 
     `STAGE=ift sbatch examples/infimm_llama_13b.slurm`.
 
-    Predicted on 32 H100: 0.34 s a step (to 12%), 29% of the bf16 peak, 69 GB; as many A100-80GB: 0.66 s.
+    Predicted on 32 H100: 0.34 s a step (to 12%), 29% of the bf16 peak, 68 GB; as many A100-80GB: 0.66 s.
     """
     stage = _instruction(infimm_llama_13b_pt(), policy="ift", chat_template="llama2")
     return replace(stage, train=replace(stage.train, micro_batch_size=4), parallel=ParallelConfig(tensor=2))
@@ -170,18 +168,18 @@ def infimm_llama_13b_ift() -> Experiment:
 def infimm_vicuna_13b_pt() -> Experiment:
     """Vicuna-13B with EVA02-CLIP-bigE at 224 px (257 tokens), pre-training: the resampler and 10 gated blocks are trainable.
 
-    32 GPUs, data parallel, four sequences per micro-batch. The tower has 4.35B parameters, 8.7 GB in bf16.
+    32 GPUs, data parallel. The tower has 4.35B parameters, 8.7 GB in bf16.
     `sbatch examples/infimm_vicuna_13b.slurm`.
 
-    Predicted on 32 H100: 1.70 s a step (to 12%), 49% of the bf16 peak, 68 GB; as many A100-80GB: 4.18 s.
+    Predicted on 32 H100: 1.63 s a step (to 12%), 51% of the bf16 peak, 74 GB; as many A100-80GB: 3.94 s.
     """
-    return _pretraining("infimm_vicuna_13b", decoder=LLAMA_13B, vision=EVA02_BIGE_14_224, every_n_layers=4, micro_batch_size=4)
+    return _pretraining("infimm_vicuna_13b", decoder=LLAMA_13B, vision=EVA02_BIGE_14_224, every_n_layers=4)
 
 
 def infimm_vicuna_13b_mtt() -> Experiment:
     """Vicuna-13B, multi-task training. `STAGE=mtt sbatch examples/infimm_vicuna_13b.slurm`.
 
-    Predicted on 32 H100: 0.36 s a step (to 12%), 44% of the bf16 peak, 64 GB; as many A100-80GB: 0.80 s.
+    Predicted on 32 H100: 0.36 s a step (to 12%), 44% of the bf16 peak, 62 GB; as many A100-80GB: 0.80 s.
     """
     return _multi_task(infimm_vicuna_13b_pt())
 
@@ -189,7 +187,7 @@ def infimm_vicuna_13b_mtt() -> Experiment:
 def infimm_vicuna_13b_ift() -> Experiment:
     """Vicuna-13B, instruction fine-tuning; the language model stays frozen (card). `STAGE=ift sbatch examples/infimm_vicuna_13b.slurm`.
 
-    Predicted on 32 H100: 0.28 s a step (to 12%), 32% of the bf16 peak, 64 GB; as many A100-80GB: 0.50 s.
+    Predicted on 32 H100: 0.28 s a step (to 12%), 32% of the bf16 peak, 61 GB; as many A100-80GB: 0.50 s.
     """
     return _instruction(infimm_vicuna_13b_pt(), policy="ift_frozen_language", chat_template="vicuna")
 

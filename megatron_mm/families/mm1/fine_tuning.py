@@ -48,7 +48,7 @@ def _fine_tuning(pretrained: Experiment, *, parallel: ParallelConfig, micro_batc
 def mm1_3b_sft() -> Experiment:
     """Fine-tuning of `mm1_3b`: 64 GPUs as tensor 2 x data 32.
 
-    Predicted on 64 H100: 1.01 s a step (to 12%), 38% of the bf16 peak, 41 GB; as many A100-80GB: 2.14 s.
+    Predicted on 64 H100: 1.01 s a step (to 12%), 38% of the bf16 peak, 40 GB; as many A100-80GB: 2.14 s.
     """
     return _fine_tuning(recipes.mm1_3b(), parallel=ParallelConfig(tensor=2), micro_batch_size=2)
 
@@ -56,7 +56,7 @@ def mm1_3b_sft() -> Experiment:
 def mm1_7b_sft() -> Experiment:
     """Fine-tuning of `mm1_7b`: 64 GPUs as tensor 4 x data 16.
 
-    Predicted on 64 H100: 1.44 s a step (to 12%), 41% of the bf16 peak, 48 GB; as many A100-80GB: 3.27 s.
+    Predicted on 64 H100: 1.44 s a step (to 12%), 41% of the bf16 peak, 46 GB; as many A100-80GB: 3.26 s.
     """
     return _fine_tuning(recipes.mm1_7b(), parallel=ParallelConfig(tensor=4), micro_batch_size=4)
 
@@ -68,7 +68,7 @@ def mm1_30b_sft() -> Experiment:
     because with 2304 patches per image their activations would not fit in memory. There is no pipeline parallelism, because the first
     stage, which has the tower, would delay the others.
 
-    Predicted on 128 H100: 2.23 s a step (to 12%), 39% of the bf16 peak, 74 GB; as many A100-80GB: 4.97 s.
+    Predicted on 128 H100: 2.23 s a step (to 12%), 39% of the bf16 peak, 72 GB; as many A100-80GB: 4.97 s.
     """
     layout = ParallelConfig(tensor=4, recompute_encoder="full")
     return _fine_tuning(recipes.mm1_30b(), parallel=layout, micro_batch_size=2)
@@ -77,7 +77,7 @@ def mm1_30b_sft() -> Experiment:
 def mm1_3b_moe_sft() -> Experiment:
     """Fine-tuning of `mm1_3b_moe`: 128 GPUs as tensor 2 x data 64, two experts of each sparse layer on each GPU.
 
-    Predicted on 128 H100: 0.69 s a step (to 20%), 32% of the bf16 peak, 58 GB; as many A100-80GB: 1.36 s.
+    Predicted on 128 H100: 0.69 s a step (to 20%), 32% of the bf16 peak, 57 GB; as many A100-80GB: 1.36 s.
     """
     return _fine_tuning(recipes.mm1_3b_moe(), parallel=ParallelConfig(tensor=2, expert=32), micro_batch_size=2)
 
@@ -85,7 +85,7 @@ def mm1_3b_moe_sft() -> Experiment:
 def mm1_7b_moe_sft() -> Experiment:
     """Fine-tuning of `mm1_7b_moe`: 64 GPUs as tensor 2 x data 32, one expert of each sparse layer on each GPU.
 
-    Predicted on 64 H100: 1.57 s a step (to 20%), 41% of the bf16 peak, 73 GB; as many A100-80GB: 3.60 s.
+    Predicted on 64 H100: 1.57 s a step (to 20%), 41% of the bf16 peak, 72 GB; as many A100-80GB: 3.59 s.
     """
     return _fine_tuning(recipes.mm1_7b_moe(), parallel=ParallelConfig(tensor=2, expert=32), micro_batch_size=2)
 

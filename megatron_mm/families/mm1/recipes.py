@@ -77,7 +77,7 @@ def mm1_1b() -> Experiment:
 
     `sbatch examples/mm1_1b.slurm`. Peak learning rate 8.6e-5 by equation (1).
 
-    Predicted on 32 H100: 2.43 s a step (to 12%), 44% of the bf16 peak, 61 GB; as many A100-80GB: 5.66 s.
+    Predicted on 32 H100: 2.40 s a step (to 12%), 44% of the bf16 peak, 57 GB; as many A100-80GB: 5.61 s.
     """
     parallel = ParallelConfig()
     return _pretraining(
@@ -88,7 +88,7 @@ def mm1_1b() -> Experiment:
 def mm1_3b() -> Experiment:
     """MM1 3B (2.914B without embeddings): 64 GPUs, data parallel. `sbatch examples/mm1_3b.slurm`.
 
-    Predicted on 64 H100: 1.95 s a step (to 12%), 45% of the bf16 peak, 57 GB; as many A100-80GB: 4.49 s.
+    Predicted on 64 H100: 1.95 s a step (to 12%), 45% of the bf16 peak, 55 GB; as many A100-80GB: 4.47 s.
     """
     parallel = ParallelConfig()
     return _pretraining(
@@ -99,7 +99,7 @@ def mm1_3b() -> Experiment:
 def mm1_7b() -> Experiment:
     """MM1 7B (6.845B without embeddings): 128 GPUs as tensor 2 x data 64, two sequences per micro-batch. `sbatch examples/mm1_7b.slurm`.
 
-    Predicted on 128 H100: 1.77 s a step (to 12%), 47% of the bf16 peak, 65 GB; as many A100-80GB: 4.13 s.
+    Predicted on 128 H100: 1.76 s a step (to 12%), 47% of the bf16 peak, 63 GB; as many A100-80GB: 4.11 s.
     """
     parallel = ParallelConfig(tensor=2)
     return _pretraining(
@@ -114,7 +114,7 @@ def mm1_30b() -> Experiment:
     the four stages, which also has the image encoder, has 10 layers, the others 15 or 16. A micro-batch is two sequences, and the encoder's
     layers are recomputed in the backward pass. We chose the layout.
 
-    Predicted on 512 H100: 1.95 s a step (to 12%), 39% of the bf16 peak, 64 GB; as many A100-80GB: 4.45 s. docs/planning.md has faster
+    Predicted on 512 H100: 1.95 s a step (to 12%), 39% of the bf16 peak, 61 GB; as many A100-80GB: 4.44 s. docs/planning.md has faster
     layouts, which leave less memory free or encode on all pipeline ranks.
     """
     parallel = ParallelConfig(tensor=4, pipeline=2, virtual=2, stage_layers=(10, 15, 16, 15), recompute_encoder="full")
@@ -144,7 +144,7 @@ def mm1_3b_moe() -> Experiment:
 
     `sbatch examples/mm1_3b_moe.slurm`.
 
-    Predicted on 128 H100: 1.43 s a step (to 20%), 37% of the bf16 peak, 73 GB; as many A100-80GB: 3.25 s.
+    Predicted on 128 H100: 1.42 s a step (to 20%), 37% of the bf16 peak, 71 GB; as many A100-80GB: 3.24 s.
     """
     parallel = ParallelConfig(expert=32, max_expert_load=8.0)
     return _sparse(mm1_3b(), "mm1_3b_moe", moe=MoEConfig(num_experts=64, every_n_layers=2), parallel=parallel)
@@ -159,7 +159,7 @@ def mm1_7b_moe() -> Experiment:
 
     `sbatch examples/mm1_7b_moe.slurm`.
 
-    Predicted on 128 H100: 2.32 s a step (to 20%), 41% of the bf16 peak, 66 GB; as many A100-80GB: 5.41 s.
+    Predicted on 128 H100: 2.32 s a step (to 20%), 41% of the bf16 peak, 63 GB; as many A100-80GB: 5.40 s.
     """
     parallel = ParallelConfig(tensor=2, expert=32, max_expert_load=8.0, recompute_encoder="full")
     return _sparse(mm1_7b(), "mm1_7b_moe", moe=MoEConfig(num_experts=32, every_n_layers=4), parallel=parallel)

@@ -94,6 +94,24 @@ def rows_of(mask: torch.Tensor, *, multiple: int, device: torch.device) -> Rows:
     return Rows(gather=send(padded, device), count=len(rows))
 
 
+class _Scattered(torch.autograd.Function):
+    """Two modalities' results [r, 1, h], each followed by its rows [r], in their places: [t, 1, h].
+
+    Only the rows are kept for the backward pass. `Tensor.index_copy` also keeps the results, of which its gradient needs the shape alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, text: torch.Tensor, text_rows: torch.Tensor, visual: torch.Tensor, visual_rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(text_rows, visual_rows)
+        out = text.new_empty(len(text) + len(visual), *text.shape[1:])
+        return out.index_copy_(0, text_rows, text).index_copy_(0, visual_rows, visual)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        text_rows, visual_rows = ctx.saved_tensors
+        return grads[0].index_select(0, text_rows), None, grads[0].index_select(0, visual_rows), None
+
+
 class ModalityExperts(MegatronModule):
     """The two networks of a layer: [l, 1, h] -> [l, 1, h]."""
 
@@ -110,12 +128,12 @@ class ModalityExperts(MegatronModule):
     def forward(self, hidden_l1h: torch.Tensor, layout: ModalityLayout) -> torch.Tensor:
         """[l, 1, h] -> [l, 1, h]."""
         hidden_t1h = self._gather(hidden_l1h)
-        out_t1h = torch.zeros_like(hidden_t1h)
+        results: list[torch.Tensor] = []
         for expert, rows in ((self.text, layout.text), (self.visual, layout.visual)):
             assert rows is not None
             out_r1h, _ = expert(hidden_t1h.index_select(0, rows.gather))
-            out_t1h = out_t1h.index_copy(0, rows.tokens, out_r1h[: rows.count])
-        return self._reduce(out_t1h)
+            results += [out_r1h[: rows.count], rows.tokens]
+        return self._reduce(_Scattered.apply(*results))
 
     def _gather(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return all tokens; the backward pass sums their gradients over the group, in which each process has a part of both networks."""

@@ -29,9 +29,11 @@ def stand_ins(recorder: Recorder, *, te: bool) -> Iterator[None]:
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", _plain_attention(recorder)))
         if te:
             from megatron.core import activations
+            from megatron.core.models.common.language_module import language_module
             from megatron.core.transformer import attention as attention_module
 
             stack.enter_context(patch.object(layer_modules.TorchNorm, "forward", _te_norm))
+            stack.enter_context(patch.object(language_module, "te_parallel_cross_entropy", _te_loss))
             stack.enter_context(patch.object(activations, "quick_gelu", _KeepsInput.apply))
             stack.enter_context(patch.object(attention_module, "apply_rotary_pos_emb", lambda t, *args, **kwargs: _Rotary.apply(t)))
         yield
@@ -82,6 +84,8 @@ def _attention(recorder: Recorder, attend: Any) -> Any:
         if packed_seq_params is None:
             pairs = query.shape[0] * key.shape[0] * query.shape[1] / (2 if causal else 1)
             flops = 4.0 * pairs * query.shape[2] * query.shape[3]
+            if attend is _te_attention:
+                query, key, value = _te_layout(query, key, value)
             return _FusedAttention.apply(query, key, value, flops, recorder).flatten(2)
         lengths = [bounds.diff().tolist() for bounds in (packed_seq_params.cu_seqlens_q, packed_seq_params.cu_seqlens_kv)]
         return attend(recorder, query, key, value, *lengths, causal)
@@ -93,11 +97,22 @@ def _flops(query: torch.Tensor, pairs: int, causal: bool) -> float:
     return 4.0 * pairs * query.shape[-2] * query.shape[-1] / (2 if causal else 1)
 
 
+def _te_layout(*qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values as Transformer Engine passes them to its kernel (get_qkv_layout in
+    attention/dot_product_attention/utils.py): views of one buffer as they are, otherwise contiguous copies of those that are not."""
+    first = qkv[0]
+    buffer = first.untyped_storage()._cdata
+    if all(x.untyped_storage()._cdata == buffer and x.shape == first.shape and x.stride() == first.stride() for x in qkv):
+        return qkv
+    return tuple(x.contiguous() for x in qkv)
+
+
 def _te_attention(
     recorder: Recorder, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, of_queries: list[int], of_keys: list[int], causal: bool
 ) -> torch.Tensor:
     """Attend to all documents in one kernel."""
     pairs = sum(q * k for q, k in zip(of_queries, of_keys, strict=True))
+    query, key, value = _te_layout(query, key, value)
     return _FusedAttention.apply(query, key, value, _flops(query, pairs, causal), recorder).flatten(1)
 
 
@@ -128,6 +143,29 @@ class _Norm(torch.autograd.Function):
 
 def _te_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
     return _Norm.apply(hidden, self.weight, self.bias)
+
+
+class _Loss(torch.autograd.Function):
+    """Logits [t, b, v] -> loss of each token [t, b]. The gradient overwrites the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits)
+        return torch.zeros(logits.shape[:-1], dtype=torch.float32, device=logits.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = ctx.saved_tensors[0]
+        return logits
+
+
+def _te_loss(logits: torch.Tensor, labels: torch.Tensor, tp_group: Any, *options: Any) -> torch.Tensor:
+    """Gather the statistics of each process's part of the vocabulary (three numbers per token), and keep nothing but the logits."""
+    size = tp_group.size()
+    if size > 1:
+        own = torch.zeros(3 * labels.numel(), dtype=torch.float32, device=logits.device)
+        torch.distributed.all_gather_into_tensor(own.new_empty(size * len(own)), own, group=tp_group)
+    return _Loss.apply(logits)
 
 
 class _Rotary(torch.autograd.Function):

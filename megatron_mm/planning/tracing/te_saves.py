@@ -58,8 +58,14 @@ TE_SAVES: dict[str, Saved] = {
         "attention/rope.py",
         152,
         ("freqs", "cu_seqlens", "start_positions"),
-        "only the frequencies: the gradient is the inverse rotation. The result is a new tensor, so attention keeps rotated queries and "
-        "keys in addition to the projection's output, of which the values are a view",
+        "only the frequencies: the gradient is the inverse rotation. The results are new tensors, so queries, keys and values are no views "
+        "of one buffer, and attention copies the values (get_qkv_layout in attention/dot_product_attention/utils.py): nothing keeps the "
+        "projection's output",
     ),
-    "parallel cross-entropy": Saved("cross_entropy.py", 62, ("inp.detach()",), "the logits, which the gradient overwrites"),
+    "parallel cross-entropy": Saved(
+        "cross_entropy.py",
+        62,
+        ("inp.detach()",),
+        "the logits, which the gradient overwrites (`platform.engine` asks later releases for it)",
+    ),
 }

@@ -130,7 +130,7 @@ def _run(
         for chunk in model:
             _mark_parts(chunk.module, recorder)
         if te:
-            _fuse_activations(model)
+            _fuse(model, loss=experiment.kernels.cross_entropy is not False)
         if gpu_messages and experiment.parallel.virtual > 1:
             for chunk in model:
                 chunk.module.config.overlap_p2p_comm, chunk.module.config.batch_p2p_comm = True, False
@@ -172,9 +172,12 @@ def _report(recorder: Recorder, topology: Topology, *, built: int, seconds: floa
     )
 
 
-def _fuse_activations(model: list[Any]) -> None:
-    """Switch on megatron-core's fused SwiGLU, as on a GPU."""
+def _fuse(model: list[Any], *, loss: bool) -> None:
+    """Switch on megatron-core's fused SwiGLU, and with `loss` Transformer Engine's loss, as on a GPU."""
     for chunk in model:
+        if loss:
+            chunk.module.language.config.cross_entropy_loss_fusion = True
+            chunk.module.language.config.cross_entropy_fusion_impl = "te"
         for module in chunk.module.language.modules():
             if getattr(getattr(module, "config", None), "gated_linear_unit", False):
                 module.config.bias_activation_fusion = True
