@@ -45,8 +45,9 @@ from megatron_mm.training.checkpoint.names import (
 )
 from megatron_mm.training.checkpoint.optimizer_state import load_optimizer_state
 from megatron_mm.training.checkpoint.save_plan import SavePlans
+from megatron_mm.training.checkpoint.staging import Staging
 from megatron_mm.training.checkpoint.state import TrainState, restore_generators, run_state, to_be_forked
-from megatron_mm.training.checkpoint.write_request import keeping_staged, with_checksums
+from megatron_mm.training.checkpoint.write_request import with_checksums
 from megatron_mm.training.progress import Progress
 from megatron_mm.training.spread_encoder import wrapped_modules
 
@@ -88,12 +89,15 @@ class Checkpointer:
         self.queue = AsyncCallsQueue(persistent=False)
         self.under_way: Save | None = None
         self._told_of: Save | None = None
+        self._waited = 0.0
+        """Seconds for which training waited for the newest asynchronous save, also while an earlier one was still being written."""
         self.saved_step: int | None = None
         """Step of the newest complete checkpoint."""
         self.sound_step = 0
         """Last step with a finite gradient, as of the start of the newest save."""
         self.failed_saves = 0
         self.plans = SavePlans()
+        self.staging = Staging(topology.device) if topology.device.type == "cuda" else None
         memory = experiment.checkpoint.memory
         self.memory = MemoryCopy(experiment, topology, run_dir, model, optimizer) if memory is not None else None
         copy_to = experiment.checkpoint.copy_to
@@ -117,11 +121,13 @@ class Checkpointer:
         If a save fails (for example because the disk is full), the first process logs an error and removes the partial files; `saved_step`
         does not change.
         """
+        began, self._waited = time.monotonic(), 0.0
         self.finish()
         if self.saved_step == state.step:
             return
         with self.progress.patient(60 * self.config.timeout_minutes):
             self._save(state)
+        self._waited = time.monotonic() - began
 
     def _save(self, state: TrainState) -> None:
         step = state.step  # the state changes while the files are written
@@ -143,7 +149,9 @@ class Checkpointer:
         )
         if self._failed(first_writer.take_problems(), partial, step=step):
             return
-        request = keeping_staged(with_checksums(async_request, partial, rank=self.topology.rank))
+        request = with_checksums(async_request, partial, rank=self.topology.rank)
+        if self.staging is not None:
+            request = self.staging.of(request)
         request.add_finalize_fn(lambda: self._complete(partial, step=step))
         self.under_way = Save(step, state.best_step, partial, time.monotonic())
         if self.config.asynchronous:
@@ -285,7 +293,8 @@ class Checkpointer:
         sync_to_disk(self.folder)
         save = self.under_way
         assert save is not None
-        logger.info("checkpoint %s written in %.1f s", final, time.monotonic() - save.began)
+        waited = f", for {self._waited:.1f} s of which training waited" if self._waited else ""
+        logger.info("checkpoint %s written in %.1f s%s", final, time.monotonic() - save.began, waited)
         if self.copies is not None:
             self.copies.add(final)
         try:

@@ -34,21 +34,3 @@ def with_checksums(request: AsyncRequest, partial: Path, *, rank: int) -> AsyncR
             logger.error("rank %d: the checksums of its checkpoint files cannot be written: %s", rank, error)
 
     return request._replace(async_fn=write_and_sum, finalize_fns=list(request.finalize_fns))
-
-
-def keeping_staged(request: AsyncRequest) -> AsyncRequest:
-    """Return the same request, but keep what it stages for the writer until the writer has ended.
-
-    On a GPU, these are copies of tensors in pinned memory. A fork shares pinned memory with its parent, whose later copies would overwrite
-    what the writer is about to read if the memory were freed. megatron-core 0.16 frees it once the writer has started.
-    """
-    stage, staged = request.preload_fn, []
-
-    def stage_and_keep() -> Any:
-        staged.append(stage())
-        return staged[-1]
-
-    if stage is None:
-        return request
-    request.add_finalize_fn(staged.clear)
-    return request._replace(preload_fn=stage_and_keep)
