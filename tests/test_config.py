@@ -17,8 +17,9 @@ from megatron_mm.config import (
     TrainConfig,
     VisionConfig,
 )
+from megatron_mm.config.checks import check_types, nearest
 from megatron_mm.families.mm1.config import MM1Config
-from megatron_mm.families.recipes import get_recipe
+from megatron_mm.families.recipes import RECIPES, get_recipe
 from megatron_mm.families.serialize import from_dict, to_dict
 from megatron_mm.parallel.stages import layers_per_stage
 
@@ -51,6 +52,24 @@ def test_wrong_values_are_named(part: Any, changes: dict[str, Any], message: str
     with pytest.raises(ValueError) as error:
         replace(part, **changes)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_values_of_recipes_have_the_types_of_their_fields(recipe: str) -> None:
+    check_types(get_recipe(recipe))
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("num-heads", ": did you mean num-attention-heads?"),
+        ("lr", ": did you mean peak-lr or min-lr?"),
+        ("num-layer", ": did you mean num-layers?"),
+        ("zzz", ""),
+    ],
+)
+def test_the_nearest_name_contains_the_word_or_is_spelled_like_it(word: str, meant: str) -> None:
+    assert nearest(word, ["num-layers", "num-attention-heads", "peak-lr", "min-lr", "peak-lr"]) == meant
 
 
 def test_layers_and_stages_must_add_up() -> None:

@@ -58,7 +58,8 @@ class Command:
     """What it does, in one line."""
     run: Callable[[argparse.Namespace], None]
     """Runs the command. The namespace has an attribute for each argument. For a command with an `experiment`, it also has `experiment`,
-    with the overrides of the command line applied, and `overrides`, the words of these as written."""
+    with the overrides of the command line applied, and `overrides`, the words of these as written. If the command has a recipe, `after`
+    is the option right before it that is not one of the command's own, or None."""
     arguments: Callable[[Parser], None] = lambda parser: None
     """Adds its arguments and options to a parser."""
     experiment: Callable[[argparse.Namespace], Experiment | None] | None = None
@@ -164,6 +165,7 @@ def _run_command(command: Command, arguments: Sequence[str], *, program: str) ->
     words = [word for word in arguments if word not in ("-h", "--help")]
     try:
         given, rest = parser.parse_known_args(words)
+        given.after = _option_before(getattr(given, "recipe", None), words, known=parser.option_names)
         experiment = command.experiment(given) if command.experiment is not None else None
     except ValueError:
         if not wants_help or words:
@@ -183,6 +185,14 @@ def _run_command(command: Command, arguments: Sequence[str], *, program: str) ->
     if unknown:
         raise ValueError(_unknown(unknown[0], [*parser.option_names, *(option.name for option in overrides)], program))
     command.run(given)
+
+
+def _option_before(recipe: str | None, words: Sequence[str], *, known: Sequence[str]) -> str | None:
+    """The option right before the recipe, if it is not one of the command's own: fields are options only once the recipe is known, so the
+    word may be meant as the value of one."""
+    place = words.index(recipe) if recipe in words else 0
+    before = words[place - 1] if place else ""
+    return before if before.startswith("--") and "=" not in before and before not in known else None
 
 
 def _print_help(parser: Parser, command: Command, experiment: Experiment | None) -> None:

@@ -112,7 +112,7 @@ def _run(given: argparse.Namespace) -> None:
 
 def _plan(given: argparse.Namespace) -> None:
     from megatron_mm.planning.drawing import draw_timeline, write_trace
-    from megatron_mm.planning.recipe_job import plan_recipe
+    from megatron_mm.planning.recipe_job import check_number_format, plan_recipe
     from megatron_mm.planning.report import describe, table
     from megatron_mm.planning.search import search
     from megatron_mm.planning.step import StepModel
@@ -120,6 +120,7 @@ def _plan(given: argparse.Namespace) -> None:
     from megatron_mm.run.data import TRAINING, has_data, make_plan
 
     experiment, gpu = given.experiment, GPUS[given.gpu]
+    check_number_format(experiment, gpu)
     found = has_data(experiment)
     if not found and any(word.startswith("--data.path") for word in given.overrides):
         logger.warning("there is no data at data.path %s, so the lengths of texts are drawn at random", experiment.data.path)

@@ -27,6 +27,8 @@ def recipe_of(given: argparse.Namespace) -> Experiment:
     if given.recipe.endswith(".py"):
         raise ValueError(f"{given.recipe} is a file: name a function in it, {given.recipe}:FUNCTION")
     if given.recipe not in RECIPES and not is_reference(given.recipe):
+        if given.after is not None:
+            raise ValueError(f"no recipe given before {given.after}: the name of a recipe comes first, and then the options of its fields")
         raise ValueError(f"unknown recipe {given.recipe!r}: {choices(given.recipe, RECIPES)}")
     return get_recipe(given.recipe)
 

@@ -66,10 +66,14 @@ def load_module(place: str) -> ModuleType:
         del sys.modules[name]
         if not isinstance(error, Exception):
             raise
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        where = f", line {lines[-1]}" if lines else ""
-        raise ValueError(f"extension {path} failed{where}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"extension {path} failed{line_in(path, error)}: {type(error).__name__}: {error}") from error
     return module
+
+
+def line_in(file: str | Path, error: BaseException) -> str:
+    """`, line N`: the line of a file at which an error was raised; an empty string if the error did not pass through the file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return f", line {lines[-1]}" if lines else ""
 
 
 def _module_name(path: Path) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_mm.config import Experiment
-from megatron_mm.config.references import absolute, is_reference, load_object
+from megatron_mm.config.checks import check_types
+from megatron_mm.config.references import absolute, is_reference, line_in, load_object
 from megatron_mm.families.base import Recipe
 from megatron_mm.families.registry import FAMILIES
 
@@ -25,7 +26,8 @@ def get_recipe(name: str) -> Experiment:
     For a function, the experiment's `extensions` record its file or module, so that a resume, an evaluation or a conversion runs the
     registrations in it again.
 
-    Raises ValueError if there is no recipe of that name (listing the recipes), or if the function does not return an experiment.
+    Raises ValueError if there is no recipe of that name (listing the recipes), or if the function fails or does not return an experiment
+    whose fields have values of their types.
     """
     if is_reference(name):
         return _recipe_of_file(name)
@@ -35,9 +37,16 @@ def get_recipe(name: str) -> Experiment:
 
 
 def _recipe_of_file(reference: str) -> Experiment:
-    recipe = load_object(reference)
-    experiment = recipe() if callable(recipe) else recipe
+    recipe, place = load_object(reference), absolute(reference.rpartition(":")[0])
+    try:
+        experiment = recipe() if callable(recipe) else recipe
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"recipe {reference} failed{line_in(place, error)}: {kind}{error}") from error
     if not isinstance(experiment, Experiment):
         raise ValueError(f"{reference} is not a recipe: it returns {type(experiment).__name__} instead of an Experiment")
-    place = absolute(reference.rpartition(":")[0])
+    try:
+        check_types(experiment)
+    except ValueError as error:
+        raise ValueError(f"recipe {reference}: {error}") from None
     return replace(experiment, extensions=tuple(dict.fromkeys([*experiment.extensions, place])))

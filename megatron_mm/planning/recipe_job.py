@@ -45,6 +45,18 @@ class Planned:
     """FLOPs of the whole step, on real tokens."""
 
 
+def check_number_format(experiment: Experiment, gpu: Gpu) -> None:
+    """Raise ValueError if the GPU does not multiply in the recipe's number format."""
+    if experiment.train.precision != "fp8":
+        return
+    if not gpu.fp8_tflops:
+        raise ValueError(f"train.precision is fp8, but an {gpu.name} has no FP8: use --train.precision bf16, or another --gpu")
+    if experiment.precision.fp8_recipe == "mxfp8" and not gpu.fp4_tflops:
+        raise ValueError(
+            f"precision.fp8_recipe is mxfp8, which an {gpu.name} does not have: use another one, or a GPU of the Blackwell generation"
+        )
+
+
 def recompute_of(experiment: Experiment, *, encoder: bool = False) -> Recompute:
     """The recipe's recomputation in the planner's terms, of the image tower (`encoder`) or of the decoder."""
     parallel = experiment.parallel

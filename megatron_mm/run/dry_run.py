@@ -12,7 +12,7 @@ from megatron_mm.config import Experiment
 from megatron_mm.families.serialize import to_dict
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.stages import layers_per_stage
-from megatron_mm.run.start import check_shapes
+from megatron_mm.run.start import check_beginning, check_shapes, find_hooks, fitting_tokenizer
 from megatron_mm.training.build import build_chunks, build_encoder
 from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
 
@@ -29,10 +29,15 @@ class StageParameters:
 
 
 def describe(experiment: Experiment) -> Iterator[str]:
-    """Lines for the terminal. Raises ValueError if the layout cannot hold the model or its batches, or existing data cannot be opened."""
+    """Lines for the terminal.
+
+    Raises ValueError if the layout cannot hold the model or its batches, if an extra hook is not there, or if existing data or an existing
+    `init_from` does not fit. Paths that do not exist are only named: they may exist where the run will be.
+    """
     parallel = experiment.parallel
     world_size = max(topologies.world_size(), parallel.model_parallel_size * parallel.expert)
     check_shapes(experiment, world_size)
+    find_hooks(experiment)
     data_size = parallel.data_parallel_size(world_size)
     yield json.dumps(to_dict(experiment), indent=2)
     yield ""
@@ -43,6 +48,7 @@ def describe(experiment: Experiment) -> Iterator[str]:
     yield from stage_table(experiment)
     yield ""
     yield from _plan(experiment)
+    yield from _beginning(experiment)
 
 
 def stage_parameters(experiment: Experiment) -> list[StageParameters]:
@@ -96,6 +102,10 @@ def _plan(experiment: Experiment) -> Iterator[str]:
         missing = "contains no data set" if experiment.data.folder.is_dir() else "does not exist"
         yield f"no plan: data path {data} {missing} (use --data.path)"
         return
+    if not experiment.data.tokenizer_path.is_file():
+        yield f"tokenizer {experiment.data.tokenizer_path} does not exist (use --data.tokenizer)"
+    else:
+        fitting_tokenizer(experiment)
     plan = make_plan(experiment, split=TRAINING)
     state = plan.initial_state()
     for step in range(1, PLANNED_STEPS + 1):
@@ -103,3 +113,12 @@ def _plan(experiment: Experiment) -> Iterator[str]:
         yield f"step {step}:"
         yield from plan.describe(batch)
         state = batch.next_state
+
+
+def _beginning(experiment: Experiment) -> Iterator[str]:
+    if experiment.init_from is None:
+        return
+    if not experiment.init_from.exists():
+        yield f"no check of its beginning: init_from {experiment.init_from} does not exist (use --init-from)"
+    else:
+        check_beginning(experiment, experiment.init_from, tokenizer=experiment.data.tokenizer_path.is_file())

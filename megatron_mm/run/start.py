@@ -217,16 +217,10 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
     """
     _check_no_secrets(experiment)
     experiment = with_absolute_references(experiment)
-    hooks = [_hook(name) for name in experiment.extra_hooks]
+    hooks = find_hooks(experiment)
     check_shapes(experiment, topologies.world_size())
     _check_machine(experiment)
-    tokenizer = open_tokenizer(experiment)
-    rows = experiment.model.decoder.vocab_size
-    if tokenizer.vocab_size > rows:
-        raise ValueError(
-            f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
-            "raise it, or use a smaller tokenizer"
-        )
+    tokenizer = fitting_tokenizer(experiment)
     # Only the main process checks shards and checkpoints. The others meanwhile wait for it to join them; if a check fails, the launcher
     # ends them.
     is_main = int(os.environ.get("RANK", "0")) == 0
@@ -235,6 +229,17 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
     if is_main:
         _check_for_all(experiment, run_dir)
     return Checked(experiment, tokenizer, plan, hooks)
+
+
+def fitting_tokenizer(experiment: Experiment) -> Tokenizer:
+    """The run's tokenizer. Raises ValueError if it cannot be opened, or has more tokens than the model has rows for."""
+    tokenizer, rows = open_tokenizer(experiment), experiment.model.decoder.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
+            "raise it, or use a smaller tokenizer"
+        )
+    return tokenizer
 
 
 def _check_for_all(experiment: Experiment, run_dir: Path) -> None:
@@ -247,8 +252,14 @@ def _check_for_all(experiment: Experiment, run_dir: Path) -> None:
         check_same_model(experiment, newest)
         check_same_tokenizer(experiment, newest, resumes=True)
     if experiment.init_from is not None and newest is None:
-        beginning = find_checkpoint(experiment.init_from)
-        check_same_model(experiment, beginning, with_optimizer=False)
+        check_beginning(experiment, experiment.init_from)
+
+
+def check_beginning(experiment: Experiment, init_from: Path, *, tokenizer: bool = True) -> None:
+    """Raise ValueError if there is no checkpoint with whose weights (and `tokenizer`) this run can start."""
+    beginning = find_checkpoint(init_from)
+    check_same_model(experiment, beginning, with_optimizer=False)
+    if tokenizer:
         check_same_tokenizer(experiment, beginning)
 
 
@@ -261,6 +272,11 @@ def _check_no_secrets(experiment: Experiment) -> None:
                 f"{name} seems to contain a password or a key, which would be written to the run's files: set it in the environment, "
                 "or in the store's own configuration"
             )
+
+
+def find_hooks(experiment: Experiment) -> list[Callable[[Trainer], Hook]]:
+    """What makes the hooks that the experiment names. Raises ValueError if one of them is not there or not a hook."""
+    return [_hook(name) for name in experiment.extra_hooks]
 
 
 def _hook(name: str) -> Callable[[Trainer], Hook]:

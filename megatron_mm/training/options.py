@@ -67,6 +67,22 @@ def asked_for(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
     yield from _expert_overlap(experiment, backend=backend)
     yield from _precision(experiment, backend=backend)
     yield from _tower_graph(experiment)
+    yield from _warm_up(experiment)
+    yield from _image_size(experiment)
+
+
+def _warm_up(experiment: Experiment) -> Iterator[Option]:
+    warm_up, end = experiment.optimizer.warmup_steps, experiment.train.schedule_steps
+    if experiment.optimizer.decay == "cosine" and warm_up >= end:
+        costs = f"train.schedule_steps is {end}, so the learning rate would fall to min_lr right after the warm-up; change one of them"
+        yield Option("optimizer.warmup_steps", warm_up, costs=costs)
+
+
+def _image_size(experiment: Experiment) -> Iterator[Option]:
+    vision = getattr(experiment.model, "vision", None)
+    if vision is not None and (rest := vision.image_size % vision.patch_size):
+        costs = f"it is no multiple of patch_size {vision.patch_size}, so the tower never sees the last {rest} pixels of rows and columns"
+        yield Option("model.vision.image_size", vision.image_size, costs=costs)
 
 
 def _overlap(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:

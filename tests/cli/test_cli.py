@@ -39,6 +39,8 @@ PROGRAM = [sys.executable, "-m", "megatron_mm"]
         (["debug_mm1", "--train.steps", "0"], "error: train.steps is 0, but must be positive"),
         (["debug_mm1", "--parallel.virtual", "2"], "error: parallel.virtual is 2, but interleaving needs parallel.pipeline > 1"),
         (["debug_mm1"], "no run directory given: add --run-dir DIR"),
+        (["--run-dir", "runs/a", "--data.path", "data"], "error: no recipe given before --data.path: the name of a recipe comes first"),
+        (["--dry-run", "mm1_3x"], "unknown recipe 'mm1_3x': did you mean mm1_3b? choose one of debug_mm1, "),
         ([], "missing RECIPE: see megatron-mm train --help"),
         (["debug_mm1", "more"], "unexpected argument 'more': see megatron-mm train --help"),
         (["debug_mm1", "--recipe", "mm1_3b"], "unknown option --recipe: "),

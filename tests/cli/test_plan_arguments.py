@@ -29,6 +29,8 @@ PLAN = ("plan", "debug_mm1", "--num-gpus", "1")
         (("--images", "-3"), "--images: -3 is too small: give 0 or more"),
         (("--images", "900"), "images is 900, but must be from 0 to data.max_images_per_sequence = "),
         (("--usable-memory", "0.5"), "--usable-memory has an effect only together with --search: add --search"),
+        (("--gpu", "a100", "--train.precision", "fp8"), "train.precision is fp8, but an a100-80g has no FP8: use --train.precision bf16"),
+        (("--train.precision", "fp8", "--precision.fp8-recipe", "mxfp8"), "mxfp8, which an h100-sxm does not have: use another one"),
         (("--memory-timeline", "x.png"), "--memory-timeline has an effect only together with --trace: add --trace"),
         (("--every-row",), "--every-row has an effect only together with --measurements"),
         (("--timeline", "x.txt"), "--timeline: x.txt must end in .png, .pdf"),

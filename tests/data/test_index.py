@@ -33,6 +33,8 @@ def test_opening_a_split_names_what_is_missing(demo_data: Path, tmp_path: Path, 
     with pytest.raises(ValueError, match=r"lacks the sources \['video'\].*it has \['conversations', 'interleaved', 'pairs'") as found:
         open_split(demo_data, "train", sources=["pairs", "video"])
     assert "--data.mixture conversations=0.2 interleaved=0.2 pairs=0.2 tasks=0.2 text=0.2" in str(found.value)
+    with pytest.raises(ValueError, match=r"lacks the sources \['piars'\].*: did you mean pairs\?"):
+        open_split(demo_data, "train", sources=["piars", "text"])
     source = tmp_path / "train" / "pairs"
     write_tar(source / "0.tar", {"0.jpg": picture(), "0.txt": b"x"})
     with pytest.raises(ValueError, match=r"has no index: run `megatron-mm prepare index"):

@@ -210,6 +210,34 @@ def test_a_wrong_reference_says_what_is_wrong(reference: str, message: str) -> N
         get_recipe(reference)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("train=replace(base.train, steps=2e3)", "broken: train.steps is 2000.0, but must be an integer"),
+        ("train=replace(base.train, precision='fp16')", "broken: train.precision is 'fp16', but must be one of 'fp32', 'bf16', 'fp8'"),
+        ("train={'steps': 3}", "broken: train is {'steps': 3}, but must be a TrainConfig"),
+        ("init_from='runs/first'", "broken: init_from is 'runs/first', but must be a pathlib.Path or None"),
+        ("train=replace(base.train, steps='9')", "broken failed, line 6: steps is '9', but must be a positive number"),
+        (
+            "train=replace(base.train, step=9)",
+            "broken failed, line 6: TypeError: TrainConfig.__init__() got an unexpected keyword argument",
+        ),
+    ],
+)
+def test_a_wrong_value_in_a_recipe_is_named(tmp_path: Path, changes: str, message: str) -> None:
+    lines = ["from dataclasses import replace", "from megatron_mm.families.recipes import get_recipe", "def broken():"]
+    lines += ["    base = get_recipe('debug_mm1')", "    return replace(base,", f"        {changes})"]
+    (tmp_path / "own.py").write_text("\n".join(lines))
+    with pytest.raises(ValueError) as error:
+        get_recipe(f"{tmp_path / 'own.py'}:broken")
+    assert str(error.value).startswith(f"recipe {tmp_path / 'own.py'}:{message}")
+
+
+def test_the_documented_recipe_trains(demo_data: Path, tmp_path: Path) -> None:
+    (line,) = train(f"{EXAMPLES / 'own_recipe.py'}:wide_mm1", tmp_path / "run", demo_data, steps=1)
+    assert set(line["losses"]) <= {"pairs", "text"} and load_experiment(tmp_path / "run" / "config.json").recipe == "wide_mm1"
+
+
 def test_a_kind_of_connector_needs_its_configuration() -> None:
     load_module(str(EXAMPLES / "pixel_shuffle_connector.py"))
     with pytest.raises(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_mm.config import Experiment
+from megatron_mm.config import Experiment, ModelConfig
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.run.dry_run import describe, stage_parameters, stage_table
 
@@ -70,3 +71,21 @@ def test_a_stage_may_have_nothing_or_all_trainable() -> None:
 def test_what_would_not_run_is_refused(recipe: str, changes: dict[str, dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(describe(changed(get_recipe(recipe), **changes)))
+
+
+def test_files_of_a_run_are_checked_where_they_exist(demo_data: Path, tmp_path: Path) -> None:
+    """Others are only named: they may be on the machine of the run."""
+    debug = changed(get_recipe("debug_mm1"), data={"path": demo_data, "tokenizer": tmp_path / "none.model"})
+    lines = list(describe(replace(debug, init_from=tmp_path / "none")))
+    assert f"tokenizer {tmp_path / 'none.model'} does not exist (use --data.tokenizer)" in lines
+    assert lines[-1] == f"no check of its beginning: init_from {tmp_path / 'none'} does not exist (use --init-from)"
+    with pytest.raises(ValueError, match="is neither a complete checkpoint nor a run directory with one"):
+        list(describe(replace(debug, init_from=tmp_path)))
+    with pytest.raises(ValueError, match=r"there is no file .*none.py: correct the path"):
+        list(describe(replace(debug, extra_hooks=("none.py:Hook",))))
+    with pytest.raises(ValueError, match=r"tokens, but model\.decoder\.vocab_size is 64: raise it"):
+        list(describe(replace(debug, data=changed(debug, data={"tokenizer": None}).data, model=small_vocabulary(debug))))
+
+
+def small_vocabulary(experiment: Experiment) -> ModelConfig:
+    return replace(experiment.model, decoder=replace(experiment.model.decoder, vocab_size=64))

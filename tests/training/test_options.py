@@ -10,7 +10,7 @@ import pytest
 from support.small import small_experiment
 
 from megatron_mm.config import Experiment, KernelConfig, MoEConfig, ParallelConfig, PrecisionConfig
-from megatron_mm.families.recipes import get_recipe
+from megatron_mm.families.recipes import RECIPES, get_recipe
 from megatron_mm.run.start import check
 from megatron_mm.training.options import asked_for, check_options
 
@@ -116,6 +116,22 @@ def test_frozen_weights_of_the_decoder_have_no_gradients_to_delay(monkeypatch: p
 def test_what_an_option_costs_is_said(caplog: pytest.LogCaptureFixture) -> None:
     check_options(experiment(gradients="bf16"), backend="torch")
     assert "precision.gradients is bf16: every sum of gradients is rounded" in caplog.text
+
+
+def test_a_warm_up_longer_than_the_schedule_and_pixels_that_no_patch_holds_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    debug = get_recipe("debug_mm1")
+    for recipe in RECIPES:
+        asked = {option.name for option in asked_for(get_recipe(recipe), backend="te")}
+        assert not asked & {"optimizer.warmup_steps", "model.vision.image_size"}
+    constant = replace(debug, optimizer=replace(debug.optimizer, warmup_steps=400, decay="constant"))
+    check_options(constant, backend="torch")
+    assert not caplog.text
+    cosine = replace(constant, optimizer=replace(constant.optimizer, decay="cosine"))
+    check_options(replace(cosine, model=replace(debug.model, vision=replace(debug.model.vision, image_size=35))), backend="torch")
+    assert (
+        "optimizer.warmup_steps is 400: train.schedule_steps is 400, so the learning rate would fall to min_lr right after" in caplog.text
+    )
+    assert "model.vision.image_size is 35: it is no multiple of patch_size 4, so the tower never sees the last 3 pixels" in caplog.text
 
 
 def test_it_is_found_before_data_is_opened(tmp_path: Path) -> None:

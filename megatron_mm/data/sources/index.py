@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_mm.config.checks import nearest
 from megatron_mm.data.ranges import ranges
 from megatron_mm.data.sources.index_files import FORMAT_VERSION, META, NAMES, SHARDS, map_arrays, sampled_digest, write_json
 from megatron_mm.data.sources.rows import ITEM as ITEM
@@ -242,7 +243,7 @@ def open_split(root: Path, split: str, *, sources: list[str], check: bool = True
     present = sorted(p.name for p in folder.iterdir() if p.is_dir())
     missing = [name for name in sources if name not in present]
     if missing:
-        raise ValueError(f"{folder} lacks the sources {missing} of data.mixture; it has {present}: {_shares(present, root)}")
+        raise ValueError(f"{folder} lacks the sources {missing} of data.mixture; it has {present}{_instead(missing, present, root)}")
     opened = [open_source(folder / name, check=check) for name in sources]
     for source in opened:
         if len(source) == 0:
@@ -251,11 +252,13 @@ def open_split(root: Path, split: str, *, sources: list[str], check: bool = True
     return opened
 
 
-def _shares(present: list[str], root: Path) -> str:
+def _instead(missing: list[str], present: list[str], root: Path) -> str:
     """What to do if a mixture names sources that do not exist."""
     if not present:
-        return f"make its sources with `megatron-mm prepare` (docs/data.md), then run `megatron-mm prepare index {root}`"
-    return f"choose from these, for example --data.mixture {' '.join(f'{name}={1 / len(present):.3g}' for name in present)}"
+        return f": make its sources with `megatron-mm prepare` (docs/data.md), then run `megatron-mm prepare index {root}`"
+    if len(missing) == 1 and (meant := nearest(missing[0], present)):
+        return meant
+    return f": choose from these, for example --data.mixture {' '.join(f'{name}={1 / len(present):.3g}' for name in present)}"
 
 
 def open_source(folder: Path, *, check: bool = True) -> Source:
