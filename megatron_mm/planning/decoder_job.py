@@ -59,7 +59,9 @@ def _with_adapters(
 
     Their products are so narrow that reading and writing takes all of their time. In 2 bytes per number, for widths `inputs` and `outputs`:
     forward, the input is read, the adapter's output written, and then added to the layer's output (two read, one written); backward, the
-    output's gradient is read twice, the input once, and the adapter's part of the input's gradient is written and added.
+    output's gradient is read twice, the input once, and the adapter's part of the input's gradient is written and added. The inputs of
+    products, which a frozen layer does not need, are kept for the adapters, whole under sequence parallelism, too (Megatron-Bridge,
+    peft/lora.py).
 
     Args:
         again: the layer is recomputed.
@@ -69,14 +71,21 @@ def _with_adapters(
     t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
     q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
     inputs, outputs, count = float(h), q + 2 * kv, 1
+    kept = 2 * t * h
     if adapters == "all":
         inputs, outputs, count = 3 * h + q, outputs + h, 4
     if adapters == "all" and not sparse:
         b, ffn = shape.branches, shape.ffn / tp
         inputs, outputs, count = inputs + b * h + ffn, outputs + h + b * ffn, count + b + 1
+        kept += 2 * t * (h + ffn)
     once = Stream(2 * t * (inputs + 4 * outputs), kernels=4 * count)
     back = Stream(2 * t * (2 * outputs + 5 * inputs), kernels=6 * count)
-    return replace(layer, forward=(*layer.forward, once), backward=(*((once,) if again else ()), back, *layer.backward))
+    return replace(
+        layer,
+        forward=(*layer.forward, once),
+        backward=(*((once,) if again else ()), back, *layer.backward),
+        saved=layer.saved + (0.0 if again else kept),
+    )
 
 
 def decoder_job(
