@@ -119,7 +119,7 @@ def test_adapters_cost_no_gradients_of_weights(tmp_path: Path) -> None:
     full, adapters = (r.predict() for r in read_measurements(table) if isinstance(r, Measurement))
     assert 0.6 < adapters.seconds / full.seconds < 1  # reading and writing for the adapters takes part of what gradients would
     assert adapters.memory[-1].optimizer == 0 and adapters.memory[-1].gradients < 0.5 * full.memory[-1].gradients
-    # inputs of products are kept for the adapters' weights, in bf16 where a trained layer keeps them in FP8, and not split over a tensor group
+    # inputs of products are kept for the adapters' weights, in bf16 where a trained layer keeps them in FP8, and whole on each process
     assert adapters.memory[0].activations > full.memory[0].activations
 
 
