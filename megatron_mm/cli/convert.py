@@ -162,7 +162,7 @@ def _upcycle(given: argparse.Namespace) -> None:
 
     made = upcycle(find_checkpoint(given.checkpoint), given.run_dir, given.experiment)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{made}: continue with megatron-mm train {given.recipe} --run-dir {given.run_dir}")
+        print(f"{made}: continue with megatron-mm train {given.recipe} --run-dir {given.run_dir} --data.path DATA")
 
 
 CONVERT = Group(

@@ -54,6 +54,7 @@ class Monitor:
         layout = f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, expert {parallel.expert}"
         verb = f"resumed after step {resume_step}" if resume_step else "started"
         self.event("resume" if resume_step else "start", f"{verb} on {world_size} processes ({layout})")
+        logger.info("%s %s on %d processes (%s); run directory %s", experiment.recipe, verb, world_size, layout, run_dir)
         listening = events.listening()
         if listening is not None:
             listening.pass_to(self.event)
@@ -85,7 +86,8 @@ class Monitor:
             logger.warning(
                 "step %d skipped: the gradient was not finite (%d so far)", metrics.step, metrics.skipped_steps, extra={"kind": "skipped"}
             )
-        if metrics.step % self.experiment.monitor.console_interval == 0 or metrics.step == self._first_step + 1:
+        ends = (self._first_step + 1, self.experiment.train.steps)
+        if metrics.step % self.experiment.monitor.console_interval == 0 or metrics.step in ends:
             logger.info(self._line(metrics))
 
     def _tell(self, step: int, values: dict[str, Any]) -> None:

@@ -55,11 +55,12 @@ class Evaluated:
         for images, losses in self.losses.items():
             yield f"{_TITLES[images]:28}" + "".join(f"{losses[name]:14.4f}" for name in names)
         worth = 100 * self.worth_of_images()
-        yield (
-            f"with the true images the loss is {worth:.0f}% lower than with shuffled ones"
-            if worth >= 0.5
-            else "the true images do not lower the loss: the model does not use them"
-        )
+        if worth >= 0.5:
+            yield f"with the true images the loss is {worth:.0f}% lower than with shuffled ones"
+        elif worth > 0:
+            yield "with the true images the loss is lower than with shuffled ones by less than 0.5%: the model hardly uses them"
+        else:
+            yield "the true images do not lower the loss: the model does not use them"
         if not self.captions:
             yield f"no captions: {self.no_captions}"
         for sample in self.captions:

@@ -150,7 +150,7 @@ def assemble(
     progress.enter("start")
     if experiment.train.deterministic:
         be_deterministic()
-    model = build_model(experiment, topology)
+    model = build_model(experiment, topology, optimizer=True)
     if experiment.init_from is not None and newest_checkpoint(run_dir) is None:
         _begin_with(find_checkpoint(experiment.init_from), experiment, topology, model)
     times.lap("model and weights")

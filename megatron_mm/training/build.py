@@ -26,6 +26,7 @@ from megatron_mm.platform.device import packed_attention_missing
 from megatron_mm.platform.multi_tensor import DataParallel
 from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
 from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients
+from megatron_mm.training.memory import check_memory
 from megatron_mm.training.spread_encoder import SpreadEncoder, wrapped_modules
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,12 @@ def build_encoder(experiment: Experiment, topology: Topology) -> ImageEncoder | 
         return family_of(experiment.model).build_encoder(experiment.model, _context(experiment, topology, virtual_stage=0))
 
 
+def _modules(experiment: Experiment, topology: Topology) -> list[torch.nn.Module]:
+    """Build the chunks of this process, and the encoder if all pipeline ranks hold it."""
+    encoder = build_encoder(experiment, topology)
+    return [*build_chunks(experiment, topology), *([] if encoder is None else [encoder])]
+
+
 def _make_user_buffers(experiment: Experiment, topology: Topology) -> None:
     """Create the user buffers that `parallel.overlap_tensor` needs."""
     parallel = experiment.parallel
@@ -115,13 +122,18 @@ def _make_user_buffers(experiment: Experiment, topology: Topology) -> None:
         )
 
 
-def build_model(experiment: Experiment, topology: Topology) -> list[DistributedDataParallel]:
+def build_model(experiment: Experiment, topology: Topology, *, optimizer: bool = False) -> list[DistributedDataParallel]:
     """Build the chunks of this process with initial weights, wrapped for data parallelism.
 
-    Raises ValueError, on all processes, if a pattern of the freeze policy matches nothing.
+    Args:
+        optimizer: an optimizer will be built for the model, so its state must fit into memory, too.
+
+    Raises ValueError, on all processes, if a pattern of the freeze policy matches nothing, or if memory without a GPU is too small.
     """
     parallel = experiment.parallel
     _make_user_buffers(experiment, topology)
+    if topology.device.type == "cpu":
+        check_memory(_modules(experiment, replace(topology, device=torch.device("meta"))), experiment, topology, optimizer=optimizer)
     chunks, encoder = build_chunks(experiment, topology), build_encoder(experiment, topology)
     modules = chunks if encoder is None else [*chunks, encoder]
     initialize_weights(modules, seed=experiment.train.seed)

@@ -122,9 +122,9 @@ class MetricsFile:
                 )
             return
         self._torn = False
-        if self._lost:
-            logger.warning("%s can be written again; %d lines were lost", self._path, self._lost)
-            self._lost = 0
+        lost, self._lost = self._lost, 0
+        if lost:  # the warning itself may be a line of this file
+            logger.warning("%s can be written again; %d lines were lost", self._path, lost)
 
     def close(self) -> None:
         self._file.close()

@@ -204,3 +204,7 @@ def test_fields_that_are_there_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"content": "a red circle", "id": 7}\n')
     with pytest.raises(ValueError, match="The fields of the first one are content, id: choose with --text-key"):
         run("text", [tmp_path / "a.jsonl"], tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"malformed texts list: 1\. The fields of the first one are content, id: a document needs `texts`"
+    ):
+        run("obelics", [tmp_path / "a.jsonl"], tmp_path / "documents")

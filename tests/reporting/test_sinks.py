@@ -192,6 +192,19 @@ def test_the_images_of_captions_are_kept_once(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run" / "captions").iterdir()] == [Path(rows[0]["samples"][0]["image"]).name]
 
 
+def test_the_console_shows_the_first_and_the_last_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="megatron_mm")
+    watched = monitor(tmp_path / "run", resume_step=6, console_interval=10)
+    steps = watched.experiment.train.steps
+    for step in range(7, steps + 1):
+        watched.log_step(metrics(step))
+    watched.close(exit_code=0)
+    said = [r.getMessage() for r in caplog.records]
+    assert "resumed after step 6 on 4 processes (tensor 1, pipeline 1, expert 1); run directory" in said[0]
+    shown = [int(line.split("/")[0].removeprefix("step ")) for line in said if line.startswith("step ")]
+    assert shown == sorted({7, *range(10, steps + 1, 10), steps})
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
@@ -207,3 +220,21 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, caplog: pytest.
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 4]
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == 2 and "cannot be written" in said[0] and said[1].endswith("can be written again; 2 lines were lost")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_that_events_can_be_written_again_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The warning is itself an event."""
+    events.listen()
+    try:
+        watched = monitor(tmp_path / "run")
+        disk = watched._events._file
+        with Path("/dev/full").open("ab", buffering=0) as full:
+            watched._events._file = full
+            watched.event("mine", "lost")
+        watched._events._file = disk
+        watched.event("mine", "kept")
+        watched.close(exit_code=0)
+    finally:
+        events.stop()
+    assert [r.getMessage().rpartition(" can be")[2] for r in caplog.records].count(" written again; 2 lines were lost") == 1

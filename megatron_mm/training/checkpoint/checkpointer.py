@@ -253,10 +253,10 @@ class Checkpointer:
         self.failed_saves += 1
         if self.topology.is_main:
             logger.error(
-                "the checkpoint of step %d is abandoned: %s. Training continues; the newest checkpoint is of step %s",
+                "the checkpoint of step %d is abandoned: %s. Training continues; %s",
                 step,
                 reason + full_disk(self.folder),
-                "none" if self.saved_step is None else self.saved_step,
+                "there is no checkpoint yet" if self.saved_step is None else f"the newest checkpoint is of step {self.saved_step}",
             )
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()

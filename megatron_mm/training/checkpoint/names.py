@@ -29,8 +29,9 @@ def find_checkpoint(path: Path) -> Path:
         return path
     found = completed_checkpoints(path.parent if path.name == "checkpoints" else path)
     if not found:
+        why = "" if path.exists() else ", because it does not exist"
         raise ValueError(
-            f"{path} is neither a complete checkpoint nor a run directory with one: specify RUN_DIR or RUN_DIR/checkpoints/step_..."
+            f"{path} is neither a complete checkpoint nor a run directory with one{why}: specify RUN_DIR or RUN_DIR/checkpoints/step_..."
         )
     return found[-1]
 

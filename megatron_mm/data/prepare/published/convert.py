@@ -290,7 +290,7 @@ def _samples(
             except BadDocument as reason:
                 rejected[str(reason)] += 1
                 lost.add(place, str(reason), record=named)
-                if options.layout in WITH_KEYS:
+                if options.layout in (*WITH_KEYS, "obelics", "mmc4"):
                     found.fields = found.fields or ", ".join(map(str, list(record)[:12]))
                 continue
             except LeftOut as reason:
@@ -367,10 +367,10 @@ def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dr
         raise ValueError(f"no samples in {inputs} inputs: {_listed(total.left_out) or 'they are empty'}")
     examples = "".join(f"\n{line}" for line in total.named())
     usual = max(total.rejected, key=lambda reason: total.rejected[reason], default="")
-    fields = f". The fields of the first one are {total.fields}: choose with {_KEY_OPTIONS.get(usual)}"
+    fields = f". The fields of the first one are {total.fields}: {_FIELDS.get(usual)}"
     too_many = not total.samples or share > max_rejected
     limit = f"more than --max-rejected {max_rejected:g}" if share > max_rejected else "and nothing is left"
-    fields = fields if too_many and total.fields and usual in _KEY_OPTIONS else ""
+    fields = fields if too_many and total.fields and usual in _FIELDS else ""
     if not too_many and damaged > max_rejected * inputs:
         raise ValueError(
             f"{damaged:,} of {inputs:,} inputs are damaged, more than --max-rejected {max_rejected:g}: {total.damaged[0].rstrip('.')}. "
@@ -389,8 +389,14 @@ def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dr
         )
 
 
-_KEY_OPTIONS = {"no text": "--text-key", "no image": "--image-key", "JSON has no conversations": "--messages-key"}
-"""The option that names a field, by the reason that a record has none."""
+_FIELDS = {
+    "no text": "choose with --text-key",
+    "no image": "choose with --image-key",
+    "JSON has no conversations": "choose with --messages-key",
+    "malformed texts list": "a document needs `texts` and `images`, two lists of the same length",
+    "malformed text_list list": "a document needs `text_list` and `image_info`, two lists",
+}
+"""What to do about fields, by the reason that a record lacks one."""
 
 
 def _first(damaged: Sequence[str]) -> str:
