@@ -10,8 +10,9 @@ Shape legend: s tokens, b sequences (1 when packed), h width, t packed tokens, n
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -150,6 +151,15 @@ def _torch_layer_spec(mask: AttnMaskType) -> ModuleSpec:
     )
 
 
+def attends_by_document() -> bool:
+    """Whether PyTorch computes the attention over packed documents on the `te` backend: in deterministic runs.
+
+    Transformer Engine has no fused deterministic kernel for packed documents on Blackwell and, if they are long, on Hopper, unless
+    flash-attn is installed. It would store the weights of every token for every token instead.
+    """
+    return torch.are_deterministic_algorithms_enabled() and importlib.util.find_spec("flash_attn") is None
+
+
 @functools.cache
 def _te_attention() -> type:
     """Return Transformer Engine's core attention, extended to attend to the cache in generation as the torch backend does."""
@@ -168,7 +178,10 @@ def _te_attention() -> type:
 def _te_layer_spec(mask: AttnMaskType) -> ModuleSpec:
     spec = get_gpt_layer_with_transformer_engine_spec()
     spec.submodules.self_attention.params = {"attn_mask_type": mask}
-    spec.submodules.self_attention.submodules.core_attention = _te_attention()
+    is_packed = mask is AttnMaskType.causal
+    spec.submodules.self_attention.submodules.core_attention = (
+        TorchDotProductAttention if is_packed and attends_by_document() else _te_attention()
+    )
     spec.submodules.sharded_state_dict_keys_map = dict(_FUSED_NORM_NAMES)
     return spec
 
@@ -253,7 +266,8 @@ _PLAIN_SUBMODULES = {
 
 def plain_submodules(backend: Backend) -> PlainSubmodules:
     """Return the backend's single layers."""
-    return _PLAIN_SUBMODULES[backend]
+    plain = _PLAIN_SUBMODULES[backend]
+    return replace(plain, core_attention=TorchDotProductAttention) if attends_by_document() else plain
 
 
 def norm_module(backend: Backend) -> type:

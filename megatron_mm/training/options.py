@@ -67,8 +67,15 @@ def asked_for(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
     yield from _expert_overlap(experiment, backend=backend)
     yield from _precision(experiment, backend=backend)
     yield from _tower_graph(experiment)
+    yield from _deterministic(experiment, backend=backend)
     yield from _warm_up(experiment)
     yield from _image_size(experiment)
+
+
+def _deterministic(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
+    if experiment.train.deterministic and backend == "te" and importlib.util.find_spec("flash_attn") is None:
+        costs = "attention over packed documents runs in PyTorch, document by document, which is slower; flash-attn would be faster"
+        yield Option("train.deterministic", True, costs=costs)
 
 
 def _warm_up(experiment: Experiment) -> Iterator[Option]:

@@ -215,13 +215,13 @@ def look_at(subject: Subject, experiment: Experiment, backend: str) -> Seen:
     return seen
 
 
-def distances(one: Seen, other: Seen) -> dict[str, list[float]]:
+def distances(one: Seen, other: Seen) -> dict[str, list[Any]]:
     """Return |one - other| / |other| for each micro-batch: of the logits, and of the gradient with the largest ratio.
 
     Gradients that are zero in both, or rounding of less than a millionth of the largest gradient, count as equal. The gradient of a single
     number (a gate) is a sum over all tokens whose terms may cancel: all such gradients are compared as one vector.
     """
-    found: dict[str, list[float]] = {"logits": [], "gradients": []}
+    found: dict[str, list[Any]] = {"logits": [], "gradients": []}
     for index in range(len(one.images)):
         found["logits"].append(_distance(one.logits[index], other.logits[index], floor=0.0))
         ones, others = _numbers_together(one.gradients[index]), _numbers_together(other.gradients[index])
@@ -248,7 +248,20 @@ def compare_passes(subject: Subject) -> dict[str, Any]:
         f"{backend} {precision}": distances(look(subject, backend, precision=precision), exact)
         for backend, precision in (("te", "fp32"), ("torch", "bf16"), ("te", "bf16"), ("te", "fp8"))
     }
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    found["te deterministic"] = distances(look(subject, "te", precision="fp32"), exact)
+    found["te deterministic"]["core attention"] = sorted(_core_attentions(subject))
+    torch.use_deterministic_algorithms(False)
     return {**found, "images": exact.images}
+
+
+def _core_attentions(subject: Subject) -> set[str]:
+    """Return the names of the classes of core attention of a model on `te`."""
+    use_backend("te")
+    experiment = subject.experiment(precision="fp32")
+    (chunk,) = build.build_chunks(experiment, topologies.initialize(experiment.parallel, seed=1))
+    topologies.shutdown()
+    return {type(module).__name__ for name, module in chunk.named_modules() if name.endswith("core_attention")}
 
 
 def compare_fp8(subject: Subject) -> dict[str, list[float]]:

@@ -79,9 +79,17 @@ def test_logits_and_gradients_are_the_same(family: str) -> None:
     passes = found(family)["passes"]
     images = passes.pop("images")
     assert images[0] == 0 and max(images) > 2 and 1 in images
-    assert max(passes["te fp32"]["logits"]) < 1e-6 and max(passes["te fp32"]["gradients"]) < 1e-5
+    for fp32 in ("te fp32", "te deterministic"):
+        assert max(passes[fp32]["logits"]) < 1e-6 and max(passes[fp32]["gradients"]) < 1e-5
     for part in ("logits", "gradients"):
         assert 1e-4 < max(passes["te bf16"][part]) < 1.5 * max(passes["torch bf16"][part])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pytorch_attends_to_packed_documents_in_deterministic_runs(family: str) -> None:
+    """Transformer Engine attends only in MM1's tower, whose images are not packed."""
+    expected = {"TorchDotProductAttention", *({"CachedAttention"} if family == "mm1" else ())}
+    assert set(found(family)["passes"]["te deterministic"]["core attention"]) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
