@@ -47,7 +47,7 @@ def predict(model: str, case: Case) -> Prediction:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Steps of `megatron-mm train` on one H200 (benchmarks/results/h200_20261126_training)."""
+    """Steps of `megatron-mm train` on one H200 (benchmarks/results/h200_20261126_training and h200_20261127)."""
 
     recipe: str
     precision: str
@@ -73,8 +73,12 @@ TRAINING_RUNS = (
     TrainingRun("mm1_1b", "bf16", 8, 2, 1.42, decoder="auto"),
     TrainingRun("mm1_3b", "bf16", 4, 1, 1.54),
     TrainingRun("mm1_3b", "fp8", 4, 1, 1.81),
+    TrainingRun("mm1_1b", "bf16", 8, 2, 1.57),
+    TrainingRun("infimm_zephyr_7b_pt", "bf16", 32, 8, 1.81),
+    TrainingRun("mono_internvl_2b_s1_1", "bf16", 64, 8, 2.51),
 )
-"""The second is timed after decoding had stopped. The first two include 0.13 s between steps that no longer occur."""
+"""The second is timed after decoding had stopped. The first two include 0.13 s between steps that no longer occur. The last three are a day
+later (benchmarks/results/h200_20261127)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Captures a forward pass of fixed shapes as a CUDA graph. This has not run on a GPU yet.
+"""Captures a forward pass of fixed shapes as a CUDA graph.
 
 The helpers of torch (`make_graphed_callables`) and Transformer Engine also capture a backward pass, and keep one set of activations for it;
 they capture in mode `global`, in which an allocation of pinned memory by another thread makes the capture fail. Here the mode is

@@ -1,4 +1,4 @@
-"""Runs a frozen image tower as a CUDA graph (`kernels.tower_graph`). This has not run on a GPU yet.
+"""Runs a frozen image tower as a CUDA graph (`kernels.tower_graph`).
 
 The graph is captured once all weights are loaded and before the loader starts. A replay reads weights where they were at that time. They
 never move after that: the optimizer does not know frozen parameters, and later loads (a roll-back) build a new model.
