@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from megatron_mm.cli.prepare_look import LOOK_COMMANDS
 
 if TYPE_CHECKING:
     from megatron_mm.data.prepare.index import IndexOptions
+    from megatron_mm.data.prepare.summary import Summary
     from megatron_mm.data.text.keys import Keys
 
 
@@ -114,13 +116,24 @@ def _options(given: argparse.Namespace) -> IndexOptions:
 def _merge(given: argparse.Namespace) -> None:
     from megatron_mm.data.prepare.index import prepare_index
 
-    print(prepare_index(given.path, tokenizer=given.tokenizer, options=_options(given), merge_only=True))
+    _report(given, prepare_index(given.path, tokenizer=given.tokenizer, options=_options(given), merge_only=True))
 
 
 def _index(given: argparse.Namespace) -> None:
     from megatron_mm.data.prepare.index import prepare_index
 
-    print(prepare_index(given.path, tokenizer=given.tokenizer, options=_options(given), workers=given.workers, shards=given.shards))
+    found = prepare_index(given.path, tokenizer=given.tokenizer, options=_options(given), workers=given.workers, shards=given.shards)
+    _report(given, found)
+
+
+def _report(given: argparse.Namespace, found: Summary) -> None:
+    """Print what was indexed and, if it is a whole data set, how to train on it."""
+    print(found)
+    data = given.path if given.index_dir is None else given.index_dir
+    names = [name.partition("/")[2] for name in found.sources if name.startswith("train/")]
+    if names and getattr(given, "shards", None) is None and (Path(data) / "train" / names[0]).is_dir():
+        command = f"megatron-mm train RECIPE --run-dir RUN --data.path {shlex.quote(str(data))}"
+        print(f"next, train on it, with weights of your choice: {command} --data.mixture {shlex.join(f'{name}=1' for name in names)}")
 
 
 def _store_arguments(parser: Parser) -> None:

@@ -105,6 +105,8 @@ def _convert(layout: str, **fixed: Any) -> Callable[[argparse.Namespace], None]:
         is_source = given.out.resolve().parent.name in ("train", "heldout")
         data = given.out.resolve().parent.parent if is_source else given.out
         print(f"next, index it: megatron-mm prepare index {shlex.quote(str(data))}")
+        if not is_source:
+            print(f"runs read data sets: to train on it, first move it into one, to DATA/train/{given.out.resolve().name}, and index DATA")
 
     return run
 

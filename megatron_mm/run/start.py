@@ -216,6 +216,8 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
     Raises ValueError that names the problem and the fix.
     """
     _check_no_secrets(experiment)
+    if run_dir.resolve() == experiment.data.folder.resolve() and not (run_dir / CONFIG_FILE).exists():
+        raise ValueError(f"the run directory {run_dir} is the data set of --data.path: choose another --run-dir for the run's files")
     experiment = with_absolute_references(experiment)
     hooks = find_hooks(experiment)
     check_shapes(experiment, topologies.world_size())
@@ -391,7 +393,14 @@ def _warn_of_changes(experiment: Experiment, path: Path) -> None:
     }
     for name, (old, new) in watched.items():
         if old != new:
-            logger.warning("this run had %s %s and resumes with %s: results will differ from those of an unchanged run", name, old, new)
+            logger.warning(
+                "this run had %s %s and resumes with %s: results will differ from those of an unchanged run", name, _shown(old), _shown(new)
+            )
+
+
+def _shown(value: Any) -> Any:
+    """A value as it is written on the command line."""
+    return " ".join(f"{name}={item}" for name, item in value.items()) if isinstance(value, dict) else value
 
 
 def _changed(part: str, before: Any, now: Any) -> dict[str, tuple[Any, Any]]:

@@ -99,6 +99,7 @@ def test_empty_and_broken_data(fails: Fails, demo_data: Path, tmp_path: Path, ca
     cli.main(["prepare", "index", str(data)])
     out = capsys.readouterr().out
     assert "broken shard: 1" in out and "train/pairs" in out
+    assert f"megatron-mm train RECIPE --run-dir RUN --data.path {data} --data.mixture pairs=1" in out
 
 
 @pytest.mark.parametrize(("out", "indexed"), [("train/mine", "."), ("heldout/mine", "."), ("some where", "some where")])
@@ -106,7 +107,11 @@ def test_converting_says_which_folder_to_index(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "texts.jsonl").write_text('{"text": "a red circle"}\n')
     cli.main(["prepare", "text", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / out), "--workers", "1"])
     command = f"megatron-mm prepare index {shlex.quote(str(tmp_path / indexed))}"
-    assert f"next, index it: {command}" in capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out.splitlines()
+    assert f"next, index it: {command}" in said
+    assert (said[-1] == "runs read data sets: to train on it, first move it into one, to DATA/train/some where, and index DATA") == (
+        out == "some where"
+    )
 
 
 def test_a_checkpoint_of_another_model_and_export_errors(fails: Fails, demo_data: Path, tmp_path: Path) -> None:

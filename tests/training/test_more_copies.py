@@ -15,7 +15,7 @@ from support.distributed import run_processes
 from support.small import small_run
 
 from megatron_mm.evaluation.heldout import HeldOut
-from megatron_mm.run.start import start
+from megatron_mm.run.start import check, start
 from megatron_mm.training.checkpoint import completed_checkpoints, find_checkpoint
 from megatron_mm.training.checkpoint.copies import Copies
 from megatron_mm.training.trainer import Hook, StepRecord
@@ -53,6 +53,24 @@ def _train(data: Path, run_dir: Path, steps: int, checkpoint: dict[str, Any], di
 
 def _losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_store_that_does_not_answer_is_asked_once(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Copies] = []
+
+    def complete(copies: Copies) -> list[str]:
+        asked.append(copies)
+        raise OSError("it is gone")
+
+    monkeypatch.setattr(Copies, "complete", complete)
+    with pytest.raises(ValueError, match=r"^the run has no checkpoint, and none can be fetched from .*copies: it is gone$"):
+        _train(demo_data, tmp_path / "run", 1, {"copy_to": str(tmp_path / "copies")})
+    assert len(asked) == 1
+
+
+def test_a_run_does_not_write_into_its_data(demo_data: Path) -> None:
+    with pytest.raises(ValueError, match=r"is the data set of --data\.path: choose another --run-dir"):
+        check(small_run(demo_data), demo_data)
 
 
 @pytest.mark.slow

@@ -334,11 +334,13 @@ class Checkpointer:
                     logger.info("resumed from the copy of step %d in %s", state.step, self.config.memory)
                 return state
         try:
-            newest = newest_whole_checkpoint(self.folder.parent, self.topology) or self._fetched()
+            newest = newest_whole_checkpoint(self.folder.parent, self.topology)
         except ValueError as error:
             if self.config.copy_to is None:
                 raise
             newest = self._fetched(instead_of=str(error))
+        else:
+            newest = newest or self._fetched()
         return None if newest is None else self._load(newest)
 
     def _fetched(self, *, instead_of: str = "") -> Path | None:
