@@ -13,7 +13,7 @@ from megatron_mm.reporting.units import size
 
 COPY_GB_S = 1.2
 """Rate, in GB/s, at which a process copies its state to the host for a save, measured with one process on an H200 (docs/gpu.md). Training
-waits only for this copy."""
+waits only for this copy. It is the rate of a first save: later ones keep the host memory, which has not been measured."""
 START_SECONDS = {"imports": (15.0, 19.0), "checks, data, groups, model and optimizer": (2.5, 3.0), "first step": (13.0, 25.0)}
 """Shortest and longest time of each part of a start. Imports and the first step, in which kernels are compiled and prepared, were measured
 with MM1 1.2B and 3B on one H200 (docs/gpu.md). The others were measured as one process of 512 of mm1_30b, on a CPU
