@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_mm.data import sub_images, tiling
+from megatron_mm.data import image_bytes, sub_images, tiling
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.load import decode, tile_decode
@@ -56,15 +56,16 @@ def _plain_jpeg(image: Image.Image, *, quality: int) -> bytes:
 def with_pillows_copies(run: Callable[[], Any]) -> Any:
     """Run with Pillow's own functions: the baseline."""
     with patch.object(tile_decode, "jpeg", _plain_jpeg):
-        for module in (decode, tile_decode, tiling, sub_images):
+        for module in _READERS:
             module.rgb_pixels = np.asarray  # type: ignore[attr-defined]
         try:
             return run()
         finally:
-            for module in (decode, tile_decode, tiling, sub_images):
+            for module in _READERS:
                 module.rgb_pixels = _RGB_PIXELS  # type: ignore[attr-defined]
 
 
+_READERS = (decode, image_bytes, tile_decode, sub_images)
 _RGB_PIXELS = decode.rgb_pixels
 
 

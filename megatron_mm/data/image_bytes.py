@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,14 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
             return np.asarray(image)
         return np.frombuffer(shared.values.buffers()[1], dtype=np.uint8).reshape(image.height, image.width, 4)[..., :3]
     return np.asarray(image)
+
+
+def squares(images: Sequence[Image.Image], size: int) -> np.ndarray:
+    """Return RGB images of `size` x `size` pixels in one array: [k, 3, size, size] uint8."""
+    found = np.empty((len(images), 3, size, size), dtype=np.uint8)
+    for place, image in zip(found, images, strict=True):
+        place[:] = rgb_pixels(image).transpose(2, 0, 1)
+    return found
 
 
 def jpeg(image: Image.Image, *, quality: int) -> bytes:

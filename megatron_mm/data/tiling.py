@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_mm.config.checks import require, require_positive
-from megatron_mm.data.image_bytes import rgb_pixels
+from megatron_mm.data.image_bytes import squares
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,18 @@ def tile_counts(widths: np.ndarray, heights: np.ndarray, tiling: Tiling, size: i
 
 def cut_tiles(image: Image.Image, tiling: Tiling, size: int) -> np.ndarray:
     """Return the tiles of an RGB image, row by row, followed by its thumbnail: [k, 3, size, size] uint8."""
+    return squares(tile_images(image, tiling, size), size)
+
+
+def tile_images(image: Image.Image, tiling: Tiling, size: int) -> list[Image.Image]:
+    """Return the tiles of an RGB image as images, row by row, followed by its thumbnail."""
     assert image.mode == "RGB", f"image has mode {image.mode}, but tiles are cut from RGB images"
-    grid = choose_grid(image.width, image.height, tiling, size)
-    columns, rows = grid
-    tiles = np.empty((tiling.count(grid), 3, size, size), dtype=np.uint8)
+    columns, rows = grid = choose_grid(image.width, image.height, tiling, size)
     stretched = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
-    by_row = rgb_pixels(stretched).reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
-    tiles[: columns * rows].reshape(by_row.shape)[:] = by_row
-    if len(tiles) > columns * rows:
-        tiles[-1] = rgb_pixels(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    corners = [(column * size, row * size) for row in range(rows) for column in range(columns)]
+    tiles = [stretched.crop((left, top, left + size, top + size)) for left, top in corners]
+    if tiling.count(grid) > len(tiles):
+        tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
     return tiles
 
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_mm.data.image_bytes import jpeg, rgb_pixels
+from megatron_mm.data.image_bytes import jpeg, rgb_pixels, squares
 from megatron_mm.data.image_formats import MAX_PIXELS, open_image
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.load.decode import DecodedImages
 from megatron_mm.data.sub_images import cut_sub_images
-from megatron_mm.data.tiling import cut_tiles
+from megatron_mm.data.tiling import tile_images
 
 
 @dataclass(frozen=True)
@@ -81,21 +81,20 @@ class TileDecoder:
             if max(image.size) > _LONGEST_JPEG:
                 return _pixels(_degraded(transform.square(image), wanted.qualities[0]))[None]
             return _pixels(transform.square(_degraded(transform.rgb(image), wanted.qualities[0])))[None]
-        tiles = self._cut(image, wanted)
-        for tile, quality in zip(tiles, wanted.qualities, strict=bool(wanted.qualities)):
-            tile[:] = _pixels(_degraded(Image.fromarray(tile.transpose(1, 2, 0)), quality))
-        return tiles
-
-    def _cut(self, image: Image.Image, wanted: EncodedTiles) -> np.ndarray:
-        """Return the requested tiles without JPEG artefacts: [tiles, 3, size, size] uint8."""
-        transform, tiling, sub_images = self.image.transform, self.image.tiling, self.image.sub_images
+        tiling, sub_images = self.image.tiling, self.image.sub_images
         if sub_images is not None:
-            return cut_sub_images(image, sub_images, transform, wanted=wanted.tiles, count=wanted.count or sub_images.count)
+            shown = cut_sub_images(image, sub_images, transform, wanted=wanted.tiles, count=wanted.count or sub_images.count)
+            for square, quality in zip(shown, wanted.qualities, strict=bool(wanted.qualities)):
+                square[:] = _pixels(_degraded(Image.fromarray(square.transpose(1, 2, 0)), quality))
+            return shown
         assert tiling is not None, "an image of several squares needs a tiling or sub-images"
         rgb = transform.rgb(image)
         if rgb.size != (wanted.width, wanted.height):
             rgb = rgb.resize((wanted.width, wanted.height), Image.Resampling.BICUBIC)
-        return cut_tiles(rgb, tiling, self.image.size)[wanted.tiles.start : wanted.tiles.stop]
+        tiles = tile_images(rgb, tiling, self.image.size)[wanted.tiles.start : wanted.tiles.stop]
+        if wanted.qualities:
+            tiles = [_degraded(tile, quality) for tile, quality in zip(tiles, wanted.qualities, strict=True)]
+        return squares(tiles, self.image.size)
 
     def close(self) -> None:
         """Stop the threads."""
