@@ -189,8 +189,10 @@ class Progress:
             shares = [f"{name} {100 * value / whole:.0f}%" for name, value in last["phases"].items() if value / whole >= 0.005]
             yield f"time     {'   '.join(shares)}"[:width]
         mine, most = (_mean([line], "memory_gb") for line in (last, self.phases))
+        if self.phases.get("memory_rank") == 0:  # measured some steps ago
+            mine = max(mine, most)
         memory = [f"{mine:.3g} GB on rank 0"] if mine > 0 else []
-        if not most <= mine and math.isfinite(most):  # measured some steps ago
+        if not most <= mine and math.isfinite(most):
             memory.append(f"most, {most:.3g} GB, on rank {self.phases.get('memory_rank')}")
         if memory:
             yield f"memory   {'   '.join(memory)}"

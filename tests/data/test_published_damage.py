@@ -115,8 +115,9 @@ def test_a_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ('[{"text": "a"},]', 1, "damaged after 1 records, at character 15"),
         ('[{"text": "a"}]\n{"text": "b"}', 1, "continues after the end of its list of 1 records, at character 16"),
         ('[{"text": "a"}, 12', 2, "damaged after 2 records"),
-        ("[", 0, "it is not JSON"),
+        ("[", 0, "it is not JSON, at character 1"),
         ("[" * 5000, 0, "it is not JSON"),
+        ('{"text": "a",\n "tags": [1 2]}', 0, "it is not JSON: Expecting ',' delimiter at line 2, column 13"),
         ("[]", 0, None),
     ],
 )

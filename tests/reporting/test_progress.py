@@ -218,6 +218,9 @@ def test_on_a_pipe_no_line_is_cut_and_no_character_is_a_command(tmp_path: Path) 
     assert "x" * 200 in text and "\x1b" not in text and "\x07" not in text
     assert "loss     none (no supervised tokens)" in text
     assert "2 GB on rank 0" in text and "rank 3" not in text, "what was the most some steps ago is not"
+    (run_dir / "phases.jsonl").write_text('{"step": 1, "memory_gb": 2.5, "memory_rank": 0}\n')
+    watch(run_dir, interval=1, once=True, out=(later := io.StringIO()))
+    assert "memory   2.5 GB on rank 0\n" in later.getvalue()
 
 
 def test_half_a_line_waits_for_its_other_half_and_a_long_file_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,8 @@ def _object(data: bytes) -> Record | BadRecord:
         value = json.loads(data.decode("utf-8", _ESCAPE), object_pairs_hook=object_of)
     except BadDocument as reason:
         return BadRecord(str(reason))
+    except json.JSONDecodeError as error:
+        raise DamagedFile(f"it is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except (ValueError, RecursionError):
         raise DamagedFile("it is not JSON") from None
     return value if isinstance(value, dict) else BadRecord(NO_OBJECT)
@@ -134,7 +136,8 @@ def _entries(first: bytes, stream: BinaryIO) -> Iterator[Record | BadRecord]:
             yield entry
         separator = text.peek()
         if entry is None or separator not in (",", "]"):
-            raise DamagedFile(f"its JSON is damaged after {count} records, at character {text.place}" if count else "it is not JSON")
+            problem = f"its JSON is damaged after {count} records" if count else "it is not JSON"
+            raise DamagedFile(f"{problem}, at character {text.place}")
         text.skip(separator)
     if text.peek():
         raise DamagedFile(f"it continues after the end of its list of {count} records, at character {text.place}")
