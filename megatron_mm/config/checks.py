@@ -29,7 +29,8 @@ def require_positive(part: object, *names: str) -> None:
 def check_types(part: Any, *, path: str = "") -> None:
     """Raise ValueError that names the field if a value in a config part, or in one of its parts, has another type than the field.
 
-    The command line makes values of the right type; recipes and other Python code may not. An integer may stand for a float.
+    The command line makes values of the right type; recipes and other Python code may not. An integer may stand for a float, and a list for
+    a tuple.
 
     Args:
         part: a dataclass of the configuration.
@@ -50,8 +51,10 @@ def _has_type(value: Any, hint: Any) -> bool:
     if origin is typing.Literal:
         return value in arguments
     if origin is tuple:
-        kinds = arguments[:1] * len(value) if isinstance(value, tuple) and arguments[1:] == (...,) else arguments
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_has_type, value, kinds))
+        if not isinstance(value, tuple | list):
+            return False
+        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        return len(value) == len(kinds) and all(map(_has_type, value, kinds))
     if origin is dict:
         return isinstance(value, dict) and all(_has_type(k, arguments[0]) and _has_type(v, arguments[1]) for k, v in value.items())
     if hint in (int, float):

@@ -10,7 +10,7 @@ import functools
 import io
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image
@@ -39,14 +39,18 @@ def squares(images: Sequence[Image.Image], size: int) -> np.ndarray:
 
 def jpeg(image: Image.Image, *, quality: int) -> bytes:
     """Return an image as a JPEG of this quality (0 to 100)."""
-    if not hasattr(os, "memfd_create"):  # only Linux has it
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=quality)
-        return buffer.getvalue()
-    with open(os.memfd_create("jpeg"), "w+b", buffering=0) as file:  # Pillow gives up the lock while it writes to a file descriptor
+    with _file() as file:
         image.save(file, "JPEG", quality=quality)
         file.seek(0)
         return file.read()
+
+
+def _file() -> BinaryIO:
+    """An empty file in memory; if possible one with a file descriptor, because Pillow gives up the lock while it writes to one."""
+    try:
+        return cast(BinaryIO, open(os.memfd_create("jpeg"), "w+b", buffering=0))
+    except (AttributeError, OSError):  # only Linux has it; some sandboxes forbid it; or too many files are open
+        return io.BytesIO()
 
 
 @functools.cache

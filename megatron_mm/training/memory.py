@@ -30,12 +30,12 @@ def check_memory(modules: Sequence[torch.nn.Module], experiment: Experiment, top
     needed = torch.tensor(float(state_bytes(modules, experiment, data_size=topology.data_size, optimizer=optimizer)), dtype=torch.float64)
     if topology.world_size > 1:
         dist.all_reduce(needed)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world_size))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # a launcher that does not say it may have started the others on other machines
     needed_here, memory = needed.item() * here / topology.world_size, machine_memory()
     if needed_here > memory:
         what = "weights, gradients and optimizer state" if optimizer else "weights and gradients"
         raise ValueError(
-            f"{what} take {needed_here / 1e9:.1f} GB on the {here} processes of this machine, which has {memory / 1e9:.1f} GB of memory: "
+            f"{what} take {needed_here / 1e9:.1f} GB on this machine (processes: {here}), which has {memory / 1e9:.1f} GB of memory: "
             "use a smaller recipe (debug_...), a machine with more memory, or more machines"
         )
 

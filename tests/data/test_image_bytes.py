@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 
@@ -14,6 +15,10 @@ from megatron_mm.data.image_bytes import jpeg, rgb_pixels
 
 def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def open_too_many(name: str) -> int:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (7, 5), (448, 448), (2300, 2100)])
@@ -39,10 +44,13 @@ def test_pixels_without_the_images_own_memory(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("quality", [10, 75, 95])
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_a_jpeg_is_the_one_that_pillow_writes_into_memory(quality: int, in_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if in_memory:
+@pytest.mark.parametrize("memfd", ["", "missing", "refused"])
+def test_a_jpeg_is_the_one_that_pillow_writes_into_memory(quality: int, memfd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the process may open no more files: the image would otherwise count as damaged."""
+    if memfd == "missing":
         monkeypatch.delattr(os, "memfd_create", raising=False)
+    if memfd == "refused":
+        monkeypatch.setattr(os, "memfd_create", open_too_many, raising=False)
     buffer = io.BytesIO()
     noise(60, 50).save(buffer, "JPEG", quality=quality)
     assert jpeg(noise(60, 50), quality=quality) == buffer.getvalue()

@@ -233,6 +233,13 @@ def test_a_wrong_value_in_a_recipe_is_named(tmp_path: Path, changes: str, messag
     assert str(error.value).startswith(f"recipe {tmp_path / 'own.py'}:{message}")
 
 
+def test_a_list_may_stand_for_a_tuple(tmp_path: Path) -> None:
+    lines = ["from dataclasses import replace", "from megatron_mm.families.recipes import get_recipe", "def own():"]
+    lines += ["    base = get_recipe('debug_mm1')", "    layout = replace(base.parallel, pipeline=2, stage_layers=[2, 2])"]
+    (tmp_path / "own.py").write_text("\n".join([*lines, "    return replace(base, parallel=layout)"]))
+    assert list(get_recipe(f"{tmp_path / 'own.py'}:own").parallel.stage_layers) == [2, 2]
+
+
 def test_the_documented_recipe_trains(demo_data: Path, tmp_path: Path) -> None:
     (line,) = train(f"{EXAMPLES / 'own_recipe.py'}:wide_mm1", tmp_path / "run", demo_data, steps=1)
     assert set(line["losses"]) <= {"pairs", "text"} and load_experiment(tmp_path / "run" / "config.json").recipe == "wide_mm1"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,11 +53,24 @@ def test_a_model_that_is_too_large_is_refused_before_it_is_built(monkeypatch: py
     topology = topologies.initialize(experiment.parallel, seed=1)
     try:
         with pytest.raises(
-            ValueError, match=r"optimizer state take \d\d\.\d GB on the 1 processes of this machine, which has 2.0 GB of memory"
+            ValueError, match=r"optimizer state take \d\d\.\d GB on this machine \(processes: 1\), which has 2.0 GB of memory"
         ):
             build_model(experiment, topology, optimizer=True)
     finally:
         topologies.shutdown()
+
+
+@pytest.mark.parametrize(("local", "refused"), [("2", True), ("1", False), (None, False)])
+def test_only_processes_that_are_surely_on_this_machine_count(local: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers other than torchrun do not say how many there are."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    monkeypatch.setattr(memory, "machine_memory", lambda: 3e9)
+    monkeypatch.setattr(memory, "state_bytes", lambda *_, **__: 2e9)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda needed: needed.mul_(2))
+    with pytest.raises(ValueError, match="processes: 2") if refused else contextlib.nullcontext():
+        memory.check_memory([], small_experiment(), SimpleNamespace(world_size=2, data_size=2), optimizer=True)
 
 
 def test_memory_of_a_machine_and_of_a_container(tmp_path: Path) -> None:

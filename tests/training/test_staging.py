@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,3 +81,43 @@ def test_a_request_stages_what_it_writes(writes: bool) -> None:
     assert changed.async_fn is print and (changed.preload_fn is None) == (not writes)
     if changed.preload_fn is not None:
         assert torch.equal(tensors_of(changed.preload_fn())[0], torch.ones(5))
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Addresses that are pinned on a pretended GPU; it is an error to unpin others."""
+    addresses: list[int] = []
+
+    def register(address: int, size: int, flags: int) -> int:
+        addresses.append(address)
+        return 0
+
+    cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=addresses.remove)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return addresses
+
+
+def test_memory_is_unpinned_before_it_is_given_back(pinned: list[int]) -> None:
+    """Also if nobody asks for it, as when a run goes back to an earlier checkpoint: other memory may get the same addresses."""
+    staging = Staging(torch.device("cuda"))
+    staging.stage([])
+    assert len(pinned) == 1
+    staging.release()
+    assert not pinned
+    staging.stage([])
+    if os.fork() == 0:
+        del staging  # a writer has no GPU
+        os._exit(len(pinned))
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 1
+    del staging
+    assert not pinned
+
+
+def test_memory_that_cannot_be_pinned_is_not_unpinned(pinned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA would report the mistake at the next operation, which belongs to training."""
+    monkeypatch.setattr(torch.cuda.cudart(), "cudaHostRegister", lambda *_: 801)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    staging = Staging(torch.device("cuda"))
+    staging.stage([])
+    staging.release()

@@ -192,12 +192,14 @@ class Checkpointer:
             self.memory.save(state)
 
     def close(self) -> None:
-        """End training: wait for the second copy of the last checkpoint, and free the nodes' memory."""
+        """End training: wait for the second copy of the last checkpoint, and free the nodes' memory and that of saves."""
         if self.copies is not None:
             self.copies.finish(seconds=60 * self.config.timeout_minutes, beat=self.progress.beat)
             self._drop_superseded()
         if self.memory is not None:
             self.memory.remove()
+        if self.staging is not None:
+            self.staging.release()
 
     def finish(self) -> None:
         """Wait for the save in progress, if any."""

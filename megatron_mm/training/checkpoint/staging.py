@@ -13,6 +13,8 @@ import contextlib
 import logging
 import math
 import mmap
+import os
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,6 +38,8 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._memory: mmap.mmap | None = None
+        self._unpin: weakref.finalize[..., Staging] | None = None
+        """Set while the memory is pinned. It is called at the latest when this object is dropped, before the memory is."""
 
     def of(self, request: AsyncRequest) -> AsyncRequest:
         """Return the same request, but stage its tensors here. The request of a process without files to write is returned as it is."""
@@ -62,10 +66,10 @@ class Staging:
         return staged
 
     def release(self) -> None:
-        """Give the memory back once no staged tensor is left."""
-        if self._memory is not None and self.device.type == "cuda":
-            torch.cuda.cudart().cudaHostUnregister(_address(self._memory))
-        self._memory = None
+        """Unpin the memory, and give it back once no staged tensor is left."""
+        if self._unpin is not None:
+            self._unpin()
+        self._memory = self._unpin = None
 
     def _takes(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is staged; quantized ones are not simple arrays."""
@@ -76,8 +80,9 @@ class Staging:
             self.release()
             self._memory = mmap.mmap(-1, max(size, mmap.PAGESIZE))
             _touch(self._memory)
-            if self.device.type == "cuda":
-                _pin(self._memory)
+            if self.device.type == "cuda" and _pin(self._memory):
+                self._unpin = weakref.finalize(self, _unpin, _address(self._memory), os.getpid())
+                self._unpin.atexit = False  # the process's end unpins it
         return self._memory
 
 
@@ -94,8 +99,8 @@ def _touch(memory: mmap.mmap) -> None:
         list(threads.map(lambda part: part.fill(0), np.array_split(pages, _THREADS)))
 
 
-def _pin(memory: mmap.mmap) -> None:
-    """Let the GPU write into the memory directly. If it cannot, copies are slower."""
+def _pin(memory: mmap.mmap) -> bool:
+    """Let the GPU write into the memory directly. If it cannot, copies are slower. Return whether it can."""
     register: Callable[[int, int, int], Any] = torch.cuda.cudart().cudaHostRegister
     problem = register(_address(memory), len(memory), 0)
     if int(problem) != 0:
@@ -103,7 +108,15 @@ def _pin(memory: mmap.mmap) -> None:
             "%.1f GB of host memory for saves cannot be pinned (CUDA error %d): saves take longer", len(memory) / 1e9, int(problem)
         )
         with contextlib.suppress(RuntimeError):  # the next operation reports the error once more
-            torch.zeros(1, device="cuda")
+            torch.ones(1, device="cuda")
+    return int(problem) == 0
+
+
+def _unpin(address: int, owner: int) -> None:
+    """Undo `_pin`. Memory that is unmapped while it is pinned would be dangerous: the GPU would write what is later copied to the same
+    addresses into the old pages."""
+    if os.getpid() == owner:  # a forked writer cannot use the GPU
+        torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _address(memory: mmap.mmap) -> int:
