@@ -20,10 +20,11 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
     """Return the pixels of an RGB image, [height, width, 3] uint8, read-only; if possible without a copy."""
     assert image.mode == "RGB", f"image has mode {image.mode}, but its pixels are read as RGB"
     image.load()
-    if hasattr(image, "__arrow_c_array__"):  # Pillow 11.2 and newer
+    to_array = _arrow_array()
+    if to_array is not None and hasattr(image, "__arrow_c_array__"):  # Pillow 11.2 and newer
         try:
-            shared = _arrow_array()(image)
-        except ValueError:  # the image is in several blocks of memory: it is too large for one
+            shared = to_array(image)
+        except (TypeError, ValueError):  # pyarrow before 14; or the image is in several blocks of memory: it is too large for one
             return np.asarray(image)
         return np.frombuffer(shared.values.buffers()[1], dtype=np.uint8).reshape(image.height, image.width, 4)[..., :3]
     return np.asarray(image)
@@ -54,7 +55,9 @@ def _file() -> BinaryIO:
 
 
 @functools.cache
-def _arrow_array() -> Callable[[Any], Any]:
-    import pyarrow  # takes a third of a second, and only runs with images need it
-
+def _arrow_array() -> Callable[[Any], Any] | None:
+    try:
+        import pyarrow  # takes a third of a second, and only runs with images need it
+    except ImportError:  # for example in a container whose packages were added one by one: decoders would call every image damaged
+        return None
     return pyarrow.array

@@ -87,9 +87,10 @@ def _warm_up(experiment: Experiment) -> Iterator[Option]:
 
 def _image_size(experiment: Experiment) -> Iterator[Option]:
     vision = getattr(experiment.model, "vision", None)
-    if vision is not None and (rest := vision.image_size % vision.patch_size):
-        costs = f"it is no multiple of patch_size {vision.patch_size}, so the tower never sees the last {rest} pixels of rows and columns"
-        yield Option("model.vision.image_size", vision.image_size, costs=costs)
+    size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))  # other towers may have no patches
+    if size and patch and (rest := size % patch):
+        costs = f"it is no multiple of patch_size {patch}, so the tower never sees the last {rest} pixels of rows and columns"
+        yield Option("model.vision.image_size", size, costs=costs)
 
 
 def _overlap(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_mm.data import image_bytes
 from megatron_mm.data.image_bytes import jpeg, rgb_pixels
 
 
@@ -38,9 +41,17 @@ def test_pixels_of_a_lazy_image_and_of_a_part_of_one() -> None:
     assert np.array_equal(rgb_pixels(part), np.asarray(part))
 
 
-def test_pixels_without_the_images_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(Image.Image, "__arrow_c_array__", raising=False)
-    assert np.array_equal(rgb_pixels(noise(8, 6)), np.asarray(noise(8, 6)))
+@pytest.mark.parametrize("lacks", ["Pillow", "pyarrow", "pyarrow 14"])
+def test_pixels_without_the_images_own_memory(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lacks == "Pillow":
+        monkeypatch.delattr(Image.Image, "__arrow_c_array__", raising=False)
+    else:
+        monkeypatch.setitem(sys.modules, "pyarrow", None if lacks == "pyarrow" else SimpleNamespace(array=len))
+    image_bytes._arrow_array.cache_clear()
+    try:
+        assert np.array_equal(rgb_pixels(noise(8, 6)), np.asarray(noise(8, 6)))
+    finally:
+        image_bytes._arrow_array.cache_clear()
 
 
 @pytest.mark.parametrize("quality", [10, 75, 95])

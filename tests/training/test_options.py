@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from support.small import small_experiment
 from megatron_mm.config import Experiment, KernelConfig, MoEConfig, ParallelConfig, PrecisionConfig
 from megatron_mm.families.recipes import RECIPES, get_recipe
 from megatron_mm.run.start import check
-from megatron_mm.training.options import asked_for, check_options
+from megatron_mm.training.options import _image_size, asked_for, check_options
 
 OVERLAPPED = ParallelConfig(tensor=2, overlap_tensor=True)
 FP8_TRAIN = replace(get_recipe("mono_internvl_2b_s1_1").train, precision="fp8")
@@ -132,6 +133,10 @@ def test_a_warm_up_longer_than_the_schedule_and_pixels_that_no_patch_holds_are_s
         "optimizer.warmup_steps is 400: train.schedule_steps is 400, so the learning rate would fall to min_lr right after" in caplog.text
     )
     assert "model.vision.image_size is 35: it is no multiple of patch_size 4, so the tower never sees the last 3 pixels" in caplog.text
+
+
+def test_a_tower_of_another_family_may_have_no_patches() -> None:
+    assert list(_image_size(SimpleNamespace(model=SimpleNamespace(vision=SimpleNamespace(width=8))))) == []
 
 
 def test_it_is_found_before_data_is_opened(tmp_path: Path) -> None:
