@@ -10,7 +10,6 @@ Shape legend: s tokens, b sequences (1 when packed), h width, t packed tokens, n
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -35,6 +34,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron_mm.models.cache import cache_of
 from megatron_mm.models.inference import DecoderLayer
 from megatron_mm.models.moe import Router
+from megatron_mm.platform.device import has_flash_attention
 from megatron_mm.platform.engine import mlp_spec, te_experts
 
 Backend = Literal["te", "torch"]
@@ -157,7 +157,7 @@ def attends_by_document() -> bool:
     Transformer Engine has no fused deterministic kernel for packed documents on Blackwell and, if they are long, on Hopper, unless
     flash-attn is installed. It would store the weights of every token for every token instead.
     """
-    return torch.are_deterministic_algorithms_enabled() and importlib.util.find_spec("flash_attn") is None
+    return torch.are_deterministic_algorithms_enabled() and not has_flash_attention()
 
 
 @functools.cache

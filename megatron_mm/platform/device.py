@@ -52,12 +52,17 @@ def be_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def has_flash_attention() -> bool:
+    """Whether flash-attn is installed, which Transformer Engine uses where cuDNN has no fitting kernel."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
 def packed_attention_missing() -> str:
     """Why Transformer Engine has no attention over packed documents on this GPU; empty if it has. It would otherwise compute attention
     without a fused kernel, and store the weights of every token for every token."""
     capability = torch.cuda.get_device_capability()
     here = ".".join(map(str, capability))
-    if importlib.util.find_spec("flash_attn") is not None:
+    if has_flash_attention():
         return ""
     if capability < PACKED_ATTENTION_CAPABILITY:
         needed = ".".join(map(str, PACKED_ATTENTION_CAPABILITY))

@@ -21,7 +21,7 @@ from megatron_mm.models.layers import Backend
 from megatron_mm.models.vision import TOWER_MODULES
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.nodes import expert_traffic, gpus_per_node, nodes_of_expert_group
-from megatron_mm.platform.device import dispatch_missing, fp8_recipe_missing, user_buffers_missing
+from megatron_mm.platform.device import dispatch_missing, fp8_recipe_missing, has_flash_attention, user_buffers_missing
 from megatron_mm.training.freezing import trainable_patterns
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def asked_for(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
 
 
 def _deterministic(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
-    if experiment.train.deterministic and backend == "te" and importlib.util.find_spec("flash_attn") is None:
+    if experiment.train.deterministic and backend == "te" and not has_flash_attention():
         costs = "attention over packed documents runs in PyTorch, document by document, which is slower; flash-attn would be faster"
         yield Option("train.deterministic", True, costs=costs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +72,16 @@ def test_a_forked_writer_reads_what_was_staged() -> None:
     _, child = os.wait()
     os.close(read), os.close(write)
     assert os.waitstatus_to_exitcode(child) == 0
+
+
+def test_a_host_without_room_stages_as_megatron_core_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*unused: Any) -> Any:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", no_room)
+    request = AsyncRequest(print, (0, buckets([torch.ones(5)]), None), [], preload_fn=lambda: "staged anew")
+    changed = Staging(CPU).of(request)
+    assert changed.preload_fn is not None and changed.preload_fn() == "staged anew"
 
 
 @pytest.mark.parametrize("writes", [True, False])

@@ -46,7 +46,16 @@ class Staging:
         if request.preload_fn is None:
             return request
         buckets: Sequence[Bucket] = request.async_fn_args[1]  # megatron-core replaces them with what `preload_fn` returns
-        return request._replace(preload_fn=lambda: self.stage(buckets))
+        anew = request.preload_fn
+
+        def stage() -> Any:
+            try:
+                return self.stage(buckets)
+            except OSError as error:  # `mmap` found no room
+                logger.warning("host memory for saves cannot be kept (%s): each save allocates it anew", error)
+                return anew()
+
+        return request._replace(preload_fn=stage)
 
     def stage(self, buckets: Sequence[Bucket]) -> list[Bucket]:
         """Return the same buckets with copies in host memory of all tensors that are on the device. They are valid until the next call."""
