@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import math
 import os
@@ -12,7 +11,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from support.te import python_of_transformer_engine
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
 from benchmarks.parts import Part, run_parts  # noqa: E402
+from tools import gpu_check_layers, gpu_check_parts  # noqa: E402
 
 NEEDS_TE = pytest.mark.skipif(python_of_transformer_engine() is None, reason="no transformer-engine here: see `make test-te`")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -31,15 +30,6 @@ def run(program: str, *arguments: str, timeout: float = 60) -> subprocess.Comple
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(REPOSITORY / program), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-
-
-@pytest.fixture(scope="module")
-def gpu_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_check", REPOSITORY / "tools" / "gpu_check.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["gpu_check"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @NO_GPU
@@ -53,28 +43,28 @@ def test_without_a_gpu_one_line_says_so(program: str) -> None:
     ]
 
 
-def test_a_difference_is_relative_to_each_tensor(gpu_check: ModuleType) -> None:
+def test_a_difference_is_relative_to_each_tensor() -> None:
     exact = {"large": torch.full((4,), 100.0), "small": torch.tensor([1.0])}
     found = {"large": torch.full((4,), 101.0), "small": torch.tensor([1.5])}
-    assert gpu_check.farthest(found, exact) == pytest.approx(0.5)
-    assert gpu_check.together(found, exact) == pytest.approx(math.sqrt(4 * 1 + 0.25) / math.sqrt(4 * 100**2 + 1))
+    assert gpu_check_layers.farthest(found, exact) == pytest.approx(0.5)
+    assert gpu_check_layers.together(found, exact) == pytest.approx(math.sqrt(4 * 1 + 0.25) / math.sqrt(4 * 100**2 + 1))
 
 
-def test_what_is_not_a_number_never_holds(gpu_check: ModuleType) -> None:
+def test_what_is_not_a_number_never_holds() -> None:
     exact = {"a": torch.ones(3), "b": torch.ones(3)}
     broken = {"a": torch.tensor([1.0, math.nan, 1.0]), "b": torch.ones(3)}
-    assert not gpu_check.Checked("loss", found=math.nan, allowed=1.0).holds
-    assert not gpu_check.Checked("layers", found=gpu_check.farthest(broken, exact), allowed=1.0).holds
-    assert gpu_check.Checked("layers", found=1.0, allowed=1.0).holds
+    assert not gpu_check_layers.Checked("loss", found=math.nan, allowed=1.0).holds
+    assert not gpu_check_layers.Checked("layers", found=gpu_check_layers.farthest(broken, exact), allowed=1.0).holds
+    assert gpu_check_layers.Checked("layers", found=1.0, allowed=1.0).holds
 
 
-def test_layers_of_other_names_are_not_compared(gpu_check: ModuleType) -> None:
+def test_layers_of_other_names_are_not_compared() -> None:
     with pytest.raises(AssertionError, match="not the same names"):
-        gpu_check.farthest({"a": torch.ones(1)}, {"b": torch.ones(1)})
+        gpu_check_layers.farthest({"a": torch.ones(1)}, {"b": torch.ones(1)})
 
 
 @pytest.mark.parametrize("recipe", ["debug_infimm", "debug_mm1"])
-def test_replays_of_a_tower_are_compared(gpu_check: ModuleType, recipe: str, tmp_path: Path) -> None:
+def test_replays_of_a_tower_are_compared(recipe: str, tmp_path: Path) -> None:
     """With the tower itself in place of a graph, and with a copy of it, which does not see weights that change later."""
 
     def itself(forward: Any, pixels: torch.Tensor) -> Any:
@@ -83,13 +73,13 @@ def test_replays_of_a_tower_are_compared(gpu_check: ModuleType, recipe: str, tmp
     def copied(forward: Any, pixels: torch.Tensor) -> Any:
         return partial(copy.deepcopy(forward.__self__).forward, pixels)
 
-    settings = gpu_check.experiment(tmp_path, precision="fp32", layers="torch", recipe=recipe)
-    lines = list(gpu_check.compare_replays(settings, capture=itself))
+    settings = gpu_check_layers.experiment(tmp_path, precision="fp32", layers="torch", recipe=recipe)
+    lines = list(gpu_check_parts.compare_replays(settings, capture=itself))
     names = ["replays", "features of no images", "replays with new weights", "features of no images with new weights"]
     assert [line.what.partition(": ")[2] for line in lines] == names
     assert all(line.holds for line in lines)
     if recipe == "debug_infimm":  # modules of megatron-core cannot be copied
-        assert [line.holds for line in gpu_check.compare_replays(settings, capture=copied)] == [True, True, False, True]
+        assert [line.holds for line in gpu_check_parts.compare_replays(settings, capture=copied)] == [True, True, False, True]
 
 
 @pytest.mark.slow
