@@ -2,8 +2,9 @@
 
     python tools/gpu_check.py [--device cpu]
 
-Compares Transformer Engine's layers with plain PyTorch's in bf16 and FP8 for every family, DALI's GPU decoder with the CPU's, and the
-fused optimizer that megatron-core finds with torch's AdamW. Each check is a process of its own; on a GPU they run at the same time. Each
+Compares Transformer Engine's layers with plain PyTorch's in bf16 and FP8 for every family, DALI's GPU decoder with the CPU's, the fused
+optimizer that megatron-core finds with torch's AdamW, towers as CUDA graphs with towers, and deterministic runs with their repeats and
+resumes, bit by bit. Each check is a process of its own; on a GPU they run at the same time. Each
 line of the table is printed as soon as its result is known. The exit code is 1 if a check fails and 2 if there is no GPU. `--device cpu`
 runs the checks that need no GPU, which tests this program itself.
 """
