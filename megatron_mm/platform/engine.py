@@ -162,6 +162,18 @@ def install() -> None:
         language_module.te_parallel_cross_entropy = _comparing_nothing(loss)
     if not hasattr(random, "FP8GlobalStateManager") and not getattr(CheckpointWithoutOutput.__init__, "knows_no_fp8", False):
         CheckpointWithoutOutput.__init__ = _without_fp8(CheckpointWithoutOutput.__init__)
+    if hasattr(random, "_get_share_storage"):
+        random._get_share_storage = lambda: fill_storage
+
+
+def fill_storage(output: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """Give the discarded memory of a tensor, and of all its views, the contents of the recomputed one, as megatron-core 0.16 does.
+
+    What upstream lacks: later versions let both share one memory, with C++ code that each process compiles in the user's home at the first
+    recomputation. That needs a compiler, and a process that is killed meanwhile leaves a lock, for which all later ones wait without end.
+    """
+    output.untyped_storage().resize_(recomputed.untyped_storage().size())
+    output.untyped_storage().copy_(recomputed.untyped_storage())
 
 
 def _sending_nothing_nowhere(setup_metadata: Any) -> Any:

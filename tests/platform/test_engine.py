@@ -133,6 +133,18 @@ def test_norms_are_computed_again_without_transformer_engine() -> None:
     assert upstream.fp8, "megatron-core knows that nothing is FP8 here: platform.engine may leave its checkpoints alone"
 
 
+@pytest.mark.skipif(not hasattr(random, "_get_share_storage"), reason="megatron-core 0.16 compiles nothing")
+def test_a_recomputed_tensor_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views of the discarded tensor, which later layers have kept, get its contents back, too."""
+    monkeypatch.setattr(random, "load_inline", None)
+    engine.install()
+    output = torch.arange(12.0)
+    kept, recomputed = output.view(3, 4)[1:], torch.arange(12.0) + 1
+    output.untyped_storage().resize_(0)
+    random._get_share_storage()(output, recomputed)
+    assert torch.equal(output, recomputed) and torch.equal(kept, recomputed.view(3, 4)[1:])
+
+
 @pytest.mark.parametrize("backward", [lambda loss, gradient, is_cg_capturable=False: None, lambda loss, gradient: None])
 def test_the_loss_does_not_ask_for_the_value_of_its_gradient(monkeypatch: pytest.MonkeyPatch, backward: Any) -> None:
     """Up to Transformer Engine 2.11 an option leaves the question out; later versions do not ask, and warn of the option."""
