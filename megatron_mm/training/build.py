@@ -132,7 +132,7 @@ def build_model(experiment: Experiment, topology: Topology, *, optimizer: bool =
     """
     parallel = experiment.parallel
     _make_user_buffers(experiment, topology)
-    if topology.device.type == "cpu":
+    if topology.device.type == "cpu" and _choose(experiment, topology)[0] == "torch":  # on the meta device layers are those, too
         check_memory(_modules(experiment, replace(topology, device=torch.device("meta"))), experiment, topology, optimizer=optimizer)
     chunks, encoder = build_chunks(experiment, topology), build_encoder(experiment, topology)
     modules = chunks if encoder is None else [*chunks, encoder]
