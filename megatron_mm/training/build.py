@@ -25,8 +25,8 @@ from megatron_mm.platform import engine
 from megatron_mm.platform.device import packed_attention_missing
 from megatron_mm.platform.multi_tensor import DataParallel
 from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
+from megatron_mm.training.host_memory import check_memory
 from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients
-from megatron_mm.training.memory import check_memory
 from megatron_mm.training.spread_encoder import SpreadEncoder, wrapped_modules
 
 logger = logging.getLogger(__name__)
@@ -104,10 +104,10 @@ def build_encoder(experiment: Experiment, topology: Topology) -> ImageEncoder | 
         return family_of(experiment.model).build_encoder(experiment.model, _context(experiment, topology, virtual_stage=0))
 
 
-def _modules(experiment: Experiment, topology: Topology) -> list[torch.nn.Module]:
-    """Build the chunks of this process, and the encoder if all pipeline ranks hold it."""
-    encoder = build_encoder(experiment, topology)
-    return [*build_chunks(experiment, topology), *([] if encoder is None else [encoder])]
+def _built(experiment: Experiment, topology: Topology) -> tuple[list[MegatronModule], ImageEncoder | None, list[torch.nn.Module]]:
+    """Build what this process holds: its chunks; the encoder if all pipeline ranks hold it; and both in one list."""
+    chunks, encoder = build_chunks(experiment, topology), build_encoder(experiment, topology)
+    return chunks, encoder, [*chunks] if encoder is None else [*chunks, encoder]
 
 
 def _make_user_buffers(experiment: Experiment, topology: Topology) -> None:
@@ -133,9 +133,9 @@ def build_model(experiment: Experiment, topology: Topology, *, optimizer: bool =
     parallel = experiment.parallel
     _make_user_buffers(experiment, topology)
     if topology.device.type == "cpu" and _choose(experiment, topology)[0] == "torch":  # on the meta device layers are those, too
-        check_memory(_modules(experiment, replace(topology, device=torch.device("meta"))), experiment, topology, optimizer=optimizer)
-    chunks, encoder = build_chunks(experiment, topology), build_encoder(experiment, topology)
-    modules = chunks if encoder is None else [*chunks, encoder]
+        *_, modules = _built(experiment, replace(topology, device=torch.device("meta")))
+        check_memory(modules, experiment, topology, optimizer=optimizer)
+    chunks, encoder, modules = _built(experiment, topology)
     initialize_weights(modules, seed=experiment.train.seed)
     engine.leave_generators_alone(modules)
     check_patterns(experiment, [name for module in modules for name, _ in module.named_parameters()])

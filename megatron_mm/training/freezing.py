@@ -24,13 +24,18 @@ def trainable_patterns(experiment: Experiment) -> tuple[str, ...]:
     return family_of(experiment.model).trainable_patterns(experiment.train.freeze_policy)
 
 
+def is_trainable(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns matches the beginning of a parameter's name."""
+    return any(re.match(pattern, name) for pattern in patterns)
+
+
 def freeze(chunk: torch.nn.Module, patterns: Sequence[str]) -> None:
     """Make the parameters of a pipeline chunk trainable whose names match a pattern, and freeze the others.
 
     Each chunk numbers its decoder layers from 0, so patterns cannot distinguish layers.
     """
     for name, parameter in chunk.named_parameters():
-        parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
+        parameter.requires_grad_(is_trainable(name, patterns))
 
 
 def check_patterns(experiment: Experiment, names: Iterable[str]) -> None:

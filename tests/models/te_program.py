@@ -38,9 +38,7 @@ from megatron_mm.training import build  # noqa: E402
 from megatron_mm.training.checkpoint import Checkpointer, TrainState  # noqa: E402
 from megatron_mm.training.optimizer import build_optimizer  # noqa: E402
 from megatron_mm.training.step import TrainingStep  # noqa: E402
-
-GATE = 0.7
-"""Value that gates are set to: a closed gate hides every error behind it."""
+from tools.gpu_check_layers import hide_nothing  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -147,15 +145,6 @@ def kernels_of(backend: str) -> Kernels:
     """Return Transformer Engine's fused kernels, except those written in Triton."""
     on = backend == "te"
     return Kernels(weight_gradients=on, router=on, eva_tower=on)
-
-
-def hide_nothing(chunk: torch.nn.Module) -> None:
-    """Open the gates, and make the visual experts, which begin as copies, differ from the text experts."""
-    for name, parameter in chunk.named_parameters():
-        if name.endswith("_gate"):
-            parameter.data.fill_(GATE)
-        if ".mlp.visual." in name:
-            parameter.data.neg_()
 
 
 def entries(chunk: torch.nn.Module) -> list[Any]:

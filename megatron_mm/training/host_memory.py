@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_mm.config import Experiment
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.training.freezing import trainable_patterns
+from megatron_mm.training.freezing import is_trainable, trainable_patterns
 
 
 def check_memory(modules: Sequence[torch.nn.Module], experiment: Experiment, topology: Topology, *, optimizer: bool) -> None:
@@ -48,7 +48,7 @@ def state_bytes(modules: Sequence[torch.nn.Module], experiment: Experiment, *, d
     share = data_size if experiment.parallel.distributed_optimizer else 1
     trained = sizes[formats.gradients] + (state / share if optimizer else 0)
     return sum(
-        p.numel() * (p.element_size() + (trained if any(re.match(pattern, name) for pattern in patterns) else 0))
+        p.numel() * (p.element_size() + trained * is_trainable(name, patterns))
         for module in modules
         for name, p in module.named_parameters()
     )

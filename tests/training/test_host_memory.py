@@ -15,9 +15,9 @@ from megatron_mm.config import PrecisionConfig
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.run.dry_run import stage_parameters
-from megatron_mm.training import memory
+from megatron_mm.training import host_memory
 from megatron_mm.training.build import build_chunks, build_model
-from megatron_mm.training.memory import machine_memory, state_bytes
+from megatron_mm.training.host_memory import machine_memory, state_bytes
 
 
 def test_state_is_counted_by_its_formats() -> None:
@@ -47,7 +47,7 @@ def test_frozen_weights_have_no_gradients() -> None:
 
 
 def test_a_model_that_is_too_large_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "machine_memory", lambda: 2e9)
+    monkeypatch.setattr(host_memory, "machine_memory", lambda: 2e9)
     monkeypatch.setattr(torch.Tensor, "normal_", lambda *_, **__: pytest.fail("weights were drawn"))
     experiment = get_recipe("mm1_1b")
     topology = topologies.initialize(experiment.parallel, seed=1)
@@ -66,11 +66,11 @@ def test_only_processes_that_are_surely_on_this_machine_count(local: str | None,
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    monkeypatch.setattr(memory, "machine_memory", lambda: 3e9)
-    monkeypatch.setattr(memory, "state_bytes", lambda *_, **__: 2e9)
+    monkeypatch.setattr(host_memory, "machine_memory", lambda: 3e9)
+    monkeypatch.setattr(host_memory, "state_bytes", lambda *_, **__: 2e9)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda needed: needed.mul_(2))
     with pytest.raises(ValueError, match="processes: 2") if refused else contextlib.nullcontext():
-        memory.check_memory([], small_experiment(), SimpleNamespace(world_size=2, data_size=2), optimizer=True)
+        host_memory.check_memory([], small_experiment(), SimpleNamespace(world_size=2, data_size=2), optimizer=True)
 
 
 def test_memory_of_a_machine_and_of_a_container(tmp_path: Path) -> None:
