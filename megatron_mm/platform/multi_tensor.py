@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -65,13 +65,41 @@ class DataParallel(DistributedDataParallel):
 
     def _add_waiting(self) -> None:
         waiting, self._waiting = self._waiting, {}
-        for sums, gradients in _alike((param.main_grad, gradient) for param, gradient in waiting.items()):  # type: ignore[attr-defined]
-            if gradients[0].dtype is not sums[0].dtype:
-                sizes = [gradient.numel() for gradient in gradients]
-                cast = torch.empty(sum(sizes), dtype=sums[0].dtype, device=sums[0].device).split(sizes)
-                torch._foreach_copy_(cast, gradients)
-                gradients = list(cast)
-            torch._foreach_add_(sums, gradients)
+        _add((param.main_grad, gradient) for param, gradient in waiting.items())  # type: ignore[attr-defined]
+
+    # ------------------------------------------- what hooks do for modules that autograd sees, for a module that runs as a CUDA graph
+
+    def wait_for_weights(self, module: torch.nn.Module) -> None:
+        """Wait until all weights of a module are gathered, if they are gathered while the model runs."""
+        if self.use_forward_hook and self.remove_forward_pre_hook_handles:
+            wait = self._make_forward_pre_hook()
+            for part in module.modules():
+                wait(part)
+
+    def add_gradients(self, outputs: torch.Tensor, gradient: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Run the backward pass from `outputs`, whose gradient is `gradient`, to the parameters, and add their gradients to their buffers.
+        No reduction begins.
+
+        Raises RuntimeError if the outputs do not depend on one of the parameters.
+        """
+        for parameter in parameters:
+            parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+        found = torch.autograd.grad(outputs, parameters, gradient)
+        pairs = [
+            (parameter, value)
+            for parameter, value in zip(parameters, found, strict=True)
+            if not parameter.grad_added_to_main_grad or getattr(parameter, "zero_out_wgrad", False)  # type: ignore[attr-defined]
+        ]
+        for parameter, value in pairs:
+            if parameter.ndim != 1:
+                parameter.main_grad.add_(value)  # type: ignore[attr-defined]
+        _add((parameter.main_grad, value) for parameter, value in pairs if parameter.ndim == 1)  # type: ignore[attr-defined]
+
+    def note_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Note that this micro-batch's gradients of the parameters are in their buffers. In the last one, complete buckets are reduced."""
+        if self.ddp_config.overlap_grad_reduce:
+            for parameter in parameters:
+                self.param_to_bucket_group[parameter].register_grad_ready(parameter, self.force_all_reduce)
 
 
 def install() -> None:
@@ -110,6 +138,17 @@ def _weights_and_masters(optimizer: Any) -> Iterable[Pair]:
             weights = optimizer.buffers[buffer].buckets[bucket].param_data.view(-1)[run.start : run.end]
             assert weights.numel() == master.numel()
             yield weights.detach(), master.detach().view(-1)
+
+
+def _add(pairs: Iterable[Pair]) -> None:
+    """Add the second tensor of each pair to the first one, in which the sum stays."""
+    for sums, gradients in _alike(pairs):
+        if gradients[0].dtype is not sums[0].dtype:
+            sizes = [gradient.numel() for gradient in gradients]
+            cast = torch.empty(sum(sizes), dtype=sums[0].dtype, device=sums[0].device).split(sizes)
+            torch._foreach_copy_(cast, gradients)
+            gradients = list(cast)
+        torch._foreach_add_(sums, gradients)
 
 
 def _alike(pairs: Iterable[Pair]) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:

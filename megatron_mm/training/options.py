@@ -23,6 +23,7 @@ from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.nodes import expert_traffic, gpus_per_node, nodes_of_expert_group
 from megatron_mm.platform.device import dispatch_missing, fp8_recipe_missing, has_flash_attention, user_buffers_missing
 from megatron_mm.training.freezing import trainable_patterns
+from megatron_mm.training.tower_graph import copies_needed
 
 logger = logging.getLogger(__name__)
 
@@ -321,13 +322,27 @@ def _tower_graph(experiment: Experiment) -> Iterator[Option]:
             "kernels.tower_graph",
             images,
             impossible=_tower_graph_impossible(experiment),
-            costs=f"each process fills up the images of a micro-batch with blank ones to a multiple of {images}; the computation on these "
-            "(`tower_blanks` in metrics.jsonl) is wasted. This is untried on GPUs; at the start, replays are compared with the tower",
+            costs=_tower_graph_costs(experiment, images),
         )
 
 
+def _tower_graph_costs(experiment: Experiment, images: int) -> str:
+    blanks = f"each process fills up the images of a micro-batch with blank ones to {{}}{images}; the computation on these (`tower_blanks` in "
+    blanks += "metrics.jsonl) is wasted"
+    if not _trains_tower(experiment):
+        return f"{blanks.format('a multiple of ')}. At the start, replays are compared with the tower"
+    return (
+        f"{blanks.format('')}, and micro-batches with more images run without the graph. Activations of {images} images are kept for "
+        f"{copies_needed(experiment.parallel)} micro-batches. This is untried on GPUs; at the start, replays are compared with the tower"
+    )
+
+
+def _trains_tower(experiment: Experiment) -> bool:
+    return any(map(family_of(experiment.model).trainable(experiment.train.freeze_policy), _tower_parameters(experiment)))
+
+
 def _tower_graph_impossible(experiment: Experiment) -> str:
-    family, policy, parallel = family_of(experiment.model), experiment.train.freeze_policy, experiment.parallel
+    family, parallel = family_of(experiment.model), experiment.parallel
     recompute = parallel.recompute_encoder or parallel.recompute
     if not torch.cuda.is_available():
         return "CUDA graphs need a GPU: leave it out"
@@ -335,8 +350,13 @@ def _tower_graph_impossible(experiment: Experiment) -> str:
         return f"{family.name} models have no image tower apart from the first stage: leave it out"
     if experiment.train.precision == "fp8":
         return "FP8 training with a graph has not been worked out: use --train.precision bf16, or leave it out"
-    if any(map(family.trainable(policy), _tower_parameters(experiment))):
-        return f"freeze policy {policy!r} trains the image tower, and a replay would overwrite activations that it needs: leave it out"
+    if _trains_tower(experiment) and parallel.spread_encoder:
+        return (
+            f"freeze policy {experiment.train.freeze_policy!r} trains the image tower, and --parallel.spread-encoder encodes many images at "
+            "once, for which a graph is not faster: leave it out"
+        )
+    if _trains_tower(experiment) and recompute != "none":
+        return f"the tower is recomputed ({recompute}), and a graph keeps its activations: use --parallel.recompute-encoder none"
     if recompute != "none" and not isinstance(getattr(experiment.model, "vision", None), EvaConfig):
         return f"the tower is recomputed ({recompute}), which saves nothing if it is frozen: use --parallel.recompute-encoder none"
     return ""

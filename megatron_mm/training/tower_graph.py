@@ -1,21 +1,23 @@
-"""Runs a frozen image tower as a CUDA graph (`kernels.tower_graph`).
+"""Runs an image tower as CUDA graphs (`kernels.tower_graph`).
 
-The graph is captured once all weights are loaded and before the loader starts. A replay reads weights where they were at that time. They
-never move after that: the optimizer does not know frozen parameters, and later loads (a roll-back) build a new model.
+They are captured once all weights are loaded and before the loader starts. A replay reads weights, and adds gradients to buffers, where they
+were at that time. They never move after that: the optimizer changes weights in place, and later loads (a roll-back) build a new model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_mm.config import Experiment
+from megatron_mm.config import Experiment, ParallelConfig
 from megatron_mm.models.encoder import TOWER, ImageEncoder
-from megatron_mm.models.tower_graph import GraphedTower
+from megatron_mm.models.tower_graph import Copy, Forward, GraphedTower, GraphedTrainedTower
 from megatron_mm.platform import cuda_graph
 from megatron_mm.platform.device import send
+from megatron_mm.platform.multi_tensor import DataParallel
 
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Difference between the features of a replay and of the tower itself that is always allowed, relative to the difference between the
@@ -23,20 +25,28 @@ features of two images, by type of the features. A replay of other pixels has ab
 HIGHEST_LIMIT = 0.5
 """Largest difference that is allowed if the tower's own rounding is large."""
 
-Capture = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], Callable[[], torch.Tensor]]
+Capture = Callable[[Forward, torch.Tensor], Callable[[], torch.Tensor]]
+CapturePasses = Callable[[Forward, cuda_graph.Backward, torch.Tensor], cuda_graph.Passes]
 
 
-def graph_tower(experiment: Experiment, model: Sequence[DistributedDataParallel], *, capture: Capture = cuda_graph.capture) -> bool:
-    """Make this process's image tower run as replays of a graph, if the experiment asks for it and the process has a tower.
+def graph_tower(
+    experiment: Experiment,
+    model: Sequence[DistributedDataParallel],
+    *,
+    capture: Capture = cuda_graph.capture,
+    capture_passes: CapturePasses = cuda_graph.capture_passes,
+) -> bool:
+    """Make this process's image tower run as replays of graphs, if the experiment asks for it and the process has a tower.
 
     Returns True if it does.
 
     Args:
-        model: this process's pipeline chunks, with their final weights.
-        capture: captures a forward pass (`platform.cuda_graph.capture`).
+        model: this process's pipeline chunks, with their final weights. Gradients in their buffers are lost if the tower trains.
+        capture: captures the forward pass of a frozen tower (`platform.cuda_graph.capture`).
+        capture_passes: captures the passes of a tower that trains (`platform.cuda_graph.capture_passes`).
 
-    Raises ValueError if the encoder has no tower, or if the tower has trainable parameters, cannot be captured, or gives other features in
-    a replay.
+    Raises ValueError if the encoder has no tower, or if the tower trains but is spread over pipeline ranks, cannot be captured, or gives
+    other features or gradients in a replay.
     """
     images = experiment.kernels.tower_graph
     encoder = getattr(model[0].module, "encoder", None)
@@ -45,19 +55,52 @@ def graph_tower(experiment: Experiment, model: Sequence[DistributedDataParallel]
     tower = encoder.parts.get(TOWER)
     if tower is None:
         raise ValueError(_refused(images, f"the image encoder has no part named {TOWER}, only {list(encoder.parts)}"))
-    if trainable := [name for name, parameter in tower.named_parameters() if parameter.requires_grad]:
-        raise ValueError(_refused(images, f"the tower trains {len(trainable)} parameters, such as {trainable[0]}"))
     size = model[0].module.image.size
     device = next(tower.parameters()).device
     pixels = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=device)
-    eager: Callable[[torch.Tensor], torch.Tensor] = tower.forward
     try:
-        graphed = GraphedTower(pixels, capture(eager, pixels))
-        check_replays(graphed, eager)
+        if any(parameter.requires_grad for parameter in tower.parameters()):
+            tower.forward = _trained(experiment, model[0], tower, pixels, capture_passes)
+        else:
+            eager: Forward = tower.forward
+            graphed = GraphedTower(pixels, capture(eager, pixels))
+            check_replays(graphed, eager)
+            tower.forward = graphed
     except RuntimeError as error:
         raise ValueError(_refused(images, f"the tower's graph fails ({_first_line(error)})")) from error
-    tower.forward = graphed
     return True
+
+
+def copies_needed(parallel: ParallelConfig) -> int:
+    """Return how many micro-batches at most wait for their backward passes on the first stage, where images are encoded."""
+    return parallel.pipeline * (1 if parallel.virtual == 1 else 2)
+
+
+def _trained(
+    experiment: Experiment, wrapped: DistributedDataParallel, tower: torch.nn.Module, pixels: torch.Tensor, capture: CapturePasses
+) -> GraphedTrainedTower:
+    if experiment.parallel.spread_encoder:
+        raise ValueError(_refused(len(pixels), "the tower trains and its images are spread over pipeline ranks (parallel.spread_encoder)"))
+    assert isinstance(wrapped, DataParallel)
+    eager: Forward = tower.forward
+    trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+
+    def backward(features: torch.Tensor, gradient: torch.Tensor) -> None:
+        wrapped.add_gradients(features, gradient, trained)
+
+    copies = []
+    for _ in range(copies_needed(experiment.parallel)):
+        example = torch.zeros_like(pixels)
+        passes = capture(eager, backward, example)
+        copies.append(Copy(example, passes.forward, passes.gradient, passes.backward))
+    graphed = GraphedTrainedTower(
+        copies, eager=eager, before=partial(wrapped.wait_for_weights, tower), after=partial(wrapped.note_gradients, trained)
+    )
+    for copy in copies:
+        check_replays(GraphedTower(copy.pixels, copy.forward), eager)
+        check_gradients(copy, eager, wrapped, trained)
+    wrapped.zero_grad_buffer()
+    return graphed
 
 
 def graphed_tower(model: Sequence[DistributedDataParallel]) -> GraphedTower | None:
@@ -67,7 +110,7 @@ def graphed_tower(model: Sequence[DistributedDataParallel]) -> GraphedTower | No
     return forward if isinstance(forward, GraphedTower) else None
 
 
-def check_replays(graphed: GraphedTower, eager: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def check_replays(graphed: GraphedTower, eager: Forward) -> None:
     """Raise ValueError if replays on random pixels (two inputs, and the first one again) differ from the tower by more than rounding."""
     difference = replay_difference(graphed, eager, numbers=[len(graphed.pixels)] * 2)
     allowed = allowed_difference(graphed, eager)
@@ -80,7 +123,45 @@ def check_replays(graphed: GraphedTower, eager: Callable[[torch.Tensor], torch.T
         )
 
 
-def allowed_difference(graphed: GraphedTower, eager: Callable[[torch.Tensor], torch.Tensor]) -> float:
+def check_gradients(copy: Copy, eager: Forward, wrapped: DataParallel, trained: Sequence[torch.nn.Parameter]) -> None:
+    """Raise ValueError if a replay's weight gradients, of random images and features, differ from the tower's by more than rounding."""
+    difference, allowed = gradient_difference(copy, eager, wrapped, trained), LIMITS[copy.gradient.dtype]
+    if not difference <= allowed:  # also for NaN
+        raise ValueError(
+            _refused(len(copy.pixels), f"gradients of a replay differ from the tower's by {difference:.2g} of their norm (allowed: {allowed:g})")
+        )
+
+
+def gradient_difference(copy: Copy, eager: Forward, wrapped: DataParallel, trained: Sequence[torch.nn.Parameter]) -> float:
+    """Return the norm of the difference between the weight gradients of a replay and of the tower, relative to the norm of the latter.
+
+    The images, and the gradient of the features, are random. Gradients in the buffers are lost.
+    """
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randint(0, 256, copy.pixels.shape, generator=generator, dtype=torch.uint8)
+    gradient = torch.randn(copy.gradient.shape, generator=generator)
+    copy.pixels.copy_(pixels)
+    copy.gradient.copy_(gradient)
+
+    def replay() -> None:
+        copy.forward()
+        copy.backward()
+
+    def run() -> None:
+        with torch.enable_grad():
+            wrapped.add_gradients(eager(copy.pixels), copy.gradient, trained)
+
+    sums = []
+    for add in (run, replay):
+        wrapped.zero_grad_buffer()
+        add()
+        sums.append([parameter.main_grad.clone() for parameter in trained])  # type: ignore[attr-defined]
+    expected, found = sums
+    apart = torch.stack([(one - other).float().square().sum() for one, other in zip(found, expected, strict=True)]).sum()
+    return float((apart / torch.stack([one.float().square().sum() for one in expected]).sum().clamp(min=1e-40)).sqrt())
+
+
+def allowed_difference(graphed: GraphedTower, eager: Forward) -> float:
     """Return the largest `replay_difference` that rounding explains: three times what images' features change if each is encoded alone,
     by other kernels, between the limits above. Deep towers whose norms follow their branches round most."""
     alone = torch.zeros_like(graphed.pixels[:1])
@@ -89,7 +170,7 @@ def allowed_difference(graphed: GraphedTower, eager: Callable[[torch.Tensor], to
 
 
 @torch.no_grad()
-def replay_difference(graphed: GraphedTower, eager: Callable[[torch.Tensor], torch.Tensor], *, numbers: Sequence[int]) -> float:
+def replay_difference(graphed: GraphedTower, eager: Forward, *, numbers: Sequence[int]) -> float:
     """Return the largest difference between features of replays and of the tower itself, relative to that between features of images.
 
     Args:

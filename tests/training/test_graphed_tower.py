@@ -128,17 +128,6 @@ def test_as_much_is_allowed_as_the_tower_itself_rounds(noise: float, allowed: fl
     )
 
 
-def test_a_tower_that_trains_is_refused() -> None:
-    experiment = graphed(small_infimm(policy="pt"))
-
-    def build(topology: Any, model: Any) -> None:
-        model[0].module.encoder.parts["vision"].class_embedding.requires_grad_(True)
-        with pytest.raises(ValueError, match="the tower trains 1 parameters, such as class_embedding: leave it out"):
-            graph_tower(experiment, model, capture=eager)
-
-    with_model(experiment, build)
-
-
 def test_a_run_counts_its_blank_images(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
     call = GraphedTower.__call__
@@ -159,8 +148,8 @@ def test_a_run_counts_its_blank_images(demo_data: Path, tmp_path: Path, monkeypa
 def train(data: Path, run_dir: Path, parallel: dict[str, Any], with_graph: bool) -> None:
     experiment = infimm_run(data, policy="pt", steps=3, parallel=parallel, global_batch_size=4)
 
-    def take_one_by_one(experiment: Experiment, topology: Any) -> Any:
-        model = build_model(experiment, topology)
+    def take_one_by_one(experiment: Experiment, topology: Any, **others: Any) -> Any:
+        model = build_model(experiment, topology, **others)
         if (encoder := model[0].module.encoder) is not None:
             encoder.parts["vision"].forward = one_by_one(encoder.parts["vision"].forward)
         return model

@@ -185,11 +185,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ("asked", "message"),
     [
         (graphed("debug_mono_internvl"), "mono_internvl models have no image tower apart from the first stage: leave it out"),
-        (graphed("debug_mm1"), "freeze policy 'all' trains the image tower, and a replay would overwrite activations"),
+        (graphed("debug_mm1", pipeline=2, spread_encoder=True), "freeze policy 'all' trains the image tower, and --parallel.spread-encoder"),
+        (graphed("debug_mm1", recompute="full"), r"the tower is recomputed \(full\), and a graph keeps its activations"),
         (graphed("debug_infimm", precision="fp8"), "FP8 training with a graph has not been worked out: use --train.precision bf16"),
     ],
 )
-def test_a_graph_of_a_tower_needs_a_frozen_one(asked: Experiment, message: str) -> None:
+def test_a_graph_of_a_tower_that_cannot_run_is_refused(asked: Experiment, message: str) -> None:
     with pytest.raises(ValueError, match=rf"kernels\.tower_graph is 8, but {message}"):
         check_options(asked, backend="te")
 
@@ -212,3 +213,6 @@ def test_a_graph_of_a_recomputed_tower_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_what_a_graph_of_a_tower_costs_is_said(caplog: pytest.LogCaptureFixture) -> None:
     check_options(graphed("debug_infimm", recompute="full"), backend="te")
     assert "kernels.tower_graph is 8: each process fills up the images of a micro-batch with blank ones to a multiple of 8" in caplog.text
+    caplog.clear()
+    check_options(graphed("debug_mm1", pipeline=2), backend="te")
+    assert "with blank ones to 8; the computation" in caplog.text and "Activations of 8 images are kept for 2 micro-batches" in caplog.text
