@@ -22,7 +22,8 @@ from megatron_mm.models.vision import VisionTower
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.platform import cuda_graph
-from megatron_mm.training.build import build_chunks
+from megatron_mm.training.build import build_chunks, build_model
+from megatron_mm.training.tower_graph import graph_tower
 
 PACKINGS = {
     "one document of 4096": [4096],
@@ -33,14 +34,18 @@ PACKINGS = {
 """Lengths of the documents in a sequence, in tokens."""
 
 
-def _chunk(base: Experiment, layers: str, precision: str) -> tuple[torch.nn.Module, torch.device]:
-    """Build a model with one decoder layer (InfiMM: with as few as have a gated block) and the whole tower."""
+def _one_layer(base: Experiment, layers: str, precision: str) -> Experiment:
+    """Return a model with one decoder layer (InfiMM: with as few as have a gated block) and the whole tower, on one process."""
     fewest = base.model.gated.every_n_layers if isinstance(base.model, InfiMMConfig) else 1
     model = replace(base.model, decoder=replace(base.model.decoder, num_layers=fewest))  # type: ignore[type-var]
     parallel = replace(base.parallel, tensor=1, pipeline=1, virtual=1, expert=1, stage_layers=None, recompute="none")
     train = replace(base.train, layers=layers, precision=precision, global_batch_size=1, micro_batch_size=1)  # type: ignore[arg-type]
-    settings = replace(base, model=model, parallel=parallel, train=train)
-    topology = topologies.initialize(parallel, seed=1)
+    return replace(base, model=model, parallel=parallel, train=train)
+
+
+def _chunk(base: Experiment, layers: str, precision: str) -> tuple[torch.nn.Module, torch.device]:
+    settings = _one_layer(base, layers, precision)
+    topology = topologies.initialize(settings.parallel, seed=1)
     chunks = build_chunks(settings, topology)
     initialize_weights(chunks, seed=1)
     return chunks[0], topology.device
@@ -192,6 +197,50 @@ def time_tower_graph(
                     "images_computed": -(-count // step) * step,
                 }
         topologies.shutdown()
+
+
+def time_trained_graph(
+    base: Experiment, backends: list[tuple[str, str]], *, images: list[int], at_once: list[int], repeats: int
+) -> Iterator[Row]:
+    """Time forward and backward pass of a tower that trains, plainly and as CUDA graphs, by the number of images in a micro-batch.
+
+    Gradients are added to the buffers of the data-parallel wrapper, as in training. Only on a GPU.
+
+    Args:
+        at_once: numbers of images per replay.
+    """
+    for layers, precision in backends:
+        settings = _one_layer(base, layers, precision)
+        parallel = replace(settings.parallel, overlap_grad_reduce=False, overlap_param_gather=False)
+        topology = topologies.initialize(parallel, seed=1)
+        model = build_model(replace(settings, parallel=parallel), topology)
+        tower = model[0].module.encoder.parts["vision"]
+        eager, size, device = tower.forward, tower.config.image_size, topology.device
+        ways: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {"no graph": (1, eager)}
+        for number in at_once:
+            graph_tower(replace(settings, parallel=parallel, kernels=replace(settings.kernels, tower_graph=number)), model)
+            ways[f"graph of {number}"] = number, tower.forward
+            tower.forward = eager
+        for count in images:
+            pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
+            gradient = torch.randn_like(eager(pixels).detach())
+            plain = None
+            for name, (step, way) in ways.items():
+                if count > step > 1:
+                    continue  # it runs without the graph
+                ms = _median_ms(partial(_both_passes, way, pixels, gradient), device, repeats)
+                plain = plain or ms
+                yield {
+                    "case": f"tower that trains, {count} images, {name}: {layers} {precision}",
+                    "ms": round(ms, 3),
+                    "speed": round(plain / ms, 3),
+                    "images_computed": -(-count // step) * step,
+                }
+        topologies.shutdown()
+
+
+def _both_passes(way: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor, gradient: torch.Tensor) -> None:
+    way(pixels).backward(gradient)
 
 
 def _call(way: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> None:

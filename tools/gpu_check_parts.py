@@ -28,7 +28,7 @@ from megatron_mm.training.checkpoint import Checkpointer, TrainState
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
 from megatron_mm.training.tower_graph import Capture, allowed_difference, graph_tower, graphed_tower, replay_difference
-from tools.gpu_check_layers import STEPS, Checked, Skipped, distance, experiment, farthest, train
+from tools.gpu_check_layers import STEPS, Checked, Skipped, distance, experiment, farthest, together, train
 
 megatron_optimizer: Any = importlib.import_module("megatron.core.optimizer")
 distributed_optimizer: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
@@ -107,7 +107,7 @@ def check_fp8_weights(data: Path, device: torch.device) -> Iterator[Checked | Sk
 
 
 def check_tower_graph(data: Path, device: torch.device) -> Iterator[Checked | Skipped]:
-    """Compare replays of towers as CUDA graphs with the towers; for InfiMM, also losses with and without a graph."""
+    """Compare replays of towers as CUDA graphs with the towers, and training with and without graphs."""
     if device.type != "cuda":
         yield Skipped("tower graph", "needs a GPU")
         return
@@ -116,13 +116,18 @@ def check_tower_graph(data: Path, device: torch.device) -> Iterator[Checked | Sk
         kinds.append(("te", "bf16"))
     for layers, precision in kinds:
         for recipe in ("debug_infimm", "debug_mm1"):
-            yield from compare_replays(experiment(data, precision=precision, layers=layers, recipe=recipe))
-        plain = experiment(data, precision=precision, layers=layers, recipe="debug_infimm")
-        graphed = replace(plain, kernels=replace(plain.kernels, tower_graph=GRAPH_IMAGES))
-        found = distance(train(graphed).losses, train(plain).losses)
-        yield Checked(
-            f"tower graph, debug_infimm {layers} {precision}: loss of {STEPS} steps", found, 1e-5 if precision == "fp32" else 1e-2
-        )
+            plain = experiment(data, precision=precision, layers=layers, recipe=recipe)
+            yield from compare_replays(plain)
+            yield from compare_training(plain)
+
+
+def compare_training(plain: Experiment) -> Iterator[Checked]:
+    """Compare losses and gradients with and without graphs of the tower: InfiMM's is frozen, MM1's trains."""
+    found, expected = train(replace(plain, kernels=replace(plain.kernels, tower_graph=GRAPH_IMAGES))), train(plain)
+    assert any(number <= GRAPH_IMAGES for number in expected.images), f"micro-batches of {expected.images} images: none fits into a graph"
+    what, exact = f"tower graph, debug_{plain.model.family} {plain.train.layers} {plain.train.precision}", plain.train.precision == "fp32"
+    yield Checked(f"{what}: loss of {STEPS} steps", distance(found.losses, expected.losses), 1e-5 if exact else 1e-2)
+    yield Checked(f"{what}: gradient", together(found.gradients, expected.gradients), 1e-4 if exact else 0.1)
 
 
 def check_repeats(data: Path, device: torch.device, *, recipe: str) -> Iterator[Checked | Skipped]:

@@ -26,8 +26,9 @@ class KernelConfig:
     """EVA towers apply rotary positions with Transformer Engine's kernel, and compute their SwiGLU with a compiled one, in rows padded to a
     multiple of 64 numbers if the width is not a multiple of 8."""
     tower_graph: int | None = None
-    """Images per replay of a CUDA graph that runs a frozen image tower during training; None runs it without a graph. The images of a
-    micro-batch are filled up with blank ones to a multiple of this number. It helps for few images (docs/performance.md)."""
+    """Images per replay of CUDA graphs that run the image tower during training; None runs it without graphs. The images of a micro-batch
+    are filled up with blank ones to this number, or to a multiple of it if the tower is frozen. It helps for few images
+    (docs/performance.md)."""
 
     def __post_init__(self) -> None:
         require(self.tower_graph is None or self.tower_graph > 0, f"kernels.tower_graph is {self.tower_graph}, but must be positive")

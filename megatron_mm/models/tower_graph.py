@@ -136,7 +136,7 @@ class _Replayed(torch.autograd.Function):
         return copy.forward()[:count].clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None, None]:
         copy: Copy = ctx.copy
         assert copy.user is not None and copy.user() is ctx.user, "a backward pass runs once"
         copy.gradient[: len(gradient)].copy_(gradient)

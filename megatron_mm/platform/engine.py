@@ -114,10 +114,13 @@ def make_user_buffers(*, tokens: int, width: int, tensor: int, fp8: bool) -> Non
 
 def leave_generators_alone(modules: Iterable[torch.nn.Module]) -> None:
     """Keep Transformer Engine's attention, if it has no dropout, from switching the state of the device's generator in each layer of each
-    micro-batch. It draws nothing, and each switch takes about ten operations on the host."""
+    micro-batch. It draws nothing, and each switch takes about ten operations on the host. Without the generators' tracker, it can also be
+    captured in a CUDA graph: Transformer Engine refuses to capture with megatron-core's."""
     for module in modules:
         for attention in module.modules():
             if getattr(attention, "attention_dropout", None) == 0.0:
+                if hasattr(attention, "rng_states_tracker"):
+                    attention.rng_states_tracker = None  # type: ignore[assignment]
                 for kernel in attention.children():
                     if hasattr(kernel, "attention_dropout_ctx"):
                         kernel.attention_dropout_ctx = contextlib.nullcontext  # type: ignore[assignment]

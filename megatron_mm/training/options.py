@@ -327,7 +327,9 @@ def _tower_graph(experiment: Experiment) -> Iterator[Option]:
 
 
 def _tower_graph_costs(experiment: Experiment, images: int) -> str:
-    blanks = f"each process fills up the images of a micro-batch with blank ones to {{}}{images}; the computation on these (`tower_blanks` in "
+    blanks = (
+        f"each process fills up the images of a micro-batch with blank ones to {{}}{images}; the computation on these (`tower_blanks` in "
+    )
     blanks += "metrics.jsonl) is wasted"
     if not _trains_tower(experiment):
         return f"{blanks.format('a multiple of ')}. At the start, replays are compared with the tower"
@@ -352,8 +354,8 @@ def _tower_graph_impossible(experiment: Experiment) -> str:
         return "FP8 training with a graph has not been worked out: use --train.precision bf16, or leave it out"
     if _trains_tower(experiment) and parallel.spread_encoder:
         return (
-            f"freeze policy {experiment.train.freeze_policy!r} trains the image tower, and --parallel.spread-encoder encodes many images at "
-            "once, for which a graph is not faster: leave it out"
+            f"freeze policy {experiment.train.freeze_policy!r} trains the image tower, and --parallel.spread-encoder encodes many images "
+            "at once, for which a graph is not faster: leave it out"
         )
     if _trains_tower(experiment) and recompute != "none":
         return f"the tower is recomputed ({recompute}), and a graph keeps its activations: use --parallel.recompute-encoder none"

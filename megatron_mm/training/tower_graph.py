@@ -1,7 +1,7 @@
 """Runs an image tower as CUDA graphs (`kernels.tower_graph`).
 
-They are captured once all weights are loaded and before the loader starts. A replay reads weights, and adds gradients to buffers, where they
-were at that time. They never move after that: the optimizer changes weights in place, and later loads (a roll-back) build a new model.
+They are captured once all weights are loaded and before the loader starts. A replay reads weights, and adds gradients to buffers, where
+they were at that time. They never move after that: the optimizer changes weights in place, and later loads (a roll-back) build a new model.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def check_gradients(copy: Copy, eager: Forward, wrapped: DataParallel, trained: 
     difference, allowed = gradient_difference(copy, eager, wrapped, trained), LIMITS[copy.gradient.dtype]
     if not difference <= allowed:  # also for NaN
         raise ValueError(
-            _refused(len(copy.pixels), f"gradients of a replay differ from the tower's by {difference:.2g} of their norm (allowed: {allowed:g})")
+            _refused(
+                len(copy.pixels), f"gradients of a replay differ from the tower's by {difference:.2g} of their norm (allowed: {allowed:g})"
+            )
         )
 
 

@@ -23,6 +23,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from support import distributed
+from support.recorded_graph import recorded_graphs
 from support.te import extension, fp8
 from support.te.extension import CALLS
 
@@ -32,6 +33,7 @@ from megatron_mm.platform import adam
 from megatron_mm.training import build
 from megatron_mm.training.options import check_options
 from megatron_mm.training.step import StepResult
+from megatron_mm.training.tower_graph import graph_tower
 
 SUBJECT = te_program.SUBJECTS["mm1"]
 FORKS = "generator states put in place"
@@ -51,6 +53,8 @@ def count(owner: type, method: str, name: str) -> None:
 
 count(CudaRNGStatesTracker, "fork", FORKS)
 DELAYED = {"overlap_experts": True, "delay_weight_gradients": True}
+IMAGES = 4
+"""Images per graph; micro-batches have none, one, and four."""
 PARTS = ("core_attn", "mlp", "layernorm", "moe", "moe_act")
 
 
@@ -187,6 +191,46 @@ def overlapped(options: dict[str, Any], precision: str, kernels: dict[str, Any])
     }
 
 
+def graphs_of_the_tower(**kernels: bool) -> dict[str, Any]:
+    """Return losses and gradient norms with and without graphs of a tower that trains, and the weights whose products add gradients.
+
+    Args:
+        kernels: of `Kernels`, to change.
+    """
+    found: dict[str, Any] = {}
+    for name in ("plain", "graphs"):
+        experiment = SUBJECT.experiment(precision="bf16")
+        with tempfile.TemporaryDirectory() as folder, recorded_graphs() as graphs:
+            trainee = te_program.Trainee(SUBJECT, experiment, "te", Path(folder))
+            (model,), chosen = trainee.model, replace(te_program.kernels_of("te"), **kernels)
+            for module in model.modules():
+                if hasattr(module, "fuse_wgrad_accumulation"):
+                    module.fuse_wgrad_accumulation = chosen.weight_gradients
+            tower = model.module.encoder.parts["vision"]
+            if name == "graphs":
+                graph_tower(replace(experiment, kernels=KernelConfig(tower_graph=IMAGES)), trainee.model)
+            else:
+                tower.forward = filled_up(tower.forward)
+            results = steps(trainee, 1, 3)
+            replays = [graph.replays for graph in graphs.made]
+            fused = sum(getattr(module, "fuse_wgrad_accumulation", False) for module in tower.modules())
+            topologies.shutdown()
+        numbers = [(result.losses.mean, result.update.grad_norm) for result in results]
+        found[name] = {"numbers": numbers, "replays": replays, "fused": fused}
+    return found
+
+
+def filled_up(forward: Any) -> Any:
+    """Encode as many images as a graph does, so that features and gradients are the same bits."""
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        blank = pixels.new_zeros(IMAGES - len(pixels), *pixels.shape[1:])
+        found: torch.Tensor = forward(torch.cat([pixels, blank]))[: len(pixels)]
+        return found
+
+    return run
+
+
 def main() -> None:
     adam.install = lambda: None  # Transformer Engine's Adam, over a kernel that runs here
     torch.set_num_threads(1)
@@ -212,6 +256,7 @@ def main() -> None:
         found["bf16 moments, at once"] = train(sparse(**small), folder / "once", last=4)
         found["bf16 moments from fp32"] = train(sparse(**small), folder / "plain", first=3, last=4)
         found["fp32 moments from bf16"] = train(sparse(), folder / "moments", first=3, last=4)
+    found["graphs"] = {name: graphs_of_the_tower(weight_gradients=fused) for name, fused in (("fused", True), ("not fused", False))}
     distributed._PRELOADED.clear()  # processes begin with this file, and so with Transformer Engine
     found["user buffers"] = {precision: distributed.run_processes(user_buffers, 2, precision)[0] for precision in ("bf16", "fp8")}
     with tempfile.TemporaryDirectory() as name:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 NOT_PERMITTED = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
 """Operations whose result's value or shape the host must know."""
@@ -24,7 +24,8 @@ class RecordedGraph(TorchDispatchMode):
     """Stands in for `torch.cuda.CUDAGraph`."""
 
     made: list[RecordedGraph]
-    """All graphs, in the order of their creation, since `use_recorded_graphs`."""
+    """All graphs, in the order of their creation, since `recorded_graphs` began."""
+    recording: RecordedGraph | None = None
 
     def __init__(self, keep_graph: bool = False) -> None:
         super().__init__()
@@ -37,10 +38,12 @@ class RecordedGraph(TorchDispatchMode):
 
     def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
         assert not self.operations, "a graph is captured once"
+        RecordedGraph.recording = self
         self.__enter__()
 
     def capture_end(self) -> None:
         self.__exit__(None, None, None)
+        RecordedGraph.recording = None
 
     def reset(self) -> None:
         self.operations.clear()
@@ -48,8 +51,12 @@ class RecordedGraph(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func.overloadpacket.__name__ in NOT_PERMITTED:
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
-        result = func(*args, **(kwargs or {}))
-        self.operations.append((func, args, kwargs or {}, _tensors(result)))
+        return self.record(func, *args, **(kwargs or {}))
+
+    def record(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function, and record it with its tensors."""
+        result = func(*args, **kwargs)
+        self.operations.append((func, *tree_map_only(torch.Tensor, _memory, (args, kwargs)), [_memory(one) for one in _tensors(result)]))
         return result
 
     @torch.no_grad()
@@ -58,7 +65,20 @@ class RecordedGraph(TorchDispatchMode):
         for func, args, kwargs, results in self.operations:
             for old, new in zip(results, _tensors(func(*args, **kwargs)), strict=True):
                 if old.data_ptr() != new.data_ptr():  # a view, or a result in place, is in its memory already
-                    torch.Tensor.copy_(old.detach(), new.detach())
+                    old.copy_(new)
+
+
+def as_one(kernel: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a function that stands in for one kernel of a GPU; a capture records it as one operation, whatever it does inside."""
+    if (graph := RecordedGraph.recording) is None:
+        return kernel(**arguments)
+    with _disable_current_modes():
+        return graph.record(kernel, **arguments)
+
+
+def _memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as a tensor of its own: the original one may be given other memory (`tensor.data = ...`)."""
+    return tensor.detach()
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:

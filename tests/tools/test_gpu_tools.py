@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.recorded_graph import recorded_graphs
 from support.te import python_of_transformer_engine
 
 REPOSITORY = Path(__file__).parents[2]
@@ -80,6 +81,15 @@ def test_replays_of_a_tower_are_compared(recipe: str, tmp_path: Path) -> None:
     assert all(line.holds for line in lines)
     if recipe == "debug_infimm":  # modules of megatron-core cannot be copied
         assert [line.holds for line in gpu_check_parts.compare_replays(settings, capture=copied)] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("recipe", ["debug_infimm", "debug_mm1"])
+def test_training_with_graphs_is_compared(recipe: str, demo_data: Path) -> None:
+    settings = gpu_check_layers.experiment(demo_data, precision="fp32", layers="torch", recipe=recipe)
+    with recorded_graphs() as graphs:
+        lines = list(gpu_check_parts.compare_training(settings))
+        assert len(graphs.made) == (2 if recipe == "debug_mm1" else 1) and all(graph.replays > 4 for graph in graphs.made)
+    assert all(line.holds for line in lines) and len(lines) == 2
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from support.recorded_graph import RecordedGraph, recorded_graphs
 from support.small import random_step, small_experiment, small_run
 
 from megatron_mm.config import Experiment, KernelConfig
-from megatron_mm.models.tower_graph import Forward, GraphedTrainedTower
+from megatron_mm.models.tower_graph import Forward
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.platform.cuda_graph import Passes, capture_passes
 from megatron_mm.run import start as starting
@@ -146,7 +146,10 @@ def failing(*args: Any) -> Passes:
 @pytest.mark.parametrize(
     ("capture", "message"),
     [
-        (half, r"tower_graph is 4, but gradients of a replay differ from the tower's by 0\.5 of their norm \(allowed: 0\.001\): leave it out"),
+        (
+            half,
+            r"tower_graph is 4, but gradients of a replay differ from the tower's by 0\.5 of their norm \(allowed: 0\.001\): leave it out",
+        ),
         (failing, r"tower_graph is 4, but the tower's graph fails \(operation not permitted when stream is capturing\): leave it out"),
     ],
 )
@@ -163,7 +166,7 @@ def test_passes_that_are_wrong_or_fail_are_refused(capture: Any, message: str, g
 
 def test_a_spread_tower_that_trains_is_refused(graphs: type[RecordedGraph]) -> None:
     def build(topology: Any, model: Any) -> None:
-        with pytest.raises(ValueError, match="the tower trains and its images are spread over pipeline ranks .*: leave it out"):
+        with pytest.raises(ValueError, match=r"the tower trains and its images are spread over pipeline ranks .*: leave it out"):
             graph_tower(replace(experiment, parallel=replace(experiment.parallel, pipeline=2, spread_encoder=True)), model)
 
     experiment = graphed(small_experiment())

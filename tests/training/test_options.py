@@ -185,7 +185,10 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ("asked", "message"),
     [
         (graphed("debug_mono_internvl"), "mono_internvl models have no image tower apart from the first stage: leave it out"),
-        (graphed("debug_mm1", pipeline=2, spread_encoder=True), "freeze policy 'all' trains the image tower, and --parallel.spread-encoder"),
+        (
+            graphed("debug_mm1", pipeline=2, spread_encoder=True),
+            "freeze policy 'all' trains the image tower, and --parallel.spread-encoder",
+        ),
         (graphed("debug_mm1", recompute="full"), r"the tower is recomputed \(full\), and a graph keeps its activations"),
         (graphed("debug_infimm", precision="fp8"), "FP8 training with a graph has not been worked out: use --train.precision bf16"),
     ],

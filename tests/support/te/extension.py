@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from support.recorded_graph import as_one
 from support.te import fp8, kernels
 
 CALLS: Counter[str] = Counter()
@@ -86,6 +87,6 @@ def _function(name: str, parameters: list[str] | None, candidates: list[Callable
         bound = takes.bind(*args, **kwargs)
         bound.apply_defaults()
         with torch.no_grad():  # compiled functions record nothing for autograd
-            return kernel(**{parameter: bound.arguments[parameter] for parameter in wanted})
+            return as_one(kernel, **{parameter: bound.arguments[parameter] for parameter in wanted})
 
     return call
