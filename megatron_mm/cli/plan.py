@@ -11,7 +11,7 @@ from megatron_mm.cli.command import Command, Parser, at_least, choices, show
 from megatron_mm.cli.recipe import list_recipes, recipe_of
 from megatron_mm.config import Experiment
 from megatron_mm.planning.hardware import GPUS, MICRO, OURS, gpu_named, with_host
-from megatron_mm.planning.memory import USABLE, USABLE_BY_RECIPES
+from megatron_mm.planning.memory import USABLE, USABLE_BY_RECIPES, fits
 
 if TYPE_CHECKING:
     from megatron_mm.planning.recipe_job import Planned
@@ -148,6 +148,8 @@ def _plan(given: argparse.Namespace) -> None:
         write_trace(prediction.pipeline, given.chrome_trace)
     if given.trace:
         _trace(given, planned)
+    if not fits(prediction.peak_bytes, gpu):
+        raise SystemExit(1)
 
 
 def _trace(given: argparse.Namespace, planned: Planned) -> None:
@@ -163,6 +165,7 @@ def _trace(given: argparse.Namespace, planned: Planned) -> None:
 
 def _notes() -> str:
     return (
+        "The exit code is 1 if the layout does not fit in the GPU's memory.\n\n"
         "With --measurements: predicted and published step times and memory, by source and kind (dense, moe). FILE.csv has the\n"
         "columns of benchmarks/anchors/throughput.csv. Missing values are assumed. Rows that cannot be predicted, for example\n"
         "because a cell cannot be read, are listed with the reason.\n\n" + list_recipes()

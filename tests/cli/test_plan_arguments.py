@@ -66,8 +66,10 @@ def test_what_measurements_ignore_is_named(tmp_path: Path, caplog: pytest.LogCap
     assert "ignored, because --measurements plans no run: --price" in caplog.text
 
 
-def test_a_layout_that_does_not_fit_has_no_days_and_names_the_search(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["plan", "mm1_30b", "--num-gpus", "8", "--price", "2", "--train.global-batch-size", "8"])
+def test_a_layout_that_does_not_fit_has_no_days_names_the_search_and_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "mm1_30b", "--num-gpus", "8", "--price", "2", "--train.global-batch-size", "8"])
+    assert ended.value.code == 1
     out = capsys.readouterr().out
     assert "fits     NO" in out and "add --search to find one that fits" in out and "GPU-hours" not in out
 

@@ -49,8 +49,9 @@ def test_products_are_those_that_are_counted(recipe: str) -> None:
 
 
 def test_a_layout_that_cannot_fit_is_said_to_be_too_large(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", "mm1_30b", "--num-gpus", "8", "--parallel.pipeline", "1", "--parallel.tensor", "1", "--parallel.virtual", "1",
-          "--parallel.stage-layers", "None"])  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(["plan", "mm1_30b", "--num-gpus", "8", "--parallel.pipeline", "1", "--parallel.tensor", "1", "--parallel.virtual", "1",
+              "--parallel.stage-layers", "None"])  # fmt: skip
     assert "fits     NO" in capsys.readouterr().out
 
 
