@@ -33,9 +33,20 @@ def freeze(chunk: torch.nn.Module, patterns: Sequence[str]) -> None:
     """Make the parameters of a pipeline chunk trainable whose names match a pattern, and freeze the others.
 
     Each chunk numbers its decoder layers from 0, so patterns cannot distinguish layers.
+
+    Raises ValueError if a parallel linear layer's bias would train without its weight: neither megatron-core's layers nor Transformer
+    Engine's compute its gradient then.
     """
     for name, parameter in chunk.named_parameters():
         parameter.requires_grad_(is_trainable(name, patterns))
+    for name, module in chunk.named_modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        parallel = not isinstance(module, torch.nn.Linear) and isinstance(weight, torch.Tensor) and weight.ndim == 2
+        if parallel and not weight.requires_grad and isinstance(bias, torch.Tensor) and bias.requires_grad:
+            raise ValueError(
+                f"the freeze policy trains {name}.bias but not {name}.weight, and a parallel layer computes gradients of both or of none: "
+                "change its patterns to train or to freeze both"
+            )
 
 
 def check_patterns(experiment: Experiment, names: Iterable[str]) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 from support.distributed import run_processes
+from support.small import small_experiment
 from support.small_infimm import small_infimm
 
 from megatron_mm.families.infimm.family import InfiMMFamily
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.run.dry_run import stage_parameters
 from megatron_mm.training import freezing
-from megatron_mm.training.build import build_model
-from megatron_mm.training.freezing import trainable_patterns
+from megatron_mm.training.build import build_chunks, build_model
+from megatron_mm.training.freezing import freeze, trainable_patterns
 
 PROBLEM = r"freeze policy 'pt' of infimm models has patterns that match no parameter: \['resampled'\]; names begin with \['language'"
 
@@ -54,3 +55,13 @@ def test_an_unknown_policy_lists_all() -> None:
         ValueError, match=r"train.freeze_policy is 'all', but must be one of the policies of infimm models: \['ift', .*'pt'\]"
     ):
         trainable_patterns(small_infimm(policy="all"))
+
+
+def test_a_bias_of_a_parallel_layer_does_not_train_alone() -> None:
+    """Its gradient would be missing, silently if reductions do not overlap. Biases of norms may train alone."""
+    experiment = small_experiment()
+    topology = topologies.initialize(experiment.parallel, seed=1)
+    (chunk,) = build_chunks(experiment, topology)
+    freeze(chunk, [r"vision\..*layernorm\.bias"])
+    with pytest.raises(ValueError, match=r"the freeze policy trains vision\..*linear_proj.bias but not vision\..*linear_proj.weight"):
+        freeze(chunk, [r"vision\..*bias"])
