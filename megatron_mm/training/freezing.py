@@ -41,8 +41,9 @@ def freeze(chunk: torch.nn.Module, patterns: Sequence[str]) -> None:
         parameter.requires_grad_(is_trainable(name, patterns))
     for name, module in chunk.named_modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        parallel = not isinstance(module, torch.nn.Linear) and isinstance(weight, torch.Tensor) and weight.ndim == 2
-        if parallel and not weight.requires_grad and isinstance(bias, torch.Tensor) and bias.requires_grad:
+        if isinstance(module, torch.nn.Linear) or not isinstance(weight, torch.Tensor) or not isinstance(bias, torch.Tensor):
+            continue
+        if weight.ndim == 2 and bias.requires_grad and not weight.requires_grad:
             raise ValueError(
                 f"the freeze policy trains {name}.bias but not {name}.weight, and a parallel layer computes gradients of both or of none: "
                 "change its patterns to train or to freeze both"
