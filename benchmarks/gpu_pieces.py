@@ -186,16 +186,8 @@ def time_tower_graph(
             )
         for count in images:
             pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
-            plain = None
-            for name, (step, way) in ways.items():
-                ms = _median_ms(partial(_call, way, pixels), device, repeats)
-                plain = plain or ms
-                yield {
-                    "case": f"frozen tower, {count} images, {name}: {layers} {precision}",
-                    "ms": round(ms, 3),
-                    "speed": round(plain / ms, 3),
-                    "images_computed": -(-count // step) * step,
-                }
+            calls = {name: (step, partial(_call, way, pixels)) for name, (step, way) in ways.items()}
+            yield from _time_ways(calls, f"frozen tower, {count} images, {{}}: {layers} {precision}", count, device, repeats)
         topologies.shutdown()
 
 
@@ -224,19 +216,24 @@ def time_trained_graph(
         for count in images:
             pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
             gradient = torch.randn_like(eager(pixels).detach())
-            plain = None
-            for name, (step, way) in ways.items():
-                if count > step > 1:
-                    continue  # it runs without the graph
-                ms = _median_ms(partial(_both_passes, way, pixels, gradient), device, repeats)
-                plain = plain or ms
-                yield {
-                    "case": f"tower that trains, {count} images, {name}: {layers} {precision}",
-                    "ms": round(ms, 3),
-                    "speed": round(plain / ms, 3),
-                    "images_computed": -(-count // step) * step,
-                }
+            calls = {
+                name: (step, partial(_both_passes, way, pixels, gradient))
+                for name, (step, way) in ways.items()
+                if not count > step > 1  # more images run without the graph
+            }
+            yield from _time_ways(calls, f"tower that trains, {count} images, {{}}: {layers} {precision}", count, device, repeats)
         topologies.shutdown()
+
+
+def _time_ways(
+    calls: dict[str, tuple[int, Callable[[], None]]], case: str, images: int, device: torch.device, repeats: int
+) -> Iterator[Row]:
+    """Time each way, given as (images per pass, call), and compare it with the first one."""
+    plain = None
+    for name, (step, call) in calls.items():
+        ms = _median_ms(call, device, repeats)
+        plain = plain or ms
+        yield {"case": case.format(name), "ms": round(ms, 3), "speed": round(plain / ms, 3), "images_computed": -(-images // step) * step}
 
 
 def _both_passes(way: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor, gradient: torch.Tensor) -> None:
