@@ -350,8 +350,6 @@ def _tower_graph_impossible(experiment: Experiment) -> str:
         return "CUDA graphs need a GPU: leave it out"
     if not family.spreads_encoder:
         return f"{family.name} models have no image tower apart from the first stage: leave it out"
-    if experiment.train.precision == "fp8":
-        return "FP8 training with a graph has not been worked out: use --train.precision bf16, or leave it out"
     if _trains_tower(experiment) and parallel.spread_encoder:
         return (
             f"freeze policy {experiment.train.freeze_policy!r} trains the image tower, and --parallel.spread-encoder encodes many images "

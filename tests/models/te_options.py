@@ -191,7 +191,7 @@ def overlapped(options: dict[str, Any], precision: str, kernels: dict[str, Any])
     }
 
 
-def graphs_of_the_tower(**kernels: bool) -> dict[str, Any]:
+def graphs_of_the_tower(precision: str = "bf16", **kernels: bool) -> dict[str, Any]:
     """Return losses and gradient norms with and without graphs of a tower that trains, and the weights whose products add gradients.
 
     Args:
@@ -199,7 +199,7 @@ def graphs_of_the_tower(**kernels: bool) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name in ("plain", "graphs"):
-        experiment = SUBJECT.experiment(precision="bf16")
+        experiment = SUBJECT.experiment(precision=precision)
         with tempfile.TemporaryDirectory() as folder, recorded_graphs() as graphs:
             trainee = te_program.Trainee(SUBJECT, experiment, "te", Path(folder))
             (model,), chosen = trainee.model, replace(te_program.kernels_of("te"), **kernels)
@@ -256,7 +256,11 @@ def main() -> None:
         found["bf16 moments, at once"] = train(sparse(**small), folder / "once", last=4)
         found["bf16 moments from fp32"] = train(sparse(**small), folder / "plain", first=3, last=4)
         found["fp32 moments from bf16"] = train(sparse(), folder / "moments", first=3, last=4)
-    found["graphs"] = {name: graphs_of_the_tower(weight_gradients=fused) for name, fused in (("fused", True), ("not fused", False))}
+    found["graphs"] = {
+        f"{precision} {name}": graphs_of_the_tower(precision, weight_gradients=name == "fused")
+        for precision in ("bf16", "fp8")
+        for name in ("fused", "not fused")
+    }
     distributed._PRELOADED.clear()  # processes begin with this file, and so with Transformer Engine
     found["user buffers"] = {precision: distributed.run_processes(user_buffers, 2, precision)[0] for precision in ("bf16", "fp8")}
     with tempfile.TemporaryDirectory() as name:

@@ -164,14 +164,9 @@ def test_micro_batches_have_one_size_with_user_buffers() -> None:
     assert whole.token_multiple == 96 and experiment(parallel={"tensor": 2}).token_multiple == 16
 
 
-def graphed(recipe: str, *, precision: str = "bf16", **parallel: Any) -> Experiment:
+def graphed(recipe: str, **parallel: Any) -> Experiment:
     base = get_recipe(recipe)
-    return replace(
-        base,
-        kernels=KernelConfig(tower_graph=8),
-        parallel=replace(base.parallel, **parallel),
-        train=replace(base.train, precision=precision),  # type: ignore[arg-type]
-    )
+    return replace(base, kernels=KernelConfig(tower_graph=8), parallel=replace(base.parallel, **parallel))
 
 
 @pytest.fixture
@@ -190,7 +185,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
             "freeze policy 'all' trains the image tower, and --parallel.spread-encoder",
         ),
         (graphed("debug_mm1", recompute="full"), r"the tower is recomputed \(full\), and a graph keeps its activations"),
-        (graphed("debug_infimm", precision="fp8"), "FP8 training with a graph has not been worked out: use --train.precision bf16"),
     ],
 )
 def test_a_graph_of_a_tower_that_cannot_run_is_refused(asked: Experiment, message: str) -> None:
