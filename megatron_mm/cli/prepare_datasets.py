@@ -77,6 +77,13 @@ def _arguments(
             "--shard-megabytes", type=at_least(1), default=1024, metavar="N", help="size of a shard, MiB (default: %(default)s)"
         )
         parser.add_argument(
+            "--hold-out",
+            type=fraction,
+            default=0.0,
+            metavar="FRACTION",
+            help="fraction of the samples to write to DATA/heldout/NAME instead, chosen by their images or texts (default: none)",
+        )
+        parser.add_argument(
             "--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="number of processes (default: %(default)s)"
         )
         add_limits(parser)
@@ -91,7 +98,8 @@ def _convert(layout: str, **fixed: Any) -> Callable[[argparse.Namespace], None]:
         names = ("images", "form", "annotations", "split", "texts", "messages_key")
         named = {name: getattr(given, name) for name in names if hasattr(given, name)}
         keys = {f"{name}s": (value,) for name in ("text_key", "image_key") if (value := getattr(given, name, None))}
-        options = Options(getattr(given, "layout", layout), shard_bytes=given.shard_megabytes * 2**20, **{**named, **keys, **fixed})
+        named |= {"shard_bytes": given.shard_megabytes * 2**20, "hold_out": given.hold_out}
+        options = Options(getattr(given, "layout", layout), **{**named, **keys, **fixed})
         print(
             convert(
                 given.inputs,

@@ -9,6 +9,8 @@ conversion.
     OUT/.prepared/00000.rejected.jsonl   losses of input 0, a line for each record or image (`losses`)
     OUT/.prepared/images.sqlite  locations of images (`images`)
 
+With `--hold-out`, some samples are written to shards of the same names in DATA/heldout/NAME (`hold_out`).
+
 An input is converted again only if it or the options have changed, and its shards are renamed into place when they are complete. So the
 same command, started again after an interruption, resumes.
 """
@@ -25,14 +27,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
 from megatron_mm.data.image_formats import is_image_name
 from megatron_mm.data.prepare.published.annotations import as_pair, of_split, read_annotations, row_records
+from megatron_mm.data.prepare.published.converted import Converted, check_losses
 from megatron_mm.data.prepare.published.files import ending
 from megatron_mm.data.prepare.published.folders import DESCRIPTIONS, described_folder, describes, folder_pairs, listing
+from megatron_mm.data.prepare.published.hold_out import SplitWriter, held_out_shards, heldout_folder, make_heldout_folder
 from megatron_mm.data.prepare.published.images import ImageStore, build_table, table_stamp
 from megatron_mm.data.prepare.published.inputs import expand
 from megatron_mm.data.prepare.published.layouts import (
@@ -46,10 +50,9 @@ from megatron_mm.data.prepare.published.layouts import (
     OutSample,
     each_caption,
 )
-from megatron_mm.data.prepare.published.losses import NO_IMAGES, ORIGIN, BadRecord, DamagedFile, LossList, Record
+from megatron_mm.data.prepare.published.losses import ORIGIN, BadRecord, DamagedFile, LossList, Record
 from megatron_mm.data.prepare.published.records import TABLES, TextDocuments, iterate_records
 from megatron_mm.data.prepare.published.web_documents import separate
-from megatron_mm.data.prepare.published.write import ShardWriter
 from megatron_mm.data.sources.stores import check_local
 from megatron_mm.data.text.items import BadDocument
 from megatron_mm.data.text.keys import Keys
@@ -80,61 +83,8 @@ class Options:
     texts: TextDocuments = "file"
     shard_bytes: int = 2**30
     """Approximate size of a shard, in bytes."""
-
-
-@dataclass
-class Converted:
-    """Result of converting inputs."""
-
-    samples: int = 0
-    images: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, int] = field(default_factory=dict)
-    fields: str = ""
-    """Names of the fields of the first record that was rejected."""
-    examples: list[str] = field(default_factory=list)
-    """Lines about rejected records and dropped images, the first few for each reason and input."""
-    damaged: list[str] = field(default_factory=list)
-    """Inputs that could not be read to the end, with the reason."""
-    shards: list[str] = field(default_factory=list)
-
-    def add(self, other: Converted) -> None:
-        """Add the result of another input."""
-        self.samples += other.samples
-        self.images += other.images
-        for mine, more in ((self.rejected, other.rejected), (self.dropped, other.dropped), (self.left_out, other.left_out)):
-            for reason, count in more.items():
-                mine[reason] = mine.get(reason, 0) + count
-        self.fields = self.fields or other.fields
-        self.examples += other.examples
-        self.damaged += other.damaged
-        self.shards += other.shards
-
-    def __str__(self) -> str:
-        lines = [f"{self.samples:,} samples with {self.images:,} images in {len(self.shards)} shards"]
-        for what, counts in (("rejected", self.rejected), ("dropped from samples", self.dropped), ("left out", self.left_out)):
-            if counts:
-                lines.append(f"{what}: {_listed(counts)}")
-        return "\n".join([*lines, *(f"damaged: {line}" for line in self.damaged), *self.named()])
-
-    def named(self) -> list[str]:
-        """Return lines about some of the losses: the first few for each reason."""
-        chosen, seen = list[str](), Counter[str]()
-        for example in self.examples:
-            reason = example.partition(": ")[0]
-            seen[reason] += 1
-            if seen[reason] <= _EXAMPLES:
-                chosen.append(example)
-        return [f"  {line}" for line in sorted(chosen, key=lambda line: line.partition(": ")[0])]
-
-
-_EXAMPLES = 3
-"""Number of losses per reason that the summary names."""
-
-
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{reason}: {count:,}" for reason, count in sorted(counts.items(), key=lambda entry: -entry[1]))
+    hold_out: float = 0.0
+    """Fraction of the samples to write to the held-out split (`hold_out`)."""
 
 
 def convert(
@@ -157,6 +107,8 @@ def convert(
         raise ValueError(f"{out} is a file: --out must be the folder of a source, such as DATA/train/NAME")
     out.mkdir(parents=True, exist_ok=True)
     _check_former(out, {path for _, path in tasks})
+    if options.hold_out:
+        make_heldout_folder(out)
     table = None
     if options.images is not None:
         table = out / ".prepared" / "images.sqlite"
@@ -172,7 +124,7 @@ def convert(
             )
     if total.examples:
         logger.info("all lost records and images, with their reasons: %s", out / ".prepared" / "*.rejected.jsonl")
-    _check(total, len(tasks), out, max_rejected, max_dropped_images)
+    check_losses(total, len(tasks), out, max_rejected, max_dropped_images)
     return total
 
 
@@ -241,7 +193,7 @@ def _convert_input(arguments: tuple[int, str, Path, Options, Path | None]) -> Co
     done = _finished(record_of_work, stamp, out)
     if done is not None:
         return done
-    for old in out.glob(f"{number:05d}-*"):
+    for old in (*out.glob(f"{number:05d}-*"), *held_out_shards(out, f"{number:05d}")):
         old.unlink()
     store = ImageStore(Path(options.images), table=table) if options.images is not None else None
     context = Context(
@@ -252,7 +204,8 @@ def _convert_input(arguments: tuple[int, str, Path, Options, Path | None]) -> Co
     )
     found, rejected, left_out = Converted(), Counter[str](), Counter[str]()
     lost = LossList(out / ".prepared" / f"{number:05d}.rejected.jsonl", of=path)
-    writer = ShardWriter(out, prefix=f"{number:05d}", lines=options.layout == "text", shard_bytes=options.shard_bytes)
+    lines, shard_bytes = options.layout == "text", options.shard_bytes
+    writer = SplitWriter(out, fraction=options.hold_out, prefix=f"{number:05d}", lines=lines, shard_bytes=shard_bytes)
     try:
         for sample in _samples(path, options, context, rejected, left_out, lost, found):
             writer.add(sample)
@@ -262,7 +215,8 @@ def _convert_input(arguments: tuple[int, str, Path, Options, Path | None]) -> Co
         found.damaged.append(str(error))
         rejected["damaged input file"] += 1
     lost.close()
-    found.shards, found.examples = writer.close(), lost.examples
+    found.shards, found.held_out_shards = writer.close()
+    found.held_out, found.examples = writer.held_out, lost.examples
     found.rejected, found.dropped, found.left_out = dict(rejected), dict(context.dropped.counts), dict(left_out)
     record_of_work.parent.mkdir(exist_ok=True)
     partial = record_of_work.with_suffix(".partial")
@@ -329,7 +283,10 @@ def _stamp(path: str, options: Options, table: Path | None) -> str:
     """Return a digest that changes if an input, an option or the folder of images changes."""
     import fsspec
 
-    facts = [path, json.dumps(asdict(options), sort_keys=True), str(table_stamp(table) if table is not None else None)]
+    given = asdict(options)
+    if not options.hold_out:  # stamps of before there was this option
+        del given["hold_out"]
+    facts = [path, json.dumps(given, sort_keys=True), str(table_stamp(table) if table is not None else None)]
     for file in filter(None, (path, options.annotations)):
         system, name = fsspec.core.url_to_fs(file)
         try:
@@ -352,52 +309,10 @@ def _finished(record_of_work: Path, stamp: str, out: Path) -> Converted | None:
         return None
     reader, _ = known.pop("reader", 1), known.pop("input")
     done = Converted(**known)
+    if not all((heldout_folder(out) / shard).is_file() for shard in done.held_out_shards):
+        return None
     return None if reader < _READER and (done.rejected or done.dropped or done.damaged) else done
 
 
 _READER = 2
 """Version of the code that reads records. An input of which an earlier version lost something is converted again."""
-
-
-def _check(total: Converted, inputs: int, out: Path, max_rejected: float, max_dropped_images: float) -> None:
-    rejected = sum(total.rejected.values())
-    again = f"The shards are in {out}; repair the inputs, or allow more with"
-    share, damaged = rejected / max(1, rejected + total.samples), len(total.damaged)
-    if not total.samples and not rejected:
-        raise ValueError(f"no samples in {inputs} inputs: {_listed(total.left_out) or 'they are empty'}")
-    examples = "".join(f"\n{line}" for line in total.named())
-    usual = max(total.rejected, key=lambda reason: total.rejected[reason], default="")
-    fields = f". The fields of the first one are {total.fields}: {_FIELDS.get(usual)}"
-    too_many = not total.samples or share > max_rejected
-    limit = f"more than --max-rejected {max_rejected:g}" if share > max_rejected else "and nothing is left"
-    fields = fields if too_many and total.fields and usual in _FIELDS else ""
-    if not too_many and damaged > max_rejected * inputs:
-        raise ValueError(
-            f"{damaged:,} of {inputs:,} inputs are damaged, more than --max-rejected {max_rejected:g}: {total.damaged[0].rstrip('.')}. "
-            f"{again} --max-rejected{examples}"
-        )
-    if too_many:
-        raise ValueError(
-            f"{rejected:,} of {rejected + total.samples:,} records ({share:.1%}) are rejected, {limit}: "
-            f"{_listed(total.rejected)}{_first(total.damaged)}{fields}. {again} --max-rejected{examples}"
-        )
-    lost = sum(count for reason, count in total.dropped.items() if reason not in NO_IMAGES)
-    if lost > max_dropped_images * (lost + total.images):
-        raise ValueError(
-            f"{lost:,} of {lost + total.images:,} images are missing or bad, more than --max-dropped-images {max_dropped_images:g}: "
-            f"{_listed(total.dropped)}. {again} --max-dropped-images{examples}"
-        )
-
-
-_FIELDS = {
-    "no text": "choose with --text-key",
-    "no image": "choose with --image-key",
-    "JSON has no conversations": "choose with --messages-key",
-    "malformed texts list": "a document needs `texts` and `images`, two lists of the same length",
-    "malformed text_list list": "a document needs `text_list` and `image_info`, two lists",
-}
-"""What to do about fields, by the reason that a record lacks one."""
-
-
-def _first(damaged: Sequence[str]) -> str:
-    return "".join(chain(["; "], damaged[:1])) if damaged else ""
