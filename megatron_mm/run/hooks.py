@@ -246,11 +246,12 @@ class Stopping(Hook):
         self.file = trainer.run_dir / STOPPED_FILE
         if trainer.topology.is_main:
             self.file.unlink(missing_ok=True)
-        self.previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         self.unblocked = set(self.SIGNALS) - signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGINT})
         resource_tracker.ensure_running()  # starting it unblocks SIGTERM in this thread: now, not in the first save
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         self.interrupts = Interrupts(lambda: self._note(signal.SIGINT), launcher=self.launcher)
+        # Last, because other threads run the handler although this one blocks the signals.
+        self.previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 
     def _handle(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT:

@@ -61,5 +61,9 @@ class Interrupts:
             self._first = now
             self._asked()
         elif now - self._first > apart:
-            print("megatron-mm: interrupted twice: the same command resumes from the newest checkpoint", file=sys.stderr, flush=True)
+            print(
+                "megatron-mm: interrupted twice: the same command resumes from the newest checkpoint, if there is one",
+                file=sys.stderr,
+                flush=True,
+            )
             end_process(EXIT_INTERRUPTED)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_mm.data.prepare import demo
 from megatron_mm.data.prepare.demo import COLOURS, SHAPES, draw_scene, prepare_demo
 from megatron_mm.data.sources.index import open_split
 from megatron_mm.data.sources.shards import iterate_jsonl, iterate_tar
@@ -125,3 +126,23 @@ def test_demo_data_is_packed_more_than_98_percent_full(tmp_path: Path) -> None:
             used[sequence.source] += sequence.num_tokens
             room[sequence.source] += 256
     assert all(used[source] / room[source] > 0.98 for source in room), {s: used[s] / room[s] for s in room}
+
+
+def test_the_same_command_makes_what_an_interrupted_one_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_demo(tmp_path / "whole", samples=40)
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "prepare_tokenizer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_demo(tmp_path / "again", samples=600)
+    assert (tmp_path / "again/train/pairs/00000.tar").exists()
+    prepare_demo(tmp_path / "again", samples=40)
+    files = [{path.relative_to(folder) for path in folder.rglob("*.tar")} for folder in (tmp_path / "whole", tmp_path / "again")]
+    assert files[0] == files[1]
+    shard = "train/pairs/00000.tar"
+    assert (tmp_path / "again" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
+    with pytest.raises(ValueError, match=r"already contains a data set"):
+        prepare_demo(tmp_path / "again", samples=40)
+
+
+def interrupted(*arguments: object, **options: object) -> None:
+    raise KeyboardInterrupt

@@ -12,6 +12,8 @@ import pytest
 from support.data_files import picture, write_tar
 from support.published_runs import indexed, run, write_images
 
+from megatron_mm.data.image_formats import IMAGE_EXTENSIONS
+
 
 def test_img2dataset_tars_are_indexed_as_they_are(tmp_path: Path, demo_data: Path) -> None:
     """Including the parquet and statistics files next to them."""
@@ -22,6 +24,15 @@ def test_img2dataset_tars_are_indexed_as_they_are(tmp_path: Path, demo_data: Pat
     (source / "00000_stats.json").write_text(json.dumps({"successes": 1}))
     index = indexed(source, demo_data)
     assert index.kind == "pairs" and len(index) == 1
+
+
+def test_every_image_format_of_a_tar_is_read(tmp_path: Path) -> None:
+    """The files of a tar may have any extension that `prepare index` reads."""
+    files = {f"{number}.{extension}": picture() for number, extension in enumerate(IMAGE_EXTENSIONS)}
+    captions = {f"{number}.txt": b"a red circle" for number in range(len(files))}
+    write_tar(tmp_path / "in.tar", dict(sorted((files | captions).items())))
+    found = run("pairs", [tmp_path / "in.tar"], tmp_path / "out")
+    assert (found.samples, found.rejected) == (len(IMAGE_EXTENSIONS), {})
 
 
 def test_img2dataset_parquet(tmp_path: Path, demo_data: Path) -> None:

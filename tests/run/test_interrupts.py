@@ -6,6 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from megatron_mm.run import hooks
+from megatron_mm.training.trainer import Trainer
 
 PROGRAM = """
 import os, signal, time
@@ -34,3 +42,18 @@ def test_the_second_interrupt_ends_the_process_at_once() -> None:
     out, err = process.communicate("\n", timeout=50)
     assert process.returncode == 130 and out == "asked\nit goes on\n"
     assert "interrupted twice" in err
+
+
+def test_an_interrupt_while_the_hook_is_made_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python runs a handler in the main thread for a signal that any other thread receives, while the main thread blocks it."""
+    monkeypatch.setattr(hooks.resource_tracker, "ensure_running", lambda: signal.getsignal(signal.SIGINT)(signal.SIGINT, None))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    before = {number: signal.getsignal(number) for number in hooks.Stopping.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            hooks.Stopping(cast(Trainer, SimpleNamespace(run_dir=tmp_path, topology=SimpleNamespace(is_main=True))))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

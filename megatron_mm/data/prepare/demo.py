@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from megatron_mm.data.text.conversations import IMAGE_MARK, TASKS
 
 VOCAB_SIZE = 512
 SAMPLES_PER_SHARD = 500
+_SOURCES = ("pairs", "interleaved", "text", "conversations", "tasks")
+_UNFINISHED = ".demo.unfinished"
+"""A file in a folder that is being made."""
 
 COLOURS = {
     "red": (220, 30, 30),
@@ -268,14 +272,24 @@ def prepare_demo(out: Path, *, samples: int = 2000, seed: int = 0) -> Summary:
     conversations and a quarter as many tasks. The held-out split is made in the same way for max(40, samples // 8) samples. The tokenizer
     is trained on pairs, interleaved documents and text. The same seed produces the same bytes.
 
+    A folder that an interrupted call has left is made anew.
+
     Raises ValueError if `out` already contains data, or if `samples` is too small.
     """
     began = time.monotonic()
     if samples < 40:
         raise ValueError(f"--samples is {samples}, but the tokenizer needs at least 40 samples to be trained on")
-    if (out / "train").exists():
-        raise ValueError(f"{out} already contains a data set: remove it or choose another --out")
     splits = {"train": samples, "heldout": max(40, samples // 8)}
+    unfinished = out / _UNFINISHED
+    if unfinished.exists():
+        for split in splits:
+            for source in _SOURCES:
+                shutil.rmtree(out / split / source, ignore_errors=True)
+        (out / "tokenizer.model").unlink(missing_ok=True)
+    elif (out / "train").exists():
+        raise ValueError(f"{out} already contains a data set: remove it or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()
     for split, count in splits.items():
         rng = random.Random(f"{seed}/{split}")
         _write_pairs(out / split / "pairs", rng, count // 2)
@@ -286,5 +300,6 @@ def prepare_demo(out: Path, *, samples: int = 2000, seed: int = 0) -> Summary:
         _write_conversations(out / split / "conversations", random.Random(f"{seed}/{split}/conversations"), count // 4)
         _write_tasks(out / split / "tasks", random.Random(f"{seed}/{split}/tasks"), count // 4)
     summary = prepare_index(out)
+    unfinished.unlink()
     summary.seconds = time.monotonic() - began
     return summary

@@ -314,5 +314,5 @@ def _finished(record_of_work: Path, stamp: str, out: Path) -> Converted | None:
     return None if reader < _READER and (done.rejected or done.dropped or done.damaged) else done
 
 
-_READER = 2
+_READER = 3
 """Version of the code that reads records. An input of which an earlier version lost something is converted again."""

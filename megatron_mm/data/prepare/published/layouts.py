@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_mm.data.image_formats import IMAGE_EXTENSIONS
 from megatron_mm.data.prepare.published.chats import usual_chat
 from megatron_mm.data.prepare.published.images import ImageStore, image_extension
 from megatron_mm.data.prepare.published.losses import EMPTY, UNANSWERED, Dropped, Record
@@ -65,7 +66,9 @@ Layout = Callable[[Record, Context], OutSample]
 
 CAPTION_KEYS = ("caption", "text", "TEXT", "txt", "top_caption", "alt_text")
 TEXT_KEYS = ("text", "txt")
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "image", "image_path", "img", "image_bytes", "file_name")
+_FIRST_IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "image", "image_path", "img", "image_bytes", "file_name")
+IMAGE_KEYS = (*_FIRST_IMAGE_KEYS, *(extension for extension in IMAGE_EXTENSIONS if extension not in _FIRST_IMAGE_KEYS))
+"""Fields that contain or name an image, in the order in which they are tried. In a tar, a file's extension is its field."""
 URL_KEYS = ("url", "URL", "image_url")
 """Fields that name an image if no other field does, in the tables of LAION, COYO and PixMo, whose images are fetched separately."""
 
