@@ -46,7 +46,7 @@ def _to_hf_arguments(parser: Parser) -> None:
         **one_of(["auto", "float32", "bfloat16", "float16"]),
     )
     parser.add_argument(
-        "--vocab-size", type=integer, metavar="N", help="number of vocabulary rows to write, to leave out the padding rows at the end"
+        "--vocab-size", type=integer, metavar="N", help="number of vocabulary rows to write (default: all but padding rows)"
     )
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="maximum size of a safetensors file (default: %(default)s)")
     _add_threads(parser)

@@ -62,6 +62,9 @@ class DecoderConfig:
     """Width of one attention head."""
     vocab_size: int = 49152
     """Rows of the embedding table, including special tokens and padding rows."""
+    padding_rows: int = 0
+    """Rows at the end of the table that belong to no token, for example so that tensor parallelism can split it. They take no probability:
+    neither in the loss nor in generation."""
     tied_embeddings: bool = True
     """Use the embedding table as the output layer."""
     rotary_base: float = 10000.0
@@ -84,6 +87,11 @@ class DecoderConfig:
     """Factor of InternLM2's dynamic rotary scaling. Used only in exported configurations; it has an effect only beyond max_positions."""
 
     @property
+    def num_tokens(self) -> int:
+        """Number of tokens that the table has rows for."""
+        return self.vocab_size - self.padding_rows
+
+    @property
     def sparse_layers(self) -> tuple[int, ...]:
         """Indices of the layers with experts, from 0."""
         return self.moe.sparse_layers(self.num_layers) if self.moe is not None else ()
@@ -91,6 +99,10 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         require_positive(
             self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "vocab_size"
+        )
+        require(
+            0 <= self.padding_rows < self.vocab_size,
+            f"padding_rows is {self.padding_rows}, but must be 0 or more and less than vocab_size {self.vocab_size}",
         )
         require(
             self.num_attention_heads % self.num_query_groups == 0,

@@ -250,10 +250,10 @@ def _find_tokenizer(experiment: Experiment, sources: list[Source]) -> Path | Non
         logger.warning("there is no tokenizer.model next to the weights, so the checkpoint has none: add one with --data.tokenizer FILE")
         return None
     special = family_of(experiment.model).special_tokens
-    size, rows = Tokenizer.open(found[0], special=special).vocab_size, experiment.model.decoder.vocab_size
+    size, rows = Tokenizer.open(found[0], special=special).vocab_size, experiment.model.decoder.num_tokens
     if size > rows:
         raise ValueError(
-            f"{found[0]} has {size} tokens, including those that mark images, but the model has only {rows}: "
+            f"{found[0]} has {size} tokens, including those that mark images, but the model has rows for only {rows}: "
             f"use --model.decoder.vocab-size {size} or more"
         )
     return found[0]

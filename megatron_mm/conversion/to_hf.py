@@ -91,7 +91,7 @@ def convert_to_hf(
         part: the whole model, its decoder or its image tower.
         architecture: architecture as which a decoder alone is written; all of them compute the same.
         dtype: type of the written weights: auto, float32, bfloat16 or float16.
-        vocab_rows: number of vocabulary rows that are written, to leave out padding rows at the end; None writes all.
+        vocab_rows: number of vocabulary rows that are written; None writes all but `padding_rows`.
         shard_size: largest size of a weights file, such as "5GB" or "500MB"; a larger tensor gets a file of its own.
         verify: check the checkpoint's checksums first.
         threads: number of threads that read and write.
@@ -107,6 +107,8 @@ def convert_to_hf(
     checkpoint = find_checkpoint(checkpoint)
     experiment, tokenizer = _describe(checkpoint)
     _check_rows(vocab_rows, experiment, tokenizer, part=part)
+    if vocab_rows is None and experiment.model.decoder.padding_rows:
+        vocab_rows = experiment.model.decoder.num_tokens
     table, write_files = _exporter(part, experiment, tokenizer, checkpoint, architecture=architecture, vocab_rows=vocab_rows)
     reader = CheckpointReader(checkpoint, verify=verify, threads=threads)
     plan = plan_tensors(table, _checked_infos(reader, experiment, table, checkpoint, part=part), dtype=DTYPES[dtype])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -168,6 +170,8 @@ def build_decoder(
         rotary_base=config.rotary_base,
         vp_stage=context.virtual_stage,
     )
+    if config.padding_rows and context.post_process:
+        decoder.output_layer.register_forward_hook(partial(_without_padding, config.num_tokens, decoder.pg_collection.tp))
     for module in decoder.modules():
         if isinstance(module, Router):
             module.max_load = context.parallel.max_expert_load
@@ -186,6 +190,20 @@ def build_decoder(
             # their gradients must be summed over the experts' data-parallel group. It also gives checkpoints the same form in all layouts.
             parameter.allreduce = False
     return decoder
+
+
+def _without_padding(
+    num_tokens: int, group: dist.ProcessGroup, layer: torch.nn.Module, inputs: object, output: tuple[torch.Tensor, torch.Tensor | None]
+) -> None:
+    """Forward hook of the output layer: make the logits of padding rows so small that they take no probability, and get no gradient.
+
+    They are overwritten behind autograd's back, which is right: the layer's backward pass does not read its output, and the gradient of a
+    probability that is exactly 0 is 0.
+    """
+    logits_x1v = output[0].detach()
+    width = logits_x1v.shape[-1]
+    first = max(0, num_tokens - group.rank() * width)
+    logits_x1v[..., first:].fill_(torch.finfo(logits_x1v.dtype).min)  # not -inf: a process's rows may all be padding
 
 
 _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "linear_fc2.weight")
@@ -208,6 +226,12 @@ def check_decoder_layout(config: DecoderConfig, parallel: ParallelConfig, world_
         "feed-forward width": config.ffn_hidden_size,
     }
     for name, count in counts.items():
+        if count % parallel.tensor and name == "vocabulary rows" and all(c % parallel.tensor == 0 for c in counts.values() if c != count):
+            rows = -(-count // 128) * 128
+            raise ValueError(
+                f"parallel.tensor {parallel.tensor} does not divide the decoder's {count} vocabulary rows: add rows that belong to no "
+                f"token, --model.decoder.vocab-size {rows} --model.decoder.padding-rows {rows - config.num_tokens}"
+            )
         if count % parallel.tensor:
             allowed = [d for d in (1, 2, 4, 8, 16, 32) if all(c % d == 0 for c in counts.values())]
             raise ValueError(f"parallel.tensor {parallel.tensor} does not divide the decoder's {count} {name}: use one of {allowed}")

@@ -235,11 +235,12 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
 
 def fitting_tokenizer(experiment: Experiment) -> Tokenizer:
     """The run's tokenizer. Raises ValueError if it cannot be opened, or has more tokens than the model has rows for."""
-    tokenizer, rows = open_tokenizer(experiment), experiment.model.decoder.vocab_size
-    if tokenizer.vocab_size > rows:
+    tokenizer, decoder = open_tokenizer(experiment), experiment.model.decoder
+    if tokenizer.vocab_size > decoder.num_tokens:
+        padding = f" with {decoder.padding_rows} padding rows" if decoder.padding_rows else ""
         raise ValueError(
-            f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is {rows}: "
-            "raise it, or use a smaller tokenizer"
+            f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is "
+            f"{decoder.vocab_size}{padding}: raise it, or use a smaller tokenizer"
         )
     return tokenizer
 
@@ -378,6 +379,7 @@ def _warn_of_changes(experiment: Experiment, path: Path) -> None:
         logger.warning("changes since the previous start cannot be determined (%s): %s is rewritten", error, path)
         return
     watched = {
+        "model.decoder.padding_rows": (before.model.decoder.padding_rows, experiment.model.decoder.padding_rows),
         "train.seed": (before.train.seed, experiment.train.seed),
         "train.global_batch_size": (before.train.global_batch_size, experiment.train.global_batch_size),
         "data.mixture": (before.data.mixture, experiment.data.mixture),

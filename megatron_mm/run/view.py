@@ -44,9 +44,9 @@ def write_view(experiment: Experiment, out: Path, *, recipe: str, split: str, mi
         recipe: name of the recipe, for the title.
     """
     tokenizer = open_tokenizer(experiment)
-    if tokenizer.vocab_size > (rows := experiment.model.decoder.vocab_size):
+    if tokenizer.vocab_size > (rows := experiment.model.decoder.num_tokens):
         logger.warning(
-            "tokenizer %s has %d tokens, but model.decoder.vocab_size of %s is %d, so training on this data needs "
+            "tokenizer %s has %d tokens, but %s has rows for %d, so training on this data needs "
             "--model.decoder.vocab-size %d or more; what is shown does not depend on it",
             *(experiment.data.tokenizer_path, tokenizer.vocab_size, recipe, rows, tokenizer.vocab_size),
         )

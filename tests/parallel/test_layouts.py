@@ -16,6 +16,8 @@ from megatron_mm.parallel import topology as topologies
 DEEP = {"num_layers": 4}
 UNTIED = {"tied_embeddings": False}
 FULL_HEADS = {"num_query_groups": 8}
+PADDED = {"padding_rows": 40}
+"""Of 128 vocabulary rows: of 4 tensor-parallel processes one has padding rows alone, and another some."""
 LAYOUTS = [
     Layout(2, {"tensor": 2}),
     Layout(2, {"pipeline": 2}),
@@ -25,6 +27,7 @@ LAYOUTS = [
     Layout(2, {"pipeline": 2, "spread_encoder": True}),
     Layout(1, {"recompute": "full"}),
     Layout(2, {"tensor": 2}, FULL_HEADS),
+    Layout(2, {"tensor": 2}, PADDED),
 ]
 
 MORE_LAYOUTS = [
@@ -35,6 +38,7 @@ MORE_LAYOUTS = [
     Layout(1, {"recompute": "selective", "recompute_modules": ("core_attn", "mlp", "layernorm")}),
     Layout(4, {"tensor": 2, "pipeline": 2}, UNTIED),
     Layout(4, {"tensor": 4}),
+    Layout(4, {"tensor": 4}, PADDED | UNTIED),
     Layout(8, {"tensor": 2, "pipeline": 2, "spread_encoder": True}),
     Layout(4, {"pipeline": 2, "virtual": 2, "spread_encoder": True, "recompute": "full"}, DEEP),
     Layout(3, {"pipeline": 3, "spread_encoder": True}, DEEP),

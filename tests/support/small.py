@@ -68,7 +68,7 @@ def random_batch(experiment: Experiment, topology: Topology, *, number: int) -> 
     """Return micro-batch `number` of a run, the same in every layout: random words and pictures."""
     generator = torch.Generator().manual_seed(number)
     total = tokens_of(experiment, number=number)
-    ids = torch.randint(5, experiment.model.decoder.vocab_size, (total,), generator=generator)
+    ids = torch.randint(5, experiment.model.decoder.num_tokens, (total,), generator=generator)
     bounds = [0]
     while bounds[-1] < total:
         bounds.append(min(total, bounds[-1] + int(torch.randint(IMAGE_TOKENS + 3, 30, (1,), generator=generator))))

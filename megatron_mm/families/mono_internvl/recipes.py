@@ -29,6 +29,7 @@ from megatron_mm.families.mono_internvl.config import MonoInternVLConfig, PatchE
 
 VOCABULARY = 92672
 """InternLM2's 92544 tokens and 9 special ones, padded to a multiple of 128, so that tensor parallelism can split the table."""
+PADDING = VOCABULARY - 92544 - 9
 
 INTERNLM2_1_8B = DecoderConfig(
     num_layers=24,
@@ -37,6 +38,7 @@ INTERNLM2_1_8B = DecoderConfig(
     num_attention_heads=16,
     num_query_groups=8,
     vocab_size=VOCABULARY,
+    padding_rows=PADDING,
     tied_embeddings=False,
     rotary_base=1e6,
     max_positions=32768,

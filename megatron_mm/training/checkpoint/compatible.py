@@ -12,8 +12,8 @@ from megatron_mm.training.checkpoint.integrity import read_manifest
 
 _DIFFERENCES = 4
 """Maximum number of differences that an error lists."""
-_DESCRIPTIVE = ("decoder.max_positions", "decoder.attention_window", "decoder.rotary_scaling")
-"""Fields that do not affect training and only appear in exported configurations."""
+_DESCRIPTIVE = ("decoder.max_positions", "decoder.attention_window", "decoder.rotary_scaling", "decoder.padding_rows")
+"""Fields that do not affect parameters. Most only appear in exported configurations."""
 
 
 def check_same_model(experiment: Experiment, checkpoint: Path, *, with_optimizer: bool = True) -> None:
