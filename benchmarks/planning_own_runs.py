@@ -12,22 +12,26 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the other files of benchmarks, from wherever this is started
 
 from benchmarks.gpu_steps import MICRO_BATCHES, MODELS, Case, full_batch, on_one_process
 from megatron_mm.config import Experiment
 from megatron_mm.families.recipes import get_recipe
+from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork
 from megatron_mm.planning.hardware import GPUS, OURS, with_host
 from megatron_mm.planning.recipe_job import plan_recipe
 from megatron_mm.planning.step import Prediction, StepModel
 from megatron_mm.planning.workload import MicroBatch, Workload
 
-RESULTS = sorted((Path(__file__).parent / "results" / "h200_20261126").glob("gpu_bench_[st]*.jsonl"))
+FOLDER = Path(__file__).parent / "results"
+RESULTS = sorted((FOLDER / "h200_20261126").glob("gpu_bench_[st]*.jsonl"))
 """The first file is left out: its peaks add up over the cases."""
 GIB = 2**30
 HOST = 1.6
@@ -47,16 +51,31 @@ def predict(model: str, case: Case) -> Prediction:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Steps of `megatron-mm train` on one H200 (benchmarks/results/h200_20261126_training and h200_20261127)."""
+    """Steps of `megatron-mm train` on one H200. Their mean numbers of tokens and images, and the mean of their FLOPs, are predicted."""
 
+    results: str
+    """File of metrics below `benchmarks/results`, without its ending."""
     recipe: str
-    precision: str
     batch: int
     micro_batch: int
-    seconds: float
+    steps: Sequence[int]
+    """Steps without new shapes, a save, a profile or sampled stacks that slowed them; the median of their times counts."""
+    precision: str = "bf16"
     decoder: str = "pillow"
+    kernels: float = 0.0
+    """Seconds that kernels ran in a profiled step of this recipe on that day (`_kernels.txt` beside the metrics)."""
 
-    def predict(self) -> Prediction:
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        lines = (FOLDER / f"{self.results}.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if row["step"] in self.steps]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a step without its wait for data, for which training no longer waits."""
+        return statistics.median(row["seconds"] - row["phases"]["data"] for row in self.rows)
+
+    def experiment(self) -> Experiment:
         experiment = get_recipe(self.recipe)
         train = replace(
             experiment.train,
@@ -64,21 +83,43 @@ class TrainingRun:
             global_batch_size=self.batch,
             micro_batch_size=self.micro_batch,  # type: ignore[arg-type]
         )
-        experiment = replace(experiment, train=train, data=replace(experiment.data, decoder=self.decoder))  # type: ignore[arg-type]
-        return StepModel(plan_recipe(experiment, GPUS["h200"], 1, software=with_host(OURS, HOST)).job).predict()
+        return replace(experiment, train=train, data=replace(experiment.data, decoder=self.decoder))  # type: ignore[arg-type]
+
+    def work(self) -> Workload:
+        """The mean step, in equal micro-batches. FLOPs are linear in the sum of squared lengths, so this follows from them."""
+        experiment, count = self.experiment(), self.batch // self.micro_batch
+        tokens, images = (round(statistics.mean(row[name] for row in self.rows)) for name in ("tokens", "images"))
+
+        def flops(squares: int) -> float:
+            whole = StepWork(num_tokens=tokens, sum_squared_lengths=squares, num_images=images)
+            return family_of(experiment.model).step_flops(experiment.model, experiment.train.freeze_policy, whole)
+
+        counted = statistics.mean(row["tflops"] * row["seconds"] for row in self.rows) * 1e12
+        squares = round((counted - flops(0)) / (flops(tokens) - flops(0)) * tokens)
+        micro = MicroBatch(-(-tokens // count), tokens // count, squares // count, -(-images // count))
+        return Workload((micro,) * count, StepWork(num_tokens=tokens, sum_squared_lengths=squares, num_images=images), drawn=True)
+
+    def predict(self) -> Prediction:
+        planned = plan_recipe(self.experiment(), GPUS["h200"], 1, work=self.work(), software=with_host(OURS, HOST))
+        return StepModel(planned.job).predict()
+
+    def busy(self) -> float:
+        """Predict the seconds that kernels run in a step."""
+        parts = self.predict().parts
+        return sum(parts[name] for name in ("products", "attention", "element-wise kernels", "optimizer"))
 
 
+FIRST_DAY, SECOND_DAY = "h200_20261126_training", "h200_20261127"
 TRAINING_RUNS = (
-    TrainingRun("mm1_1b", "bf16", 8, 2, 1.60),
-    TrainingRun("mm1_1b", "bf16", 8, 2, 1.42, decoder="auto"),
-    TrainingRun("mm1_3b", "bf16", 4, 1, 1.54),
-    TrainingRun("mm1_3b", "fp8", 4, 1, 1.81),
-    TrainingRun("mm1_1b", "bf16", 8, 2, 1.57),
-    TrainingRun("infimm_zephyr_7b_pt", "bf16", 32, 8, 1.81),
-    TrainingRun("mono_internvl_2b_s1_1", "bf16", 64, 8, 2.51),
+    TrainingRun(f"{FIRST_DAY}/mm1_1b_sampled", "mm1_1b", 8, 2, range(12, 16), kernels=1.116),
+    TrainingRun(f"{FIRST_DAY}/mm1_1b_sampled", "mm1_1b", 8, 2, range(16, 19), decoder="auto", kernels=1.116),
+    TrainingRun(f"{FIRST_DAY}/mm1_3b_bf16", "mm1_3b", 4, 1, range(12, 20), kernels=1.033),
+    TrainingRun(f"{FIRST_DAY}/mm1_3b_fp8", "mm1_3b", 4, 1, range(12, 20), precision="fp8", kernels=0.935),
+    TrainingRun(f"{SECOND_DAY}/mm1_1b", "mm1_1b", 8, 2, range(5, 13), kernels=1.184),
+    TrainingRun(f"{SECOND_DAY}/infimm_zephyr_7b_pt", "infimm_zephyr_7b_pt", 32, 8, range(4, 14), kernels=1.154),
+    TrainingRun(f"{SECOND_DAY}/mono_internvl_2b_s1_1_after", "mono_internvl_2b_s1_1", 64, 8, (2, 3, 4, 10, 11), kernels=1.502),
 )
-"""The second is timed after decoding had stopped. The first two include 0.13 s between steps that no longer occur. The last three are a day
-later (benchmarks/results/h200_20261127)."""
+"""Nothing was decoded in the steps of the second. Stacks were sampled in the first two, at little cost."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +191,12 @@ def main() -> None:
         peaks.append(max(use.allocated for use in predicted.memory) / peak)
         cells = (model, name, f"{seconds:.3f}", f"{times[-1]:.2f}", f"{peak / GIB:.1f}", f"{peaks[-1]:.2f}", predicted.limit)
         print("| " + " | ".join(cells) + " |")
-    print("\n| training run | measured s | predicted / measured |\n|---|---|---|")
+    print("\n| training run | kernels, traced s | predicted / traced | step, measured s | predicted / measured |\n|---|---|---|---|---|")
     for run in TRAINING_RUNS:
         beside = "decoding beside it" if run.decoder == "pillow" else "nothing decoded"
-        print(f"| {run.recipe}, {run.precision}, {beside} | {run.seconds:.2f} | {run.predict().seconds / run.seconds:.2f} |")
+        kernels = f"{run.kernels:.2f} | {run.busy() / run.kernels:.2f}"
+        step = f"{run.seconds:.2f} | {run.predict().seconds / run.seconds:.2f}"
+        print(f"| {run.results}, {run.precision}, {beside} | {kernels} | {step} |")
     print("\n| training run | peak, measured GB | predicted / measured |\n|---|---|---|")
     for peak in TRAINING_PEAKS:
         print(f"| {peak.recipe} | {peak.measured_gb} | {peak.predict() / peak.measured_gb / 1e9:.3f} |")

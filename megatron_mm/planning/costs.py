@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_mm.planning.hardware import GIGA, MICRO, TERA, Gpu, Software
-from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Product, Stream
+from megatron_mm.planning.kernels import Attention, Block, Decoded, Kernel, Message, Product, Stream
 from megatron_mm.planning.network import Network
 
 TILE_ROWS, TILE_COLS = 128, 256
@@ -96,10 +96,10 @@ class Costs:
             if isinstance(kernel, Product):
                 product += self.product(kernel)
                 module = software.module_seconds * (software.fp8_module if kernel.fp8 else 1.0)
-                host += kernel.passes * module + (kernel.count - 1) * software.kernel_seconds
+                host += software.kernel_seconds if kernel.plain else kernel.passes * module + (kernel.count - 1) * software.kernel_seconds
             elif isinstance(kernel, Attention):
                 attention += self.attention(kernel)
-                host += software.module_seconds
+                host += software.kernel_seconds if kernel.plain else software.module_seconds
             elif isinstance(kernel, Stream):
                 moved += self.stream(kernel)
                 share = software.expert_operations if kernel.part in ROUTING else 1.0
@@ -114,6 +114,8 @@ class Costs:
                 beside += seconds * hidden
                 messages += seconds * (1 - hidden)
                 host += software.message_seconds
+            elif isinstance(kernel, Decoded):
+                host += kernel.images * software.image_seconds
         # Messages can be hidden only for as long as the products run.
         messages += max(0.0, beside - 0.9 * product)
         # Keys and values are sent while attention to the previous ones is computed.

@@ -6,6 +6,7 @@ Shape legend: n images of this process, s tokens per image inside the tower, v t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from megatron_mm.config import ConnectorConfig, EvaConfig, ResamplerConfig, VisionConfig
@@ -21,6 +22,12 @@ CONNECTOR_TENSORS = 11
 """Tensors of the connector's width that a bottleneck block of the C-Abstractor keeps per place (models/connectors/c_abstractor.py): the
 outputs of three convolutions, of two norms and two activations, the input of the last convolution, the sum and its activation; and its
 part of those of the first block's shortcut and of the projection."""
+RESAMPLER_TENSORS, PROJECTOR_TENSORS = 11, 6
+"""Parameter tensors of a layer of the resampler (three LayerNorms, five matrices; beside the layers there are latents and a norm), and of
+the projector (a LayerNorm, two matrices with biases)."""
+EVA_OPERATIONS = 6
+"""Operations of a pass through an EVA layer beside those of a plain layer: it puts together the bias of the projection and the padded
+weights, and has a norm inside of attention, as its fused kernels leave them (models/eva.py)."""
 ALONE = Layout(gpus=1, sequence=False)
 """Layout of towers, which are not split."""
 
@@ -45,8 +52,17 @@ def tower_blocks(vision: VisionConfig | EvaConfig, *, images: int, trained: Trai
     layer = decoder_layer(shape, ALONE, batch, sparse=False, fp8=False, recompute=recompute, trained=trained)
     if not trained.weights:
         layer = replace(layer, saved=0.0, transient=layer.saved)
+    if isinstance(vision, EvaConfig):
+        more = Stream(0.0, kernels=EVA_OPERATIONS)
+        forward, backward = (_plain((*kernels, more)) if kernels else () for kernels in (layer.forward, layer.backward))
+        layer = replace(layer, forward=forward, backward=backward)
     layer = replace(layer, name="tower layer")
     return [patches_block(vision, images=images, trained=trained), *[layer] * vision.num_layers]
+
+
+def _plain(kernels: Iterable[Kernel]) -> tuple[Kernel, ...]:
+    """The kernels of modules of torch itself."""
+    return tuple(replace(kernel, plain=True) if isinstance(kernel, Product | Attention) else kernel for kernel in kernels)
 
 
 def patches_block(vision: VisionConfig | EvaConfig | PatchEmbeddingConfig, *, images: int, trained: Trained) -> Block:
@@ -121,11 +137,12 @@ def resampler_block(config: ResamplerConfig, *, width: int, num_features: int, i
     saved = 2 * (images * seen * width + images * seen * 2 * inner + rows * (2 * inner + 2 * width + 2 * config.ffn_multiplier * width))
     return Block(
         name="resampler",
-        forward=tuple(forward) * config.num_layers,
-        backward=tuple(backward) * config.num_layers if trained.weights else (),
+        forward=_plain(forward) * config.num_layers,
+        backward=_plain(backward) * config.num_layers if trained.weights else (),
         parameters=parameters if trained.weights else 0.0,
         frozen_parameters=0.0 if trained.weights else parameters,
         saved=saved * config.num_layers if trained.weights else 0.0,
+        tensors=3 + RESAMPLER_TENSORS * config.num_layers if trained.weights else 0,
     )
 
 
@@ -142,4 +159,5 @@ def projector_block(patches: PatchEmbeddingConfig, *, output_size: int, images: 
         parameters=parameters if trained.weights else 0.0,
         frozen_parameters=0.0 if trained.weights else parameters,
         saved=2 * rows * (2 * wide + 2 * output_size) if trained.weights else 0.0,
+        tensors=PROJECTOR_TENSORS if trained.weights else 0,
     )

@@ -158,6 +158,10 @@ class Software:
     """Host time per parameter tensor and step: its gradient's hook, copies from and to master weights."""
     step_seconds: float = 12e-3
     """Host time between steps: batch to the device, loss to the host, learning rate, timers."""
+    image_seconds: float = 1e-3
+    """Host time that decoding an image with Pillow takes from the passes in one direction, because the decoding threads share the
+    interpreter with the thread that launches kernels. On an H200 whose host takes 1.6 times as long, forward passes of mm1_1b took 0.165 s
+    longer with 100 images per step than with none to decode (docs/planning.md)."""
     fp8_module: float = 1.0
     """Host time of a module in FP8, relative to bf16."""
     hides_tensor_messages: float = 0.0
@@ -257,5 +261,5 @@ def with_precision(software: Software, precision: PrecisionConfig, *, single: bo
 
 def with_host(software: Software, factor: float) -> Software:
     """Multiply all times of the host by `factor`."""
-    names = ("kernel_seconds", "module_seconds", "message_seconds", "tensor_seconds", "step_seconds")
+    names = ("kernel_seconds", "module_seconds", "message_seconds", "tensor_seconds", "step_seconds", "image_seconds")
     return replace(software, **{name: factor * getattr(software, name) for name in names})

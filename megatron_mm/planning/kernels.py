@@ -25,6 +25,8 @@ class Product:
     fp8: bool = False
     passes: float = 1.0
     """Passes through the module around it. The two products of a linear layer's backward pass are half a pass each."""
+    plain: bool = False
+    """It is an operation of torch, without the Python code of a module of Transformer Engine or megatron-core around it."""
 
     @property
     def flops(self) -> float:
@@ -44,6 +46,8 @@ class Attention:
     dropout: bool = False
     windowed: bool = False
     """Whether attention is limited to a window."""
+    plain: bool = False
+    """As for `Product`."""
 
     @property
     def flops(self) -> float:
@@ -79,7 +83,14 @@ class Message:
     """Number of machines to which a router's groups limit a row of an all-to-all; 0 for no limit."""
 
 
-Kernel = Product | Attention | Stream | Message
+@dataclass(frozen=True)
+class Decoded:
+    """Images that threads of this process decode with Pillow meanwhile. They cost the host time, and the device none."""
+
+    images: float
+
+
+Kernel = Product | Attention | Stream | Message | Decoded
 
 
 @dataclass(frozen=True)

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_mm.config import Experiment, ModelConfig
+from megatron_mm.config import Experiment
 from megatron_mm.config.parallel import IMAGES_AT_ONCE
 from megatron_mm.families.infimm.config import InfiMMConfig
-from megatron_mm.families.mm1.config import MM1Config
-from megatron_mm.families.mono_internvl.config import MonoInternVLConfig
 from megatron_mm.families.registry import family_of
-from megatron_mm.flops import Trainable
 from megatron_mm.planning.bridge_recipes import OVERLAPPED
-from megatron_mm.planning.decoder_block import decoder_layer, embedding, output, saved_by_layer
-from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens, Trained
-from megatron_mm.planning.encoder_blocks import connector_block, patches_block, projector_block, resampler_block, tower_blocks
-from megatron_mm.planning.hardware import OURS, STACKS, Gpu, Software, with_host, with_precision
+from megatron_mm.planning.decoder_block import embedding, output
+from megatron_mm.planning.decoder_shape import DecoderShape, Recompute, Tokens
+from megatron_mm.planning.family_blocks import Chain, LayerContext, family_blocks
+from megatron_mm.planning.hardware import OURS, STACKS, Gpu, Software, with_precision
 from megatron_mm.planning.job import Beside, Job, divided
-from megatron_mm.planning.kernels import Attention, Block, Kernel, Message, Stream
-from megatron_mm.planning.layer_sections import attention_section, linear, tensor_messages
+from megatron_mm.planning.kernels import Block, Decoded, Message
 from megatron_mm.planning.layout import Layout
 from megatron_mm.planning.workload import MicroBatch, Workload, Workloads
 
 EXPERT_IMBALANCE = 1.10
 """Tokens of the experts on the most loaded process, relative to the mean, under load-balance losses."""
-DECODING_BESIDE = 1.33
-"""Host time while threads decode with Pillow, which share the interpreter with the thread that launches kernels, relative to host time
-without: a forward pass of mm1_1b took 0.60 and 0.45 s (docs/gpu.md)."""
 MOST_KINDS = 12
 """Largest number of different micro-batches; if there are more, those with similar numbers of images are merged."""
 
@@ -69,8 +61,6 @@ def recompute_of(experiment: Experiment, *, encoder: bool = False) -> Recompute:
 def _software_of(experiment: Experiment, software: Software) -> Software:
     """Apply the experiment's choices to the stack: number formats, overlapped messages, how tokens are sent to experts."""
     parallel = experiment.parallel
-    if experiment.data.decoder == "pillow":
-        software = with_host(software, DECODING_BESIDE)
     stack = with_precision(software, experiment.precision, single=experiment.train.precision == "fp32")
     if parallel.overlap_tensor:
         stack = replace(stack, hides_tensor_messages=STACKS["nemo"].hides_tensor_messages)
@@ -142,13 +132,21 @@ def _beside(experiment: Experiment, layout: Layout, work: Workload) -> Beside:
     images = -(-sum(micro.images for micro in work.micro_batches) // (layout.tensor * layout.pipeline))
     times = max(1, -(-images // IMAGES_AT_ONCE))
     at_once = max(1, -(-images // times))
-    chain = _Chain(family_of(model).trainable(experiment.train.freeze_policy))
-    blocks = _blocks_of(model)(model, chain, at_once, recompute_of(experiment, encoder=True)).encoders
+    chain = Chain(family_of(model).trainable(experiment.train.freeze_policy))
+    blocks = family_blocks(model)(model, chain, at_once, recompute_of(experiment, encoder=True)).encoders
+    blocks = (*_decoding(experiment, at_once), *blocks)
     if isinstance(model, InfiMMConfig):
         numbers = model.resampler.num_latents * model.vision.hidden_size
     else:
         numbers = family_of(model).image_input(model).tokens * model.decoder.hidden_size
     return Beside(blocks, times, message_bytes=2.0 * images * numbers)
+
+
+def _decoding(experiment: Experiment, images: float) -> tuple[Block, ...]:
+    """The block of images that this process decodes beside its passes, if it decodes with Pillow for sure."""
+    if experiment.data.decoder != "pillow":
+        return ()
+    return (Block(name="decoding", forward=(Decoded(images),), backward=(Decoded(images),)),)
 
 
 _ENCODERS = ("patches", "tower layer", "connector", "resampler", "projector")
@@ -179,47 +177,33 @@ def _kinds(micro_batches: tuple[MicroBatch, ...]) -> tuple[list[MicroBatch], tup
 # ------------------------------------------------------------------------------------------------------------ stages
 
 
-@dataclass
-class _Chain:
-    """Tracks, in the order of the forward pass, whether gradients flow back to the current block (as `flops.FlopCount` does)."""
-
-    trainable: Trainable
-    has_gradient: bool = False
-
-    def trained(self, name: str) -> Trained:
-        """Return what the backward pass computes for a weight of this name."""
-        weights = self.trainable(name)
-        self.has_gradient = self.has_gradient or weights
-        return Trained(weights=weights, inputs=self.has_gradient)
-
-
 def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch, made: dict[Any, Any]) -> tuple[tuple[Block, ...], ...]:
-    model, data = experiment.model, experiment.data
+    model = experiment.model
     family = family_of(model)
     shape = DecoderShape.of(model.decoder, imbalance=EXPERT_IMBALANCE)
     squares = max(1, micro.sum_squared_lengths)
     tokens = Tokens(tokens=micro.tokens, pairs=squares / 2, length=squares / max(1, micro.tokens))
-    chain = _Chain(family.trainable(experiment.train.freeze_policy))
+    chain = Chain(family.trainable(experiment.train.freeze_policy))
     recompute = recompute_of(experiment)
     own, encoder_recompute = max(1, -(-micro.images // layout.tensor)), recompute_of(experiment, encoder=True)
     image_tokens = family.image_input(model).tokens
     if ("parts", own, encoder_recompute) not in made:
-        parts = _blocks_of(model)(model, chain, own, encoder_recompute)
+        parts = family_blocks(model)(model, chain, own, encoder_recompute)
         made["parts", own, encoder_recompute] = parts, chain.has_gradient
     parts, chain.has_gradient = made["parts", own, encoder_recompute]
     gather = Message("all_gather", 2.0 * micro.images * image_tokens * shape.hidden_size, "tensor")
-    inputs = _Chain(chain.trainable).trained("language.embedding.word_embeddings.weight")
+    inputs = Chain(chain.trainable).trained("language.embedding.word_embeddings.weight")
     chain.has_gradient = chain.has_gradient or inputs.weights
     table = embedding(shape, layout, tokens, trained=inputs)
     joined = replace(table, forward=(*table.forward, gather)) if layout.tensor > 1 else table
-    first = (joined,) if experiment.parallel.spread_encoder else (*parts.encoders, joined)
+    encoders = () if experiment.parallel.spread_encoder else (*_decoding(experiment, micro.images / layout.tensor), *parts.encoders)
     fp8 = experiment.train.precision == "fp8"
     counts = layout.layers(shape.num_layers)
-    blocks = list(first)
+    blocks = [*encoders, joined]
     for layer in range(shape.num_layers):
         key = ("layer", micro, recompute, layer in shape.sparse_layers, parts.key(layer), chain.has_gradient)
         if key not in made:
-            context = _LayerContext(shape, layout, tokens, micro, layer, fp8, recompute, chain, data.sequence_length)
+            context = LayerContext(shape, layout, tokens, micro, layer, fp8, recompute, chain)
             made[key] = parts.layer(context), chain.has_gradient
         own_blocks, chain.has_gradient = made[key]
         blocks += own_blocks
@@ -227,180 +211,3 @@ def _stages(experiment: Experiment, layout: Layout, micro: MicroBatch, made: dic
     fused = experiment.kernels.cross_entropy is not False
     blocks.append(output(shape, layout, tokens, trained=chain.trained(name), owns_table=not shape.tied or len(counts) > 1, fused=fused))
     return divided(blocks, counts)
-
-
-def _blocks_of(model: ModelConfig) -> Callable[..., _Parts]:
-    """Return the function that makes a family's blocks. Raises ValueError if the planner has none."""
-    build = _FAMILIES.get(type(model))
-    if build is None:
-        raise ValueError(
-            f"the planner has no model of the blocks of {model.family} models: add them to planning.recipe_job, or use `plan --trace`"
-        )
-    return build
-
-
-@dataclass(frozen=True)
-class _LayerContext:
-    shape: DecoderShape
-    layout: Layout
-    tokens: Tokens
-    micro: MicroBatch
-    layer: int
-    fp8: bool
-    recompute: Recompute
-    chain: _Chain
-    sequence_length: int
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """A family's encoders, and how it makes its decoder layers."""
-
-    encoders: tuple[Block, ...]
-    layer: Callable[[_LayerContext], tuple[Block, ...]]
-    key: Callable[[int], Any] = lambda layer: None
-    """Key of a layer; layers with the same key have the same blocks."""
-
-
-def _plain_layer(context: _LayerContext) -> tuple[Block, ...]:
-    trained = context.chain.trained(f"language.decoder.layers.{context.layer}.self_attention.linear_qkv.weight")
-    sparse = context.layer in context.shape.sparse_layers
-    return (
-        decoder_layer(
-            context.shape, context.layout, context.tokens, sparse=sparse, fp8=context.fp8, recompute=context.recompute, trained=trained
-        ),
-    )
-
-
-def _mm1(model: MM1Config, chain: _Chain, images: int, recompute: Recompute) -> _Parts:
-    trained = chain.trained("vision.patch_embedding.weight")
-    tower = tower_blocks(model.vision, images=images, trained=trained, recompute=recompute)
-    chain.trained("connector.output.weight")
-    connector = connector_block(
-        model.connector, model.vision, output_size=model.decoder.hidden_size, images=images, trainable=chain.trainable
-    )
-    return _Parts((*tower, connector), _plain_layer)
-
-
-def _infimm(model: InfiMMConfig, chain: _Chain, images: int, recompute: Recompute) -> _Parts:
-    tower = tower_blocks(model.vision, images=images, trained=chain.trained("vision.class_embedding"), recompute=recompute)
-    own = _Chain(chain.trainable)
-    resampler = resampler_block(
-        model.resampler,
-        width=model.vision.hidden_size,
-        num_features=model.vision.num_tokens,
-        images=images,
-        trained=own.trained("resampler.latents"),
-    )
-    gated = model.gated.layers(model.decoder.num_layers)
-
-    def layer(context: _LayerContext) -> tuple[Block, ...]:
-        blocks = _plain_layer(context) if context.layer not in gated else ()
-        if context.layer in gated:
-            block = _gated_block(model, context)
-            blocks = (block, *_plain_layer(context))
-        return blocks
-
-    return _Parts((*tower, resampler), layer, key=lambda number: number in gated)
-
-
-def _gated_block(model: InfiMMConfig, context: _LayerContext) -> Block:
-    """Block of a gated layer: attention of tokens to latents, then an MLP."""
-    gated, layout, h = model.gated, context.layout, model.decoder.hidden_size
-    t, tp = context.tokens.tokens, layout.tensor
-    rows = t / tp if layout.sequence else t
-    inner, wide = gated.num_attention_heads * gated.head_dim / tp, gated.ffn_multiplier * h / tp
-    latents = max(1, context.micro.images) * model.resampler.num_latents
-    trained = context.chain.trained(f"language.decoder.layers.{context.layer}.gated.linear_q.weight")
-    enter, enter_back = tensor_messages(layout, 2 * t * h, trained=trained, entering=True)
-    leave, leave_back = tensor_messages(layout, 2 * t * h, trained=trained, entering=False)
-    forward: list[Kernel] = [Stream(16 * rows * h, kernels=8), *enter, *enter]
-    backward: list[Kernel] = [Stream(24 * rows * h, kernels=12), *enter_back, *enter_back]
-    for shape in ((t, inner, h), (latents, 2 * inner, model.vision.hidden_size), (t, h, inner), (t, wide, h), (t, h, wide)):
-        f, b = linear(*shape, fp8=False, trained=trained)
-        forward, backward = forward + f, backward + b
-    pairs = t * model.resampler.num_latents
-    heads = gated.num_attention_heads / tp
-    forward += [Attention(pairs, 512, heads, gated.head_dim, causal=False), Stream(8 * t * inner + 6 * t * wide, kernels=6), *leave, *leave]
-    backward += [Attention(pairs, 512, heads, gated.head_dim, causal=False, backward=True), *leave_back, *leave_back]
-    backward.append(Stream(12 * t * inner + 8 * t * wide, kernels=8))
-    parameters = 2 * inner * h + 2 * inner * model.vision.hidden_size + 2 * wide * h
-    # the two inputs, as they are and normalised, the two outputs, which their gates multiply; queries, attention's output before and after
-    # it is put in place; the MLP's hidden layer before and after its activation; the latents' keys and values
-    kept = 12 * rows * h + 2 * t * (3 * inner + 2 * wide) + 4 * latents * inner
-    if "full" in context.recompute:
-        backward, kept = [*forward, *backward], 0.0  # part of the recomputed layer that follows it
-    return Block(
-        name="gated block",
-        forward=tuple(forward),
-        backward=tuple(backward) if trained.weights or trained.inputs else (),
-        parameters=parameters if trained.weights else 0.0,
-        frozen_parameters=0.0 if trained.weights else parameters,
-        saved=kept,
-    )
-
-
-def _mono_internvl(model: MonoInternVLConfig, chain: _Chain, images: int, recompute: Recompute) -> _Parts:
-    patches = patches_block(model.patches, images=images, trained=chain.trained("patches.projection.weight"))
-    projector = projector_block(
-        model.patches, output_size=model.decoder.hidden_size, images=images, trained=chain.trained("projector.output.weight")
-    )
-
-    def layer(context: _LayerContext) -> tuple[Block, ...]:
-        return (_modality_layer(model, context),)
-
-    return _Parts((patches, projector), layer)
-
-
-def _modality_layer(model: MonoInternVLConfig, context: _LayerContext) -> Block:
-    """Block of a Mono-InternVL layer: attention, then the MLP of each token's modality."""
-    shape, layout, tokens, chain = context.shape, context.layout, context.tokens, context.chain
-    name, h, tp, b = f"language.decoder.layers.{context.layer}", shape.hidden_size, layout.tensor, shape.branches
-    rows = tokens.tokens / tp if layout.sequence else tokens.tokens
-    attends = chain.trained(f"{name}.self_attention.linear_qkv.weight")
-    forward, backward, core, _ = attention_section(shape, layout, tokens, fp8=context.fp8, trained=attends)
-    enter, enter_back = tensor_messages(layout, 2 * tokens.tokens * h, trained=attends, entering=True)
-    leave, leave_back = tensor_messages(layout, 2 * tokens.tokens * h, trained=attends, entering=False)
-    visual = min(tokens.tokens, context.micro.images * model.patches.num_tokens)
-    mlp: list[Kernel] = [Stream(12 * rows * h, kernels=6), *enter]
-    mlp_back: list[Kernel] = [Stream(16 * rows * h, kernels=8), *leave_back]
-    kept = saved_by_layer(shape, layout, tokens, sparse=False, fp8=context.fp8, weights=attends.weights)
-    if attends.weights:  # the norm before the experts is a module of its own; the rows that an expert takes from its output are kept below
-        kept["norms"] /= 2
-    kept["mlp hidden"], kept["mlp activation"] = 0.0, 0.0
-    taken = 1 if context.fp8 else 2
-    trainable = frozen = 0.0
-    for expert, count in (("text", tokens.tokens - visual), ("visual", visual)):
-        trained = chain.trained(f"{name}.mlp.{expert}.linear_fc1.weight")
-        for shape_of in ((count, b * shape.ffn / tp, h), (count, h, shape.ffn / tp)):
-            f, back = linear(*shape_of, fp8=context.fp8, trained=trained)
-            mlp, mlp_back = mlp + f, mlp_back + back
-        mlp.append(Stream(2 * (b + 1) * count * shape.ffn / tp + 8 * count * h, kernels=3))
-        mlp_back.append(Stream(2 * (2 * b + 1) * count * shape.ffn / tp + 8 * count * h, kernels=3))
-        kept["mlp hidden"] += 2 * count * (b * shape.ffn / tp)
-        kept["mlp activation"] += taken * count * (h + shape.ffn / tp) * trained.weights
-        size = shape.mlp_parameters(shape.ffn) / tp
-        trainable, frozen = trainable + size * trained.weights, frozen + size * (not trained.weights)
-    size = shape.attention_parameters / tp
-    trainable, frozen = trainable + size * attends.weights, frozen + size * (not attends.weights)
-    forward, backward = [*forward, *mlp, *leave], [*mlp_back, *enter_back, *backward]
-    if "full" in context.recompute:
-        backward, kept = [*forward, *backward], {"input": 2 * rows * h}
-    elif "core_attn" in context.recompute:
-        backward = [core, *backward]
-    return Block(
-        name="layer",
-        forward=tuple(forward),
-        backward=tuple(backward),
-        parameters=trainable,
-        frozen_parameters=frozen,
-        saved=sum(kept.values()),
-        fp8_parameters=trainable + frozen if context.fp8 else 0.0,
-    )
-
-
-_FAMILIES: dict[type, Callable[[Any, _Chain, int, Recompute], _Parts]] = {
-    MM1Config: _mm1,
-    InfiMMConfig: _infimm,
-    MonoInternVLConfig: _mono_internvl,
-}

@@ -115,7 +115,7 @@ def infimm_zephyr_7b_pt() -> Experiment:
 
     32 GPUs, data parallel. `sbatch examples/infimm_zephyr_7b.slurm`.
 
-    Predicted on 32 H100: 0.84 s a step (to 12%), 48% of the bf16 peak, 49 GB; as many A100-80GB: 2.03 s.
+    Predicted on 32 H100: 0.85 s a step (to 12%), 48% of the bf16 peak, 49 GB; as many A100-80GB: 2.05 s.
     """
     return _pretraining("infimm_zephyr_7b", decoder=ZEPHYR_7B, vision=EVA02_L_14_336, every_n_layers=2)
 
@@ -123,7 +123,7 @@ def infimm_zephyr_7b_pt() -> Experiment:
 def infimm_zephyr_7b_mtt() -> Experiment:
     """Zephyr-7B, multi-task training. `STAGE=mtt sbatch examples/infimm_zephyr_7b.slurm`.
 
-    Predicted on 32 H100: 0.23 s a step (to 12%), 25% of the bf16 peak, 40 GB; as many A100-80GB: 0.39 s.
+    Predicted on 32 H100: 0.20 s a step (to 12%), 28% of the bf16 peak, 40 GB; as many A100-80GB: 0.38 s.
     """
     return _multi_task(infimm_zephyr_7b_pt())
 
@@ -131,7 +131,7 @@ def infimm_zephyr_7b_mtt() -> Experiment:
 def infimm_zephyr_7b_ift() -> Experiment:
     """Zephyr-7B, instruction fine-tuning; the language model stays frozen (card). `STAGE=ift sbatch examples/infimm_zephyr_7b.slurm`.
 
-    Predicted on 32 H100: 0.23 s a step (to 12%), 21% of the bf16 peak, 39 GB; as many A100-80GB: 0.39 s.
+    Predicted on 32 H100: 0.20 s a step (to 12%), 23% of the bf16 peak, 39 GB; as many A100-80GB: 0.34 s.
     """
     return _instruction(infimm_zephyr_7b_pt(), policy="ift_frozen_language", chat_template="zephyr")
 
@@ -141,7 +141,7 @@ def infimm_llama_13b_pt() -> Experiment:
 
     32 GPUs, data parallel. `sbatch examples/infimm_llama_13b.slurm`.
 
-    Predicted on 32 H100: 1.20 s a step (to 12%), 51% of the bf16 peak, 65 GB; as many A100-80GB: 2.91 s.
+    Predicted on 32 H100: 1.21 s a step (to 12%), 50% of the bf16 peak, 65 GB; as many A100-80GB: 2.93 s.
     """
     return _pretraining("infimm_llama_13b", decoder=LLAMA_13B, vision=EVA01_G_14_224, every_n_layers=4)
 
@@ -149,7 +149,7 @@ def infimm_llama_13b_pt() -> Experiment:
 def infimm_llama_13b_mtt() -> Experiment:
     """Llama-2-13B, multi-task training. `STAGE=mtt sbatch examples/infimm_llama_13b.slurm`.
 
-    Predicted on 32 H100: 0.25 s a step (to 12%), 33% of the bf16 peak, 54 GB; as many A100-80GB: 0.47 s.
+    Predicted on 32 H100: 0.22 s a step (to 12%), 38% of the bf16 peak, 54 GB; as many A100-80GB: 0.48 s.
     """
     return _multi_task(infimm_llama_13b_pt())
 
@@ -159,7 +159,7 @@ def infimm_llama_13b_ift() -> Experiment:
 
     `STAGE=ift sbatch examples/infimm_llama_13b.slurm`.
 
-    Predicted on 32 H100: 0.34 s a step (to 12%), 29% of the bf16 peak, 68 GB; as many A100-80GB: 0.66 s.
+    Predicted on 32 H100: 0.30 s a step (to 12%), 33% of the bf16 peak, 68 GB; as many A100-80GB: 0.59 s.
     """
     stage = _instruction(infimm_llama_13b_pt(), policy="ift", chat_template="llama2")
     return replace(stage, train=replace(stage.train, micro_batch_size=4), parallel=ParallelConfig(tensor=2))
@@ -171,7 +171,7 @@ def infimm_vicuna_13b_pt() -> Experiment:
     32 GPUs, data parallel. The tower has 4.35B parameters, 8.7 GB in bf16.
     `sbatch examples/infimm_vicuna_13b.slurm`.
 
-    Predicted on 32 H100: 1.63 s a step (to 12%), 51% of the bf16 peak, 74 GB; as many A100-80GB: 3.94 s.
+    Predicted on 32 H100: 1.64 s a step (to 12%), 51% of the bf16 peak, 74 GB; as many A100-80GB: 3.96 s.
     """
     return _pretraining("infimm_vicuna_13b", decoder=LLAMA_13B, vision=EVA02_BIGE_14_224, every_n_layers=4)
 
@@ -179,7 +179,7 @@ def infimm_vicuna_13b_pt() -> Experiment:
 def infimm_vicuna_13b_mtt() -> Experiment:
     """Vicuna-13B, multi-task training. `STAGE=mtt sbatch examples/infimm_vicuna_13b.slurm`.
 
-    Predicted on 32 H100: 0.36 s a step (to 12%), 44% of the bf16 peak, 62 GB; as many A100-80GB: 0.80 s.
+    Predicted on 32 H100: 0.36 s a step (to 12%), 43% of the bf16 peak, 62 GB; as many A100-80GB: 0.82 s.
     """
     return _multi_task(infimm_vicuna_13b_pt())
 
@@ -187,7 +187,7 @@ def infimm_vicuna_13b_mtt() -> Experiment:
 def infimm_vicuna_13b_ift() -> Experiment:
     """Vicuna-13B, instruction fine-tuning; the language model stays frozen (card). `STAGE=ift sbatch examples/infimm_vicuna_13b.slurm`.
 
-    Predicted on 32 H100: 0.28 s a step (to 12%), 32% of the bf16 peak, 61 GB; as many A100-80GB: 0.50 s.
+    Predicted on 32 H100: 0.21 s a step (to 12%), 42% of the bf16 peak, 61 GB; as many A100-80GB: 0.44 s.
     """
     return _instruction(infimm_vicuna_13b_pt(), policy="ift_frozen_language", chat_template="vicuna")
 

@@ -58,7 +58,7 @@ def mono_internvl_2b_s1_1() -> Experiment:
     256 GPUs, data parallel. `sbatch examples/mono_internvl_2b.slurm` starts here. Index the pairs with that prompt: `megatron-mm prepare
     index DATA --caption-prompt "provide a one-sentence caption for the image"`.
 
-    Predicted on 256 H100: 0.22 s a step (to 12%), 44% of the bf16 peak, 35 GB; as many A100-80GB: 0.51 s.
+    Predicted on 256 H100: 0.22 s a step (to 12%), 43% of the bf16 peak, 35 GB; as many A100-80GB: 0.52 s.
     """
     return Experiment(
         recipe="mono_internvl_2b_s1_1",
@@ -95,7 +95,7 @@ def _next(stage: Experiment, *, recipe: str, policy: str, steps: int, sequence_l
 def mono_internvl_2b_s1_2() -> Experiment:
     """Semantic learning on synthetic captions: up to 7 tiles per image. 256 GPUs, data parallel.
 
-    Predicted on 256 H100: 0.30 s a step (to 12%), 45% of the bf16 peak, 43 GB; as many A100-80GB: 0.71 s.
+    Predicted on 256 H100: 0.30 s a step (to 12%), 44% of the bf16 peak, 43 GB; as many A100-80GB: 0.71 s.
     """
     stage = _next(mono_internvl_2b_s1_1(), recipe="mono_internvl_2b_s1_2", policy="s1_2", steps=126_000, sequence_length=1920, tiles=7)
     return replace(stage, data=replace(stage.data, caption_prompt=None))
@@ -106,7 +106,7 @@ def mono_internvl_2b_s1_3() -> Experiment:
 
     256 GPUs, data parallel.
 
-    Predicted on 256 H100: 0.70 s a step (to 12%), 47% of the bf16 peak, 49 GB; as many A100-80GB: 1.72 s.
+    Predicted on 256 H100: 0.71 s a step (to 12%), 46% of the bf16 peak, 49 GB; as many A100-80GB: 1.73 s.
     """
     stage = _next(mono_internvl_2b_s1_2(), recipe="mono_internvl_2b_s1_3", policy="s1_3", steps=70_000, sequence_length=4096, tiles=13)
     return replace(
@@ -122,7 +122,7 @@ def mono_internvl_2b_s2() -> Experiment:
 
     256 GPUs, data parallel.
 
-    Predicted on 256 H100: 0.42 s a step (to 12%), 46% of the bf16 peak, 59 GB; as many A100-80GB: 1.05 s.
+    Predicted on 256 H100: 0.43 s a step (to 12%), 45% of the bf16 peak, 59 GB; as many A100-80GB: 1.07 s.
     """
     stage = _next(mono_internvl_2b_s1_3(), recipe="mono_internvl_2b_s2", policy="s2", steps=14_000, sequence_length=8192, tiles=25)
     return replace(
