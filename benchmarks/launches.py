@@ -9,6 +9,9 @@ one per call, and operations that stay on the processor (integers of the plan) a
 attention, norms and some products are several kernels; compare only the differences between two implementations. The baseline of the same
 run is megatron-core's own: sums of gradients and copies of weights parameter by parameter (`platform/multi_tensor.py`), towers that add
 biases in separate kernels, and attention that sets generator states.
+
+Models with experts run on one process, with the permutation of tokens in PyTorch's operations, because the fused one is written in Triton.
+For them, a third column counts launches with `--kernels.router-graph True`; a replay is one launch.
 """
 
 from __future__ import annotations
@@ -37,13 +40,15 @@ PARTS = (
     "update",
     "rest",
 )
+NAMES = {"before": "before", "after": "now", "graphs": "with graphs"}
+"""What is counted, and its name in the table."""
 COMPILED = {"quick_gelu": {"sigmoid", "sigmoid_backward"}, "swiglu": {"silu"}, "swiglu_back": {"cat"}}
 """Functions that are one kernel on a GPU, and the operations that represent that kernel in the count."""
 NO_KERNELS = ("empty", "_local_scalar", "_unsafe_view", "_record_function")
 
 
-def count(recipe: str, backend: str, *, before: bool) -> dict[str, Any]:
-    """Count the launches of the second step by part and by place in the code."""
+def count(recipe: str, backend: str, *, which: str) -> dict[str, Any]:
+    """Count the launches of the second step by part and by place in the code; `which` is one of `NAMES`."""
     if backend != "torch":
         from support import te
 
@@ -53,6 +58,7 @@ def count(recipe: str, backend: str, *, before: bool) -> dict[str, Any]:
     from megatron.core.optimizer import clip_grads
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.transformer.enums import AttnMaskType
+    from support.recorded_graph import RecordedGraph, recorded_graphs
     from support.small import IMAGE_TOKENS, random_batch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,6 +70,7 @@ def count(recipe: str, backend: str, *, before: bool) -> dict[str, Any]:
     from megatron_mm.platform import multi_tensor
     from megatron_mm.training import build
     from megatron_mm.training.optimizer import build_optimizer
+    from megatron_mm.training.router_graph import graph_routers
     from megatron_mm.training.step import TrainingStep
 
     torch.set_num_threads(1)
@@ -130,25 +137,36 @@ def count(recipe: str, backend: str, *, before: bool) -> dict[str, Any]:
         base,
         model=model,
         data=replace(base.data, sequence_length=96),
-        parallel=replace(base.parallel, tensor=1, pipeline=1, virtual=1, stage_layers=None, recompute="none", recompute_encoder=None),
+        parallel=replace(
+            base.parallel, tensor=1, pipeline=1, virtual=1, expert=1, stage_layers=None, recompute="none", recompute_encoder=None
+        ),
+        kernels=replace(base.kernels, router_graph=which == "graphs"),
         train=replace(base.train, precision="fp8" if backend == "fp8" else "bf16", micro_batch_size=1, global_batch_size=MICRO_BATCHES),
     )
     build.choose_backend = lambda experiment, *, on_gpu: "torch" if backend == "torch" else "te"  # type: ignore[assignment, return-value]
-    build.choose_kernels = lambda experiment, *, backend: Kernels(weight_gradients=backend == "te")
+    build.choose_kernels = lambda experiment, *, backend: Kernels(
+        weight_gradients=backend == "te", router=backend == "te" and base.model.decoder.moe is not None
+    )
     multi_tensor.install()
     vision_layers: Any = mm1.vision_layer_spec
     copies: Any = DistributedOptimizer._copy_main_params_to_model_params
-    if before:
+    if which == "before":
         build.DataParallel = DistributedDataParallel  # type: ignore[misc, assignment]
         build.engine.leave_generators_alone = lambda modules: None
         copies = copies.one_by_one
         vision_layers = lambda backend: layers._LAYER_SPECS[backend](AttnMaskType.no_mask)  # noqa: E731
     mm1.vision_layer_spec = vision_layers
     multi_tensor.install = lambda: None
-    with patch.object(DistributedOptimizer, "_copy_main_params_to_model_params", copies):
+    replay: Any = counting.as_one("replay", RecordedGraph.replay)
+    with (
+        patch.object(DistributedOptimizer, "_copy_main_params_to_model_params", copies),
+        patch.object(RecordedGraph, "replay", replay),
+        recorded_graphs(),
+    ):
         topology = topologies.initialize(experiment.parallel, seed=1)
         clip_grads.l2_norm_impl = counting.as_one("l2_norm", clip_grads.l2_norm_impl)  # type: ignore[attr-defined]
         chunks = build.build_model(experiment, topology)
+        graph_routers(experiment, chunks, topology)
         step = TrainingStep(experiment, topology, chunks, build_optimizer(experiment, chunks), num_sources=2)
         batches = [random_batch(experiment, topology, number=number) for number in (2, 8)]  # four images each
         step.run(batches, step=1)
@@ -211,25 +229,26 @@ def main() -> None:
     parser.add_argument("--recipe", default="mm1_1b", help="of the MM1 family (default: %(default)s)")
     parser.add_argument("--backends", nargs="+", default=["te", "fp8", "torch"], choices=["te", "fp8", "torch"])
     parser.add_argument("--lines", type=int, default=0, help="also print so many places in the code, those with the most launches")
-    parser.add_argument("--one", choices=["before", "after"], help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(count(arguments.recipe, arguments.backends[0], before=arguments.one == "before")))
+        print(json.dumps(count(arguments.recipe, arguments.backends[0], which=arguments.one)))
         return
+    columns = [which for which in NAMES if which != "graphs" or "moe" in arguments.recipe]
     for backend in arguments.backends:
         found = []
-        for which in ("before", "after"):
+        for which in columns:
             command = [sys.executable, "-W", "ignore", __file__, "--recipe", arguments.recipe, "--backends", backend, "--one", which]
             found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
-        before, after = found
+        totals = [sum(of["parts"].values()) for of in found]
         print(f"{arguments.recipe}, {backend}: launches of a step of {MICRO_BATCHES} micro-batches")
-        print(f"  {'':26}{'before':>8}{'now':>8}{'ratio':>7}")
+        print(f"  {'':26}", *(f"{NAMES[which]:>12}" for which in columns))
         for part in PARTS:
-            print(f"  {part:26}{before['parts'].get(part, 0):8}{after['parts'].get(part, 0):8}")
-        one, other = (sum(of["parts"].values()) for of in found)
-        print(f"  {'all':26}{one:8}{other:8}{other / one:7.2f}")
-        print(f"  {'generator states changed':26}{before['state']:8}{after['state']:8}")
-        for place, number in Counter(after["places"]).most_common(arguments.lines):
+            print(f"  {part:26}", *(f"{of['parts'].get(part, 0):12}" for of in found))
+        print(f"  {'all':26}", *(f"{total:12}" for total in totals))
+        print(f"  {'all, relative':26}", *(f"{total / totals[0]:12.2f}" for total in totals))
+        print(f"  {'generator states changed':26}", *(f"{of['state']:12}" for of in found))
+        for place, number in Counter(found[-1]["places"]).most_common(arguments.lines):
             print(f"  {number:6} {place}")
 
 

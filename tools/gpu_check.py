@@ -3,9 +3,9 @@
     python tools/gpu_check.py [--device cpu]
 
 Compares Transformer Engine's layers with plain PyTorch's in bf16 and FP8 for every family, DALI's GPU decoder with the CPU's, the fused
-optimizer that megatron-core finds with torch's AdamW, towers as CUDA graphs with towers, and deterministic runs with their repeats and
-resumes, bit by bit. Each check is a process of its own; on a GPU they run at the same time. Each
-line of the table is printed as soon as its result is known. The exit code is 1 if a check fails and 2 if there is no GPU. `--device cpu`
+optimizer that megatron-core finds with torch's AdamW, towers and routers as CUDA graphs with those without, and deterministic runs with
+their repeats and resumes, bit by bit. Each check is a process of its own; on a GPU they run at the same time. Each line of the table is
+printed as soon as its result is known. The exit code is 1 if a check fails and 2 if there is no GPU. `--device cpu`
 runs the checks that need no GPU, which tests this program itself.
 """
 
@@ -28,7 +28,14 @@ from benchmarks.parts import Part, Row, emit, run_parts, wait_for_turn
 from megatron_mm.data.prepare.demo import prepare_demo
 from megatron_mm.run.doctor import diagnose, report
 from tools.gpu_check_layers import RECIPES, Checked, Skipped, check_layers
-from tools.gpu_check_parts import check_decoders, check_fp8_weights, check_optimizer, check_repeats, check_tower_graph
+from tools.gpu_check_parts import (
+    check_decoders,
+    check_fp8_weights,
+    check_optimizer,
+    check_repeats,
+    check_router_graph,
+    check_tower_graph,
+)
 
 CHECKS: dict[str, Callable[[Path, torch.device], Iterator[Checked | Skipped]]] = {
     **{f"layers of {recipe}": partial(check_layers, recipe=recipe) for recipe in RECIPES},
@@ -36,6 +43,7 @@ CHECKS: dict[str, Callable[[Path, torch.device], Iterator[Checked | Skipped]]] =
     "optimizer": check_optimizer,
     "FP8 weights": check_fp8_weights,
     "tower graph": check_tower_graph,
+    "router graph": check_router_graph,
     **{f"repeats of {recipe}": partial(check_repeats, recipe=recipe) for recipe in RECIPES},
 }
 

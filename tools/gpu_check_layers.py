@@ -23,6 +23,7 @@ from megatron_mm.run.data import TrainingData, open_tokenizer
 from megatron_mm.run.start import check_shapes
 from megatron_mm.training.build import build_model
 from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.router_graph import graph_routers
 from megatron_mm.training.step import TrainingStep
 from megatron_mm.training.tower_graph import graph_tower
 
@@ -108,7 +109,8 @@ def train(settings: Experiment) -> Seen:
         model = build_model(settings, topology)
         chunk = model[0].module
         hide_nothing(chunk)
-        graph_tower(settings, model)  # only if the settings ask for it
+        graph_tower(settings, model)  # only if the settings ask for it, as below
+        graph_routers(settings, model, topology)
         step = TrainingStep(settings, topology, model, build_optimizer(settings, model), num_sources=len(settings.data.sources))
         data = TrainingData(_padded_alike(settings), topology, open_tokenizer(settings))
         batches = next(data).micro_batches

@@ -1,4 +1,4 @@
-"""The checks of `gpu_check.py` besides layers: decoders, optimizer and checkpoints, FP8 weights, tower graphs, deterministic runs."""
+"""The checks of `gpu_check.py` besides layers: decoders, optimizer and checkpoints, FP8 weights, CUDA graphs, deterministic runs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.load.decode import has_dali, make_decoder
 from megatron_mm.data.sources.index import open_split
 from megatron_mm.data.sources.shards import read_range
+from megatron_mm.models.moe import routers
+from megatron_mm.models.router_graph import GraphedRouting
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.platform import adam, cuda_graph
 from megatron_mm.platform.device import be_deterministic
@@ -26,6 +28,9 @@ from megatron_mm.run.data import TrainingData, open_tokenizer
 from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import Checkpointer, TrainState
 from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.router_graph import LIMIT as ROUTER_LIMIT
+from megatron_mm.training.router_graph import graph_routers
+from megatron_mm.training.router_graph import replay_difference as replay_difference_of_router
 from megatron_mm.training.step import TrainingStep
 from megatron_mm.training.tower_graph import Capture, allowed_difference, graph_tower, graphed_tower, replay_difference
 from tools.gpu_check_layers import STEPS, Checked, Skipped, distance, experiment, farthest, together, train
@@ -118,14 +123,32 @@ def check_tower_graph(data: Path, device: torch.device) -> Iterator[Checked | Sk
         for recipe in ("debug_infimm", "debug_mm1"):
             plain = experiment(data, precision=precision, layers=layers, recipe=recipe)
             yield from compare_replays(plain)
-            yield from compare_training(plain)
+            yield from compare_training(plain, "tower graph", tower_graph=GRAPH_IMAGES)
 
 
-def compare_training(plain: Experiment) -> Iterator[Checked]:
-    """Compare losses and gradients with and without graphs of the tower: InfiMM's is frozen, MM1's trains."""
-    found, expected = train(replace(plain, kernels=replace(plain.kernels, tower_graph=GRAPH_IMAGES))), train(plain)
+def check_router_graph(data: Path, device: torch.device) -> Iterator[Checked | Skipped]:
+    """Compare replays of routers as CUDA graphs with the routers, and training with and without graphs."""
+    if device.type != "cuda":
+        yield Skipped("router graph", "needs a GPU")
+        return
+    kinds = [("torch", "fp32"), ("torch", "bf16")]
+    if importlib.util.find_spec("transformer_engine") is not None:
+        kinds += [("te", "bf16"), ("te", "fp8")]
+    for layers, precision in kinds:
+        plain = experiment(data, precision=precision, layers=layers, recipe="debug_mm1_moe")
+        yield from compare_routers(plain)
+        yield from compare_training(plain, "router graph", router_graph=True)
+
+
+def compare_training(plain: Experiment, name: str, **kernels: Any) -> Iterator[Checked]:
+    """Compare losses and gradients with and without graphs: of routers, of InfiMM's tower, which is frozen, or of MM1's, which trains.
+
+    Args:
+        kernels: the option of `kernels` that asks for the graphs.
+    """
+    found, expected = train(replace(plain, kernels=replace(plain.kernels, **kernels))), train(plain)
     assert any(number <= GRAPH_IMAGES for number in expected.images), f"micro-batches of {expected.images} images: none fits into a graph"
-    what, exact = f"tower graph, debug_{plain.model.family} {plain.train.layers} {plain.train.precision}", plain.train.precision == "fp32"
+    what, exact = f"{name}, debug_{plain.model.family} {plain.train.layers} {plain.train.precision}", plain.train.precision == "fp32"
     yield Checked(f"{what}: loss of {STEPS} steps", distance(found.losses, expected.losses), 1e-5 if exact else 1e-2)
     yield Checked(f"{what}: gradient", together(found.gradients, expected.gradients), 1e-4 if exact else 0.1)
 
@@ -168,6 +191,29 @@ def compare_replays(settings: Experiment, *, capture: Capture = cuda_graph.captu
             yield Checked(f"{what}: features of no images{when}", len(graphed(graphed.pixels[:0])), 0)
             for parameter in tower.parameters():
                 parameter.data.mul_(0.9)  # as a checkpoint is loaded: in place
+    finally:
+        topologies.shutdown()
+
+
+def compare_routers(settings: Experiment) -> Iterator[Checked]:
+    """Compare replays of each router's graphs with the router, for several numbers of tokens and with shares that change in place."""
+    settings = replace(settings, kernels=replace(settings.kernels, router_graph=True))
+    topology = topologies.initialize(settings.parallel, seed=settings.train.seed)
+    try:
+        model = build_model(settings, topology)
+        graph_routers(settings, model, topology)
+        found = []
+        for _, router in routers(list(model)):
+            assert isinstance(router.graphed, GraphedRouting)
+            router.shares.copy_(torch.arange(1.0, router.shares.numel() + 1).softmax(0))
+            rows, copies = router.graphed.rows, router.graphed.copies
+            found += [
+                replay_difference_of_router(router, router.graphed, copy, tokens=tokens)
+                for copy in copies
+                for tokens in (rows, 1, rows // 3)
+            ]
+        what = f"router graph, debug_{settings.model.family} {settings.train.layers} {settings.train.precision}"
+        yield Checked(f"{what}: replays of {len(found) // 3} copies", max(found), ROUTER_LIMIT)
     finally:
         topologies.shutdown()
 

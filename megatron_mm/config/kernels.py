@@ -1,4 +1,4 @@
-"""Configuration of fused kernels, and of the CUDA graph of an image tower."""
+"""Configuration of fused kernels and of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ class KernelConfig:
     """Images per replay of CUDA graphs that run the image tower during training; None runs it without graphs. The images of a micro-batch
     are filled up with blank ones to this number, or to a multiple of it if the tower is frozen. It helps for few images
     (docs/performance.md)."""
+    router_graph: bool = False
+    """During training, the routers of sparse layers run as CUDA graphs, except for their matrix products. Micro-batches may have different
+    numbers of tokens."""
 
     def __post_init__(self) -> None:
         require(self.tower_graph is None or self.tower_graph > 0, f"kernels.tower_graph is {self.tower_graph}, but must be positive")

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -51,10 +51,14 @@ class RoutingRecord:
         self.size = len(self.FIELDS) + len(self.TABLES) * num_experts
         self.sums: torch.Tensor | None = None
 
-    def add(self, *values: torch.Tensor) -> None:
-        """Add values: first the fields, then the tables."""
-        row = torch.cat([value.detach().double().reshape(-1) for value in values])
-        self.sums = row if self.sums is None else self.sums + row
+    @staticmethod
+    def row(*values: torch.Tensor) -> torch.Tensor:
+        """Return values to add, [size] float64: first the fields, then the tables."""
+        return torch.cat([value.detach().double().reshape(-1) for value in values])
+
+    def add(self, row: torch.Tensor) -> None:
+        """Add a `row`, whose memory may be overwritten afterwards."""
+        self.sums = row.clone() if self.sums is None else self.sums + row
 
     def take(self, device: torch.device) -> torch.Tensor:
         """Return the sums, [fields + tables * experts] float64, and reset them."""
@@ -62,18 +66,43 @@ class RoutingRecord:
         return torch.zeros(self.size, dtype=torch.float64, device=device) if sums is None else sums
 
 
-def within_load(weights_te: torch.Tensor, chosen_te: torch.Tensor, *, groups: int, most: int) -> torch.Tensor:
+def within_load(
+    weights_te: torch.Tensor, chosen_te: torch.Tensor, *, groups: int, most: int, limit: torch.Tensor | None = None
+) -> torch.Tensor:
     """Keep at most `most` choices, those with the largest weights, for each of `groups` equal runs of experts; return them as [t, e] bool.
 
     Worked example: 4 experts on 2 processes, and at most 1 choice each. One token chooses experts 0 and 1 (weights 0.7, 0.3), the other 1
     and 2 (0.6, 0.4). The first process has three choices, of which 0.7 is kept; the second process has one, which is kept.
+
+    Args:
+        limit: [] int64, keep only so many of the `most` choices, a number that the host does not read; None for all.
     """
     rows, experts = chosen_te.shape
     by_group = torch.where(chosen_te, weights_te.detach(), -1.0).view(rows, groups, experts // groups).transpose(0, 1).flatten(1)
     if most >= by_group.shape[1]:
         return chosen_te
-    kept = torch.zeros_like(by_group, dtype=torch.bool).scatter_(1, by_group.topk(most, dim=1, sorted=False).indices, True)
+    largest = by_group.topk(most, dim=1, sorted=limit is not None).indices
+    kept = torch.zeros_like(by_group, dtype=torch.bool)
+    if limit is None:
+        kept.scatter_(1, largest, True)
+    else:
+        kept.scatter_(1, largest, (torch.arange(most, device=largest.device) < limit).expand_as(largest))
     return kept.view(groups, rows, experts // groups).transpose(0, 1).flatten(1) & chosen_te
+
+
+class Graphed(Protocol):
+    """What runs a router's operations on logits as replays of a graph (`models.router_graph`)."""
+
+    def __call__(
+        self, logits_te: torch.Tensor, real_t: torch.Tensor, *, token_weight: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Return weights and kept choices, [t, e] each, and a row of the record; None if the router must run without a graph.
+
+        Args:
+            real_t: [t] bool, False for padding.
+            token_weight: `Router.token_weight`.
+        """
+        ...
 
 
 class Router(TopKRouter):
@@ -82,6 +111,9 @@ class Router(TopKRouter):
     max_load: float | None = None
     """`ParallelConfig.max_expert_load`. Each process applies the limit to its own tokens, without communication; then no process receives
     more than this multiple of an equal share of all choices."""
+
+    graphed: Graphed | None = None
+    """Set if the router runs as a CUDA graph in training (`kernels.router_graph`)."""
 
     padding: torch.Tensor | None = None
     """Padding mask for `forward` when it is called without one (`models.expert_overlap`)."""
@@ -115,38 +147,71 @@ class Router(TopKRouter):
         """
         logits_te = self.gating(input).flatten(0, 1)
         padding_mask = self.padding if padding_mask is None else padding_mask
-        real = torch.ones_like(logits_te[:, 0], dtype=torch.bool) if padding_mask is None else ~padding_mask.flatten()
+        real_t = torch.ones_like(logits_te[:, 0], dtype=torch.bool) if padding_mask is None else ~padding_mask.flatten()
+        # Under recompute the first pass has no gradients: only the second adds losses and records.
+        if not (self.training and torch.is_grad_enabled()):
+            weights_te, _, kept_te = self.choose(logits_te, real_t)
+            return weights_te, kept_te
+        found = None if self.graphed is None else self.graphed(logits_te, real_t, token_weight=self.token_weight)
+        if found is not None:
+            weights_te, kept_te, row = found
+        else:
+            weights_te, chosen_te, kept_te = self.choose(logits_te, real_t)
+            loss, row = self.losses(logits_te, real_t, chosen_te, kept_te, token_weight=self.token_weight)
+            weights_te = MoEAuxLossAutoScaler.apply(weights_te, loss)
+        self.record.add(row)
+        return weights_te, kept_te
+
+    def choose(
+        self, logits_te: torch.Tensor, real_t: torch.Tensor, *, limit: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Choose the experts of each token.
+
+        Args:
+            real_t: [t] bool, False for padding.
+            limit: [] int64, at most `most_choices` of all rows: the limit of fewer rows, if the others are padding.
+
+        Returns:
+            (weights of the kept choices, all choices, kept choices), [t, e] each.
+        """
         weights_te, chosen_te = topk_routing_with_score_function(
             logits_te, self.topk, use_pre_softmax=False, score_function="softmax", fused=self.config.moe_router_fusion
         )
-        weights_te, chosen_te = weights_te * real[:, None], chosen_te & real[:, None]
+        weights_te, chosen_te = weights_te * real_t[:, None], chosen_te & real_t[:, None]
         kept_te = chosen_te
         if self.config.moe_expert_capacity_factor is not None:
             weights_te, kept_te = apply_router_token_dropping(
                 weights_te, chosen_te, router_topk=self.topk, capacity_factor=self.config.moe_expert_capacity_factor, drop_policy="probs"
             )
         if self.max_load is not None:
-            groups = self.config.expert_model_parallel_size
-            most = math.ceil(self.max_load * self.topk * len(logits_te) / groups)
-            kept_te = within_load(weights_te, kept_te, groups=groups, most=most)
+            groups, most = self.config.expert_model_parallel_size, self.most_choices(len(logits_te))
+            kept_te = within_load(weights_te, kept_te, groups=groups, most=most, limit=limit)
             weights_te = weights_te * kept_te
-        # Under recompute the first pass has no gradients: only the second adds losses and records.
-        if self.training and torch.is_grad_enabled():
-            weights_te = self._with_losses(weights_te, logits_te, chosen_te, kept_te, real)
-        return weights_te, kept_te
+        return weights_te, chosen_te, kept_te
 
-    def _with_losses(
-        self, weights_te: torch.Tensor, logits_te: torch.Tensor, chosen_te: torch.Tensor, kept_te: torch.Tensor, real: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the weights unchanged; the backward pass also computes the gradients of the losses."""
-        log_probs_te = F.log_softmax(logits_te, dim=-1)
-        mass_e = real.float() @ log_probs_te.exp()
-        z = real.float() @ logits_te.logsumexp(dim=-1).square()
-        entropy = -(real.float() @ (log_probs_te.exp() * log_probs_te).sum(dim=-1))
-        self.record.add(real.sum(), z, entropy, chosen_te.sum(dim=0), kept_te.sum(dim=0), mass_e)
+    def most_choices(self, tokens: int) -> int:
+        """Return how many choices of so many tokens, padding included, the experts of one process may get under `max_load`."""
+        assert self.max_load is not None
+        return math.ceil(self.max_load * self.topk * tokens / self.config.expert_model_parallel_size)
+
+    def losses(
+        self,
+        logits_te: torch.Tensor,
+        real_t: torch.Tensor,
+        chosen_te: torch.Tensor,
+        kept_te: torch.Tensor,
+        *,
+        token_weight: torch.Tensor | float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the router's losses times their coefficients, [], and a row of the record."""
+        log_probs_te, counted_t = F.log_softmax(logits_te, dim=-1), real_t.float()
+        probs_te = log_probs_te.exp()
+        mass_e = counted_t @ probs_te
+        z = counted_t @ logits_te.logsumexp(dim=-1).square()
+        entropy = -(counted_t @ (probs_te * log_probs_te).detach().sum(dim=-1))
+        row = self.record.row(real_t.sum(), z, entropy, chosen_te.sum(dim=0), kept_te.sum(dim=0), mass_e)
         balance = self.shares.numel() * (self.shares @ mass_e)
-        loss = self.token_weight * (self.config.moe_aux_loss_coeff * balance + self.config.moe_z_loss_coeff * z)
-        return MoEAuxLossAutoScaler.apply(weights_te, loss)
+        return token_weight * (self.config.moe_aux_loss_coeff * balance + self.config.moe_z_loss_coeff * z), row
 
 
 def routers(chunks: list[torch.nn.Module]) -> Iterator[tuple[int, Router]]:

@@ -65,16 +65,19 @@ class Passes:
 
 
 @torch.enable_grad()
-def capture_passes(forward: Forward, backward: Backward, example: torch.Tensor) -> Passes:
+def capture_passes(forward: Forward, backward: Backward, example: torch.Tensor, *, stream: torch.cuda.Stream | None = None) -> Passes:
     """Capture `forward(example)` and `backward(result, gradient)`.
 
     As for `capture`. The backward pass also runs before the capture, so what it adds to gradient buffers must be removed afterwards.
+
+    Args:
+        stream: to capture on; None for a new one. Many captures should share one: torch keeps a workspace of products for each stream.
 
     Raises RuntimeError if a pass cannot be captured.
     """
     with torch.no_grad():
         gradient = torch.zeros_like(forward(example))
-    with _prepared(lambda: backward(forward(example), gradient)) as stream:
+    with _prepared(lambda: backward(forward(example), gradient), stream) as stream:
         ahead, result = _captured(lambda: forward(example), stream)
         back, _ = _captured(lambda: backward(result, gradient), stream, pool=ahead.pool())
     result = result.detach()
@@ -87,9 +90,9 @@ def capture_passes(forward: Forward, backward: Backward, example: torch.Tensor) 
 
 
 @contextlib.contextmanager
-def _prepared(run: Callable[[], object]) -> Iterator[torch.cuda.Stream]:
+def _prepared(run: Callable[[], object], stream: torch.cuda.Stream | None = None) -> Iterator[torch.cuda.Stream]:
     """Context for captures on the stream that it returns, on which `run` was called a few times before. The current stream waits for it."""
-    stream = torch.cuda.Stream()
+    stream = stream or torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with _announced():  # warm-ups, too: Transformer Engine chooses its attention by the flag, and remembers the choice
         with torch.cuda.stream(stream):

@@ -56,6 +56,7 @@ from megatron_mm.training.kernels import choose_kernels
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.options import check_options
 from megatron_mm.training.progress import Progress
+from megatron_mm.training.router_graph import graph_routers
 from megatron_mm.training.tower_graph import graph_tower
 from megatron_mm.training.trainer import Hook, Trainer
 
@@ -164,6 +165,11 @@ def assemble(
         if graph_tower(experiment, model) and topology.is_main:  # with the final weights, before the loader's threads
             logger.info("the image tower runs as a CUDA graph of %d images", experiment.kernels.tower_graph)
         times.lap("graph of the image tower")
+    if experiment.kernels.router_graph:
+        number = graph_routers(experiment, model, topology)
+        if topology.is_main:
+            logger.info("%d routers of this process run as CUDA graphs", number)
+        times.lap("graphs of routers")
     data = TrainingData(experiment, topology, tokenizer, plan=checked.plan, cursor=state.plan)
     heldout = HeldOut(experiment, topology, tokenizer, image=image_input(experiment), batches=held_out_batches)
     trainer = Trainer(

@@ -68,6 +68,7 @@ def asked_for(experiment: Experiment, *, backend: Backend) -> Iterator[Option]:
     yield from _expert_overlap(experiment, backend=backend)
     yield from _precision(experiment, backend=backend)
     yield from _tower_graph(experiment)
+    yield from _router_graph(experiment)
     yield from _deterministic(experiment, backend=backend)
     yield from _warm_up(experiment)
     yield from _image_size(experiment)
@@ -359,6 +360,32 @@ def _tower_graph_impossible(experiment: Experiment) -> str:
         return f"the tower is recomputed ({recompute}), and a graph keeps its activations: use --parallel.recompute-encoder none"
     if recompute != "none" and not isinstance(getattr(experiment.model, "vision", None), EvaConfig):
         return f"the tower is recomputed ({recompute}), which saves nothing if it is frozen: use --parallel.recompute-encoder none"
+    return ""
+
+
+def _router_graph(experiment: Experiment) -> Iterator[Option]:
+    if experiment.kernels.router_graph:
+        useless = "the model has no experts" if experiment.model.decoder.moe is None else ""
+        yield Option(
+            "kernels.router_graph",
+            True,
+            impossible="" if useless else _router_graph_impossible(experiment),
+            useless=useless,
+            costs="each router keeps memory for every micro-batch that waits for its backward pass, for as long as the run lasts. This is "
+            "untried on GPUs; at the start, replays are compared with the routers",
+        )
+
+
+def _router_graph_impossible(experiment: Experiment) -> str:
+    parallel, moe = experiment.parallel, experiment.model.decoder.moe
+    if not torch.cuda.is_available():
+        return "CUDA graphs need a GPU: leave it out"
+    if moe is not None and moe.capacity_factor is not None:
+        return (
+            f"the experts' capacity (moe.capacity_factor {moe.capacity_factor}) depends on each micro-batch's tokens: leave one of them out"
+        )
+    if parallel.recompute == "full" or (parallel.recompute == "selective" and "moe" in parallel.recompute_modules):
+        return "layers with experts are recomputed, and the first of their two forward passes would run without a graph: leave it out"
     return ""
 
 

@@ -32,12 +32,14 @@ from megatron_mm.parallel import topology as topologies
 from megatron_mm.platform import adam
 from megatron_mm.training import build
 from megatron_mm.training.options import check_options
+from megatron_mm.training.router_graph import graph_routers
 from megatron_mm.training.step import StepResult
 from megatron_mm.training.tower_graph import graph_tower
 
 SUBJECT = te_program.SUBJECTS["mm1"]
 FORKS = "generator states put in place"
 WAITING = "weight gradients that wait"
+ROUTING = "fused_topk_with_score_function_fwd"
 
 
 def count(owner: type, method: str, name: str) -> None:
@@ -220,6 +222,21 @@ def graphs_of_the_tower(precision: str = "bf16", **kernels: bool) -> dict[str, A
     return found
 
 
+def graphs_of_routers(precision: str) -> dict[str, Any]:
+    """Return losses and gradient norms with and without graphs of the routers, and how often each graph was replayed."""
+    found: dict[str, Any] = {}
+    for name in ("plain", "graphs"):
+        experiment = replace(sparse(precision=precision), kernels=KernelConfig(router_graph=name == "graphs"))
+        with tempfile.TemporaryDirectory() as folder, recorded_graphs() as graphs:
+            trainee = te_program.Trainee(SUBJECT, experiment, "te", Path(folder))
+            graph_routers(experiment, trainee.model, trainee.topology)
+            CALLS.clear()
+            numbers = [(result.losses.mean, result.update.grad_norm) for result in steps(trainee, 1, 3)]
+            found[name] = {"numbers": numbers, "replays": [graph.replays for graph in graphs.made], "kernels": CALLS[ROUTING]}
+            topologies.shutdown()
+    return found
+
+
 def filled_up(forward: Any) -> Any:
     """Encode as many images as a graph does, so that features and gradients are the same bits."""
 
@@ -256,6 +273,7 @@ def main() -> None:
         found["bf16 moments, at once"] = train(sparse(**small), folder / "once", last=4)
         found["bf16 moments from fp32"] = train(sparse(**small), folder / "plain", first=3, last=4)
         found["fp32 moments from bf16"] = train(sparse(), folder / "moments", first=3, last=4)
+    found["graphs of routers"] = {precision: graphs_of_routers(precision) for precision in ("bf16", "fp8")}
     found["graphs"] = {
         f"{precision} {name}": graphs_of_the_tower(precision, weight_gradients=name == "fused")
         for precision in ("bf16", "fp8")

@@ -123,3 +123,12 @@ def test_graphs_of_a_tower_that_trains_change_no_update(name: str) -> None:
     forward, backward = graphs["replays"]
     assert plain["replays"] == [] and forward > backward >= 3
     assert (plain["fused"] > 0) == (graphs["fused"] > 0) == ("not" not in name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_graphs_of_routers_change_no_update(precision: str) -> None:
+    """With Transformer Engine's kernel for the choice of experts inside them."""
+    plain, graphs = (found()["graphs of routers"][precision][kind] for kind in ("plain", "graphs"))
+    assert graphs["numbers"] == plain["numbers"] and len(graphs["numbers"]) == 3
+    forward, backward = graphs["replays"]
+    assert plain["replays"] == [] and forward > backward > 3 * 4 <= plain["kernels"] and graphs["kernels"] == 0

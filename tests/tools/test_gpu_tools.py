@@ -12,6 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from support.te import python_of_transformer_engine
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
 from benchmarks.parts import Part, run_parts  # noqa: E402
+from megatron_mm.models.moe import Router  # noqa: E402
 from tools import gpu_check_layers, gpu_check_parts  # noqa: E402
 
 NEEDS_TE = pytest.mark.skipif(python_of_transformer_engine() is None, reason="no transformer-engine here: see `make test-te`")
@@ -83,13 +85,39 @@ def test_replays_of_a_tower_are_compared(recipe: str, tmp_path: Path) -> None:
         assert [line.holds for line in gpu_check_parts.compare_replays(settings, capture=copied)] == [True, True, False, True]
 
 
-@pytest.mark.parametrize("recipe", ["debug_infimm", "debug_mm1"])
-def test_training_with_graphs_is_compared(recipe: str, demo_data: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "kernels", "made"),
+    [
+        ("debug_infimm", {"tower_graph": gpu_check_parts.GRAPH_IMAGES}, 1),
+        ("debug_mm1", {"tower_graph": gpu_check_parts.GRAPH_IMAGES}, 2),
+        ("debug_mm1_moe", {"router_graph": True}, 4),  # two routers
+    ],
+)
+def test_training_with_graphs_is_compared(recipe: str, kernels: dict[str, Any], made: int, demo_data: Path) -> None:
     settings = gpu_check_layers.experiment(demo_data, precision="fp32", layers="torch", recipe=recipe)
     with recorded_graphs() as graphs:
-        lines = list(gpu_check_parts.compare_training(settings))
-        assert len(graphs.made) == (2 if recipe == "debug_mm1" else 1) and all(graph.replays > 4 for graph in graphs.made)
+        lines = list(gpu_check_parts.compare_training(settings, "graph", **kernels))
+        assert len(graphs.made) == made and all(graph.replays > 4 for graph in graphs.made)
     assert all(line.holds for line in lines) and len(lines) == 2
+
+
+def test_replays_of_routers_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a graph that does not see shares that change later."""
+    settings = gpu_check_layers.experiment(tmp_path, precision="bf16", layers="torch", recipe="debug_mm1_moe")
+    with recorded_graphs():
+        (line,) = gpu_check_parts.compare_routers(settings)
+        assert line.holds and line.what == "router graph, debug_mm1 torch bf16: replays of 2 copies"
+        losses = Router.losses
+
+        def with_first_shares(self: Router, *arguments: Any, **options: Any) -> Any:
+            captured = isinstance(options["token_weight"], torch.Tensor)
+            seen = torch.full_like(self.shares, 1 / self.shares.numel()) if captured else self.shares
+            with patch.dict(self._buffers, shares=seen):
+                return losses(self, *arguments, **options)
+
+        monkeypatch.setattr(Router, "losses", with_first_shares)
+        (line,) = gpu_check_parts.compare_routers(settings)
+        assert not line.holds
 
 
 @pytest.mark.slow

@@ -213,3 +213,40 @@ def test_what_a_graph_of_a_tower_costs_is_said(caplog: pytest.LogCaptureFixture)
     caplog.clear()
     check_options(graphed("debug_mm1", pipeline=2), backend="te")
     assert "with blank ones to 8; the computation" in caplog.text and "Activations of 8 images are kept for 2 micro-batches" in caplog.text
+
+
+def routed(recipe: str = "debug_mm1_moe", *, capacity_factor: float | None = None, **parallel: Any) -> Experiment:
+    """An experiment that asks for graphs of routers."""
+    base = get_recipe(recipe)
+    moe = base.model.decoder.moe
+    if moe is not None:
+        decoder = replace(base.model.decoder, moe=replace(moe, capacity_factor=capacity_factor))
+        base = replace(base, model=replace(base.model, decoder=decoder))  # type: ignore[arg-type]
+    return replace(base, kernels=KernelConfig(router_graph=True), parallel=replace(base.parallel, **parallel))
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (routed(capacity_factor=2.0), r"capacity \(moe.capacity_factor 2.0\) depends on each micro-batch's tokens: leave one of them out"),
+        (routed(recompute="full"), "layers with experts are recomputed"),
+        (routed(**selective("moe")), "layers with experts are recomputed"),
+    ],
+)
+def test_a_graph_of_a_router_that_cannot_run_is_refused(asked: Experiment, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"kernels\.router_graph is True, but .*{message}"):
+        check_options(asked, backend="te")
+
+
+def test_a_graph_of_a_router_needs_a_gpu_and_experts(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match=r"kernels\.router_graph is True, but CUDA graphs need a GPU: leave it out"):
+        check_options(routed(), backend="torch")
+    check_options(routed("debug_mm1"), backend="torch")
+    assert "kernels.router_graph is True and has no effect: the model has no experts" in caplog.text
+
+
+@pytest.mark.usefixtures("gpus")
+def test_what_a_graph_of_a_router_costs_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    check_options(routed(**selective("core_attn")), backend="te")
+    assert "kernels.router_graph is True: each router keeps memory for every micro-batch that waits" in caplog.text
