@@ -39,7 +39,7 @@ def test_functional_tests_of_megatron_lm_are_within_bounds() -> None:
 def test_own_training_runs_are_met(run: TrainingRun) -> None:
     """Steps on one H200 of a virtual machine with a 1.6 times slower host. Most wait for the host, so the time that kernels run in them is
     compared, too."""
-    assert run.predict().seconds == pytest.approx(run.seconds, rel=0.09)
+    assert run.predict().seconds == pytest.approx(run.seconds, rel=0.10)
     assert run.busy() == pytest.approx(run.kernels, rel=0.20)
 
 
