@@ -20,9 +20,23 @@ require() { # name, what it is
 [ $# -ge 1 ] || fail "no recipe given: launch.sh RECIPE [train options ...]"
 recipe=$1
 shift
-[ -n "${SLURM_JOB_ID:-}" ] || fail "this is not a Slurm job: submit it, for example: sbatch examples/$recipe.slurm"
+[ -n "${SLURM_JOB_ID:-}${DRY_RUN:-}" ] ||
+    fail "this is not a Slurm job: submit it, for example: sbatch examples/$recipe.slurm, or look at it with DRY_RUN=1"
 require DATA "the folder that \`megatron-mm prepare index\` has indexed, seen by every node" /scratch/data
 require RUN_DIR "the run's folder, seen by every node" "/scratch/runs/$recipe"
+
+if [ -n "${DRY_RUN:-}" ]; then # also within a job, which somebody who asks for this does not want to run
+    asked() { sed -n "s/^#SBATCH --$1=//p" "$(dirname "$0")/$recipe.slurm" 2>/dev/null || true; } # the script's; a job knows its own
+    train=(train "$recipe" --run-dir "$(realpath -m "$RUN_DIR")" --data.path "$(realpath -m "$DATA")" "$@")
+    nodes=${NODES:-${SLURM_JOB_NUM_NODES:-$(asked nodes)}}
+    processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(asked gpus-per-node)}}
+    say "dry run: nothing is started"
+    [ -d "$DATA" ] || say "note: DATA=$DATA is not a folder on $(hostname)"
+    echo "${nodes:-all} nodes x ${processes:-1} processes of: megatron-mm$(printf ' %q' "${train[@]}")"
+    echo "to see its configuration, its stages and its first batches: megatron-mm$(printf ' %q' "${train[@]}") --dry-run"
+    exit 0
+fi
+
 [ -d "$DATA" ] || fail "DATA=$DATA is not a folder on $(hostname)"
 [ -d "$RUN_DIR" ] || (umask 077 && mkdir -p "$RUN_DIR") || fail "RUN_DIR=$RUN_DIR cannot be made on $(hostname)"
 mkdir -p "$RUN_DIR/logs" || fail "RUN_DIR=$RUN_DIR cannot be made on $(hostname)"

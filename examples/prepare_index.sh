@@ -13,8 +13,13 @@ PROGRAM=${PROGRAM:-.venv/bin/megatron-mm}
 read -ra sbatch_options <<<"${SBATCH_OPTIONS:-}"
 options=$(printf ' %q' "$DATA" "$@")
 
-array=$(sbatch --parsable "${sbatch_options[@]}" --job-name=index --array="0-$((PARTS - 1))" --nodes=1 --ntasks=1 --cpus-per-task="$CPUS" \
+submit() { # prints the job's number; with DRY_RUN=1 shows what it would submit
+    if [ -z "${DRY_RUN:-}" ]; then sbatch --parsable "$@"; else echo "sbatch --parsable$(printf ' %q' "$@")" >&2; echo JOB; fi
+}
+
+array=$(submit "${sbatch_options[@]}" --job-name=index --array="0-$((PARTS - 1))" --nodes=1 --ntasks=1 --cpus-per-task="$CPUS" \
     --wrap="exec $PROGRAM prepare index$options --workers $CPUS --shards \$SLURM_ARRAY_TASK_ID/$PARTS")
-merge=$(sbatch --parsable "${sbatch_options[@]}" --job-name=merge --dependency="afterok:${array%%;*}" --nodes=1 --ntasks=1 \
+merge=$(submit "${sbatch_options[@]}" --job-name=merge --dependency="afterok:${array%%;*}" --nodes=1 --ntasks=1 \
     --wrap="exec $PROGRAM prepare merge$options")
+[ -z "${DRY_RUN:-}" ] || exit 0
 echo "array job ${array%%;*} reads $PARTS parts, job ${merge%%;*} merges them"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from megatron_mm.cli.advice import advice
 from megatron_mm.cli.overrides import ABSENT, Override, apply_overrides, overrides_of
 from megatron_mm.cli.values import placeholder, written
 from megatron_mm.config import Experiment
@@ -213,9 +214,7 @@ def _unknown(word: str, known: Sequence[str], program: str) -> str:
     name = word.partition("=")[0]
     if not name.startswith("-"):
         return f"unexpected argument {word!r}: see {program} --help"
-    fields = sorted(option for option in known if option.endswith(f".{name.removeprefix('--')}"))
-    advice = nearest(name.replace("_", "-"), known) or (f": did you mean {' or '.join(fields)}?" if fields else f": see {program} --help")
-    return f"unknown option {name}{advice}"
+    return f"unknown option {name}: {advice(name.replace('_', '-'), known) or f'see {program} --help'}"
 
 
 def _add_options(parser: Parser, overrides: Sequence[Override]) -> None:

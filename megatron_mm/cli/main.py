@@ -12,7 +12,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_mm import __version__
@@ -27,6 +28,7 @@ from megatron_mm.cli.report import REPORT
 from megatron_mm.cli.train import TRAIN
 from megatron_mm.cli.watch import WATCH
 from megatron_mm.platform import engines
+from megatron_mm.platform.files import file_error, is_full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         _fail(error)
     except OSError as error:
-        if error.filename is None:  # a lost connection, for example
+        if error.filename is None and not is_full_disk(error):  # a lost connection, for example
             raise
-        _fail(error)  # a file that cannot be written: a full disk, a read-only one, somebody else's folder
+        places = [Path(word.rpartition("=")[2]) for word in arguments if not word.startswith("-") or "=" in word]
+        _fail(error, places=places)  # a file that cannot be written: a full disk, somebody else's folder
     except (AssertionError, AttributeError, ImportError, NotImplementedError, TypeError) as error:
         _explain_by_engine(error)
         raise
@@ -98,16 +101,19 @@ def _explain_by_engine(error: Exception) -> None:
         error.add_note(f"megatron-mm: {remark}")
 
 
-def _fail(error: Exception) -> NoReturn:
+def _fail(error: Exception, *, places: Iterable[Path] = ()) -> NoReturn:
     """Print a user's mistake once and exit.
 
     Usually all processes of a run find the same mistake. The others wait, so that the first one prints it and torchrun ends them. A mistake
     that only another process finds is still printed.
+
+    Args:
+        places: files and folders that the command may have been writing.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(3)
-    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename is not None else error
+    said = file_error(error, places=places) if isinstance(error, OSError) else error
     print(f"megatron-mm: error: {f'[rank {rank}] ' if rank else ''}{said}", file=sys.stderr, flush=True)
     logger.debug("where the error came from", exc_info=error)
     with contextlib.suppress(BrokenPipeError):

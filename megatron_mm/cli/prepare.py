@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_mm.cli.command import Command, Group, Parser, at_least, integer, one_of
 from megatron_mm.cli.prepare_datasets import DATASET_COMMANDS, add_keys, add_limits
 from megatron_mm.cli.prepare_look import LOOK_COMMANDS
+from megatron_mm.platform.files import file_error
 
 if TYPE_CHECKING:
     from megatron_mm.data.prepare.index import IndexOptions
@@ -176,9 +177,9 @@ def _with_file_errors(command: Command) -> Command:
         try:
             command.run(given)
         except OSError as error:
-            raise ValueError(
-                f"{error.filename or 'a file'}: {error.strerror or error}; fix this and run the same command again: finished work is kept"
-            ) from error
+            places = [value for value in vars(given).values() if isinstance(value, Path)]
+            what = file_error(error, places=places)
+            raise ValueError(f"{what}; fix this and run the same command again: finished work is kept") from error
 
     return replace(command, run=run)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_mm.cli.command import Command, Parser, at_least, show
 from megatron_mm.cli.recipe import list_recipes, recipe_of
+from megatron_mm.platform.files import write_whole
 
 
 def _view_arguments(parser: Parser) -> None:
@@ -57,7 +58,7 @@ def _report(given: argparse.Namespace) -> None:
     found = report(given.path)
     show(str(found))
     if given.json is not None:
-        given.json.write_text(found.to_json())
+        write_whole(given.json, found.to_json())
     if given.picture is not None:
         draw_report(found, given.picture)
 

@@ -81,8 +81,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     A few names that contain all parts of the word are closer than one that is spelled like it: num-heads means num-attention-heads.
     """
     names = list(dict.fromkeys(known))
-    parts = set(re.findall("[a-z0-9]+", word.lower()))
-    near = [name for name in names if parts and parts <= set(re.findall("[a-z0-9]+", name.lower()))]
+    near = containing(word, names)
     if not 0 < len(near) <= 3:
         near = difflib.get_close_matches(word, names, n=1)
     return f": did you mean {' or '.join(near)}?" if near else ""
+
+
+def containing(word: str, names: Iterable[str]) -> list[str]:
+    """Return the names that contain all parts of a word: peak-lr and min-lr contain lr."""
+    parts = set(re.findall("[a-z0-9]+", word.lower()))
+    return [name for name in names if parts and parts <= set(re.findall("[a-z0-9]+", name.lower()))]

@@ -23,6 +23,7 @@ from megatron_mm.evaluation.results import Result, mean_stderr, read_results, te
 from megatron_mm.evaluation.settings import differences, spelled
 from megatron_mm.evaluation.tasks.registry import GROUPS, TEXTCORE
 from megatron_mm.families.serialize import EXPORT_SETTINGS
+from megatron_mm.platform.files import write_whole
 
 _PANELS = 4
 _NAMES = {
@@ -131,7 +132,7 @@ def compare(run_dirs: Sequence[Path], *, out: Path) -> Iterator[str]:
     errors = {panel.title: dict(zip(labels, panel.stderrs, strict=True)) for panel in panels}
     document = {"runs": [str(path) for path in run_dirs], "panels": rows, "metrics": metrics, "stderr": errors}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
+    write_whole(out.with_suffix(".json"), json.dumps(document, indent=2) + "\n")
     _draw(panels, labels, out)
     width = max(map(len, labels)) + 2
     columns = [max(len(panel.title) + 2, 14) for panel in panels]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_mm.platform.files import write_whole
 from megatron_mm.reporting import page
 from megatron_mm.reporting.charts import NUM_COLOURS, Mark, Series, line_chart, short, stacked_chart
 from megatron_mm.reporting.page import Section, charts, missing
@@ -33,7 +34,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[RunFiles]:
         for run in runs:
             run.name = str(run.path)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(report(runs), encoding="utf-8")
+    write_whole(out, report(runs))
     return runs
 
 

@@ -15,6 +15,7 @@ from megatron_mm.data.sources.index import MAPPED, open_index
 from megatron_mm.data.sources.stores import check_local
 from megatron_mm.evaluation.heldout import SPLIT as HELD_OUT
 from megatron_mm.parallel.topology import Topology
+from megatron_mm.platform.files import write_whole
 from megatron_mm.reporting.sequence_page import PageNotes, sequence_page
 from megatron_mm.run.data import TRAINING, TrainingData, image_input, open_tokenizer
 
@@ -67,7 +68,7 @@ def write_view(experiment: Experiment, out: Path, *, recipe: str, split: str, mi
         bad=dict(bad),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(sequence_page(shown, tokenizer, notes), encoding="utf-8")
+    write_whole(out, sequence_page(shown, tokenizer, notes))
     return sum(batch.num_tokens for batch in shown)
 
 

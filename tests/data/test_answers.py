@@ -239,5 +239,7 @@ def test_a_prompt_that_says_nothing_or_is_not_used_is_told(tmp_path: Path, caplo
     path = write_conversations(tmp_path)
     with pytest.raises(ValueError, match="the caption prompt is empty: leave out --caption-prompt"):
         prepare_index(path, caption_prompt=" ")
+    with pytest.raises(ValueError, match=r"the caption prompt '<image> what is it.' has an <image> mark.*: leave it out"):
+        prepare_index(path, caption_prompt="<image> what is it?")
     prepare_index(path, caption_prompt="what is it?")
     assert "has no source of pairs, so the caption prompt is not used" in caplog.text

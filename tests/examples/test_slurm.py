@@ -84,6 +84,18 @@ def test_what_is_missing_is_said_in_one_line(environment: dict[str, str], messag
     assert done.stderr.startswith(f"launch.sh: error: {message}") and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "job", [{}, {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}], ids=["here", "in a job"]
+)
+def test_a_dry_run_starts_nothing(job: dict[str, str], tmp_path: Path) -> None:
+    settings = {**job, "DRY_RUN": "1", "DATA": "/nowhere", "RUN_DIR": str(tmp_path / "run"), "PATH": "/usr/bin:/bin"}
+    done = start(ROOT / "examples" / "mm1_30b.slurm", "--train.steps", "5", "--monitor.run-name", "two words", **settings)
+    assert (done.returncode, done.stderr) == (0, "") and not (tmp_path / "run").exists()
+    train = f"megatron-mm train mm1_30b --run-dir {tmp_path / 'run'} --data.path /nowhere --train.steps 5 --monitor.run-name two\\ words"
+    assert f"{'2 nodes x 4' if job else '64 nodes x 8'} processes of: {train}\n" in done.stdout
+    assert "note: DATA=/nowhere is not a folder on" in done.stdout and f": {train} --dry-run\n" in done.stdout
+
+
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> str:
     """A PATH with an srun that starts its command locally, once for each of two nodes."""

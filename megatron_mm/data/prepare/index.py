@@ -30,6 +30,7 @@ from megatron_mm.data.sources.shard_table import Shard, ShardTable
 from megatron_mm.data.sources.shards import KeyEnds
 from megatron_mm.data.sources.source import CHAT_KINDS, Kind
 from megatron_mm.data.text.chat import Rendering, chat_template
+from megatron_mm.data.text.conversations import IMAGE_MARK
 from megatron_mm.data.text.keys import USUAL, Keys
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.platform.local_copies import address_of
@@ -93,6 +94,11 @@ def prepare_index(
     options = options or IndexOptions(template=template, caption_prompt=caption_prompt)
     if options.caption_prompt is not None and not options.caption_prompt.strip():
         raise ValueError("the caption prompt is empty: leave out --caption-prompt if pairs should not become chats")
+    if IMAGE_MARK in (options.caption_prompt or ""):
+        raise ValueError(
+            f"the caption prompt {options.caption_prompt!r} has an {IMAGE_MARK} mark, which would be trained on as ordinary text: "
+            "leave it out, because the image of a pair always stands before the prompt"
+        )
     address = address_of(path)
     if address is None:
         return _prepare(path, tokenizer, options, workers, shards, merge_only)
