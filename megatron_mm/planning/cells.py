@@ -36,6 +36,11 @@ def tidy(text: str) -> str:
     return "" if _UNKNOWN.fullmatch(text) else text
 
 
+def text_of(cells: Mapping[str, str], *names: str) -> str:
+    """Return several cells of a row as one text in small letters, in which words may be searched."""
+    return " ".join(cells.get(name, "") for name in names).lower()
+
+
 @dataclass(frozen=True)
 class Whole:
     """What a column of whole numbers may contain."""

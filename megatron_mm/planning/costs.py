@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_mm.planning.hardware import GIGA, MICRO, TERA, Gpu, Software
+from megatron_mm.planning.hardware import AMPERE, GIGA, MICRO, TERA, Gpu, Software
 from megatron_mm.planning.kernels import Attention, Block, Decoded, Kernel, Message, Product, Stream
 from megatron_mm.planning.network import Network
 
@@ -25,6 +25,7 @@ ATTENTION_RAMP = {"fused": 370.0, "flash2": 450.0, "triton": 350.0, "unfused": 0
 ATTENTION_SHARE = {"fused": 1.0, "flash2": 0.62, "triton": 0.36, "unfused": 0.0}
 """Rate on Hopper relative to cuDNN's. FlashAttention 2 and earlier do not use Hopper's asynchronous copies and products."""
 ATTENTION_SHARE_AMPERE = {"fused": 1.0, "flash2": 1.0, "triton": 0.60, "unfused": 0.0}
+"""The same on Ampere, for which FlashAttention 2 was written."""
 BACKWARD_ATTENTION = 0.86
 """Rate of the backward pass relative to the forward pass."""
 FP8_ATTENTION = {False: 1.35, True: 1.10}
@@ -149,7 +150,7 @@ class Costs:
         gpu, kind = self.gpu, self.software.attention
         if kind == "unfused":
             return self._unfused(attention)
-        share = (ATTENTION_SHARE_AMPERE if gpu.multiprocessors == 108 else ATTENTION_SHARE)[kind]
+        share = (ATTENTION_SHARE_AMPERE if gpu.efficiency == AMPERE else ATTENTION_SHARE)[kind]
         rate = gpu.bf16_tflops * TERA * gpu.efficiency.attention * share
         ramp = ATTENTION_RAMP[kind] if attention.causal else ATTENTION_RAMP[kind] * 0.4
         rate *= attention.length / (attention.length + ramp)

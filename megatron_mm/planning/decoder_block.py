@@ -40,7 +40,7 @@ def decoder_layer(
         mlp, mlp_back = mlp_section(shape, layout, tokens, ffn=shape.ffn, fp8=fp8, trained=trained)
     forward, backward = (*attention, *mlp), (*mlp_back, *attention_back)
     t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
-    rows = t / tp if layout.sequence else t
+    rows = layout.rows(t)
     kept = saved_by_layer(shape, layout, tokens, sparse=sparse, fp8=fp8, unfused=unfused, weights=trained.weights)
     extra = (Stream(0.0, kernels=CHECKPOINT_OPERATIONS),) * len(recompute)
     forward, backward = (*forward, *extra), (*extra, *backward)
@@ -95,8 +95,8 @@ def saved_by_layer(
         weights: the layer's weights are trained. The inputs of products are kept only for the gradients of weights.
     """
     t, h, tp, b = tokens.tokens, shape.hidden_size, layout.tensor, shape.branches
-    rows = t / tp if layout.sequence else t
-    q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
+    rows = layout.rows(t)
+    q, kv = shape.widths(tp)
     taken = 1 if fp8 else 2
     qkv, inner = q + 2 * kv, q
     if shape.latents is not None:
@@ -118,11 +118,10 @@ def saved_by_layer(
     if not sparse:
         activation = {"mlp activation": taken * t * shape.ffn / tp} if weights else {}
         return {**kept, "mlp hidden": 2 * b * t * shape.ffn / tp, **activation}
-    local = t / tp if layout.sequence else t
-    arrived = local * shape.top_k * shape.capacity * layout.expert_tensor
+    arrived = rows * shape.top_k * shape.capacity * layout.expert_tensor
     ffn = shape.expert_ffn / layout.expert_tensor
-    kept["mlp permuted"] = 2 * local * shape.top_k * shape.capacity * h + taken * arrived * h * weights
-    kept["mlp router"] = 12 * local * shape.experts
+    kept["mlp permuted"] = 2 * rows * shape.top_k * shape.capacity * h + taken * arrived * h * weights
+    kept["mlp router"] = 12 * rows * shape.experts
     kept["mlp hidden"] = 2 * b * arrived * ffn + 2 * b * t * shape.shared_ffn / tp
     kept["mlp activation"] = taken * (arrived * ffn + t * shape.shared_ffn / tp) * weights
     return kept

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from functools import cache
 from typing import Literal
 
 from megatron_mm.planning.decoder_block import decoder_layer, embedding, output
@@ -69,7 +71,7 @@ def _with_adapters(
     if adapters == "none":
         return layer
     t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
-    q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
+    q, kv = shape.widths(tp)
     inputs, outputs, count = float(h), q + 2 * kv, 1
     kept = 2 * t * h
     if adapters == "all":
@@ -86,6 +88,37 @@ def _with_adapters(
         backward=(*((once,) if again else ()), back, *layer.backward),
         saved=layer.saved + (0.0 if again else kept),
     )
+
+
+def _layer_blocks(
+    shape: DecoderShape,
+    layout: Layout,
+    tokens: Tokens,
+    software: Software,
+    *,
+    fp8: bool,
+    recompute: Recompute,
+    adapters: Adapters,
+    trained: Trained,
+) -> list[Block]:
+    """Block of each layer; equal layers share theirs."""
+    pairs = min(tokens.pairs, tokens.tokens * (shape.window + WINDOW_TOKENS))
+    near = replace(tokens, pairs=pairs, windowed=True) if shape.window else tokens
+    unfused = software.attention == "unfused"
+
+    @cache
+    def made(sparse: bool, windowed: bool, again: Recompute) -> Block:
+        seen = near if windowed else tokens
+        layer = decoder_layer(shape, layout, seen, sparse=sparse, fp8=fp8, recompute=again, trained=trained, unfused=unfused)
+        return _with_adapters(layer, shape, layout, tokens, adapters, sparse=sparse, again="full" in again)
+
+    blocks = []
+    for layer in range(shape.num_layers):
+        again = recompute
+        if "every second layer" in recompute:
+            again = frozenset({"full"}) if layer % 2 else frozenset()
+        blocks.append(made(layer in shape.sparse_layers, bool(shape.window) and layer % 2 == 0, again))
+    return blocks
 
 
 def decoder_job(
@@ -112,57 +145,22 @@ def decoder_job(
     if document_length is not None:
         tokens = replace(tokens, pairs=tokens.tokens * document_length / 2, length=document_length)
     trained = Trained(weights=adapters == "none")
-    pairs = min(tokens.pairs, tokens.tokens * (shape.window + WINDOW_TOKENS))
-    near = replace(tokens, pairs=pairs, windowed=True) if shape.window else tokens
-
-    def kind_of(layer: int) -> tuple[bool, bool, Recompute]:
-        again = recompute
-        if "every second layer" in recompute:
-            again = frozenset({"full"}) if layer % 2 else frozenset()
-        return layer in shape.sparse_layers, bool(shape.window) and layer % 2 == 0, again
-
-    made = {
-        (sparse, windowed, again): _with_adapters(
-            decoder_layer(
-                shape,
-                layout,
-                near if windowed else tokens,
-                sparse=sparse,
-                fp8=fp8,
-                recompute=again,
-                trained=trained,
-                unfused=software.attention == "unfused",
-            ),
-            shape,
-            layout,
-            tokens,
-            adapters,
-            sparse=sparse,
-            again="full" in again,
-        )
-        for sparse, windowed, again in {kind_of(layer) for layer in range(shape.num_layers)}
-    }
+    layers = _layer_blocks(shape, layout, tokens, software, fp8=fp8, recompute=recompute, adapters=adapters, trained=trained)
     counts = _layers(shape, layout)
-    stages: list[tuple[Block, ...]] = []
-    first = 0
-    for stage, count in enumerate(counts):
-        blocks = [made[kind_of(layer)] for layer in range(first, first + count)]
-        first += count
-        if stage == 0:
-            blocks.insert(0, embedding(shape, layout, tokens, trained=trained))
-        if stage == len(counts) - 1:
-            table = output(
-                shape,
-                layout,
-                tokens,
-                trained=trained,
-                owns_table=not shape.tied or len(counts) > 1,
-                fused=software.fuses_loss,
-                copies=software.copies_logits,
-            )
-            ahead = (made[kind_of(shape.num_layers - 1)], _joined(shape, layout, tokens, fp8=fp8), replace(table, parameters=0.0))
-            blocks += [table, *(ahead * shape.predicted_ahead)]
-        stages.append(tuple(blocks))
+    table = output(
+        shape,
+        layout,
+        tokens,
+        trained=trained,
+        owns_table=not shape.tied or len(counts) > 1,
+        fused=software.fuses_loss,
+        copies=software.copies_logits,
+    )
+    ahead = (layers[-1], _joined(shape, layout, tokens, fp8=fp8), replace(table, parameters=0.0))
+    ends = list(itertools.accumulate(counts))
+    stages = [tuple(layers[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    stages[0] = (embedding(shape, layout, tokens, trained=trained), *stages[0])
+    stages[-1] = (*stages[-1], table, *(ahead * shape.predicted_ahead))
     rows = tokens.tokens / layout.tensor if layout.sequence or software.scatters_sends else tokens.tokens
     return Job(
         layout=layout,

@@ -92,6 +92,10 @@ class DecoderShape:
     def branches(self) -> int:
         return 2 if self.gated else 1
 
+    def widths(self, tensor: int) -> tuple[float, float]:
+        """Widths of the queries and of the keys on one process of a tensor-parallel group, which hold a head each at least."""
+        return self.heads * self.head_dim / tensor, self.kv_heads * self.head_dim / min(tensor, self.kv_heads or 1)
+
     def mlp_parameters(self, ffn: int) -> float:
         return (self.branches + 1) * self.hidden_size * ffn
 

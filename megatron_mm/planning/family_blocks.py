@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_mm.config import ModelConfig
@@ -19,6 +19,8 @@ from megatron_mm.planning.layer_sections import ATTENTION_TENSORS, attention_sec
 from megatron_mm.planning.layout import Layout
 from megatron_mm.planning.workload import MicroBatch
 
+GATED_LENGTH = 512
+"""Length of a document, in tokens, that is assumed for the rate of attention to latents."""
 GATED_TENSORS = 11
 """Parameter tensors of a gated block: two LayerNorms, five matrices, two gates."""
 
@@ -114,7 +116,7 @@ def _gated_block(model: InfiMMConfig, context: LayerContext) -> Block:
     """Block of a gated layer: attention of tokens to latents, then an MLP."""
     gated, layout, h = model.gated, context.layout, model.decoder.hidden_size
     t, tp = context.tokens.tokens, layout.tensor
-    rows = t / tp if layout.sequence else t
+    rows = layout.rows(t)
     inner, wide = gated.num_attention_heads * gated.head_dim / tp, gated.ffn_multiplier * h / tp
     latents = max(1, context.micro.images) * model.resampler.num_latents
     trained = context.chain.trained(f"language.decoder.layers.{context.layer}.gated.linear_q.weight")
@@ -127,8 +129,9 @@ def _gated_block(model: InfiMMConfig, context: LayerContext) -> Block:
         forward, backward = forward + f, backward + b
     pairs = t * model.resampler.num_latents
     heads = gated.num_attention_heads / tp
-    forward += [Attention(pairs, 512, heads, gated.head_dim, causal=False), Stream(8 * t * inner + 6 * t * wide, kernels=6), *leave, *leave]
-    backward += [Attention(pairs, 512, heads, gated.head_dim, causal=False, backward=True), *leave_back, *leave_back]
+    core = Attention(pairs, GATED_LENGTH, heads, gated.head_dim, causal=False)
+    forward += [core, Stream(8 * t * inner + 6 * t * wide, kernels=6), *leave, *leave]
+    backward += [replace(core, backward=True), *leave_back, *leave_back]
     backward.append(Stream(12 * t * inner + 8 * t * wide, kernels=8))
     parameters = 2 * inner * h + 2 * inner * model.vision.hidden_size + 2 * wide * h
     # the two inputs, as they are and normalised, the two outputs, which their gates multiply; queries, attention's output before and after
@@ -163,7 +166,7 @@ def _modality_layer(model: MonoInternVLConfig, context: LayerContext) -> Block:
     """Block of a Mono-InternVL layer: attention, then the MLP of each token's modality."""
     shape, layout, tokens, chain = context.shape, context.layout, context.tokens, context.chain
     name, h, tp, b = f"language.decoder.layers.{context.layer}", shape.hidden_size, layout.tensor, shape.branches
-    rows = tokens.tokens / tp if layout.sequence else tokens.tokens
+    rows = layout.rows(tokens.tokens)
     attends = chain.trained(f"{name}.self_attention.linear_qkv.weight")
     forward, backward, core, _ = attention_section(shape, layout, tokens, fp8=context.fp8, trained=attends)
     enter, enter_back = tensor_messages(layout, 2 * tokens.tokens * h, trained=attends, entering=True)

@@ -72,11 +72,11 @@ def _projections(
     """Projections to queries, keys and values: (forward, backward, widths of queries, of keys and values, of core attention's output)."""
     t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
     if shape.latents is None:
-        q, kv = shape.heads * shape.head_dim / tp, shape.kv_heads * shape.head_dim / min(tp, shape.kv_heads or 1)
+        q, kv = shape.widths(tp)
         return *linear(t, q + 2 * kv, h, fp8=fp8, trained=trained), q, kv, q
     small, heads = shape.latents, shape.heads / tp
     q, keys, out = heads * small.key_dim, heads * (small.plain + small.value), heads * small.value
-    rows = t / tp if layout.sequence else t
+    rows = layout.rows(t)
     products = [(rows, small.keys + small.rotary, h), (t, keys, small.keys)]
     products += [(rows, small.queries, h), (t, q, small.queries)] if small.queries else [(t, q, h)]
     forward: list[Kernel] = []
@@ -95,7 +95,7 @@ def attention_section(
 ) -> tuple[list[Kernel], list[Kernel], Attention, Attention]:
     """Norm, projections, rotary positions, core attention, residual: (forward, backward, core forward, core backward)."""
     t, h, tp = tokens.tokens, shape.hidden_size, layout.tensor
-    rows = t / tp if layout.sequence else t
+    rows = layout.rows(t)
     qkv, qkv_back, q, kv, inner = _projections(shape, layout, tokens, fp8=fp8, trained=trained)
     masks = 2 * rows * h if shape.dropout else 0.0
     core = Attention(
@@ -157,7 +157,7 @@ def mlp_section(
 ) -> tuple[list[Kernel], list[Kernel]]:
     """Norm, two linear layers around an activation, residual: (forward, backward)."""
     t, h, tp, b = tokens.tokens, shape.hidden_size, layout.tensor, shape.branches
-    rows = t / tp if layout.sequence else t
+    rows = layout.rows(t)
     enter, enter_back = tensor_messages(layout, 2 * t * h, trained=trained, entering=True) if with_messages else ([], [])
     leave, leave_back = tensor_messages(layout, 2 * t * h, trained=trained, entering=False) if with_messages else ([], [])
     first, first_back = linear(t, b * ffn / tp, h, fp8=fp8, trained=trained)
@@ -172,7 +172,7 @@ def expert_section(
 ) -> tuple[list[Kernel], list[Kernel]]:
     """Norm, router, permutation, exchange, grouped products, exchange back, residual: (forward, backward)."""
     t, h, b, ffn = tokens.tokens, shape.hidden_size, shape.branches, shape.expert_ffn / layout.expert_tensor
-    local = t / layout.tensor if layout.sequence else t
+    local = layout.rows(t)
     routed = local * shape.top_k * shape.capacity
     sent = 2 * routed * h
     here = max(1, shape.experts // layout.expert)

@@ -46,6 +46,10 @@ class Layout:
     def stages(self) -> int:
         return self.pipeline * self.virtual
 
+    def rows(self, tokens: float) -> float:
+        """Rows of a micro-batch on this process between tensor-parallel layers."""
+        return tokens / self.tensor if self.sequence else tokens
+
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """Number of decoder layers of each stage. Remaining layers go to the stages after the first, as in `parallel.stages`."""
         if self.stage_layers is not None:

@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_mm.planning import functional_tests
-from megatron_mm.planning.cells import GIB, MEASURED, UnusableRow, count, flag, has_unit, measured, precision_of, tidy
+from megatron_mm.planning.cells import GIB, MEASURED, UnusableRow, count, flag, has_unit, measured, precision_of, text_of, tidy
 from megatron_mm.planning.decoder_job import decoder_job
 from megatron_mm.planning.decoder_shape import DecoderShape, Latents
 from megatron_mm.planning.hardware import Software
 from megatron_mm.planning.job import Job
 from megatron_mm.planning.layout import Layout
-from megatron_mm.planning.published_hardware import at_precision, gpu_of, release_of
+from megatron_mm.planning.published_hardware import at_precision, gpu_of
 from megatron_mm.planning.published_recompute import recomputed
-from megatron_mm.planning.published_software import adapters_of, document_length_of, has_latents, software_of
+from megatron_mm.planning.published_software import adapters_of, document_length_of, has_latents, release_of, software_of
 from megatron_mm.planning.row_checks import check, fsdp_of, gpus_of
 from megatron_mm.planning.step import Prediction, StepModel
 
@@ -120,6 +120,7 @@ def _separator(header: str) -> str:
 
 
 def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
+    """Raises UnusableRow if the row cannot be planned."""
     if cells.get("unplanned"):
         raise UnusableRow(cells["unplanned"])
     gpu = gpu_of(cells)
@@ -134,11 +135,7 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
     layouts, assumed = _layouts(cells, shape, gpus, software)
     if count(cells, "n_gpus") is None:
         assumed.append("n_gpus")
-    batch = count(cells, "gbs")
-    if batch is None:
-        each = (count(cells, "mbs") or 4) * (count(cells, "grad_accum") or max(1, layouts[0].pipeline * 4))
-        batch = each * layouts[0].data
-        assumed.append("gbs")
+    batch = _batch(cells, layouts[0], assumed)
     check(cells, shape, layouts[0], batch)
     flops_per_gpu = _flops(shape, length) * batch * length / gpus
     fp8 = _is_fp8(cells, assumed)
@@ -183,6 +180,16 @@ def _measurement(cells: Mapping[str, str], label: str) -> Measurement:
         peak=gpu.bf16_tflops * 1e12,
         assumed=tuple(assumed),
     )
+
+
+def _batch(cells: Mapping[str, str], layout: Layout, assumed: list[str]) -> int:
+    """Return the global batch; if it is not given, that of a usual number of micro-batches, which is noted as an assumption."""
+    batch = count(cells, "gbs")
+    if batch is None:
+        assumed.append("gbs")
+        each = (count(cells, "mbs") or 4) * (count(cells, "grad_accum") or max(1, layout.pipeline * 4))
+        batch = each * layout.data
+    return batch
 
 
 def _step_seconds(cells: Mapping[str, str], *, tokens_per_gpu: float, flops_per_gpu: float) -> float | None:
@@ -234,7 +241,8 @@ def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
     if is_gated is None:
         is_gated = not re.match(r"(gpt|mpt|bert|opt|bloom)", cells.get("model", "").lower())
     top_k = count(cells, "topk") or (2 if experts else 0)
-    names = f"{cells.get('model', '')} {cells.get('notes', '')}".lower()
+    names = text_of(cells, "model", "notes")
+    is_gpt_oss = bool(re.search(r"gpt[-_ ]?oss", names))
     return DecoderShape(
         num_layers=layers,
         hidden_size=hidden,
@@ -253,9 +261,9 @@ def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
         rotary=is_gated,
         tied=cells.get("tied") == "1",
         norms_heads=bool(re.search(r"qwen-?3|olmo-?2|gemma-?3|qk[-_ ]?(layer)?norm", names)),
-        expert_biases=bool(re.search(r"gpt[-_ ]?oss", names)),
-        window=128 if re.search(r"gpt[-_ ]?oss", names) else 0,
-        fuses_rotary=not re.search(r"gpt[-_ ]?oss", names),
+        expert_biases=is_gpt_oss,
+        window=128 if is_gpt_oss else 0,
+        fuses_rotary=not is_gpt_oss,
         routed_machines=_routed_machines(names),
         predicted_ahead=1 if re.search(r"\bmtp\b", names) and not re.search(r"(no|without) mtp", names) else 0,
         dropout=_drops_out(cells, software),
@@ -266,7 +274,7 @@ def _shape(cells: Mapping[str, str], software: Software) -> DecoderShape:
 def _drops_out(cells: Mapping[str, str], software: Software) -> bool:
     """Return whether there is dropout: in GPT-3's models, except in NeMo 2 (GPTConfig175B), which NeMo's tables since 25.02 are of."""
     source = cells.get("source", "").lower()
-    newer = source.startswith("nemo") and (release_of(source) or (0, 0)) >= (25, 2)
+    newer = source.startswith("nemo") and (release_of(source) or (0, 0, 0)) >= (25, 2, 0)
     return cells.get("model", "").lower().startswith("gpt") and software.attention != "unfused" and not newer
 
 
@@ -305,8 +313,7 @@ def _layouts(cells: Mapping[str, str], shape: DecoderShape, gpus: int, software:
     expert = count(cells, "ep") or 1
     notes, source = cells.get("notes", "").lower(), cells.get("source", "").lower()
     fsdp = fsdp_of(cells)
-    sharding = "optimizer" if software.shards_optimizer else "none"
-    sharding = cells.get("sharding") or sharding
+    sharding = cells.get("sharding") or ("optimizer" if software.shards_optimizer else "none")
     if "fsdp" in software.name.lower() and cells.get("dp"):
         sharding = "full"
     if fsdp and fsdp not in ("0", "1"):

@@ -26,12 +26,6 @@ def gpu_of(cells: Mapping[str, str]) -> Gpu | None:
     return replace(gpu, nic_gb_s=rate) if rate else gpu
 
 
-def release_of(source: str) -> tuple[int, int] | None:
-    """Release (year, month) of NVIDIA's container that a source names, as in "NeMo performance summary 25.04"; None if it names none."""
-    found = re.search(r"(?<![\d.])(2[4-9])\.(0\d|1[0-2])\b", source)
-    return (int(found.group(1)), int(found.group(2))) if found else None
-
-
 def _network_rate(notes: str) -> float | None:
     """Rate of the network in GB/s per GPU, from notes such as "1600 Gbps node-node interconnect" or "400 Gb/s per GPU"."""
     found = re.search(r"(\d[\d,]*)\s*G(?:bps|bit/s|b/s)\b([^;,.]*)", notes)

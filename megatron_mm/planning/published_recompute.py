@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from megatron_mm.planning.cells import UnusableRow, count, tidy
+from megatron_mm.planning.cells import UnusableRow, count, text_of, tidy
 from megatron_mm.planning.decoder_shape import Recompute
 from megatron_mm.planning.hardware import Gpu, Software
 from megatron_mm.planning.published_software import recipe_setting
@@ -19,8 +19,7 @@ _MODULES = {
     "layer_norm": "layernorm",
     "up_proj": "mla_up_proj",
 }
-
-
+"""Other names of modules -> megatron-core's."""
 _RECOMPUTED = frozenset({"core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"})
 """Modules whose recomputation the planner knows, by megatron-core's names."""
 
@@ -35,7 +34,7 @@ def recomputed(cells: Mapping[str, str], software: Software, gpu: Gpu) -> list[R
         return [frozenset(setting.recompute)]
     if not text and software.name.startswith("JAX"):  # MaxText's usual policy keeps only some of the products
         return [frozenset({"mlp_half"}), frozenset({"full"})]
-    if not text and re.search(r"dgxc|nemo", " ".join((cells.get("source", ""), cells.get("ref", ""))).lower()):
+    if not text and re.search(r"dgxc|nemo", text_of(cells, "source", "ref")):
         return [frozenset()]
     if not text:
         return [frozenset(), frozenset({"full"})]

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from megatron_mm.planning.bridge_recipes import ALL_GRAPHED, OVERLAPPED, Setting, setting_of
-from megatron_mm.planning.cells import count, precision_of
+from megatron_mm.planning.bridge_recipes import ALL_GRAPHED, OVERLAPPED, Release, Setting, setting_of
+from megatron_mm.planning.cells import count, precision_of, text_of
 from megatron_mm.planning.decoder_job import Adapters
 from megatron_mm.planning.hardware import STACKS, Dispatcher, Gpu, Software
 from megatron_mm.planning.row_checks import fsdp_of
@@ -15,7 +15,7 @@ from megatron_mm.planning.row_checks import fsdp_of
 
 def with_experts(stack: Software, cells: Mapping[str, str], setting: Setting | None) -> Software:
     """Set how tokens are sent to experts, as stated in a row (dispatcher, overlap, CUDA graphs), or else in its source's recipe."""
-    text = " ".join(cells.get(name, "") for name in ("source", "ref", "notes", "dispatcher")).lower()
+    text = text_of(cells, "source", "ref", "notes", "dispatcher")
     if setting is not None:
         stack = setting.of(stack)
     for words, dispatcher in _DISPATCHERS.items():
@@ -49,7 +49,7 @@ COUNTED_OPERATIONS = 0.6
 
 def has_latents(cells: Mapping[str, str]) -> bool:
     """Return whether a row's model has latent attention, according to its name or the row's notes."""
-    text = " ".join(cells.get(name, "") for name in ("model", "notes")).lower()
+    text = text_of(cells, "model", "notes")
     return bool(re.search(r"\bmla\b|moonlight|kimi|deepseek[-_ ]?(v[23]|r1(?!-distill))", text))
 
 
@@ -76,7 +76,7 @@ ASYNC_TENSOR = 0.5
 
 
 def _stack(cells: Mapping[str, str]) -> Software:
-    text = " ".join(cells.get(name, "") for name in ("source", "ref", "notes")).lower()
+    text = text_of(cells, "source", "ref", "notes")
     arxiv = re.search(r"arxiv\s*:?\s*(\d{4})\.", text)
     if re.search(r"llm-foundry|mosaic|composer", text):
         return STACKS["llm-foundry"]
@@ -105,25 +105,31 @@ def recipe_setting(cells: Mapping[str, str], gpu: Gpu) -> Setting | None:
     source = cells.get("source", "").lower()
     if "bridge" not in source or "performance" not in source:
         return None
-    release = re.search(r"\b(2[5-9])\.(\d\d)(?:\.(\d\d))?\b", source)
     expert = count(cells, "ep")
     return setting_of(
         model=cells.get("model", ""),
         gpu=gpu.name,
         precision=precision_of(cells),
-        release=tuple(int(part or 0) for part in release.groups()) if release else LATEST,  # type: ignore[arg-type]
+        release=release_of(source) or LATEST,
         on_machines=expert is not None and expert > gpu.nvlink_domain,
     )
 
 
-LATEST = (26, 8, 0)
+LATEST: Release = (26, 8, 0)
 """Release that is assumed for a row that names none."""
+
+
+def release_of(source: str) -> Release | None:
+    """Release (year, month, number) of NVIDIA's container that a source names, as in "NeMo performance summary 25.04"; None if it names
+    none."""
+    found = re.search(r"(?<![\d.])(2[4-9])\.(0\d|1[0-2])(?:\.(\d\d))?\b", source)
+    return (int(found[1]), int(found[2]), int(found[3] or 0)) if found else None
 
 
 def adapters_of(cells: Mapping[str, str]) -> Adapters:
     """Return which products have low-rank adapters, which alone are then trained: by default all, and in Megatron-Bridge's performance
     recipes the projections to queries, keys and values (perf_recipes: `peft.target_modules`)."""
-    text = " ".join(cells.get(name, "") for name in ("model", "source", "ref", "notes")).lower()
+    text = text_of(cells, "model", "source", "ref", "notes")
     if not re.search(r"\bq?lora\b|\bdora\b|\bpeft\b|adapter", text):
         return "none"
     return "queries" if re.search(r"bridge performance", text) else "all"
@@ -131,7 +137,7 @@ def adapters_of(cells: Mapping[str, str]) -> Adapters:
 
 def document_length_of(cells: Mapping[str, str]) -> float | None:
     """Mean number of tokens in a document if several are packed into a sequence: Megatron-Bridge's recipes for fine-tuning pack SQuAD."""
-    text = " ".join(cells.get(name, "") for name in ("source", "notes")).lower()
+    text = text_of(cells, "source", "notes")
     return SQUAD_TOKENS if "bridge" in text and re.search(r"\bsft\b|\blora\b|fine-?tun", text) else None
 
 

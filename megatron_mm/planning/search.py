@@ -346,11 +346,6 @@ def _level(count: int, extras: list[float]) -> list[int]:
     return dealt
 
 
-def blocks_of(planned: Planned) -> list[Block]:
-    """Return all blocks of the first kind of micro-batch, for tests."""
-    return list(itertools.chain(*planned.job.kinds[0]))
-
-
 def options(parallel: ParallelConfig, *, micro_batch_size: int) -> str:
     """Write a layout as options of `train`."""
     words = [f"--parallel.{name} {getattr(parallel, name)}" for name in ("tensor", "pipeline", "virtual", "recompute")]

@@ -18,6 +18,9 @@ from megatron_mm.planning.pipeline import PipelineResult, PipelineTimes, least_s
 JITTER = 0.0035
 """Relative increase of the step time for each doubling of the number of machines, because all processes wait for the slowest."""
 BUCKET_PARAMETERS = 40e6
+"""Parameters whose gradients are reduced together; at least a million per data-parallel rank, as in megatron-core."""
+SUM_SECONDS = 100e-6
+"""Seconds for each doubling of the number of GPUs in which a step's few numbers are summed over all of them before the update."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +272,7 @@ class StepModel:
         for rank in range(layout.pipeline):
             held = [self._held[chunk * layout.pipeline + rank] for chunk in range(layout.virtual)]
             most = max(most, sum(dense / copies + experts / expert_copies for dense, experts in held))
-        return self.costs.optimizer(most) + 100e-6 * math.log2(max(2, layout.gpus))
+        return self.costs.optimizer(most) + SUM_SECONDS * math.log2(max(2, layout.gpus))
 
     def _between_steps(self) -> float:
         """Seconds of the host between steps, on the rank with the most parameter tensors."""
