@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the other files of ben
 
 import torch
 
+from benchmarks.gpu_cases import CPU_MODELS, MODELS, TE, Case
 from benchmarks.gpu_pieces import time_attention, time_swiglu, time_tower, time_tower_graph, time_trained_graph
-from benchmarks.gpu_steps import CPU_MODELS, MODELS, TE, Case, look_inside, time_cases
+from benchmarks.gpu_steps import look_inside, time_cases
 from benchmarks.parts import Part, Row, emit, run_parts, wait_for_turn
 from megatron_mm.families.infimm.config import InfiMMConfig
 from megatron_mm.families.recipes import get_recipe

@@ -15,18 +15,17 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from benchmarks.gpu_cases import Case
 from benchmarks.parts import Row
-from megatron_mm.config import DecoderConfig, Experiment, KernelConfig, MoEConfig
+from megatron_mm.config import Experiment, KernelConfig
 from megatron_mm.data.batch import PackedBatch
-from megatron_mm.families.mm1.config import MM1Config
-from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of
 from megatron_mm.flops import StepWork, mfu, peak_tflops
 from megatron_mm.models.context import Kernels
@@ -36,101 +35,13 @@ from megatron_mm.run.data import image_input
 from megatron_mm.run.start import check_shapes
 from megatron_mm.training.build import build_model
 from megatron_mm.training.optimizer import build_optimizer
+from megatron_mm.training.router_graph import graph_routers
 from megatron_mm.training.step import TrainingStep
 
 MICRO_BATCHES = 4
 """Micro-batches of a step."""
 WARM_UP = 3
 """Steps before the measured ones."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row of a model's table."""
-
-    layers: str
-    precision: str
-    recompute: str = "none"
-    fp8_recipe: str = ""
-    """megatron-core's name of the FP8 scaling recipe; empty: the one used in training."""
-    kernels: str = "all"
-    """Fused kernels (`config.KernelConfig`): "all" that can run, as in training; the name of one; or "none"."""
-    micro_batch_size: int = 1
-    """Sequences in a micro-batch."""
-
-    def __str__(self) -> str:
-        scales = f" {self.fp8_recipe}" if self.fp8_recipe else ""
-        kernels = f", {self.kernels.replace('_', ' ')} fused" if self.layers == "te" else ""
-        sequences = f", micro-batches of {self.micro_batch_size}" if self.micro_batch_size > 1 else ""
-        return f"{self.layers} {self.precision}{scales}, recompute {self.recompute}{kernels}{sequences}"
-
-
-BF16, TE, FP8 = Case("torch", "bf16"), Case("te", "bf16"), Case("te", "fp8")
-PLAIN_TE = replace(TE, kernels="none")
-CASES = [
-    BF16,
-    PLAIN_TE,
-    TE,
-    FP8,
-    *(replace(case, micro_batch_size=2) for case in (TE, FP8)),
-    *(replace(PLAIN_TE, kernels=kernel) for kernel in ("weight_gradients", "cross_entropy")),
-    *(replace(TE, recompute=how) for how in ("selective", "full")),
-]
-"""The most informative cases come first, as time may run out."""
-SHORT_CASES = [BF16, PLAIN_TE, TE, FP8]
-SPARSE_CASES = [BF16, PLAIN_TE, replace(PLAIN_TE, kernels="token_permutation"), TE, FP8]
-FP8_CASES = [BF16, PLAIN_TE, TE, *(replace(FP8, fp8_recipe=recipe) for recipe in ("tensorwise", "blockwise", "delayed"))]
-CPU_CASES = [Case("torch", "fp32", how) for how in ("none", "selective", "full")]
-
-
-def _decoder(experiment: Experiment, **fields: object) -> Experiment:
-    return replace(experiment, model=replace(experiment.model, decoder=replace(experiment.model.decoder, **fields)))  # type: ignore[arg-type, type-var]
-
-
-def _small_tower(experiment: Experiment) -> Experiment:
-    """Replace the tower with the debug recipe's, to measure the decoder alone."""
-    small = get_recipe("debug_mm1").model
-    assert isinstance(small, MM1Config) and isinstance(experiment.model, MM1Config)
-    return replace(experiment, model=replace(experiment.model, vision=small.vision, connector=small.connector))
-
-
-def _slice_of_30b() -> Experiment:
-    """Return the share of MM1 30B that one of four tensor-parallel ranks computes: 13 of 52 heads, a quarter of MLP and vocabulary."""
-    whole = _small_tower(get_recipe("mm1_30b"))
-    decoder: DecoderConfig = whole.model.decoder
-    assert decoder.num_attention_heads == decoder.num_query_groups
-    heads, parts = decoder.num_attention_heads // 4, decoder.ffn_hidden_size // 4
-    return _decoder(
-        whole, num_layers=8, num_attention_heads=heads, num_query_groups=heads, ffn_hidden_size=parts, vocab_size=decoder.vocab_size // 4
-    )
-
-
-def _slice_of_moe() -> Experiment:
-    """Return four layers of MM1 3B-MoE with the experts that one of eight expert-parallel ranks would hold, in layers 2 and 4."""
-    return _decoder(_small_tower(get_recipe("mm1_3b_moe")), num_layers=4, moe=MoEConfig(num_experts=8, every_n_layers=2))
-
-
-def _dense_of_moe() -> Experiment:
-    return _decoder(_slice_of_moe(), moe=None)
-
-
-def _shallow(recipe: str, layers: int) -> Experiment:
-    return _decoder(get_recipe(recipe), num_layers=layers)
-
-
-MODELS = {
-    "mm1_1b": (lambda: get_recipe("mm1_1b"), CASES),
-    "mm1_30b, a process of tensor 4, 8 layers": (_slice_of_30b, FP8_CASES),
-    "mm1_3b_moe, 8 experts, 4 layers": (_slice_of_moe, SPARSE_CASES),
-    "the same without experts": (_dense_of_moe, SHORT_CASES),
-    "mm1_7b, 8 layers": (lambda: _shallow("mm1_7b", 8), SHORT_CASES),
-    "infimm_zephyr_7b_pt, 8 layers": (lambda: _shallow("infimm_zephyr_7b_pt", 8), SHORT_CASES),
-    "mono_internvl_2b_s1_3, 12 layers": (lambda: _shallow("mono_internvl_2b_s1_3", 12), SHORT_CASES),
-}
-CPU_MODELS = {
-    recipe: (lambda recipe=recipe: get_recipe(recipe), CPU_CASES)
-    for recipe in ("debug_mm1", "debug_mm1_moe", "debug_infimm", "debug_mono_internvl")
-}
 
 
 def on_one_process(base: Experiment, case: Case) -> Experiment:
@@ -140,7 +51,7 @@ def on_one_process(base: Experiment, case: Case) -> Experiment:
         kernels = KernelConfig(**{field.name: field.name == case.kernels for field in fields(Kernels)})
     return replace(
         base,
-        kernels=kernels,
+        kernels=replace(kernels, router_graph=case.router_graph),
         parallel=replace(base.parallel, tensor=1, pipeline=1, virtual=1, expert=1, stage_layers=None, recompute=case.recompute),  # type: ignore[arg-type]
         train=replace(
             base.train,
@@ -192,6 +103,7 @@ class Bench:
         for module in self.model[0].modules():
             if case.fp8_recipe and getattr(getattr(module, "config", None), "fp8", None):
                 module.config.fp8_recipe = case.fp8_recipe  # type: ignore[union-attr]
+        graph_routers(self.settings, self.model, self.topology)
         self.optimizer = build_optimizer(self.settings, self.model)
         self.training_step = TrainingStep(self.settings, self.topology, self.model, self.optimizer, num_sources=1)
         self.batch = full_batch(self.settings).to(self.topology.device)

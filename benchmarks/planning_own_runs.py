@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the other files of benchmarks, from wherever this is started
 
-from benchmarks.gpu_steps import MICRO_BATCHES, MODELS, Case, full_batch, on_one_process
+from benchmarks.gpu_cases import MODELS, Case
+from benchmarks.gpu_steps import MICRO_BATCHES, full_batch, on_one_process
 from megatron_mm.config import Experiment
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from support.te import python_of_transformer_engine
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
+from benchmarks.gpu_cases import Case  # noqa: E402
+from benchmarks.gpu_steps import Bench  # noqa: E402
 from benchmarks.parts import Part, run_parts  # noqa: E402
+from megatron_mm.families.recipes import get_recipe  # noqa: E402
 from megatron_mm.models.moe import Router  # noqa: E402
 from tools import gpu_check_layers, gpu_check_parts  # noqa: E402
 
@@ -118,6 +122,19 @@ def test_replays_of_routers_are_compared(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(Router, "losses", with_first_shares)
         (line,) = gpu_check_parts.compare_routers(settings)
         assert not line.holds
+
+
+def test_a_step_with_graphs_of_routers_is_timed() -> None:
+    base = get_recipe("debug_mm1_moe")
+    base = replace(base, model=replace(base.model, decoder=replace(base.model.decoder, num_layers=2)))
+    losses = {}
+    for graph in (False, True):
+        with recorded_graphs() as graphs:
+            bench = Bench(base, Case("torch", "bf16", router_graph=graph))
+            losses[graph] = bench.step(micro_batches=1)[1]
+            assert [one.replays > 3 for one in graphs.made] == [True, True] * graph
+            bench.close()
+    assert losses[True] == losses[False]
 
 
 @pytest.mark.slow
