@@ -143,8 +143,11 @@ def _beside(experiment: Experiment, layout: Layout, work: Workload) -> Beside:
 
 
 def _decoding(experiment: Experiment, images: float) -> tuple[Block, ...]:
-    """The block of images that this process decodes beside its passes, if it decodes with Pillow for sure."""
-    if experiment.data.decoder != "pillow":
+    """The block of images that this process decodes beside its passes, if Pillow decodes them for sure: by option, or because they are cut
+    into tiles or get JPEG artefacts (`data.load.loader`). Sub-images are decoded by Pillow, too, but are counted only with the option,
+    because a picture is decoded once for all of its sub-images, and nobody has measured them."""
+    data = experiment.data
+    if data.decoder != "pillow" and data.max_tiles is None and data.jpeg_quality is None:
         return ()
     return (Block(name="decoding", forward=(Decoded(images),), backward=(Decoded(images),)),)
 

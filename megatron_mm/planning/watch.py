@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import statistics
+from dataclasses import replace
 
 import torch
 
 from megatron_mm.config import Experiment
+from megatron_mm.data.load.decode import has_dali
 from megatron_mm.data.plan.plan import Plan
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.planning.hardware import GIGA, Gpu, gpu_named
@@ -38,7 +40,10 @@ def gpu_here() -> Gpu | None:
 
 
 def predict(experiment: Experiment, *, world_size: int, gpu: Gpu, plan: Plan | None = None) -> Prediction:
-    """Predict a step of an experiment on `world_size` GPUs, with the workload of its data's plan if that is given."""
+    """Predict a step of an experiment on `world_size` GPUs, with the workload of its data's plan if that is given, and with the decoder that
+    this machine has."""
+    if experiment.data.decoder == "auto" and not has_dali():
+        experiment = replace(experiment, data=replace(experiment.data, decoder="pillow"))
     work = Workloads(experiment, plan=plan).of(data_size=experiment.parallel.data_parallel_size(world_size))
     return StepModel(plan_recipe(experiment, gpu, world_size, work=work).job).predict()
 

@@ -44,7 +44,8 @@ def test_own_training_runs_are_met(run: TrainingRun) -> None:
 
 
 def test_decoding_takes_time_from_the_host_for_each_image() -> None:
-    """As much in both directions, on the process of a tensor-parallel group that decodes the image; DALI takes none."""
+    """As much in both directions, on the process of a tensor-parallel group that decodes the image; DALI takes none, but it does not make
+    tiles."""
 
     def launch(decoder: str) -> tuple[float, float]:
         experiment = get_recipe("mm1_30b")
@@ -57,6 +58,8 @@ def test_decoding_takes_time_from_the_host_for_each_image() -> None:
     images: list[float] = []
     for beside, alone in zip(launch("pillow"), launch("dali"), strict=True):
         assert beside - alone == pytest.approx(images[0] * OURS.image_seconds, rel=0.03)
+    blocks = plan_recipe(get_recipe("mono_internvl_2b_s1_1"), GPUS["h100-sxm"], 256).job.kinds[0][0]
+    assert sum(block.name == "decoding" for block in blocks) == 1
 
 
 def _traced(recipe: str) -> Trace:

@@ -42,6 +42,17 @@ def test_measured_stands_next_to_predicted(tmp_path: Path, caplog: pytest.LogCap
     assert lines[-1]["plan/ratio"] == pytest.approx(1.5) and logged[-1]["plan/seconds"] == pytest.approx(expected)
 
 
+def test_a_machine_without_dali_decodes_with_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow takes time from the host; a machine with DALI is predicted as by `plan`."""
+
+    def launch(installed: bool) -> float:
+        monkeypatch.setattr("megatron_mm.planning.watch.has_dali", lambda: installed)
+        (passes, *_) = predict(get_recipe("mm1_1b"), world_size=64, gpu=GPUS["h100-sxm"]).stage_seconds
+        return passes[0].launch
+
+    assert launch(installed=False) > launch(installed=True)
+
+
 def test_a_run_without_a_known_gpu_has_no_prediction(tmp_path: Path) -> None:
     trainer = SimpleNamespace(experiment=get_recipe("debug_mm1"), topology=SimpleNamespace(is_main=True), run_dir=tmp_path)
     hook = PlanRatio(cast(Any, trainer), cast(Any, None), gpu=None)

@@ -58,7 +58,7 @@ def mono_internvl_2b_s1_1() -> Experiment:
     256 GPUs, data parallel. `sbatch examples/mono_internvl_2b.slurm` starts here. Index the pairs with that prompt: `megatron-mm prepare
     index DATA --caption-prompt "provide a one-sentence caption for the image"`.
 
-    Predicted on 256 H100: 0.22 s a step (to 12%), 43% of the bf16 peak, 35 GB; as many A100-80GB: 0.52 s.
+    Predicted on 256 H100: 0.23 s a step (to 12%), 41% of the bf16 peak, 35 GB; as many A100-80GB: 0.52 s.
     """
     return Experiment(
         recipe="mono_internvl_2b_s1_1",
