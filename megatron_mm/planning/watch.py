@@ -40,8 +40,8 @@ def gpu_here() -> Gpu | None:
 
 
 def predict(experiment: Experiment, *, world_size: int, gpu: Gpu, plan: Plan | None = None) -> Prediction:
-    """Predict a step of an experiment on `world_size` GPUs, with the workload of its data's plan if that is given, and with the decoder that
-    this machine has."""
+    """Predict a step of an experiment on `world_size` GPUs, with the workload of its data's plan if that is given, and with this machine's
+    decoder."""
     if experiment.data.decoder == "auto" and not has_dali():
         experiment = replace(experiment, data=replace(experiment.data, decoder="pillow"))
     work = Workloads(experiment, plan=plan).of(data_size=experiment.parallel.data_parallel_size(world_size))
