@@ -13,13 +13,14 @@ Shape legend: t tokens of this process, n rows of the graph, e experts.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+from megatron_mm.models.graph_copy import GraphCopy
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Outputs:
 
 
 @dataclass
-class Copy:
+class Copy(GraphCopy):
     """A capture of both passes, in use from its forward to its backward pass."""
 
     inputs: Inputs
@@ -69,11 +70,6 @@ class Copy:
     backward: Callable[[], Any]
     filled: int = 0
     """Rows of the inputs that may differ from padding."""
-    user: weakref.ref[_User] | None = None
-
-    @property
-    def is_free(self) -> bool:
-        return self.user is None or self.user() is None
 
     def fill(self, logits_te: torch.Tensor, real_t: torch.Tensor, *, most_choices: Callable[[int], int] | None) -> None:
         """Set the inputs of the forward pass."""
@@ -87,10 +83,6 @@ class Copy:
             if tokens != self.filled and most_choices is not None:
                 self.inputs.limit.fill_(most_choices(tokens))
         self.filled = tokens
-
-
-class _User:
-    """Lives as long as autograd may call a backward pass, so that a copy is free again also if a step was interrupted."""
 
 
 class GraphedRouting:
@@ -134,8 +126,7 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_te: torch.Tensor, copy: Copy) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.user, ctx.copy = _User(), copy
-        copy.user = weakref.ref(ctx.user)
+        ctx.user, ctx.copy = copy.begin(), copy
         copy.forward()
         weights_te, kept_te = (output[: len(logits_te)].detach() for output in (copy.outputs.weights, copy.outputs.kept))
         ctx.mark_non_differentiable(kept_te)
@@ -144,12 +135,12 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_te: torch.Tensor, _: Any) -> tuple[torch.Tensor, None]:
         copy: Copy = ctx.copy
-        assert copy.user is not None and copy.user() is ctx.user, "a backward pass runs once"
+        copy.check(ctx.user)
         # Rows after these keep the gradients of another micro-batch. No other row's gradient depends on theirs.
         copy.inputs.gradient[: len(gradient_te)].copy_(gradient_te)
         scale = MoEAuxLossAutoScaler.main_loss_backward_scale
         if scale is not None:
             copy.inputs.loss_scale.copy_(scale.view(()))
         copy.backward()
-        copy.user = None
+        copy.end()
         return copy.outputs.gradient[: len(gradient_te)], None

@@ -12,12 +12,13 @@ The price is that images are filled up with blank ones to the fixed number, and 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from megatron_mm.models.graph_copy import GraphCopy
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -70,7 +71,7 @@ class GraphedTower:
 
 
 @dataclass
-class Copy:
+class Copy(GraphCopy):
     """One capture of both passes, whose activations are in use from its forward to its backward pass."""
 
     pixels: torch.Tensor
@@ -81,15 +82,6 @@ class Copy:
     """[k, ...] of the features, the input of every backward pass."""
     backward: Callable[[], None]
     """Adds the gradients of the tower's weights for `gradient` to their buffers."""
-    user: weakref.ref[_User] | None = None
-
-    @property
-    def is_free(self) -> bool:
-        return self.user is None or self.user() is None
-
-
-class _User:
-    """Lives as long as autograd may call a backward pass, so that a copy is free again also if a step was interrupted."""
 
 
 class GraphedTrainedTower(GraphedTower):
@@ -130,19 +122,17 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, copy: Copy, count: int, after: Callable[[], None]) -> torch.Tensor:
-        ctx.user = _User()
-        copy.user = weakref.ref(ctx.user)
-        ctx.copy, ctx.after = copy, after
+        ctx.user, ctx.copy, ctx.after = copy.begin(), copy, after
         return copy.forward()[:count].clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None, None]:
         copy: Copy = ctx.copy
-        assert copy.user is not None and copy.user() is ctx.user, "a backward pass runs once"
+        copy.check(ctx.user)
         copy.gradient[: len(gradient)].copy_(gradient)
         copy.gradient[len(gradient) :].zero_()
         copy.backward()
-        copy.user = None
+        copy.end()
         ctx.after()
         return None, None, None, None
 

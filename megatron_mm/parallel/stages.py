@@ -21,6 +21,12 @@ import torch.nn.functional as F
 from megatron_mm.config import ParallelConfig
 
 
+def most_in_flight(parallel: ParallelConfig, *, pipeline_rank: int = 0) -> int:
+    """Return how many micro-batches at most wait for their backward passes in a chunk of a pipeline rank."""
+    waiting = parallel.pipeline - pipeline_rank if parallel.virtual == 1 else 2 * parallel.pipeline
+    return waiting + parallel.overlaps_experts
+
+
 def layers_per_stage(parallel: ParallelConfig, *, num_layers: int) -> tuple[int, ...]:
     """Decoder layers of each stage, in pipeline order.
 

@@ -21,9 +21,9 @@ from megatron_mm.models.layers import Backend
 from megatron_mm.models.vision import TOWER_MODULES
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.nodes import expert_traffic, gpus_per_node, nodes_of_expert_group
+from megatron_mm.parallel.stages import most_in_flight
 from megatron_mm.platform.device import dispatch_missing, fp8_recipe_missing, has_flash_attention, user_buffers_missing
 from megatron_mm.training.freezing import trainable_patterns
-from megatron_mm.training.tower_graph import copies_needed
 
 logger = logging.getLogger(__name__)
 
@@ -336,7 +336,7 @@ def _tower_graph_costs(experiment: Experiment, images: int) -> str:
         return f"{blanks.format('a multiple of ')}. At the start, replays are compared with the tower"
     return (
         f"{blanks.format('')}, and micro-batches with more images run without the graph. Activations of {images} images are kept for "
-        f"{copies_needed(experiment.parallel)} micro-batches. This is untried on GPUs; at the start, replays are compared with the tower"
+        f"{most_in_flight(experiment.parallel)} micro-batches. This is untried on GPUs; at the start, replays are compared with the tower"
     )
 
 

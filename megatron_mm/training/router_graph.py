@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_mm.config import Experiment
 from megatron_mm.models.moe import Router, routers
 from megatron_mm.models.router_graph import Copy, GraphedRouting, Inputs, Outputs
+from megatron_mm.parallel.stages import most_in_flight
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.platform import cuda_graph
 
@@ -32,7 +33,9 @@ def graph_routers(experiment: Experiment, model: Sequence[DistributedDataParalle
     found = [router for _, router in routers(list(model))] if experiment.kernels.router_graph else []
     if not found:
         return 0
-    rows, copies, stream = most_tokens(experiment), copies_needed(experiment, topology), torch.cuda.Stream()
+    waiting = most_in_flight(experiment.parallel, pipeline_rank=topology.pipeline_rank)
+    copies = min(waiting, experiment.num_micro_batches(topology.data_size))
+    rows, stream = most_tokens(experiment), torch.cuda.Stream()
     for router in found:
         try:
             graphed = _graphed(router, rows=rows, copies=copies, stream=stream)
@@ -50,13 +53,6 @@ def most_tokens(experiment: Experiment) -> int:
     parallel, multiple = experiment.parallel, experiment.token_multiple
     whole = -(-experiment.train.micro_batch_size * experiment.data.sequence_length // multiple) * multiple
     return whole // (parallel.tensor if parallel.sequence_parallel else 1)
-
-
-def copies_needed(experiment: Experiment, topology: Topology) -> int:
-    """Return how many micro-batches at most wait for their backward passes in a chunk of this process."""
-    parallel = experiment.parallel
-    waiting = parallel.pipeline - topology.pipeline_rank if parallel.virtual == 1 else 2 * parallel.pipeline
-    return min(waiting + parallel.overlaps_experts, experiment.num_micro_batches(topology.data_size))
 
 
 def _graphed(router: Router, *, rows: int, copies: int, stream: torch.cuda.Stream) -> GraphedRouting:

@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_mm.config import Experiment, ParallelConfig
+from megatron_mm.config import Experiment
 from megatron_mm.models.encoder import TOWER, ImageEncoder
 from megatron_mm.models.tower_graph import Copy, Forward, GraphedTower, GraphedTrainedTower
+from megatron_mm.parallel.stages import most_in_flight
 from megatron_mm.platform import cuda_graph
 from megatron_mm.platform.device import send
 from megatron_mm.platform.multi_tensor import DataParallel
@@ -71,11 +72,6 @@ def graph_tower(
     return True
 
 
-def copies_needed(parallel: ParallelConfig) -> int:
-    """Return how many micro-batches at most wait for their backward passes on the first stage, where images are encoded."""
-    return parallel.pipeline * (1 if parallel.virtual == 1 else 2)
-
-
 def _trained(
     experiment: Experiment, wrapped: DistributedDataParallel, tower: torch.nn.Module, pixels: torch.Tensor, capture: CapturePasses
 ) -> GraphedTrainedTower:
@@ -89,7 +85,7 @@ def _trained(
         wrapped.add_gradients(features, gradient, trained)
 
     copies = []
-    for _ in range(copies_needed(experiment.parallel)):
+    for _ in range(most_in_flight(experiment.parallel)):
         example = torch.zeros_like(pixels)
         passes = capture(eager, backward, example)
         copies.append(Copy(example, passes.forward, passes.gradient, passes.backward))

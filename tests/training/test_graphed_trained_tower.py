@@ -16,13 +16,14 @@ from support.small import random_step, small_experiment, small_run
 from megatron_mm.config import Experiment, KernelConfig
 from megatron_mm.models.tower_graph import Forward
 from megatron_mm.parallel import topology as topologies
+from megatron_mm.parallel.stages import most_in_flight
 from megatron_mm.platform.cuda_graph import Passes, capture_passes
 from megatron_mm.run import start as starting
 from megatron_mm.training.build import build_model
 from megatron_mm.training.metrics import read_metrics
 from megatron_mm.training.optimizer import build_optimizer
 from megatron_mm.training.step import TrainingStep
-from megatron_mm.training.tower_graph import copies_needed, graph_tower, graphed_tower
+from megatron_mm.training.tower_graph import graph_tower, graphed_tower
 
 IMAGES = 4
 """Micro-batches have none, one, and four images."""
@@ -188,7 +189,7 @@ def train(data: Path, run_dir: Path, parallel: dict[str, Any], with_graph: bool)
     with recorded_graphs() as graphs:
         starting.start(graphed(experiment, images=8) if with_graph else experiment, run_dir)
         if with_graph and graphs.made:
-            assert len(graphs.made) == 2 * copies_needed(experiment.parallel)
+            assert len(graphs.made) == 2 * most_in_flight(experiment.parallel)
             assert all(graph.replays > 3 for graph in graphs.made)
 
 
