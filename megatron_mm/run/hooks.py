@@ -34,6 +34,7 @@ from megatron_mm.run.profiling import profile_hooks
 from megatron_mm.run.slow_processes import SlowProcesses
 from megatron_mm.run.step_measures import Norms, balance, is_due, memory_gb
 from megatron_mm.run.watchdog import is_lost_contact
+from megatron_mm.training.checkpoint.room import missing_room
 from megatron_mm.training.metrics import StepMetrics
 from megatron_mm.training.routing import RoutingStats, draw_expert_load
 from megatron_mm.training.tower_graph import graphed_tower
@@ -296,7 +297,13 @@ class Stopping(Hook):
 
 class Checkpoints(Hook):
     """Saves a checkpoint every `checkpoint.interval` steps, at the end, and, with `checkpoint.best`, when the held-out loss is the lowest
-    so far."""
+    so far. Warns once if there is no room for the next ones."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.looked_at: int | None = None
+        """Step of the checkpoint after which the disk was looked at last."""
+        self.warned = False
 
     def tell(self, batch: StepBatch) -> tuple[float, ...]:
         return self.trainer.checkpointer.tell()
@@ -304,10 +311,21 @@ class Checkpoints(Hook):
     def after_step(self, record: StepRecord) -> None:
         config, checkpointer, state = self.trainer.experiment.checkpoint, self.trainer.checkpointer, self.trainer.state
         checkpointer.poll(record.told[self])
+        self._look_at_disk(record.step)
         if record.step % config.interval == 0 or state.best_step == record.step:
             checkpointer.save(state)
         elif config.memory is not None and record.step % config.memory_interval == 0:
             checkpointer.keep_in_memory(state)
+
+    def _look_at_disk(self, step: int) -> None:
+        saved, experiment = self.trainer.checkpointer.saved_step, self.trainer.experiment
+        if saved == self.looked_at or self.warned or not self.trainer.topology.is_main:
+            return
+        self.looked_at = saved
+        saves_left = math.ceil((experiment.train.steps - step + 1) / experiment.checkpoint.interval)
+        if warning := missing_room(self.trainer.run_dir, config=experiment.checkpoint, saves_left=saves_left):
+            self.warned = True
+            logger.warning(warning)
 
     def after_training(self) -> None:
         checkpointer, step = self.trainer.checkpointer, self.trainer.state.step

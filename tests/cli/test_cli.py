@@ -61,6 +61,7 @@ def test_mistakes_on_the_command_line(fails: Fails, options: list[str], message:
         (["--parallel.virtual", "2"], "parallel.virtual is 2, but interleaving needs parallel.pipeline > 1"),
         (["--train.global-batch-size", "10"], "train.global_batch_size 10 is not a multiple of train.micro_batch_size 4"),
         (["--data.path", "/nowhere"], "error: data.path /nowhere is not a directory: use --data.path DIR"),
+        (["--data.path", "nowhere"], f"error: data.path nowhere is not a directory in {Path.cwd()}: use --data.path DIR"),
         (["--data.path", "/usr"], "error: data.path /usr is not a data set, because it has no folder 'train': use --data.path DIR"),
         (["--extra-hooks", "json:JSONDecoder"], "extra_hooks names json:JSONDecoder, which is not a hook: derive the class from"),
         (["--data.preprocessors", "builtins:print"], "the preprocessor builtins:print returns None for source "),
@@ -69,7 +70,10 @@ def test_mistakes_on_the_command_line(fails: Fails, options: list[str], message:
             ["--data.mixture", "video=1"],
             "lacks the sources ['video'] of data.mixture; it has ['conversations', 'interleaved', 'pairs', 'tasks', 'text']",
         ),
-        (["--model.decoder.vocab-size", "64"], "but model.decoder.vocab_size is 64: raise it, or use a smaller tokenizer"),
+        (
+            ["--model.decoder.vocab-size", "64"],
+            "but model.decoder.vocab_size is 64: raise it (--model.decoder.vocab-size 512), or use a smaller",
+        ),
         (["--train.precision", "fp8"], "train.precision is fp8, which needs a GPU with Transformer Engine: use --train.precision bf16"),
         (["--train.layers", "te"], "install it or use --train.layers torch"),
     ],
@@ -171,6 +175,10 @@ def test_a_file_that_cannot_be_written_is_named(fails: Fails, tmp_path: Path) ->
     (tmp_path / "file").touch()
     said = fails("prepare", "demo", "--out", tmp_path / "file" / "demo")
     assert str(tmp_path / "file") in said and "Errno" not in said
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "report.html").symlink_to("/nowhere/report.html")
+    said = fails("report", tmp_path)
+    assert said == f"megatron-mm: error: {tmp_path / 'report.html'}: No such file or directory: choose another place with --out FILE"
 
 
 def _commands(group: Group, names: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -201,11 +201,22 @@ def test_a_worker_that_dies_is_an_error_and_no_hang(tmp_path: Path, tokenizer: P
 
 def test_a_source_without_a_usable_sample_is_named(tmp_path: Path, tokenizer: Path) -> None:
     write_tar(tmp_path / "pairs" / "0.tar", {"0.jpg": b"no image", "0.txt": b"x"})
-    with pytest.raises(ValueError, match=r"source .*pairs has no usable sample \(rejected: \{'image does not decode': 1\}\)"):
+    with pytest.raises(ValueError, match=r"source .*pairs has no usable sample \(rejected: image does not decode: 1\)"):
         prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
     write_tar(tmp_path / "pairs" / "0.tar", {})
-    with pytest.raises(ValueError, match=r"source .*pairs has no usable sample \(rejected: it is empty\)"):
+    with pytest.raises(ValueError, match=r"source .*pairs has no usable sample \(it is empty\)"):
         prepare_index(tmp_path, tokenizer=tokenizer, options=LENIENT)
+
+
+def test_a_list_of_objects_in_a_jsonl_and_a_folder_without_shards(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.json").write_text('{"text": "a red circle"}')
+    (tmp_path / "README.txt").write_text("notes")
+    with pytest.raises(ValueError, match=r"contains no .tar or .jsonl shards.*; text/a.json can be made into shards"):
+        prepare_index(tmp_path, tokenizer=tokenizer)
+    (tmp_path / "text" / "0.jsonl").write_text('[{"text": "a red circle"}]')
+    with pytest.raises(ValueError, match=r"\(rejected: JSON is not an object: 1\).*`megatron-mm prepare text` and `llava` convert a list"):
+        prepare_index(tmp_path, tokenizer=tokenizer)
 
 
 def test_texts_of_every_form_are_indexed_with_their_tokens(tmp_path: Path, tokenizer: Path) -> None:

@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,12 +25,13 @@ from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.passes import own_images
 from megatron_mm.evaluation.prompts import BadImage, PromptBuilder, Wording
 from megatron_mm.evaluation.results import Result, read_results, table
-from megatron_mm.evaluation.runner import Options
+from megatron_mm.evaluation.runner import Options, _Items
 from megatron_mm.evaluation.tasks.base import ImageSource
 from megatron_mm.evaluation.tasks.registry import TASKS
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment
+from megatron_mm.parallel.topology import Topology
 from megatron_mm.run.evaluate_tasks import evaluate_tasks, open_target
 from megatron_mm.run.start import start
 
@@ -294,3 +296,10 @@ def test_lmms_eval_asks_a_run(mm1: Path) -> None:
     pytest.importorskip("lmms_eval")
     ((answers, likelihoods),) = run_processes(_with_lmms_eval, 1, mm1)
     assert len(answers) == 3 and all(value < 0 for value, _ in likelihoods)
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_option_for_another(tmp_path: Path) -> None:
+    (tmp_path / "evaluation").touch()
+    setting = {"model": {"checkpoint": "step_00000002"}, "task": "drawn_vqa", "shots": 0, "limit": 4}
+    with pytest.raises(ValueError, match=r"evaluation/items/step_00000002_drawn_vqa_0shot.*: Not a directory: choose .* with --out FOLDER"):
+        _Items(tmp_path / "evaluation", setting, cast(Topology, SimpleNamespace(is_main=True)))

@@ -121,9 +121,9 @@ def check_largest_image(limits: Limits, image: ImageInput) -> None:
     largest = image.places_around + image.tokens * image.max_tiles
     if largest > limits.sequence_length:
         of_tiles = f" of {image.max_tiles} {image.squares}" if image.max_tiles > 1 else ""
+        fewer = f", or lower {_fewer_tiles(image)}" if of_tiles else ""
         raise ValueError(
-            f"an image{of_tiles} takes {largest} tokens, more than data.sequence_length {limits.sequence_length}: raise that limit, or "
-            f"lower {_fewer_tiles(image)}"
+            f"an image{of_tiles} takes {largest} tokens, more than data.sequence_length {limits.sequence_length}: raise that limit{fewer}"
         )
     if image.max_tiles > limits.max_images:
         raise ValueError(

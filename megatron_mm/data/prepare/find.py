@@ -45,7 +45,7 @@ def find_sources(path: Path, *, ignore: Sequence[str] = ()) -> list[Path]:
         raise ValueError(f"data path {path} {'is a file, but must be a folder' if path.exists() else 'does not exist'}")
     found = _candidates(absolute(path))
     if not found:
-        other = next((file for file in _files(path) if _looks_like_data(file)), None)
+        other = next((file for file in _files(path) if _looks_like_data(file)), None) or next(filter(_may_be_data, _files(path)), None)
         raise ValueError(
             f"data path {path} contains no .tar or .jsonl shards, and no folders (split/source) that contain any"
             + (f"; {other.relative_to(path)} can be made into shards with `megatron-mm prepare pairs|text|...`" if other else "")
@@ -230,6 +230,11 @@ def _files(source: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(source):
         folders[:] = sorted(name for name in folders if not _is_ours(Path(folder, name)))
         yield from (Path(folder, name) for name in sorted(names))
+
+
+def _may_be_data(file: Path) -> bool:
+    """Return whether a file that is too small to be taken for data may be data all the same."""
+    return file.suffix.lower() in _PERHAPS_UNREAD and not is_note(file.name)
 
 
 def _belongs(name: str, stems: set[str]) -> bool:

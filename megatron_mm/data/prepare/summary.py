@@ -47,6 +47,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 _NO_FILE = ("no image file", "no text file")
 _HINTS = {
+    "JSON is not an object": "each line of a .jsonl is one object; `megatron-mm prepare text` and `llava` convert a list of objects",
     "JSON has no text or caption": "--text-key FIELD names the field",
     "JSON has no items, texts or text_list": "--text-key, --image-key and --messages-key give the names of fields and files",
     "JSON has no conversations": "--messages-key FIELD names the field",
@@ -81,7 +82,7 @@ def check_losses(
     """
     rejected = sum(summary.rejected.values())
     if not summary.samples:
-        found = f"rejected: {summary.rejected or 'it is empty'}"
+        found = f"rejected: {_listed(summary.rejected)}" if summary.rejected else "it is empty"
         raise ValueError(f"source {source} has no usable sample ({found}): repair or remove it{_hints(summary.rejected, shards)}")
     share = max(rejected / (rejected + summary.samples), damage)
     if share > max_rejected:

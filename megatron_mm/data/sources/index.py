@@ -231,7 +231,8 @@ def check_folder(root: Path) -> None:
     """Raise ValueError if the folder does not exist."""
     check_local(root, instead=MAPPED)
     if not root.is_dir():
-        raise ValueError(f"data.path {root} is not a directory: {GIVE_DATA}")
+        where = "" if root.is_absolute() else f" in {Path.cwd()}"
+        raise ValueError(f"data.path {root} is not a directory{where}: {GIVE_DATA}")
 
 
 def open_split(root: Path, split: str, *, sources: list[str], check: bool = True) -> list[Source]:

@@ -254,12 +254,9 @@ class Checkpointer:
         self.under_way = None
         self.failed_saves += 1
         if self.topology.is_main:
-            logger.error(
-                "the checkpoint of step %d is abandoned: %s. Training continues; %s",
-                step,
-                reason + full_disk(self.folder),
-                "there is no checkpoint yet" if self.saved_step is None else f"the newest checkpoint is of step {self.saved_step}",
-            )
+            newest = "there is no checkpoint yet" if self.saved_step is None else f"the newest checkpoint is of step {self.saved_step}"
+            goes_on = ". Training continues" if step < self.experiment.train.steps else ""
+            logger.error("the checkpoint of step %d is abandoned: %s; %s%s", step, reason + full_disk(self.folder), newest, goes_on)
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
 
