@@ -72,7 +72,9 @@ def _described(hint: Any) -> str:
     simple = {int: "an integer", float: "a number", bool: "True or False", str: "a text", Path: "a pathlib.Path"}
     if hint in simple:
         return simple[hint]
-    return f"a {hint.__name__}" if isinstance(hint, type) and origin is None else f"of the type {hint}"
+    if not isinstance(hint, type) or origin is not None:
+        return f"of the type {hint}"
+    return f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

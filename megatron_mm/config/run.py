@@ -3,6 +3,7 @@ run."""
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -101,6 +102,10 @@ class DataConfig:
                 0 <= least <= most <= 100,
                 f"data.jpeg_quality is {least} {most}, but must be two numbers from 0 to 100, the smaller one first",
             )
+        require(
+            isinstance(self.mixture, dict) and all(isinstance(weight, numbers.Real) for weight in self.mixture.values()),
+            f"data.mixture is {self.mixture!r}, but must be a dict of sources and numbers, for example {{'pairs': 0.5, 'text': 0.5}}",
+        )
         require(len(self.mixture) > 0, "data.mixture is empty: name at least one source, for example {'pairs': 1.0}")
         for name, weight in self.mixture.items():
             require(weight >= 0, f"data.mixture gives source {name!r} the weight {weight}, but a weight must be at least 0")

@@ -19,6 +19,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_mm.config import Experiment
+from megatron_mm.config.checks import check_types
 from megatron_mm.config.references import absolute, load_object
 from megatron_mm.data.plan.plan import Plan
 from megatron_mm.data.text.tokenizer import Tokenizer
@@ -221,6 +222,7 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
 
     Raises ValueError that names the problem and the fix.
     """
+    check_types(experiment)  # the command line has done so; other programs may not have
     _check_no_secrets(experiment)
     if run_dir.resolve() == experiment.data.folder.resolve() and not (run_dir / CONFIG_FILE).exists():
         raise ValueError(f"the run directory {run_dir} is the data set of --data.path: choose another --run-dir for the run's files")

@@ -215,6 +215,8 @@ def test_a_wrong_reference_says_what_is_wrong(reference: str, message: str) -> N
     [
         ("train=replace(base.train, steps=2e3)", "broken: train.steps is 2000.0, but must be an integer"),
         ("train=replace(base.train, precision='fp16')", "broken: train.precision is 'fp16', but must be one of 'fp32', 'bf16', 'fp8'"),
+        ("optimizer=None", "broken: optimizer is None, but must be an OptimizerConfig"),
+        ("data=replace(base.data, mixture={'pairs': '1'})", "broken failed, line 6: data.mixture is {'pairs': '1'}, but must be a dict"),
         ("train={'steps': 3}", "broken: train is {'steps': 3}, but must be a TrainConfig"),
         ("init_from='runs/first'", "broken: init_from is 'runs/first', but must be a pathlib.Path or None"),
         ("train=replace(base.train, steps='9')", "broken failed, line 6: steps is '9', but must be a positive number"),

@@ -250,3 +250,9 @@ def test_a_graph_of_a_router_needs_a_gpu_and_experts(caplog: pytest.LogCaptureFi
 def test_what_a_graph_of_a_router_costs_is_said(caplog: pytest.LogCaptureFixture) -> None:
     check_options(routed(**selective("core_attn")), backend="te")
     assert "kernels.router_graph is True: each router keeps memory for every micro-batch that waits" in caplog.text
+
+
+def test_a_value_of_a_wrong_type_from_another_program_is_named(tmp_path: Path) -> None:
+    base = get_recipe("debug_mm1")
+    with pytest.raises(ValueError, match=r"data.path is '/nowhere', but must be a pathlib.Path"):
+        check(replace(base, data=replace(base.data, path="/nowhere")), tmp_path)  # type: ignore[arg-type]
