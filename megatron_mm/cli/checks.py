@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_mm.platform.local_copies import address_of
+
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
 """Endings of the files that matplotlib writes."""
 
@@ -37,7 +39,7 @@ def output(*endings: str) -> Callable[[str], Path]:
     """
 
     def check(word: str) -> Path:
-        path = Path(word)
+        path = place(word)
         if endings and path.suffix.lower() not in endings:
             raise argparse.ArgumentTypeError(f"{word} must end in {', '.join(endings[:-1])} or {endings[-1]}")
         if path.is_dir():
@@ -58,8 +60,21 @@ def existing_file(word: str) -> Path:
     return Path(word)
 
 
+def place(word: str) -> Path:
+    """The type of an argument that names a file or a directory to write. It must be on this machine: as a path, an address would be that of
+    a folder `s3:`."""
+    if (address := address_of(Path(word))) is not None:
+        raise argparse.ArgumentTypeError(f"{address} is an address, but this command writes only to file systems: give a folder or a file")
+    return Path(word)
+
+
 def directory(word: str) -> Path:
-    """The type of an argument that names a directory, which may be created."""
+    """The type of an argument that names a run directory, which may be created."""
+    if (address := address_of(Path(word))) is not None:
+        raise argparse.ArgumentTypeError(
+            f"{address} is an address, but a run writes only to file systems: give a folder; --checkpoint.copy-to {address} copies "
+            "checkpoints there"
+        )
     if Path(word).exists() and not Path(word).is_dir():
         raise argparse.ArgumentTypeError(f"{word} is a file, but must be a directory: choose another name")
     return Path(word)

@@ -8,6 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from megatron_mm.cli.checks import place
 from megatron_mm.cli.command import Command, Group, Parser, integer, one_of
 from megatron_mm.cli.recipe import recipe_of
 
@@ -26,7 +27,7 @@ def _add_threads(parser: Parser) -> None:
 
 def _to_hf_arguments(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN_DIR/checkpoints/step_..., or RUN_DIR for its newest")
-    parser.add_argument("out", type=Path, metavar="OUT", help="directory to write")
+    parser.add_argument("out", type=place, metavar="OUT", help="directory to write")
     parser.add_argument(
         "--part",
         default="whole",
@@ -72,7 +73,7 @@ def _to_hf(given: argparse.Namespace) -> None:
 
 
 def _from_hf_arguments(parser: Parser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="run directory to create; train from it with `train RECIPE --init-from OUT`")
+    parser.add_argument("out", type=place, metavar="OUT", help="run directory to create; train from it with `train RECIPE --init-from OUT`")
     parser.add_argument(
         "--recipe", required=True, metavar="RECIPE", help="recipe that defines the model; if given, --help lists every field"
     )
@@ -149,7 +150,7 @@ def _verify(given: argparse.Namespace) -> None:
 def _upcycle_arguments(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a dense checkpoint, or RUN_DIR for its newest one")
     parser.add_argument(
-        "run_dir", type=Path, metavar="RUN_DIR", help="run directory to create; continue it with `train RECIPE --run-dir RUN_DIR`"
+        "run_dir", type=place, metavar="RUN_DIR", help="run directory to create; continue it with `train RECIPE --run-dir RUN_DIR`"
     )
     parser.add_argument(
         "--recipe", required=True, metavar="RECIPE", help="a sparse recipe, such as mm1_3b_moe; if given, --help lists every field"

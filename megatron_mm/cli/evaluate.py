@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_mm.cli.checks import place
 from megatron_mm.cli.command import Command, Parser, at_least, integer, one_of
 from megatron_mm.cli.recipe import experiment_in
 from megatron_mm.config import Experiment, ParallelConfig
@@ -26,7 +27,7 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="folder with the tasks' files, in one folder per task (default: the run's data.path)"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the results (default: RUN_OR_EXPORT/evaluation)")
+    parser.add_argument("--out", type=place, metavar="FOLDER", help="folder for the results (default: RUN_OR_EXPORT/evaluation)")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="number of items per task, drawn by --seed (default: all)")
     parser.add_argument("--seed", type=integer, default=0, metavar="N", help="seed of the demonstrations and of --limit (default: 0)")
     parser.add_argument(

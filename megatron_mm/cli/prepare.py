@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mm.cli.checks import place
 from megatron_mm.cli.command import Command, Group, Parser, at_least, integer, one_of
 from megatron_mm.cli.prepare_datasets import DATASET_COMMANDS, add_keys, add_limits
 from megatron_mm.cli.prepare_look import LOOK_COMMANDS
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _demo_arguments(parser: Parser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--out", type=place, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
         "--samples",
         type=at_least(1),
@@ -74,7 +75,7 @@ def _index_arguments(parser: Parser) -> None:
     add_keys(parser, text=True, image=True, messages=True)
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="names of files to skip; may be repeated")
     parser.add_argument(
-        "--index-dir", type=Path, metavar="DIR", help="write the indexes here, for read-only data; then train with --data.path DIR"
+        "--index-dir", type=place, metavar="DIR", help="write the indexes here, for read-only data; then train with --data.path DIR"
     )
     add_limits(parser)
 
@@ -145,13 +146,15 @@ def _store_arguments(parser: Parser) -> None:
 def _store(given: argparse.Namespace) -> None:
     from megatron_mm.data.sources.index import move_to_store
 
+    if "://" not in given.url:
+        raise ValueError(f"{given.url!r} is not an address: give one such as s3://bucket/train/pairs")
     count = move_to_store(given.source, given.url)
     print(f"{given.source}: {count} shards are now read from {given.url}; the shards in the folder are no longer needed")
 
 
 def _tokenizer_arguments(parser: Parser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="data set")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="model to write (default: PATH/tokenizer.model)")
+    parser.add_argument("--out", type=place, metavar="FILE", help="model to write (default: PATH/tokenizer.model)")
     parser.add_argument(
         "--vocab-size",
         type=at_least(1),

@@ -6,9 +6,9 @@ import argparse
 import os
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from megatron_mm.cli.checks import place
 from megatron_mm.cli.command import Command, Parser, at_least, one_of
 
 FORMS = (
@@ -69,7 +69,7 @@ def _arguments(
         parser.add_argument(
             "inputs", nargs="+", metavar="INPUT", help=f"{inputs}: files, folders, quoted patterns, or URLs that fsspec supports"
         )
-        parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="source to write, such as DATA/train/NAME")
+        parser.add_argument("--out", type=place, required=True, metavar="DIR", help="source to write, such as DATA/train/NAME")
         if images:
             parser.add_argument("--images", metavar="DIR", help="folder of images, as files or in tars; nothing is downloaded")
         add_keys(parser, text=text_key, image=image_key, messages=messages_key)

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_mm.cli.checks import place
 from megatron_mm.cli.command import Command, Parser, at_least, show
 from megatron_mm.cli.recipe import list_recipes, recipe_of
 from megatron_mm.platform.files import write_whole
@@ -15,7 +16,7 @@ def _view_arguments(parser: Parser) -> None:
     parser.add_argument(
         "path", type=Path, metavar="DATA", help="indexed data set; all of its sources are shown if it lacks one of data.mixture"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: DATA/view.html)")
+    parser.add_argument("--out", type=place, metavar="FILE", help="page to write (default: DATA/view.html)")
     parser.add_argument(
         "--recipe",
         default="debug_mm1",
@@ -44,8 +45,8 @@ def _view(given: argparse.Namespace) -> None:
 
 def _report_arguments(parser: Parser) -> None:
     parser.add_argument("path", type=Path, metavar="DATA", help="indexed data set, split or source")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the statistics as JSON")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="also plot them, as .png, .pdf or .svg")
+    parser.add_argument("--json", type=place, metavar="FILE", help="also write the statistics as JSON")
+    parser.add_argument("--picture", type=place, metavar="FILE", help="also plot them, as .png, .pdf or .svg")
 
 
 def _report(given: argparse.Namespace) -> None:

@@ -164,6 +164,17 @@ def test_torchrun_says_a_mistake_once_and_does_not_hang(demo_data: Path, tmp_pat
             "--dtype: unknown 'flot16': did you mean float16? choose one of auto, float32, bfloat16, float16: see",
         ),
         (["convert", "from-hf", "x"], "missing --recipe: see megatron-mm convert from-hf --help"),
+        (["prepare", "store", "x", "/y"], "'/y' is not an address: give one such as s3://bucket/train/pairs"),
+        (
+            ["prepare", "demo", "--out", "s3://b/x"],
+            "--out: s3://b/x is an address, but this command writes only to file systems: give a folder",
+        ),
+        (["report", "x", "--out", "gs://b/x.html"], "--out: gs://b/x.html is an address, but"),
+        (["convert", "to-hf", "x", "s3://b/x"], "s3://b/x is an address, but"),
+        (
+            ["train", "debug_mm1", "--run-dir", "s3://b/x"],
+            "--run-dir: s3://b/x is an address, but a run writes only to file systems: give a ",
+        ),
         (["doctor", "more"], "unexpected argument 'more': see megatron-mm doctor --help"),
     ],
 )
