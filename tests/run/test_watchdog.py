@@ -123,7 +123,7 @@ def test_a_killed_process_ends_all_soon_and_a_restart_loses_the_steps_since_the_
     ended = train(demo_data, run_dir, "kill 2 5", steps=1000)
     assert ended.seconds < 30
     (said,) = ended.said
-    assert re.search(r"contact with other processes was lost in step \d: rank 2 \(.*, process \d+\) has ended", said), said
+    assert re.search(r"contact with other processes was lost in step \d: .*rank 2 \(.*, process \d+\) ha(s|ve) ended", said), said
     assert "megatron_mm/run/start.py" not in ended.log, "a traceback says less than the message"
     newest = completed_checkpoints(run_dir)[-1].name
     assert newest in ("step_00000002", "step_00000004"), "the second may have been under way"
