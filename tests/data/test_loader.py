@@ -357,4 +357,5 @@ def test_shuffled_images_that_are_bad_are_named_by_their_own_sample(
     steps = load(data, steps=2, images="shuffled", max_bad_fraction=1.0)
     named = {record.message for record in caplog.records if "undecodable" in record.message}
     assert sum(step.bad.get("pairs", 0) for step in steps) >= 1
-    assert named == {"undecodable image in sample 0 of pairs: it is replaced with a blank one"}
+    shard = data / "train" / "pairs" / "00000.tar"
+    assert named == {f"undecodable image in sample 0 of pairs ({shard}): it is replaced with a blank one"}

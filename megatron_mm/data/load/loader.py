@@ -28,6 +28,7 @@ from megatron_mm.data.load.texts import TextReader, TextSharing
 from megatron_mm.data.load.tile_decode import EncodedTiles, TileDecoder
 from megatron_mm.data.plan.layout import Layout, PlacedImage, SourceImage, lay_out, shuffled_images
 from megatron_mm.data.plan.plan import GlobalBatch, PackedSequence, Plan, PlanState, encoding_stages
+from megatron_mm.data.sources.index import sample_name
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.platform.device import pinned
 
@@ -297,7 +298,7 @@ class Loader:
         try:
             return index.image(image.sample, image.number)
         except (OSError, ValueError) as error:
-            logger.warning("unreadable image in sample %d of %s: %s", image.sample, index.name, error)
+            logger.warning("unreadable image in %s: %s", sample_name(index, image.sample), error)
             return b""
 
     # ------------------------------------------------------------------------------------------------------- assembling
@@ -386,4 +387,5 @@ class Loader:
             if not good:
                 self._seen.bad[name] += 1
                 bad[name] += 1
-                logger.warning("undecodable image in sample %d of %s: it is replaced with a blank one", image.sample, name)
+                what = sample_name(self.plan.indexes[image.source], image.sample)
+                logger.warning("undecodable image in %s: it is replaced with a blank one", what)

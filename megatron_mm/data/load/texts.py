@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_mm.data.image_input import ImageInput
 from megatron_mm.data.plan.plan import PackedSequence
+from megatron_mm.data.sources.index import sample_name
 from megatron_mm.data.sources.source import Source
 from megatron_mm.data.text.documents import read_items
 from megatron_mm.data.text.items import Item, encode_items
@@ -92,7 +93,7 @@ class TextReader:
             items = read_items(index, sample)
             return np.array(document_stream(index, sample, self._tokenizer, items, image=self._image), dtype=np.int32)
         except (OSError, ValueError) as error:
-            logger.warning("unusable text in sample %d of %s: %s; it is left out", sample, index.name, error)
+            logger.warning("unusable text in %s: %s; it is left out", sample_name(index, sample), error)
             return None
 
 

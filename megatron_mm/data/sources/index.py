@@ -270,6 +270,11 @@ def open_source(folder: Path, *, check: bool = True) -> Source:
     return open_index(folder, check=check)
 
 
+def sample_name(source: Source, row: int) -> str:
+    """Name a sample for the log, with its shard if the source consists of shards."""
+    return f"sample {row} of {source.name}" + (f" ({source.shard_of(row)})" if isinstance(source, SourceIndex) else "")
+
+
 def move_to_store(source: Path, url: str) -> int:
     """Record in the index of a source that its shards are now in an object store. Returns the number of shards.
 
