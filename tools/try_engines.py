@@ -115,8 +115,9 @@ def versions(engine: Engine) -> str:
 
 def train(engine: Engine, recipe: str, data: Path) -> str:
     """Train, resume in another layout, compare losses, export."""
-    run_dir = engine.out / recipe
-    shutil.rmtree(run_dir, ignore_errors=True)
+    run_dir, export = engine.out / recipe, engine.out / f"{recipe}_hf"
+    for former in (run_dir, export):
+        shutil.rmtree(former, ignore_errors=True)
     first, second = LAYOUTS[recipe]
     always = ("--run-dir", run_dir, "--data.path", data, "--eval.interval", "0", "--monitor.wandb", "disabled", "--data.decoder", "pillow")
     for name, processes, steps, layout in (("train", 4, STEPS[0], first), ("resume", 2, STEPS[1], second)):
@@ -130,7 +131,7 @@ def train(engine: Engine, recipe: str, data: Path) -> str:
         raise RuntimeError(f"losses {losses} are {off:.1e} from {wanted}")
     with _naming("export"):
         checkpoint = run_dir / "checkpoints" / f"step_{STEPS[1]:08d}"
-        engine.run(f"{recipe}_export", "-m", "megatron_mm", "convert", "to-hf", checkpoint, engine.out / f"{recipe}_hf")
+        engine.run(f"{recipe}_export", "-m", "megatron_mm", "convert", "to-hf", checkpoint, export)
     return f"ok, {off:.0e}"
 
 
