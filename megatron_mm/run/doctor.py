@@ -7,6 +7,7 @@ machine without a GPU, Transformer Engine, apex or DALI can still train, more sl
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import os
@@ -15,12 +16,17 @@ import re
 import resource
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import megatron_mm
 from megatron_mm.platform import engines
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 State = Literal["ok", "missing", "warning"]
 
@@ -34,6 +40,10 @@ FP8_CAPABILITY = (8, 9)
 """CUDA compute capability of the first GPUs with FP8 matrix products (Ada); Hopper has 9.0, an A100 8.0."""
 FP8_TE_VERSION = (2, 2)
 """First version of Transformer Engine that computes FP8 scales from the current tensor."""
+OWN_LINES = ("torch", "megatron-core", "wandb")
+"""Required packages that have a check of their own."""
+MODULES = {"pillow": "PIL"}
+"""Modules of packages whose names differ."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +105,16 @@ def _check_python() -> Iterator[Finding]:
 
 
 def _check_torch() -> Iterator[Finding]:
+    yield from (_package(requirement) for requirement in _requirements() if requirement.name == "torch")
+
+
+def _check_gpu() -> Iterator[Finding]:
+    if _find("torch") is None:
+        yield Finding("GPU", "missing", "needs torch", "nothing: no model can be built")
+        return
     import torch
     import torch.distributed as dist
 
-    yield Finding("torch", "ok", torch.__version__)
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
@@ -179,9 +195,11 @@ def _fp8(version: str) -> Finding:
 
 
 def _check_apex() -> Iterator[Finding]:
-    """With Transformer Engine, whose fused Adam megatron-core prefers, apex would add only the gradient fusion of the output layer."""
-    spec = _find("apex")
-    instead = "nothing is lost: Transformer Engine has a fused Adam" if _find("transformer_engine") else "torch's fused AdamW"
+    """Beside Transformer Engine, whose fused Adam megatron-core prefers, apex adds only the fusion of the output layer's weight gradient,
+    which is not used (`training.kernels.fuse_weight_gradients`)."""
+    spec, beside_te = _find("apex"), _find("transformer_engine") is not None
+    adds = "beside Transformer Engine it only fuses the output layer's weight gradient, which is not used here"
+    instead = f"nothing is lost: {adds}" if beside_te else "torch's fused AdamW"
     if spec is None:
         yield Finding("apex (NVIDIA)", "missing", "not installed", instead)
         return
@@ -192,8 +210,8 @@ def _check_apex() -> Iterator[Finding]:
         return
     built = _find("amp_C") is not None
     detail = "with fused kernels" if built else "built without fused kernels"
-    if built and _find("transformer_engine"):
-        detail += "; its Adam is not used, as Transformer Engine has one"
+    if built and beside_te:
+        detail += f"; {adds}"
     yield Finding("apex (NVIDIA)", "ok" if built else "warning", detail, "" if built else instead)
 
 
@@ -223,14 +241,46 @@ def _check_dali() -> Iterator[Finding]:
 
 
 def _check_packages() -> Iterator[Finding]:
-    for package in ("transformers", "sentencepiece", "safetensors", "pillow", "numpy"):
-        importlib.import_module({"pillow": "PIL"}.get(package, package))
-        yield Finding(package, "ok", _version(package))
+    if _find("packaging") is None:
+        yield Finding("packaging", "missing", "not installed: pip install packaging", "nothing: other required packages are not checked")
+        return
+    for requirement in _requirements():
+        if requirement.name not in OWN_LINES:
+            yield _package(requirement)
+
+
+def _requirements() -> list[Requirement]:
+    """Return what this package requires on this machine, without extras: from pyproject.toml beside it, or as pip has installed it."""
+    from packaging.requirements import Requirement
+
+    project = Path(megatron_mm.__file__).parents[1] / "pyproject.toml"
+    if project.is_file():
+        lines = tomllib.loads(project.read_text())["project"]["dependencies"]
+    else:
+        lines = importlib.metadata.requires("megatron-mm") or []
+    wanted = map(Requirement, lines)
+    return [requirement for requirement in wanted if requirement.marker is None or requirement.marker.evaluate({"extra": ""})]
+
+
+def _package(requirement: Requirement) -> Finding:
+    """Import a required package and compare its version with the one wanted."""
+    name, wanted = requirement.name, f"{requirement.name}{requirement.specifier}"
+    module = MODULES.get(name, name.replace("-", "_"))
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken package may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            return Finding(name, "missing", f"not installed: pip install '{wanted}'", "nothing: it is required")
+        return Finding(name, "warning", f"installed but does not load ({_short(error)}); reinstall it: pip install '{wanted}'")
+    version = _version(name)
+    if engines.installed(name) is not None and not requirement.specifier.contains(version, prereleases=True):
+        return Finding(name, "warning", f"{version}, but {requirement.specifier} is required: pip install '{wanted}'")
+    return Finding(name, "ok", version)
 
 
 def _check_wandb() -> Iterator[Finding]:
     if _find("wandb") is None:
-        yield Finding("wandb", "missing", "not installed", "metrics.jsonl and the console (--monitor.wandb disabled)")
+        yield Finding("wandb", "missing", "not installed: pip install wandb", "metrics.jsonl and the console (--monitor.wandb disabled)")
         return
     import wandb
 
@@ -277,6 +327,7 @@ def _size(name: str, path: Path, wanted: int, advice: str) -> Finding:
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _check_python,
     _check_torch,
+    _check_gpu,
     _check_engine,
     _check_transformer_engine,
     _check_apex,

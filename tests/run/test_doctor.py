@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 import resource
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
+import megatron_mm
+from megatron_mm.platform import engines
 from megatron_mm.run import doctor
 from megatron_mm.run.doctor import Finding, diagnose, report
 
@@ -117,13 +123,49 @@ def test_apex_adds_little_to_transformer_engine(packages: Path) -> None:
     (packages / "apex" / "optimizers" / "fused_adam.py").touch()
     package(packages, "amp_C")
     found = finding("apex (NVIDIA)")
-    assert (found.state, found.detail) == ("ok", "with fused kernels; its Adam is not used, as Transformer Engine has one")
+    assert (found.state, found.detail) == (
+        "ok",
+        "with fused kernels; beside Transformer Engine it only fuses the output layer's weight gradient, which is not used here",
+    )
 
 
 def test_the_unrelated_package_apex_is_recognised(packages: Path) -> None:
     package(packages, "apex")
     found = finding("apex (NVIDIA)")
     assert found.state == "warning" and "unrelated package of the same name" in found.detail
+
+
+def test_every_required_package_has_a_line() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    required = {re.split("[<>=;]", line)[0] for line in project["dependencies"]}
+    lines = [found.name for found in diagnose()]
+    assert {"pyarrow", "zstandard", "fsspec", "psutil", "matplotlib", "torch"} <= required <= set(lines) and len(lines) == len(set(lines))
+
+
+def test_missing_packages_are_named_with_their_versions_and_hide_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("transformers", "zstandard", "pyarrow", "PIL"):
+        monkeypatch.setitem(sys.modules, module, None)
+    found = {f.name: f for f in doctor._check_packages()}
+    for name, wanted in {"transformers": "transformers>=4.50", "zstandard": "zstandard", "pyarrow": "pyarrow", "pillow": "pillow"}.items():
+        assert found[name] == Finding(name, "missing", f"not installed: pip install '{wanted}'", "nothing: it is required")
+    assert all(found[name].state == "ok" for name in ("numpy", "safetensors", "sentencepiece", "fsspec", "psutil", "matplotlib"))
+
+
+def test_packages_that_are_too_old_or_broken_are_told_apart(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "installed", lambda package: "4.40.0" if package == "transformers" else "1.0")
+    package(packages, "amiss", "import nothing_of_this_name")
+    (old,) = (doctor._package(wanted) for wanted in doctor._requirements() if wanted.name == "transformers")
+    assert (old.state, old.detail) == ("warning", "4.40.0, but >=4.50 is required: pip install 'transformers>=4.50'")
+    broken = doctor._package(Requirement("amiss"))
+    assert broken.state == "warning" and broken.detail.startswith(
+        "installed but does not load (ModuleNotFoundError: No module named 'nothing"
+    )
+
+
+def test_without_its_sources_the_installed_metadata_says_what_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megatron_mm, "__file__", str(tmp_path / "megatron_mm" / "__init__.py"))
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy", "absent; python_version < '3'", "s3fs; extra == 's3'"])
+    assert [str(wanted) for wanted in doctor._requirements()] == ["numpy"]
 
 
 def test_limits_that_are_too_low_come_with_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
