@@ -11,7 +11,7 @@
 # make check       format, lint, types
 # make bench       benchmarks that need no GPU
 # make gpu-check   on a machine with a GPU: Transformer Engine, FP8, DALI and the fused optimizer against plain PyTorch
-# make gpu-bench   on a machine with a GPU: step time, TFLOP/s, MFU and memory
+# make gpu-bench   on a machine with a GPU, in 8 minutes: step time, TFLOP/s, MFU and memory; DALI's rates; routed experts
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -146,7 +146,6 @@ gpu-check:
 
 gpu-bench:
 	PYTHONPATH=. PYTHONWARNINGS=ignore $(GPU_PYTHON) benchmarks/gpu_bench.py
-	PYTHONPATH=. PYTHONWARNINGS=ignore $(GPU_PYTHON) benchmarks/routed_experts.py --device cuda --tokens 4096 --repeats 20
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output

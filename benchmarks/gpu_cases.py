@@ -1,7 +1,8 @@
-"""Models and cases that `gpu_bench.py` times: layer backend, precision, fused kernels, recompute, and graphs."""
+"""Models and cases that `gpu_bench.py` times: layer backend, precision, fused kernels, recompute, and graphs; and how long they take."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_mm.config import DecoderConfig, Experiment, MoEConfig
@@ -44,10 +45,11 @@ CASES = [
     *(replace(PLAIN_TE, kernels=kernel) for kernel in ("weight_gradients", "cross_entropy")),
     *(replace(TE, recompute=how) for how in ("selective", "full")),
 ]
-"""The most informative cases come first, as time may run out."""
 SHORT_CASES = [BF16, PLAIN_TE, TE, FP8]
 SPARSE_CASES = [BF16, PLAIN_TE, replace(PLAIN_TE, kernels="token_permutation"), TE, replace(TE, router_graph=True), FP8]
 FP8_CASES = [BF16, PLAIN_TE, TE, *(replace(FP8, fp8_recipe=recipe) for recipe in ("tensorwise", "blockwise", "delayed"))]
+LARGER = [BF16, TE, *(replace(case, micro_batch_size=2) for case in (TE, FP8))]
+"""Do Transformer Engine's layers, larger micro-batches, and FP8 in these make steps faster?"""
 CPU_CASES = [Case("torch", "fp32", how) for how in ("none", "selective", "full")]
 
 
@@ -86,16 +88,62 @@ def _shallow(recipe: str, layers: int) -> Experiment:
     return _decoder(get_recipe(recipe), num_layers=layers)
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """How long a part takes on one H200, at most: what the files in benchmarks/results have, which a test compares."""
+
+    first: float
+    """Until its first row, with the start of the process; of a part without cases, all."""
+    case: float = 0.0
+    """Each further case."""
+    end: float = 5.0
+    """From the last row until the process has ended."""
+
+    def of(self, cases: int) -> float:
+        """Return the seconds of a part with this many cases."""
+        return self.first + self.case * max(0, cases - 1) + self.end
+
+
+@dataclass(frozen=True)
+class Model:
+    """A part of the benchmark that trains a model."""
+
+    experiment: Callable[[], Experiment]
+    cases: list[Case]
+    """All of its cases."""
+    first_cases: list[Case]
+    """Cases that are timed unless all are asked for."""
+    seconds: Seconds
+
+
+SLOWEST = Seconds(first=31, case=16.5)
+"""Of MM1 1.2B, with its whole tower. Also assumed for models that were never timed here."""
 MODELS = {
-    "mm1_1b": (lambda: get_recipe("mm1_1b"), CASES),
-    "mm1_30b, a process of tensor 4, 8 layers": (_slice_of_30b, FP8_CASES),
-    "mm1_3b_moe, 8 experts, 4 layers": (_slice_of_moe, SPARSE_CASES),
-    "the same without experts": (_dense_of_moe, SHORT_CASES),
-    "mm1_7b, 8 layers": (lambda: _shallow("mm1_7b", 8), SHORT_CASES),
-    "infimm_zephyr_7b_pt, 8 layers": (lambda: _shallow("infimm_zephyr_7b_pt", 8), SHORT_CASES),
-    "mono_internvl_2b_s1_3, 12 layers": (lambda: _shallow("mono_internvl_2b_s1_3", 12), SHORT_CASES),
+    "mm1_1b": Model(lambda: get_recipe("mm1_1b"), CASES, LARGER, SLOWEST),
+    "infimm_zephyr_7b_pt, 8 layers": Model(lambda: _shallow("infimm_zephyr_7b_pt", 8), SHORT_CASES, [BF16, TE], SLOWEST),
+    "mono_internvl_2b_s1_3, 12 layers": Model(lambda: _shallow("mono_internvl_2b_s1_3", 12), SHORT_CASES, [BF16, TE], SLOWEST),
+    "mm1_3b_moe, 8 experts, 4 layers": Model(
+        _slice_of_moe, SPARSE_CASES, [BF16, TE, replace(TE, router_graph=True), FP8], Seconds(first=8, case=9)
+    ),
+    "mm1_30b, a process of tensor 4, 8 layers": Model(
+        _slice_of_30b, FP8_CASES, [BF16, TE, replace(FP8, fp8_recipe="tensorwise")], Seconds(first=20, case=6)
+    ),
+    "the same without experts": Model(_dense_of_moe, SHORT_CASES, [], Seconds(first=8, case=9)),
+    "mm1_7b, 8 layers": Model(lambda: _shallow("mm1_7b", 8), SHORT_CASES, [], SLOWEST),
 }
+"""In the order of what their rows are worth, as time may run out; "the same without experts" is compared with the model with experts."""
 CPU_MODELS = {
-    recipe: (lambda recipe=recipe: get_recipe(recipe), CPU_CASES)
+    recipe: Model(lambda recipe=recipe: get_recipe(recipe), CPU_CASES, CPU_CASES, Seconds(first=60))
     for recipe in ("debug_mm1", "debug_mm1_moe", "debug_infimm", "debug_mono_internvl")
 }
+PIECES = {
+    "decoding": Seconds(first=25),
+    "inside mm1_1b": Seconds(first=30),
+    "pieces of mm1_1b": Seconds(first=21),
+    "routed experts": Seconds(first=40),
+    "tower graph of mm1_1b": Seconds(first=60),
+    "tower graph of infimm_zephyr_7b_pt": Seconds(first=42),
+}
+"""Parts other than models. "decoding", "routed experts" and "tower graph of mm1_1b" were never timed as parts: theirs are guesses."""
+FIRST_PIECES = ("decoding", "inside mm1_1b", "pieces of mm1_1b", "routed experts")
+"""Those that run unless all are asked for."""

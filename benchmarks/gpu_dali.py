@@ -14,13 +14,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from loader_throughput import loader_rate, make_data
 from PIL import Image
 
 from megatron_mm.config import DataConfig
@@ -128,8 +127,8 @@ def decoders_of(device: torch.device, transform: ImageTransform, *, threads: int
     return made
 
 
-def rates(device: torch.device, *, threads: int, rounds: int, seconds: float) -> None:
-    print(f"\nimages per second of the decoder alone, in batches of {BATCH} from one thread, pixels left where they are; {threads} threads")
+def rates(device: torch.device, *, threads: int, rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield images per second of each decoder alone, in batches of `BATCH` from one thread; pixels stay where they are."""
     pictures = [picture(640, 480, seed=n) for n in range(BATCH)]
     sets = {
         "JPEG 640 x 480": [encoded(image, "JPEG", quality=88) for image in pictures],
@@ -149,7 +148,11 @@ def rates(device: torch.device, *, threads: int, rounds: int, seconds: float) ->
         size = sum(map(len, blobs)) / len(blobs) / 1e3
         for kind, values in found.items():
             middle = statistics.median(values)
-            print(f"{name} ({size:.0f} kB)  {kind:14} {middle:8.0f} images/s   {middle / pillow:5.2f} of Pillow", flush=True)
+            yield {
+                "case": f"{name} ({size:.0f} kB), {kind}, {threads} threads",
+                "images_per_s": round(middle),
+                "speed": round(middle / pillow, 3),
+            }
         for decoder in made.values():
             decoder.close()
 
@@ -163,6 +166,8 @@ def repeated(decoder: ImageDecoder, blobs: list[bytes], *, seconds: float) -> fl
 
 
 def whole_loader(device: torch.device, *, threads: int, rounds: int) -> None:
+    from loader_throughput import loader_rate, make_data  # beside this program
+
     print(f"\nimages per second of the whole loader, JPEGs of 640 x 480, {threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data"
@@ -182,12 +187,9 @@ def whole_loader(device: torch.device, *, threads: int, rounds: int) -> None:
             print(f"{name:14} {middle:8.0f} images/s   {middle / statistics.median(found['Pillow']):5.2f} of Pillow", flush=True)
 
 
-def beside_training(device: torch.device, *, threads: int) -> None:
-    """Time batches while another stream is busy with matrix products, and the products while batches are decoded."""
-    if device.type != "cuda":
-        print("\nbeside training: needs a GPU")
-        return
-    print("\nbeside a stream full of matrix products (8192 x 8192 x 8192 in bf16)")
+def beside_training(device: torch.device, *, threads: int) -> Iterator[dict[str, Any]]:
+    """Time batches while another stream is busy with matrix products (8192 x 8192 x 8192 in bf16), and the products while batches are
+    decoded. Needs a GPU."""
     blobs = [encoded(picture(640, 480, seed=n), "JPEG", quality=88) for n in range(BATCH)]
     left = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     kinds: tuple[Literal["dali", "pillow"], ...] = ("dali", "pillow")
@@ -206,12 +208,14 @@ def beside_training(device: torch.device, *, threads: int) -> None:
         while not end.query():
             busy.append(timed(decoder, blobs))
         beside = begin.elapsed_time(end)
-        ms_idle, ms_busy = 1e3 * statistics.median(idle), 1e3 * statistics.median(busy)
-        print(
-            f"{kind:7} batch of {BATCH}: {ms_idle:.1f} ms on an idle GPU, {ms_busy:.1f} ms on a busy one ({len(busy)} batches); "
-            f"products {alone:.0f} ms alone, {beside:.0f} ms beside it",
-            flush=True,
-        )
+        yield {
+            "case": f"a batch of {BATCH} by {kind}, beside a stream of matrix products",
+            "ms": round(1e3 * statistics.median(busy), 1),
+            "ms_on_idle_gpu": round(1e3 * statistics.median(idle), 1),
+            "batches": len(busy),
+            "products_ms": round(beside, 1),
+            "products_ms_alone": round(alone, 1),
+        }
         decoder.close()
 
 
@@ -232,6 +236,13 @@ def timed(decoder: ImageDecoder, blobs: list[bytes]) -> float:
     return time.perf_counter() - began
 
 
+def show(rows: Iterator[dict[str, Any]]) -> None:
+    """Print a line for each row."""
+    print()
+    for row in rows:
+        print(row["case"], *(f"{name} {value}" for name, value in row.items() if name != "case"), sep="  ", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
@@ -247,9 +258,11 @@ def main() -> None:
     work: dict[str, Callable[[], None]] = {
         "pixels": lambda: compare_pixels(device, threads=given.threads),
         "damaged": lambda: damaged(device, threads=given.threads),
-        "training": lambda: beside_training(device, threads=given.threads),
+        "training": lambda: show(
+            beside_training(device, threads=given.threads) if device.type == "cuda" else iter(({"case": "needs a GPU"},))
+        ),
         "loader": lambda: whole_loader(device, threads=given.threads, rounds=given.rounds),
-        "rates": lambda: rates(device, threads=given.threads, rounds=given.rounds, seconds=given.seconds),
+        "rates": lambda: show(rates(device, threads=given.threads, rounds=given.rounds, seconds=given.seconds)),
     }
     for part in given.parts:
         work[part]()

@@ -23,6 +23,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from benchmarks.gpu_cases import Case
+from benchmarks.gpu_memory import memory_rows, optimizer_state
 from benchmarks.parts import Row
 from megatron_mm.config import Experiment, KernelConfig
 from megatron_mm.data.batch import PackedBatch
@@ -145,16 +146,7 @@ def _held(model: list[DistributedDataParallel], optimizer: Any) -> list[torch.Te
     """Return weights, gradients and the optimizer's own tensors."""
     buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     held = [tensor for buffer in buffers for tensor in (buffer.param_data, buffer.grad_data) if tensor is not None]
-    return [*held, *_optimizer_state(optimizer)]
-
-
-def _optimizer_state(optimizer: Any) -> list[torch.Tensor]:
-    """Return the optimizer's moments and fp32 weights."""
-    found = []
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        found += [value for state in part.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-        found += [parameter.data for group in part.optimizer.param_groups for parameter in group["params"]]
-    return found
+    return [*held, *optimizer_state(optimizer)]
 
 
 def time_cases(base: Experiment, cases: list[Case], *, steps: int) -> Iterator[Row]:
@@ -204,70 +196,18 @@ def _time(base: Experiment, case: Case, *, steps: int) -> Row:
 
 
 def look_inside(base: Experiment, case: Case, *, trace: Path | None) -> Iterator[Row]:
-    """Break down the memory by module, then the time of a step of one micro-batch; write the trace of that step to `trace`."""
+    """Break down the memory by part, beside what `plan` predicts, then the time of a step of one micro-batch.
+
+    Args:
+        trace: file to which the trace of that step is written.
+    """
     bench = Bench(base, case)
     bench.step()
-    yield from _memory(bench)
+    yield from memory_rows(bench)
     yield from _host_profile(bench)
     if bench.on_gpu:
         yield from _profile(bench, trace)
     bench.close()
-
-
-def _memory(bench: Bench) -> Iterator[Row]:
-    """Yield the GiB of weights, gradients and optimizer state, and of what each module keeps for a micro-batch's backward pass."""
-    chunk = bench.model[0].module
-    bytes_of = defaultdict(int)
-    for name, parameter in chunk.named_parameters():
-        bytes_of[_place(name)] += parameter.numel() * parameter.element_size()
-    gradients = sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in bench.model[0].buffers)
-    for place, size in bytes_of.items():
-        yield {"case": f"weights of {place}", "gib": round(size / 2**30, 4)}
-    yield {"case": "gradients", "gib": round(gradients / 2**30, 4)}
-    yield {"case": "optimizer state", "gib": round(sum(t.numel() * t.element_size() for t in _optimizer_state(bench.optimizer)) / 2**30, 4)}
-    if not bench.on_gpu:
-        return
-    kept: dict[str, int] = defaultdict(int)
-    hooks = []
-    for name, module in chunk.named_modules():
-        if name.count(".") <= 3 and (type(module).__name__ in WATCHED):
-            hooks += _watch(module, f"{_place(name)} {type(module).__name__}", kept)
-    bench.finish()
-    before = torch.cuda.memory_allocated()
-    with bench.model[0].no_sync():
-        output = chunk(bench.batch)
-        bench.finish()
-        after = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        output.sum().backward()
-        bench.finish()
-    for hook in hooks:
-        hook.remove()
-    for name, size in kept.items():
-        yield {"case": f"kept for the backward pass by {name}", "gib": round(size / 2**30, 4)}
-    yield {"case": "kept for the backward pass in all", "gib": round((after - before) / 2**30, 4)}
-    yield {"case": "peak of the backward pass above that", "gib": round((torch.cuda.max_memory_allocated() - after) / 2**30, 4)}
-    chunk.zero_grad()
-
-
-WATCHED = ("TransformerLayer", "VisionTower", "CAbstractor", "LanguageModelEmbedding")
-
-
-def _place(name: str) -> str:
-    """Return the first three parts of a module's name without the numbers."""
-    return ".".join(part for part in name.split(".")[:3] if not part.isdigit())
-
-
-def _watch(module: torch.nn.Module, name: str, kept: dict[str, int]) -> list[Any]:
-    begun: list[int] = []
-
-    def before(*_: object) -> None:
-        begun.append(torch.cuda.memory_allocated())
-
-    def after(*_: object) -> None:
-        kept[name] += torch.cuda.memory_allocated() - begun.pop()
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
 def _host_profile(bench: Bench) -> Iterator[Row]:

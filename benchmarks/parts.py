@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 Row = dict[str, Any]
+NO_TIME = "no time left"
 LAST_LINES = 30
 """Lines kept of a failed part's standard error."""
 
@@ -32,6 +33,11 @@ class Part:
     name: str
     arguments: list[str]
     """Arguments of the Python interpreter."""
+
+
+def short_of_time(row: Row) -> bool:
+    """Whether a part's last row says that it did not run, or was ended, because the time was up."""
+    return row.get("ended", 0) is None or (row.get("ended", 0) != 0 and NO_TIME in row["why"])
 
 
 def emit(row: Row) -> None:
@@ -80,7 +86,7 @@ def _run(part: Part, process: subprocess.Popen[str], results: queue.Queue[Row], 
     if began >= deadline:
         process.kill()
         process.wait()
-        results.put({"part": part.name, "ended": None, "why": "no time left"})
+        results.put({"part": part.name, "ended": None, "why": NO_TIME})
         return
     last: deque[str] = deque(maxlen=LAST_LINES)
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
@@ -100,7 +106,7 @@ def _run(part: Part, process: subprocess.Popen[str], results: queue.Queue[Row], 
     ended: Row = {"part": part.name, "ended": code, "seconds": round(time.monotonic() - began, 1)}
     if code:
         late = time.monotonic() >= deadline
-        ended["why"] = "killed: no time left" if late else (next((line for line in reversed(last) if line.strip()), "no message")).strip()
+        ended["why"] = f"killed: {NO_TIME}" if late else (next((line for line in reversed(last) if line.strip()), "no message")).strip()
         ended["stderr"] = list(last)
     results.put(ended)
 

@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the other files of benchmarks, from wherever this is started
 
 from benchmarks.gpu_cases import MODELS, Case
+from benchmarks.gpu_memory import planned_step
 from benchmarks.gpu_steps import MICRO_BATCHES, full_batch, on_one_process
 from megatron_mm.config import Experiment
 from megatron_mm.families.recipes import get_recipe
@@ -41,13 +42,8 @@ HOST = 1.6
 
 def predict(model: str, case: Case) -> Prediction:
     """Predict a step of the benchmark on one H200."""
-    settings = on_one_process(MODELS[model][0](), case)
-    batch = full_batch(settings)
-    lengths = batch.cu_seqlens.diff()
-    squares, tokens, images = int((lengths.long() ** 2).sum()), batch.num_tokens, batch.num_images
-    whole = StepWork(num_tokens=MICRO_BATCHES * tokens, sum_squared_lengths=MICRO_BATCHES * squares, num_images=MICRO_BATCHES * images)
-    work = Workload((MicroBatch(tokens, tokens, squares, images),) * MICRO_BATCHES, whole, drawn=True)
-    return StepModel(plan_recipe(settings, GPUS["h200"], 1, work=work, software=with_host(OURS, HOST)).job).predict()
+    settings = on_one_process(MODELS[model].experiment(), case)
+    return planned_step(settings, full_batch(settings), micro_batches=MICRO_BATCHES, software=with_host(OURS, HOST)).predict()
 
 
 @dataclass(frozen=True)

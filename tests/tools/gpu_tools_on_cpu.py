@@ -7,7 +7,6 @@ It is a separate program because megatron-core looks for Transformer Engine when
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 import tempfile
@@ -49,9 +48,10 @@ def check_layers() -> None:
 def compare_routed() -> None:
     """Print the benchmark's lines for the cases of a GPU."""
     benchmark = load("benchmarks/routed_experts.py")
-    options = argparse.Namespace(tokens=208, hidden_size=64, ffn_hidden_size=128, shares=[0.0, 0.3, 1.0], repeats=1)
+    options = benchmark.Options(tokens=208, hidden_size=64, ffn_hidden_size=128, shares=(0.0, 0.3, 1.0), repeats=1)
     for case in benchmark.cases_on(torch.device("cuda", 0)):
-        benchmark.compare(options, case)
+        for row in benchmark.compare(options, case):
+            print(benchmark.line(row))
 
 
 def main() -> None:

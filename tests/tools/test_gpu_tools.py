@@ -22,9 +22,11 @@ from support.te import python_of_transformer_engine
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
-from benchmarks.gpu_cases import Case  # noqa: E402
+from benchmarks import gpu_bench, gpu_memory  # noqa: E402
+from benchmarks.gpu_cases import CASES, MODELS, PIECES, Case, Seconds  # noqa: E402
+from benchmarks.gpu_pieces import time_trained_graph  # noqa: E402
 from benchmarks.gpu_steps import Bench  # noqa: E402
-from benchmarks.parts import Part, run_parts  # noqa: E402
+from benchmarks.parts import Part, run_parts, short_of_time  # noqa: E402
 from megatron_mm.families.recipes import get_recipe  # noqa: E402
 from megatron_mm.models.moe import Router  # noqa: E402
 from tools import gpu_check_layers, gpu_check_parts  # noqa: E402
@@ -137,6 +139,87 @@ def test_a_step_with_graphs_of_routers_is_timed() -> None:
     assert losses[True] == losses[False]
 
 
+def test_the_benchmark_fits_in_its_time_with_every_family() -> None:
+    parts = gpu_bench.parts_of("cuda", everything=False)
+    assert sum(gpu_bench.estimate(name, everything=False) for name in parts) < 420 < 60 * gpu_bench.MINUTES
+    assert sum(gpu_bench.estimate(name, everything=True) for name in gpu_bench.parts_of("cuda")) < 60 * gpu_bench.MINUTES_OF_ALL
+    assert set(gpu_bench.parts_of("cuda")) == {*MODELS, *PIECES}
+    assert {type(MODELS[name].experiment().model).__name__ for name in parts if name in MODELS} == {
+        "MM1Config",
+        "InfiMMConfig",
+        "MonoInternVLConfig",
+    }
+    assert all(set(model.first_cases) <= {*model.cases} for model in MODELS.values()) and len(CASES) == 10
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "benchmarks" / "results").glob("*/gpu_bench_*.jsonl")), ids=lambda path: path.stem)
+def test_parts_took_no_longer_than_estimated(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    checked = 0
+    for part in {row["part"] for row in rows if row.get("ended", 0) is not None}:
+        taken = [row["at"] for row in rows if row["part"] == part and "at" in row]
+        ended = [row["seconds"] for row in rows if row["part"] == part and row.get("ended", -1) == 0]
+        seconds: Seconds | None = MODELS[part].seconds if part in MODELS else PIECES.get(part)
+        assert seconds is not None
+        whole = seconds.of(len(taken) if part in MODELS else 1)
+        assert max([*taken, *ended]) <= whole, part
+        checked += 1
+    assert checked
+
+
+def test_parts_without_time_are_named_and_are_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["gpu_bench.py", "--device", "cpu", "--part", "debug_mm1", "--minutes", "0", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        gpu_bench.main()
+    assert ended.value.code == 0
+    assert "debug_mm1: no time left (--part 'debug_mm1' measures it alone)" in capsys.readouterr().out.splitlines()
+    assert not gpu_bench.failed({"part": "a", "ended": -9, "why": "killed: no time left"})
+    assert gpu_bench.failed({"part": "a", "ended": 1, "why": "RuntimeError: no luck"})
+    assert gpu_bench.failed({"part": "a", "case": "te fp8", "failed": "RuntimeError: no luck"})
+
+
+def test_without_dali_its_part_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_bench, "has_dali", lambda: False)
+    (row,) = gpu_bench.decoding(torch.device("cpu"))
+    gpu_bench.show({"part": "decoding", **row})
+    assert capsys.readouterr().out == "decoding | DALI | skipped nvidia-dali-cuda130 is not installed\n"
+    assert not gpu_bench.failed(row)
+
+
+def test_routed_experts_are_a_part_of_the_benchmark() -> None:
+    rows = list(gpu_bench.compared_experts(torch.device("cpu")))
+    assert [row["case"].split(", ")[0] for row in rows] == ["torch fp32"] * 4
+    assert all(row["both_masked_ms"] > 0 and row["routed_ms"] > 0 for row in rows)
+
+
+def test_a_tower_that_trains_is_timed_as_graphs() -> None:
+    """Graphs of fewer images than a micro-batch has are left out, as training runs them without a graph."""
+    with recorded_graphs() as graphs:
+        rows = list(time_trained_graph(get_recipe("debug_mm1"), [("torch", "fp32")], images=[1, 3], at_once=[2, 4], repeats=1))
+        assert [graph.replays > 0 for graph in graphs.made] == [True] * 4  # the two passes of each size
+    ways = {1: ("no graph", "graph of 2", "graph of 4"), 3: ("no graph", "graph of 4")}
+    names = [f"tower that trains, {count} images, {way}: torch fp32" for count, some in ways.items() for way in some]
+    assert [row["case"] for row in rows] == names
+    assert [row["images_computed"] for row in rows] == [1, 2, 4, 3, 4]
+    assert all(row["ms"] > 0 for row in rows)
+
+
+def test_memory_is_shown_beside_the_plan() -> None:
+    bench = Bench(get_recipe("debug_mm1"), Case("torch", "bf16"))
+    bench.step(micro_batches=1)
+    rows = {row["case"]: row for row in gpu_memory.memory_rows(bench)}
+    watched = {gpu_memory.part_of(name) for name, _ in bench.model[0].module.named_modules() if gpu_memory.is_whole(name)}
+    bench.close()
+    parts = ["image tower", "connector", "embedding", "decoder layers", "the rest"]
+    assert list(rows) == [*(f"weights, {part}" for part in parts), "gradients", "optimizer state"]
+    assert sorted(watched) == sorted(parts[:-1])
+    for case in ("weights, decoder layers", "weights, embedding", "gradients", "optimizer state"):
+        assert rows[case]["planned_gib"] == pytest.approx(rows[case]["gib"], rel=0.1)
+
+
 @pytest.mark.slow
 def test_the_check_passes_on_a_cpu() -> None:
     done = run("tools/gpu_check.py", "--device", "cpu", timeout=280)
@@ -175,7 +258,9 @@ def test_routed_experts_are_compared_on_both_backends_and_in_fp8() -> None:
     """With no, some and only image tokens; the results of both ways are compared before they are timed."""
     lines = [line.split() for line in on_cpu("routed_experts")]
     cases = [["torch", "bf16"], ["te", "bf16"], ["te", "fp8"]]
-    assert [line[:3] for line in lines] == [[*case, share] for case in cases for share in ("0%", "30%", "100%")]
+    assert [line[:3] for line in lines] == [
+        [layers, f"{precision},", share] for layers, precision in cases for share in ("0%", "30%", "100%")
+    ]
 
 
 @pytest.mark.slow
@@ -183,7 +268,7 @@ def test_the_benchmark_of_routed_experts_runs_on_a_cpu() -> None:
     sizes = ("--tokens", "64", "--hidden-size", "64", "--ffn-hidden-size", "128", "--repeats", "1")
     done = run("benchmarks/routed_experts.py", *sizes)
     assert done.returncode == 0, done.stderr
-    assert sum(line.split()[:2] == ["torch", "fp32"] for line in done.stdout.splitlines()) == 4
+    assert sum(line.split()[:2] == ["torch", "fp32,"] for line in done.stdout.splitlines()) == 4
 
 
 @pytest.mark.slow
@@ -218,3 +303,4 @@ def test_parts_pass_on_what_they_print_and_the_rest_goes_on(tmp_path: Path) -> N
     assert ends["dies"]["ended"] == 1 and ends["dies"]["why"] == "RuntimeError: no luck"
     assert ends["hangs"]["ended"] == -9 and "no time left" in ends["hangs"]["why"]
     assert ends["never"]["ended"] is None and "no time left" in ends["never"]["why"]
+    assert [short_of_time(ends[name]) for name in ("dies", "hangs", "never")] == [False, True, True]
