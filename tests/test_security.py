@@ -17,7 +17,7 @@ from megatron_mm.cli.main import PrintableFormatter
 from megatron_mm.config import CheckpointConfig
 from megatron_mm.families.recipes import RECIPES, get_recipe
 from megatron_mm.families.serialize import load_experiment, to_dict
-from megatron_mm.run.start import _check_no_secrets
+from megatron_mm.run.start import check_no_secrets
 from megatron_mm.training.checkpoint.copies import Copies
 from megatron_mm.training.checkpoint.memory import _check_private
 
@@ -111,16 +111,16 @@ def test_no_option_may_hold_a_credential(value: str, refused: bool) -> None:
     recipe = get_recipe("debug_mm1")
     experiment = replace(recipe, monitor=replace(recipe.monitor, run_name=value))
     if not refused:
-        _check_no_secrets(experiment)
+        check_no_secrets(experiment)
         return
     with pytest.raises(ValueError, match=r"^monitor.run_name seems to contain a password") as error:
-        _check_no_secrets(experiment)
+        check_no_secrets(experiment)
     assert value not in str(error.value)
 
 
 def test_no_recipe_looks_as_if_it_held_a_credential() -> None:
     for name in RECIPES:
-        _check_no_secrets(get_recipe(name))
+        check_no_secrets(get_recipe(name))
 
 
 def test_the_log_has_no_commands_for_a_terminal() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +12,8 @@ from megatron_mm.config import Experiment
 from megatron_mm.families.serialize import to_dict
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.stages import layers_per_stage
-from megatron_mm.run.start import check_beginning, check_shapes, find_hooks, fitting_tokenizer
+from megatron_mm.run.machine_checks import check_anywhere
+from megatron_mm.run.start import check_beginning, check_no_secrets, check_shapes, find_hooks, fitting_tokenizer
 from megatron_mm.training.build import build_chunks, build_encoder
 from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
 
@@ -31,13 +32,16 @@ class StageParameters:
 def describe(experiment: Experiment) -> Iterator[str]:
     """Lines for the terminal.
 
-    Raises ValueError if the layout cannot hold the model or its batches, if an extra hook is not there, or if existing data or an existing
-    `init_from` does not fit. Paths that do not exist are only named: they may exist where the run will be.
+    Raises ValueError if the layout cannot hold the model or its batches, if an option cannot run (on a machine without a GPU: on no
+    machine), if an extra hook is not there, or if existing data or an existing `init_from` does not fit. Paths that do not exist are only
+    named: they may exist where the run will be.
     """
     parallel = experiment.parallel
     world_size = max(topologies.world_size(), parallel.model_parallel_size * parallel.expert)
-    check_shapes(experiment, world_size)
+    check_no_secrets(experiment)
     find_hooks(experiment)
+    check_shapes(experiment, world_size)
+    unchecked = check_anywhere(experiment, world_size=world_size)
     data_size = parallel.data_parallel_size(world_size)
     yield json.dumps(to_dict(experiment), indent=2)
     yield ""
@@ -45,6 +49,8 @@ def describe(experiment: Experiment) -> Iterator[str]:
         f"{world_size} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data_size}; "
         f"{experiment.num_micro_batches(data_size)} micro-batches of {experiment.train.micro_batch_size} sequences each a step"
     )
+    if unchecked:
+        yield unchecked
     yield from stage_table(experiment)
     yield ""
     yield from _plan(experiment)
@@ -53,6 +59,7 @@ def describe(experiment: Experiment) -> Iterator[str]:
 
 def stage_parameters(experiment: Experiment) -> list[StageParameters]:
     """Parameters of every pipeline stage, in pipeline order. Raises ValueError if the freeze policy has a pattern that matches nothing."""
+    experiment = _for_counting(experiment)
     parallel, patterns = experiment.parallel, trainable_patterns(experiment)
     stages: dict[int, StageParameters] = {}
     names: list[str] = []
@@ -69,6 +76,18 @@ def stage_parameters(experiment: Experiment) -> list[StageParameters]:
                 )
     check_patterns(experiment, names)
     return [stages[stage] for stage in sorted(stages)]
+
+
+def _for_counting(experiment: Experiment) -> Experiment:
+    """The experiment without options that change no parameter but need packages which this machine may lack when a model is built."""
+    parallel = replace(experiment.parallel, expert_dispatch="alltoall", overlap_experts=False, delay_weight_gradients=False)
+    precision = "bf16" if experiment.train.precision == "fp8" else experiment.train.precision
+    return replace(
+        experiment,
+        parallel=parallel,
+        train=replace(experiment.train, precision=precision),
+        precision=replace(experiment.precision, fp8_weights=False),
+    )
 
 
 def _count(modules: Sequence[torch.nn.Module], *, only_trainable: bool) -> dict[str, int]:

@@ -17,7 +17,7 @@ from megatron_mm.families.registry import family_of
 from megatron_mm.families.serialize import load_experiment
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.run.data import held_out_batches, image_input, local_data, open_tokenizer
-from megatron_mm.training.build import build_model
+from megatron_mm.training.build import build_model, report_layers
 from megatron_mm.training.checkpoint import check_same_tokenizer, load_weights
 from megatron_mm.training.step import TrainingStep
 
@@ -99,6 +99,7 @@ def evaluate(experiment: Experiment, checkpoint: Path) -> Evaluated:
         tell_missing_sources(experiment.data)
     try:
         checkpoint = agreed(checkpoint)
+        report_layers(experiment, topology)
         model = build_model(experiment, topology)
         load_weights(experiment, topology, model, checkpoint)
         step = TrainingStep(experiment, topology, model, optimizer=None, num_sources=len(experiment.data.sources))

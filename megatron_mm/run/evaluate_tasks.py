@@ -33,7 +33,7 @@ from megatron_mm.reporting.run_files import LOCK_FILE
 from megatron_mm.reporting.wandb_run import RUN_ID_FILE, WandbRun
 from megatron_mm.run.data import image_input, open_tokenizer
 from megatron_mm.run.evaluate import agreed
-from megatron_mm.training.build import build_chunks
+from megatron_mm.training.build import build_chunks, report_layers
 from megatron_mm.training.checkpoint import find_checkpoint, load_weights
 from megatron_mm.training.checkpoint.names import MANIFEST
 
@@ -204,7 +204,9 @@ def load_model(experiment: Experiment, topology: Topology, checkpoint: Path) -> 
     Args:
         experiment: the checkpoint's experiment; `for_evaluation` is applied to it here.
     """
-    chunks = [BareChunk(chunk) for chunk in build_chunks(for_evaluation(experiment, checkpoint), topology)]
+    experiment_here = for_evaluation(experiment, checkpoint)
+    report_layers(experiment_here, topology)
+    chunks = [BareChunk(chunk) for chunk in build_chunks(experiment_here, topology)]
     load_weights(experiment, topology, chunks, checkpoint)
     for chunk in chunks:
         chunk.eval()

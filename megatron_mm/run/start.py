@@ -10,12 +10,10 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_mm.config import Experiment
@@ -25,23 +23,23 @@ from megatron_mm.data.plan.plan import Plan
 from megatron_mm.data.text.tokenizer import Tokenizer
 from megatron_mm.evaluation.heldout import HeldOut, tell_missing_sources, with_held_out_sources
 from megatron_mm.families.registry import family_of
-from megatron_mm.families.serialize import load_experiment, load_extensions, save_experiment, to_dict
-from megatron_mm.models.layers import Backend
+from megatron_mm.families.serialize import load_extensions, save_experiment, to_dict
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.platform import engines
 from megatron_mm.platform.device import be_deterministic
 from megatron_mm.platform.secrets import contains_secret
 from megatron_mm.reporting.events import listen
 from megatron_mm.reporting.monitor import Monitor
 from megatron_mm.reporting.report_details import flat
+from megatron_mm.run.changes import warn_of_changes
 from megatron_mm.run.data import HELD_OUT, TRAINING, TrainingData, as_indexed, held_out_batches, image_input, make_plan, open_tokenizer
 from megatron_mm.run.hooks import standard_hooks
 from megatron_mm.run.lock import RunLock
+from megatron_mm.run.machine_checks import check_machine
 from megatron_mm.run.roll_back import RollBack, go_back, leave_out
 from megatron_mm.run.start_times import LogStart, StartTimes
 from megatron_mm.run.watchdog import Watchdog, is_lost_contact
-from megatron_mm.training.build import build_model, choose_backend
+from megatron_mm.training.build import build_model
 from megatron_mm.training.checkpoint import (
     Checkpointer,
     TrainState,
@@ -53,9 +51,7 @@ from megatron_mm.training.checkpoint import (
     newest_described_checkpoint,
 )
 from megatron_mm.training.freezing import trainable_patterns
-from megatron_mm.training.kernels import choose_kernels
 from megatron_mm.training.optimizer import build_optimizer
-from megatron_mm.training.options import check_options
 from megatron_mm.training.progress import Progress
 from megatron_mm.training.router_graph import graph_routers
 from megatron_mm.training.tower_graph import graph_tower
@@ -93,7 +89,7 @@ def start(
     lock = RunLock(run_dir) if is_main else None
     with lock or contextlib.nullcontext():
         if is_main:
-            _warn_of_changes(experiment, run_dir / CONFIG_FILE)
+            warn_of_changes(experiment, run_dir / CONFIG_FILE)
             save_experiment(experiment, run_dir / CONFIG_FILE)
         try:
             topology = topologies.initialize(experiment.parallel, seed=experiment.train.seed)
@@ -223,13 +219,13 @@ def check(experiment: Experiment, run_dir: Path) -> Checked:
     Raises ValueError that names the problem and the fix.
     """
     check_types(experiment)  # the command line has done so; other programs may not have
-    _check_no_secrets(experiment)
+    check_no_secrets(experiment)
     if run_dir.resolve() == experiment.data.folder.resolve() and not (run_dir / CONFIG_FILE).exists():
         raise ValueError(f"the run directory {run_dir} is the data set of --data.path: choose another --run-dir for the run's files")
     experiment = with_absolute_references(experiment)
     hooks = find_hooks(experiment)
     check_shapes(experiment, topologies.world_size())
-    _check_machine(experiment)
+    check_machine(experiment)
     tokenizer = fitting_tokenizer(experiment)
     # Only the main process checks shards and checkpoints. The others meanwhile wait for it to join them; if a check fails, the launcher
     # ends them.
@@ -274,7 +270,7 @@ def check_beginning(experiment: Experiment, init_from: Path, *, tokenizer: bool 
         check_same_tokenizer(experiment, beginning)
 
 
-def _check_no_secrets(experiment: Experiment) -> None:
+def check_no_secrets(experiment: Experiment) -> None:
     """Raise ValueError if an option contains a secret, because options are written to the run's files and to every checkpoint. The error
     names the field, and not its value."""
     for name, value in flat(to_dict(experiment)):
@@ -296,27 +292,6 @@ def _hook(name: str) -> Callable[[Trainer], Hook]:
     if not callable(found) or (isinstance(found, type) and not issubclass(found, Hook)):
         raise ValueError(f"extra_hooks names {name}, which is not a hook: derive the class from megatron_mm.training.trainer.Hook")
     return found
-
-
-def _check_machine(experiment: Experiment) -> None:
-    """Check the experiment against this machine's kernels and packages. Raises ValueError; one process warns of options without effect."""
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    if is_main and engines.remark(version := engines.installed()):
-        engines.check_parts(version)
-    backend = choose_backend(experiment, on_gpu=torch.cuda.is_available())
-    choose_kernels(experiment, backend=backend)
-    check_options(experiment, backend=backend, warn=is_main)
-    if is_main:
-        _warn_of_versions(backend)
-
-
-def _warn_of_versions(backend: Backend) -> None:
-    """Warn of untested versions of the engines, alone or in combination."""
-    core, transformer_engine = engines.installed(), engines.installed("transformer-engine")
-    if remark := engines.remark(core):
-        logger.warning(remark)
-    if backend == "te" and core is not None and transformer_engine is not None and (wrong := engines.mismatch(core, transformer_engine)):
-        logger.warning("Transformer Engine is %s", wrong)
 
 
 def with_absolute_references(experiment: Experiment) -> Experiment:
@@ -375,45 +350,3 @@ def check_fp8(experiment: Experiment) -> None:
                 f"train.precision fp8 needs multiples of {experiment.fp8_multiple} on each process, but {name} is {size} and is split into "
                 f"{degree}: change it or use --train.precision bf16"
             )
-
-
-def _warn_of_changes(experiment: Experiment, path: Path) -> None:
-    """Warn if a resume changes options that affect the samples, the update or the precision, which it may, but rarely should."""
-    if not path.is_file():
-        return
-    try:
-        before = load_experiment(path)
-    except (ValueError, OSError) as error:  # truncated, or from another version; the checkpoint has its own copy
-        logger.warning("changes since the previous start cannot be determined (%s): %s is rewritten", error, path)
-        return
-    watched = {
-        "model.decoder.padding_rows": (before.model.decoder.padding_rows, experiment.model.decoder.padding_rows),
-        "train.seed": (before.train.seed, experiment.train.seed),
-        "train.global_batch_size": (before.train.global_batch_size, experiment.train.global_batch_size),
-        "data.mixture": (before.data.mixture, experiment.data.mixture),
-        "data.chat_template": (before.data.chat_template, experiment.data.chat_template),
-        "data.caption_prompt": (before.data.caption_prompt, experiment.data.caption_prompt),
-        "data.low_resolution_demonstrations": (before.data.low_resolution_demonstrations, experiment.data.low_resolution_demonstrations),
-        "data.sequence_length": (before.data.sequence_length, experiment.data.sequence_length),
-        "data.packing_window": (before.data.packing_window, experiment.data.packing_window),
-        "train.schedule_steps": (before.train.schedule_steps, experiment.train.schedule_steps),
-        "train.precision": (before.train.precision, experiment.train.precision),
-        **_changed("optimizer", before.optimizer, experiment.optimizer),
-        **_changed("precision", before.precision, experiment.precision),
-    }
-    for name, (old, new) in watched.items():
-        if old != new:
-            logger.warning(
-                "this run had %s %s and resumes with %s: results will differ from those of an unchanged run", name, _shown(old), _shown(new)
-            )
-
-
-def _shown(value: Any) -> Any:
-    """A value as it is written on the command line."""
-    return " ".join(f"{name}={item}" for name, item in value.items()) if isinstance(value, dict) else value
-
-
-def _changed(part: str, before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
-    """Old and new values of the fields in which two configurations of a part differ."""
-    both = ((field.name, getattr(before, field.name), getattr(now, field.name)) for field in fields(before))
-    return {f"{part}.{name}": (old, new) for name, old, new in both if old != new}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from dataclasses import replace
 from functools import partial
 
@@ -22,42 +20,12 @@ from megatron_mm.parallel.images import TensorParallelImages
 from megatron_mm.parallel.initial_weights import initialize_weights
 from megatron_mm.parallel.topology import Topology, replicated_groups, single_process_groups
 from megatron_mm.platform import engine
-from megatron_mm.platform.device import packed_attention_missing
 from megatron_mm.platform.multi_tensor import DataParallel
 from megatron_mm.training.freezing import check_patterns, freeze, trainable_patterns
 from megatron_mm.training.host_memory import check_memory
 from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients
+from megatron_mm.training.layer_backend import choose_backend, log_layers
 from megatron_mm.training.spread_encoder import SpreadEncoder, wrapped_modules
-
-logger = logging.getLogger(__name__)
-
-
-def choose_backend(experiment: Experiment, *, on_gpu: bool) -> Backend:
-    """Return the layer backend for `train.layers`. On a GPU that lacks a kernel of Transformer Engine, auto uses plain PyTorch and warns.
-
-    Raises ValueError if Transformer Engine is requested, or needed for FP8, but it or its attention over packed documents is missing; and
-    if it is requested in fp32, for which its attention has no kernel.
-    """
-    train = experiment.train
-    has_te = on_gpu and importlib.util.find_spec("transformer_engine") is not None
-    missing = packed_attention_missing() if has_te and train.layers != "torch" and train.precision != "fp32" else ""
-    if missing and (train.layers == "te" or train.precision == "fp8"):
-        raise ValueError(
-            f"train.layers is {train.layers} and train.precision {train.precision}, but {missing}: install it, or use "
-            "--train.layers torch and --train.precision bf16"
-        )
-    if missing:
-        logger.warning("using plain PyTorch layers: %s", missing)
-        return "torch"
-    if train.layers == "te" and not has_te:
-        raise ValueError("train.layers is te, but Transformer Engine needs a GPU and its package: install it or use --train.layers torch")
-    if train.precision == "fp8" and (not has_te or train.layers == "torch"):
-        raise ValueError("train.precision is fp8, which needs a GPU with Transformer Engine: use --train.precision bf16 here")
-    if train.layers == "te" and train.precision == "fp32":
-        raise ValueError(
-            "train.layers is te, but Transformer Engine has no fp32 attention: use --train.precision bf16 or --train.layers torch"
-        )
-    return "te" if has_te and train.layers != "torch" and train.precision != "fp32" else "torch"
 
 
 def _choose(experiment: Experiment, topology: Topology) -> tuple[Backend, Kernels]:
@@ -66,6 +34,13 @@ def _choose(experiment: Experiment, topology: Topology) -> tuple[Backend, Kernel
         return "torch", Kernels()
     backend = choose_backend(experiment, on_gpu=topology.device.type == "cuda")
     return backend, choose_kernels(experiment, backend=backend)
+
+
+def report_layers(experiment: Experiment, topology: Topology) -> None:
+    """Log, on the main process, which layers and fused kernels a model is built with. Training logs it when it checks the machine."""
+    if topology.is_main:
+        backend, kernels = _choose(experiment, topology)
+        log_layers(experiment, backend=backend, kernels=kernels, on_gpu=topology.device.type == "cuda")
 
 
 def build_chunks(experiment: Experiment, topology: Topology) -> list[MegatronModule]:

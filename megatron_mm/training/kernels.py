@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import fields
 
 import torch
@@ -10,14 +9,15 @@ import torch
 from megatron_mm.config import EvaConfig, Experiment
 from megatron_mm.models.context import Kernels
 from megatron_mm.models.layers import Backend
+from megatron_mm.training.machine import THIS_MACHINE, Machine
 
 
-def choose_kernels(experiment: Experiment, *, backend: Backend) -> Kernels:
+def choose_kernels(experiment: Experiment, *, backend: Backend, machine: Machine = THIS_MACHINE) -> Kernels:
     """Return the kernels that this run uses on a layer backend.
 
     Raises ValueError if a requested kernel cannot run here, naming it and the reason.
     """
-    missing = _missing(experiment, backend=backend)
+    missing = _missing(experiment, backend=backend, machine=machine)
     chosen = {}
     for field in fields(Kernels):
         wanted, why = getattr(experiment.kernels, field.name), missing[field.name]
@@ -27,10 +27,10 @@ def choose_kernels(experiment: Experiment, *, backend: Backend) -> Kernels:
     return Kernels(**chosen)
 
 
-def _missing(experiment: Experiment, *, backend: Backend) -> dict[str, str]:
+def _missing(experiment: Experiment, *, backend: Backend, machine: Machine) -> dict[str, str]:
     """Return, for each kernel, the reason why it cannot run here; empty if it can."""
     no_te = "" if backend == "te" else "it is part of Transformer Engine, but layers are plain PyTorch here"
-    no_triton = no_te or ("" if importlib.util.find_spec("triton") is not None else "it needs Triton, which is not installed")
+    no_triton = no_te or ("" if machine.has("triton") else "it needs Triton, which is not installed")
     no_experts = "" if experiment.model.decoder.moe is not None else "the model has no experts"
     no_eva = "" if isinstance(getattr(experiment.model, "vision", None), EvaConfig) else "the model has no EVA tower"
     return {

@@ -58,11 +58,11 @@ def test_evaluation_refuses_another_template_and_another_tokenizer(trained: tupl
 
 
 def test_a_resume_under_another_template_is_told(trained: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from megatron_mm.run.changes import warn_of_changes
     from megatron_mm.run.data import as_indexed, make_plan
-    from megatron_mm.run.start import _warn_of_changes
 
     run_dir, data = trained
     again = Path(shutil.copytree(data, tmp_path / "data"))
     prepare_index(again, template="llama2")
-    _warn_of_changes(as_indexed(_chats(again), make_plan(_chats(again), split="train").indexes), run_dir / "config.json")
+    warn_of_changes(as_indexed(_chats(again), make_plan(_chats(again), split="train").indexes), run_dir / "config.json")
     assert "data.chat_template vicuna and resumes with llama2" in caplog.text

@@ -7,7 +7,6 @@ kernels on a GPU.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -15,18 +14,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from support.small import small_experiment
 from support.te import python_of_transformer_engine
 
 from megatron_mm.config import Experiment
 from megatron_mm.families.recipes import RECIPES
 from megatron_mm.run.start import check
-from megatron_mm.training.build import choose_backend
 
 TESTS = Path(__file__).parents[1]
 
@@ -182,65 +178,7 @@ def test_what_was_written_down_of_the_extension_is_what_a_compiled_one_has() -> 
     assert lines == []
 
 
-# ------------------------------------------------------------------------------------------------------------ which backend
-
-
-@pytest.fixture
-def te_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace() if name == "transformer_engine" else here(name))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-
-
-@pytest.mark.usefixtures("te_is_installed")
-@pytest.mark.parametrize(
-    ("layers", "precision", "on_gpu", "backend"),
-    [
-        ("auto", "bf16", True, "te"),
-        ("auto", "fp8", True, "te"),
-        ("te", "bf16", True, "te"),
-        ("auto", "fp32", True, "torch"),
-        ("torch", "bf16", True, "torch"),
-        ("auto", "bf16", False, "torch"),
-    ],
-)
-def test_auto_takes_te_where_it_has_the_kernels(layers: str, precision: str, on_gpu: bool, backend: str) -> None:
-    assert choose_backend(small_experiment(layers=layers, precision=precision), on_gpu=on_gpu) == backend
-
-
-@pytest.mark.usefixtures("te_is_installed")
-@pytest.mark.parametrize(
-    ("layers", "precision", "on_gpu", "message"),
-    [
-        ("te", "fp32", True, "has no fp32 attention: use --train.precision bf16 or --train.layers torch"),
-        ("te", "bf16", False, "needs a GPU"),
-        ("torch", "fp8", True, "needs a GPU with Transformer Engine: use --train.precision bf16"),
-    ],
-)
-def test_what_a_backend_cannot_do_is_refused(layers: str, precision: str, on_gpu: bool, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        choose_backend(small_experiment(layers=layers, precision=precision), on_gpu=on_gpu)
-
-
-@pytest.mark.usefixtures("te_is_installed")
-@pytest.mark.parametrize("with_flash_attn", [False, True])
-def test_a_gpu_without_packed_attention_takes_torch_and_says_so(
-    with_flash_attn: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """On an A100, cuDNN has no such kernel, but flash-attn does."""
-    here = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: (SimpleNamespace() if with_flash_attn else None) if name == "flash_attn" else here(name)
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    auto = choose_backend(small_experiment(layers="auto", precision="bf16"), on_gpu=True)
-    if with_flash_attn:
-        assert auto == "te" and not caplog.records
-        return
-    assert auto == "torch" and "compute capability 8.0" in caplog.text and "flash-attn" in caplog.text
-    for train in ({"layers": "te", "precision": "bf16"}, {"layers": "auto", "precision": "fp8"}):
-        with pytest.raises(ValueError, match=r"compute capability 8\.0, .* needs 9\.0, and the package flash-attn.*: install it, or use"):
-            choose_backend(small_experiment(**train), on_gpu=True)
+# -------------------------------------------------------------------------------------------------------- sizes of products
 
 
 def _with(experiment: Experiment, **decoder: int) -> Experiment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,22 @@ def test_a_stage_may_have_nothing_or_all_trainable() -> None:
             {"train": {"fewest_micro_batches": True}, "parallel": {"pipeline": 2}},
             "train.fewest_micro_batches is True, but parallel.pipeline is 2",
         ),
+        (
+            "debug_mm1_moe",
+            {"parallel": {"expert": 2, "overlap_experts": True}},
+            "parallel.overlap_experts is True, but megatron-core overlaps only in bf16",
+        ),
+        (
+            "debug_mm1",
+            {"kernels": {"router": True}, "train": {"precision": "bf16"}},
+            "kernels.router is True, but the model has no experts",
+        ),
+        (
+            "debug_mm1",
+            {"train": {"layers": "torch", "precision": "fp8"}},
+            "train.precision is fp8, which needs a GPU with Transformer Engine",
+        ),
+        ("debug_mm1", {"monitor": {"run_name": "https://user:pass@host/data"}}, "monitor.run_name seems to contain a password or a key"),
     ],
 )
 def test_what_would_not_run_is_refused(recipe: str, changes: dict[str, dict[str, Any]], message: str) -> None:
@@ -89,3 +106,35 @@ def test_files_of_a_run_are_checked_where_they_exist(demo_data: Path, tmp_path: 
 
 def small_vocabulary(experiment: Experiment) -> ModelConfig:
     return replace(experiment.model, decoder=replace(experiment.model.decoder, vocab_size=64))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("debug_mm1", {"train": {"precision": "fp8"}, "precision": {"fp8_recipe": "mxfp8", "exp_avg": "bf16"}}),
+        ("debug_mm1", {"train": {"layers": "te", "precision": "bf16"}, "kernels": {"cross_entropy": True, "tower_graph": 8}}),
+        ("debug_mm1", {"train": {"precision": "bf16"}, "parallel": {"tensor": 2, "overlap_tensor": True}, "eval": {"samples": 0}}),
+        (
+            "debug_mm1_moe",
+            {
+                "train": {"precision": "fp8"},
+                "parallel": {"expert": 2, "overlap_experts": True, "delay_weight_gradients": True, "expert_dispatch": "deepep"},
+                "kernels": {"router": True, "token_permutation": True},
+            },
+        ),
+    ],
+)
+def test_options_for_a_cluster_pass_on_a_machine_without_gpus(recipe: str, changes: dict[str, dict[str, Any]]) -> None:
+    lines = list(describe(changed(get_recipe(recipe), **changes)))
+    assert "this machine has no GPU: what the options need of GPUs, nodes and packages is checked when the run starts" in lines
+
+
+def test_a_machine_with_gpus_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    debug = get_recipe("debug_mm1")
+    here = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformer_engine" else here(name))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    with pytest.raises(ValueError, match="fp8, which needs a GPU with Transformer Engine"):
+        list(describe(changed(debug, train={"precision": "fp8"})))
+    assert not [line for line in describe(debug) if "has no GPU" in line]

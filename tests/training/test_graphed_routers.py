@@ -25,6 +25,7 @@ from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.topology import Topology
 from megatron_mm.platform import cuda_graph
 from megatron_mm.reporting.run_files import EVALUATIONS, METRICS
+from megatron_mm.run import machine_checks
 from megatron_mm.run import start as starting
 from megatron_mm.training.build import build_model
 from megatron_mm.training.metrics import read_metrics
@@ -214,7 +215,7 @@ def test_a_graph_that_is_wrong_or_fails_is_refused(capture: Any, message: str, m
 @pytest.mark.slow
 def test_a_whole_run_is_the_same(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With micro-batches of real documents, evaluations and captions in between, and a resume."""
-    monkeypatch.setattr(starting, "check_options", lambda experiment, **others: None)  # it finds no GPU
+    monkeypatch.setattr(machine_checks, "check_options", lambda experiment, **others: None)  # it finds no GPU
     base = get_recipe("debug_mm1_moe")
     for graph in (False, True):
         for steps in (3, 5):

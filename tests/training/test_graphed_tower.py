@@ -16,6 +16,7 @@ from support.small_infimm import infimm_run, infimm_step, small_infimm
 from megatron_mm.config import Experiment, KernelConfig
 from megatron_mm.models.tower_graph import GraphedTower
 from megatron_mm.parallel import topology as topologies
+from megatron_mm.run import machine_checks
 from megatron_mm.run import start as starting
 from megatron_mm.training.build import build_model
 from megatron_mm.training.metrics import read_metrics
@@ -136,7 +137,7 @@ def test_a_run_counts_its_blank_images(demo_data: Path, tmp_path: Path, monkeypa
         encoded.append(len(pixels))
         return call(self, pixels)
 
-    monkeypatch.setattr(starting, "check_options", lambda experiment, **others: None)  # it finds no GPU
+    monkeypatch.setattr(machine_checks, "check_options", lambda experiment, **others: None)  # it finds no GPU
     monkeypatch.setattr(starting, "graph_tower", partial(graph_tower, capture=eager))
     monkeypatch.setattr(GraphedTower, "__call__", noted)
     starting.start(graphed(infimm_run(demo_data, policy="pt", steps=2)), tmp_path / "run")
@@ -154,7 +155,7 @@ def train(data: Path, run_dir: Path, parallel: dict[str, Any], with_graph: bool)
             encoder.parts["vision"].forward = one_by_one(encoder.parts["vision"].forward)
         return model
 
-    starting.check_options = lambda experiment, **others: None  # type: ignore[assignment, misc]  # it finds no GPU
+    machine_checks.check_options = lambda experiment, **others: None  # type: ignore[assignment, misc]  # it finds no GPU
     if with_graph:
         starting.graph_tower = partial(graph_tower, capture=eager)  # type: ignore[assignment]
     else:

@@ -18,6 +18,7 @@ from megatron_mm.models.tower_graph import Forward
 from megatron_mm.parallel import topology as topologies
 from megatron_mm.parallel.stages import most_in_flight
 from megatron_mm.platform.cuda_graph import Passes, capture_passes
+from megatron_mm.run import machine_checks
 from megatron_mm.run import start as starting
 from megatron_mm.training.build import build_model
 from megatron_mm.training.metrics import read_metrics
@@ -183,7 +184,7 @@ def train(data: Path, run_dir: Path, parallel: dict[str, Any], with_graph: bool)
             encoder.parts["vision"].forward = filled_up(encoder.parts["vision"].forward, images=8)
         return model
 
-    starting.check_options = lambda experiment, **others: None  # type: ignore[assignment, misc]  # it finds no GPU
+    machine_checks.check_options = lambda experiment, **others: None  # type: ignore[assignment, misc]  # it finds no GPU
     if not with_graph:
         starting.build_model = fill_up
     with recorded_graphs() as graphs:

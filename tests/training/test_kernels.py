@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -11,13 +12,12 @@ from support.small import small_experiment
 from megatron_mm.config import Experiment, KernelConfig, MoEConfig
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.models.context import Kernels
-from megatron_mm.training import kernels
 from megatron_mm.training.kernels import choose_kernels, fuse_weight_gradients
 
 
 @pytest.fixture(params=[True, False])
 def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object() if request.param else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if request.param else None)
     return bool(request.param)
 
 

@@ -13,7 +13,8 @@ from support.small import small_experiment
 from megatron_mm.config import Experiment, KernelConfig, MoEConfig, ParallelConfig, PrecisionConfig
 from megatron_mm.families.recipes import RECIPES, get_recipe
 from megatron_mm.run.start import check
-from megatron_mm.training.options import _image_size, asked_for, check_options
+from megatron_mm.training.options import asked_for, check_options
+from megatron_mm.training.options.other import _image_size
 
 OVERLAPPED = ParallelConfig(tensor=2, overlap_tensor=True)
 FP8_TRAIN = replace(get_recipe("mono_internvl_2b_s1_1").train, precision="fp8")
@@ -76,7 +77,7 @@ def test_defaults_ask_for_nothing() -> None:
     ],
 )
 def test_what_cannot_run_is_refused(asked: Experiment, backend: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_mm.training.options.fp8_recipe_missing", lambda recipe: "")
+    monkeypatch.setattr("megatron_mm.platform.device.fp8_recipe_missing", lambda recipe: "")
     with pytest.raises(ValueError, match=message):
         check_options(asked, backend=backend)
 
@@ -109,7 +110,7 @@ def test_what_has_no_effect_is_said(asked: Experiment, backend: Any, message: st
 
 
 def test_frozen_weights_of_the_decoder_have_no_gradients_to_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_mm.training.options.trainable_patterns", lambda experiment: ("vision", "connector"))
+    monkeypatch.setattr("megatron_mm.training.options.frozen.trainable_patterns", lambda experiment: ("vision", "connector"))
     with pytest.raises(ValueError, match="delay_weight_gradients is True, but freeze policy 'all' freezes weights of the decoder"):
         check_options(experiment(sparse=True, parallel=DELAYED), backend="te")
 
