@@ -7,7 +7,7 @@
 # make test-faults  a small run that meets one fault after another ends as an undisturbed one does
 # make test-isa    the tests that compare numbers, with the kernels of older and newer processors in turn
 # make test-transformers   exports in old and new versions of transformers, and in an inference engine
-# make nightly     all of it: test-all, test-isa, check
+# make nightly     all of it: test-all, test-isa, check; where Python 3.12 is, test-matrix
 # make check       format, lint, types
 # make bench       benchmarks that need no GPU
 # make gpu-check   on a machine with a GPU: Transformer Engine, FP8, DALI and the fused optimizer against plain PyTorch
@@ -21,7 +21,7 @@ TE_PYTHON := build/transformer_engine
 # One thread a process: several processes share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-all test-faults test-te test-matrix test-engines test-isa test-transformers nightly check bench gpu-check gpu-bench clean
+.PHONY: install demo test test-all test-faults test-te test-matrix test-newest test-engines test-isa test-transformers nightly check bench gpu-check gpu-bench clean
 
 install: $(STAMP)
 
@@ -82,6 +82,11 @@ test-transformers: $(STAMP) build/transformers/$(OLDEST_TRANSFORMERS) build/tran
 
 # For the night, before a release, and after a change of torch, megatron-core or Transformer Engine (CONTRIBUTING.md).
 nightly: test-all test-isa check
+	@if [ -x $(VENV312)/bin/python ] || [ -n "$(PYTHON312)" ]; then \
+	    $(MAKE) test-newest; \
+	else \
+	    echo "no python3.12 here: megatron-core 0.19 and Transformer Engine 2.20 are not tested (set PYTHON312=... or VENV312=...)"; \
+	fi
 
 # Everything that the tests have of Transformer Engine: its own Python over kernels written in PyTorch (tests/support/te), the slow ones too.
 test-te: $(STAMP)
@@ -98,8 +103,9 @@ $(VENV312)/bin/python:
 	$@ -m pip install --quiet megatron-core==0.19.2 -e '.[dev]'
 	$@ -m pip install --quiet --no-deps --target $(TE_PYTHON)/2.20.2 transformer-engine==2.20.2 einops
 
-test-matrix: $(STAMP) | $(VENV312)/bin/python
-	$(BIN)/$(PYTEST) tests
+test-matrix: test-all test-newest
+
+test-newest: | $(VENV312)/bin/python
 	PYTHONPATH=. $(VENV312)/bin/$(PYTEST) tests
 
 # Other versions of megatron-core, each in a folder of its own before the installed one, and a table of what runs: every family in several

@@ -129,7 +129,7 @@ def decoding(device: torch.device) -> Iterator[Row]:
         yield from gpu_dali.beside_training(torch.device("cuda", 0), threads=threads)
         yield from gpu_dali.rates(torch.device("cuda", 0), threads=threads, rounds=3, seconds=0.4)
     else:
-        yield from gpu_dali.rates(device, threads=threads, rounds=1, seconds=0.1)
+        yield from gpu_dali.rates(device, threads=threads, rounds=1, seconds=0.1, sets=1)
 
 
 def compared_experts(device: torch.device) -> Iterator[Row]:

@@ -127,16 +127,21 @@ def decoders_of(device: torch.device, transform: ImageTransform, *, threads: int
     return made
 
 
-def rates(device: torch.device, *, threads: int, rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield images per second of each decoder alone, in batches of `BATCH` from one thread; pixels stay where they are."""
+def rates(device: torch.device, *, threads: int, rounds: int, seconds: float, sets: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield images per second of each decoder alone, in batches of `BATCH` from one thread; pixels stay where they are.
+
+    Args:
+        sets: number of sets of pictures; None: all.
+    """
     pictures = [picture(640, 480, seed=n) for n in range(BATCH)]
-    sets = {
-        "JPEG 640 x 480": [encoded(image, "JPEG", quality=88) for image in pictures],
-        "JPEG 1600 x 1200": [encoded(image.resize((1600, 1200)), "JPEG", quality=88) for image in pictures],
-        "PNG 640 x 480": [encoded(image, "PNG", compress_level=1) for image in pictures],
-        "nine of ten JPEG": [encoded(image, "JPEG" if n % 10 else "PNG") for n, image in enumerate(pictures)],
+    made_of: dict[str, Callable[[], list[bytes]]] = {
+        "JPEG 640 x 480": lambda: [encoded(image, "JPEG", quality=88) for image in pictures],
+        "JPEG 1600 x 1200": lambda: [encoded(image.resize((1600, 1200)), "JPEG", quality=88) for image in pictures],
+        "PNG 640 x 480": lambda: [encoded(image, "PNG", compress_level=1) for image in pictures],
+        "nine of ten JPEG": lambda: [encoded(image, "JPEG" if n % 10 else "PNG") for n, image in enumerate(pictures)],
     }
-    for name, blobs in sets.items():
+    for name in list(made_of)[:sets]:
+        blobs = made_of[name]()
         made = {kind: make() for kind, make in decoders_of(device, ImageTransform(378, fill=FILL), threads=threads).items()}
         found: dict[str, list[float]] = {kind: [] for kind in made}
         for decoder in made.values():
