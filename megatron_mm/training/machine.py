@@ -31,7 +31,7 @@ class Machine:
 
     def serialises_streams(self) -> bool:
         """Whether the environment gives each GPU one work queue (`CUDA_DEVICE_MAX_CONNECTIONS=1`), so that the kernels of all streams start
-        in the order of their launch. CUDA's default is 8 queues."""
+        in the order of their launch. CUDA's default is 8 queues (CUDA C++ Programming Guide, environment variables)."""
         return self.has_gpus() and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
 
     def packed_attention_missing(self) -> str:

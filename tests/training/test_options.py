@@ -28,6 +28,11 @@ def experiment(*, sparse: bool = False, parallel: dict[str, Any] | None = None, 
     return replace(base, precision=PrecisionConfig(**formats))
 
 
+def with_parallel(recipe: str, **parallel: Any) -> Experiment:
+    base = get_recipe(recipe)
+    return replace(base, parallel=replace(base.parallel, **parallel))
+
+
 def selective(*modules: str, **others: Any) -> dict[str, Any]:
     return {"recompute": "selective", "recompute_modules": modules, **others}
 
@@ -102,11 +107,47 @@ def test_what_cannot_run_is_refused(asked: Experiment, backend: Any, message: st
         (experiment(sparse=True, parallel={"expert": 2, "delay_weight_gradients": True}), "te", "use --parallel.overlap-experts True"),
         (experiment(sparse=True, parallel=DELAYED), "torch", "delay_weight_gradients is True and has no effect: only Transformer Engine's"),
         (experiment(sparse=True, parallel={"max_expert_load": 2.0, "expert": 2}), "torch", "one of 2 processes cannot receive more"),
+        (experiment(parallel={"sequence": True}), "te", "parallel.sequence is True and has no effect: parallel.tensor is 1"),
+        (
+            with_parallel("debug_mono_internvl", recompute_encoder="full"),
+            "torch",
+            "full and has no effect: mono_internvl models have no image",
+        ),
+        (
+            with_parallel("debug_mono_internvl", recompute_encoder_modules=("mlp",)),
+            "torch",
+            "recompute_encoder_modules is ('mlp',) and has no effect: mono_internvl models have no image tower",
+        ),
+        (
+            with_parallel("debug_infimm", recompute_encoder="full"),
+            "torch",
+            "recompute_encoder is full and has no effect: EVA towers do not",
+        ),
     ],
 )
 def test_what_has_no_effect_is_said(asked: Experiment, backend: Any, message: str, caplog: pytest.LogCaptureFixture) -> None:
     check_options(asked, backend=backend)
     assert message in caplog.text
+
+
+def test_recompute_that_saves_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Fused attention stores no intermediate results; PyTorch's does."""
+    core = experiment(parallel=selective("core_attn"))
+    check_options(core, backend="torch")
+    check_options(replace(core, train=replace(core.train, deterministic=True)), backend="te")  # in which attention may be PyTorch's
+    assert "saves no memory" not in caplog.text
+    check_options(core, backend="te")
+    assert "parallel.recompute is selective: it recomputes core_attn, but Transformer Engine's fused attention stores only" in caplog.text
+    assert "This saves no memory and takes time: use --parallel.recompute none, full, or selective with other" in caplog.text
+    caplog.clear()
+    check_options(experiment(parallel={"recompute_encoder": "selective"}), backend="te")
+    assert "parallel.recompute_encoder is selective: it recomputes core_attn" in caplog.text
+
+
+def test_recipes_ask_for_nothing_without_effect() -> None:
+    for recipe in RECIPES:
+        for backend in ("te", "torch"):
+            assert not [option for option in asked_for(get_recipe(recipe), backend=backend) if option.useless or option.impossible]
 
 
 def test_frozen_weights_of_the_decoder_have_no_gradients_to_delay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +255,22 @@ def test_what_a_graph_of_a_tower_costs_is_said(caplog: pytest.LogCaptureFixture)
     caplog.clear()
     check_options(graphed("debug_mm1", pipeline=2), backend="te")
     assert "with blank ones to 8; the computation" in caplog.text and "Activations of 8 images are kept for 2 micro-batches" in caplog.text
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(("connections", "refused"), [("1", True), ("8", False), ("32", False), (None, False)])
+def test_streams_that_wait_for_each_other_cannot_overlap(connections: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's default is 8 work queues."""
+    if connections is None:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
+    asked = experiment(sparse=True, parallel=OVERLAPPED_EXPERTS)
+    if not refused:
+        check_options(asked, backend="te")
+        return
+    with pytest.raises(ValueError, match="overlap_experts is True, but CUDA_DEVICE_MAX_CONNECTIONS is 1, .*: set it to 32"):
+        check_options(asked, backend="te")
 
 
 def routed(recipe: str = "debug_mm1_moe", *, capacity_factor: float | None = None, **parallel: Any) -> Experiment:

@@ -49,7 +49,7 @@ def asked_for(
     """Yield the options that differ from their defaults."""
     size = topologies.world_size() if world_size is None else world_size
     yield from parallel_options(experiment, backend=backend, machine=machine, world_size=size)
-    yield from recompute_options(experiment, backend=backend)
+    yield from recompute_options(experiment, backend=backend, machine=machine)
     yield from precision_options(experiment, backend=backend, machine=machine)
     yield from graph_options(experiment, machine=machine)
     yield from other_options(experiment, backend=backend, machine=machine)

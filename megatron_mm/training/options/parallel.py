@@ -15,6 +15,7 @@ from megatron_mm.training.options.option import Option
 
 def parallel_options(experiment: Experiment, *, backend: Backend, machine: Machine, world_size: int) -> Iterator[Option]:
     """Yield the options of tensor and expert parallelism that differ from their defaults."""
+    yield from _sequence(experiment)
     yield from _overlap(experiment, backend=backend, machine=machine)
     yield from _experts(experiment, machine=machine, world_size=world_size)
     yield from _dispatch(experiment, machine=machine)
@@ -32,6 +33,12 @@ def _overlap(experiment: Experiment, *, backend: Backend, machine: Machine) -> I
         useless=useless,
         costs="micro-batches are padded to full sequences; the computation on padding (1 - `fill` in metrics.jsonl) is wasted",
     )
+
+
+def _sequence(experiment: Experiment) -> Iterator[Option]:
+    parallel = experiment.parallel
+    if parallel.sequence and parallel.tensor == 1:
+        yield Option("parallel.sequence", True, useless="parallel.tensor is 1, so no processes share a sequence")
 
 
 def _overlap_impossible(experiment: Experiment, *, backend: Backend, machine: Machine) -> str:
@@ -135,5 +142,5 @@ def _expert_overlap_impossible(experiment: Experiment, *, machine: Machine) -> s
     if decoder.num_layers - 1 not in decoder.sparse_layers:
         return "the last layer has no experts, and megatron-core would then omit the final norm: change moe.every_n_layers"
     if machine.serialises_streams():
-        return "CUDA_DEVICE_MAX_CONNECTIONS is 1, which serialises streams: set it to 32"
+        return "CUDA_DEVICE_MAX_CONNECTIONS is 1, which makes the kernels of all streams wait for each other: set it to 32"
     return ""
