@@ -82,7 +82,7 @@ def test_a_tokenizer_that_training_refuses_is_named(demo_data: Path, tmp_path: P
     experiment = with_sources_of(small, demo_data, split="train")
     write_view(experiment, tmp_path / "view.html", recipe="debug_mm1", split="train", micro_batches=1)
     tokens = open_tokenizer(experiment).vocab_size
-    assert f"of debug_mm1 is 64, so training on this data needs --model.decoder.vocab-size {tokens} or more" in caplog.text
+    assert f"debug_mm1 has rows for 64, so training on this data needs --model.decoder.vocab-size {tokens} or more" in caplog.text
 
 
 def test_the_reports_picture_is_checked_first(tmp_path: Path) -> None:
