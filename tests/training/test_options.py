@@ -269,7 +269,7 @@ def test_streams_that_wait_for_each_other_cannot_overlap(connections: str | None
     if not refused:
         check_options(asked, backend="te")
         return
-    with pytest.raises(ValueError, match="overlap_experts is True, but CUDA_DEVICE_MAX_CONNECTIONS is 1, .*: set it to 32"):
+    with pytest.raises(ValueError, match=r"overlap_experts is True, but CUDA_DEVICE_MAX_CONNECTIONS is 1, .*: set it to 32"):
         check_options(asked, backend="te")
 
 
