@@ -124,6 +124,7 @@ def decoding(device: torch.device) -> Iterator[Row]:
     if not has_dali():
         yield {"case": "DALI", "skipped": "nvidia-dali-cuda130 is not installed"}
         return
+    torch.set_num_threads(1)
     threads = min(16, os.cpu_count() or 1)
     if device.type == "cuda":
         yield from gpu_dali.beside_training(torch.device("cuda", 0), threads=threads)
