@@ -75,7 +75,7 @@ def test_a_gpu_without_packed_attention_takes_torch_and_says_so(
     auto, experiment = choose_backend(bf16(), on_gpu=True), bf16()
     log_layers(experiment, backend=auto, kernels=Kernels(), on_gpu=True)
     if with_flash_attn:
-        assert auto == "te" and not caplog.records
+        assert auto == "te" and not any(record.levelno >= logging.WARNING for record in caplog.records)
         return
     assert auto == "torch" and "compute capability 8.0" in caplog.text and "install flash-attn, or use --train.layers torch" in caplog.text
     for train in ({"layers": "te", "precision": "bf16"}, {"layers": "auto", "precision": "fp8"}):
