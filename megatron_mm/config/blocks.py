@@ -91,6 +91,10 @@ class DecoderConfig:
         """Number of tokens that the table has rows for."""
         return self.vocab_size - self.padding_rows
 
+    def rows_for(self, num_tokens: int) -> int:
+        """Number of rows, `vocab_size`, that so many tokens and the padding rows need."""
+        return num_tokens + self.padding_rows
+
     @property
     def sparse_layers(self) -> tuple[int, ...]:
         """Indices of the layers with experts, from 0."""

@@ -250,11 +250,11 @@ def _find_tokenizer(experiment: Experiment, sources: list[Source]) -> Path | Non
         logger.warning("there is no tokenizer.model next to the weights, so the checkpoint has none: add one with --data.tokenizer FILE")
         return None
     special = family_of(experiment.model).special_tokens
-    size, rows = Tokenizer.open(found[0], special=special).vocab_size, experiment.model.decoder.num_tokens
-    if size > rows:
+    size, decoder = Tokenizer.open(found[0], special=special).vocab_size, experiment.model.decoder
+    if size > decoder.num_tokens:
         raise ValueError(
-            f"{found[0]} has {size} tokens, including those that mark images, but the model has rows for only {rows}: "
-            f"use --model.decoder.vocab-size {size} or more"
+            f"{found[0]} has {size} tokens, including those that mark images, but the model has rows for only {decoder.num_tokens}: "
+            f"use --model.decoder.vocab-size {decoder.rows_for(size)} or more"
         )
     return found[0]
 

@@ -31,7 +31,7 @@ from megatron_mm.evaluation.prompts import BadImage, PromptBuilder, Wording, Wri
 from megatron_mm.evaluation.results import Result
 from megatron_mm.evaluation.tasks.base import LETTERS, Answered, Example, Task
 from megatron_mm.parallel.topology import Topology
-from megatron_mm.platform.files import write_whole
+from megatron_mm.platform.files import file_error, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -302,7 +302,7 @@ class _Items:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(self.folder / "setting.json", json.dumps(setting, indent=2) + "\n")
             except OSError as error:
-                raise ValueError(f"{error.filename}: {error.strerror}: choose another place for results with --out FOLDER") from error
+                raise ValueError(f"{file_error(error, places=[out])}: choose another place for results with --out FOLDER") from error
         self.done = set(self.gather())
         if self.done and topology.is_main:
             logger.info("%s: %d items have already been evaluated", name, len(self.done))

@@ -56,6 +56,8 @@ class ChunkContext:
     """Tokens of a packed sequence."""
     stage: int
     """Stage in pipeline order, from 0 to pipeline * virtual - 1."""
+    tensor_rank: int
+    """Which part of the split weights this process holds: its position in the tensor-parallel group."""
     encoder_groups: ProcessGroupCollection
     """Process groups of this process alone, for modules that are not split over processes."""
     sharing: ImageSharing

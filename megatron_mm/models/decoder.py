@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -171,7 +170,7 @@ def build_decoder(
         vp_stage=context.virtual_stage,
     )
     if config.padding_rows and context.post_process:
-        decoder.output_layer.register_forward_hook(partial(_without_padding, config.num_tokens, decoder.pg_collection.tp))
+        decoder.output_layer.register_forward_hook(partial(_without_padding, config.num_tokens, context.tensor_rank))
     for module in decoder.modules():
         if isinstance(module, Router):
             module.max_load = context.parallel.max_expert_load
@@ -193,7 +192,7 @@ def build_decoder(
 
 
 def _without_padding(
-    num_tokens: int, group: dist.ProcessGroup, layer: torch.nn.Module, inputs: object, output: tuple[torch.Tensor, torch.Tensor | None]
+    num_tokens: int, tensor_rank: int, layer: torch.nn.Module, inputs: object, output: tuple[torch.Tensor, torch.Tensor | None]
 ) -> None:
     """Forward hook of the output layer: make the logits of padding rows so small that they take no probability, and get no gradient.
 
@@ -202,7 +201,7 @@ def _without_padding(
     """
     logits_x1v = output[0].detach()
     width = logits_x1v.shape[-1]
-    first = max(0, num_tokens - group.rank() * width)
+    first = max(0, num_tokens - tensor_rank * width)
     logits_x1v[..., first:].fill_(torch.finfo(logits_x1v.dtype).min)  # not -inf: a process's rows may all be padding
 
 

@@ -244,7 +244,8 @@ def fitting_tokenizer(experiment: Experiment) -> Tokenizer:
         padding = f" with {decoder.padding_rows} padding rows" if decoder.padding_rows else ""
         raise ValueError(
             f"tokenizer {experiment.data.tokenizer_path} has {tokenizer.vocab_size} tokens, but model.decoder.vocab_size is "
-            f"{decoder.vocab_size}{padding}: raise it (--model.decoder.vocab-size {tokenizer.vocab_size}), or use a smaller tokenizer"
+            f"{decoder.vocab_size}{padding}: raise it (--model.decoder.vocab-size {decoder.rows_for(tokenizer.vocab_size)}), or use a "
+            "smaller tokenizer"
         )
     return tokenizer
 

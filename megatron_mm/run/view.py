@@ -44,12 +44,13 @@ def write_view(experiment: Experiment, out: Path, *, recipe: str, split: str, mi
         experiment: how documents are packed and images cut; its `data.path` is shown.
         recipe: name of the recipe, for the title.
     """
-    tokenizer = open_tokenizer(experiment)
-    if tokenizer.vocab_size > (rows := experiment.model.decoder.num_tokens):
+    tokenizer, decoder = open_tokenizer(experiment), experiment.model.decoder
+    if tokenizer.vocab_size > decoder.num_tokens:
         logger.warning(
             "tokenizer %s has %d tokens, but %s has rows for %d, so training on this data needs "
             "--model.decoder.vocab-size %d or more; what is shown does not depend on it",
-            *(experiment.data.tokenizer_path, tokenizer.vocab_size, recipe, rows, tokenizer.vocab_size),
+            *(experiment.data.tokenizer_path, tokenizer.vocab_size, recipe, decoder.num_tokens),
+            decoder.rows_for(tokenizer.vocab_size),
         )
     data = TrainingData(experiment, _ALONE, tokenizer, split=split)
     shown: list[PackedBatch] = []

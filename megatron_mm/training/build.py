@@ -63,6 +63,7 @@ def _context(experiment: Experiment, topology: Topology, *, virtual_stage: int) 
         on_gpu=topology.device.type == "cuda",
         sequence_length=experiment.data.sequence_length,
         stage=virtual_stage * parallel.pipeline + topology.pipeline_rank,
+        tensor_rank=topology.tensor_rank,
         encoder_groups=single_process_groups(),
         sharing=TensorParallelImages(parallel_state.get_tensor_model_parallel_group(), sequence_parallel=parallel.sequence_parallel),
         kernels=kernels,

@@ -27,7 +27,8 @@ HIGHEST_LIMIT = 0.5
 """Largest difference that is allowed if the tower's own rounding is large."""
 
 Capture = Callable[[Forward, torch.Tensor], Callable[[], torch.Tensor]]
-CapturePasses = Callable[[Forward, cuda_graph.Backward, torch.Tensor], cuda_graph.Passes]
+CapturePasses = Callable[..., cuda_graph.Passes]
+"""Called as `platform.cuda_graph.capture_passes`."""
 
 
 def graph_tower(
@@ -84,10 +85,10 @@ def _trained(
     def backward(features: torch.Tensor, gradient: torch.Tensor) -> None:
         wrapped.add_gradients(features, gradient, trained)
 
-    copies = []
+    copies, stream = [], torch.cuda.Stream()
     for _ in range(most_in_flight(experiment.parallel)):
         example = torch.zeros_like(pixels)
-        passes = capture(eager, backward, example)
+        passes = capture(eager, backward, example, stream=stream)
         copies.append(Copy(example, passes.forward, passes.gradient, passes.backward))
     graphed = GraphedTrainedTower(
         copies, eager=eager, before=partial(wrapped.wait_for_weights, tower), after=partial(wrapped.note_gradients, trained)

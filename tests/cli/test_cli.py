@@ -187,7 +187,7 @@ def test_a_file_that_cannot_be_written_is_named(fails: Fails, tmp_path: Path) ->
     said = fails("prepare", "demo", "--out", tmp_path / "file" / "demo")
     assert str(tmp_path / "file") in said and "Errno" not in said
     (tmp_path / "metrics.jsonl").write_text("")
-    (tmp_path / "report.html").symlink_to("/nowhere/report.html")
+    (tmp_path / "report.html").symlink_to(tmp_path / "missing" / "report.html")
     said = fails("report", tmp_path)
     assert said == f"megatron-mm: error: {tmp_path / 'report.html'}: No such file or directory: choose another place with --out FILE"
 

@@ -10,7 +10,7 @@ from support.data_files import picture
 from support.published_runs import documents, indexed, lines, run, write_images
 
 from megatron_mm.cli.main import main
-from megatron_mm.data.prepare.published.hold_out import is_held_out
+from megatron_mm.data.prepare.published.hold_out import held_out_shards, is_held_out
 from megatron_mm.data.prepare.published.layouts import OutSample
 
 
@@ -107,3 +107,7 @@ def test_conversions_of_before_the_option_are_not_made_again(tmp_path: Path) -> 
     before = shard.stat().st_mtime_ns
     assert run("text", texts, out).samples == 10 and shard.stat().st_mtime_ns == before
     assert documents(out) == []
+
+
+def test_a_source_at_the_top_of_a_file_system_has_nothing_held_out() -> None:
+    assert held_out_shards(Path("/out"), "00000") == []

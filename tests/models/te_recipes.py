@@ -44,6 +44,7 @@ def stage(experiment: Experiment, topology: topologies.Topology, backend: str) -
             on_gpu=True,
             sequence_length=experiment.data.sequence_length,
             stage=virtual_stage * experiment.parallel.pipeline + topology.pipeline_rank,
+            tensor_rank=topology.tensor_rank,
             encoder_groups=topologies.single_process_groups(),
             sharing=TensorParallelImages(
                 parallel_state.get_tensor_model_parallel_group(), sequence_parallel=experiment.parallel.sequence_parallel

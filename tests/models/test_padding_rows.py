@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_mm.config import DecoderConfig, Experiment, ParallelConfig
 from megatron_mm.families.recipes import get_recipe
 from megatron_mm.models.decoder import check_decoder_layout
 from megatron_mm.parallel import topology as topologies
+from megatron_mm.run import start
 from megatron_mm.training.build import build_chunks
 from megatron_mm.training.checkpoint.compatible import model_differences
 
@@ -84,6 +86,15 @@ def test_the_error_about_rows_that_cannot_be_split_says_how_many_to_add() -> Non
     fitting = decoder_of("infimm_zephyr_7b_pt", vocab_size=rows, padding_rows=padding)
     check_decoder_layout(fitting, layout, 8)
     assert fitting.num_tokens == 32002
+
+
+def test_an_error_about_a_larger_tokenizer_counts_the_padding_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the rows that it names, the tokenizer fits."""
+    monkeypatch.setattr(start, "open_tokenizer", lambda experiment: SimpleNamespace(vocab_size=130))
+    small = small_experiment(decoder={"padding_rows": 8})
+    with pytest.raises(ValueError, match=r"vocab_size is 128 with 8 padding rows: raise it \(--model.decoder.vocab-size 138\)"):
+        start.fitting_tokenizer(small)
+    start.fitting_tokenizer(small_experiment(decoder={"vocab_size": 138, "padding_rows": 8}))
 
 
 def test_mono_internvl_has_the_tokens_of_the_released_model() -> None:

@@ -136,12 +136,12 @@ def test_a_micro_batch_without_a_free_copy_runs_without_the_graph(graphs: type[R
     with_model(experiment, run)
 
 
-def half(forward: Forward, backward: Any, pixels: torch.Tensor) -> Passes:
+def half(forward: Forward, backward: Any, pixels: torch.Tensor, **options: Any) -> Passes:
     """Passes whose backward pass adds half of each gradient."""
-    return capture_passes(forward, lambda features, gradient: backward(features, gradient / 2), pixels)
+    return capture_passes(forward, lambda features, gradient: backward(features, gradient / 2), pixels, **options)
 
 
-def failing(*args: Any) -> Passes:
+def failing(*args: Any, **options: Any) -> Passes:
     raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 

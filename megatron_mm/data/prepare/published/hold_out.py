@@ -21,9 +21,13 @@ def heldout_folder(out: Path) -> Path:
 
     Raises ValueError if `out` is not in the train split of a data set.
     """
-    if out.resolve().parent.name != "train":
+    if not _is_in_train(out):
         raise ValueError(f"--hold-out needs a source of a train split, but --out is {out}: use --out DATA/train/NAME")
     return out.resolve().parents[1] / "heldout" / out.resolve().name
+
+
+def _is_in_train(out: Path) -> bool:
+    return out.resolve().parent.name == "train"
 
 
 def make_heldout_folder(out: Path) -> None:
@@ -47,7 +51,9 @@ _OURS = Path(".prepared", "held_out")
 
 def held_out_shards(out: Path, prefix: str) -> list[Path]:
     """Return the shards with a prefix that were held out of `out` before."""
-    folder = out.resolve().parents[1] / "heldout" / out.resolve().name
+    if not _is_in_train(out):
+        return []
+    folder = heldout_folder(out)
     return sorted(folder.glob(f"{prefix}-*")) if (folder / _OURS).is_file() else []
 
 
